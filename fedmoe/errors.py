@@ -1,0 +1,53 @@
+"""Every error FedMoE raises on purpose.
+
+A message names the thing, says what was wanted and what came, and what to do. The command line prints it as one
+sentence and exits with `exit_code`; a traceback is always a bug.
+"""
+
+
+class FedMoEError(Exception):
+    """Root of all errors raised on purpose; printed as one sentence, without a traceback."""
+
+    exit_code = 1
+
+
+class SettingsError(FedMoEError, ValueError):
+    """A setting, option or name that cannot be used."""
+
+    exit_code = 2
+
+
+class SpecError(FedMoEError, ValueError):
+    """A spec that is malformed, or that another party disagrees with."""
+
+
+class BaseModelError(FedMoEError, ValueError):
+    """The base model is missing, unreadable, or not the one that the expert's spec names."""
+
+
+class DataError(FedMoEError, ValueError):
+    """A JSONL file, or a row of it, that cannot be trained on."""
+
+
+class UpdateError(FedMoEError, ValueError):
+    """An update (header or part) that breaks the format; the message is the reason a person reads."""
+
+
+class UnknownExpertError(FedMoEError, LookupError):
+    """No expert of that name; the message lists those there are."""
+
+
+class RedisUnavailableError(FedMoEError, ConnectionError):
+    """Redis cannot be reached, refuses the login, or refuses the command."""
+
+
+class StaleStateError(FedMoEError, RuntimeError):
+    """Somebody else committed, or the connection was made anew: load again before deciding anything."""
+
+
+class NameTakenError(FedMoEError, RuntimeError):
+    """Another live process bears this worker's name."""
+
+
+class RefusedError(FedMoEError, RuntimeError):
+    """The aggregator refuses this worker's updates for a reason that trying again will not change."""

@@ -1,0 +1,98 @@
+"""The complete map of Redis keys; nothing else in FedMoE spells a key.
+
+All keys of one expert carry its name as a hash tag, so that they share one Cluster slot and a commit is one
+transaction. `fedmoe` is the prefix, a setting, so that several federations can share a server.
+
+    fedmoe:experts                                  hash    expert -> its weight in the gateway
+    fedmoe:{E}:updates                              stream  one readable entry per waiting update; a doorbell only
+    fedmoe:{E}:payload:<worker>:<run>:<seq>:head    string  header (msgpack), what counts; expires
+    fedmoe:{E}:payload:<worker>:<run>:<seq>:<part>  string  one part (msgpack), at most 1 MiB; expires
+    fedmoe:{E}:weights                              string  the expert, a safetensors file
+    fedmoe:{E}:meta                                 hash    version, lineage, commit, weights_commit, counters; readable
+    fedmoe:{E}:spec                                 string  JSON: base model, LoRA, layout, rules; never changes
+    fedmoe:{E}:applied                              hash    worker -> its last decided update and how (JSON)
+    fedmoe:{E}:worker:<worker>                      hash    heartbeat; expires
+    fedmoe:{E}:log                                  stream  one line per applied update; capped
+    fedmoe:{E}:dead                                 stream  refused updates and garbage, with the reason; capped
+    fedmoe:{E}:lease                                string  the aggregator that serves this expert; expires
+    fedmoe:{gateway}:weights, :meta, :lease                 the merge of all experts, rebuilt whenever one moves
+
+Who may write what: a worker only `payload:<itself>:*`, `worker:<itself>` and XADD to `updates`; all else is the
+aggregators'.
+"""
+
+from dataclasses import dataclass
+
+from fedmoe.names import check_name
+
+DEFAULT_PREFIX = "fedmoe"
+GROUP = "aggregator"
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertKeys:
+    """The keys of one expert (or of the gateway, which has no updates)."""
+
+    root: str
+
+    @property
+    def updates(self) -> str:
+        return f"{self.root}:updates"
+
+    @property
+    def weights(self) -> str:
+        return f"{self.root}:weights"
+
+    @property
+    def meta(self) -> str:
+        return f"{self.root}:meta"
+
+    @property
+    def spec(self) -> str:
+        return f"{self.root}:spec"
+
+    @property
+    def applied(self) -> str:
+        return f"{self.root}:applied"
+
+    @property
+    def log(self) -> str:
+        return f"{self.root}:log"
+
+    @property
+    def dead(self) -> str:
+        return f"{self.root}:dead"
+
+    @property
+    def lease(self) -> str:
+        return f"{self.root}:lease"
+
+    def worker(self, worker: str) -> str:
+        return f"{self.root}:worker:{worker}"
+
+    def head(self, worker: str, run: str, seq: int) -> str:
+        return f"{self.root}:payload:{worker}:{run}:{seq}:head"
+
+    def part(self, worker: str, run: str, seq: int, index: int) -> str:
+        return f"{self.root}:payload:{worker}:{run}:{seq}:{index}"
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """The keys of one federation."""
+
+    prefix: str = DEFAULT_PREFIX
+
+    def __post_init__(self) -> None:
+        check_name("prefix", self.prefix)
+
+    @property
+    def experts(self) -> str:
+        return f"{self.prefix}:experts"
+
+    def expert(self, name: str) -> ExpertKeys:
+        return ExpertKeys(f"{self.prefix}:{{{name}}}")
+
+    @property
+    def gateway(self) -> ExpertKeys:
+        return self.expert("gateway")

@@ -1,0 +1,134 @@
+"""One contiguous fp32 vector for a whole adapter, and the safetensors file that is that vector.
+
+A `Layout` fixes which value of the flat vector belongs to which tensor. The safetensors header of a layout never
+changes, so an adapter's file is `header + raw bytes of the vector`: an `AdapterBuffer` keeps both in one block of
+memory, folds updates into the vector in place, and hands the whole block to Redis without copying or serialising.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from fedmoe.errors import SpecError
+
+FLOAT_BYTES = 4
+MAX_STRING_BYTES = 512 * 1024 * 1024  # a Redis string can hold no more
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names and shapes of an adapter's tensors, in the order in which they lie in the flat vector.
+
+    Raises:
+        SpecError: if a name comes twice, a dimension is not a positive integer, or there is no tensor.
+    """
+
+    tensors: tuple[tuple[str, tuple[int, ...]], ...]
+
+    def __post_init__(self) -> None:
+        if not self.tensors:
+            raise SpecError("the layout has no tensors: do the LoRA targets name modules of the base model?")
+        names = [name for name, _ in self.tensors]
+        if len(set(names)) != len(names):
+            raise SpecError("the layout names a tensor twice")
+        for name, shape in self.tensors:
+            if not all(isinstance(size, int) and size > 0 for size in shape):
+                raise SpecError(f"tensor {name!r} has the impossible shape {list(shape)}")
+
+    @classmethod
+    def of(cls, tensors: Iterable[tuple[str, Sequence[int]]]) -> "Layout":
+        """Build a layout from (name, shape) pairs, sorted by name so that every party gets the same one."""
+        return cls(tuple(sorted((name, tuple(shape)) for name, shape in tensors)))
+
+    @cached_property
+    def numel(self) -> int:
+        """Values in the flat vector."""
+        return sum(math.prod(shape) for _, shape in self.tensors)
+
+    @cached_property
+    def header(self) -> bytes:
+        """The safetensors header: 8 bytes of length, then JSON padded with spaces to a multiple of 8."""
+        offset = 0
+        table: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        for name, shape in self.tensors:
+            end = offset + math.prod(shape) * FLOAT_BYTES
+            table[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, end]}
+            offset = end
+        text = json.dumps(table, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of the safetensors file."""
+        return len(self.header) + self.numel * FLOAT_BYTES
+
+    def views(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Views of the tensors in `flat` (numel,); writing to one writes to `flat`."""
+        if flat.shape != (self.numel,):
+            raise SpecError(f"expected a flat vector of {self.numel} values, got shape {list(flat.shape)}")
+        views, offset = {}, 0
+        for name, shape in self.tensors:
+            size = math.prod(shape)
+            views[name] = flat[offset : offset + size].view(shape)
+            offset += size
+        return views
+
+    def flatten(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The flat fp32 vector (numel,) of named tensors.
+
+        Raises:
+            SpecError: if a tensor is missing, too many, or of another shape; the message names it.
+        """
+        flat = torch.empty(self.numel, dtype=torch.float32)
+        for name, view in self.views(flat).items():
+            if name not in tensors:
+                raise SpecError(f"tensor {name!r} is missing")
+            if tensors[name].shape != view.shape:
+                raise SpecError(
+                    f"tensor {name!r} has shape {list(tensors[name].shape)}, expected {list(view.shape)}"
+                )
+            view.copy_(tensors[name])
+        extra = sorted(tensors.keys() - dict(self.tensors).keys())
+        if extra:
+            raise SpecError(f"tensor {extra[0]!r} is not part of the adapter (and {len(extra) - 1} more)")
+        return flat
+
+
+class AdapterBuffer:
+    """An adapter as one block of memory: `file` is the safetensors file, `flat` its values (numel,) fp32.
+
+    Both are views of the same bytes: what is folded into `flat` is in `file` at once.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self._block = bytearray(layout.file_bytes)
+        self._block[: len(layout.header)] = layout.header
+        self.flat = torch.frombuffer(
+            self._block, dtype=torch.float32, offset=len(layout.header), count=layout.numel
+        )
+
+    @property
+    def file(self) -> memoryview:
+        """The safetensors file, read-only and not copied."""
+        return memoryview(self._block).toreadonly()
+
+    def load(self, file: bytes | memoryview) -> None:
+        """Take over the values of a safetensors file of the same layout.
+
+        Raises:
+            SpecError: if it is not such a file.
+        """
+        header = self.layout.header
+        if len(file) != self.layout.file_bytes or file[: len(header)] != header:
+            raise SpecError(
+                f"the stored weights ({len(file)} bytes) are not an adapter of this spec "
+                f"({self.layout.file_bytes} bytes); was the key written by something else?"
+            )
+        # Through a view: assigning to a slice of the bytearray itself would copy the whole file first.
+        memoryview(self._block)[len(header) :] = memoryview(file)[len(header) :]

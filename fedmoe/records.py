@@ -1,0 +1,125 @@
+"""What stands in an expert's hashes, as frozen records; readable with redis-cli as it is."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from fedmoe.errors import SpecError
+from fedmoe.update import UpdateId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Meta:
+    """`fedmoe:{E}:meta`, the state of an expert in one glance.
+
+    Args:
+        version: updates ever applied.
+        lineage: random id given at creation.
+        commit: random id of the transaction that made this state, the head of the expert's history.
+        weights_commit: the last commit that changed the weights.
+        spec: digest of the spec.
+        base_fingerprint: of the base model's weights; empty until somebody pinned it (base_fingerprint_by).
+        applied, duplicate, refused, undecidable, garbage: how often an entry was decided which way.
+        staleness_sum: over the applied updates; mean_staleness is derived from it.
+        loss: training loss that the last applied update reported.
+        n_examples, n_tokens: trained on, all applied updates together.
+        updated_at: clock of the aggregator at the last commit (seconds since 1970); for people only.
+    """
+
+    lineage: str
+    commit: str
+    weights_commit: str
+    spec: str
+    version: int = 0
+    base_model: str = ""
+    base_fingerprint: str = ""
+    base_fingerprint_by: str = ""
+    applied: int = 0
+    duplicate: int = 0
+    refused: int = 0
+    undecidable: int = 0
+    garbage: int = 0
+    staleness_sum: int = 0
+    loss: float = float("nan")
+    n_examples: int = 0
+    n_tokens: int = 0
+    created_at: float = 0.0
+    updated_at: float = 0.0
+    aggregator: str = ""
+
+    @property
+    def mean_staleness(self) -> float:
+        """Mean staleness of the applied updates (0 if there are none)."""
+        return self.staleness_sum / self.applied if self.applied else 0.0
+
+    def to_hash(self) -> dict[str, str]:
+        """The fields as Redis stores them."""
+        content = {f.name: _text(getattr(self, f.name)) for f in fields(self)}
+        return content | {"mean_staleness": _text(self.mean_staleness)}
+
+    @classmethod
+    def from_hash(cls, raw: Mapping[bytes, bytes]) -> "Meta":
+        """Parse what HGETALL gave.
+
+        Raises:
+            SpecError: if a field is missing or malformed.
+        """
+        try:
+            return cls(**{f.name: _PARSERS[f.type](raw[f.name.encode()].decode()) for f in fields(cls)})
+        except (KeyError, ValueError, TypeError) as error:
+            raise SpecError(f"the expert's meta hash is malformed ({error!r}); was it edited by hand?") from error
+
+
+_PARSERS: dict[Any, Any] = {str: str, int: int, float: float}
+
+
+def _text(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) and abs(value) < 1e6 else str(value)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decided:
+    """A worker's last decided update, as `fedmoe:{E}:applied` holds it: the head of the worker's chain."""
+
+    id: UpdateId
+    how: str  # "applied" or "refused"
+    version: int  # of the expert after it
+    staleness: int = 0
+    reason: str = ""
+    position: str = ""
+
+    def to_json(self) -> str:
+        content = {"run": self.id.run, "seq": self.id.seq, "how": self.how, "version": self.version}
+        content |= {"staleness": self.staleness, "reason": self.reason, "position": self.position}
+        return json.dumps(content)
+
+    @classmethod
+    def from_json(cls, text: bytes) -> "Decided":
+        """Parse a stored record.
+
+        Raises:
+            SpecError: if it is malformed.
+        """
+        try:
+            content = json.loads(text)
+            return cls(id=UpdateId(content.pop("run"), content.pop("seq")), **content)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise SpecError(f"an entry of the applied hash is malformed ({error!r})") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One entry of the updates stream; only a doorbell, anybody may have written it."""
+
+    id: str
+    fields: dict[str, str]
+
+    @classmethod
+    def of(cls, entry_id: bytes, raw: Mapping[bytes, bytes] | None) -> "Entry":
+        """Decode what Redis gave; bytes that are no text are shown escaped, a deleted entry has no fields."""
+        pairs = (raw or {}).items()
+        return cls(
+            entry_id.decode(),
+            {k.decode(errors="backslashreplace"): v.decode(errors="backslashreplace") for k, v in pairs},
+        )

@@ -1,0 +1,201 @@
+"""The spec: all that the parties of one expert must agree on, written once when the expert is created.
+
+A worker needs only a stream name, its data and a Redis URL, because everything else stands here.
+"""
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
+from typing import Any
+
+from fedmoe.codec import FORMATS
+from fedmoe.errors import FedMoEError, SettingsError, SpecError
+from fedmoe.layout import MAX_STRING_BYTES, Layout
+from fedmoe.staleness import Decay
+
+SPEC_FORMAT = 1
+DEFAULT_BASE_MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
+ALL_LINEAR = "all-linear"
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise SettingsError(message)
+
+
+def _require_positive(owner: object, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        _require(
+            isinstance(value, int | float) and math.isfinite(value) and value > 0,
+            f"{name} must be a number above 0, not {value!r}",
+        )
+
+
+def _require_whole(owner: object, *names: str, minimum: int = 1) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        _require(
+            isinstance(value, int) and not isinstance(value, bool) and value >= minimum,
+            f"{name} must be a whole number of at least {minimum}, not {value!r}",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraSettings:
+    """Shape of the adapter: ΔW = (alpha / rank) · B A. Source: LoRA, arXiv 2106.09685."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    targets: tuple[str, ...] = (ALL_LINEAR,)
+
+    def __post_init__(self) -> None:
+        _require_whole(self, "rank")
+        _require_positive(self, "alpha")
+        _require(len(self.targets) > 0, "targets must name at least one module, for example q_proj")
+
+    @property
+    def scaling(self) -> float:
+        """The factor in front of B A."""
+        return self.alpha / self.rank
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeRules:
+    """How updates become part of the expert: `weights += lr × decay(staleness) × Δ`, and what is refused.
+
+    Args:
+        lr: the aggregator's step; 1 makes one lone worker's model the expert.
+        decay: the staleness decay.
+        max_staleness: an update staler than this (in updates) is refused.
+        max_norm: an update whose Euclidean norm (all tensors together) is above this is refused.
+    """
+
+    lr: float = 1.0
+    decay: Decay = field(default_factory=Decay)
+    max_staleness: int = 256
+    max_norm: float = 1000.0
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "lr", "max_norm")
+        _require_whole(self, "max_staleness", minimum=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingSettings:
+    """How every worker of the expert fine-tunes. Tokens, rows and steps; learning_rate is AdamW's."""
+
+    learning_rate: float = 2e-4
+    weight_decay: float = 0.0
+    batch_size: int = 4
+    accumulate: int = 1
+    max_length: int = 512
+    warmup_steps: int = 10
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "learning_rate", "clip_norm")
+        _require(self.weight_decay >= 0, f"weight_decay must be at least 0, not {self.weight_decay!r}")
+        _require_whole(self, "batch_size", "accumulate")
+        _require_whole(self, "warmup_steps", minimum=0)
+        _require_whole(self, "max_length", minimum=8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """Everything the parties of an expert agree on.
+
+    Args:
+        base_model: id or directory of the base model, as the operator gave it; a worker may have it elsewhere.
+        base_config: the numbers of its config that make it that architecture (see `fedmoe.model.base`).
+        layout: the adapter's tensors.
+        init_seed: seed of the one LoRA initialisation that all experts of the base share.
+        wire_format: how updates are encoded (see `fedmoe.codec`).
+        sync_interval_s: a worker publishes this often.
+    """
+
+    base_model: str
+    base_config: dict[str, Any]
+    layout: Layout
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    merge: MergeRules = field(default_factory=MergeRules)
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    wire_format: str = "fp32"
+    sync_interval_s: float = 10.0
+    init_seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require(
+            isinstance(self.base_model, str) and bool(self.base_model), "base_model must be a name or directory"
+        )
+        _require(
+            self.wire_format in FORMATS,
+            f"wire format must be one of {', '.join(FORMATS)}, not {self.wire_format!r}",
+        )
+        _require_positive(self, "sync_interval_s")
+        _require_whole(self, "init_seed", minimum=0)
+        _require(
+            self.layout.file_bytes <= MAX_STRING_BYTES,
+            f"an adapter of {self.layout.file_bytes / 2**20:.0f} MiB does not fit into one Redis string (512 MiB): "
+            "choose a smaller rank or fewer targets",
+        )
+
+    def to_json(self) -> str:
+        """Canonical JSON: the same spec gives the same text on every machine."""
+        content = {"spec_format": SPEC_FORMAT} | {
+            f.name: getattr(self, f.name) for f in fields(self) if f.name != "layout"
+        }
+        for name in ("lora", "merge", "training"):
+            content[name] = asdict(content[name])
+        content["layout"] = [[name, list(shape)] for name, shape in self.layout.tensors]
+        return json.dumps(content, sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> "Spec":
+        """Parse a stored spec.
+
+        Raises:
+            SpecError: if it is malformed or of another FedMoE's format.
+        """
+        try:
+            content = json.loads(text)
+            version = content.pop("spec_format")
+            if version != SPEC_FORMAT:
+                raise SpecError(f"the spec has format {version}, this FedMoE reads {SPEC_FORMAT}: upgrade it")
+            merge = content.pop("merge")
+            lora = content.pop("lora")
+            return cls(
+                layout=Layout(tuple((name, tuple(shape)) for name, shape in content.pop("layout"))),
+                merge=MergeRules(**merge | {"decay": Decay(**merge["decay"])}),
+                lora=LoraSettings(**lora | {"targets": tuple(lora["targets"])}),
+                training=TrainingSettings(**content.pop("training")),
+                **content,
+            )
+        except FedMoEError:
+            raise
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+            raise SpecError(f"the stored spec is malformed ({error!r})") from error
+
+    @cached_property
+    def digest(self) -> str:
+        """Short name of this spec: 16 hex digits of its SHA-256."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+
+    def adapter_config(self, *, rank: int | None = None) -> dict[str, Any]:
+        """Content of PEFT's adapter_config.json; with `rank` (the gateway's), at the same scaling."""
+        rank = rank or self.lora.rank
+        targets = sorted({name.split(".")[-3] for name, _ in self.layout.tensors})
+        return {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": self.base_model,
+            "r": rank,
+            "lora_alpha": self.lora.scaling * rank,
+            "lora_dropout": 0.0,
+            "target_modules": targets,
+            "bias": "none",
+            "fan_in_fan_out": False,
+            "inference_mode": True,
+        }

@@ -1,0 +1,181 @@
+"""An update: one published LoRA delta. Its header is what counts; its stream entry only rings the bell.
+
+The header names the update (run, seq) and its predecessor `prev`: a worker's updates are a chain, and an update may
+be decided only if its `prev` is the worker's last decided update. `run` is `<epoch>-<nonce>`: the epoch grows with
+each new run of a worker, the nonce tells two processes of one name apart.
+"""
+
+import hashlib
+import re
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import msgpack
+
+from fedmoe.errors import UpdateError
+
+HEADER_FORMAT = 1
+MAX_HEADER_BYTES = 256 * 1024
+PART_BYTES = 1024 * 1024  # a payload part is at most this long
+MAX_PARTS = 1024  # an adapter is at most 512 MiB, the most a Redis string can hold
+MAX_TEXT_CHARS = 1024
+_RUN = re.compile(r"([0-9]{1,12})-([0-9a-f]{8})")
+_MAX_INT = 2**53
+
+
+class UpdateId(NamedTuple):
+    """(run, seq): the name of one update of a worker, for ever."""
+
+    run: str
+    seq: int
+
+    @property
+    def epoch(self) -> int:
+        """The number of the worker's run; a later run has a higher one."""
+        match = _RUN.fullmatch(self.run)
+        return int(match[1]) if match else 0
+
+    def __str__(self) -> str:
+        return f"{self.run}:{self.seq}"
+
+
+def make_run(epoch: int, nonce: str) -> str:
+    """The name of a worker's run: its epoch and 8 random hex digits."""
+    return f"{epoch}-{nonce}"
+
+
+def is_run(text: str) -> bool:
+    """True if `text` is a run's name."""
+    return _RUN.fullmatch(text) is not None
+
+
+class Part(NamedTuple):
+    """Length in bytes and SHA-256 (32 bytes) of one payload part."""
+
+    length: int
+    digest: bytes
+
+    @classmethod
+    def of(cls, data: bytes) -> "Part":
+        return cls(len(data), hashlib.sha256(data).digest())
+
+    def matches(self, data: bytes) -> bool:
+        """True if `data` is that part."""
+        return len(data) == self.length and hashlib.sha256(data).digest() == self.digest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Header:
+    """All that decides about an update, under the worker's own key prefix.
+
+    Args:
+        lineage: of the expert the update was trained on.
+        spec: digest of the spec.
+        run, seq: the update's name.
+        prev: the worker's update before it, None for its first ever.
+        base_version: version of the expert that the worker had pulled last.
+        wire_format: of the parts.
+        base_fingerprint: of the worker's base model's weights.
+        n_examples, n_tokens, steps: what it was trained on; loss: mean over these steps.
+        position: the worker's data position after it, as JSON.
+        parts: length and digest of each part.
+    """
+
+    lineage: str
+    spec: str
+    run: str
+    seq: int
+    prev: UpdateId | None
+    base_version: int
+    wire_format: str
+    base_fingerprint: str
+    n_examples: int
+    n_tokens: int
+    steps: int
+    loss: float
+    position: str
+    parts: tuple[Part, ...]
+
+    @property
+    def id(self) -> UpdateId:
+        return UpdateId(self.run, self.seq)
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of all parts."""
+        return sum(part.length for part in self.parts)
+
+    def pack(self) -> bytes:
+        """The header as msgpack."""
+        content = asdict(self)
+        content["prev"] = list(self.prev) if self.prev else None
+        content["parts"] = [[part.length, part.digest] for part in self.parts]
+        return bytes(msgpack.packb({"header_format": HEADER_FORMAT} | content))
+
+    @classmethod
+    def unpack(cls, data: bytes) -> "Header":
+        """Parse and check a header that may have been written by anybody.
+
+        Raises:
+            UpdateError: with the reason.
+        """
+        if len(data) > MAX_HEADER_BYTES:
+            raise UpdateError(f"the header has {len(data)} bytes, allowed are {MAX_HEADER_BYTES}")
+        try:
+            # The limits keep nested containers from taking a hundred times the header's size.
+            content = msgpack.unpackb(data, max_array_len=MAX_PARTS, max_map_len=64)
+        except Exception as error:  # msgpack raises half a dozen unrelated types on garbage
+            raise UpdateError(f"the header is not msgpack ({type(error).__name__})") from error
+        if not isinstance(content, dict):
+            raise UpdateError("the header is not a msgpack map")
+        if content.pop("header_format", None) != HEADER_FORMAT:
+            raise UpdateError(f"the header's format is not {HEADER_FORMAT}: worker and aggregator differ in version")
+        if content.keys() != cls.__dataclass_fields__.keys():
+            odd = sorted(str(name)[:40] for name in content.keys() ^ cls.__dataclass_fields__.keys())
+            raise UpdateError(f"the header lacks or adds the fields {', '.join(odd[:5])}")
+        content["prev"] = _parse_id(content["prev"])
+        content["parts"] = _parse_parts(content["parts"])
+        _check_fields(content)
+        return cls(**content)
+
+
+def _is_count(value: object) -> bool:
+    # bool is an int, and True would pass for 1.
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MAX_INT
+
+
+def _parse_id(value: Any) -> UpdateId | None:
+    if value is None:
+        return None
+    match value:
+        case [str() as run, int() as seq] if is_run(run) and _is_count(seq) and seq > 0:
+            return UpdateId(run, seq)
+    raise UpdateError("the header's prev is not the name of an update")
+
+
+def _parse_parts(value: Any) -> tuple[Part, ...]:
+    if not isinstance(value, list):
+        raise UpdateError("the header lists no parts")
+    parts = []
+    for item in value:
+        match item:
+            case [int() as length, bytes() as digest] if _is_count(length) and len(digest) == 32:
+                if not 0 < length <= PART_BYTES:
+                    raise UpdateError(f"the header names a part of {length} bytes, allowed are {PART_BYTES}")
+                parts.append(Part(length, digest))
+            case _:
+                raise UpdateError("the header's list of parts is malformed")
+    return tuple(parts)
+
+
+def _check_fields(content: dict[str, Any]) -> None:
+    for name in ("lineage", "spec", "run", "wire_format", "base_fingerprint", "position"):
+        if not isinstance(content[name], str) or len(content[name]) > MAX_TEXT_CHARS:
+            raise UpdateError(f"the header's {name} is not a short text")
+    for name in ("seq", "base_version", "n_examples", "n_tokens", "steps"):
+        if not _is_count(content[name]):
+            raise UpdateError(f"the header's {name} is not a count")
+    if not isinstance(content["loss"], float):
+        raise UpdateError("the header's loss is not a float")
+    if not is_run(content["run"]) or content["seq"] == 0:
+        raise UpdateError("the header's run and seq are not the name of an update")

@@ -1,0 +1,127 @@
+"""One connection to Redis: no hidden retries, a count of the connections made, and errors as sentences.
+
+redis-py retries silently by default, and one `xadd()` then becomes two entries; and its pool reconnects silently,
+so that a server that failed over in between is not noticed. Hence no retries here, and `generation`: whoever
+remembers something about the server compares it before relying on that memory.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from fedmoe.errors import FedMoEError, RedisUnavailableError, SettingsError
+from fedmoe.keys import DEFAULT_PREFIX, Keys
+
+DEFAULT_URL = "redis://127.0.0.1:6379/0"
+SCHEMES = ("redis", "rediss", "unix")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RedisSettings:
+    """Where Redis is.
+
+    Args:
+        url: redis://, rediss:// (TLS) or unix:// URL; may carry user and password.
+        prefix: first part of every key, so that several federations can share a server.
+        timeout_s: a command without an answer for so long has failed; above every blocking read (1 s).
+
+    Raises:
+        SettingsError: for another scheme or an impossible value.
+    """
+
+    url: str = DEFAULT_URL
+    prefix: str = DEFAULT_PREFIX
+    timeout_s: float = 10.0
+
+    def __post_init__(self) -> None:
+        if urlsplit(self.url).scheme not in SCHEMES:
+            raise SettingsError(
+                f"the Redis URL {self.shown!r} must begin with redis://, rediss:// or unix://, "
+                f"for example {DEFAULT_URL}"
+            )
+        if not self.timeout_s >= 2:
+            raise SettingsError(f"the Redis timeout must be at least 2 s, not {self.timeout_s!r}")
+        Keys(self.prefix)
+
+    @property
+    def shown(self) -> str:
+        """The URL without user and password, for messages."""
+        parts = urlsplit(self.url)
+        return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+class Connection:
+    """A client for one thread, with `generation`, the number of connections it has made so far."""
+
+    def __init__(self, settings: RedisSettings) -> None:
+        self.settings = settings
+        self.keys = Keys(settings.prefix)
+        self.generation = 0
+        try:
+            self.client: redis.Redis = redis.Redis.from_url(
+                settings.url,
+                protocol=2,  # one shape of replies, whatever redis-py's default is
+                socket_timeout=settings.timeout_s,
+                socket_connect_timeout=settings.timeout_s,
+                socket_keepalive=True,
+                retry=Retry(NoBackoff(), 0),
+                redis_connect_func=self._on_connect,
+            )
+        except ValueError as error:
+            raise SettingsError(f"the Redis URL {settings.shown!r} cannot be used: {error}") from error
+
+    def _on_connect(self, connection: Any) -> None:
+        connection.on_connect()
+        self.generation += 1
+
+    def ping(self) -> None:
+        """Raise RedisUnavailableError unless Redis answers."""
+        with self.errors():
+            self.client.ping()
+
+    def close(self) -> None:
+        self.client.close()
+
+    @contextmanager
+    def errors(self) -> Iterator[None]:
+        """Turn what redis-py raises into RedisUnavailableError, one sentence with what to do."""
+        try:
+            yield
+        except FedMoEError:
+            raise
+        except (redis.RedisError, OSError) as error:
+            raise RedisUnavailableError(explain(error, self.settings.shown)) from error
+
+
+def explain(error: Exception, url: str) -> str:
+    """One sentence for what Redis or redis-py said, and what to do about it."""
+    text = str(error).strip().rstrip(".") or type(error).__name__
+    match error:
+        case redis.exceptions.AuthenticationError() | redis.exceptions.AuthorizationError():
+            return f"Redis at {url} refuses the login ({text}): check user and password in the URL"
+        case redis.exceptions.NoPermissionError():
+            return f"Redis at {url} does not let this user do that ({text}): check its ACL"
+        case redis.exceptions.OutOfMemoryError():
+            return f"Redis at {url} is full: raise its maxmemory, nothing is lost meanwhile"
+        case redis.exceptions.ReadOnlyError():
+            return f"Redis at {url} is a read-only replica: use the URL of the master"
+        case redis.exceptions.BusyLoadingError():
+            return f"Redis at {url} is still loading its data"
+        case redis.exceptions.MaxConnectionsError():
+            return f"Redis at {url} takes no more connections: raise its maxclients"
+        case redis.exceptions.ConnectionError() | redis.exceptions.TimeoutError() | OSError():
+            return f"Redis at {url} cannot be reached ({text})"
+    if text.startswith("MISCONF"):
+        return f"Redis at {url} cannot write to its disk and so takes no writes: see its log"
+    if "WRONGTYPE" in text:
+        return f"a FedMoE key in Redis at {url} was overwritten by something else ({text})"
+    return f"Redis at {url} refused a command ({text})"

@@ -1,0 +1,212 @@
+"""The aggregator's side of one expert: create, load, read, commit; and the lease.
+
+A commit is a compare-and-swap on `meta.commit`: it succeeds only on top of the state that was loaded, over the
+connection that loaded it. In its MULTI stand only commands that cannot fail half way, on keys that only aggregators
+may write.
+"""
+
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import redis
+
+from fedmoe.errors import StaleStateError, UnknownExpertError
+from fedmoe.keys import GROUP
+from fedmoe.spec import Spec
+from fedmoe.store.connection import Connection
+from fedmoe.records import Decided, Entry, Meta
+from fedmoe.update import MAX_HEADER_BYTES, Part
+
+# Every aggregator reads under one consumer name: whichever holds the lease owns the whole pending list, and no list
+# of dead consumers grows with each restart.
+CONSUMER = "aggregator"
+LOG_LENGTH = 100_000
+DEAD_LENGTH = 10_000
+_PAGE = 256
+
+
+def new_id() -> str:
+    """A random id of a commit or a lineage."""
+    return secrets.token_hex(8)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """An expert as one MULTI read it, and the connection (generation) that read it."""
+
+    meta: Meta
+    weights: bytes
+    applied: dict[str, Decided]
+    generation: int
+
+
+@dataclass(slots=True, kw_only=True)
+class Commit:
+    """What one commit changes: everything since the state `on` was loaded (its commit id and generation)."""
+
+    on: str
+    generation: int
+    meta: Meta
+    weights: memoryview | None = None
+    applied: dict[str, Decided] = field(default_factory=dict)
+    log: list[Mapping[str, str | int | float]] = field(default_factory=list)
+    dead: list[Mapping[str, str | int | float]] = field(default_factory=list)
+    entries: list[str] = field(default_factory=list)
+    unlink: list[str] = field(default_factory=list)
+
+
+class ExpertStore:
+    """Redis commands of an aggregator for one expert.
+
+    Every method raises RedisUnavailableError if Redis cannot be reached or refuses; then, and after
+    StaleStateError, all that was loaded before must be loaded again.
+    """
+
+    def __init__(self, connection: Connection, name: str) -> None:
+        self.connection = connection
+        self.name = name
+        self.keys = connection.keys.expert(name)
+        self._redis = connection.client
+
+    def exists(self) -> bool:
+        """True if the expert was created."""
+        with self.connection.errors():
+            return bool(self._redis.exists(self.keys.meta))
+
+    def create(self, spec: Spec, meta: Meta, weights: memoryview, *, gateway_weight: float) -> bool:
+        """Create the expert as version 0, whole or not at all; False if somebody else just did."""
+        with self.connection.errors():
+            with self._redis.pipeline(transaction=True) as pipe:
+                try:
+                    pipe.watch(self.keys.meta)
+                    if pipe.exists(self.keys.meta):
+                        return False
+                    pipe.multi()
+                    pipe.set(self.keys.spec, spec.to_json())
+                    pipe.set(self.keys.weights, weights)  # type: ignore[arg-type]  # a buffer is sent as it is
+                    pipe.hset(self.keys.meta, mapping=meta.to_hash())
+                    pipe.execute()
+                except redis.WatchError:
+                    return False
+            self.register(gateway_weight)
+            return True
+
+    def register(self, gateway_weight: float) -> None:
+        """List the expert among the federation's, unless it is there already."""
+        with self.connection.errors():
+            self._redis.hsetnx(self.connection.keys.experts, self.name, f"{gateway_weight:g}")
+
+    def spec(self) -> Spec:
+        """The expert's spec.
+
+        Raises:
+            UnknownExpertError: if there is no such expert.
+        """
+        with self.connection.errors():
+            text = self._redis.get(self.keys.spec)
+        if text is None:
+            raise UnknownExpertError(f"there is no expert {self.name!r} in Redis (any more)")
+        return Spec.from_json(text)
+
+    def load(self) -> Loaded:
+        """Read weights, meta and applied in one MULTI, and make sure that the consumer group is there, from 0."""
+        with self.connection.errors():
+            try:
+                self._redis.xgroup_create(self.keys.updates, GROUP, id="0", mkstream=True)
+            except redis.ResponseError as error:
+                if "BUSYGROUP" not in str(error):
+                    raise
+            with self._redis.pipeline(transaction=True) as pipe:
+                pipe.get(self.keys.weights)
+                pipe.hgetall(self.keys.meta)
+                pipe.hgetall(self.keys.applied)
+                weights, meta, applied = pipe.execute()
+        if weights is None or not meta:
+            raise UnknownExpertError(f"expert {self.name!r} is gone from Redis: was the server emptied?")
+        return Loaded(
+            meta=Meta.from_hash(meta),
+            weights=weights,
+            applied={worker.decode(): Decided.from_json(text) for worker, text in applied.items()},
+            generation=self.connection.generation,
+        )
+
+    def reclaim(self) -> list[Entry]:
+        """All entries that were read but not committed, by whichever aggregator."""
+        entries, start = [], "0-0"
+        with self.connection.errors():
+            while True:
+                start, page, *_ = self._redis.xautoclaim(
+                    self.keys.updates, GROUP, CONSUMER, min_idle_time=0, start_id=start, count=_PAGE
+                )
+                entries += [Entry.of(*item) for item in page]
+                if start in (b"0-0", "0-0"):
+                    return entries
+
+    def read(self, *, block_ms: int, count: int) -> list[Entry]:
+        """Entries that nobody has read yet; waits up to block_ms for the first."""
+        with self.connection.errors():
+            reply = self._redis.xreadgroup(GROUP, CONSUMER, {self.keys.updates: ">"}, count=count, block=block_ms)
+        return [Entry.of(*item) for _, page in reply or () for item in page]
+
+    def header(self, worker: str, run: str, seq: int) -> bytes | None:
+        """The header of an update, None if there is none; never more than MAX_HEADER_BYTES + 1 bytes."""
+        with self.connection.errors():
+            return self._redis.getrange(self.keys.head(worker, run, seq), 0, MAX_HEADER_BYTES) or None
+
+    def heartbeat_field(self, worker: str, name: str) -> str | None:
+        """One field of a worker's heartbeat."""
+        with self.connection.errors():
+            value = self._redis.hget(self.keys.worker(worker), name)
+        return value.decode(errors="backslashreplace") if value else None
+
+    def parts(self, worker: str, run: str, seq: int, parts: Sequence[Part]) -> list[bytes]:
+        """The payload, as far as it is there: b"" for a missing part, never more than announced + 1 byte."""
+        with self.connection.errors(), self._redis.pipeline(transaction=False) as pipe:
+            for index, part in enumerate(parts):
+                pipe.getrange(self.keys.part(worker, run, seq, index), 0, part.length)
+            return list(pipe.execute())
+
+    def payload_keys(self, worker: str, run: str, seq: int, n_parts: int) -> list[str]:
+        """The keys of an update's header and parts."""
+        return [
+            self.keys.head(worker, run, seq),
+            *(self.keys.part(worker, run, seq, index) for index in range(n_parts)),
+        ]
+
+    def commit(self, commit: Commit) -> None:
+        """Make a batch part of the expert, whole or not at all.
+
+        Raises:
+            StaleStateError: if the expert's head is not `commit.on`, or the connection was made anew.
+        """
+        with self.connection.errors(), self._redis.pipeline(transaction=True) as pipe:
+            try:
+                pipe.watch(self.keys.meta)
+                head = pipe.hget(self.keys.meta, "commit")
+                if head is None or head.decode() != commit.on:
+                    raise StaleStateError(f"{self.name}: another aggregator committed meanwhile")
+                if self.connection.generation != commit.generation:
+                    raise StaleStateError(f"{self.name}: the connection to Redis was made anew")
+                pipe.multi()
+                self._queue(pipe, commit)
+                pipe.execute()
+            except redis.WatchError as error:
+                raise StaleStateError(f"{self.name}: another aggregator committed meanwhile") from error
+
+    def _queue(self, pipe: "redis.client.Pipeline", commit: Commit) -> None:
+        keys = self.keys
+        if commit.weights is not None:
+            pipe.set(keys.weights, commit.weights)  # type: ignore[arg-type]  # a buffer is sent as it is
+        pipe.hset(keys.meta, mapping=commit.meta.to_hash())
+        if commit.applied:
+            pipe.hset(keys.applied, mapping={worker: d.to_json() for worker, d in commit.applied.items()})
+        for line in commit.log:
+            pipe.xadd(keys.log, dict(line), maxlen=LOG_LENGTH, approximate=True)
+        for line in commit.dead:
+            pipe.xadd(keys.dead, dict(line), maxlen=DEAD_LENGTH, approximate=True)
+        if commit.entries:
+            pipe.xack(keys.updates, GROUP, *commit.entries)
+            pipe.xdel(keys.updates, *commit.entries)
+        if commit.unlink:
+            pipe.unlink(*commit.unlink)

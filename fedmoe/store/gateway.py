@@ -1,0 +1,103 @@
+"""Redis commands for the gateway: read every expert, write their merge."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fedmoe.errors import SpecError, UnknownExpertError
+from fedmoe.records import Meta
+from fedmoe.spec import Spec
+from fedmoe.store.connection import Connection
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayRecord:
+    """What stands in the gateway's meta hash: what it was built from, how, and the shape of the adapter."""
+
+    built_from: dict[str, dict[str, str | int]]  # expert -> its version and weights_commit
+    fields: dict[str, str]
+
+
+class GatewayStore:
+    """Redis commands of a gateway builder and of whoever exports an adapter."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self.keys = connection.keys.gateway
+        self._redis = connection.client
+
+    def experts(self) -> dict[str, float]:
+        """The federation's experts and their gateway weights, sorted by name."""
+        with self.connection.errors():
+            raw = self._redis.hgetall(self.connection.keys.experts)
+        try:
+            return {name.decode(): float(weight) for name, weight in sorted(raw.items())}
+        except ValueError as error:
+            raise SpecError(
+                f"a gateway weight in {self.connection.keys.experts} is not a number: "
+                f"set it with `redis-cli HSET {self.connection.keys.experts} <expert> 1`"
+            ) from error
+
+    def spec(self, expert: str) -> Spec:
+        """An expert's spec; raises UnknownExpertError."""
+        with self.connection.errors():
+            text = self._redis.get(self.connection.keys.expert(expert).spec)
+        if text is None:
+            there = ", ".join(self.experts()) or "none yet"
+            raise UnknownExpertError(f"there is no expert {expert!r}; there are: {there}")
+        return Spec.from_json(text)
+
+    def meta(self, expert: str) -> Meta:
+        """An expert's meta hash."""
+        with self.connection.errors():
+            raw = self._redis.hgetall(self.connection.keys.expert(expert).meta)
+        if not raw:
+            raise UnknownExpertError(f"expert {expert!r} is gone from Redis")
+        return Meta.from_hash(raw)
+
+    def read(self, expert: str) -> tuple[Meta, bytes]:
+        """An expert's meta and weights, in one MULTI."""
+        keys = self.connection.keys.expert(expert)
+        with self.connection.errors(), self._redis.pipeline(transaction=True) as pipe:
+            pipe.hgetall(keys.meta)
+            pipe.get(keys.weights)
+            raw, weights = pipe.execute()
+        if not raw or weights is None:
+            raise UnknownExpertError(f"expert {expert!r} is gone from Redis")
+        return Meta.from_hash(raw), weights
+
+    def record(self) -> GatewayRecord | None:
+        """What the stored gateway was built from; None if there is none."""
+        with self.connection.errors():
+            raw = self._redis.hgetall(self.keys.meta)
+        return self._record(raw)
+
+    def load(self) -> tuple[GatewayRecord, bytes] | None:
+        """The gateway's record and its safetensors file, in one MULTI; None if there is none yet."""
+        with self.connection.errors(), self._redis.pipeline(transaction=True) as pipe:
+            pipe.hgetall(self.keys.meta)
+            pipe.get(self.keys.weights)
+            raw, weights = pipe.execute()
+        record = self._record(raw)
+        return (record, weights) if record and weights is not None else None
+
+    def write(self, record: GatewayRecord, weights: memoryview) -> None:
+        """Replace the gateway."""
+        with self.connection.errors(), self._redis.pipeline(transaction=True) as pipe:
+            pipe.set(self.keys.weights, weights)  # type: ignore[arg-type]  # a buffer is sent as it is
+            pipe.delete(self.keys.meta)
+            pipe.hset(self.keys.meta, mapping=record.fields | {"built_from": json.dumps(record.built_from)})
+            pipe.execute()
+
+    def complain(self, reason: str) -> None:
+        """Say in the gateway's meta why it cannot be built; the old one stays."""
+        with self.connection.errors():
+            self._redis.hset(self.keys.meta, "error", reason)
+
+    @staticmethod
+    def _record(raw: Mapping[bytes, bytes]) -> GatewayRecord | None:
+        fields = {k.decode(): v.decode(errors="backslashreplace") for k, v in raw.items()}
+        try:
+            return GatewayRecord(json.loads(fields.pop("built_from")), fields)
+        except (KeyError, ValueError):
+            return None  # none yet, or damaged: it is a view, and is built anew

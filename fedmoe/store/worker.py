@@ -1,0 +1,172 @@
+"""The worker's side of one expert: join, publish, poll, pull, heartbeat.
+
+Each method is one attempt; whoever calls it tries again. Publishing twice is harmless: (run, seq) names one content
+for ever, and the aggregator takes it once.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from fedmoe.errors import RedisUnavailableError, UnknownExpertError
+from fedmoe.spec import Spec
+from fedmoe.store.connection import Connection
+from fedmoe.records import Decided, Meta
+from fedmoe.update import Header
+
+# Far longer than any outage planned for; parts that nobody will ever decide (their worker died while writing them)
+# go away by themselves.
+PAYLOAD_TTL_S = 7 * 24 * 3600
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """An expert and one's own last decided update, read in one MULTI.
+
+    `weights` is the safetensors file, or None if the weights are those the caller has already.
+    """
+
+    meta: Meta
+    decided: Decided | None
+    weights: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class Poll:
+    """Has anything changed? One's own last decided update, the weights' commit, and whether the entry still waits."""
+
+    decided: Decided | None
+    lineage: str
+    weights_commit: str
+    entry_waits: bool
+
+
+class WorkerStore:
+    """Redis commands of one worker of one expert. Every method may raise RedisUnavailableError."""
+
+    def __init__(self, connection: Connection, expert: str, worker: str) -> None:
+        self.connection = connection
+        self.expert = expert
+        self.worker = worker
+        self.keys = connection.keys.expert(expert)
+        self._redis = connection.client
+
+    def spec(self) -> Spec:
+        """The expert's spec.
+
+        Raises:
+            UnknownExpertError: naming the experts there are.
+        """
+        with self.connection.errors():
+            text = self._redis.get(self.keys.spec)
+            if text is not None:
+                return Spec.from_json(text)
+            names = sorted(name.decode() for name in self._redis.hkeys(self.connection.keys.experts))
+        there = f"there are {', '.join(names)}" if names else "there are none yet: start `fedmoe aggregator run`"
+        raise UnknownExpertError(f"there is no expert {self.expert!r} at {self.connection.settings.shown}; {there}")
+
+    def meta(self) -> Meta:
+        """The expert's meta hash."""
+        with self.connection.errors():
+            raw = self._redis.hgetall(self.keys.meta)
+        return self._meta(raw)
+
+    def _meta(self, raw: Mapping[bytes, bytes]) -> Meta:
+        if not raw:
+            raise UnknownExpertError(f"expert {self.expert!r} is gone from Redis: was the server emptied?")
+        return Meta.from_hash(raw)
+
+    def pull(self, *, known: str) -> Snapshot:
+        """Read meta and one's own decision, with the weights if their commit is not `known`, in one MULTI."""
+        with self.connection.errors():
+            with self._redis.pipeline(transaction=True) as pipe:
+                pipe.hgetall(self.keys.meta)
+                pipe.hget(self.keys.applied, self.worker)
+                raw, decided = pipe.execute()
+            if self._meta(raw).weights_commit == known:
+                return Snapshot(self._meta(raw), Decided.from_json(decided) if decided else None, None)
+            with self._redis.pipeline(transaction=True) as pipe:
+                pipe.hgetall(self.keys.meta)
+                pipe.hget(self.keys.applied, self.worker)
+                pipe.get(self.keys.weights)
+                raw, decided, weights = pipe.execute()
+        return Snapshot(self._meta(raw), Decided.from_json(decided) if decided else None, weights)
+
+    def poll(self, entry_id: str, header: Header) -> Poll:
+        """What became of the update that `entry_id` announced."""
+        with self.connection.errors(), self._redis.pipeline(transaction=True) as pipe:
+            pipe.hmget(self.keys.meta, ["lineage", "weights_commit"])
+            pipe.hget(self.keys.applied, self.worker)
+            pipe.xrange(self.keys.updates, entry_id, entry_id)
+            (lineage, weights_commit), decided, entries = pipe.execute()
+        if lineage is None or weights_commit is None:
+            raise UnknownExpertError(f"expert {self.expert!r} is gone from Redis: was the server emptied?")
+        # After a failover another worker's entry may bear this id.
+        waits = any(
+            fields.get(b"worker") == self.worker.encode()
+            and fields.get(b"run") == header.run.encode()
+            and fields.get(b"seq") == str(header.seq).encode()
+            for _, fields in entries
+        )
+        return Poll(
+            Decided.from_json(decided) if decided else None, lineage.decode(), weights_commit.decode(), waits
+        )
+
+    def publish(self, header: Header, parts: Sequence[bytes]) -> str:
+        """Write parts and header, then ring the bell; returns the entry's id.
+
+        Raises:
+            RedisUnavailableError: also if a part is not whole on the server: publish again.
+        """
+        run, seq = header.run, header.seq
+        blobs = {self.keys.part(self.worker, run, seq, index): part for index, part in enumerate(parts)}
+        blobs[self.keys.head(self.worker, run, seq)] = header.pack()
+        entry: dict[str, str | int | float] = {
+            "worker": self.worker,
+            "run": run,
+            "seq": seq,
+            "base_version": header.base_version,
+            "format": header.wire_format,
+            "parts": len(parts),
+            "bytes": header.payload_bytes,
+            "n_examples": header.n_examples,
+            "steps": header.steps,
+            "loss": f"{header.loss:.4f}",
+        }
+        with self.connection.errors():
+            with self._redis.pipeline(transaction=False) as pipe:
+                for key, blob in blobs.items():
+                    pipe.set(key, blob, ex=PAYLOAD_TTL_S)
+                pipe.execute()
+            with self._redis.pipeline(transaction=True) as pipe:
+                for key in blobs:
+                    pipe.strlen(key)
+                pipe.xadd(self.keys.updates, dict(entry))
+                *lengths, entry_id = pipe.execute()
+        if lengths != [len(blob) for blob in blobs.values()]:
+            raise RedisUnavailableError("the update did not arrive whole; it is sent again")
+        return str(entry_id.decode())
+
+    def join(self) -> None:
+        """Ask the aggregator to look at this worker's heartbeat (it pins the base model's fingerprint there)."""
+        with self.connection.errors():
+            self._redis.xadd(self.keys.updates, {"worker": self.worker, "join": "1"})
+
+    def beat(self, fields: Mapping[str, str | int | float], *, ttl_s: float) -> None:
+        """Write the heartbeat; it vanishes after ttl_s."""
+        key = self.keys.worker(self.worker)
+        with self.connection.errors(), self._redis.pipeline(transaction=True) as pipe:
+            pipe.delete(key)
+            pipe.hset(key, mapping=dict(fields))
+            pipe.pexpire(key, int(ttl_s * 1000))
+            pipe.execute()
+
+    def heartbeat(self) -> dict[str, str]:
+        """The heartbeat under this worker's name, empty if there is none."""
+        with self.connection.errors():
+            raw = self._redis.hgetall(self.keys.worker(self.worker))
+        return {k.decode(errors="replace"): v.decode(errors="replace") for k, v in raw.items()}
+
+    def leave(self) -> None:
+        """Take the heartbeat away."""
+        with self.connection.errors():
+            self._redis.delete(self.keys.worker(self.worker))

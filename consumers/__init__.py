@@ -1,0 +1,1 @@
+"""The aggregator side: makes updates part of experts, and experts part of the gateway."""

@@ -1,0 +1,203 @@
+"""The aggregator daemon: one thread for each expert, one for the gateway.
+
+Each expert is a chain of commits of its own, in its own Cluster slot, so its thread shares nothing with the others,
+and what goes wrong with one stops no other.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from consumers.decide import Outcome
+from consumers.expert import Expert
+from consumers.gateway import GatewayBuilder, GatewaySettings
+from fedmoe.backoff import Backoff
+from fedmoe.errors import FedMoEError, RedisUnavailableError, SettingsError, StaleStateError
+from fedmoe.records import Entry
+from fedmoe.store.connection import Connection, RedisSettings
+from fedmoe.store.expert import ExpertStore
+from fedmoe.store.lease import Lease
+
+logger = logging.getLogger(__name__)
+
+RECLAIM_INTERVAL_S = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AggregatorSettings:
+    """How the daemon runs.
+
+    Args:
+        lease_s: a standby takes over so long after an aggregator died (seconds).
+        block_ms: a read waits so long for the first entry; also how long a stop may take.
+        batch: entries that one commit takes at most.
+        burst: end as soon as nothing is waiting, instead of waiting for more.
+        max_updates: end after so many decided updates of all experts together; 0 is no bound.
+    """
+
+    lease_s: float = 5.0
+    block_ms: int = 500
+    batch: int = 64
+    burst: bool = False
+    max_updates: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.lease_s >= 0.2:
+            raise SettingsError(f"the lease must be at least 0.2 s, not {self.lease_s!r}")
+        if not 0 < self.block_ms <= 1000:
+            raise SettingsError(
+                f"block_ms must be 1 to 1000, not {self.block_ms!r}: a blocked read must end before the lease "
+                "and the socket's timeout do"
+            )
+        if not 0 < self.batch <= 4096:
+            raise SettingsError(f"batch must be 1 to 4096 entries, not {self.batch!r}")
+        if self.block_ms > self.lease_s * 500:
+            raise SettingsError(
+                f"block_ms ({self.block_ms}) must be at most half the lease ({self.lease_s * 1000:.0f} ms), "
+                "else it expires while its holder waits"
+            )
+
+
+class ExpertServer:
+    """Serves one expert: holds the lease, loads, reads, commits, and starts over whenever memory may be wrong.
+
+    Args:
+        connection: of this thread alone.
+        holder: name of this process, unique.
+        decided: told how many updates each commit decided.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        name: str,
+        settings: AggregatorSettings,
+        *,
+        holder: str,
+        decided: Callable[[int], None] = lambda _: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.name = name
+        self._settings = settings
+        self._holder = holder
+        self._decided = decided
+        self._clock = clock
+        self._connection = connection
+        self._store = ExpertStore(connection, name)
+        self._lease = Lease(
+            connection, self._store.keys.lease, holder=holder, ttl_ms=int(settings.lease_s * 1000)
+        )
+        self._expert: Expert | None = None
+        self._loaded = False
+        self._standing_by = False
+        self._reclaimed_at = 0.0
+
+    def run(self, stop: threading.Event) -> None:
+        """Serve until `stop` is set, or in burst mode until nothing is waiting."""
+        backoff = Backoff(self.name, logger)
+        while not stop.is_set():
+            try:
+                done = self._turn(stop)
+                backoff.ok()
+                if done and self._settings.burst:
+                    break
+            except StaleStateError as error:
+                logger.info("%s; loading again", error)
+                self._loaded = False
+            except FedMoEError as error:
+                self._loaded = False
+                stop.wait(backoff.failed(error))
+            except Exception as error:  # a bug must cost one expert a few seconds, never the daemon
+                logger.exception("%s: unexpected error", self.name)
+                self._loaded = False
+                stop.wait(backoff.failed(error))
+        try:
+            self._lease.release()
+        except RedisUnavailableError:
+            logger.debug("%s: could not give up the lease, it expires by itself", self.name)
+
+    def _turn(self, stop: threading.Event) -> bool:
+        """One read and its commit; True if nothing was waiting."""
+        if not self._lease.hold():
+            if not self._standing_by:
+                logger.info("%s: standing by, another aggregator serves it", self.name)
+            self._standing_by, self._loaded = True, False
+            stop.wait(min(0.2, self._settings.lease_s / 4))
+            return False
+        self._standing_by = False
+        entries = self._load() if not self._loaded else []
+        assert self._expert is not None
+        if self._connection.generation != self._expert.generation:
+            raise StaleStateError(f"{self.name}: the connection to Redis was made anew")
+        if not entries and self._clock() - self._reclaimed_at > RECLAIM_INTERVAL_S:
+            entries = self._reclaim()
+        if not entries:
+            block_ms = 1 if self._settings.burst else self._settings.block_ms
+            entries = self._store.read(block_ms=block_ms, count=self._settings.batch)
+        for first in range(0, len(entries), self._settings.batch):
+            verdicts = self._expert.process(entries[first : first + self._settings.batch])
+            self._decided(sum(v.outcome in (Outcome.APPLIED, Outcome.REFUSED) for v in verdicts))
+        return not entries
+
+    def _load(self) -> list[Entry]:
+        if self._expert is None:
+            self._expert = Expert(self._store, self._store.spec(), aggregator=self._holder)
+        self._expert.load()
+        self._loaded = True
+        logger.info("%s: serving from version %d", self.name, self._expert.meta.version)
+        return self._reclaim()
+
+    def _reclaim(self) -> list[Entry]:
+        self._reclaimed_at = self._clock()
+        return self._store.reclaim()
+
+
+class Aggregator:
+    """All experts of a federation and the gateway, each served by a thread with a connection of its own."""
+
+    def __init__(
+        self,
+        redis: RedisSettings,
+        experts: Sequence[str],
+        settings: AggregatorSettings,
+        gateway: GatewaySettings,
+        *,
+        holder: str,
+    ) -> None:
+        self._settings = settings
+        self._left = settings.max_updates
+        self._enough = threading.Event()
+        self._lock = threading.Lock()
+        self._servers = [
+            ExpertServer(Connection(redis), name, settings, holder=holder, decided=self._count)
+            for name in experts
+        ]
+        self._gateway = GatewayBuilder(Connection(redis), gateway, holder=holder, lease_s=settings.lease_s)
+
+    def _count(self, decided: int) -> None:
+        if not self._settings.max_updates:
+            return
+        with self._lock:
+            self._left -= decided
+            if self._left <= 0:
+                self._enough.set()
+
+    def run(self, stop: threading.Event) -> None:
+        """Serve until `stop` is set; the gateway is built a last time when the experts have ended."""
+        ending = threading.Event()
+        threads = [
+            threading.Thread(target=server.run, args=(ending,), name=server.name) for server in self._servers
+        ]
+        gateway_stop = threading.Event()
+        gateway = threading.Thread(target=self._gateway.run, args=(gateway_stop,), name="gateway")
+        for thread in (*threads, gateway):
+            thread.start()
+        while any(thread.is_alive() for thread in threads):
+            if stop.wait(0.1) or self._enough.is_set():
+                ending.set()
+                for thread in threads:
+                    thread.join()
+        gateway_stop.set()
+        gateway.join()

@@ -1,0 +1,212 @@
+"""Create the experts that do not exist yet, all of one base model and one LoRA initialisation.
+
+What needs transformers and peft (the layout from the base model's config, its fingerprint) runs in a process of its
+own, so that the daemon's memory stays that of its experts.
+"""
+
+import json
+import logging
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fedmoe.errors import BaseModelError, FedMoEError, SettingsError, SpecError
+from fedmoe.layout import AdapterBuffer, Layout
+from fedmoe.lora_init import initial_weights
+from fedmoe.names import check_expert
+from fedmoe.records import Meta
+from fedmoe.spec import DEFAULT_BASE_MODEL, LoraSettings, MergeRules, Spec, TrainingSettings
+from fedmoe.staleness import Decay
+from fedmoe.store.connection import Connection
+from fedmoe.store.expert import ExpertStore, new_id
+from fedmoe.store.gateway import GatewayStore
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_EXPERTS = ("python_expert", "sql_expert", "docs_expert")
+NORM_BOUND = 10.0  # an update may be this many times as long as the initial adapter
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpecRequest:
+    """What the operator asks new experts to be. `max_norm` 0 means: ten times the initial adapter's norm.
+
+    `explicit` names the settings the operator typed: an expert that exists and differs in one of them is an error,
+    while a mere default never is.
+    """
+
+    base_model: str = DEFAULT_BASE_MODEL
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    lr: float = 1.0
+    decay: Decay = field(default_factory=Decay)
+    max_staleness: int = 256
+    max_norm: float = 0.0
+    wire_format: str = "fp32"
+    sync_interval_s: float = 10.0
+    seed: int = 0
+    explicit: frozenset[str] = frozenset()
+
+
+def ensure_experts(connection: Connection, weights: Mapping[str, float], request: SpecRequest) -> list[str]:
+    """Create the experts of `weights` (name -> gateway weight) that do not exist yet; returns the new ones' names.
+
+    Raises:
+        SpecError: if an expert exists with other settings than those explicitly asked for, or the federation's
+            experts have another base model.
+        BaseModelError: if the base model's config cannot be read.
+    """
+    for name in weights:
+        check_expert(name)
+    stores = {name: ExpertStore(connection, name) for name in weights}
+    missing = []
+    for name, store in stores.items():
+        if store.exists():
+            check_unchanged(name, store.spec(), request)
+            store.register(weights[name])
+        else:
+            missing.append(name)
+    if not missing:
+        return []
+    spec, fingerprint = make_spec(request)
+    _check_federation(GatewayStore(connection), spec)
+    buffer = AdapterBuffer(spec.layout)
+    buffer.flat.copy_(initial_weights(spec.layout, spec.init_seed))
+    created = []
+    for name in missing:
+        if stores[name].create(spec, _first_meta(spec, fingerprint), buffer.file, gateway_weight=weights[name]):
+            created.append(name)
+            logger.info(
+                "created %s: %s, rank %d, %.1f MiB", name, spec.base_model, spec.lora.rank,
+                spec.layout.file_bytes / 2**20,
+            )  # fmt: skip
+    return created
+
+
+def make_spec(request: SpecRequest) -> tuple[Spec, str]:
+    """The spec that a request leads to, and the base model's fingerprint (empty if its weights are not here)."""
+    described = describe(request.base_model, request.lora)
+    layout = Layout(tuple((name, tuple(shape)) for name, shape in described["layout"]))
+    max_norm = request.max_norm
+    if not max_norm:
+        max_norm = NORM_BOUND * float(torch.linalg.vector_norm(initial_weights(layout, request.seed)))
+    merge = MergeRules(
+        lr=request.lr, decay=request.decay, max_staleness=request.max_staleness, max_norm=round(max_norm, 3)
+    )
+    spec = Spec(
+        base_model=request.base_model,
+        base_config=described["base_config"],
+        layout=layout,
+        lora=request.lora,
+        merge=merge,
+        training=request.training,
+        wire_format=request.wire_format,
+        sync_interval_s=request.sync_interval_s,
+        init_seed=request.seed,
+    )
+    return spec, described["fingerprint"]
+
+
+def describe(base_model: str, lora: LoraSettings) -> dict[str, Any]:
+    """Ask a process of its own for the adapter's layout and the base model's fingerprint."""
+    request = {"base_model": base_model, "rank": lora.rank, "alpha": lora.alpha, "targets": list(lora.targets)}
+    process = subprocess.run(
+        [sys.executable, "-m", "fedmoe.model.describe"],
+        input=json.dumps(request), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    try:
+        answer = json.loads(process.stdout.rpartition("\n")[2] or process.stdout)
+    except ValueError as error:
+        raise BaseModelError(
+            f"could not look at the base model {base_model!r}: {process.stderr.strip()[-800:]}"
+        ) from error
+    if "error" in answer:
+        raise BaseModelError(answer["error"])
+    return dict(answer)
+
+
+def _first_meta(spec: Spec, fingerprint: str) -> Meta:
+    commit, now = new_id(), time.time()
+    return Meta(
+        lineage=new_id(),
+        commit=commit,
+        weights_commit=commit,
+        spec=spec.digest,
+        base_model=spec.base_model,
+        base_fingerprint=fingerprint,
+        base_fingerprint_by="aggregator" if fingerprint else "",
+        created_at=now,
+        updated_at=now,
+    )
+
+
+def check_unchanged(name: str, spec: Spec, request: SpecRequest) -> None:
+    """Raise SpecError if an explicit setting of the request is not what the existing expert has."""
+    asked: dict[str, tuple[object, object]] = {
+        "base_model": (request.base_model, spec.base_model),
+        "rank": (request.lora.rank, spec.lora.rank),
+        "alpha": (request.lora.alpha, spec.lora.alpha),
+        "targets": (request.lora.targets, spec.lora.targets),
+        "lr": (request.lr, spec.merge.lr),
+        "decay": (request.decay.kind, spec.merge.decay.kind),
+        "decay_a": (request.decay.a, spec.merge.decay.a),
+        "decay_b": (request.decay.b, spec.merge.decay.b),
+        "max_staleness": (request.max_staleness, spec.merge.max_staleness),
+        "max_norm": (request.max_norm, spec.merge.max_norm),
+        "wire_format": (request.wire_format, spec.wire_format),
+        "sync_interval": (request.sync_interval_s, spec.sync_interval_s),
+        "seed": (request.seed, spec.init_seed),
+    }
+    asked |= {
+        key: (getattr(request.training, key), getattr(spec.training, key))
+        for key in TrainingSettings.__dataclass_fields__
+    }
+    for key in sorted(request.explicit & asked.keys()):
+        wanted, has = asked[key]
+        if wanted != has:
+            raise SpecError(
+                f"expert {name!r} exists with {key} {has!r}, not {wanted!r}: a spec never changes, so leave the "
+                "option away, or choose another expert name or --prefix"
+            )
+
+
+def _check_federation(gateway: GatewayStore, spec: Spec) -> None:
+    """All experts of a federation share base model and initialisation, else there is no gateway."""
+    for name in gateway.experts():
+        try:
+            other = gateway.spec(name)
+        except FedMoEError:
+            continue
+        for what, new, old in (
+            ("base model", spec.base_config, other.base_config),
+            ("LoRA settings", spec.lora, other.lora),
+            ("seed", spec.init_seed, other.init_seed),
+        ):
+            if new != old:
+                raise SpecError(
+                    f"the new experts would have another {what} ({new}) than expert {name!r} ({old}): experts of "
+                    "different bases have no common gateway, use another --prefix"
+                )
+
+
+def parse_experts(texts: Sequence[str]) -> dict[str, float]:
+    """`sql_expert` or `sql_expert=2` (its gateway weight) -> {name: weight}."""
+    weights = {}
+    for text in texts or DEFAULT_EXPERTS:
+        name, _, weight = text.partition("=")
+        try:
+            weights[check_expert(name)] = float(weight or 1)
+        except ValueError as error:
+            if isinstance(error, SettingsError):
+                raise
+            raise SettingsError(f"the gateway weight in {text!r} is not a number") from error
+        if not 0 <= weights[name] < float("inf"):
+            raise SettingsError(f"the gateway weight in {text!r} must be at least 0")
+    return weights
+
+

@@ -1,0 +1,110 @@
+"""What becomes of an update: duplicate, undecidable, refused or applied. Pure: state in, verdict out.
+
+    duplicate    its (run, seq) is the worker's last decided update: changes nothing
+    undecidable  not this lineage, not the head's successor, or not whole: changes nothing, its worker sends it again
+    refused      breaks a rule of the spec: becomes the head, with the reason
+    applied      becomes part of the expert and the head
+
+Redis is the truth about what is decided, the worker about what is not. So what cannot be decided decides nothing.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+
+from fedmoe.codec import FORMATS, decode, part_count
+from fedmoe.errors import UpdateError
+from fedmoe.spec import Spec
+from fedmoe.staleness import staleness_of
+from fedmoe.records import Decided, Meta
+from fedmoe.update import Header
+
+FRAME_SLACK = 256  # bytes by which a part may exceed its values: the frame around them
+
+
+class Outcome(Enum):
+    """How an update was decided."""
+
+    DUPLICATE = "duplicate"
+    UNDECIDABLE = "undecidable"
+    REFUSED = "refused"
+    APPLIED = "applied"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """An outcome, with its reason (for people), and for an applied update its staleness, factor and norm."""
+
+    outcome: Outcome
+    reason: str = ""
+    staleness: int = 0
+    factor: float = 0.0
+    norm: float = 0.0
+
+
+def judge_header(header: Header, head: Decided | None, meta: Meta, spec: Spec) -> Verdict:
+    """Judge by the header alone; APPLIED means: so far, and the payload has yet to be judged.
+
+    Nothing of the payload need be read for the other outcomes: an update that is too large is never fetched.
+    """
+    if head and header.id == head.id:
+        return Verdict(Outcome.DUPLICATE)
+    if header.lineage != meta.lineage:
+        return Verdict(Outcome.UNDECIDABLE, f"trained on lineage {header.lineage}, the expert's is {meta.lineage}")
+    if header.prev != (head.id if head else None):
+        return Verdict(
+            Outcome.UNDECIDABLE, f"follows update {header.prev}, the last decided is {head.id if head else None}"
+        )
+    staleness = staleness_of(meta.version, header.base_version)
+    if reason := _breach(header, staleness, meta, spec):
+        return Verdict(Outcome.REFUSED, reason, staleness)
+    return Verdict(
+        Outcome.APPLIED, staleness=staleness, factor=spec.merge.lr * spec.merge.decay(staleness)
+    )
+
+
+def _breach(header: Header, staleness: int, meta: Meta, spec: Spec) -> str:
+    """The rule that the header breaks, as a sentence, or nothing."""
+    if header.spec != meta.spec:
+        return f"made for spec {header.spec}, the expert's is {meta.spec}: restart the worker"
+    if meta.base_fingerprint and header.base_fingerprint != meta.base_fingerprint:
+        return (
+            f"trained on another base model (fingerprint {header.base_fingerprint}, the expert's is "
+            f"{meta.base_fingerprint}): use {spec.base_model}"
+        )
+    if header.wire_format != spec.wire_format:
+        return f"encoded as {header.wire_format!r}, the spec says {spec.wire_format!r}"
+    if len(header.parts) != part_count(spec.wire_format, spec.layout.numel):
+        return f"has {len(header.parts)} parts, the layout gives {part_count(spec.wire_format, spec.layout.numel)}"
+    largest = FORMATS[spec.wire_format].part_bytes + FRAME_SLACK
+    if any(part.length > largest for part in header.parts):
+        return f"has a part of {max(part.length for part in header.parts)} bytes, at most {largest} are allowed"
+    if staleness > spec.merge.max_staleness:
+        return (
+            f"too stale: {staleness} updates were applied since its base, at most {spec.merge.max_staleness} "
+            "are allowed"
+        )
+    return ""
+
+
+def judge_payload(header: Header, verdict: Verdict, parts: Sequence[bytes], spec: Spec, out: torch.Tensor) -> Verdict:
+    """Check and decode the parts of an update whose header passed; Δ is then in `out` (numel,) fp32."""
+    for index, (part, data) in enumerate(zip(header.parts, parts, strict=True)):
+        if not part.matches(data):
+            what = "is missing" if not data else "is damaged"
+            return Verdict(Outcome.UNDECIDABLE, f"part {index} of {len(parts)} {what}")
+    try:
+        decode(parts, spec.wire_format, out)
+    except UpdateError as error:
+        return Verdict(Outcome.REFUSED, str(error), verdict.staleness)
+    norm = float(torch.linalg.vector_norm(out))
+    if not math.isfinite(norm):
+        return Verdict(Outcome.REFUSED, "holds values that are not finite (NaN or infinity)", verdict.staleness)
+    if norm > spec.merge.max_norm:
+        return Verdict(
+            Outcome.REFUSED, f"its norm {norm:.4g} is above the bound {spec.merge.max_norm:.4g}", verdict.staleness
+        )
+    return Verdict(Outcome.APPLIED, "", verdict.staleness, verdict.factor, norm)

@@ -1,0 +1,181 @@
+"""One expert in the aggregator's memory: decide a batch of entries, fold, and say what to commit.
+
+Knows the store only to read headers and parts. After any error, and after a refused commit, memory is ahead of
+Redis: throw it away and load again.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+import torch
+
+from consumers.decide import Outcome, Verdict, judge_header, judge_payload
+from consumers.doorbell import Doorbell, Garbage, Join, parse_entry
+from consumers.fold import fold
+from fedmoe.errors import UpdateError
+from fedmoe.layout import AdapterBuffer
+from fedmoe.records import Decided, Entry
+from fedmoe.spec import Spec
+from fedmoe.store.expert import Commit, ExpertStore, Loaded, new_id
+from fedmoe.update import Header
+
+logger = logging.getLogger(__name__)
+
+
+class Expert:
+    """The working state of one expert, as of one load plus what was folded since.
+
+    Args:
+        store: of this expert.
+        spec: of this expert.
+        aggregator: name of this process, for people.
+        clock: seconds since 1970, for people only.
+    """
+
+    def __init__(
+        self, store: ExpertStore, spec: Spec, *, aggregator: str, clock: Callable[[], float] = time.time
+    ) -> None:
+        self.store = store
+        self.spec = spec
+        self._aggregator = aggregator
+        self._clock = clock
+        self.buffer = AdapterBuffer(spec.layout)
+
+    def load(self) -> None:
+        """Take over what Redis holds. Raises what ExpertStore.load raises, SpecError for a foreign weights key."""
+        loaded: Loaded = self.store.load()
+        self.buffer.load(loaded.weights)
+        self.meta = loaded.meta
+        self.applied = loaded.applied
+        self.generation = loaded.generation
+
+    def process(self, entries: Iterable[Entry]) -> list[Verdict]:
+        """Decide entries in stream order and commit them in one transaction."""
+        commit = Commit(on=self.meta.commit, generation=self.generation, meta=self.meta)
+        verdicts = []
+        delta: torch.Tensor | None = None
+        for entry in entries:
+            commit.entries.append(entry.id)
+            match parse_entry(entry):
+                case Garbage(reason=reason):
+                    self._garbage(entry, reason, commit)
+                case Join(worker=worker):
+                    self._pin(self.store.heartbeat_field(worker, "base_fingerprint") or "", worker)
+                case Doorbell() as bell:
+                    delta = torch.empty(self.spec.layout.numel) if delta is None else delta
+                    if verdict := self._decide(bell, entry, delta, commit):
+                        verdicts.append(verdict)
+        if commit.entries:
+            self._commit(commit)
+        return verdicts
+
+    def _commit(self, commit: Commit) -> None:
+        commit_id = new_id()
+        weights_commit = commit_id if commit.weights is not None else self.meta.weights_commit
+        self.meta = replace(
+            self.meta,
+            commit=commit_id,
+            weights_commit=weights_commit,
+            updated_at=self._clock(),
+            aggregator=self._aggregator,
+        )
+        commit.meta = self.meta
+        self.store.commit(commit)
+
+    def _decide(self, bell: Doorbell, entry: Entry, delta: torch.Tensor, commit: Commit) -> Verdict | None:
+        raw = self.store.header(bell.worker, bell.run, bell.seq)
+        if raw is None:
+            return self._undecidable(bell, Verdict(Outcome.UNDECIDABLE, "its header is missing"))
+        try:
+            header = Header.unpack(raw)
+            if (header.run, header.seq) != (bell.run, bell.seq):
+                raise UpdateError("the header is that of another update")
+        except UpdateError as error:
+            self._garbage(entry, str(error), commit)
+            return None
+        verdict = judge_header(header, self.applied.get(bell.worker), self.meta, self.spec)
+        if verdict.outcome is Outcome.APPLIED:
+            parts = self.store.parts(bell.worker, bell.run, bell.seq, header.parts)
+            verdict = judge_payload(header, verdict, parts, self.spec, delta)
+        match verdict.outcome:
+            case Outcome.DUPLICATE:
+                self.meta = replace(self.meta, duplicate=self.meta.duplicate + 1)
+                return verdict
+            case Outcome.UNDECIDABLE:
+                return self._undecidable(bell, verdict)
+            case Outcome.REFUSED:
+                self._refuse(bell.worker, header, verdict, commit)
+            case Outcome.APPLIED:
+                self._apply(bell.worker, header, verdict, delta, commit)
+        self.applied[bell.worker] = commit.applied[bell.worker] = Decided(
+            id=header.id,
+            how=verdict.outcome.value,
+            version=self.meta.version,
+            staleness=verdict.staleness,
+            reason=verdict.reason,
+            position=header.position,
+        )
+        commit.unlink += self.store.payload_keys(bell.worker, bell.run, bell.seq, len(header.parts))
+        return verdict
+
+    def _apply(self, worker: str, header: Header, verdict: Verdict, delta: torch.Tensor, commit: Commit) -> None:
+        fold(self.buffer.flat, delta, verdict.factor)
+        commit.weights = self.buffer.file
+        meta = self.meta
+        self.meta = replace(
+            meta,
+            version=meta.version + 1,
+            applied=meta.applied + 1,
+            staleness_sum=meta.staleness_sum + verdict.staleness,
+            loss=header.loss,
+            n_examples=meta.n_examples + header.n_examples,
+            n_tokens=meta.n_tokens + header.n_tokens,
+        )
+        self._pin(header.base_fingerprint, worker)
+        line = {
+            "version": self.meta.version,
+            "worker": worker,
+            "run": header.run,
+            "seq": header.seq,
+            "base_version": header.base_version,
+            "staleness": verdict.staleness,
+            "factor": repr(verdict.factor),
+            "norm": f"{verdict.norm:.6g}",
+            "loss": f"{header.loss:.6g}",
+            "n_examples": header.n_examples,
+        }
+        commit.log.append(line)
+        logger.info(
+            "%s version %d: %s seq %d, staleness %d, factor %.3g, norm %.3g, loss %.3f",
+            self.store.name, self.meta.version, worker, header.seq, verdict.staleness, verdict.factor,
+            verdict.norm, header.loss,
+        )  # fmt: skip
+
+    def _refuse(self, worker: str, header: Header, verdict: Verdict, commit: Commit) -> None:
+        self.meta = replace(self.meta, refused=self.meta.refused + 1)
+        letter = {"worker": worker, "run": header.run, "seq": header.seq, "reason": verdict.reason}
+        commit.dead.append(letter | {"loss": f"{header.loss:.6g}", "n_examples": header.n_examples})
+        logger.warning("%s refused %s seq %d: %s", self.store.name, worker, header.seq, verdict.reason)
+
+    def _undecidable(self, bell: Doorbell, verdict: Verdict) -> Verdict:
+        self.meta = replace(self.meta, undecidable=self.meta.undecidable + 1)
+        logger.warning(
+            "%s cannot decide %s seq %d, its worker will send it again: %s",
+            self.store.name, bell.worker, bell.seq, verdict.reason,
+        )  # fmt: skip
+        return verdict
+
+    def _garbage(self, entry: Entry, reason: str, commit: Commit) -> None:
+        self.meta = replace(self.meta, garbage=self.meta.garbage + 1)
+        fields = ", ".join(f"{k}={v}"[:80] for k, v in list(entry.fields.items())[:8])
+        commit.dead.append({"entry": entry.id, "reason": reason, "fields": fields[:400]})
+        logger.warning("%s took garbage off its stream (%s): %s", self.store.name, reason, fields[:200])
+
+    def _pin(self, fingerprint: str, worker: str) -> None:
+        """Pin the base model's fingerprint if nobody has yet."""
+        if fingerprint and not self.meta.base_fingerprint:
+            self.meta = replace(
+                self.meta, base_fingerprint=fingerprint[:64], base_fingerprint_by=f"worker {worker}"
+            )

@@ -1,0 +1,179 @@
+"""The gateway: the merge of all experts, rebuilt whenever one of them moved.
+
+A pure function of the experts, so nothing here needs to be exactly-once: its meta names the commit of each expert it
+was built from, and it is rebuilt until those are the present ones.
+"""
+
+import json
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from consumers import merge
+from fedmoe.backoff import Backoff
+from fedmoe.errors import FedMoEError, RedisUnavailableError, SettingsError, SpecError
+from fedmoe.layout import MAX_STRING_BYTES, AdapterBuffer
+from fedmoe.records import Meta
+from fedmoe.spec import Spec
+from fedmoe.store.connection import Connection
+from fedmoe.store.gateway import GatewayRecord, GatewayStore
+from fedmoe.store.lease import Lease
+
+logger = logging.getLogger(__name__)
+
+WEIGHTINGS = ("config", "examples", "updates")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewaySettings:
+    """How the experts become the gateway: scale · Σ wᵢ ΔWᵢ / Σ wᵢ.
+
+    Args:
+        method: one of consumers.merge.METHODS.
+        scale: what the normalised weights sum to; 1 is the average.
+        weighting: wᵢ from the experts hash ("config"), or by examples or updates applied.
+        rank: of the result, for the method svd; 0 is the experts' own.
+        interval_s: rebuilt at most this often.
+    """
+
+    method: str = "cat"
+    scale: float = 1.0
+    weighting: str = "config"
+    rank: int = 0
+    interval_s: float = 2.0
+
+    def __post_init__(self) -> None:
+        if self.method not in merge.METHODS:
+            raise SettingsError(f"the gateway's method must be one of {', '.join(merge.METHODS)}, not {self.method!r}")
+        if self.weighting not in WEIGHTINGS:
+            raise SettingsError(f"gateway weights must be by {', '.join(WEIGHTINGS)}, not {self.weighting!r}")
+        if not (math.isfinite(self.scale) and self.scale > 0):
+            raise SettingsError(f"the gateway's scale must be a number above 0, not {self.scale!r}")
+        if self.rank < 0:
+            raise SettingsError(f"the gateway's rank must be at least 0, not {self.rank!r}")
+        if not self.interval_s > 0:
+            raise SettingsError(f"the gateway's interval must be above 0 s, not {self.interval_s!r}")
+
+
+class GatewayBuilder:
+    """Rebuilds the gateway while it holds the gateway's lease."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        settings: GatewaySettings,
+        *,
+        holder: str,
+        lease_s: float,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._store = GatewayStore(connection)
+        self._settings = settings
+        self._clock = clock
+        self._lease_s = lease_s
+        self._lease = Lease(
+            connection, self._store.keys.lease, holder=holder, ttl_ms=int(lease_s * 1000 + settings.interval_s * 2000)
+        )
+
+    def run(self, stop: threading.Event) -> None:
+        """Rebuild until `stop` is set, and once more then."""
+        backoff = Backoff("gateway", logger)
+        ending = False
+        while not ending:
+            ending = stop.wait(self._settings.interval_s)
+            try:
+                if self._lease.hold():
+                    self.refresh()
+                backoff.ok()
+            except RedisUnavailableError as error:
+                stop.wait(backoff.failed(error))
+            except FedMoEError as error:
+                backoff.failed(error)
+                self._complain(str(error))
+            except Exception as error:  # a bug here must not end the daemon
+                logger.exception("gateway: unexpected error")
+                stop.wait(backoff.failed(error))
+        try:
+            self._lease.release()
+        except RedisUnavailableError:
+            logger.debug("gateway: could not give up the lease, it expires by itself")
+
+    def _complain(self, reason: str) -> None:
+        try:
+            self._store.complain(reason)
+        except RedisUnavailableError as error:
+            logger.debug("gateway: could not say why it is not built: %s", error)
+
+    def refresh(self) -> bool:
+        """Rebuild if an expert moved, or one came, or the settings are others; True if it did."""
+        weights = self._store.experts()
+        if not weights:
+            return False
+        present = {name: self._store.meta(name).weights_commit for name in weights}
+        record = self._store.record()
+        built = {name: part["weights_commit"] for name, part in record.built_from.items()} if record else None
+        if record and built == present and record.fields.get("settings") == self._settings_text(weights):
+            return False
+        self._build(weights)
+        return True
+
+    def _settings_text(self, weights: dict[str, float]) -> str:
+        s = self._settings
+        by = json.dumps(weights) if s.weighting == "config" else s.weighting
+        return f"{s.method} scale={s.scale:g} rank={s.rank} weights={by}"
+
+    def _build(self, weights: dict[str, float]) -> None:
+        started = self._clock()
+        specs = {name: self._store.spec(name) for name in weights}
+        parts: dict[str, dict[str, str | int]] = {}
+        experts = []
+        for name, weight in weights.items():
+            meta, file = self._store.read(name)
+            parts[name] = {"version": meta.version, "weights_commit": meta.weights_commit}
+            experts.append(self._expert(specs[name], file, self._weight(weight, meta)))
+        if sum(expert.weight for expert in experts) == 0:
+            raise SpecError("every expert's gateway weight is 0: nothing to merge yet")
+        merged = merge.merge(
+            experts, method=self._settings.method, scale=self._settings.scale, rank=self._settings.rank or None
+        )
+        if merged.layout.file_bytes > MAX_STRING_BYTES:
+            raise SpecError(
+                f"the gateway of {len(experts)} experts has {merged.layout.file_bytes / 2**20:.0f} MiB, more than a "
+                "Redis string holds (512 MiB): use --gateway-method svd"
+            )
+        buffer = AdapterBuffer(merged.layout)
+        buffer.flat.copy_(merged.flat)
+        first = next(iter(specs.values()))
+        config = first.adapter_config(rank=merged.rank) | {"lora_alpha": merged.scaling * merged.rank}
+        fields = {
+            "method": self._settings.method,
+            "settings": self._settings_text(weights),
+            "rank": str(merged.rank),
+            "adapter_config": json.dumps(config),
+            "updated_at": f"{self._clock():.3f}",
+            "build_s": f"{self._clock() - started:.3f}",
+        }
+        self._store.write(GatewayRecord(parts, fields), buffer.file)
+        logger.info("gateway: rebuilt from %s", ", ".join(f"{n} v{p['version']}" for n, p in parts.items()))
+
+    def _weight(self, configured: float, meta: Meta) -> float:
+        match self._settings.weighting:
+            case "examples":
+                return float(meta.n_examples)
+            case "updates":
+                return float(meta.version)
+        return configured
+
+    @staticmethod
+    def _expert(spec: Spec, file: bytes, weight: float) -> merge.Expert:
+        if len(file) != spec.layout.file_bytes or not file.startswith(spec.layout.header):
+            raise SpecError("an expert's stored weights are not an adapter of its spec")
+        flat = torch.frombuffer(
+            bytearray(file), dtype=torch.float32, offset=len(spec.layout.header), count=spec.layout.numel
+        )
+        return merge.Expert(layout=spec.layout, flat=flat, scaling=spec.lora.scaling, weight=weight)

@@ -1,0 +1,29 @@
+"""The one LoRA initialisation that all experts of a base share: version 0 of each.
+
+Averaging factors errs by Σ wᵢ (Bᵢ−B̄)(Aᵢ−Ā), nothing as long as the A factors agree: hence one A for all.
+"""
+
+import hashlib
+
+import torch
+
+from fedmoe.layout import Layout
+
+
+def initial_weights(layout: Layout, seed: int) -> torch.Tensor:
+    """The flat vector (numel,) fp32 of an untrained adapter: B = 0, A uniform in ±1/√in, as peft has it.
+
+    A tensor depends on the seed, its name and its shape only. What is drawn are multiples of 2⁻²⁴, which are
+    rounded once, so that every machine gets the same bits. Source: arXiv 1502.01852 (Kaiming, with a = √5).
+    """
+    flat = torch.zeros(layout.numel)
+    for name, view in layout.views(flat).items():
+        if ".lora_A." in name:
+            generator = torch.Generator().manual_seed(_tensor_seed(seed, name))
+            torch.rand(view.shape, generator=generator, out=view)
+            view.mul_(2).sub_(1).mul_(view.shape[1] ** -0.5)
+    return flat
+
+
+def _tensor_seed(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8]) >> 1

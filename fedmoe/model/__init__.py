@@ -1,0 +1,1 @@
+"""The base model, its LoRA adapter and its fingerprint (imports transformers and peft)."""

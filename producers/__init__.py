@@ -1,0 +1,1 @@
+"""The worker side: fine-tunes an adapter on private rows and publishes what it learned."""

@@ -1,0 +1,166 @@
+"""A worker's state on disk: one safetensors file, replaced atomically.
+
+It is written before an update is published, so that a worker that dies at any moment goes on where it was: the same
+run, the same outbox, optimizer and data position. One file, because two could disagree after a crash.
+"""
+
+import json
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from fedmoe.errors import SettingsError
+from fedmoe.records import Meta
+from fedmoe.update import Header, UpdateId
+from producers.ledger import Ledger, Outgoing, Trained
+
+FILE_NAME = "worker.safetensors"
+_FORMAT = "1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """All that a worker needs to go on.
+
+    Args:
+        ledger: base, run, queue, kept.
+        local: (numel,) fp32, the adapter at the last cut.
+        optimizer: the trainer's state.
+        trained: since the last cut, so in no update yet.
+        position: rows consumed; data: digest of the data file that position belongs to.
+        expert, worker: whose state it is.
+    """
+
+    ledger: Ledger
+    local: torch.Tensor
+    optimizer: Mapping[str, torch.Tensor]
+    trained: Trained
+    position: int
+    data: str
+    expert: str
+    worker: str
+
+
+class StateDir:
+    """The directory of `--state-dir`.
+
+    Raises:
+        SettingsError: if it cannot be made or written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.file = path / FILE_NAME
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            probe = path / f".probe-{socket.gethostname()}-{os.getpid()}"
+            probe.write_bytes(b"")
+            probe.unlink()
+        except OSError as error:
+            raise SettingsError(
+                f"the state directory {path} cannot be written ({error.strerror}): give --state-dir another one"
+            ) from error
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Write the checkpoint; after a crash at any moment either the old or the new one is there whole.
+
+        Raises:
+            OSError: if the disk is full or gone; the old checkpoint is still there.
+        """
+        ledger = checkpoint.ledger
+        tensors = {"local": checkpoint.local, "base": ledger.base}
+        tensors |= {f"optimizer.{name}": tensor for name, tensor in checkpoint.optimizer.items()}
+        for group, updates in (("queue", ledger.queue), ("kept", ledger.kept)):
+            for number, update in enumerate(updates):
+                blobs = (update.header.pack(), *update.parts)
+                tensors |= {
+                    f"{group}.{number:04d}.{index:06d}": torch.frombuffer(bytearray(blob), dtype=torch.uint8)
+                    for index, blob in enumerate(blobs)
+                }
+        info = {
+            "format": _FORMAT,
+            "run": ledger.run,
+            "seq": ledger.seq,
+            "start": list(ledger.start) if ledger.start else None,
+            "meta": asdict(ledger.meta),
+            "trained": asdict(checkpoint.trained),
+            "position": checkpoint.position,
+            "data": checkpoint.data,
+            "expert": checkpoint.expert,
+            "worker": checkpoint.worker,
+        }
+        fresh = self.file.with_suffix(".new")
+        save_file({k: v.contiguous() for k, v in tensors.items()}, fresh, metadata={"fedmoe": json.dumps(info)})
+        with fresh.open("rb") as handle:
+            os.fsync(handle.fileno())
+        fresh.replace(self.file)
+        directory = os.open(self.path, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+    def load(self, *, expert: str, worker: str, now: float) -> Checkpoint | None:
+        """The last checkpoint, None if there is none.
+
+        Raises:
+            SettingsError: if it is damaged, or that of another expert or worker.
+        """
+        if not self.file.exists():
+            return None
+        try:
+            with safe_open(self.file, framework="pt") as handle:
+                info = json.loads((handle.metadata() or {})["fedmoe"])
+                tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118  # not a dict
+            checkpoint = _restore(info, tensors, now)
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise SettingsError(
+                f"the checkpoint {self.file} is damaged ({error}): move it away to start a new run"
+            ) from error
+        if (checkpoint.expert, checkpoint.worker) != (expert, worker):
+            raise SettingsError(
+                f"the state directory {self.path} belongs to worker {checkpoint.worker!r} of "
+                f"{checkpoint.expert!r}, not to {worker!r} of {expert!r}: give each worker its own --state-dir"
+            )
+        return checkpoint
+
+
+def _restore(info: dict[str, Any], tensors: dict[str, torch.Tensor], now: float) -> Checkpoint:
+    if info["format"] != _FORMAT:
+        raise ValueError(f"its format is {info['format']}, this FedMoE reads {_FORMAT}")
+    ledger = Ledger(
+        base=tensors["base"],
+        meta=Meta(**info["meta"]),
+        run=info["run"],
+        seq=info["seq"],
+        start=UpdateId(*info["start"]) if info["start"] else None,
+        queue=_updates("queue", tensors, 0.0),
+        kept=_updates("kept", tensors, now),
+    )
+    return Checkpoint(
+        ledger=ledger,
+        local=tensors["local"],
+        optimizer={
+            name.removeprefix("optimizer."): t for name, t in tensors.items() if name.startswith("optimizer.")
+        },
+        trained=Trained(**info["trained"]),
+        position=info["position"],
+        data=info["data"],
+        expert=info["expert"],
+        worker=info["worker"],
+    )
+
+
+def _updates(group: str, tensors: dict[str, torch.Tensor], decided_at: float) -> list[Outgoing]:
+    blobs: dict[str, list[bytes]] = {}
+    for name in sorted(tensors):
+        if name.startswith(f"{group}."):
+            blobs.setdefault(name.split(".")[1], []).append(tensors[name].numpy().tobytes())
+    return [Outgoing(Header.unpack(head), tuple(parts), decided_at) for head, *parts in blobs.values()]

@@ -1,0 +1,246 @@
+"""The worker's books: `local = base + pending + progress`, each unit of training in it exactly once. Pure.
+
+    base      the weights last pulled, and their commit
+    pending   the updates that are published but not decided, as the aggregator will decode them
+    progress  all training since: local − base − pending
+
+Nothing here keeps `local`, which the training changes all the time; instead every observation of Redis gives the
+`correction` that is to be added to it. With W the weights now in Redis and Q, Q' the pending updates before and after,
+
+    correction = (W + ΣQ') − (base + ΣQ)
+
+leaves progress as it was, whatever happened: an update was applied (it is in W), refused (it is in neither), or a
+failover undid its decision (it is in Q' again). What quantisation loses is not in pending, so it stays in progress:
+error feedback comes by itself.
+
+A worker's updates are a chain: each names its predecessor `prev`, and the aggregator decides only the successor of
+the last decided one, its `head`. `kept` holds decided updates long enough to send them again after a rollback.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from enum import Enum, auto
+
+import torch
+
+from fedmoe.codec import decode, encode
+from fedmoe.errors import NameTakenError
+from fedmoe.records import Decided, Meta
+from fedmoe.update import Header, Part, UpdateId
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """An update and its parts, as published; decided_at is the worker's monotonic clock, in seconds."""
+
+    header: Header
+    parts: tuple[bytes, ...]
+    decided_at: float = 0.0
+
+    @property
+    def id(self) -> UpdateId:
+        return self.header.id
+
+    def values(self, numel: int) -> torch.Tensor:
+        """Δ (numel,) fp32 as the aggregator decodes it."""
+        out = torch.empty(numel)
+        decode(self.parts, self.header.wire_format, out)
+        return out
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trained:
+    """What was trained since the last cut, for the next update's header."""
+
+    n_examples: int = 0
+    n_tokens: int = 0
+    steps: int = 0
+    loss_sum: float = 0.0
+    position: str = ""
+
+    @property
+    def loss(self) -> float:
+        """Mean loss of the steps."""
+        return self.loss_sum / self.steps if self.steps else float("nan")
+
+
+class Place(Enum):
+    """Where the head in Redis lies, seen from the worker's own chain."""
+
+    KNOWN = auto()  # at one of its updates, or where its chain began
+    BEHIND = auto()  # before all it remembers: a rollback deeper than what was kept
+    AHEAD = auto()  # at a later update of this run: an old checkpoint was restored here
+    FOREIGN = auto()  # at a later run: another process bears this name
+
+
+def locate(head: UpdateId | None, start: UpdateId | None, known: Sequence[UpdateId], run: str) -> tuple[Place, int]:
+    """Where `head` lies in the chain `start` → known[0] → …; with KNOWN, how many of `known` are decided."""
+    if head in known:
+        return Place.KNOWN, known.index(head) + 1
+    if head == start:
+        return Place.KNOWN, 0
+    if head is None:
+        return Place.BEHIND, 0
+    mine = UpdateId(run, 0)
+    if head.run == run:
+        last = max((u.seq for u in (*known, start or mine) if u.run == run), default=0)
+        return (Place.AHEAD, 0) if head.seq > last else (Place.BEHIND, 0)
+    return (Place.FOREIGN, 0) if head.epoch >= mine.epoch else (Place.BEHIND, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What an observation did.
+
+    Args:
+        correction: (numel,) fp32 to add to local, None if nothing moved.
+        replace: set local to `correction` instead (all local training is forgotten).
+        decided: updates decided since the last observation, oldest first; `how` tells of the last one.
+        resent: updates whose decision a failover undid; they are pending again.
+        lost: a rollback went further back than what was kept: some decided updates are gone for good.
+        position: the data position to go to, "" for: go on.
+    """
+
+    correction: torch.Tensor | None = None
+    replace: bool = False
+    decided: tuple[UpdateId, ...] = ()
+    how: Decided | None = None
+    resent: tuple[UpdateId, ...] = ()
+    lost: bool = False
+    position: str = ""
+
+
+@dataclass
+class Ledger:
+    """A worker's books for one expert.
+
+    Args:
+        base: (numel,) fp32, the weights last pulled; meta: the expert's state then.
+        run: this worker's run; seq: of its last cut update.
+        start: the update that precedes the oldest one remembered; None at the very beginning.
+        queue: undecided updates in order; the first is the one in flight.
+        kept: decided updates, oldest first; at least the last one.
+        keep_decided_s: how long decided updates are kept (seconds).
+    """
+
+    base: torch.Tensor
+    meta: Meta
+    run: str
+    seq: int = 0
+    start: UpdateId | None = None
+    queue: list[Outgoing] = field(default_factory=list)
+    kept: list[Outgoing] = field(default_factory=list)
+    keep_decided_s: float = 60.0
+
+    @property
+    def head(self) -> UpdateId | None:
+        """The last update known to be decided."""
+        return self.kept[-1].id if self.kept else self.start
+
+    def pending(self) -> torch.Tensor:
+        """Sum of the undecided updates (numel,) fp32."""
+        total = torch.zeros_like(self.base)
+        for update in self.queue:
+            total += update.values(len(total))
+        return total
+
+    def progress(self, local: torch.Tensor) -> torch.Tensor:
+        """local − base − pending, (numel,) fp32."""
+        return local - self.base - self.pending()
+
+    def cut(self, local: torch.Tensor, trained: Trained, *, wire_format: str, fingerprint: str) -> Outgoing:
+        """Make progress the next update and append it to the queue."""
+        parts = tuple(encode(self.progress(local), wire_format))
+        self.seq += 1
+        header = Header(
+            lineage=self.meta.lineage,
+            spec=self.meta.spec,
+            run=self.run,
+            seq=self.seq,
+            prev=self.queue[-1].id if self.queue else self.head,
+            base_version=self.meta.version,
+            wire_format=wire_format,
+            base_fingerprint=fingerprint,
+            n_examples=trained.n_examples,
+            n_tokens=trained.n_tokens,
+            steps=trained.steps,
+            loss=trained.loss,
+            position=trained.position,
+            parts=tuple(Part.of(part) for part in parts),
+        )
+        self.queue.append(Outgoing(header, parts))
+        return self.queue[-1]
+
+    def _chain(self) -> list[Outgoing]:
+        return [*self.kept, *self.queue]
+
+    def observe(self, meta: Meta, weights: torch.Tensor | None, decided: Decided | None, *, now: float) -> Change:
+        """Take note of what Redis holds, read in one MULTI; `weights` None means: those of the base.
+
+        Raises:
+            NameTakenError: if another process publishes under this worker's name.
+        """
+        head = decided.id if decided else None
+        if meta.lineage != self.meta.lineage:
+            return self._start_over(meta, self._moved(weights), head, "")
+        place, count = locate(head, self.start, [u.id for u in self._chain()], self.run)
+        match place:
+            case Place.FOREIGN:
+                raise NameTakenError(
+                    f"another process publishes under this worker's name (its run {head.run if head else ''}, "
+                    f"ours {self.run}): give one of them another --name"
+                )
+            case Place.AHEAD:
+                assert decided is not None
+                self.seq = decided.id.seq
+                return self._start_over(meta, self._moved(weights), head, decided.position)
+            case Place.BEHIND:
+                return self._roll_back(meta, weights, head)
+        return self._advance(meta, weights, decided, count, now)
+
+    def _moved(self, weights: torch.Tensor | None) -> torch.Tensor:
+        return self.base if weights is None else weights
+
+    def _start_over(self, meta: Meta, weights: torch.Tensor, head: UpdateId | None, position: str) -> Change:
+        self.base, self.meta, self.start, self.queue, self.kept = weights, meta, head, [], []
+        return Change(correction=weights, replace=True, position=position)
+
+    def _roll_back(self, meta: Meta, weights: torch.Tensor | None, head: UpdateId | None) -> Change:
+        chain = self._chain()
+        if chain:
+            chain[0] = replace(chain[0], header=replace(chain[0].header, prev=head))
+        resent = tuple(update.id for update in self.kept)
+        self.start = head
+        correction = self._settle(meta, weights, kept=[], queue=chain)
+        return Change(correction=correction, resent=resent, lost=True)
+
+    def _advance(
+        self, meta: Meta, weights: torch.Tensor | None, decided: Decided | None, count: int, now: float
+    ) -> Change:
+        before = len(self.kept)
+        chain = self._chain()
+        fresh = [replace(update, decided_at=now) for update in chain[before:count]]
+        kept = chain[: min(before, count)] + fresh
+        resent = tuple(update.id for update in chain[count:before])
+        correction = self._settle(meta, weights, kept=kept, queue=chain[count:])
+        self._forget(now)
+        return Change(correction, decided=tuple(u.id for u in fresh), how=decided if fresh else None, resent=resent)
+
+    def _settle(
+        self, meta: Meta, weights: torch.Tensor | None, *, kept: list[Outgoing], queue: list[Outgoing]
+    ) -> torch.Tensor | None:
+        """Take over base, kept and queue; the correction that leaves progress as it was."""
+        old, new = {u.id for u in self.queue}, {u.id for u in queue}
+        target = self._moved(weights)
+        correction = None if weights is None and old == new else target - self.base
+        for update in (*self.queue, *queue):
+            if correction is not None and (update.id in old) != (update.id in new):
+                sign = 1.0 if update.id in new else -1.0
+                correction.add_(update.values(len(correction)), alpha=sign)
+        self.base, self.meta, self.kept, self.queue = target, meta, kept, queue
+        return correction
+
+    def _forget(self, now: float) -> None:
+        """Drop decided updates that are old enough; at least the last one stays."""
+        while len(self.kept) > 1 and now - self.kept[0].decided_at > self.keep_decided_s:
+            self.start = self.kept.pop(0).id

@@ -1,0 +1,300 @@
+"""Publish, poll and pull, beside the training.
+
+At most one update is in flight. While it is undecided (aggregator down, Redis down, Redis full), training goes on
+and its progress accumulates into the next one. Every turn of the loop is one small step whose repetition is
+harmless, so whatever fails is simply tried again.
+"""
+
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from fedmoe.backoff import Backoff
+from fedmoe.errors import FedMoEError, NameTakenError, RedisUnavailableError, SpecError, UnknownExpertError
+from fedmoe.spec import Spec
+from fedmoe.store.worker import WorkerStore
+from producers.checkpoint import Checkpoint, StateDir
+from producers.exchange import Cut, Exchange
+from producers.ledger import Change, Ledger, Trained
+
+logger = logging.getLogger(__name__)
+
+HEARTBEAT_INTERVAL_S = 5.0
+HEARTBEAT_TTL_S = 15.0
+FIRST_POLL_S = 0.02
+LONGEST_POLL_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class SyncStatus:
+    """What the progress line and the heartbeat tell; replaced whole, so that any thread may read it."""
+
+    version: int = 0
+    staleness: int = 0
+    published: int = 0
+    applied: int = 0
+    refused: int = 0
+    in_flight: int = 0  # seq of the update in flight, 0 for none
+    in_flight_since: float = 0.0
+    problem: str = ""
+
+
+class Sync:
+    """The sync thread of one worker.
+
+    Args:
+        store: of this thread alone.
+        ledger, exchange: the books, and the meeting point with the training.
+        state_dir: where to write a checkpoint before each publication, or None.
+        data: digest of the data file.
+        report: the training's part of the heartbeat.
+        must_pull: look at Redis before the first cut (a resumed worker).
+    """
+
+    def __init__(
+        self,
+        store: WorkerStore,
+        ledger: Ledger,
+        exchange: Exchange,
+        spec: Spec,
+        *,
+        fingerprint: str,
+        state_dir: StateDir | None,
+        data: str,
+        report: Callable[[], dict[str, str | int | float]] = dict,
+        must_pull: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.status = SyncStatus(version=ledger.meta.version)
+        self.failure: FedMoEError | None = None
+        self.ledger = ledger
+        self._store = store
+        self._exchange = exchange
+        self._spec = spec
+        self._fingerprint = fingerprint
+        self._state_dir = state_dir
+        self._data = data
+        self._report = report
+        self._must_pull = must_pull
+        self._clock = clock
+        self._wake = threading.Event()
+        self._deadline: float | None = None
+        self._ended = False
+        self._next_cut = self._next_save = clock() + spec.sync_interval_s
+        self._next_beat = 0.0
+        self._beats = 0
+        self._started_at = time.time()
+        self._waiting_for_cut = False
+        self._unsaved: Cut | None = None
+        self._entry: str | None = None
+        self._poll_s = FIRST_POLL_S
+        self._resend_s = FIRST_POLL_S
+
+    @property
+    def in_redis(self) -> bool:
+        """True if every undecided update was published, so that it waits in Redis."""
+        return len(self.ledger.queue) == 1 and self._entry is not None
+
+    def finish(self, timeout_s: float) -> None:
+        """Publish what is trained, wait at most timeout_s for the decision, and end."""
+        self._deadline = self._clock() + timeout_s
+        self._wake.set()
+
+    def run(self) -> None:
+        """The thread's body; ends after `finish`, or with `failure` set."""
+        backoff = Backoff("sync", logger, self._clock)
+        while not self._ended:
+            try:
+                wait_s = self._turn()
+                if not self._waiting_for_cut:
+                    backoff.ok()
+                    self.status = replace(self.status, problem="")
+            except (NameTakenError, SpecError) as error:
+                self.failure = error
+                return
+            except (RedisUnavailableError, UnknownExpertError) as error:
+                wait_s = self._failed(backoff, error)
+            except OSError as error:
+                told = OSError(f"cannot write the checkpoint ({error.strerror or error}); nothing is published until it can")
+                wait_s = self._failed(backoff, told)
+            except Exception as error:
+                logger.exception("sync: unexpected error")
+                wait_s = self._failed(backoff, error)
+            if self._deadline is not None and self._clock() >= self._deadline:
+                return
+            self._wake.wait(wait_s)
+            if self._deadline is None:
+                self._wake.clear()
+            elif wait_s > 0:
+                time.sleep(min(wait_s, 0.05))
+
+    def _failed(self, backoff: Backoff, error: Exception) -> float:
+        self.status = replace(self.status, problem=str(error))
+        return backoff.failed(error)
+
+    def _turn(self) -> float:
+        """One step; returns the seconds to wait before the next. What needs no Redis comes first."""
+        if self._unsaved is not None:
+            self._save(self._unsaved)
+            self._unsaved = None
+        now = self._clock()
+        if not self.ledger.queue and not self._must_pull and (self._deadline is not None or now >= self._next_cut):
+            if not self._cut(now):
+                return 0.0
+        elif self._state_dir and now >= self._next_save and not self._checkpoint(now):
+            return 0.0
+        self._beat()
+        if self._must_pull:
+            self._pull()
+            self._must_pull = False
+        if self.ledger.queue:
+            return 0.0 if self._unsaved is not None else self._follow()
+        return min(self._next_cut - now, HEARTBEAT_INTERVAL_S) if self._deadline is None else 0.0
+
+    def _copy(self, *, consume: bool) -> Cut | None:
+        """A copy of the training's state, or None if it has not reached a step boundary yet: come back."""
+        if not self._waiting_for_cut:
+            self._exchange.request(consume=consume)
+            self._waiting_for_cut = True
+        cut = self._exchange.take(0.2)
+        self._waiting_for_cut = cut is None
+        return cut
+
+    def _cut(self, now: float) -> bool:
+        """Make the training's progress the next update; False if it has not reached a boundary yet."""
+        cut = self._copy(consume=True)
+        if cut is None:
+            return False
+        self._next_cut = self._next_save = now + self._spec.sync_interval_s
+        if cut.trained.steps:
+            update = self.ledger.cut(
+                cut.local, cut.trained, wire_format=self._spec.wire_format, fingerprint=self._fingerprint
+            )
+            self.status = replace(self.status, in_flight=update.header.seq, in_flight_since=now)
+            self._unsaved = replace(cut, trained=Trained()) if self._state_dir else None
+        elif self._deadline is None:
+            self._pull()  # nothing was trained on the old base, so a newer one costs nothing
+        else:
+            if self._state_dir:
+                self._save(cut)
+            self._ended = True
+        return True
+
+    def _checkpoint(self, now: float) -> bool:
+        """Save the training while an update is undecided, so that a long outage costs a killed worker little."""
+        cut = self._copy(consume=False)
+        if cut is not None:
+            self._next_save = now + self._spec.sync_interval_s
+            self._save(cut)
+        return cut is not None
+
+    def _save(self, cut: Cut) -> None:
+        assert self._state_dir is not None
+        self._state_dir.save(
+            Checkpoint(
+                ledger=self.ledger,
+                local=cut.local,
+                optimizer=cut.optimizer,
+                trained=cut.trained,
+                position=cut.position,
+                data=self._data,
+                expert=self._store.expert,
+                worker=self._store.worker,
+            )
+        )
+
+    def _follow(self) -> float:
+        """Publish the first update of the queue, or see what became of it."""
+        update = self.ledger.queue[0]
+        if self._entry is None:
+            self._entry = self._store.publish(update.header, update.parts)
+            self._poll_s = FIRST_POLL_S
+            self.status = replace(self.status, published=self.status.published + 1)
+            return self._poll_s
+        poll = self._store.poll(self._entry, update.header)
+        head = poll.decided.id if poll.decided else None
+        if head != self.ledger.head or poll.lineage != self.ledger.meta.lineage:
+            self._pull()
+            return 0.0
+        if not poll.entry_waits:
+            logger.info("update %s is gone without a decision; sending it again", update.id)
+            self._entry = None
+            self._resend_s = min(LONGEST_POLL_S, self._resend_s * 2)
+            return self._resend_s
+        self._poll_s = min(LONGEST_POLL_S, self._poll_s * 1.5)
+        return self._poll_s
+
+    def _pull(self) -> None:
+        """Read the expert and one's own decision, settle the books, hand the correction to the training."""
+        snapshot = self._store.pull(known=self.ledger.meta.weights_commit)
+        weights = None if snapshot.weights is None else self._flat(snapshot.weights)
+        before = self.ledger.queue[0].id if self.ledger.queue else None
+        change = self.ledger.observe(snapshot.meta, weights, snapshot.decided, now=self._clock())
+        self._exchange.correct(change)
+        if not self.ledger.queue or self.ledger.queue[0].id != before:
+            self._entry = None
+        self._tell(change)
+
+    def _flat(self, file: bytes) -> torch.Tensor:
+        layout = self._spec.layout
+        if len(file) != layout.file_bytes or not file.startswith(layout.header):
+            raise RedisUnavailableError("the expert's weights in Redis are not an adapter of its spec; waiting")
+        return torch.frombuffer(
+            bytearray(file), dtype=torch.float32, offset=len(layout.header), count=layout.numel
+        )
+
+    def _tell(self, change: Change) -> None:
+        """Say what happened, and bring the status up to date."""
+        status = self.status
+        if change.how is not None:
+            self._resend_s = FIRST_POLL_S
+            refused = change.how.how == "refused"
+            if refused:
+                logger.warning("update %s was refused: %s", change.how.id, change.how.reason)
+            status = replace(
+                status,
+                staleness=change.how.staleness,
+                applied=status.applied + len(change.decided) - refused,
+                refused=status.refused + refused,
+            )
+        if change.resent:
+            logger.warning("Redis went back in time: %d decided updates are sent again", len(change.resent))
+        if change.lost:
+            logger.warning("Redis went back further than what is kept here: earlier updates are lost")
+        if change.replace:
+            logger.warning(
+                "the expert's history is not the one known here (%s): going on from its current weights",
+                "this worker was restored from an old checkpoint" if change.position else "new lineage",
+            )
+        queue = self.ledger.queue
+        self.status = replace(
+            status, version=self.ledger.meta.version, in_flight=queue[0].header.seq if queue else 0
+        )
+
+    def _beat(self) -> None:
+        now = self._clock()
+        if now < self._next_beat:
+            return
+        self._beats += 1
+        fields = {
+            "run": self.ledger.run,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "since": f"{self._started_at:.0f}",
+            "beat": self._beats,
+            "seen": f"{time.time():.0f}",
+            "base_version": self.ledger.meta.version,
+            "base_fingerprint": self._fingerprint,
+            "in_flight": self.status.in_flight,
+            "staleness": self.status.staleness,
+            "published": self.status.published,
+            "refused": self.status.refused,
+        }
+        self._store.beat(fields | self._report(), ttl_s=HEARTBEAT_TTL_S)
+        self._next_beat = now + HEARTBEAT_INTERVAL_S

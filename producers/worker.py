@@ -1,0 +1,352 @@
+"""A worker: pull the expert, fine-tune on private rows, publish what was learned, for ever.
+
+The main thread trains; the sync thread (producers/sync.py) does all the talking, so training never waits for Redis.
+"""
+
+import hashlib
+import logging
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from fedmoe.backoff import Backoff
+from fedmoe.data.examples import Examples, make_examples
+from fedmoe.data.jsonl import read_rows
+from fedmoe.errors import (
+    BaseModelError,
+    FedMoEError,
+    RedisUnavailableError,
+    SettingsError,
+    UnknownExpertError,
+)
+from fedmoe.model.adapter import attach_adapter
+from fedmoe.model.base import check_structure, choose_device, choose_precision, fingerprint, load_base, load_config
+from fedmoe.names import check_name, clean_name
+from fedmoe.spec import Spec
+from fedmoe.store.connection import Connection, RedisSettings
+from fedmoe.store.worker import WorkerStore
+from fedmoe.update import make_run
+from producers.checkpoint import StateDir
+from producers.claim import claim_name
+from producers.exchange import Exchange
+from producers.ledger import Ledger, Trained
+from producers.sync import HEARTBEAT_INTERVAL_S, HEARTBEAT_TTL_S, Sync
+from producers.trainer import StepResult, Trainer
+
+logger = logging.getLogger(__name__)
+
+PIN_WAIT_S = 5.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSettings:
+    """What is a worker's own; all else comes from the expert's spec.
+
+    Args:
+        stream: the expert. data: the JSONL file.
+        name: of this worker, "" for the host's name.
+        base_model: where the base model lies here, "" for what the spec says.
+        state_dir: makes the worker resumable.
+        batch_size, accumulate: instead of the spec's (0: the spec's), for a smaller GPU.
+        max_steps, max_epochs: end by itself after so many (0: never).
+        drain_s: how long to wait for the last decision when stopped.
+        wait: wait for a Redis or an expert that is not there yet, instead of failing.
+        log_interval_s: of the progress line.
+    """
+
+    stream: str
+    data: Path
+    name: str = ""
+    base_model: str = ""
+    state_dir: Path | None = None
+    device: str = "auto"
+    precision: str = "auto"
+    batch_size: int = 0
+    accumulate: int = 0
+    max_steps: int = 0
+    max_epochs: float = 0.0
+    drain_s: float = 30.0
+    wait: bool = True
+    on_bad_row: Literal["skip", "fail"] = "skip"
+    log_interval_s: float = 5.0
+
+    def __post_init__(self) -> None:
+        check_name("stream", self.stream)
+        if self.name:
+            check_name("worker name", self.name)
+        for what in ("batch_size", "accumulate", "max_steps", "max_epochs", "drain_s"):
+            if not getattr(self, what) >= 0:
+                raise SettingsError(f"{what} must be at least 0, not {getattr(self, what)!r}")
+
+    @property
+    def worker(self) -> str:
+        """The worker's name."""
+        return self.name or clean_name(socket.gethostname())
+
+
+class Worker:
+    """One worker from start to end.
+
+    Args:
+        say: where lines for people go.
+        stop: set it, and the worker finishes its step, publishes, waits for the decision and returns.
+    """
+
+    def __init__(
+        self,
+        redis: RedisSettings,
+        settings: WorkerSettings,
+        *,
+        stop: threading.Event,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self._settings = settings
+        self._stop = stop
+        self._say = say
+        self._store = WorkerStore(Connection(redis), settings.stream, settings.worker)
+        self._last: StepResult | None = None
+        self._steps = 0
+        self._tokens_per_s = 0.0
+
+    def run(self) -> None:
+        """Join, train and publish until stopped.
+
+        Raises:
+            FedMoEError: one sentence for whatever makes this worker useless: wrong data, stream, base model, name.
+        """
+        settings = self._settings
+        rows = read_rows(settings.data, on_bad_row=settings.on_bad_row)
+        for problem in rows.problems[:10]:
+            self._say(str(problem))
+        state_dir = StateDir(settings.state_dir) if settings.state_dir else None
+        spec = self._wait_for_spec()
+        if spec is None:
+            return
+        model, tokenizer, device, autocast = self._load_base(spec)
+        examples = make_examples(rows, tokenizer, spec.training.max_length)
+        self._say(f"{settings.data}: {examples.summary()}")
+        print_of_base = fingerprint(model)
+        self._check_base(print_of_base, spec)
+        claim_name(self._store, patience_s=HEARTBEAT_INTERVAL_S * 1.5, stop=self._stop)
+        self._pin_base(print_of_base)
+        model, flat = attach_adapter(model, spec)
+        trainer = Trainer(
+            model=model,
+            flat=flat,
+            examples=examples.examples,
+            pad_id=_pad_id(tokenizer),
+            settings=self._training(spec),
+            seed=spec.init_seed + _seed_of(settings.worker),
+            device=device,
+            autocast=autocast,
+        )
+        ledger, trained = self._open_books(state_dir, trainer, rows.digest)
+        exchange = Exchange(trainer, with_optimizer=state_dir is not None, trained=trained)
+        sync = Sync(
+            self._store, ledger, exchange, spec,
+            fingerprint=print_of_base, state_dir=state_dir, data=rows.digest, report=self._report,
+            must_pull=bool(ledger.seq),
+        )  # fmt: skip
+        self._train(trainer, exchange, sync, examples)
+
+    def _wait_for_spec(self) -> Spec | None:
+        """The expert's spec; None if stopped while waiting for it."""
+        backoff = Backoff("worker", logger)
+        while not self._stop.is_set():
+            try:
+                spec = self._store.spec()
+                backoff.ok()
+                return spec
+            except (RedisUnavailableError, UnknownExpertError) as error:
+                nothing_yet = not isinstance(error, UnknownExpertError) or "there are none yet" in str(error)
+                if not (self._settings.wait and nothing_yet):
+                    raise
+                self._stop.wait(backoff.failed(error))
+        return None
+
+    def _load_base(self, spec: Spec) -> tuple[Any, Any, torch.device, torch.dtype]:
+        base_model = self._settings.base_model or spec.base_model
+        check_structure(load_config(base_model), spec.base_config)
+        device = choose_device(self._settings.device)
+        autocast = choose_precision(self._settings.precision, device)
+        self._say(f"loading {base_model} on {device} ({str(autocast).removeprefix('torch.')})")
+        dtype = autocast if device.type != "cpu" else torch.float32
+        model, tokenizer = load_base(base_model, device=device, dtype=dtype)
+        return model, tokenizer, device, autocast
+
+    def _check_base(self, print_of_base: str, spec: Spec) -> None:
+        meta = self._store.meta()
+        if meta.base_fingerprint and meta.base_fingerprint != print_of_base:
+            raise BaseModelError(
+                f"the base model here is not the one that {self._settings.stream!r} is trained on: the weights' "
+                f"fingerprint is {print_of_base}, the expert's is {meta.base_fingerprint} (pinned by "
+                f"{meta.base_fingerprint_by}): use {spec.base_model}, for example not its Base for its Instruct"
+            )
+
+    def _pin_base(self, print_of_base: str) -> None:
+        """If nobody pinned the base model's fingerprint yet, have the aggregator pin this one, and look again."""
+        self._store.beat(self._first_beat(print_of_base), ttl_s=HEARTBEAT_TTL_S)
+        if self._store.meta().base_fingerprint:
+            return
+        self._store.join()
+        until = time.monotonic() + PIN_WAIT_S
+        while time.monotonic() < until and not self._stop.wait(0.1):
+            if self._store.meta().base_fingerprint:
+                self._check_base(print_of_base, self._store.spec())
+                return
+        logger.warning("no aggregator has pinned the base model yet; training on without")
+
+    def _first_beat(self, print_of_base: str) -> dict[str, str | int | float]:
+        return {
+            "run": "joining",
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "since": f"{time.time():.0f}",
+            "seen": f"{time.time():.0f}",
+            "beat": secrets.token_hex(4),
+            "base_fingerprint": print_of_base,
+        }
+
+    def _training(self, spec: Spec) -> Any:
+        training = spec.training
+        if self._settings.batch_size:
+            training = replace(training, batch_size=self._settings.batch_size)
+        if self._settings.accumulate:
+            training = replace(training, accumulate=self._settings.accumulate)
+        return training
+
+    def _open_books(
+        self, state_dir: StateDir | None, trainer: Trainer, data: str
+    ) -> tuple[Ledger, Trained | None]:
+        """The ledger of the checkpoint if there is one, else a new run on the expert's present weights."""
+        settings = self._settings
+        saved = (
+            state_dir.load(expert=settings.stream, worker=settings.worker, now=time.monotonic()) if state_dir else None
+        )
+        if saved is not None:
+            trainer.flat.copy_(saved.local)
+            trainer.load_state(dict(saved.optimizer))
+            if saved.data == data:
+                trainer.position = saved.position
+            else:
+                self._say(f"{settings.data} is not the file of the checkpoint: starting at its first row")
+            self._say(f"resuming run {saved.ledger.run} after update {saved.ledger.seq}, row {trainer.position}")
+            return saved.ledger, saved.trained
+        snapshot = self._store.pull(known="")
+        assert snapshot.weights is not None
+        spec = self._store.spec()
+        base = torch.frombuffer(
+            bytearray(snapshot.weights),
+            dtype=torch.float32,
+            offset=len(spec.layout.header),
+            count=spec.layout.numel,
+        )
+        with torch.no_grad():
+            trainer.flat.copy_(base)
+        start = snapshot.decided.id if snapshot.decided else None
+        run = make_run(start.epoch + 1 if start else 1, secrets.token_hex(4))
+        return Ledger(base=base, meta=snapshot.meta, run=run, start=start), None
+
+    def _train(self, trainer: Trainer, exchange: Exchange, sync: Sync, examples: Examples) -> None:
+        """Train until stopped or done, then let the sync publish the rest."""
+        thread = threading.Thread(target=sync.run, name="sync", daemon=True)
+        thread.start()
+        rate = _Rate()
+        said_at = time.monotonic()
+        while not self._stop.is_set() and thread.is_alive() and not self._done(trainer, examples):
+            exchange.boundary()
+            self._last = trainer.step()
+            self._steps += 1
+            exchange.record(self._last)
+            self._tokens_per_s = rate.add(self._last.n_tokens)
+            if time.monotonic() - said_at >= self._settings.log_interval_s:
+                said_at = time.monotonic()
+                self._say(self._progress(sync))
+        if self._last:
+            self._say(self._progress(sync))
+        sync.finish(self._settings.drain_s)
+        while thread.is_alive():
+            exchange.boundary()
+            thread.join(0.02)
+        self._leave(sync)
+
+    def _done(self, trainer: Trainer, examples: Examples) -> bool:
+        settings = self._settings
+        epochs = trainer.position / len(examples.examples)
+        return bool(
+            (settings.max_steps and self._steps >= settings.max_steps)
+            or (settings.max_epochs and epochs >= settings.max_epochs)
+        )
+
+    def _leave(self, sync: Sync) -> None:
+        """Say how it ended; raise if something that was trained could be lost."""
+        try:
+            self._store.leave()
+        except RedisUnavailableError:
+            logger.debug("the heartbeat could not be taken away, it expires by itself")
+        if sync.failure is not None:
+            raise sync.failure
+        status = sync.status
+        told = f"{status.applied} updates applied, {status.refused} refused, expert at version {status.version}"
+        if not sync.ledger.queue:
+            self._say(f"done: {told}")
+        elif self._settings.state_dir:
+            self._say(f"done: {told}; the last one is not decided yet and kept in {self._settings.state_dir}")
+        elif sync.in_redis:
+            self._say(f"done: {told}; the last one waits in Redis for an aggregator")
+        else:
+            raise FedMoEError(
+                f"the last update could not be published ({status.problem}) and is lost: with --state-dir it "
+                "would have been kept"
+            )
+
+    def _progress(self, sync: Sync) -> str:
+        status, last = sync.status, self._last
+        assert last is not None
+        flight = f"in flight {status.in_flight}" if status.in_flight else "in flight -"
+        problem = f"  [{status.problem}]" if status.problem else ""
+        return (
+            f"step {self._steps}  loss {last.loss:.3f}  tokens/s {self._tokens_per_s:.0f}  "
+            f"version {status.version}  staleness {status.staleness}  {flight}{problem}"
+        )
+
+    def _report(self) -> dict[str, str | int | float]:
+        loss = f"{self._last.loss:.4f}" if self._last else ""
+        return {"step": self._steps, "loss": loss, "tokens_per_s": f"{self._tokens_per_s:.1f}"}
+
+
+class _Rate:
+    """Tokens per second, averaged over about the last ten steps."""
+
+    def __init__(self) -> None:
+        self._at = time.monotonic()
+        self._rate = 0.0
+
+    def add(self, n_tokens: int) -> float:
+        now = time.monotonic()
+        fresh = n_tokens / max(now - self._at, 1e-6)
+        self._at = now
+        self._rate = fresh if self._rate == 0 else 0.9 * self._rate + 0.1 * fresh
+        return self._rate
+
+
+def _seed_of(name: str) -> int:
+    """A seed of its own for each worker, so that two workers with the same rows see them in another order."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
+
+
+def _pad_id(tokenizer: Any) -> int:
+    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if candidate is not None:
+            return int(candidate)
+    return 0  # padding is masked, so any id does
+
+

@@ -1,0 +1,134 @@
+"""`fedmoe aggregator run`."""
+
+import threading
+from typing import Any
+
+import click
+
+from fedmoe.cli.options import redis_options, redis_settings, stop_on_signals
+
+
+@click.group()
+def aggregator() -> None:
+    """Merge what workers publish into the experts, and the experts into the gateway."""
+
+
+@aggregator.command()
+@redis_options
+@click.option("--expert", "experts", multiple=True, metavar="NAME[=WEIGHT]",
+              help="An expert to create and serve, with its weight in the gateway; repeatable.  "
+                   "[default: python_expert, sql_expert, docs_expert]")  # fmt: skip
+@click.option("--base-model", default="Qwen/Qwen2.5-0.5B-Instruct", show_default=True,
+              help="Hub id or directory; only its config is needed here.")  # fmt: skip
+@click.option("--rank", type=int, default=16, show_default=True, help="LoRA rank.")
+@click.option("--alpha", type=float, default=32.0, show_default=True, help="LoRA alpha.")
+@click.option("--targets", default="all-linear", show_default=True, help="Modules with an adapter, comma separated.")
+@click.option("--lr", type=float, default=1.0, show_default=True, help="Expert += lr × decay × Δ.")
+@click.option("--decay", type=click.Choice(["constant", "polynomial", "hinge"]), default="polynomial",
+              show_default=True, help="How much a stale update weighs.")  # fmt: skip
+@click.option("--decay-a", type=float, default=1.0, show_default=True, help="(1+τ)^-a; hinge: its slope.")
+@click.option("--decay-b", type=float, default=4.0, show_default=True, help="Hinge: full weight up to this τ.")
+@click.option("--max-staleness", type=int, default=256, show_default=True, help="Staler updates are refused.")
+@click.option("--max-norm", type=float, default=0.0, help="Longer updates are refused.  "
+              "[default: ten times the initial adapter's norm]")  # fmt: skip
+@click.option("--wire-format", type=click.Choice(["fp32", "bf16", "int8"]), default="fp32", show_default=True,
+              help="How updates travel.")  # fmt: skip
+@click.option("--sync-interval", type=float, default=10.0, show_default=True, help="Seconds between publications.")
+@click.option("--learning-rate", type=float, default=2e-4, show_default=True, help="Workers: AdamW's.")
+@click.option("--weight-decay", type=float, default=0.0, show_default=True, help="Workers: AdamW's.")
+@click.option("--batch-size", type=int, default=4, show_default=True, help="Workers: rows a micro-batch.")
+@click.option("--accumulate", type=int, default=1, show_default=True, help="Workers: micro-batches a step.")
+@click.option("--max-length", type=int, default=512, show_default=True, help="Workers: tokens a row.")
+@click.option("--warmup-steps", type=int, default=10, show_default=True, help="Workers: steps.")
+@click.option("--clip-norm", type=float, default=1.0, show_default=True, help="Workers: of the gradient.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the experts' common initialisation.")
+@click.option("--gateway-method", type=click.Choice(["cat", "svd", "average", "ties", "dare"]), default="cat",
+              show_default=True, help="How the experts are merged.")  # fmt: skip
+@click.option("--gateway-scale", type=float, default=1.0, show_default=True, help="Sum of the merge weights.")
+@click.option("--gateway-weights", type=click.Choice(["config", "examples", "updates"]), default="config",
+              show_default=True, help="What an expert weighs.")  # fmt: skip
+@click.option("--gateway-rank", type=int, default=0, help="Of the svd merge.  [default: the experts' rank]")
+@click.option("--gateway-interval", type=float, default=2.0, show_default=True, help="Seconds between rebuilds.")
+@click.option("--lease", type=float, default=5.0, show_default=True, help="Seconds until a standby takes over.")
+@click.option("--block-ms", type=int, default=500, show_default=True, help="Longest wait of a read.")
+@click.option("--batch", type=int, default=64, show_default=True, help="Updates a commit takes at most.")
+@click.option("--burst", is_flag=True, help="End when nothing is waiting.")
+@click.option("--max-updates", type=int, default=0, help="End after so many decided updates.")
+@click.option("--no-wait", is_flag=True, help="Fail if Redis cannot be reached, instead of waiting for it.")
+@click.pass_context
+def run(ctx: click.Context, /, **options: Any) -> None:
+    """Create the experts that do not exist yet, then serve them until stopped.
+
+    A second aggregator on the same Redis is a hot standby.
+    """
+    import logging
+
+    from consumers.aggregator import Aggregator, AggregatorSettings
+    from consumers.create import SpecRequest, ensure_experts, parse_experts
+    from consumers.gateway import GatewaySettings
+    from fedmoe.backoff import Backoff
+    from fedmoe.errors import RedisUnavailableError
+    from fedmoe.spec import LoraSettings, TrainingSettings
+    from fedmoe.staleness import Decay
+    from fedmoe.store.connection import Connection
+
+    redis = redis_settings(options["redis"], options["prefix"], options["redis_timeout"])
+    request = SpecRequest(
+        base_model=options["base_model"],
+        lora=LoraSettings(
+            rank=options["rank"],
+            alpha=options["alpha"],
+            targets=tuple(t.strip() for t in options["targets"].split(",") if t.strip()),
+        ),
+        training=TrainingSettings(**{key: options[key] for key in TrainingSettings.__dataclass_fields__}),
+        lr=options["lr"],
+        decay=Decay(kind=options["decay"], a=options["decay_a"], b=options["decay_b"]),
+        max_staleness=options["max_staleness"],
+        max_norm=options["max_norm"],
+        wire_format=options["wire_format"],
+        sync_interval_s=options["sync_interval"],
+        seed=options["seed"],
+        explicit=frozenset(
+            name for name in options if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
+        ),
+    )
+    settings = AggregatorSettings(
+        lease_s=options["lease"],
+        block_ms=options["block_ms"],
+        batch=options["batch"],
+        burst=options["burst"],
+        max_updates=options["max_updates"],
+    )
+    gateway = GatewaySettings(
+        method=options["gateway_method"],
+        scale=options["gateway_scale"],
+        weighting=options["gateway_weights"],
+        rank=options["gateway_rank"],
+        interval_s=options["gateway_interval"],
+    )
+    weights = parse_experts(options["experts"])
+    stop = threading.Event()
+    stop_on_signals(stop, lambda line: click.echo(line, err=True))
+    backoff = Backoff("aggregator", logging.getLogger(__name__))
+    connection = Connection(redis)
+    while not stop.is_set():
+        try:
+            ensure_experts(connection, weights, request)
+            break
+        except RedisUnavailableError as error:
+            if options["no_wait"]:
+                raise
+            stop.wait(backoff.failed(error))
+    if stop.is_set():
+        return
+    daemon = Aggregator(redis, list(weights), settings, gateway, holder=holder_name())
+    daemon.run(stop)
+
+
+def holder_name() -> str:
+    """A name for this process that nobody else has: host, pid and four random hex digits."""
+    import os
+    import secrets
+    import socket
+
+    return f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"

@@ -1,0 +1,143 @@
+"""`fedmoe`: the root command, its configuration file, and errors as one sentence."""
+
+import importlib
+import logging
+import os
+import sys
+import tomllib
+import warnings
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fedmoe import __version__
+from fedmoe.errors import FedMoEError, SettingsError
+
+# name -> (module, attribute, help); a module is imported only when its command is used.
+COMMANDS = {
+    "aggregator": ("fedmoe.cli.aggregator", "aggregator", "Merge what workers publish into the experts."),
+    "worker": ("fedmoe.cli.worker", "worker", "Fine-tune an expert on private data."),
+    "status": ("fedmoe.cli.status", "status", "Show experts, workers and what is waiting."),
+    "gateway": ("fedmoe.cli.gateway", "gateway", "Export the model that knows all domains."),
+    "evaluate": ("fedmoe.cli.evaluate", "evaluate", "Held-out loss of base, experts and gateway."),
+    "demo": ("fedmoe.cli.demo", "demo", "The whole thing on this machine, on a real model and real data."),
+    "doctor": ("fedmoe.cli.doctor", "doctor", "Check this installation and the Redis."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported when they are used, so that `fedmoe --help` is quick."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, attribute, _ = COMMANDS[cmd_name]
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, _, text) in COMMANDS.items()])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="fedmoe")
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    envvar="FEDMOE_CONFIG",
+    help="TOML file with defaults: [aggregator.run], [worker.run], …; redis and prefix at its top are for all.",
+)
+@click.option("-v", "--verbose", is_flag=True, help="Say more.")
+@click.pass_context
+def cli(ctx: click.Context, config: Path | None, verbose: bool) -> None:
+    """FedMoE: teams fine-tune one language model together, each domain an expert, over nothing but a Redis.
+
+    Every option can also be given by environment variable (shown by --help) or in the --config file; the command
+    line wins over the environment, the environment over the file.
+    """
+    logging.basicConfig(
+        level=logging.INFO if not verbose else logging.DEBUG,
+        format="%(asctime)s %(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stderr,
+    )
+    for name in ("transformers", "httpx", "huggingface_hub", "urllib3"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if config is not None:
+        ctx.default_map = read_config(config, ctx)
+
+
+def read_config(path: Path, ctx: click.Context) -> dict[str, Any]:
+    """The file as click's default_map; unknown keys are errors, since click would ignore them silently.
+
+    Raises:
+        SettingsError: naming the key that no option has.
+    """
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise SettingsError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"the configuration {path} is not TOML: {error}") from error
+    shared = {key: value for key, value in content.items() if not isinstance(value, dict)}
+    if odd := sorted(shared.keys() - {"redis", "prefix"}):
+        raise SettingsError(f"{path}: unknown key {odd[0]!r} (at the top only redis and prefix)")
+    root = ctx.command
+    assert isinstance(root, click.Group)
+    return _defaults(root, ctx, content, shared, str(path))
+
+
+def _defaults(
+    group: click.Group, ctx: click.Context, content: dict[str, Any], shared: dict[str, Any], where: str
+) -> dict[str, Any]:
+    """Check the sections of a group and add the shared keys to each command that has them."""
+    defaults: dict[str, Any] = {}
+    sections = {key: value for key, value in content.items() if isinstance(value, dict)}
+    if odd := sorted(sections.keys() - set(group.list_commands(ctx))):
+        raise SettingsError(f"{where}: there is no command for the section {odd[0]!r}")
+    wanted = [ctx.protected_args[0]] if getattr(ctx, "protected_args", None) else list(group.list_commands(ctx))
+    for name in {*sections, *wanted}:
+        command = group.get_command(ctx, name)
+        if isinstance(command, click.Group):
+            defaults[name] = _defaults(command, ctx, sections.get(name, {}), shared, f"{where} [{name}]")
+        elif command is not None:
+            known = {p.name for p in command.params if p.name}
+            section = {key.replace("-", "_"): value for key, value in sections.get(name, {}).items()}
+            if odd := sorted(section.keys() - known):
+                raise SettingsError(f"{where} [{name}]: unknown key {odd[0]!r}; there are {', '.join(sorted(known))}")
+            defaults[name] = {key: value for key, value in shared.items() if key in known} | section
+    return defaults
+
+
+def main() -> None:
+    """Entry point: run, and end with one sentence instead of a traceback."""
+    warnings.filterwarnings("ignore", module="transformers")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        code = cli.main(standalone_mode=False, auto_envvar_prefix="FEDMOE")
+        sys.exit(code if isinstance(code, int) else 0)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except FedMoEError as error:
+        click.echo(f"fedmoe: {error}", err=True)
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("fedmoe: interrupted", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader of a pipe (head, less) has gone; Python would complain once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""Options that several commands share, and the signals of the long-running ones."""
+
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from fedmoe.store.connection import RedisSettings
+
+
+def redis_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --redis, --prefix and --redis-timeout."""
+    command = click.option(
+        "--redis-timeout",
+        type=float,
+        default=10.0,
+        show_default=True,
+        envvar="FEDMOE_REDIS_TIMEOUT",
+        show_envvar=True,
+        help="Seconds after which an unanswered command has failed.",
+    )(command)
+    command = click.option(
+        "--prefix",
+        default="fedmoe",
+        show_default=True,
+        envvar="FEDMOE_PREFIX",
+        show_envvar=True,
+        help="First part of every key; one federation each.",
+    )(command)
+    return click.option(
+        "--redis",
+        metavar="URL",
+        default="redis://127.0.0.1:6379/0",
+        show_default=True,
+        envvar="FEDMOE_REDIS",
+        show_envvar=True,
+        help="redis://, rediss:// (TLS) or unix:// URL, with user and password if need be.",
+    )(command)
+
+
+def redis_settings(redis: str, prefix: str, redis_timeout: float) -> "RedisSettings":
+    """The settings of redis_options."""
+    from fedmoe.store.connection import RedisSettings
+
+    return RedisSettings(url=redis, prefix=prefix, timeout_s=redis_timeout)
+
+
+def stop_on_signals(stop: threading.Event, say: Callable[[str], None]) -> None:
+    """SIGTERM and Ctrl-C set `stop`; a second one interrupts at once."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        say(f"{signal.Signals(number).name}: finishing (once more to leave at once)")
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handle)

@@ -79,7 +79,9 @@ def ensure_experts(connection: Connection, weights: Mapping[str, float], request
     buffer.flat.copy_(initial_weights(spec.layout, spec.init_seed))
     created = []
     for name in missing:
-        if stores[name].create(spec, _first_meta(spec, fingerprint), buffer.file, gateway_weight=weights[name]):
+        if stores[name].create(
+            spec, _first_meta(spec, fingerprint), buffer.file, gateway_weight=weights[name]
+        ):
             created.append(name)
             logger.info(
                 "created %s: %s, rank %d, %.1f MiB", name, spec.base_model, spec.lora.rank,
@@ -114,7 +116,12 @@ def make_spec(request: SpecRequest) -> tuple[Spec, str]:
 
 def describe(base_model: str, lora: LoraSettings) -> dict[str, Any]:
     """Ask a process of its own for the adapter's layout and the base model's fingerprint."""
-    request = {"base_model": base_model, "rank": lora.rank, "alpha": lora.alpha, "targets": list(lora.targets)}
+    request = {
+        "base_model": base_model,
+        "rank": lora.rank,
+        "alpha": lora.alpha,
+        "targets": list(lora.targets),
+    }
     process = subprocess.run(
         [sys.executable, "-m", "fedmoe.model.describe"],
         input=json.dumps(request), capture_output=True, text=True, check=False,
@@ -208,5 +215,3 @@ def parse_experts(texts: Sequence[str]) -> dict[str, float]:
         if not 0 <= weights[name] < float("inf"):
             raise SettingsError(f"the gateway weight in {text!r} must be at least 0")
     return weights
-
-

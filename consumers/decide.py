@@ -15,14 +15,13 @@ from enum import Enum
 
 import torch
 
-from fedmoe.codec import FORMATS, decode, part_count
+from fedmoe.codec import FORMATS, FRAME_BYTES, decode, part_count
 from fedmoe.errors import UpdateError
+from fedmoe.layout import FLOAT_BYTES
+from fedmoe.records import Decided, Meta
 from fedmoe.spec import Spec
 from fedmoe.staleness import staleness_of
-from fedmoe.records import Decided, Meta
 from fedmoe.update import Header
-
-FRAME_SLACK = 256  # bytes by which a part may exceed its values: the frame around them
 
 
 class Outcome(Enum):
@@ -53,17 +52,18 @@ def judge_header(header: Header, head: Decided | None, meta: Meta, spec: Spec) -
     if head and header.id == head.id:
         return Verdict(Outcome.DUPLICATE)
     if header.lineage != meta.lineage:
-        return Verdict(Outcome.UNDECIDABLE, f"trained on lineage {header.lineage}, the expert's is {meta.lineage}")
+        return Verdict(
+            Outcome.UNDECIDABLE, f"trained on lineage {header.lineage}, the expert's is {meta.lineage}"
+        )
     if header.prev != (head.id if head else None):
         return Verdict(
-            Outcome.UNDECIDABLE, f"follows update {header.prev}, the last decided is {head.id if head else None}"
+            Outcome.UNDECIDABLE,
+            f"follows update {header.prev}, the last decided is {head.id if head else None}",
         )
     staleness = staleness_of(meta.version, header.base_version)
     if reason := _breach(header, staleness, meta, spec):
         return Verdict(Outcome.REFUSED, reason, staleness)
-    return Verdict(
-        Outcome.APPLIED, staleness=staleness, factor=spec.merge.lr * spec.merge.decay(staleness)
-    )
+    return Verdict(Outcome.APPLIED, staleness=staleness, factor=spec.merge.lr * spec.merge.decay(staleness))
 
 
 def _breach(header: Header, staleness: int, meta: Meta, spec: Spec) -> str:
@@ -79,9 +79,11 @@ def _breach(header: Header, staleness: int, meta: Meta, spec: Spec) -> str:
         return f"encoded as {header.wire_format!r}, the spec says {spec.wire_format!r}"
     if len(header.parts) != part_count(spec.wire_format, spec.layout.numel):
         return f"has {len(header.parts)} parts, the layout gives {part_count(spec.wire_format, spec.layout.numel)}"
-    largest = FORMATS[spec.wire_format].part_bytes + FRAME_SLACK
+    largest = min(FORMATS[spec.wire_format].part_bytes, spec.layout.numel * FLOAT_BYTES) + FRAME_BYTES
     if any(part.length > largest for part in header.parts):
-        return f"has a part of {max(part.length for part in header.parts)} bytes, at most {largest} are allowed"
+        return (
+            f"has a part of {max(part.length for part in header.parts)} bytes, at most {largest} are allowed"
+        )
     if staleness > spec.merge.max_staleness:
         return (
             f"too stale: {staleness} updates were applied since its base, at most {spec.merge.max_staleness} "
@@ -90,7 +92,9 @@ def _breach(header: Header, staleness: int, meta: Meta, spec: Spec) -> str:
     return ""
 
 
-def judge_payload(header: Header, verdict: Verdict, parts: Sequence[bytes], spec: Spec, out: torch.Tensor) -> Verdict:
+def judge_payload(
+    header: Header, verdict: Verdict, parts: Sequence[bytes], spec: Spec, out: torch.Tensor
+) -> Verdict:
     """Check and decode the parts of an update whose header passed; Δ is then in `out` (numel,) fp32."""
     for index, (part, data) in enumerate(zip(header.parts, parts, strict=True)):
         if not part.matches(data):
@@ -102,9 +106,13 @@ def judge_payload(header: Header, verdict: Verdict, parts: Sequence[bytes], spec
         return Verdict(Outcome.REFUSED, str(error), verdict.staleness)
     norm = float(torch.linalg.vector_norm(out))
     if not math.isfinite(norm):
-        return Verdict(Outcome.REFUSED, "holds values that are not finite (NaN or infinity)", verdict.staleness)
+        return Verdict(
+            Outcome.REFUSED, "holds values that are not finite (NaN or infinity)", verdict.staleness
+        )
     if norm > spec.merge.max_norm:
         return Verdict(
-            Outcome.REFUSED, f"its norm {norm:.4g} is above the bound {spec.merge.max_norm:.4g}", verdict.staleness
+            Outcome.REFUSED,
+            f"its norm {norm:.4g} is above the bound {spec.merge.max_norm:.4g}",
+            verdict.staleness,
         )
     return Verdict(Outcome.APPLIED, "", verdict.staleness, verdict.factor, norm)

@@ -1,4 +1,4 @@
-"""What a stream entry announces. An entry only rings the bell: anybody may have written it, so nothing else in it counts."""
+"""What a stream entry announces. It only rings the bell: anybody may have written it, so nothing else in it counts."""
 
 from dataclasses import dataclass
 
@@ -34,10 +34,14 @@ def parse_entry(entry: Entry) -> Doorbell | Join | Garbage:
     """Tell what an entry announces; never raises."""
     worker = entry.fields.get("worker", "")
     if not is_name(worker):
-        return Garbage(reason="the entry names no worker" if not worker else "the entry's worker is not a name")
+        return Garbage(
+            reason="the entry names no worker" if not worker else "the entry's worker is not a name"
+        )
     if "join" in entry.fields:
         return Join(worker=worker)
     run, seq = entry.fields.get("run", ""), entry.fields.get("seq", "")
-    if not is_run(run) or not (seq.isascii() and seq.isdigit() and 0 < int(seq[:20]) < 2**53 and len(seq) < 17):
+    if not is_run(run) or not (
+        seq.isascii() and seq.isdigit() and 0 < int(seq[:20]) < 2**53 and len(seq) < 17
+    ):
         return Garbage(reason="the entry's run and seq do not name an update")
     return Doorbell(worker=worker, run=run, seq=int(seq))

@@ -120,7 +120,9 @@ class Expert:
         commit.unlink += self.store.payload_keys(bell.worker, bell.run, bell.seq, len(header.parts))
         return verdict
 
-    def _apply(self, worker: str, header: Header, verdict: Verdict, delta: torch.Tensor, commit: Commit) -> None:
+    def _apply(
+        self, worker: str, header: Header, verdict: Verdict, delta: torch.Tensor, commit: Commit
+    ) -> None:
         fold(self.buffer.flat, delta, verdict.factor)
         commit.weights = self.buffer.file
         meta = self.meta
@@ -134,7 +136,7 @@ class Expert:
             n_tokens=meta.n_tokens + header.n_tokens,
         )
         self._pin(header.base_fingerprint, worker)
-        line = {
+        line: dict[str, str | int | float] = {
             "version": self.meta.version,
             "worker": worker,
             "run": header.run,
@@ -155,7 +157,7 @@ class Expert:
 
     def _refuse(self, worker: str, header: Header, verdict: Verdict, commit: Commit) -> None:
         self.meta = replace(self.meta, refused=self.meta.refused + 1)
-        letter = {"worker": worker, "run": header.run, "seq": header.seq, "reason": verdict.reason}
+        letter: dict[str, str | int | float] = {"worker": worker, "run": header.run, "seq": header.seq, "reason": verdict.reason}
         commit.dead.append(letter | {"loss": f"{header.loss:.6g}", "n_examples": header.n_examples})
         logger.warning("%s refused %s seq %d: %s", self.store.name, worker, header.seq, verdict.reason)
 

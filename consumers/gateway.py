@@ -17,7 +17,7 @@ import torch
 from consumers import merge
 from fedmoe.backoff import Backoff
 from fedmoe.errors import FedMoEError, RedisUnavailableError, SettingsError, SpecError
-from fedmoe.layout import MAX_STRING_BYTES, AdapterBuffer
+from fedmoe.lora_init import initial_weights
 from fedmoe.records import Meta
 from fedmoe.spec import Spec
 from fedmoe.store.connection import Connection
@@ -49,13 +49,17 @@ class GatewaySettings:
 
     def __post_init__(self) -> None:
         if self.method not in merge.METHODS:
-            raise SettingsError(f"the gateway's method must be one of {', '.join(merge.METHODS)}, not {self.method!r}")
+            raise SettingsError(
+                f"the gateway's method must be one of {', '.join(merge.METHODS)}, not {self.method!r}"
+            )
         if self.weighting not in WEIGHTINGS:
             raise SettingsError(f"gateway weights must be by {', '.join(WEIGHTINGS)}, not {self.weighting!r}")
         if not (math.isfinite(self.scale) and self.scale > 0):
             raise SettingsError(f"the gateway's scale must be a number above 0, not {self.scale!r}")
         if self.rank < 0:
             raise SettingsError(f"the gateway's rank must be at least 0, not {self.rank!r}")
+        if self.rank and self.method != "svd":
+            raise SettingsError(f"only the method svd has a rank of its own, {self.method!r} has not")
         if not self.interval_s > 0:
             raise SettingsError(f"the gateway's interval must be above 0 s, not {self.interval_s!r}")
 
@@ -77,7 +81,10 @@ class GatewayBuilder:
         self._clock = clock
         self._lease_s = lease_s
         self._lease = Lease(
-            connection, self._store.keys.lease, holder=holder, ttl_ms=int(lease_s * 1000 + settings.interval_s * 2000)
+            connection,
+            self._store.keys.lease,
+            holder=holder,
+            ttl_ms=int(lease_s * 1000 + settings.interval_s * 2000),
         )
 
     def run(self, stop: threading.Event) -> None:
@@ -138,17 +145,15 @@ class GatewayBuilder:
             experts.append(self._expert(specs[name], file, self._weight(weight, meta)))
         if sum(expert.weight for expert in experts) == 0:
             raise SpecError("every expert's gateway weight is 0: nothing to merge yet")
-        merged = merge.merge(
-            experts, method=self._settings.method, scale=self._settings.scale, rank=self._settings.rank or None
-        )
-        if merged.layout.file_bytes > MAX_STRING_BYTES:
-            raise SpecError(
-                f"the gateway of {len(experts)} experts has {merged.layout.file_bytes / 2**20:.0f} MiB, more than a "
-                "Redis string holds (512 MiB): use --gateway-method svd"
-            )
-        buffer = AdapterBuffer(merged.layout)
-        buffer.flat.copy_(merged.flat)
         first = next(iter(specs.values()))
+        needs_init = self._settings.method in ("ties", "dare")
+        merged = merge.merge(
+            experts,
+            method=self._settings.method,
+            scale=self._settings.scale,
+            rank=self._settings.rank or None,
+            init=initial_weights(first.layout, first.init_seed) if needs_init else None,
+        )
         config = first.adapter_config(rank=merged.rank) | {"lora_alpha": merged.scaling * merged.rank}
         fields = {
             "method": self._settings.method,
@@ -158,7 +163,9 @@ class GatewayBuilder:
             "updated_at": f"{self._clock():.3f}",
             "build_s": f"{self._clock() - started:.3f}",
         }
-        self._store.write(GatewayRecord(parts, fields), buffer.file)
+        if merged.relative_error is not None:
+            fields["relative_error"] = f"{merged.relative_error:.6g}"
+        self._store.write(GatewayRecord(parts, fields), merged.buffer.file)
         logger.info("gateway: rebuilt from %s", ", ".join(f"{n} v{p['version']}" for n, p in parts.items()))
 
     def _weight(self, configured: float, meta: Meta) -> float:

@@ -107,7 +107,8 @@ def merge(
     _check_settings(experts, method, scale, rank, density)
     experts = [expert for expert in experts if expert.weight > 0]
     dims, ranks = _check_experts(experts)
-    layout = _lora_layout(dims, _result_rank(method, ranks, rank))
+    rank = _result_rank(method, ranks, rank)
+    layout = _lora_layout(dims, rank)
     if layout.file_bytes > MAX_STRING_BYTES:
         raise SettingsError(
             f"the merged adapter would have {layout.file_bytes / 2**20:.0f} MiB, allowed are 512: use 'svd'"
@@ -138,12 +139,7 @@ def merge(
             else:
                 _prune(factors, a, b, method, density, start.get(name_a))
     known = {"cat": 0.0, "svd": cut / norm if norm else 0.0}
-    return Merged(
-        buffer=buffer,
-        rank=_result_rank(method, ranks, rank),
-        scaling=scaling,
-        relative_error=known.get(method),
-    )
+    return Merged(buffer=buffer, rank=rank, scaling=scaling, relative_error=known.get(method))
 
 
 def _stack(factors: list[_Factors], a: Tensor, b: Tensor) -> None:

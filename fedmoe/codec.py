@@ -1,7 +1,8 @@
 """How the values of an update travel: parts of at most 1 MiB, each a msgpack frame that stands on its own.
 
-A frame says its format, where its first value lies in the layout, how many values follow, the scales of the blocks
-and the bytes. So a part can be checked, decoded and folded without the others, and never by running anything.
+A frame says its format, where its first value lies in the layout, how many values follow, the scales of the
+blocks and the bytes. So a part can be checked, decoded and folded without the others, and never by running
+anything.
 
     format  bytes a value  what is lost
     fp32    4              nothing

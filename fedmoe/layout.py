@@ -1,8 +1,9 @@
 """One contiguous fp32 vector for a whole adapter, and the safetensors file that is that vector.
 
-A `Layout` fixes which value of the flat vector belongs to which tensor. The safetensors header of a layout never
-changes, so an adapter's file is `header + raw bytes of the vector`: an `AdapterBuffer` keeps both in one block of
-memory, folds updates into the vector in place, and hands the whole block to Redis without copying or serialising.
+A `Layout` fixes which value of the flat vector belongs to which tensor. The safetensors header of a layout
+never changes, so an adapter's file is `header + raw bytes of the vector`: an `AdapterBuffer` keeps both in
+one block of memory, folds updates into the vector in place, and hands the whole block to Redis without
+copying or serialising.
 """
 
 import json

@@ -68,7 +68,9 @@ class Meta:
         try:
             return cls(**{f.name: _PARSERS[f.type](raw[f.name.encode()].decode()) for f in fields(cls)})
         except (KeyError, ValueError, TypeError) as error:
-            raise SpecError(f"the expert's meta hash is malformed ({error!r}); was it edited by hand?") from error
+            raise SpecError(
+                f"the expert's meta hash is malformed ({error!r}); was it edited by hand?"
+            ) from error
 
 
 _PARSERS: dict[Any, Any] = {str: str, int: int, float: float}
@@ -90,6 +92,7 @@ class Decided:
     position: str = ""
 
     def to_json(self) -> str:
+        """The record as Redis stores it."""
         content = {"run": self.id.run, "seq": self.id.seq, "how": self.how, "version": self.version}
         content |= {"staleness": self.staleness, "reason": self.reason, "position": self.position}
         return json.dumps(content)

@@ -108,7 +108,7 @@ class Spec:
     """Everything the parties of an expert agree on.
 
     Args:
-        base_model: id or directory of the base model, as the operator gave it; a worker may have it elsewhere.
+        base_model: id or directory of the base model, as the operator named it; a worker's may lie elsewhere.
         base_config: the numbers of its config that make it that architecture (see `fedmoe.model.base`).
         layout: the adapter's tensors.
         init_seed: seed of the one LoRA initialisation that all experts of the base share.
@@ -128,7 +128,8 @@ class Spec:
 
     def __post_init__(self) -> None:
         _require(
-            isinstance(self.base_model, str) and bool(self.base_model), "base_model must be a name or directory"
+            isinstance(self.base_model, str) and bool(self.base_model),
+            "base_model must be a name or a directory",
         )
         _require(
             self.wire_format in FORMATS,
@@ -138,8 +139,8 @@ class Spec:
         _require_whole(self, "init_seed", minimum=0)
         _require(
             self.layout.file_bytes <= MAX_STRING_BYTES,
-            f"an adapter of {self.layout.file_bytes / 2**20:.0f} MiB does not fit into one Redis string (512 MiB): "
-            "choose a smaller rank or fewer targets",
+            f"an adapter of {self.layout.file_bytes / 2**20:.0f} MiB does not fit into one Redis string "
+            "(512 MiB): choose a smaller rank or fewer targets",
         )
 
     def to_json(self) -> str:

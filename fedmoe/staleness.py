@@ -1,10 +1,10 @@
 """How much an update weighs that was trained on an old version.
 
-Staleness τ is the number of updates applied since the version the update was trained on. Pure functions of τ: no
-clock and no batch border enters, so a replay of the log gives the same factors.
+Staleness τ is the number of updates applied since the version the update was trained on. Pure functions of τ:
+no clock and no batch border enters, so a replay of the log gives the same factors.
 
-Why `(1+τ)^-1` is the default: M equal workers in rotation have τ = M−1, so each then weighs 1/M, and it is the one
-of these that is stable for every constant delay (linear analysis; see the README).
+Why `(1+τ)^-1` is the default: M equal workers in rotation have τ = M−1, so each then weighs 1/M, and it is
+the one of these that is stable for every constant delay (linear analysis; see the README).
 """
 
 import math
@@ -21,8 +21,8 @@ class Decay:
 
     constant: 1.  polynomial: (1+τ)^-a.  hinge: 1 up to τ = b, then 1 / (a·(τ−b) + 1).
 
-    Source: FedAsync, arXiv 1903.03934, section 5.2 (there as the mixing weight α·s(τ); here it scales the delta,
-    as in FedBuff, arXiv 2106.06639).
+    Source: FedAsync, arXiv 1903.03934, section 5.2 (there as the mixing weight α·s(τ); here it scales the
+    delta, as in FedBuff, arXiv 2106.06639).
 
     Raises:
         SettingsError: for an unknown kind, or a or b that is negative or not finite.

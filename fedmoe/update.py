@@ -1,8 +1,8 @@
 """An update: one published LoRA delta. Its header is what counts; its stream entry only rings the bell.
 
-The header names the update (run, seq) and its predecessor `prev`: a worker's updates are a chain, and an update may
-be decided only if its `prev` is the worker's last decided update. `run` is `<epoch>-<nonce>`: the epoch grows with
-each new run of a worker, the nonce tells two processes of one name apart.
+The header names the update (run, seq) and its predecessor `prev`: a worker's updates are a chain, and an
+update may be decided only if its `prev` is the worker's last decided update. `run` is `<epoch>-<nonce>`: the
+epoch grows with each new run of a worker, the nonce tells two processes of one name apart.
 """
 
 import hashlib
@@ -57,6 +57,7 @@ class Part(NamedTuple):
 
     @classmethod
     def of(cls, data: bytes) -> "Part":
+        """Describe a part."""
         return cls(len(data), hashlib.sha256(data).digest())
 
     def matches(self, data: bytes) -> bool:
@@ -98,6 +99,7 @@ class Header:
 
     @property
     def id(self) -> UpdateId:
+        """The update's name."""
         return UpdateId(self.run, self.seq)
 
     @property
@@ -129,7 +131,7 @@ class Header:
         if not isinstance(content, dict):
             raise UpdateError("the header is not a msgpack map")
         if content.pop("header_format", None) != HEADER_FORMAT:
-            raise UpdateError(f"the header's format is not {HEADER_FORMAT}: worker and aggregator differ in version")
+            raise UpdateError(f"the header's format is not {HEADER_FORMAT}: worker and aggregator differ")
         if content.keys() != cls.__dataclass_fields__.keys():
             odd = sorted(str(name)[:40] for name in content.keys() ^ cls.__dataclass_fields__.keys())
             raise UpdateError(f"the header lacks or adds the fields {', '.join(odd[:5])}")

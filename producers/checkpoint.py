@@ -97,7 +97,9 @@ class StateDir:
             "worker": checkpoint.worker,
         }
         fresh = self.file.with_suffix(".new")
-        save_file({k: v.contiguous() for k, v in tensors.items()}, fresh, metadata={"fedmoe": json.dumps(info)})
+        save_file(
+            {k: v.contiguous() for k, v in tensors.items()}, fresh, metadata={"fedmoe": json.dumps(info)}
+        )
         with fresh.open("rb") as handle:
             os.fsync(handle.fileno())
         fresh.replace(self.file)

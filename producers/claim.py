@@ -17,7 +17,11 @@ logger = logging.getLogger(__name__)
 
 
 def claim_name(
-    store: WorkerStore, *, patience_s: float, stop: threading.Event, clock: Callable[[], float] = time.monotonic
+    store: WorkerStore,
+    *,
+    patience_s: float,
+    stop: threading.Event,
+    clock: Callable[[], float] = time.monotonic,
 ) -> None:
     """Return when the name is free: no heartbeat, or one whose process is gone, or that stands still for patience_s.
 

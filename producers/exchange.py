@@ -18,9 +18,20 @@ from producers.ledger import Change, Trained
 class Step(Protocol):
     """What a trainer tells of one step."""
 
-    loss: float
-    n_examples: int
-    n_tokens: int
+    @property
+    def loss(self) -> float:
+        """Mean loss a label token."""
+        ...
+
+    @property
+    def n_examples(self) -> int:
+        """Rows."""
+        ...
+
+    @property
+    def n_tokens(self) -> int:
+        """Label tokens."""
+        ...
 
 
 class Trains(Protocol):
@@ -29,7 +40,9 @@ class Trains(Protocol):
     flat: torch.Tensor
     position: int
 
-    def state(self) -> Mapping[str, torch.Tensor]: ...
+    def state(self) -> Mapping[str, torch.Tensor]:
+        """A copy on the CPU of the optimizer's state."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -39,6 +39,7 @@ class Outgoing:
 
     @property
     def id(self) -> UpdateId:
+        """(run, seq)."""
         return self.header.id
 
     def values(self, numel: int) -> torch.Tensor:
@@ -73,7 +74,9 @@ class Place(Enum):
     FOREIGN = auto()  # at a later run: another process bears this name
 
 
-def locate(head: UpdateId | None, start: UpdateId | None, known: Sequence[UpdateId], run: str) -> tuple[Place, int]:
+def locate(
+    head: UpdateId | None, start: UpdateId | None, known: Sequence[UpdateId], run: str
+) -> tuple[Place, int]:
     """Where `head` lies in the chain `start` → known[0] → …; with KNOWN, how many of `known` are decided."""
     if head in known:
         return Place.KNOWN, known.index(head) + 1
@@ -145,7 +148,7 @@ class Ledger:
         return total
 
     def progress(self, local: torch.Tensor) -> torch.Tensor:
-        """local − base − pending, (numel,) fp32."""
+        """Local − base − pending, (numel,) fp32."""
         return local - self.base - self.pending()
 
     def cut(self, local: torch.Tensor, trained: Trained, *, wire_format: str, fingerprint: str) -> Outgoing:
@@ -174,7 +177,9 @@ class Ledger:
     def _chain(self) -> list[Outgoing]:
         return [*self.kept, *self.queue]
 
-    def observe(self, meta: Meta, weights: torch.Tensor | None, decided: Decided | None, *, now: float) -> Change:
+    def observe(
+        self, meta: Meta, weights: torch.Tensor | None, decided: Decided | None, *, now: float
+    ) -> Change:
         """Take note of what Redis holds, read in one MULTI; `weights` None means: those of the base.
 
         Raises:
@@ -224,7 +229,9 @@ class Ledger:
         resent = tuple(update.id for update in chain[count:before])
         correction = self._settle(meta, weights, kept=kept, queue=chain[count:])
         self._forget(now)
-        return Change(correction, decided=tuple(u.id for u in fresh), how=decided if fresh else None, resent=resent)
+        return Change(
+            correction, decided=tuple(u.id for u in fresh), how=decided if fresh else None, resent=resent
+        )
 
     def _settle(
         self, meta: Meta, weights: torch.Tensor | None, *, kept: list[Outgoing], queue: list[Outgoing]

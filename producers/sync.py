@@ -121,7 +121,9 @@ class Sync:
             except (RedisUnavailableError, UnknownExpertError) as error:
                 wait_s = self._failed(backoff, error)
             except OSError as error:
-                told = OSError(f"cannot write the checkpoint ({error.strerror or error}); nothing is published until it can")
+                told = OSError(
+                    f"cannot write the checkpoint ({error.strerror or error}); nothing is published until it can"
+                )
                 wait_s = self._failed(backoff, told)
             except Exception as error:
                 logger.exception("sync: unexpected error")
@@ -144,7 +146,11 @@ class Sync:
             self._save(self._unsaved)
             self._unsaved = None
         now = self._clock()
-        if not self.ledger.queue and not self._must_pull and (self._deadline is not None or now >= self._next_cut):
+        if (
+            not self.ledger.queue
+            and not self._must_pull
+            and (self._deadline is not None or now >= self._next_cut)
+        ):
             if not self._cut(now):
                 return 0.0
         elif self._state_dir and now >= self._next_save and not self._checkpoint(now):
@@ -244,7 +250,9 @@ class Sync:
     def _flat(self, file: bytes) -> torch.Tensor:
         layout = self._spec.layout
         if len(file) != layout.file_bytes or not file.startswith(layout.header):
-            raise RedisUnavailableError("the expert's weights in Redis are not an adapter of its spec; waiting")
+            raise RedisUnavailableError(
+                "the expert's weights in Redis are not an adapter of its spec; waiting"
+            )
         return torch.frombuffer(
             bytearray(file), dtype=torch.float32, offset=len(layout.header), count=layout.numel
         )
@@ -282,7 +290,7 @@ class Sync:
         if now < self._next_beat:
             return
         self._beats += 1
-        fields = {
+        fields: dict[str, str | int | float] = {
             "run": self.ledger.run,
             "host": socket.gethostname(),
             "pid": os.getpid(),

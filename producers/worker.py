@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 
 from fedmoe.backoff import Backoff
-from fedmoe.data.examples import Examples, make_examples
+from fedmoe.data.examples import Examples, make_examples, padding_id
 from fedmoe.data.jsonl import read_rows
 from fedmoe.errors import (
     BaseModelError,
@@ -28,7 +28,14 @@ from fedmoe.errors import (
     UnknownExpertError,
 )
 from fedmoe.model.adapter import attach_adapter
-from fedmoe.model.base import check_structure, choose_device, choose_precision, fingerprint, load_base, load_config
+from fedmoe.model.base import (
+    check_structure,
+    choose_device,
+    choose_precision,
+    fingerprint,
+    load_base,
+    load_config,
+)
 from fedmoe.names import check_name, clean_name
 from fedmoe.spec import Spec
 from fedmoe.store.connection import Connection, RedisSettings
@@ -142,7 +149,7 @@ class Worker:
             model=model,
             flat=flat,
             examples=examples.examples,
-            pad_id=_pad_id(tokenizer),
+            pad_id=padding_id(tokenizer),
             settings=self._training(spec),
             seed=spec.init_seed + _seed_of(settings.worker),
             device=device,
@@ -229,7 +236,9 @@ class Worker:
         """The ledger of the checkpoint if there is one, else a new run on the expert's present weights."""
         settings = self._settings
         saved = (
-            state_dir.load(expert=settings.stream, worker=settings.worker, now=time.monotonic()) if state_dir else None
+            state_dir.load(expert=settings.stream, worker=settings.worker, now=time.monotonic())
+            if state_dir
+            else None
         )
         if saved is not None:
             trainer.flat.copy_(saved.local)
@@ -238,7 +247,9 @@ class Worker:
                 trainer.position = saved.position
             else:
                 self._say(f"{settings.data} is not the file of the checkpoint: starting at its first row")
-            self._say(f"resuming run {saved.ledger.run} after update {saved.ledger.seq}, row {trainer.position}")
+            self._say(
+                f"resuming run {saved.ledger.run} after update {saved.ledger.seq}, row {trainer.position}"
+            )
             return saved.ledger, saved.trained
         snapshot = self._store.pull(known="")
         assert snapshot.weights is not None
@@ -295,7 +306,9 @@ class Worker:
         if sync.failure is not None:
             raise sync.failure
         status = sync.status
-        told = f"{status.applied} updates applied, {status.refused} refused, expert at version {status.version}"
+        told = (
+            f"{status.applied} updates applied, {status.refused} refused, expert at version {status.version}"
+        )
         if not sync.ledger.queue:
             self._say(f"done: {told}")
         elif self._settings.state_dir:
@@ -341,12 +354,3 @@ class _Rate:
 def _seed_of(name: str) -> int:
     """A seed of its own for each worker, so that two workers with the same rows see them in another order."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
-
-
-def _pad_id(tokenizer: Any) -> int:
-    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if candidate is not None:
-            return int(candidate)
-    return 0  # padding is masked, so any id does
-
-

@@ -6,6 +6,7 @@ remembers something about the server compares it before relying on that memory.
 """
 
 import logging
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -67,14 +68,15 @@ class Connection:
         self.keys = Keys(settings.prefix)
         self.generation = 0
         try:
-            self.client: redis.Redis = redis.Redis.from_url(
+            # Any: redis-py types every reply as bytes or str or more, whatever was asked for.
+            self.client: Any = redis.Redis.from_url(
                 settings.url,
                 protocol=2,  # one shape of replies, whatever redis-py's default is
                 socket_timeout=settings.timeout_s,
                 socket_connect_timeout=settings.timeout_s,
-                socket_keepalive=True,
                 retry=Retry(NoBackoff(), 0),
                 redis_connect_func=self._on_connect,
+                **_keepalive(settings.url),
             )
         except ValueError as error:
             raise SettingsError(f"the Redis URL {settings.shown!r} cannot be used: {error}") from error
@@ -89,6 +91,7 @@ class Connection:
             self.client.ping()
 
     def close(self) -> None:
+        """Close the connection; a later command makes a new one."""
         self.client.close()
 
     @contextmanager
@@ -100,6 +103,15 @@ class Connection:
             raise
         except (redis.RedisError, OSError) as error:
             raise RedisUnavailableError(explain(error, self.settings.shown)) from error
+
+
+def _keepalive(url: str) -> dict[str, Any]:
+    """TCP keep-alive every 30 s, so that a proxy does not cut a connection that is merely idle."""
+    if urlsplit(url).scheme == "unix":
+        return {}
+    names = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
+    options = {getattr(socket, name): value for name, value in names.items() if hasattr(socket, name)}
+    return {"socket_keepalive": True, "socket_keepalive_options": options}
 
 
 def explain(error: Exception, url: str) -> str:

@@ -8,14 +8,15 @@ may write.
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import redis
 
 from fedmoe.errors import StaleStateError, UnknownExpertError
 from fedmoe.keys import GROUP
+from fedmoe.records import Decided, Entry, Meta
 from fedmoe.spec import Spec
 from fedmoe.store.connection import Connection
-from fedmoe.records import Decided, Entry, Meta
 from fedmoe.update import MAX_HEADER_BYTES, Part
 
 # Every aggregator reads under one consumer name: whichever holds the lease owns the whole pending list, and no list
@@ -84,7 +85,7 @@ class ExpertStore:
                         return False
                     pipe.multi()
                     pipe.set(self.keys.spec, spec.to_json())
-                    pipe.set(self.keys.weights, weights)  # type: ignore[arg-type]  # a buffer is sent as it is
+                    pipe.set(self.keys.weights, weights)
                     pipe.hset(self.keys.meta, mapping=meta.to_hash())
                     pipe.execute()
                 except redis.WatchError:
@@ -146,7 +147,9 @@ class ExpertStore:
     def read(self, *, block_ms: int, count: int) -> list[Entry]:
         """Entries that nobody has read yet; waits up to block_ms for the first."""
         with self.connection.errors():
-            reply = self._redis.xreadgroup(GROUP, CONSUMER, {self.keys.updates: ">"}, count=count, block=block_ms)
+            reply = self._redis.xreadgroup(
+                GROUP, CONSUMER, {self.keys.updates: ">"}, count=count, block=block_ms
+            )
         return [Entry.of(*item) for _, page in reply or () for item in page]
 
     def header(self, worker: str, run: str, seq: int) -> bytes | None:
@@ -194,10 +197,10 @@ class ExpertStore:
             except redis.WatchError as error:
                 raise StaleStateError(f"{self.name}: another aggregator committed meanwhile") from error
 
-    def _queue(self, pipe: "redis.client.Pipeline", commit: Commit) -> None:
+    def _queue(self, pipe: Any, commit: Commit) -> None:
         keys = self.keys
         if commit.weights is not None:
-            pipe.set(keys.weights, commit.weights)  # type: ignore[arg-type]  # a buffer is sent as it is
+            pipe.set(keys.weights, commit.weights)
         pipe.hset(keys.meta, mapping=commit.meta.to_hash())
         if commit.applied:
             pipe.hset(keys.applied, mapping={worker: d.to_json() for worker, d in commit.applied.items()})

@@ -84,7 +84,7 @@ class GatewayStore:
     def write(self, record: GatewayRecord, weights: memoryview) -> None:
         """Replace the gateway."""
         with self.connection.errors(), self._redis.pipeline(transaction=True) as pipe:
-            pipe.set(self.keys.weights, weights)  # type: ignore[arg-type]  # a buffer is sent as it is
+            pipe.set(self.keys.weights, weights)
             pipe.delete(self.keys.meta)
             pipe.hset(self.keys.meta, mapping=record.fields | {"built_from": json.dumps(record.built_from)})
             pipe.execute()

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fedmoe.errors import RedisUnavailableError, UnknownExpertError
+from fedmoe.records import Decided, Meta
 from fedmoe.spec import Spec
 from fedmoe.store.connection import Connection
-from fedmoe.records import Decided, Meta
 from fedmoe.update import Header
 
 # Far longer than any outage planned for; parts that nobody will ever decide (their worker died while writing them)
@@ -61,8 +61,12 @@ class WorkerStore:
             if text is not None:
                 return Spec.from_json(text)
             names = sorted(name.decode() for name in self._redis.hkeys(self.connection.keys.experts))
-        there = f"there are {', '.join(names)}" if names else "there are none yet: start `fedmoe aggregator run`"
-        raise UnknownExpertError(f"there is no expert {self.expert!r} at {self.connection.settings.shown}; {there}")
+        there = (
+            f"there are {', '.join(names)}" if names else "there are none yet: start `fedmoe aggregator run`"
+        )
+        raise UnknownExpertError(
+            f"there is no expert {self.expert!r} at {self.connection.settings.shown}; {there}"
+        )
 
     def meta(self) -> Meta:
         """The expert's meta hash."""

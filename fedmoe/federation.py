@@ -1,0 +1,206 @@
+"""A federation at one moment, as `fedmoe status` and dashboards show it, and what is wrong with it. Pure.
+
+Every text in these records is printable: what others wrote to Redis was escaped when it was read.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, is_dataclass
+from typing import Any
+
+from fedmoe.records import Meta
+
+# Three heartbeats; then the key expires and the worker is gone.
+QUIET_AFTER_S = 10.0
+MEMORY_ALARM = 0.8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerView:
+    """A worker's heartbeat; None is what it does not say.
+
+    Args:
+        last_seen_s: seconds since the heartbeat, by the key's expiry, so that no two clocks are compared.
+        since: when the worker began, by its own clock (seconds since 1970).
+        base_version: of the expert, as the worker last pulled it; behind: updates applied since.
+        staleness: of its last decided update.
+        in_flight: number of its undecided update, 0 for none.
+    """
+
+    expert: str
+    name: str
+    last_seen_s: float | None = None
+    since: float | None = None
+    run: str = ""
+    host: str = ""
+    pid: int | None = None
+    step: int | None = None
+    loss: float | None = None
+    tokens_per_s: float | None = None
+    base_version: int | None = None
+    behind: int | None = None
+    staleness: int | None = None
+    in_flight: int | None = None
+    published: int | None = None
+    refused: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeadLetter:
+    """A refused update, or garbage (then `worker` is empty), and why."""
+
+    id: str
+    worker: str
+    seq: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertView:
+    """One expert; None is what could not be read, and `problems` says why.
+
+    Args:
+        waiting: entries on the stream, read or not.
+        pending: read by an aggregator, not committed yet; lag: not read yet.
+        lease: who serves it; "" if nobody does.
+        left: workers with a decided update and no heartbeat.
+        log: the last applied updates, newest first.
+    """
+
+    name: str
+    gateway_weight: float | None = None
+    meta: Meta | None = None
+    weights_bytes: int | None = None
+    waiting: int | None = None
+    pending: int | None = None
+    lag: int | None = None
+    lease: str | None = None
+    workers: tuple[WorkerView, ...] = ()
+    left: tuple[str, ...] = ()
+    dead: int | None = None
+    last_dead: tuple[DeadLetter, ...] = ()
+    log: tuple[dict[str, str], ...] = ()
+    problems: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewayView:
+    """The gateway: the versions it was `built_from`, those at `present`, and the `outdated` experts in it."""
+
+    exists: bool = False
+    method: str = ""
+    rank: int | None = None
+    updated_at: float | None = None
+    relative_error: float | None = None
+    built_from: dict[str, int]
+    present: dict[str, int]
+    outdated: tuple[str, ...] = ()
+    lease: str | None = None
+    error: str = ""
+    problems: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerView:
+    """The Redis server; memory in bytes, max_memory 0 is no bound, None what this user may not ask."""
+
+    url: str
+    version: str | None = None
+    used_memory: int | None = None
+    max_memory: int | None = None
+    policy: str | None = None
+
+    @property
+    def memory_share(self) -> float:
+        """How much of max_memory is used, 0 if there is no bound."""
+        return (self.used_memory or 0) / self.max_memory if self.max_memory else 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Federation:
+    """All that `fedmoe status` shows."""
+
+    prefix: str
+    server: ServerView
+    experts: tuple[ExpertView, ...]
+    gateway: GatewayView
+    problems: tuple[str, ...] = ()
+
+    @property
+    def workers(self) -> list[WorkerView]:
+        """All workers that are alive."""
+        return [worker for expert in self.experts for worker in expert.workers]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: what is not a number is None, and what is wrong stands under `findings`."""
+        content: dict[str, Any] = _plain(self)
+        for shown, expert in zip(content["experts"], self.experts, strict=True):
+            shown["mean_staleness"] = expert.meta.mean_staleness if expert.meta else None
+        return content | {"findings": list(findings(self))}
+
+
+def findings(federation: Federation) -> Iterator[str]:
+    """What a person should look at, a sentence each."""
+    yield from federation.problems
+    if not federation.experts and not federation.problems:
+        yield "there are no experts yet: start `fedmoe aggregator run`"
+    for expert in federation.experts:
+        yield from _of_expert(expert)
+    yield from _of_gateway(federation)
+    yield from _of_server(federation.server)
+
+
+def _of_expert(expert: ExpertView) -> Iterator[str]:
+    yield from (f"{expert.name}: {problem}" for problem in expert.problems)
+    if expert.waiting and expert.lease == "":
+        waiting = _count(expert.waiting, "entry", "entries")
+        yield f"{expert.name}: {waiting} waiting and no aggregator serves it: start `fedmoe aggregator run`"
+    if expert.last_dead:
+        last = expert.last_dead[0]
+        who = f"{last.worker} update {last.seq}" if last.worker else f"entry {last.id}"
+        yield f"{expert.name}: {_refusals(expert)}; the last: {who}: {last.reason}"
+    for worker in expert.workers:
+        if worker.last_seen_s is not None and worker.last_seen_s > QUIET_AFTER_S:
+            yield f"{expert.name}: worker {worker.name} has not been heard of for {worker.last_seen_s:.0f} s"
+
+
+def _refusals(expert: ExpertView) -> str:
+    if expert.meta is None:
+        return f"{_count(expert.dead or 0, 'dead letter', 'dead letters')}"
+    refused = _count(expert.meta.refused, "update", "updates")
+    return f"{refused} refused, {_count(expert.meta.garbage, 'entry', 'entries')} of garbage"
+
+
+def _of_gateway(federation: Federation) -> Iterator[str]:
+    gateway = federation.gateway
+    yield from (f"gateway: {problem}" for problem in gateway.problems)
+    if gateway.error:
+        yield f"gateway: cannot be built: {gateway.error}"
+    elif gateway.outdated and gateway.lease == "":
+        yield (
+            f"gateway: {', '.join(gateway.outdated)} moved on and no aggregator rebuilds it: "
+            "start `fedmoe aggregator run`"
+        )
+
+
+def _of_server(server: ServerView) -> Iterator[str]:
+    if server.memory_share > MEMORY_ALARM:
+        used = f"{server.memory_share:.0%} of maxmemory is used"
+        yield f"Redis: {used}: raise maxmemory, a full Redis takes no updates"
+    if server.max_memory and server.policy not in (None, "noeviction"):
+        yield f"Redis: maxmemory-policy is {server.policy}, it may throw experts away: set it to noeviction"
+
+
+def _count(n: int, one: str, many: str) -> str:
+    return f"{n} {one if n == 1 else many}"
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses as dicts, and no nan or infinity, which JSON does not have."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

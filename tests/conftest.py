@@ -1,0 +1,74 @@
+"""Fixtures of the whole suite: real servers, one federation for each test, a tiny model.
+
+Integration tests run once on each server there is: Redis on PATH and the Valkey of the wheel. A machine without any
+fails the suite in CI and skips these tests elsewhere.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import redis
+import torch
+
+from fedmoe.embedded import EmbeddedRedis, wheel_server
+from fedmoe.store.connection import Connection, RedisSettings
+
+torch.set_num_threads(1)
+
+
+def _servers() -> dict[str, str]:
+    found = {"redis": shutil.which("redis-server"), "valkey": wheel_server()}
+    return {name: path for name, path in found.items() if path}
+
+
+@pytest.fixture(scope="session", params=["redis", "valkey"])
+def server(request: pytest.FixtureRequest) -> Iterator[EmbeddedRedis]:
+    """A running server, shared by the session."""
+    path = _servers().get(request.param)
+    if path is None:
+        if os.environ.get("CI") and not _servers():
+            pytest.fail("CI has no Redis server at all")
+        pytest.skip(f"no {request.param} server on this machine")
+    with EmbeddedRedis(server=path, options=["--appendonly", "no"]) as running:
+        yield running
+
+
+@pytest.fixture
+def redis_url(server: EmbeddedRedis) -> str:
+    """URL of an empty database."""
+    client = redis.Redis(unix_socket_path=str(server.socket))
+    client.config_set("maxmemory", 0)
+    client.flushall()
+    client.close()
+    return server.url
+
+
+@pytest.fixture
+def connect(redis_url: str) -> Iterator[Callable[[], Connection]]:
+    """Make connections to the empty database; all are closed at the end."""
+    made: list[Connection] = []
+
+    def make() -> Connection:
+        made.append(Connection(RedisSettings(url=redis_url, timeout_s=5.0)))
+        return made[-1]
+
+    yield make
+    for connection in made:
+        connection.close()
+
+
+@pytest.fixture
+def connection(connect: Callable[[], Connection]) -> Connection:
+    """One connection to the empty database."""
+    return connect()
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Qwen2 with its tokenizer, as a local base model."""
+    from tests.tiny import save_tiny_model
+
+    return save_tiny_model(tmp_path_factory.mktemp("tiny") / "model")

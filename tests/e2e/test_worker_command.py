@@ -1,0 +1,199 @@
+"""`fedmoe worker run` as people use it: mistakes are one sentence, a killed worker goes on, a stopped one publishes."""
+
+import json
+import re
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from consumers.create import SpecRequest, ensure_experts
+from fedmoe.cli.main import main
+from fedmoe.embedded import EmbeddedRedis
+from fedmoe.spec import LoraSettings
+from fedmoe.store.connection import Connection, RedisSettings
+from fedmoe.store.gateway import GatewayStore
+from tests.processes import eventually, fedmoe, running, terminate
+from tests.tiny import save_tiny_model
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    lines = [json.dumps({"prompt": f"number {n}", "completion": str(n)}) for n in range(30)]
+    path.write_text("\n".join(lines))
+    return path
+
+
+@pytest.fixture
+def aggregator(
+    tmp_path: Path, redis_url: str, tiny_model_dir: Path, connection: Connection
+) -> Iterator[GatewayStore]:
+    """A running aggregator with the experts a and b."""
+    with running(
+        tmp_path / "aggregator.log", "aggregator", "run", "--redis", redis_url, "--expert", "a", "--expert", "b",
+        "--base-model", str(tiny_model_dir), "--rank", "2", "--sync-interval", "0.4", "--lease", "1",
+    ):  # fmt: skip
+        store = GatewayStore(connection)
+        eventually("the experts", lambda: store.meta("b"))
+        yield store
+
+
+def complaint(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
+    """Run a command that must fail, in this process; its last line on stderr."""
+    monkeypatch.setattr(sys, "argv", ["fedmoe", *arguments])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code in (1, 2)
+    text = capsys.readouterr().err
+    assert "Traceback" not in text
+    return text.strip().splitlines()[-1]
+
+
+@pytest.fixture
+def signals() -> Iterator[None]:
+    """Give back the signal handlers that a command sets."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("signals")
+def test_wrong_input_is_one_sentence(
+    tmp_path: Path,
+    redis_url: str,
+    connection: Connection,
+    tiny_model_dir: Path,
+    rows: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each mistake is named with what to do, and the exit code is not 0."""
+    request = SpecRequest(base_model=str(tiny_model_dir), lora=LoraSettings(rank=2))
+    ensure_experts(connection, {"a": 1.0, "b": 1.0}, request)
+    other = save_tiny_model(tmp_path / "other", seed=1)
+    empty, bad = tmp_path / "empty.jsonl", tmp_path / "bad.jsonl"
+    empty.write_text("\n\n")
+    bad.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "comp')
+    for arguments, expected in (
+        (["--stream", "c", "--data", str(rows)], "there are a, b"),
+        (["--stream", "a", "--data", str(tmp_path / "none.jsonl")], "none.jsonl"),
+        (["--stream", "a", "--data", str(empty)], "empty.jsonl"),
+        (["--stream", "a", "--data", str(bad), "--on-bad-row", "fail"], "line 2"),
+        (["--stream", "a", "--data", str(rows), "--base-model", str(other)], "fingerprint"),
+        (["--stream", "a", "--data", str(rows), "--base-model", str(tmp_path)], "config.json"),
+        (["--stream", "a", "--data", str(rows), "--state-dir", str(rows)], "state directory"),
+        (["--stream", "a:b", "--data", str(rows)], "cannot be used"),
+        (["--stream", "a", "--data", str(rows), "--device", "quantum"], "device"),
+        (["--stream", "a", "--data", str(rows), "--redis", "http://here"], "must begin with redis://"),
+        (
+            ["--stream", "a", "--data", str(rows), "--redis", "redis://127.0.0.1:1", "--no-wait"],
+            "cannot be reached",
+        ),
+    ):
+        common = ["worker", "run", "--redis", redis_url, "--max-steps", "1"]
+        assert expected in complaint(capsys, monkeypatch, *common, *arguments), arguments
+
+
+@pytest.mark.timeout(300)
+def test_killed_worker_resumes(tmp_path: Path, redis_url: str, aggregator: GatewayStore, rows: Path) -> None:
+    """Kill -9, then the same command: the run, its numbers and its data position go on, and every seq counts once."""
+    command = [
+        "worker", "run", "--redis", redis_url, "--stream", "a", "--data", str(rows), "--name", "anna",
+        "--state-dir", str(tmp_path / "state"), "--log-interval", "0.3",
+    ]  # fmt: skip
+    with running(tmp_path / "first.log", *command) as first:
+        eventually("three updates", lambda: aggregator.meta("a").version >= 3)
+        first.kill()
+    with running(tmp_path / "second.log", *command) as second:
+        eventually("three more", lambda: aggregator.meta("a").version >= 6)
+        assert terminate(second) == 0
+    log = [line for _, line in aggregator.connection.client.xrange("fedmoe:{a}:log")]
+    assert len({line[b"run"] for line in log}) == 1
+    assert [int(line[b"seq"]) for line in log] == list(range(1, len(log) + 1))
+    resumed = re.search(
+        r"resuming run \S+ after update (\d+), row (\d+)", (tmp_path / "second.log").read_text()
+    )
+    assert resumed
+    assert int(resumed[1]) >= 3
+    assert int(resumed[2]) > 0
+
+
+@pytest.mark.timeout(300)
+def test_stopped_worker_publishes_what_it_trained(
+    tmp_path: Path, redis_url: str, aggregator: GatewayStore, rows: Path
+) -> None:
+    """A worker that ends long before its sync interval has passed still gets its work into the expert."""
+    done = fedmoe(
+        "worker",
+        "run",
+        "--redis",
+        redis_url,
+        "--stream",
+        "b",
+        "--data",
+        str(rows),
+        "--name",
+        "ben",
+        "--max-steps",
+        "3",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "done: 1 updates applied" in done.stdout
+    assert aggregator.meta("b").n_examples == 12
+    assert not aggregator.connection.client.exists("fedmoe:{b}:worker:ben")
+
+
+@pytest.mark.timeout(300)
+def test_one_name_runs_once(tmp_path: Path, redis_url: str, aggregator: GatewayStore, rows: Path) -> None:
+    """A second process of a living worker's name is refused, and the first goes on."""
+    command = ["worker", "run", "--redis", redis_url, "--stream", "a", "--data", str(rows), "--name", "anna"]
+    with running(tmp_path / "first.log", *command) as first:
+        eventually("an update", lambda: aggregator.meta("a").version >= 1)
+        second = fedmoe(*command)
+        assert second.returncode == 1
+        assert "Traceback" not in second.stderr
+        assert "is running" in second.stderr.strip().splitlines()[-1]
+        version = aggregator.meta("a").version
+        eventually("another update", lambda: aggregator.meta("a").version > version)
+        assert terminate(first) == 0
+
+
+@pytest.mark.timeout(300)
+def test_training_goes_on_without_redis(
+    tmp_path: Path, tiny_model_dir: Path, rows: Path, server: EmbeddedRedis
+) -> None:
+    """Redis is killed and comes back from its AOF: the worker trained on meanwhile, and catches up."""
+    with EmbeddedRedis(server=server.server) as redis:
+        store = GatewayStore(Connection(RedisSettings(url=redis.url)))
+        with (
+            running(
+                tmp_path / "aggregator.log", "aggregator", "run", "--redis", redis.url, "--expert", "a",
+                "--base-model", str(tiny_model_dir), "--sync-interval", "0.4", "--rank", "2",
+            ),
+            running(
+                tmp_path / "worker.log", "worker", "run", "--redis", redis.url, "--stream", "a", "--data", str(rows),
+                "--log-interval", "0.2", "--name", "w",
+            ) as worker,
+        ):  # fmt: skip
+            eventually("two updates", lambda: store.meta("a").version >= 2)
+            redis.kill()
+            log = tmp_path / "worker.log"
+            eventually("training without Redis", lambda: "cannot be reached" in log.read_text())
+            before = steps(log)
+            eventually("ten more steps", lambda: steps(log) > before + 10)
+            redis.start()
+            version = eventually("the server", lambda: store.meta("a").version)
+            eventually("updates again", lambda: store.meta("a").version > version + 1)
+            assert terminate(worker) == 0
+        seqs = [int(line[b"seq"]) for _, line in store.connection.client.xrange("fedmoe:{a}:log")]
+        assert seqs == list(range(1, len(seqs) + 1))
+
+
+def steps(log: Path) -> int:
+    """The last step that a worker's log names."""
+    found = re.findall(r"step (\d+)", log.read_text())
+    return int(found[-1]) if found else 0

@@ -1,0 +1,126 @@
+"""Small parts that tests put together: a spec of two tensors, an expert, a worker that publishes what it is told."""
+
+import secrets
+from dataclasses import replace
+
+import torch
+
+from consumers.expert import Expert
+from fedmoe.layout import AdapterBuffer, Layout
+from fedmoe.records import Meta
+from fedmoe.spec import LoraSettings, MergeRules, Spec
+from fedmoe.store.connection import Connection
+from fedmoe.store.expert import ExpertStore, new_id
+from fedmoe.store.worker import WorkerStore
+from fedmoe.update import make_run
+from producers.ledger import Change, Ledger, Outgoing, Trained
+
+LAYOUT = Layout.of(
+    [
+        ("base_model.model.layers.0.q_proj.lora_A.weight", (2, 8)),
+        ("base_model.model.layers.0.q_proj.lora_B.weight", (6, 2)),
+    ]
+)
+FINGERPRINT = "0123456789abcdef"
+
+
+def small_spec(
+    *, layout: Layout = LAYOUT, merge: MergeRules | None = None, wire_format: str = "fp32"
+) -> Spec:
+    """A spec without a model behind it."""
+    return Spec(
+        base_model="tiny",
+        base_config={"hidden_size": 8},
+        layout=layout,
+        lora=LoraSettings(rank=2, alpha=4.0),
+        merge=merge or MergeRules(),
+        wire_format=wire_format,
+    )
+
+
+def first_meta(spec: Spec, **changes: object) -> Meta:
+    """Meta of a new expert."""
+    commit = new_id()
+    meta = Meta(
+        lineage=new_id(), commit=commit, weights_commit=commit, spec=spec.digest, base_fingerprint=FINGERPRINT
+    )
+    return replace(meta, **changes)  # type: ignore[arg-type]
+
+
+def make_expert(
+    connection: Connection, name: str = "sql_expert", spec: Spec | None = None, **meta: object
+) -> Expert:
+    """Create an expert with weights 0, 1, 2, … and load it."""
+    spec = spec or small_spec()
+    store = ExpertStore(connection, name)
+    buffer = AdapterBuffer(spec.layout)
+    buffer.flat.copy_(torch.arange(spec.layout.numel))
+    store.create(spec, first_meta(spec, **meta), buffer.file, gateway_weight=1.0)
+    expert = Expert(store, spec, aggregator="test")
+    expert.load()
+    return expert
+
+
+class ScriptedWorker:
+    """A worker without a model: `train` adds what it is told, `publish` and `pull` are the real ones."""
+
+    def __init__(
+        self, connection: Connection, spec: Spec, name: str = "alice", expert: str = "sql_expert"
+    ) -> None:
+        self.store = WorkerStore(connection, expert, name)
+        self.spec = spec
+        snapshot = self.store.pull(known="")
+        assert snapshot.weights is not None
+        self.local = self._flat(snapshot.weights)
+        start = snapshot.decided.id if snapshot.decided else None
+        run = make_run(start.epoch + 1 if start else 1, secrets.token_hex(4))
+        self.ledger = Ledger(base=self.local.clone(), meta=snapshot.meta, run=run, start=start)
+        self.now = 0.0
+
+    def _flat(self, file: bytes) -> torch.Tensor:
+        buffer = AdapterBuffer(self.spec.layout)
+        buffer.load(file)
+        return buffer.flat.clone()
+
+    def train(self, amount: float | torch.Tensor) -> None:
+        """Change the local adapter."""
+        self.local = self.local + amount
+
+    def cut(self, **changes: object) -> Outgoing:
+        """Cut an update; `changes` falsify fields of its header."""
+        trained = Trained(n_examples=4, n_tokens=40, steps=2, loss_sum=3.0, position=str(self.ledger.seq * 4))
+        update = self.ledger.cut(
+            self.local, trained, wire_format=self.spec.wire_format, fingerprint=FINGERPRINT
+        )
+        if changes:
+            update = replace(update, header=replace(update.header, **changes))  # type: ignore[arg-type]
+            self.ledger.queue[-1] = update
+        return update
+
+    def publish(self, update: Outgoing | None = None) -> str:
+        """Publish the first undecided update (or another one)."""
+        update = update or self.ledger.queue[0]
+        return self.store.publish(update.header, update.parts)
+
+    def push(self, amount: float, **changes: object) -> Outgoing:
+        """Train, cut and publish."""
+        self.train(amount)
+        update = self.cut(**changes)
+        self.publish(update)
+        return update
+
+    def pull(self) -> Change:
+        """Pull and settle."""
+        self.now += 1.0
+        snapshot = self.store.pull(known=self.ledger.meta.weights_commit)
+        weights = None if snapshot.weights is None else self._flat(snapshot.weights)
+        change = self.ledger.observe(snapshot.meta, weights, snapshot.decided, now=self.now)
+        if change.correction is not None:
+            self.local = change.correction.clone() if change.replace else self.local + change.correction
+        return change
+
+
+def serve(expert: Expert) -> list[str]:
+    """Read and decide all that waits, as the daemon would; the outcomes in order."""
+    entries = expert.store.reclaim() + expert.store.read(block_ms=1, count=100)
+    return [verdict.outcome.value for verdict in expert.process(entries)]

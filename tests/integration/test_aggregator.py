@@ -1,0 +1,154 @@
+"""The daemon as it runs: leases, standby, death, burst, and an expert whose state somebody broke."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from consumers.aggregator import Aggregator, AggregatorSettings, ExpertServer
+from consumers.gateway import GatewaySettings
+from fedmoe.errors import SettingsError, SpecError
+from fedmoe.layout import AdapterBuffer
+from fedmoe.store.connection import Connection
+from fedmoe.store.gateway import GatewayStore
+from tests.federation import LAYOUT, ScriptedWorker, make_expert, small_spec
+from tests.processes import eventually
+
+Connect = Callable[[], Connection]
+
+
+@contextmanager
+def serving(
+    connection: Connection, holder: str, *, release: bool = True, **settings: object
+) -> Iterator[threading.Thread]:
+    """An ExpertServer in a thread; without `release` it leaves its lease behind, as a killed one does."""
+    stop = threading.Event()
+    server = ExpertServer(
+        connection,
+        "sql_expert",
+        AggregatorSettings(lease_s=1.0, block_ms=50, **settings),
+        holder=holder,  # type: ignore[arg-type]
+    )
+    if not release:
+        server._lease.release = lambda: None  # type: ignore[method-assign]
+    thread = threading.Thread(target=server.run, args=(stop,))
+    thread.start()
+    try:
+        yield thread
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_waiting_and_new_updates_are_served(connection: Connection, connect: Connect) -> None:
+    """What waited before the daemon came, and what comes while it runs."""
+    expert = make_expert(connection)
+    worker = ScriptedWorker(connection, expert.spec)
+    worker.push(1.0)
+    with serving(connect(), "one"):
+        eventually("version 1", lambda: expert.store.load().meta.version == 1)
+        worker.pull()
+        worker.push(1.0)
+        eventually("version 2", lambda: expert.store.load().meta.version == 2)
+
+
+def test_standby_takes_over(connection: Connection, connect: Connect) -> None:
+    """A second aggregator serves within the lease's expiry after the first one died."""
+    expert = make_expert(connection)
+    worker = ScriptedWorker(connection, expert.spec)
+    with serving(connect(), "heir"):
+        pass  # it gave its lease up
+    with serving(connect(), "first", release=False):
+        eventually("the lease", lambda: connection.client.get(expert.store.keys.lease) == b"first")
+        with serving(connect(), "second") as standby:
+            time.sleep(0.3)
+            assert connection.client.get(expert.store.keys.lease) == b"first"
+            assert standby.is_alive()
+    with serving(connect(), "third"):
+        worker.push(1.0)
+        died = time.monotonic()
+        eventually("version 1", lambda: expert.store.load().meta.version == 1, timeout_s=5)
+        assert time.monotonic() - died < 3.0  # lease 1 s, and a second
+
+
+def test_burst_ends_when_nothing_waits(connection: Connection, connect: Connect) -> None:
+    """--burst decides what is there and ends."""
+    expert = make_expert(connection)
+    for name in ("alice", "bob", "carol"):
+        ScriptedWorker(connection, expert.spec, name).push(1.0)
+    with serving(connect(), "one", burst=True) as thread:
+        thread.join(10)
+        assert not thread.is_alive()
+    assert expert.store.load().meta.version == 3
+    assert connection.client.get(expert.store.keys.lease) is None
+
+
+def test_lost_connections_cost_nothing(connection: Connection, connect: Connect) -> None:
+    """Connections cut again and again while updates flow: each is applied once."""
+    expert = make_expert(connection)
+    worker = ScriptedWorker(connection, expert.spec)
+    with serving(connect(), "one"):
+        for number in range(1, 9):
+            worker.push(1.0)
+            connection.client.execute_command("CLIENT KILL TYPE normal SKIPME yes")
+            eventually("the decision", lambda n=number: expert.store.load().meta.version == n)  # type: ignore[misc]
+            worker.pull()
+    buffer = AdapterBuffer(LAYOUT)
+    buffer.load(expert.store.load().weights)
+    assert torch.equal(buffer.flat, torch.arange(LAYOUT.numel) + 8)
+
+
+def test_overwritten_key_stops_only_its_expert(connection: Connection, connect: Connect) -> None:
+    """A weights key that somebody overwrote is said, and served again once it is repaired."""
+    expert = make_expert(connection)
+    good = connection.client.get(expert.store.keys.weights)
+    connection.client.set(expert.store.keys.weights, b"oops")
+    with pytest.raises(SpecError, match="not an adapter"):
+        ScriptedWorker(connection, expert.spec)
+    with serving(connect(), "one") as thread:
+        time.sleep(0.3)
+        assert thread.is_alive()
+        connection.client.set(expert.store.keys.weights, good)
+        ScriptedWorker(connection, expert.spec).push(1.0)
+        eventually("version 1", lambda: expert.store.load().meta.version == 1)
+
+
+def test_whole_daemon_builds_the_gateway(connection: Connection, connect: Connect, redis_url: str) -> None:
+    """Experts in their threads, the gateway rebuilt when one moves and not when none does."""
+    from fedmoe.store.connection import RedisSettings
+
+    spec = small_spec()
+    experts = {name: make_expert(connection, name, spec) for name in ("a", "b")}
+    daemon = Aggregator(
+        RedisSettings(url=redis_url), ["a", "b"], AggregatorSettings(block_ms=50, lease_s=1.0),
+        GatewaySettings(interval_s=0.1), holder="one",
+    )  # fmt: skip
+    stop = threading.Event()
+    thread = threading.Thread(target=daemon.run, args=(stop,))
+    thread.start()
+    store = GatewayStore(connect())
+    try:
+        first = eventually("a first gateway", store.load)
+        time.sleep(0.4)
+        assert store.load() == first
+        ScriptedWorker(connection, spec, "w", "a").push(1.0)
+        eventually("a second one", lambda: store.record().built_from["a"]["version"] == 1)  # type: ignore[union-attr]
+        commit = experts["a"].store.load().meta.weights_commit
+        assert store.record().built_from["a"]["weights_commit"] == commit  # type: ignore[union-attr]
+    finally:
+        stop.set()
+        thread.join()
+    assert store.record().fields["rank"] == "4"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"lease_s": 0.0}, {"block_ms": 0}, {"block_ms": 5000}, {"batch": 0}, {"lease_s": 0.5, "block_ms": 400}],
+)
+def test_settings_that_cannot_work_are_refused(wrong: dict[str, float]) -> None:
+    """Relations between settings are checked where they are made, with the reason."""
+    with pytest.raises(SettingsError):
+        AggregatorSettings(**wrong)  # type: ignore[arg-type]

@@ -1,0 +1,442 @@
+"""Decide and commit, against a real server: exactly once, whatever comes twice, late, wrong or not at all."""
+
+import math
+import secrets
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from consumers.expert import Expert
+from fedmoe.codec import encode
+from fedmoe.errors import RedisUnavailableError, StaleStateError, UnknownExpertError
+from fedmoe.keys import GROUP
+from fedmoe.layout import AdapterBuffer
+from fedmoe.spec import MergeRules
+from fedmoe.store.connection import Connection
+from fedmoe.update import Part
+from producers.ledger import Outgoing
+from tests.federation import LAYOUT, ScriptedWorker, make_expert, serve, small_spec
+
+Connect = Callable[[], Connection]
+
+
+def start_weights() -> torch.Tensor:
+    return torch.arange(LAYOUT.numel, dtype=torch.float32)
+
+
+def stored(expert: Expert) -> torch.Tensor:
+    """The weights as Redis holds them."""
+    buffer = AdapterBuffer(expert.spec.layout)
+    buffer.load(expert.store.load().weights)
+    return buffer.flat
+
+
+def waiting(expert: Expert) -> tuple[int, int]:
+    """Entries in the stream, and of these pending."""
+    redis, key = expert.store.connection.client, expert.store.keys.updates
+    return redis.xlen(key), redis.xpending(key, GROUP)["pending"]
+
+
+def test_update_becomes_part_of_the_expert(connection: Connection) -> None:
+    """Weights += Δ, version 1, a log line, and nothing is left of entry and payload."""
+    expert = make_expert(connection)
+    worker = ScriptedWorker(connection, expert.spec)
+    worker.push(2.0)
+    assert serve(expert) == ["applied"]
+    loaded = expert.store.load()
+    assert torch.equal(stored(expert), start_weights() + 2)
+    assert (loaded.meta.version, loaded.meta.applied, loaded.meta.n_examples) == (1, 1, 4)
+    assert loaded.applied["alice"].id == worker.ledger.queue[0].id
+    assert waiting(expert) == (0, 0)
+    assert not connection.client.keys("*payload*")
+    ((_, line),) = connection.client.xrange(expert.store.keys.log)
+    assert (line[b"worker"], line[b"version"], line[b"staleness"]) == (b"alice", b"1", b"0")
+
+
+def test_worker_follows(connection: Connection) -> None:
+    """After pull and push of two workers all have the expert's weights."""
+    expert = make_expert(connection)
+    alice, bob = (ScriptedWorker(connection, expert.spec, name) for name in ("alice", "bob"))
+    alice.push(1.0)
+    bob.push(10.0)
+    assert serve(expert) == ["applied", "applied"]
+    for worker in (alice, bob):
+        worker.pull()
+        assert torch.equal(worker.local, stored(expert))
+    # bob's update was one version stale: (1 + 1)^-1
+    assert torch.equal(stored(expert), start_weights() + 1 + 10 / 2)
+    assert expert.meta.mean_staleness == 0.5
+
+
+def test_published_twice_counts_once(connection: Connection) -> None:
+    """A lost reply of XADD: the retry's entry is a duplicate, in the same batch and in a later one."""
+    expert = make_expert(connection)
+    worker = ScriptedWorker(connection, expert.spec)
+    update = worker.push(1.0)
+    worker.publish(update)
+    assert serve(expert) == ["applied", "duplicate"]
+    worker.publish(update)
+    assert serve(expert) == ["duplicate"]
+    assert torch.equal(stored(expert), start_weights() + 1)
+    assert expert.meta.version == 1
+    assert waiting(expert) == (0, 0)
+
+
+def test_batch_gives_the_same_bits_as_one_by_one(connection: Connection, connect: Connect) -> None:
+    """The same updates folded in one commit or in many leave equal bytes, whatever the staleness."""
+    spec = small_spec()
+    results = []
+    for name, batched in (("batched", True), ("single", False)):
+        expert = make_expert(connection, name, spec)
+        workers = [ScriptedWorker(connection, spec, f"w{i}", name) for i in range(5)]
+        for number, worker in enumerate(workers):
+            torch.manual_seed(number)
+            worker.train(torch.randn(LAYOUT.numel))
+            worker.cut()
+            worker.publish()
+            if not batched:
+                serve(expert)
+        if batched:
+            assert serve(expert) == ["applied"] * 5
+        results.append(expert.store.load().weights)
+    assert results[0] == results[1]
+
+
+def test_stale_memory_can_commit_nothing(connection: Connection, connect: Connect) -> None:
+    """H1: two aggregators, the slower one's commit fails even if only a refusal was committed before it."""
+    spec = small_spec(merge=MergeRules(max_norm=50.0))
+    first = make_expert(connection, spec=spec)
+    second = Expert(type(first.store)(connect(), "sql_expert"), spec, aggregator="second")
+    second.load()
+    worker = ScriptedWorker(connection, spec)
+    worker.push(100.0)
+    assert serve(first) == ["refused"]
+    worker.pull()
+    worker.push(1.0)
+    with pytest.raises(StaleStateError):
+        serve(second)
+    second.load()
+    assert serve(second) == ["applied"]
+    assert torch.equal(stored(first), start_weights() + 1)
+
+
+def test_rival_between_check_and_exec_is_noticed(connection: Connection, connect: Connect) -> None:
+    """The WATCH: a commit that slips in between the comparison and EXEC makes EXEC fail."""
+    expert = make_expert(connection)
+    rival = Expert(type(expert.store)(connect(), "sql_expert"), expert.spec, aggregator="rival")
+    rival.load()
+    ScriptedWorker(connection, expert.spec).push(1.0)
+    entries = expert.store.read(block_ms=1, count=10)
+    queue = expert.store._queue
+
+    def slow_queue(pipe: object, commit: object) -> None:
+        assert rival.process(rival.store.reclaim())
+        queue(pipe, commit)  # type: ignore[arg-type]
+
+    expert.store._queue = slow_queue  # type: ignore[method-assign, assignment]
+    with pytest.raises(StaleStateError):
+        expert.process(entries)
+    assert torch.equal(stored(rival), start_weights() + 1)
+
+
+def test_new_connection_means_load_again(connection: Connection) -> None:
+    """H11: redis-py reconnects silently; what was remembered of the server is then worth nothing."""
+    expert = make_expert(connection)
+    ScriptedWorker(connection, expert.spec).push(1.0)
+    entries = expert.store.read(block_ms=1, count=10)
+    connection.client.connection_pool.disconnect()
+    with pytest.raises(StaleStateError, match="made anew"):
+        expert.process(entries)
+    expert.load()
+    assert serve(expert) == ["applied"]
+
+
+def test_what_a_dead_aggregator_read_is_reclaimed(connection: Connection, connect: Connect) -> None:
+    """Entries that were delivered but not committed are pending, and the next aggregator takes them."""
+    dead = make_expert(connection)
+    ScriptedWorker(connection, dead.spec).push(1.0)
+    assert len(dead.store.read(block_ms=1, count=10)) == 1
+    heir = Expert(type(dead.store)(connect(), "sql_expert"), dead.spec, aggregator="heir")
+    heir.load()
+    assert serve(heir) == ["applied"]
+    assert waiting(heir) == (0, 0)
+
+
+def test_predecessor_must_be_the_head(connection: Connection) -> None:
+    """H2: an update whose predecessor was never decided decides nothing, and is taken once that was."""
+    expert = make_expert(connection)
+    worker = ScriptedWorker(connection, expert.spec)
+    worker.train(1.0)
+    first = worker.cut()
+    worker.train(1.0)
+    second = worker.cut()
+    worker.publish(second)
+    assert serve(expert) == ["undecidable"]
+    assert waiting(expert) == (0, 0)
+    worker.publish(first)
+    worker.publish(second)
+    assert serve(expert) == ["applied", "applied"]
+    assert torch.equal(stored(expert), start_weights() + 1 + 1 / 2)  # the second one's base is version 0
+
+
+@pytest.mark.parametrize("key", ["head", "0"])
+def test_missing_key_decides_nothing(connection: Connection, key: str) -> None:
+    """H8: an expired header or part is not a refusal; sent again, the update counts."""
+    expert = make_expert(connection)
+    worker = ScriptedWorker(connection, expert.spec)
+    update = worker.push(1.0)
+    connection.client.delete(f"{expert.store.keys.root}:payload:alice:{update.id.run}:1:{key}")
+    assert serve(expert) == ["undecidable"]
+    poll = worker.store.poll("0-1", update.header)
+    assert not poll.entry_waits
+    worker.publish(update)
+    assert serve(expert) == ["applied"]
+
+
+@pytest.mark.parametrize("damage", [b"", b"x", b"longer than announced" * 10])
+def test_damaged_part_decides_nothing(connection: Connection, damage: bytes) -> None:
+    """Another content than the header's digest says: undecidable, never folded."""
+    expert = make_expert(connection)
+    worker = ScriptedWorker(connection, expert.spec)
+    update = worker.push(1.0)
+    connection.client.set(expert.store.keys.part("alice", update.id.run, 1, 0), damage)
+    assert serve(expert) == ["undecidable"]
+    assert torch.equal(stored(expert), start_weights())
+
+
+def poisoned(value: float) -> tuple[bytes, ...]:
+    delta = torch.zeros(LAYOUT.numel)
+    delta[3] = value
+    return tuple(encode(delta, "fp32"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"spec": "0" * 16}, "made for spec"),
+        ({"base_fingerprint": "f" * 16}, "another base model"),
+        ({"wire_format": "int8"}, "encoded as 'int8'"),
+        ({"parts": (Part(10, b"0" * 32), Part(10, b"0" * 32))}, "2 parts"),
+        ({"parts": (Part(2**20, b"0" * 32),)}, "at most"),
+    ],
+)
+def test_header_that_breaks_the_spec_is_refused(
+    connection: Connection, changes: dict[str, object], reason: str
+) -> None:
+    """Refused by the header alone: the worker is told why, a dead letter is kept, the weights stay."""
+    expert = make_expert(connection)
+    worker = ScriptedWorker(connection, expert.spec)
+    update = worker.push(1.0)
+    # published whole, but with a header that says something else
+    forged = replace(update, header=replace(update.header, **changes))  # type: ignore[arg-type]
+    connection.client.set(expert.store.keys.head("alice", update.id.run, 1), forged.header.pack())
+    assert serve(expert) == ["refused"]
+    change = worker.pull()
+    assert change.how is not None
+    assert reason in change.how.reason
+    ((_, letter),) = connection.client.xrange(expert.store.keys.dead)
+    assert letter[b"reason"].decode() == change.how.reason
+    assert torch.equal(stored(expert), start_weights())
+    assert expert.meta.version == 0
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e30, 1e6])
+def test_poison_is_refused(connection: Connection, value: float) -> None:
+    """NaN, infinity and a norm above the bound never reach the weights; the worker's next update counts."""
+    expert = make_expert(connection)
+    worker = ScriptedWorker(connection, expert.spec)
+    worker.train(1.0)
+    update = worker.cut()
+    parts = poisoned(value)
+    bad = Outgoing(replace(update.header, parts=tuple(Part.of(p) for p in parts)), parts)
+    worker.publish(bad)
+    assert serve(expert) == ["refused"]
+    assert torch.equal(stored(expert), start_weights())
+    worker.pull()
+    worker.push(1.0)
+    assert serve(expert) == ["applied"]
+    assert expert.meta.refused == 1
+
+
+def test_too_stale_is_refused_and_told(connection: Connection) -> None:
+    """The staleness bound, by versions and never by a clock."""
+    spec = small_spec(merge=MergeRules(max_staleness=1))
+    expert = make_expert(connection, spec=spec)
+    late = ScriptedWorker(connection, spec, "late")
+    busy = ScriptedWorker(connection, spec, "busy")
+    for _ in range(2):
+        busy.push(1.0)
+        serve(expert)
+        busy.pull()
+    late.push(1.0)
+    assert serve(expert) == ["refused"]
+    change = late.pull()
+    assert change.how is not None
+    assert "too stale: 2 updates" in change.how.reason
+    assert torch.equal(late.local, stored(expert))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"hello": "world"},
+        {"worker": "a:b", "run": "1-00000000", "seq": "1"},
+        {"worker": "*", "run": "1-00000000", "seq": "1"},
+        {"worker": "alice", "run": "nonsense", "seq": "1"},
+        {"worker": "alice", "run": "1-00000000", "seq": "-1"},
+        {"worker": "alice", "run": "1-00000000", "seq": "٣"},
+        {"worker": "alice", "run": "1-00000000", "seq": "9" * 5000},
+        {"worker": b"\xff\xfe", "run": b"\x00", "seq": b"\x1b[31m"},
+        {"worker": "x" * 100_000},
+    ],
+)
+def test_garbage_in_the_stream_is_a_dead_letter(connection: Connection, fields: dict[str, str]) -> None:
+    """Whatever somebody XADDs, the aggregator takes it off, keeps a bounded record, and goes on."""
+    expert = make_expert(connection)
+    connection.client.xadd(expert.store.keys.updates, fields)
+    ScriptedWorker(connection, expert.spec).push(1.0)
+    assert serve(expert) == ["applied"]
+    assert expert.meta.garbage == 1
+    assert waiting(expert) == (0, 0)
+    ((_, letter),) = connection.client.xrange(expert.store.keys.dead)
+    assert sum(map(len, letter.values())) < 1000
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\xc1", b"\x80", b"\x91" * 2000, secrets.token_bytes(300), b"x" * 10**6]
+)
+def test_garbage_header_decides_nothing(connection: Connection, content: bytes) -> None:
+    """A header that is not one: dead letter (or undecidable if empty), the worker's chain is untouched."""
+    expert = make_expert(connection)
+    worker = ScriptedWorker(connection, expert.spec)
+    update = worker.push(1.0)
+    connection.client.set(expert.store.keys.head("alice", update.id.run, 1), content)
+    assert serve(expert) in ([], ["undecidable"])
+    assert "alice" not in expert.store.load().applied
+    worker.publish(update)
+    assert serve(expert) == ["applied"]
+
+
+def test_forged_entry_can_only_ring_for_what_is_there(connection: Connection) -> None:
+    """H8: what an entry claims besides the name counts nothing; the header does."""
+    expert = make_expert(connection)
+    worker = ScriptedWorker(connection, expert.spec)
+    worker.train(1.0)
+    update = worker.cut()
+    worker.publish(update)
+    connection.client.xtrim(expert.store.keys.updates, 0)
+    entry = {
+        "worker": "alice",
+        "run": update.id.run,
+        "seq": 1,
+        "base_version": 10**9,
+        "format": "evil",
+        "parts": 0,
+    }
+    connection.client.xadd(expert.store.keys.updates, entry)
+    assert serve(expert) == ["applied"]
+    assert torch.equal(stored(expert), start_weights() + 1)
+
+
+def test_trimmed_stream_is_healed_by_sending_again(connection: Connection) -> None:
+    """A hostile XTRIM, before and after delivery: the entry is gone without a decision, the worker publishes again."""
+    expert = make_expert(connection)
+    worker = ScriptedWorker(connection, expert.spec)
+    worker.train(1.0)
+    update = worker.cut()
+    entry = worker.publish(update)
+    expert.store.read(block_ms=1, count=10)
+    connection.client.xtrim(expert.store.keys.updates, 0)
+    assert not worker.store.poll(entry, update.header).entry_waits
+    assert serve(expert) == []
+    worker.publish(update)
+    assert serve(expert) == ["applied"]
+
+
+def test_other_lineage_decides_nothing(connection: Connection) -> None:
+    """H16: an update of another history of the expert is never applied."""
+    expert = make_expert(connection)
+    worker = ScriptedWorker(connection, expert.spec)
+    worker.push(1.0, lineage="0" * 16)
+    assert serve(expert) == ["undecidable"]
+    assert torch.equal(stored(expert), start_weights())
+
+
+def test_group_made_again_starts_at_zero(connection: Connection) -> None:
+    """H12: after the group was lost, what is in the stream is read from its beginning."""
+    expert = make_expert(connection)
+    ScriptedWorker(connection, expert.spec).push(1.0)
+    connection.client.xgroup_destroy(expert.store.keys.updates, GROUP)
+    with pytest.raises(RedisUnavailableError):
+        expert.store.read(block_ms=1, count=10)
+    expert.load()
+    assert serve(expert) == ["applied"]
+
+
+def test_rolled_back_decision_is_sent_again(connection: Connection) -> None:
+    """A failover that loses two commits: both updates come again, in order, and each counts once."""
+    expert = make_expert(connection)
+    worker = ScriptedWorker(connection, expert.spec)
+    redis, keys = connection.client, expert.store.keys
+    before = {key: redis.dump(key) for key in (keys.weights, keys.meta)}
+    for _ in range(2):
+        worker.push(1.0)
+        serve(expert)
+        worker.pull()
+    worker.train(1.0)
+    for key, blob in before.items():
+        redis.restore(key, 0, blob, replace=True)
+    redis.delete(keys.applied)
+    expert.load()
+    change = worker.pull()
+    assert [u.seq for u in change.resent] == [1, 2]
+    assert torch.equal(worker.local, start_weights() + 3)
+    for _ in range(2):
+        worker.publish()
+        assert serve(expert) == ["applied"]
+        worker.pull()
+    worker.cut()
+    worker.publish()
+    assert serve(expert) == ["applied"]
+    assert expert.meta.version == 3
+    worker.pull()
+    assert torch.equal(worker.local, stored(expert))
+
+
+def test_fingerprint_is_pinned_by_the_first_worker_that_joins(connection: Connection) -> None:
+    """Without the base's weights at the aggregator, the first worker's fingerprint counts, and meta says whose."""
+    expert = make_expert(connection, base_fingerprint="")
+    worker = ScriptedWorker(connection, expert.spec)
+    worker.store.beat({"base_fingerprint": "abcdef", "run": "joining"}, ttl_s=5)
+    worker.store.join()
+    ScriptedWorker(connection, expert.spec, "bob").store.join()  # has no heartbeat: changes nothing
+    serve(expert)
+    meta = expert.store.load().meta
+    assert (meta.base_fingerprint, meta.base_fingerprint_by) == ("abcdef", "worker alice")
+
+
+def test_full_redis_loses_nothing(connection: Connection) -> None:
+    """OOM at publish and at commit: one sentence, and after the operator made room everything counts once."""
+    expert = make_expert(connection)
+    worker, other = (ScriptedWorker(connection, expert.spec, name) for name in ("alice", "bob"))
+    worker.push(1.0)
+    connection.client.config_set("maxmemory", "1")
+    with pytest.raises(RedisUnavailableError, match="is full: raise its maxmemory"):
+        serve(expert)
+    expert_again = Expert(expert.store, expert.spec, aggregator="again")
+    with pytest.raises(RedisUnavailableError, match="is full"):
+        other.push(1.0)
+    connection.client.config_set("maxmemory", 0)
+    expert_again.load()
+    other.publish()
+    assert serve(expert_again) == ["applied", "applied"]
+
+
+def test_emptied_redis_is_said(connection: Connection) -> None:
+    """Nothing is invented when the expert is gone."""
+    expert = make_expert(connection)
+    connection.client.flushdb()
+    with pytest.raises(UnknownExpertError, match="gone from Redis"):
+        expert.load()

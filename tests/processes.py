@@ -1,0 +1,61 @@
+"""Real `fedmoe` processes for tests: start, read what they print, wait for something, end."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """One thread, no hub, no settings of the person who runs the tests."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("FEDMOE_")}
+    return clean | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"} | extra
+
+
+def fedmoe(*arguments: str, timeout_s: float = 100.0, **extra: str) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end."""
+    return subprocess.run(
+        [sys.executable, "-m", "fedmoe.cli.main", *arguments],
+        env=environment(**extra), capture_output=True, text=True, timeout=timeout_s, check=False,
+    )  # fmt: skip
+
+
+@contextmanager
+def running(log: Path, *arguments: str, **extra: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A command in the background, its output in `log`; killed at the end if it still runs."""
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "fedmoe.cli.main", *arguments],
+            env=environment(**extra), stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def terminate(process: subprocess.Popen[bytes], *, timeout_s: float = 60.0) -> int:
+    """SIGTERM, and the exit code."""
+    process.send_signal(signal.SIGTERM)
+    return process.wait(timeout_s)
+
+
+def eventually(what: str, check: Callable[[], Any], *, timeout_s: float = 60.0) -> Any:
+    """Wait until `check()` is true; it may raise meanwhile. Returns what it gave."""
+    until = time.monotonic() + timeout_s
+    problem: object = "it never was true"
+    while time.monotonic() < until:
+        try:
+            if value := check():
+                return value
+        except Exception as error:
+            problem = error
+        time.sleep(0.05)
+    raise AssertionError(f"waited {timeout_s:.0f} s for: {what} ({problem})")

@@ -1,0 +1,131 @@
+"""fedmoe.layout: one flat vector, its tensors, and the safetensors file around it."""
+
+import tracemalloc
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given
+
+from fedmoe.errors import SpecError
+from fedmoe.layout import AdapterBuffer, Layout
+from tests.strategies import layouts, randn, seeds
+
+PAIR = Layout.of([("b", (2,)), ("a", (2, 3))])
+
+
+def filled(layout: Layout, seed: int = 0) -> AdapterBuffer:
+    buffer = AdapterBuffer(layout)
+    buffer.flat.copy_(randn(seed, layout.numel))
+    return buffer
+
+
+@given(layouts(), seeds)
+def test_views_and_flatten_are_inverse(layout: Layout, seed: int) -> None:
+    """Each value of the flat vector belongs to exactly one tensor."""
+    flat = randn(seed, layout.numel)
+    views = layout.views(flat)
+    assert {name: tuple(view.shape) for name, view in views.items()} == dict(layout.tensors)
+    assert torch.equal(layout.flatten(views), flat)
+
+
+@given(layouts())
+def test_views_write_through(layout: Layout) -> None:
+    """Writing to every view writes every value of the flat vector."""
+    flat = torch.zeros(layout.numel)
+    for view in layout.views(flat).values():
+        view.add_(1)
+    assert torch.equal(flat, torch.ones(layout.numel))
+
+
+@given(layouts())
+def test_order_of_the_pairs_does_not_matter(layout: Layout) -> None:
+    """Every party gets the same layout of the same tensors."""
+    assert Layout.of(reversed(layout.tensors)) == layout
+
+
+@given(layouts(), seeds)
+def test_the_file_is_what_safetensors_reads(layout: Layout, seed: int) -> None:
+    """The safetensors library reads the buffer's file as exactly the views of the flat vector."""
+    buffer = filled(layout, seed)
+    tensors = safetensors.torch.load(bytes(buffer.file))
+    assert tensors.keys() == dict(layout.tensors).keys()
+    assert torch.equal(layout.flatten(tensors), buffer.flat)
+    assert len(buffer.file) == layout.file_bytes
+
+
+@given(layouts(), seeds)
+def test_a_file_can_be_loaded_again(layout: Layout, seed: int) -> None:
+    """load(file) takes over the values, and folding into `flat` shows in `file` at once."""
+    buffer, copy = filled(layout, seed), AdapterBuffer(layout)
+    copy.load(bytes(buffer.file))
+    assert copy.file == buffer.file
+    copy.flat.add_(1)
+    assert torch.equal(layout.flatten(safetensors.torch.load(bytes(copy.file))), buffer.flat + 1)
+
+
+def test_loading_makes_no_second_copy() -> None:
+    """Taking over a file needs no memory besides the block that is there."""
+    layout = Layout.of([("a", (1024, 1024))])
+    buffer, file = AdapterBuffer(layout), bytes(filled(layout).file)
+    tracemalloc.start()
+    try:
+        buffer.load(file)
+        assert tracemalloc.get_traced_memory()[1] < 100_000
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("damage", ["short", "long", "header", "empty"])
+def test_another_file_is_refused(damage: str) -> None:
+    """A file of another layout, or cut off, is no adapter of this spec."""
+    file = bytes(filled(PAIR).file)
+    other = {"short": file[:-1], "long": file + b"\0", "header": file.replace(b"F32", b"I32"), "empty": b""}
+    with pytest.raises(SpecError, match="not an adapter of this spec"):
+        AdapterBuffer(PAIR).load(other[damage])
+
+
+def test_the_file_cannot_be_written() -> None:
+    """What goes to Redis is a read-only view."""
+    with pytest.raises(TypeError, match="read-only"):
+        AdapterBuffer(PAIR).file[0] = 0
+
+
+@pytest.mark.parametrize(
+    ("tensors", "match"),
+    [
+        ((), "no tensors"),
+        ((("a", (1,)), ("a", (2,))), "twice"),
+        ((("a", (0,)),), "impossible shape"),
+        ((("a", (-1, 2)),), "impossible shape"),
+        ((("a", (1.5,)),), "impossible shape"),
+        ((("a", ("x",)),), "impossible shape"),
+    ],
+)
+def test_impossible_layouts_are_refused(tensors: tuple[tuple[str, tuple[int, ...]], ...], match: str) -> None:
+    """No tensor, a name twice, a dimension that is not a positive integer."""
+    with pytest.raises(SpecError, match=match):
+        Layout(tensors)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "match"),
+    [
+        ({"a": torch.zeros(2, 3)}, "'b' is missing"),
+        ({"a": torch.zeros(3, 2), "b": torch.zeros(2)}, r"'a' has shape \[3, 2\], expected \[2, 3\]"),
+        (
+            {"a": torch.zeros(2, 3), "b": torch.zeros(2), "c": torch.zeros(1)},
+            "'c' is not part of the adapter",
+        ),
+    ],
+)
+def test_flatten_names_the_tensor_that_is_wrong(tensors: dict[str, torch.Tensor], match: str) -> None:
+    """Missing, misshapen or too many: the message says which."""
+    with pytest.raises(SpecError, match=match):
+        PAIR.flatten(tensors)
+
+
+def test_views_need_a_vector_of_the_right_length() -> None:
+    """A vector of another length is refused with both lengths."""
+    with pytest.raises(SpecError, match=r"8 values, got shape \[7\]"):
+        PAIR.views(torch.zeros(7))

@@ -1,0 +1,400 @@
+"""consumers.merge: every method against the dense matrices it stands for."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from consumers.merge import LORA_A, LORA_B, METHODS, Expert, Merged, merge
+from fedmoe.errors import SettingsError, SpecError
+from fedmoe.layout import Layout
+from fedmoe.spec import LoraSettings, Spec
+from tests.strategies import families, lora_layout, random_expert
+
+Q, V = "base_model.model.layers.0.q_proj", "base_model.model.layers.0.v_proj"
+DIMS = {Q: (40, 30), V: (20, 30)}
+RANK = 4
+
+
+def expert(seed: int, dims: dict[str, tuple[int, int]] = DIMS, rank: int = RANK, **changes: Any) -> Expert:
+    return random_expert(seed, dims, rank, **changes)
+
+
+def blank(*tensors: tuple[str, tuple[int, ...]]) -> Expert:
+    layout = Layout.of(tensors)
+    return Expert(layout=layout, flat=torch.zeros(layout.numel), scaling=1.0, weight=1.0)
+
+
+def experts(n: int, **settings: Any) -> list[Expert]:
+    return [expert(seed, **settings) for seed in range(n)]
+
+
+def dims_of(layout: Layout) -> dict[str, tuple[int, int]]:
+    shapes = dict(layout.tensors)
+    modules = [name.removesuffix(LORA_A) for name in shapes if name.endswith(LORA_A)]
+    return {module: (shapes[module + LORA_B][0], shapes[module + LORA_A][1]) for module in modules}
+
+
+def weighted(expert: Expert, weight: float) -> Expert:
+    return dataclasses.replace(expert, weight=weight)
+
+
+def dense(adapter: Expert | Merged) -> dict[str, Tensor]:
+    """ΔW = scaling · B A of each module, in double precision."""
+    views = adapter.layout.views(adapter.flat.double())
+    modules = dims_of(adapter.layout)
+    return {module: adapter.scaling * views[module + LORA_B] @ views[module + LORA_A] for module in modules}
+
+
+def wanted(experts: list[Expert], scale: float = 1.0) -> dict[str, Tensor]:
+    """The dense gateway, scale · Σ wᵢ ΔWᵢ / Σ wᵢ."""
+    total = sum(expert.weight for expert in experts)
+    deltas = [dense(expert) for expert in experts]
+    shares = [scale * expert.weight / total for expert in experts]
+    return {
+        m: sum((s * d[m] for s, d in zip(shares, deltas, strict=True)), torch.zeros(())) for m in deltas[0]
+    }
+
+
+def norm(matrices: dict[str, Tensor]) -> float:
+    """Frobenius norm of all modules together."""
+    return math.hypot(*(float(matrix.norm()) for matrix in matrices.values()))
+
+
+def apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """‖one − other‖."""
+    assert one.keys() == other.keys()
+    return norm({module: one[module] - other[module] for module in one})
+
+
+def rounding(family: list[Expert], scale: float = 1.0) -> float:
+    """What fp32 may lose: 1e-6 of the most that the ΔWᵢ can add up to, for the sum itself may cancel."""
+    return 1e-6 * scale * max(each.scaling * float(each.flat.square().sum()) for each in family)
+
+
+@given(families(), st.floats(0.1, 3))
+def test_cat_is_the_exact_weighted_sum(family: list[Expert], scale: float) -> None:
+    """Whatever the ranks, scalings and weights: ΔW = scale · Σ wᵢ (αᵢ/rᵢ) BᵢAᵢ / Σ wᵢ, at rank Σ rᵢ."""
+    merged = merge(family, scale=scale)
+    assert apart(dense(merged), wanted(family, scale)) < rounding(family, scale)
+    assert merged.layout == lora_layout(dims_of(family[0].layout), merged.rank)
+    assert merged.layout.numel == sum(each.layout.numel for each in family)
+    assert merged.scaling == family[0].scaling
+    assert merged.relative_error == 0.0
+
+
+@given(families(), st.integers(1, 12))
+def test_svd_is_the_nearest_matrix_of_its_rank(family: list[Expert], rank: int) -> None:
+    """Equal to cutting the dense matrix by SVD, and the error it reports is the true one."""
+    merged = merge(family, method="svd", rank=rank)
+    target = wanted(family)
+    best = {}
+    for module, matrix in target.items():
+        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+        best[module] = u[:, :rank] * s[:rank] @ vh[:rank]
+    assert merged.rank == rank
+    assert merged.relative_error is not None
+    reported = merged.relative_error * norm(target)
+    assert reported == pytest.approx(apart(best, target), abs=rounding(family))
+    assert reported == pytest.approx(apart(dense(merged), target), abs=rounding(family))
+
+
+def test_svd_of_three_experts_equals_the_dense_svd() -> None:
+    """Where the singular values are apart the matrices themselves agree, to 2e-5."""
+    family = experts(3)
+    merged = merge(family, method="svd", rank=5)
+    for module, matrix in wanted(family).items():
+        u, s, vh = torch.linalg.svd(matrix)
+        best = u[:, :5] * s[:5] @ vh[:5]
+        assert apart({module: dense(merged)[module]}, {module: best}) < 2e-5 * norm({module: best})
+
+
+def test_svd_balances_its_factors_and_takes_the_largest_rank() -> None:
+    """Both factors of a module have the same singular values; the default rank is the experts' largest."""
+    merged = merge([expert(0, rank=3), expert(1, rank=6)], method="svd")
+    views = merged.layout.views(merged.flat)
+    assert merged.rank == 6
+    for module in DIMS:
+        a, b = (torch.linalg.svdvals(views[module + suffix]) for suffix in (LORA_A, LORA_B))
+        assert torch.allclose(a, b, rtol=1e-4)
+
+
+def test_svd_at_full_rank_loses_nothing() -> None:
+    """With rank Σ rᵢ, or any larger one, svd and cat are the same ΔW."""
+    family = experts(3)
+    for rank in (3 * RANK, 3 * RANK + 5):
+        merged = merge(family, method="svd", rank=rank)
+        assert apart(dense(merged), dense(merge(family))) < rounding(family)
+        assert merged.relative_error == pytest.approx(0, abs=1e-6)
+
+
+@given(families(same_rank=True))
+def test_the_error_of_averaging_factors_is_known(family: list[Expert]) -> None:
+    """Σ ŵᵢ ΔWᵢ − s·B̄Ā = s · Σ ŵᵢ (Bᵢ−B̄)(Aᵢ−Ā), with differing scalings taken into the Bᵢ."""
+    merged = merge(family, method="average")
+    mean = merged.layout.views(merged.flat.double())
+    views = [each.layout.views(each.flat.double()) for each in family]
+    total = sum(each.weight for each in family)
+    target = wanted(family)
+    for module, matrix in dense(merged).items():
+        residual = sum(
+            each.weight
+            / total
+            * (view[module + LORA_B] * each.scaling - mean[module + LORA_B] * merged.scaling)
+            @ (view[module + LORA_A] - mean[module + LORA_A])
+            for each, view in zip(family, views, strict=True)
+        )
+        assert torch.allclose(target[module] - matrix, torch.as_tensor(residual), atol=1e-4, rtol=1e-4)
+
+
+def test_averaging_is_exact_where_one_factor_is_shared() -> None:
+    """Experts with one common A (or B) have no residual: factor and product space agree."""
+    for suffix in (LORA_A, LORA_B):
+        family = experts(3)
+        for each in family[1:]:
+            for module in DIMS:
+                own, first = (e.layout.views(e.flat)[module + suffix] for e in (each, family[0]))
+                own.copy_(first)
+        assert apart(dense(merge(family, method="average")), wanted(family)) < rounding(family)
+
+
+@pytest.mark.parametrize("method", ["cat", "svd", "average"])
+def test_three_identical_experts_give_that_expert(method: str) -> None:
+    """1.000 ×, where peft's "linear" combination of three adapters at 1/3 each gives 3.000 ×."""
+    family = [expert(7, weight=1 / 3)] * 3
+    assert apart(dense(merge(family, method=method)), dense(family[0])) < rounding(family)
+
+
+@pytest.mark.parametrize("weight", [1e-30, 1.0, 3.7, 1e30])
+@pytest.mark.parametrize("method", ["cat", "average"])
+def test_one_expert_is_the_gateway_whatever_its_weight(method: str, weight: float) -> None:
+    """Bit for bit, also if others of weight 0 stand beside it."""
+    one = expert(0, weight=weight)
+    for family in ([one], [weighted(expert(1), 0), one, weighted(expert(2), 0)]):
+        merged = merge(family, method=method)
+        assert torch.equal(merged.flat, one.flat)
+        assert (merged.layout, merged.rank, merged.scaling) == (one.layout, RANK, one.scaling)
+
+
+@given(families(), st.floats(0.1, 10))
+def test_only_the_ratio_of_the_weights_counts(family: list[Expert], factor: float) -> None:
+    """Multiplying all weights changes nothing; scale multiplies the result."""
+    scaled = [weighted(each, each.weight * factor) for each in family]
+    gateway = dense(merge(family))
+    assert apart(dense(merge(scaled)), gateway) < rounding(family)
+    times = {module: factor * matrix for module, matrix in gateway.items()}
+    assert apart(dense(merge(family, scale=factor)), times) < rounding(family, factor)
+
+
+@given(families(), st.floats(0.05, 0.95))
+def test_the_gateway_is_linear_in_the_weights(family: list[Expert], mix: float) -> None:
+    """The gateway of mixed shares is the mix of the gateways, seen as ΔW."""
+    shares = [1 / len(family)] * len(family)
+    others = [each.weight / sum(e.weight for e in family) for each in family]
+    mixed = [mix * one + (1 - mix) * other for one, other in zip(shares, others, strict=True)]
+
+    def gateway(weights: list[float]) -> dict[str, Tensor]:
+        return dense(merge([weighted(each, weight) for each, weight in zip(family, weights, strict=True)]))
+
+    one, other = gateway(shares), gateway(others)
+    assert apart(gateway(mixed), {m: mix * one[m] + (1 - mix) * other[m] for m in one}) < rounding(family)
+
+
+@given(families(same_rank=True), st.sampled_from(["cat", "average", "ties"]), st.randoms())
+def test_the_order_of_the_experts_does_not_matter(family: list[Expert], method: str, rng: Any) -> None:
+    """As ΔW; the factors of cat stand in another order."""
+    shuffled = rng.sample(family, len(family))
+    one, other = dense(merge(family, method=method)), dense(merge(shuffled, method=method))
+    assert apart(one, other) < 2 * rounding(family)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_experts_give_the_same_bytes(method: str) -> None:
+    """No clock, no chance; torch's own generator and the experts stay as they were."""
+    family = experts(3)
+    before = [each.flat.clone() for each in family]
+    torch.manual_seed(1)
+    first = merge(family, method=method)
+    drawn = torch.rand(1)
+    torch.manual_seed(2)
+    second = merge(family, method=method)
+    assert first.buffer.file == second.buffer.file
+    torch.manual_seed(1)
+    assert torch.equal(torch.rand(1), drawn)
+    assert all(torch.equal(each.flat, flat) for each, flat in zip(family, before, strict=True))
+
+
+def test_dare_is_right_on_average_and_depends_on_its_seed() -> None:
+    """Over many seeds the mean of the factors is their average: dropping is made good by scaling up."""
+    family = experts(3, scaling=1.0)
+    flats = torch.stack([merge(family, method="dare", density=0.5, seed=seed).flat for seed in range(400)])
+    assert not torch.equal(flats[0], flats[1])
+    # Σ ŵ²x²(1/density − 1) / 400 is the variance of that mean; 6 of its deviations are out of reach.
+    deviation = torch.stack([each.flat for each in family]).square().sum(dim=0).div(9 * 400).sqrt()
+    assert ((flats.mean(dim=0) - merge(family, method="average").flat).abs() < 6 * deviation).all()
+
+
+def test_dare_draws_anew_for_every_module() -> None:
+    """Modules of one shape do not lose the same places."""
+    layout = lora_layout({Q: (30, 30), V: (30, 30)}, RANK)
+    ones = Expert(layout=layout, flat=torch.ones(layout.numel), scaling=1.0, weight=1.0)
+    views = layout.views(merge([ones], method="dare").flat)
+    assert not torch.equal(views[Q + LORA_A], views[V + LORA_A])
+    assert set(views[Q + LORA_A].flatten().tolist()) == {0.0, 2.0}
+
+
+def test_ties_by_hand() -> None:
+    """Trim to half, elect each sign by the larger sum, average those that agree."""
+    layout = lora_layout({Q: (2, 4)}, 1)  # A has 4 values, B 2
+    rows = ([4.0, -3.0, 0.1, 0.2, 1.0, 5.0], [2.0, 5.0, -0.1, 0.3, 3.0, 2.0])
+    family = [Expert(layout=layout, flat=torch.tensor(row), scaling=1.0, weight=2.0) for row in rows]
+    assert merge(family, method="ties").flat.tolist() == [3.0, 5.0, 0.0, 0.0, 3.0, 5.0]
+
+
+@pytest.mark.parametrize("method", ["ties", "dare"])
+def test_what_was_not_learned_is_not_trimmed(method: str) -> None:
+    """With the initialisation given, experts that learned nothing in A give back A as it began."""
+    init = expert(9)
+    for module in DIMS:
+        init.layout.views(init.flat)[module + LORA_B].zero_()
+    family = [weighted(init, 1.0), weighted(init, 2.0)]
+    assert torch.equal(merge(family, method=method, init=init.flat).flat, init.flat)
+    assert not torch.equal(merge(family, method=method).flat, init.flat)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_experts_that_learned_nothing_give_a_gateway_that_does_nothing(method: str) -> None:
+    """At version 0 every B is 0, and so is the gateway's ΔW; nothing divides by it."""
+    family = experts(2)
+    for each in family:
+        for module in DIMS:
+            each.layout.views(each.flat)[module + LORA_B].zero_()
+    merged = merge(family, method=method)
+    assert all(matrix.abs().max() == 0 for matrix in dense(merged).values())
+    assert merged.relative_error in (0.0, None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"method": "mean"}, "one of cat, svd, average, ties, dare, not 'mean'"),
+        ({"scale": 0.0}, "scale must be a number above 0"),
+        ({"scale": float("nan")}, "scale must be a number above 0"),
+        ({"method": "svd", "rank": 0}, "rank, of at least 1"),
+        ({"method": "cat", "rank": 8}, "for 'svd' only"),
+        ({"method": "dare", "density": 0.0}, "density must be between 0 and 1"),
+        ({"method": "ties", "density": 1.0}, "density must be between 0 and 1"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_refused(settings: dict[str, Any], match: str) -> None:
+    """The message names the setting and what came."""
+    with pytest.raises(SettingsError, match=match):
+        merge(experts(2), **settings)
+
+
+@pytest.mark.parametrize(
+    ("weights", "match"),
+    [
+        ([], "no expert"),
+        ([0.0, 0.0], "must add up to a number above 0"),
+        ([1e308, 1e308], "must add up to a number above 0"),
+        ([1.0, -1.0], "weight must be a number of at least 0"),
+        ([1.0, float("nan")], "weight must be a number of at least 0"),
+        ([1.0, float("inf")], "weight must be a number of at least 0"),
+    ],
+)
+def test_weights_that_cannot_be_used_are_refused(weights: list[float], match: str) -> None:
+    """None at all, a sum of zero, negative or not finite."""
+    with pytest.raises(SettingsError, match=match):
+        merge([weighted(expert(0), weight) for weight in weights])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("odd", "match"),
+    [
+        (expert(1, dims={Q: (40, 30)}), "v_proj' is (20, 30) in the first expert, None in number 2"),
+        (
+            expert(1, dims=DIMS | {Q: (40, 31)}),
+            "q_proj' is (40, 30) in the first expert, (40, 31) in number 2",
+        ),
+        (expert(1, scaling=0.0), "expert number 2 has the impossible scaling 0.0"),
+        (
+            dataclasses.replace(expert(1), flat=torch.full((4 * 120,), torch.nan)),
+            "2 holds values that are not finite",
+        ),
+        (blank(("x.weight", (2, 2))), "'x.weight' is not a pair of LoRA factors"),
+        (blank((Q + LORA_A, (2, 30)), (Q + LORA_B, (40, 3))), "q_proj' is not a pair of LoRA factors"),
+        (blank((Q + LORA_A, (2, 30, 1)), (Q + LORA_B, (40, 2, 1))), "q_proj' is not a pair of LoRA factors"),
+        (
+            blank(*lora_layout({Q: (4, 4)}, 2).tensors, *lora_layout({V: (4, 4)}, 3).tensors),
+            "different ranks, [2, 3]",
+        ),
+    ],
+)
+def test_experts_that_do_not_fit_are_refused(method: str, odd: Expert, match: str) -> None:
+    """The message names the module or the expert, and both sides."""
+    with pytest.raises(SpecError) as caught:
+        merge([expert(0), odd], method=method)
+    assert match in str(caught.value)
+
+
+@pytest.mark.parametrize("method", ["average", "ties", "dare"])
+def test_factor_methods_need_one_rank(method: str) -> None:
+    """Factors of different ranks cannot be averaged; the message says what can."""
+    with pytest.raises(SpecError, match=r"experts of one rank, these have \[4, 5\]: use 'cat' or 'svd'"):
+        merge([expert(0), expert(1, rank=5)], method=method)
+
+
+def test_an_adapter_that_no_file_can_hold_is_refused() -> None:
+    """Before it is allocated: 600 experts of one layout would make 600 times its size."""
+    layout = lora_layout({Q: (1000, 1000)}, 128)
+    one = Expert(layout=layout, flat=torch.zeros(layout.numel), scaling=1.0, weight=1.0)
+    with pytest.raises(SettingsError, match="would have 586 MiB, allowed are 512: use 'svd'"):
+        merge([one] * 600)
+
+
+@pytest.mark.parametrize("method", ["cat", "svd", "average"])
+def test_peft_loads_the_gateway_as_the_weights_merged_by_hand(method: str, tmp_path: Path) -> None:
+    """The exported adapter's logits are those of the base model with W + ΔW in place of W."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from tests.tiny import save_tiny_model
+
+    base = str(save_tiny_model(tmp_path / "base"))
+    model = AutoModelForCausalLM.from_pretrained(base)
+    dims = {
+        f"base_model.model.{name}": (layer.out_features, layer.in_features)
+        for name, layer in model.named_modules()
+        if name.endswith((".q_proj", ".v_proj", ".down_proj"))
+    }
+    family = experts(3, dims=dims, scaling=0.5)
+    merged = merge(family, method=method, scale=1.5)
+    spec = Spec(
+        base_model=base,
+        base_config={},
+        layout=family[0].layout,
+        lora=LoraSettings(rank=RANK, alpha=0.5 * RANK),
+    )
+    adapter = tmp_path / "gateway"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps(spec.adapter_config(rank=merged.rank)))
+    (adapter / "adapter_model.safetensors").write_bytes(merged.buffer.file)
+
+    tokens = torch.arange(20).view(2, 10)
+    with torch.no_grad():
+        plain = model(tokens).logits
+        for module, matrix in dense(merged).items():
+            model.get_submodule(module.removeprefix("base_model.model.")).weight += matrix.float()
+        by_hand = model(tokens).logits
+        loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)(tokens).logits
+    assert torch.allclose(loaded, by_hand, atol=1e-5)
+    assert (loaded - plain).abs().max() > 0.1

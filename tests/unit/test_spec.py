@@ -1,0 +1,128 @@
+"""fedmoe.spec: the spec survives its JSON, names itself by a digest, and refuses what cannot work."""
+
+import contextlib
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from fedmoe.errors import FedMoEError, SettingsError, SpecError
+from fedmoe.layout import Layout
+from fedmoe.spec import LoraSettings, MergeRules, Spec, TrainingSettings
+from tests.strategies import lora_layout, specs
+
+Q, V = "base_model.model.layers.0.q_proj", "base_model.model.layers.0.v_proj"
+PLAIN = Spec(
+    base_model="base",
+    base_config={"hidden_size": 64},
+    layout=lora_layout({Q: (8, 8), V: (4, 8)}, 16),
+    lora=LoraSettings(rank=16, alpha=32.0),
+)
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(specs())
+def test_a_spec_survives_json(spec: Spec) -> None:
+    """from_json(to_json(s)) == s, with the same text and digest."""
+    again = Spec.from_json(spec.to_json())
+    assert again == spec
+    assert again.to_json() == spec.to_json()
+    assert again.digest == spec.digest
+    assert len(spec.digest) == 16
+
+
+def test_the_json_is_canonical() -> None:
+    """The order in which a config's numbers were read does not change the digest."""
+    one, other = (
+        dataclasses.replace(PLAIN, base_config=dict(c)) for c in ([("a", 1), ("b", 2)], [("b", 2), ("a", 1)])
+    )
+    assert one.to_json() == other.to_json()
+
+
+@given(specs(), specs())
+def test_the_digest_tells_specs_apart(one: Spec, other: Spec) -> None:
+    """Two specs have one digest only if they are equal."""
+    assert (one.digest == other.digest) == (one == other)
+
+
+@given(st.text(max_size=50) | st.binary(max_size=50) | json_values.map(json.dumps))
+@example("[" * 100_000)
+@example("9" * 5000)
+def test_garbage_is_a_spec_error(text: str | bytes) -> None:
+    """Anything that is not a spec raises SpecError and nothing else."""
+    with pytest.raises(SpecError):
+        Spec.from_json(text)
+
+
+@given(st.sampled_from(sorted(json.loads(PLAIN.to_json()))), json_values)
+@example("lora", {"rank": 1, "alpha": 10**400, "targets": []})
+@example("layout", [["a", [1]], ["a", [1]]])
+def test_an_odd_field_is_refused_or_harmless(field: str, value: object) -> None:
+    """Whatever stands in a field of the stored spec: a usable spec, or one of FedMoE's own errors."""
+    content = json.loads(PLAIN.to_json()) | {field: value}
+    with contextlib.suppress(FedMoEError):
+        spec = Spec.from_json(json.dumps(content))
+        assert Spec.from_json(spec.to_json()).digest == spec.digest
+
+
+@pytest.mark.parametrize(
+    ("settings", "bad", "match"),
+    [
+        (LoraSettings, {"rank": 0}, "rank must be a whole number"),
+        (LoraSettings, {"rank": 2.5}, "rank must be a whole number"),
+        (LoraSettings, {"rank": True}, "rank must be a whole number"),
+        (LoraSettings, {"alpha": -1.0}, "alpha must be a number above 0"),
+        (LoraSettings, {"alpha": float("nan")}, "alpha must be a number above 0"),
+        (LoraSettings, {"targets": ()}, "targets must name"),
+        (MergeRules, {"lr": 0.0}, "lr must be a number above 0"),
+        (MergeRules, {"max_norm": float("inf")}, "max_norm must be a number above 0"),
+        (MergeRules, {"max_staleness": -1}, "max_staleness must be a whole number of at least 0"),
+        (TrainingSettings, {"batch_size": 1.5}, "batch_size must be a whole number"),
+        (TrainingSettings, {"accumulate": 0}, "accumulate must be a whole number"),
+        (TrainingSettings, {"warmup_steps": -1}, "warmup_steps must be a whole number of at least 0"),
+        (TrainingSettings, {"max_length": 7}, "max_length must be a whole number of at least 8"),
+        (TrainingSettings, {"weight_decay": -0.1}, "weight_decay must be at least 0"),
+        (TrainingSettings, {"learning_rate": 0.0}, "learning_rate must be a number above 0"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(settings: type, bad: dict[str, Any], match: str) -> None:
+    """The message names the setting, its rule and what came."""
+    with pytest.raises(SettingsError, match=match):
+        settings(**bad)
+
+
+@pytest.mark.parametrize(
+    ("bad", "match"),
+    [
+        ({"base_model": ""}, "base_model must be"),
+        ({"wire_format": "int4"}, "one of fp32, bf16, int8, not 'int4'"),
+        ({"sync_interval_s": 0.0}, "sync_interval_s must be a number above 0"),
+        ({"init_seed": -1}, "init_seed must be a whole number"),
+        ({"layout": Layout.of([("a", (2**27,))])}, "does not fit into one Redis string"),
+    ],
+)
+def test_specs_that_cannot_work_are_refused(bad: dict[str, Any], match: str) -> None:
+    """A spec refuses at its creation, not at the first update."""
+    with pytest.raises(SettingsError, match=match):
+        dataclasses.replace(PLAIN, **bad)
+
+
+def test_another_format_asks_for_an_upgrade() -> None:
+    """A spec of a later FedMoE is not half understood."""
+    with pytest.raises(SpecError, match="has format 2, this FedMoE reads 1: upgrade"):
+        Spec.from_json(PLAIN.to_json().replace('"spec_format":1', '"spec_format":2'))
+
+
+def test_adapter_config_keeps_the_scaling_at_any_rank() -> None:
+    """The scaling alpha / r is the spec's for the expert's own rank and for the gateway's."""
+    own, gateway = PLAIN.adapter_config(), PLAIN.adapter_config(rank=48)
+    assert (own["r"], own["lora_alpha"]) == (16, 32.0)
+    assert (gateway["r"], gateway["lora_alpha"]) == (48, 96.0)
+    assert gateway["target_modules"] == ["q_proj", "v_proj"]

@@ -1,0 +1,168 @@
+"""fedmoe.update: a header survives its journey, and one from anybody is accepted whole or refused."""
+
+import dataclasses
+import re
+import tracemalloc
+from typing import Any
+
+import msgpack
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from fedmoe.errors import UpdateError
+from fedmoe.update import MAX_HEADER_BYTES, MAX_PARTS, PART_BYTES, Header, Part, UpdateId, is_run, make_run
+from tests.strategies import flip_bytes, headers, oddities, seeds
+
+PLAIN = Header(
+    lineage="lineage",
+    spec="0123456789abcdef",
+    run="1-0123abcd",
+    seq=3,
+    prev=UpdateId("1-0123abcd", 2),
+    base_version=7,
+    wire_format="fp32",
+    base_fingerprint="fingerprint",
+    n_examples=4,
+    n_tokens=512,
+    steps=2,
+    loss=1.5,
+    position="[0, 4]",
+    parts=(Part.of(b"payload"),),
+)
+FIELDS = [field.name for field in dataclasses.fields(Header)]
+
+
+def changed(**changes: Any) -> bytes:
+    return bytes(msgpack.packb(msgpack.unpackb(PLAIN.pack()) | changes))
+
+
+def reason(data: bytes) -> str:
+    """Why unpack refuses this header; empty if it does not."""
+    try:
+        header = Header.unpack(data)
+    except UpdateError as error:
+        return str(error)
+    assert Header.unpack(header.pack()).id == header.id
+    assert {type(getattr(header, name)) for name in ("seq", "base_version", "steps")} == {int}
+    return ""
+
+
+def refuse(data: bytes, match: str) -> None:
+    text = reason(data)
+    assert re.search(match, text)
+    assert len(text) < 300
+
+
+@given(headers())
+def test_a_header_survives_packing(header: Header) -> None:
+    """unpack(pack(h)) == h, and packing is deterministic."""
+    assert Header.unpack(header.pack()) == header
+    assert Header.unpack(header.pack()).pack() == header.pack()
+
+
+def test_a_header_of_the_most_parts_fits() -> None:
+    """The largest adapter there can be still has a header within the bound."""
+    header = dataclasses.replace(PLAIN, parts=(Part(PART_BYTES, b"\xff" * 32),) * MAX_PARTS)
+    assert len(header.pack()) < MAX_HEADER_BYTES
+    assert Header.unpack(header.pack()).payload_bytes == MAX_PARTS * PART_BYTES
+
+
+@given(st.binary(max_size=300) | oddities().map(msgpack.packb))
+@example(b"")
+@example(b"\x91" * 5000)
+def test_garbage_is_an_update_error(data: bytes) -> None:
+    """Bytes of any kind raise UpdateError and nothing else."""
+    refuse(data, match="header")
+
+
+@given(st.sampled_from([*FIELDS, "header_format", "another"]), oddities())
+def test_an_odd_field_is_refused_or_of_the_right_type(field: str, value: object) -> None:
+    """Whatever stands in a field: what unpack returns packs again, else it is an UpdateError."""
+    assert len(reason(changed(**{field: value}))) < 300
+
+
+@given(headers(), seeds, st.integers(1, 8))
+def test_a_damaged_header_never_raises_anything_else(header: Header, seed: int, flips: int) -> None:
+    """Flipped, missing and added bytes give another header or an UpdateError."""
+    assert len(reason(flip_bytes(header.pack(), seed, flips))) < 300
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"header_format": 2}, "format is not 1"),
+        ({"header_format": 2, "new field": 0}, "format is not 1"),
+        ({"x" * 1000: 0}, "lacks or adds the fields x+$"),
+        ({"seq": 0}, "run and seq"),
+        ({"seq": True}, "seq is not a count"),
+        ({"seq": 2**53 + 1}, "seq is not a count"),
+        ({"base_version": -1}, "base_version is not a count"),
+        ({"base_version": 1.0}, "base_version is not a count"),
+        ({"run": "1-0123ABCD"}, "run and seq"),
+        ({"run": "١-0123abcd"}, "run and seq"),
+        ({"run": "1-0123abcd\n"}, "run and seq"),
+        ({"loss": 1}, "loss is not a float"),
+        ({"position": "x" * 1025}, "position is not a short text"),
+        ({"lineage": b"lineage"}, "lineage is not a short text"),
+        ({"prev": ["1-0123abcd", 0]}, "prev is not the name"),
+        ({"prev": ["1-0123abcd", True]}, "prev is not the name"),
+        ({"prev": ["1-0123abcd"]}, "prev is not the name"),
+        ({"prev": "ab"}, "prev is not the name"),
+        ({"parts": ""}, "lists no parts"),
+        ({"parts": {}}, "lists no parts"),
+        ({"parts": [[1, b"short"]]}, "list of parts is malformed"),
+        ({"parts": [[True, bytes(32)]]}, "list of parts is malformed"),
+        ({"parts": [[0, bytes(32)]]}, "a part of 0 bytes, allowed are 1048576"),
+        ({"parts": [[2**40, bytes(32)]]}, "a part of 1099511627776 bytes, allowed are 1048576"),
+        ({"parts": [[1, bytes(32)]] * (MAX_PARTS + 1)}, "not msgpack"),
+    ],
+)
+def test_the_reason_names_the_field(changes: dict[str, Any], match: str) -> None:
+    """Each rule of the header has a refusal that names what is wrong."""
+    assert Header.unpack(changed()) == PLAIN
+    refuse(changed(**changes), match)
+
+
+@pytest.mark.parametrize("missing", FIELDS)
+def test_every_field_is_needed(missing: str) -> None:
+    """A header without one of its fields is refused, and the message names it."""
+    content = msgpack.unpackb(PLAIN.pack())
+    del content[missing]
+    refuse(msgpack.packb(content), f"lacks or adds the fields {missing}")
+
+
+@pytest.mark.parametrize(
+    "bomb",
+    [
+        b"\xdd\x00\x03\xff\xff" * 1000,
+        b"\xdd\x00\x03\xff\xf0" + b"\x80" * 0x3FFF0,
+        b"\xc6\xff\xff\xff\xff",
+        b"\0" * (MAX_HEADER_BYTES + 1),
+    ],
+)
+def test_absurd_sizes_are_refused_before_they_are_allocated(bomb: bytes) -> None:
+    """A header that claims gigabytes costs no more than a few times its own length."""
+    tracemalloc.start()
+    try:
+        refuse(bomb, match="not msgpack|has 262145 bytes")
+        assert tracemalloc.get_traced_memory()[1] < 4 * MAX_HEADER_BYTES
+    finally:
+        tracemalloc.stop()
+
+
+@given(st.integers(0, 10**12 - 1))
+def test_a_run_tells_its_epoch(epoch: int) -> None:
+    """The epoch that a run was made of can be read from its name; anything else has epoch 0."""
+    run = make_run(epoch, "00ff00ff")
+    assert is_run(run)
+    assert UpdateId(run, 1).epoch == epoch
+    assert str(UpdateId(run, 1)) == f"{run}:1"
+    assert UpdateId("no run", 1).epoch == 0
+
+
+@given(st.binary(max_size=64), st.binary(max_size=64))
+def test_a_part_matches_only_its_own_bytes(data: bytes, other: bytes) -> None:
+    """Length and digest recognise the part, and nothing else."""
+    assert Part.of(data).matches(data)
+    assert Part.of(data).matches(other) == (data == other)

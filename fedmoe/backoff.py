@@ -19,7 +19,9 @@ class Backoff:
         clock: seconds, monotonic.
     """
 
-    def __init__(self, what: str, logger: logging.Logger, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, what: str, logger: logging.Logger, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._what = what
         self._logger = logger
         self._clock = clock

@@ -22,18 +22,24 @@ def aggregator() -> None:
               help="Hub id or directory; only its config is needed here.")  # fmt: skip
 @click.option("--rank", type=int, default=16, show_default=True, help="LoRA rank.")
 @click.option("--alpha", type=float, default=32.0, show_default=True, help="LoRA alpha.")
-@click.option("--targets", default="all-linear", show_default=True, help="Modules with an adapter, comma separated.")
+@click.option(
+    "--targets", default="all-linear", show_default=True, help="Modules with an adapter, comma separated."
+)
 @click.option("--lr", type=float, default=1.0, show_default=True, help="Expert += lr × decay × Δ.")
 @click.option("--decay", type=click.Choice(["constant", "polynomial", "hinge"]), default="polynomial",
               show_default=True, help="How much a stale update weighs.")  # fmt: skip
 @click.option("--decay-a", type=float, default=1.0, show_default=True, help="(1+τ)^-a; hinge: its slope.")
-@click.option("--decay-b", type=float, default=4.0, show_default=True, help="Hinge: full weight up to this τ.")
+@click.option(
+    "--decay-b", type=float, default=4.0, show_default=True, help="Hinge: full weight up to this τ."
+)
 @click.option("--max-staleness", type=int, default=256, show_default=True, help="Staler updates are refused.")
 @click.option("--max-norm", type=float, default=0.0, help="Longer updates are refused.  "
               "[default: ten times the initial adapter's norm]")  # fmt: skip
 @click.option("--wire-format", type=click.Choice(["fp32", "bf16", "int8"]), default="fp32", show_default=True,
               help="How updates travel.")  # fmt: skip
-@click.option("--sync-interval", type=float, default=10.0, show_default=True, help="Seconds between publications.")
+@click.option(
+    "--sync-interval", type=float, default=10.0, show_default=True, help="Seconds between publications."
+)
 @click.option("--learning-rate", type=float, default=2e-4, show_default=True, help="Workers: AdamW's.")
 @click.option("--weight-decay", type=float, default=0.0, show_default=True, help="Workers: AdamW's.")
 @click.option("--batch-size", type=int, default=4, show_default=True, help="Workers: rows a micro-batch.")
@@ -48,8 +54,12 @@ def aggregator() -> None:
 @click.option("--gateway-weights", type=click.Choice(["config", "examples", "updates"]), default="config",
               show_default=True, help="What an expert weighs.")  # fmt: skip
 @click.option("--gateway-rank", type=int, default=0, help="Of the svd merge.  [default: the experts' rank]")
-@click.option("--gateway-interval", type=float, default=2.0, show_default=True, help="Seconds between rebuilds.")
-@click.option("--lease", type=float, default=5.0, show_default=True, help="Seconds until a standby takes over.")
+@click.option(
+    "--gateway-interval", type=float, default=2.0, show_default=True, help="Seconds between rebuilds."
+)
+@click.option(
+    "--lease", type=float, default=5.0, show_default=True, help="Seconds until a standby takes over."
+)
 @click.option("--block-ms", type=int, default=500, show_default=True, help="Longest wait of a read.")
 @click.option("--batch", type=int, default=64, show_default=True, help="Updates a commit takes at most.")
 @click.option("--burst", is_flag=True, help="End when nothing is waiting.")
@@ -89,7 +99,9 @@ def run(ctx: click.Context, /, **options: Any) -> None:
         sync_interval_s=options["sync_interval"],
         seed=options["seed"],
         explicit=frozenset(
-            name for name in options if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
+            name
+            for name in options
+            if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
         ),
     )
     settings = AggregatorSettings(

@@ -100,7 +100,9 @@ def _defaults(
     sections = {key: value for key, value in content.items() if isinstance(value, dict)}
     if odd := sorted(sections.keys() - set(group.list_commands(ctx))):
         raise SettingsError(f"{where}: there is no command for the section {odd[0]!r}")
-    wanted = [ctx.protected_args[0]] if getattr(ctx, "protected_args", None) else list(group.list_commands(ctx))
+    wanted = (
+        [ctx.protected_args[0]] if getattr(ctx, "protected_args", None) else list(group.list_commands(ctx))
+    )
     for name in {*sections, *wanted}:
         command = group.get_command(ctx, name)
         if isinstance(command, click.Group):
@@ -109,7 +111,9 @@ def _defaults(
             known = {p.name for p in command.params if p.name}
             section = {key.replace("-", "_"): value for key, value in sections.get(name, {}).items()}
             if odd := sorted(section.keys() - known):
-                raise SettingsError(f"{where} [{name}]: unknown key {odd[0]!r}; there are {', '.join(sorted(known))}")
+                raise SettingsError(
+                    f"{where} [{name}]: unknown key {odd[0]!r}; there are {', '.join(sorted(known))}"
+                )
             defaults[name] = {key: value for key, value in shared.items() if key in known} | section
     return defaults
 

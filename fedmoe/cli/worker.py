@@ -17,10 +17,16 @@ def worker() -> None:
 @worker.command()
 @redis_options
 @click.option("--stream", required=True, metavar="EXPERT", help="The expert to train.")
-@click.option("--data", required=True, type=click.Path(path_type=Path), help="JSONL file; never leaves this machine.")
-@click.option("--name", default="", help="This worker's name, unique on its stream.  [default: the host's name]")
+@click.option(
+    "--data", required=True, type=click.Path(path_type=Path), help="JSONL file; never leaves this machine."
+)
+@click.option(
+    "--name", default="", help="This worker's name, unique on its stream.  [default: the host's name]"
+)
 @click.option("--base-model", default="", help="Where the base model lies here.  [default: as the spec says]")
-@click.option("--state-dir", type=click.Path(path_type=Path), help="Keep checkpoints here; a restart goes on.")
+@click.option(
+    "--state-dir", type=click.Path(path_type=Path), help="Keep checkpoints here; a restart goes on."
+)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, …")
 @click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", show_default=True,
               help="auto: bf16 where the hardware has it.")  # fmt: skip
@@ -28,11 +34,15 @@ def worker() -> None:
 @click.option("--accumulate", type=int, default=0, help="Micro-batches a step.  [default: the spec's]")
 @click.option("--max-steps", type=int, default=0, help="End after so many steps.")
 @click.option("--max-epochs", type=float, default=0.0, help="End after so many passes over the data.")
-@click.option("--drain", type=float, default=30.0, show_default=True, help="Seconds to wait for the last decision.")
+@click.option(
+    "--drain", type=float, default=30.0, show_default=True, help="Seconds to wait for the last decision."
+)
 @click.option("--on-bad-row", type=click.Choice(["skip", "fail"]), default="skip", show_default=True,
               help="What a row that cannot be used does.")  # fmt: skip
 @click.option("--no-wait", is_flag=True, help="Fail if Redis or the expert is not there yet.")
-@click.option("--log-interval", type=float, default=5.0, show_default=True, help="Seconds between progress lines.")
+@click.option(
+    "--log-interval", type=float, default=5.0, show_default=True, help="Seconds between progress lines."
+)
 def run(**options: Any) -> None:
     """Train and publish until stopped; SIGTERM or Ctrl-C publishes what is trained first.
 

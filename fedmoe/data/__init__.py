@@ -1,0 +1,1 @@
+"""JSONL rows and the token batches made of them."""

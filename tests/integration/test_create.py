@@ -1,0 +1,109 @@
+"""Creating experts: from a config alone, one initialisation for all, and never over something that exists."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from consumers.create import SpecRequest, ensure_experts, parse_experts
+from fedmoe.errors import BaseModelError, SettingsError, SpecError
+from fedmoe.layout import AdapterBuffer
+from fedmoe.spec import LoraSettings
+from fedmoe.store.connection import Connection
+from fedmoe.store.expert import ExpertStore
+from fedmoe.store.gateway import GatewayStore
+
+
+def request(base: Path, **changes: object) -> SpecRequest:
+    return SpecRequest(base_model=str(base), lora=LoraSettings(rank=2), **changes)  # type: ignore[arg-type]
+
+
+def test_experts_share_one_initialisation(connection: Connection, tiny_model_dir: Path) -> None:
+    """Version 0 of every expert is the same: random A, B = 0; and the fingerprint of local weights is pinned."""
+    assert ensure_experts(connection, {"a": 1.0, "b": 2.0}, request(tiny_model_dir)) == ["a", "b"]
+    store = GatewayStore(connection)
+    (meta, first), (_, second) = store.read("a"), store.read("b")
+    assert first == second
+    assert store.experts() == {"a": 1.0, "b": 2.0}
+    assert (meta.version, meta.base_fingerprint_by) == (0, "aggregator")
+    spec = store.spec("a")
+    buffer = AdapterBuffer(spec.layout)
+    buffer.load(first)
+    for name, tensor in spec.layout.views(buffer.flat).items():
+        assert bool(tensor.any()) == ("lora_A" in name)
+    assert spec.merge.max_norm == pytest.approx(10 * float(torch.linalg.vector_norm(buffer.flat)), abs=1e-3)
+
+
+def test_config_alone_is_enough(connection: Connection, tiny_model_dir: Path, tmp_path: Path) -> None:
+    """The aggregator's machine need not have the weights; then nobody has pinned the fingerprint yet."""
+    (tmp_path / "config.json").write_bytes((tiny_model_dir / "config.json").read_bytes())
+    ensure_experts(connection, {"a": 1.0}, request(tmp_path))
+    assert GatewayStore(connection).meta("a").base_fingerprint == ""
+
+
+def test_existing_experts_are_left_alone(connection: Connection, tiny_model_dir: Path) -> None:
+    """A second start changes nothing, needs no model, and names a setting that was typed and differs."""
+    ensure_experts(connection, {"a": 1.0}, request(tiny_model_dir))
+    before = connection.client.hgetall("fedmoe:{a}:meta")
+    assert ensure_experts(connection, {"a": 1.0}, SpecRequest()) == []
+    assert connection.client.hgetall("fedmoe:{a}:meta") == before
+    with pytest.raises(SpecError, match="exists with rank 2, not 4"):
+        typed = SpecRequest(lora=LoraSettings(rank=4), explicit=frozenset({"rank"}))
+        ensure_experts(connection, {"a": 1.0}, typed)
+
+
+def test_one_federation_has_one_base(connection: Connection, tiny_model_dir: Path) -> None:
+    """An expert with another adapter shape has no place in the same gateway."""
+    ensure_experts(connection, {"a": 1.0}, request(tiny_model_dir))
+    other = SpecRequest(base_model=str(tiny_model_dir), lora=LoraSettings(rank=4))
+    with pytest.raises(SpecError, match="another LoRA settings.*--prefix"):
+        ensure_experts(connection, {"b": 1.0}, other)
+    assert not ExpertStore(connection, "b").exists()
+
+
+def test_creation_is_whole_or_not_at_all(
+    connection: Connection, connect: Callable[[], Connection], tiny_model_dir: Path
+) -> None:
+    """Two aggregators that start at once create one expert."""
+    ensure_experts(connection, {"a": 1.0}, request(tiny_model_dir))
+    meta, weights = GatewayStore(connection).read("a")
+    spec = GatewayStore(connection).spec("a")
+    late = ExpertStore(connect(), "a")
+    assert late.create(spec, meta, memoryview(weights), gateway_weight=5.0) is False
+    assert GatewayStore(connection).experts() == {"a": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (None, "config.json"),
+        ("{", "config"),
+        (json.dumps({"model_type": "nonsense"}), "nonsense"),
+        (json.dumps({"model_type": "bert"}), "causal"),
+    ],
+)
+def test_base_that_is_none_is_one_sentence(
+    connection: Connection, tmp_path: Path, content: str | None, reason: str
+) -> None:
+    """A directory without config, with a broken one, or with a model that is not causal."""
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(BaseModelError, match=reason) as error:
+        ensure_experts(connection, {"a": 1.0}, request(tmp_path))
+    assert "Traceback" not in str(error.value)
+
+
+def test_unknown_target_is_named(connection: Connection, tiny_model_dir: Path) -> None:
+    """LoRA targets that the model does not have."""
+    wrong = SpecRequest(base_model=str(tiny_model_dir), lora=LoraSettings(rank=2, targets=("q_proj", "wq")))
+    with pytest.raises((BaseModelError, SettingsError), match="wq"):
+        ensure_experts(connection, {"a": 1.0}, wrong)
+
+
+@pytest.mark.parametrize("texts", [["gateway"], ["a:b"], ["a=x"], ["a=-1"], ["a=inf"], [""], ["a" * 65]])
+def test_expert_names_and_weights_are_checked(texts: list[str]) -> None:
+    """Names that would break the keys, and weights that are none."""
+    with pytest.raises(SettingsError):
+        parse_experts(texts)

@@ -1,0 +1,237 @@
+"""Prompt and answer as tokens, under templates that behave like those of the well-known model families."""
+
+import json
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from fedmoe.data.chat import Encoder
+from fedmoe.data.jsonl import Message, Row
+from fedmoe.errors import DataError
+from tests.tiny import END, tiny_tokenizer
+
+SYSTEM = Message(role="system", content="s")
+USER = Message(role="user", content="q")
+EARLIER = Message(role="assistant", content="e")
+
+ALTERNATE = (
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate user and assistant') }}{% endif %}{% endfor %}"
+)
+GEMMA = (
+    "{{ '<bos>' }}{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    + ALTERNATE
+    + "{% for m in messages %}{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\n'"
+    " + m.content | trim + '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+MISTRAL = (
+    "{{ '<bos>' }}" + ALTERNATE + "{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content "
+    "+ ' [/INST]' }}{% else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"
+)
+QWEN3 = (
+    "{% for m in messages %}{% set text = m.content.split('</think>')[-1].lstrip('\n') %}"
+    "{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' and loop.last %}{{ '<think>\n' + "
+    "m.content.split('</think>')[0].split('<think>')[-1].strip('\n') * ('</think>' in m.content) "
+    "+ '\n</think>\n\n' }}{% endif %}{{ text + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+QWEN35 = QWEN3.replace("{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>assistant\n<think>\n' }}")
+DEEPSEEK = (
+    "{{ '<bos>' }}{% for m in messages %}{% if m.role == 'user' %}{{ '<user>' + m.content }}{% else %}"
+    "{{ '<model>' + m.content.split('</think>')[-1] + eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<model><think>\n' }}{% endif %}"
+)
+HARMONY = (
+    "{% for m in messages %}{{ '<start>' + m.role + '<channel>final' * (m.role == 'assistant') + '<message>' "
+    "+ m.content + ('<return>' if loop.last and m.role == 'assistant' else '<end>') }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start>assistant' }}{% endif %}"
+)
+PHI = (
+    "{% for m in messages %}{{ '<' + m.role + '>\n' + m.content + '<end>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
+PLAIN = (
+    "{% for m in messages %}{{ '### ' + m.role + '\n' + m.content + '\n\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### assistant\n' }}{% endif %}"
+)
+DEAF = (
+    "{% for m in messages if m.role != 'system' %}{{ m.content + '<end>' }}{% endfor %}"  # drops system turns
+)
+BOS = "<bos>"
+CONTROL = [
+    BOS, "<eos>", "<start_of_turn>", "<end_of_turn>", "<user>", "<assistant>", "<model>",
+    "<start>", "<channel>", "<message>", "<return>", "<end>",
+]  # fmt: skip
+
+
+def tokenizer(template: str | None, eos: str | None = "<eos>") -> PreTrainedTokenizerFast:
+    """The tiny tokenizer with other control tokens and another template; `<think>` is plain text to it."""
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=tiny_tokenizer().backend_tokenizer, bos_token=BOS, eos_token=eos
+    )
+    made.add_tokens(CONTROL, special_tokens=True)
+    made.chat_template = template
+    return made
+
+
+def encode(tokens: PreTrainedTokenizerFast, prompt: list[Message], answer: str) -> tuple[str, str]:
+    """Both parts as text, control tokens included."""
+    ids = Encoder(tokens).encode(Row(line=1, prompt=tuple(prompt), completion=answer))
+    return tokens.decode(ids[0]), tokens.decode(ids[1])
+
+
+FAMILIES = {
+    "ChatML": (
+        None,
+        [SYSTEM, USER],
+        "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n",
+        "a<|im_end|>",
+    ),
+    "Gemma": (
+        GEMMA,
+        [USER],
+        "<bos><start_of_turn>user\nq<end_of_turn>\n<start_of_turn>model\n",
+        "a<end_of_turn>",
+    ),
+    "Gemma, system": (
+        GEMMA,
+        [SYSTEM, USER],
+        "<bos><start_of_turn>user\ns\n\nq<end_of_turn>\n<start_of_turn>model\n",
+        "a<end_of_turn>",
+    ),
+    "Mistral": (MISTRAL, [USER], "<bos>[INST] q [/INST]", " a<eos>"),
+    "Mistral, two users": (MISTRAL, [USER, USER], "<bos>[INST] q\n\nq [/INST]", " a<eos>"),
+    "Mistral, turns": (
+        MISTRAL,
+        [SYSTEM, USER, EARLIER, USER],
+        "<bos>[INST] s\n\nq [/INST] e<eos>[INST] q [/INST]",
+        " a<eos>",
+    ),
+    "Qwen3": (
+        QWEN3,
+        [USER],
+        "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n",
+        "<think>\n\n</think>\n\na<|im_end|>",
+    ),
+    "Qwen3.5": (
+        QWEN35,
+        [USER],
+        "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n<think>\n",
+        "\n</think>\n\na<|im_end|>",
+    ),
+    "DeepSeek": (DEEPSEEK, [USER], "<bos><user>q<model><think>\n", "\n</think>\n\na<eos>"),
+    "Harmony": (
+        HARMONY,
+        [USER],
+        "<start>user<message>q<end><start>assistant",
+        "<channel>final<message>a<return>",
+    ),
+    "Phi": (PHI, [USER], "<user>\nq<end>\n<assistant>\n", "a<end>"),
+    "no end of turn": (PLAIN, [USER], "### user\nq\n\n### assistant\n", "a<eos>"),
+    "system dropped": (DEAF, [SYSTEM, USER], "s\n\nq<end>", "a<end>"),
+}
+
+
+@pytest.mark.parametrize(("template", "turns", "prompt", "answer"), FAMILIES.values(), ids=FAMILIES)
+def test_a_family(template: str | None, turns: list[Message], prompt: str, answer: str) -> None:
+    """The prompt as the model is asked, then the answer with what the template puts around it."""
+    tokens = tiny_tokenizer() if template is None else tokenizer(template)
+    assert encode(tokens, turns, "a") == (prompt, answer)
+
+
+@pytest.mark.parametrize("template", [QWEN3, QWEN35, DEEPSEEK], ids=["Qwen3", "Qwen3.5", "DeepSeek"])
+def test_reasoning_in_the_data_is_kept_and_begun_once(template: str) -> None:
+    """Also where the template opens it in the prompt, puts an empty one first, or would drop it."""
+    prompt, answer = encode(tokenizer(template), [USER], "<think>\nbecause\n</think>\n\na")
+    assert (prompt + answer).count("<think>\nbecause\n</think>\n\na<") == 1
+    assert (prompt + answer).count("think>") == 2
+
+
+@pytest.mark.parametrize("template", [GEMMA, MISTRAL, QWEN35, DEEPSEEK, HARMONY, PHI, PLAIN])
+def test_the_prompt_is_what_the_model_will_be_asked(template: str) -> None:
+    """Id by id what apply_chat_template gives; one begin-of-sequence token even if both would write it."""
+    tokens = tokenizer(template)
+    bos = tokens.bos_token_id
+    tokens.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", bos)]
+    )
+    asked = tokens.apply_chat_template([USER], add_generation_prompt=True, return_dict=False)
+    prompt, answer = Encoder(tokens).encode(Row(line=1, prompt=(USER,), completion="a"))
+    assert prompt == asked
+    assert (prompt + answer).count(bos) == ("<bos>" in template)
+
+
+@pytest.mark.parametrize(
+    "answer", ["  indented\n", "\n\na\n\n", "a </s> b", "im", "end", "\ue000", "日本\r\n"]
+)
+@pytest.mark.parametrize("template", [GEMMA, HARMONY, PHI])
+def test_the_answer_is_learnt_as_it_stands(template: str, answer: str) -> None:
+    """No white space is trimmed, and an answer that looks like part of the template confuses nothing."""
+    lead, end = {
+        GEMMA: ("", "<end_of_turn>"),
+        HARMONY: ("<channel>final<message>", "<return>"),
+        PHI: ("", "<end>"),
+    }[template]
+    assert encode(tokenizer(template), [USER], answer)[1] == lead + answer + end
+
+
+@pytest.mark.parametrize(
+    "answer", ["a<end_of_turn>", "a<end_of_turn>\n", "a<eos>", "a<eos><end_of_turn>", "a<end_of_turn> <eos>"]
+)
+def test_an_answer_that_brings_its_end_of_turn_ends_once(answer: str) -> None:
+    """Files written for other tools often hold the control token."""
+    assert encode(tokenizer(GEMMA), [USER], answer)[1] == "a<end_of_turn>"
+
+
+@pytest.mark.parametrize("answer", ["", " \n\t", "<eos>", " <end_of_turn>\n"])
+def test_an_empty_answer_is_refused(answer: str) -> None:
+    """Also one of white space, or of nothing but the end of turn."""
+    with pytest.raises(DataError, match="with an empty answer"):
+        encode(tokenizer(GEMMA), [USER], answer)
+
+
+def test_turns_that_the_template_refuses_are_named_with_its_own_words() -> None:
+    """Nothing is trained on turns that the model can never see."""
+    with pytest.raises(
+        DataError, match=r"refused by the chat template \(roles must alternate user and assistant\)"
+    ):
+        encode(tokenizer(MISTRAL), [EARLIER], "a")
+    with pytest.raises(DataError, match=r"refused by the chat template \(.*undefined.*\)"):
+        encode(tokenizer("{{ nothing.at.all }}"), [USER], "a")
+
+
+def test_without_a_template_the_text_is_plain() -> None:
+    """Prompt, newline, answer, end of sequence; the begin-of-sequence token if the tokenizer writes one."""
+    tokens = tokenizer(None)
+    assert encode(tokens, [SYSTEM, USER], "a") == ("s\nq\n", "a<eos>")
+    tokens.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A <eos>",
+        special_tokens=[("<bos>", tokens.bos_token_id), ("<eos>", tokens.eos_token_id)],
+    )
+    assert encode(tokens, [USER], "a") == ("<bos>q\n", "a<eos>")
+    assert encode(tokenizer(None, eos=None), [USER], "a") == ("q\n", "a")
+
+
+def test_no_token_straddles_the_border() -> None:
+    """A tokenizer that merges two newlines: the prompt stays as it is when the model is asked."""
+    core = json.loads(tiny_tokenizer().backend_tokenizer.to_str())
+    core["model"]["vocab"]["ĊĊ"] = 259
+    core["model"]["merges"] = [["Ċ", "Ċ"]]
+    tokens = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(core)), eos_token=END)
+    assert 259 in tokens("q\n\na").input_ids
+    prompt, answer = Encoder(tokens).encode(Row(line=1, prompt=(USER,), completion="\na"))
+    assert prompt == tokens("q\n").input_ids
+    assert tokens.decode(answer) == "\na<|im_end|>"
+
+
+def test_no_space_is_put_in_front_of_the_answer() -> None:
+    """A tokenizer that begins every text with a space mark, as SentencePiece does."""
+    letters = {letter: i for i, letter in enumerate("▁\nqa")}
+    core = Tokenizer(models.BPE(vocab=letters, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokens = PreTrainedTokenizerFast(tokenizer_object=core)
+    assert tokens("a").input_ids == [letters["▁"], letters["a"]]
+    ids = Encoder(tokens).encode(Row(line=1, prompt=(USER,), completion="a"))
+    assert ids == ([letters["▁"], letters["q"], letters["\n"]], [letters["a"]])

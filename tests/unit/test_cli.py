@@ -1,0 +1,65 @@
+"""The command line: quick help, configuration file, environment, precedence."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from fedmoe.cli.main import COMMANDS, cli
+from fedmoe.errors import SettingsError
+
+
+def test_help_imports_nothing_heavy() -> None:
+    """`fedmoe --help` must answer at once: neither torch nor redis nor transformers is imported."""
+    code = "import sys, fedmoe.cli.main as m; m.cli.main(['--help'], standalone_mode=False); "
+    code += "print([n for n in ('torch', 'redis', 'transformers', 'peft', 'rich') if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(name: str) -> None:
+    """Each listed command can be imported and explains itself."""
+    done = CliRunner().invoke(cli, [name, "--help"])
+    assert done.exit_code == 0, done.output
+    assert "Usage:" in done.output
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("reddis = 'x'", "reddis"),
+        ("[agregator.run]\nrank = 4", "agregator"),
+        ("[aggregator.run]\nrnk = 4", "rnk"),
+        ("[aggregator", "not TOML"),
+        ("[aggregator.walk]\nrank = 4", "walk"),
+    ],
+)
+def test_mistakes_in_the_configuration_are_named(tmp_path: Path, text: str, reason: str) -> None:
+    """click ignores unknown keys silently; FedMoE does not."""
+    file = tmp_path / "fedmoe.toml"
+    file.write_text(text)
+    with pytest.raises(SettingsError, match=reason):
+        CliRunner().invoke(cli, ["--config", str(file), "aggregator", "run"], catch_exceptions=False)
+
+
+def test_missing_configuration_is_named(tmp_path: Path) -> None:
+    """A file that is not there."""
+    with pytest.raises(SettingsError, match=r"none\.toml"):
+        CliRunner().invoke(cli, ["--config", str(tmp_path / "none.toml"), "status"], catch_exceptions=False)
+
+
+def test_command_line_wins_over_environment_over_file(tmp_path: Path) -> None:
+    """The three sources of a setting, seen by what --redis is refused for."""
+    file = tmp_path / "fedmoe.toml"
+    file.write_text("redis = 'file://x'\n[aggregator.run]\nrank = 4\n")
+    command = ["--config", str(file), "aggregator", "run"]
+    for arguments, environment, expected in (
+        ([], {}, "file://x"),
+        ([], {"FEDMOE_REDIS": "env://x"}, "env://x"),
+        (["--redis", "line://x"], {"FEDMOE_REDIS": "env://x"}, "line://x"),
+    ):
+        with pytest.raises(SettingsError, match=expected):
+            CliRunner(env=environment).invoke(cli, command + arguments, catch_exceptions=False)

@@ -1,0 +1,153 @@
+"""Rows as examples, batches and an order."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from fedmoe.data.examples import NO_LABEL, collate, indices, make_examples, padding_id
+from fedmoe.data.jsonl import Message, Problem, Row, Rows
+from fedmoe.errors import DataError
+from tests.tiny import END, PAD, save_tiny_model, tiny_model, tiny_tokenizer
+
+PROMPT_TOKENS = len("Suser\nqE\nSassistant\n")  # S and E are <|im_start|> and <|im_end|>, one token each
+
+
+def rows(*answers: str, bad: int = 0) -> Rows:
+    path = Path("rows.jsonl")
+    return Rows(
+        path=path,
+        rows=tuple(
+            Row(line=i, prompt=(Message(role="user", content="q"),), completion=answer)
+            for i, answer in enumerate(answers)
+        ),
+        problems=tuple(Problem(path=path, line=i, reason="it is not JSON") for i in range(bad)),
+        digest="",
+    )
+
+
+def test_labels_are_the_answer_and_its_end() -> None:
+    """`input_ids[n_prompt:]`, by the token."""
+    tokenizer = tiny_tokenizer()
+    (example,) = make_examples(rows("abc"), tokenizer, 512).examples
+    assert example.n_prompt == PROMPT_TOKENS
+    assert tokenizer.decode(list(example.input_ids[example.n_prompt :])) == "abc" + END
+
+
+def test_too_long_an_answer_is_cut_and_has_no_end() -> None:
+    """At the limit it is whole; one below it the end of turn is gone; the cut is counted."""
+    tokenizer = tiny_tokenizer()
+    for room, text, cut in ((4, "abc" + END, 0), (3, "abc", 1), (1, "a", 1)):
+        made = make_examples(rows("abc"), tokenizer, PROMPT_TOKENS + room)
+        (example,) = made.examples
+        assert tokenizer.decode(list(example.input_ids[example.n_prompt :])) == text
+        assert made.cut == cut
+    assert made.summary() == "1 rows: 1 used (1 cut to max_length 21), 0 dropped"
+
+
+def test_a_prompt_without_room_for_an_answer_drops_the_row() -> None:
+    """A row without labels would give a loss of 0/0."""
+    reason = r"1 rows: 0 used, 1 dropped \(1 with a prompt that fills max_length 20\)"
+    with pytest.raises(
+        DataError, match=rf"nothing to train on in rows.jsonl: {reason}; raise max_length or mend"
+    ):
+        make_examples(rows("abc"), tiny_tokenizer(), PROMPT_TOKENS)
+
+
+def test_every_row_is_accounted_for_with_its_reason() -> None:
+    """Used and dropped together are the rows of the file, bad ones included."""
+    made = make_examples(rows("a", "", "b", " \n", "", bad=2), tiny_tokenizer(), 512)
+    assert made.dropped == {"malformed": 2, "with an empty answer": 3}
+    assert made.summary() == "7 rows: 2 used, 5 dropped (3 with an empty answer, 2 malformed)"
+
+
+def test_a_batch_is_padded_on_the_right_and_labelled_on_the_answers() -> None:
+    """Shapes, types and every field, against the tokens."""
+    tokenizer = tiny_tokenizer()
+    short, long = make_examples(rows("a", "bcd"), tokenizer, 512).examples
+    batch = collate([short, long], padding_id(tokenizer))
+    width = PROMPT_TOKENS + 4
+    assert [t.shape for t in (batch.input_ids, batch.attention_mask, batch.labels)] == [(2, width)] * 3
+    assert {t.dtype for t in (batch.input_ids, batch.attention_mask, batch.labels)} == {torch.int64}
+    assert batch.input_ids[1].tolist() == list(long.input_ids)
+    assert tokenizer.decode(batch.input_ids[0][-4:]) == "a" + END + PAD + PAD
+    assert batch.attention_mask[0].tolist() == [1] * (width - 2) + [0, 0]
+    assert batch.labels[0].tolist() == [NO_LABEL] * PROMPT_TOKENS + [
+        *short.input_ids[-2:],
+        NO_LABEL,
+        NO_LABEL,
+    ]
+    assert batch.n_tokens == 6 == (batch.labels != NO_LABEL).sum()
+    assert batch.first_label == PROMPT_TOKENS
+
+
+def test_first_label_is_the_smallest_of_the_batch() -> None:
+    """With prompts of different length."""
+    tokenizer = tiny_tokenizer()
+    one = rows("a")
+    other = Rows(
+        path=one.path,
+        rows=(Row(line=1, prompt=(Message(role="user", content="a long question"),), completion="a"),),
+        problems=(),
+        digest="",
+    )
+    examples = [make_examples(r, tokenizer, 512).examples[0] for r in (other, one)]
+    assert collate(examples, 0).first_label == PROMPT_TOKENS < examples[0].n_prompt
+
+
+def test_a_model_takes_the_batch_and_the_loss_is_over_the_labels() -> None:
+    """Its own loss is the mean over n_tokens of logits from first_label - 1 on; finite with one label too."""
+    tokenizer = tiny_tokenizer()
+    examples = make_examples(rows("a", "bcd" * 30), tokenizer, PROMPT_TOKENS + 9).examples
+    batch = collate(
+        [*examples, *make_examples(rows("x"), tokenizer, PROMPT_TOKENS + 1).examples], padding_id(tokenizer)
+    )
+    out = tiny_model()(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels)
+    logits = out.logits[:, batch.first_label - 1 : -1]
+    total = F.cross_entropy(
+        logits.flatten(0, 1),
+        batch.labels[:, batch.first_label :].flatten(),
+        ignore_index=NO_LABEL,
+        reduction="sum",
+    )
+    assert torch.isfinite(out.loss)
+    torch.testing.assert_close(out.loss, total / batch.n_tokens)
+
+
+def test_padding_takes_the_end_of_sequence_or_nothing() -> None:
+    """Many base models have no pad token, and 0 is a token id too."""
+    core = tiny_tokenizer().backend_tokenizer
+    assert padding_id(tiny_tokenizer()) == tiny_tokenizer().pad_token_id
+    with_end = PreTrainedTokenizerFast(tokenizer_object=core, eos_token=END)
+    assert padding_id(with_end) == with_end.eos_token_id
+    assert padding_id(PreTrainedTokenizerFast(tokenizer_object=core)) == 0
+    first = core.id_to_token(0)
+    assert padding_id(PreTrainedTokenizerFast(tokenizer_object=core, pad_token=first, eos_token=END)) == 0
+
+
+def test_a_saved_tokenizer_makes_the_same_examples(tmp_path: Path) -> None:
+    """The tiny model's directory gives by AutoTokenizer what the tests build in code."""
+    loaded = AutoTokenizer.from_pretrained(save_tiny_model(tmp_path))
+    data = rows("abc", "  d\n", "日本")
+    assert make_examples(data, loaded, 30) == make_examples(data, tiny_tokenizer(), 30)
+
+
+@settings(max_examples=50)
+@given(
+    position=st.integers(0, 10**12), first=st.integers(0, 40), second=st.integers(0, 40), n=st.integers(1, 30)
+)
+def test_the_order_is_one_endless_sequence(position: int, first: int, second: int, n: int) -> None:
+    """Read in any portions, from any place, it is the same."""
+    together = indices(position, first + second, n, seed=7)
+    assert together == indices(position, first, n, seed=7) + indices(position + first, second, n, seed=7)
+
+
+def test_every_epoch_has_every_row_once_in_an_order_of_its_own() -> None:
+    """And every seed too: epoch 1 of seed 0 is not epoch 0 of seed 1."""
+    orders = [indices(epoch * 50, 50, 50, seed) for seed in range(5) for epoch in range(5)]
+    assert all(sorted(order) == list(range(50)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 25

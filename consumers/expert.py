@@ -157,8 +157,16 @@ class Expert:
 
     def _refuse(self, worker: str, header: Header, verdict: Verdict, commit: Commit) -> None:
         self.meta = replace(self.meta, refused=self.meta.refused + 1)
-        letter: dict[str, str | int | float] = {"worker": worker, "run": header.run, "seq": header.seq, "reason": verdict.reason}
-        commit.dead.append(letter | {"loss": f"{header.loss:.6g}", "n_examples": header.n_examples})
+        commit.dead.append(
+            {
+                "worker": worker,
+                "run": header.run,
+                "seq": header.seq,
+                "reason": verdict.reason,
+                "loss": f"{header.loss:.6g}",
+                "n_examples": header.n_examples,
+            }
+        )
         logger.warning("%s refused %s seq %d: %s", self.store.name, worker, header.seq, verdict.reason)
 
     def _undecidable(self, bell: Doorbell, verdict: Verdict) -> Verdict:

@@ -51,6 +51,7 @@ from producers.trainer import StepResult, Trainer
 logger = logging.getLogger(__name__)
 
 PIN_WAIT_S = 5.0
+MANY_ROWS = 5000  # so many take some seconds to tokenize
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,6 +139,8 @@ class Worker:
         if spec is None:
             return
         model, tokenizer, device, autocast = self._load_base(spec)
+        if len(rows.rows) > MANY_ROWS:
+            self._say(f"tokenizing {len(rows.rows)} rows")
         examples = make_examples(rows, tokenizer, spec.training.max_length)
         self._say(f"{settings.data}: {examples.summary()}")
         print_of_base = fingerprint(model)

@@ -100,10 +100,7 @@ def _defaults(
     sections = {key: value for key, value in content.items() if isinstance(value, dict)}
     if odd := sorted(sections.keys() - set(group.list_commands(ctx))):
         raise SettingsError(f"{where}: there is no command for the section {odd[0]!r}")
-    wanted = (
-        [ctx.protected_args[0]] if getattr(ctx, "protected_args", None) else list(group.list_commands(ctx))
-    )
-    for name in {*sections, *wanted}:
+    for name in group.list_commands(ctx):
         command = group.get_command(ctx, name)
         if isinstance(command, click.Group):
             defaults[name] = _defaults(command, ctx, sections.get(name, {}), shared, f"{where} [{name}]")

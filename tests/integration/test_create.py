@@ -81,7 +81,7 @@ def test_creation_is_whole_or_not_at_all(
         (None, "config.json"),
         ("{", "config"),
         (json.dumps({"model_type": "nonsense"}), "nonsense"),
-        (json.dumps({"model_type": "bert"}), "causal"),
+        (json.dumps({"model_type": "t5"}), "causal"),
     ],
 )
 def test_base_that_is_none_is_one_sentence(

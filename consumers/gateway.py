@@ -12,11 +12,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-
 from consumers import merge
 from fedmoe.backoff import Backoff
 from fedmoe.errors import FedMoEError, RedisUnavailableError, SettingsError, SpecError
+from fedmoe.layout import values_of
 from fedmoe.lora_init import initial_weights
 from fedmoe.records import Meta
 from fedmoe.spec import Spec
@@ -178,9 +177,5 @@ class GatewayBuilder:
 
     @staticmethod
     def _expert(spec: Spec, file: bytes, weight: float) -> merge.Expert:
-        if len(file) != spec.layout.file_bytes or not file.startswith(spec.layout.header):
-            raise SpecError("an expert's stored weights are not an adapter of its spec")
-        flat = torch.frombuffer(
-            bytearray(file), dtype=torch.float32, offset=len(spec.layout.header), count=spec.layout.numel
-        )
+        flat = values_of(spec.layout, file)
         return merge.Expert(layout=spec.layout, flat=flat, scaling=spec.lora.scaling, weight=weight)

@@ -8,6 +8,7 @@ copying or serialising.
 
 import json
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +18,9 @@ import torch
 from fedmoe.errors import SpecError
 
 FLOAT_BYTES = 4
+# `values_of` gives tensors over read-only memory; torch warns that it could not stop a writer, and there is none.
+warnings.filterwarnings("ignore", message="The given buffer is not writable")
+
 MAX_STRING_BYTES = 512 * 1024 * 1024  # a Redis string can hold no more
 
 
@@ -100,6 +104,21 @@ class Layout:
         return flat
 
 
+def values_of(layout: Layout, file: bytes) -> torch.Tensor:
+    """The values (numel,) fp32 of an adapter's safetensors file, read-only and not copied.
+
+    Raises:
+        SpecError: if it is not a file of that layout.
+    """
+    header = layout.header
+    if len(file) != layout.file_bytes or not file.startswith(header):
+        raise SpecError(
+            f"the stored weights ({len(file)} bytes) are not an adapter of this spec "
+            f"({layout.file_bytes} bytes); was the key written by something else?"
+        )
+    return torch.frombuffer(file, dtype=torch.float32, offset=len(header), count=layout.numel)
+
+
 class AdapterBuffer:
     """An adapter as one block of memory: `file` is the safetensors file, `flat` its values (numel,) fp32.
 
@@ -119,17 +138,6 @@ class AdapterBuffer:
         """The safetensors file, read-only and not copied."""
         return memoryview(self._block).toreadonly()
 
-    def load(self, file: bytes | memoryview) -> None:
-        """Take over the values of a safetensors file of the same layout.
-
-        Raises:
-            SpecError: if it is not such a file.
-        """
-        header = self.layout.header
-        if len(file) != self.layout.file_bytes or file[: len(header)] != header:
-            raise SpecError(
-                f"the stored weights ({len(file)} bytes) are not an adapter of this spec "
-                f"({self.layout.file_bytes} bytes); was the key written by something else?"
-            )
-        # Through a view: assigning to a slice of the bytearray itself would copy the whole file first.
-        memoryview(self._block)[len(header) :] = memoryview(file)[len(header) :]
+    def load(self, file: bytes) -> None:
+        """Take over the values of a safetensors file of the same layout; SpecError if it is not one."""
+        self.flat.copy_(values_of(self.layout, file))

@@ -24,6 +24,11 @@ class Step(Protocol):
         ...
 
     @property
+    def applied(self) -> bool:
+        """False if the step was skipped."""
+        ...
+
+    @property
     def n_examples(self) -> int:
         """Rows."""
         ...
@@ -76,7 +81,9 @@ class Exchange:
         self._cut: Cut | None = None
 
     def record(self, step: Step) -> None:
-        """Training thread: note what one step trained."""
+        """Training thread: note what one step trained; a step that was skipped (not finite) trained nothing."""
+        if not step.applied:
+            return
         t = self._trained
         self._trained = replace(
             t,

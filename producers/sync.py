@@ -13,10 +13,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import torch
-
 from fedmoe.backoff import Backoff
 from fedmoe.errors import FedMoEError, NameTakenError, RedisUnavailableError, SpecError, UnknownExpertError
+from fedmoe.layout import values_of
 from fedmoe.spec import Spec
 from fedmoe.store.worker import WorkerStore
 from producers.checkpoint import Checkpoint, StateDir
@@ -239,23 +238,13 @@ class Sync:
     def _pull(self) -> None:
         """Read the expert and one's own decision, settle the books, hand the correction to the training."""
         snapshot = self._store.pull(known=self.ledger.meta.weights_commit)
-        weights = None if snapshot.weights is None else self._flat(snapshot.weights)
+        weights = None if snapshot.weights is None else values_of(self._spec.layout, snapshot.weights)
         before = self.ledger.queue[0].id if self.ledger.queue else None
         change = self.ledger.observe(snapshot.meta, weights, snapshot.decided, now=self._clock())
         self._exchange.correct(change)
         if not self.ledger.queue or self.ledger.queue[0].id != before:
             self._entry = None
         self._tell(change)
-
-    def _flat(self, file: bytes) -> torch.Tensor:
-        layout = self._spec.layout
-        if len(file) != layout.file_bytes or not file.startswith(layout.header):
-            raise RedisUnavailableError(
-                "the expert's weights in Redis are not an adapter of its spec; waiting"
-            )
-        return torch.frombuffer(
-            bytearray(file), dtype=torch.float32, offset=len(layout.header), count=layout.numel
-        )
 
     def _tell(self, change: Change) -> None:
         """Say what happened, and bring the status up to date."""

@@ -27,6 +27,7 @@ from fedmoe.errors import (
     SettingsError,
     UnknownExpertError,
 )
+from fedmoe.layout import values_of
 from fedmoe.model.adapter import attach_adapter
 from fedmoe.model.base import (
     check_structure,
@@ -256,13 +257,7 @@ class Worker:
             return saved.ledger, saved.trained
         snapshot = self._store.pull(known="")
         assert snapshot.weights is not None
-        spec = self._store.spec()
-        base = torch.frombuffer(
-            bytearray(snapshot.weights),
-            dtype=torch.float32,
-            offset=len(spec.layout.header),
-            count=spec.layout.numel,
-        )
+        base = values_of(self._store.spec().layout, snapshot.weights)
         with torch.no_grad():
             trainer.flat.copy_(base)
         start = snapshot.decided.id if snapshot.decided else None

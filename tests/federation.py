@@ -42,7 +42,11 @@ def first_meta(spec: Spec, **changes: object) -> Meta:
     """Meta of a new expert."""
     commit = new_id()
     meta = Meta(
-        lineage=new_id(), commit=commit, weights_commit=commit, spec=spec.digest, base_fingerprint=FINGERPRINT
+        lineage=new_id(),
+        commit=commit,
+        weights_commit=commit,
+        spec=spec.digest,
+        base_fingerprint=FINGERPRINT,
     )
     return replace(meta, **changes)  # type: ignore[arg-type]
 
@@ -65,7 +69,12 @@ class ScriptedWorker:
     """A worker without a model: `train` adds what it is told, `publish` and `pull` are the real ones."""
 
     def __init__(
-        self, connection: Connection, spec: Spec, name: str = "alice", expert: str = "sql_expert"
+        self,
+        connection: Connection,
+        spec: Spec,
+        name: str = "alice",
+        expert: str = "sql_expert",
+        fingerprint: str = FINGERPRINT,
     ) -> None:
         self.store = WorkerStore(connection, expert, name)
         self.spec = spec
@@ -76,6 +85,7 @@ class ScriptedWorker:
         run = make_run(start.epoch + 1 if start else 1, secrets.token_hex(4))
         self.ledger = Ledger(base=self.local.clone(), meta=snapshot.meta, run=run, start=start)
         self.now = 0.0
+        self.fingerprint = fingerprint
 
     def _flat(self, file: bytes) -> torch.Tensor:
         buffer = AdapterBuffer(self.spec.layout)
@@ -90,7 +100,7 @@ class ScriptedWorker:
         """Cut an update; `changes` falsify fields of its header."""
         trained = Trained(n_examples=4, n_tokens=40, steps=2, loss_sum=3.0, position=str(self.ledger.seq * 4))
         update = self.ledger.cut(
-            self.local, trained, wire_format=self.spec.wire_format, fingerprint=FINGERPRINT
+            self.local, trained, wire_format=self.spec.wire_format, fingerprint=self.fingerprint
         )
         if changes:
             update = replace(update, header=replace(update.header, **changes))  # type: ignore[arg-type]
@@ -102,7 +112,7 @@ class ScriptedWorker:
         update = update or self.ledger.queue[0]
         return self.store.publish(update.header, update.parts)
 
-    def push(self, amount: float, **changes: object) -> Outgoing:
+    def push(self, amount: float | torch.Tensor, **changes: object) -> Outgoing:
         """Train, cut and publish."""
         self.train(amount)
         update = self.cut(**changes)

@@ -76,6 +76,7 @@ def run(ctx: click.Context, /, **options: Any) -> None:
     from consumers.aggregator import Aggregator, AggregatorSettings
     from consumers.create import SpecRequest, ensure_experts, parse_experts
     from consumers.gateway import GatewaySettings
+    from consumers.memory import return_large_blocks
     from fedmoe.backoff import Backoff
     from fedmoe.errors import RedisUnavailableError
     from fedmoe.spec import LoraSettings, TrainingSettings
@@ -119,6 +120,7 @@ def run(ctx: click.Context, /, **options: Any) -> None:
         interval_s=options["gateway_interval"],
     )
     weights = parse_experts(options["experts"])
+    return_large_blocks()
     stop = threading.Event()
     stop_on_signals(stop, lambda line: click.echo(line, err=True))
     backoff = Backoff("aggregator", logging.getLogger(__name__))

@@ -14,13 +14,16 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 import redis
+from redis._parsers import Encoder
 from redis.backoff import NoBackoff
+from redis.connection import PythonRespSerializer
 from redis.retry import Retry
 
 from fedmoe.errors import FedMoEError, RedisUnavailableError, SettingsError
 from fedmoe.keys import DEFAULT_PREFIX, Keys
 
 DEFAULT_URL = "redis://127.0.0.1:6379/0"
+_BUFFER_CUTOFF = 6000  # bytes; smaller pieces of a command are joined before they are sent
 SCHEMES = ("redis", "rediss", "unix")
 
 logger = logging.getLogger(__name__)
@@ -76,6 +79,7 @@ class Connection:
                 socket_connect_timeout=settings.timeout_s,
                 retry=Retry(NoBackoff(), 0),
                 redis_connect_func=self._on_connect,
+                command_packer=_packer(),
                 **_keepalive(settings.url),
             )
         except ValueError as error:
@@ -103,6 +107,12 @@ class Connection:
             raise
         except (redis.RedisError, OSError) as error:
             raise RedisUnavailableError(explain(error, self.settings.shown)) from error
+
+
+def _packer() -> PythonRespSerializer:
+    """Sends buffers as they lie in memory; hiredis' packer (the default) would copy them twice."""
+    encoder = Encoder("utf-8", "strict", decode_responses=False)  # type: ignore[no-untyped-call]
+    return PythonRespSerializer(_BUFFER_CUTOFF, encoder.encode)
 
 
 def _keepalive(url: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from redis.exceptions import NoPermissionError
 from fedmoe.errors import SpecError
 from fedmoe.federation import DeadLetter, ExpertView, Federation, GatewayView, ServerView, WorkerView
 from fedmoe.keys import GROUP
-from fedmoe.names import RESERVED_EXPERTS, is_name
+from fedmoe.names import MAX_NAME_LENGTH, RESERVED_EXPERTS, is_name
 from fedmoe.records import Meta
 from fedmoe.store.connection import Connection
 
@@ -111,7 +111,7 @@ class Inspector:
         """Send everything at once; a command that Redis refuses has its error as reply."""
         with self.connection.errors(), self._redis.pipeline(transaction=False) as pipe:
             for command in commands.values():
-                pipe.execute_command(*command)  # type: ignore[no-untyped-call]
+                pipe.execute_command(*command)
             return dict(zip(commands, pipe.execute(raise_on_error=False), strict=True))
 
     def _workers(self, experts: Sequence[str], problems: list[str]) -> dict[str, list[WorkerView]]:
@@ -124,7 +124,7 @@ class Inspector:
                 for key in self._redis.scan_iter(match=pattern, count=1000):
                     match = key_of_worker.fullmatch(key)
                     if match and match[1].decode(errors="replace") in experts:
-                        found[key] = (match[1].decode(), printable(match[2]))
+                        found[key] = (match[1].decode(), printable(match[2], MAX_NAME_LENGTH))
             except NoPermissionError:
                 problems.append("this user may not SCAN, so no worker is shown")
         if len(found) > SHOWN_WORKERS:
@@ -179,8 +179,8 @@ class Inspector:
 def printable(raw: bytes | str, limit: int = MAX_TEXT_CHARS) -> str:
     """What anybody may have written, safe for a terminal: what is not printable is escaped, and it is cut."""
     text = raw.decode(errors="backslashreplace") if isinstance(raw, bytes) else raw
-    cut = text[:limit] + ("..." if len(text) > limit else "")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)
+    safe = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:limit])
+    return safe if len(safe) <= limit and len(text) <= limit else safe[:limit] + "..."
 
 
 def _texts(fields: Mapping[bytes, bytes]) -> dict[str, str]:
@@ -278,8 +278,8 @@ def _worker(expert: str, name: str, beat: Sequence[bytes | None], ttl_ms: int | 
         name=name,
         last_seen_s=None if seen_s is None else max(0.0, seen_s),
         since=_number(said["since"]),
-        run=printable(said["run"] or b""),
-        host=printable(said["host"] or b""),
+        run=printable(said["run"] or b"", MAX_NAME_LENGTH),
+        host=printable(said["host"] or b"", MAX_NAME_LENGTH),
         pid=_whole(said["pid"]),
         step=_whole(said["step"]),
         loss=_number(said["loss"]),
@@ -330,9 +330,10 @@ def _gateway(replies: dict[str, Any], experts: Sequence[ExpertView]) -> GatewayV
 def _server(url: str, info: Mapping[str, Any] | Exception) -> ServerView:
     if isinstance(info, Exception):
         return ServerView(url=url)
+    valkey = info.get("valkey_version")
     return ServerView(
         url=url,
-        version=str(info.get("valkey_version") or info.get("redis_version") or ""),
+        software=f"Valkey {valkey}" if valkey else f"Redis {info.get('redis_version')}",
         used_memory=info.get("used_memory"),
         max_memory=info.get("maxmemory"),
         policy=info.get("maxmemory_policy"),

@@ -1,0 +1,91 @@
+"""Held-out loss: of one model on one domain, and of every adapter on every domain as a table."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from fedmoe.data.examples import Example, collate
+from fedmoe.model.adapter import adapter_loaded
+from fedmoe.model.loss import completion_loss
+
+MEAN = "mean"
+Matrix = dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adapter:
+    """A safetensors file and its adapter_config.json; the ranks of several may differ."""
+
+    file: bytes | memoryview
+    config: Mapping[str, Any]
+
+
+@torch.no_grad()
+def mean_loss(
+    model: nn.Module,
+    examples: Sequence[Example],
+    *,
+    pad_id: int,
+    batch_size: int,
+    device: torch.device,
+    autocast: torch.dtype = torch.float32,
+) -> float:
+    """Mean cross entropy per label token over all examples; nan if there are none."""
+    # Rows of like length share a batch, so that little is computed on padding.
+    ordered = sorted(examples, key=lambda example: len(example.input_ids))
+    total, n_tokens = 0.0, 0
+    for start in range(0, len(ordered), batch_size):
+        batch = collate(ordered[start : start + batch_size], pad_id)
+        total += completion_loss(model, batch, device=device, autocast=autocast).item()
+        n_tokens += batch.n_tokens
+    return total / n_tokens if n_tokens else float("nan")
+
+
+def evaluate(
+    model: PreTrainedModel,
+    adapters: Mapping[str, Adapter | None],
+    domains: Mapping[str, Sequence[Example]],
+    *,
+    pad_id: int,
+    batch_size: int,
+    device: torch.device,
+    autocast: torch.dtype = torch.float32,
+    progress: Callable[[str], None] = lambda row: None,
+) -> Matrix:
+    """Held-out loss of each adapter (None: the bare base model) on each domain, and its mean over them.
+
+    Each adapter is put on `model`, the bare base, in turn and taken off again. `progress` is called with a
+    row's name before it is computed; the other options are those of `mean_loss`.
+
+    Raises:
+        SpecError: if an adapter does not fit the model.
+    """
+    measure = partial(mean_loss, pad_id=pad_id, batch_size=batch_size, device=device, autocast=autocast)
+    matrix: Matrix = {}
+    for row, adapter in adapters.items():
+        progress(row)
+        loaded = adapter_loaded(model, adapter.file, adapter.config) if adapter else nullcontext(model)
+        with loaded as adapted:
+            losses = {domain: measure(adapted, examples) for domain, examples in domains.items()}
+        matrix[row] = losses | {MEAN: sum(losses.values()) / len(losses)}
+    return matrix
+
+
+def format_table(matrix: Matrix) -> str:
+    """The matrix as aligned text, a line a row; the lowest loss of each column carries a star."""
+    columns = list(next(iter(matrix.values())))
+    best = {column: min(row[column] for row in matrix.values()) for column in columns}
+    width = max(5, *map(len, columns))
+    first = max(map(len, matrix))
+    lines = [" " * first + "".join(f"  {column:>{width}} " for column in columns)]
+    for name, row in matrix.items():
+        stars = {column: "*" if row[column] == best[column] else " " for column in columns}
+        cells = (f"  {row[column]:{width}.3f}{stars[column]}" for column in columns)
+        lines.append(f"{name:<{first}}" + "".join(cells))
+    return "\n".join(line.rstrip() for line in lines)

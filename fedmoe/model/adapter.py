@@ -1,0 +1,189 @@
+"""The LoRA adapter on a base model: its layout, its parameters as one flat vector, and its directory on disk.
+
+Training, publishing and pulling all work on that one vector: a pull is one `add_`, the optimizer one pass.
+"""
+
+import json
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from fedmoe.errors import SettingsError, SpecError
+from fedmoe.layout import Layout
+from fedmoe.lora_init import initial_weights
+from fedmoe.spec import ALL_LINEAR, LoraSettings, Spec
+
+WEIGHTS_FILE, CONFIG_FILE, INFO_FILE = "adapter_model.safetensors", "adapter_config.json", "fedmoe.json"
+
+
+def adapter_layout(config: PretrainedConfig, lora: LoraSettings) -> Layout:
+    """Names (as in adapter_model.safetensors) and shapes of the adapter, from the model's config alone.
+
+    Raises:
+        SettingsError: if a target is not the name of a linear module of the model.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        targets = _target_names(model, lora.targets)
+        peft_model = _inject(model, {"r": lora.rank, "target_modules": targets, "task_type": "CAUSAL_LM"})
+    parameters = _lora_parameters(peft_model)
+    return Layout.of((name, parameter.shape) for name, parameter in parameters.items())
+
+
+def attach_adapter(model: PreTrainedModel, spec: Spec) -> tuple[PeftModel, torch.Tensor]:
+    """Put the spec's adapter, at version 0, on a model that is on its device already.
+
+    Returns:
+        The peft model, and the flat vector (numel,) fp32 of which all its LoRA parameters are views.
+
+    Raises:
+        SpecError: if the model does not have the spec's tensors.
+    """
+    peft_model = _inject(model, spec.adapter_config() | {"inference_mode": False})
+    parameters = _lora_parameters(peft_model)
+    _check_tensors(parameters, dict(spec.layout.tensors))
+    flat = initial_weights(spec.layout, spec.init_seed).to(model.device)
+    for name, view in spec.layout.views(flat).items():
+        parameters[name].data = view
+    return peft_model, flat
+
+
+@contextmanager
+def adapter_loaded(
+    model: PreTrainedModel, file: bytes | memoryview, adapter_config: Mapping[str, Any]
+) -> Iterator[PeftModel]:
+    """The model with an adapter of any rank on it, to compute with; the bare model again afterwards.
+
+    Raises:
+        SpecError: if the file is no safetensors, or its tensors do not fit the model and the config.
+    """
+    try:
+        tensors = load(bytes(file))
+    except SafetensorError as error:
+        raise SpecError(f"the adapter's weights are not a safetensors file ({error})") from error
+    peft_model = _inject(model, adapter_config)
+    try:
+        parameters = _lora_parameters(peft_model)
+        _check_tensors(parameters, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+        for name, parameter in parameters.items():
+            parameter.data.copy_(tensors[name])
+        yield peft_model.eval()
+    finally:
+        peft_model.unload()
+
+
+def save_adapter(
+    directory: str | Path,
+    file: bytes | memoryview,
+    adapter_config: Mapping[str, Any],
+    info: Mapping[str, Any],
+) -> None:
+    """Write an adapter that `PeftModel.from_pretrained` loads; an earlier export there is replaced.
+
+    adapter_config.json goes first and comes last: a directory left half written has none, so peft refuses it.
+
+    Args:
+        directory: made if it does not exist.
+        file: the safetensors file.
+        adapter_config: see `Spec.adapter_config`.
+        info: what it was built from; goes to fedmoe.json.
+
+    Raises:
+        SettingsError: if it cannot be written, or holds an adapter that FedMoE did not write.
+    """
+    directory = Path(directory)
+    try:
+        if (directory / CONFIG_FILE).exists() and not (directory / INFO_FILE).exists():
+            raise SettingsError(
+                f"{directory} holds an adapter that FedMoE did not write: choose another directory"
+            )
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / CONFIG_FILE).unlink(missing_ok=True)
+        _replace(directory / INFO_FILE, _json(info))
+        _replace(directory / WEIGHTS_FILE, file)
+        _replace(directory / CONFIG_FILE, _json(adapter_config))
+    except OSError as error:
+        raise SettingsError(
+            f"cannot write the adapter to {directory} ({error.strerror}): choose a directory you may write to"
+        ) from error
+
+
+def _target_names(model: PreTrainedModel, targets: Sequence[str]) -> list[str]:
+    """Last part of the names of the linear modules meant by `targets`; the output head is never one."""
+    head = model.get_output_embeddings()
+    linear = sorted(
+        {
+            name.rpartition(".")[2]
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear | Conv1D) and module is not head
+        }
+    )
+    if tuple(targets) == (ALL_LINEAR,):
+        return linear
+    unknown = sorted(set(targets) - set(linear))
+    if unknown:
+        raise SettingsError(
+            f"the base model has no LoRA target {unknown[0]!r}: choose among {', '.join(linear)}, "
+            f"or {ALL_LINEAR} alone"
+        )
+    return list(targets)
+
+
+def _inject(model: PreTrainedModel, adapter_config: Mapping[str, Any]) -> PeftModel:
+    # peft warns when the base's name is not the directory that the model came from; a worker's never need be.
+    skipped = ("peft_type", "base_model_name_or_path")
+    options = {name: value for name, value in adapter_config.items() if name not in skipped}
+    # A Conv1D (GPT-2) stores its weight transposed; peft would correct the option, with a warning.
+    options["fan_in_fan_out"] = any(isinstance(module, Conv1D) for module in model.modules())
+    try:
+        with warnings.catch_warnings():
+            # peft 0.21 reads an attribute that transformers 5.24 renamed; that is nothing a user can act on.
+            warnings.simplefilter("ignore", FutureWarning)
+            return get_peft_model(model, LoraConfig(**options))
+    except ValueError as error:  # peft: no module of the model has the name of a target
+        raise SpecError(f"the adapter does not fit the base model ({error})") from error
+
+
+def _lora_parameters(peft_model: PeftModel) -> dict[str, nn.Parameter]:
+    """The LoRA parameters by the names they have in adapter_model.safetensors."""
+    return {
+        name.replace(".default.", "."): parameter
+        for name, parameter in peft_model.named_parameters()
+        if ".lora_" in name
+    }
+
+
+def _check_tensors(have: Mapping[str, nn.Parameter], want: Mapping[str, tuple[int, ...]]) -> None:
+    odd = sorted(have.keys() ^ want.keys())
+    if odd:
+        place = "the base model" if odd[0] in want else "the adapter"
+        raise SpecError(
+            f"{place} has no tensor {odd[0]!r} ({len(odd)} such in all): is this the base model of the spec?"
+        )
+    for name, shape in want.items():
+        if tuple(have[name].shape) != shape:
+            raise SpecError(
+                f"tensor {name!r} has shape {list(shape)} in the adapter, "
+                f"{list(have[name].shape)} on the base model: is this the base model of the spec?"
+            )
+
+
+def _json(content: Mapping[str, Any]) -> bytes:
+    return json.dumps(content, indent=2, sort_keys=True).encode() + b"\n"
+
+
+def _replace(path: Path, content: bytes | memoryview) -> None:
+    draft = path.with_name(f".{path.name}.tmp")
+    draft.write_bytes(content)
+    os.replace(draft, path)

@@ -1,0 +1,38 @@
+"""The loss that is trained and reported: next-token cross entropy on the completions only."""
+
+import inspect
+
+import torch
+from peft import PeftModel
+from torch import nn
+from torch.nn import functional as F
+
+from fedmoe.data.examples import NO_LABEL, Batch
+
+
+def completion_loss(
+    model: nn.Module, batch: Batch, *, device: torch.device, autocast: torch.dtype
+) -> torch.Tensor:
+    """Sum (not mean) of the cross entropy over the batch's label tokens: an fp32 scalar on the device.
+
+    `model` is a causal LM, with or without peft around it; `batch` comes from the CPU; float32 as `autocast`
+    means none. Logits are computed only from the column before the first label on, if the model can: with a
+    vocabulary of 150,000 they are much of a step's time and most of its memory.
+    """
+    columns = batch.input_ids.shape[1] - batch.first_label + 1
+    options = {"logits_to_keep": columns} if _can_keep_logits(model) else {}
+    with torch.autocast(device.type, autocast, enabled=autocast != torch.float32):
+        logits = model(
+            input_ids=batch.input_ids.to(device),
+            attention_mask=batch.attention_mask.to(device),
+            use_cache=False,
+            **options,
+        ).logits[:, -columns:-1]  # (b, columns - 1, vocabulary), also when the model returned all columns
+    labels = batch.labels[:, batch.first_label :].to(device)
+    counted = labels != NO_LABEL
+    return F.cross_entropy(logits[counted].float(), labels[counted], reduction="sum")
+
+
+def _can_keep_logits(model: nn.Module) -> bool:
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return "logits_to_keep" in inspect.signature(base.forward).parameters

@@ -1,0 +1,199 @@
+"""producers.trainer: a step is what it should be, and a trainer can be stopped and moved between two."""
+
+from array import array
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig
+
+from fedmoe.data.examples import Example
+from fedmoe.model.adapter import adapter_layout, attach_adapter
+from fedmoe.model.base import structure
+from fedmoe.spec import LoraSettings, Spec, TrainingSettings
+from producers.trainer import Trainer
+from tests.strategies import randn
+from tests.tiny import tiny_config
+
+CPU = torch.device("cpu")
+SETTINGS = TrainingSettings(learning_rate=5e-3, batch_size=2, warmup_steps=0)
+# Answers of 1 to 8 tokens: what weighs rows instead of tokens shows.
+EXAMPLES = [Example(array("i", range(1 + i, 7 + 2 * i)), n_prompt=5) for i in range(8)]
+
+
+def make_trainer(
+    config: PretrainedConfig | None = None,
+    *,
+    settings: TrainingSettings = SETTINGS,
+    examples: list[Example] = EXAMPLES,
+    autocast: torch.dtype = torch.float32,
+    position: int = 0,
+) -> Trainer:
+    config = config or tiny_config()
+    config.initializer_range = 0.2  # at the usual 0.02 a frozen random head cannot get far from uniform
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    lora = LoraSettings(rank=4)
+    spec = Spec(
+        base_model="tiny", base_config=structure(config), layout=adapter_layout(config, lora), lora=lora
+    )
+    peft_model, flat = attach_adapter(model, spec)
+    return Trainer(
+        model=peft_model,
+        flat=flat,
+        examples=examples,
+        pad_id=0,
+        settings=settings,
+        seed=3,
+        device=CPU,
+        autocast=autocast,
+        position=position,
+    )
+
+
+def train(trainer: Trainer, steps: int) -> list[float]:
+    return [trainer.step().loss for _ in range(steps)]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        tiny_config(),
+        LlamaConfig(
+            vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+        ),
+        GPT2Config(vocab_size=99, n_embd=32, n_layer=2, n_head=4, n_positions=64, resid_pdrop=0.5),
+    ],
+    ids=["qwen2", "llama", "gpt2"],
+)
+def test_the_loss_falls_and_the_base_stays(config: PretrainedConfig) -> None:
+    """On three architectures, one of them with dropout in its config, which must not act."""
+    trainer = make_trainer(config)
+    model = trainer._model
+    frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+    losses = train(trainer, 30)
+    assert sum(losses[-4:]) < 0.7 * sum(losses[:4])
+    assert losses == train(make_trainer(config), 30)
+    assert all(torch.equal(frozen[name], p) for name, p in model.named_parameters() if name in frozen)
+
+
+def test_a_step_counts_rows_tokens_and_position() -> None:
+    """2 × 3 rows a step; the position goes on from where it was, past the end of the file."""
+    settings = TrainingSettings(batch_size=3, accumulate=2)
+    trainer = make_trainer(settings=settings, position=100)
+    result = trainer.step()
+    assert (result.n_examples, result.position, trainer.position, result.applied) == (6, 106, 106, True)
+    whole = make_trainer(settings=TrainingSettings(batch_size=8))
+    assert whole.step().n_tokens == sum(len(example.input_ids) - 5 for example in EXAMPLES)
+
+
+def test_accumulation_is_one_large_batch() -> None:
+    """4 micro-batches of 2 rows and 1 of 8: the same loss and gradient, though their token counts differ."""
+    small = make_trainer(settings=TrainingSettings(batch_size=2, accumulate=4))
+    large = make_trainer(settings=TrainingSettings(batch_size=8))
+    assert small.step().loss == pytest.approx(large.step().loss, rel=1e-5)
+    torch.testing.assert_close(small.state()["exp_avg"], large.state()["exp_avg"], rtol=1e-4, atol=1e-8)
+
+
+def test_a_resumed_trainer_goes_on_to_the_same_bits() -> None:
+    """10 steps at once, and 5 steps, a checkpoint, a new trainer and 5 more: the same losses and weights."""
+    settings = TrainingSettings(batch_size=2, accumulate=2, warmup_steps=8, weight_decay=0.1)
+    whole = make_trainer(settings=settings)
+    losses = train(whole, 10)
+    first = make_trainer(settings=settings)
+    start = train(first, 5)
+    state, flat, position = first.state(), first.flat.clone(), first.position
+    train(first, 1)  # what was saved must not move with the trainer
+    second = make_trainer(settings=settings, position=position)
+    second.flat.copy_(flat)
+    second.load_state(state)
+    assert start + train(second, 5) == losses
+    assert torch.equal(second.flat, whole.flat)
+    assert all(torch.equal(second.state()[name], value) for name, value in whole.state().items())
+
+
+def test_the_state_before_the_first_step_can_be_saved() -> None:
+    """A worker may write a checkpoint before it has trained."""
+    fresh, other = make_trainer(), make_trainer()
+    other.load_state(fresh.state())
+    assert train(other, 2) == train(fresh, 2)
+
+
+def test_a_correction_between_steps_is_trained_on() -> None:
+    """What a pull adds to `flat` counts in the next step, and what the step does is added to it."""
+    moved, there = make_trainer(), make_trainer()
+    train(moved, 1)
+    there.load_state(moved.state())
+    there.position = moved.position
+    correction = randn(1, moved.flat.numel()) * 0.05
+    there.flat.copy_(moved.flat + correction)
+    moved.flat.add_(correction)
+    assert train(moved, 2) == train(there, 2)
+    assert torch.equal(moved.flat, there.flat)
+    assert train(make_trainer(), 2)[1:] != train(moved, 1)
+
+
+def test_a_loss_that_is_not_finite_changes_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    """The step is skipped, counted and said; the rows are passed over, and training goes on."""
+    trainer = make_trainer()
+    train(trainer, 1)
+    state, before = trainer.state(), trainer.flat.clone()
+    trainer.flat[0] = torch.inf
+    result = trainer.step()
+    assert (result.applied, trainer.skipped, result.position) == (False, 1, 4)
+    assert "step skipped" in caplog.text
+    assert torch.equal(trainer.flat[1:], before[1:])
+    assert all(torch.equal(trainer.state()[name], value) for name, value in state.items())
+    trainer.flat[0] = before[0]
+    assert trainer.step().applied
+    assert trainer.flat.isfinite().all()
+
+
+def test_the_gradient_is_clipped_to_its_norm() -> None:
+    """AdamW's first moment after one step is a tenth of the clipped gradient."""
+    clipped = make_trainer(settings=TrainingSettings(clip_norm=1e-3))
+    free = make_trainer(settings=TrainingSettings(clip_norm=1e9))
+    train(clipped, 1)
+    train(free, 1)
+    norm = free.state()["exp_avg"].norm().item()
+    assert norm > 1e-2
+    assert clipped.state()["exp_avg"].norm().item() == pytest.approx(1e-4, rel=1e-3)
+
+
+def test_the_learning_rate_warms_up() -> None:
+    """The first step of Adam moves the values with a gradient by the learning rate: here a quarter of it."""
+    for warmup, factor in ((4, 0.25), (0, 1.0)):
+        trainer = make_trainer(
+            settings=TrainingSettings(learning_rate=1e-2, warmup_steps=warmup, clip_norm=1e9)
+        )
+        before = trainer.flat.clone()
+        train(trainer, 1)
+        assert (trainer.flat - before).abs().max().item() == pytest.approx(1e-2 * factor, rel=1e-3)
+
+
+def test_bf16_autocast_trains_an_fp32_adapter() -> None:
+    """Nearly the losses of fp32, not the same ones, and the vector is fp32 throughout."""
+    full, half = make_trainer(), make_trainer(autocast=torch.bfloat16)
+    expected, losses = train(full, 10), train(half, 10)
+    assert losses == pytest.approx(expected, rel=0.05)
+    assert losses != expected
+    assert half.flat.dtype == torch.float32
+
+
+def test_a_model_that_does_not_train_exactly_flat_is_refused() -> None:
+    """A parameter elsewhere, or values of `flat` that no parameter has: a mistake in the program."""
+    trainer = make_trainer()
+    model, flat = trainer._model, trainer.flat
+    options: dict[str, Any] = {
+        "examples": EXAMPLES,
+        "pad_id": 0,
+        "settings": SETTINGS,
+        "seed": 0,
+        "device": CPU,
+    }
+    with pytest.raises(ValueError, match="no view of flat"):
+        Trainer(model=model, flat=flat.clone(), **options)
+    next(p for p in model.parameters() if p.requires_grad).requires_grad_(False)
+    with pytest.raises(ValueError, match="the model trains"):
+        Trainer(model=model, flat=flat, **options)

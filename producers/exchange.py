@@ -80,6 +80,11 @@ class Exchange:
         self._ready = threading.Event()
         self._cut: Cut | None = None
 
+    @property
+    def steps_left(self) -> int:
+        """Steps that are in no update yet."""
+        return self._trained.steps
+
     def record(self, step: Step) -> None:
         """Training thread: note what one step trained; a step that was skipped (not finite) trained nothing."""
         if not step.applied:

@@ -28,6 +28,7 @@ HEARTBEAT_INTERVAL_S = 5.0
 HEARTBEAT_TTL_S = 15.0
 FIRST_POLL_S = 0.02
 LONGEST_POLL_S = 1.0
+LAST_SAVE_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +108,22 @@ class Sync:
 
     def run(self) -> None:
         """The thread's body; ends after `finish`, or with `failure` set."""
+        self._serve()
+        if self._state_dir and not self._ended and self.failure is None:
+            self._save_last()
+
+    def _save_last(self) -> None:
+        """The time is up and an update is undecided: keep it, and all that was trained since, on disk."""
+        try:
+            until = self._clock() + LAST_SAVE_S
+            while (cut := self._copy(consume=False)) is None and self._clock() < until:
+                pass
+            if cut is not None:
+                self._save(cut)
+        except OSError as error:
+            logger.warning("the last checkpoint could not be written: %s", error.strerror or error)
+
+    def _serve(self) -> None:
         backoff = Backoff("sync", logger, self._clock)
         while not self._ended:
             try:

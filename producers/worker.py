@@ -285,7 +285,7 @@ class Worker:
         while thread.is_alive():
             exchange.boundary()
             thread.join(0.02)
-        self._leave(sync)
+        self._leave(sync, exchange)
 
     def _done(self, trainer: Trainer, examples: Examples) -> bool:
         settings = self._settings
@@ -295,7 +295,7 @@ class Worker:
             or (settings.max_epochs and epochs >= settings.max_epochs)
         )
 
-    def _leave(self, sync: Sync) -> None:
+    def _leave(self, sync: Sync, exchange: Exchange) -> None:
         """Say how it ended; raise if something that was trained could be lost."""
         try:
             self._store.leave()
@@ -307,16 +307,22 @@ class Worker:
         told = (
             f"{status.applied} updates applied, {status.refused} refused, expert at version {status.version}"
         )
-        if not sync.ledger.queue:
+        if not sync.ledger.queue and not exchange.steps_left:
             self._say(f"done: {told}")
         elif self._settings.state_dir:
-            self._say(f"done: {told}; the last one is not decided yet and kept in {self._settings.state_dir}")
-        elif sync.in_redis:
+            self._say(f"done: {told}; what is not decided yet is kept in {self._settings.state_dir}")
+        elif sync.in_redis and not exchange.steps_left:
             self._say(f"done: {told}; the last one waits in Redis for an aggregator")
         else:
+            kept = (
+                "the last update waits in Redis, but "
+                if sync.in_redis
+                else "the last update is not in Redis, and "
+            )
             raise FedMoEError(
-                f"the last update could not be published ({status.problem}) and is lost: with --state-dir it "
-                "would have been kept"
+                f"{told}; {kept}{exchange.steps_left} steps trained since are lost: nobody decided it within "
+                f"{self._settings.drain_s:g} s ({status.problem or 'is an aggregator running?'}); "
+                "with --state-dir all would have been kept"
             )
 
     def _progress(self, sync: Sync) -> str:

@@ -42,7 +42,7 @@ def test_memory_is_bounded_by_the_experts(
             for n in range(2)
         }
         for version in range(1, 6):
-            for (_, _), worker in workers.items():
+            for worker in workers.values():
                 worker.push(1e-4 * torch.ones(spec.layout.numel))
             for name in names:
                 eventually(

@@ -148,6 +148,28 @@ def test_stopped_worker_publishes_what_it_trained(
 
 
 @pytest.mark.timeout(300)
+def test_what_nobody_decides_is_kept_or_said_to_be_lost(
+    tmp_path: Path, redis_url: str, connection: Connection, tiny_model_dir: Path, rows: Path
+) -> None:
+    """No aggregator at the end: with --state-dir a later run brings it in, without it exit 1 and a sentence."""
+    request = SpecRequest(base_model=str(tiny_model_dir), lora=LoraSettings(rank=2), sync_interval_s=0.3)
+    ensure_experts(connection, {"a": 1.0}, request)
+    command = ["worker", "run", "--redis", redis_url, "--stream", "a", "--data", str(rows), "--drain", "1"]
+    lost = fedmoe(*command, "--name", "ben", "--max-steps", "100")
+    assert lost.returncode == 1
+    assert "steps trained since are lost" in lost.stderr.strip().splitlines()[-1]
+    state = ("--name", "anna", "--state-dir", str(tmp_path / "state"))
+    kept = fedmoe(*command, *state, "--max-steps", "100")
+    assert kept.returncode == 0, kept.stderr
+    assert "kept in" in kept.stdout
+    with running(tmp_path / "log", "aggregator", "run", "--redis", redis_url, "--expert", "a"):
+        resumed = fedmoe(*command[:-1], "30", *state, "--max-steps", "1")
+    assert resumed.returncode == 0, resumed.stderr
+    log = [line for _, line in connection.client.xrange("fedmoe:{a}:log") if line[b"worker"] == b"anna"]
+    assert sum(int(line[b"n_examples"]) for line in log) == 101 * 4
+
+
+@pytest.mark.timeout(300)
 def test_one_name_runs_once(tmp_path: Path, redis_url: str, aggregator: GatewayStore, rows: Path) -> None:
     """A second process of a living worker's name is refused, and the first goes on."""
     command = ["worker", "run", "--redis", redis_url, "--stream", "a", "--data", str(rows), "--name", "anna"]

@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Tells what was started from here, then what `fedmoe status` (with what follows here) says of the whole federation.
+#
+#     bash ops/status.sh --redis redis://10.0.0.5:6379
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/lib.sh"
+
+started_here() {
+    local name pid known
+    mapfile -t known < <(names '')
+    ((${#known[@]})) || say "nothing was started from here (pid files would be in $run_dir)"
+    for name in "${known[@]}"; do
+        if is_alive "$name"; then
+            say "$name: running with pid $pid since $(date -r "$run_dir/$name.pid" '+%F %T') (log: $run_dir/$name.log)"
+        else
+            say "$name: died; it had pid $pid (log: $run_dir/$name.log)"
+        fi
+    done
+}
+
+if [[ " $* " == *' --json '* ]]; then
+    started_here >&2 # standard output is for a program
+else
+    started_here
+fi
+bin=$(fedmoe_bin)
+exec "$bin" status "$@"

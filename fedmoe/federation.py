@@ -102,10 +102,10 @@ class GatewayView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerView:
-    """The Redis server; memory in bytes, max_memory 0 is no bound, None what this user may not ask."""
+    """The server, for example Redis 7.0.15; memory in bytes, max_memory 0 is no bound, None is unknown."""
 
     url: str
-    version: str | None = None
+    software: str = "Redis"
     used_memory: int | None = None
     max_memory: int | None = None
     policy: str | None = None
@@ -133,7 +133,7 @@ class Federation:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: what is not a number is None, and what is wrong stands under `findings`."""
-        content: dict[str, Any] = _plain(self)
+        content: dict[str, Any] = plain_json(self)
         for shown, expert in zip(content["experts"], self.experts, strict=True):
             shown["mean_staleness"] = expert.meta.mean_staleness if expert.meta else None
         return content | {"findings": list(findings(self))}
@@ -167,8 +167,10 @@ def _of_expert(expert: ExpertView) -> Iterator[str]:
 def _refusals(expert: ExpertView) -> str:
     if expert.meta is None:
         return f"{_count(expert.dead or 0, 'dead letter', 'dead letters')}"
-    refused = _count(expert.meta.refused, "update", "updates")
-    return f"{refused} refused, {_count(expert.meta.garbage, 'entry', 'entries')} of garbage"
+    garbage = (
+        f" and {_count(expert.meta.garbage, 'entry', 'entries')} of garbage" if expert.meta.garbage else ""
+    )
+    return f"{_count(expert.meta.refused, 'update', 'updates')} refused{garbage}"
 
 
 def _of_gateway(federation: Federation) -> Iterator[str]:
@@ -176,7 +178,7 @@ def _of_gateway(federation: Federation) -> Iterator[str]:
     yield from (f"gateway: {problem}" for problem in gateway.problems)
     if gateway.error:
         yield f"gateway: cannot be built: {gateway.error}"
-    elif gateway.outdated and gateway.lease == "":
+    elif gateway.exists and gateway.outdated and gateway.lease == "":
         yield (
             f"gateway: {', '.join(gateway.outdated)} moved on and no aggregator rebuilds it: "
             "start `fedmoe aggregator run`"
@@ -195,12 +197,12 @@ def _count(n: int, one: str, many: str) -> str:
     return f"{n} {one if n == 1 else many}"
 
 
-def _plain(value: Any) -> Any:
+def plain_json(value: Any) -> Any:
     """Dataclasses as dicts, and no nan or infinity, which JSON does not have."""
     if is_dataclass(value) and not isinstance(value, type):
         value = asdict(value)
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain_json(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

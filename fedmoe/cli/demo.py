@@ -1,0 +1,78 @@
+"""`fedmoe demo`."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from fedmoe.federation import Federation
+
+
+def cache_dir() -> Path:
+    """Where the converted model is kept: $XDG_CACHE_HOME/fedmoe or ~/.cache/fedmoe."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedmoe"
+
+
+@click.command()
+@click.option("--redis", metavar="URL", default="", help="Use this server.  [default: a private one]")
+@click.option("--prefix", default="fedmoe-demo", show_default=True, help="First part of every key.")
+@click.option(
+    "--model", default="", help="Base model: directory or hub id.  [default: SmolLM2-135M-Instruct]"
+)
+@click.option("--data", type=click.Path(path_type=Path), help="Directory with a JSONL file for each expert.  "
+              "[default: Python, SQL and documentation, built on this machine]")  # fmt: skip
+@click.option("--out", type=click.Path(path_type=Path), default=Path("demo-results"), show_default=True,
+              help="Where the results go.")  # fmt: skip
+@click.option("--seconds", type=float, default=100.0, show_default=True, help="How long the workers train.")
+@click.option("--rows", type=int, default=24, show_default=True, help="Held-out rows a domain.")
+@click.option("--learning-rate", type=float, default=1e-3, show_default=True, help="AdamW's.")
+@click.option("--gateway-scale", type=float, default=1.5, show_default=True, help="Sum of the merge weights.")
+def demo(redis: str, prefix: str, model: str, data: Path | None, out: Path, seconds: float, rows: int,
+         learning_rate: float, gateway_scale: float) -> None:  # fmt: skip
+    """Three experts of one small real model, trained on this machine, and the gateway that knows all three.
+
+    Starts a private Redis, an aggregator and three workers, shows them at work, and prints the held-out losses.
+    """
+    from fedmoe.demo.run import Demo, DemoSettings
+
+    settings = DemoSettings(
+        out=out, cache=cache_dir(), redis=redis, prefix=prefix, model=model, data=data, train_s=seconds, rows=rows,
+        learning_rate=learning_rate, gateway_scale=gateway_scale,
+    )  # fmt: skip
+    # A plain `kill` cleans up as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    Demo(settings, say=click.echo, show=Display().show).run()
+
+
+class Display:
+    """Live progress: a table that is redrawn on a terminal, else printed every ten seconds."""
+
+    def __init__(self) -> None:
+        self._live = sys.stdout.isatty()
+        self._lines = 0
+        self._shown_at = float("inf")
+
+    def show(self, view: "Federation", left_s: float) -> None:
+        """Show the experts, and for how many seconds the training still goes on."""
+        if not self._live and left_s > self._shown_at - 10:
+            return
+        self._shown_at = left_s
+        rows = [f"training for {max(0.0, left_s):.0f} s more"]
+        for expert in view.experts:
+            version = expert.meta.version if expert.meta else 0
+            workers = [
+                f"step {w.step}, loss {w.loss:.3f}, {w.tokens_per_s:.0f} tokens/s, staleness {w.staleness}"
+                for w in expert.workers
+                if w.step and w.loss is not None and w.tokens_per_s is not None
+            ]
+            rows.append(
+                f"  {expert.name:<14} version {version:<3} {'; '.join(workers) or 'loading the model'}"
+            )
+        if self._live and self._lines:
+            click.echo(f"\x1b[{self._lines}A\x1b[J", nl=False)
+        click.echo("\n".join(rows))
+        self._lines = len(rows)

@@ -1,0 +1,82 @@
+"""`fedmoe doctor`: is this installation whole, and the Redis fit?"""
+
+import socket
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import click
+
+from fedmoe.cli.options import redis_options, redis_settings
+
+if TYPE_CHECKING:
+    from fedmoe.doctor import Check
+    from fedmoe.store.connection import RedisSettings
+
+COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
+
+
+@click.command()
+@redis_options
+@click.option("--no-redis", is_flag=True, help="Check this installation only.")
+@click.option("--role", type=click.Choice(["aggregator", "worker", "viewer"]), default=None,
+              help="Fail unless this Redis user may do all that this role does.")  # fmt: skip
+@click.option("--stream", default="", metavar="EXPERT", help="A worker's expert.  [default: the first there is]")
+@click.option("--name", default="", help="A worker's name.  [default: the host's name]")
+@click.option("--base-model", default="", help="The base model.  [default: the expert's]")
+@click.pass_context
+def doctor(
+    ctx: click.Context,
+    redis: str,
+    prefix: str,
+    redis_timeout: float,
+    no_redis: bool,
+    role: str | None,
+    stream: str,
+    name: str,
+    base_model: str,
+) -> None:
+    """Check this installation and the Redis; exits 1 if something must be mended first.
+
+    A line for each thing that is ok, that you may want to change (warn), or that will not work (fail).
+    """
+    from fedmoe.doctor import FAIL
+    from fedmoe.names import check_expert, check_name, clean_name
+
+    settings = None if no_redis else redis_settings(redis, prefix, redis_timeout)
+    worker = check_name("worker name", name) if name else clean_name(socket.gethostname())
+    if stream:
+        check_expert(stream)
+    failed = False
+    for check in run_checks(settings, role=role or "", stream=stream, worker=worker, base_model=base_model):
+        click.echo(f"{click.style(f'{check.level:<4}', fg=COLOURS[check.level])}  {check.what:<11}  {check.text}")
+        failed |= check.level == FAIL
+    ctx.exit(1 if failed else 0)
+
+
+def run_checks(
+    settings: "RedisSettings | None", *, role: str, stream: str, worker: str, base_model: str
+) -> Iterator["Check"]:
+    """All checks, each as soon as it is done; `settings` None leaves Redis out."""
+    from fedmoe import doctor as checks
+
+    yield checks.check_python()
+    yield checks.check_places()
+    if stranger := checks.check_stranger():
+        yield stranger
+    yield from checks.check_libraries()
+    torch = checks.check_torch()
+    yield torch
+    yield checks.check_server()
+    if settings is not None:
+        stream, spec_base = yield from _redis_checks(settings, role=role, stream=stream, worker=worker)
+        base_model = base_model or spec_base
+    if torch.level != checks.FAIL:
+        from fedmoe.spec import DEFAULT_BASE_MODEL
+
+        yield checks.check_base_model(base_model or DEFAULT_BASE_MODEL)
+
+
+def _redis_checks(
+    settings: "RedisSettings", *, role: str, stream: str, worker: str
+) -> Iterator["Check"]:
+    raise NotImplementedError

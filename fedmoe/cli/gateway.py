@@ -1,0 +1,58 @@
+"""`fedmoe gateway export` and `fedmoe gateway show`."""
+
+import json
+from pathlib import Path
+
+import click
+
+from fedmoe.cli.options import redis_options, redis_settings
+
+
+@click.group()
+def gateway() -> None:
+    """The model that knows all domains: the merge of all experts."""
+
+
+@gateway.command()
+@redis_options
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory to write.")
+@click.option("--expert", metavar="NAME", help="Export this expert instead of the gateway.")
+@click.option("--force", is_flag=True, help="Also into a directory that holds something else.")
+def export(redis: str, prefix: str, redis_timeout: float, out: Path, expert: str | None, force: bool) -> None:
+    """Write the gateway, or one expert, as an adapter that PeftModel.from_pretrained loads."""
+    from fedmoe.export import read_expert, read_gateway, write
+    from fedmoe.store.connection import Connection
+    from fedmoe.store.gateway import GatewayStore
+
+    store = GatewayStore(Connection(redis_settings(redis, prefix, redis_timeout)))
+    adapter = read_expert(store, expert) if expert else read_gateway(store)
+    write(out, adapter, force=force)
+    size = f"rank {adapter.config.get('r')}, {len(adapter.file) / 2**20:.1f} MiB"
+    click.echo(f"{out}: {adapter.name} ({size}), built from {adapter.versions}")
+    if adapter.behind:
+        now = ", ".join(f"{name} is at v{version}" for name, version in adapter.behind.items())
+        click.echo(f"this gateway is not the newest: {now}; export again when it was rebuilt", err=True)
+
+
+@gateway.command()
+@redis_options
+@click.option("--json", "as_json", is_flag=True, help="For a program.")
+def show(redis: str, prefix: str, redis_timeout: float, as_json: bool) -> None:
+    """Tell how the gateway was built, and from which versions."""
+    from fedmoe.cli.status import gateway_line
+    from fedmoe.federation import findings
+    from fedmoe.store.connection import Connection
+    from fedmoe.store.inspect import Inspector
+
+    federation = Inspector(Connection(redis_settings(redis, prefix, redis_timeout))).federation()
+    if as_json:
+        click.echo(json.dumps(federation.to_dict()["gateway"], indent=2))
+        return
+    click.echo(gateway_line(federation.gateway))
+    if federation.gateway.relative_error is not None:
+        click.echo(
+            f"cut to this rank it differs from the exact merge by {federation.gateway.relative_error:.2%}"
+        )
+    for line in findings(federation):
+        if line.startswith("gateway: "):
+            click.echo(f"! {line}")

@@ -1,0 +1,230 @@
+"""`fedmoe status`: one screen that tells how a federation is doing."""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import click
+
+from fedmoe.cli.options import redis_options, redis_settings
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+    from fedmoe.federation import ExpertView, Federation, GatewayView, ServerView, WorkerView
+    from fedmoe.store.inspect import Inspector
+
+EXPERT_COLUMNS = (
+    "expert", "version", "waiting", "pending", "workers", "loss", "staleness", "applied", "refused",
+    "served by",
+)  # fmt: skip
+WORKER_COLUMNS = (
+    "worker", "expert", "host", "last seen", "step", "loss", "tokens/s", "version", "behind", "staleness",
+    "in flight", "refused",
+)  # fmt: skip
+TEXT_COLUMNS = frozenset({"expert", "worker", "host", "served by"})  # the others are numbers, on the right
+DROP_FIRST = ("host", "tokens/s", "staleness", "applied", "pending", "in flight", "served by")
+SHOWN_WORKERS = 50
+NONE = "-"  # not known, or not there yet
+
+
+@click.command()
+@redis_options
+@click.option("--watch", type=click.FloatRange(min=0.1), is_flag=False, flag_value=2.0, metavar="[SECONDS]",
+              help="Show it again and again, until Ctrl-C.")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="For a program; with --watch one line each time.")
+def status(redis: str, prefix: str, redis_timeout: float, watch: float | None, as_json: bool) -> None:
+    """Show experts, workers and what is waiting; only reads, so any monitoring user will do.
+
+    Exits 0 if Redis answers, whatever is found.
+    """
+    from fedmoe.store.connection import Connection
+    from fedmoe.store.inspect import Inspector
+
+    inspector = Inspector(Connection(redis_settings(redis, prefix, redis_timeout)))
+    if watch is None:
+        federation = inspector.federation()
+        if as_json:
+            click.echo(json.dumps(federation.to_dict(), indent=2))
+        elif sys.stdout.isatty():
+            from rich.console import Console
+
+            console = Console()
+            console.print(render(federation, console.width))
+        else:
+            click.echo(plain(federation))
+        return
+    try:
+        watch_on(inspector, watch, as_json=as_json)
+    except KeyboardInterrupt:  # the way to end it
+        return
+
+
+def watch_on(inspector: "Inspector", interval_s: float, *, as_json: bool) -> None:
+    """Show the federation for ever; a Redis that does not answer is said, and asked again."""
+    from fedmoe.errors import RedisUnavailableError
+
+    if as_json or not sys.stdout.isatty():
+        while True:
+            try:
+                federation = inspector.federation()
+                click.echo(json.dumps(federation.to_dict()) if as_json else plain(federation) + "\n")
+            except RedisUnavailableError as error:
+                click.echo(f"fedmoe: {error}", err=True)
+            time.sleep(interval_s)
+    from rich.live import Live
+    from rich.text import Text
+
+    with Live(screen=True, auto_refresh=False) as live:
+        while True:
+            try:
+                live.update(render(inspector.federation(), live.console.width), refresh=True)
+            except RedisUnavailableError as error:
+                live.update(Text(f"{error}; trying again", style="red"), refresh=True)
+            time.sleep(interval_s)
+
+
+def screen(federation: "Federation", *, width: int | None = None) -> Iterator[tuple[str, str]]:
+    """The lines of the screen, each with its style: head, warning, dim or none; `width` in columns, None is wide."""
+    from fedmoe.federation import findings
+
+    yield server_line(federation.server), "dim"
+    for columns, rows in (
+        (EXPERT_COLUMNS, expert_rows(federation)),
+        (WORKER_COLUMNS, worker_rows(federation)),
+    ):
+        if rows:
+            yield "", ""
+            head, *body = table(columns, rows, width=width)
+            yield head, "bold"
+            yield from ((line, "") for line in body)
+    yield "", ""
+    yield from ((line, "") for line in more_lines(federation))
+    yield from ((f"! {line}", "yellow") for line in findings(federation))
+
+
+def plain(federation: "Federation") -> str:
+    """The screen as text."""
+    return "\n".join(line for line, _ in screen(federation))
+
+
+def render(federation: "Federation", width: int) -> "Text":
+    """The screen for rich; never as markup, because a name may look like it."""
+    from rich.text import Text
+
+    return Text("\n").join(Text(line, style) for line, style in screen(federation, width=width))
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, width: int | None = None) -> list[str]:
+    """A line for each row below one of headings; on a narrow terminal the columns of DROP_FIRST give way."""
+    columns = {head: [head, *cells] for head, *cells in zip(heads, *rows, strict=True)}
+    sizes = {head: max(map(len, cells)) for head, cells in columns.items()}
+    for head in DROP_FIRST:
+        if width is None or sum(sizes.values()) + 2 * (len(sizes) - 1) <= width:
+            break
+        sizes.pop(head, None)
+    aligned = [
+        [cell.ljust(size) if head in TEXT_COLUMNS else cell.rjust(size) for cell in columns[head]]
+        for head, size in sizes.items()
+    ]
+    return ["  ".join(line).rstrip() for line in zip(*aligned, strict=True)]
+
+
+def server_line(server: "ServerView") -> str:
+    """Which Redis it is, and how full."""
+    line = f"{server.software} at {server.url}"
+    if server.used_memory is not None:
+        bound = f" of {megabytes(server.max_memory)}" if server.max_memory else ""
+        line += f", {megabytes(server.used_memory)}{bound} used"
+    return line
+
+
+def expert_rows(federation: "Federation") -> list[list[str]]:
+    """A row of cells for each expert."""
+    return [_expert_row(expert) for expert in federation.experts]
+
+
+def _expert_row(expert: "ExpertView") -> list[str]:
+    meta = expert.meta
+    lease = {None: NONE, "": "nobody", "?": "somebody"}.get(expert.lease, expert.lease)
+    return [
+        expert.name,
+        cell(meta.version if meta else None),
+        cell(expert.waiting),
+        cell(expert.pending),
+        str(len(expert.workers)),
+        cell(meta.loss if meta else None, ".3f"),
+        cell(meta.mean_staleness if meta else None, ".2f"),
+        cell(meta.applied if meta else None),
+        cell(meta.refused if meta else None),
+        str(lease),
+    ]
+
+
+def worker_rows(federation: "Federation") -> list[list[str]]:
+    """A row of cells for each worker that is alive, the first SHOWN_WORKERS of them."""
+    return [_worker_row(worker) for worker in federation.workers[:SHOWN_WORKERS]]
+
+
+def _worker_row(worker: "WorkerView") -> list[str]:
+    return [
+        worker.name,
+        worker.expert,
+        worker.host or NONE,
+        "joining" if worker.run == "joining" else f"{cell(worker.last_seen_s, '.0f')} s",
+        cell(worker.step),
+        cell(worker.loss, ".3f"),
+        cell(worker.tokens_per_s, ".0f"),
+        cell(worker.base_version),
+        cell(worker.behind),
+        cell(worker.staleness),
+        cell(worker.in_flight or None),
+        cell(worker.refused),
+    ]
+
+
+def more_lines(federation: "Federation") -> list[str]:
+    """What fits no table: workers that are not shown, workers that left, the gateway."""
+    lines = []
+    if len(federation.workers) > SHOWN_WORKERS:
+        lines.append(f"and {len(federation.workers) - SHOWN_WORKERS} more workers, see --json")
+    left = [f"{name} ({expert.name})" for expert in federation.experts for name in expert.left]
+    if left:
+        more = f" and {len(left) - 10} more" if len(left) > 10 else ""
+        lines.append(f"not running now: {', '.join(left[:10])}{more}")
+    if federation.experts:
+        lines.append(gateway_line(federation.gateway))
+    return lines
+
+
+def gateway_line(gateway: "GatewayView") -> str:
+    """How the gateway was built and from which versions, against those of now."""
+    if not gateway.exists:
+        return "gateway: none yet"
+    made = f"{gateway.method or NONE}, rank {cell(gateway.rank)}"
+    return f"gateway: {made}, built from {built_from(gateway)}"
+
+
+def built_from(gateway: "GatewayView") -> str:
+    """The versions in the gateway, and those of now where they are others."""
+    parts = []
+    for name in sorted(gateway.built_from.keys() | gateway.present.keys()):
+        built, now = gateway.built_from.get(name), gateway.present.get(name)
+        if built is None:
+            parts.append(f"not {name}")
+        else:
+            parts.append(f"{name} v{built}" + ("" if built == now else f" (now v{cell(now)})"))
+    return ", ".join(parts)
+
+
+def cell(value: float | None, form: str = "d") -> str:
+    """A number, or `-` for none and for nan."""
+    return NONE if value is None or math.isnan(value) else format(value, form)
+
+
+def megabytes(n_bytes: int) -> str:
+    """1.5 GiB, 12.0 MiB."""
+    return f"{n_bytes / 2**30:.1f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.1f} MiB"

@@ -1,0 +1,248 @@
+"""An expert or the gateway as a directory that `PeftModel.from_pretrained` loads; needs neither peft nor a model.
+
+adapter_model.safetensors   the bytes that Redis holds
+adapter_config.json         for peft
+fedmoe.json                 the versions and commits it was built from
+README.md                   a model card
+"""
+
+import errno
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from fedmoe import __version__
+from fedmoe.errors import SettingsError, SpecError, UnknownExpertError
+from fedmoe.federation import Federation
+from fedmoe.names import check_expert
+from fedmoe.store.gateway import GatewayStore
+from fedmoe.store.inspect import Inspector
+
+WEIGHTS_FILE, CONFIG_FILE, INFO_FILE, CARD_FILE = (
+    "adapter_model.safetensors", "adapter_config.json", "fedmoe.json", "README.md",
+)  # fmt: skip
+_STAGING = ".fedmoe-"
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Export:
+    """An adapter to write.
+
+    Args:
+        name: of the expert, or "gateway".
+        file: the safetensors file.
+        config: content of adapter_config.json.
+        built_from: expert -> its version and weights_commit.
+        behind: expert -> its version now, for those that moved since the gateway was built.
+        info: what else is told of it in fedmoe.json.
+    """
+
+    name: str
+    file: bytes
+    config: Mapping[str, Any]
+    built_from: Mapping[str, Mapping[str, str | int]]
+    behind: Mapping[str, int]
+    info: Mapping[str, Any]
+
+    @property
+    def versions(self) -> str:
+        """For people, for example: docs_expert v3, sql_expert v12."""
+        return ", ".join(f"{name} v{part['version']}" for name, part in self.built_from.items())
+
+
+def read_expert(store: GatewayStore, name: str) -> Export:
+    """An expert as Redis holds it now.
+
+    Raises:
+        UnknownExpertError: naming the experts there are.
+    """
+    spec = store.spec(check_expert(name))
+    meta, file = store.read(name)
+    return Export(
+        name=name,
+        file=file,
+        config=spec.adapter_config(),
+        built_from={name: {"version": meta.version, "weights_commit": meta.weights_commit}},
+        behind={},
+        info={
+            "base_model": spec.base_model,
+            "base_fingerprint": meta.base_fingerprint,
+            "updated_at": meta.updated_at,
+            "lineage": meta.lineage,
+            "spec": meta.spec,
+            "n_examples": meta.n_examples,
+        },
+    )
+
+
+def read_gateway(store: GatewayStore) -> Export:
+    """The gateway as Redis holds it now, also if experts have moved since it was built.
+
+    Raises:
+        UnknownExpertError: if there is none yet; says why and what to do.
+        SpecError: if its meta is malformed.
+    """
+    loaded = store.load()
+    federation = Inspector(store.connection).federation()
+    if loaded is None:
+        raise UnknownExpertError(_why_no_gateway(federation))
+    record, file = loaded
+    try:
+        config = json.loads(record.fields["adapter_config"])
+        built_from: dict[str, dict[str, str | int]] = {
+            name: {"version": int(part["version"]), "weights_commit": str(part["weights_commit"])}
+            for name, part in record.built_from.items()
+        }
+        info = {
+            "base_model": str(config["base_model_name_or_path"]),
+            "updated_at": float(record.fields["updated_at"]),
+            "settings": record.fields["settings"],
+        }
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise SpecError("the gateway's meta hash is malformed; was it edited by hand?") from error
+    metas = {expert.name: expert.meta for expert in federation.experts if expert.meta}
+    commits = {name: part["weights_commit"] for name, part in built_from.items()}
+    prints = {meta.base_fingerprint for meta in metas.values()}
+    return Export(
+        name="gateway",
+        file=file,
+        config=config,
+        built_from=built_from,
+        behind={n: meta.version for n, meta in metas.items() if meta.weights_commit != commits.get(n)},
+        info=info | {"base_fingerprint": prints.pop() if len(prints) == 1 else ""},
+    )
+
+
+def _why_no_gateway(federation: Federation) -> str:
+    gateway = federation.gateway
+    if gateway.error:
+        return f"there is no gateway yet, it cannot be built: {gateway.error}"
+    if not federation.experts:
+        return "there is no gateway yet, and no expert: start `fedmoe aggregator run`"
+    if gateway.lease:
+        return "there is no gateway yet: the aggregator builds it in a moment, try again"
+    return "there is no gateway yet and no aggregator to build it: start `fedmoe aggregator run`"
+
+
+def write(directory: str | Path, export: Export, *, force: bool = False) -> None:
+    """Write the adapter, whole or not at all; an earlier export there is replaced.
+
+    A new directory appears by one rename. In one that exists, adapter_config.json goes first and comes last, so
+    that a half-replaced adapter has none and peft refuses it.
+
+    Args:
+        directory: made if it does not exist.
+        export: what to write.
+        force: also into a directory that holds something else; only files of the same names are replaced.
+
+    Raises:
+        SettingsError: if it cannot be written, or holds something else.
+        SpecError: if the weights in Redis are no safetensors file.
+    """
+    target = Path(directory).resolve()
+    try:
+        there = target.is_dir()
+        _check_target(target, force=force)
+        home = target if there else target.parent
+        home.mkdir(parents=True, exist_ok=True)
+        staging = home / f"{_STAGING}{secrets.token_hex(4)}"
+        staging.mkdir()
+        try:
+            _write_files(staging, export)
+            if there:
+                _move_in(staging, target)
+            else:
+                staging.rename(target)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    except OSError as error:
+        raise SettingsError(_explain(error, target, len(export.file))) from error
+
+
+def _check_target(target: Path, *, force: bool) -> None:
+    if target.exists() and not target.is_dir():
+        raise SettingsError(f"{target} is a file: choose a directory")
+    if force or not target.is_dir() or (target / INFO_FILE).exists():
+        return
+    if any(not path.name.startswith(_STAGING) for path in target.iterdir()):
+        what = "an adapter" if (target / CONFIG_FILE).exists() else "something"
+        raise SettingsError(
+            f"{target} holds {what} that FedMoE did not export: choose another directory, or --force to write into it"
+        )
+
+
+def _write_files(directory: Path, export: Export) -> None:
+    info = {"name": export.name, "built_from": export.built_from, "behind": export.behind}
+    info |= {"exported_by": f"fedmoe {__version__}"} | dict(export.info)
+    for name, content in (
+        (WEIGHTS_FILE, export.file),
+        (CONFIG_FILE, _json(export.config)),
+        (INFO_FILE, _json(info)),
+        (CARD_FILE, _card(export).encode()),
+    ):
+        with (directory / name).open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    try:
+        with safe_open(directory / WEIGHTS_FILE, framework="np") as tensors:
+            tensors.keys()
+    except SafetensorError as error:
+        raise SpecError(
+            f"the weights of {export.name} in Redis are not a safetensors file ({error}); "
+            "was the key written by something else?"
+        ) from error
+
+
+def _move_in(staging: Path, target: Path) -> None:
+    (target / CONFIG_FILE).unlink(missing_ok=True)
+    for name in (WEIGHTS_FILE, INFO_FILE, CARD_FILE, CONFIG_FILE):
+        (staging / name).replace(target / name)
+
+
+def _explain(error: OSError, target: Path, size: int) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return (
+            f"no space left for {target}, {size / 2**20:.0f} MiB are needed: free some or choose another disk"
+        )
+    return f"cannot write to {target} ({error.strerror}): choose a directory you may write to"
+
+
+def _json(content: Mapping[str, Any]) -> bytes:
+    return json.dumps(content, indent=2, sort_keys=True).encode() + b"\n"
+
+
+def _card(export: Export) -> str:
+    """A model card; the hub's front matter names the base model only if it can be a hub id."""
+    base = export.info["base_model"]
+    front = [f"base_model: {base}"] if _HUB_ID.fullmatch(base) else []
+    front += ["library_name: peft", "tags:", "- lora", "- fedmoe"]
+    rows = [
+        f"| {name} | {part['version']} | `{part['weights_commit']}` |"
+        for name, part in export.built_from.items()
+    ]
+    what = "The merge of all experts" if export.name == "gateway" else "One expert"
+    return "\n".join(
+        [
+            "---", *front, "---",
+            f"# {export.name}", "",
+            f"{what} of a FedMoE federation: a LoRA adapter of rank {export.config.get('r')} for `{base}`.", "",
+            "| built from | version | commit |", "| --- | --- | --- |", *rows, "",
+            "```python",
+            "from peft import PeftModel",
+            "from transformers import AutoModelForCausalLM",
+            "",
+            f"base = AutoModelForCausalLM.from_pretrained({json.dumps(base)})",
+            'model = PeftModel.from_pretrained(base, "the/directory/of/this/file")',
+            "```", "",
+        ]
+    )  # fmt: skip

@@ -1,0 +1,217 @@
+"""Held-out loss of a federation: its experts and gateway out of Redis, on rows that none of them was trained on."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftType
+
+from fedmoe.data.examples import Example, make_examples, padding_id
+from fedmoe.data.jsonl import read_rows
+from fedmoe.errors import BaseModelError, DataError, SettingsError, SpecError, UnknownExpertError
+from fedmoe.evaluate import MEAN, Adapter, Matrix, evaluate
+from fedmoe.export import CONFIG_FILE, WEIGHTS_FILE, Export, read_expert, read_gateway
+from fedmoe.model.base import (
+    check_structure,
+    choose_device,
+    choose_precision,
+    fingerprint,
+    load_base,
+    load_config,
+)
+from fedmoe.names import check_name
+from fedmoe.spec import Spec
+from fedmoe.store.gateway import GatewayStore
+
+BASE, GATEWAY = "base", "gateway"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldOutSettings:
+    """What to measure.
+
+    Args:
+        data: see `find_files`.
+        extra: name -> directory of an adapter that is not the federation's.
+        base_model: where the base lies here, "" for what the spec says.
+        rows: of each file, evenly spread; 0 is all.
+        batch_size, device, precision: of the evaluation.
+    """
+
+    data: Sequence[str]
+    extra: Mapping[str, Path] = field(default_factory=dict)
+    base_model: str = ""
+    rows: int = 0
+    batch_size: int = 8
+    device: str = "auto"
+    precision: str = "auto"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldOut:
+    """What was measured.
+
+    Args:
+        base_model, base_fingerprint: of the model that all adapters were put on.
+        rows: domain -> how many rows were used.
+        built_from: row of the matrix -> expert -> its version and weights_commit.
+        loss: the matrix; cross entropy per answer token, in nats.
+    """
+
+    base_model: str
+    base_fingerprint: str
+    rows: Mapping[str, int]
+    built_from: Mapping[str, Mapping[str, Mapping[str, str | int]]]
+    loss: Matrix
+
+
+def find_files(texts: Sequence[str], experts: Sequence[str]) -> dict[str, Path]:
+    """`expert=file.jsonl`, or a directory with `<expert>.test.jsonl` or `<expert>.jsonl`, as {domain: file}.
+
+    Raises:
+        SettingsError: for a text that is neither, or a name that comes twice.
+        DataError: if a directory has no file for any of the experts.
+    """
+    found: dict[str, Path] = {}
+    for text in texts:
+        name, equals, file = text.partition("=")
+        if Path(text).is_dir():
+            here = _in_directory(Path(text), experts)
+        elif equals:
+            here = {check_name("domain", name): Path(file)}
+        else:
+            raise SettingsError(f"--data {text!r} is neither a directory nor expert=file.jsonl")
+        if twice := sorted(found.keys() & here.keys() | {MEAN} & here.keys()):
+            why = "is the name of the mean of all" if twice[0] == MEAN else "comes twice"
+            raise SettingsError(f"the domain {twice[0]!r} {why}: give it another name")
+        found |= here
+    return found
+
+
+def _in_directory(directory: Path, experts: Sequence[str]) -> dict[str, Path]:
+    found = {}
+    for name in experts:
+        candidates = (directory / f"{name}.test.jsonl", directory / f"{name}.jsonl")
+        if file := next((path for path in candidates if path.is_file()), None):
+            found[name] = file
+    if not found:
+        wanted = ", ".join(f"{name}.test.jsonl" for name in experts)
+        raise DataError(
+            f"{directory} holds none of {wanted}: name the files, for example --data {experts[0]}=FILE"
+        )
+    return found
+
+
+def read_federation(
+    store: GatewayStore, say: Callable[[str], None]
+) -> tuple[dict[str, Spec], dict[str, Export]]:
+    """The specs of the experts, and their adapters and the gateway's; what is not there is said and left out.
+
+    Raises:
+        UnknownExpertError: if there is no expert at all.
+    """
+    specs: dict[str, Spec] = {}
+    adapters: dict[str, Export] = {}
+    for name in store.experts():
+        try:
+            specs[name], adapters[name] = store.spec(name), read_expert(store, name)
+        except (UnknownExpertError, SpecError) as error:
+            specs.pop(name, None)
+            say(f"{name} is left out: {error}")
+    if not specs:
+        raise UnknownExpertError("there are no experts to evaluate yet: start `fedmoe aggregator run`")
+    try:
+        adapters[GATEWAY] = read_gateway(store)
+    except (UnknownExpertError, SpecError) as error:
+        say(f"the gateway is left out: {error}")
+    return specs, adapters
+
+
+def read_directory(directory: Path) -> Adapter:
+    """A LoRA adapter that peft saved, or an export.
+
+    Raises:
+        SettingsError: if it is none; says what is missing.
+    """
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (directory / name).is_file():
+            raise SettingsError(f"{directory} is not an adapter's directory: it holds no {name}")
+    try:
+        config = PeftConfig.from_pretrained(str(directory))
+        file = (directory / WEIGHTS_FILE).read_bytes()
+    except Exception as error:  # peft raises many unrelated types
+        raise SettingsError(f"the adapter in {directory} cannot be read ({error})") from error
+    if config.peft_type != PeftType.LORA:
+        raise SettingsError(f"the adapter in {directory} is {config.peft_type}, only LoRA can be evaluated")
+    # Its weights replace the initial ones at once, and some kinds of initialisation take minutes.
+    return Adapter(file=file, config=config.to_dict() | {"init_lora_weights": True})
+
+
+def measure(store: GatewayStore, settings: HeldOutSettings, *, say: Callable[[str], None]) -> HeldOut:
+    """Evaluate the base, every expert, the gateway and the extra adapters on every domain.
+
+    `say` is told what is read, left out and computed.
+
+    Raises:
+        FedMoEError: a sentence for whatever does not fit.
+    """
+    specs, exports = read_federation(store, say)
+    files = find_files(settings.data, list(specs))
+    adapters: dict[str, Adapter | None] = {BASE: None}
+    adapters |= {name: Adapter(file=export.file, config=export.config) for name, export in exports.items()}
+    for name, directory in settings.extra.items():
+        if name in adapters:
+            raise SettingsError(f"the adapter's name {name!r} is taken: give it another one")
+        adapters[name] = read_directory(directory)
+    base_model = settings.base_model or next(iter(specs.values())).base_model
+    config = load_config(base_model)
+    for spec in specs.values():
+        check_structure(config, spec.base_config)
+    device = choose_device(settings.device)
+    autocast = choose_precision(settings.precision, device)
+    say(f"loading {base_model} on {device}")
+    dtype = autocast if device.type != "cpu" else torch.float32  # as a worker does
+    model, tokenizer = load_base(base_model, device=device, dtype=dtype)
+    print_of_base = fingerprint(model)
+    _check_fingerprint(store, specs, print_of_base)
+    max_length = max(spec.training.max_length for spec in specs.values())
+    domains = {
+        name: _examples(file, tokenizer, rows=settings.rows, max_length=max_length, say=say)
+        for name, file in files.items()
+    }
+    loss = evaluate(
+        model, adapters, domains,
+        pad_id=padding_id(tokenizer), batch_size=settings.batch_size, device=device, autocast=autocast,
+        progress=lambda row: say(f"evaluating {row}"),
+    )  # fmt: skip
+    return HeldOut(
+        base_model=base_model,
+        base_fingerprint=print_of_base,
+        rows={name: len(examples) for name, examples in domains.items()},
+        built_from={name: export.built_from for name, export in exports.items()},
+        loss=loss,
+    )
+
+
+def _check_fingerprint(store: GatewayStore, specs: Mapping[str, Spec], print_of_base: str) -> None:
+    for name, spec in specs.items():
+        pinned = store.meta(name).base_fingerprint
+        if pinned and pinned != print_of_base:
+            raise BaseModelError(
+                f"the base model here is not the one that {name!r} is trained on: its weights' fingerprint is "
+                f"{print_of_base}, the expert's is {pinned}: use {spec.base_model}"
+            )
+
+
+def _examples(
+    file: Path, tokenizer: Any, *, rows: int, max_length: int, say: Callable[[str], None]
+) -> tuple[Example, ...]:
+    read = read_rows(file)
+    if 0 < rows < len(read.rows):
+        step = len(read.rows) / rows
+        read = replace(read, rows=tuple(read.rows[int(i * step)] for i in range(rows)))
+    examples = make_examples(read, tokenizer, max_length)
+    say(f"{file}: {examples.summary()}")
+    return examples.examples

@@ -1,0 +1,202 @@
+"""`fedmoe evaluate`: the matrix is that of the adapters in Redis, and whatever does not fit is one sentence."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from consumers.gateway import GatewayBuilder, GatewaySettings
+from fedmoe.data.examples import make_examples, padding_id
+from fedmoe.data.jsonl import read_rows
+from fedmoe.errors import BaseModelError, DataError, SettingsError, SpecError, UnknownExpertError
+from fedmoe.evaluate import mean_loss
+from fedmoe.export import read_expert, write
+from fedmoe.heldout import HeldOut, HeldOutSettings, find_files, measure, read_directory
+from fedmoe.layout import AdapterBuffer
+from fedmoe.lora_init import initial_weights
+from fedmoe.model.adapter import adapter_layout
+from fedmoe.model.base import fingerprint, structure
+from fedmoe.spec import LoraSettings, Spec
+from fedmoe.store.connection import Connection
+from fedmoe.store.expert import ExpertStore
+from fedmoe.store.gateway import GatewayStore
+from tests.federation import first_meta
+from tests.processes import fedmoe
+from tests.strategies import randn
+from tests.tiny import save_tiny_model, tiny_config, tiny_model, tiny_tokenizer
+
+
+def make_federation(connection: Connection, base: Path, names: Sequence[str] = ("red", "blue")) -> None:
+    """Experts of the tiny model with random weights, and a gateway."""
+    config, lora = tiny_config(), LoraSettings(rank=4)
+    layout = adapter_layout(config, lora)
+    spec = Spec(base_model=str(base), base_config=structure(config), layout=layout, lora=lora)
+    for seed, name in enumerate(names):
+        buffer = AdapterBuffer(layout)
+        buffer.flat.copy_(initial_weights(layout, 0)).add_(randn(seed, layout.numel), alpha=0.05)
+        meta = first_meta(spec, version=seed + 3, base_fingerprint=fingerprint(tiny_model()))
+        ExpertStore(connection, name).create(spec, meta, buffer.file, gateway_weight=1.0)
+    GatewayBuilder(connection, GatewaySettings(), holder="agg-1", lease_s=5.0).refresh()
+
+
+def write_rows(path: Path, answer: str, n_rows: int = 6) -> Path:
+    rows = [{"prompt": f"what {n}", "completion": f"{answer} {n}"} for n in range(n_rows)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A directory of held-out rows, with files that must not be taken for them."""
+    directory = tmp_path / "data"
+    directory.mkdir()
+    write_rows(directory / "red.test.jsonl", "red red")
+    write_rows(directory / "red.jsonl", "what red was trained on")
+    write_rows(directory / "blue.jsonl", "blue", n_rows=4)
+    write_rows(directory / "green.jsonl", "nobody's")
+    return directory
+
+
+def run(connection: Connection, *data: str, said: list[str] | None = None, **settings: object) -> HeldOut:
+    said = [] if said is None else said
+    wanted = replace(HeldOutSettings(data=data, precision="fp32"), **settings)  # type: ignore[arg-type]
+    return measure(GatewayStore(connection), wanted, say=said.append)
+
+
+def test_the_command_prints_the_matrix_and_writes_it(
+    connection: Connection, data: Path, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    """Base, experts, gateway and an adapter of one's own, on each domain; the base's loss is the model's."""
+    make_federation(connection, tiny_model_dir)
+    write(tmp_path / "copy", read_expert(GatewayStore(connection), "blue"))
+    file = tmp_path / "loss.json"
+    done = fedmoe(
+        "evaluate", "--redis", connection.settings.url, "--data", str(data), "--adapter", f"copy={tmp_path / 'copy'}",
+        "--json", str(file), "--precision", "fp32", "--device", "cpu",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert f"{data / 'red.test.jsonl'}: 6 rows: 6 used, 0 dropped" in done.stderr
+    head, *rows = (line.split() for line in done.stdout.splitlines())
+    assert head == ["blue", "red", "mean"]
+    assert [row[0] for row in rows] == ["base", "blue", "red", "gateway", "copy"]
+    result = json.loads(file.read_text())
+    loss = result["loss"]
+    assert {f"{loss[row[0]][column]:.3f}" for row in rows for column in head} == {
+        cell.rstrip("*") for row in rows for cell in row[1:]
+    }
+    examples = make_examples(read_rows(data / "red.test.jsonl"), tiny_tokenizer(), 512).examples
+    direct = mean_loss(
+        tiny_model(), examples, pad_id=padding_id(tiny_tokenizer()), batch_size=8, device=torch.device("cpu")
+    )
+    assert loss["base"]["red"] == pytest.approx(direct, rel=1e-5)
+    assert loss["copy"] == loss["blue"]
+    assert len({row["red"] for row in loss.values()}) == 4
+    assert result["rows"] == {"blue": 4, "red": 6}
+    assert result["base_fingerprint"] == fingerprint(tiny_model())
+    assert {n: part["version"] for n, part in result["built_from"]["gateway"].items()} == {
+        "red": 3,
+        "blue": 4,
+    }
+    done = fedmoe(
+        "evaluate", "--redis", connection.settings.url, "--data", f"red={data / 'red.test.jsonl'}", "--json", "-",
+        "--rows", "2",
+    )  # fmt: skip
+    assert json.loads(done.stdout)["rows"] == {"red": 2}
+
+
+def test_another_base_model_is_refused(
+    connection: Connection, data: Path, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    """Other weights by their fingerprint, another architecture by its config."""
+    make_federation(connection, tiny_model_dir)
+    other = save_tiny_model(tmp_path / "other", seed=1)
+    with pytest.raises(
+        BaseModelError, match="not the one that 'blue' is trained on: its weights' fingerprint"
+    ):
+        run(connection, str(data), base_model=str(other))
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"intermediate_size": 256}))
+    with pytest.raises(BaseModelError, match="intermediate_size is 128 in the expert's spec, 256 in"):
+        run(connection, str(data), base_model=str(other))
+
+
+def test_what_is_not_there_is_said_and_left_out(
+    connection: Connection, data: Path, tiny_model_dir: Path
+) -> None:
+    """A federation without a gateway, and an expert that lost its weights."""
+    make_federation(connection, tiny_model_dir)
+    connection.client.delete("fedmoe:{gateway}:meta", "fedmoe:{blue}:weights")
+    said: list[str] = []
+    assert list(run(connection, str(data), said=said).loss) == ["base", "red"]
+    assert said[0] == "blue is left out: expert 'blue' is gone from Redis"
+    assert said[1].startswith("the gateway is left out: there is no gateway yet")
+    connection.client.delete("fedmoe:experts")
+    with pytest.raises(UnknownExpertError, match="no experts to evaluate yet"):
+        run(connection, str(data))
+
+
+def test_an_adapter_of_another_model_is_one_sentence(
+    connection: Connection, data: Path, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    """And so are a taken name and a directory that is no adapter."""
+    make_federation(connection, tiny_model_dir)
+    export = read_expert(GatewayStore(connection), "red")
+    write(tmp_path / "odd", replace(export, config=export.config | {"r": 8}))
+    with pytest.raises(SpecError, match="has shape"):
+        run(connection, str(data), extra={"odd": tmp_path / "odd"})
+    with pytest.raises(SettingsError, match="the adapter's name 'gateway' is taken"):
+        run(connection, str(data), extra={"gateway": tmp_path / "odd"})
+    with pytest.raises(
+        SettingsError, match=r"is not an adapter's directory: it holds no adapter_config\.json"
+    ):
+        run(connection, str(data), extra={"data": data})
+
+
+def test_adapters_that_peft_saved_can_be_read(tmp_path: Path) -> None:
+    """Of its own initialisation, with all the fields of the present version; not other kinds than LoRA."""
+    lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa", task_type="CAUSAL_LM")
+    get_peft_model(tiny_model(), lora).save_pretrained(tmp_path)
+    adapter = read_directory(tmp_path)
+    assert (adapter.config["r"], adapter.config["init_lora_weights"]) == (2, True)
+    config = tmp_path / "adapter_config.json"
+    config.write_text(json.dumps({"peft_type": "IA3", "target_modules": ["q_proj"]}))
+    with pytest.raises(SettingsError, match="only LoRA can be evaluated"):
+        read_directory(tmp_path)
+    config.write_text("{")
+    with pytest.raises(SettingsError, match="cannot be read"):
+        read_directory(tmp_path)
+
+
+def test_files_are_found_by_expert(data: Path) -> None:
+    """Test rows before training rows, explicit files beside directories, no name twice."""
+    assert find_files([str(data)], ["red", "blue"]) == {
+        "red": data / "red.test.jsonl", "blue": data / "blue.jsonl"
+    }  # fmt: skip
+    assert find_files([str(data), f"other={data / 'green.jsonl'}"], ["red"]).keys() == {"red", "other"}
+    for texts, message in (
+        ([str(data), f"red={data / 'red.jsonl'}"], "'red' comes twice"),
+        ([f"mean={data / 'red.jsonl'}"], "'mean' is the name of the mean of all"),
+        ([f"a:b={data}"], "domain 'a:b' cannot be used"),
+        ([str(data / "nowhere")], "neither a directory nor expert=file.jsonl"),
+    ):
+        with pytest.raises(SettingsError, match=message):
+            find_files(texts, ["red"])
+    with pytest.raises(DataError, match=r"holds none of yellow\.test\.jsonl: name the files"):
+        find_files([str(data)], ["yellow"])
+
+
+def test_a_result_that_could_not_be_kept_is_not_computed(tmp_path: Path) -> None:
+    """A wrong --json or --adapter fails before Redis is even asked."""
+    arguments = ("evaluate", "--data", str(tmp_path), "--redis", "redis://127.0.0.1:1/0")
+    for more, message in (
+        (("--json", str(tmp_path)), f"fedmoe: --json {tmp_path} cannot be written"),
+        (("--json", str(tmp_path / "no" / "x.json")), "cannot be written"),
+        (("--adapter", "x"), "fedmoe: --adapter 'x' must be name=directory"),
+    ):
+        done = fedmoe(*arguments, *more)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+        assert message in done.stderr

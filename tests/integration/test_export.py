@@ -1,0 +1,273 @@
+"""`fedmoe gateway export` and `show`: what peft loads is what Redis holds, and nothing else is ever overwritten."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from consumers.gateway import GatewayBuilder, GatewaySettings
+from fedmoe.errors import FedMoEError, SettingsError, SpecError, UnknownExpertError
+from fedmoe.export import Export, read_expert, read_gateway, write
+from fedmoe.layout import AdapterBuffer
+from fedmoe.lora_init import initial_weights
+from fedmoe.model.adapter import adapter_layout
+from fedmoe.model.base import structure
+from fedmoe.records import Meta
+from fedmoe.spec import LoraSettings, Spec
+from fedmoe.store.connection import Connection
+from fedmoe.store.expert import ExpertStore
+from fedmoe.store.gateway import GatewayStore
+from tests.federation import LAYOUT, ScriptedWorker, first_meta, make_expert, serve, small_spec
+from tests.processes import fedmoe
+from tests.strategies import randn
+from tests.tiny import tiny_config, tiny_model
+
+FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "fedmoe.json"]
+
+
+def files_in(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def build_gateway(connection: Connection, method: str = "cat") -> None:
+    GatewayBuilder(connection, GatewaySettings(method=method), holder="agg-1", lease_s=5.0).refresh()
+
+
+def tiny_spec(rank: int = 4) -> Spec:
+    lora = LoraSettings(rank=rank)
+    config = tiny_config()
+    return Spec(
+        base_model="org/tiny", base_config=structure(config), layout=adapter_layout(config, lora), lora=lora
+    )
+
+
+def trained_expert(connection: Connection, name: str, seed: int) -> Meta:
+    """An expert of the tiny model with random weights."""
+    spec = tiny_spec()
+    buffer = AdapterBuffer(spec.layout)
+    buffer.flat.copy_(initial_weights(spec.layout, 0)).add_(randn(seed, spec.layout.numel), alpha=0.05)
+    meta = first_meta(spec, version=seed)
+    ExpertStore(connection, name).create(spec, meta, buffer.file, gateway_weight=1.0)
+    return meta
+
+
+def some_export(**changes: object) -> Export:
+    buffer = AdapterBuffer(LAYOUT)
+    content: dict[str, object] = {
+        "name": "gateway", "file": bytes(buffer.file), "config": {"r": 2},
+        "built_from": {"a": {"version": 3, "weights_commit": "c"}}, "behind": {}, "info": {"base_model": "org/tiny"},
+    }  # fmt: skip
+    return Export(**(content | changes))  # type: ignore[arg-type]
+
+
+def logits(directory: Path) -> torch.Tensor:
+    with torch.no_grad():
+        model = PeftModel.from_pretrained(tiny_model(), str(directory))
+        return model(torch.tensor([[5, 9, 77, 30]])).logits
+
+
+def test_what_peft_loads_is_what_redis_holds(connection: Connection, tmp_path: Path) -> None:
+    """Experts and the gateway, of another rank, load in peft; the gateway is the mean of the experts' products."""
+    metas = {name: trained_expert(connection, name, seed) for seed, name in enumerate(("a", "b"), start=1)}
+    build_gateway(connection)
+    out = str(tmp_path / "gateway")
+    done = fedmoe("gateway", "export", "--redis", connection.settings.url, "--out", out)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "gateway (rank 8, " in done.stdout
+    assert "built from a v1, b v2" in done.stdout
+    for name in ("a", "b"):
+        write(tmp_path / name, read_expert(GatewayStore(connection), name))
+        stored = connection.client.get(f"fedmoe:{{{name}}}:weights")
+        assert (tmp_path / name / "adapter_model.safetensors").read_bytes() == stored
+
+    base = tiny_model()
+    mean = {key: tensor.clone() for key, tensor in base.state_dict().items()}
+    for name in ("a", "b"):
+        tensors = load_file(tmp_path / name / "adapter_model.safetensors")
+        for key, lora_a in tensors.items():
+            if "lora_A" in key:
+                module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+                product = tiny_spec().lora.scaling * tensors[key.replace("lora_A", "lora_B")] @ lora_a
+                mean[f"{module}.weight"] += product / 2
+    base.load_state_dict(mean)
+    with torch.no_grad():
+        torch.testing.assert_close(logits(tmp_path / "gateway"), base(torch.tensor([[5, 9, 77, 30]])).logits)
+    assert not torch.allclose(logits(tmp_path / "a"), logits(tmp_path / "b"), atol=1e-3)
+
+    info = json.loads((tmp_path / "gateway" / "fedmoe.json").read_text())
+    assert info["built_from"] == {
+        n: {"version": meta.version, "weights_commit": meta.weights_commit} for n, meta in metas.items()
+    }
+    card = (tmp_path / "gateway" / "README.md").read_text()
+    assert card.startswith("---\nbase_model: org/tiny\nlibrary_name: peft\n")
+    assert f"| b | 2 | `{metas['b'].weights_commit}` |" in card
+    assert files_in(tmp_path / "gateway") == FILES
+
+
+def test_exporting_again_replaces_only_what_was_exported(tmp_path: Path) -> None:
+    """Also the second time; what somebody put beside the adapter stays."""
+    write(tmp_path / "new" / "out", some_export())
+    (tmp_path / "new" / "out" / "notes.txt").write_text("mine")
+    write(tmp_path / "new" / "out", some_export(config={"r": 3}))
+    assert files_in(tmp_path / "new") == ["out"]
+    assert files_in(tmp_path / "new" / "out") == sorted([*FILES, "notes.txt"])
+    assert json.loads((tmp_path / "new" / "out" / "adapter_config.json").read_text()) == {"r": 3}
+    (tmp_path / "empty").mkdir()
+    write(tmp_path / "empty", some_export())
+    assert files_in(tmp_path / "empty") == FILES
+
+
+@pytest.mark.parametrize(
+    ("foreign", "what"), [("adapter_config.json", "an adapter"), ("thesis.tex", "something")]
+)
+def test_what_fedmoe_did_not_write_is_not_overwritten(tmp_path: Path, foreign: str, what: str) -> None:
+    """Without --force nothing is touched, and with it only files of the adapter's names."""
+    (tmp_path / foreign).write_text("mine")
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(SettingsError, match=f"holds {what} that FedMoE did not export"):
+        write(tmp_path, some_export())
+    assert files_in(tmp_path) == sorted(["README.md", foreign])
+    assert (tmp_path / "README.md").read_text() == "mine"
+    write(tmp_path, some_export(), force=True)
+    assert files_in(tmp_path) == sorted({*FILES, foreign})
+
+
+def test_a_file_in_the_way_is_one_sentence(tmp_path: Path) -> None:
+    """As the target, or where a directory on the way to it should be."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SettingsError, match="is a file: choose a directory"):
+        write(tmp_path / "file", some_export())
+    with pytest.raises(SettingsError, match=r"cannot write to .* \((Not a directory|File exists)\)"):
+        write(tmp_path / "file" / "deeper", some_export())
+
+
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (errno.ENOSPC, "no space left for .*, 0 MiB are needed"),
+        (errno.EROFS, "Read-only file system.*choose"),
+    ],
+)
+def test_a_disk_that_refuses_leaves_everything_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool, code: int, message: str
+) -> None:
+    """A full or a read-only disk: one sentence, no half-written directory, an earlier export intact."""
+    target = tmp_path / "out"
+    if there:
+        write(target, some_export())
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    def refuse(descriptor: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(SettingsError, match=message):
+        write(target, some_export(config={"r": 3}))
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert files_in(tmp_path) == (["out"] if there else [])
+
+
+def test_weights_that_are_no_adapter_are_not_exported(connection: Connection, tmp_path: Path) -> None:
+    """A key that something else wrote."""
+    make_expert(connection)
+    connection.client.set("fedmoe:{sql_expert}:weights", "text that is longer than eight bytes")
+    with pytest.raises(SpecError, match="sql_expert in Redis are not a safetensors file"):
+        write(tmp_path / "out", read_expert(GatewayStore(connection), "sql_expert"))
+    assert files_in(tmp_path) == []
+
+
+def test_a_gateway_older_than_its_experts_is_exported_and_said(
+    connection: Connection, tmp_path: Path
+) -> None:
+    """With both versions, on stderr and in fedmoe.json; a half-missing expert does not hinder it."""
+    expert = make_expert(connection)
+    build_gateway(connection)
+    ScriptedWorker(connection, small_spec()).push(0.5)
+    serve(expert)
+    connection.client.hset("fedmoe:experts", "lost_expert", 1)
+    done = fedmoe("gateway", "export", "--redis", connection.settings.url, "--out", str(tmp_path / "out"))
+    assert done.returncode == 0
+    assert "built from sql_expert v0" in done.stdout
+    assert "not the newest: sql_expert is at v1; export again" in done.stderr
+    assert json.loads((tmp_path / "out" / "fedmoe.json").read_text())["behind"] == {"sql_expert": 1}
+
+
+@pytest.mark.parametrize("field", ["built_from", "adapter_config"])
+@pytest.mark.parametrize("junk", ["[1]", "{", '{"a": 1}', '{"a": {"version": "x"}}'])
+def test_a_damaged_gateway_is_one_sentence(connection: Connection, field: str, junk: str) -> None:
+    """It is either no gateway, or a malformed one; never a traceback."""
+    make_expert(connection)
+    build_gateway(connection)
+    connection.client.hset("fedmoe:{gateway}:meta", field, junk)
+    with pytest.raises((SpecError, UnknownExpertError), match=r"malformed|no gateway yet"):
+        read_gateway(GatewayStore(connection))
+
+
+def test_no_gateway_yet_says_what_to_do(connection: Connection) -> None:
+    """Nothing there; nobody to build it; somebody about to; and one that cannot be built."""
+    store = GatewayStore(connection)
+
+    def told() -> str:
+        with pytest.raises(UnknownExpertError) as caught:
+            read_gateway(store)
+        return str(caught.value)
+
+    assert told() == "there is no gateway yet, and no expert: start `fedmoe aggregator run`"
+    make_expert(connection)
+    assert told() == "there is no gateway yet and no aggregator to build it: start `fedmoe aggregator run`"
+    connection.client.set("fedmoe:{gateway}:lease", "agg-1", px=5000)
+    assert told() == "there is no gateway yet: the aggregator builds it in a moment, try again"
+    store.complain("every weight is 0")
+    assert told() == "there is no gateway yet, it cannot be built: every weight is 0"
+
+
+def test_an_unknown_expert_lists_those_there_are(connection: Connection, tmp_path: Path) -> None:
+    """By the command, with exit code 1 and no traceback; an impossible name is told apart."""
+    make_expert(connection)
+    arguments = (
+        "gateway",
+        "export",
+        "--redis",
+        connection.settings.url,
+        "--out",
+        str(tmp_path / "out"),
+        "--expert",
+    )
+    done = fedmoe(*arguments, "sqlexpert")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "fedmoe: there is no expert 'sqlexpert'; there are: sql_expert\n"
+    with pytest.raises(FedMoEError, match="cannot be used"):
+        read_expert(GatewayStore(connection), "a:b")
+    assert files_in(tmp_path) == []
+
+
+def test_show_tells_versions_and_what_is_wrong(connection: Connection) -> None:
+    """Text and JSON, of a gateway cut to a rank."""
+    expert = make_expert(connection)
+    url = connection.settings.url
+    assert fedmoe("gateway", "show", "--redis", url).stdout == "gateway: none yet\n"
+    build_gateway(connection, "svd")
+    ScriptedWorker(connection, small_spec()).push(0.5)
+    serve(expert)
+    GatewayStore(connection).complain("no luck")
+    line, error, problem = fedmoe("gateway", "show", "--redis", url).stdout.splitlines()
+    assert line == "gateway: svd, rank 2, built from sql_expert v0 (now v1)"
+    assert error.startswith("cut to this rank it differs from the exact merge by 0.0")
+    assert problem == "! gateway: cannot be built: no luck"
+    shown = json.loads(fedmoe("gateway", "show", "--redis", url, "--json").stdout)
+    assert (shown["built_from"], shown["outdated"]) == ({"sql_expert": 0}, ["sql_expert"])
+
+
+def test_exporting_imports_neither_peft_nor_transformers() -> None:
+    """It must work on a machine that only looks after Redis."""
+    code = "import sys, fedmoe.export; print({'peft', 'transformers'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"

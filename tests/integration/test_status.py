@@ -1,0 +1,339 @@
+"""`fedmoe status` and the inspector: all that happens is shown, all that is broken is said, nothing is written."""
+
+import io
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from consumers.gateway import GatewayBuilder, GatewaySettings
+from fedmoe.cli.status import render
+from fedmoe.cli.status import screen as status_screen
+from fedmoe.embedded import EmbeddedRedis
+from fedmoe.federation import Federation, findings
+from fedmoe.store.connection import Connection, RedisSettings
+from fedmoe.store.inspect import HEARTBEAT_TTL_S, Inspector, printable
+from fedmoe.store.lease import Lease
+from fedmoe.store.worker import WorkerStore
+from producers import sync
+from tests.federation import ScriptedWorker, make_expert, serve, small_spec
+from tests.processes import environment, fedmoe
+
+BEAT = {
+    "run": "1-00000000", "host": "lab", "pid": 7, "since": "1700000000", "step": 12, "loss": "1.2500",
+    "tokens_per_s": "310.5", "base_version": 1, "staleness": 0, "in_flight": 3, "published": 3, "refused": 1,
+}  # fmt: skip
+
+
+def look(connection: Connection) -> Federation:
+    return Inspector(connection).federation()
+
+
+def hold(connection: Connection, holder: str = "agg-1") -> None:
+    for name in ("sql_expert", "gateway"):
+        Lease(connection, f"fedmoe:{{{name}}}:lease", holder=holder, ttl_ms=60_000).hold()
+
+
+def build_gateway(connection: Connection) -> bool:
+    return GatewayBuilder(connection, GatewaySettings(), holder="agg-1", lease_s=5.0).refresh()
+
+
+def test_all_that_happened_is_shown(connection: Connection) -> None:
+    """Two updates applied, one refused, one waiting, two workers, a gateway of an older version."""
+    expert = make_expert(connection)
+    hold(connection)
+    alice, bob = ScriptedWorker(connection, small_spec()), ScriptedWorker(connection, small_spec(), "bob")
+    alice.push(0.5)
+    serve(expert)
+    build_gateway(connection)
+    alice.pull()
+    bob.push(0.25)
+    alice.push(1e6)
+    assert serve(expert) == ["applied", "refused"]
+    alice.pull()
+    alice.push(0.5)
+    alice.store.beat(BEAT, ttl_s=HEARTBEAT_TTL_S - 4)
+
+    seen = look(connection)
+    (shown,) = seen.experts
+    assert shown.meta is not None
+    assert (shown.meta.version, shown.meta.refused, shown.meta.mean_staleness) == (2, 1, 0.5)
+    assert (shown.waiting, shown.pending, shown.lag) == (1, 0, 1)
+    assert (shown.lease, shown.left, shown.dead) == ("agg-1", ("bob",), 1)
+    assert "norm" in shown.last_dead[0].reason
+    assert [line["worker"] for line in shown.log] == ["bob", "alice"]
+    (worker,) = shown.workers
+    assert (worker.name, worker.host, worker.step, worker.loss) == ("alice", "lab", 12, 1.25)
+    assert (worker.base_version, worker.behind) == (1, 1)
+    assert worker.last_seen_s == pytest.approx(4.0, abs=1.0)
+    assert seen.gateway.exists
+    assert (seen.gateway.built_from, seen.gateway.present) == ({"sql_expert": 1}, {"sql_expert": 2})
+    assert seen.gateway.outdated == ("sql_expert",)
+    assert seen.server.used_memory
+    (finding,) = findings(seen)
+    assert finding.startswith("sql_expert: 1 update refused; the last: alice update 2: its")
+
+
+def test_entries_that_were_read_and_not_committed_are_pending(connection: Connection) -> None:
+    """What an aggregator that died had in hand is told from what nobody has read."""
+    expert = make_expert(connection)
+    ScriptedWorker(connection, small_spec()).push(0.5)
+    assert expert.store.read(block_ms=1, count=1)
+    ScriptedWorker(connection, small_spec(), "bob").push(0.5)
+    (shown,) = look(connection).experts
+    assert (shown.waiting, shown.pending, shown.lag) == (2, 1, 1)
+    _, (unread, _) = connection.client.xrange("fedmoe:{sql_expert}:updates")
+    connection.client.xdel("fedmoe:{sql_expert}:updates", unread)
+    (shown,) = look(connection).experts
+    assert (shown.waiting, shown.pending, shown.lag) == (1, 1, 0)  # Redis now says lag None
+
+
+def test_waiting_updates_that_nobody_serves_are_said(connection: Connection) -> None:
+    """No lease while updates wait or the gateway is behind is wrong; with a lease it is not."""
+    expert = make_expert(connection)
+    assert list(findings(look(connection))) == []
+    build_gateway(connection)
+    ScriptedWorker(connection, small_spec()).push(0.5)
+    nobody = "sql_expert: 1 entry waiting and no aggregator serves it: start `fedmoe aggregator run`"
+    assert list(findings(look(connection))) == [nobody]
+    serve(expert)
+    stale = "gateway: sql_expert moved on and no aggregator rebuilds it: start `fedmoe aggregator run`"
+    assert list(findings(look(connection))) == [stale]
+    ScriptedWorker(connection, small_spec()).push(0.5)
+    assert list(findings(look(connection))) == [nobody, stale]
+    hold(connection)
+    assert list(findings(look(connection))) == []
+
+
+def test_what_is_broken_is_said_for_its_expert_and_the_rest_is_shown(connection: Connection) -> None:
+    """Missing, half missing, malformed and foreign keys: a sentence each, and the healthy expert as ever."""
+    for name in ("a", "b", "c", "d", "e"):
+        make_expert(connection, name)
+    client = connection.client
+    client.delete("fedmoe:{b}:meta", "fedmoe:{b}:weights", "fedmoe:{b}:updates")
+    client.hdel("fedmoe:{c}:meta", "version")
+    client.delete("fedmoe:{d}:updates", "fedmoe:{d}:weights", "fedmoe:{d}:worker:x")
+    client.set("fedmoe:{d}:updates", "text")
+    client.hset("fedmoe:{d}:weights", "a", "b")
+    client.set("fedmoe:{d}:applied", "text")
+    client.set("fedmoe:{d}:worker:x", "text")
+    client.hset("fedmoe:{e}:meta", "version", "many")
+    client.hset("fedmoe:experts", mapping={"f:*": "1", "gateway": "1", "e": "heavy"})
+    client.hset("fedmoe:{gateway}:meta", mapping={"built_from": "[1]"})
+
+    seen = look(connection)
+    a, b, _, d, _ = seen.experts
+    assert (a.problems, a.meta and a.meta.version) == ((), 0)
+    deleted = "missing: was the key deleted?"
+    assert b.problems == (f"its meta is {deleted}", f"its weights are {deleted}")
+    assert (b.waiting, b.pending, b.lag) == (0, 0, 0)
+    assert d.problems == (
+        "weights, updates, applied cannot be read: the key is of the wrong type: was it written by something else?",
+    )
+    said = "\n".join(findings(seen))
+    for sentence in (
+        "c: the expert's meta hash is malformed (KeyError(b'version'))",
+        "e: the expert's meta hash is malformed (ValueError(",
+        "d: the heartbeat of x cannot be read: the key is of the wrong type",
+        "e: its gateway weight is 'heavy', not a number",
+        "fedmoe:experts lists 'f:*', which is no expert's name",
+        "fedmoe:experts lists 'gateway', which is no expert's name",
+        "gateway: its meta is malformed",
+    ):
+        assert sentence in said
+    done = fedmoe("status", "--redis", connection.settings.url)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "d: the heartbeat of x" in done.stdout
+
+
+def test_the_experts_key_itself_may_be_foreign(connection: Connection) -> None:
+    """Then there is nothing to show but that."""
+    connection.client.set("fedmoe:experts", "text")
+    assert list(findings(look(connection))) == [
+        "fedmoe:experts is not a hash: was it written by something else?"
+    ]
+
+
+def test_junk_of_others_is_shown_escaped(connection: Connection) -> None:
+    """Terminal escapes, markup, bytes that are no text and endless texts change nothing on the screen."""
+    make_expert(connection)
+    client = connection.client
+    key = b"fedmoe:{sql_expert}:worker:\x1b[2J\xff[red]\xe2\x80\xae"
+    client.hset(
+        key, mapping={"host": b"\x9b31m\x1b]0;owned\x07" + b"x" * 5000, "step": "1e400", "loss": "nan"}
+    )
+    client.xadd("fedmoe:{sql_expert}:dead", {"reason": "\x1b[31mred\nline"})
+    seen = look(connection)
+    (worker,) = seen.workers
+    assert worker.name == "\\x1b[2J\\xff[red]\\u202e"
+    assert worker.host.startswith("\\x9b31m\\x1b]0;owned\\x07xxx")
+    assert len(worker.host) == 64 + len("...")
+    assert (worker.step, worker.loss, worker.last_seen_s) == (None, None, None)
+    for arguments in ((), ("--json",)):
+        done = fedmoe("status", "--redis", connection.settings.url, *arguments)
+        assert done.returncode == 0, done.stderr
+        assert not set(done.stdout) & {"\x1b", "\x07", "\x9b", "\u202e"}
+        assert "[red]" in done.stdout
+    screen = io.StringIO()
+    Console(file=screen, width=250, color_system=None).print(render(seen, 250))
+    assert worker.name in screen.getvalue()
+    assert worker.host in screen.getvalue()
+    narrow = [len(line) for line, _ in status_screen(seen, width=130) if not line.startswith("!")]
+    assert 80 < max(narrow) <= 130
+
+
+@pytest.mark.parametrize("raw", [b"\xff\x00", "\x1b[0m", "\ud800", "\u2028", "a" * 10_000])
+def test_printable_is_printable(raw: bytes | str) -> None:
+    """Also of lone surrogates and line separators."""
+    assert printable(raw).isprintable()
+    assert len(printable(raw)) < 400
+
+
+@pytest.fixture
+def viewer_url(connection: Connection) -> Iterator[str]:
+    """A user who may look at everything but payloads and weights, and change nothing."""
+    command = ("ACL", "SETUSER", "viewer", "on", ">pw", "resetkeys", "%R~fedmoe:*", "-@all", "+@read", "-get",
+               "-getrange", "-dump", "+info", "+auth", "+hello", "+select")  # fmt: skip
+    connection.client.execute_command(*command)
+    yield connection.settings.url.replace("unix://", "unix://viewer:pw@")
+    connection.client.execute_command("ACL", "DELUSER", "viewer")
+
+
+def test_a_read_only_user_sees_it_all_but_who_holds_the_lease(
+    connection: Connection, viewer_url: str
+) -> None:
+    """No problem is reported, and what needs a name only says that there is one."""
+    expert = make_expert(connection)
+    ScriptedWorker(connection, small_spec()).push(0.5)
+    serve(expert)
+    WorkerStore(connection, "sql_expert", "alice").beat(BEAT, ttl_s=10)
+    hold(connection)
+    build_gateway(connection)
+    mine, theirs = look(connection), look(Connection(RedisSettings(url=viewer_url)))
+    assert list(findings(theirs)) == []
+    assert theirs.experts[0].lease == "?"
+    shown = replace(theirs.experts[0], lease="agg-1", workers=mine.experts[0].workers)
+    assert shown == mine.experts[0]
+    assert replace(theirs.gateway, lease="agg-1") == mine.gateway
+    assert len(theirs.workers) == 1
+
+
+def test_what_a_user_may_not_read_is_said_in_one_line(connection: Connection, viewer_url: str) -> None:
+    """A worker's own user, say, sees its expert's meta and little else."""
+    make_expert(connection)
+    allowed = ("+hgetall", "%R~fedmoe:experts", "%R~fedmoe:{sql_expert}:meta")
+    connection.client.execute_command("ACL", "SETUSER", "viewer", "resetkeys", "-@all", "+auth", *allowed)
+    seen = look(Connection(RedisSettings(url=viewer_url)))
+    (shown,) = seen.experts
+    assert shown.meta is not None
+    assert shown.problems == (
+        "weights, lease, updates, dead, log, applied cannot be read: this user may not",
+    )
+    assert seen.problems == ("this user may not SCAN, so no worker is shown",)
+    assert list(findings(seen))[-1] == "gateway: meta, weights, lease cannot be read: this user may not"
+
+
+def test_looking_changes_nothing(connection: Connection) -> None:
+    """Not even a consumer group, nor an expiry."""
+    make_expert(connection)
+    connection.client.delete("fedmoe:{sql_expert}:updates")
+    before = {key: connection.client.dump(key) for key in connection.client.scan_iter()}
+    assert fedmoe("status", "--redis", connection.settings.url).returncode == 0
+    assert {key: connection.client.dump(key) for key in connection.client.scan_iter()} == before
+
+
+def test_a_server_that_runs_full_is_said(connection: Connection) -> None:
+    """Above 80 % of maxmemory, and whenever it may throw keys away."""
+    make_expert(connection)
+    used = connection.client.info("memory")["used_memory"]
+    connection.client.config_set("maxmemory", used * 2)
+    try:
+        assert list(findings(look(connection))) == []
+        connection.client.config_set("maxmemory", int(used * 1.1))
+        connection.client.config_set("maxmemory-policy", "allkeys-lru")
+        full, evicts = findings(look(connection))
+    finally:
+        connection.client.config_set("maxmemory-policy", "noeviction")
+        connection.client.config_set("maxmemory", 0)
+    assert full.startswith("Redis: 9")
+    assert "allkeys-lru" in evicts
+
+
+def test_a_worker_that_fell_silent_is_said(connection: Connection) -> None:
+    """Two missed heartbeats."""
+    expert = make_expert(connection)
+    expert.store.connection.client.hset("fedmoe:{sql_expert}:worker:al", "run", "1-00000000")
+    expert.store.connection.client.pexpire("fedmoe:{sql_expert}:worker:al", 3000)
+    assert list(findings(look(connection))) == ["sql_expert: worker al has not been heard of for 12 s"]
+
+
+def test_a_heartbeats_age_is_told_by_the_expiry_that_workers_give_it() -> None:
+    """The inspector may not import a worker, so the two constants must agree."""
+    assert HEARTBEAT_TTL_S == sync.HEARTBEAT_TTL_S
+
+
+def test_the_command_prints_columns_json_and_the_gateway(connection: Connection) -> None:
+    """Columns when it is no terminal; JSON without nan; both with exit code 0."""
+    expert = make_expert(connection)
+    url = connection.settings.url
+    assert "there are no experts yet" in fedmoe("status", "--redis", url, "--prefix", "other").stdout
+    assert json.loads(fedmoe("status", "--redis", url, "--json").stdout)["experts"][0]["meta"]["loss"] is None
+    ScriptedWorker(connection, small_spec()).push(0.5)
+    serve(expert)
+    WorkerStore(connection, "sql_expert", "alice").beat(BEAT, ttl_s=15)
+    build_gateway(connection)
+    text = fedmoe("status", "--redis", url).stdout
+    head, row = (line.split() for line in text.splitlines() if line.startswith(("expert ", "sql_expert ")))
+    assert dict(zip(head, row, strict=False)) == {
+        "expert": "sql_expert", "version": "1", "waiting": "0", "pending": "0", "workers": "1", "loss": "1.500",
+        "staleness": "0.00", "applied": "1", "refused": "0", "served": "nobody",
+    }  # fmt: skip
+    worker = next(line.split() for line in text.splitlines() if line.startswith("alice "))
+    assert " ".join(worker[:3] + worker[4:]) == "alice sql_expert lab s 12 1.250 310 1 0 0 3 1"
+    assert "gateway: cat, rank 2, built from sql_expert v1" in text
+    shown = json.loads(fedmoe("status", "--redis", url, "--json").stdout)
+    assert shown["experts"][0]["workers"][0]["loss"] == 1.25
+    assert shown["experts"][0]["mean_staleness"] == 0
+    assert shown["findings"] == []
+
+
+def test_a_redis_that_does_not_answer_is_one_sentence() -> None:
+    """Exit code 1, no traceback, and the password stays secret."""
+    done = fedmoe("status", "--redis", "redis://me:secret@127.0.0.1:1/0")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.count("\n") == 1
+    assert "cannot be reached" in done.stderr
+    assert "secret" not in done.stderr
+
+
+def test_watch_outlives_an_outage_and_ends_quietly(server: EmbeddedRedis) -> None:
+    """A JSON line each time; an outage is a sentence on stderr; Ctrl-C is the way out, with exit code 0."""
+    with EmbeddedRedis(server=server.server) as own:
+        make_expert(Connection(RedisSettings(url=own.url)))
+        with subprocess.Popen(
+            [sys.executable, "-m", "fedmoe.cli.main", "status", "--redis", own.url, "--json", "--watch", "0.1"],
+            env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        ) as process:  # fmt: skip
+            assert process.stdout is not None
+            assert process.stderr is not None
+            assert json.loads(process.stdout.readline())["experts"]
+            own.kill()
+            assert "cannot be reached" in process.stderr.readline()
+            own.start()
+            while not json.loads(process.stdout.readline())["experts"]:
+                pass
+            process.send_signal(signal.SIGINT)
+            assert process.wait(10) == 0
+            assert "Traceback" not in process.stderr.read()
+
+
+def test_status_imports_no_torch() -> None:
+    """It must be quick, also over ssh on a small machine."""
+    code = "import sys, fedmoe.cli.status, fedmoe.store.inspect; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

@@ -8,6 +8,8 @@ from typing import Any
 from fedmoe.errors import SpecError
 from fedmoe.update import UpdateId
 
+HEARTBEAT_TTL_S = 15.0  # a worker whose heartbeat has expired is gone
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Meta:

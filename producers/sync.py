@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from fedmoe.backoff import Backoff
 from fedmoe.errors import FedMoEError, NameTakenError, RedisUnavailableError, SpecError, UnknownExpertError
 from fedmoe.layout import values_of
+from fedmoe.records import HEARTBEAT_TTL_S
 from fedmoe.spec import Spec
 from fedmoe.store.worker import WorkerStore
 from producers.checkpoint import Checkpoint, StateDir
@@ -25,7 +26,6 @@ from producers.ledger import Change, Ledger, Trained
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_INTERVAL_S = 5.0
-HEARTBEAT_TTL_S = 15.0
 FIRST_POLL_S = 0.02
 LONGEST_POLL_S = 1.0
 LAST_SAVE_S = 10.0

@@ -5,28 +5,21 @@ The main thread trains; the sync thread (producers/sync.py) does all the talking
 
 import hashlib
 import logging
-import os
 import secrets
 import socket
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from fedmoe.backoff import Backoff
 from fedmoe.data.examples import Examples, make_examples, padding_id
 from fedmoe.data.jsonl import read_rows
-from fedmoe.errors import (
-    BaseModelError,
-    FedMoEError,
-    RedisUnavailableError,
-    SettingsError,
-    UnknownExpertError,
-)
+from fedmoe.errors import FedMoEError, RedisUnavailableError, SettingsError
 from fedmoe.layout import values_of
 from fedmoe.model.adapter import attach_adapter
 from fedmoe.model.base import (
@@ -45,13 +38,13 @@ from fedmoe.update import make_run
 from producers.checkpoint import StateDir
 from producers.claim import claim_name
 from producers.exchange import Exchange
+from producers.join import Joining, StoppedError
 from producers.ledger import Ledger, Trained
-from producers.sync import HEARTBEAT_INTERVAL_S, HEARTBEAT_TTL_S, Sync
+from producers.sync import HEARTBEAT_INTERVAL_S, Sync
 from producers.trainer import StepResult, Trainer
 
 logger = logging.getLogger(__name__)
 
-PIN_WAIT_S = 5.0
 MANY_ROWS = 5000  # so many take some seconds to tokenize
 
 
@@ -121,6 +114,7 @@ class Worker:
         self._stop = stop
         self._say = say
         self._store = WorkerStore(Connection(redis), settings.stream, settings.worker)
+        self._joining = Joining(self._store, wait=settings.wait, stop=stop)
         self._last: StepResult | None = None
         self._steps = 0
         self._tokens_per_s = 0.0
@@ -131,23 +125,28 @@ class Worker:
         Raises:
             FedMoEError: one sentence for whatever makes this worker useless: wrong data, stream, base model, name.
         """
+        try:
+            self._run()
+        except StoppedError as stopped:
+            self._say(str(stopped))
+
+    def _run(self) -> None:
         settings = self._settings
         rows = read_rows(settings.data, on_bad_row=settings.on_bad_row)
         for problem in rows.problems[:10]:
             self._say(str(problem))
         state_dir = StateDir(settings.state_dir) if settings.state_dir else None
-        spec = self._wait_for_spec()
-        if spec is None:
-            return
+        spec = self._joining.spec()
         model, tokenizer, device, autocast = self._load_base(spec)
         if len(rows.rows) > MANY_ROWS:
             self._say(f"tokenizing {len(rows.rows)} rows")
         examples = make_examples(rows, tokenizer, spec.training.max_length)
         self._say(f"{settings.data}: {examples.summary()}")
         print_of_base = fingerprint(model)
-        self._check_base(print_of_base, spec)
-        claim_name(self._store, patience_s=HEARTBEAT_INTERVAL_S * 1.5, stop=self._stop)
-        self._pin_base(print_of_base)
+        self._joining.check_base(print_of_base, spec)
+        claim = partial(claim_name, self._store, patience_s=HEARTBEAT_INTERVAL_S * 1.5, stop=self._stop)
+        self._joining.patiently(claim)
+        self._joining.pin_base(print_of_base, spec)
         model, flat = attach_adapter(model, spec)
         trainer = Trainer(
             model=model,
@@ -159,7 +158,7 @@ class Worker:
             device=device,
             autocast=autocast,
         )
-        ledger, trained = self._open_books(state_dir, trainer, rows.digest)
+        ledger, trained = self._open_books(state_dir, trainer, spec, rows.digest)
         exchange = Exchange(trainer, with_optimizer=state_dir is not None, trained=trained)
         sync = Sync(
             self._store, ledger, exchange, spec,
@@ -167,21 +166,6 @@ class Worker:
             must_pull=bool(ledger.seq),
         )  # fmt: skip
         self._train(trainer, exchange, sync, examples)
-
-    def _wait_for_spec(self) -> Spec | None:
-        """The expert's spec; None if stopped while waiting for it."""
-        backoff = Backoff("worker", logger)
-        while not self._stop.is_set():
-            try:
-                spec = self._store.spec()
-                backoff.ok()
-                return spec
-            except (RedisUnavailableError, UnknownExpertError) as error:
-                nothing_yet = not isinstance(error, UnknownExpertError) or "there are none yet" in str(error)
-                if not (self._settings.wait and nothing_yet):
-                    raise
-                self._stop.wait(backoff.failed(error))
-        return None
 
     def _load_base(self, spec: Spec) -> tuple[Any, Any, torch.device, torch.dtype]:
         base_model = self._settings.base_model or spec.base_model
@@ -193,39 +177,6 @@ class Worker:
         model, tokenizer = load_base(base_model, device=device, dtype=dtype)
         return model, tokenizer, device, autocast
 
-    def _check_base(self, print_of_base: str, spec: Spec) -> None:
-        meta = self._store.meta()
-        if meta.base_fingerprint and meta.base_fingerprint != print_of_base:
-            raise BaseModelError(
-                f"the base model here is not the one that {self._settings.stream!r} is trained on: the weights' "
-                f"fingerprint is {print_of_base}, the expert's is {meta.base_fingerprint} (pinned by "
-                f"{meta.base_fingerprint_by}): use {spec.base_model}, for example not its Base for its Instruct"
-            )
-
-    def _pin_base(self, print_of_base: str) -> None:
-        """If nobody pinned the base model's fingerprint yet, have the aggregator pin this one, and look again."""
-        self._store.beat(self._first_beat(print_of_base), ttl_s=HEARTBEAT_TTL_S)
-        if self._store.meta().base_fingerprint:
-            return
-        self._store.join()
-        until = time.monotonic() + PIN_WAIT_S
-        while time.monotonic() < until and not self._stop.wait(0.1):
-            if self._store.meta().base_fingerprint:
-                self._check_base(print_of_base, self._store.spec())
-                return
-        logger.warning("no aggregator has pinned the base model yet; training on without")
-
-    def _first_beat(self, print_of_base: str) -> dict[str, str | int | float]:
-        return {
-            "run": "joining",
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "since": f"{time.time():.0f}",
-            "seen": f"{time.time():.0f}",
-            "beat": secrets.token_hex(4),
-            "base_fingerprint": print_of_base,
-        }
-
     def _training(self, spec: Spec) -> Any:
         training = spec.training
         if self._settings.batch_size:
@@ -235,7 +186,7 @@ class Worker:
         return training
 
     def _open_books(
-        self, state_dir: StateDir | None, trainer: Trainer, data: str
+        self, state_dir: StateDir | None, trainer: Trainer, spec: Spec, data: str
     ) -> tuple[Ledger, Trained | None]:
         """The ledger of the checkpoint if there is one, else a new run on the expert's present weights."""
         settings = self._settings
@@ -255,9 +206,9 @@ class Worker:
                 f"resuming run {saved.ledger.run} after update {saved.ledger.seq}, row {trainer.position}"
             )
             return saved.ledger, saved.trained
-        snapshot = self._store.pull(known="")
+        snapshot = self._joining.patiently(lambda: self._store.pull(known=""))
         assert snapshot.weights is not None
-        base = values_of(self._store.spec().layout, snapshot.weights)
+        base = values_of(spec.layout, snapshot.weights)
         with torch.no_grad():
             trainer.flat.copy_(base)
         start = snapshot.decided.id if snapshot.decided else None

@@ -28,9 +28,9 @@ def cache_dir() -> Path:
 @click.option("--out", type=click.Path(path_type=Path), default=Path("demo-results"), show_default=True,
               help="Where the results go.")  # fmt: skip
 @click.option("--seconds", type=float, default=100.0, show_default=True, help="How long the workers train.")
-@click.option("--rows", type=int, default=24, show_default=True, help="Held-out rows a domain.")
+@click.option("--rows", type=int, default=16, show_default=True, help="Held-out rows a domain.")
 @click.option("--learning-rate", type=float, default=1e-3, show_default=True, help="AdamW's.")
-@click.option("--gateway-scale", type=float, default=1.5, show_default=True, help="Sum of the merge weights.")
+@click.option("--gateway-scale", type=float, default=1.0, show_default=True, help="Sum of the merge weights.")
 def demo(redis: str, prefix: str, model: str, data: Path | None, out: Path, seconds: float, rows: int,
          learning_rate: float, gateway_scale: float) -> None:  # fmt: skip
     """Three experts of one small real model, trained on this machine, and the gateway that knows all three.

@@ -20,7 +20,9 @@ COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 @click.option("--no-redis", is_flag=True, help="Check this installation only.")
 @click.option("--role", type=click.Choice(["aggregator", "worker", "viewer"]), default=None,
               help="Fail unless this Redis user may do all that this role does.")  # fmt: skip
-@click.option("--stream", default="", metavar="EXPERT", help="A worker's expert.  [default: the first there is]")
+@click.option(
+    "--stream", default="", metavar="EXPERT", help="A worker's expert.  [default: the first there is]"
+)
 @click.option("--name", default="", help="A worker's name.  [default: the host's name]")
 @click.option("--base-model", default="", help="The base model.  [default: the expert's]")
 @click.pass_context
@@ -48,7 +50,9 @@ def doctor(
         check_expert(stream)
     failed = False
     for check in run_checks(settings, role=role or "", stream=stream, worker=worker, base_model=base_model):
-        click.echo(f"{click.style(f'{check.level:<4}', fg=COLOURS[check.level])}  {check.what:<11}  {check.text}")
+        click.echo(
+            f"{click.style(f'{check.level:<4}', fg=COLOURS[check.level])}  {check.what:<11}  {check.text}"
+        )
         failed |= check.level == FAIL
     ctx.exit(1 if failed else 0)
 
@@ -68,7 +72,8 @@ def run_checks(
     yield torch
     yield checks.check_server()
     if settings is not None:
-        stream, spec_base = yield from _redis_checks(settings, role=role, stream=stream, worker=worker)
+        found, spec_base = check_server_and_user(settings, role=role, stream=stream, worker=worker)
+        yield from found
         base_model = base_model or spec_base
     if torch.level != checks.FAIL:
         from fedmoe.spec import DEFAULT_BASE_MODEL
@@ -76,7 +81,16 @@ def run_checks(
         yield checks.check_base_model(base_model or DEFAULT_BASE_MODEL)
 
 
-def _redis_checks(
+def check_server_and_user(
     settings: "RedisSettings", *, role: str, stream: str, worker: str
-) -> Iterator["Check"]:
-    raise NotImplementedError
+) -> tuple[list["Check"], str]:
+    """What check_redis gives, or the one line that Redis cannot be reached."""
+    from fedmoe.doctor import FAIL, Check
+    from fedmoe.errors import RedisUnavailableError
+    from fedmoe.store.connection import Connection
+    from fedmoe.store.probe import check_redis
+
+    try:
+        return check_redis(Connection(settings), stream=stream, worker=worker, role=role)
+    except RedisUnavailableError as error:
+        return [Check(FAIL, "redis", f"{error}; is it running, and is --redis right?")], ""

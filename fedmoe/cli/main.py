@@ -1,6 +1,7 @@
 """`fedmoe`: the root command, its configuration file, and errors as one sentence."""
 
 import importlib
+import io
 import logging
 import os
 import sys
@@ -118,6 +119,9 @@ def _defaults(
 def main() -> None:
     """Entry point: run, and end with one sentence instead of a traceback."""
     warnings.filterwarnings("ignore", module="transformers")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal without our ×, Σ or your names
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:

@@ -48,9 +48,9 @@ class DemoSettings:
     model: str = ""
     data: Path | None = None
     train_s: float = 100.0
-    rows: int = 24
+    rows: int = 16
     learning_rate: float = 1e-3
-    gateway_scale: float = 1.5
+    gateway_scale: float = 1.0
 
     def __post_init__(self) -> None:
         if not self.train_s > 0:

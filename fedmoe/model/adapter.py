@@ -1,14 +1,11 @@
-"""The LoRA adapter on a base model: its layout, its parameters as one flat vector, and its directory on disk.
+"""The LoRA adapter on a base model: its layout, and its parameters as one flat vector.
 
 Training, publishing and pulling all work on that one vector: a pull is one `add_`, the optimizer one pass.
 """
 
-import json
-import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,8 +20,6 @@ from fedmoe.errors import SettingsError, SpecError
 from fedmoe.layout import Layout
 from fedmoe.lora_init import initial_weights
 from fedmoe.spec import ALL_LINEAR, LoraSettings, Spec
-
-WEIGHTS_FILE, CONFIG_FILE, INFO_FILE = "adapter_model.safetensors", "adapter_config.json", "fedmoe.json"
 
 
 def adapter_layout(config: PretrainedConfig, lora: LoraSettings) -> Layout:
@@ -81,42 +76,6 @@ def adapter_loaded(
         yield peft_model.eval()
     finally:
         peft_model.unload()
-
-
-def save_adapter(
-    directory: str | Path,
-    file: bytes | memoryview,
-    adapter_config: Mapping[str, Any],
-    info: Mapping[str, Any],
-) -> None:
-    """Write an adapter that `PeftModel.from_pretrained` loads; an earlier export there is replaced.
-
-    adapter_config.json goes first and comes last: a directory left half written has none, so peft refuses it.
-
-    Args:
-        directory: made if it does not exist.
-        file: the safetensors file.
-        adapter_config: see `Spec.adapter_config`.
-        info: what it was built from; goes to fedmoe.json.
-
-    Raises:
-        SettingsError: if it cannot be written, or holds an adapter that FedMoE did not write.
-    """
-    directory = Path(directory)
-    try:
-        if (directory / CONFIG_FILE).exists() and not (directory / INFO_FILE).exists():
-            raise SettingsError(
-                f"{directory} holds an adapter that FedMoE did not write: choose another directory"
-            )
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / CONFIG_FILE).unlink(missing_ok=True)
-        _replace(directory / INFO_FILE, _json(info))
-        _replace(directory / WEIGHTS_FILE, file)
-        _replace(directory / CONFIG_FILE, _json(adapter_config))
-    except OSError as error:
-        raise SettingsError(
-            f"cannot write the adapter to {directory} ({error.strerror}): choose a directory you may write to"
-        ) from error
 
 
 def _target_names(model: PreTrainedModel, targets: Sequence[str]) -> list[str]:
@@ -177,13 +136,3 @@ def _check_tensors(have: Mapping[str, nn.Parameter], want: Mapping[str, tuple[in
                 f"tensor {name!r} has shape {list(shape)} in the adapter, "
                 f"{list(have[name].shape)} on the base model: is this the base model of the spec?"
             )
-
-
-def _json(content: Mapping[str, Any]) -> bytes:
-    return json.dumps(content, indent=2, sort_keys=True).encode() + b"\n"
-
-
-def _replace(path: Path, content: bytes | memoryview) -> None:
-    draft = path.with_name(f".{path.name}.tmp")
-    draft.write_bytes(content)
-    os.replace(draft, path)

@@ -98,6 +98,8 @@ class GatewayStore:
     def _record(raw: Mapping[bytes, bytes]) -> GatewayRecord | None:
         fields = {k.decode(): v.decode(errors="backslashreplace") for k, v in raw.items()}
         try:
-            return GatewayRecord(json.loads(fields.pop("built_from")), fields)
-        except (KeyError, ValueError):
+            built_from = json.loads(fields.pop("built_from"))
+            parts = {name: {**part, "version": int(part["version"])} for name, part in built_from.items()}
+            return GatewayRecord(parts, fields)
+        except (KeyError, ValueError, TypeError, AttributeError):
             return None  # none yet, or damaged: it is a view, and is built anew

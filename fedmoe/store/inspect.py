@@ -18,12 +18,12 @@ from fedmoe.errors import SpecError
 from fedmoe.federation import DeadLetter, ExpertView, Federation, GatewayView, ServerView, WorkerView
 from fedmoe.keys import GROUP
 from fedmoe.names import MAX_NAME_LENGTH, RESERVED_EXPERTS, is_name
-from fedmoe.records import Meta
+from fedmoe.records import HEARTBEAT_TTL_S, Meta
 from fedmoe.store.connection import Connection
 
-HEARTBEAT_TTL_S = 15.0  # of a fresh heartbeat; a test holds it equal to the workers'
 SHOWN_DEAD, SHOWN_LOG, SHOWN_WORKERS = 3, 5, 1000
 MAX_TEXT_CHARS = 300
+DENIED = "this user may not"
 _BEAT = (
     "run", "host", "pid", "since", "step", "loss", "tokens_per_s", "base_version", "staleness", "in_flight",
     "published", "refused",
@@ -126,7 +126,7 @@ class Inspector:
                     if match and match[1].decode(errors="replace") in experts:
                         found[key] = (match[1].decode(), printable(match[2], MAX_NAME_LENGTH))
             except NoPermissionError:
-                problems.append("this user may not SCAN, so no worker is shown")
+                problems.append("the workers cannot be read: this user may not SCAN")
         if len(found) > SHOWN_WORKERS:
             problems.append(f"there are {len(found)} heartbeats, of which only {SHOWN_WORKERS} are shown")
         shown = sorted(found, key=lambda key: found[key])[:SHOWN_WORKERS]
@@ -205,7 +205,7 @@ def _why(error: Exception) -> str:
     text = str(error)
     if text.startswith("WRONGTYPE"):
         return "the key is of the wrong type: was it written by something else?"
-    return "this user may not" if isinstance(error, NoPermissionError) else printable(text)
+    return DENIED if isinstance(error, NoPermissionError) else printable(text)
 
 
 def _refused(replies: dict[str, Any]) -> list[str]:

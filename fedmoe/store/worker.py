@@ -18,6 +18,10 @@ from fedmoe.update import Header
 PAYLOAD_TTL_S = 7 * 24 * 3600
 
 
+class NoExpertsError(UnknownExpertError):
+    """There is no expert at all yet; an aggregator will make some."""
+
+
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """An expert and one's own last decided update, read in one MULTI.
@@ -61,12 +65,10 @@ class WorkerStore:
             if text is not None:
                 return Spec.from_json(text)
             names = sorted(name.decode() for name in self._redis.hkeys(self.connection.keys.experts))
-        there = (
-            f"there are {', '.join(names)}" if names else "there are none yet: start `fedmoe aggregator run`"
-        )
-        raise UnknownExpertError(
-            f"there is no expert {self.expert!r} at {self.connection.settings.shown}; {there}"
-        )
+        where = f"there is no expert {self.expert!r} at {self.connection.settings.shown}"
+        if not names:
+            raise NoExpertsError(f"{where}; there are none yet: start `fedmoe aggregator run`")
+        raise UnknownExpertError(f"{where}; there are {', '.join(names)}")
 
     def meta(self) -> Meta:
         """The expert's meta hash."""

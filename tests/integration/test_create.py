@@ -49,8 +49,8 @@ def test_existing_experts_are_left_alone(connection: Connection, tiny_model_dir:
     before = connection.client.hgetall("fedmoe:{a}:meta")
     assert ensure_experts(connection, {"a": 1.0}, SpecRequest()) == []
     assert connection.client.hgetall("fedmoe:{a}:meta") == before
+    typed = SpecRequest(lora=LoraSettings(rank=4), explicit=frozenset({"rank"}))
     with pytest.raises(SpecError, match="exists with rank 2, not 4"):
-        typed = SpecRequest(lora=LoraSettings(rank=4), explicit=frozenset({"rank"}))
         ensure_experts(connection, {"a": 1.0}, typed)
 
 
@@ -58,7 +58,7 @@ def test_one_federation_has_one_base(connection: Connection, tiny_model_dir: Pat
     """An expert with another adapter shape has no place in the same gateway."""
     ensure_experts(connection, {"a": 1.0}, request(tiny_model_dir))
     other = SpecRequest(base_model=str(tiny_model_dir), lora=LoraSettings(rank=4))
-    with pytest.raises(SpecError, match="another LoRA settings.*--prefix"):
+    with pytest.raises(SpecError, match=r"another LoRA settings.*--prefix"):
         ensure_experts(connection, {"b": 1.0}, other)
     assert not ExpertStore(connection, "b").exists()
 

@@ -38,7 +38,7 @@ def test_every_command_has_help(name: str) -> None:
     ],
 )
 def test_mistakes_in_the_configuration_are_named(tmp_path: Path, text: str, reason: str) -> None:
-    """click ignores unknown keys silently; FedMoE does not."""
+    """Click ignores unknown keys silently; FedMoE does not."""
     file = tmp_path / "fedmoe.toml"
     file.write_text(text)
     with pytest.raises(SettingsError, match=reason):

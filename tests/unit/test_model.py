@@ -22,7 +22,7 @@ from transformers import (
 from fedmoe.errors import BaseModelError, SettingsError, SpecError
 from fedmoe.layout import AdapterBuffer, Layout
 from fedmoe.lora_init import initial_weights
-from fedmoe.model.adapter import adapter_layout, adapter_loaded, attach_adapter, save_adapter
+from fedmoe.model.adapter import adapter_layout, adapter_loaded, attach_adapter
 from fedmoe.model.base import (
     check_structure,
     choose_device,
@@ -310,8 +310,9 @@ def test_the_exported_adapter_computes_what_the_attached_one_does(
     untrained = logits(peft_model)
     flat.add_(randn(0, flat.numel()), alpha=0.1)
     trained = logits(peft_model)
-    save_adapter(tmp_path / "out", adapter_file(spec.layout, flat), spec.adapter_config(), {"version": 3})
-    loaded = PeftModel.from_pretrained(random_model(config), str(tmp_path / "out"))
+    (tmp_path / "adapter_model.safetensors").write_bytes(adapter_file(spec.layout, flat))
+    (tmp_path / "adapter_config.json").write_text(json.dumps(spec.adapter_config()))
+    loaded = PeftModel.from_pretrained(random_model(config), str(tmp_path))
     torch.testing.assert_close(logits(loaded), trained)
     torch.testing.assert_close(untrained, logits(random_model(config)))
     assert (trained - untrained).abs().max() > 0.1
@@ -368,35 +369,3 @@ def test_an_adapter_is_on_the_model_only_while_it_is_loaded() -> None:
         assert torch.equal(logits(model), bare)
     with pytest.raises(SpecError, match="not a safetensors file"), adapter_loaded(model, b"garbage", {}):
         pass
-
-
-def test_an_export_replaces_an_earlier_one_and_nothing_else(tmp_path: Path) -> None:
-    """A second export wins; another tool's adapter is left alone; a file in the way is said to be."""
-    save_adapter(tmp_path / "out", b"old", {"r": 1}, {"version": 1})
-    save_adapter(tmp_path / "out", b"new", {"r": 2}, {"version": 2})
-    files = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    assert sorted(files) == ["adapter_config.json", "adapter_model.safetensors", "fedmoe.json"]
-    assert files["adapter_model.safetensors"] == b"new"
-    assert json.loads(files["adapter_config.json"]) == {"r": 2}
-    assert json.loads(files["fedmoe.json"]) == {"version": 2}
-    (tmp_path / "out" / "fedmoe.json").unlink()
-    with pytest.raises(SettingsError, match="did not write"):
-        save_adapter(tmp_path / "out", b"", {}, {})
-    with pytest.raises(SettingsError, match=r"cannot write the adapter to .* \(Not a directory\)"):
-        save_adapter(tmp_path / "out" / "adapter_config.json" / "deeper", b"", {}, {})
-
-
-def test_an_export_that_breaks_off_is_no_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A disk that fills up while an earlier export is replaced: no config goes with the mixed files."""
-    save_adapter(tmp_path, b"old", {"r": 1}, {})
-    write = Path.write_bytes
-
-    def full_disk(path: Path, content: bytes) -> int:
-        if "safetensors" in path.name:
-            raise OSError(28, "No space left on device")
-        return write(path, content)
-
-    monkeypatch.setattr(Path, "write_bytes", full_disk)
-    with pytest.raises(SettingsError, match="No space left on device"):
-        save_adapter(tmp_path, b"new", {"r": 2}, {})
-    assert not (tmp_path / "adapter_config.json").exists()

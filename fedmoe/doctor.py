@@ -1,0 +1,161 @@
+"""What can be wrong with an installation, each as a line that says what to do. Redis is looked at by store/probe.py."""
+
+import importlib.metadata
+import importlib.util
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+OK, WARN, FAIL = "ok", "warn", "fail"
+ROOMS = {
+    "fedmoe": "fedmoe/cli/main.py",
+    "consumers": "consumers/aggregator.py",
+    "producers": "producers/worker.py",
+}
+OLDEST_PYTHON, NEWEST_PYTHON = (3, 11), (3, 13)
+LIBRARIES = ("click", "jinja2", "msgpack", "peft", "redis", "rich", "safetensors", "torch", "transformers")
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One line: `level` is ok, warn or fail, `what` the thing, `text` what is so or what to do."""
+
+    level: str
+    what: str
+    text: str
+
+
+def find_package(name: str) -> Path | None:
+    """The directory of an importable package, without importing it."""
+    spec = importlib.util.find_spec(name)
+    places = list(spec.submodule_search_locations or ()) if spec else []
+    return Path(places[0]) if places else None
+
+
+def check_python(version: tuple[int, ...] = sys.version_info[:3]) -> Check:
+    """Is it a Python that the tests are run on?"""
+    shown = ".".join(map(str, version))
+    if version[:2] < OLDEST_PYTHON:
+        return Check(FAIL, "python", f"{shown} is too old: take 3.11 to 3.13")
+    if version[:2] > NEWEST_PYTHON:
+        return Check(WARN, "python", f"{shown} is newer than what FedMoE is tested on, 3.11 to 3.13")
+    return Check(OK, "python", shown)
+
+
+def check_places(find: Callable[[str], Path | None] = find_package) -> Check:
+    """Do fedmoe, producers and consumers come from one place? Others have published packages of these names."""
+    roots = {}
+    for name, module in ROOMS.items():
+        place = find(name)
+        if place is None:
+            return Check(
+                FAIL,
+                "packages",
+                f"{name} cannot be imported: install FedMoE again, all three belong together",
+            )
+        if not (place.parent / module).is_file():
+            return Check(
+                FAIL,
+                "packages",
+                f"{name} in {place} is not FedMoE's: uninstall the distribution that brought it",
+            )
+        roots[name] = place.parent.resolve()
+    if len(set(roots.values())) > 1:
+        told = ", ".join(f"{name} from {root}" for name, root in roots.items())
+        return Check(FAIL, "packages", f"{told}: uninstall all but one, they belong together")
+    return Check(OK, "packages", f"{', '.join(ROOMS)} from {roots['fedmoe']}")
+
+
+def check_stranger(installed: Callable[[str], str] = importlib.metadata.version) -> Check | None:
+    """An abandoned project on PyPI is called `consumers` and overwrites files of ours, or ours of its."""
+    try:
+        version = installed("consumers")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return Check(
+        FAIL,
+        "packages",
+        f"the PyPI project consumers {version} has our package's name: uninstall it, reinstall FedMoE",
+    )
+
+
+def check_libraries(
+    requires: Callable[[str], list[str] | None] = importlib.metadata.requires,
+    installed: Callable[[str], str] = importlib.metadata.version,
+) -> Iterator[Check]:
+    """Is every required library there, and new enough?"""
+    from packaging.requirements import Requirement
+
+    try:
+        texts = requires("fedmoe") or []
+    except importlib.metadata.PackageNotFoundError:
+        yield Check(
+            WARN, "libraries", "fedmoe is not installed but run from a checkout: versions are not checked"
+        )
+        texts = list(LIBRARIES)
+    found = []
+    for needed in map(Requirement, texts):
+        if needed.marker and not needed.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            version = installed(needed.name)
+        except importlib.metadata.PackageNotFoundError:
+            yield Check(FAIL, "libraries", f"{needed.name} is missing: pip install '{needed}'")
+            continue
+        if not needed.specifier.contains(version, prereleases=True):
+            yield Check(FAIL, "libraries", f"{needed.name} {version} does not do: pip install '{needed}'")
+        found.append(f"{needed.name} {version}")
+    yield Check(OK, "libraries", ", ".join(found))
+
+
+def check_torch() -> Check:
+    """Which build of torch, on which device, in which precision?"""
+    try:
+        import torch
+
+        from fedmoe.model.base import choose_device, choose_precision
+    except Exception as error:  # a broken build raises whatever it likes
+        return Check(FAIL, "torch", f"torch or transformers cannot be imported ({error}): install them again")
+    device = choose_device()
+    name = (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    )
+    precision = str(choose_precision("auto", device)).removeprefix("torch.")
+    told = f"{torch.__version__}, trains on {device} ({name}) in {precision}"
+    if device.type == "cpu" and shutil.which("nvidia-smi"):
+        return Check(
+            WARN,
+            "torch",
+            f"{told}, though there is an NVIDIA driver: install torch's CUDA build to use the GPU",
+        )
+    return Check(OK, "torch", told)
+
+
+def check_server() -> Check:
+    """Is there a server program for `fedmoe demo` and the tests?"""
+    from fedmoe.embedded import find_server
+    from fedmoe.errors import FedMoEError
+
+    try:
+        return Check(OK, "server", f"{find_server()} (for fedmoe demo; not needed with --redis)")
+    except FedMoEError as error:
+        return Check(WARN, "server", str(error))
+
+
+def check_base_model(base_model: str) -> Check:
+    """Do the base model's weights lie here?"""
+    from fedmoe.model.base import has_weights
+
+    if has_weights(base_model):
+        return Check(OK, "base model", f"{base_model} is here")
+    if base_model.startswith((".", "/", "~")):
+        return Check(
+            WARN,
+            "base model",
+            f"{base_model} is not here: a worker needs it, by --base-model if it lies elsewhere",
+        )
+    return Check(
+        WARN, "base model", f"{base_model} is not in the hub cache: a worker will download it when it starts"
+    )

@@ -1,0 +1,168 @@
+"""fedmoe.doctor and the pure part of fedmoe.store.probe: each thing that is wrong is one line with what to do."""
+
+import importlib.metadata
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedmoe.doctor import (
+    FAIL,
+    OK,
+    ROOMS,
+    WARN,
+    Check,
+    check_base_model,
+    check_libraries,
+    check_places,
+    check_python,
+    check_stranger,
+)  # fmt: skip
+from fedmoe.store.probe import permission_checks, server_checks
+from tests.tiny import save_tiny_model
+
+INFO: dict[str, Any] = {
+    "redis_version": "7.0.15", "role": "master", "cluster_enabled": 0, "used_memory": 2**29, "maxmemory": 2**30,
+    "maxmemory_policy": "noeviction", "aof_enabled": 1, "aof_last_write_status": "ok", "rdb_last_bgsave_status": "ok",
+}  # fmt: skip
+
+
+def no_such_package(name: str) -> str:
+    raise importlib.metadata.PackageNotFoundError(name)
+
+
+def lay_out(root: Path, *names: str) -> Callable[[str], Path | None]:
+    """FedMoE's packages below `root`, as an importer finds them."""
+    for name in names:
+        file = root / ROOMS[name]
+        file.parent.mkdir(parents=True)
+        file.touch()
+    return lambda name: root / name if name in names else None
+
+
+def test_the_packages_here_come_from_one_place() -> None:
+    """This checkout, and nobody else's `consumers`."""
+    assert check_places() == Check(
+        OK, "packages", f"fedmoe, consumers, producers from {Path(__file__).parents[2]}"
+    )
+    assert check_stranger() is None
+
+
+def test_a_foreign_or_missing_package_is_named(tmp_path: Path) -> None:
+    """A stranger's `consumers` before ours on the path, one that is missing, and two copies of FedMoE."""
+    ours, copy = lay_out(tmp_path / "a", *ROOMS), lay_out(tmp_path / "b", *ROOMS)
+    stranger = tmp_path / "site" / "consumers"
+    stranger.mkdir(parents=True)
+    assert check_places(ours).level == OK
+    for find, message in (
+        (
+            lambda name: stranger if name == "consumers" else ours(name),
+            f"consumers in {stranger} is not FedMoE's",
+        ),
+        (lambda name: None if name == "producers" else ours(name), "producers cannot be imported"),
+        (lambda name: copy(name) if name == "producers" else ours(name), f"producers from {tmp_path / 'b'}"),
+    ):
+        check = check_places(find)
+        assert (check.level, check.what) == (FAIL, "packages")
+        assert message in check.text
+    clash = check_stranger(lambda name: "0.9")
+    assert clash is not None
+    assert "PyPI project consumers 0.9" in clash.text
+
+
+def test_a_library_that_is_missing_or_too_old_is_named_with_the_command() -> None:
+    """Extras are not asked for; without metadata the versions are not checked, but that they are there is."""
+    versions = {"click": "8.5.1", "torch": "2.13.0+cpu", "rich": "1.0"}
+    required = ["click>=8.2", "torch>=2.6", "rich>=14.0", "gone>=1", "gguf>=0.17; extra == 'demo'"]
+
+    def installed(name: str) -> str:
+        return versions[name] if name in versions else no_such_package(name)
+
+    *wrong, last = check_libraries(lambda name: required, installed)
+    assert [(check.level, check.text) for check in wrong] == [
+        (FAIL, "rich 1.0 does not do: pip install 'rich>=14.0'"),
+        (FAIL, "gone is missing: pip install 'gone>=1'"),
+    ]
+    assert last == Check(OK, "libraries", "click 8.5.1, torch 2.13.0+cpu, rich 1.0")
+    first, *missing, _ = check_libraries(no_such_package, no_such_package)
+    assert first.level == WARN
+    assert "torch is missing: pip install 'torch'" in [check.text for check in missing]
+
+
+@pytest.mark.parametrize(
+    ("version", "level"), [((3, 10, 9), FAIL), ((3, 11, 0), OK), ((3, 13, 2), OK), ((3, 14, 0), WARN)]
+)
+def test_the_python_must_be_one_that_is_tested(version: tuple[int, ...], level: str) -> None:
+    """Older ones cannot even read the code, newer ones may do."""
+    assert check_python(version).level == level
+
+
+def test_a_base_model_that_is_not_here_is_a_warning(tmp_path: Path) -> None:
+    """Never a failure, since not every machine trains; a hub id is told from a directory."""
+    assert check_base_model(str(save_tiny_model(tmp_path / "model"))).level == OK
+    directory, hub = check_base_model(str(tmp_path / "none")), check_base_model("nobody/nothing-of-the-kind")
+    assert (directory.level, hub.level) == (WARN, WARN)
+    assert "--base-model" in directory.text
+    assert "hub cache" in hub.text
+
+
+def test_a_fit_server_is_all_ok() -> None:
+    """Redis, and Valkey by its own name although it calls itself Redis 7.2.4."""
+    assert [check.level for check in server_checks(INFO)] == [OK, OK, OK]
+    assert server_checks(INFO | {"valkey_version": "9.1.2"})[0].text == "Valkey 9.1.2"
+
+
+@pytest.mark.parametrize(
+    ("odd", "level", "message"),
+    [
+        ({"redis_version": "6.0.16"}, FAIL, "Redis 6.0.16 is too old: 6.2 or later"),
+        ({"role": "slave"}, FAIL, "read-only replica: use the URL of the master"),
+        ({"cluster_enabled": 1}, FAIL, "Redis Cluster"),
+        ({"maxmemory_policy": "allkeys-lru"}, FAIL, "allkeys-lru throws experts away: set it to noeviction"),
+        ({"maxmemory_policy": "allkeys-lru", "maxmemory": 0}, WARN, "allkeys-lru throws experts away"),
+        ({"maxmemory": 0}, WARN, "no maxmemory"),
+        ({"used_memory": 0.9 * 2**30}, WARN, "90% of maxmemory is used"),
+        ({"aof_enabled": 0}, WARN, "appendonly is off"),
+        ({"aof_last_write_status": "err"}, FAIL, "cannot write to its disk: aof_last_write_status (err)"),
+        ({"rdb_last_bgsave_status": "err"}, FAIL, "rdb_last_bgsave_status (err)"),
+    ],
+)
+def test_what_is_wrong_with_a_server_is_one_line(odd: dict[str, Any], level: str, message: str) -> None:
+    """Each alone, and nothing else then changes its level."""
+    (wrong,) = (check for check in server_checks(INFO | odd) if check.level != OK)
+    assert wrong.level == level
+    assert message in wrong.text
+
+
+def test_a_user_must_be_good_for_something() -> None:
+    """What it may not do is a warning, a failure if a role is asked for or nothing is left."""
+    lacks = {"serve": ["SET a", "SET b", "SET c", "SET d"], "train": ["SET e"], "look": []}
+    assert [check.level for check in permission_checks(lacks, required=None)] == [WARN, WARN, OK]
+    assert [check.level for check in permission_checks(lacks, required=2)] == [OK]
+    first, _ = permission_checks(lacks, required=0)
+    assert first.level == FAIL
+    assert first.text == "this user may not serve: it lacks SET a, SET b, SET c, SET d"
+    useless = permission_checks(lacks | {"look": ["GET f"]}, required=None)
+    assert [check.level for check in useless] == [FAIL] * 3
+    assert useless[0].text.endswith("it lacks SET a, SET b, SET c and 1 more (see --role aggregator)")
+
+
+def test_a_broken_torch_is_one_line(tmp_path: Path) -> None:
+    """Whatever its import raises, the other checks go on."""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text(
+        "raise OSError('libcudart.so.13: cannot open shared object file')"
+    )
+    code = "from fedmoe.doctor import check_torch; print(check_torch())"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "level='fail'" in done.stdout
+    assert "libcudart.so.13" in done.stdout

@@ -1,0 +1,251 @@
+"""The rules of the protocol taken out one by one, each with a scope in which that is found out.
+
+What is replaced is the project's own code, by a subclass or a patch of a few lines; all else stays real.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import consumers.decide
+import consumers.expert
+from consumers.decide import Outcome, Verdict, judge_header, judge_payload
+from consumers.doorbell import Doorbell
+from consumers.expert import Expert
+from fedmoe.records import Decided, Entry, Meta
+from fedmoe.spec import Spec
+from fedmoe.store.expert import Commit, ExpertStore, Loaded
+from fedmoe.store.worker import Poll, Snapshot, WorkerStore
+from fedmoe.update import Header
+from tests.protocol.actors import Rules
+from tests.protocol.search import Scope
+
+
+@dataclass(frozen=True, kw_only=True)
+class Broken:
+    """A rule taken out; `symptom` is part of what the search then says."""
+
+    what: str
+    rules: Rules
+    scope: Scope
+    symptom: str
+
+
+class AckFirst(ExpertStore):
+    """Entries are taken off the stream as soon as they are read."""
+
+    def read(self, *, block_ms: int, count: int) -> list[Entry]:
+        entries = super().read(block_ms=block_ms, count=count)
+        if entries:
+            _take_off(self, [entry.id for entry in entries])
+        return entries
+
+
+class NoReclaim(ExpertStore):
+    """What another aggregator read and did not commit is nobody's."""
+
+    def reclaim(self) -> list[Entry]:
+        return []
+
+
+class TornLoad(ExpertStore):
+    """Weights and meta are read one after the other."""
+
+    def load(self) -> Loaded:
+        weights = self._redis.get(self.keys.weights)
+        return replace(super().load(), weights=weights)
+
+
+def _take_off(store: ExpertStore, entries: list[str]) -> None:
+    pipe = store._redis.pipeline(transaction=True)
+    pipe.xack(store.keys.updates, "aggregator", *entries)
+    pipe.xdel(store.keys.updates, *entries)
+    pipe.execute()
+
+
+class BareRemoval(Expert):
+    """Duplicates and undecidable entries are removed without a commit."""
+
+    def _commit(self, commit: Commit) -> None:
+        if commit.applied or commit.dead:
+            super()._commit(commit)
+        else:
+            _take_off(self.store, commit.entries)
+
+
+class DuplicateDecides(Expert):
+    """A duplicate is noted as the worker's last decision."""
+
+    def _decide(self, bell: Doorbell, entry: Entry, delta: Any, commit: Commit) -> Verdict | None:
+        verdict = super()._decide(bell, entry, delta, commit)
+        if verdict and verdict.outcome is Outcome.DUPLICATE:
+            head = replace(self.applied[bell.worker], how="duplicate")
+            self.applied[bell.worker] = commit.applied[bell.worker] = head
+        return verdict
+
+
+class TornPull(WorkerStore):
+    """Weights and one's own decision are read one after the other."""
+
+    def pull(self, *, known: str) -> Snapshot:
+        weights = self._redis.get(self.keys.weights)
+        snapshot = super().pull(known=known)
+        return replace(snapshot, weights=weights if snapshot.weights else None)
+
+
+class PullByVersion(WorkerStore):
+    """Equal version numbers are taken for equal weights."""
+
+    def pull(self, *, known: str) -> Snapshot:
+        snapshot = super().pull(known="")
+        meta = replace(snapshot.meta, weights_commit=f"version {snapshot.meta.version}")
+        return replace(snapshot, meta=meta, weights=None if meta.weights_commit == known else snapshot.weights)
+
+
+class NoResending(WorkerStore):
+    """An entry that is gone without a decision is not missed."""
+
+    def poll(self, entry_id: str, header: Header) -> Poll:
+        return replace(super().poll(entry_id, header), entry_waits=True)
+
+
+def _any_prev(header: Header, head: Decided | None, meta: Meta, spec: Spec) -> Verdict:
+    if head and header.run == head.id.run and header.seq <= head.id.seq:
+        return Verdict(Outcome.DUPLICATE)
+    return judge_header(replace(header, prev=head.id if head else None), head, meta, spec)
+
+
+def _any_lineage(header: Header, head: Decided | None, meta: Meta, spec: Spec) -> Verdict:
+    return judge_header(replace(header, lineage=meta.lineage), head, meta, spec)
+
+
+def _missing_is_refused(*args: Any) -> Verdict:
+    verdict = judge_payload(*args)
+    return replace(verdict, outcome=Outcome.REFUSED) if verdict.outcome is Outcome.UNDECIDABLE else verdict
+
+
+def _commit_id_of_version(expert: Expert) -> str:
+    return f"version {expert.meta.version}"
+
+
+BROKEN = {
+    "H1_no_watch": Broken(
+        what="a commit does not WATCH meta",
+        rules=Rules(watches=False),
+        scope=Scope(aggregators=2, units=1, faults={"lease": 1}),
+        symptom="twice",
+    ),
+    "H1_commits_compare_versions": Broken(
+        what="a commit compares versions instead of commit ids",
+        rules=Rules(commit_ids=_commit_id_of_version),
+        scope=Scope(workers=2, aggregators=2, units=1, max_staleness=0, faults={"lease": 1}),
+        symptom="twice",
+    ),
+    "H2_prev_not_checked": Broken(
+        what="an update is accepted if its seq is above the last one's, whatever its prev",
+        rules=Rules(patches=((consumers.expert, "judge_header", _any_prev),)),
+        scope=Scope(faults={"failover": 1}),
+        symptom="lost",
+    ),
+    "H3_no_reclaim": Broken(
+        what="what a dead aggregator had read is not reclaimed",
+        rules=Rules(expert_store=NoReclaim),
+        scope=Scope(units=1, faults={"kill_aggregator": 1}),
+        symptom="entries stay",
+    ),
+    "H3_reclaim_only_at_load": Broken(
+        what="the holder of the lease reclaims only when it loads",
+        rules=Rules(reclaims_now_and_then=False),
+        scope=Scope(workers=2, aggregators=2, units=1, faults={"lease": 1}),
+        symptom="entries stay",
+    ),
+    "H4_keeps_only_the_last_decided": Broken(
+        what="a worker keeps only its last decided update",
+        rules=Rules(keep_decided_s=-1.0),
+        scope=Scope(lag=12, faults={"failover": 1}),
+        symptom="lost",
+    ),
+    "H5_checkpoint_after_publishing": Broken(
+        what="the checkpoint is written when an update is decided, not before it is published",
+        rules=Rules(saves_before=False),
+        scope=Scope(faults={"kill_worker": 1}),
+        symptom="two contents",
+    ),
+    "H6_pull_by_version": Broken(
+        what="a worker compares versions instead of commit ids when it pulls",
+        rules=Rules(worker_store=PullByVersion),
+        scope=Scope(workers=2, units=1, faults={"failover": 1}),
+        symptom="times in local",
+    ),
+    "H6_pull_as_two_reads": Broken(
+        what="a worker reads the weights, then its own decision",
+        rules=Rules(worker_store=TornPull),
+        scope=Scope(units=1),
+        symptom="times in local",
+    ),
+    "H7_run_used_again": Broken(
+        what="a worker without a state directory begins its run anew under the same name",
+        rules=Rules(new_run_at_start=False),
+        scope=Scope(disk=False, faults={"kill_worker": 1}),
+        symptom="two contents",
+    ),
+    "H8_missing_part_is_refused": Broken(
+        what="an update with a missing part is refused",
+        rules=Rules(patches=((consumers.expert, "judge_payload", _missing_is_refused),)),
+        scope=Scope(units=1, faults={"expire": 1}),
+        symptom="refused without cause",
+    ),
+    "H9_removal_without_commit": Broken(
+        what="duplicates and undecidable entries are removed by a bare XACK and XDEL",
+        rules=Rules(expert=BareRemoval),
+        scope=Scope(aggregators=2, faults={"lease": 2}),
+        symptom="for ever",
+    ),
+    "H10_duplicate_overwrites_decision": Broken(
+        what="a duplicate is written to `applied`",
+        rules=Rules(expert=DuplicateDecides),
+        scope=Scope(workers=2, units=1, max_staleness=0, faults={"lost": 1}),
+        symptom="times in local",
+    ),
+    "H11_no_load_after_reconnect": Broken(
+        what="an aggregator does not load again when its connection was made anew",
+        rules=Rules(counts_connections=False),
+        scope=Scope(workers=2, units=1, disk=False, faults={"failover": 1, "leave": 1}),
+        symptom="lost",
+    ),
+    "H12_group_from_the_end": Broken(
+        what="the consumer group starts at $",
+        rules=Rules(group_start="$"),
+        scope=Scope(units=1),
+        symptom="entries stay",
+    ),
+    "H13_negative_staleness": Broken(
+        what="staleness is version - base_version, also below 0",
+        rules=Rules(patches=((consumers.decide, "staleness_of", int.__sub__),)),
+        scope=Scope(faults={"failover": 1}),
+        symptom="negative",
+    ),
+    "H15_load_as_two_reads": Broken(
+        what="an aggregator reads the weights, then meta",
+        rules=Rules(expert_store=TornLoad),
+        scope=Scope(aggregators=2, units=1, faults={"lease": 1}),
+        symptom="replay",
+    ),
+    "H16_lineage_not_checked": Broken(
+        what="an update of another lineage is accepted",
+        rules=Rules(patches=((consumers.expert, "judge_header", _any_lineage),)),
+        scope=Scope(units=1, faults={"new_lineage": 1}),
+        symptom="another lineage",
+    ),
+    "acknowledged_before_commit": Broken(
+        what="entries are acknowledged and deleted when they are read",
+        rules=Rules(expert_store=AckFirst),
+        scope=Scope(units=1, disk=False, faults={"kill_aggregator": 1, "leave": 1}),
+        symptom="lost",
+    ),
+    "no_resending": Broken(
+        what="a worker does not send again what is gone without a decision",
+        rules=Rules(worker_store=NoResending),
+        scope=Scope(units=1, faults={"trim": 1}),
+        symptom="stuck",
+    ),
+}

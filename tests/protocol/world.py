@@ -1,0 +1,391 @@
+"""A Redis of just the commands that the protocol uses, as an immutable value, and a client that speaks to it.
+
+`execute` is a pure function (Db, commands) -> (Db, replies). `Client` looks like redis-py to the project's own
+stores, but instead of sending a request it asks its `Port`, which answers from a list of replies that are known
+already and raises `Suspended` with the request when the list is at its end. So the real code, run again from the
+start of its turn with one reply more, is a step machine whose steps are single commands and transactions.
+
+Two things are here that Redis has not, for the checks alone: `written` remembers each update's payload, after it was
+unlinked or a failover dropped it too; and the counters that only people read stay 0, else a harmless loop would make
+states without end.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import redis
+
+from fedmoe.keys import Keys
+
+NAME = "e"
+KEYS = Keys().expert(NAME)
+FOR_PEOPLE = ("duplicate", "undecidable", "garbage")
+NO_GROUP = "NOGROUP No such consumer group"
+TWO_CONTENTS = b"two contents"
+LOG_FIELDS = ("worker", "run", "seq")
+
+Command = tuple[Any, ...]
+Pairs = tuple[tuple[str, str], ...]
+
+
+class Request(NamedTuple):
+    """Commands that are executed as one; `watched`: sent on a connection that holds a WATCH."""
+
+    commands: tuple[Command, ...]
+    watched: bool = False
+
+    def __str__(self) -> str:
+        return "; ".join(_shown(command) for command in self.commands)
+
+    @property
+    def is_exec(self) -> bool:
+        """True for the EXEC of a commit."""
+        return any(c[:2] == ("HSET", KEYS.meta) for c in self.commands)
+
+    @property
+    def rings(self) -> bool:
+        """True for the transaction that publishes an update."""
+        return any(c[:2] == ("XADD", KEYS.updates) for c in self.commands)
+
+
+def _shown(command: Command) -> str:
+    name, *args = command
+    words = [str(a).removeprefix(KEYS.root + ":") for a in args if isinstance(a, str)]
+    if name == "XADD":
+        fields = dict(args[1])
+        words = [words[0], *(str(fields[f]) for f in LOG_FIELDS if f in fields)]
+    return " ".join([name, *words])
+
+
+class Suspended(BaseException):
+    """A turn cannot go on without the answer to `request`; no `except Exception` may catch it."""
+
+    def __init__(self, request: Request) -> None:
+        super().__init__()
+        self.request = request
+
+
+class Reply(NamedTuple):
+    """Answers of a request; `error` instead: "lost", "watch"; `reconnected`: over a connection made anew."""
+
+    values: tuple[Any, ...] = ()
+    error: str = ""
+    reconnected: bool = False
+
+
+class Db(NamedTuple):
+    """All that the server holds; ids of the updates stream are whole numbers."""
+
+    strings: tuple[tuple[str, bytes], ...] = ()
+    hashes: tuple[tuple[str, Pairs], ...] = ()
+    stream: tuple[tuple[int, Pairs], ...] = ()
+    last_id: int = 0
+    delivered: int | None = None  # None: there is no consumer group
+    pending: tuple[int, ...] = ()
+    log: tuple[tuple[str, str, int], ...] = ()
+    refused: tuple[tuple[str, str, int], ...] = ()
+    written: tuple[tuple[str, bytes], ...] = ()
+
+    def hash(self, key: str) -> dict[str, str]:
+        """One of the hashes."""
+        return dict(dict(self.hashes).get(key, ()))
+
+    def string(self, key: str) -> bytes | None:
+        """One of the strings."""
+        return dict(self.strings).get(key)
+
+
+def execute(db: Db, commands: Iterable[Command]) -> tuple[Db, tuple[Any, ...]]:
+    """Execute commands as one transaction."""
+    server = _Server(db)
+    replies = tuple(getattr(server, name.lower())(*args) for name, *args in commands)
+    return server.freeze(), replies
+
+
+class _Server:
+    """A Db thawed for one transaction; the methods are named and answer like the commands."""
+
+    def __init__(self, db: Db) -> None:
+        self.strings = dict(db.strings)
+        self.hashes = {key: dict(pairs) for key, pairs in db.hashes}
+        self.stream = dict(db.stream)
+        self.pending = set(db.pending)
+        self.written = dict(db.written)
+        self.last_id, self.delivered, self.log, self.refused = db.last_id, db.delivered, db.log, db.refused
+
+    def freeze(self) -> Db:
+        return Db(
+            strings=tuple(sorted(self.strings.items())),
+            hashes=tuple((key, tuple(sorted(pairs.items()))) for key, pairs in sorted(self.hashes.items())),
+            stream=tuple(sorted(self.stream.items())),
+            last_id=self.last_id,
+            delivered=self.delivered,
+            pending=tuple(sorted(self.pending)),
+            log=self.log,
+            refused=self.refused,
+            written=tuple(sorted(self.written.items())),
+        )
+
+    def get(self, key: str) -> bytes | None:
+        return self.strings.get(key)
+
+    def getrange(self, key: str, start: int, end: int) -> bytes:
+        return self.strings.get(key, b"")[start : end + 1]
+
+    def strlen(self, key: str) -> int:
+        return len(self.strings.get(key, b""))
+
+    def set(self, key: str, value: bytes) -> bool:
+        self.strings[key] = value
+        if key.startswith(KEYS.root + ":payload:"):
+            old, self.written[key] = self.written.get(key, value), value
+            if key.endswith(":0") and old != value:
+                self.written[key] = TWO_CONTENTS
+        return True
+
+    def relineage(self, weights: bytes) -> bool:
+        """What an operator does who gives the expert a new lineage: nothing of before counts any more."""
+        self.strings[KEYS.weights] = weights
+        self.hashes[KEYS.meta] |= {"lineage": "M", "commit": "c99", "weights_commit": "c99", "version": "0"}
+        self.hashes[KEYS.meta] |= {"applied": "0", "refused": "0", "n_examples": "0", "n_tokens": "0"}
+        self.hashes.pop(KEYS.applied, None)
+        self.log = self.refused = ()
+        return True
+
+    def lease(self, holder: str) -> bool:
+        """SET NX."""
+        return self.strings.setdefault(KEYS.lease, holder.encode()) == holder.encode()
+
+    def renew(self, holder: str) -> bool:
+        """The lease's script."""
+        return self.strings.get(KEYS.lease) == holder.encode()
+
+    def unlink(self, *keys: str) -> int:
+        return sum(self.strings.pop(key, None) is not None for key in keys)
+
+    def hgetall(self, key: str) -> Pairs:
+        return tuple(sorted(self.hashes.get(key, {}).items()))
+
+    def hget(self, key: str, field: str) -> str | None:
+        return self.hashes.get(key, {}).get(field)
+
+    def hmget(self, key: str, *fields: str) -> tuple[str | None, ...]:
+        return tuple(self.hget(key, field) for field in fields)
+
+    def hset(self, key: str, mapping: Pairs) -> int:
+        self.hashes.setdefault(key, {}).update(mapping)
+        if key == KEYS.meta:
+            self.hashes[key] |= dict.fromkeys(FOR_PEOPLE, "0")
+        return 1
+
+    def watch(self, key: str) -> bool:
+        return True
+
+    def xadd(self, key: str, fields: Pairs) -> str:
+        content = dict(fields)
+        if key in (KEYS.log, KEYS.dead) and "seq" in content:
+            line = (content["worker"], content["run"], int(content["seq"]))
+            if key == KEYS.log:
+                self.log += (line,)
+            else:
+                self.refused += (line,)
+        elif key == KEYS.updates:
+            self.last_id += 1
+            self.stream[self.last_id] = fields
+        return f"{self.last_id}-0"
+
+    def xack(self, key: str, *ids: str) -> int:
+        self.pending -= {_number(i) for i in ids}
+        return len(ids)
+
+    def xdel(self, key: str, *ids: str) -> int:
+        return sum(self.stream.pop(_number(i), None) is not None for i in ids)
+
+    def xtrim(self, key: str) -> int:
+        self.stream.clear()
+        return 1
+
+    def xrange(self, key: str, entry_id: str) -> tuple[tuple[str, Pairs], ...]:
+        number = _number(entry_id)
+        return ((entry_id, self.stream[number]),) if number in self.stream else ()
+
+    def group(self, key: str, start: str) -> bool:
+        """XGROUP CREATE; False: there is one."""
+        if self.delivered is not None:
+            return False
+        self.delivered = 0 if start == "0" else self.last_id
+        return True
+
+    def xreadgroup(self, key: str) -> Any:
+        if self.delivered is None:
+            return NO_GROUP
+        fresh = {i: fields for i, fields in self.stream.items() if i > self.delivered}
+        self.delivered = max(fresh, default=self.delivered)
+        self.pending |= fresh.keys()
+        return tuple((f"{i}-0", fields) for i, fields in sorted(fresh.items()))
+
+    def xautoclaim(self, key: str) -> Any:
+        if self.delivered is None:
+            return NO_GROUP
+        self.pending &= self.stream.keys()
+        return tuple((f"{i}-0", self.stream[i]) for i in sorted(self.pending))
+
+
+def _number(entry_id: str) -> int:
+    return int(entry_id.partition("-")[0])
+
+
+class Port:
+    """Where a client's requests go: answered from `replies` as far as they reach."""
+
+    def __init__(self, replies: Sequence[Reply]) -> None:
+        self._replies = iter(replies)
+        self.generation = 0
+
+    def ask(self, request: Request) -> tuple[Any, ...]:
+        """The answers to a request; raises Suspended, or what redis-py raises for a lost reply or a broken WATCH."""
+        reply = next(self._replies, None)
+        if reply is None:
+            raise Suspended(request)
+        self.generation += reply.reconnected
+        match reply.error:
+            case "lost":
+                raise redis.ConnectionError("connection lost")
+            case "watch":
+                raise redis.WatchError("watched key changed")
+        return reply.values
+
+
+def _bytes(text: str | bytes | None) -> bytes | None:
+    return text.encode() if isinstance(text, str) else text
+
+
+def _hash(pairs: Pairs) -> dict[bytes, bytes]:
+    return {k.encode(): v.encode() for k, v in pairs}
+
+
+def _entries(found: Any) -> list[tuple[bytes, dict[bytes, bytes]]]:
+    if found == NO_GROUP:
+        raise redis.ResponseError(NO_GROUP)
+    return [(entry_id.encode(), _hash(fields)) for entry_id, fields in found]
+
+
+def _pairs(mapping: Mapping[str, Any]) -> Pairs:
+    return tuple(sorted((key, str(value)) for key, value in mapping.items()))
+
+
+class Client:
+    """The part of redis.Redis that the stores use. Each method is one request."""
+
+    def __init__(self, port: Port, *, group_start: str = "0", watches: bool = True) -> None:
+        self.port = port
+        self.group_start = group_start
+        self.watches = watches
+
+    def _one(self, *command: Any, watched: bool = False) -> Any:
+        return self.port.ask(Request((command,), watched))[0]
+
+    def pipeline(self, transaction: bool = True) -> "Pipeline":
+        return Pipeline(self)
+
+    def get(self, key: str) -> bytes | None:
+        return self._one("GET", key)
+
+    def getrange(self, key: str, start: int, end: int) -> bytes:
+        return self._one("GETRANGE", key, start, end)
+
+    def hget(self, key: str, field: str) -> bytes | None:
+        return _bytes(self._one("HGET", key, field))
+
+    def set(self, key: str, value: str, *, nx: bool, px: int) -> bool:
+        assert nx
+        return self._one("LEASE", value)
+
+    def register_script(self, script: str) -> Any:
+        assert "PEXPIRE" in script or "DEL" in script
+        return lambda keys, args: self._one("RENEW", args[0])
+
+    def xgroup_create(self, key: str, group: str, *, id: str, mkstream: bool) -> None:  # noqa: A002  # redis-py's name
+        if not self._one("GROUP", key, self.group_start):
+            raise redis.ResponseError("BUSYGROUP")
+
+    def xautoclaim(self, key: str, group: str, consumer: str, **_: Any) -> list[Any]:
+        return [b"0-0", _entries(self._one("XAUTOCLAIM", key)), []]
+
+    def xreadgroup(self, group: str, consumer: str, streams: Mapping[str, str], **_: Any) -> list[Any]:
+        key = next(iter(streams))
+        return [[key.encode(), _entries(self._one("XREADGROUP", key))]]
+
+
+class Pipeline:
+    """The part of redis-py's pipeline that the stores use: immediate after `watch`, queueing after `multi`."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._queue: list[Command] = []
+        self._parsers: list[Any] = []
+        self._watching = self._immediate = False
+
+    def __enter__(self) -> "Pipeline":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def watch(self, key: str) -> None:
+        self._immediate = True
+        self._watching = self._client.watches
+        if self._watching:
+            self._client._one("WATCH", key, watched=True)
+
+    def multi(self) -> None:
+        self._immediate = False
+
+    def execute(self) -> list[Any]:
+        values = self._client.port.ask(Request(tuple(self._queue), self._watching))
+        return [parse(value) for parse, value in zip(self._parsers, values, strict=True)]
+
+    def _add(self, *command: Any, parse: Any = lambda value: value) -> None:
+        self._queue.append(command)
+        self._parsers.append(parse)
+
+    def get(self, key: str) -> None:
+        self._add("GET", key)
+
+    def getrange(self, key: str, start: int, end: int) -> None:
+        self._add("GETRANGE", key, start, end)
+
+    def strlen(self, key: str) -> None:
+        self._add("STRLEN", key)
+
+    def set(self, key: str, value: Any, ex: int = 0) -> None:
+        self._add("SET", key, bytes(value))
+
+    def unlink(self, *keys: str) -> None:
+        self._add("UNLINK", *keys)
+
+    def hget(self, key: str, field: str) -> Any:
+        if self._immediate:
+            return _bytes(self._client._one("HGET", key, field, watched=self._watching))
+        return self._add("HGET", key, field, parse=_bytes)
+
+    def hgetall(self, key: str) -> None:
+        self._add("HGETALL", key, parse=_hash)
+
+    def hmget(self, key: str, fields: Sequence[str]) -> None:
+        self._add("HMGET", key, *fields, parse=lambda values: [_bytes(value) for value in values])
+
+    def hset(self, key: str, *, mapping: Mapping[str, Any]) -> None:
+        self._add("HSET", key, _pairs(mapping))
+
+    def xadd(self, key: str, fields: Mapping[str, Any], **_: Any) -> None:
+        self._add("XADD", key, _pairs(fields), parse=_bytes)
+
+    def xrange(self, key: str, first: str, last: str) -> None:
+        self._add("XRANGE", key, first, parse=_entries)
+
+    def xack(self, key: str, group: str, *ids: str) -> None:
+        self._add("XACK", key, *ids)
+
+    def xdel(self, key: str, *ids: str) -> None:
+        self._add("XDEL", key, *ids)

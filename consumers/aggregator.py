@@ -9,10 +9,12 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from consumers.decide import Outcome
 from consumers.expert import Expert
 from consumers.gateway import GatewayBuilder, GatewaySettings
+from fedmoe.archive import Archive
 from fedmoe.backoff import Backoff
 from fedmoe.errors import FedMoEError, RedisUnavailableError, SettingsError, StaleStateError
 from fedmoe.records import Entry
@@ -33,6 +35,7 @@ class AggregatorSettings:
         lease_s: a standby takes over so long after an aggregator died (seconds).
         block_ms: a read waits so long for the first entry; also how long a stop may take.
         batch: entries that one commit takes at most.
+        keep_updates: directory where applied updates are kept (`fedmoe verify`), None for nowhere.
         burst: end as soon as nothing is waiting, instead of waiting for more.
         max_updates: end after so many decided updates of all experts together; 0 is no bound.
     """
@@ -40,6 +43,7 @@ class AggregatorSettings:
     lease_s: float = 5.0
     block_ms: int = 500
     batch: int = 64
+    keep_updates: Path | None = None
     burst: bool = False
     max_updates: int = 0
 
@@ -86,6 +90,7 @@ class ExpertServer:
         self._clock = clock
         self._connection = connection
         self._store = ExpertStore(connection, name)
+        self._archive = Archive(settings.keep_updates / name) if settings.keep_updates else None
         self._lease = Lease(
             connection, self._store.keys.lease, holder=holder, ttl_ms=int(settings.lease_s * 1000)
         )
@@ -143,7 +148,9 @@ class ExpertServer:
 
     def _load(self) -> list[Entry]:
         if self._expert is None:
-            self._expert = Expert(self._store, self._store.spec(), aggregator=self._holder)
+            self._expert = Expert(
+                self._store, self._store.spec(), aggregator=self._holder, archive=self._archive
+            )
         self._expert.load()
         self._loaded = True
         logger.info("%s: serving from version %d", self.name, self._expert.meta.version)

@@ -14,7 +14,8 @@ import torch
 from consumers.decide import Outcome, Verdict, judge_header, judge_payload
 from consumers.doorbell import Doorbell, Garbage, Join, parse_entry
 from consumers.fold import fold
-from fedmoe.errors import UpdateError
+from fedmoe.archive import Archive
+from fedmoe.errors import SettingsError, UpdateError
 from fedmoe.layout import AdapterBuffer
 from fedmoe.records import Decided, Entry
 from fedmoe.spec import Spec
@@ -31,15 +32,23 @@ class Expert:
         store: of this expert.
         spec: of this expert.
         aggregator: name of this process, for people.
+        archive: where applied updates are kept, None for nowhere.
         clock: seconds since 1970, for people only.
     """
 
     def __init__(
-        self, store: ExpertStore, spec: Spec, *, aggregator: str, clock: Callable[[], float] = time.time
+        self,
+        store: ExpertStore,
+        spec: Spec,
+        *,
+        aggregator: str,
+        archive: Archive | None = None,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self.store = store
         self.spec = spec
         self._aggregator = aggregator
+        self._archive = archive
         self._clock = clock
         self.buffer = AdapterBuffer(spec.layout)
 
@@ -86,6 +95,7 @@ class Expert:
 
     def _decide(self, bell: Doorbell, entry: Entry, delta: torch.Tensor, commit: Commit) -> Verdict | None:
         raw = self.store.header(bell.worker, bell.run, bell.seq)
+        parts: list[bytes] = []
         if raw is None:
             return self._undecidable(bell, Verdict(Outcome.UNDECIDABLE, "its header is missing"))
         try:
@@ -99,6 +109,7 @@ class Expert:
         if verdict.outcome is Outcome.APPLIED:
             parts = self.store.parts(bell.worker, bell.run, bell.seq, header.parts)
             verdict = judge_payload(header, verdict, parts, self.spec, delta)
+        kept = self._keep(header, parts) if verdict.outcome is Outcome.APPLIED else ""
         match verdict.outcome:
             case Outcome.DUPLICATE:
                 self.meta = replace(self.meta, duplicate=self.meta.duplicate + 1)
@@ -108,7 +119,7 @@ class Expert:
             case Outcome.REFUSED:
                 self._refuse(bell.worker, header, verdict, commit)
             case Outcome.APPLIED:
-                self._apply(bell.worker, header, verdict, delta, commit)
+                self._apply(bell.worker, header, verdict, delta, kept, commit)
         self.applied[bell.worker] = commit.applied[bell.worker] = Decided(
             id=header.id,
             how=verdict.outcome.value,
@@ -121,7 +132,7 @@ class Expert:
         return verdict
 
     def _apply(
-        self, worker: str, header: Header, verdict: Verdict, delta: torch.Tensor, commit: Commit
+        self, worker: str, header: Header, verdict: Verdict, delta: torch.Tensor, kept: str, commit: Commit
     ) -> None:
         fold(self.buffer.flat, delta, verdict.factor)
         commit.weights = self.buffer.file
@@ -148,12 +159,25 @@ class Expert:
             "loss": f"{header.loss:.6g}",
             "n_examples": header.n_examples,
         }
+        if kept:
+            line["update"] = kept
         commit.log.append(line)
         logger.info(
             "%s version %d: %s seq %d, staleness %d, factor %.3g, norm %.3g, loss %.3f",
             self.store.name, self.meta.version, worker, header.seq, verdict.staleness, verdict.factor,
             verdict.norm, header.loss,
         )  # fmt: skip
+
+    def _keep(self, header: Header, parts: list[bytes]) -> str:
+        """Keep an update that is about to be applied; its digest, "" if nothing is kept."""
+        if self._archive is None:
+            return ""
+        try:
+            return self._archive.keep(header, parts)
+        except OSError as error:
+            raise SettingsError(
+                f"updates cannot be kept in {self._archive.directory} ({error.strerror}), so none is applied: make room"
+            ) from error
 
     def _refuse(self, worker: str, header: Header, verdict: Verdict, commit: Commit) -> None:
         self.meta = replace(self.meta, refused=self.meta.refused + 1)

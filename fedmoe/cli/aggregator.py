@@ -1,6 +1,7 @@
 """`fedmoe aggregator run`."""
 
 import threading
+from pathlib import Path
 from typing import Any
 
 import click
@@ -62,6 +63,9 @@ def aggregator() -> None:
 )
 @click.option("--block-ms", type=int, default=500, show_default=True, help="Longest wait of a read.")
 @click.option("--batch", type=int, default=64, show_default=True, help="Updates a commit takes at most.")
+@click.option(
+    "--keep-updates", type=click.Path(path_type=Path), help="Keep applied updates here, for `fedmoe verify`."
+)
 @click.option("--burst", is_flag=True, help="End when nothing is waiting.")
 @click.option("--max-updates", type=int, default=0, help="End after so many decided updates.")
 @click.option("--no-wait", is_flag=True, help="Fail if Redis cannot be reached, instead of waiting for it.")
@@ -109,6 +113,7 @@ def run(ctx: click.Context, /, **options: Any) -> None:
         lease_s=options["lease"],
         block_ms=options["block_ms"],
         batch=options["batch"],
+        keep_updates=options["keep_updates"],
         burst=options["burst"],
         max_updates=options["max_updates"],
     )

@@ -22,6 +22,7 @@ COMMANDS = {
     "status": ("fedmoe.cli.status", "status", "Show experts, workers and what is waiting."),
     "gateway": ("fedmoe.cli.gateway", "gateway", "Export the model that knows all domains."),
     "evaluate": ("fedmoe.cli.evaluate", "evaluate", "Held-out loss of base, experts and gateway."),
+    "verify": ("fedmoe.cli.verify", "verify", "Recompute experts from their logs, and compare."),
     "demo": ("fedmoe.cli.demo", "demo", "The whole thing on this machine, on a real model and real data."),
     "doctor": ("fedmoe.cli.doctor", "doctor", "Check this installation and the Redis."),
 }

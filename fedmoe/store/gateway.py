@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fedmoe.errors import SpecError, UnknownExpertError
-from fedmoe.records import Meta
+from fedmoe.records import Entry, Meta
 from fedmoe.spec import Spec
 from fedmoe.store.connection import Connection
 
@@ -65,6 +65,18 @@ class GatewayStore:
         if not raw or weights is None:
             raise UnknownExpertError(f"expert {expert!r} is gone from Redis")
         return Meta.from_hash(raw), weights
+
+    def history(self, expert: str) -> tuple[Meta, bytes, list[dict[str, str]]]:
+        """An expert's meta, weights and whole log (oldest line first), in one MULTI."""
+        keys = self.connection.keys.expert(expert)
+        with self.connection.errors(), self._redis.pipeline(transaction=True) as pipe:
+            pipe.hgetall(keys.meta)
+            pipe.get(keys.weights)
+            pipe.xrange(keys.log)
+            raw, weights, log = pipe.execute()
+        if not raw or weights is None:
+            raise UnknownExpertError(f"expert {expert!r} is gone from Redis")
+        return Meta.from_hash(raw), weights, [Entry.of(*line).fields for line in log]
 
     def record(self) -> GatewayRecord | None:
         """What the stored gateway was built from; None if there is none."""

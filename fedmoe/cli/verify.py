@@ -1,0 +1,48 @@
+"""`fedmoe verify`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from fedmoe.cli.options import redis_options, redis_settings
+
+
+@click.command()
+@redis_options
+@click.option(
+    "--expert", "experts", multiple=True, metavar="NAME", help="Repeatable.  [default: all experts]"
+)
+@click.option("--keep-updates", "directory", required=True, type=click.Path(path_type=Path),
+              help="Where `fedmoe aggregator run --keep-updates` keeps the updates.")  # fmt: skip
+def verify(redis: str, prefix: str, redis_timeout: float, experts: Sequence[str], directory: Path) -> None:
+    """Recompute experts from their log and the kept updates, and compare with Redis byte for byte.
+
+    Exit code 0 if all are equal, 1 if one differs or cannot be replayed.
+    """
+    from consumers.verify import replay
+    from fedmoe.archive import Archive
+    from fedmoe.errors import FedMoEError, SettingsError
+    from fedmoe.store.connection import Connection
+    from fedmoe.store.gateway import GatewayStore
+
+    if not directory.is_dir():
+        raise SettingsError(
+            f"{directory} is not a directory: give the one that the aggregator keeps updates in"
+        )
+    store = GatewayStore(Connection(redis_settings(redis, prefix, redis_timeout)))
+    wrong = []
+    names = list(experts) or list(store.experts())
+    if not names:
+        raise SettingsError("there are no experts to verify")
+    for name in names:
+        spec = store.spec(name)
+        meta, weights, lines = store.history(name)
+        done = replay(spec, lines, Archive(directory / name), upto=meta.version)
+        equal = not done.problem and done.weights.file == weights
+        verdict = "equal" if equal else f"differs: {done.problem or 'other weights than in Redis'}"
+        click.echo(f"{name}: replayed {done.version} of {meta.version} updates, {verdict}")
+        if not equal:
+            wrong.append(name)
+    if wrong:
+        raise FedMoEError(f"not what their logs say: {', '.join(wrong)}")

@@ -115,19 +115,18 @@ def make_spec(request: SpecRequest) -> tuple[Spec, str]:
 
 
 def describe(base_model: str, lora: LoraSettings) -> dict[str, Any]:
-    """Ask a process of its own for the adapter's layout and the base model's fingerprint."""
-    request = {
-        "base_model": base_model,
-        "rank": lora.rank,
-        "alpha": lora.alpha,
-        "targets": list(lora.targets),
-    }
-    process = subprocess.run(
-        [sys.executable, "-m", "fedmoe.model.describe"],
-        input=json.dumps(request), capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    """Ask a process of its own for the adapter's layout and the base model's fingerprint.
+
+    If the weights are here but too large for this machine, that process is killed; then the config has to do, and the
+    first worker that joins pins the fingerprint.
+    """
+    logger.info("looking at the base model %s", base_model)
+    process = _ask(base_model, lora, read_weights=True)
+    if process.returncode < 0:
+        logger.warning("the weights of %s do not fit into memory here; going on by its config", base_model)
+        process = _ask(base_model, lora, read_weights=False)
     try:
-        answer = json.loads(process.stdout.rpartition("\n")[2] or process.stdout)
+        answer = json.loads(process.stdout.strip().rpartition("\n")[2])
     except ValueError as error:
         raise BaseModelError(
             f"could not look at the base model {base_model!r}: {process.stderr.strip()[-800:]}"
@@ -135,6 +134,22 @@ def describe(base_model: str, lora: LoraSettings) -> dict[str, Any]:
     if "error" in answer:
         raise BaseModelError(answer["error"])
     return dict(answer)
+
+
+def _ask(base_model: str, lora: LoraSettings, *, read_weights: bool) -> "subprocess.CompletedProcess[str]":
+    request = {
+        "base_model": base_model,
+        "rank": lora.rank,
+        "alpha": lora.alpha,
+        "targets": list(lora.targets),
+    }
+    return subprocess.run(
+        [sys.executable, "-m", "fedmoe.model.describe"],
+        input=json.dumps(request | {"read_weights": read_weights}),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def _first_meta(spec: Spec, fingerprint: str) -> Meta:

@@ -12,15 +12,15 @@ from fedmoe.errors import FedMoEError
 from fedmoe.spec import LoraSettings
 
 
-def describe(base_model: str, lora: LoraSettings) -> dict[str, Any]:
-    """Structure and layout from the config alone; the fingerprint if the weights are on this machine, else ""."""
+def describe(base_model: str, lora: LoraSettings, *, read_weights: bool) -> dict[str, Any]:
+    """Structure and layout from the config alone; the fingerprint if the weights may be read and are here, else ""."""
     from fedmoe.model.adapter import adapter_layout
     from fedmoe.model.base import fingerprint, has_weights, load_base, load_config, structure
 
     config = load_config(base_model)
     layout = adapter_layout(config, lora)
     print_of_weights = ""
-    if has_weights(base_model):
+    if read_weights and has_weights(base_model):
         import torch
 
         model, _ = load_base(base_model, device=torch.device("cpu"), dtype="auto")
@@ -38,7 +38,7 @@ def main() -> None:
     lora = LoraSettings(rank=request["rank"], alpha=request["alpha"], targets=tuple(request["targets"]))
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            answer = describe(request["base_model"], lora)
+            answer = describe(request["base_model"], lora, read_weights=request["read_weights"])
     except FedMoEError as error:
         answer = {"error": str(error)}
     print(json.dumps(answer))

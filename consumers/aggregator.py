@@ -5,6 +5,7 @@ and what goes wrong with one stops no other.
 """
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -18,8 +19,8 @@ from fedmoe.archive import Archive
 from fedmoe.backoff import Backoff
 from fedmoe.errors import FedMoEError, RedisUnavailableError, SettingsError, StaleStateError
 from fedmoe.records import Entry
-from fedmoe.store.connection import Connection, RedisSettings
-from fedmoe.store.expert import ExpertStore
+from fedmoe.store.connection import MAX_SECONDS, Connection, RedisSettings
+from fedmoe.store.expert import FUTURE_S, ExpertStore
 from fedmoe.store.lease import Lease
 
 logger = logging.getLogger(__name__)
@@ -48,8 +49,8 @@ class AggregatorSettings:
     max_updates: int = 0
 
     def __post_init__(self) -> None:
-        if not self.lease_s >= 0.2:
-            raise SettingsError(f"the lease must be at least 0.2 s, not {self.lease_s!r}")
+        if not 0.2 <= self.lease_s <= MAX_SECONDS:
+            raise SettingsError(f"the lease must be 0.2 to {MAX_SECONDS} s, not {self.lease_s!r}")
         if not 0 < self.block_ms <= 1000:
             raise SettingsError(
                 f"block_ms must be 1 to 1000, not {self.block_ms!r}: a blocked read must end before the lease "
@@ -134,23 +135,21 @@ class ExpertServer:
         self._standing_by = False
         entries = self._load() if not self._loaded else []
         assert self._expert is not None
-        if self._connection.generation != self._expert.generation:
-            raise StaleStateError(f"{self.name}: the connection to Redis was made anew")
         if not entries and self._clock() - self._reclaimed_at > RECLAIM_INTERVAL_S:
             entries = self._reclaim()
         if not entries:
             block_ms = 1 if self._settings.burst else self._settings.block_ms
             entries = self._store.read(block_ms=block_ms, count=self._settings.batch)
+        if any(entry.ms > (time.time() + FUTURE_S) * 1000 for entry in entries):
+            self._reclaimed_at = -math.inf  # look soon whether somebody blocked the stream
         for first in range(0, len(entries), self._settings.batch):
             verdicts = self._expert.process(entries[first : first + self._settings.batch])
             self._decided(sum(v.outcome in (Outcome.APPLIED, Outcome.REFUSED) for v in verdicts))
         return not entries
 
     def _load(self) -> list[Entry]:
-        if self._expert is None:
-            self._expert = Expert(
-                self._store, self._store.spec(), aggregator=self._holder, archive=self._archive
-            )
+        # Anew each time: whoever emptied Redis may have made an expert of this name with another spec.
+        self._expert = Expert(self._store, self._store.spec(), aggregator=self._holder, archive=self._archive)
         self._expert.load()
         self._loaded = True
         logger.info("%s: serving from version %d", self.name, self._expert.meta.version)
@@ -158,6 +157,8 @@ class ExpertServer:
 
     def _reclaim(self) -> list[Entry]:
         self._reclaimed_at = self._clock()
+        if self._store.mend():
+            logger.warning("%s: somebody had blocked its stream with an id of the future; mended", self.name)
         return self._store.reclaim()
 
 
@@ -195,10 +196,13 @@ class Aggregator:
         """Serve until `stop` is set; the gateway is built a last time when the experts have ended."""
         ending = threading.Event()
         threads = [
-            threading.Thread(target=server.run, args=(ending,), name=server.name) for server in self._servers
+            threading.Thread(target=server.run, args=(ending,), name=server.name, daemon=True)
+            for server in self._servers
         ]
         gateway_stop = threading.Event()
-        gateway = threading.Thread(target=self._gateway.run, args=(gateway_stop,), name="gateway")
+        gateway = threading.Thread(
+            target=self._gateway.run, args=(gateway_stop,), name="gateway", daemon=True
+        )
         for thread in (*threads, gateway):
             thread.start()
         while any(thread.is_alive() for thread in threads):

@@ -15,7 +15,7 @@ from consumers.decide import Outcome, Verdict, judge_header, judge_payload
 from consumers.doorbell import Doorbell, Garbage, Join, parse_entry
 from consumers.fold import fold
 from fedmoe.archive import Archive
-from fedmoe.errors import SettingsError, UpdateError
+from fedmoe.errors import SettingsError, StaleStateError, UpdateError
 from fedmoe.layout import AdapterBuffer
 from fedmoe.records import Decided, Entry
 from fedmoe.spec import Spec
@@ -55,6 +55,8 @@ class Expert:
     def load(self) -> None:
         """Take over what Redis holds. Raises what ExpertStore.load raises, SpecError for a foreign weights key."""
         loaded: Loaded = self.store.load()
+        if loaded.meta.spec != self.spec.digest:
+            raise StaleStateError(f"{self.store.name}: the expert was made anew, with another spec")
         self.buffer.load(loaded.weights)
         self.meta = loaded.meta
         self.applied = loaded.applied
@@ -113,6 +115,7 @@ class Expert:
         match verdict.outcome:
             case Outcome.DUPLICATE:
                 self.meta = replace(self.meta, duplicate=self.meta.duplicate + 1)
+                commit.unlink += self.store.payload_keys(bell.worker, bell.run, bell.seq, len(header.parts))
                 return verdict
             case Outcome.UNDECIDABLE:
                 return self._undecidable(bell, verdict)

@@ -19,7 +19,7 @@ from fedmoe.layout import values_of
 from fedmoe.lora_init import initial_weights
 from fedmoe.records import Meta
 from fedmoe.spec import Spec
-from fedmoe.store.connection import Connection
+from fedmoe.store.connection import MAX_SECONDS, Connection
 from fedmoe.store.gateway import GatewayRecord, GatewayStore
 from fedmoe.store.lease import Lease
 
@@ -59,8 +59,10 @@ class GatewaySettings:
             raise SettingsError(f"the gateway's rank must be at least 0, not {self.rank!r}")
         if self.rank and self.method != "svd":
             raise SettingsError(f"only the method svd has a rank of its own, {self.method!r} has not")
-        if not self.interval_s > 0:
-            raise SettingsError(f"the gateway's interval must be above 0 s, not {self.interval_s!r}")
+        if not 0 < self.interval_s <= MAX_SECONDS:
+            raise SettingsError(
+                f"the gateway's interval must be above 0 and at most {MAX_SECONDS} s, not {self.interval_s!r}"
+            )
 
 
 class GatewayBuilder:

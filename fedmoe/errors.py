@@ -49,5 +49,11 @@ class NameTakenError(FedMoEError, RuntimeError):
     """Another live process bears this worker's name."""
 
 
+class StoppedError(FedMoEError):
+    """A process was told to stop before it had begun."""
+
+    exit_code = 0
+
+
 class RefusedError(FedMoEError, RuntimeError):
     """The aggregator refuses this worker's updates for a reason that trying again will not change."""

@@ -7,6 +7,7 @@ transaction. `fedmoe` is the prefix, a setting, so that several federations can 
     fedmoe:{E}:updates                              stream  one readable entry per waiting update; a doorbell only
     fedmoe:{E}:payload:<worker>:<run>:<seq>:head    string  header (msgpack), what counts; expires
     fedmoe:{E}:payload:<worker>:<run>:<seq>:<part>  string  one part (msgpack), at most 1 MiB; expires
+    fedmoe:{E}:payload:<worker>:epoch               string  counts the worker's runs; expires
     fedmoe:{E}:weights                              string  the expert, a safetensors file
     fedmoe:{E}:meta                                 hash    version, lineage, commit, weights_commit, counters; readable
     fedmoe:{E}:spec                                 string  JSON: base model, LoRA, layout, rules; never changes
@@ -72,6 +73,9 @@ class ExpertKeys:
 
     def head(self, worker: str, run: str, seq: int) -> str:
         return f"{self.root}:payload:{worker}:{run}:{seq}:head"
+
+    def epoch(self, worker: str) -> str:
+        return f"{self.root}:payload:{worker}:epoch"
 
     def part(self, worker: str, run: str, seq: int, index: int) -> str:
         return f"{self.root}:payload:{worker}:{run}:{seq}:{index}"

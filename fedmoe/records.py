@@ -120,6 +120,11 @@ class Entry:
     id: str
     fields: dict[str, str]
 
+    @property
+    def ms(self) -> int:
+        """The id's first half: the server's clock when it was added, or whatever its writer chose."""
+        return int(self.id.partition("-")[0])
+
     @classmethod
     def of(cls, entry_id: bytes, raw: Mapping[bytes, bytes] | None) -> "Entry":
         """Decode what Redis gave; bytes that are no text are shown escaped, a deleted entry has no fields."""

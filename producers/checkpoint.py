@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from fedmoe.errors import SettingsError
 from fedmoe.records import Meta
@@ -96,12 +96,13 @@ class StateDir:
             "expert": checkpoint.expert,
             "worker": checkpoint.worker,
         }
+        content = save({k: v.contiguous() for k, v in tensors.items()}, metadata={"fedmoe": json.dumps(info)})
+        self.path.mkdir(parents=True, exist_ok=True)  # somebody may have tidied up
         fresh = self.file.with_suffix(".new")
-        save_file(
-            {k: v.contiguous() for k, v in tensors.items()}, fresh, metadata={"fedmoe": json.dumps(info)}
-        )
-        with fresh.open("rb") as handle:
-            os.fsync(handle.fileno())
+        with fresh.open("wb") as out:
+            out.write(content)
+            out.flush()
+            os.fsync(out.fileno())
         fresh.replace(self.file)
         directory = os.open(self.path, os.O_RDONLY)
         try:

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from fedmoe.errors import NameTakenError
+from fedmoe.errors import NameTakenError, StoppedError
 from fedmoe.store.worker import WorkerStore
 
 logger = logging.getLogger(__name__)
@@ -27,6 +27,7 @@ def claim_name(
 
     Raises:
         NameTakenError: if the heartbeat beats.
+        StoppedError: if told to stop meanwhile.
     """
     first = store.heartbeat()
     if not first or _is_dead_here(first):
@@ -37,7 +38,9 @@ def claim_name(
         store.worker, who, patience_s,
     )  # fmt: skip
     until = clock() + patience_s
-    while clock() < until and not stop.wait(0.25):
+    while clock() < until:
+        if stop.wait(0.25):
+            raise StoppedError("stopped before it had joined")
         beat = store.heartbeat()
         if not beat:
             return

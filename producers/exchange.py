@@ -82,8 +82,8 @@ class Exchange:
 
     @property
     def steps_left(self) -> int:
-        """Steps that are in no update yet."""
-        return self._trained.steps
+        """Steps that are in no update yet, those of a copy that nobody has taken included."""
+        return self._trained.steps + (self._cut.trained.steps if self._cut and self._consume else 0)
 
     def record(self, step: Step) -> None:
         """Training thread: note what one step trained; a step that was skipped (not finite) trained nothing."""
@@ -146,4 +146,7 @@ class Exchange:
 
     def take(self, timeout_s: float) -> Cut | None:
         """Sync thread: the copy asked for, or None if training did not reach a boundary in time (ask on)."""
-        return self._cut if self._ready.wait(timeout_s) else None
+        if not self._ready.wait(timeout_s):
+            return None
+        cut, self._cut = self._cut, None
+        return cut

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from fedmoe.backoff import Backoff
-from fedmoe.errors import BaseModelError, FedMoEError, RedisUnavailableError
+from fedmoe.errors import BaseModelError, RedisUnavailableError, StoppedError
 from fedmoe.records import Meta
 from fedmoe.spec import Spec
 from fedmoe.store.worker import NoExpertsError, WorkerStore
@@ -23,12 +23,6 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 PIN_WAIT_S = 5.0
 JOIN_TTL_S = 60.0  # of the first heartbeat: attaching the adapter may take a while
-
-
-class StoppedError(FedMoEError):
-    """The worker was told to stop before it had joined."""
-
-    exit_code = 0
 
 
 class Joining:

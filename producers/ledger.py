@@ -91,6 +91,13 @@ def locate(
     return (Place.FOREIGN, 0) if head.epoch >= mine.epoch else (Place.BEHIND, 0)
 
 
+def _is_later(head: UpdateId | None, start: UpdateId | None) -> bool:
+    """True if `head` comes after `start` in a worker's life."""
+    if head is None or start is None:
+        return head is not None
+    return (head.epoch, head.seq) > (start.epoch, start.seq)
+
+
 @dataclass(frozen=True, slots=True)
 class Change:
     """What an observation did.
@@ -123,7 +130,7 @@ class Ledger:
         start: the update that precedes the oldest one remembered; None at the very beginning.
         queue: undecided updates in order; the first is the one in flight.
         kept: decided updates, oldest first; at least the last one.
-        keep_decided_s: how long decided updates are kept (seconds).
+        keep_decided_s, keep_decided_bytes: how long decided updates are kept, and how many bytes of them at most.
     """
 
     base: torch.Tensor
@@ -134,6 +141,7 @@ class Ledger:
     queue: list[Outgoing] = field(default_factory=list)
     kept: list[Outgoing] = field(default_factory=list)
     keep_decided_s: float = 60.0
+    keep_decided_bytes: int = 256 * 1024 * 1024
 
     @property
     def head(self) -> UpdateId | None:
@@ -215,9 +223,11 @@ class Ledger:
         if chain:
             chain[0] = replace(chain[0], header=replace(chain[0].header, prev=head))
         resent = tuple(update.id for update in self.kept)
+        # A later head than ours is no rollback: an update that an earlier run had left waiting was decided.
+        lost = not _is_later(head, self.start)
         self.start = head
         correction = self._settle(meta, weights, kept=[], queue=chain)
-        return Change(correction=correction, resent=resent, lost=True)
+        return Change(correction=correction, resent=resent, lost=lost or bool(resent))
 
     def _advance(
         self, meta: Meta, weights: torch.Tensor | None, decided: Decided | None, count: int, now: float
@@ -248,6 +258,10 @@ class Ledger:
         return correction
 
     def _forget(self, now: float) -> None:
-        """Drop decided updates that are old enough; at least the last one stays."""
-        while len(self.kept) > 1 and now - self.kept[0].decided_at > self.keep_decided_s:
+        """Drop decided updates that are old enough, or too many bytes; at least the last one stays."""
+        total = sum(update.header.payload_bytes for update in self.kept)
+        while len(self.kept) > 1 and (
+            now - self.kept[0].decided_at > self.keep_decided_s or total > self.keep_decided_bytes
+        ):
+            total -= self.kept[0].header.payload_bytes
             self.start = self.kept.pop(0).id

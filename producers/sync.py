@@ -13,12 +13,22 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import torch
+
 from fedmoe.backoff import Backoff
-from fedmoe.errors import FedMoEError, NameTakenError, RedisUnavailableError, SpecError, UnknownExpertError
+from fedmoe.errors import (
+    FedMoEError,
+    NameTakenError,
+    RedisUnavailableError,
+    RefusedError,
+    SpecError,
+    UnknownExpertError,
+)
 from fedmoe.layout import values_of
-from fedmoe.records import HEARTBEAT_TTL_S
+from fedmoe.records import HEARTBEAT_TTL_S, Meta
 from fedmoe.spec import Spec
-from fedmoe.store.worker import WorkerStore
+from fedmoe.store.worker import Poll, WorkerStore
+from fedmoe.update import UpdateId
 from producers.checkpoint import Checkpoint, StateDir
 from producers.exchange import Cut, Exchange
 from producers.ledger import Change, Ledger, Trained
@@ -29,6 +39,7 @@ HEARTBEAT_INTERVAL_S = 5.0
 FIRST_POLL_S = 0.02
 LONGEST_POLL_S = 1.0
 LAST_SAVE_S = 10.0
+NO_ENTRY = "0-1"  # an id that no entry has
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +84,7 @@ class Sync:
     ) -> None:
         self.status = SyncStatus(version=ledger.meta.version)
         self.failure: FedMoEError | None = None
+        self.saved = False  # all that is not decided is in the last checkpoint
         self.ledger = ledger
         self._store = store
         self._exchange = exchange
@@ -93,6 +105,7 @@ class Sync:
         self._waiting_for_cut = False
         self._unsaved: Cut | None = None
         self._entry: str | None = None
+        self._sent: UpdateId | None = None
         self._poll_s = FIRST_POLL_S
         self._resend_s = FIRST_POLL_S
 
@@ -120,8 +133,11 @@ class Sync:
                 pass
             if cut is not None:
                 self._save(cut)
+                self.saved = True
         except OSError as error:
-            logger.warning("the last checkpoint could not be written: %s", error.strerror or error)
+            self.status = replace(
+                self.status, problem=f"cannot write the checkpoint ({error.strerror or error})"
+            )
 
     def _serve(self) -> None:
         backoff = Backoff("sync", logger, self._clock)
@@ -131,10 +147,10 @@ class Sync:
                 if not self._waiting_for_cut:
                     backoff.ok()
                     self.status = replace(self.status, problem="")
-            except (NameTakenError, SpecError) as error:
+            except (NameTakenError, RefusedError) as error:
                 self.failure = error
                 return
-            except (RedisUnavailableError, UnknownExpertError) as error:
+            except (RedisUnavailableError, UnknownExpertError, SpecError) as error:
                 wait_s = self._failed(backoff, error)
             except OSError as error:
                 told = OSError(
@@ -162,16 +178,14 @@ class Sync:
             self._save(self._unsaved)
             self._unsaved = None
         now = self._clock()
-        if (
-            not self.ledger.queue
-            and not self._must_pull
-            and (self._deadline is not None or now >= self._next_cut)
-        ):
-            if not self._cut(now):
-                return 0.0
-        elif self._state_dir and now >= self._next_save and not self._checkpoint(now):
-            return 0.0
+        due = self._deadline is not None or now >= self._next_cut
+        if due and not self.ledger.queue and not self._must_pull:
+            reached = self._cut(now)
+        else:
+            reached = not self._state_dir or now < self._next_save or self._checkpoint(now)
         self._beat()
+        if not reached:
+            return 0.0
         if self._must_pull:
             self._pull()
             self._must_pull = False
@@ -194,6 +208,8 @@ class Sync:
         if cut is None:
             return False
         self._next_cut = self._next_save = now + self._spec.sync_interval_s
+        if cut.trained.steps and self._diverged(cut):
+            return True
         if cut.trained.steps:
             update = self.ledger.cut(
                 cut.local, cut.trained, wire_format=self._spec.wire_format, fingerprint=self._fingerprint
@@ -206,6 +222,22 @@ class Sync:
             if self._state_dir:
                 self._save(cut)
             self._ended = True
+        return True
+
+    def _diverged(self, cut: Cut) -> bool:
+        """True if the progress could only be refused; then it is dropped, and training goes on from the expert.
+
+        It must not be published: taken off again after the refusal, numbers that large leave nothing of the rest.
+        """
+        norm = float(torch.linalg.vector_norm(self.ledger.progress(cut.local)))
+        if norm <= self._spec.merge.max_norm:
+            return False
+        logger.warning(
+            "the training diverged: %d steps changed the adapter by a norm of %.3g, the bound is %.4g; they are "
+            "dropped, going on from the expert's weights (is the learning rate too high?)",
+            cut.trained.steps, norm, self._spec.merge.max_norm,
+        )  # fmt: skip
+        self._exchange.correct(Change(correction=self.ledger.base + self.ledger.pending(), replace=True))
         return True
 
     def _checkpoint(self, now: float) -> bool:
@@ -235,13 +267,17 @@ class Sync:
         """Publish the first update of the queue, or see what became of it."""
         update = self.ledger.queue[0]
         if self._entry is None:
+            # Sent before, and then lost sight of: a decision may have taken its payload away meanwhile.
+            if self._sent == update.id and self._moved(self._store.poll(NO_ENTRY, update.header)):
+                self._pull()
+                return 0.0
+            self._sent = update.id
             self._entry = self._store.publish(update.header, update.parts)
             self._poll_s = FIRST_POLL_S
             self.status = replace(self.status, published=self.status.published + 1)
             return self._poll_s
         poll = self._store.poll(self._entry, update.header)
-        head = poll.decided.id if poll.decided else None
-        if head != self.ledger.head or poll.lineage != self.ledger.meta.lineage:
+        if self._moved(poll):
             self._pull()
             return 0.0
         if not poll.entry_waits:
@@ -252,9 +288,15 @@ class Sync:
         self._poll_s = min(LONGEST_POLL_S, self._poll_s * 1.5)
         return self._poll_s
 
+    def _moved(self, poll: Poll) -> bool:
+        """True if Redis knows another head or lineage than the books."""
+        head = poll.decided.id if poll.decided else None
+        return head != self.ledger.head or poll.lineage != self.ledger.meta.lineage
+
     def _pull(self) -> None:
         """Read the expert and one's own decision, settle the books, hand the correction to the training."""
         snapshot = self._store.pull(known=self.ledger.meta.weights_commit)
+        self._check_still_welcome(snapshot.meta)
         weights = None if snapshot.weights is None else values_of(self._spec.layout, snapshot.weights)
         before = self.ledger.queue[0].id if self.ledger.queue else None
         change = self.ledger.observe(snapshot.meta, weights, snapshot.decided, now=self._clock())
@@ -262,6 +304,18 @@ class Sync:
         if not self.ledger.queue or self.ledger.queue[0].id != before:
             self._entry = None
         self._tell(change)
+
+    def _check_still_welcome(self, meta: Meta) -> None:
+        """Raise RefusedError if every further update would be refused."""
+        if meta.spec != self._spec.digest:
+            raise RefusedError(
+                f"expert {self._store.expert!r} was made anew with another spec: restart this worker"
+            )
+        if meta.base_fingerprint not in ("", self._fingerprint):
+            raise RefusedError(
+                f"the base model here (fingerprint {self._fingerprint}) is not the one that "
+                f"{meta.base_fingerprint_by} pinned ({meta.base_fingerprint}): use {self._spec.base_model}"
+            )
 
     def _tell(self, change: Change) -> None:
         """Say what happened, and bring the status up to date."""

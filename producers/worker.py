@@ -19,7 +19,7 @@ import torch
 
 from fedmoe.data.examples import Examples, make_examples, padding_id
 from fedmoe.data.jsonl import read_rows
-from fedmoe.errors import FedMoEError, RedisUnavailableError, SettingsError
+from fedmoe.errors import FedMoEError, RedisUnavailableError, SettingsError, StoppedError
 from fedmoe.layout import values_of
 from fedmoe.model.adapter import attach_adapter
 from fedmoe.model.base import (
@@ -38,7 +38,7 @@ from fedmoe.update import make_run
 from producers.checkpoint import StateDir
 from producers.claim import claim_name
 from producers.exchange import Exchange
-from producers.join import Joining, StoppedError
+from producers.join import Joining
 from producers.ledger import Ledger, Trained
 from producers.sync import HEARTBEAT_INTERVAL_S, Sync
 from producers.trainer import StepResult, Trainer
@@ -84,9 +84,9 @@ class WorkerSettings:
         check_name("stream", self.stream)
         if self.name:
             check_name("worker name", self.name)
-        for what in ("batch_size", "accumulate", "max_steps", "max_epochs", "drain_s"):
-            if not getattr(self, what) >= 0:
-                raise SettingsError(f"{what} must be at least 0, not {getattr(self, what)!r}")
+        for what in ("batch_size", "accumulate", "max_steps", "max_epochs", "drain_s", "log_interval_s"):
+            if not 0 <= getattr(self, what) < float("inf"):
+                raise SettingsError(f"{what} must be a number of at least 0, not {getattr(self, what)!r}")
 
     @property
     def worker(self) -> str:
@@ -196,6 +196,11 @@ class Worker:
             else None
         )
         if saved is not None:
+            if saved.local.shape != trainer.flat.shape:
+                raise SettingsError(
+                    f"the checkpoint in {settings.state_dir} is of an adapter of {saved.local.numel()} values, the "
+                    f"expert's has {trainer.flat.numel()}: move it away to start a new run"
+                )
             trainer.flat.copy_(saved.local)
             trainer.load_state(dict(saved.optimizer))
             if saved.data == data:
@@ -212,7 +217,8 @@ class Worker:
         with torch.no_grad():
             trainer.flat.copy_(base)
         start = snapshot.decided.id if snapshot.decided else None
-        run = make_run(start.epoch + 1 if start else 1, secrets.token_hex(4))
+        epoch = self._joining.patiently(self._store.next_epoch)
+        run = make_run(max(epoch, start.epoch + 1 if start else 1), secrets.token_hex(4))
         return Ledger(base=base, meta=snapshot.meta, run=run, start=start), None
 
     def _train(self, trainer: Trainer, exchange: Exchange, sync: Sync, examples: Examples) -> None:
@@ -260,7 +266,7 @@ class Worker:
         )
         if not sync.ledger.queue and not exchange.steps_left:
             self._say(f"done: {told}")
-        elif self._settings.state_dir:
+        elif sync.saved:
             self._say(f"done: {told}; what is not decided yet is kept in {self._settings.state_dir}")
         elif sync.in_redis and not exchange.steps_left:
             self._say(f"done: {told}; the last one waits in Redis for an aggregator")
@@ -273,7 +279,7 @@ class Worker:
             raise FedMoEError(
                 f"{told}; {kept}{exchange.steps_left} steps trained since are lost: nobody decided it within "
                 f"{self._settings.drain_s:g} s ({status.problem or 'is an aggregator running?'}); "
-                "with --state-dir all would have been kept"
+                "a --state-dir that can be written keeps all"
             )
 
     def _progress(self, sync: Sync) -> str:

@@ -82,7 +82,7 @@ class ScriptedWorker:
         assert snapshot.weights is not None
         self.local = self._flat(snapshot.weights)
         start = snapshot.decided.id if snapshot.decided else None
-        run = make_run(start.epoch + 1 if start else 1, secrets.token_hex(4))
+        run = make_run(self.store.next_epoch(), secrets.token_hex(4))
         self.ledger = Ledger(base=self.local.clone(), meta=snapshot.meta, run=run, start=start)
         self.now = 0.0
         self.fingerprint = fingerprint

@@ -136,13 +136,19 @@ def main() -> None:
     except FedMoEError as error:
         click.echo(f"fedmoe: {error}", err=True)
         sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("fedmoe: interrupted", err=True)
-        sys.exit(130)
     except BrokenPipeError:
         # The reader of a pipe (head, less) has gone; Python would complain once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except OSError as error:
+        click.echo(
+            f"fedmoe: {error.strerror or error}{f' ({error.filename})' if error.filename else ''}", err=True
+        )
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # may be what is full
+        sys.exit(1)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("fedmoe: interrupted", err=True)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from fedmoe.keys import DEFAULT_PREFIX, Keys
 
 DEFAULT_URL = "redis://127.0.0.1:6379/0"
 _BUFFER_CUTOFF = 6000  # bytes; smaller pieces of a command are joined before they are sent
+MAX_SECONDS = 86_400
 SCHEMES = ("redis", "rediss", "unix")
 
 logger = logging.getLogger(__name__)
@@ -47,13 +48,19 @@ class RedisSettings:
     timeout_s: float = 10.0
 
     def __post_init__(self) -> None:
-        if urlsplit(self.url).scheme not in SCHEMES:
+        try:
+            scheme = urlsplit(self.url).scheme
+        except ValueError as error:
+            raise SettingsError(
+                f"the Redis URL cannot be read ({error}): write it like {DEFAULT_URL}"
+            ) from error
+        if scheme not in SCHEMES:
             raise SettingsError(
                 f"the Redis URL {self.shown!r} must begin with redis://, rediss:// or unix://, "
                 f"for example {DEFAULT_URL}"
             )
-        if not self.timeout_s >= 2:
-            raise SettingsError(f"the Redis timeout must be at least 2 s, not {self.timeout_s!r}")
+        if not 2 <= self.timeout_s <= MAX_SECONDS:
+            raise SettingsError(f"the Redis timeout must be 2 to {MAX_SECONDS} s, not {self.timeout_s!r}")
         Keys(self.prefix)
 
     @property
@@ -106,6 +113,9 @@ class Connection:
         except FedMoEError:
             raise
         except (redis.RedisError, OSError) as error:
+            if isinstance(error, redis.exceptions.ReadOnlyError):
+                # The master became a replica under this connection; a new one may reach the new master.
+                self.client.connection_pool.disconnect()
             raise RedisUnavailableError(explain(error, self.settings.shown)) from error
 
 

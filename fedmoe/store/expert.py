@@ -24,6 +24,7 @@ from fedmoe.update import MAX_HEADER_BYTES, Part
 CONSUMER = "aggregator"
 LOG_LENGTH = 100_000
 DEAD_LENGTH = 10_000
+FUTURE_S = 3600  # an id so far ahead of the server's clock was not made by the server
 _PAGE = 256
 
 
@@ -152,15 +153,39 @@ class ExpertStore:
             )
         return [Entry.of(*item) for _, page in reply or () for item in page]
 
+    def mend(self) -> bool:
+        """Undo an XADD with an id far in the future, after which the stream takes no entry any more; True if it did.
+
+        Only once the stream is empty: then the stream is made anew, with its group.
+        """
+        with self.connection.errors(), self._redis.pipeline(transaction=True) as pipe:
+            pipe.watch(self.keys.updates)
+            info = pipe.xinfo_stream(self.keys.updates)
+            seconds, _ = pipe.time()
+            newest_ms = int(info["last-generated-id"].split(b"-")[0])
+            if info["length"] or newest_ms <= (seconds + FUTURE_S) * 1000:
+                return False
+            pipe.multi()
+            pipe.delete(self.keys.updates)
+            pipe.xgroup_create(self.keys.updates, GROUP, id="0", mkstream=True)
+            try:
+                pipe.execute()
+            except redis.WatchError:
+                return False
+        return True
+
     def header(self, worker: str, run: str, seq: int) -> bytes | None:
         """The header of an update, None if there is none; never more than MAX_HEADER_BYTES + 1 bytes."""
-        with self.connection.errors():
-            return self._redis.getrange(self.keys.head(worker, run, seq), 0, MAX_HEADER_BYTES) or None
+        with self.connection.errors(), self._redis.pipeline(transaction=False) as pipe:
+            pipe.getrange(self.keys.head(worker, run, seq), 0, MAX_HEADER_BYTES)
+            (header,) = _absent_if_wrong_type(pipe.execute(raise_on_error=False))
+        return header or None
 
     def heartbeat_field(self, worker: str, name: str) -> str | None:
         """One field of a worker's heartbeat."""
-        with self.connection.errors():
-            value = self._redis.hget(self.keys.worker(worker), name)
+        with self.connection.errors(), self._redis.pipeline(transaction=False) as pipe:
+            pipe.hget(self.keys.worker(worker), name)
+            (value,) = _absent_if_wrong_type(pipe.execute(raise_on_error=False))
         return value.decode(errors="backslashreplace") if value else None
 
     def parts(self, worker: str, run: str, seq: int, parts: Sequence[Part]) -> list[bytes]:
@@ -168,7 +193,7 @@ class ExpertStore:
         with self.connection.errors(), self._redis.pipeline(transaction=False) as pipe:
             for index, part in enumerate(parts):
                 pipe.getrange(self.keys.part(worker, run, seq, index), 0, part.length)
-            return list(pipe.execute())
+            return _absent_if_wrong_type(pipe.execute(raise_on_error=False))
 
     def payload_keys(self, worker: str, run: str, seq: int, n_parts: int) -> list[str]:
         """The keys of an update's header and parts."""
@@ -213,3 +238,11 @@ class ExpertStore:
             pipe.xdel(keys.updates, *commit.entries)
         if commit.unlink:
             pipe.unlink(*commit.unlink)
+
+
+def _absent_if_wrong_type(replies: Sequence[Any]) -> list[Any]:
+    """Replies about keys that a worker may write: one of the wrong type is as good as missing, it must stop nobody."""
+    for reply in replies:
+        if isinstance(reply, Exception) and "WRONGTYPE" not in str(reply):
+            raise reply
+    return [b"" if isinstance(reply, Exception) else reply for reply in replies]

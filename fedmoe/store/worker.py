@@ -95,6 +95,8 @@ class WorkerStore:
                 pipe.hget(self.keys.applied, self.worker)
                 pipe.get(self.keys.weights)
                 raw, decided, weights = pipe.execute()
+        if weights is None:
+            raise UnknownExpertError(f"the weights of expert {self.expert!r} are gone from Redis")
         return Snapshot(self._meta(raw), Decided.from_json(decided) if decided else None, weights)
 
     def poll(self, entry_id: str, header: Header) -> Poll:
@@ -151,6 +153,15 @@ class WorkerStore:
         if lengths != [len(blob) for blob in blobs.values()]:
             raise RedisUnavailableError("the update did not arrive whole; it is sent again")
         return str(entry_id.decode())
+
+    def next_epoch(self) -> int:
+        """A number that grows with each run of this worker, also while updates of earlier runs still wait."""
+        key = self.keys.epoch(self.worker)
+        with self.connection.errors(), self._redis.pipeline(transaction=True) as pipe:
+            pipe.incr(key)
+            pipe.expire(key, PAYLOAD_TTL_S)
+            epoch, _ = pipe.execute()
+        return int(epoch)
 
     def join(self) -> None:
         """Ask the aggregator to look at this worker's heartbeat (it pins the base model's fingerprint there)."""

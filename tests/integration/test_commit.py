@@ -50,7 +50,7 @@ def test_update_becomes_part_of_the_expert(connection: Connection) -> None:
     assert (loaded.meta.version, loaded.meta.applied, loaded.meta.n_examples) == (1, 1, 4)
     assert loaded.applied["alice"].id == worker.ledger.queue[0].id
     assert waiting(expert) == (0, 0)
-    assert not connection.client.keys("*payload*")
+    assert not connection.client.keys("*payload*:1:*")
     ((_, line),) = connection.client.xrange(expert.store.keys.log)
     assert (line[b"worker"], line[b"version"], line[b"staleness"]) == (b"alice", b"1", b"0")
 
@@ -440,3 +440,103 @@ def test_emptied_redis_is_said(connection: Connection) -> None:
     connection.client.flushdb()
     with pytest.raises(UnknownExpertError, match="gone from Redis"):
         expert.load()
+
+
+def test_duplicate_of_a_refused_update_still_tells_the_worker(connection: Connection) -> None:
+    """H10: a duplicate never overwrites how the first was decided, and its payload goes away too."""
+    expert = make_expert(connection, spec=small_spec(merge=MergeRules(max_norm=50.0)))
+    worker = ScriptedWorker(connection, expert.spec)
+    update = worker.push(100.0)
+    assert serve(expert) == ["refused"]
+    before = connection.client.hget(expert.store.keys.applied, "alice")
+    worker.publish(update)
+    assert serve(expert) == ["duplicate"]
+    assert connection.client.hget(expert.store.keys.applied, "alice") == before
+    assert not connection.client.keys("*payload*:1:*")
+
+
+def test_same_seq_of_another_run_is_no_duplicate(connection: Connection) -> None:
+    """H7: (run, seq) names an update; a new run of the worker begins at seq 1 again."""
+    expert = make_expert(connection)
+    for version in (1, 2):
+        worker = ScriptedWorker(connection, expert.spec)
+        assert worker.push(1.0).id.seq == 1
+        assert serve(expert) == ["applied"]
+        assert expert.meta.version == version
+
+
+def test_header_under_another_updates_key_is_garbage(connection: Connection) -> None:
+    """A header copied to the key of a later seq decides nothing."""
+    expert = make_expert(connection)
+    worker = ScriptedWorker(connection, expert.spec)
+    worker.train(1.0)
+    update = worker.cut()
+    keys = expert.store.keys
+    connection.client.set(keys.head("alice", update.id.run, 7), update.header.pack())
+    connection.client.set(keys.part("alice", update.id.run, 7, 0), update.parts[0])
+    connection.client.xadd(keys.updates, {"worker": "alice", "run": update.id.run, "seq": 7})
+    assert serve(expert) == []
+    assert expert.meta.garbage == 1
+    assert "alice" not in expert.store.load().applied
+
+
+@pytest.mark.parametrize("what", ["head", "part", "heartbeat"])
+def test_worker_key_of_the_wrong_type_stops_nobody(connection: Connection, what: str) -> None:
+    """What a worker may write may also be a hash where a string should be: as good as missing."""
+    expert = make_expert(connection)
+    mallory = ScriptedWorker(connection, expert.spec, "mallory")
+    update = mallory.push(1.0)
+    keys = expert.store.keys
+    wrong = {
+        "head": keys.head("mallory", update.id.run, 1),
+        "part": keys.part("mallory", update.id.run, 1, 0),
+        "heartbeat": keys.worker("mallory"),
+    }[what]
+    connection.client.delete(wrong)
+    connection.client.rpush(wrong, "x")
+    mallory.store.join()
+    ScriptedWorker(connection, expert.spec, "alice").push(1.0)
+    assert serve(expert)[-1] == "applied"
+    assert expert.meta.applied == (2 if what == "heartbeat" else 1)
+
+
+def test_missing_weights_are_said_and_change_no_books(connection: Connection) -> None:
+    """A weights key that somebody deleted: the pull fails, and works when it is back."""
+    expert = make_expert(connection)
+    worker, other = (ScriptedWorker(connection, expert.spec, name) for name in ("alice", "bob"))
+    other.push(1.0)
+    serve(expert)
+    weights = connection.client.get(expert.store.keys.weights)
+    connection.client.delete(expert.store.keys.weights)
+    with pytest.raises(UnknownExpertError, match="weights of expert"):
+        worker.pull()
+    connection.client.set(expert.store.keys.weights, weights)
+    worker.pull()
+    assert torch.equal(worker.local, stored(expert))
+
+
+def test_expert_made_anew_with_another_spec_is_noticed(connection: Connection) -> None:
+    """An aggregator that still holds the old spec loads nothing."""
+    expert = make_expert(connection)
+    connection.client.flushdb()
+    make_expert(connection, spec=small_spec(merge=MergeRules(lr=0.5)))
+    with pytest.raises(StaleStateError, match="another spec"):
+        expert.load()
+
+
+def test_update_of_an_earlier_run_that_still_waited_is_no_rollback(connection: Connection) -> None:
+    """A worker starts anew while its last run's update waits: both count, and nothing is said to be lost."""
+    expert = make_expert(connection)
+    old = ScriptedWorker(connection, expert.spec)
+    old.push(1.0)
+    new = ScriptedWorker(connection, expert.spec)
+    assert new.ledger.run.split("-")[0] > old.ledger.run.split("-")[0]
+    new.push(2.0)
+    assert serve(expert) == ["applied", "undecidable"]
+    change = new.pull()
+    assert not change.lost
+    new.publish()
+    assert serve(expert) == ["applied"]
+    new.pull()
+    assert torch.equal(new.local, stored(expert))
+    assert torch.equal(stored(expert), start_weights() + 1 + 2 / 2)

@@ -1,110 +1,20 @@
 """Breadth-first search through every interleaving of a small federation, with crashes, lost replies and failovers.
 
-    python -m tests.protocol.search --scope big
-
-Each Redis command or transaction of an actor is one step. In every state the invariants must hold, and a run from
-there without further faults must come to rest with nothing lost. The first state that breaks this is a shortest one,
-and its trace is printed. States are tuples of small numbers: every database, memory, request and list of replies is
-kept once, and what follows from it is computed once.
+In every state the invariants must hold, and a run from there without further faults must come to rest with nothing
+lost. The first state that breaks this is a shortest one, and its trace is told.
 """
 
-import logging
-import re
-import sys
 import time
-import warnings
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from fedmoe.layout import values_of
-from tests.protocol.actors import NEW_ID, Aggregator, Rules, Values, Worker, first_db, make_spec
-from fedmoe.update import Header
-from tests.protocol.world import KEYS, TWO_CONTENTS, Db, Reply, Request, Suspended, execute
-
-FAULTS = (
-    "lost", "late", "kill_worker", "kill_aggregator", "lease", "failover", "expire", "trim", "forge", "leave",
-    "new_lineage",
-)  # fmt: skip
-SOUND, BROKEN = 0, 1  # a connection
-FREE, CLEAN, DIRTY = 0, 1, 2  # a WATCH
-NO_REPLIES = 0  # the number of the empty list of replies
+from tests.protocol.actors import Rules
+from tests.protocol.model import Model
+from tests.protocol.state import Label, Scope, State
 
 
-@dataclass(frozen=True, kw_only=True)
-class Scope:
-    """A federation and how often each fault may happen in one run.
-
-    Args:
-        units: updates of each worker.
-        disk: workers have a state directory; checkpoints: and write it while an update is in flight.
-        lag: writes that a failover takes back at most.
-        faults: how often, by the names in FAULTS; what is not named never happens.
-    """
-
-    workers: int = 1
-    aggregators: int = 1
-    units: int = 2
-    disk: bool = True
-    checkpoints: bool = False
-    max_staleness: int = 9
-    lag: int = 6
-    faults: Mapping[str, int] = field(default_factory=dict)
-
-
-class Slot(NamedTuple):
-    """An actor: its memory, the replies of this turn, the turn's choice, its connection and its WATCH."""
-
-    memory: int
-    replies: int
-    choice: int
-    connection: int
-    watch: int
-
-
-class State(NamedTuple):
-    """The server, the replica that lags (-1: none does) by `missed` writes, the actors, requests still on their way."""
-
-    db: int
-    replica: int
-    missed: int
-    slots: tuple[Slot, ...]
-    late: tuple[tuple[int, int], ...]
-    budget: tuple[int, ...]
-
-
-class Label(NamedTuple):
-    """A step of a trace, put into words only when it is printed."""
-
-    actor: int = -1
-    request: int = -1
-    reply: Reply = Reply()
-    what: str = ""
-
-
-class Table:
-    """Numbers for values; each value is kept once."""
-
-    def __init__(self) -> None:
-        self.values: list[Any] = []
-        self._numbers: dict[Hashable, int] = {}
-        self._ids: dict[int, frozenset[str]] = {}
-
-    def __call__(self, value: Hashable) -> int:
-        number = self._numbers.setdefault(value, len(self.values))
-        if number == len(self.values):
-            self.values.append(value)
-        return number
-
-    def ids(self, number: int) -> frozenset[str]:
-        """The commit ids that occur in a value."""
-        if number not in self._ids:
-            self._ids[number] = frozenset(re.findall(r"\bc\d+\b", repr(self.values[number])))
-        return self._ids[number]
-
-
-class Violation(Exception):
+class ViolationError(Exception):
     """A state that should not be, and how to get there."""
 
     def __init__(self, what: str, trace: list[str], states: int) -> None:
@@ -112,374 +22,6 @@ class Violation(Exception):
         self.what = what
         self.trace = trace
         self.states = states
-
-
-class Model:
-    """All states of a scope under some rules."""
-
-    def __init__(self, scope: Scope, rules: Rules | None = None) -> None:
-        rules = rules or Rules()
-        spec = make_spec(scope.workers, scope.units, scope.max_staleness)
-        self.scope = scope
-        self._spec = spec
-        self.aggregators = [Aggregator(f"aggregator {i}", spec, rules) for i in range(scope.aggregators)]
-        self.workers = [
-            Worker(
-                "ab"[i], spec, rules, offset=i * scope.units, units=scope.units, disk=scope.disk,
-                checkpoints=scope.checkpoints,
-            )
-            for i in range(scope.workers)
-        ]  # fmt: skip
-        self.actors: list[Any] = [*self.aggregators, *self.workers]
-        self._dbs, self._memories, self._replies, self._requests = Table(), Table(), Table(), Table()
-        assert self._replies(()) == NO_REPLIES
-        self._single_replies = Table()
-        self._longer: dict[tuple[int, int], int] = {}
-        self._execs: dict[int, bool] = {}
-        self._turns: dict[tuple[int, int, int, int], tuple[bool, int]] = {}
-        self._effects: dict[tuple[int, int], tuple[int, tuple[Any, ...], bool]] = {}
-        self._db_checks: dict[int, str] = {}
-        self._memory_checks: dict[tuple[int, int], str] = {}
-        self._calm: set[tuple[State, int]] = set()
-
-    def first(self) -> State:
-        """A new expert, nobody has begun."""
-        slots = tuple(self._fresh(actor.first) for actor in self.actors)
-        budget = tuple(self.scope.faults.get(name, 0) for name in FAULTS)
-        return State(self._dbs(first_db(self._spec)), -1, 0, slots, (), budget)
-
-    def _fresh(self, memory: Hashable, connection: int = SOUND) -> Slot:
-        return Slot(self._memories(memory), NO_REPLIES, 0, connection, FREE)
-
-    # ---- one actor's step
-
-    def _turn(self, i: int, slot: Slot) -> tuple[bool, int]:
-        """(True, request that comes next) or (False, memory after the turn)."""
-        key = (i, slot.memory, slot.replies, slot.choice)
-        if key not in self._turns:
-            memory, replies = self._memories.values[slot.memory], self._replies.values[slot.replies]
-            try:
-                after = self.actors[i].turn(memory, replies, slot.choice)
-                self._turns[key] = False, self._memories(after)
-            except Suspended as suspended:
-                self._turns[key] = True, self._requests(suspended.request)
-        return self._turns[key]
-
-    def _execute(self, db: int, request: int) -> tuple[int, tuple[Any, ...], bool]:
-        """(db, replies, whether meta was touched)."""
-        if (db, request) not in self._effects:
-            commands = self._requests.values[request].commands
-            after, replies = execute(self._dbs.values[db], commands)
-            touched = any(c[:2] == ("HSET", KEYS.meta) or c[0] == "RELINEAGE" for c in commands)
-            self._effects[db, request] = self._dbs(after), replies, touched
-        return self._effects[db, request]
-
-    def step(self, state: State, i: int, choice: int, fault: str = "") -> tuple[Label, State]:
-        """Actor i executes its next request; `fault` is what goes wrong: lost, late or lag."""
-        slot = state.slots[i]
-        if slot.replies == NO_REPLIES:
-            slot = Slot(slot.memory, NO_REPLIES, choice, slot.connection, slot.watch)
-        waits, number = self._turn(i, slot)
-        if not waits:
-            done = Slot(number, NO_REPLIES, 0, slot.connection, FREE)
-            return Label(i), _with(state, i, done)
-        request: Request = self._requests.values[number]
-        connection, watch = slot.connection, slot.watch if request.watched else FREE
-        is_exec = request.watched and self._is_exec(number)
-        if watch and connection == BROKEN:
-            reply, watch = Reply(error="watch"), FREE
-        elif fault == "late":
-            reply, connection = Reply(error="lost"), BROKEN
-            state = state._replace(late=tuple(sorted((*state.late, (number, watch)))))
-            watch = FREE
-        elif is_exec and watch == DIRTY:
-            reply, watch = Reply(error="watch", reconnected=connection == BROKEN), FREE
-        else:
-            reconnected = connection == BROKEN
-            state, values = self._write(state, number, lags=fault == "lag")
-            connection = BROKEN if fault == "lost" else SOUND
-            reply = Reply((), "lost", reconnected) if fault == "lost" else Reply(values, "", reconnected)
-            if request.watched:
-                watch = FREE if is_exec else CLEAN if request.commands[0][0] == "WATCH" else watch
-        return Label(i, number, reply, fault), self._settle(state, i, slot, reply, connection, watch)
-
-    def _is_exec(self, number: int) -> bool:
-        return self._execs.setdefault(number, self._requests.values[number].is_exec)
-
-    def _write(self, state: State, request: int, *, lags: bool = False) -> tuple[State, tuple[Any, ...]]:
-        """Execute a request; every WATCH on what it touched is broken."""
-        db, values, touched = self._execute(state.db, request)
-        _, replica, missed, slots, late, budget = state
-        if lags:
-            replica, missed = state.db, 0
-        if db != state.db and replica >= 0:
-            missed += 1
-        if touched:
-            slots = tuple(s._replace(watch=DIRTY) if s.watch == CLEAN else s for s in slots)
-            late = tuple(sorted((r, DIRTY if watch == CLEAN else watch) for r, watch in late))
-        return State(db, replica, missed, slots, late, budget), values
-
-    def _settle(self, state: State, i: int, slot: Slot, reply: Reply, connection: int, watch: int) -> State:
-        """Give an actor its reply, and take those of its steps that nobody else can tell from this one."""
-        memory, replies, choice, _, _ = slot
-        while True:
-            replies = self._answered(replies, reply)
-            slot = Slot(memory, replies, choice, connection, watch)
-            waits, number = self._turn(i, slot)
-            if not waits:
-                return _with(state, i, Slot(number, NO_REPLIES, 0, connection, FREE))
-            request = self._requests.values[number]
-            if request == NEW_ID:
-                reply = Reply((self._new_id(_with(state, i, slot)),))
-            elif request.commands[0][0] == "GROUP" and self._dbs.values[state.db].delivered is not None:
-                reply = Reply((False,))
-            else:
-                return _with(state, i, slot)
-
-    def _answered(self, replies: int, reply: Reply) -> int:
-        key = replies, self._single_replies(reply)
-        if key not in self._longer:
-            self._longer[key] = self._replies((*self._replies.values[replies], reply))
-        return self._longer[key]
-
-    def _new_id(self, state: State) -> str:
-        """The first id that occurs nowhere: as good as a random one, and the states stay few."""
-        used = set(self._dbs.ids(state.db)) | (self._dbs.ids(state.replica) if state.replica >= 0 else set())
-        for slot in state.slots:
-            used |= self._memories.ids(slot.memory) | self._replies.ids(slot.replies)
-        for request, _ in state.late:
-            used |= self._requests.ids(request)
-        return next(f"c{n}" for n in range(len(used) + 1) if f"c{n}" not in used)
-
-    def words(self, label: Label) -> str:
-        """A label as a line of a trace."""
-        name = self.actors[label.actor].name if label.actor >= 0 else ""
-        if label.request < 0:
-            return f"{name}: {label.what or 'goes on'}" if name else label.what
-        request = self._requests.values[label.request]
-        if not name:
-            return f"{label.what}: {request}"
-        text = f"{name}: {request}"
-        if label.reply.error == "watch":
-            return text + " -> nothing: meta was touched, or the connection was cut"
-        if label.what == "late":
-            return text + " -> sent, no reply, the client gives up"
-        if label.what == "lost":
-            return text + " -> executed, the reply is lost"
-        text += f" -> {_short(label.reply.values)}" if _short(label.reply.values) else ""
-        text += " (over a connection made anew)" if label.reply.reconnected else ""
-        return text + (" (from here on nothing reaches the replica)" if label.what == "lag" else "")
-
-    # ---- everything that may happen
-
-    def successors(self, state: State) -> Iterator[tuple[Label, State]]:
-        """Every step and every fault that the budget allows."""
-        db: Db = self._dbs.values[state.db]
-        for i, actor in enumerate(self.actors):
-            slot = state.slots[i]
-            memory = self._memories.values[slot.memory]
-            begins = slot.replies == NO_REPLIES
-            for choice in actor.choices(memory, db) if begins else (slot.choice,):
-                yield from self._steps(state, i, choice)
-            fault = "kill_aggregator" if i < len(self.aggregators) else "kill_worker"
-            if (spent := self._spend(state, fault)) and (memory != actor.first or not begins):
-                yield Label(i, what="killed"), _with(spent, i, self._fresh(actor.crashed(memory)))
-        for entry in dict.fromkeys(state.late):
-            yield Label(request=entry[0], what="arrives late"), self._arrive(state, entry)
-            yield Label(request=entry[0], what="never arrives"), _without(state, entry)
-        for i, worker in enumerate(self.workers, len(self.aggregators)):
-            left = worker.left(self._memories.values[state.slots[i].memory])
-            if left and state.slots[i].replies == NO_REPLIES and (spent := self._spend(state, "leave")):
-                yield Label(i, what="leaves"), _with(spent, i, self._fresh(left))
-        yield from self._disasters(state, db)
-
-    def _steps(self, state: State, i: int, choice: int) -> Iterator[tuple[Label, State]]:
-        plain = self.step(state, i, choice)
-        if state.replica < 0 or plain[1].missed <= self.scope.lag:
-            yield plain
-        slot = state.slots[i]
-        waits, number = self._turn(i, slot._replace(choice=choice))
-        if not waits:
-            return
-        request: Request = self._requests.values[number]
-        is_read = request.commands[0][0] == "XREADGROUP"
-        writes = request.is_exec or request.rings or is_read
-        if writes and (spent := self._spend(state, "lost")):
-            yield self.step(spent, i, choice, "lost")
-        if writes and not is_read and slot.connection == SOUND and (spent := self._spend(state, "late")):
-            yield self.step(spent, i, choice, "late")
-        if state.replica < 0 and plain[1].db != state.db and (spent := self._spend(state, "failover")):
-            yield self.step(spent, i, choice, "lag")
-
-    def _spend(self, state: State, fault: str) -> State | None:
-        """The state with one fault less in its budget, None if there is none left."""
-        n = FAULTS.index(fault)
-        if not state.budget[n]:
-            return None
-        return state._replace(budget=(*state.budget[:n], state.budget[n] - 1, *state.budget[n + 1 :]))
-
-    def _arrive(self, state: State, entry: tuple[int, int]) -> State:
-        state = _without(state, entry)
-        return state if entry[1] == DIRTY else self._write(state, entry[0])[0]
-
-    def _disasters(self, state: State, db: Db) -> Iterator[tuple[Label, State]]:
-        if state.replica >= 0:
-            slots = tuple(slot._replace(connection=BROKEN) for slot in state.slots)
-            replica: Db = self._dbs.values[state.replica]
-            written = tuple(sorted(dict(replica.written + db.written).items()))
-            yield Label(what="the replica takes over"), state._replace(
-                db=self._dbs(replica._replace(written=written)), replica=-1, missed=0, slots=slots, late=()
-            )
-        if db.string(KEYS.lease) and (spent := self._spend(state, "lease")):
-            yield Label(what="the lease expires"), self._do(spent, ("UNLINK", KEYS.lease))
-        if spent := self._spend(state, "expire"):
-            for key, _ in db.strings:
-                if ":payload:" in key:
-                    yield Label(what=f"{key} expires"), self._do(spent, ("UNLINK", key))
-        if db.stream and (spent := self._spend(state, "trim")):
-            yield Label(what="somebody empties the stream"), self._do(spent, ("XTRIM", KEYS.updates))
-        if spent := self._spend(state, "new_lineage"):
-            zeros = first_db(self._spec).string(KEYS.weights)
-            yield Label(what="an operator begins a new lineage"), self._do(spent, ("RELINEAGE", zeros))
-        if spent := self._spend(state, "forge"):
-            for fields in [(), *(_forged(key) for key, _ in db.written if key.endswith(":0"))]:
-                yield Label(what=f"somebody writes an entry {dict(fields)}"), self._do(spent, ("XADD", KEYS.updates, fields))
-
-    def _do(self, state: State, command: tuple[Any, ...]) -> State:
-        return self._write(state, self._requests(Request((command,))))[0]
-
-    # ---- what must hold
-
-    def check(self, state: State) -> str:
-        """What is wrong with a state, or nothing."""
-        if state.db not in self._db_checks:
-            self._db_checks[state.db] = self._check_db(self._dbs.values[state.db])
-        if wrong := self._db_checks[state.db]:
-            return wrong
-        for i, slot in enumerate(state.slots):
-            key = (i, slot.memory)
-            if key not in self._memory_checks:
-                self._memory_checks[key] = self.actors[i].check(self._memories.values[slot.memory])
-            if wrong := self._memory_checks[key]:
-                return wrong
-        return ""
-
-    def _weights(self, db: Db) -> Values:
-        file = db.string(KEYS.weights)
-        assert file is not None
-        return tuple(values_of(self._spec.layout, file).tolist())
-
-    def _check_db(self, db: Db) -> str:
-        decided = db.log + db.refused
-        twice = [name for n, name in enumerate(decided) if name in decided[:n]]
-        if twice:
-            return f"update {twice[0]} is twice in the history"
-        if db.refused and self.scope.max_staleness >= self.scope.workers * self.scope.units:
-            return f"update {db.refused[0]} was refused without cause"
-        weights, replay = self._weights(db), [0.0] * self._spec.layout.numel
-        written = dict(db.written)
-        if TWO_CONTENTS in written.values():
-            return "one name of an update has two contents"
-        for worker, run, seq in db.log:
-            lineage = Header.unpack(written[KEYS.head(worker, run, seq)]).lineage
-            if lineage != db.hash(KEYS.meta)["lineage"]:
-                return f"an update of another lineage, {lineage}, is in the history"
-            delta = _decoded(written[KEYS.part(worker, run, seq, 0)], len(replay))
-            replay = [a + b for a, b in zip(replay, delta, strict=True)]
-        if list(weights) != replay:
-            return f"the weights are {weights}, a replay of the log gives {tuple(replay)}"
-        if any(value not in (0.0, 1.0) for value in weights):
-            return f"a unit of training counts twice: {weights}"
-        if int(db.hash(KEYS.meta)["version"]) != len(db.log):
-            return "the version is not the number of updates in the log"
-        return ""
-
-    def check_end(self, state: State) -> tuple[str, list[Label]]:
-        """Run fairly from here without faults, with all actors and with only the last; what is wrong at rest."""
-        for alone in range(min(2, len(self.aggregators))):
-            labels: list[Label] = []
-            seen: dict[State, None] = {}
-            now = state
-            while (now, alone) not in self._calm:
-                seen[now] = None
-                after = self._fair(now, alone, labels)
-                wrong = self.check(after) or (self._check_rest(after) if after == now else "")
-                if after != now and after in seen:
-                    wrong = "it goes round for ever"
-                if wrong:
-                    return wrong, labels
-                if after == now:
-                    break
-                now = after
-            self._calm.update((one, alone) for one in seen)
-        return "", []
-
-    def _fair(self, state: State, alone: int, labels: list[Label]) -> State:
-        """One step of an actor in the middle of its turn; if none is, a turn of each and what is on its way.
-
-        It depends on the state alone, so runs from different states soon become one. With `alone` the first
-        aggregator sleeps for ever.
-        """
-        living = range(alone, len(self.actors))
-        for i in living:
-            if state.slots[i].replies != NO_REPLIES:
-                return self._logged(labels, *self.step(state, i, 0))
-        if alone and self._dbs.values[state.db].string(KEYS.lease) == self.aggregators[0].name.encode():
-            return self._logged(labels, Label(what="the lease expires"), self._do(state, ("UNLINK", KEYS.lease)))
-        for i in living:
-            choice = self.actors[i].fair_choice(self._memories.values[state.slots[i].memory])
-            state = self._logged(labels, *self.step(state, i, choice))
-            while state.slots[i].replies != NO_REPLIES:
-                state = self._logged(labels, *self.step(state, i, choice))
-        for entry in state.late:
-            label = Label(request=entry[0], what="arrives late")
-            state = self._logged(labels, label, self._arrive(state, entry))
-        return state
-
-    def _logged(self, labels: list[Label], label: Label, state: State) -> State:
-        labels.append(label)
-        return state
-
-    def _check_rest(self, state: State) -> str:
-        db: Db = self._dbs.values[state.db]
-        if db.stream or db.pending:
-            return f"entries stay for ever: stream {[i for i, _ in db.stream]}, pending {list(db.pending)}"
-        weights = self._weights(db)
-        for worker, slot in zip(self.workers, state.slots[len(self.aggregators) :], strict=True):
-            if wrong := worker.check_rest(self._memories.values[slot.memory], weights):
-                return wrong
-        return ""
-
-
-def _with(state: State, i: int, slot: Slot) -> State:
-    return state._replace(slots=(*state.slots[:i], slot, *state.slots[i + 1 :]))
-
-
-def _without(state: State, entry: tuple[int, int]) -> State:
-    rest = list(state.late)
-    rest.remove(entry)
-    return state._replace(late=tuple(rest))
-
-
-def _short(values: tuple[Any, ...]) -> str:
-    texts = [str(v) for v in values if isinstance(v, bool | str | int)]
-    texts += [f"entries {[i for i, _ in v]}" for v in values if isinstance(v, tuple) and v and len(v[0]) == 2 and isinstance(v[0][1], tuple)]
-    return ", ".join(text for text in texts if len(text) < 60)
-
-
-def _forged(key: str) -> tuple[tuple[str, str], ...]:
-    worker, run, seq = key.split(":")[-4:-1]
-    return (("run", run), ("seq", seq), ("worker", worker))
-
-
-def _decoded(part: bytes, numel: int) -> list[float]:
-    import torch
-
-    from fedmoe.codec import decode
-
-    out = torch.empty(numel)
-    decode([part], "fp32", out)
-    return list(out.tolist())
 
 
 @dataclass(frozen=True)
@@ -492,12 +34,16 @@ class Found:
 
 
 def search(
-    scope: Scope, rules: Rules | None = None, *, limit: int = 10**7, progress: Callable[[int], None] = lambda _: None
+    scope: Scope,
+    rules: Rules | None = None,
+    *,
+    limit: int = 10**7,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> Found:
     """Look at every state of the scope, at most `limit`.
 
     Raises:
-        Violation: with a shortest trace to a state that should not be.
+        ViolationError: with a shortest trace to a state that should not be.
     """
     began = time.monotonic()
     model = Model(scope, rules)
@@ -515,11 +61,15 @@ def search(
     while waiting and len(parents) < limit:
         state = waiting.popleft()
         if wrong := model.check(state):
-            raise Violation(wrong, trace(state), len(parents))
+            raise ViolationError(wrong, trace(state), len(parents))
         wrong, labels = model.check_end(state)
         if wrong:
-            told = [*trace(state), "... and from here without further faults:", *map(model.words, labels)]
-            raise Violation(wrong, told, len(parents))
+            told = [
+                *trace(state),
+                "... and from here without further faults:",
+                *map(model.words, labels[:100]),
+            ]
+            raise ViolationError(wrong, told, len(parents))
         for label, after in model.successors(state):
             if after not in parents:
                 parents[after] = (state, label)

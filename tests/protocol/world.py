@@ -143,6 +143,13 @@ class _Server:
                 self.written[key] = TWO_CONTENTS
         return True
 
+    def incr(self, key: str) -> int:
+        self.strings[key] = str(int(self.strings.get(key, b"0")) + 1).encode()
+        return int(self.strings[key])
+
+    def expire(self, key: str) -> bool:
+        return key in self.strings
+
     def relineage(self, weights: bytes) -> bool:
         """What an operator does who gives the expert a new lineage: nothing of before counts any more."""
         self.strings[KEYS.weights] = weights
@@ -341,7 +348,7 @@ class Pipeline:
     def multi(self) -> None:
         self._immediate = False
 
-    def execute(self) -> list[Any]:
+    def execute(self, raise_on_error: bool = True) -> list[Any]:
         values = self._client.port.ask(Request(tuple(self._queue), self._watching))
         return [parse(value) for parse, value in zip(self._parsers, values, strict=True)]
 
@@ -354,6 +361,12 @@ class Pipeline:
 
     def getrange(self, key: str, start: int, end: int) -> None:
         self._add("GETRANGE", key, start, end)
+
+    def incr(self, key: str) -> None:
+        self._add("INCR", key)
+
+    def expire(self, key: str, seconds: int) -> None:
+        self._add("EXPIRE", key)
 
     def strlen(self, key: str) -> None:
         self._add("STRLEN", key)

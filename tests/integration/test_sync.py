@@ -1,0 +1,205 @@
+"""The sync thread beside a training that only counts: nothing trained is lost, whatever happens in between."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from consumers.aggregator import AggregatorSettings, ExpertServer
+from consumers.expert import Expert
+from fedmoe.spec import MergeRules
+from fedmoe.store.connection import Connection
+from producers import sync as sync_module
+from producers.checkpoint import StateDir
+from producers.exchange import Exchange
+from producers.sync import Sync
+from tests.federation import FINGERPRINT, LAYOUT, ScriptedWorker, make_expert, small_spec
+from tests.processes import eventually
+
+Connect = Callable[[], Connection]
+SPEC = replace(small_spec(merge=MergeRules(max_norm=1e4)), sync_interval_s=0.1)
+
+
+@dataclass
+class Step:
+    """What one step of the counter trained."""
+
+    loss: float = 1.0
+    n_examples: int = 1
+    n_tokens: int = 1
+    applied: bool = True
+
+
+class Counter:
+    """A trainer that adds 1 to every value at each step."""
+
+    def __init__(self) -> None:
+        self.flat = torch.zeros(LAYOUT.numel)
+        self.position = 0
+
+    def state(self) -> Mapping[str, torch.Tensor]:
+        return {"step": torch.zeros(())}
+
+    def step(self) -> Step:
+        self.flat += 1
+        self.position += 1
+        return Step()
+
+
+class Run:
+    """A worker's two threads; this one is the training."""
+
+    def __init__(self, connection: Connection, state_dir: StateDir | None = None) -> None:
+        scripted = ScriptedWorker(connection, SPEC)  # joins as a worker does
+        self.trainer = Counter()
+        self.trainer.flat.copy_(scripted.local)
+        self.exchange = Exchange(self.trainer, with_optimizer=state_dir is not None)
+        self.sync = Sync(
+            scripted.store,
+            scripted.ledger,
+            self.exchange,
+            SPEC,
+            fingerprint=FINGERPRINT,
+            state_dir=state_dir,
+            data="d",
+        )
+        self.thread = threading.Thread(target=self.sync.run, daemon=True)
+        self.thread.start()
+        self.steps = 0
+
+    def train(self, steps: int, step_s: float = 0.005) -> None:
+        for _ in range(steps):
+            self.exchange.boundary()
+            step = self.trainer.step()
+            time.sleep(step_s)
+            self.exchange.record(step)
+            self.steps += 1
+
+    def finish(self, drain_s: float) -> None:
+        self.sync.finish(drain_s)
+        while self.thread.is_alive():
+            self.exchange.boundary()
+            self.thread.join(0.01)
+
+
+@contextmanager
+def aggregator(connection: Connection) -> Iterator[None]:
+    """A served expert."""
+    stop = threading.Event()
+    settings = AggregatorSettings(lease_s=1.0, block_ms=20)
+    server = ExpertServer(connection, "sql_expert", settings, holder="a")
+    thread = threading.Thread(target=server.run, args=(stop,))
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+@pytest.fixture
+def expert(connection: Connection) -> Expert:
+    return make_expert(connection, spec=SPEC)
+
+
+def test_every_step_arrives_once(expert: Expert, connect: Connect) -> None:
+    """Alone on its stream, with an aggregator that comes late and goes early: the expert counts every step."""
+    run = Run(connect())
+    run.train(60)
+    with aggregator(connect()):
+        run.train(100)
+    run.train(60)
+    with aggregator(connect()):
+        run.finish(10.0)
+    assert run.sync.failure is None
+    meta = expert.store.load().meta
+    assert meta.n_examples == run.steps
+    expert.load()
+    assert torch.equal(expert.buffer.flat, torch.arange(LAYOUT.numel) + float(run.steps))
+    assert run.exchange.steps_left == 0
+
+
+def test_diverged_training_goes_back_to_the_expert(expert: Expert, connect: Connect) -> None:
+    """Infinity in the adapter is never published and does not stay: what comes after it counts."""
+    run = Run(connect())
+    with aggregator(connect()):
+        run.train(60)
+        run.trainer.flat += float("inf")
+        run.train(100)
+        run.finish(10.0)
+    assert torch.isfinite(run.trainer.flat).all()
+    meta = expert.store.load().meta
+    assert meta.refused == 0
+    expert.load()
+    assert torch.isfinite(expert.buffer.flat).all()
+    assert meta.n_examples > 60 * 0.5
+
+
+def test_heartbeat_goes_on_during_long_steps(
+    expert: Expert, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step longer than the heartbeat's life: the worker does not look dead."""
+    monkeypatch.setattr(sync_module, "HEARTBEAT_INTERVAL_S", 0.2)
+    monkeypatch.setattr(sync_module, "HEARTBEAT_TTL_S", 0.8)
+    run = Run(connect())
+    key = expert.store.keys.worker("alice")
+    eventually("the first beat", lambda: expert.store.connection.client.exists(key))
+    gone = 0
+    training = threading.Thread(target=run.train, args=(1, 2.5))
+    training.start()
+    while training.is_alive():
+        gone += not expert.store.connection.client.exists(key)
+        time.sleep(0.02)
+    run.finish(0.0)
+    assert gone == 0
+
+
+def test_steps_that_nobody_took_are_counted_as_left(expert: Expert, connect: Connect) -> None:
+    """A drain too short even for the copy: the worker must know that these steps are lost."""
+    run = Run(connect())
+    run.train(10, 0.0)
+    run.finish(0.0)
+    run.exchange.boundary()
+    taken = sum(update.header.steps for update in run.sync.ledger.queue)
+    assert taken + run.exchange.steps_left == 10
+
+
+def test_broken_record_in_redis_is_waited_out(expert: Expert, connect: Connect, tmp_path: Path) -> None:
+    """Somebody overwrites a field of `applied`: training goes on, and so does the sync once it is mended."""
+    run = Run(connect(), StateDir(tmp_path))
+    redis, key = expert.store.connection.client, expert.store.keys.applied
+    with aggregator(connect()):
+        run.train(60)
+        eventually("a decision", lambda: redis.hget(key, "alice"))
+    good = redis.hget(key, "alice")
+    redis.hset(key, "alice", "oops")
+    run.train(80)
+    assert "malformed" in run.sync.status.problem
+    redis.hset(key, "alice", good)
+    with aggregator(connect()):
+        run.finish(15.0)
+    assert run.sync.failure is None
+    assert expert.store.load().meta.n_examples == run.steps
+
+
+def test_checkpoint_directory_that_vanishes_is_made_again(
+    expert: Expert, connect: Connect, tmp_path: Path
+) -> None:
+    """Somebody tidied up: the next checkpoint is there, and publishing goes on."""
+    state = tmp_path / "state"
+    run = Run(connect(), StateDir(state))
+    with aggregator(connect()):
+        run.train(40)
+        for file in state.iterdir():
+            file.unlink()
+        state.rmdir()
+        run.train(80)
+        run.finish(10.0)
+    saved = StateDir(state).load(expert="sql_expert", worker="alice", now=0.0)
+    assert saved is not None
+    assert saved.position == run.steps

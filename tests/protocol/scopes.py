@@ -1,0 +1,45 @@
+"""Which federations are searched: SMALL in the suite (a second or so each), BIG by `python -m tests.protocol`."""
+
+from tests.protocol.state import Scope
+
+SMALL = {
+    "lost replies": Scope(units=1, faults={"lost": 1, "late": 1}),
+    "kills": Scope(faults={"kill_worker": 1, "kill_aggregator": 1}),
+    "kills, with a checkpoint in flight": Scope(
+        checkpoints=True, units=1, faults={"kill_worker": 1, "lost": 1}
+    ),
+    "failover": Scope(faults={"failover": 1}),
+    "failover and a killed worker": Scope(units=1, lag=2, faults={"failover": 1, "kill_worker": 1}),
+    "two aggregators, paused past the lease": Scope(aggregators=2, faults={"lease": 1}),
+    "two aggregators, refusals": Scope(aggregators=2, units=1, max_norm=0.5, faults={"lease": 1}),
+    "expiry and hostile workers": Scope(units=1, faults={"expire": 1, "trim": 1}),
+    "forged entries": Scope(units=1, faults={"forge": 2}),
+    "two workers, too stale": Scope(workers=2, units=1, max_staleness=0),
+    "new lineage": Scope(faults={"new_lineage": 1}),
+    "departure": Scope(units=1, disk=False, faults={"leave": 1, "kill_aggregator": 1}),
+}
+
+BIG = {
+    "two workers": Scope(workers=2),
+    "lost replies": Scope(faults={"lost": 2, "late": 1}),
+    "lost replies, two aggregators": Scope(aggregators=2, units=1, faults={"late": 1, "lease": 1}),
+    "lost replies and kills": Scope(faults={"lost": 1, "kill_worker": 1, "kill_aggregator": 1}),
+    "kills, with checkpoints in flight": Scope(
+        checkpoints=True, faults={"kill_worker": 2, "kill_aggregator": 1}
+    ),
+    "failover and a killed worker": Scope(faults={"failover": 1, "kill_worker": 1}),
+    "failover and a lost reply": Scope(lag=9, faults={"failover": 1, "lost": 1}),
+    "two aggregators, refusals": Scope(aggregators=2, units=1, max_norm=0.5, faults={"lease": 1, "lost": 1}),
+    "two failovers": Scope(units=1, faults={"failover": 2}),
+    "failover, two workers": Scope(workers=2, units=1, faults={"failover": 1}),
+    "failover, two aggregators": Scope(aggregators=2, units=1, faults={"failover": 1, "lease": 1}),
+    "failover, three updates": Scope(units=3, lag=14, faults={"failover": 1}),
+    "refusals and failover": Scope(workers=2, units=1, max_staleness=0, faults={"failover": 1}),
+    "refusals, two aggregators": Scope(
+        workers=2, aggregators=2, units=1, max_staleness=0, faults={"lease": 1}
+    ),
+    "expiry and hostile workers": Scope(faults={"expire": 1, "trim": 1, "forge": 1}),
+    "expiry and failover": Scope(units=1, faults={"expire": 1, "trim": 1, "failover": 1}),
+    "departure": Scope(workers=2, units=1, disk=False, faults={"failover": 1, "leave": 1}),
+    "new lineage, two workers": Scope(workers=2, units=1, faults={"new_lineage": 1}),
+}

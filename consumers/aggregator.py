@@ -20,7 +20,7 @@ from fedmoe.backoff import Backoff
 from fedmoe.errors import FedMoEError, RedisUnavailableError, SettingsError, StaleStateError
 from fedmoe.records import Entry
 from fedmoe.store.connection import MAX_SECONDS, Connection, RedisSettings
-from fedmoe.store.expert import FUTURE_S, ExpertStore
+from fedmoe.store.expert import BLOCKING_MS, ExpertStore
 from fedmoe.store.lease import Lease
 
 logger = logging.getLogger(__name__)
@@ -140,7 +140,7 @@ class ExpertServer:
         if not entries:
             block_ms = 1 if self._settings.burst else self._settings.block_ms
             entries = self._store.read(block_ms=block_ms, count=self._settings.batch)
-        if any(entry.ms > (time.time() + FUTURE_S) * 1000 for entry in entries):
+        if any(entry.ms >= BLOCKING_MS for entry in entries):
             self._reclaimed_at = -math.inf  # look soon whether somebody blocked the stream
         for first in range(0, len(entries), self._settings.batch):
             verdicts = self._expert.process(entries[first : first + self._settings.batch])
@@ -158,7 +158,7 @@ class ExpertServer:
     def _reclaim(self) -> list[Entry]:
         self._reclaimed_at = self._clock()
         if self._store.mend():
-            logger.warning("%s: somebody had blocked its stream with an id of the future; mended", self.name)
+            logger.warning("%s: somebody had blocked its stream with the highest id; mended", self.name)
         return self._store.reclaim()
 
 

@@ -24,7 +24,7 @@ from fedmoe.update import MAX_HEADER_BYTES, Part
 CONSUMER = "aggregator"
 LOG_LENGTH = 100_000
 DEAD_LENGTH = 10_000
-FUTURE_S = 3600  # an id so far ahead of the server's clock was not made by the server
+BLOCKING_MS = 2**63  # no clock gets so far; after the highest id there is, a stream takes no entry any more
 _PAGE = 256
 
 
@@ -154,16 +154,15 @@ class ExpertStore:
         return [Entry.of(*item) for _, page in reply or () for item in page]
 
     def mend(self) -> bool:
-        """Undo an XADD with an id far in the future, after which the stream takes no entry any more; True if it did.
+        """Undo an XADD with the highest id there is, after which the stream takes no entry any more; True if it did.
 
         Only once the stream is empty: then the stream is made anew, with its group.
         """
         with self.connection.errors(), self._redis.pipeline(transaction=True) as pipe:
             pipe.watch(self.keys.updates)
             info = pipe.xinfo_stream(self.keys.updates)
-            seconds, _ = pipe.time()
-            newest_ms = int(info["last-generated-id"].split(b"-")[0])
-            if info["length"] or newest_ms <= (seconds + FUTURE_S) * 1000:
+            newest = Entry(info["last-generated-id"].decode(), {})
+            if info["length"] or newest.ms < BLOCKING_MS:
                 return False
             pipe.multi()
             pipe.delete(self.keys.updates)

@@ -159,7 +159,7 @@ class WorkerStore:
         key = self.keys.epoch(self.worker)
         with self.connection.errors(), self._redis.pipeline(transaction=True) as pipe:
             pipe.incr(key)
-            pipe.expire(key, PAYLOAD_TTL_S)
+            pipe.pexpire(key, PAYLOAD_TTL_S * 1000)
             epoch, _ = pipe.execute()
         return int(epoch)
 

@@ -17,6 +17,7 @@ WORKER = (
     "resetkeys", "-@all", "+auth", "+hello", "+ping", "+multi", "+exec", "+discard", "%R~fedmoe:experts",
     "%R~fedmoe:{sql_expert}:*", "%RW~fedmoe:{sql_expert}:payload:alice:*", "%RW~fedmoe:{sql_expert}:worker:alice",
     "+get", "+strlen", "+hget", "+hmget", "+hgetall", "+hkeys", "+xrange", "+set", "+hset", "+del", "+pexpire",
+    "+incrby",
     "(%W~fedmoe:{sql_expert}:updates +xadd)",
 )  # fmt: skip
 AGGREGATOR = ("resetkeys", "~fedmoe:*", "-@all", "+@connection", "+@read", "+@write", "+@stream", "+@transaction",
@@ -60,7 +61,7 @@ def test_a_user_without_limits_may_do_everything_and_nothing_is_changed(connecti
     alice.push(0.5)
     WorkerStore(connection, "sql_expert", "alice").beat({"run": "1-00000000"}, ttl_s=60)
     before = {key: connection.client.dump(key) for key in connection.client.scan_iter()}
-    assert len(before) == 10
+    assert len(before) == 11
     assert told(connection) == [(level, text.format("sql_expert")) for level, text in expected]
     assert {key: connection.client.dump(key) for key in connection.client.scan_iter()} == before
     assert 0 < connection.client.ttl("fedmoe:{sql_expert}:worker:alice") <= 60
@@ -77,7 +78,8 @@ def test_a_worker_may_train_under_its_own_name_only(connection: Connection, user
     assert level == FAIL
     assert text == (
         "this user may not train sql_expert as bob: it lacks SET fedmoe:{sql_expert}:payload:bob:*, "
-        "HSET fedmoe:{sql_expert}:worker:bob, PEXPIRE fedmoe:{sql_expert}:worker:bob, "
+        "INCRBY fedmoe:{sql_expert}:payload:bob:epoch, HSET fedmoe:{sql_expert}:worker:bob, "
+        "PEXPIRE fedmoe:{sql_expert}:worker:bob, "
         "DEL fedmoe:{sql_expert}:payload:bob:*"
     )
 

@@ -365,7 +365,7 @@ class Pipeline:
     def incr(self, key: str) -> None:
         self._add("INCR", key)
 
-    def expire(self, key: str, seconds: int) -> None:
+    def pexpire(self, key: str, ms: int) -> None:
         self._add("EXPIRE", key)
 
     def strlen(self, key: str) -> None:

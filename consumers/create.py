@@ -6,6 +6,7 @@ own, so that the daemon's memory stays that of its experts.
 
 import json
 import logging
+import signal
 import subprocess
 import sys
 import time
@@ -37,7 +38,7 @@ class SpecRequest:
     """What the operator asks new experts to be. `max_norm` 0 means: ten times the initial adapter's norm.
 
     `explicit` names the settings the operator typed: an expert that exists and differs in one of them is an error,
-    while a mere default never is.
+    while a mere default never is. `weighted` names the experts whose gateway weight was typed.
     """
 
     base_model: str = DEFAULT_BASE_MODEL
@@ -51,6 +52,7 @@ class SpecRequest:
     sync_interval_s: float = 10.0
     seed: int = 0
     explicit: frozenset[str] = frozenset()
+    weighted: frozenset[str] = frozenset()
 
 
 def ensure_experts(connection: Connection, weights: Mapping[str, float], request: SpecRequest) -> list[str]:
@@ -68,7 +70,7 @@ def ensure_experts(connection: Connection, weights: Mapping[str, float], request
     for name, store in stores.items():
         if store.exists():
             check_unchanged(name, store.spec(), request)
-            store.register(weights[name])
+            store.register(weights[name], overwrite=name in request.weighted)
         else:
             missing.append(name)
     if not missing:
@@ -122,7 +124,7 @@ def describe(base_model: str, lora: LoraSettings) -> dict[str, Any]:
     """
     logger.info("looking at the base model %s", base_model)
     process = _ask(base_model, lora, read_weights=True)
-    if process.returncode < 0:
+    if process.returncode == -signal.SIGKILL:
         logger.warning("the weights of %s do not fit into memory here; going on by its config", base_model)
         process = _ask(base_model, lora, read_weights=False)
     try:
@@ -149,6 +151,7 @@ def _ask(base_model: str, lora: LoraSettings, *, read_weights: bool) -> "subproc
         capture_output=True,
         text=True,
         check=False,
+        start_new_session=True,  # Ctrl-C is for the daemon, which ends when this is done
     )
 
 

@@ -54,6 +54,7 @@ class LoraSettings:
     def __post_init__(self) -> None:
         _require_whole(self, "rank")
         _require_positive(self, "alpha")
+        _require(self.rank <= 4096, f"rank must be at most 4096, not {self.rank!r}")
         _require(len(self.targets) > 0, "targets must name at least one module, for example q_proj")
 
     @property

@@ -4,6 +4,7 @@ It is written before an update is published, so that a worker that dies at any m
 run, the same outbox, optimizer and data position. One file, because two could disagree after a crash.
 """
 
+import fcntl
 import json
 import os
 import socket
@@ -63,6 +64,12 @@ class StateDir:
             probe = path / f".probe-{socket.gethostname()}-{os.getpid()}"
             probe.write_bytes(b"")
             probe.unlink()
+            self._lock = (path / "lock").open("w")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise SettingsError(
+                f"another worker on this machine uses the state directory {path}: give each its own --state-dir"
+            ) from error
         except OSError as error:
             raise SettingsError(
                 f"the state directory {path} cannot be written ({error.strerror}): give --state-dir another one"

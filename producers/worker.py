@@ -34,6 +34,7 @@ from fedmoe.names import check_name, clean_name
 from fedmoe.spec import Spec
 from fedmoe.store.connection import Connection, RedisSettings
 from fedmoe.store.worker import WorkerStore
+from fedmoe.text import printable
 from fedmoe.update import make_run
 from producers.checkpoint import StateDir
 from producers.claim import claim_name
@@ -112,12 +113,24 @@ class Worker:
     ) -> None:
         self._settings = settings
         self._stop = stop
-        self._say = say
+        self._print = say
         self._store = WorkerStore(Connection(redis), settings.stream, settings.worker)
+        self._mute = False
         self._joining = Joining(self._store, wait=settings.wait, stop=stop)
         self._last: StepResult | None = None
         self._steps = 0
         self._tokens_per_s = 0.0
+
+    def _say(self, line: str) -> None:
+        """Print a line; a full disk or a reader that has gone must not end the training."""
+        try:
+            self._print(printable(line))
+        except OSError as error:
+            if not self._mute:
+                logger.warning(
+                    "progress cannot be printed any more (%s); training on", error.strerror or error
+                )
+            self._mute = True
 
     def run(self) -> None:
         """Join, train and publish until stopped.
@@ -140,7 +153,7 @@ class Worker:
         model, tokenizer, device, autocast = self._load_base(spec)
         if len(rows.rows) > MANY_ROWS:
             self._say(f"tokenizing {len(rows.rows)} rows")
-        examples = make_examples(rows, tokenizer, spec.training.max_length)
+        examples = make_examples(rows, tokenizer, spec.training.max_length, on_bad_row=settings.on_bad_row)
         self._say(f"{settings.data}: {examples.summary()}")
         print_of_base = fingerprint(model)
         self._joining.check_base(print_of_base, spec)

@@ -16,7 +16,7 @@ def aggregator() -> None:
 
 @aggregator.command()
 @redis_options
-@click.option("--expert", "experts", multiple=True, metavar="NAME[=WEIGHT]",
+@click.option("--expert", "experts", multiple=True, metavar="NAME[=WEIGHT]", envvar="FEDMOE_AGGREGATOR_RUN_EXPERT",
               help="An expert to create and serve, with its weight in the gateway; repeatable.  "
                    "[default: python_expert, sql_expert, docs_expert]")  # fmt: skip
 @click.option("--base-model", default="Qwen/Qwen2.5-0.5B-Instruct", show_default=True,
@@ -103,6 +103,7 @@ def run(ctx: click.Context, /, **options: Any) -> None:
         wire_format=options["wire_format"],
         sync_interval_s=options["sync_interval"],
         seed=options["seed"],
+        weighted=frozenset(text.partition("=")[0] for text in options["experts"] if "=" in text),
         explicit=frozenset(
             name
             for name in options

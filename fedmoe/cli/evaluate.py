@@ -14,11 +14,24 @@ from fedmoe.cli.options import redis_options, redis_settings
 @redis_options
 @click.option("--data", required=True, multiple=True, metavar="DIR|EXPERT=FILE",
               help="A directory with <expert>.test.jsonl or <expert>.jsonl, or a file; repeatable.")  # fmt: skip
-@click.option("--adapter", "adapters", multiple=True, metavar="NAME=DIR", help="Another adapter; repeatable.")
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    envvar="FEDMOE_EVALUATE_ADAPTER",
+    metavar="NAME=DIR",
+    help="Another adapter; repeatable.",
+)
 @click.option(
     "--rows", type=click.IntRange(min=0), default=0, help="So many rows of each file.  [default: all]"
 )
-@click.option("--json", "json_file", metavar="FILE", help="Write the result there too; - is standard output.")
+@click.option(
+    "--json",
+    "json_file",
+    metavar="FILE",
+    envvar="FEDMOE_EVALUATE_JSON",
+    help="Write the result there too; - is standard output.",
+)
 @click.option("--base-model", default="", help="Where the base model lies here.  [default: as the spec says]")
 @click.option(
     "--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Rows at a time."

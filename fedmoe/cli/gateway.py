@@ -36,7 +36,7 @@ def export(redis: str, prefix: str, redis_timeout: float, out: Path, expert: str
 
 @gateway.command()
 @redis_options
-@click.option("--json", "as_json", is_flag=True, help="For a program.")
+@click.option("--json", "as_json", is_flag=True, envvar="FEDMOE_GATEWAY_SHOW_JSON", help="For a program.")
 def show(redis: str, prefix: str, redis_timeout: float, as_json: bool) -> None:
     """Tell how the gateway was built, and from which versions."""
     from fedmoe.cli.status import gateway_line

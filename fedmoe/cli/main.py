@@ -14,6 +14,7 @@ import click
 
 from fedmoe import __version__
 from fedmoe.errors import FedMoEError, SettingsError
+from fedmoe.text import printable
 
 # name -> (module, attribute, help); a module is imported only when its command is used.
 COMMANDS = {
@@ -26,6 +27,14 @@ COMMANDS = {
     "demo": ("fedmoe.cli.demo", "demo", "The whole thing on this machine, on a real model and real data."),
     "doctor": ("fedmoe.cli.doctor", "doctor", "Check this installation and the Redis."),
 }
+
+
+class SafeFormatter(logging.Formatter):
+    """Escapes what others wrote, so that no worker can send escapes to the operator's terminal."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # logging's name
+        record.message = printable(record.message)
+        return super().formatMessage(record)
 
 
 class LazyGroup(click.Group):
@@ -62,12 +71,9 @@ def cli(ctx: click.Context, config: Path | None, verbose: bool) -> None:
     Every option can also be given by environment variable (shown by --help) or in the --config file; the command
     line wins over the environment, the environment over the file.
     """
-    logging.basicConfig(
-        level=logging.INFO if not verbose else logging.DEBUG,
-        format="%(asctime)s %(message)s",
-        datefmt="%H:%M:%S",
-        stream=sys.stderr,
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(SafeFormatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler])
     for name in ("transformers", "httpx", "huggingface_hub", "urllib3"):
         logging.getLogger(name).setLevel(logging.ERROR)
     if config is not None:
@@ -107,8 +113,11 @@ def _defaults(
         if isinstance(command, click.Group):
             defaults[name] = _defaults(command, ctx, sections.get(name, {}), shared, f"{where} [{name}]")
         elif command is not None:
-            known = {p.name for p in command.params if p.name}
-            section = {key.replace("-", "_"): value for key, value in sections.get(name, {}).items()}
+            known = {str(p.name) for p in command.params}
+            spelled = {o.lstrip("-").replace("-", "_"): str(p.name) for p in command.params for o in p.opts}
+            section: dict[str, Any] = {
+                spelled.get(key.replace("-", "_"), key): v for key, v in sections.get(name, {}).items()
+            }
             if odd := sorted(section.keys() - known):
                 raise SettingsError(
                     f"{where} [{name}]: unknown key {odd[0]!r}; there are {', '.join(sorted(known))}"

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -33,9 +34,15 @@ NONE = "-"  # not known, or not there yet
 
 @click.command()
 @redis_options
-@click.option("--watch", type=click.FloatRange(min=0.1), is_flag=False, flag_value=2.0, metavar="[SECONDS]",
+@click.option("--watch", type=click.FloatRange(min=0.1, max=86_400), is_flag=False, flag_value=2.0, metavar="[SECONDS]",
               help="Show it again and again, until Ctrl-C.")  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="For a program; with --watch one line each time.")
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    envvar="FEDMOE_STATUS_JSON",
+    help="For a program; with --watch one line each time.",
+)
 def status(redis: str, prefix: str, redis_timeout: float, watch: float | None, as_json: bool) -> None:
     """Show experts, workers and what is waiting; only reads, so any monitoring user will do.
 
@@ -67,7 +74,7 @@ def watch_on(inspector: "Inspector", interval_s: float, *, as_json: bool) -> Non
     """Show the federation for ever; a Redis that does not answer is said, and asked again."""
     from fedmoe.errors import RedisUnavailableError
 
-    if as_json or not sys.stdout.isatty():
+    if as_json or not sys.stdout.isatty() or os.environ.get("TERM") in ("dumb", "unknown"):
         while True:
             try:
                 federation = inspector.federation()

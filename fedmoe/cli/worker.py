@@ -32,7 +32,7 @@ def worker() -> None:
               help="auto: bf16 where the hardware has it.")  # fmt: skip
 @click.option("--batch-size", type=int, default=0, help="Rows a micro-batch.  [default: the spec's]")
 @click.option("--accumulate", type=int, default=0, help="Micro-batches a step.  [default: the spec's]")
-@click.option("--max-steps", type=int, default=0, help="End after so many steps.")
+@click.option("--max-steps", type=int, default=0, help="End after so many steps of this run.")
 @click.option("--max-epochs", type=float, default=0.0, help="End after so many passes over the data.")
 @click.option(
     "--drain", type=float, default=30.0, show_default=True, help="Seconds to wait for the last decision."

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -74,11 +74,17 @@ class Batch:
     first_label: int
 
 
-def make_examples(rows: Rows, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> Examples:
+def make_examples(
+    rows: Rows,
+    tokenizer: "PreTrainedTokenizerBase",
+    max_length: int,
+    *,
+    on_bad_row: Literal["skip", "fail"] = "skip",
+) -> Examples:
     """Tokenize every row. Too long an answer is cut, and then has no end of turn; a prompt is never cut.
 
     Raises:
-        DataError: if no row is left to train on.
+        DataError: if no row is left to train on, or on_bad_row is "fail" and one cannot be used.
     """
     encoder = Encoder(tokenizer)
     examples: list[Example] = []
@@ -90,6 +96,8 @@ def make_examples(rows: Rows, tokenizer: "PreTrainedTokenizerBase", max_length: 
             if len(prompt) >= max_length:
                 raise DataError(f"with a prompt that fills max_length {max_length}")
         except DataError as error:
+            if on_bad_row == "fail":
+                raise DataError(f"{rows.path} line {row.line}: a row {error}") from error
             dropped[str(error)] += 1
             continue
         cut += len(prompt) + len(answer) > max_length

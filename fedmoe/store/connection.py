@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import parse_qs, urlsplit
 
 import redis
 from redis._parsers import Encoder
@@ -59,6 +59,9 @@ class RedisSettings:
                 f"the Redis URL {self.shown!r} must begin with redis://, rediss:// or unix://, "
                 f"for example {DEFAULT_URL}"
             )
+        odd = sorted(k for k in parse_qs(urlsplit(self.url).query) if not k.startswith("ssl_") and k != "db")
+        if odd:
+            raise SettingsError(f"the Redis URL has the option {odd[0]!r}; only db and ssl_… may stand there")
         if not 2 <= self.timeout_s <= MAX_SECONDS:
             raise SettingsError(f"the Redis timeout must be 2 to {MAX_SECONDS} s, not {self.timeout_s!r}")
         Keys(self.prefix)
@@ -66,8 +69,9 @@ class RedisSettings:
     @property
     def shown(self) -> str:
         """The URL without user and password, for messages."""
-        parts = urlsplit(self.url)
-        return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+        # By hand, since a password with / # ? or @ in it makes no URL, and must not be shown for that.
+        scheme, _, rest = self.url.partition("://")
+        return f"{scheme}://{rest.rpartition('@')[2].partition('?')[0]}"
 
 
 class Connection:
@@ -90,7 +94,9 @@ class Connection:
                 **_keepalive(settings.url),
             )
         except ValueError as error:
-            raise SettingsError(f"the Redis URL {settings.shown!r} cannot be used: {error}") from error
+            raise SettingsError(
+                f"the Redis URL {settings.shown!r} cannot be used: write / # ? @ in a password as %2F %23 %3F %40"
+            ) from error
 
     def _on_connect(self, connection: Any) -> None:
         connection.on_connect()

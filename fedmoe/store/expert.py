@@ -94,10 +94,11 @@ class ExpertStore:
             self.register(gateway_weight)
             return True
 
-    def register(self, gateway_weight: float) -> None:
-        """List the expert among the federation's, unless it is there already."""
+    def register(self, gateway_weight: float, *, overwrite: bool = False) -> None:
+        """List the expert among the federation's; one that is there keeps its weight unless told otherwise."""
+        put = self._redis.hset if overwrite else self._redis.hsetnx
         with self.connection.errors():
-            self._redis.hsetnx(self.connection.keys.experts, self.name, f"{gateway_weight:g}")
+            put(self.connection.keys.experts, self.name, f"{gateway_weight:g}")
 
     def spec(self) -> Spec:
         """The expert's spec.

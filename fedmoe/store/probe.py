@@ -54,7 +54,9 @@ def _memory(info: Mapping[str, Any]) -> Check:
     share = info.get("used_memory", 0) / bound
     if share > MEMORY_ALARM:
         return Check(
-            WARN, "memory", f"{share:.0%} of maxmemory is used: raise it, a full Redis takes no updates"
+            FAIL if share >= 1 else WARN,
+            "memory",
+            f"{share:.0%} of maxmemory is used: raise it, a full Redis takes no updates",
         )
     return Check(OK, "memory", f"noeviction, {share:.0%} of {bound / 2**30:.1f} GiB used")
 

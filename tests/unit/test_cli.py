@@ -1,5 +1,6 @@
 """The command line: quick help, configuration file, environment, precedence."""
 
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -7,8 +8,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from fedmoe.cli.main import COMMANDS, cli
-from fedmoe.errors import SettingsError
+from fedmoe.cli.main import COMMANDS, SafeFormatter, cli
+from fedmoe.errors import RedisUnavailableError, SettingsError
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -63,3 +64,28 @@ def test_command_line_wins_over_environment_over_file(tmp_path: Path) -> None:
     ):
         with pytest.raises(SettingsError, match=expected):
             CliRunner(env=environment).invoke(cli, command + arguments, catch_exceptions=False)
+
+
+@pytest.mark.parametrize(
+    "url", ["redis://:sec#ret@127.0.0.1:1", "redis://:sec/ret@127.0.0.1:1", "redis://u:sec@ret@127.0.0.1:x"]
+)
+def test_password_is_never_shown(url: str) -> None:
+    """Not even when it makes the URL unreadable; the message says how to write it."""
+    with pytest.raises((SettingsError, RedisUnavailableError)) as error:
+        CliRunner().invoke(cli, ["status", "--redis", url], catch_exceptions=False)
+    assert "sec" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["redis://h?x=y", "redis://h?decode_responses=true", "redis://[::1", "http://h"]
+)
+def test_url_that_cannot_work_is_refused(url: str) -> None:
+    """One sentence, whatever redis-py would make of it."""
+    with pytest.raises(SettingsError, match="Redis URL"):
+        CliRunner().invoke(cli, ["status", "--redis", url], catch_exceptions=False)
+
+
+def test_control_characters_never_reach_the_terminal() -> None:
+    """What a worker wrote is logged escaped."""
+    record = logging.LogRecord("n", logging.WARNING, "f", 1, "took %s", ("\x1b[31mevil\a",), None)
+    assert SafeFormatter("%(message)s").format(record) == "took \\x1b[31mevil\\x07"

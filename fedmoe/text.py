@@ -1,0 +1,6 @@
+"""Text that others wrote, made safe to print."""
+
+
+def printable(text: str) -> str:
+    """`text` with every control character escaped, so that it can neither move a cursor nor colour a terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)

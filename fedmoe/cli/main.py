@@ -114,10 +114,13 @@ def _defaults(
             defaults[name] = _defaults(command, ctx, sections.get(name, {}), shared, f"{where} [{name}]")
         elif command is not None:
             known = {str(p.name) for p in command.params}
-            spelled = {o.lstrip("-").replace("-", "_"): str(p.name) for p in command.params for o in p.opts}
-            section: dict[str, Any] = {
-                spelled.get(key.replace("-", "_"), key): v for key, v in sections.get(name, {}).items()
+            names = {
+                spelling.lstrip("-").replace("-", "_"): str(parameter.name)
+                for parameter in command.params
+                for spelling in parameter.opts
             }
+            given = {key.replace("-", "_"): value for key, value in sections.get(name, {}).items()}
+            section: dict[str, Any] = {names.get(key, key): value for key, value in given.items()}
             if odd := sorted(section.keys() - known):
                 raise SettingsError(
                     f"{where} [{name}]: unknown key {odd[0]!r}; there are {', '.join(sorted(known))}"

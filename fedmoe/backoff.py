@@ -6,12 +6,12 @@ import time
 from collections.abc import Callable
 
 FIRST_S = 0.1
-LONGEST_S = 2.0
+LONGEST_S = 1.0  # so that a Redis that is back is in use again within two seconds
 REPEAT_S = 30.0
 
 
 class Backoff:
-    """Waits that double from 0.1 s to 2 s, with jitter; a problem is said when it begins and every 30 s, and its end.
+    """Waits that double from 0.1 s to 1 s, with jitter; a problem is said when it begins and every 30 s, and its end.
 
     Args:
         what: names the thing in messages.

@@ -37,6 +37,16 @@ class UnknownExpertError(FedMoEError, LookupError):
     """No expert of that name; the message lists those there are."""
 
 
+class LostExpertError(UnknownExpertError):
+    """An expert that was there is gone: Redis was emptied. Nobody begins it anew unasked; all wait and say so."""
+
+    def __init__(self, name: str, known: str = "") -> None:
+        super().__init__(
+            f"expert {name!r} is gone from Redis{known}: an aggregator that still serves it writes it back; if none is "
+            "left, write a backup back (fedmoe restore) or begin anew (fedmoe aggregator run --new-lineage)"
+        )
+
+
 class RedisUnavailableError(FedMoEError, ConnectionError):
     """Redis cannot be reached, refuses the login, or refuses the command."""
 

@@ -5,6 +5,7 @@ connection that loaded it. In its MULTI stand only commands that cannot fail hal
 may write.
 """
 
+import logging
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,11 +13,12 @@ from typing import Any
 
 import redis
 
-from fedmoe.errors import StaleStateError, UnknownExpertError
+from fedmoe.errors import LostExpertError, SpecError, StaleStateError
 from fedmoe.keys import GROUP
 from fedmoe.records import Decided, Entry, Meta
 from fedmoe.spec import Spec
 from fedmoe.store.connection import Connection
+from fedmoe.store.full import is_full, read_together, transact
 from fedmoe.update import MAX_HEADER_BYTES, Part
 
 # Every aggregator reads under one consumer name: whichever holds the lease owns the whole pending list, and no list
@@ -26,6 +28,9 @@ LOG_LENGTH = 100_000
 DEAD_LENGTH = 10_000
 BLOCKING_MS = 2**63  # no clock gets so far; after the highest id there is, a stream takes no entry any more
 _PAGE = 256
+_UNLINK_AT_ONCE = 1000  # keys; a script's command may not have more than some thousand words
+
+logger = logging.getLogger(__name__)
 
 
 def new_id() -> str:
@@ -76,22 +81,41 @@ class ExpertStore:
         with self.connection.errors():
             return bool(self._redis.exists(self.keys.meta))
 
-    def create(self, spec: Spec, meta: Meta, weights: memoryview, *, gateway_weight: float) -> bool:
-        """Create the expert as version 0, whole or not at all; False if somebody else just did."""
+    def create(
+        self,
+        spec: Spec,
+        meta: Meta,
+        weights: memoryview,
+        *,
+        gateway_weight: float | None = None,
+        applied: Mapping[str, Decided] | None = None,
+        log: Mapping[str, str | int] | None = None,
+    ) -> bool:
+        """Write the expert whole or not at all, where nothing is; False if something is there.
+
+        A new expert is version 0; one that the server lost comes with what it had `applied`, and a line for its `log`.
+        With a `gateway_weight` it is listed among the federation's.
+        """
+        keys = self.keys
         with self.connection.errors():
             with self._redis.pipeline(transaction=True) as pipe:
                 try:
-                    pipe.watch(self.keys.meta)
-                    if pipe.exists(self.keys.meta):
+                    pipe.watch(keys.meta, keys.weights, keys.applied)
+                    if pipe.exists(keys.meta, keys.weights, keys.applied):
                         return False
                     pipe.multi()
-                    pipe.set(self.keys.spec, spec.to_json())
-                    pipe.set(self.keys.weights, weights)
-                    pipe.hset(self.keys.meta, mapping=meta.to_hash())
+                    pipe.set(keys.spec, spec.to_json())
+                    pipe.set(keys.weights, weights)
+                    pipe.hset(keys.meta, mapping=meta.to_hash())
+                    if applied:
+                        pipe.hset(keys.applied, mapping={w: d.to_json() for w, d in applied.items()})
+                    if log:
+                        pipe.xadd(keys.log, dict(log))
                     pipe.execute()
                 except redis.WatchError:
                     return False
-            self.register(gateway_weight)
+            if gateway_weight is not None:
+                self.register(gateway_weight)
             return True
 
     def register(self, gateway_weight: float, *, overwrite: bool = False) -> None:
@@ -104,29 +128,43 @@ class ExpertStore:
         """The expert's spec.
 
         Raises:
-            UnknownExpertError: if there is no such expert.
+            LostExpertError: if there is no such expert.
         """
         with self.connection.errors():
             text = self._redis.get(self.keys.spec)
         if text is None:
-            raise UnknownExpertError(f"there is no expert {self.name!r} in Redis (any more)")
+            raise LostExpertError(self.name)
         return Spec.from_json(text)
 
     def load(self) -> Loaded:
-        """Read weights, meta and applied in one MULTI, and make sure that the consumer group is there, from 0."""
+        """Read weights, meta and applied as of one moment, and make sure that the consumer group is there, from 0.
+
+        Raises:
+            LostExpertError: if the expert is gone.
+            SpecError: if a key that commits write to is of another type: an EXEC would fail half way.
+        """
+        keys = self.keys
         with self.connection.errors():
             try:
-                self._redis.xgroup_create(self.keys.updates, GROUP, id="0", mkstream=True)
+                self._redis.xgroup_create(keys.updates, GROUP, id="0", mkstream=True)
             except redis.ResponseError as error:
-                if "BUSYGROUP" not in str(error):
+                if "BUSYGROUP" not in str(error) and not is_full(error):
                     raise
-            with self._redis.pipeline(transaction=True) as pipe:
-                pipe.get(self.keys.weights)
-                pipe.hgetall(self.keys.meta)
-                pipe.hgetall(self.keys.applied)
-                weights, meta, applied = pipe.execute()
+            weights, meta, applied, *types = read_together(
+                self._redis,
+                ("get", keys.weights),
+                ("hgetall", keys.meta),
+                ("hgetall", keys.applied),
+                ("type", keys.log),
+                ("type", keys.dead),
+            )
         if weights is None or not meta:
-            raise UnknownExpertError(f"expert {self.name!r} is gone from Redis: was the server emptied?")
+            raise LostExpertError(self.name)
+        for key, kind in zip((keys.log, keys.dead), types, strict=True):
+            if kind not in (b"stream", b"none"):
+                raise SpecError(
+                    f"the key {key} is a {kind.decode()} and should be a stream: somebody overwrote it, rename it"
+                )
         return Loaded(
             meta=Meta.from_hash(meta),
             weights=weights,
@@ -174,6 +212,17 @@ class ExpertStore:
                 return False
         return True
 
+    def lineages(self) -> dict[str, str]:
+        """What the living workers know of this expert: worker -> lineage, by their heartbeats."""
+        prefix = self.keys.worker("")
+        found = {}
+        with self.connection.errors():
+            for key in self._redis.scan_iter(match=f"{prefix}*", count=1000):
+                worker = key.decode(errors="backslashreplace").removeprefix(prefix)
+                if lineage := self.heartbeat_field(worker, "lineage"):
+                    found[worker] = lineage
+        return found
+
     def header(self, worker: str, run: str, seq: int) -> bytes | None:
         """The header of an update, None if there is none; never more than MAX_HEADER_BYTES + 1 bytes."""
         with self.connection.errors(), self._redis.pipeline(transaction=False) as pipe:
@@ -210,17 +259,36 @@ class ExpertStore:
         """
         with self.connection.errors(), self._redis.pipeline(transaction=True) as pipe:
             try:
-                pipe.watch(self.keys.meta)
-                head = pipe.hget(self.keys.meta, "commit")
-                if head is None or head.decode() != commit.on:
-                    raise StaleStateError(f"{self.name}: another aggregator committed meanwhile")
-                if self.connection.generation != commit.generation:
-                    raise StaleStateError(f"{self.name}: the connection to Redis was made anew")
+                self._check_head(pipe, commit)
                 pipe.multi()
                 self._queue(pipe, commit)
-                pipe.execute()
+                try:
+                    pipe.execute()
+                except redis.RedisError as error:
+                    if not is_full(error):
+                        raise
+                    self._commit_to_full(pipe, commit)
             except redis.WatchError as error:
                 raise StaleStateError(f"{self.name}: another aggregator committed meanwhile") from error
+
+    def _check_head(self, pipe: Any, commit: Commit) -> None:
+        """Compare the head, and WATCH all that a commit writes to."""
+        keys = self.keys
+        pipe.watch(keys.meta, keys.weights, keys.applied, keys.log, keys.dead)
+        head = pipe.hget(keys.meta, "commit")
+        if head is None or head.decode() != commit.on:
+            raise StaleStateError(f"{self.name}: another aggregator committed meanwhile")
+        if self.connection.generation != commit.generation:
+            raise StaleStateError(f"{self.name}: the connection to Redis was made anew")
+
+    def _commit_to_full(self, pipe: Any, commit: Commit) -> None:
+        """The same commit to a full Redis, which had refused it: it frees the memory of what was decided."""
+        logger.warning("%s: Redis is full: committing beyond its limit to free memory", self.name)
+        self._check_head(pipe, commit)
+        queued = self._redis.pipeline(transaction=True)
+        self._queue(queued, commit)
+        if not transact(pipe, self.keys.meta, commit.on, [words for words, _ in queued.command_stack]):
+            raise StaleStateError(f"{self.name}: another aggregator committed meanwhile")
 
     def _queue(self, pipe: Any, commit: Commit) -> None:
         keys = self.keys
@@ -236,8 +304,8 @@ class ExpertStore:
         if commit.entries:
             pipe.xack(keys.updates, GROUP, *commit.entries)
             pipe.xdel(keys.updates, *commit.entries)
-        if commit.unlink:
-            pipe.unlink(*commit.unlink)
+        for first in range(0, len(commit.unlink), _UNLINK_AT_ONCE):
+            pipe.unlink(*commit.unlink[first : first + _UNLINK_AT_ONCE])
 
 
 def _absent_if_wrong_type(replies: Sequence[Any]) -> list[Any]:

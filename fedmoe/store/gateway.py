@@ -8,6 +8,7 @@ from fedmoe.errors import SpecError, UnknownExpertError
 from fedmoe.records import Entry, Meta
 from fedmoe.spec import Spec
 from fedmoe.store.connection import Connection
+from fedmoe.store.full import read_together
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,16 @@ class GatewayStore:
                 f"set it with `redis-cli HSET {self.connection.keys.experts} <expert> 1`"
             ) from error
 
+    def list_again(self, weights: Mapping[str, float]) -> dict[str, float]:
+        """List those of these experts that are there; returns them."""
+        there = {}
+        with self.connection.errors():
+            for name, weight in weights.items():
+                if self._redis.exists(self.connection.keys.expert(name).meta):
+                    self._redis.hsetnx(self.connection.keys.experts, name, f"{weight:g}")
+                    there[name] = weight
+        return there
+
     def spec(self, expert: str) -> Spec:
         """An expert's spec; raises UnknownExpertError."""
         with self.connection.errors():
@@ -58,10 +69,8 @@ class GatewayStore:
     def read(self, expert: str) -> tuple[Meta, bytes]:
         """An expert's meta and weights, in one MULTI."""
         keys = self.connection.keys.expert(expert)
-        with self.connection.errors(), self._redis.pipeline(transaction=True) as pipe:
-            pipe.hgetall(keys.meta)
-            pipe.get(keys.weights)
-            raw, weights = pipe.execute()
+        with self.connection.errors():
+            raw, weights = read_together(self._redis, ("hgetall", keys.meta), ("get", keys.weights))
         if not raw or weights is None:
             raise UnknownExpertError(f"expert {expert!r} is gone from Redis")
         return Meta.from_hash(raw), weights
@@ -69,11 +78,10 @@ class GatewayStore:
     def history(self, expert: str) -> tuple[Meta, bytes, list[dict[str, str]]]:
         """An expert's meta, weights and whole log (oldest line first), in one MULTI."""
         keys = self.connection.keys.expert(expert)
-        with self.connection.errors(), self._redis.pipeline(transaction=True) as pipe:
-            pipe.hgetall(keys.meta)
-            pipe.get(keys.weights)
-            pipe.xrange(keys.log)
-            raw, weights, log = pipe.execute()
+        with self.connection.errors():
+            raw, weights, log = read_together(
+                self._redis, ("hgetall", keys.meta), ("get", keys.weights), ("xrange", keys.log)
+            )
         if not raw or weights is None:
             raise UnknownExpertError(f"expert {expert!r} is gone from Redis")
         return Meta.from_hash(raw), weights, [Entry.of(*line).fields for line in log]
@@ -86,10 +94,8 @@ class GatewayStore:
 
     def load(self) -> tuple[GatewayRecord, bytes] | None:
         """The gateway's record and its safetensors file, in one MULTI; None if there is none yet."""
-        with self.connection.errors(), self._redis.pipeline(transaction=True) as pipe:
-            pipe.hgetall(self.keys.meta)
-            pipe.get(self.keys.weights)
-            raw, weights = pipe.execute()
+        with self.connection.errors():
+            raw, weights = read_together(self._redis, ("hgetall", self.keys.meta), ("get", self.keys.weights))
         record = self._record(raw)
         return (record, weights) if record and weights is not None else None
 

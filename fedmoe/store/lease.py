@@ -2,7 +2,16 @@
 
 from fedmoe.store.connection import Connection
 
-_RENEW = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('PEXPIRE', KEYS[1], ARGV[2]) end return 0"
+# Taken on a full Redis too: only who serves the expert can free memory. A lease without an expiry was set by hand, and
+# gets one.
+_HOLD = """#!lua flags=allow-oom
+local holder = redis.call('GET', KEYS[1])
+if holder and holder ~= ARGV[1] then
+  if redis.call('PTTL', KEYS[1]) == -1 then redis.call('PEXPIRE', KEYS[1], ARGV[2]) end
+  return 0
+end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+return 1"""
 _RELEASE = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0"
 
 
@@ -20,15 +29,13 @@ class Lease:
         self._key = key
         self._holder = holder
         self._ttl_ms = ttl_ms
-        self._renew = connection.client.register_script(_RENEW)
+        self._hold = connection.client.register_script(_HOLD)
         self._release = connection.client.register_script(_RELEASE)
 
     def hold(self) -> bool:
         """Take or renew the lease; False while somebody else has it."""
         with self._connection.errors():
-            if self._renew(keys=[self._key], args=[self._holder, self._ttl_ms]):
-                return True
-            return bool(self._connection.client.set(self._key, self._holder, nx=True, px=self._ttl_ms))
+            return bool(self._hold(keys=[self._key], args=[self._holder, self._ttl_ms]))
 
     def release(self) -> None:
         """Give it up, so that a standby need not wait for the expiry."""

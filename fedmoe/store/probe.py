@@ -16,7 +16,7 @@ from fedmoe.keys import GROUP, Keys
 from fedmoe.store.connection import Connection
 from fedmoe.store.inspect import DENIED, Inspector
 
-OLDEST = (6, 2)
+OLDEST = (7, 0)
 ROLES = ("aggregator", "worker", "viewer")
 EXAMPLE_EXPERT = "python_expert"
 _BAD = "no-such-thing"
@@ -31,7 +31,7 @@ def server_checks(info: Mapping[str, Any]) -> list[Check]:
     )
     checks = [Check(OK, "redis", f"{name} {version}")]
     if tuple(int(part) for part in str(info["redis_version"]).split(".")[:2]) < OLDEST:
-        checks = [Check(FAIL, "redis", f"{name} {version} is too old: 6.2 or later is needed")]
+        checks = [Check(FAIL, "redis", f"{name} {version} is too old: 7.0 or later is needed")]
     if info.get("role") == "slave":
         checks.append(Check(FAIL, "redis", "this is a read-only replica: use the URL of the master"))
     if info.get("cluster_enabled"):
@@ -163,10 +163,12 @@ def aggregator_commands(keys_of: Keys, expert: str) -> list[Command]:
         ("XADD", keys.dead, _BAD, "a", "b"),
         ("GETRANGE", keys.head("doctor", _BAD, 0), 0, 0),
         ("XINFO STREAM", keys.updates),
+        ("TYPE", keys.log),
         ("DEL", keys.head("doctor", _BAD, 0)),
         ("UNLINK", keys.head("doctor", _BAD, 0)),
         ("PEXPIRE", keys.lease, _BAD),
         ("EVALSHA", _BAD, 1, keys.lease),
+        ("EVAL", "return 1", 1, keys.lease),
         ("SCRIPT LOAD", "return 1"),
         ("WATCH", keys.meta),
         ("UNWATCH",),
@@ -194,6 +196,8 @@ def worker_commands(keys_of: Keys, expert: str, worker: str) -> list[Command]:
         ("HSET", keys.worker(worker), "a", "b", "c"),
         ("PEXPIRE", keys.worker(worker), _BAD),
         ("DEL", keys.head(worker, _BAD, 0)),
+        ("WATCH", keys.meta),
+        ("UNWATCH",),
         ("MULTI",),
         ("DISCARD",),
     ]

@@ -7,15 +7,19 @@ for ever, and the aggregator takes it once.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fedmoe.errors import RedisUnavailableError, UnknownExpertError
+import redis
+
+from fedmoe.errors import LostExpertError, RedisUnavailableError, UnknownExpertError
 from fedmoe.records import Decided, Meta
 from fedmoe.spec import Spec
 from fedmoe.store.connection import Connection
+from fedmoe.store.full import read_together
 from fedmoe.update import Header
 
-# Far longer than any outage planned for; parts that nobody will ever decide (their worker died while writing them)
-# go away by themselves.
+# Far longer than any outage planned for. What is not announced yet (its worker may die while writing it) goes sooner.
 PAYLOAD_TTL_S = 7 * 24 * 3600
+HALF_WRITTEN_TTL_S = 3600
+NEARLY_FULL = 0.9  # of maxmemory
 
 
 class NoExpertsError(UnknownExpertError):
@@ -78,36 +82,32 @@ class WorkerStore:
 
     def _meta(self, raw: Mapping[bytes, bytes]) -> Meta:
         if not raw:
-            raise UnknownExpertError(f"expert {self.expert!r} is gone from Redis: was the server emptied?")
+            raise LostExpertError(self.expert)
         return Meta.from_hash(raw)
 
     def pull(self, *, known: str) -> Snapshot:
         """Read meta and one's own decision, with the weights if their commit is not `known`, in one MULTI."""
+        reads = (("hgetall", self.keys.meta), ("hget", self.keys.applied, self.worker))
         with self.connection.errors():
-            with self._redis.pipeline(transaction=True) as pipe:
-                pipe.hgetall(self.keys.meta)
-                pipe.hget(self.keys.applied, self.worker)
-                raw, decided = pipe.execute()
+            raw, decided = read_together(self._redis, *reads)
             if self._meta(raw).weights_commit == known:
                 return Snapshot(self._meta(raw), Decided.from_json(decided) if decided else None, None)
-            with self._redis.pipeline(transaction=True) as pipe:
-                pipe.hgetall(self.keys.meta)
-                pipe.hget(self.keys.applied, self.worker)
-                pipe.get(self.keys.weights)
-                raw, decided, weights = pipe.execute()
+            raw, decided, weights = read_together(self._redis, *reads, ("get", self.keys.weights))
         if weights is None:
             raise UnknownExpertError(f"the weights of expert {self.expert!r} are gone from Redis")
         return Snapshot(self._meta(raw), Decided.from_json(decided) if decided else None, weights)
 
     def poll(self, entry_id: str, header: Header) -> Poll:
         """What became of the update that `entry_id` announced."""
-        with self.connection.errors(), self._redis.pipeline(transaction=True) as pipe:
-            pipe.hmget(self.keys.meta, ["lineage", "weights_commit"])
-            pipe.hget(self.keys.applied, self.worker)
-            pipe.xrange(self.keys.updates, entry_id, entry_id)
-            (lineage, weights_commit), decided, entries = pipe.execute()
+        with self.connection.errors():
+            (lineage, weights_commit), decided, entries = read_together(
+                self._redis,
+                ("hmget", self.keys.meta, ["lineage", "weights_commit"]),
+                ("hget", self.keys.applied, self.worker),
+                ("xrange", self.keys.updates, entry_id, entry_id),
+            )
         if lineage is None or weights_commit is None:
-            raise UnknownExpertError(f"expert {self.expert!r} is gone from Redis: was the server emptied?")
+            raise LostExpertError(self.expert)
         # After a failover another worker's entry may bear this id.
         waits = any(
             fields.get(b"worker") == self.worker.encode()
@@ -123,8 +123,9 @@ class WorkerStore:
         """Write parts and header, then ring the bell; returns the entry's id.
 
         Raises:
-            RedisUnavailableError: also if a part is not whole on the server: publish again.
+            RedisUnavailableError: also if a part is not whole on the server, or Redis is nearly full: publish again.
         """
+        self._hold_back_if_nearly_full(header.payload_bytes)
         run, seq = header.run, header.seq
         blobs = {self.keys.part(self.worker, run, seq, index): part for index, part in enumerate(parts)}
         blobs[self.keys.head(self.worker, run, seq)] = header.pack()
@@ -143,16 +144,35 @@ class WorkerStore:
         with self.connection.errors():
             with self._redis.pipeline(transaction=False) as pipe:
                 for key, blob in blobs.items():
-                    pipe.set(key, blob, ex=PAYLOAD_TTL_S)
+                    pipe.set(key, blob, ex=HALF_WRITTEN_TTL_S)
                 pipe.execute()
             with self._redis.pipeline(transaction=True) as pipe:
                 for key in blobs:
                     pipe.strlen(key)
+                for key in blobs:
+                    pipe.pexpire(key, PAYLOAD_TTL_S * 1000)
                 pipe.xadd(self.keys.updates, dict(entry))
-                *lengths, entry_id = pipe.execute()
-        if lengths != [len(blob) for blob in blobs.values()]:
+                *replies, entry_id = pipe.execute()
+        if replies[: len(blobs)] != [len(blob) for blob in blobs.values()]:
             raise RedisUnavailableError("the update did not arrive whole; it is sent again")
         return str(entry_id.decode())
+
+    def _hold_back_if_nearly_full(self, n_bytes: int) -> None:
+        """Raise RedisUnavailableError if Redis has little room for n_bytes more, and will soon have more.
+
+        It will if updates wait, for their commit removes them. If none do, waiting helps nobody, and Redis decides.
+        """
+        with self.connection.errors():
+            try:
+                memory = self._redis.info("memory")
+            except redis.exceptions.NoPermissionError:
+                return  # then only Redis itself can say that it is full
+            bound = memory.get("maxmemory", 0)
+            share = (memory.get("used_memory", 0) + n_bytes) / bound if bound else 0.0
+            if share > NEARLY_FULL and self._redis.xrange(self.keys.updates, count=1):
+                raise RedisUnavailableError(
+                    f"Redis at {self.connection.settings.shown} is nearly full and updates wait: holding this one back"
+                )
 
     def next_epoch(self) -> int:
         """A number that grows with each run of this worker, also while updates of earlier runs still wait."""

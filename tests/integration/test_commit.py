@@ -417,23 +417,6 @@ def test_fingerprint_is_pinned_by_the_first_worker_that_joins(connection: Connec
     assert (meta.base_fingerprint, meta.base_fingerprint_by) == ("abcdef", "worker alice")
 
 
-def test_full_redis_loses_nothing(connection: Connection) -> None:
-    """OOM at publish and at commit: one sentence, and after the operator made room everything counts once."""
-    expert = make_expert(connection)
-    worker, other = (ScriptedWorker(connection, expert.spec, name) for name in ("alice", "bob"))
-    worker.push(1.0)
-    connection.client.config_set("maxmemory", "1")
-    with pytest.raises(RedisUnavailableError, match="is full: raise its maxmemory"):
-        serve(expert)
-    expert_again = Expert(expert.store, expert.spec, aggregator="again")
-    with pytest.raises(RedisUnavailableError, match="is full"):
-        other.push(1.0)
-    connection.client.config_set("maxmemory", 0)
-    expert_again.load()
-    other.publish()
-    assert serve(expert_again) == ["applied", "applied"]
-
-
 def test_emptied_redis_is_said(connection: Connection) -> None:
     """Nothing is invented when the expert is gone."""
     expert = make_expert(connection)

@@ -14,7 +14,8 @@ from tests.federation import ScriptedWorker, make_expert, serve, small_spec
 from tests.processes import fedmoe
 
 WORKER = (
-    "resetkeys", "-@all", "+auth", "+hello", "+ping", "+multi", "+exec", "+discard", "%R~fedmoe:experts",
+    "resetkeys", "-@all", "+auth", "+hello", "+ping", "+multi", "+exec", "+discard", "+watch", "+unwatch",
+    "%R~fedmoe:experts",
     "%R~fedmoe:{sql_expert}:*", "%RW~fedmoe:{sql_expert}:payload:alice:*", "%RW~fedmoe:{sql_expert}:worker:alice",
     "+get", "+strlen", "+hget", "+hmget", "+hgetall", "+hkeys", "+xrange", "+set", "+hset", "+del", "+pexpire",
     "+incrby",
@@ -109,7 +110,7 @@ def test_what_is_called_enough_for_an_aggregator_is_enough(connection: Connectio
     assert Lease(server, "fedmoe:{sql_expert}:lease", holder="a", ttl_ms=5000).hold()
     assert GatewayBuilder(server, GatewaySettings(), holder="a", lease_s=5.0).refresh()
     ((level, text),) = told(user(*AGGREGATOR, "-@scripting"), role="aggregator")[:1]
-    missing = "EVALSHA fedmoe:{sql_expert}:lease, SCRIPT LOAD"
+    missing = "EVALSHA fedmoe:{sql_expert}:lease, EVAL fedmoe:{sql_expert}:lease, SCRIPT LOAD"
     assert (level, text) == (FAIL, f"this user may not serve experts: it lacks {missing}")
 
 

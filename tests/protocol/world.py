@@ -160,15 +160,17 @@ class _Server:
         return True
 
     def lease(self, holder: str) -> bool:
-        """SET NX."""
+        """The lease's script."""
         return self.strings.setdefault(KEYS.lease, holder.encode()) == holder.encode()
 
-    def renew(self, holder: str) -> bool:
-        """The lease's script."""
-        return self.strings.get(KEYS.lease) == holder.encode()
+    def exists(self, *keys: str) -> int:
+        return sum(key in self.strings or key in self.hashes for key in keys)
 
     def unlink(self, *keys: str) -> int:
         return sum(self.strings.pop(key, None) is not None for key in keys)
+
+    def type(self, key: str) -> bytes:
+        return b"stream"
 
     def hgetall(self, key: str) -> Pairs:
         return tuple(sorted(self.hashes.get(key, {}).items()))
@@ -185,7 +187,7 @@ class _Server:
             self.hashes[key] |= dict.fromkeys(FOR_PEOPLE, "0")
         return 1
 
-    def watch(self, key: str) -> bool:
+    def watch(self, *keys: str) -> bool:
         return True
 
     def xadd(self, key: str, fields: Pairs) -> str:
@@ -304,13 +306,16 @@ class Client:
     def hget(self, key: str, field: str) -> bytes | None:
         return _bytes(self._one("HGET", key, field))
 
-    def set(self, key: str, value: str, *, nx: bool, px: int) -> bool:
-        assert nx
-        return self._one("LEASE", value)
+    def exists(self, *keys: str) -> int:
+        return self._one("EXISTS", *keys)
+
+    def info(self, section: str) -> dict[str, int]:
+        """A server without a memory limit."""
+        return {}
 
     def register_script(self, script: str) -> Any:
         assert "PEXPIRE" in script or "DEL" in script
-        return lambda keys, args: self._one("RENEW", args[0])
+        return lambda keys, args: self._one("LEASE", args[0])
 
     def xgroup_create(self, key: str, group: str, *, id: str, mkstream: bool) -> None:  # noqa: A002  # redis-py's name
         if not self._one("GROUP", key, self.group_start):
@@ -339,11 +344,11 @@ class Pipeline:
     def __exit__(self, *error: object) -> None:
         pass
 
-    def watch(self, key: str) -> None:
+    def watch(self, *keys: str) -> None:
         self._immediate = True
         self._watching = self._client.watches
         if self._watching:
-            self._client._one("WATCH", key, watched=True)
+            self._client._one("WATCH", *keys, watched=True)
 
     def multi(self) -> None:
         self._immediate = False
@@ -381,6 +386,9 @@ class Pipeline:
         if self._immediate:
             return _bytes(self._client._one("HGET", key, field, watched=self._watching))
         return self._add("HGET", key, field, parse=_bytes)
+
+    def type(self, key: str) -> None:
+        self._add("TYPE", key)
 
     def hgetall(self, key: str) -> None:
         self._add("HGETALL", key, parse=_hash)

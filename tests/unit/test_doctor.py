@@ -118,7 +118,7 @@ def test_a_fit_server_is_all_ok() -> None:
 @pytest.mark.parametrize(
     ("odd", "level", "message"),
     [
-        ({"redis_version": "6.0.16"}, FAIL, "Redis 6.0.16 is too old: 6.2 or later"),
+        ({"redis_version": "6.0.16"}, FAIL, "Redis 6.0.16 is too old: 7.0 or later"),
         ({"role": "slave"}, FAIL, "read-only replica: use the URL of the master"),
         ({"cluster_enabled": 1}, FAIL, "Redis Cluster"),
         ({"maxmemory_policy": "allkeys-lru"}, FAIL, "allkeys-lru throws experts away: set it to noeviction"),

@@ -17,7 +17,13 @@ from consumers.expert import Expert
 from consumers.gateway import GatewayBuilder, GatewaySettings
 from fedmoe.archive import Archive
 from fedmoe.backoff import Backoff
-from fedmoe.errors import FedMoEError, RedisUnavailableError, SettingsError, StaleStateError
+from fedmoe.errors import (
+    FedMoEError,
+    RedisUnavailableError,
+    SettingsError,
+    StaleStateError,
+    UnknownExpertError,
+)
 from fedmoe.records import Entry
 from fedmoe.store.connection import MAX_SECONDS, Connection, RedisSettings
 from fedmoe.store.expert import BLOCKING_MS, ExpertStore
@@ -56,8 +62,8 @@ class AggregatorSettings:
                 f"block_ms must be 1 to 1000, not {self.block_ms!r}: a blocked read must end before the lease "
                 "and the socket's timeout do"
             )
-        if not 0 < self.batch <= 4096:
-            raise SettingsError(f"batch must be 1 to 4096 entries, not {self.batch!r}")
+        if not 0 < self.batch <= 1024:
+            raise SettingsError(f"batch must be 1 to 1024 entries, not {self.batch!r}")
         if self.block_ms > self.lease_s * 500:
             raise SettingsError(
                 f"block_ms ({self.block_ms}) must be at most half the lease ({self.lease_s * 1000:.0f} ms), "
@@ -117,7 +123,7 @@ class ExpertServer:
                 stop.wait(backoff.failed(error))
             except Exception as error:  # a bug must cost one expert a few seconds, never the daemon
                 logger.exception("%s: unexpected error", self.name)
-                self._loaded = False
+                self._loaded, self._expert = False, None
                 stop.wait(backoff.failed(error))
         try:
             self._lease.release()
@@ -126,6 +132,8 @@ class ExpertServer:
 
     def _turn(self, stop: threading.Event) -> bool:
         """One read and its commit; True if nothing was waiting."""
+        if not self._loaded and self._expert is not None:
+            self._rescue(self._expert)
         if not self._lease.hold():
             if not self._standing_by:
                 logger.info("%s: standing by, another aggregator serves it", self.name)
@@ -147,12 +155,28 @@ class ExpertServer:
             self._decided(sum(v.outcome in (Outcome.APPLIED, Outcome.REFUSED) for v in verdicts))
         return not entries
 
+    def _rescue(self, expert: Expert) -> None:
+        """Before memory is thrown away: is it needed, because the server lost the expert?
+
+        Without the lease, which the server lost too, and a standby that remembers nothing may have taken.
+        """
+        if not self._store.exists():
+            if not expert.write_back():
+                raise UnknownExpertError(
+                    f"expert {self.name!r} is partly gone from Redis: remove the rest of it to have it written back "
+                    f"(redis-cli UNLINK '{self._store.keys.weights}' '{self._store.keys.applied}')"
+                )
+            logger.warning(
+                "%s: Redis had lost it; written back from memory, version %d", self.name, expert.meta.version
+            )
+        self._expert = None
+
     def _load(self) -> list[Entry]:
         # Anew each time: whoever emptied Redis may have made an expert of this name with another spec.
-        self._expert = Expert(self._store, self._store.spec(), aggregator=self._holder, archive=self._archive)
-        self._expert.load()
-        self._loaded = True
-        logger.info("%s: serving from version %d", self.name, self._expert.meta.version)
+        expert = Expert(self._store, self._store.spec(), aggregator=self._holder, archive=self._archive)
+        expert.load()
+        self._expert, self._loaded = expert, True
+        logger.info("%s: serving from version %d", self.name, expert.meta.version)
         return self._reclaim()
 
     def _reclaim(self) -> list[Entry]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fedmoe.errors import BaseModelError, FedMoEError, SettingsError, SpecError
+from fedmoe.errors import BaseModelError, FedMoEError, LostExpertError, SettingsError, SpecError
 from fedmoe.layout import AdapterBuffer, Layout
 from fedmoe.lora_init import initial_weights
 from fedmoe.names import check_expert
@@ -38,7 +38,8 @@ class SpecRequest:
     """What the operator asks new experts to be. `max_norm` 0 means: ten times the initial adapter's norm.
 
     `explicit` names the settings the operator typed: an expert that exists and differs in one of them is an error,
-    while a mere default never is. `weighted` names the experts whose gateway weight was typed.
+    while a mere default never is. `weighted` names the experts whose gateway weight was typed. With `new_lineage` an
+    expert is begun anew although workers still train an earlier one of its name.
     """
 
     base_model: str = DEFAULT_BASE_MODEL
@@ -53,6 +54,7 @@ class SpecRequest:
     seed: int = 0
     explicit: frozenset[str] = frozenset()
     weighted: frozenset[str] = frozenset()
+    new_lineage: bool = False
 
 
 def ensure_experts(connection: Connection, weights: Mapping[str, float], request: SpecRequest) -> list[str]:
@@ -62,6 +64,7 @@ def ensure_experts(connection: Connection, weights: Mapping[str, float], request
         SpecError: if an expert exists with other settings than those explicitly asked for, or the federation's
             experts have another base model.
         BaseModelError: if the base model's config cannot be read.
+        LostExpertError: if Redis has no such expert, but a living worker trains it: Redis was emptied.
     """
     for name in weights:
         check_expert(name)
@@ -81,6 +84,10 @@ def ensure_experts(connection: Connection, weights: Mapping[str, float], request
     buffer.flat.copy_(initial_weights(spec.layout, spec.init_seed))
     created = []
     for name in missing:
+        # Here and not before: workers had the seconds that the above took to write a heartbeat to an emptied Redis.
+        if not request.new_lineage and (known := stores[name].lineages()):
+            worker, lineage = next(iter(known.items()))
+            raise LostExpertError(name, f", but worker {worker} trains it (lineage {lineage})")
         if stores[name].create(
             spec, _first_meta(spec, fingerprint), buffer.file, gateway_weight=weights[name]
         ):

@@ -62,6 +62,32 @@ class Expert:
         self.applied = loaded.applied
         self.generation = loaded.generation
 
+    def write_back(self) -> bool:
+        """Write the expert back whole, where nothing is (the server lost it); True if this did it.
+
+        The same lineage, a new commit id. What was folded here and perhaps not committed counts as decided: its worker
+        finds itself in `applied`.
+        """
+        commit = new_id()
+        meta = replace(
+            self.meta,
+            commit=commit,
+            weights_commit=commit,
+            updated_at=self._clock(),
+            aggregator=self._aggregator,
+        )
+        line: dict[str, str | int] = {"version": meta.version, "restored": "written back from memory"}
+        if self._archive is not None:
+            try:
+                line["weights"] = self._archive.keep_weights(self.buffer.file)
+            except OSError as error:
+                logger.warning(
+                    "%s cannot be replayed from here on: its weights cannot be kept (%s)",
+                    self.store.name,
+                    error,
+                )
+        return self.store.create(self.spec, meta, self.buffer.file, applied=self.applied, log=line)
+
     def process(self, entries: Iterable[Entry]) -> list[Verdict]:
         """Decide entries in stream order and commit them in one transaction."""
         commit = Commit(on=self.meta.commit, generation=self.generation, meta=self.meta)

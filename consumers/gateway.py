@@ -80,7 +80,7 @@ class GatewayBuilder:
         self._store = GatewayStore(connection)
         self._settings = settings
         self._clock = clock
-        self._lease_s = lease_s
+        self._listed: dict[str, float] = {}
         self._lease = Lease(
             connection,
             self._store.keys.lease,
@@ -97,6 +97,8 @@ class GatewayBuilder:
             try:
                 if self._lease.hold():
                     self.refresh()
+                else:
+                    self._experts()
                 backoff.ok()
             except RedisUnavailableError as error:
                 stop.wait(backoff.failed(error))
@@ -119,7 +121,7 @@ class GatewayBuilder:
 
     def refresh(self) -> bool:
         """Rebuild if an expert moved, or one came, or the settings are others; True if it did."""
-        weights = self._store.experts()
+        weights = self._experts()
         if not weights:
             return False
         present = {name: self._store.meta(name).weights_commit for name in weights}
@@ -129,6 +131,14 @@ class GatewayBuilder:
             return False
         self._build(weights)
         return True
+
+    def _experts(self) -> dict[str, float]:
+        """The experts and their gateway weights; if an emptied Redis forgot them, they are listed again."""
+        listed = self._store.experts()
+        if not listed and self._listed:
+            listed = self._store.list_again(self._listed)
+        self._listed = listed or self._listed
+        return listed
 
     def _settings_text(self, weights: dict[str, float]) -> str:
         s = self._settings

@@ -16,6 +16,8 @@ from fedmoe.errors import SettingsError, UpdateError
 from fedmoe.update import Header
 
 SUFFIX = ".update"
+WEIGHTS_SUFFIX = ".weights"
+Buffer = bytes | memoryview
 
 
 class Archive:
@@ -42,9 +44,19 @@ class Archive:
         Raises:
             OSError: if the disk is full or gone; nothing was written.
         """
-        content = msgpack.packb({"header": header.pack(), "parts": list(parts)})
+        return self._write(msgpack.packb({"header": header.pack(), "parts": list(parts)}), SUFFIX)
+
+    def keep_weights(self, file: Buffer) -> str:
+        """Write an expert's weights, from which a replay can go on when the log before them was lost; their digest.
+
+        Raises:
+            OSError: if the disk is full or gone; nothing was written.
+        """
+        return self._write(file, WEIGHTS_SUFFIX)
+
+    def _write(self, content: Buffer, suffix: str) -> str:
         digest = hashlib.sha256(content).hexdigest()
-        file = self.directory / (digest + SUFFIX)
+        file = self.directory / (digest + suffix)
         if not file.exists():
             fresh = file.with_suffix(f".{os.getpid()}")
             try:
@@ -63,13 +75,24 @@ class Archive:
         Raises:
             UpdateError: if it is not there, or not what its name says.
         """
+        record = msgpack.unpackb(self._read(digest, SUFFIX, "update"))
+        return Header.unpack(record["header"]), record["parts"]
+
+    def load_weights(self, digest: str) -> bytes:
+        """The weights of that digest, a safetensors file.
+
+        Raises:
+            UpdateError: if they are not there, or not what their name says.
+        """
+        return self._read(digest, WEIGHTS_SUFFIX, "weights")
+
+    def _read(self, digest: str, suffix: str, what: str) -> bytes:
         try:
-            content = (self.directory / (digest + SUFFIX)).read_bytes()
+            content = (self.directory / (digest + suffix)).read_bytes()
         except OSError as error:
             raise UpdateError(
-                f"the update {digest[:16]}… is not in {self.directory} ({error.strerror})"
+                f"the file of {what} {digest[:16]}… is not in {self.directory} ({error.strerror})"
             ) from error
         if hashlib.sha256(content).hexdigest() != digest:
-            raise UpdateError(f"the file of update {digest[:16]}… in {self.directory} is damaged")
-        record = msgpack.unpackb(content)
-        return Header.unpack(record["header"]), record["parts"]
+            raise UpdateError(f"the file of {what} {digest[:16]}… in {self.directory} is damaged")
+        return content

@@ -150,7 +150,10 @@ class Sync:
             except (NameTakenError, RefusedError) as error:
                 self.failure = error
                 return
-            except (RedisUnavailableError, UnknownExpertError, SpecError) as error:
+            except UnknownExpertError as error:
+                self._next_beat = 0.0  # whoever would begin it anew shall see that somebody knows it
+                wait_s = self._failed(backoff, error)
+            except (RedisUnavailableError, SpecError) as error:
                 wait_s = self._failed(backoff, error)
             except OSError as error:
                 told = OSError(
@@ -350,8 +353,10 @@ class Sync:
         if now < self._next_beat:
             return
         self._beats += 1
+        self._next_beat = now + 1.0  # a full Redis takes no heartbeat, but answers a poll: go on to that
         fields: dict[str, str | int | float] = {
             "run": self.ledger.run,
+            "lineage": self.ledger.meta.lineage,
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "since": f"{self._started_at:.0f}",

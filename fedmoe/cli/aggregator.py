@@ -66,6 +66,8 @@ def aggregator() -> None:
 @click.option(
     "--keep-updates", type=click.Path(path_type=Path), help="Keep applied updates here, for `fedmoe verify`."
 )
+@click.option("--new-lineage", is_flag=True, help="Begin experts anew that Redis has lost while workers train them: "
+              "what these trained before is forgotten.")  # fmt: skip
 @click.option("--burst", is_flag=True, help="End when nothing is waiting.")
 @click.option("--max-updates", type=int, default=0, help="End after so many decided updates.")
 @click.option("--no-wait", is_flag=True, help="Fail if Redis cannot be reached, instead of waiting for it.")
@@ -82,7 +84,7 @@ def run(ctx: click.Context, /, **options: Any) -> None:
     from consumers.gateway import GatewaySettings
     from consumers.memory import return_large_blocks
     from fedmoe.backoff import Backoff
-    from fedmoe.errors import RedisUnavailableError
+    from fedmoe.errors import LostExpertError, RedisUnavailableError
     from fedmoe.spec import LoraSettings, TrainingSettings
     from fedmoe.staleness import Decay
     from fedmoe.store.connection import Connection
@@ -103,6 +105,7 @@ def run(ctx: click.Context, /, **options: Any) -> None:
         wire_format=options["wire_format"],
         sync_interval_s=options["sync_interval"],
         seed=options["seed"],
+        new_lineage=options["new_lineage"],
         weighted=frozenset(text.partition("=")[0] for text in options["experts"] if "=" in text),
         explicit=frozenset(
             name
@@ -135,7 +138,7 @@ def run(ctx: click.Context, /, **options: Any) -> None:
         try:
             ensure_experts(connection, weights, request)
             break
-        except RedisUnavailableError as error:
+        except (RedisUnavailableError, LostExpertError) as error:
             if options["no_wait"]:
                 raise
             stop.wait(backoff.failed(error))

@@ -41,7 +41,12 @@ def verify(redis: str, prefix: str, redis_timeout: float, experts: Sequence[str]
         done = replay(spec, lines, Archive(directory / name), upto=meta.version)
         equal = not done.problem and done.weights.file == weights
         verdict = "equal" if equal else f"differs: {done.problem or 'other weights than in Redis'}"
-        click.echo(f"{name}: replayed {done.version} of {meta.version} updates, {verdict}")
+        since = (
+            f" from version {done.since}, which was written back to an emptied Redis" if done.since else ""
+        )
+        click.echo(
+            f"{name}: replayed {done.version - done.since} of {meta.version} updates{since}, {verdict}"
+        )
         if not equal:
             wrong.append(name)
     if wrong:

@@ -81,7 +81,7 @@ def test_what_does_not_fit_is_named(
     expected = {
         "weights": "other weights than in Redis",
         "file": "version 4: the file of update",
-        "missing": "version 4: the update",
+        "missing": "version 4: the file of update",
         "log": "version 4: the log goes from version 3 to 5",
         "factor": "version 1: factor 0.125",
     }[damage]

@@ -1,0 +1,304 @@
+"""Redis comes back empty: whoever holds an expert writes it back; if nobody does, all wait for an operator."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from consumers.aggregator import Aggregator, AggregatorSettings, ExpertServer
+from consumers.create import SpecRequest, ensure_experts
+from consumers.expert import Expert
+from consumers.gateway import GatewaySettings
+from consumers.verify import replay
+from fedmoe.archive import Archive
+from fedmoe.errors import LostExpertError, RedisUnavailableError
+from fedmoe.layout import AdapterBuffer
+from fedmoe.spec import LoraSettings
+from fedmoe.store.connection import Connection, RedisSettings
+from fedmoe.store.expert import ExpertStore
+from fedmoe.store.gateway import GatewayStore
+from tests.federation import LAYOUT, ScriptedWorker, make_expert, serve
+from tests.processes import eventually, running
+
+Connect = Callable[[], Connection]
+
+
+@contextmanager
+def serving(connection: Connection, holder: str, **settings: object) -> Iterator[ExpertServer]:
+    """An ExpertServer in a thread."""
+    stop = threading.Event()
+    server = ExpertServer(
+        connection,
+        "sql_expert",
+        AggregatorSettings(lease_s=1.0, block_ms=50, **settings),  # type: ignore[arg-type]
+        holder=holder,
+    )
+    thread = threading.Thread(target=server.run, args=(stop,))
+    thread.start()
+    try:
+        yield server
+    finally:
+        stop.set()
+        thread.join()
+
+
+def weights_of(expert: Expert) -> torch.Tensor:
+    """The weights as Redis holds them."""
+    buffer = AdapterBuffer(expert.spec.layout)
+    buffer.load(expert.store.load().weights)
+    return buffer.flat
+
+
+def test_expert_is_written_back_whole(connection: Connection, connect: Connect) -> None:
+    """Same lineage, spec and decisions, a new commit id; workers go on as if nothing had been."""
+    expert = make_expert(connection)
+    alice, bob = (ScriptedWorker(connection, expert.spec, name) for name in ("alice", "bob"))
+    with serving(connect(), "one"):
+        alice.push(1.0)
+        eventually("version 1", lambda: expert.store.load().meta.version == 1)
+        bob.push(2.0)  # decided, and bob does not know yet
+        eventually("version 2", lambda: expert.store.load().meta.version == 2)
+        before, weights = expert.store.load(), weights_of(expert)
+        connection.client.flushall()
+        eventually("the expert", expert.store.exists, timeout_s=5)
+        after = expert.store.load()
+        assert torch.equal(weights_of(expert), weights)
+        assert after.applied == before.applied
+        assert after.meta.commit not in (before.meta.commit, "")
+        unlike = {"commit", "weights_commit", "updated_at"}
+        for field in before.meta.__dataclass_fields__.keys() - unlike:
+            assert getattr(after.meta, field) == getattr(before.meta, field), field
+        assert expert.store.spec() == expert.spec
+        for worker in (alice, bob):
+            assert not worker.pull().resent
+            worker.push(1.0)
+        eventually("version 4", lambda: expert.store.load().meta.version == 4)
+
+
+def test_what_was_on_its_way_is_sent_again(connection: Connection, connect: Connect) -> None:
+    """An undecided update goes down with the server, and counts once all the same."""
+    expert = make_expert(connection)
+    worker = ScriptedWorker(connection, expert.spec)
+    with serving(connect(), "one") as server:
+        eventually("the expert in memory", lambda: server._loaded)
+        worker.train(1.0)
+        update = worker.cut()
+        connection.client.flushall()
+        eventually("the expert", expert.store.exists, timeout_s=5)
+        assert not worker.store.poll("0-1", update.header).entry_waits
+        worker.publish()
+        eventually("version 1", lambda: expert.store.load().meta.version == 1)
+    worker.pull()
+    assert torch.equal(worker.local, torch.arange(LAYOUT.numel) + 1.0)
+
+
+def test_commit_that_failed_because_redis_was_emptied_counts(connection: Connection) -> None:
+    """The batch was folded when the server lost everything: it is in what is written back, and its worker is told."""
+    expert = make_expert(connection)
+    worker = ScriptedWorker(connection, expert.spec)
+    worker.push(1.0)
+    entries = expert.store.read(block_ms=1, count=10)
+    commit = expert.store.commit
+
+    def emptied(what: object) -> None:
+        connection.client.flushall()
+        commit(what)  # type: ignore[arg-type]
+
+    expert.store.commit = emptied  # type: ignore[method-assign, assignment]
+    with pytest.raises(RuntimeError):
+        expert.process(entries)
+    assert expert.write_back()
+    change = worker.pull()
+    assert [u.seq for u in change.decided] == [1]
+    assert torch.equal(worker.local, torch.arange(LAYOUT.numel) + 1.0)
+    assert torch.equal(weights_of(expert), worker.local)
+
+
+def test_nothing_is_overwritten(connection: Connection, connect: Connect) -> None:
+    """Only where nothing is: an expert that is there, or the half of one, stays as it is."""
+    expert = make_expert(connection)
+    client, keys = connection.client, expert.store.keys
+    assert not expert.write_back()
+    client.delete(keys.meta)
+    weights = client.get(keys.weights)
+    assert not expert.write_back()
+    with serving(connect(), "one") as server:
+        server._expert = expert
+        server.run(StoppedAfter(3))
+    assert client.get(keys.weights) == weights
+    assert not expert.store.exists()
+    client.delete(keys.weights)
+    assert expert.write_back()
+
+
+class StoppedAfter(threading.Event):
+    """Set after so many looks."""
+
+    def __init__(self, turns: int) -> None:
+        super().__init__()
+        self._turns = turns
+
+    def is_set(self) -> bool:
+        self._turns -= 1
+        return self._turns < 0
+
+
+def test_of_two_aggregators_one_writes_back(connection: Connection, connect: Connect) -> None:
+    """A standby remembers nothing, and takes the lease of the emptied server: the other one writes back still."""
+    expert = make_expert(connection)
+    worker = ScriptedWorker(connection, expert.spec)
+    with serving(connect(), "one") as one, serving(connect(), "two") as two:
+        worker.push(1.0)
+        eventually("version 1", lambda: expert.store.load().meta.version == 1)
+        serving_now = eventually("one that serves", lambda: [s for s in (one, two) if s._loaded])
+        assert len(serving_now) == 1
+        eventually("a standby without memory", lambda: [s for s in (one, two) if s._expert is None])
+        holder = connection.client.get(expert.store.keys.lease).decode()
+        pipe = connection.client.pipeline(transaction=True)
+        pipe.flushall()
+        pipe.set(expert.store.keys.lease, "two" if holder == "one" else "one", px=1000)
+        pipe.execute()
+        eventually("the expert", expert.store.exists, timeout_s=5)
+        assert expert.store.load().meta.version == 1
+        worker.pull()
+        worker.push(1.0)
+        eventually("version 2", lambda: expert.store.load().meta.version == 2)
+
+
+def test_memory_of_one_who_no_longer_serves_is_not_written_back(
+    connection: Connection, connect: Connect
+) -> None:
+    """A standby that served before forgets, so that no old version comes back."""
+    expert = make_expert(connection)
+    with serving(connect(), "one") as one:
+        eventually("the expert in memory", lambda: one._expert is not None)
+        connection.client.set(expert.store.keys.lease, "two", px=60_000)
+        eventually("it forgot", lambda: one._expert is None)
+        connection.client.delete(expert.store.keys.meta, expert.store.keys.weights)
+    assert not expert.store.exists()
+
+
+def test_replay_goes_on_from_what_was_written_back(
+    connection: Connection, connect: Connect, tmp_path: Path
+) -> None:
+    """With the updates kept, the weights are too: the log is gone, and yet what comes after can be recomputed."""
+    expert = make_expert(connection)
+    worker = ScriptedWorker(connection, expert.spec)
+    with serving(connect(), "one", keep_updates=tmp_path):
+        worker.push(1.0)
+        eventually("version 1", lambda: expert.store.load().meta.version == 1)
+        connection.client.flushall()
+        eventually("the expert", expert.store.exists, timeout_s=5)
+        worker.pull()
+        worker.push(0.3)
+        eventually("version 2", lambda: expert.store.load().meta.version == 2)
+    meta, weights, lines = GatewayStore(connection).history("sql_expert")
+    done = replay(expert.spec, lines, Archive(tmp_path / "sql_expert"), upto=meta.version)
+    assert (done.problem, done.since, done.version) == ("", 1, 2)
+    assert done.weights.file == weights
+
+
+def test_whole_daemon_writes_back_experts_and_gateway(
+    connection: Connection, connect: Connect, redis_url: str
+) -> None:
+    """Every expert, their list with the gateway weights, and the gateway."""
+    for name, weight in (("a", 2.0), ("b", 1.0)):
+        make_expert(connection, name).store.register(weight, overwrite=True)
+    daemon = Aggregator(
+        RedisSettings(url=redis_url), ["a", "b"], AggregatorSettings(block_ms=50, lease_s=1.0),
+        GatewaySettings(interval_s=0.1), holder="one",
+    )  # fmt: skip
+    stop = threading.Event()
+    thread = threading.Thread(target=daemon.run, args=(stop,))
+    thread.start()
+    store = GatewayStore(connect())
+    try:
+        eventually("a gateway", store.load)
+        eventually("both experts in memory", lambda: all(s._loaded for s in daemon._servers))
+        connection.client.flushall()
+        eventually("the list", lambda: store.experts() == {"a": 2.0, "b": 1.0}, timeout_s=10)
+        eventually("the gateway", store.load, timeout_s=10)
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_nobody_left_means_that_all_wait(connection: Connection, connect: Connect) -> None:
+    """An aggregator that remembers nothing invents nothing, and says what an operator can do; so does a worker."""
+    expert = make_expert(connection)
+    worker = ScriptedWorker(connection, expert.spec)
+    connection.client.flushall()
+    with pytest.raises(LostExpertError, match=r"fedmoe restore.*--new-lineage"):
+        worker.pull()
+    with pytest.raises(LostExpertError, match="fedmoe restore"):
+        expert.load()
+    with serving(connect(), "one"):
+        eventually("the lease", lambda: connection.client.get(expert.store.keys.lease))
+        assert not expert.store.exists()
+
+
+def test_expert_that_workers_know_is_not_begun_anew_unasked(
+    connection: Connection, tiny_model_dir: Path
+) -> None:
+    """An aggregator started on an emptied Redis sees a worker's heartbeat: it refuses, unless told --new-lineage."""
+    request = SpecRequest(base_model=str(tiny_model_dir), lora=LoraSettings(rank=2))
+    ensure_experts(connection, {"sql_expert": 1.0}, request)
+    store = ExpertStore(connection, "sql_expert")
+    worker = ScriptedWorker(connection, store.spec(), fingerprint=store.load().meta.base_fingerprint)
+    connection.client.flushall()
+    worker.store.beat({"run": worker.ledger.run, "lineage": worker.ledger.meta.lineage}, ttl_s=60)
+    with pytest.raises(
+        LostExpertError, match=f"worker alice trains it .lineage {worker.ledger.meta.lineage}"
+    ):
+        ensure_experts(connection, {"sql_expert": 1.0}, request)
+    assert not store.exists()
+    assert ensure_experts(connection, {"sql_expert": 1.0}, replace(request, new_lineage=True)) == [
+        "sql_expert"
+    ]
+    change = worker.pull()
+    assert change.replace
+    worker.push(0.1)
+    expert = Expert(store, store.spec(), aggregator="test")
+    expert.load()
+    assert serve(expert) == ["applied"]
+
+
+@pytest.mark.timeout(120)
+def test_command_waits_until_the_operator_decides(
+    tmp_path: Path, redis_url: str, connection: Connection, tiny_model_dir: Path
+) -> None:
+    """`fedmoe aggregator run` on an emptied Redis: says so, waits, and serves what somebody writes back."""
+    request = SpecRequest(base_model=str(tiny_model_dir), lora=LoraSettings(rank=2))
+    ensure_experts(connection, {"sql_expert": 1.0}, request)
+    store = ExpertStore(connection, "sql_expert")
+    worker = ScriptedWorker(connection, store.spec(), fingerprint=store.load().meta.base_fingerprint)
+    remembered = Expert(store, store.spec(), aggregator="test")
+    remembered.load()
+    connection.client.flushall()
+    worker.store.beat({"run": worker.ledger.run, "lineage": worker.ledger.meta.lineage}, ttl_s=60)
+    log = tmp_path / "log"
+    with running(
+        log, "aggregator", "run", "--redis", redis_url, "--expert", "sql_expert",
+        "--base-model", str(tiny_model_dir), "--rank", "2",
+    ) as process:  # fmt: skip
+        eventually("the sentence", lambda: "gone from Redis, but worker alice trains it" in log.read_text())
+        assert process.poll() is None
+        assert remembered.write_back()
+        worker.push(0.1)
+        eventually("version 1", lambda: store.load().meta.version == 1)
+    assert "Traceback" not in log.read_text()
+
+
+def test_redis_that_is_away_is_not_taken_for_empty(connection: Connection) -> None:
+    """No answer is no emptiness."""
+    expert = make_expert(connection)
+    nowhere = Connection(RedisSettings(url="redis://127.0.0.1:1"))
+    server = ExpertServer(nowhere, "sql_expert", AggregatorSettings(), holder="one")
+    server._expert = expert
+    with pytest.raises(RedisUnavailableError):
+        server._turn(threading.Event())
+    assert server._expert is expert

@@ -17,8 +17,8 @@ from typing import Any, Literal
 
 import torch
 
-from fedmoe.data.examples import Examples, make_examples, padding_id
-from fedmoe.data.jsonl import read_rows
+from fedmoe.data.examples import make_examples, padding_id
+from fedmoe.data.jsonl import Rows, read_rows
 from fedmoe.errors import FedMoEError, RedisUnavailableError, SettingsError, StoppedError
 from fedmoe.layout import values_of
 from fedmoe.model.adapter import attach_adapter
@@ -95,6 +95,15 @@ class WorkerSettings:
         return self.name or clean_name(socket.gethostname())
 
 
+@dataclass(frozen=True, slots=True)
+class Material:
+    """What is trained, on how many examples. The trainer is made once the worker has joined."""
+
+    fingerprint: str
+    n_examples: int
+    make_trainer: Callable[[], Any]
+
+
 class Worker:
     """One worker from start to end.
 
@@ -150,35 +159,44 @@ class Worker:
             self._say(str(problem))
         state_dir = StateDir(settings.state_dir) if settings.state_dir else None
         spec = self._joining.spec()
+        material = self._prepare(spec, rows)
+        self._joining.check_base(material.fingerprint, spec)
+        claim = partial(claim_name, self._store, patience_s=HEARTBEAT_INTERVAL_S * 1.5, stop=self._stop)
+        self._joining.patiently(claim)
+        self._joining.pin_base(material.fingerprint, spec)
+        trainer = material.make_trainer()
+        ledger, trained = self._open_books(state_dir, trainer, spec, rows.digest)
+        exchange = Exchange(trainer, with_optimizer=state_dir is not None, trained=trained)
+        sync = Sync(
+            self._store, ledger, exchange, spec,
+            fingerprint=material.fingerprint, state_dir=state_dir, data=rows.digest, report=self._report,
+            must_pull=bool(ledger.seq),
+        )  # fmt: skip
+        self._train(trainer, exchange, sync, material.n_examples)
+
+    def _prepare(self, spec: Spec, rows: Rows) -> Material:
+        """Load the base model and make examples of the rows."""
+        settings = self._settings
         model, tokenizer, device, autocast = self._load_base(spec)
         if len(rows.rows) > MANY_ROWS:
             self._say(f"tokenizing {len(rows.rows)} rows")
         examples = make_examples(rows, tokenizer, spec.training.max_length, on_bad_row=settings.on_bad_row)
         self._say(f"{settings.data}: {examples.summary()}")
-        print_of_base = fingerprint(model)
-        self._joining.check_base(print_of_base, spec)
-        claim = partial(claim_name, self._store, patience_s=HEARTBEAT_INTERVAL_S * 1.5, stop=self._stop)
-        self._joining.patiently(claim)
-        self._joining.pin_base(print_of_base, spec)
-        model, flat = attach_adapter(model, spec)
-        trainer = Trainer(
-            model=model,
-            flat=flat,
-            examples=examples.examples,
-            pad_id=padding_id(tokenizer),
-            settings=self._training(spec),
-            seed=spec.init_seed + _seed_of(settings.worker),
-            device=device,
-            autocast=autocast,
-        )
-        ledger, trained = self._open_books(state_dir, trainer, spec, rows.digest)
-        exchange = Exchange(trainer, with_optimizer=state_dir is not None, trained=trained)
-        sync = Sync(
-            self._store, ledger, exchange, spec,
-            fingerprint=print_of_base, state_dir=state_dir, data=rows.digest, report=self._report,
-            must_pull=bool(ledger.seq),
-        )  # fmt: skip
-        self._train(trainer, exchange, sync, examples)
+
+        def make_trainer() -> Trainer:
+            adapted, flat = attach_adapter(model, spec)
+            return Trainer(
+                model=adapted,
+                flat=flat,
+                examples=examples.examples,
+                pad_id=padding_id(tokenizer),
+                settings=self._training(spec),
+                seed=spec.init_seed + _seed_of(settings.worker),
+                device=device,
+                autocast=autocast,
+            )
+
+        return Material(fingerprint(model), len(examples.examples), make_trainer)
 
     def _load_base(self, spec: Spec) -> tuple[Any, Any, torch.device, torch.dtype]:
         base_model = self._settings.base_model or spec.base_model
@@ -199,7 +217,7 @@ class Worker:
         return training
 
     def _open_books(
-        self, state_dir: StateDir | None, trainer: Trainer, spec: Spec, data: str
+        self, state_dir: StateDir | None, trainer: Any, spec: Spec, data: str
     ) -> tuple[Ledger, Trained | None]:
         """The ledger of the checkpoint if there is one, else a new run on the expert's present weights."""
         settings = self._settings
@@ -234,13 +252,13 @@ class Worker:
         run = make_run(max(epoch, start.epoch + 1 if start else 1), secrets.token_hex(4))
         return Ledger(base=base, meta=snapshot.meta, run=run, start=start), None
 
-    def _train(self, trainer: Trainer, exchange: Exchange, sync: Sync, examples: Examples) -> None:
+    def _train(self, trainer: Any, exchange: Exchange, sync: Sync, n_examples: int) -> None:
         """Train until stopped or done, then let the sync publish the rest."""
         thread = threading.Thread(target=sync.run, name="sync", daemon=True)
         thread.start()
         rate = _Rate()
         said_at = time.monotonic()
-        while not self._stop.is_set() and thread.is_alive() and not self._done(trainer, examples):
+        while not self._stop.is_set() and thread.is_alive() and not self._done(trainer, n_examples):
             exchange.boundary()
             self._last = trainer.step()
             self._steps += 1
@@ -257,9 +275,9 @@ class Worker:
             thread.join(0.02)
         self._leave(sync, exchange)
 
-    def _done(self, trainer: Trainer, examples: Examples) -> bool:
+    def _done(self, trainer: Any, n_examples: int) -> bool:
         settings = self._settings
-        epochs = trainer.position / len(examples.examples)
+        epochs = trainer.position / n_examples
         return bool(
             (settings.max_steps and self._steps >= settings.max_steps)
             or (settings.max_epochs and epochs >= settings.max_epochs)

@@ -88,6 +88,8 @@ def back_up(
             _sync(target.parent)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+    except FedMoEError:
+        raise  # an absent Redis is an OSError too
     except OSError as error:
         raise BackupError(_explain(error, target)) from error
 

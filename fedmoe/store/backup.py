@@ -119,9 +119,7 @@ class BackupStore:
 
     def check(self, name: str, state: ExpertState, *, replace: bool) -> None:
         """Raise what `write` would raise, before anything is written."""
-        with self.connection.errors():
-            self._redis.hget(self.keys.experts, name)  # must be a hash, and this user's to use
-            there = self._version(self._redis, name)
+        there = self._look(name)
         if not replace:
             _refuse(there, name, state)
 
@@ -150,7 +148,7 @@ class BackupStore:
                 # Watched also to be replaced: an EXEC whose reply is lost may run late, but then not on top of
                 # what has been committed since.
                 pipe.watch(*keys)
-                there = self._version(pipe, name)
+                there = self._look(name)  # by another connection: what changes after the WATCH stops the EXEC
                 if not replace:
                     _refuse(there, name, state)
                 pipe.multi()
@@ -183,17 +181,22 @@ class BackupStore:
         keys = self.keys.expert(name)
         return [keys.meta, keys.spec, keys.weights, keys.applied, keys.log, keys.dead]
 
-    def _version(self, client: Any, name: str) -> str | None:
-        """The version of the expert in Redis, "?" if that cannot be told, None if nothing of it is there."""
-        if not client.exists(*self._of(name)):
+    def _look(self, name: str) -> str | None:
+        """The version of the expert in Redis, "?" if that cannot be told, None if nothing of it is there.
+
+        In a MULTI, since of a user who may not MULTI Redis would execute what is meant for one command by command.
+        """
+        with self.connection.errors(), self._redis.pipeline(transaction=True) as pipe:
+            pipe.hget(self.keys.experts, name)  # must be a hash, and this user's to use
+            pipe.exists(*self._of(name))
+            pipe.hget(self.keys.expert(name).meta, "version")
+            listed, exists, version = pipe.execute(raise_on_error=False)
+            for reply in (listed, version):
+                if isinstance(reply, Exception) and (reply is listed or "WRONGTYPE" not in str(reply)):
+                    raise reply
+        if not exists:
             return None
-        try:
-            version = client.hget(self.keys.expert(name).meta, "version")
-        except redis.ResponseError as error:
-            if "WRONGTYPE" not in str(error):
-                raise
-            version = None
-        return _text(version) if version else "?"
+        return _text(version) if isinstance(version, bytes) else "?"
 
 
 def _refuse(there: str | None, name: str, state: ExpertState) -> None:

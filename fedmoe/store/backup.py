@@ -191,9 +191,8 @@ class BackupStore:
             pipe.exists(*self._of(name))
             pipe.hget(self.keys.expert(name).meta, "version")
             listed, exists, version = pipe.execute(raise_on_error=False)
-            for reply in (listed, version):
-                if isinstance(reply, Exception) and (reply is listed or "WRONGTYPE" not in str(reply)):
-                    raise reply
+            if isinstance(listed, Exception):
+                raise listed
         if not exists:
             return None
         return _text(version) if isinstance(version, bytes) else "?"

@@ -114,7 +114,9 @@ class BackupStore:
             spec, weights, meta, applied, log, dead = pipe.execute()
         found = {"spec": spec, "weights": weights, "meta": meta}
         if missing := [what for what, content in found.items() if not content]:
-            raise UnknownExpertError(f"the {missing[0]} of expert {name!r} is gone from Redis")
+            raise UnknownExpertError(
+                f"expert {name!r} has no {missing[0]} in Redis (any more): back up the others with --expert"
+            )
         return ExpertState(spec=spec, weights=weights, meta=meta, applied=applied, log=log, dead=dead)
 
     def check(self, name: str, state: ExpertState, *, replace: bool) -> None:

@@ -517,7 +517,7 @@ def test_what_is_no_backup_is_one_sentence(connection: Connection, tmp_path: Pat
         ("spec", "{}", "sql_expert: the stored spec is malformed"),
         ("spec", None, "sql_expert: its spec has the digest .* its meta names"),
         ("weights", "short", "sql_expert: the stored weights .* are not an adapter"),
-        ("weights", "", "the weights of expert 'sql_expert' is gone from Redis"),
+        ("weights", "", "expert 'sql_expert' has no weights in Redis"),
     ],
 )
 def test_what_cannot_be_restored_is_not_backed_up(

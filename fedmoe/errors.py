@@ -33,6 +33,10 @@ class UpdateError(FedMoEError, ValueError):
     """An update (header or part) that breaks the format; the message is the reason a person reads."""
 
 
+class BackupError(FedMoEError, ValueError):
+    """A backup that cannot be made, is damaged, or does not fit what is in Redis."""
+
+
 class UnknownExpertError(FedMoEError, LookupError):
     """No expert of that name; the message lists those there are."""
 

@@ -24,6 +24,8 @@ COMMANDS = {
     "gateway": ("fedmoe.cli.gateway", "gateway", "Export the model that knows all domains."),
     "evaluate": ("fedmoe.cli.evaluate", "evaluate", "Held-out loss of base, experts and gateway."),
     "verify": ("fedmoe.cli.verify", "verify", "Recompute experts from their logs, and compare."),
+    "backup": ("fedmoe.cli.backup", "backup", "Write all experts to a directory, also while they train."),
+    "restore": ("fedmoe.cli.backup", "restore", "Put the experts of a backup into a Redis."),
     "demo": ("fedmoe.cli.demo", "demo", "The whole thing on this machine, on a real model and real data."),
     "doctor": ("fedmoe.cli.doctor", "doctor", "Check this installation and the Redis."),
 }

@@ -1,0 +1,324 @@
+"""A backup on disk: a directory that holds each expert as Redis had it at one moment, and loads in PEFT.
+
+    manifest.json                     what it holds, and the SHA-256 of every file; written last
+    EXPERT/adapter_model.safetensors  the weights, the bytes that Redis held
+    EXPERT/adapter_config.json        for peft
+    EXPERT/expert.json                spec, meta, applied, log and dead as Redis had them
+
+Each expert is consistent in itself: every one is a chain of commits of its own. The gateway is a view of them and is
+built anew. Bytes in expert.json that are no UTF-8 stand there as Python's `surrogateescape` writes them, which gives
+the same bytes back and leaves all that is text readable.
+"""
+
+import errno
+import hashlib
+import json
+import math
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fedmoe import __version__
+from fedmoe.errors import BackupError, FedMoEError, UnknownExpertError
+from fedmoe.export import CONFIG_FILE, WEIGHTS_FILE
+from fedmoe.names import check_expert
+from fedmoe.store.backup import BackupStore, ExpertState, Line
+
+FORMAT = 1
+MANIFEST, STATE_FILE = "manifest.json", "expert.json"
+FILES = (WEIGHTS_FILE, CONFIG_FILE, STATE_FILE)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saved:
+    """One expert as the manifest lists it.
+
+    Args:
+        version, lineage, commit: of its meta.
+        gateway_weight: a number as text, as the registry had it.
+        files: name -> SHA-256, 64 hex digits.
+    """
+
+    version: int
+    lineage: str
+    commit: str
+    gateway_weight: str
+    files: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        if self.files.keys() != set(FILES) or not math.isfinite(float(self.gateway_weight)):
+            raise ValueError("not what a backup's manifest says of an expert")
+
+
+def back_up(
+    store: BackupStore,
+    directory: str | Path,
+    names: Sequence[str] = (),
+    *,
+    told: Callable[[str, Saved], None] = lambda name, saved: None,
+) -> None:
+    """Write experts to a new directory, whole or not at all; the federation may go on meanwhile.
+
+    Args:
+        store: of the federation.
+        directory: made by this; may be there if it is empty.
+        names: of the experts; all there are by default.
+        told: called for each expert that was read and written.
+
+    Raises:
+        BackupError: if the directory holds something or cannot be written, there are no experts, or what Redis holds
+            of one does not fit together.
+        UnknownExpertError: for an expert that is not there.
+    """
+    target = Path(directory).resolve()
+    try:
+        _check_target(target)
+        weights = _choose(store.experts(), names, where=f"in Redis under the prefix {store.keys.prefix!r}")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+        try:
+            staging.mkdir()
+            _write_backup(staging, store, weights, told)
+            staging.rename(target)
+            _sync(target.parent)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    except FedMoEError:
+        raise  # an absent Redis is an OSError too
+    except OSError as error:
+        raise BackupError(_explain(error, target)) from error
+
+
+def _check_target(target: Path) -> None:
+    if target.is_dir() and any(target.iterdir()):
+        dated = target.with_name(f"{target.name}-{time.strftime('%Y-%m-%d-%H%M%S')}")
+        raise BackupError(
+            f"{target} holds something already: give each backup a name of its own, like {dated}"
+        )
+    if target.exists() and not target.is_dir():
+        raise BackupError(f"{target} is a file: give the backup another name")
+
+
+def _choose(weights: Mapping[str, str], names: Sequence[str], *, where: str) -> dict[str, str]:
+    """Those of `weights` that are named, all if none is."""
+    if not weights:
+        raise BackupError(f"there are no experts {where}")
+    for name in names:
+        if name not in weights:
+            raise UnknownExpertError(f"there is no expert {name!r} {where}; there are: {', '.join(weights)}")
+    return {name: weights[name] for name in (names or weights)}
+
+
+def _write_backup(
+    staging: Path, store: BackupStore, weights: Mapping[str, str], told: Callable[[str, Saved], None]
+) -> None:
+    manifest: dict[str, Any] = {
+        "format": FORMAT,
+        "made_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "made_by": f"fedmoe {__version__}",
+        "prefix": store.keys.prefix,
+        "experts": {},
+    }
+    for name, weight in weights.items():
+        saved = _write_expert(staging / name, name, store.read(name), weight)
+        manifest["experts"][name] = asdict(saved)
+        told(name, saved)
+    _write(staging / MANIFEST, [_json(manifest)])
+    _sync(staging)
+
+
+def _write_expert(directory: Path, name: str, state: ExpertState, gateway_weight: str) -> Saved:
+    spec, meta = state.check(name)
+    directory.mkdir()
+    files = {
+        WEIGHTS_FILE: _write(directory / WEIGHTS_FILE, [state.weights]),
+        CONFIG_FILE: _write(directory / CONFIG_FILE, [_json(spec.adapter_config())]),
+        STATE_FILE: _write(directory / STATE_FILE, _state_lines(state)),
+    }
+    _sync(directory)
+    try:
+        return Saved(
+            version=meta.version,
+            lineage=meta.lineage,
+            commit=meta.commit,
+            gateway_weight=gateway_weight,
+            files=files,
+        )
+    except ValueError as error:
+        raise BackupError(f"the gateway weight of {name} is {gateway_weight!r}, not a number") from error
+
+
+def _state_lines(state: ExpertState) -> Iterator[bytes]:
+    """expert.json; each entry of log and dead is a line of the file."""
+    for name, value in (
+        ("spec", _text(state.spec)),
+        ("meta", _texts(state.meta)),
+        ("applied", _texts(state.applied)),
+    ):
+        yield f"{'{' if name == 'spec' else ''}{json.dumps(name)}: {json.dumps(value)},\n".encode()
+    for name, lines in (("log", state.log), ("dead", state.dead)):
+        yield f"{json.dumps(name)}: [".encode()
+        for number, (entry_id, fields) in enumerate(lines):
+            yield f"{',' if number else ''}\n{json.dumps([_text(entry_id), _texts(fields)])}".encode()
+        yield b"],\n" if name == "log" else b"]}\n"
+
+
+class Backup:
+    """A backup on disk.
+
+    Raises:
+        BackupError: if there is none, or another FedMoE made it.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        if not self.directory.is_dir():
+            raise BackupError(f"there is no directory {directory}")
+        content = self._read_json(self.directory / MANIFEST)
+        try:
+            made_by_format = int(content["format"])
+            if made_by_format > FORMAT:
+                raise BackupError(
+                    f"the backup {directory} has format {made_by_format}, this FedMoE reads {FORMAT}: upgrade it"
+                )
+            self.prefix = str(content["prefix"])
+            self.experts = {check_expert(name): Saved(**saved) for name, saved in content["experts"].items()}
+        except BackupError:
+            raise
+        except (FedMoEError, LookupError, TypeError, ValueError, AttributeError) as error:
+            raise BackupError(f"{self.directory / MANIFEST} is damaged or not of a FedMoE backup") from error
+
+    def _read_json(self, path: Path) -> Any:
+        try:
+            return json.loads(path.read_bytes())
+        except FileNotFoundError as error:
+            raise BackupError(f"{self.directory} is not a backup: it has no {path.name}") from error
+        except OSError as error:
+            raise BackupError(f"cannot read {path} ({error.strerror})") from error
+        except (ValueError, RecursionError) as error:
+            raise BackupError(f"{path} is damaged or not of a FedMoE backup") from error
+
+    def load(self, name: str) -> ExpertState:
+        """One expert, after every file was held against its digest.
+
+        Raises:
+            BackupError: if anything is missing, damaged, or does not fit together.
+        """
+        files = {file: self._read(name, file) for file in FILES}
+        try:
+            content = json.loads(files[STATE_FILE])
+            state = ExpertState(
+                spec=_raw(content["spec"]),
+                weights=files[WEIGHTS_FILE],
+                meta=_raws(content["meta"]),
+                applied=_raws(content["applied"]),
+                log=_lines(content["log"]),
+                dead=_lines(content["dead"]),
+            )
+        except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise BackupError(f"{self.directory / name / STATE_FILE} is not of a FedMoE backup") from error
+        _, meta = state.check(name)
+        saved = self.experts[name]
+        if (meta.version, meta.lineage, meta.commit) != (saved.version, saved.lineage, saved.commit):
+            raise BackupError(
+                f"{self.directory / MANIFEST} is damaged: it tells of another {name} than is there"
+            )
+        return state
+
+    def _read(self, name: str, file: str) -> bytes:
+        path = self.directory / name / file
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise BackupError(f"the backup is damaged: cannot read {path} ({error.strerror})") from error
+        if hashlib.sha256(content).hexdigest() != self.experts[name].files[file]:
+            raise BackupError(
+                f"the backup is damaged: {path} is not what {MANIFEST} says; nothing was restored"
+            )
+        return content
+
+
+def restore(
+    store: BackupStore,
+    backup: Backup,
+    names: Sequence[str] = (),
+    *,
+    replace: bool = False,
+    told: Callable[[str, Saved, str | None], None] = lambda name, saved, replaced: None,
+) -> None:
+    """Put experts of a backup into Redis, each whole or not at all; all are checked before the first is written.
+
+    Args:
+        store: of the federation, which may be another than the backup's.
+        backup: to restore from.
+        names: of the experts; all there are by default.
+        replace: also experts that are in Redis.
+        told: called for each restored expert, with the version that was replaced (None if there was none).
+
+    Raises:
+        BackupError: if the backup is damaged, or an expert is in Redis and `replace` is false.
+        UnknownExpertError: for an expert that the backup does not hold.
+    """
+    known = {name: saved.gateway_weight for name, saved in backup.experts.items()}
+    weights = _choose(known, names, where=f"in the backup {backup.directory}")
+    for name in weights:
+        store.check(name, backup.load(name), replace=replace)
+    for name, weight in weights.items():
+        replaced = store.write(name, backup.load(name), gateway_weight=weight, replace=replace)
+        told(name, backup.experts[name], replaced)
+
+
+def _write(path: Path, chunks: Iterable[bytes]) -> str:
+    """Write a file to disk; its SHA-256 (64 hex digits)."""
+    digest = hashlib.sha256()
+    with path.open("xb") as file:
+        for chunk in chunks:
+            file.write(chunk)
+            digest.update(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def _sync(directory: Path) -> None:
+    """Have the names in a directory on disk."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _explain(error: OSError, target: Path) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"no space left for the backup {target}: free some or choose another disk; nothing of it was left there"
+    return f"cannot write the backup {target} ({error.strerror}): choose a new directory where you may write"
+
+
+def _json(content: Mapping[str, Any]) -> bytes:
+    return json.dumps(content, indent=2, sort_keys=True).encode() + b"\n"
+
+
+def _text(raw: bytes) -> str:
+    return raw.decode(errors="surrogateescape")
+
+
+def _raw(text: str) -> bytes:
+    return text.encode(errors="surrogateescape")
+
+
+def _texts(raw: Mapping[bytes, bytes]) -> dict[str, str]:
+    return {_text(key): _text(value) for key, value in raw.items()}
+
+
+def _raws(texts: Mapping[str, str]) -> dict[bytes, bytes]:
+    return {_raw(key): _raw(value) for key, value in texts.items()}
+
+
+def _lines(content: Iterable[tuple[str, Mapping[str, str]]]) -> list[Line]:
+    return [(_raw(entry_id), _raws(fields)) for entry_id, fields in content]

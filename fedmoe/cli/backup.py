@@ -1,0 +1,73 @@
+"""`fedmoe backup` and `fedmoe restore`."""
+
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fedmoe.cli.options import redis_options, redis_settings
+
+if TYPE_CHECKING:
+    from fedmoe.backup import Saved
+
+
+def _expert_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option(
+        "--expert", "expert", multiple=True, metavar="NAME", help="Repeatable.  [default: all experts]"
+    )(command)
+
+
+@click.command()
+@redis_options
+@_expert_option
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+def backup(redis: str, prefix: str, redis_timeout: float, expert: Sequence[str], directory: Path) -> None:
+    """Write all experts to the new directory DIR, whole or not at all.
+
+    The federation may run: of each expert weights, history and decisions are those of one moment. Each is also an
+    adapter that PeftModel.from_pretrained loads, from DIR/EXPERT.
+    """
+    from fedmoe.backup import back_up
+    from fedmoe.store.backup import BackupStore
+    from fedmoe.store.connection import Connection
+
+    def told(name: str, saved: "Saved") -> None:
+        click.echo(f"{name}: version {saved.version}, commit {saved.commit}")
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: what is half written goes away
+    store = BackupStore(Connection(redis_settings(redis, prefix, redis_timeout)))
+    back_up(store, directory, list(dict.fromkeys(expert)), told=told)
+    click.echo(f"written to {directory}")
+
+
+@click.command()
+@redis_options
+@_expert_option
+@click.option(
+    "--replace", is_flag=True, help="Also experts that are in Redis; what was applied since is undone."
+)
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+def restore(
+    redis: str, prefix: str, redis_timeout: float, expert: Sequence[str], replace: bool, directory: Path
+) -> None:
+    """Put the experts of the backup DIR into Redis, each whole or not at all.
+
+    Only where nothing is, unless --replace is given. Aggregators and workers may run and notice by themselves: what
+    workers still keep (what was decided in the last minute) is sent again.
+    """
+    from fedmoe.backup import Backup
+    from fedmoe.backup import restore as put
+    from fedmoe.store.backup import BackupStore
+    from fedmoe.store.connection import Connection
+
+    def told(name: str, saved: "Saved", replaced: str | None) -> None:
+        where = "" if replaced is None else f" in place of version {replaced}"
+        click.echo(f"{name}: restored at version {saved.version}{where}")
+
+    source = Backup(directory)
+    store = BackupStore(Connection(redis_settings(redis, prefix, redis_timeout)))
+    put(store, source, list(dict.fromkeys(expert)), replace=replace, told=told)
+    if source.prefix != prefix:
+        click.echo(f"under the prefix {prefix!r}; the backup is of {source.prefix!r}")

@@ -269,6 +269,18 @@ def h07_killed_without_a_state_directory(world: World) -> None:
     world.expect_expert(alice=[1, 1])
 
 
+def h07_seq_begins_again(world: World) -> None:
+    """Alice's update 1 is decided and she leaves; started again, her first update is an update 1 too."""
+    world.create()
+    a0 = world.aggregator()
+    for start in range(2):
+        alice = world.worker("alice", at=start)
+        alice.push()
+        world.settle(a0, alice)
+        alice.kill()
+    world.expect_expert(alice=[1, 1])
+
+
 def h07_the_older_twin_stops(world: World) -> None:
     """A second process of the name goes on with a later run: the first one must not take that for a rollback."""
     world.create()

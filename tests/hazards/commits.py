@@ -6,11 +6,12 @@ from unittest.mock import patch
 
 from consumers.expert import Expert
 from fedmoe.errors import StaleStateError
-from fedmoe.keys import GROUP
+from fedmoe.keys import GROUP, Keys
 from fedmoe.records import Entry
-from tests.hazards.world import AggregatorProcess, World, expect
+from tests.hazards.world import EXPERT, AggregatorProcess, World, expect
 
-COMMIT_BEGINS = b"WATCH\r\n$24\r\nfedmoe:{sql_expert}:meta"  # its first request
+_META = Keys().expert(EXPERT).meta
+COMMIT_BEGINS = f"WATCH\r\n${len(_META)}\r\n{_META}".encode()  # its first request
 
 
 def h01_refused_twice(world: World) -> None:

@@ -73,3 +73,8 @@ class Stepper:
     def forget(self) -> None:
         """Drop the steps that did not happen."""
         self._steps.clear()
+
+    @property
+    def left(self) -> int:
+        """Steps that did not happen yet."""
+        return len(self._steps)

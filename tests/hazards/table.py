@@ -11,7 +11,7 @@ import consumers.aggregator as aggregator
 import consumers.gateway as gateway
 import producers.ledger as ledger
 import producers.worker as worker
-from consumers import decide, verify
+from consumers import decide, expert, verify
 from fedmoe.store.connection import Connection
 from producers.checkpoint import StateDir
 from producers.ledger import Ledger
@@ -243,6 +243,13 @@ HAZARDS = {
         without=((ledger, "locate", without.never_foreign),),
         symptom="alice's step 0 counts 2 times",
     ),
+    "H07e": Hazard(
+        wrong="the first update of a worker's next run is taken for a duplicate of its last run's first",
+        rule="a duplicate is one of the same (run, seq)",
+        scenario=chains.h07_seq_begins_again,
+        without=((expert, "judge_header", without.judge_by_seq),),
+        symptom="alice's update 1 is never decided",
+    ),
     "H08a": Hazard(
         wrong="a good update is burned because header or part expired or is damaged",
         rule="what is not whole decides nothing, and is sent again",
@@ -382,4 +389,5 @@ HAZARDS = {
 def play(hazard: Hazard, world: World) -> None:
     """Play a scenario; whatever happened in it, the weights must be those of a sequential run over the log."""
     hazard.scenario(world)
+    world.check_faults_happened()
     world.expect_replay()

@@ -25,6 +25,7 @@ H17  an entry of the highest id there is
 H18  a key of the wrong type in the middle of EXEC
 """
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,9 +46,10 @@ def world(redis_url: str, tmp_path: Path) -> Iterator[World]:
 
 
 @pytest.mark.parametrize("name", HAZARDS)
-def test_holds(name: str, world: World) -> None:
+def test_holds(name: str, world: World, caplog: pytest.LogCaptureFixture) -> None:
     """Nothing is lost, doubled or stuck, and the weights are those of a sequential run over the log."""
     play(HAZARDS[name], world)
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
 @pytest.mark.parametrize("name", HAZARDS)

@@ -100,7 +100,14 @@ def h08_forged_base_version(world: World) -> None:
     world.redis.xtrim(world.keys.updates, 0)
     bob.push()
     a0.turn()
-    forged = {"worker": "alice", "run": alice.sync.ledger.run, "seq": 1, "base_version": 10**9, "parts": 0}
+    forged = {
+        "worker": "alice",
+        "run": alice.sync.ledger.run,
+        "seq": 1,
+        "base_version": 10**9,
+        "format": "evil",
+        "parts": 0,
+    }
     world.redis.xadd(world.keys.updates, forged)
     world.settle(a0, alice)
     world.expect_expert(alice=[0.5], bob=[1])
@@ -118,6 +125,7 @@ def h10_duplicate_of_a_refusal(world: World) -> None:
     assert world.entries() == 3
     world.settle(a0, alice, bob)
     expect(bob.last_decision and bob.last_decision.how == "refused", "bob was never told of the refusal")
+    expect(not world.redis.keys("*:payload:*:1:*"), "a payload stays")
     bob.expect_local(alice=[1], bob=[])
     world.expect_expert(alice=[1], bob=[])
 

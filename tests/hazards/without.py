@@ -133,6 +133,13 @@ class RefusesWhatIsNotWhole(Expert):
         return Verdict(Outcome.REFUSED, verdict.reason)
 
 
+def judge_by_seq(header: Header, head: Decided | None, meta: Meta, spec: Spec) -> Verdict:
+    """An update of the head's seq is a duplicate, whatever its run."""
+    if head and header.seq == head.id.seq:
+        return Verdict(Outcome.DUPLICATE)
+    return judge_header(header, head, meta, spec)
+
+
 def staleness_by_the_clock(version: int, base_version: int) -> int:
     """An update ages by seconds, not by versions."""
     return int(time.time()) % 10

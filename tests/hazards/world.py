@@ -130,7 +130,7 @@ class WorkerProcess:
         worker = producers.worker.Worker(world.settings, settings, stop=Event(), say=lambda _: None)
         self.world, self.name, self.now = world, name, 0.0
         self.store = worker._store
-        self.steps = Stepper(self.store.connection)
+        self.steps = world.step(self.store.connection)
         self.training = Training(name, at)
         self._state_dir = StateDir(state) if state else None
         ledger, trained = worker._open_books(self._state_dir, self.training, world.spec, "data")  # type: ignore[arg-type]
@@ -200,7 +200,7 @@ class AggregatorProcess:
 
     def __init__(self, world: "World", holder: str) -> None:
         self.connection = world.connect()
-        self.steps = Stepper(self.connection)
+        self.steps = world.step(self.connection)
         self.now = 0.0
         settings = consumers.aggregator.AggregatorSettings(block_ms=1, keep_updates=world.directory / "kept")
         self.server = consumers.aggregator.ExpertServer(
@@ -241,6 +241,7 @@ class World:
     spec: Spec = field(init=False)
     _open: list[Connection] = field(default_factory=list)
     _workers: list[WorkerProcess] = field(default_factory=list)
+    _steppers: list[Stepper] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.settings = RedisSettings(url=self.url, timeout_s=5.0)
@@ -301,8 +302,13 @@ class World:
         """A builder of the gateway."""
         connection = self.connect()
         settings = consumers.gateway.GatewaySettings(method="average")
-        steps = Stepper(connection)
+        steps = self.step(connection)
         return consumers.gateway.GatewayBuilder(connection, settings, holder=holder, lease_s=1.0), steps
+
+    def step(self, connection: Connection) -> Stepper:
+        """Step the client of a connection."""
+        self._steppers.append(Stepper(connection))
+        return self._steppers[-1]
 
     def snapshot(self) -> Snapshot:
         """All that the server holds: what a replica that lags has."""
@@ -371,6 +377,10 @@ class World:
         after = store.load()
         assert after
         expect(before and before[1] == after[1], "the gateway is not the merge of the experts")
+
+    def check_faults_happened(self) -> None:
+        """A scenario whose fault never came shows nothing."""
+        assert not any(stepper.left for stepper in self._steppers), "a fault of the scenario did not happen"
 
     def expect_replay(self) -> None:
         """Assert that the weights are, byte for byte, those of a sequential run over the log."""

@@ -32,6 +32,7 @@ class Hazard:
         scenario: plays it on a real server and asserts the outcome.
         without: takes exactly this rule out of the project's code.
         symptom: part of the sentence with which the scenario's own assertion then fails.
+        errors: errors without a sentence that a process then meets over and over, if that is how it goes wrong.
     """
 
     wrong: str
@@ -39,6 +40,7 @@ class Hazard:
     scenario: Callable[[World], None]
     without: tuple[Patch, ...]
     symptom: str
+    errors: frozenset[str] = frozenset()
 
 
 def _store(kind: type) -> tuple[Patch, ...]:
@@ -326,6 +328,7 @@ HAZARDS = {
         scenario=updates.h13_base_of_the_future,
         without=broken.BROKEN["H13_negative_staleness"].rules.patches,
         symptom="alice's update 1 is never decided",
+        errors=frozenset({"staleness cannot be negative, got -1"}),
     ),
     "H13b": Hazard(
         wrong="the same in `verify`: an honest log is called wrong",
@@ -384,10 +387,3 @@ HAZARDS = {
         symptom="half of a commit was executed",
     ),
 }
-
-
-def play(hazard: Hazard, world: World) -> None:
-    """Play a scenario; whatever happened in it, the weights must be those of a sequential run over the log."""
-    hazard.scenario(world)
-    world.check_faults_happened()
-    world.expect_replay()

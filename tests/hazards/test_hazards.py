@@ -25,7 +25,6 @@ H17  an entry of the highest id there is
 H18  a key of the wrong type in the middle of EXEC
 """
 
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,7 +32,8 @@ import pytest
 import redis
 
 from fedmoe.store.connection import Connection
-from tests.hazards.table import HAZARDS, play
+from tests.hazards.play import play, unexpected_errors
+from tests.hazards.table import HAZARDS
 from tests.hazards.world import HazardError, World
 
 
@@ -46,20 +46,26 @@ def world(redis_url: str, tmp_path: Path) -> Iterator[World]:
 
 
 @pytest.mark.parametrize("name", HAZARDS)
-def test_holds(name: str, world: World, caplog: pytest.LogCaptureFixture) -> None:
+def test_holds(name: str, world: World) -> None:
     """Nothing is lost, doubled or stuck, and the weights are those of a sequential run over the log."""
-    play(HAZARDS[name], world)
-    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+    with unexpected_errors() as errors:
+        play(HAZARDS[name], world)
+    assert not errors
 
 
 @pytest.mark.parametrize("name", HAZARDS)
 def test_fails_without_its_rule(name: str, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same scenario finds out that its rule is missing, by its own assertion and with the sentence foreseen."""
-    for patch in HAZARDS[name].without:
+    """The same scenario finds out that its rule is missing: by its own assertion, with the sentence foreseen.
+
+    And for no other reason: no process may have met an error that is not foreseen.
+    """
+    hazard = HAZARDS[name]
+    for patch in hazard.without:
         monkeypatch.setattr(*patch)
-    with pytest.raises(HazardError) as caught:
-        play(HAZARDS[name], world)
-    assert HAZARDS[name].symptom in str(caught.value)
+    with unexpected_errors() as errors, pytest.raises(HazardError) as caught:
+        play(hazard, world)
+    assert hazard.symptom in str(caught.value)
+    assert errors == hazard.errors
 
 
 def test_contents_name_every_hazard() -> None:

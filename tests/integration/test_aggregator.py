@@ -10,7 +10,7 @@ import torch
 
 from consumers.aggregator import Aggregator, AggregatorSettings, ExpertServer
 from consumers.gateway import GatewaySettings
-from fedmoe.errors import RedisUnavailableError, SettingsError, SpecError
+from fedmoe.errors import SettingsError, SpecError
 from fedmoe.layout import AdapterBuffer
 from fedmoe.store.connection import Connection
 from fedmoe.store.gateway import GatewayStore
@@ -153,43 +153,6 @@ def test_settings_that_cannot_work_are_refused(wrong: dict[str, float]) -> None:
     """Relations between settings are checked where they are made, with the reason."""
     with pytest.raises(SettingsError):
         AggregatorSettings(**wrong)  # type: ignore[arg-type]
-
-
-def test_stream_blocked_by_an_id_of_the_future_is_mended(connection: Connection, connect: Connect) -> None:
-    """H17: after an XADD with the highest id every XADD fails; the aggregator makes the emptied stream anew."""
-    expert = make_expert(connection)
-    connection.client.xadd(expert.store.keys.updates, {"worker": "mallory"}, id=f"{2**64 - 1}-{2**64 - 1}")
-    worker = ScriptedWorker(connection, expert.spec)
-    worker.train(1.0)
-    worker.cut()
-    with pytest.raises(RedisUnavailableError):
-        worker.publish()
-    with serving(connect(), "one"):
-        eventually("the stream to take entries again", worker.publish, timeout_s=10)
-        eventually("version 1", lambda: expert.store.load().meta.version == 1)
-
-
-def test_pending_entries_are_reclaimed_while_serving(
-    connection: Connection, connect: Connect, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """H3: an entry that a paused aggregator reads after it lost its lease does not hang in the pending list."""
-    monkeypatch.setattr("consumers.aggregator.RECLAIM_INTERVAL_S", 0.3)
-    expert = make_expert(connection)
-    with serving(connect(), "one"):
-        eventually("the lease", lambda: connection.client.get(expert.store.keys.lease) == b"one")
-        time.sleep(0.2)
-        # The paused one: reads right after the holder has looked, and never commits.
-        with connection.client.pipeline(transaction=True) as pipe:
-            worker = ScriptedWorker(connect(), expert.spec)
-            worker.train(1.0)
-            update = worker.cut()
-            for index, part in enumerate(update.parts):
-                pipe.set(expert.store.keys.part("alice", update.id.run, 1, index), part)
-            pipe.set(expert.store.keys.head("alice", update.id.run, 1), update.header.pack())
-            pipe.xadd(expert.store.keys.updates, {"worker": "alice", "run": update.id.run, "seq": 1})
-            pipe.xreadgroup("aggregator", "aggregator", {expert.store.keys.updates: ">"}, count=1)
-            pipe.execute()
-        eventually("version 1", lambda: expert.store.load().meta.version == 1, timeout_s=5)
 
 
 def test_lease_has_one_holder(connection: Connection, connect: Connect) -> None:

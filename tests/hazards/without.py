@@ -1,0 +1,303 @@
+"""The rules of the protocol, each taken out of the project's own code by a few lines.
+
+What is missing here is in `tests/protocol/broken.py`, which takes rules out for the exhaustive search.
+"""
+
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+from unittest.mock import patch
+
+import redis.client
+
+import consumers.expert
+from consumers.decide import Outcome, Verdict, judge_header
+from consumers.doorbell import Doorbell
+from consumers.expert import Expert
+from consumers.gateway import GatewayBuilder
+from fedmoe.errors import RedisUnavailableError, SpecError
+from fedmoe.keys import GROUP
+from fedmoe.records import Decided, Entry, Meta
+from fedmoe.spec import Spec
+from fedmoe.store.connection import Connection
+from fedmoe.store.expert import CONSUMER, Commit, ExpertStore, Loaded
+from fedmoe.store.worker import Snapshot, WorkerStore
+from fedmoe.update import Header, UpdateId, make_run
+from producers import ledger as ledger_module
+from producers.checkpoint import Checkpoint, StateDir
+from producers.exchange import Cut
+from producers.ledger import Change, Ledger, Place
+from producers.sync import Sync
+
+# ---- the aggregator ----
+
+
+class CommitsByVersion(ExpertStore):
+    """A commit compares the version with that of its memory, not the commit id."""
+
+    def commit(self, commit: Commit) -> None:
+        stored = Meta.from_hash(self._redis.hgetall(self.keys.meta))
+        if stored.version == commit.meta.version - len(commit.log):
+            commit.on = stored.commit
+        super().commit(commit)
+
+
+_watch = redis.client.Pipeline.watch
+
+
+def watch_nothing(pipe: Any, *keys: str) -> Any:
+    """WATCH a key that nobody writes."""
+    return _watch(pipe, "nothing")
+
+
+def watch_meta_alone(pipe: Any, *keys: str) -> Any:
+    """WATCH the first of the keys."""
+    return _watch(pipe, keys[0])
+
+
+class ReclaimsWhatIsIdle(ExpertStore):
+    """Only entries that are pending for a minute are reclaimed."""
+
+    def reclaim(self) -> list[Entry]:
+        _, page, *_ = self._redis.xautoclaim(self.keys.updates, GROUP, CONSUMER, min_idle_time=60_000)
+        return [Entry.of(*item) for item in page]
+
+
+class GroupFromTheEnd(ExpertStore):
+    """The consumer group starts at $."""
+
+    def load(self) -> Loaded:
+        with suppress(redis.ResponseError):
+            self._redis.xgroup_create(self.keys.updates, GROUP, id="$", mkstream=True)
+        return super().load()
+
+
+class NeverMends(ExpertStore):
+    """Nobody looks at the stream's highest id."""
+
+    def mend(self) -> bool:
+        return False
+
+
+class LoadsWithoutLooking(ExpertStore):
+    """The types of the keys that a commit writes to are not looked at."""
+
+    def load(self) -> Loaded:
+        try:
+            return super().load()
+        except SpecError:
+            pipe = self._redis.pipeline(transaction=True)
+        pipe.get(self.keys.weights).hgetall(self.keys.meta).hgetall(self.keys.applied)
+        weights, meta, applied = pipe.execute()
+        heads = {worker.decode(): Decided.from_json(text) for worker, text in applied.items()}
+        return Loaded(
+            meta=Meta.from_hash(meta), weights=weights, applied=heads, generation=self.connection.generation
+        )
+
+
+def connect_uncounted(connection: Connection, client: Any) -> None:
+    """A connection made anew is not noticed."""
+    client.on_connect()
+
+
+class TrustsEntries(Expert):
+    """`prev` and `base_version` are taken from the stream entry, if they stand there."""
+
+    def _decide(self, bell: Doorbell, entry: Entry, delta: Any, commit: Commit) -> Verdict | None:
+        def judge(header: Header, head: Decided | None, meta: Meta, spec: Spec) -> Verdict:
+            said = entry.fields
+            header = replace(header, base_version=int(said.get("base_version", header.base_version)))
+            if "prev" in said:
+                run, _, seq = said["prev"].rpartition(":")
+                header = replace(header, prev=UpdateId(run, int(seq)) if run else None)
+            return judge_header(header, head, meta, spec)
+
+        with patch.object(consumers.expert, "judge_header", judge):
+            return super()._decide(bell, entry, delta, commit)
+
+
+class RefusesWhatIsNotWhole(Expert):
+    """A missing or damaged header or part is a reason to refuse."""
+
+    def _decide(self, bell: Doorbell, entry: Entry, delta: Any, commit: Commit) -> Verdict | None:
+        verdict = super()._decide(bell, entry, delta, commit)
+        if not verdict or verdict.outcome is not Outcome.UNDECIDABLE:
+            return verdict
+        if not verdict.reason.endswith(("missing", "damaged")):
+            return verdict
+        self.applied[bell.worker] = commit.applied[bell.worker] = Decided(
+            id=UpdateId(bell.run, bell.seq), how="refused", version=self.meta.version, reason=verdict.reason
+        )
+        return Verdict(Outcome.REFUSED, verdict.reason)
+
+
+def judge_by_seq(header: Header, head: Decided | None, meta: Meta, spec: Spec) -> Verdict:
+    """An update of the head's seq is a duplicate, whatever its run."""
+    if head and header.seq == head.id.seq:
+        return Verdict(Outcome.DUPLICATE)
+    return judge_header(header, head, meta, spec)
+
+
+def staleness_by_the_clock(version: int, base_version: int) -> int:
+    """An update ages by seconds, not by versions."""
+    return int(time.time()) % 10
+
+
+# ---- the gateway ----
+
+
+class GatewayByVersion(GatewayBuilder):
+    """Experts of the same versions are taken for the same experts."""
+
+    def refresh(self) -> bool:
+        record = self._store.record()
+        present = {name: self._store.meta(name).version for name in self._store.experts()}
+        if record and present == {name: part["version"] for name, part in record.built_from.items()}:
+            return False
+        return super().refresh()
+
+
+class GatewayByMemory(GatewayBuilder):
+    """The builder remembers what it last saw built, and does not look at what is there."""
+
+    _seen: dict[str, str] | None = None
+
+    def refresh(self) -> bool:
+        present = {name: self._store.meta(name).commit for name in self._store.experts()}
+        if present == self._seen:
+            return False
+        self._seen = present
+        return super().refresh()
+
+
+# ---- the worker ----
+
+
+class PullsIfNewer(WorkerStore):
+    """Weights are pulled when their version is higher than the base's."""
+
+    def pull(self, *, known: str) -> Snapshot:
+        snapshot = super().pull(known="")
+        version = snapshot.meta.version
+        newer = not known or version > int(known.removeprefix("version "))
+        meta = replace(snapshot.meta, weights_commit=f"version {version}")
+        return replace(snapshot, meta=meta, weights=snapshot.weights if newer else None)
+
+
+class PublishesUnchecked(WorkerStore):
+    """XADD, whatever became of the parts."""
+
+    def publish(self, header: Header, parts: Sequence[bytes]) -> str:
+        try:
+            return super().publish(header, parts)
+        except RedisUnavailableError as error:
+            if "whole" not in str(error):
+                raise
+            ((entry, _),) = self._redis.xrevrange(self.keys.updates, count=1)
+            return str(entry.decode())
+
+
+class LeavesOncePublished(Sync):
+    """A worker that shall end does not wait for the decision."""
+
+    def _follow(self) -> float:
+        wait_s = super()._follow()
+        self._ended = self._deadline is not None and self.in_redis
+        return wait_s
+
+
+class SavesWhenDecided(Sync):
+    """The checkpoint is written when an update is decided, not before it is published."""
+
+    def _save(self, cut: Cut) -> None:
+        if not self.ledger.queue:
+            super()._save(cut)
+
+    def _pull(self) -> None:
+        super()._pull()
+        if self._state_dir and not self.ledger.queue and (cut := self._copy(consume=False)):
+            self._save(cut)
+
+
+_load, _save = StateDir.load, StateDir.save
+_roll_back, _advance, _forget, _start_over = (
+    Ledger._roll_back, Ledger._advance, Ledger._forget, Ledger._start_over,
+)  # fmt: skip
+
+
+def load_as_new_run(self: StateDir, **whose: Any) -> Checkpoint | None:
+    """A worker that goes on from its checkpoint begins a new run."""
+    saved = _load(self, **whose)
+    if saved:
+        books = saved.ledger
+        books.start, books.run, books.seq = books.head, make_run(int(books.run.split("-")[0]) + 1, "f" * 8), 0
+        books.queue, books.kept = [], []
+    return saved
+
+
+def save_without_kept(self: StateDir, checkpoint: Checkpoint) -> None:
+    """Decided updates are not in the checkpoint."""
+    books = checkpoint.ledger
+    _save(self, replace(checkpoint, ledger=replace(books, kept=[], start=books.head)))
+
+
+def forget_all_but_the_last(self: Ledger, now: float) -> None:
+    """Only the last decided update is kept."""
+    self.keep_decided_s = -1.0
+    _forget(self, now)
+
+
+def roll_back_with_old_prev(self: Ledger, *seen: Any) -> Change:
+    """The oldest update that is kept still names a predecessor that is gone."""
+    prev = (self.kept or self.queue)[0].header.prev
+    change = _roll_back(self, *seen)
+    first = self.queue[0]
+    self.queue[0] = replace(first, header=replace(first.header, prev=prev))
+    return change
+
+
+def advance_without_resending(
+    self: Ledger, meta: Meta, weights: Any, decided: Decided | None, count: int, now: float
+) -> Change:
+    """Updates whose decision was undone are dropped."""
+    self.kept = self.kept[:count]
+    return _advance(self, meta, weights, decided, count, now)
+
+
+def start_over_in_place(
+    self: Ledger, meta: Meta, weights: Any, head: UpdateId | None, position: str
+) -> Change:
+    """A worker from an old checkpoint adopts what is decided, but does not go to its data position."""
+    return _start_over(self, meta, weights, head, "")
+
+
+_locate = ledger_module.locate
+
+
+def never_ahead(*chain: Any) -> tuple[Place, int]:
+    """A later update of the worker's own run is taken for an earlier one."""
+    place, count = _locate(*chain)
+    return (Place.BEHIND if place is Place.AHEAD else place), count
+
+
+def never_foreign(*chain: Any) -> tuple[Place, int]:
+    """An update of a later run is taken for an earlier one."""
+    place, count = _locate(*chain)
+    return (Place.BEHIND if place is Place.FOREIGN else place), count
+
+
+def locate_by_seq(
+    head: UpdateId | None, start: UpdateId | None, known: Sequence[UpdateId], run: str
+) -> tuple[Place, int]:
+    """Updates of the same seq are taken for the same."""
+    seqs = [update.seq for update in known]
+    if head and head.seq in seqs:
+        return Place.KNOWN, seqs.index(head.seq) + 1
+    return _locate(head, start, known, run)
+
+
+def one_run(epoch: int, nonce: str) -> str:
+    """Every start of a worker has the same run."""
+    return "1-00000000"

@@ -1,0 +1,392 @@
+"""A federation on a real server, its processes stepped turn by turn: what the scenarios play in.
+
+Aggregators are the project's ExpertServer, workers its Worker's books, Exchange and Sync; only the training is a
+counter. Step k of a worker adds 1 to a value of its own, so in any weights a 0 is a step lost and a 2 a step doubled.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Event
+
+import torch
+
+import consumers.aggregator
+import consumers.gateway
+import consumers.verify
+import producers.worker
+from fedmoe.archive import Archive
+from fedmoe.errors import NameTakenError
+from fedmoe.layout import AdapterBuffer, Layout, values_of
+from fedmoe.lora_init import initial_weights
+from fedmoe.records import Decided, Entry, Meta
+from fedmoe.spec import LoraSettings, MergeRules, Spec
+from fedmoe.staleness import Decay
+from fedmoe.store.connection import Connection, RedisSettings
+from fedmoe.store.expert import ExpertStore, new_id
+from fedmoe.store.gateway import GatewayStore
+from producers.checkpoint import StateDir
+from producers.exchange import Cut, Exchange
+from producers.ledger import Change, Trained
+from tests.hazards.stepping import Killed, Stepper
+from tests.protocol.actors import OneTurn, TurnOver
+
+EXPERT = "sql_expert"
+FINGERPRINT = "0123456789abcdef"
+UNITS = 20
+OFFSETS = {"alice": 10, "bob": 10 + UNITS, "carol": 10 + 2 * UNITS}  # in B, which begins as zeros
+LAYOUT = Layout.of(
+    [
+        ("base_model.model.layers.0.q_proj.lora_A.weight", (2, 5)),
+        ("base_model.model.layers.0.q_proj.lora_B.weight", (30, 2)),
+    ]
+)
+ROUNDS = 15
+
+Snapshot = Mapping[bytes, tuple[bytes, int]]
+
+
+class HazardError(AssertionError):
+    """A scenario's own assertion failed: the sentence says what went wrong."""
+
+
+def expect(true: object, symptom: str) -> None:
+    """Assert, with what is wrong if it does not hold."""
+    if not true:
+        raise HazardError(symptom)
+
+
+def expect_units(where: str, name: str, flat: torch.Tensor, wanted: Sequence[float]) -> None:
+    """Assert how often each step of a worker is in `flat`; all later steps must not be there."""
+    found = flat[OFFSETS[name] : OFFSETS[name] + UNITS].tolist()
+    for unit, value in enumerate(found):
+        right = wanted[unit] if unit < len(wanted) else 0.0
+        what = f"counts {value:g} times" if value else "is lost"
+        expect(value == right, f"{where}: {name}'s step {unit} {what}")
+
+
+@dataclass(frozen=True)
+class _Step:
+    loss: float = 1.0
+    n_examples: int = 1
+    n_tokens: int = 1
+    applied: bool = True
+
+
+class Training:
+    """A trainer whose step k adds 1 to value k of its worker; its data position is the next step."""
+
+    def __init__(self, name: str, position: int) -> None:
+        self.flat = torch.zeros(LAYOUT.numel)
+        self.position = position
+        self._offset = OFFSETS[name]
+
+    def state(self) -> Mapping[str, torch.Tensor]:
+        return {}
+
+    def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        assert not state
+
+    def step(self) -> _Step:
+        self.flat[self._offset + self.position] += 1
+        self.position += 1
+        return _Step()
+
+
+class OneThread(Exchange):
+    """The meeting point of training and sync, in one thread; remembers what the sync told the training."""
+
+    def __init__(self, trainer: Training, *, with_optimizer: bool, trained: Trained | None) -> None:
+        super().__init__(trainer, with_optimizer=with_optimizer, trained=trained)
+        self.changes: list[Change] = []
+
+    def take(self, timeout_s: float) -> Cut | None:
+        self.boundary()
+        return super().take(0.0)
+
+    def correct(self, change: Change) -> None:
+        self.changes.append(change)
+        super().correct(change)
+
+
+class _Wake(OneTurn):
+    """Stands for the event that the sync's loop waits on: ends each turn."""
+
+    def wait(self, timeout: float) -> bool:
+        raise TurnOver
+
+    def set(self) -> None:
+        """Nobody waits."""
+
+
+class WorkerProcess:
+    """A worker from its start on; without a state directory its data begins at step `at`."""
+
+    def __init__(self, world: "World", name: str, state: Path | None, at: int) -> None:
+        settings = producers.worker.WorkerSettings(
+            stream=EXPERT, data=Path("rows.jsonl"), name=name, state_dir=state, wait=False
+        )
+        worker = producers.worker.Worker(world.settings, settings, stop=Event(), say=lambda _: None)
+        self.world, self.name, self.now = world, name, 0.0
+        self.store = worker._store
+        self.steps = world.step(self.store.connection)
+        self.training = Training(name, at)
+        self._state_dir = StateDir(state) if state else None
+        ledger, trained = worker._open_books(self._state_dir, self.training, world.spec, "data")  # type: ignore[arg-type]
+        self.exchange = OneThread(self.training, with_optimizer=state is not None, trained=trained)
+        self.sync = producers.worker.Sync(
+            self.store, ledger, self.exchange, world.spec, fingerprint=FINGERPRINT, state_dir=self._state_dir,
+            data="data", must_pull=bool(ledger.seq), clock=lambda: self.now,
+        )  # fmt: skip
+        self.sync._wake = _Wake()  # type: ignore[assignment]
+
+    def turn(self, turns: int = 1) -> None:
+        """So many turns of the sync's loop; training takes up what they brought."""
+        for _ in range(turns):
+            with suppress(TurnOver):
+                self.sync._serve()
+            self.exchange.boundary()
+
+    def train(self, steps: int = 1) -> None:
+        """Train some steps."""
+        for _ in range(steps):
+            self.exchange.boundary()
+            self.exchange.record(self.training.step())
+
+    def cut_is_due(self) -> None:
+        """The sync interval is over."""
+        self.now += self.world.spec.sync_interval_s
+
+    def push(self, steps: int = 1) -> None:
+        """Train, and take turns until the update is published (a lost reply, and it only believes that it is not)."""
+        self.train(steps)
+        self.cut_is_due()
+        for _ in range(3):
+            self.turn()
+            queue = self.sync.ledger.queue
+            if queue and self.sync._sent == queue[-1].id:
+                return
+
+    def look(self) -> None:
+        """Pull although nothing was trained, as an idle worker does at each sync interval."""
+        self.cut_is_due()
+        self.turn()
+
+    def kill(self) -> None:
+        """Kill -9: only the state directory is left."""
+        self.store.connection.close()
+        if self._state_dir:
+            self._state_dir._lock.close()
+
+    def expect_local(self, **wanted: Sequence[float]) -> None:
+        """Assert what the local adapter is made of."""
+        for name, units in wanted.items():
+            expect_units(f"the local adapter of {self.name}", name, self.training.flat, units)
+
+    @property
+    def last_decision(self) -> Decided | None:
+        """How its last update was decided, as it was told."""
+        return next((c.how for c in reversed(self.exchange.changes) if c.how), None)
+
+    @property
+    def stopped(self) -> bool:
+        """It gave up, because another process bears its name."""
+        return isinstance(self.sync.failure, NameTakenError)
+
+
+class AggregatorProcess:
+    """An aggregator of the expert."""
+
+    def __init__(self, world: "World", holder: str) -> None:
+        self.connection = world.connect()
+        self.steps = world.step(self.connection)
+        self.now = 0.0
+        settings = consumers.aggregator.AggregatorSettings(block_ms=1, keep_updates=world.directory / "kept")
+        self.server = consumers.aggregator.ExpertServer(
+            self.connection, EXPERT, settings, holder=holder, clock=lambda: self.now
+        )
+
+    def turn(self, turns: int = 1) -> None:
+        """So many turns of its loop, errors included, until somebody kills it."""
+        for _ in range(turns):
+            with suppress(TurnOver, Killed):
+                self.server.run(OneTurn())  # type: ignore[arg-type]
+
+    def read(self) -> list[Entry]:
+        """XREADGROUP, and pause before deciding."""
+        return self.server._store.read(block_ms=1, count=10)
+
+    def decide(self, entries: Sequence[Entry]) -> None:
+        """Go on after the pause; the commit may raise StaleStateError."""
+        assert self.server._expert
+        self.server._expert.process(entries)
+
+    def time_passes(self) -> None:
+        """Long enough for whatever it does now and then."""
+        self.now += 3600.0
+
+
+@dataclass
+class World:
+    """A server, an operator's client, and one expert.
+
+    Args:
+        url: of an empty database.
+        directory: for state directories and kept updates.
+    """
+
+    url: str
+    directory: Path
+    spec: Spec = field(init=False)
+    _open: list[Connection] = field(default_factory=list)
+    _workers: list[WorkerProcess] = field(default_factory=list)
+    _steppers: list[Stepper] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.settings = RedisSettings(url=self.url, timeout_s=5.0)
+        operator = self.connect()
+        self.redis, self.keys = operator.client, operator.keys.expert(EXPERT)
+        self._operator = operator
+        self.redis.config_set("hz", 500)  # a blocking read of 1 ms else takes 100
+
+    def connect(self) -> Connection:
+        """A connection, closed at the end."""
+        self._open.append(Connection(self.settings))
+        return self._open[-1]
+
+    def close(self) -> None:
+        """End all processes."""
+        for worker in self._workers:
+            worker.kill()
+        for connection in self._open:
+            connection.close()
+
+    def create(self, *, max_staleness: int = 100, decay: str = "constant") -> None:
+        """Create the expert as version 0."""
+        merge = MergeRules(decay=Decay(kind=decay), max_staleness=max_staleness)
+        self.spec = Spec(
+            base_model="tiny",
+            base_config={},
+            layout=LAYOUT,
+            lora=LoraSettings(rank=2, alpha=4.0),
+            merge=merge,
+        )
+        self._write_expert()
+
+    def _write_expert(self) -> None:
+        commit = new_id()
+        meta = Meta(
+            lineage=new_id(), commit=commit, weights_commit=commit, spec=self.spec.digest,
+            base_fingerprint=FINGERPRINT,
+        )  # fmt: skip
+        buffer = AdapterBuffer(LAYOUT)
+        buffer.flat.copy_(initial_weights(LAYOUT, self.spec.init_seed))
+        assert ExpertStore(self._operator, EXPERT).create(self.spec, meta, buffer.file, gateway_weight=1.0)
+
+    def new_lineage(self) -> None:
+        """What an operator does who begins the expert anew: nothing of before counts any more."""
+        self.redis.delete(self.keys.meta, self.keys.weights, self.keys.applied, self.keys.log)
+        self._write_expert()
+
+    def aggregator(self, holder: str = "A0") -> AggregatorProcess:
+        """Start an aggregator."""
+        return AggregatorProcess(self, holder)
+
+    def worker(self, name: str, *, state: bool = False, at: int = 0) -> WorkerProcess:
+        """Start a worker, with a state directory (the one it had before) or without."""
+        self._workers.append(WorkerProcess(self, name, self.directory / name if state else None, at))
+        return self._workers[-1]
+
+    def builder(self, holder: str) -> tuple[consumers.gateway.GatewayBuilder, Stepper]:
+        """A builder of the gateway."""
+        connection = self.connect()
+        settings = consumers.gateway.GatewaySettings(method="average")
+        steps = self.step(connection)
+        return consumers.gateway.GatewayBuilder(connection, settings, holder=holder, lease_s=1.0), steps
+
+    def step(self, connection: Connection) -> Stepper:
+        """Step the client of a connection."""
+        self._steppers.append(Stepper(connection))
+        return self._steppers[-1]
+
+    def snapshot(self) -> Snapshot:
+        """All that the server holds: what a replica that lags has."""
+        return {key: (self.redis.dump(key), max(0, self.redis.pttl(key))) for key in self.redis.scan_iter()}
+
+    def roll_back(self, snapshot: Snapshot) -> None:
+        """The server goes back in time, and no client sees its connection break (they are a proxy's)."""
+        self.redis.flushdb()
+        for key, (content, ttl_ms) in snapshot.items():
+            self.redis.restore(key, ttl_ms, content)
+
+    def fail_over(self, snapshot: Snapshot) -> None:
+        """A replica that lags becomes the master: back in time, and all connections break."""
+        self.roll_back(snapshot)
+        self.cut_connections()
+
+    def cut_connections(self) -> None:
+        """Break the connections of all processes."""
+        self.redis.execute_command("CLIENT KILL TYPE normal SKIPME yes")
+
+    def lease_expires(self) -> None:
+        """The holder was paused for longer than its lease, or is dead."""
+        self.redis.delete(self.keys.lease)
+
+    def settle(self, aggregator: AggregatorProcess, *workers: WorkerProcess) -> None:
+        """Turns without further faults until all is decided; a dead end is a hazard too."""
+        for _ in range(ROUNDS):
+            aggregator.time_passes()
+            aggregator.turn()
+            for worker in workers:
+                worker.turn()
+            waiting = [w for w in workers if w.sync.ledger.queue and not w.stopped]
+            if not waiting and not self.entries():
+                return
+        for worker in waiting:
+            expect(False, f"{worker.name}'s update {worker.sync.ledger.queue[0].id.seq} is never decided")
+        expect(False, "an entry stays in the stream for ever")
+
+    def entries(self) -> int:
+        """Entries in the stream; those that are pending are among them."""
+        groups = self.redis.xinfo_groups(self.keys.updates) if self.redis.exists(self.keys.updates) else []
+        return max(self.redis.xlen(self.keys.updates), *(group["pending"] for group in groups), 0)
+
+    @property
+    def meta(self) -> Meta:
+        """The expert's state."""
+        return Meta.from_hash(self.redis.hgetall(self.keys.meta))
+
+    @property
+    def flat(self) -> torch.Tensor:
+        """The expert's weights (numel,)."""
+        return values_of(LAYOUT, self.redis.get(self.keys.weights))
+
+    def expect_expert(self, **wanted: Sequence[float]) -> None:
+        """Assert what the expert is made of."""
+        for name, units in wanted.items():
+            expect_units("the expert", name, self.flat, units)
+
+    def expect_gateway(self) -> None:
+        """Assert that the gateway is what a builder makes of the experts as they are now."""
+        store = GatewayStore(self._operator)
+        before = store.load()
+        self.redis.delete(store.keys.meta)
+        builder, _ = self.builder("fresh")
+        builder.refresh()
+        after = store.load()
+        assert after
+        expect(before and before[1] == after[1], "the gateway is not the merge of the experts")
+
+    def check_faults_happened(self) -> None:
+        """A scenario whose fault never came shows nothing."""
+        assert not any(stepper.left for stepper in self._steppers), "a fault of the scenario did not happen"
+
+    def expect_replay(self) -> None:
+        """Assert that the weights are, byte for byte, those of a sequential run over the log."""
+        meta, weights, lines = GatewayStore(self._operator).history(EXPERT)
+        found = consumers.verify.replay(
+            self.spec, lines, Archive(self.directory / "kept" / EXPERT), upto=meta.version
+        )
+        expect(not found.problem, f"the log cannot be replayed: {found.problem}")
+        expect(found.weights.file == weights, "the weights are not those of the log")

@@ -28,6 +28,12 @@ LOG_LENGTH = 100_000
 DEAD_LENGTH = 10_000
 BLOCKING_MS = 2**63  # no clock gets so far; after the highest id there is, a stream takes no entry any more
 _PAGE = 256
+_TYPES = (b"hash", b"stream", b"stream")  # of applied, log and dead
+# The head in meta, and the types of the other keys.
+_LOOK = """#!lua flags=no-writes
+local found = {redis.call('HGET', KEYS[1], 'commit')}
+for i = 2, #KEYS do found[i] = redis.call('TYPE', KEYS[i]).ok end
+return found"""
 _UNLINK_AT_ONCE = 1000  # keys; a script's command may not have more than some thousand words
 
 logger = logging.getLogger(__name__)
@@ -155,22 +161,29 @@ class ExpertStore:
                 ("get", keys.weights),
                 ("hgetall", keys.meta),
                 ("hgetall", keys.applied),
+                ("type", keys.applied),
                 ("type", keys.log),
                 ("type", keys.dead),
             )
         if weights is None or not meta:
             raise LostExpertError(self.name)
-        for key, kind in zip((keys.log, keys.dead), types, strict=True):
-            if kind not in (b"stream", b"none"):
-                raise SpecError(
-                    f"the key {key} is a {kind.decode()} and should be a stream: somebody overwrote it, rename it"
-                )
+        self._check_types(types)
         return Loaded(
             meta=Meta.from_hash(meta),
             weights=weights,
             applied={worker.decode(): Decided.from_json(text) for worker, text in applied.items()},
             generation=self.connection.generation,
         )
+
+    def _check_types(self, types: Sequence[bytes]) -> None:
+        """Raise SpecError if `applied`, `log` or `dead` is of another type: all but it would be executed of an EXEC."""
+        keys = self.keys
+        for key, kind, wanted in zip((keys.applied, keys.log, keys.dead), types, _TYPES, strict=True):
+            if kind not in (wanted, b"none"):
+                raise SpecError(
+                    f"the key {key} is a {kind.decode()} and should be a {wanted.decode()}: somebody overwrote it, "
+                    "rename it"
+                )
 
     def reclaim(self) -> list[Entry]:
         """All entries that were read but not committed, by whichever aggregator."""
@@ -272,12 +285,13 @@ class ExpertStore:
                 raise StaleStateError(f"{self.name}: another aggregator committed meanwhile") from error
 
     def _check_head(self, pipe: Any, commit: Commit) -> None:
-        """Compare the head, and WATCH all that a commit writes to."""
+        """WATCH all that a commit writes to, then look at the head, and whether EXEC would fail half way."""
         keys = self.keys
         pipe.watch(keys.meta, keys.weights, keys.applied, keys.log, keys.dead)
-        head = pipe.hget(keys.meta, "commit")
+        head, *types = pipe.eval(_LOOK, 4, keys.meta, keys.applied, keys.log, keys.dead)
         if head is None or head.decode() != commit.on:
             raise StaleStateError(f"{self.name}: another aggregator committed meanwhile")
+        self._check_types(types)
         if self.connection.generation != commit.generation:
             raise StaleStateError(f"{self.name}: the connection to Redis was made anew")
 

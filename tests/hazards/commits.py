@@ -238,6 +238,21 @@ def h18_log_of_the_wrong_type(world: World) -> None:
     world.expect_expert(alice=[1])
 
 
+def h18_overwritten_while_serving(world: World) -> None:
+    """The same while the aggregator serves: after its load, before the next commit."""
+    world.create()
+    alice = world.worker("alice")
+    a0 = world.aggregator()
+    a0.turn()
+    alice.push()
+    a0.steps.before(COMMIT_BEGINS, lambda: world.redis.set(world.keys.applied, "oops"))
+    a0.turn(3)
+    expect(world.meta.version == 0, "half of a commit was executed")
+    world.redis.delete(world.keys.applied)
+    world.settle(a0, alice)
+    world.expect_expert(alice=[1])
+
+
 def h18_log_overwritten_before_exec(world: World) -> None:
     """The same, at the last moment: between the commit's WATCH and its EXEC."""
     world.create()

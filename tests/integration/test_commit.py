@@ -10,7 +10,7 @@ import torch
 
 from consumers.expert import Expert
 from fedmoe.codec import encode
-from fedmoe.errors import RedisUnavailableError, StaleStateError, UnknownExpertError
+from fedmoe.errors import StaleStateError, UnknownExpertError
 from fedmoe.keys import GROUP
 from fedmoe.layout import AdapterBuffer
 from fedmoe.spec import MergeRules

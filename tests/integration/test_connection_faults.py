@@ -1,7 +1,7 @@
 """Connections that break at the worst moment, by a real proxy: every step counts once, and nothing is left over."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -41,6 +41,18 @@ def more(store: object, n: int) -> None:
     eventually(f"{n} more updates", lambda: store.load().meta.version >= begin + n, timeout_s=20)  # type: ignore[attr-defined]
 
 
+@contextmanager
+def frozen(*proxies: Proxy) -> Iterator[None]:
+    """No byte goes through."""
+    for proxy in proxies:
+        proxy.freeze()
+    try:
+        yield
+    finally:
+        for proxy in proxies:
+            proxy.thaw()
+
+
 @pytest.mark.parametrize("action", ["cut_before", "cut_in_middle", "cut_after", "late"])
 @pytest.mark.parametrize(
     ("whose", "command"),
@@ -66,6 +78,23 @@ def test_connection_breaks_at_a_command(
     # Header and part that are written when their update has long been decided.
     leftovers = 2 if (command, action) == (b"SET", "late") else 0
     assert_settled(connection, spec, [worker], tmp_path, leftovers=leftovers)
+
+
+def test_lost_reply_of_a_publication_makes_a_duplicate(
+    connection: Connection, reach: Reach, near: dict[str, Proxy], tmp_path: Path
+) -> None:
+    """The worker publishes again while its first entry waits: one of the two counts."""
+    spec = counting_spec()
+    store = create_expert(connection, spec)
+    fired = near["worker"].on(b"XADD", "cut_after")
+    with CountingWorker(reach(near["worker"].url), spec) as worker:
+        assert fired.wait(5)
+        eventually("a second entry", lambda: connection.client.xlen(store.keys.updates) == 2, timeout_s=5)
+        with serving(reach(near["aggregator"].url), tmp_path):
+            more(store, 3)
+            worker.finish()
+    assert store.load().meta.duplicate == 1
+    assert_settled(connection, spec, [worker], tmp_path)
 
 
 @pytest.mark.parametrize("direction", ["up", "down"])
@@ -158,13 +187,14 @@ def test_frozen_redis(connection: Connection, reach: Reach, near: dict[str, Prox
         CountingWorker(reach(near["worker"].url), spec) as worker,
     ):
         more(store, 2)
-        for proxy in near.values():
-            proxy.freeze()
-        eventually("the sentence", lambda: "cannot be reached (Timeout" in worker.sync.status.problem)
-        trained = worker.steps
-        eventually("training goes on", lambda: worker.steps > trained + 50)
-        for proxy in near.values():
-            proxy.thaw()
+        with frozen(*near.values()):
+            eventually(
+                "the sentence",
+                lambda: "cannot be reached (Timeout" in worker.sync.status.problem,
+                timeout_s=10,
+            )
+            trained = worker.steps
+            eventually("training goes on", lambda: worker.steps > trained + 50, timeout_s=10)
         more(store, 2)
         worker.finish()
     assert all(proxy.hits["frozen"] for proxy in near.values())

@@ -154,7 +154,7 @@ def explain(error: Exception, url: str) -> str:
             return f"Redis at {url} is a read-only replica: use the URL of the master"
         case redis.exceptions.BusyLoadingError():
             return f"Redis at {url} is still loading its data"
-        case redis.exceptions.MaxConnectionsError():
+        case redis.exceptions.ConnectionError() if "max number of clients" in text:
             return f"Redis at {url} takes no more connections: raise its maxclients"
         case redis.exceptions.ConnectionError() | redis.exceptions.TimeoutError() | OSError():
             return f"Redis at {url} cannot be reached ({text})"

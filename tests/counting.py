@@ -1,0 +1,181 @@
+"""Training that can be counted: each step adds 1 to every value of an expert that begins at 0 and decays nothing.
+
+So after any fault the books are checked with whole numbers: the weights must equal the number of steps of all workers.
+"""
+
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Self
+
+import torch
+
+from consumers.aggregator import AggregatorSettings, ExpertServer
+from consumers.verify import replay
+from fedmoe.archive import Archive
+from fedmoe.keys import GROUP
+from fedmoe.layout import AdapterBuffer, Layout, values_of
+from fedmoe.lora_init import initial_weights
+from fedmoe.spec import MergeRules, Spec
+from fedmoe.staleness import Decay
+from fedmoe.store.connection import Connection
+from fedmoe.store.expert import ExpertStore
+from fedmoe.store.gateway import GatewayStore
+from producers.exchange import Exchange
+from producers.sync import Sync
+from tests.federation import FINGERPRINT, ScriptedWorker, first_meta, small_spec
+
+EXPERT = "sql_expert"
+
+
+def counting_spec(n_values: int = 12, *, sync_interval_s: float = 0.05) -> Spec:
+    """A spec whose only tensor (n_values, an even number) is a LoRA B, which begins at 0."""
+    layout = Layout.of([("base_model.model.layers.0.q_proj.lora_B.weight", (n_values // 2, 2))])
+    rules = MergeRules(decay=Decay(kind="constant"), max_norm=1e9)
+    return replace(small_spec(layout=layout, merge=rules), sync_interval_s=sync_interval_s)
+
+
+def create_expert(connection: Connection, spec: Spec, name: str = EXPERT) -> ExpertStore:
+    """Create the expert at its real version 0."""
+    buffer = AdapterBuffer(spec.layout)
+    buffer.flat.copy_(initial_weights(spec.layout, spec.init_seed))
+    store = ExpertStore(connection, name)
+    assert store.create(spec, first_meta(spec), buffer.file, gateway_weight=1.0)
+    return store
+
+
+@contextmanager
+def serving(
+    connection: Connection, archive: Path, *, holder: str = "one", lease_s: float = 1.0, block_ms: int = 50
+) -> Iterator[None]:
+    """A served expert; what is applied is kept in `archive`."""
+    settings = AggregatorSettings(lease_s=lease_s, block_ms=block_ms, keep_updates=archive)
+    server = ExpertServer(connection, EXPERT, settings, holder=holder)
+    stop = threading.Event()
+    thread = threading.Thread(target=server.run, args=(stop,))
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+@dataclass
+class Step:
+    """What one step trained."""
+
+    loss: float = 1.0
+    n_examples: int = 1
+    n_tokens: int = 1
+    applied: bool = True
+
+
+class Counter:
+    """A trainer without a model."""
+
+    def __init__(self, weights: torch.Tensor) -> None:
+        self.flat = weights.clone()
+        self.position = 0
+
+    def state(self) -> Mapping[str, torch.Tensor]:
+        """There is no optimizer."""
+        return {}
+
+    def step(self) -> Step:
+        """Add 1 to every value."""
+        self.flat += 1
+        self.position += 1
+        return Step()
+
+
+class CountingWorker:
+    """The real sync in one thread, beside a training in another that counts; a context manager."""
+
+    def __init__(
+        self, connection: Connection, spec: Spec, name: str = "alice", *, step_s: float = 0.002
+    ) -> None:
+        joined = ScriptedWorker(connection, spec, name, EXPERT)
+        self.name = name
+        self.steps = 0
+        self.trainer = Counter(joined.local)
+        self.exchange = Exchange(self.trainer, with_optimizer=False)
+        self.sync = Sync(
+            joined.store,
+            joined.ledger,
+            self.exchange,
+            spec,
+            fingerprint=FINGERPRINT,
+            state_dir=None,
+            data="d",
+        )
+        self._step_s = step_s
+        self._enough = threading.Event()
+        self._syncing = threading.Thread(target=self.sync.run, daemon=True)
+        self._training = threading.Thread(target=self._train, daemon=True)
+
+    def _train(self) -> None:
+        while self._syncing.is_alive():
+            self.exchange.boundary()
+            time.sleep(self._step_s)
+            if not self._enough.is_set():
+                self.exchange.record(self.trainer.step())
+                self.steps += 1
+        self.exchange.boundary()
+
+    def __enter__(self) -> Self:
+        self._syncing.start()
+        self._training.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.finish(0.0)
+
+    def finish(self, drain_s: float = 15.0) -> None:
+        """Train no more, publish what is trained, wait for the decision."""
+        self._enough.set()
+        if self._syncing.is_alive():
+            self.sync.finish(drain_s)
+        self._training.join()
+
+
+def assert_settled(
+    connection: Connection,
+    spec: Spec,
+    workers: Sequence[CountingWorker],
+    archive: Path,
+    *,
+    leftovers: int = 0,
+) -> None:
+    """Every step of every (finished) worker is in the expert exactly once, and nothing waits.
+
+    `leftovers` is the number of payload keys that nobody will ever read again and that only expire.
+    """
+    meta, weights, lines = GatewayStore(connection).history(EXPERT)
+    total = 0
+    for worker in workers:
+        assert worker.sync.failure is None
+        assert worker.sync.ledger.queue == []
+        assert worker.exchange.steps_left == 0
+        mine = [(line["run"], int(line["seq"])) for line in lines if line["worker"] == worker.name]
+        ledger = worker.sync.ledger
+        assert mine == [(ledger.run, seq) for seq in range(1, ledger.seq + 1)]
+        assert torch.equal(worker.trainer.flat, ledger.base)  # nothing pending, no progress
+        total += worker.steps
+    assert (meta.n_examples, meta.refused) == (total, 0)
+    assert torch.equal(values_of(spec.layout, weights), torch.full((spec.layout.numel,), float(total)))
+    done = replay(spec, lines, Archive(archive / EXPERT), upto=meta.version)
+    assert done.problem == ""
+    assert done.weights.file == weights
+    newest = [worker for worker in workers if worker.sync.ledger.meta.version == meta.version]
+    assert newest
+    assert all(torch.equal(worker.trainer.flat, values_of(spec.layout, weights)) for worker in newest)
+    keys = connection.keys.expert(EXPERT)
+    assert connection.client.xlen(keys.updates) == 0
+    assert connection.client.xpending(keys.updates, GROUP)["pending"] == 0
+    left = set(connection.client.scan_iter("*:payload:*")) - {keys.epoch(w.name).encode() for w in workers}
+    assert len(left) == leftovers
+    assert all(connection.client.ttl(key) > 0 for key in left)

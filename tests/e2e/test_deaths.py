@@ -1,0 +1,196 @@
+"""Real processes that stop, die and come back: what the aggregator and Redis owe to those who go on."""
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from fedmoe.embedded import EmbeddedRedis, wheel_server
+from fedmoe.store.connection import Connection, RedisSettings
+from fedmoe.store.expert import ExpertStore
+from tests.counting import EXPERT, CountingWorker, assert_settled, counting_spec, create_expert
+from tests.federation import ScriptedWorker
+from tests.processes import eventually, fedmoe, running
+from tests.proxy import Proxy
+
+LEASE_S = 1.0
+NOISE_S = 3.0  # what a busy machine may add
+
+Reach = Callable[[str], Connection]
+
+
+@pytest.fixture
+def reach() -> Iterator[Reach]:
+    """Make connections to a URL; all are closed at the end."""
+    with ExitStack() as made:
+
+        def make(url: str) -> Connection:
+            connection = Connection(RedisSettings(url=url, timeout_s=5.0))
+            made.callback(connection.close)
+            return connection
+
+        yield make
+
+
+def aggregator(url: str, *more: str) -> tuple[str, ...]:
+    """The command line of an aggregator with a short lease."""
+    return (
+        "aggregator", "run", "--redis", url, "--expert", EXPERT, "--lease", f"{LEASE_S:g}", "--block-ms", "250", *more
+    )  # fmt: skip
+
+
+def holder(store: ExpertStore) -> int:
+    """Process id of whoever has the lease; 0 for nobody."""
+    name = store.connection.client.get(store.keys.lease)
+    return int(name.decode().rsplit("-", 2)[1]) if name else 0
+
+
+def version(store: ExpertStore) -> int:
+    return store.load().meta.version
+
+
+def test_stopped_aggregator_commits_nothing_of_what_it_had_read(
+    redis_url: str, server: EmbeddedRedis, reach: Reach, tmp_path: Path
+) -> None:
+    """SIGSTOP between read and commit, past the lease; a standby decides; after SIGCONT it commits nothing."""
+    spec = counting_spec()
+    connection = reach(redis_url)
+    store = create_expert(connection, spec)
+    worker = ScriptedWorker(connection, spec)
+    with (
+        Proxy(server.socket) as slow,
+        running(tmp_path / "first", *aggregator(slow.url)) as first,
+    ):
+        eventually("the first one serves", lambda: holder(store) == first.pid)
+        with running(tmp_path / "second", *aggregator(redis_url)) as second:
+            eventually("the second one stands by", lambda: "standing by" in (tmp_path / "second").read_text())
+            slow.delay_s = 0.3  # so that it is caught between its read and its commit
+            worker.push(1.0)
+            eventually(
+                "the read", lambda: connection.client.xpending(store.keys.updates, "aggregator")["pending"]
+            )
+            time.sleep(0.7)
+            os.kill(first.pid, signal.SIGSTOP)
+            assert version(store) == 0
+            eventually("the second one decides", lambda: version(store) == 1, timeout_s=LEASE_S + NOISE_S)
+            assert holder(store) == second.pid
+            commit = store.load().meta.commit
+            slow.delay_s = 0.0
+            os.kill(first.pid, signal.SIGCONT)
+            eventually("the first one stands by", lambda: "standing by" in (tmp_path / "first").read_text())
+            loaded = store.load()
+            assert (loaded.meta.commit, loaded.meta.version) == (commit, 1)
+            worker.pull()
+            worker.push(1.0)
+            eventually("version 2", lambda: version(store) == 2)
+    assert "another aggregator committed meanwhile; loading again" in (tmp_path / "first").read_text()
+    assert str(second.pid) in store.load().meta.aggregator
+    lines = [entry for _, entry in connection.client.xrange(store.keys.log)]
+    assert [line[b"seq"] for line in lines] == [b"1", b"2"]
+    worker.pull()
+    assert worker.local.tolist() == [2.0] * spec.layout.numel
+    assert connection.client.xlen(store.keys.updates) == 0
+
+
+def test_standby_applies_within_the_lease_of_the_death(redis_url: str, reach: Reach, tmp_path: Path) -> None:
+    """Kill -9 of the aggregator: what is published afterwards is applied at most the lease and a second later."""
+    spec = counting_spec()
+    connection = reach(redis_url)
+    store = create_expert(connection, spec)
+    worker = ScriptedWorker(connection, spec)
+    with running(tmp_path / "first", *aggregator(redis_url)) as first:
+        eventually("the first one serves", lambda: holder(store) == first.pid)
+        with running(tmp_path / "second", *aggregator(redis_url)) as second:
+            eventually("the second one stands by", lambda: "standing by" in (tmp_path / "second").read_text())
+            worker.push(1.0)
+            eventually("version 1", lambda: version(store) == 1)
+            worker.pull()
+            first.kill()
+            died = time.monotonic()
+            worker.push(1.0)
+            eventually("version 2", lambda: version(store) == 2, timeout_s=20)
+            took = time.monotonic() - died
+            assert str(second.pid) in store.load().meta.aggregator
+    print(f"applied {took:.2f} s after the death of its aggregator, lease {LEASE_S} s")
+    assert took <= LEASE_S + 1.0 + NOISE_S
+
+
+def test_first_commit_after_a_restart_of_redis(reach: Reach, tmp_path: Path) -> None:
+    """Kill -9 of Redis, 3 s without it, a restart on its AOF: the next commit follows its first PONG by 2 s."""
+    spec = counting_spec()
+    (tmp_path / "redis").mkdir()
+    with EmbeddedRedis(tmp_path / "redis") as server:
+        connection = reach(server.url)
+        store = create_expert(connection, spec)
+        kept = ("--keep-updates", str(tmp_path))
+        with (
+            running(tmp_path / "log", *aggregator(server.url, *kept)) as process,
+            CountingWorker(reach(server.url), spec) as worker,
+        ):
+            eventually("some updates", lambda: version(store) >= 3)
+            server.kill()
+            time.sleep(3.0)  # the longest waits between two tries are reached
+            server.start()
+            back = time.monotonic()
+            before = version(store)
+            eventually("the next commit", lambda: version(store) > before, timeout_s=20)
+            took = time.monotonic() - back
+            assert process.poll() is None
+            worker.finish()
+        assert_settled(connection, spec, [worker], tmp_path)
+    print(f"first commit {took:.2f} s after Redis answered again")
+    assert took <= 2.0 + NOISE_S
+
+
+@pytest.mark.parametrize("program", ["redis", "valkey"])
+def test_aof_whose_end_is_gone(
+    reach: Reach, tmp_path: Path, caplog: pytest.LogCaptureFixture, program: str
+) -> None:
+    """Three commits lost with the AOF's last bytes: what the worker knew as decided it sends again, once each."""
+    path = shutil.which("redis-server") if program == "redis" else wheel_server()
+    if path is None:
+        pytest.skip(f"no {program} on this machine")
+    spec = counting_spec()
+    directory = tmp_path / "redis"
+    directory.mkdir()
+    with EmbeddedRedis(directory, server=path) as server:
+        connection = reach(server.url)
+        store = create_expert(connection, spec)
+        kept = ("--keep-updates", str(tmp_path / "kept"))
+        with (
+            running(tmp_path / "log", *aggregator(server.url, *kept)) as process,
+            CountingWorker(reach(server.url), spec) as worker,
+        ):
+            eventually("some updates", lambda: version(store) >= 5)
+            server.kill()
+            gone = cut_commits(directory, 3)
+            server.start()
+            before = version(store)
+            eventually("further commits", lambda: version(store) >= before + 4, timeout_s=20)
+            assert process.poll() is None
+            worker.finish()
+        assert_settled(connection, spec, [worker], tmp_path / "kept")
+        assert gone > 500
+        assert "Redis went back in time" in caplog.text
+        verified = fedmoe("verify", "--redis", server.url, "--keep-updates", str(tmp_path / "kept"))
+    assert verified.returncode == 0, verified.stderr
+    assert verified.stdout.endswith("equal\n")
+
+
+def cut_commits(directory: Path, n: int) -> int:
+    """Cut off the last n commits of an AOF, the first of them in its middle; returns how many bytes are gone."""
+    (file,) = (directory / "appendonlydir").glob("*.incr.aof")
+    content = file.read_bytes()
+    end = len(content)
+    for _ in range(n):
+        end = content.rindex(b"MULTI\r\n", 0, content.rindex(b"}:log\r\n", 0, end))
+    # Past MULTI itself: the server drops a transaction that is not whole (aof-load-truncated).
+    end += len(b"MULTI\r\n") + 20
+    with file.open("r+b") as aof:
+        aof.truncate(end)
+    return len(content) - end

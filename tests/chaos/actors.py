@@ -1,0 +1,179 @@
+"""The processes of a chaos run: the real aggregator command, and the real worker with a trainer that only counts."""
+
+import hashlib
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fedmoe.cli.aggregator  # imported once, before the processes are forked
+import fedmoe.cli.main
+from consumers.aggregator import Aggregator  # noqa: F401
+from fedmoe.cli.options import stop_on_signals
+from fedmoe.data.jsonl import Rows
+from fedmoe.layout import Layout
+from fedmoe.spec import LoraSettings, MergeRules, Spec
+from fedmoe.store.connection import RedisSettings
+from fedmoe.store.worker import WorkerStore
+from fedmoe.update import Header
+from producers.worker import Material, Worker, WorkerSettings
+from tests.chaos.failpoints import Arm, Failpoints
+from tests.federation import FINGERPRINT
+
+LEASE_S = 1.0
+TIMEOUT_S = 2.0
+STEP_S = 0.02
+NORM = 0.01  # of what one step changes
+
+
+def make_spec(rank: int, width: int, wire_format: str, sync_interval_s: float, max_staleness: int) -> Spec:
+    """Two tensors of rank × width values."""
+    layout = Layout.of(
+        [
+            ("base_model.model.layers.0.q_proj.lora_A.weight", (rank, width)),
+            ("base_model.model.layers.0.q_proj.lora_B.weight", (width, rank)),
+        ]
+    )
+    return Spec(
+        base_model="chaos",
+        base_config={"hidden_size": width},
+        layout=layout,
+        lora=LoraSettings(rank=rank, alpha=2.0 * rank),
+        merge=MergeRules(max_norm=1e6, max_staleness=max_staleness),
+        wire_format=wire_format,
+        sync_interval_s=sync_interval_s,
+    )
+
+
+# Payloads of 1 KiB, and of 2.4 million values (SmolLM2-135M with rank 8) as int8 in three parts.
+EXPERTS = {
+    "tiny": make_spec(2, 64, "fp32", 0.3, 10),
+    "real": make_spec(16, 75_000, "int8", 4.0, 256),
+}
+WORKERS = {"t1": "tiny", "t2": "tiny", "t3": "tiny", "t4": "tiny", "r1": "real", "r2": "real"}
+AGGREGATORS = ("a1", "a2")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run keeps its files, and where its Redis is."""
+
+    directory: Path
+    url: str
+
+    def log(self, name: str) -> Path:
+        return self.directory / f"{name}.log"
+
+    def state(self, worker: str) -> Path:
+        return self.directory / "state" / worker
+
+    @property
+    def failpoints(self) -> Path:
+        return self.directory / "failpoints"
+
+    @property
+    def published(self) -> Path:
+        return self.directory / "published"
+
+    @property
+    def kept(self) -> Path:
+        return self.directory / "kept"
+
+
+def begin(place: Place, name: str, arm: Arm | None) -> None:
+    """What every process does first."""
+    log = os.open(place.log(name), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    torch.set_num_threads(1)
+    print(f"---- pid {os.getpid()} {arm or ''}")
+    Failpoints(arm, place.failpoints, name).install()
+
+
+def run_aggregator(place: Place, name: str, arm: Arm | None, without: str = "") -> None:
+    """`fedmoe aggregator run`."""
+    begin(place, name, arm)
+    if without:
+        from tests.chaos.without import RULES
+
+        RULES[without]()
+    experts = [word for expert in EXPERTS for word in ("--expert", expert)]
+    sys.argv = [
+        "fedmoe", "aggregator", "run", "--redis", place.url, "--redis-timeout", str(TIMEOUT_S), "--lease", str(LEASE_S),
+        "--block-ms", "100", "--gateway-interval", "1", "--keep-updates", str(place.kept), *experts,
+    ]  # fmt: skip
+    fedmoe.cli.main.main()
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the counting trainer."""
+
+    loss: float = 1.0
+    n_examples: int = 1
+    n_tokens: int = 1
+    applied: bool = True
+
+
+class CountingTrainer:
+    """Step n adds a vector that depends on the worker and on n; a step is an example, so that all can be counted."""
+
+    def __init__(self, name: str, spec: Spec) -> None:
+        self.flat = torch.zeros(spec.layout.numel)
+        self.position = 0
+        seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
+        direction = torch.randn(spec.layout.numel, generator=torch.Generator().manual_seed(seed))
+        self._direction = direction / direction.norm()
+
+    def step(self) -> Step:
+        time.sleep(STEP_S)
+        self.position += 1
+        self.flat.add_(self._direction, alpha=NORM * (1 + self.position % 7))
+        return Step()
+
+    def state(self) -> Mapping[str, torch.Tensor]:
+        return {"step": torch.tensor(float(self.position))}
+
+    def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Nothing to take over."""
+
+
+class CountingWorker(Worker):
+    """The worker, all but the model."""
+
+    def _prepare(self, spec: Spec, rows: Rows) -> Material:
+        name = self._settings.worker
+        return Material(FINGERPRINT, len(rows.rows), lambda: CountingTrainer(name, spec))
+
+
+def run_worker(place: Place, name: str, arm: Arm | None, without: str = "") -> None:
+    """`fedmoe worker run --state-dir`, with the counting trainer, and a journal of what it publishes."""
+    begin(place, name, arm)
+    if without:
+        from tests.chaos.without import RULES
+
+        RULES[without]()
+    publish = WorkerStore.publish
+
+    def noted(store: WorkerStore, header: Header, parts: Any) -> str:
+        content = hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+        with place.published.open("a") as out:
+            out.write(f"{store.worker} {header.run} {header.seq} {header.n_examples} {content}\n")
+        return publish(store, header, parts)
+
+    WorkerStore.publish = noted  # type: ignore[method-assign]
+    stop = threading.Event()
+    stop_on_signals(stop, print)
+    settings = WorkerSettings(
+        stream=WORKERS[name], data=place.directory / "rows.jsonl", name=name, state_dir=place.state(name), drain_s=60.0
+    )  # fmt: skip
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    CountingWorker(RedisSettings(url=place.url, timeout_s=TIMEOUT_S), settings, stop=stop).run()

@@ -1,0 +1,97 @@
+"""The books of a chaos run: what was published, what became of it, and whether the weights are what the log says."""
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+
+from consumers.verify import replay
+from fedmoe.archive import Archive
+from fedmoe.keys import GROUP
+from fedmoe.store.connection import Connection
+from fedmoe.store.gateway import GatewayStore
+from producers.checkpoint import StateDir
+from tests.chaos.actors import EXPERTS, WORKERS, Place
+
+Update = tuple[str, str, int]  # worker, run, seq
+
+
+@dataclass
+class Books:
+    """The outcome; `problems` are sentences about whatever is not right."""
+
+    published: int = 0
+    applied: int = 0
+    duplicate: int = 0
+    refused: int = 0
+    lost: int = 0
+    doubled: int = 0
+    equal: bool = True
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def sound(self) -> bool:
+        return not (self.lost or self.doubled or self.problems) and self.equal
+
+    def __str__(self) -> str:
+        return (
+            f"published {self.published} applied {self.applied} duplicate {self.duplicate} refused {self.refused} "
+            f"lost {self.lost} doubled {self.doubled} replay {'equal' if self.equal else 'differs'}"
+        )
+
+
+def read_published(place: Place, problems: list[str]) -> dict[Update, int]:
+    """The updates that workers published, and of how many examples."""
+    found: dict[Update, tuple[int, str]] = {}
+    for line in place.published.read_text().splitlines():
+        worker, run, seq, n_examples, content = line.split()
+        update = (worker, run, int(seq))
+        if found.setdefault(update, (int(n_examples), content)) != (int(n_examples), content):
+            problems.append(f"update {update} was published with two contents")
+    return {update: n_examples for update, (n_examples, _) in found.items()}
+
+
+def settle(connection: Connection, place: Place) -> Books:
+    """Hold what workers published and trained against what Redis holds, when all of them have ended."""
+    books = Books()
+    published = read_published(place, books.problems)
+    books.published = len(published)
+    decided: Counter[Update] = Counter()
+    examples: defaultdict[str, int] = defaultdict(int)
+    store = GatewayStore(connection)
+    for name, spec in EXPERTS.items():
+        keys = connection.keys.expert(name)
+        meta, weights, log = store.history(name)
+        dead = [
+            {k.decode(): v.decode() for k, v in fields.items()}
+            for _, fields in connection.client.xrange(keys.dead)
+        ]
+        for line in [*log, *dead]:
+            if "seq" not in line:
+                books.problems.append(f"{name}: a dead letter is no update: {line}")
+                continue
+            decided[line["worker"], line["run"], int(line["seq"])] += 1
+            examples[line["worker"]] += int(line["n_examples"])
+        books.applied += len(log)
+        books.refused += sum("seq" in line for line in dead)
+        books.duplicate += meta.duplicate
+        if meta.version != len(log):
+            books.problems.append(f"{name} is at version {meta.version}, its log has {len(log)} lines")
+        done = replay(spec, log, Archive(place.kept / name), upto=meta.version)
+        if done.problem:
+            books.problems.append(f"{name} cannot be replayed: {done.problem}")
+        books.equal &= not done.problem and done.weights.file == weights
+        waiting, pending = (
+            connection.client.xlen(keys.updates),
+            connection.client.xpending(keys.updates, GROUP),
+        )
+        if waiting or pending["pending"]:
+            books.problems.append(f"{name}: {waiting} entries wait, {pending['pending']} are pending")
+    books.lost = len(published.keys() - decided.keys())
+    books.doubled = sum(count - 1 for count in decided.values())
+    for worker, expert in WORKERS.items():
+        saved = StateDir(place.state(worker)).load(expert=expert, worker=worker, now=0.0)
+        trained = saved.position if saved else 0
+        if trained != examples[worker]:
+            books.problems.append(
+                f"{worker} trained {trained} steps, of which {examples[worker]} were decided"
+            )
+    return books

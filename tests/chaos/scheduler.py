@@ -1,0 +1,351 @@
+"""Kills, pauses and cuts, at random points, of real processes; and how long it takes until all is well again."""
+
+import multiprocessing
+import os
+import random
+import signal
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import redis
+
+from fedmoe.embedded import EmbeddedRedis
+from fedmoe.layout import AdapterBuffer
+from fedmoe.lora_init import initial_weights
+from fedmoe.store.connection import Connection, RedisSettings
+from fedmoe.store.expert import ExpertStore
+from tests.chaos.actors import AGGREGATORS, EXPERTS, LEASE_S, WORKERS, Place, run_aggregator, run_worker
+from tests.chaos.failpoints import AGGREGATOR, WORKER, Arm
+from tests.federation import first_meta
+from tests.proxy import Proxy
+
+TICK_S = 0.02
+DRAIN_S = 180.0
+STUCK_S = 60.0
+ARMED = 0.6  # of the processes
+WATCHED = "tiny"  # the expert whose commits tell that all is well
+
+
+@dataclass
+class Actor:
+    """One process and what is to be done with it; times are monotonic seconds, 0 for never."""
+
+    name: str
+    process: Any
+    began: float
+    resume_at: float = 0.0
+    start_at: float = 0.0
+    ended: bool = False
+
+    @property
+    def alive(self) -> bool:
+        return bool(self.process.is_alive())
+
+    @property
+    def stopped(self) -> bool:
+        return self.resume_at > 0
+
+
+@dataclass
+class Recoveries:
+    """Seconds from a fault until the next commit, of faults that no other one came upon meanwhile."""
+
+    what: str
+    seconds: list[float] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        if not self.seconds:
+            return f"{self.what}: not measured"
+        median, longest = statistics.median(self.seconds), max(self.seconds)
+        return f"{self.what}: median {median:.2f} s, max {longest:.2f} s, n {len(self.seconds)}"
+
+
+class Chaos:
+    """A run: two aggregators, six workers, a Redis behind a proxy, and a dice.
+
+    Args:
+        place: its files; the URL is the proxy's.
+        server: the Redis itself.
+        say: where a line for people goes.
+        without: a rule to do without (tests/chaos/without.py), "" for none.
+    """
+
+    def __init__(
+        self, place: Place, server: EmbeddedRedis, proxy: Proxy, dice: random.Random, *, kills: int,
+        say: Callable[[str], None], without: str = "",
+    ) -> None:  # fmt: skip
+        self.place = place
+        self.kills = 0
+        self.counts: Counter[str] = Counter()
+        self.failures: list[str] = []
+        self.takeovers = Recoveries("aggregator killed until the next commit")
+        self.restarts = Recoveries("Redis answers again until the next commit")
+        self._wanted = kills
+        self._server = server
+        self._proxy = proxy
+        self._dice = dice
+        self._say = say
+        self._without = without
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["tests.chaos.actors"])
+        self.connection = Connection(RedisSettings(url=server.url, timeout_s=5.0))
+        self._actors: dict[str, Actor] = {}
+        self._journal = 0  # bytes of the failpoints' journal that were read
+        self._disturbed = 0  # faults so far that delay a commit
+        self._sizes: list[tuple[float, int]] = []  # of the append-only file, in the last second
+        self._armed = True
+
+    # ---- processes
+
+    def create(self) -> None:
+        """The experts at version 0."""
+        for name, spec in EXPERTS.items():
+            buffer = AdapterBuffer(spec.layout)
+            buffer.flat.copy_(initial_weights(spec.layout, spec.init_seed))
+            meta = first_meta(spec, base_model=spec.base_model)
+            ExpertStore(self.connection, name).create(spec, meta, buffer.file, gateway_weight=1.0)
+
+    def _start(self, name: str) -> None:
+        is_worker = name in WORKERS
+        armed = self._armed and self._dice.random() < ARMED
+        arm = Arm.draw(WORKER if is_worker else AGGREGATOR, self._dice) if armed else None
+        target = run_worker if is_worker else run_aggregator
+        process = self._context.Process(
+            target=target, args=(self.place, name, arm, self._without), daemon=True
+        )
+        process.start()
+        self._actors[name] = Actor(name, process, time.monotonic())
+
+    def _kill(self, actor: Actor) -> None:
+        with suppress(ProcessLookupError):
+            os.kill(actor.process.pid, signal.SIGKILL)
+        actor.process.join(10)
+
+    def _tick(self) -> None:
+        """What is due: starts, resumptions, deaths, and the file's size."""
+        now = time.monotonic()
+        self._read_journal()
+        for actor in list(self._actors.values()):
+            if actor.resume_at and now >= actor.resume_at:
+                actor.resume_at = 0.0
+                with suppress(ProcessLookupError):
+                    os.kill(actor.process.pid, signal.SIGCONT)
+            if actor.start_at and now >= actor.start_at:
+                self._start(actor.name)
+            elif not actor.alive and not actor.start_at and not actor.ended:
+                self._reap(actor, now)
+        self._sizes = [(at, size) for at, size in self._sizes if now - at < 1.0] + [
+            (now, self._aof().stat().st_size)
+        ]
+
+    def _reap(self, actor: Actor, now: float) -> None:
+        code = actor.process.exitcode
+        if code == -signal.SIGKILL:
+            self.kills += 1
+            self.counts[f"kill {'worker' if actor.name in WORKERS else 'aggregator'}"] += 1
+            self._disturbed += actor.name in AGGREGATORS
+            actor.start_at = now + self._dice.choice((0.01, 0.01, 0.5, 1.5))
+        elif not self._armed and code in (0, -signal.SIGTERM):
+            if code == 0:
+                actor.ended = True
+            else:
+                actor.start_at = now  # told to end before it had begun
+        else:
+            self.failures.append(
+                f"{actor.name} ended by itself with exit code {code}: see {self.place.log(actor.name)}"
+            )
+            actor.ended = True
+
+    def _read_journal(self) -> None:
+        if not self.place.failpoints.exists():
+            return
+        with self.place.failpoints.open() as lines:
+            lines.seek(self._journal)
+            for line in lines:
+                name, pid, action, method, moment = line.split()
+                self.counts[f"failpoint {action}"] += 1
+                self.counts[f"at {method} {moment}"] += 1
+                self._disturbed += name in AGGREGATORS
+                actor = self._actors[name]
+                if action == "stop" and actor.process.pid == int(pid):
+                    actor.resume_at = time.monotonic() + self._dice.uniform(0.5, 3 * LEASE_S)
+            self._journal = lines.tell()
+
+    # ---- faults
+
+    def _aof(self) -> Any:
+        return max(
+            (self._server.directory / "appendonlydir").glob("*.incr.aof"), key=lambda f: f.stat().st_mtime
+        )
+
+    def _pick(self, names: Any) -> Actor | None:
+        there = [a for a in map(self._actors.__getitem__, names) if a.alive and not a.stopped]
+        return self._dice.choice(there) if there else None
+
+    def _serving(self) -> Actor | None:
+        """The aggregator that serves the watched expert."""
+        holder = self.connection.client.get(self.connection.keys.expert(WATCHED).lease)
+        pid = int(holder.decode().rsplit("-", 2)[1]) if holder else 0
+        return next((a for a in self._actors.values() if a.process.pid == pid and a.alive), None)
+
+    def _kill_aggregator(self) -> None:
+        victim = self._serving() if self._dice.random() < 0.7 else self._pick(AGGREGATORS)
+        if victim is None:
+            return
+        other = next(self._actors[name] for name in AGGREGATORS if name != victim.name)
+        fair = (
+            other.alive
+            and not other.stopped
+            and time.monotonic() - other.began > 1.0
+            and victim == self._serving()
+        )
+        self._kill(victim)
+        killed = time.monotonic()
+        self._reap(victim, killed)
+        if fair:
+            self._watch(self.takeovers, killed)
+
+    def _kill_worker(self) -> None:
+        if victim := self._pick(WORKERS):
+            self._kill(victim)
+
+    def _pause(self, names: Any) -> None:
+        if victim := self._pick(names):
+            os.kill(victim.process.pid, signal.SIGSTOP)
+            victim.resume_at = time.monotonic() + self._dice.uniform(0.3, 3 * LEASE_S)
+
+    def _kill_redis(self, *, truncate: bool = False) -> None:
+        sizes, aof = list(self._sizes), self._aof()
+        self._server.kill()
+        self.kills += 1
+        if truncate and sizes:
+            oldest, size = sizes[0][1], aof.stat().st_size
+            cut = self._dice.randint(min(oldest, size), size)
+            os.truncate(aof, cut)
+            self.counts["bytes of the last second gone"] += size - cut
+        time.sleep(self._dice.choice((0.0, 0.2, 1.0)))
+        self._server.start()
+        self._watch(self.restarts, time.monotonic())
+
+    def _cut_bytes(self) -> None:
+        self._proxy.cut_after(self._dice.randint(1, 4_000_000), self._dice.choice(("up", "down")))
+
+    def _freeze(self) -> None:
+        self._proxy.freeze()
+        time.sleep(self._dice.uniform(0.2, 1.5 * TICK_S + 2.5))
+        self._proxy.thaw()
+
+    def _lose_reply(self) -> None:
+        self._proxy.on(
+            self._dice.choice((b"EXEC", b"XADD", b"SET")),
+            self._dice.choice(("cut_before", "cut_in_middle", "cut_after", "late")),
+            skip=self._dice.randint(0, 20),
+        )
+
+    def _fault(self) -> None:
+        faults: dict[str, tuple[int, Callable[[], None]]] = {
+            "kill -9 aggregator": (25, self._kill_aggregator),
+            "kill -9 worker": (30, self._kill_worker),
+            "kill -9 redis": (5, self._kill_redis),
+            "kill -9 redis, last second gone": (4, lambda: self._kill_redis(truncate=True)),
+            "pause aggregator": (6, lambda: self._pause(AGGREGATORS)),
+            "pause worker": (4, lambda: self._pause(WORKERS)),
+            "cut all connections": (6, self._proxy.cut),
+            "cut in a payload": (6, self._cut_bytes),
+            "lose a reply": (10, self._lose_reply),
+            "freeze the network": (3, self._freeze),
+        }
+        name = self._dice.choices(list(faults), [weight for weight, _ in faults.values()])[0]
+        self.counts[name] += 1
+        with suppress(redis.RedisError):
+            faults[name][1]()
+
+    def _commit(self) -> bytes | None:
+        with suppress(redis.RedisError):
+            return self.connection.client.hget(self.connection.keys.expert(WATCHED).meta, "commit")  # type: ignore[no-any-return]
+        return None
+
+    def _watch(self, recoveries: Recoveries, since: float) -> None:
+        """More often than not, wait for the next commit before the next fault, and note how long it took."""
+        if self._dice.random() < 0.3:
+            return
+        before, disturbances = self._commit(), self._disturbances()
+        while time.monotonic() < since + 10.0 and self._commit() in (None, before):
+            self._tick()
+            time.sleep(TICK_S / 2)
+        if self._disturbances() == disturbances:
+            recoveries.seconds.append(time.monotonic() - since)
+
+    def _disturbances(self) -> int:
+        """Faults so far that delay a commit, without cuts that the killed server itself made."""
+        hits = self._proxy.hits
+        return self._disturbed + sum(
+            n for how, n in hits.items() if how.startswith(("cut", "late", "frozen"))
+        )
+
+    # ---- a run
+
+    def run(self) -> None:
+        """Faults until there were enough kills, then let all of them end in peace."""
+        self.create()
+        for name in (*AGGREGATORS, *WORKERS):
+            self._start(name)
+        self._wait_until("every worker has published", self._all_published, STUCK_S)
+        said = 0
+        while self.kills < self._wanted and not self.failures:
+            self._tick()
+            self._fault()
+            until = time.monotonic() + self._dice.choice((0.05, 0.3, 0.6, 1.0))
+            while time.monotonic() < until:
+                self._tick()
+                time.sleep(TICK_S)
+            if self.kills >= said + 50:
+                said = self.kills
+                self._say(f"{self.kills} kills, {self._versions()}")
+        self._end()
+
+    def _versions(self) -> str:
+        with suppress(redis.RedisError):
+            metas = {
+                n: self.connection.client.hget(self.connection.keys.expert(n).meta, "version")
+                for n in EXPERTS
+            }
+            return ", ".join(f"{name} at version {int(v)}" for name, v in metas.items())
+        return "Redis is away"
+
+    def _all_published(self) -> bool:
+        text = self.place.published.read_text() if self.place.published.exists() else ""
+        return {line.split()[0] for line in text.splitlines()} == set(WORKERS)
+
+    def _wait_until(self, what: str, true: Callable[[], bool], timeout_s: float) -> None:
+        until = time.monotonic() + timeout_s
+        while not true() and not self.failures:
+            if time.monotonic() > until:
+                self.failures.append(f"waited {timeout_s:.0f} s until {what}")
+            self._tick()
+            time.sleep(TICK_S)
+
+    def _end(self) -> None:
+        """No more faults: workers publish the rest and leave, then the aggregators."""
+        self._armed = False
+        self._proxy.thaw()
+        told: set[int] = set()
+
+        def ended(names: Any) -> bool:
+            now = time.monotonic()
+            for actor in map(self._actors.__getitem__, names):
+                pid = actor.process.pid
+                if actor.alive and not actor.stopped and pid not in told and now - actor.began > 2.0:
+                    told.add(pid)
+                    os.kill(pid, signal.SIGTERM)
+            return all(self._actors[name].ended for name in names)
+
+        self._wait_until("every worker has left", lambda: ended(WORKERS), DRAIN_S)
+        self._wait_until("the aggregators have ended", lambda: ended(AGGREGATORS), DRAIN_S)
+        for actor in self._actors.values():
+            self._kill(actor)

@@ -18,6 +18,7 @@ from fedmoe.store.connection import Connection
 from fedmoe.update import Part
 from producers.ledger import Outgoing
 from tests.federation import LAYOUT, ScriptedWorker, make_expert, serve, small_spec
+from tests.hazards.stepping import Killed, Stepper
 
 Connect = Callable[[], Connection]
 
@@ -323,3 +324,23 @@ def test_update_of_an_earlier_run_that_still_waited_is_no_rollback(connection: C
     new.pull()
     assert torch.equal(new.local, stored(expert))
     assert torch.equal(stored(expert), start_weights() + 1 + 2 / 2)
+
+
+def test_half_written_payload_goes_away_by_itself(connection: Connection, connect: Connect) -> None:
+    """A worker that dies before it has announced its update leaves keys for an hour; announced ones stay for a week."""
+    expert = make_expert(connection)
+    dying = connect()
+    steps = Stepper(dying)
+    worker = ScriptedWorker(dying, expert.spec)
+    worker.train(1.0)
+    update = worker.cut()
+    keys = [
+        expert.store.keys.head("alice", update.id.run, 1),
+        expert.store.keys.part("alice", update.id.run, 1, 0),
+    ]
+    steps.kill_before(b"XADD")
+    with pytest.raises(Killed):
+        worker.publish()
+    assert [3000 < connection.client.ttl(key) <= 3600 for key in keys] == [True, True]
+    worker.publish()
+    assert [connection.client.ttl(key) > 6 * 24 * 3600 for key in keys] == [True, True]

@@ -12,10 +12,16 @@ from pathlib import Path
 from fedmoe.embedded import EmbeddedRedis
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) <= 100_000:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of kills: 1 to 100000")
+    return int(text)
+
+
 def main() -> int:
     """Run it; 0 if nothing was lost, nothing doubled, and the replay is equal."""
     parser = argparse.ArgumentParser(prog="ops/chaos.sh", description=__doc__)
-    parser.add_argument("--kills", type=int, default=60, help="end after so many kill -9  [60]")
+    parser.add_argument("--kills", type=_count, default=60, help="end after so many kill -9  [60]")
     parser.add_argument("--seed", type=int, default=0, help="of the dice; the timing is the machine's  [0]")
     parser.add_argument("--dir", type=Path, help="keep all files here  [a temporary directory]")
     parser.add_argument("--without", default="", choices=["", "commit-check", "prev", "checkpoint-first"],
@@ -28,9 +34,12 @@ def main() -> int:
     from tests.proxy import Proxy
 
     directory = options.dir or Path(tempfile.mkdtemp(prefix="fedmoe-chaos-"))
-    directory.mkdir(parents=True, exist_ok=True)
-    if any(directory.iterdir()):
-        parser.error(f"{directory} is not empty")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if any(directory.iterdir()):
+            parser.error(f"{directory} is not empty: give --dir another one")
+    except OSError as error:
+        parser.error(f"{directory} cannot be used ({error.strerror}): give --dir another one")
     rows = [json.dumps({"prompt": str(n), "completion": str(n)}) for n in range(100)]
     (directory / "rows.jsonl").write_text("\n".join(rows))
     (directory / "redis").mkdir()
@@ -43,18 +52,15 @@ def main() -> int:
             place, server, proxy, dice, kills=options.kills, say=lambda line: print(line, flush=True),
             without=options.without,
         )  # fmt: skip
-        run.run()
+        try:
+            run.run()
+        except KeyboardInterrupt:
+            print(f"interrupted after {run.kills} kills; files in {directory}")
+            return 130
+        finally:
+            run.close()
         books = settle(run.connection, place)
-    for name, count in sorted(run.counts.items()):
-        if not name.startswith("at "):
-            print(f"{name}: {count}")
-    points = [name for name in run.counts if name.startswith("at ")]
-    print(
-        f"failpoints: {len(points)} places, {', '.join(sorted(p.removeprefix('at ') for p in points)[:200])}"
-    )
-    print(f"proxy: {dict(proxy.hits)}")
-    print(run.takeovers)
-    print(run.restarts)
+    print(run.report())
     print(f"{run.kills} kills in {time.monotonic() - began:.0f} s")
     for problem in (*run.failures, *books.problems):
         print(f"! {problem}")

@@ -81,7 +81,9 @@ class Chaos:
     ) -> None:  # fmt: skip
         self.place = place
         self.kills = 0
-        self.counts: Counter[str] = Counter()
+        self.killed: Counter[str] = Counter()  # by kind of process
+        self.faults: Counter[str] = Counter()  # what the scheduler did
+        self.failpoints: Counter[str] = Counter()  # what processes did to themselves, and where
         self.failures: list[str] = []
         self.takeovers = Recoveries("aggregator killed until the next commit")
         self.restarts = Recoveries("Redis answers again until the next commit")
@@ -147,7 +149,7 @@ class Chaos:
         code = actor.process.exitcode
         if code == -signal.SIGKILL:
             self.kills += 1
-            self.counts[f"kill {'worker' if actor.name in WORKERS else 'aggregator'}"] += 1
+            self.killed["worker" if actor.name in WORKERS else "aggregator"] += 1
             self._disturbed += actor.name in AGGREGATORS
             actor.start_at = now + self._dice.choice((0.01, 0.01, 0.5, 1.5))
         elif not self._armed and code in (0, -signal.SIGTERM):
@@ -168,8 +170,8 @@ class Chaos:
             lines.seek(self._journal)
             for line in lines:
                 name, pid, action, method, moment = line.split()
-                self.counts[f"failpoint {action}"] += 1
-                self.counts[f"at {method} {moment}"] += 1
+                self.failpoints[action] += 1
+                self.failpoints[f"{method} {moment}"] += 1
                 self._disturbed += name in AGGREGATORS
                 actor = self._actors[name]
                 if action == "stop" and actor.process.pid == int(pid):
@@ -223,11 +225,12 @@ class Chaos:
         sizes, aof = list(self._sizes), self._aof()
         self._server.kill()
         self.kills += 1
+        self.killed["redis"] += 1
         if truncate and sizes:
             oldest, size = sizes[0][1], aof.stat().st_size
             cut = self._dice.randint(min(oldest, size), size)
             os.truncate(aof, cut)
-            self.counts["bytes of the last second gone"] += size - cut
+            self.killed["bytes of its file"] += size - cut
         time.sleep(self._dice.choice((0.0, 0.2, 1.0)))
         self._server.start()
         self._watch(self.restarts, time.monotonic())
@@ -261,7 +264,7 @@ class Chaos:
             "freeze the network": (3, self._freeze),
         }
         name = self._dice.choices(list(faults), [weight for weight, _ in faults.values()])[0]
-        self.counts[name] += 1
+        self.faults[name] += 1
         with suppress(redis.RedisError):
             faults[name][1]()
 
@@ -289,6 +292,24 @@ class Chaos:
         )
 
     # ---- a run
+
+    def report(self) -> str:
+        """What was done, and how long it took to recover."""
+        killed, points = self.killed, self.failpoints
+        places = sorted(name for name in points if " " in name)
+        return "\n".join(
+            [
+                f"killed: {killed['aggregator']} aggregators, {killed['worker']} workers, {killed['redis']} x Redis",
+                f"bytes that the append-only file of Redis lost: {killed['bytes of its file']}",
+                f"of these at failpoints: {points['kill']}; stopped there {points['stop']}, cut there {points['cut']}",
+                f"at {len(places)} points: {', '.join(places)}",
+                "faults: " + ", ".join(f"{name} {count}" for name, count in sorted(self.faults.items())),
+                "connections: "
+                + ", ".join(f"{how} {count}" for how, count in sorted(self._proxy.hits.items())),
+                str(self.takeovers),
+                str(self.restarts),
+            ]
+        )
 
     def run(self) -> None:
         """Faults until there were enough kills, then let all of them end in peace."""
@@ -347,5 +368,8 @@ class Chaos:
 
         self._wait_until("every worker has left", lambda: ended(WORKERS), DRAIN_S)
         self._wait_until("the aggregators have ended", lambda: ended(AGGREGATORS), DRAIN_S)
+
+    def close(self) -> None:
+        """Kill what still runs, also what is stopped."""
         for actor in self._actors.values():
             self._kill(actor)

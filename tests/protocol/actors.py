@@ -111,7 +111,7 @@ class Rules:
 
 
 class Served(NamedTuple):
-    """What an aggregator remembers of the expert; after an error it is kept, though not `loaded`, to be written back."""
+    """What an aggregator remembers of the expert; kept after an error, no longer `loaded`, to be written back."""
 
     loaded: bool = False
     weights: bytes = b""

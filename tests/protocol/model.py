@@ -30,8 +30,7 @@ from tests.protocol.state import (
     Table,
 )
 from tests.protocol.worker import Worker
-from tests.protocol.world import KEYS, TWO_CONTENTS, Db, Reply, Request, Suspended, execute
-
+from tests.protocol.world import KEYS, OVERWRITTEN, TWO_CONTENTS, Db, Reply, Request, Suspended, execute
 
 LINEAGES = ("L", "M")  # the one of the beginning, and the one that an operator begins
 
@@ -164,9 +163,7 @@ class Model:
 
     def _may_vanish(self, state: State) -> bool:
         """True if the expert is gone, or may be in a state that comes."""
-        return bool(
-            state.budget[FAULTS.index("empty")] or self._gone(state.db) or self._gone(state.replica)
-        )
+        return bool(state.budget[FAULTS.index("empty")] or self._gone(state.db) or self._gone(state.replica))
 
     def _done(self, state: State, i: int, memory: int, connection: int) -> State:
         """Actor i is at the end of its turn."""
@@ -328,7 +325,9 @@ class Model:
 
     def _restarted(self, state: State, db: Db) -> State:
         """Another server, or the same without its memory: all connections are broken, what was on its way is gone."""
-        owed = [i for i in range(len(self.aggregators)) if self._remembers(i, state.slots[i])] if db.gone else []
+        owed = (
+            [i for i in range(len(self.aggregators)) if self._remembers(i, state.slots[i])] if db.gone else []
+        )
         slots = tuple(slot._replace(connection=BROKEN) for slot in state.slots)
         return state._replace(db=self._dbs(db), slots=slots, late=(), owed=tuple(owed))
 
@@ -363,6 +362,8 @@ class Model:
         meta = db.hash(KEYS.meta)
         if meta["lineage"] not in LINEAGES:
             return f"nobody asked for the new lineage {meta['lineage']}"
+        if db.base == OVERWRITTEN:
+            return "an expert was written back over one that was there"
         decided = db.log + db.refused
         twice = [name for n, name in enumerate(decided) if name in decided[:n]]
         if twice:
@@ -469,7 +470,7 @@ def _short(values: tuple[Any, ...]) -> str:
     texts += [
         f"entries {[i for i, _ in v]}"
         for v in values
-        if isinstance(v, tuple) and v and len(v[0]) == 2 and isinstance(v[0][1], tuple)
+        if isinstance(v, tuple) and v and isinstance(v[0], tuple) and isinstance(v[0][1], tuple)
     ]
     return ", ".join(text for text in texts if len(text) < 60)
 

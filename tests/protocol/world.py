@@ -22,6 +22,7 @@ KEYS = Keys().expert(NAME)
 FOR_PEOPLE = ("duplicate", "undecidable", "garbage")
 NO_GROUP = "NOGROUP No such consumer group"
 TWO_CONTENTS = b"two contents"
+OVERWRITTEN = (-1, b"")  # as a base: an expert was written back where one was
 LOG_FIELDS = ("worker", "run", "seq")
 
 Command = tuple[Any, ...]
@@ -211,7 +212,8 @@ class _Server:
     def xadd(self, key: str, fields: Pairs) -> str:
         content = dict(fields)
         if key == KEYS.log and "restored" in content:
-            self.base = int(content["version"]), self.strings[KEYS.weights]
+            over = self.log or self.base
+            self.base = OVERWRITTEN if over else (int(content["version"]), self.strings[KEYS.weights])
         elif key in (KEYS.log, KEYS.dead) and "seq" in content:
             line = (content["worker"], content["run"], int(content["seq"]))
             if key == KEYS.log:

@@ -102,6 +102,11 @@ class Model:
             return self.aggregators[i].remembers(self._memories.values[slot.memory])
         return self._in_turn(i, slot).remembers
 
+    def next_request(self, state: State, i: int) -> str:
+        """What actor i asks for next, or nothing if it only goes on."""
+        waits, number = self._turn(i, state.slots[i])
+        return str(self._requests.values[number]) if waits else ""
+
     def _execute(self, db: int, request: int) -> tuple[int, tuple[Any, ...], bool]:
         """(db, replies, whether meta was touched)."""
         if (db, request) not in self._effects:
@@ -242,7 +247,7 @@ class Model:
             for choice in actor.choices(memory, db) if begins else (slot.choice,):
                 yield from self._steps(state, i, choice)
             fault = "kill_aggregator" if i < len(self.aggregators) else "kill_worker"
-            if (spent := self._spend(state, fault)) and (memory != actor.first or not begins):
+            if (spent := self.spend(state, fault)) and (memory != actor.first or not begins):
                 owed = tuple(debtor for debtor in state.owed if debtor != i)
                 yield (
                     Label(i, what="killed"),
@@ -260,7 +265,7 @@ class Model:
                 and not any(state.budget[FAULTS.index(fault)] for fault in ("failover", "empty"))
                 and slot.connection == SOUND
             )
-            if left and trusts and slot.replies == NO_REPLIES and (spent := self._spend(state, "leave")):
+            if left and trusts and slot.replies == NO_REPLIES and (spent := self.spend(state, "leave")):
                 yield Label(i, what="leaves"), _with(spent, i, self._fresh(left))
         yield from self._disasters(state, db)
 
@@ -277,14 +282,14 @@ class Model:
         request: Request = self._requests.values[number]
         is_read = request.commands[0][0] == "XREADGROUP"
         writes = request.is_exec or request.rings or is_read
-        if writes and (spent := self._spend(state, "lost")):
+        if writes and (spent := self.spend(state, "lost")):
             yield self.step(spent, i, choice, "lost")
-        if writes and not is_read and slot.connection == SOUND and (spent := self._spend(state, "late")):
+        if writes and not is_read and slot.connection == SOUND and (spent := self.spend(state, "late")):
             yield self.step(spent, i, choice, "late")
-        if state.replica < 0 and plain[1].db != state.db and (spent := self._spend(state, "failover")):
+        if state.replica < 0 and plain[1].db != state.db and (spent := self.spend(state, "failover")):
             yield self.step(spent, i, choice, "lag")
 
-    def _spend(self, state: State, fault: str) -> State | None:
+    def spend(self, state: State, fault: str) -> State | None:
         """The state with one fault less in its budget, None if there is none left."""
         n = FAULTS.index(fault)
         if not state.budget[n]:
@@ -303,20 +308,20 @@ class Model:
                 Label(what="the replica takes over"),
                 self._restarted(state._replace(replica=-1, missed=0), replica._replace(written=written)),
             )
-        elif spent := self._spend(state, "empty"):
+        elif spent := self.spend(state, "empty"):
             yield Label(what="the server restarts with nothing"), self._restarted(spent, db.emptied())
-        if db.string(KEYS.lease) and (spent := self._spend(state, "lease")):
+        if db.string(KEYS.lease) and (spent := self.spend(state, "lease")):
             yield Label(what="the lease expires"), self._do(spent, ("UNLINK", KEYS.lease))
-        if spent := self._spend(state, "expire"):
+        if spent := self.spend(state, "expire"):
             for key, _ in db.strings:
                 if ":payload:" in key and not key.endswith(":epoch"):
                     yield Label(what=f"{key} expires"), self._do(spent, ("UNLINK", key))
-        if db.stream and (spent := self._spend(state, "trim")):
+        if db.stream and (spent := self.spend(state, "trim")):
             yield Label(what="somebody empties the stream"), self._do(spent, ("XTRIM", KEYS.updates))
-        if not db.gone and (spent := self._spend(state, "new_lineage")):
+        if not db.gone and (spent := self.spend(state, "new_lineage")):
             zeros = first_db(self._spec).string(KEYS.weights)
             yield Label(what="an operator begins a new lineage"), self._do(spent, ("RELINEAGE", zeros))
-        if spent := self._spend(state, "forge"):
+        if spent := self.spend(state, "forge"):
             for fields in [(), *(_forged(key) for key, _ in db.written if key.endswith(":0"))]:
                 yield (
                     Label(what=f"somebody writes an entry {dict(fields)}"),

@@ -12,6 +12,7 @@ import pytest
 
 from tests.protocol.broken import BROKEN
 from tests.protocol.scopes import OPEN, SMALL
+from tests.protocol.script import forked_memory_is_written_back
 from tests.protocol.search import ViolationError, search
 from tests.protocol.state import Scope
 
@@ -42,6 +43,12 @@ def test_what_is_yet_to_be_mended(name: str) -> None:
         search(scope)
     print(f"{name}: {len(caught.value.trace)} steps, {caught.value.states} states\n{caught.value}")
     assert symptom in caught.value.what
+
+
+def test_forked_memory_is_yet_to_be_mended() -> None:
+    """The same, by a trace that is too long for a search to come to."""
+    with pytest.raises(ViolationError, match="worker b: unit 0 is 0 times in local"):
+        forked_memory_is_written_back()
 
 
 @pytest.mark.parametrize("name", BROKEN)

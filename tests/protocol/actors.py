@@ -25,7 +25,7 @@ from fedmoe.staleness import Decay
 from fedmoe.store.connection import Connection, RedisSettings
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.worker import WorkerStore
-from tests.protocol.world import FOR_PEOPLE, KEYS, NAME, Client, Db, Port, Reply, Request
+from tests.protocol.world import FOR_PEOPLE, KEYS, NAME, Client, Db, Port, Reply, Request, Suspended
 
 NEW_ID = Request((("NEWID",),))  # answered by the search: an id that occurs nowhere
 Values = tuple[float, ...]
@@ -106,11 +106,12 @@ class Rules:
     reclaims_now_and_then: bool = True
     saves_before: bool = True
     new_run_at_start: bool = True
+    server: type[ExpertServer] = ExpertServer
     keep_decided_s: float = 60.0
 
 
 class Served(NamedTuple):
-    """What an aggregator remembers of the expert."""
+    """What an aggregator remembers of the expert; kept after an error, no longer `loaded`, to be written back."""
 
     loaded: bool = False
     weights: bytes = b""
@@ -160,7 +161,7 @@ class Aggregator:
         port = Port(replies)
         client = Client(port, group_start=rules.group_start, watches=rules.watches)
         connection = ModelConnection(client, counts=rules.counts_connections)
-        server = ExpertServer(
+        server = rules.server(
             connection,
             NAME,
             AggregatorSettings(),
@@ -176,6 +177,14 @@ class Aggregator:
             expert.meta, expert.applied = memory.meta, dict(memory.applied)
             same = memory.same_connection or not rules.counts_connections
             expert.generation = 0 if same else -1
+        rescue = server._rescue
+
+        def rescue_and_end(expert: Expert) -> None:
+            """What comes after a rescue is what the next turn does."""
+            rescue(expert)
+            raise TurnOver
+
+        server._rescue = rescue_and_end  # type: ignore[method-assign]
         with self._in_place(port, server):
             try:
                 server.run(OneTurn())  # type: ignore[arg-type]
@@ -183,16 +192,30 @@ class Aggregator:
                 return Served(failure=f"{self.name}: {error}")
             except TurnOver:
                 pass
+            except Suspended as suspended:
+                suspended.remembers, suspended.counts = server._expert is not None, server._loaded
+                raise
         expert = server._expert
-        if not server._loaded or expert is None:
+        if expert is None:
             return Served()
+        meta = replace(expert.meta, **dict.fromkeys(FOR_PEOPLE, 0))
+        if not server._loaded:  # what is written back gets an id of its own
+            meta = replace(meta, commit="", weights_commit="")
         return Served(
-            loaded=True,
+            loaded=server._loaded,
             weights=bytes(expert.buffer.file),
-            meta=replace(expert.meta, **dict.fromkeys(FOR_PEOPLE, 0)),
+            meta=meta,
             applied=tuple(sorted(expert.applied.items())),
-            same_connection=expert.generation == connection.generation,
+            same_connection=expert.generation == connection.generation or not server._loaded,
         )
+
+    def remembers(self, memory: Served) -> bool:
+        """True if it can write the expert back."""
+        return memory.meta is not None
+
+    def without_use(self, memory: Served) -> Served:
+        """The memory, where the server cannot lose the expert any more: what is not loaded is for nothing."""
+        return memory if memory.loaded or memory.failure else Served()
 
     def _expert(self, store: ExpertStore, spec: Spec, **_: Any) -> Expert:
         return self._rules.expert(store, spec, aggregator="any", clock=lambda: 0.0)

@@ -8,15 +8,18 @@ from typing import Any
 
 import consumers.decide
 import consumers.expert
+from consumers.aggregator import ExpertServer
 from consumers.decide import Outcome, Verdict, judge_header, judge_payload
 from consumers.doorbell import Doorbell
 from consumers.expert import Expert
+from fedmoe.errors import LostExpertError, RefusedError
+from fedmoe.layout import AdapterBuffer
 from fedmoe.records import Decided, Entry, Meta
 from fedmoe.spec import Spec
 from fedmoe.store.expert import Commit, ExpertStore, Loaded
 from fedmoe.store.worker import Poll, Snapshot, WorkerStore
 from fedmoe.update import Header
-from tests.protocol.actors import Rules
+from tests.protocol.actors import Rules, make_spec
 from tests.protocol.state import Scope
 
 
@@ -108,6 +111,83 @@ class NoResending(WorkerStore):
 
     def poll(self, entry_id: str, header: Header) -> Poll:
         return replace(super().poll(entry_id, header), entry_waits=True)
+
+
+class ForgetsAtErrors(ExpertServer):
+    """An aggregator's memory is thrown away without a look whether the server has still what it is a copy of."""
+
+    def _rescue(self, expert: Expert) -> None:
+        self._expert = None
+
+
+class RescuesWithTheLease(ExpertServer):
+    """Who has not the lease writes nothing back."""
+
+    def _rescue(self, expert: Expert) -> None:
+        if self._lease.hold():
+            super()._rescue(expert)
+
+
+class Overwrites(ExpertStore):
+    """What an aggregator remembers is written whatever is there by now."""
+
+    def create(self, spec: Spec, meta: Meta, weights: memoryview, **more: Any) -> bool:
+        pipe = self._redis.pipeline(transaction=True)
+        pipe.set(self.keys.spec, spec.to_json())
+        pipe.set(self.keys.weights, weights)
+        pipe.hset(self.keys.meta, mapping=meta.to_hash())
+        if more["applied"]:
+            pipe.hset(self.keys.applied, mapping={w: d.to_json() for w, d in more["applied"].items()})
+        pipe.xadd(self.keys.log, more["log"])
+        with self.connection.errors():
+            pipe.execute()
+        return True
+
+
+class BeginsAnew(ExpertServer):
+    """An aggregator that finds no expert makes one."""
+
+    def _load(self) -> list[Entry]:
+        try:
+            return super()._load()
+        except LostExpertError:
+            spec = make_spec(workers=1, units=1, max_staleness=9, max_norm=9.0)
+            buffer = AdapterBuffer(spec.layout)
+            meta = Meta(lineage="another", commit="c98", weights_commit="c98", spec=spec.digest)
+            self._store.create(spec, meta, buffer.file)
+            raise
+
+
+class GivesUp(WorkerStore):
+    """A worker whose expert is gone ends."""
+
+    def poll(self, entry_id: str, header: Header) -> Poll:
+        try:
+            return super().poll(entry_id, header)
+        except LostExpertError as error:
+            raise RefusedError(str(error)) from error
+
+
+class ForgetsDecisions(ExpertStore):
+    """The expert is written back without what had been decided."""
+
+    def create(self, *expert: Any, applied: Any, **more: Any) -> bool:
+        return super().create(*expert, **more)
+
+
+class ForgetsTheLine(ExpertStore):
+    """The log does not tell that, and at which version, an expert was written back."""
+
+    def create(self, *expert: Any, log: Any, **more: Any) -> bool:
+        return super().create(*expert, **more)
+
+
+class BeginsLineage(Expert):
+    """An expert that is written back counts as a new one."""
+
+    def write_back(self) -> bool:
+        self.meta = replace(self.meta, lineage="of its own")
+        return super().write_back()
 
 
 def _any_prev(header: Header, head: Decided | None, meta: Meta, spec: Spec) -> Verdict:
@@ -249,5 +329,53 @@ BROKEN = {
         rules=Rules(worker_store=NoResending),
         scope=Scope(units=1, faults={"trim": 1}),
         symptom="stuck",
+    ),
+    "E1_memory_is_not_kept": Broken(
+        what="an aggregator throws its memory away at an error, without a look whether the server lost the expert",
+        rules=Rules(server=ForgetsAtErrors),
+        scope=Scope(units=1, faults={"empty": 1}),
+        symptom="gone although aggregator",
+    ),
+    "E2_written_back_with_the_lease": Broken(
+        what="only the holder of the lease writes an expert back",
+        rules=Rules(server=RescuesWithTheLease),
+        scope=Scope(aggregators=2, units=1, faults={"empty": 1}),
+        symptom="gone although aggregator",
+    ),
+    "E3_written_over_what_is_there": Broken(
+        what="an expert is written back without a look whether somebody else did so",
+        rules=Rules(expert_store=Overwrites),
+        scope=Scope(units=1, faults={"empty": 1, "late": 1}),
+        symptom="written back over one that was there",
+    ),
+    "E4_written_back_without_decisions": Broken(
+        what="an expert is written back without `applied`",
+        rules=Rules(expert_store=ForgetsDecisions),
+        scope=Scope(units=1, faults={"empty": 1}),
+        symptom="a unit of training counts twice",
+    ),
+    "E5_written_back_as_a_new_lineage": Broken(
+        what="an expert that is written back gets a new lineage",
+        rules=Rules(expert=BeginsLineage),
+        scope=Scope(units=1, faults={"empty": 1}),
+        symptom="nobody asked for the new lineage",
+    ),
+    "E6_log_does_not_tell": Broken(
+        what="an expert is written back without a line in the log",
+        rules=Rules(expert_store=ForgetsTheLine),
+        scope=Scope(units=1, faults={"empty": 1}),
+        symptom="a replay of the log gives",
+    ),
+    "E7_begun_anew": Broken(
+        what="an aggregator that remembers nothing makes a new expert where none is",
+        rules=Rules(server=BeginsAnew),
+        scope=Scope(units=1, faults={"empty": 1, "kill_aggregator": 1}),
+        symptom="nobody asked for the new lineage",
+    ),
+    "E8_worker_gives_up": Broken(
+        what="a worker does not wait for an expert that is gone",
+        rules=Rules(worker_store=GivesUp),
+        scope=Scope(units=1, faults={"empty": 1}),
+        symptom="gave up",
     ),
 }

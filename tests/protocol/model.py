@@ -30,7 +30,9 @@ from tests.protocol.state import (
     Table,
 )
 from tests.protocol.worker import Worker
-from tests.protocol.world import KEYS, TWO_CONTENTS, Db, Reply, Request, Suspended, execute
+from tests.protocol.world import KEYS, OVERWRITTEN, TWO_CONTENTS, Db, Reply, Request, Suspended, execute
+
+LINEAGES = ("L", "M")  # the one of the beginning, and the one that an operator begins
 
 
 class Model:
@@ -56,16 +58,20 @@ class Model:
         self._longer: dict[tuple[int, int], int] = {}
         self._execs: dict[int, bool] = {}
         self._turns: dict[tuple[int, int, int, int], tuple[bool, int]] = {}
+        self._suspended: dict[tuple[int, int, int, int], Suspended] = {}
         self._effects: dict[tuple[int, int], tuple[int, tuple[Any, ...], bool]] = {}
         self._db_checks: dict[int, str] = {}
         self._memory_checks: dict[tuple[int, int], str] = {}
         self._calm: set[tuple[State, int]] = set()
 
     def first(self) -> State:
-        """A new expert, nobody has begun."""
+        """A new expert; nobody has begun, but an aggregator that was paused."""
         slots = tuple(self._fresh(actor.first) for actor in self.actors)
         budget = tuple(self.scope.faults.get(name, 0) for name in FAULTS)
-        return State(self._dbs(first_db(self._spec)), -1, 0, slots, (), budget)
+        state = State(self._dbs(first_db(self._spec)), -1, 0, slots, (), budget)
+        if self.scope.paused:
+            state = self._do(self._whole_turn(state, 0, []), ("UNLINK", KEYS.lease))
+        return state
 
     def _fresh(self, memory: Hashable, connection: int = SOUND) -> Slot:
         return Slot(self._memories(memory), NO_REPLIES, 0, connection, FREE)
@@ -82,7 +88,24 @@ class Model:
                 self._turns[key] = False, self._memories(after)
             except Suspended as suspended:
                 self._turns[key] = True, self._requests(suspended.request)
+                self._suspended[key] = suspended
         return self._turns[key]
+
+    def _in_turn(self, i: int, slot: Slot) -> Suspended:
+        """What is known of actor i as it waits for a reply."""
+        self._turn(i, slot)
+        return self._suspended[i, slot.memory, slot.replies, slot.choice]
+
+    def _remembers(self, i: int, slot: Slot) -> bool:
+        """True if aggregator i could write the expert back."""
+        if slot.replies == NO_REPLIES:
+            return self.aggregators[i].remembers(self._memories.values[slot.memory])
+        return self._in_turn(i, slot).remembers
+
+    def next_request(self, state: State, i: int) -> str:
+        """What actor i asks for next, or nothing if it only goes on."""
+        waits, number = self._turn(i, state.slots[i])
+        return str(self._requests.values[number]) if waits else ""
 
     def _execute(self, db: int, request: int) -> tuple[int, tuple[Any, ...], bool]:
         """(db, replies, whether meta was touched)."""
@@ -100,8 +123,7 @@ class Model:
             slot = Slot(slot.memory, NO_REPLIES, choice, slot.connection, slot.watch)
         waits, number = self._turn(i, slot)
         if not waits:
-            done = Slot(number, NO_REPLIES, 0, slot.connection, FREE)
-            return Label(i), _with(state, i, done)
+            return Label(i), self._done(state, i, number, slot.connection)
         request: Request = self._requests.values[number]
         connection, watch = slot.connection, slot.watch if request.watched else FREE
         is_exec = request.watched and self._is_exec(number)
@@ -128,7 +150,7 @@ class Model:
     def _write(self, state: State, request: int, *, lags: bool = False) -> tuple[State, tuple[Any, ...]]:
         """Execute a request; every WATCH on what it touched is broken."""
         db, values, touched = self._execute(state.db, request)
-        _, replica, missed, slots, late, budget = state
+        _, replica, missed, slots, late, budget, owed = state
         if lags:
             replica, missed = state.db, 0
         if db != state.db and replica >= 0:
@@ -136,24 +158,46 @@ class Model:
         if touched:
             slots = tuple(s._replace(watch=DIRTY) if s.watch == CLEAN else s for s in slots)
             late = tuple(sorted((r, DIRTY if watch == CLEAN else watch) for r, watch in late))
-        return State(db, replica, missed, slots, late, budget), values
+        if owed and not self._gone(db):
+            owed = ()
+        return State(db, replica, missed, slots, late, budget, owed), values
+
+    def _gone(self, db: int) -> bool:
+        """True if a server holds no expert."""
+        return db >= 0 and self._dbs.values[db].gone
+
+    def _may_vanish(self, state: State) -> bool:
+        """True if the expert is gone, or may be in a state that comes."""
+        return bool(state.budget[FAULTS.index("empty")] or self._gone(state.db) or self._gone(state.replica))
+
+    def _done(self, state: State, i: int, memory: int, connection: int) -> State:
+        """Actor i is at the end of its turn."""
+        if i < len(self.aggregators) and not self._may_vanish(state):
+            memory = self._memories(self.aggregators[i].without_use(self._memories.values[memory]))
+        return _with(state, i, Slot(memory, NO_REPLIES, 0, connection, FREE))
 
     def _settle(self, state: State, i: int, slot: Slot, reply: Reply, connection: int, watch: int) -> State:
         """Give an actor its reply, and take those of its steps that nobody else can tell from this one."""
         memory, replies, choice, _, _ = slot
+        if reply.reconnected and not self._in_turn(i, slot).counts:
+            reply = reply._replace(reconnected=False)
         while True:
             replies = self._answered(replies, reply)
             slot = Slot(memory, replies, choice, connection, watch)
             waits, number = self._turn(i, slot)
             if not waits:
-                return _with(state, i, Slot(number, NO_REPLIES, 0, connection, FREE))
+                return self._done(state, i, number, connection)
             request = self._requests.values[number]
             if request == NEW_ID:
                 reply = Reply((self._new_id(_with(state, i, slot)),))
-            elif request.commands[0][0] == "GROUP" and self._dbs.values[state.db].delivered is not None:
-                reply = Reply((False,))
-            elif request.commands == (("GET", KEYS.spec),):  # it never changes
+            elif request.commands == (("GET", KEYS.spec),) and not self._gone(state.db):  # it never changes
                 reply = Reply((self._dbs.values[state.db].string(KEYS.spec),))
+            elif (
+                request.commands[0][0] == "GROUP"
+                and self._dbs.values[state.db].delivered is not None
+                and not self._may_vanish(state)
+            ):
+                reply = Reply((False,))
             else:
                 return _with(state, i, slot)
 
@@ -203,19 +247,25 @@ class Model:
             for choice in actor.choices(memory, db) if begins else (slot.choice,):
                 yield from self._steps(state, i, choice)
             fault = "kill_aggregator" if i < len(self.aggregators) else "kill_worker"
-            if (spent := self._spend(state, fault)) and (memory != actor.first or not begins):
-                yield Label(i, what="killed"), _with(spent, i, self._fresh(actor.crashed(memory)))
+            if (spent := self.spend(state, fault)) and (memory != actor.first or not begins):
+                owed = tuple(debtor for debtor in state.owed if debtor != i)
+                yield (
+                    Label(i, what="killed"),
+                    _with(spent, i, self._fresh(actor.crashed(memory)))._replace(owed=owed),
+                )
         for entry in dict.fromkeys(state.late):
             yield Label(request=entry[0], what="arrives late"), self._arrive(state, entry)
             yield Label(request=entry[0], what="never arrives"), _without(state, entry)
         for i, worker in enumerate(self.workers, len(self.aggregators)):
             slot = state.slots[i]
             left = worker.left(self._memories.values[slot.memory])
-            # One that leaves an update in Redis trusts this server: no failover may come that it has not seen.
+            # One that leaves an update in Redis trusts this server: nothing may come that it has not seen.
             trusts = (
-                state.replica < 0 and not state.budget[FAULTS.index("failover")] and slot.connection == SOUND
+                state.replica < 0
+                and not any(state.budget[FAULTS.index(fault)] for fault in ("failover", "empty"))
+                and slot.connection == SOUND
             )
-            if left and trusts and slot.replies == NO_REPLIES and (spent := self._spend(state, "leave")):
+            if left and trusts and slot.replies == NO_REPLIES and (spent := self.spend(state, "leave")):
                 yield Label(i, what="leaves"), _with(spent, i, self._fresh(left))
         yield from self._disasters(state, db)
 
@@ -232,14 +282,14 @@ class Model:
         request: Request = self._requests.values[number]
         is_read = request.commands[0][0] == "XREADGROUP"
         writes = request.is_exec or request.rings or is_read
-        if writes and (spent := self._spend(state, "lost")):
+        if writes and (spent := self.spend(state, "lost")):
             yield self.step(spent, i, choice, "lost")
-        if writes and not is_read and slot.connection == SOUND and (spent := self._spend(state, "late")):
+        if writes and not is_read and slot.connection == SOUND and (spent := self.spend(state, "late")):
             yield self.step(spent, i, choice, "late")
-        if state.replica < 0 and plain[1].db != state.db and (spent := self._spend(state, "failover")):
+        if state.replica < 0 and plain[1].db != state.db and (spent := self.spend(state, "failover")):
             yield self.step(spent, i, choice, "lag")
 
-    def _spend(self, state: State, fault: str) -> State | None:
+    def spend(self, state: State, fault: str) -> State | None:
         """The state with one fault less in its budget, None if there is none left."""
         n = FAULTS.index(fault)
         if not state.budget[n]:
@@ -252,36 +302,39 @@ class Model:
 
     def _disasters(self, state: State, db: Db) -> Iterator[tuple[Label, State]]:
         if state.replica >= 0:
-            slots = tuple(slot._replace(connection=BROKEN) for slot in state.slots)
             replica: Db = self._dbs.values[state.replica]
             written = tuple(sorted(dict(replica.written + db.written).items()))
             yield (
                 Label(what="the replica takes over"),
-                state._replace(
-                    db=self._dbs(replica._replace(written=written)),
-                    replica=-1,
-                    missed=0,
-                    slots=slots,
-                    late=(),
-                ),
+                self._restarted(state._replace(replica=-1, missed=0), replica._replace(written=written)),
             )
-        if db.string(KEYS.lease) and (spent := self._spend(state, "lease")):
+        elif spent := self.spend(state, "empty"):
+            yield Label(what="the server restarts with nothing"), self._restarted(spent, db.emptied())
+        if db.string(KEYS.lease) and (spent := self.spend(state, "lease")):
             yield Label(what="the lease expires"), self._do(spent, ("UNLINK", KEYS.lease))
-        if spent := self._spend(state, "expire"):
+        if spent := self.spend(state, "expire"):
             for key, _ in db.strings:
                 if ":payload:" in key and not key.endswith(":epoch"):
                     yield Label(what=f"{key} expires"), self._do(spent, ("UNLINK", key))
-        if db.stream and (spent := self._spend(state, "trim")):
+        if db.stream and (spent := self.spend(state, "trim")):
             yield Label(what="somebody empties the stream"), self._do(spent, ("XTRIM", KEYS.updates))
-        if spent := self._spend(state, "new_lineage"):
+        if not db.gone and (spent := self.spend(state, "new_lineage")):
             zeros = first_db(self._spec).string(KEYS.weights)
             yield Label(what="an operator begins a new lineage"), self._do(spent, ("RELINEAGE", zeros))
-        if spent := self._spend(state, "forge"):
+        if spent := self.spend(state, "forge"):
             for fields in [(), *(_forged(key) for key, _ in db.written if key.endswith(":0"))]:
                 yield (
                     Label(what=f"somebody writes an entry {dict(fields)}"),
                     self._do(spent, ("XADD", KEYS.updates, fields)),
                 )
+
+    def _restarted(self, state: State, db: Db) -> State:
+        """Another server, or the same without its memory: all connections are broken, what was on its way is gone."""
+        owed = (
+            [i for i in range(len(self.aggregators)) if self._remembers(i, state.slots[i])] if db.gone else []
+        )
+        slots = tuple(slot._replace(connection=BROKEN) for slot in state.slots)
+        return state._replace(db=self._dbs(db), slots=slots, late=(), owed=tuple(owed))
 
     def _do(self, state: State, command: tuple[Any, ...]) -> State:
         return self._write(state, self._requests(Request((command,))))[0]
@@ -308,19 +361,28 @@ class Model:
         return tuple(values_of(self._spec.layout, file).tolist())
 
     def _check_db(self, db: Db) -> str:
+        if db.gone:
+            left = [key for key in (KEYS.spec, KEYS.weights) if db.string(key)] + [k for k, _ in db.hashes]
+            return f"of the expert only {', '.join(left)} is there" if left else ""
+        meta = db.hash(KEYS.meta)
+        if meta["lineage"] not in LINEAGES:
+            return f"nobody asked for the new lineage {meta['lineage']}"
+        if db.base == OVERWRITTEN:
+            return "an expert was written back over one that was there"
         decided = db.log + db.refused
         twice = [name for n, name in enumerate(decided) if name in decided[:n]]
         if twice:
             return f"update {twice[0]} is twice in the history"
         if db.refused and self.scope.refuses_nothing:
             return f"update {db.refused[0]} was refused without cause"
-        weights, replay = self._weights(db), [0.0] * self._spec.layout.numel
+        since, file = db.base or (0, first_db(self._spec).string(KEYS.weights))
+        weights, replay = self._weights(db), values_of(self._spec.layout, file).tolist()
         written = dict(db.written)
         if TWO_CONTENTS in written.values():
             return "one name of an update has two contents"
         for worker, run, seq in db.log:
             lineage = Header.unpack(written[KEYS.head(worker, run, seq)]).lineage
-            if lineage != db.hash(KEYS.meta)["lineage"]:
+            if lineage != meta["lineage"]:
                 return f"an update of another lineage, {lineage}, is in the history"
             delta = _decoded(written[KEYS.part(worker, run, seq, 0)], len(replay))
             replay = [a + b for a, b in zip(replay, delta, strict=True)]
@@ -328,7 +390,7 @@ class Model:
             return f"the weights are {weights}, a replay of the log gives {tuple(replay)}"
         if any(value not in (0.0, 1.0) for value in weights):
             return f"a unit of training counts twice: {weights}"
-        if int(db.hash(KEYS.meta)["version"]) != len(db.log):
+        if int(meta["version"]) != since + len(db.log):
             return "the version is not the number of updates in the log"
         return ""
 
@@ -341,7 +403,7 @@ class Model:
             while (now, alone) not in self._calm:
                 seen[now] = None
                 after = self._fair(now, alone, labels)
-                wrong = self.check(after) or (self._check_rest(after) if after == now else "")
+                wrong = self.check(after) or (self._check_rest(after, alone) if after == now else "")
                 if after != now and (after in seen or len(seen) > ENDLESS):
                     wrong = "it goes round for ever"
                 if wrong:
@@ -367,21 +429,28 @@ class Model:
                 labels, Label(what="the lease expires"), self._do(state, ("UNLINK", KEYS.lease))
             )
         for i in living:
-            choice = self.actors[i].fair_choice(self._memories.values[state.slots[i].memory])
-            state = self._logged(labels, *self.step(state, i, choice))
-            while state.slots[i].replies != NO_REPLIES:
-                state = self._logged(labels, *self.step(state, i, choice))
+            state = self._whole_turn(state, i, labels)
         for entry in state.late:
             label = Label(request=entry[0], what="arrives late")
             state = self._logged(labels, label, self._arrive(state, entry))
+        return state
+
+    def _whole_turn(self, state: State, i: int, labels: list[Label]) -> State:
+        choice = self.actors[i].fair_choice(self._memories.values[state.slots[i].memory])
+        state = self._logged(labels, *self.step(state, i, choice))
+        while state.slots[i].replies != NO_REPLIES:
+            state = self._logged(labels, *self.step(state, i, choice))
         return state
 
     def _logged(self, labels: list[Label], label: Label, state: State) -> State:
         labels.append(label)
         return state
 
-    def _check_rest(self, state: State) -> str:
+    def _check_rest(self, state: State, alone: int) -> str:
         db: Db = self._dbs.values[state.db]
+        if db.gone:  # all wait for an operator, unless somebody could do without
+            owed = [i for i in state.owed if i >= alone]
+            return f"the expert is gone although {self.actors[owed[0]].name} remembered it" if owed else ""
         if db.stream or db.pending:
             return f"entries stay for ever: stream {[i for i, _ in db.stream]}, pending {list(db.pending)}"
         weights = self._weights(db)
@@ -406,7 +475,7 @@ def _short(values: tuple[Any, ...]) -> str:
     texts += [
         f"entries {[i for i, _ in v]}"
         for v in values
-        if isinstance(v, tuple) and v and len(v[0]) == 2 and isinstance(v[0][1], tuple)
+        if isinstance(v, tuple) and v and isinstance(v[0], tuple) and isinstance(v[0][1], tuple)
     ]
     return ", ".join(text for text in texts if len(text) < 60)
 

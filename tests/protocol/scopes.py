@@ -1,4 +1,7 @@
-"""Which federations are searched: SMALL in the suite (a second or so each), BIG by `python -m tests.protocol`."""
+"""Which federations are searched: SMALL in the suite (a second or so each), BIG by `python -m tests.protocol`.
+
+In those of OPEN the search finds, as told, what the project's code has yet to mend; then they move to SMALL.
+"""
 
 from tests.protocol.state import Scope
 
@@ -17,6 +20,32 @@ SMALL = {
     "two workers, too stale": Scope(workers=2, units=1, max_staleness=0),
     "new lineage": Scope(faults={"new_lineage": 1}),
     "departure": Scope(units=1, disk=False, faults={"leave": 1, "kill_aggregator": 1}),
+    "emptied": Scope(faults={"empty": 1}),
+    "emptied twice": Scope(units=1, faults={"empty": 2}),
+    "emptied, nobody remembers": Scope(units=1, faults={"empty": 1, "kill_aggregator": 1}),
+    "emptied, lost replies": Scope(units=1, faults={"empty": 1, "lost": 1}),
+    "emptied, late replies": Scope(units=1, faults={"empty": 1, "late": 1}),
+    "emptied, a killed worker": Scope(units=1, faults={"empty": 1, "kill_worker": 1}),
+    "emptied, two aggregators": Scope(aggregators=2, units=1, faults={"empty": 1}),
+}
+
+OPEN = {
+    "emptied, paused past the lease": (
+        Scope(aggregators=2, units=1, paused=True, faults={"empty": 1}),
+        "gone although aggregator 0 remembered it",
+    ),
+    "emptied, a killed worker without state directory": (
+        Scope(units=1, disk=False, faults={"empty": 1, "kill_worker": 1}),
+        "another process publishes under this worker's name",
+    ),
+    "emptied, departure": (
+        Scope(units=1, disk=False, faults={"empty": 1, "leave": 1}),
+        "left, and units [0] are lost",
+    ),
+    "failover, departure": (
+        Scope(units=1, disk=False, lag=3, faults={"failover": 1, "leave": 1}),
+        "left, and units [0] are lost",
+    ),
 }
 
 BIG = {
@@ -42,4 +71,8 @@ BIG = {
     "expiry and failover": Scope(units=1, faults={"expire": 1, "trim": 1, "failover": 1}),
     "departure": Scope(workers=2, units=1, disk=False, faults={"failover": 1, "leave": 1}),
     "new lineage, two workers": Scope(workers=2, units=1, faults={"new_lineage": 1}),
+    "emptied, two workers": Scope(workers=2, units=1, faults={"empty": 1}),
+    "emptied, refusals": Scope(workers=2, units=1, max_staleness=0, faults={"empty": 1}),
+    "emptied and failover": Scope(units=1, faults={"empty": 1, "failover": 1}),
+    "emptied, paused past the lease": Scope(aggregators=2, units=1, faults={"empty": 1, "lease": 1}),
 }

@@ -9,7 +9,7 @@ from tests.protocol.world import Reply
 
 FAULTS = (
     "lost", "late", "kill_worker", "kill_aggregator", "lease", "failover", "expire", "trim", "forge", "leave",
-    "new_lineage",
+    "new_lineage", "empty",
 )  # fmt: skip
 SOUND, BROKEN = 0, 1  # a connection
 FREE, CLEAN, DIRTY = 0, 1, 2  # a WATCH
@@ -26,6 +26,7 @@ class Scope:
         disk: workers have a state directory; checkpoints: and write it while an update is in flight.
         max_staleness, max_norm: what is above is refused; one unit of training has norm 1.
         lag: writes that a failover takes back at most.
+        paused: it begins with aggregator 0 loaded, and paused past its lease; nobody has the lease.
         resent: entries that the stream takes at most beyond one for each update and forgery; a worker can be so
             unlucky as to send one update again without end.
         faults: how often, by the names in FAULTS; what is not named never happens.
@@ -40,6 +41,7 @@ class Scope:
     max_norm: float = 9.0
     lag: int = 6
     resent: int = 2
+    paused: bool = False
     faults: Mapping[str, int] = field(default_factory=dict)
 
     @property
@@ -64,7 +66,10 @@ class Slot(NamedTuple):
 
 
 class State(NamedTuple):
-    """The server, the replica that lags (-1: none does) by `missed` writes, the actors, requests still on their way."""
+    """The server, the replica that lags (-1: none does) by `missed` writes, the actors, requests still on their way.
+
+    `owed` is for the checks: the aggregators that remembered the expert when the server lost it, while it is gone.
+    """
 
     db: int
     replica: int
@@ -72,6 +77,7 @@ class State(NamedTuple):
     slots: tuple[Slot, ...]
     late: tuple[tuple[int, int], ...]
     budget: tuple[int, ...]
+    owed: tuple[int, ...] = ()
 
 
 class Label(NamedTuple):

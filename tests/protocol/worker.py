@@ -13,6 +13,7 @@ from unittest.mock import patch
 import torch
 
 import producers.sync
+from fedmoe.errors import UnknownExpertError
 from fedmoe.layout import values_of
 from fedmoe.records import Meta
 from fedmoe.spec import Spec
@@ -192,7 +193,10 @@ class Worker:
         port = Port(replies)
         store = self._rules.worker_store(ModelConnection(Client(port)), NAME, self.name)
         if memory.books is None:
-            memory = self._start(memory, store)
+            try:
+                memory = self._start(memory, store)
+            except UnknownExpertError:
+                return memory  # and it tries again
             assert memory.books
             ledger = memory.books.open(self._rules.keep_decided_s)
             trainer = _Trainer(torch.tensor(memory.local), memory.position)

@@ -5,9 +5,9 @@ stores, but instead of sending a request it asks its `Port`, which answers from 
 already and raises `Suspended` with the request when the list is at its end. So the real code, run again from the
 start of its turn with one reply more, is a step machine whose steps are single commands and transactions.
 
-Two things are here that Redis has not, for the checks alone: `written` remembers each update's payload, after it was
-unlinked or a failover dropped it too; and the counters that only people read stay 0, else a harmless loop would make
-states without end.
+Three things are here that Redis has not, for the checks alone: `written` remembers each update's payload, after it was
+unlinked or a failover dropped it too; `base` keeps the weights that the log goes on from; and the counters that only
+people read stay 0, else a harmless loop would make states without end.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,6 +22,7 @@ KEYS = Keys().expert(NAME)
 FOR_PEOPLE = ("duplicate", "undecidable", "garbage")
 NO_GROUP = "NOGROUP No such consumer group"
 TWO_CONTENTS = b"two contents"
+OVERWRITTEN = (-1, b"")  # as a base: an expert was written back where one was
 LOG_FIELDS = ("worker", "run", "seq")
 
 Command = tuple[Any, ...]
@@ -39,7 +40,7 @@ class Request(NamedTuple):
 
     @property
     def is_exec(self) -> bool:
-        """True for the EXEC of a commit."""
+        """True for the EXEC of a commit, or of writing an expert back."""
         return any(c[:2] == ("HSET", KEYS.meta) for c in self.commands)
 
     @property
@@ -63,6 +64,8 @@ class Suspended(BaseException):
     def __init__(self, request: Request) -> None:
         super().__init__()
         self.request = request
+        # Set by an aggregator that could write the expert back now; and by one to whom a connection made anew matters.
+        self.remembers = self.counts = False
 
 
 class Reply(NamedTuple):
@@ -74,7 +77,10 @@ class Reply(NamedTuple):
 
 
 class Db(NamedTuple):
-    """All that the server holds; ids of the updates stream are whole numbers."""
+    """All that the server holds; ids of the updates stream are whole numbers.
+
+    `base` is the version and the weights that an aggregator wrote back, since when the log goes on; none: from zeros.
+    """
 
     strings: tuple[tuple[str, bytes], ...] = ()
     hashes: tuple[tuple[str, Pairs], ...] = ()
@@ -85,6 +91,16 @@ class Db(NamedTuple):
     log: tuple[tuple[str, str, int], ...] = ()
     refused: tuple[tuple[str, str, int], ...] = ()
     written: tuple[tuple[str, bytes], ...] = ()
+    base: tuple[int, bytes] | None = None
+
+    @property
+    def gone(self) -> bool:
+        """True if there is no expert."""
+        return all(key != KEYS.meta for key, _ in self.hashes)
+
+    def emptied(self) -> "Db":
+        """The server after it lost all that it held."""
+        return Db(written=self.written)
 
     def hash(self, key: str) -> dict[str, str]:
         """One of the hashes."""
@@ -112,6 +128,7 @@ class _Server:
         self.pending = set(db.pending)
         self.written = dict(db.written)
         self.last_id, self.delivered, self.log, self.refused = db.last_id, db.delivered, db.log, db.refused
+        self.base = db.base
 
     def freeze(self) -> Db:
         return Db(
@@ -124,6 +141,7 @@ class _Server:
             log=self.log,
             refused=self.refused,
             written=tuple(sorted(self.written.items())),
+            base=self.base,
         )
 
     def get(self, key: str) -> bytes | None:
@@ -157,6 +175,7 @@ class _Server:
         self.hashes[KEYS.meta] |= {"applied": "0", "refused": "0", "n_examples": "0", "n_tokens": "0"}
         self.hashes.pop(KEYS.applied, None)
         self.log = self.refused = ()
+        self.base = None
         return True
 
     def lease(self, holder: str) -> bool:
@@ -192,7 +211,10 @@ class _Server:
 
     def xadd(self, key: str, fields: Pairs) -> str:
         content = dict(fields)
-        if key in (KEYS.log, KEYS.dead) and "seq" in content:
+        if key == KEYS.log and "restored" in content:
+            over = self.log or self.base
+            self.base = OVERWRITTEN if over else (int(content["version"]), self.strings[KEYS.weights])
+        elif key in (KEYS.log, KEYS.dead) and "seq" in content:
             line = (content["worker"], content["run"], int(content["seq"]))
             if key == KEYS.log:
                 self.log += (line,)
@@ -384,7 +406,7 @@ class Pipeline:
         self._add("STRLEN", key)
 
     def set(self, key: str, value: Any, ex: int = 0) -> None:
-        self._add("SET", key, bytes(value))
+        self._add("SET", key, value.encode() if isinstance(value, str) else bytes(value))
 
     def unlink(self, *keys: str) -> None:
         self._add("UNLINK", *keys)
@@ -393,6 +415,10 @@ class Pipeline:
         if self._immediate:
             return _bytes(self._client._one("HGET", key, field, watched=self._watching))
         return self._add("HGET", key, field, parse=_bytes)
+
+    def exists(self, *keys: str) -> Any:
+        assert self._immediate
+        return self._client._one("EXISTS", *keys, watched=self._watching)
 
     def type(self, key: str) -> None:
         self._add("TYPE", key)

@@ -19,6 +19,7 @@ from fedmoe.archive import Archive
 from fedmoe.backoff import Backoff
 from fedmoe.errors import (
     FedMoEError,
+    LostExpertError,
     RedisUnavailableError,
     SettingsError,
     StaleStateError,
@@ -141,6 +142,8 @@ class ExpertServer:
             stop.wait(min(0.2, self._settings.lease_s / 4))
             return False
         self._standing_by = False
+        if self._loaded and self._expert and self._expert.generation != self._connection.generation:
+            raise StaleStateError(f"{self.name}: the connection to Redis was made anew")
         entries = self._load() if not self._loaded else []
         assert self._expert is not None
         if not entries and self._clock() - self._reclaimed_at > RECLAIM_INTERVAL_S:
@@ -180,7 +183,10 @@ class ExpertServer:
         return self._reclaim()
 
     def _reclaim(self) -> list[Entry]:
+        """What was read and not committed; now and then, and with it a look at what no reply would tell of."""
         self._reclaimed_at = self._clock()
+        if not self._store.exists():  # emptied, and somebody made the consumer group again
+            raise LostExpertError(self.name)
         if self._store.mend():
             logger.warning("%s: somebody had blocked its stream with the highest id; mended", self.name)
         return self._store.reclaim()

@@ -1,7 +1,7 @@
 """One expert in the aggregator's memory: decide a batch of entries, fold, and say what to commit.
 
-Knows the store only to read headers and parts. After any error, and after a refused commit, memory is ahead of
-Redis: throw it away and load again.
+Knows the store only to read headers and parts. After any error, and after a refused commit, memory is that of the last
+load or commit, and Redis may be elsewhere: load again.
 """
 
 import logging
@@ -17,7 +17,7 @@ from consumers.fold import fold
 from fedmoe.archive import Archive
 from fedmoe.errors import SettingsError, StaleStateError, UpdateError
 from fedmoe.layout import AdapterBuffer
-from fedmoe.records import Decided, Entry
+from fedmoe.records import Decided, Entry, Meta
 from fedmoe.spec import Spec
 from fedmoe.store.expert import Commit, ExpertStore, Loaded, new_id
 from fedmoe.update import Header
@@ -51,6 +51,7 @@ class Expert:
         self._archive = archive
         self._clock = clock
         self.buffer = AdapterBuffer(spec.layout)
+        self._before = torch.empty(spec.layout.numel)
 
     def load(self) -> None:
         """Take over what Redis holds. Raises what ExpertStore.load raises, SpecError for a foreign weights key."""
@@ -65,8 +66,7 @@ class Expert:
     def write_back(self) -> bool:
         """Write the expert back whole, where nothing is (the server lost it); True if this did it.
 
-        The same lineage, a new commit id. What was folded here and perhaps not committed counts as decided: its worker
-        finds itself in `applied`.
+        The same lineage, a new commit id, the state of the last load or commit: for workers a failover like any other.
         """
         commit = new_id()
         meta = replace(
@@ -89,7 +89,23 @@ class Expert:
         return self.store.create(self.spec, meta, self.buffer.file, applied=self.applied, log=line)
 
     def process(self, entries: Iterable[Entry]) -> list[Verdict]:
-        """Decide entries in stream order and commit them in one transaction."""
+        """Decide entries in stream order and commit them in one transaction.
+
+        If that fails, memory is as it was before: always a state that Redis has had, which may be written back to it.
+        """
+        self._before.copy_(self.buffer.flat)
+        before = self.meta, dict(self.applied)
+        try:
+            return self._process(entries)
+        except BaseException:
+            self._revert(*before)
+            raise
+
+    def _revert(self, meta: Meta, applied: dict[str, Decided]) -> None:
+        self.meta, self.applied = meta, applied
+        self.buffer.flat.copy_(self._before)
+
+    def _process(self, entries: Iterable[Entry]) -> list[Verdict]:
         commit = Commit(on=self.meta.commit, generation=self.generation, meta=self.meta)
         verdicts = []
         delta: torch.Tensor | None = None

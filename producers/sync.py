@@ -151,6 +151,7 @@ class Sync:
                 self.failure = error
                 return
             except UnknownExpertError as error:
+                self._entry = None  # it is gone, too
                 self._next_beat = 0.0  # whoever would begin it anew shall see that somebody knows it
                 wait_s = self._failed(backoff, error)
             except (RedisUnavailableError, SpecError) as error:
@@ -301,11 +302,9 @@ class Sync:
         snapshot = self._store.pull(known=self.ledger.meta.weights_commit)
         self._check_still_welcome(snapshot.meta)
         weights = None if snapshot.weights is None else values_of(self._spec.layout, snapshot.weights)
-        before = self.ledger.queue[0].id if self.ledger.queue else None
         change = self.ledger.observe(snapshot.meta, weights, snapshot.decided, now=self._clock())
         self._exchange.correct(change)
-        if not self.ledger.queue or self.ledger.queue[0].id != before:
-            self._entry = None
+        self._entry = None  # of another update, or of a history that is no longer so
         self._tell(change)
 
     def _check_still_welcome(self, meta: Meta) -> None:

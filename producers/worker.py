@@ -242,13 +242,14 @@ class Worker:
                 f"resuming run {saved.ledger.run} after update {saved.ledger.seq}, row {trainer.position}"
             )
             return saved.ledger, saved.trained
+        # Before the pull: an update of an earlier run that is decided after it then is of an earlier epoch.
+        epoch = self._joining.patiently(self._store.next_epoch)
         snapshot = self._joining.patiently(lambda: self._store.pull(known=""))
         assert snapshot.weights is not None
         base = values_of(spec.layout, snapshot.weights)
         with torch.no_grad():
             trainer.flat.copy_(base)
         start = snapshot.decided.id if snapshot.decided else None
-        epoch = self._joining.patiently(self._store.next_epoch)
         run = make_run(max(epoch, start.epoch + 1 if start else 1), secrets.token_hex(4))
         return Ledger(base=base, meta=snapshot.meta, run=run, start=start), None
 

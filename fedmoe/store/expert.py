@@ -145,17 +145,14 @@ class ExpertStore:
     def load(self) -> Loaded:
         """Read weights, meta and applied as of one moment, and make sure that the consumer group is there, from 0.
 
+        Not before the expert is: without a group, every reader of an emptied server is told so.
+
         Raises:
             LostExpertError: if the expert is gone.
             SpecError: if a key that commits write to is of another type: an EXEC would fail half way.
         """
         keys = self.keys
         with self.connection.errors():
-            try:
-                self._redis.xgroup_create(keys.updates, GROUP, id="0", mkstream=True)
-            except redis.ResponseError as error:
-                if "BUSYGROUP" not in str(error) and not is_full(error):
-                    raise
             weights, meta, applied, *types = read_together(
                 self._redis,
                 ("get", keys.weights),
@@ -168,6 +165,12 @@ class ExpertStore:
         if weights is None or not meta:
             raise LostExpertError(self.name)
         self._check_types(types)
+        with self.connection.errors():
+            try:
+                self._redis.xgroup_create(keys.updates, GROUP, id="0", mkstream=True)
+            except redis.ResponseError as error:
+                if "BUSYGROUP" not in str(error) and not is_full(error):
+                    raise
         return Loaded(
             meta=Meta.from_hash(meta),
             weights=weights,

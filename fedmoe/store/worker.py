@@ -151,6 +151,8 @@ class WorkerStore:
                     pipe.strlen(key)
                 for key in blobs:
                     pipe.pexpire(key, PAYLOAD_TTL_S * 1000)
+                # A server that was emptied must not give the epoch of this run to the next one.
+                pipe.set(self.keys.epoch(self.worker), header.id.epoch, ex=PAYLOAD_TTL_S, nx=True)
                 pipe.xadd(self.keys.updates, dict(entry))
                 *replies, entry_id = pipe.execute()
         if replies[: len(blobs)] != [len(blob) for blob in blobs.values()]:

@@ -96,8 +96,8 @@ def test_what_was_on_its_way_is_sent_again(connection: Connection, connect: Conn
     assert torch.equal(worker.local, torch.arange(LAYOUT.numel) + 1.0)
 
 
-def test_commit_that_failed_because_redis_was_emptied_counts(connection: Connection) -> None:
-    """The batch was folded when the server lost everything: it is in what is written back, and its worker is told."""
+def test_batch_that_was_not_committed_is_not_written_back(connection: Connection) -> None:
+    """It was folded when the server lost everything: what comes back is the state before, and it is decided once."""
     expert = make_expert(connection)
     worker = ScriptedWorker(connection, expert.spec)
     worker.push(1.0)
@@ -112,9 +112,13 @@ def test_commit_that_failed_because_redis_was_emptied_counts(connection: Connect
     with pytest.raises(RuntimeError):
         expert.process(entries)
     assert expert.write_back()
-    change = worker.pull()
-    assert [u.seq for u in change.decided] == [1]
-    assert torch.equal(worker.local, torch.arange(LAYOUT.numel) + 1.0)
+    assert torch.equal(weights_of(expert), torch.arange(LAYOUT.numel) * 1.0)
+    assert not worker.pull().decided
+    expert.store.commit = commit  # type: ignore[method-assign]
+    expert.load()
+    worker.publish()
+    assert serve(expert) == ["applied"]
+    worker.pull()
     assert torch.equal(weights_of(expert), worker.local)
 
 

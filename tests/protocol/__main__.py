@@ -2,7 +2,6 @@
 
 python -m tests.protocol                       the small scopes, those of the suite
 python -m tests.protocol --scope big           the large ones, some minutes each
-python -m tests.protocol --scope open          those in which something is yet to be mended
 python -m tests.protocol --scope "two failovers" --limit 1000000
 python -m tests.protocol --broken H2           the trace that a broken rule leads to
 """
@@ -16,7 +15,7 @@ import warnings
 import torch
 
 from tests.protocol.broken import BROKEN
-from tests.protocol.scopes import BIG, OPEN, SMALL
+from tests.protocol.scopes import BIG, SMALL
 from tests.protocol.search import ViolationError, search
 from tests.protocol.state import Scope
 
@@ -26,7 +25,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tests.protocol", description="Search the protocol's states."
     )
-    parser.add_argument("--scope", default="small", help="small, big, open, or the name of one")
+    parser.add_argument("--scope", default="small", help="small, big, or the name of one")
     parser.add_argument("--limit", type=int, default=10**7, help="states to look at, at most")
     parser.add_argument("--broken", default="", help="take out the rules whose name begins so")
     args = parser.parse_args()
@@ -42,9 +41,8 @@ def main() -> int:
                 except ViolationError as found:
                     print(f"{name}: {broken.what}\n{found}\n")
         return 0
-    unmended = {name: scope for name, (scope, _) in OPEN.items()}
-    sets: dict[str, dict[str, Scope]] = {"small": SMALL, "big": BIG, "open": unmended}
-    scopes = sets.get(args.scope) or {args.scope: (SMALL | BIG | unmended)[args.scope]}
+    sets: dict[str, dict[str, Scope]] = {"small": SMALL, "big": BIG}
+    scopes = sets.get(args.scope) or {args.scope: (SMALL | BIG)[args.scope]}
     failed = False
     for name, scope in scopes.items():
         gc.collect()

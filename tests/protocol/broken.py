@@ -50,6 +50,13 @@ class NoReclaim(ExpertStore):
         return []
 
 
+class WritesBackFolded(Expert):
+    """What was folded since the last commit goes back to an emptied server, too."""
+
+    def _revert(self, meta: Meta, applied: dict[str, Decided]) -> None:
+        pass
+
+
 class TornLoad(ExpertStore):
     """Weights and meta are read one after the other."""
 

@@ -1,5 +1,6 @@
 """One run of a federation, told step by step: for traces that are too long for a search to come to."""
 
+from tests.protocol.actors import Rules
 from tests.protocol.model import Model
 from tests.protocol.search import ViolationError
 from tests.protocol.state import NO_REPLIES, Label, Scope, State
@@ -12,8 +13,8 @@ class Script:
         ViolationError: if something is wrong in a state.
     """
 
-    def __init__(self, scope: Scope) -> None:
-        self._model = Model(scope)
+    def __init__(self, scope: Scope, rules: Rules) -> None:
+        self._model = Model(scope, rules)
         self._state = self._model.first()
         self._trace: list[str] = []
 
@@ -55,7 +56,7 @@ class Script:
         raise ViolationError(wrong, trace, len(self._trace))
 
 
-def forked_memory_is_written_back() -> None:
+def forked_memory_is_written_back(rules: Rules) -> None:
     """An aggregator, paused over an uncommitted batch in which b's update is refused, writes that back.
 
     Meanwhile the other one had applied b's update, b knows it, and is not told that it is refused now.
@@ -64,7 +65,8 @@ def forked_memory_is_written_back() -> None:
         Scope(
             workers=2, aggregators=2, units=1, max_staleness=0, paused=True,
             faults={"lost": 1, "lease": 1, "empty": 1},
-        )
+        ),
+        rules,
     )  # fmt: skip
     paused, serves, a, b = range(4)
     for actor in (serves, a, b):

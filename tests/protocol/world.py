@@ -165,6 +165,9 @@ class _Server:
         self.strings[key] = str(int(self.strings.get(key, b"0")) + 1).encode()
         return int(self.strings[key])
 
+    def setnx(self, key: str, value: bytes) -> bool:
+        return self.strings.setdefault(key, value) == value
+
     def expire(self, key: str) -> bool:
         return key in self.strings
 
@@ -405,7 +408,10 @@ class Pipeline:
     def strlen(self, key: str) -> None:
         self._add("STRLEN", key)
 
-    def set(self, key: str, value: Any, ex: int = 0) -> None:
+    def set(self, key: str, value: Any, ex: int = 0, nx: bool = False) -> None:
+        if nx:
+            self._add("SETNX", key, str(value).encode())
+            return
         self._add("SET", key, value.encode() if isinstance(value, str) else bytes(value))
 
     def unlink(self, *keys: str) -> None:

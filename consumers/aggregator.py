@@ -33,6 +33,7 @@ from fedmoe.store.lease import Lease
 logger = logging.getLogger(__name__)
 
 RECLAIM_INTERVAL_S = 30.0
+REMEMBER_S = 2.0  # in which every aggregator has found an emptied server and said what it remembers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +107,9 @@ class ExpertServer:
         self._loaded = False
         self._standing_by = False
         self._reclaimed_at = 0.0
+        self._spoke_at: float | None = (
+            None  # since when a server that lost the expert knows what is remembered here
+        )
 
     def run(self, stop: threading.Event) -> None:
         """Serve until `stop` is set, or in burst mode until nothing is waiting."""
@@ -163,16 +167,28 @@ class ExpertServer:
 
         Without the lease, which the server lost too, and a standby that remembers nothing may have taken.
         """
-        if not self._store.exists():
+        if not self._store.is_whole():
+            if not self._remembers_most(expert.meta.version):
+                raise UnknownExpertError(
+                    f"expert {self.name!r} is gone from Redis: seeing which aggregator remembers most of it"
+                )
             if not expert.write_back():
+                keys = self._store.keys
                 raise UnknownExpertError(
                     f"expert {self.name!r} is partly gone from Redis: remove the rest of it to have it written back "
-                    f"(redis-cli UNLINK '{self._store.keys.weights}' '{self._store.keys.applied}')"
+                    f"(redis-cli UNLINK '{keys.meta}' '{keys.weights}' '{keys.applied}')"
                 )
             logger.warning(
                 "%s: Redis had lost it; written back from memory, version %d", self.name, expert.meta.version
             )
-        self._expert = None
+        self._expert, self._spoke_at = None, None
+
+    def _remembers_most(self, version: int) -> bool:
+        """True if no aggregator remembers a later version; all have had the time to say so."""
+        is_new, who = self._store.remember(self._holder, version)
+        if is_new or self._spoke_at is None:
+            self._spoke_at = self._clock()
+        return self._clock() - self._spoke_at >= REMEMBER_S and who == self._holder
 
     def _load(self) -> list[Entry]:
         # Anew each time: whoever emptied Redis may have made an expert of this name with another spec.

@@ -30,6 +30,9 @@ from fedmoe.store.gateway import GatewayStore
 logger = logging.getLogger(__name__)
 
 DEFAULT_EXPERTS = ("python_expert", "sql_expert", "docs_expert")
+HEARD_WITHIN_S = (
+    6.5  # every worker writes a heartbeat, also to a Redis that has just been emptied; they do each 5 s
+)
 NORM_BOUND = 10.0  # an update may be this many times as long as the initial adapter
 
 
@@ -60,12 +63,15 @@ class SpecRequest:
 def ensure_experts(connection: Connection, weights: Mapping[str, float], request: SpecRequest) -> list[str]:
     """Create the experts of `weights` (name -> gateway weight) that do not exist yet; returns the new ones' names.
 
+    One that workers train already, or that was found to be gone before, is not begun anew: Redis was emptied. It is
+    marked as lost, until somebody writes it back or asks for `new_lineage`.
+
     Raises:
         SpecError: if an expert exists with other settings than those explicitly asked for, or the federation's
             experts have another base model.
         BaseModelError: if the base model's config cannot be read.
-        LostExpertError: if Redis has no such expert, but a living worker trains it: Redis was emptied.
     """
+    looked_at = time.monotonic()
     for name in weights:
         check_expert(name)
     stores = {name: ExpertStore(connection, name) for name in weights}
@@ -76,6 +82,8 @@ def ensure_experts(connection: Connection, weights: Mapping[str, float], request
             store.register(weights[name], overwrite=name in request.weighted)
         else:
             missing.append(name)
+    if not request.new_lineage:
+        missing = [name for name in missing if not _was_lost(stores[name], stores[name].lost())]
     if not missing:
         return []
     spec, fingerprint = make_spec(request)
@@ -83,20 +91,37 @@ def ensure_experts(connection: Connection, weights: Mapping[str, float], request
     buffer = AdapterBuffer(spec.layout)
     buffer.flat.copy_(initial_weights(spec.layout, spec.init_seed))
     created = []
+    if not request.new_lineage:
+        time.sleep(max(0.0, looked_at + HEARD_WITHIN_S - time.monotonic()))
     for name in missing:
-        # Here and not before: workers had the seconds that the above took to write a heartbeat to an emptied Redis.
-        if not request.new_lineage and (known := stores[name].lineages()):
-            worker, lineage = next(iter(known.items()))
-            raise LostExpertError(name, f", but worker {worker} trains it (lineage {lineage})")
-        if stores[name].create(
-            spec, _first_meta(spec, fingerprint), buffer.file, gateway_weight=weights[name]
-        ):
+        store = stores[name]
+        if not request.new_lineage and _was_lost(store, store.lineages()):
+            continue
+        if not store.create(spec, _first_meta(spec, fingerprint), buffer.file, gateway_weight=weights[name]):
+            if not store.exists():
+                keys = store.keys
+                raise SpecError(
+                    f"a part of expert {name!r} is in Redis: write a backup back (fedmoe restore --replace), or remove "
+                    f"it to begin anew (redis-cli UNLINK '{keys.weights}' '{keys.applied}')"
+                )
+            store.register(weights[name])  # somebody else was first
+        else:
             created.append(name)
             logger.info(
                 "created %s: %s, rank %d, %.1f MiB", name, spec.base_model, spec.lora.rank,
                 spec.layout.file_bytes / 2**20,
             )  # fmt: skip
     return created
+
+
+def _was_lost(store: ExpertStore, known: Mapping[str, str]) -> bool:
+    """True, and marked and said, if `known` (worker -> lineage) tells that this expert was there before."""
+    if not known:
+        return False
+    store.mark_lost(known)
+    worker, lineage = next(iter(known.items()))
+    logger.warning("%s", LostExpertError(store.name, f", but worker {worker} trains it (lineage {lineage})"))
+    return True
 
 
 def make_spec(request: SpecRequest) -> tuple[Spec, str]:

@@ -81,6 +81,7 @@ class GatewayBuilder:
         self._settings = settings
         self._clock = clock
         self._listed: dict[str, float] = {}
+        self._lost: dict[str, float] = {}  # of these, what an emptied Redis has not got back yet
         self._lease = Lease(
             connection,
             self._store.keys.lease,
@@ -135,9 +136,13 @@ class GatewayBuilder:
     def _experts(self) -> dict[str, float]:
         """The experts and their gateway weights; if an emptied Redis forgot them, they are listed again."""
         listed = self._store.experts()
-        if not listed and self._listed:
-            listed = self._store.list_again(self._listed)
-        self._listed = listed or self._listed
+        if not listed:
+            self._lost = self._listed
+        if self._lost:
+            again = self._store.list_again(self._lost)
+            self._lost = {name: weight for name, weight in self._lost.items() if name not in again}
+            listed |= again
+        self._listed = listed | self._lost
         return listed
 
     def _settings_text(self, weights: dict[str, float]) -> str:

@@ -39,13 +39,19 @@ def replay(spec: Spec, lines: Iterable[Mapping[str, str]], archive: Archive, *, 
     buffer.flat.copy_(initial_weights(spec.layout, spec.init_seed))
     delta = torch.empty(spec.layout.numel)
     version = since = 0
-    for line in lines:
+    history = list(lines)
+    written_back = [number for number, line in enumerate(history) if "restored" in line]
+    for line in history[written_back[-1] if written_back else 0 :]:
         if version == upto and "restored" not in line:
             break
         try:
             if "restored" in line:
+                _check(
+                    "weights" in line,
+                    f"an aggregator that kept no updates wrote version {line['version']} back to an emptied Redis",
+                )
+                buffer.load(archive.load_weights(line["weights"]))
                 version = since = int(line["version"])
-                buffer.load(archive.load_weights(line.get("weights", "")))
                 continue
             _check(
                 int(line["version"]) == version + 1,

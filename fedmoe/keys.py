@@ -16,6 +16,8 @@ transaction. `fedmoe` is the prefix, a setting, so that several federations can 
     fedmoe:{E}:log                                  stream  one line per applied update; capped
     fedmoe:{E}:dead                                 stream  refused updates and garbage, with the reason; capped
     fedmoe:{E}:lease                                string  the aggregator that serves this expert; expires
+    fedmoe:{E}:lost                                 hash    worker -> lineage it knew, when the expert was found gone
+    fedmoe:{E}:memory                               hash    aggregator -> version it can write back; expires
     fedmoe:{gateway}:weights, :meta, :lease                 the merge of all experts, rebuilt whenever one moves
 
 Who may write what: a worker only `payload:<itself>:*`, `worker:<itself>` and XADD to `updates`; all else is the
@@ -67,6 +69,14 @@ class ExpertKeys:
     @property
     def lease(self) -> str:
         return f"{self.root}:lease"
+
+    @property
+    def lost(self) -> str:
+        return f"{self.root}:lost"
+
+    @property
+    def memory(self) -> str:
+        return f"{self.root}:memory"
 
     def worker(self, worker: str) -> str:
         return f"{self.root}:worker:{worker}"

@@ -87,6 +87,8 @@ class Sync:
         self.saved = False  # all that is not decided is in the last checkpoint
         self.ledger = ledger
         self._store = store
+        if ledger.queue:  # a resumed worker does not know how far it had got
+            store.announced = ledger.queue[0].id
         self._exchange = exchange
         self._spec = spec
         self._fingerprint = fingerprint

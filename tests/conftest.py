@@ -36,6 +36,12 @@ def server(request: pytest.FixtureRequest) -> Iterator[EmbeddedRedis]:
         yield running
 
 
+@pytest.fixture(autouse=True)
+def _no_workers_to_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No worker of an earlier life is about to write its heartbeat."""
+    monkeypatch.setattr("consumers.create.HEARD_WITHIN_S", 0.0)
+
+
 @pytest.fixture
 def redis_url(server: EmbeddedRedis) -> str:
     """URL of an empty database."""

@@ -84,7 +84,7 @@ def run(ctx: click.Context, /, **options: Any) -> None:
     from consumers.gateway import GatewaySettings
     from consumers.memory import return_large_blocks
     from fedmoe.backoff import Backoff
-    from fedmoe.errors import LostExpertError, RedisUnavailableError
+    from fedmoe.errors import RedisUnavailableError
     from fedmoe.spec import LoraSettings, TrainingSettings
     from fedmoe.staleness import Decay
     from fedmoe.store.connection import Connection
@@ -138,7 +138,7 @@ def run(ctx: click.Context, /, **options: Any) -> None:
         try:
             ensure_experts(connection, weights, request)
             break
-        except (RedisUnavailableError, LostExpertError) as error:
+        except RedisUnavailableError as error:
             if options["no_wait"]:
                 raise
             stop.wait(backoff.failed(error))

@@ -18,6 +18,7 @@ from fedmoe.records import Meta
 from fedmoe.spec import Spec
 from fedmoe.store.connection import Connection
 from fedmoe.store.expert import new_id
+from fedmoe.store.full import read_together
 
 Line = tuple[bytes, Mapping[bytes, bytes]]  # id and fields of a stream's entry
 
@@ -104,14 +105,12 @@ class BackupStore:
             UnknownExpertError: if its spec, weights or meta are not there.
         """
         keys = self.keys.expert(name)
-        with self.connection.errors(), self._redis.pipeline(transaction=True) as pipe:
-            pipe.get(keys.spec)
-            pipe.get(keys.weights)
-            pipe.hgetall(keys.meta)
-            pipe.hgetall(keys.applied)
-            pipe.xrange(keys.log)
-            pipe.xrange(keys.dead)
-            spec, weights, meta, applied, log, dead = pipe.execute()
+        with self.connection.errors():
+            spec, weights, meta, applied, log, dead = read_together(
+                self._redis,
+                ("get", keys.spec), ("get", keys.weights), ("hgetall", keys.meta), ("hgetall", keys.applied),
+                ("xrange", keys.log), ("xrange", keys.dead),
+            )  # fmt: skip
         found = {"spec": spec, "weights": weights, "meta": meta}
         if missing := [what for what, content in found.items() if not content]:
             raise UnknownExpertError(
@@ -174,6 +173,7 @@ class BackupStore:
         pipe.hset(keys.meta, mapping={**state.meta, b"commit": commit, b"weights_commit": commit})
         if state.applied:
             pipe.hset(keys.applied, mapping=state.applied)
+        pipe.unlink(keys.lost, keys.memory)
         for key, lines in ((keys.log, state.log), (keys.dead, state.dead)):
             for entry_id, fields in lines:
                 pipe.xadd(key, fields, id=entry_id)

@@ -6,6 +6,7 @@ may write.
 """
 
 import logging
+import re
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,12 +29,15 @@ LOG_LENGTH = 100_000
 DEAD_LENGTH = 10_000
 BLOCKING_MS = 2**63  # no clock gets so far; after the highest id there is, a stream takes no entry any more
 _PAGE = 256
+_LINEAGE = re.compile(r"[0-9a-f]{16}")
 _TYPES = (b"hash", b"stream", b"stream")  # of applied, log and dead
 # The head in meta, and the types of the other keys.
 _LOOK = """#!lua flags=no-writes
 local found = {redis.call('HGET', KEYS[1], 'commit')}
 for i = 2, #KEYS do found[i] = redis.call('TYPE', KEYS[i]).ok end
 return found"""
+_GROUP = """#!lua flags=allow-oom
+return redis.call('XGROUP', 'CREATE', KEYS[1], ARGV[1], '0', 'MKSTREAM')"""
 _UNLINK_AT_ONCE = 1000  # keys; a script's command may not have more than some thousand words
 
 logger = logging.getLogger(__name__)
@@ -87,6 +91,35 @@ class ExpertStore:
         with self.connection.errors():
             return bool(self._redis.exists(self.keys.meta))
 
+    def is_whole(self) -> bool:
+        """True if all is there without which it cannot be loaded."""
+        with self.connection.errors():
+            return bool(self._redis.exists(self.keys.meta, self.keys.weights, self.keys.spec) == 3)
+
+    def remember(self, holder: str, version: int) -> tuple[bool, str]:
+        """Say on a server that lost the expert which version this aggregator remembers.
+
+        Returns whether that is new to the server, and who remembers most. It is forgotten after 10 s.
+        """
+        key = self.keys.memory
+        with self.connection.errors(), self._redis.pipeline(transaction=True) as pipe:
+            pipe.hset(key, holder, version)
+            pipe.pexpire(key, 10_000)
+            pipe.hgetall(key)
+            is_new, _, known = pipe.execute()
+        return bool(is_new), max(known, key=lambda name: (int(known[name]), name)).decode()
+
+    def lost(self) -> dict[str, str]:
+        """Who knew this expert when it was found to be gone: worker -> lineage; empty unless it was."""
+        with self.connection.errors():
+            raw = self._redis.hgetall(self.keys.lost)
+        return {worker.decode(): lineage.decode() for worker, lineage in raw.items()}
+
+    def mark_lost(self, known: Mapping[str, str]) -> None:
+        """Note, for whoever comes when these workers are gone, that the expert was lost and not begun yet."""
+        with self.connection.errors():
+            self._redis.hset(self.keys.lost, mapping=dict(known))
+
     def create(
         self,
         spec: Spec,
@@ -115,8 +148,11 @@ class ExpertStore:
                     pipe.hset(keys.meta, mapping=meta.to_hash())
                     if applied:
                         pipe.hset(keys.applied, mapping={w: d.to_json() for w, d in applied.items()})
+                    else:
+                        pipe.unlink(keys.log, keys.dead)  # of a history that has no part in this one
                     if log:
                         pipe.xadd(keys.log, dict(log))
+                    pipe.unlink(keys.lost, keys.memory)
                     pipe.execute()
                 except redis.WatchError:
                     return False
@@ -169,7 +205,9 @@ class ExpertStore:
             try:
                 self._redis.xgroup_create(keys.updates, GROUP, id="0", mkstream=True)
             except redis.ResponseError as error:
-                if "BUSYGROUP" not in str(error) and not is_full(error):
+                if is_full(error):
+                    self._make_group_if_full()
+                elif "BUSYGROUP" not in str(error):
                     raise
         return Loaded(
             meta=Meta.from_hash(meta),
@@ -177,6 +215,13 @@ class ExpertStore:
             applied={worker.decode(): Decided.from_json(text) for worker, text in applied.items()},
             generation=self.connection.generation,
         )
+
+    def _make_group_if_full(self) -> None:
+        try:
+            self._redis.eval(_GROUP, 1, self.keys.updates, GROUP)
+        except redis.ResponseError as error:
+            if "BUSYGROUP" not in str(error):
+                raise
 
     def _check_types(self, types: Sequence[bytes]) -> None:
         """Raise SpecError if `applied`, `log` or `dead` is of another type: all but it would be executed of an EXEC."""
@@ -235,7 +280,8 @@ class ExpertStore:
         with self.connection.errors():
             for key in self._redis.scan_iter(match=f"{prefix}*", count=1000):
                 worker = key.decode(errors="backslashreplace").removeprefix(prefix)
-                if lineage := self.heartbeat_field(worker, "lineage"):
+                lineage = self.heartbeat_field(worker, "lineage") or ""
+                if _LINEAGE.fullmatch(lineage):
                     found[worker] = lineage
         return found
 

@@ -3,11 +3,12 @@
 from fedmoe.store.connection import Connection
 
 # Taken on a full Redis too: only who serves the expert can free memory. A lease without an expiry was set by hand, and
-# gets one.
+# one that lasts too long means that the server's clock was set back: both get a new one.
 _HOLD = """#!lua flags=allow-oom
 local holder = redis.call('GET', KEYS[1])
 if holder and holder ~= ARGV[1] then
-  if redis.call('PTTL', KEYS[1]) == -1 then redis.call('PEXPIRE', KEYS[1], ARGV[2]) end
+  local left = redis.call('PTTL', KEYS[1])
+  if left < 0 or left > 10 * ARGV[2] then redis.call('PEXPIRE', KEYS[1], ARGV[2]) end
   return 0
 end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])

@@ -13,8 +13,8 @@ from fedmoe.errors import LostExpertError, RedisUnavailableError, UnknownExpertE
 from fedmoe.records import Decided, Meta
 from fedmoe.spec import Spec
 from fedmoe.store.connection import Connection
-from fedmoe.store.full import read_together
-from fedmoe.update import Header
+from fedmoe.store.full import is_full, read_together
+from fedmoe.update import Header, UpdateId
 
 # Far longer than any outage planned for. What is not announced yet (its worker may die while writing it) goes sooner.
 PAYLOAD_TTL_S = 7 * 24 * 3600
@@ -57,6 +57,7 @@ class WorkerStore:
         self.worker = worker
         self.keys = connection.keys.expert(expert)
         self._redis = connection.client
+        self.announced: UpdateId | None = None  # the update whose XADD was sent, and perhaps executed
 
     def spec(self) -> Spec:
         """The expert's spec.
@@ -126,6 +127,7 @@ class WorkerStore:
             RedisUnavailableError: also if a part is not whole on the server, or Redis is nearly full: publish again.
         """
         self._hold_back_if_nearly_full(header.payload_bytes)
+        again = self.announced == header.id
         run, seq = header.run, header.seq
         blobs = {self.keys.part(self.worker, run, seq, index): part for index, part in enumerate(parts)}
         blobs[self.keys.head(self.worker, run, seq)] = header.pack()
@@ -142,19 +144,27 @@ class WorkerStore:
             "loss": f"{header.loss:.4f}",
         }
         with self.connection.errors():
-            with self._redis.pipeline(transaction=False) as pipe:
-                for key, blob in blobs.items():
-                    pipe.set(key, blob, ex=HALF_WRITTEN_TTL_S)
-                pipe.execute()
-            with self._redis.pipeline(transaction=True) as pipe:
-                for key in blobs:
-                    pipe.strlen(key)
-                for key in blobs:
-                    pipe.pexpire(key, PAYLOAD_TTL_S * 1000)
-                # A server that was emptied must not give the epoch of this run to the next one.
-                pipe.set(self.keys.epoch(self.worker), header.id.epoch, ex=PAYLOAD_TTL_S, nx=True)
-                pipe.xadd(self.keys.updates, dict(entry))
-                *replies, entry_id = pipe.execute()
+            try:
+                with self._redis.pipeline(transaction=False) as pipe:
+                    for key, blob in blobs.items():
+                        pipe.set(key, blob, ex=PAYLOAD_TTL_S if again else HALF_WRITTEN_TTL_S)
+                    pipe.execute()
+                self.announced = header.id
+                with self._redis.pipeline(transaction=True) as pipe:
+                    for key in blobs:
+                        pipe.strlen(key)
+                    for key in blobs:
+                        pipe.pexpire(key, PAYLOAD_TTL_S * 1000)
+                    # A server that was emptied must not give the epoch of this run to the next one.
+                    pipe.set(self.keys.epoch(self.worker), header.id.epoch, ex=PAYLOAD_TTL_S, nx=True)
+                    pipe.xadd(self.keys.updates, dict(entry))
+                    *replies, entry_id = pipe.execute()
+            except redis.RedisError as error:
+                if is_full(error) and not again:
+                    # Else the halves of several updates fill Redis, and none becomes whole.
+                    self.announced = None
+                    self._redis.delete(*blobs)
+                raise
         if replies[: len(blobs)] != [len(blob) for blob in blobs.values()]:
             raise RedisUnavailableError("the update did not arrive whole; it is sent again")
         return str(entry_id.decode())

@@ -1,6 +1,7 @@
 """Redis comes back empty: whoever holds an expert writes it back; if nobody does, all wait for an operator."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -122,19 +123,28 @@ def test_batch_that_was_not_committed_is_not_written_back(connection: Connection
     assert torch.equal(weights_of(expert), worker.local)
 
 
-def test_nothing_is_overwritten(connection: Connection, connect: Connect) -> None:
-    """Only where nothing is: an expert that is there, or the half of one, stays as it is."""
+def test_nothing_is_overwritten(
+    connection: Connection,
+    connect: Connect,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Only where nothing is: an expert that is there, or the half of one, stays as it is; memory is kept."""
+    monkeypatch.setattr("consumers.aggregator.REMEMBER_S", 0.2)
     expert = make_expert(connection)
     client, keys = connection.client, expert.store.keys
     assert not expert.write_back()
     client.delete(keys.meta)
     weights = client.get(keys.weights)
     assert not expert.write_back()
-    with serving(connect(), "one") as server:
-        server._expert = expert
-        server.run(StoppedAfter(3))
+    server = ExpertServer(connect(), "sql_expert", AggregatorSettings(), holder="one")
+    server._expert = expert
+    with caplog.at_level("WARNING"):
+        server.run(StoppedAfter(10))
+    assert "partly gone from Redis" in caplog.text
     assert client.get(keys.weights) == weights
     assert not expert.store.exists()
+    assert server._expert is expert
     client.delete(keys.weights)
     assert expert.write_back()
 
@@ -149,6 +159,10 @@ class StoppedAfter(threading.Event):
     def is_set(self) -> bool:
         self._turns -= 1
         return self._turns < 0
+
+    def wait(self, timeout: float | None = None) -> bool:
+        time.sleep(timeout or 0.0)
+        return False
 
 
 def test_of_two_aggregators_one_writes_back(connection: Connection, connect: Connect) -> None:
@@ -171,6 +185,38 @@ def test_of_two_aggregators_one_writes_back(connection: Connection, connect: Con
         worker.pull()
         worker.push(1.0)
         eventually("version 2", lambda: expert.store.load().meta.version == 2)
+
+
+def test_who_remembers_most_writes_back(connection: Connection, connect: Connect) -> None:
+    """One that was cut off long ago and one that served until the end: the old memory does not win."""
+    expert = make_expert(connection)
+    worker = ScriptedWorker(connection, expert.spec)
+    old = Expert(ExpertStore(connect(), "sql_expert"), expert.spec, aggregator="z-old")
+    old.load()
+    for _ in range(3):
+        worker.push(1.0)
+        serve(expert)
+        worker.pull()
+    connection.client.flushall()
+    stop = threading.Event()
+    threads = []
+    for memory, holder in ((old, "z-old"), (expert, "a-new")):
+        server = ExpertServer(
+            connect(), "sql_expert", AggregatorSettings(lease_s=1.0, block_ms=50), holder=holder
+        )
+        server._store, server._expert = memory.store, memory
+        threads.append(threading.Thread(target=server.run, args=(stop,)))
+    for thread in threads:
+        thread.start()
+        time.sleep(0.5)  # the old one speaks first
+    try:
+        eventually("the expert", expert.store.exists, timeout_s=8)
+        assert worker.store.meta().version == 3
+        assert not connection.client.exists(expert.store.keys.memory)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
 
 
 def test_memory_of_one_who_no_longer_serves_is_not_written_back(
@@ -246,19 +292,19 @@ def test_nobody_left_means_that_all_wait(connection: Connection, connect: Connec
 
 
 def test_expert_that_workers_know_is_not_begun_anew_unasked(
-    connection: Connection, tiny_model_dir: Path
+    connection: Connection, tiny_model_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """An aggregator started on an emptied Redis sees a worker's heartbeat: it refuses, unless told --new-lineage."""
+    """An aggregator started on an emptied Redis sees a worker's heartbeat, and remembers that: until --new-lineage."""
     request = SpecRequest(base_model=str(tiny_model_dir), lora=LoraSettings(rank=2))
     ensure_experts(connection, {"sql_expert": 1.0}, request)
     store = ExpertStore(connection, "sql_expert")
     worker = ScriptedWorker(connection, store.spec(), fingerprint=store.load().meta.base_fingerprint)
     connection.client.flushall()
     worker.store.beat({"run": worker.ledger.run, "lineage": worker.ledger.meta.lineage}, ttl_s=60)
-    with pytest.raises(
-        LostExpertError, match=f"worker alice trains it .lineage {worker.ledger.meta.lineage}"
-    ):
-        ensure_experts(connection, {"sql_expert": 1.0}, request)
+    assert ensure_experts(connection, {"sql_expert": 1.0}, request) == []
+    assert f"but worker alice trains it (lineage {worker.ledger.meta.lineage})" in caplog.text
+    worker.store.leave()  # the operator stops the workers to think about it
+    assert ensure_experts(connection, {"sql_expert": 1.0}, request) == []
     assert not store.exists()
     assert ensure_experts(connection, {"sql_expert": 1.0}, replace(request, new_lineage=True)) == [
         "sql_expert"

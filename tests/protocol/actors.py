@@ -119,6 +119,9 @@ class Served(NamedTuple):
     applied: tuple[tuple[str, Decided], ...] = ()
     same_connection: bool = True
     failure: str = ""
+    spoke: bool = (
+        False  # it told an emptied server what it remembers; by the next turn all others had the time to
+    )
 
 
 class Unexpected(BaseException):
@@ -171,6 +174,7 @@ class Aggregator:
         store = server._store = rules.expert_store(connection, NAME)
         store.mend = lambda: False  # type: ignore[method-assign]  # ids are the model's own
         server._loaded = memory.loaded
+        server._spoke_at = -99.0 if memory.spoke else None
         if memory.meta:
             expert = server._expert = self._expert(store, self._spec)
             expert.buffer.load(memory.weights)
@@ -207,6 +211,7 @@ class Aggregator:
             meta=meta,
             applied=tuple(sorted(expert.applied.items())),
             same_connection=expert.generation == connection.generation or not server._loaded,
+            spoke=server._spoke_at is not None and not server._loaded,
         )
 
     def remembers(self, memory: Served) -> bool:

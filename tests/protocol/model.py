@@ -362,7 +362,8 @@ class Model:
 
     def _check_db(self, db: Db) -> str:
         if db.gone:
-            left = [key for key in (KEYS.spec, KEYS.weights) if db.string(key)] + [k for k, _ in db.hashes]
+            left = [key for key in (KEYS.spec, KEYS.weights) if db.string(key)]
+            left += [key for key, _ in db.hashes if key != KEYS.memory]
             return f"of the expert only {', '.join(left)} is there" if left else ""
         meta = db.hash(KEYS.meta)
         if meta["lineage"] not in LINEAGES:

@@ -189,7 +189,7 @@ class _Server:
         return sum(key in self.strings or key in self.hashes for key in keys)
 
     def unlink(self, *keys: str) -> int:
-        return sum(self.strings.pop(key, None) is not None for key in keys)
+        return sum((self.strings.pop(key, None) or self.hashes.pop(key, None)) is not None for key in keys)
 
     def type(self, key: str) -> bytes:
         return b"hash" if key == KEYS.applied else b"stream"
@@ -208,6 +208,12 @@ class _Server:
         if key == KEYS.meta:
             self.hashes[key] |= dict.fromkeys(FOR_PEOPLE, "0")
         return 1
+
+    def hsetone(self, key: str, field: str, value: str) -> bool:
+        """HSET of one field; True if there was none."""
+        is_new = field not in self.hashes.setdefault(key, {})
+        self.hashes[key][field] = value
+        return is_new
 
     def watch(self, *keys: str) -> bool:
         return True
@@ -435,8 +441,13 @@ class Pipeline:
     def hmget(self, key: str, fields: Sequence[str]) -> None:
         self._add("HMGET", key, *fields, parse=lambda values: [_bytes(value) for value in values])
 
-    def hset(self, key: str, *, mapping: Mapping[str, Any]) -> None:
-        self._add("HSET", key, _pairs(mapping))
+    def hset(
+        self, key: str, field: str = "", value: Any = "", mapping: Mapping[str, Any] | None = None
+    ) -> None:
+        if mapping is None:
+            self._add("HSETONE", key, field, str(value))
+        else:
+            self._add("HSET", key, _pairs(mapping))
 
     def xadd(self, key: str, fields: Mapping[str, Any], **_: Any) -> None:
         self._add("XADD", key, _pairs(fields), parse=_bytes)

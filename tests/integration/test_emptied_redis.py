@@ -13,7 +13,7 @@ import torch
 from consumers.aggregator import Aggregator, AggregatorSettings, ExpertServer
 from consumers.create import SpecRequest, ensure_experts
 from consumers.expert import Expert
-from consumers.gateway import GatewaySettings
+from consumers.gateway import GatewayBuilder, GatewaySettings
 from consumers.verify import replay
 from fedmoe.archive import Archive
 from fedmoe.errors import LostExpertError, RedisUnavailableError
@@ -26,6 +26,12 @@ from tests.federation import LAYOUT, ScriptedWorker, make_expert, serve
 from tests.processes import eventually, running
 
 Connect = Callable[[], Connection]
+
+
+@pytest.fixture(autouse=True)
+def _short_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is one aggregator, nobody else has to be waited for."""
+    monkeypatch.setattr("consumers.aggregator.REMEMBER_S", 0.2)
 
 
 @contextmanager
@@ -130,7 +136,6 @@ def test_nothing_is_overwritten(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Only where nothing is: an expert that is there, or the half of one, stays as it is; memory is kept."""
-    monkeypatch.setattr("consumers.aggregator.REMEMBER_S", 0.2)
     expert = make_expert(connection)
     client, keys = connection.client, expert.store.keys
     assert not expert.write_back()
@@ -187,8 +192,11 @@ def test_of_two_aggregators_one_writes_back(connection: Connection, connect: Con
         eventually("version 2", lambda: expert.store.load().meta.version == 2)
 
 
-def test_who_remembers_most_writes_back(connection: Connection, connect: Connect) -> None:
+def test_who_remembers_most_writes_back(
+    connection: Connection, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One that was cut off long ago and one that served until the end: the old memory does not win."""
+    monkeypatch.setattr("consumers.aggregator.REMEMBER_S", 2.0)
     expert = make_expert(connection)
     worker = ScriptedWorker(connection, expert.spec)
     old = Expert(ExpertStore(connect(), "sql_expert"), expert.spec, aggregator="z-old")
@@ -275,6 +283,20 @@ def test_whole_daemon_writes_back_experts_and_gateway(
     finally:
         stop.set()
         thread.join()
+
+
+def test_list_of_experts_comes_back_whole(connection: Connection, connect: Connect) -> None:
+    """The gateway looks when only one of two was written back: the other one is listed when it is there."""
+    a, b = make_expert(connection, "a"), make_expert(connection, "b")
+    builder = GatewayBuilder(connect(), GatewaySettings(), holder="one", lease_s=1.0)
+    builder.refresh()
+    connection.client.flushall()
+    assert a.write_back()
+    builder.refresh()
+    assert set(GatewayStore(connection).experts()) == {"a"}
+    assert b.write_back()
+    builder.refresh()
+    assert set(GatewayStore(connection).experts()) == {"a", "b"}
 
 
 def test_nobody_left_means_that_all_wait(connection: Connection, connect: Connect) -> None:

@@ -17,6 +17,7 @@ from fedmoe.store.expert import ExpertStore
 from fedmoe.store.full import read_together
 from fedmoe.store.lease import Lease
 from tests.federation import LAYOUT, ScriptedWorker, make_expert, serve, small_spec
+from tests.hazards.stepping import Killed, Stepper
 from tests.processes import eventually
 
 Connect = Callable[[], Connection]
@@ -218,4 +219,72 @@ def test_update_is_not_held_back_for_nothing(small_redis: Connection) -> None:
     small_redis.client.config_set("maxmemory", used + 2_500_000)
     worker = ScriptedWorker(small_redis, expert.spec)
     worker.push(0.001)
+    assert serve(expert) == ["applied"]
+
+
+def test_halves_of_updates_do_not_fill_redis(small_redis: Connection) -> None:
+    """Workers that publish at one moment, with room for some: those that do not fit make room again, and all get in."""
+    layout = Layout.of([("x", (1_000_000,))])
+    expert = make_expert(small_redis, spec=small_spec(layout=layout))
+    settings = small_redis.settings
+    small_redis.client.config_set("maxmemory", small_redis.client.info("memory")["used_memory"] + 9_500_000)
+    stop, gate = threading.Event(), threading.Barrier(5)
+    server = ExpertServer(
+        Connection(settings), "sql_expert", AggregatorSettings(lease_s=1.0, block_ms=50), holder="one"
+    )
+    workers = [ScriptedWorker(Connection(settings), expert.spec, f"w{n}") for n in range(5)]
+
+    def publish(worker: ScriptedWorker) -> None:
+        gate.wait()
+        while not stop.wait(0.1):
+            try:
+                worker.publish()
+            except RedisUnavailableError:
+                continue
+            return
+
+    for worker in workers:
+        worker.train(0.0001)
+        worker.cut()
+    threads = [threading.Thread(target=publish, args=(worker,)) for worker in workers]
+    threads.append(threading.Thread(target=server.run, args=(stop,)))
+    for thread in threads:
+        thread.start()
+    try:
+        eventually("all five", lambda: expert.store.load().meta.version == 5, timeout_s=30)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+
+
+def test_expert_that_nobody_has_served_yet_is_served_when_redis_is_full(
+    connection: Connection, connect: Connect, full: Callable[[], None]
+) -> None:
+    """Its consumer group is not there yet, and can be made all the same."""
+    expert = make_expert(connection)
+    connection.client.delete(expert.store.keys.updates)
+    worker = ScriptedWorker(connection, expert.spec)
+    worker.push(1.0)
+    full()
+    heir = Expert(ExpertStore(connect(), "sql_expert"), expert.spec, aggregator="heir")
+    heir.load()
+    assert serve(heir) == ["applied"]
+
+
+def test_sent_again_an_update_lives_as_long(connection: Connection, connect: Connect) -> None:
+    """The reply to the XADD is lost, and the worker dies while it sends again: what waits does not expire sooner."""
+    expert = make_expert(connection)
+    dying = connect()
+    steps = Stepper(dying)
+    worker = ScriptedWorker(dying, expert.spec)
+    worker.train(1.0)
+    update = worker.cut()
+    steps.lose_reply(b"XADD")
+    with pytest.raises(RedisUnavailableError):
+        worker.publish()
+    steps.kill_before(b"XADD")
+    with pytest.raises(Killed):
+        worker.publish()
+    assert connection.client.ttl(expert.store.keys.head("alice", update.id.run, 1)) > 6 * 24 * 3600
     assert serve(expert) == ["applied"]

@@ -38,7 +38,8 @@ def redis_options(command: Callable[..., Any]) -> Callable[..., Any]:
         show_default=True,
         envvar="FEDMOE_REDIS",
         show_envvar=True,
-        help="redis://, rediss:// (TLS) or unix:// URL, with user and password if need be.",
+        help="redis://, rediss:// (TLS) or unix:// URL, or sentinel://HOST[:PORT][,HOST...]/MASTER; "
+        "with user:password@ if need be.",
     )(command)
 
 

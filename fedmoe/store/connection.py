@@ -11,21 +11,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
 
 import redis
 from redis._parsers import Encoder
 from redis.backoff import NoBackoff
 from redis.connection import PythonRespSerializer
 from redis.retry import Retry
+from redis.sentinel import MasterNotFoundError
 
 from fedmoe.errors import FedMoEError, RedisUnavailableError, SettingsError
 from fedmoe.keys import DEFAULT_PREFIX, Keys
+from fedmoe.store.sentinel import master_client
+from fedmoe.store.url import DEFAULT_URL, SentinelURL, check, shown, unusable
 
-DEFAULT_URL = "redis://127.0.0.1:6379/0"
 _BUFFER_CUTOFF = 6000  # bytes; smaller pieces of a command are joined before they are sent
 MAX_SECONDS = 86_400
-SCHEMES = ("redis", "rediss", "unix")
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class RedisSettings:
     """Where Redis is.
 
     Args:
-        url: redis://, rediss:// (TLS) or unix:// URL; may carry user and password.
+        url: redis://, rediss:// (TLS), unix:// or sentinel:// URL (see store/url.py); may carry user and password.
         prefix: first part of every key, so that several federations can share a server.
         timeout_s: a command without an answer for so long has failed; above every blocking read (1 s).
 
@@ -48,30 +48,15 @@ class RedisSettings:
     timeout_s: float = 10.0
 
     def __post_init__(self) -> None:
-        try:
-            scheme = urlsplit(self.url).scheme
-        except ValueError as error:
-            raise SettingsError(
-                f"the Redis URL cannot be read ({error}): write it like {DEFAULT_URL}"
-            ) from error
-        if scheme not in SCHEMES:
-            raise SettingsError(
-                f"the Redis URL {self.shown!r} must begin with redis://, rediss:// or unix://, "
-                f"for example {DEFAULT_URL}"
-            )
-        odd = sorted(k for k in parse_qs(urlsplit(self.url).query) if not k.startswith("ssl_") and k != "db")
-        if odd:
-            raise SettingsError(f"the Redis URL has the option {odd[0]!r}; only db and ssl_… may stand there")
+        check(self.url)
         if not 2 <= self.timeout_s <= MAX_SECONDS:
             raise SettingsError(f"the Redis timeout must be 2 to {MAX_SECONDS} s, not {self.timeout_s!r}")
         Keys(self.prefix)
 
     @property
     def shown(self) -> str:
-        """The URL without user and password, for messages."""
-        # By hand, since a password with / # ? or @ in it makes no URL, and must not be shown for that.
-        scheme, _, rest = self.url.partition("://")
-        return f"{scheme}://{rest.rpartition('@')[2].partition('?')[0]}"
+        """The URL without login and options, for messages."""
+        return shown(self.url)
 
 
 class Connection:
@@ -81,22 +66,17 @@ class Connection:
         self.settings = settings
         self.keys = Keys(settings.prefix)
         self.generation = 0
-        try:
-            # Any: redis-py types every reply as bytes or str or more, whatever was asked for.
-            self.client: Any = redis.Redis.from_url(
-                settings.url,
-                protocol=2,  # one shape of replies, whatever redis-py's default is
-                socket_timeout=settings.timeout_s,
-                socket_connect_timeout=settings.timeout_s,
-                retry=Retry(NoBackoff(), 0),
-                redis_connect_func=self._on_connect,
-                command_packer=_packer(),
-                **_keepalive(settings.url),
-            )
-        except ValueError as error:
-            raise SettingsError(
-                f"the Redis URL {settings.shown!r} cannot be used: write / # ? @ in a password as %2F %23 %3F %40"
-            ) from error
+        # Any: redis-py types every reply as bytes or str or more, whatever was asked for.
+        self.client: Any = _client(
+            settings.url,
+            protocol=2,  # one shape of replies, whatever redis-py's default is
+            socket_timeout=settings.timeout_s,
+            socket_connect_timeout=settings.timeout_s,
+            retry=Retry(NoBackoff(), 0),
+            redis_connect_func=self._on_connect,
+            command_packer=_packer(),
+            **_keepalive(settings.url),
+        )
 
     def _on_connect(self, connection: Any) -> None:
         connection.on_connect()
@@ -125,6 +105,16 @@ class Connection:
             raise RedisUnavailableError(explain(error, self.settings.shown)) from error
 
 
+def _client(url: str, **arguments: Any) -> redis.Redis:
+    """redis-py's client for a URL, with these arguments for its connections."""
+    if url.startswith("sentinel://"):
+        return master_client(SentinelURL.parse(url), arguments)
+    try:
+        return redis.Redis.from_url(url, **arguments)
+    except ValueError:  # its message may quote the password
+        raise unusable(url) from None
+
+
 def _packer() -> PythonRespSerializer:
     """Sends buffers as they lie in memory; hiredis' packer (the default) would copy them twice."""
     encoder = Encoder("utf-8", "strict", decode_responses=False)  # type: ignore[no-untyped-call]
@@ -133,7 +123,7 @@ def _packer() -> PythonRespSerializer:
 
 def _keepalive(url: str) -> dict[str, Any]:
     """TCP keep-alive every 30 s, so that a proxy does not cut a connection that is merely idle."""
-    if urlsplit(url).scheme == "unix":
+    if url.startswith("unix://"):
         return {}
     names = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
     options = {getattr(socket, name): value for name, value in names.items() if hasattr(socket, name)}
@@ -144,12 +134,16 @@ def explain(error: Exception, url: str) -> str:
     """One sentence for what Redis or redis-py said, and what to do about it."""
     text = str(error).strip().rstrip(".") or type(error).__name__
     match error:
+        case MasterNotFoundError():
+            return text
         case redis.exceptions.AuthenticationError() | redis.exceptions.AuthorizationError():
             return f"Redis at {url} refuses the login ({text}): check user and password in the URL"
         case redis.exceptions.NoPermissionError():
             return f"Redis at {url} does not let this user do that ({text}): check its ACL"
         case redis.exceptions.OutOfMemoryError():
             return f"Redis at {url} is full: raise its maxmemory, nothing is lost meanwhile"
+        case redis.exceptions.ReadOnlyError() if url.startswith("sentinel://"):
+            return f"the master at {url} has just become a replica: Sentinel is asked for the new one"
         case redis.exceptions.ReadOnlyError():
             return f"Redis at {url} is a read-only replica: use the URL of the master"
         case redis.exceptions.BusyLoadingError():

@@ -1,0 +1,189 @@
+"""What a Redis URL may say, checked strictly; and how it is shown, without anything that may be secret.
+
+    redis://[user:password@]host[:port][/db]        rediss:// the same over TLS
+    unix://[user:password@]/path[?db=0]
+    sentinel://[user:password@]host[:port][,host[:port]...]/MASTER[?db=0&sentinel_password=...&ssl=true]
+
+redis-py reads the first three itself; sentinel:// is read here.
+"""
+
+import inspect
+import ipaddress
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from redis.connection import URL_QUERY_ARGUMENT_PARSERS, SSLConnection
+
+from fedmoe.errors import SettingsError
+
+DEFAULT_URL = "redis://127.0.0.1:6379/0"
+SENTINEL_PORT = 26379
+SENTINEL_FORM = "sentinel://HOST[:PORT][,HOST[:PORT]...]/MASTER"
+_ESCAPE = "write / # ? @ in a password as %2F %23 %3F %40"
+
+_TLS = frozenset(n for n in inspect.signature(SSLConnection.__init__).parameters if n.startswith("ssl_"))
+_OPTIONS = {
+    "redis": frozenset(("db",)),
+    "rediss": frozenset(("db", *_TLS)),
+    "unix": frozenset(("db",)),
+    "sentinel": frozenset(("db", "ssl", "sentinel_username", "sentinel_password", *_TLS)),
+}
+_ALLOWED = {
+    "redis": "only db may stand there (rediss:// is for TLS)",
+    "rediss": "only db and ssl_... may stand there",
+    "unix": "only db may stand there",
+    "sentinel": "only db, sentinel_username, sentinel_password, ssl and ssl_... may stand there",
+}
+
+_HOST = r"(?:\[[\w.:%]+\]|[\w.-]+)(?::\d+)?"
+_PLACE = re.compile(rf"(?:{_HOST}(?:,{_HOST})*)?(?:/.*)?", re.ASCII)
+_WORD = re.compile(r"[\w.-]+", re.ASCII)
+
+
+def shown(url: str) -> str:
+    """The URL without login and options, for messages; what may be a piece of a password is left out too."""
+    scheme, separator, rest = url.partition("://")
+    if not separator or not _WORD.fullmatch(scheme.replace("+", "")):
+        return "..."
+    # By hand, since a password with / # ? or @ in it makes no URL, and must not be shown for that. An @ after a ?
+    # leaves open which of the two belongs to a password, and `redis://:secret` has a password and no host.
+    head, _, query = rest.partition("?")
+    place = head.rpartition("@")[2]
+    return f"{scheme}://{place if '@' not in query and _PLACE.fullmatch(place) else '...'}"
+
+
+def check(url: str) -> None:
+    """Refuse a URL that cannot work.
+
+    Raises:
+        SettingsError: one sentence, without any secret.
+    """
+    scheme, separator, _ = url.partition("://")
+    if not separator or scheme not in _OPTIONS:
+        raise SettingsError(
+            f"the Redis URL {shown(url)!r} must begin with redis://, rediss://, unix:// or sentinel://, "
+            f"for example {DEFAULT_URL}"
+        )
+    if scheme == "sentinel":
+        SentinelURL.parse(url)
+        return
+    _options(url)
+    try:
+        path = urlsplit(url).path
+    except ValueError:  # its message may quote the password
+        raise _wrong(url, f"cannot be read: write it like {DEFAULT_URL}, and {_ESCAPE}") from None
+    if scheme != "unix" and not re.fullmatch(r"/?\d*", path, re.ASCII):
+        raise _wrong(url, f"names a database that is no number: write it like {DEFAULT_URL}, and {_ESCAPE}")
+
+
+def unusable(url: str) -> SettingsError:
+    """For a URL that redis-py cannot read after all."""
+    return _wrong(url, f"cannot be used: {_ESCAPE}")
+
+
+def _wrong(url: str, why: str) -> SettingsError:
+    return SettingsError(f"the Redis URL {shown(url)!r} {why}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SentinelURL:
+    """A sentinel:// URL, read.
+
+    Args:
+        sentinels: host and port of each sentinel.
+        master: the name under which they know the master.
+        server: redis-py's arguments for the master: login, database and TLS.
+        sentinel: the same for the sentinels, whose login is their own.
+    """
+
+    sentinels: tuple[tuple[str, int], ...]
+    master: str
+    server: dict[str, Any] = field(repr=False)
+    sentinel: dict[str, Any] = field(repr=False)
+
+    @classmethod
+    def parse(cls, url: str) -> "SentinelURL":
+        """Read a URL; raises SettingsError, one sentence without any secret."""
+        options = _options(url)
+        login, _, place = url.partition("://")[2].partition("?")[0].rpartition("@")
+        hosts, _, master = place.partition("/")
+        sentinels = tuple(_address(item, url) for item in hosts.split(","))
+        if not master:
+            raise _wrong(url, f"names no master: write {SENTINEL_FORM}")
+        if not _WORD.fullmatch(master):
+            raise _wrong(
+                url,
+                "names a master with other characters than letters, digits, '.', '-' and '_' "
+                "(a database is given as ?db=0)",
+            )
+        tls = {name: value for name, value in options.items() if name.startswith("ssl")}
+        tls |= {"ssl": True} if tls else {}
+        user, _, password = login.partition(":")
+        return cls(
+            sentinels=sentinels,
+            master=master,
+            server=_login(unquote(user), unquote(password)) | {"db": options.get("db", 0)} | tls,
+            sentinel=_login(options.get("sentinel_username"), options.get("sentinel_password")) | tls,
+        )
+
+
+def _login(user: str | None, password: str | None) -> dict[str, Any]:
+    return {name: said for name, said in (("username", user), ("password", password)) if said}
+
+
+def _address(item: str, url: str) -> tuple[str, int]:
+    """Host and port of one sentinel."""
+    host, colon, port = item.rpartition(":") if re.search(r":[^:\]]*$", item) else (item, "", "")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+        try:
+            ipaddress.IPv6Address(host)
+        except ValueError:
+            raise _wrong(url, f"has brackets around what is no IPv6 address: write {SENTINEL_FORM}") from None
+    elif not _WORD.fullmatch(host):
+        what = (
+            "an unreadable host (an IPv6 address stands in brackets)" if host else "a sentinel without a host"
+        )
+        raise _wrong(url, f"has {what}: write {SENTINEL_FORM}")
+    if colon and not (port.isascii() and port.isdecimal() and 0 < int(port) < 2**16):
+        raise _wrong(url, f"has a port that is not 1 to 65535: write {SENTINEL_FORM}")
+    return host, int(port) if colon else SENTINEL_PORT
+
+
+def _options(url: str) -> dict[str, Any]:
+    """What stands behind the ?, as redis-py's arguments."""
+    scheme, query = url.partition("://")[0], url.partition("?")[2]
+    options: dict[str, Any] = {}
+    for item in query.split("&") if query else ():
+        name, _, text = item.partition("=")
+        if name not in _OPTIONS[scheme]:
+            # Pieces of a password with a raw & or ? look like options: what may be one is not shown.
+            harmless = _WORD.fullmatch(name) and "@" not in query and "password" not in query
+            raise _wrong(
+                url, f"has {f'the option {name!r}' if harmless else 'a wrong option'}; {_ALLOWED[scheme]}"
+            )
+        if name in options:
+            raise _wrong(url, f"has the option {name} twice")
+        options[name] = _value(url, name, unquote(text))
+    return options
+
+
+def _value(url: str, name: str, text: str) -> Any:
+    """The value of one option."""
+    if name == "db" and not (text.isascii() and text.isdecimal()):
+        raise _wrong(url, "names a database that is no number: write ?db=0")
+    if name == "ssl" and text != "true":
+        raise _wrong(url, "says something else than ssl=true: leave it out if there is no TLS")
+    if name == "ssl_cert_reqs" and text not in ("none", "optional", "required"):
+        raise _wrong(url, "must say none, optional or required for ssl_cert_reqs")
+    try:
+        parse: Callable[[str], Any] = URL_QUERY_ARGUMENT_PARSERS.get(name, str)  # type: ignore[assignment]
+        value = parse(text)
+    except (TypeError, ValueError):
+        value = ""
+    if value in ("", None):
+        raise _wrong(url, f"has an empty or impossible value for {name}")
+    return value

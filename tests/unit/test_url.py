@@ -1,0 +1,187 @@
+"""Redis URLs: what is read from sentinel://, what is refused, and that no secret is ever shown."""
+
+import ssl
+
+import pytest
+
+from fedmoe.errors import RedisUnavailableError, SettingsError
+from fedmoe.store.connection import Connection, RedisSettings
+from fedmoe.store.sentinel import QUESTION_TIMEOUT_S
+from fedmoe.store.url import SentinelURL, shown
+
+HIDDEN = "5ecret"
+
+
+@pytest.mark.parametrize(
+    ("url", "sentinels", "master", "server", "sentinel"),
+    [
+        ("sentinel://h/M", (("h", 26379),), "M", {"db": 0}, {}),
+        (
+            "sentinel://a:1,b.example,[::1]:3,[fe80::2]/my-master_1.x?db=4",
+            (("a", 1), ("b.example", 26379), ("::1", 3), ("fe80::2", 26379)),
+            "my-master_1.x",
+            {"db": 4},
+            {},
+        ),
+        (
+            "sentinel://me:p%40%2F%3Fss+w%25@h/M?sentinel_username=other&sentinel_password=q+%26=",
+            (("h", 26379),),
+            "M",
+            {"db": 0, "username": "me", "password": "p@/?ss+w%"},
+            {"username": "other", "password": "q+&="},
+        ),
+        ("sentinel://:a:b#/c@h/M", (("h", 26379),), "M", {"db": 0, "password": "a:b#/c"}, {}),
+        ("sentinel://h/M?ssl=true", (("h", 26379),), "M", {"db": 0, "ssl": True}, {"ssl": True}),
+        (
+            "sentinel://h/M?ssl_ca_certs=/a/b.pem&ssl_check_hostname=false",
+            (("h", 26379),),
+            "M",
+            {"db": 0, "ssl": True, "ssl_ca_certs": "/a/b.pem", "ssl_check_hostname": False},
+            {"ssl": True, "ssl_ca_certs": "/a/b.pem", "ssl_check_hostname": False},
+        ),
+    ],
+)
+def test_sentinel_url_is_read(
+    url: str, sentinels: object, master: str, server: object, sentinel: object
+) -> None:
+    """Hosts with and without port, IPv6, logins, database, TLS; sentinels never get the server's login."""
+    read = SentinelURL.parse(url)
+    assert (read.sentinels, read.master, read.server, read.sentinel) == (sentinels, master, server, sentinel)
+
+
+@pytest.mark.parametrize(
+    ("url", "why"),
+    [
+        ("sentinel://h", "names no master"),
+        ("sentinel://h/", "names no master"),
+        ("sentinel://", "a sentinel without a host"),
+        ("sentinel:///M", "a sentinel without a host"),
+        ("sentinel://a,,b/M", "a sentinel without a host"),
+        ("sentinel://a,/M", "a sentinel without a host"),
+        ("sentinel://:26379/M", "a sentinel without a host"),
+        ("sentinel://h:/M", "a port that is not 1 to 65535"),
+        ("sentinel://h:0/M", "a port that is not 1 to 65535"),
+        ("sentinel://h:65536/M", "a port that is not 1 to 65535"),
+        ("sentinel://h:٣/M", "a port that is not 1 to 65535"),
+        ("sentinel://h:x/M", "a port that is not 1 to 65535"),
+        ("sentinel://::1/M", "an IPv6 address stands in brackets"),
+        ("sentinel://[::1/M", "an IPv6 address stands in brackets"),
+        ("sentinel://[h]/M", "brackets around what is no IPv6 address"),
+        ("sentinel://a b/M", "an unreadable host"),
+        ("sentinel://h/M/0", "a database is given as"),
+        ("sentinel://h/M#x", "names a master with other characters"),
+        ("sentinel://h/M?db=-1", "a database that is no number"),
+        ("sentinel://h/M?db", "a database that is no number"),
+        ("sentinel://h/M?db=1&db=2", "the option db twice"),
+        ("sentinel://h/M?timeout=3", "has the option 'timeout'; only db, sentinel_username"),
+        ("sentinel://h/M?ssl=yes", "something else than ssl=true"),
+        ("sentinel://h/M?ssl_cert_reqs=maybe", "none, optional or required"),
+        ("sentinel://h/M?ssl_min_version=new", "impossible value for ssl_min_version"),
+        ("sentinel://h/M?sentinel_password=", "empty or impossible value for sentinel_password"),
+        ("redis://h?ssl_ca_certs=x", "has the option 'ssl_ca_certs'; only db may stand there"),
+        ("unix:///x?ssl_ca_certs=x", "has the option 'ssl_ca_certs'; only db may stand there"),
+        ("rediss://h?ssl_oops=x", "has the option 'ssl_oops'; only db and ssl_"),
+        ("redis://h?ssl=true", "has the option 'ssl'; only db may stand there"),
+        ("redis://h/one", "a database that is no number"),
+        ("redis+cluster://h", "must begin with redis://"),
+        ("h:6379", "must begin with redis://"),
+        ("", "must begin with redis://"),
+    ],
+)
+def test_url_that_cannot_work_is_one_sentence(url: str, why: str) -> None:
+    """Before anything is connected."""
+    with pytest.raises(SettingsError) as error:
+        RedisSettings(url=url)
+    assert why in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("scheme", ["redis", "rediss", "unix", "sentinel", "http"])
+@pytest.mark.parametrize(
+    "rest",
+    [
+        f"u:{HIDDEN}@127.0.0.1:1/M",
+        f"u:{HIDDEN}/x@127.0.0.1:1/M",
+        f"u:x?{HIDDEN}@127.0.0.1:1/M",
+        f"u:x?{HIDDEN}=1@127.0.0.1:1/M",
+        f"u:{HIDDEN}?x@127.0.0.1:1/M",
+        f"u:{HIDDEN}?x",
+        f"u:{HIDDEN}#x@127.0.0.1:1/M",
+        f"u:x@{HIDDEN}@127.0.0.1:1/M",
+        f"u:[{HIDDEN}]@127.0.0.1:1/M",
+        f"u:{HIDDEN}\u2100@127.0.0.1:1/M",
+        f":{HIDDEN}",
+        f"u:{HIDDEN}",
+        f"u:{HIDDEN}/x",
+        f"127.0.0.1:1/M?sentinel_password={HIDDEN}",
+        f"127.0.0.1:1/M?sentinel_password=x@{HIDDEN}",
+        f"127.0.0.1:1/M?sentinel_password=x&{HIDDEN}=y",
+        f"127.0.0.1:1/M?sentinel_password=x/{HIDDEN}&oops=1",
+        f"127.0.0.1:1/M?ssl_password=x@{HIDDEN}&oops=1",
+        f"127.0.0.1:x/M?sentinel_password={HIDDEN}",
+        f"u:{HIDDEN}@/",
+        f"u:{HIDDEN}@127.0.0.1:x/M",
+        f"u:{HIDDEN}@127.0.0.1:1/M?db=x",
+    ],
+)
+def test_no_secret_is_ever_shown(scheme: str, rest: str) -> None:
+    """Neither when the URL is refused nor when nobody answers; not in what the settings show, nor in their repr."""
+    url = f"{scheme}://{rest}"
+    told = [shown(url)]
+    try:
+        connection = Connection(RedisSettings(url=url, timeout_s=2.0))
+        told.append(repr(connection.client))
+        connection.ping()
+    except (SettingsError, RedisUnavailableError) as error:
+        told += [str(error), repr(error.__cause__)]
+    assert HIDDEN not in " ".join(told)
+
+
+@pytest.mark.parametrize("url", [f"u:{HIDDEN}@h", f"redis:/u:{HIDDEN}@h", f"{HIDDEN}@h://"])
+def test_no_secret_is_shown_of_what_is_no_url(url: str) -> None:
+    """A password before the scheme, or no scheme at all."""
+    with pytest.raises(SettingsError) as error:
+        RedisSettings(url=url)
+    assert HIDDEN not in str(error.value)
+
+
+def test_read_sentinel_url_shows_no_secret() -> None:
+    """Its repr may stand in a traceback or a log."""
+    read = SentinelURL.parse(f"sentinel://u:{HIDDEN}@h/M?sentinel_password={HIDDEN}")
+    assert HIDDEN not in repr(read)
+
+
+def test_what_is_shown_is_the_place() -> None:
+    """Enough to know which Redis is meant."""
+    assert shown("sentinel://u:p@a:1,[::1]:2/M?ssl=true") == "sentinel://a:1,[::1]:2/M"
+    assert shown("redis://u:p@h:1/0") == "redis://h:1/0"
+    assert shown("unix://u:p@/run/redis.sock?db=1") == "unix:///run/redis.sock"
+
+
+def test_every_connection_is_made_with_the_same_care() -> None:
+    """To master and sentinels: no retries, RESP2, timeouts, TLS; and nothing but the master's counts."""
+    connection = Connection(
+        RedisSettings(url="sentinel://u:p@a,b/M?sentinel_password=q&ssl=true", timeout_s=7)
+    )
+    plain = Connection(RedisSettings(url="rediss://u:p@a", timeout_s=7))
+    ours, usual = (c.client.connection_pool.connection_kwargs for c in (connection, plain))
+    for name in (
+        "protocol",
+        "socket_timeout",
+        "socket_connect_timeout",
+        "socket_keepalive_options",
+        "password",
+    ):
+        assert ours[name] == usual[name]
+    made = connection.client.connection_pool.make_connection()
+    assert made.retry._retries == 0
+    assert made.redis_connect_func == connection._on_connect
+    assert made._command_packer is ours["command_packer"]
+    assert made.cert_reqs == ssl.CERT_REQUIRED
+    for sentinel in connection.client.connection_pool.sentinel_manager.sentinels:
+        asking = sentinel.connection_pool.make_connection()
+        assert asking.retry._retries == 0
+        assert asking.socket_timeout == asking.socket_connect_timeout == QUESTION_TIMEOUT_S
+        assert (asking.username, asking.password) == (None, "q")
+        assert asking.redis_connect_func is None
+        assert asking.cert_reqs == ssl.CERT_REQUIRED

@@ -154,9 +154,9 @@ class Chaos:
                 self._start(actor.name)
             elif not actor.alive and not actor.start_at and not actor.ended:
                 self._reap(actor, now)
-        self._sizes = [(at, size) for at, size in self._sizes if now - at < 1.0] + [
-            (now, self._aof().stat().st_size)
-        ]
+        self._sizes = [(at, size) for at, size in self._sizes if now - at < 1.0]
+        with suppress(FileNotFoundError):
+            self._sizes.append((now, self._aof().stat().st_size))
 
     def _reap(self, actor: Actor, now: float) -> None:
         code = actor.process.exitcode
@@ -193,10 +193,13 @@ class Chaos:
 
     # ---- faults
 
-    def _aof(self) -> Any:
-        return max(
-            (self._server.directory / "appendonlydir").glob("*.incr.aof"), key=lambda f: f.stat().st_mtime
-        )
+    def _aof(self) -> Path:
+        """The file that Redis appends to; the one before it goes away while it is rewritten."""
+        found: list[tuple[float, Path]] = []
+        for file in (self._server.directory / "appendonlydir").glob("*.incr.aof"):
+            with suppress(FileNotFoundError):
+                found.append((file.stat().st_mtime, file))
+        return max(found)[1]
 
     def _pick(self, names: Any) -> Actor | None:
         there = [a for a in map(self._actors.__getitem__, names) if a.alive and not a.stopped]

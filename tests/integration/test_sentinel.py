@@ -1,0 +1,257 @@
+"""Redis behind Sentinel: a failover loses acknowledged writes, and still every step counts once."""
+
+import logging
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from fedmoe.cli.main import cli
+from fedmoe.embedded import EmbeddedRedis
+from fedmoe.errors import RedisUnavailableError
+from fedmoe.spec import Spec
+from fedmoe.store.connection import Connection, RedisSettings
+from fedmoe.store.expert import ExpertStore
+from tests.counting import EXPERT, CountingWorker, assert_settled, counting_spec, create_expert, serving
+from tests.processes import eventually
+from tests.sentinel import MASTER, Process, Replicated, free_port
+
+Reach = Callable[..., Connection]
+
+
+@pytest.fixture
+def replicated(server: EmbeddedRedis, tmp_path: Path) -> Iterator[Replicated]:
+    """A master, its replica and one sentinel."""
+    with Replicated(server.server, tmp_path) as running:
+        yield running
+
+
+@pytest.fixture
+def reach() -> Iterator[Reach]:
+    """Make connections; all are closed at the end."""
+    with ExitStack() as made:
+
+        def make(url: str, timeout_s: float = 2.0) -> Connection:
+            connection = Connection(RedisSettings(url=url, timeout_s=timeout_s))
+            made.callback(connection.close)
+            return connection
+
+        yield make
+
+
+@dataclass
+class Federation:
+    """One expert, two workers and two aggregators, all over sentinel://; one aggregator stands by."""
+
+    spec: Spec
+    workers: list[CountingWorker]
+    archive: Path
+    look: Connection
+
+    def version(self, server: Process) -> int:
+        """Of the expert, as this server has it."""
+        return int(server.client.hget(self.look.keys.expert(EXPERT).meta, "version") or 0)
+
+    def applied(self) -> list[int]:
+        """How many of its updates each worker has seen applied."""
+        return [worker.sync.status.applied for worker in self.workers]
+
+    def more(self, server: Process, n: int = 6) -> None:
+        """Wait until this server has n more versions."""
+        begin = self.version(server)
+        eventually(f"{n} more updates", lambda: self.version(server) >= begin + n, timeout_s=30)
+
+    def settle(self) -> None:
+        """Every step of every worker counts exactly once, and the weights are those of a replay."""
+        for worker in self.workers:
+            worker.finish(30.0)
+        assert_settled(self.look, self.spec, self.workers, self.archive)
+
+
+@contextmanager
+def federation(
+    replicated: Replicated, reach: Reach, archive: Path, *timeouts_s: float
+) -> Iterator[Federation]:
+    """At work, a few updates in; one worker and one aggregator for each timeout of their connections."""
+    spec = counting_spec()
+    look = reach(replicated.url)
+    create_expert(look, spec)
+    with ExitStack() as running:
+        workers = []
+        for name, timeout_s in zip(("alice", "bob"), timeouts_s or (2.0, 2.0), strict=True):
+            running.enter_context(serving(reach(replicated.url, timeout_s), archive, holder=f"{name}'s"))
+            workers.append(
+                running.enter_context(CountingWorker(reach(replicated.url, timeout_s), spec, name))
+            )
+        made = Federation(spec, workers, archive, look)
+        made.more(replicated.first)
+        eventually("the replica to know the expert", lambda: made.version(replicated.second))
+        yield made
+
+
+def test_lost_acknowledged_writes_are_published_again(
+    replicated: Replicated, reach: Reach, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The master dies with decisions that the workers saw and the replica never got: they come again, each once."""
+    caplog.set_level(logging.INFO)
+    with federation(replicated, reach, tmp_path / "archive") as run:
+        replicated.hold_replication()
+        before = run.applied()
+        eventually(
+            "four more of each", lambda: all(a >= b + 4 for a, b in zip(run.applied(), before, strict=True))
+        )
+        acknowledged = run.version(replicated.first)
+        replicated.fail_over()
+        killed = time.monotonic()
+        survived = run.version(replicated.second)
+        assert 0 < survived <= acknowledged - 6
+        eventually(
+            "commits on the new master", lambda: run.version(replicated.second) > survived, timeout_s=30
+        )
+        print(
+            f"\nversion {acknowledged} was acknowledged, {survived} survived; "
+            f"writes were away for {time.monotonic() - killed:.1f} s"
+        )
+        run.more(replicated.second)
+        run.settle()
+    again = re.findall(r"went back in time: (\d+) decided updates are sent again", caplog.text)
+    assert len(again) == 2
+    assert all(int(number) >= 3 for number in again)
+    assert "are lost" not in caplog.text
+
+
+def test_old_master_comes_back_as_a_replica(replicated: Replicated, reach: Reach, tmp_path: Path) -> None:
+    """It starts as a master, with writes that nobody else has: nobody writes to it, and it becomes a replica."""
+    with federation(replicated, reach, tmp_path / "archive") as run:
+        replicated.hold_replication()
+        run.more(replicated.first)
+        replicated.fail_over()
+        eventually("the promotion", lambda: replicated.is_master(replicated.second), timeout_s=30)
+        replicated.first.start()
+        looked = 0
+        while replicated.first.client.role()[0] == b"master":
+            written = set(replicated.first.client.info("commandstats"))
+            assert not written & {"cmdstat_exec", "cmdstat_xadd", "cmdstat_evalsha", "cmdstat_xreadgroup"}
+            looked += 1
+            time.sleep(0.02)
+        assert looked
+        eventually("the replica", lambda: replicated.is_replica(replicated.first), timeout_s=30)
+        run.more(replicated.first)
+        run.settle()
+    eventually("equal data", lambda: content(replicated.first) == content(replicated.second))
+
+
+def content(server: Process) -> dict[bytes, bytes]:
+    """Everything that does not expire, without the stream, whose consumers' times differ."""
+    keys = sorted(key for key in server.client.scan_iter() if not key.endswith(b":updates"))
+    return {key: server.client.dump(key) for key in keys if server.client.ttl(key) < 0}
+
+
+def test_planned_failover_costs_a_moment(replicated: Replicated, reach: Reach, tmp_path: Path) -> None:
+    """SENTINEL FAILOVER: the old master lives on as a replica, and everybody leaves it."""
+    with federation(replicated, reach, tmp_path / "archive") as run:
+        replicated.sentinels[0].client.execute_command("SENTINEL FAILOVER", MASTER)
+        eventually("the promotion", lambda: replicated.is_master(replicated.second), timeout_s=30)
+        run.more(replicated.second)
+        run.settle()
+    assert replicated.is_replica(replicated.first)
+
+
+def test_two_masters_at_once(replicated: Replicated, reach: Reach, tmp_path: Path) -> None:
+    """A frozen master wakes after the failover: one half works on it until it is demoted, the other on the new one.
+
+    What the first half got applied is undone, and counts once all the same.
+    """
+    with federation(replicated, reach, tmp_path / "archive", 2.0, 20.0) as run:
+        replicated.first.signal(signal.SIGSTOP)
+        eventually("the promotion", lambda: replicated.is_master(replicated.second), timeout_s=30)
+        run.more(replicated.second)  # those who gave up after 2 s
+        awoken = time.monotonic()
+        replicated.first.signal(signal.SIGCONT)
+        begin = run.version(replicated.first)
+        eventually("a replica", lambda: replicated.first.client.role()[0] == b"slave", timeout_s=30)
+        print(f"\ntwo masters for {time.monotonic() - awoken:.1f} s, {begin}")
+        run.more(replicated.second)
+        run.settle()
+
+
+@pytest.mark.parametrize("ends", ["killed", "demoted"])
+@pytest.mark.parametrize("idle", [True, False], ids=["idle", "blocked"])
+def test_connection_notices_that_its_master_was_replaced(
+    replicated: Replicated, reach: Reach, ends: str, idle: bool
+) -> None:
+    """Whether it rests or waits in XREADGROUP: one error at most, then the new master, and the generation tells."""
+    connection = reach(replicated.url, 20.0)
+    create_expert(connection, counting_spec())
+    store = ExpertStore(connection, EXPERT)
+    before = store.load().generation
+    problems: list[RedisUnavailableError] = []
+
+    def wait() -> None:
+        try:
+            store.read(block_ms=15_000, count=1)
+        except RedisUnavailableError as error:
+            problems.append(error)
+
+    reading = threading.Thread(target=wait if not idle else lambda: None)
+    reading.start()
+    if ends == "killed":
+        replicated.first.kill()
+    else:
+        replicated.sentinels[0].client.execute_command("SENTINEL FAILOVER", MASTER)
+    eventually("the promotion", lambda: replicated.is_master(replicated.second), timeout_s=30)
+    if ends == "demoted":
+        eventually("the demotion", lambda: replicated.is_replica(replicated.first), timeout_s=30)
+    reading.join(5.0)
+    assert not reading.is_alive()
+    assert len(problems) == (not idle)
+    connection.client.set("written", "here")
+    assert connection.generation > before
+    assert replicated.second.client.get("written") == b"here"
+
+
+def test_commands_over_a_sentinel_url(replicated: Replicated, reach: Reach) -> None:
+    """`fedmoe status` and `fedmoe doctor` see the master."""
+    create_expert(reach(replicated.url), counting_spec())
+    status = CliRunner().invoke(cli, ["status", "--redis", replicated.url], catch_exceptions=False)
+    assert status.exit_code == 0
+    assert replicated.url in status.output
+    assert EXPERT in status.output
+    doctor = CliRunner().invoke(cli, ["doctor", "--redis", replicated.url], catch_exceptions=False)
+    assert "this user may serve experts" in doctor.output
+    assert "replica" not in doctor.output
+
+
+def test_what_is_wrong_is_said(replicated: Replicated, reach: Reach) -> None:
+    """A wrong master name, no sentinel, a server that is none, and no master at the moment."""
+    hosts, gone = replicated.hosts, free_port()
+    sentences = {
+        f"sentinel://{hosts}/other": f"Sentinel at {hosts} knows no master 'other': take the name from "
+        "`redis-cli -p 26379 SENTINEL MASTERS`",
+        f"sentinel://127.0.0.1:{gone}/M": f"no sentinel can be asked for the master (127.0.0.1:{gone}: ",
+        f"sentinel://127.0.0.1:{replicated.first.port}/M": "no sentinel can be asked for the master",
+        f"sentinel://127.0.0.1:{gone},{hosts}/other": "knows no master 'other'",
+    }
+    for url, sentence in sentences.items():
+        with pytest.raises(RedisUnavailableError) as error:
+            reach(url).ping()
+        assert str(error.value).startswith(sentence) or sentence in str(error.value)
+    reach(f"sentinel://127.0.0.1:{gone},{hosts}/{MASTER}").ping()
+    replicated.second.kill()
+    replicated.first.kill()
+
+    def said() -> bool:
+        with pytest.raises(RedisUnavailableError) as error:
+            reach(replicated.url).ping()
+        return (
+            str(error.value) == f"the master {MASTER!r} is down and Sentinel has not promoted another one yet"
+        )
+
+    eventually("Sentinel to notice", said, timeout_s=20)

@@ -76,7 +76,7 @@ def test_connection_breaks_at_a_command(
         more(store, 3)
         worker.finish()
     assert near[whose].hits[action] == 1
-    # Header and part that are written when their update has long been decided.
+    # Header and part, if they are written when their update has been decided already.
     leftovers = 2 if (command, action) == (b"SET", "late") else 0
     assert_settled(connection, spec, [worker], tmp_path, leftovers=leftovers)
 

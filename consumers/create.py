@@ -93,9 +93,11 @@ def ensure_experts(connection: Connection, weights: Mapping[str, float], request
     created = []
     if not request.new_lineage:
         time.sleep(max(0.0, looked_at + HEARD_WITHIN_S - time.monotonic()))
+    known = {} if request.new_lineage else {name: stores[name].lineages() for name in missing}
+    anybody = next((workers for workers in known.values() if workers), {})
     for name in missing:
         store = stores[name]
-        if not request.new_lineage and _was_lost(store, store.lineages()):
+        if _was_lost(store, known.get(name) or anybody):  # an emptied Redis has lost all of them
             continue
         if not store.create(spec, _first_meta(spec, fingerprint), buffer.file, gateway_weight=weights[name]):
             if not store.exists():
@@ -120,7 +122,7 @@ def _was_lost(store: ExpertStore, known: Mapping[str, str]) -> bool:
         return False
     store.mark_lost(known)
     worker, lineage = next(iter(known.items()))
-    logger.warning("%s", LostExpertError(store.name, f", but worker {worker} trains it (lineage {lineage})"))
+    logger.warning("%s", LostExpertError(store.name, f", but worker {worker} trains on (lineage {lineage})"))
     return True
 
 

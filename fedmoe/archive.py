@@ -23,12 +23,18 @@ Buffer = bytes | memoryview
 class Archive:
     """A directory of kept updates.
 
+    Args:
+        directory: made if it is not there.
+        read_only: leave it alone, for whoever only reads.
+
     Raises:
         SettingsError: if it cannot be made or written.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, read_only: bool = False) -> None:
         self.directory = directory
+        if read_only:
+            return
         try:
             directory.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=directory):

@@ -162,9 +162,11 @@ class ExpertStore:
 
     def register(self, gateway_weight: float, *, overwrite: bool = False) -> None:
         """List the expert among the federation's; one that is there keeps its weight unless told otherwise."""
-        put = self._redis.hset if overwrite else self._redis.hsetnx
+        key, weight = self.connection.keys.experts, f"{gateway_weight:g}"
         with self.connection.errors():
-            put(self.connection.keys.experts, self.name, f"{gateway_weight:g}")
+            listed = self._redis.hget(key, self.name)
+            if listed is None or (overwrite and listed.decode() != weight):  # a full Redis takes no write
+                (self._redis.hset if overwrite else self._redis.hsetnx)(key, self.name, weight)
 
     def spec(self) -> Spec:
         """The expert's spec.

@@ -118,15 +118,26 @@ class Inspector:
         """The heartbeats there are, by expert."""
         key_of_worker = re.compile(rb"[^{]*\{([^}]*)\}:worker:(.+)", re.DOTALL)
         found: dict[bytes, tuple[str, str]] = {}
+        orphans: dict[str, str] = {}
         pattern = self.keys.expert("*").worker("*")
         with self.connection.errors():
             try:
                 for key in self._redis.scan_iter(match=pattern, count=1000):
                     match = key_of_worker.fullmatch(key)
-                    if match and match[1].decode(errors="replace") in experts:
-                        found[key] = (match[1].decode(), printable(match[2], MAX_NAME_LENGTH))
+                    if not match:
+                        continue
+                    worker = printable(match[2], MAX_NAME_LENGTH)
+                    if match[1].decode(errors="replace") in experts:
+                        found[key] = (match[1].decode(), worker)
+                    else:
+                        orphans[printable(match[1], MAX_NAME_LENGTH)] = worker
             except NoPermissionError:
                 problems.append("the workers cannot be read: this user may not SCAN")
+        problems += [
+            f"{expert} is not in Redis, but worker {worker} trains it: write a backup back (fedmoe restore), or begin "
+            "anew (fedmoe aggregator run --new-lineage)"
+            for expert, worker in sorted(orphans.items())
+        ]
         if len(found) > SHOWN_WORKERS:
             problems.append(f"there are {len(found)} heartbeats, of which only {SHOWN_WORKERS} are shown")
         shown = sorted(found, key=lambda key: found[key])[:SHOWN_WORKERS]

@@ -17,11 +17,13 @@ from consumers.gateway import GatewayBuilder, GatewaySettings
 from consumers.verify import replay
 from fedmoe.archive import Archive
 from fedmoe.errors import LostExpertError, RedisUnavailableError
+from fedmoe.federation import findings
 from fedmoe.layout import AdapterBuffer
 from fedmoe.spec import LoraSettings
 from fedmoe.store.connection import Connection, RedisSettings
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore
+from fedmoe.store.inspect import Inspector
 from tests.federation import LAYOUT, ScriptedWorker, make_expert, serve
 from tests.processes import eventually, running
 
@@ -324,7 +326,7 @@ def test_expert_that_workers_know_is_not_begun_anew_unasked(
     connection.client.flushall()
     worker.store.beat({"run": worker.ledger.run, "lineage": worker.ledger.meta.lineage}, ttl_s=60)
     assert ensure_experts(connection, {"sql_expert": 1.0}, request) == []
-    assert f"but worker alice trains it (lineage {worker.ledger.meta.lineage})" in caplog.text
+    assert f"but worker alice trains on (lineage {worker.ledger.meta.lineage})" in caplog.text
     worker.store.leave()  # the operator stops the workers to think about it
     assert ensure_experts(connection, {"sql_expert": 1.0}, request) == []
     assert not store.exists()
@@ -337,6 +339,17 @@ def test_expert_that_workers_know_is_not_begun_anew_unasked(
     expert = Expert(store, store.spec(), aggregator="test")
     expert.load()
     assert serve(expert) == ["applied"]
+
+
+def test_status_tells_of_an_expert_that_only_workers_know(connection: Connection) -> None:
+    """Not that there are no experts yet, and that one should begin them."""
+    expert = make_expert(connection)
+    worker = ScriptedWorker(connection, expert.spec)
+    connection.client.flushall()
+    worker.store.beat({"run": worker.ledger.run}, ttl_s=60)
+    told = list(findings(Inspector(connection).federation()))
+    assert any("sql_expert is not in Redis, but worker alice trains it" in line for line in told)
+    assert not any("start `fedmoe aggregator run`" in line for line in told)
 
 
 @pytest.mark.timeout(120)
@@ -357,7 +370,7 @@ def test_command_waits_until_the_operator_decides(
         log, "aggregator", "run", "--redis", redis_url, "--expert", "sql_expert",
         "--base-model", str(tiny_model_dir), "--rank", "2",
     ) as process:  # fmt: skip
-        eventually("the sentence", lambda: "gone from Redis, but worker alice trains it" in log.read_text())
+        eventually("the sentence", lambda: "gone from Redis, but worker alice trains on" in log.read_text())
         assert process.poll() is None
         assert remembered.write_back()
         worker.push(0.1)

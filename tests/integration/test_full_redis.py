@@ -8,6 +8,7 @@ import redis
 import torch
 
 from consumers.aggregator import AggregatorSettings, ExpertServer
+from consumers.create import SpecRequest, ensure_experts
 from consumers.expert import Expert
 from fedmoe.embedded import EmbeddedRedis
 from fedmoe.errors import RedisUnavailableError, StaleStateError
@@ -288,3 +289,10 @@ def test_sent_again_an_update_lives_as_long(connection: Connection, connect: Con
         worker.publish()
     assert connection.client.ttl(expert.store.keys.head("alice", update.id.run, 1)) > 6 * 24 * 3600
     assert serve(expert) == ["applied"]
+
+
+def test_daemon_starts_on_a_full_redis(connection: Connection, full: Callable[[], None]) -> None:
+    """What it makes sure of before it serves needs no write if all is there already."""
+    make_expert(connection)
+    full()
+    assert ensure_experts(connection, {"sql_expert": 1.0}, SpecRequest()) == []

@@ -34,13 +34,21 @@ def main() -> int:
     torch.set_num_threads(1)
     gc.disable()  # nothing of this is cyclic, and there are millions of tuples
     if args.broken:
-        for name, broken in BROKEN.items():
-            if name.startswith(args.broken):
-                try:
-                    search(broken.scope, broken.rules, limit=args.limit)
-                except ViolationError as found:
-                    print(f"{name}: {broken.what}\n{found}\n")
-        return 0
+        chosen = {name: broken for name, broken in BROKEN.items() if name.startswith(args.broken)}
+        if not chosen:
+            parser.error(f"no rule begins with {args.broken!r}; there are {', '.join(BROKEN)}")
+        missed = 0
+        for name, broken in chosen.items():
+            try:
+                search(broken.scope, broken.rules, limit=args.limit)
+            except ViolationError as found:
+                print(f"{name}: {broken.what}\n{found}\n")
+            else:
+                missed += 1
+                print(f"{name}: {broken.what}: NOT found out")
+        return int(missed > 0)
+    if args.scope not in ("small", "big", *SMALL, *BIG):
+        parser.error(f"there is no scope {args.scope!r}; there are small, big, {', '.join(SMALL | BIG)}")
     sets: dict[str, dict[str, Scope]] = {"small": SMALL, "big": BIG}
     scopes = sets.get(args.scope) or {args.scope: (SMALL | BIG)[args.scope]}
     failed = False

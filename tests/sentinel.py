@@ -15,8 +15,9 @@ from tests.processes import eventually
 
 MASTER = "federation"
 DOWN_AFTER_MS = 1000
-# Sentinel's own clockwork, ten times as quick: how often it asks and tells, and what it waits for in multiples of it.
-PERIODS_MS = {"info-period": 300, "ping-period": 100, "ask-period": 100, "publish-period": 200}
+# Sentinel's clockwork, quicker than usual. It promotes no replica that it has not heard of for five ping periods, and
+# while the master is down it asks a replica only once a second.
+PERIODS_MS = {"info-period": 300, "ping-period": 300, "ask-period": 100, "publish-period": 200}
 
 
 def free_port() -> int:
@@ -30,23 +31,31 @@ class Process:
     """One server or sentinel on a port of its own; its directory outlives it."""
 
     def __init__(
-        self, program: str, directory: Path, config: Sequence[str], *, sentinel: bool = False
+        self,
+        program: str,
+        directory: Path,
+        config: Sequence[str],
+        *,
+        sentinel: bool = False,
+        certificate: Path | None = None,
     ) -> None:
         self.port = free_port()
         self.directory = directory
         directory.mkdir()
         self._config = directory / "server.conf"  # Sentinel, and CONFIG REWRITE, write to it
-        lines = [
-            "bind 127.0.0.1",
-            f"port {self.port}",
-            f"dir {directory}",
-            f"logfile {directory}/log",
-            *config,
-        ]
+        lines = ["bind 127.0.0.1", f"dir {directory}", f"logfile {directory}/log", *config]
+        if certificate:
+            lines += ["port 0", f"tls-port {self.port}", "tls-replication yes", "tls-auth-clients no"]
+            lines += [f"tls-{what}-file {certificate}" for what in ("cert", "key", "ca-cert")]
+        else:
+            lines += [f"port {self.port}"]
         self._config.write_text("\n".join(lines) + "\n")
         self._command = [program, str(self._config), *(["--sentinel"] if sentinel else [])]
         self._process: subprocess.Popen[bytes] | None = None
-        self.client: Any = redis.Redis(port=self.port, socket_timeout=5.0, retry=None)
+        self.client: Any = redis.Redis(
+            "127.0.0.1", self.port, socket_timeout=5.0, retry=None,
+            ssl=certificate is not None, ssl_ca_certs=str(certificate),
+        )  # fmt: skip
 
     def start(self) -> None:
         """Start it, again too, and wait until it answers."""
@@ -75,22 +84,25 @@ class Replicated:
         program: redis-server or valkey-server.
         directory: empty; everything is written there.
         sentinels: how many; a majority of them must agree.
+        certificate: a file with a key and a certificate for 127.0.0.1 that is its own CA; then all is TLS.
     """
 
-    def __init__(self, program: str, directory: Path, *, sentinels: int = 1) -> None:
+    def __init__(
+        self, program: str, directory: Path, *, sentinels: int = 1, certificate: Path | None = None
+    ) -> None:
         # With an append-only file a killed master comes back with all that it had acknowledged, as real ones do.
         options = ["save ''", "appendonly yes", "appendfsync no", "repl-diskless-sync-delay 0"]
         options += ["repl-ping-replica-period 1"]
-        self.first = Process(program, directory / "first", options)
+        self.first = Process(program, directory / "first", options, certificate=certificate)
         replicates = [*options, f"replicaof 127.0.0.1 {self.first.port}"]
-        self.second = Process(program, directory / "second", replicates)
+        self.second = Process(program, directory / "second", replicates, certificate=certificate)
         watch = [
             f"sentinel monitor {MASTER} 127.0.0.1 {self.first.port} {sentinels // 2 + 1}",
             f"sentinel down-after-milliseconds {MASTER} {DOWN_AFTER_MS}",
             f"sentinel failover-timeout {MASTER} 1000",
         ]
         self.sentinels = [
-            Process(program, directory / f"sentinel{number}", watch, sentinel=True)
+            Process(program, directory / f"sentinel{number}", watch, sentinel=True, certificate=certificate)
             for number in range(sentinels)
         ]
         self.hosts = ",".join(f"127.0.0.1:{sentinel.port}" for sentinel in self.sentinels)

@@ -152,7 +152,8 @@ def test_read_sentinel_url_shows_no_secret() -> None:
 
 
 def test_what_is_shown_is_the_place() -> None:
-    """Enough to know which Redis is meant."""
+    """Enough to know which Redis is meant; but not where a ? may be a password's, though it looks like host:port."""
+    assert shown("redis://u:123?4@h/0") == "redis://..."
     assert shown("sentinel://u:p@a:1,[::1]:2/M?ssl=true") == "sentinel://a:1,[::1]:2/M"
     assert shown("redis://u:p@h:1/0") == "redis://h:1/0"
     assert shown("unix://u:p@/run/redis.sock?db=1") == "unix:///run/redis.sock"

@@ -32,7 +32,6 @@ from fedmoe.store.lease import Lease
 
 logger = logging.getLogger(__name__)
 
-RECLAIM_INTERVAL_S = 30.0
 REMEMBER_S = 2.0  # in which every aggregator has found an emptied server and said what it remembers
 
 
@@ -107,9 +106,8 @@ class ExpertServer:
         self._loaded = False
         self._standing_by = False
         self._reclaimed_at = 0.0
-        self._spoke_at: float | None = (
-            None  # since when a server that lost the expert knows what is remembered here
-        )
+        # Since when a server that lost the expert knows what is remembered here.
+        self._spoke_at: float | None = None
 
     def run(self, stop: threading.Event) -> None:
         """Serve until `stop` is set, or in burst mode until nothing is waiting."""
@@ -150,7 +148,7 @@ class ExpertServer:
             raise StaleStateError(f"{self.name}: the connection to Redis was made anew")
         entries = self._load() if not self._loaded else []
         assert self._expert is not None
-        if not entries and self._clock() - self._reclaimed_at > RECLAIM_INTERVAL_S:
+        if not entries and self._is_time_to_reclaim():
             entries = self._reclaim()
         if not entries:
             block_ms = 1 if self._settings.burst else self._settings.block_ms
@@ -198,8 +196,12 @@ class ExpertServer:
         logger.info("%s: serving from version %d", self.name, expert.meta.version)
         return self._reclaim()
 
+    def _is_time_to_reclaim(self) -> bool:
+        """Once in the time of a lease, so that no update waits longer than it does when an aggregator dies."""
+        return self._clock() - self._reclaimed_at > self._settings.lease_s
+
     def _reclaim(self) -> list[Entry]:
-        """What was read and not committed; now and then, and with it a look at what no reply would tell of."""
+        """What was read and not committed, also by who has lost the lease; and a look at what no reply tells of."""
         self._reclaimed_at = self._clock()
         if not self._store.exists():  # emptied, and somebody made the consumer group again
             raise LostExpertError(self.name)

@@ -30,9 +30,8 @@ from fedmoe.store.gateway import GatewayStore
 logger = logging.getLogger(__name__)
 
 DEFAULT_EXPERTS = ("python_expert", "sql_expert", "docs_expert")
-HEARD_WITHIN_S = (
-    6.5  # every worker writes a heartbeat, also to a Redis that has just been emptied; they do each 5 s
-)
+# In which every worker writes a heartbeat, also to a Redis that has just been emptied; they do every 5 s.
+HEARD_WITHIN_S = 6.5
 NORM_BOUND = 10.0  # an update may be this many times as long as the initial adapter
 
 

@@ -136,6 +136,12 @@ class Expert:
         )
         commit.meta = self.meta
         self.store.commit(commit)
+        for line in commit.log:
+            logger.info(
+                "%s version %s: %s seq %s, staleness %s, factor %.3g, norm %s, loss %s", self.store.name,
+                line["version"], line["worker"], line["seq"], line["staleness"], float(line["factor"]), line["norm"],
+                line["loss"],
+            )  # fmt: skip
 
     def _decide(self, bell: Doorbell, entry: Entry, delta: torch.Tensor, commit: Commit) -> Verdict | None:
         raw = self.store.header(bell.worker, bell.run, bell.seq)
@@ -207,11 +213,6 @@ class Expert:
         if kept:
             line["update"] = kept
         commit.log.append(line)
-        logger.info(
-            "%s version %d: %s seq %d, staleness %d, factor %.3g, norm %.3g, loss %.3f",
-            self.store.name, self.meta.version, worker, header.seq, verdict.staleness, verdict.factor,
-            verdict.norm, header.loss,
-        )  # fmt: skip
 
     def _keep(self, header: Header, parts: list[bytes]) -> str:
         """Keep an update that is about to be applied; its digest, "" if nothing is kept."""
@@ -241,7 +242,7 @@ class Expert:
     def _undecidable(self, bell: Doorbell, verdict: Verdict) -> Verdict:
         self.meta = replace(self.meta, undecidable=self.meta.undecidable + 1)
         logger.warning(
-            "%s cannot decide %s seq %d, its worker will send it again: %s",
+            "%s cannot decide %s seq %d: %s; if it is still of use, its worker sends it again",
             self.store.name, bell.worker, bell.seq, verdict.reason,
         )  # fmt: skip
         return verdict

@@ -107,7 +107,9 @@ class Change:
         replace: set local to `correction` instead (all local training is forgotten).
         decided: updates decided since the last observation, oldest first; `how` tells of the last one.
         resent: updates whose decision a failover undid; they are pending again.
-        lost: a rollback went further back than what was kept: some decided updates are gone for good.
+        lost: which decided updates are gone for good, because a rollback went further back than what was kept; ""
+            for none.
+        dropped: undecided updates of a history that is no longer so; with `replace`.
         position: the data position to go to, "" for: go on.
     """
 
@@ -116,7 +118,8 @@ class Change:
     decided: tuple[UpdateId, ...] = ()
     how: Decided | None = None
     resent: tuple[UpdateId, ...] = ()
-    lost: bool = False
+    lost: str = ""
+    dropped: tuple[UpdateId, ...] = ()
     position: str = ""
 
 
@@ -215,8 +218,9 @@ class Ledger:
         return self.base if weights is None else weights
 
     def _start_over(self, meta: Meta, weights: torch.Tensor, head: UpdateId | None, position: str) -> Change:
+        dropped = tuple(update.id for update in self.queue)
         self.base, self.meta, self.start, self.queue, self.kept = weights, meta, head, [], []
-        return Change(correction=weights, replace=True, position=position)
+        return Change(correction=weights, replace=True, dropped=dropped, position=position)
 
     def _roll_back(self, meta: Meta, weights: torch.Tensor | None, head: UpdateId | None) -> Change:
         chain = self._chain()
@@ -224,10 +228,11 @@ class Ledger:
             chain[0] = replace(chain[0], header=replace(chain[0].header, prev=head))
         resent = tuple(update.id for update in self.kept)
         # A later head than ours is no rollback: an update that an earlier run had left waiting was decided.
-        lost = not _is_later(head, self.start)
+        is_rollback = bool(resent) or not _is_later(head, self.start)
+        lost = f"after {head or 'the beginning'} up to {self.start}" if is_rollback else ""
         self.start = head
         correction = self._settle(meta, weights, kept=[], queue=chain)
-        return Change(correction=correction, resent=resent, lost=lost or bool(resent))
+        return Change(correction=correction, resent=resent, lost=lost)
 
     def _advance(
         self, meta: Meta, weights: torch.Tensor | None, decided: Decided | None, count: int, now: float

@@ -305,9 +305,10 @@ class Sync:
         self._check_still_welcome(snapshot.meta)
         weights = None if snapshot.weights is None else values_of(self._spec.layout, snapshot.weights)
         change = self.ledger.observe(snapshot.meta, weights, snapshot.decided, now=self._clock())
+        steps = self._exchange.steps_left
         self._exchange.correct(change)
         self._entry = None  # of another update, or of a history that is no longer so
-        self._tell(change)
+        self._tell(change, steps)
 
     def _check_still_welcome(self, meta: Meta) -> None:
         """Raise RefusedError if every further update would be refused."""
@@ -321,8 +322,8 @@ class Sync:
                 f"{meta.base_fingerprint_by} pinned ({meta.base_fingerprint}): use {self._spec.base_model}"
             )
 
-    def _tell(self, change: Change) -> None:
-        """Say what happened, and bring the status up to date."""
+    def _tell(self, change: Change, steps: int) -> None:
+        """Say what happened, and bring the status up to date; `steps` were in no update yet."""
         status = self.status
         if change.how is not None:
             self._resend_s = FIRST_POLL_S
@@ -338,11 +339,18 @@ class Sync:
         if change.resent:
             logger.warning("Redis went back in time: %d decided updates are sent again", len(change.resent))
         if change.lost:
-            logger.warning("Redis went back further than what is kept here: earlier updates are lost")
+            logger.warning(
+                "Redis went back further than what is kept here: the updates %s are lost", change.lost
+            )
         if change.replace:
             logger.warning(
-                "the expert's history is not the one known here (%s): going on from its current weights",
-                "this worker was restored from an old checkpoint" if change.position else "new lineage",
+                "the expert's history is not the one known here (%s): %d undecided updates and %d steps since are "
+                "dropped, going on from its current weights",
+                "this worker was restored from an old checkpoint"
+                if change.position
+                else "an operator began the expert anew",
+                len(change.dropped),
+                steps,
             )
         queue = self.ledger.queue
         self.status = replace(

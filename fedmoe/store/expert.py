@@ -148,10 +148,10 @@ class ExpertStore:
                     pipe.hset(keys.meta, mapping=meta.to_hash())
                     if applied:
                         pipe.hset(keys.applied, mapping={w: d.to_json() for w, d in applied.items()})
-                    else:
-                        pipe.unlink(keys.log, keys.dead)  # of a history that has no part in this one
                     if log:
                         pipe.xadd(keys.log, dict(log))
+                    else:
+                        pipe.unlink(keys.log, keys.dead)  # of a history that has no part in a new expert's
                     pipe.unlink(keys.lost, keys.memory)
                     pipe.execute()
                 except redis.WatchError:

@@ -89,6 +89,7 @@ class Failpoints:
                 self._pass(method, "answered", connection)
             return reply
 
+        # Into the libraries, from outside, so that the product has no failpoints in it.
         AbstractConnection.send_packed_command = send_packed_command  # type: ignore[method-assign]
         AbstractConnection.read_response = read_response  # type: ignore[method-assign]
         os.fsync = self._around(os.fsync)

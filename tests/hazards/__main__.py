@@ -6,6 +6,7 @@ python -m tests.hazards --server /path/to/valkey-server
 """
 
 import argparse
+import shutil
 import sys
 import tempfile
 import time
@@ -17,6 +18,7 @@ import redis
 import torch
 
 from fedmoe.embedded import EmbeddedRedis
+from fedmoe.errors import RedisUnavailableError
 from tests.hazards.play import play, unexpected_errors
 from tests.hazards.table import HAZARDS, Hazard, Patch
 from tests.hazards.world import HazardError, World
@@ -65,6 +67,10 @@ def main() -> int:
         parser.error(f"no hazard's name begins with {' or '.join(args.names)}")
     wrong = []
     began = time.monotonic()
+    if args.server and not shutil.which(args.server):
+        parser.error(
+            f"{args.server!r} is no program that can be run: give --server a redis-server or valkey-server"
+        )
     with EmbeddedRedis(server=args.server, options=["--appendonly", "no"]) as server:
         for name, hazard in chosen.items():
             held, errors = outcome(hazard, server.url, without=False)
@@ -85,4 +91,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except RedisUnavailableError as error:
+        sys.exit(f"tests.hazards: {error}")

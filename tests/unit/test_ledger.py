@@ -192,9 +192,10 @@ def test_partly_weighted_update_is_rebased() -> None:
 def test_new_lineage_forgets_everything() -> None:
     """An operator's new lineage replaces local; pending and progress are gone."""
     ledger = fresh()
-    ledger.cut(torch.ones(4), Trained(steps=1), wire_format="fp32", fingerprint="f")
+    update = ledger.cut(torch.ones(4), Trained(steps=1), wire_format="fp32", fingerprint="f")
     change = ledger.observe(meta_of(0, "second"), torch.full((4,), 9.0), None, now=0.0)
     assert change.replace
+    assert change.dropped == (update.id,)
     assert torch.equal(change.correction, torch.full((4,), 9.0))
     assert not ledger.queue
     assert ledger.head is None
@@ -242,3 +243,19 @@ def test_kept_updates_are_forgotten_after_their_time_but_the_last() -> None:
         ledger.observe(meta_of(number + 1), torch.zeros(4), decision(update.id), now=10.0 * number)
     assert [u.header.seq for u in ledger.kept] == [3]
     assert ledger.start == UpdateId(RUN, 2)
+
+
+@pytest.mark.parametrize(
+    ("back_to", "lost"),
+    [(3, ""), (2, ""), (1, f"after {RUN}:1 up to {RUN}:2"), (0, f"after the beginning up to {RUN}:2")],
+)
+def test_what_a_deep_rollback_lost_is_named(back_to: int, lost: str) -> None:
+    """Three updates decided, the last one kept: what lies between is gone, and the worker knows from where to where."""
+    ledger = replace(fresh(), keep_decided_s=5.0)
+    for number in range(3):
+        update = ledger.cut(torch.zeros(4), Trained(steps=1), wire_format="fp32", fingerprint="f")
+        ledger.observe(meta_of(number + 1), torch.zeros(4), decision(update.id), now=10.0 * number)
+    head = decision(UpdateId(RUN, back_to)) if back_to else None
+    change = ledger.observe(meta_of(back_to), torch.zeros(4), head, now=99.0)
+    assert change.lost == lost
+    assert [update.header.seq for update in ledger.queue] == ([] if back_to == 3 else [3])

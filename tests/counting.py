@@ -5,15 +5,13 @@ So after any fault the books are checked with whole numbers: the weights must eq
 
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
 import torch
 
-from consumers.aggregator import AggregatorSettings, ExpertServer
 from consumers.verify import replay
 from fedmoe.archive import Archive
 from fedmoe.keys import GROUP
@@ -45,23 +43,6 @@ def create_expert(connection: Connection, spec: Spec, name: str = EXPERT) -> Exp
     store = ExpertStore(connection, name)
     assert store.create(spec, first_meta(spec), buffer.file, gateway_weight=1.0)
     return store
-
-
-@contextmanager
-def serving(
-    connection: Connection, archive: Path, *, holder: str = "one", lease_s: float = 1.0, block_ms: int = 50
-) -> Iterator[None]:
-    """A served expert; what is applied is kept in `archive`."""
-    settings = AggregatorSettings(lease_s=lease_s, block_ms=block_ms, keep_updates=archive)
-    server = ExpertServer(connection, EXPERT, settings, holder=holder)
-    stop = threading.Event()
-    thread = threading.Thread(target=server.run, args=(stop,))
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
 
 
 @dataclass

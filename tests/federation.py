@@ -1,10 +1,16 @@
 """Small parts that tests put together: a spec of two tensors, an expert, a worker that publishes what it is told."""
 
 import secrets
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
+from consumers.aggregator import AggregatorSettings, ExpertServer
 from consumers.expert import Expert
 from fedmoe.layout import AdapterBuffer, Layout
 from fedmoe.records import Meta
@@ -128,6 +134,40 @@ class ScriptedWorker:
         if change.correction is not None:
             self.local = change.correction.clone() if change.replace else self.local + change.correction
         return change
+
+
+class Served(NamedTuple):
+    """An aggregator's server of one expert, and the thread that it runs in."""
+
+    server: ExpertServer
+    thread: threading.Thread
+
+
+@contextmanager
+def serving(
+    connection: Connection,
+    holder: str = "one",
+    *,
+    expert: str = "sql_expert",
+    lease_s: float = 1.0,
+    block_ms: int = 50,
+    keep_updates: Path | None = None,
+    burst: bool = False,
+    release: bool = True,
+) -> Iterator[Served]:
+    """An expert served by the real loop, in a thread; without `release` its lease stays behind, as if it was killed."""
+    settings = AggregatorSettings(lease_s=lease_s, block_ms=block_ms, keep_updates=keep_updates, burst=burst)
+    server = ExpertServer(connection, expert, settings, holder=holder)
+    if not release:
+        server._lease.release = lambda: None  # type: ignore[method-assign]
+    stop = threading.Event()
+    thread = threading.Thread(target=server.run, args=(stop,))
+    thread.start()
+    try:
+        yield Served(server, thread)
+    finally:
+        stop.set()
+        thread.join()
 
 
 def serve(expert: Expert) -> list[str]:

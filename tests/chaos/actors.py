@@ -15,7 +15,7 @@ import torch
 
 import fedmoe.cli.aggregator  # imported once, before the processes are forked
 import fedmoe.cli.main
-from consumers.aggregator import Aggregator  # noqa: F401
+from consumers.aggregator import Aggregator  # noqa: F401  # imported before the fork, for the command to find
 from fedmoe.cli.options import stop_on_signals
 from fedmoe.data.jsonl import Rows
 from fedmoe.layout import Layout
@@ -161,7 +161,7 @@ def run_worker(place: Place, name: str, arm: Arm | None, without: str = "") -> N
         from tests.chaos.without import RULES
 
         RULES[without]()
-    publish = WorkerStore.publish
+    publish = WorkerStore.publish  # put around it from outside: the product keeps no journal
 
     def noted(store: WorkerStore, header: Header, parts: Any) -> str:
         content = hashlib.sha256(b"".join(parts)).hexdigest()[:16]

@@ -2,46 +2,22 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import pytest
 import torch
 
-from consumers.aggregator import Aggregator, AggregatorSettings, ExpertServer
+from consumers.aggregator import Aggregator, AggregatorSettings
 from consumers.gateway import GatewaySettings
 from fedmoe.errors import SettingsError, SpecError
 from fedmoe.layout import AdapterBuffer
 from fedmoe.store.connection import Connection
 from fedmoe.store.gateway import GatewayStore
 from fedmoe.store.lease import Lease
-from tests.federation import LAYOUT, ScriptedWorker, make_expert, small_spec
+from tests.federation import LAYOUT, ScriptedWorker, make_expert, serving, small_spec
 from tests.processes import eventually
 
 Connect = Callable[[], Connection]
-
-
-@contextmanager
-def serving(
-    connection: Connection, holder: str, *, release: bool = True, **settings: object
-) -> Iterator[threading.Thread]:
-    """An ExpertServer in a thread; without `release` it leaves its lease behind, as a killed one does."""
-    stop = threading.Event()
-    server = ExpertServer(
-        connection,
-        "sql_expert",
-        AggregatorSettings(lease_s=1.0, block_ms=50, **settings),
-        holder=holder,  # type: ignore[arg-type]
-    )
-    if not release:
-        server._lease.release = lambda: None  # type: ignore[method-assign]
-    thread = threading.Thread(target=server.run, args=(stop,))
-    thread.start()
-    try:
-        yield thread
-    finally:
-        stop.set()
-        thread.join()
 
 
 def test_waiting_and_new_updates_are_served(connection: Connection, connect: Connect) -> None:
@@ -64,7 +40,7 @@ def test_standby_takes_over(connection: Connection, connect: Connect) -> None:
         pass  # it gave its lease up
     with serving(connect(), "first", release=False):
         eventually("the lease", lambda: connection.client.get(expert.store.keys.lease) == b"first")
-        with serving(connect(), "second") as standby:
+        with serving(connect(), "second") as (_, standby):
             time.sleep(0.3)
             assert connection.client.get(expert.store.keys.lease) == b"first"
             assert standby.is_alive()
@@ -80,7 +56,7 @@ def test_burst_ends_when_nothing_waits(connection: Connection, connect: Connect)
     expert = make_expert(connection)
     for name in ("alice", "bob", "carol"):
         ScriptedWorker(connection, expert.spec, name).push(1.0)
-    with serving(connect(), "one", burst=True) as thread:
+    with serving(connect(), "one", burst=True) as (_, thread):
         thread.join(10)
         assert not thread.is_alive()
     assert expert.store.load().meta.version == 3
@@ -109,7 +85,7 @@ def test_overwritten_key_stops_only_its_expert(connection: Connection, connect: 
     connection.client.set(expert.store.keys.weights, b"oops")
     with pytest.raises(SpecError, match="not an adapter"):
         ScriptedWorker(connection, expert.spec)
-    with serving(connect(), "one") as thread:
+    with serving(connect(), "one") as (_, thread):
         time.sleep(0.3)
         assert thread.is_alive()
         connection.client.set(expert.store.keys.weights, good)

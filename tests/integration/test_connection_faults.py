@@ -9,7 +9,8 @@ import pytest
 
 from fedmoe.embedded import EmbeddedRedis
 from fedmoe.store.connection import Connection, RedisSettings
-from tests.counting import EXPERT, CountingWorker, assert_settled, counting_spec, create_expert, serving
+from tests.counting import EXPERT, CountingWorker, assert_settled, counting_spec, create_expert
+from tests.federation import serving
 from tests.processes import eventually
 from tests.proxy import Action, Direction, Proxy
 
@@ -67,7 +68,7 @@ def test_connection_breaks_at_a_command(
     spec = counting_spec()
     store = create_expert(connection, spec)
     with (
-        serving(reach(near["aggregator"].url), tmp_path),
+        serving(reach(near["aggregator"].url), keep_updates=tmp_path),
         CountingWorker(reach(near["worker"].url), spec) as worker,
     ):
         more(store, 2)
@@ -91,7 +92,7 @@ def test_lost_reply_of_a_publication_makes_a_duplicate(
     with CountingWorker(reach(near["worker"].url), spec) as worker:
         assert fired.wait(5)
         eventually("a second entry", lambda: connection.client.xlen(store.keys.updates) == 2, timeout_s=5)
-        with serving(reach(near["aggregator"].url), tmp_path):
+        with serving(reach(near["aggregator"].url), keep_updates=tmp_path):
             more(store, 3)
             worker.finish()
     assert store.load().meta.duplicate == 1
@@ -108,7 +109,7 @@ def test_connection_breaks_in_the_middle_of_a_payload(
     spec = counting_spec(300_000)  # 1.2 MB
     store = create_expert(connection, spec)
     with (
-        serving(reach(near["aggregator"].url), tmp_path),
+        serving(reach(near["aggregator"].url), keep_updates=tmp_path),
         CountingWorker(reach(near["worker"].url), spec) as worker,
     ):
         more(store, 1)
@@ -126,7 +127,7 @@ def test_connection_breaks_in_a_blocked_read(
     """An aggregator that waits for entries learns of it at once, and reads on."""
     spec = counting_spec()
     store = create_expert(connection, spec)
-    with serving(reach(near["aggregator"].url), tmp_path, block_ms=500):
+    with serving(reach(near["aggregator"].url), keep_updates=tmp_path, block_ms=500):
         for _ in range(3):
             eventually(
                 "a blocked client",
@@ -148,7 +149,7 @@ def test_idle_connections_are_dropped(
     store = create_expert(connection, spec)
     near["worker"].idle_timeout_s = 0.15
     with (
-        serving(reach(near["aggregator"].url), tmp_path),
+        serving(reach(near["aggregator"].url), keep_updates=tmp_path),
         CountingWorker(reach(near["worker"].url), spec) as worker,
     ):
         more(store, 3)
@@ -171,7 +172,7 @@ def test_slow_redis_and_two_aggregators(
     slow = near["aggregator"]
     with ExitStack() as stack:
         for holder in ("one", "two"):
-            stack.enter_context(serving(reach(slow.url), tmp_path, holder=holder, lease_s=0.5))
+            stack.enter_context(serving(reach(slow.url), holder, keep_updates=tmp_path, lease_s=0.5))
         workers = [
             stack.enter_context(CountingWorker(reach(near["worker"].url), spec, f"w{n}")) for n in range(5)
         ]
@@ -195,7 +196,7 @@ def test_frozen_redis(connection: Connection, reach: Reach, near: dict[str, Prox
     spec = counting_spec()
     store = create_expert(connection, spec)
     with (
-        serving(reach(near["aggregator"].url), tmp_path),
+        serving(reach(near["aggregator"].url), keep_updates=tmp_path),
         CountingWorker(reach(near["worker"].url), spec) as worker,
     ):
         more(store, 2)
@@ -219,7 +220,10 @@ def test_redis_takes_no_more_clients(server: EmbeddedRedis, reach: Reach, tmp_pa
     with EmbeddedRedis(server=server.server) as private, Proxy(private.socket) as proxy:
         admin = reach(private.url)
         store = create_expert(admin, spec)
-        with serving(reach(proxy.url), tmp_path), CountingWorker(reach(proxy.url), spec) as worker:
+        with (
+            serving(reach(proxy.url), keep_updates=tmp_path),
+            CountingWorker(reach(proxy.url), spec) as worker,
+        ):
             more(store, 2)
             admin.client.config_set("maxclients", 1)
             proxy.cut()
@@ -246,7 +250,10 @@ def test_master_becomes_a_read_only_replica(
     with EmbeddedRedis(server=server.server) as private, Proxy(private.socket) as proxy:
         admin = reach(private.url)
         store = create_expert(admin, spec)
-        with serving(reach(proxy.url), tmp_path), CountingWorker(reach(proxy.url), spec) as worker:
+        with (
+            serving(reach(proxy.url), keep_updates=tmp_path),
+            CountingWorker(reach(proxy.url), spec) as worker,
+        ):
             more(store, 2)
             admin.client.replicaof("127.0.0.1", "1")  # a master that does not answer
             sentence = f"{EXPERT}: Redis at {proxy.url} is a read-only replica: use the URL of the master"

@@ -2,8 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from fedmoe.store.connection import Connection, RedisSettings
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore
 from fedmoe.store.inspect import Inspector
-from tests.federation import LAYOUT, ScriptedWorker, make_expert, serve
+from tests.federation import LAYOUT, ScriptedWorker, make_expert, serve, serving
 from tests.processes import eventually, running
 
 Connect = Callable[[], Connection]
@@ -34,25 +33,6 @@ Connect = Callable[[], Connection]
 def _short_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there is one aggregator, nobody else has to be waited for."""
     monkeypatch.setattr("consumers.aggregator.REMEMBER_S", 0.2)
-
-
-@contextmanager
-def serving(connection: Connection, holder: str, **settings: object) -> Iterator[ExpertServer]:
-    """An ExpertServer in a thread."""
-    stop = threading.Event()
-    server = ExpertServer(
-        connection,
-        "sql_expert",
-        AggregatorSettings(lease_s=1.0, block_ms=50, **settings),  # type: ignore[arg-type]
-        holder=holder,
-    )
-    thread = threading.Thread(target=server.run, args=(stop,))
-    thread.start()
-    try:
-        yield server
-    finally:
-        stop.set()
-        thread.join()
 
 
 def weights_of(expert: Expert) -> torch.Tensor:
@@ -92,7 +72,7 @@ def test_what_was_on_its_way_is_sent_again(connection: Connection, connect: Conn
     """An undecided update goes down with the server, and counts once all the same."""
     expert = make_expert(connection)
     worker = ScriptedWorker(connection, expert.spec)
-    with serving(connect(), "one") as server:
+    with serving(connect(), "one") as (server, _):
         eventually("the expert in memory", lambda: server._loaded)
         worker.train(1.0)
         update = worker.cut()
@@ -176,7 +156,7 @@ def test_of_two_aggregators_one_writes_back(connection: Connection, connect: Con
     """A standby remembers nothing, and takes the lease of the emptied server: the other one writes back still."""
     expert = make_expert(connection)
     worker = ScriptedWorker(connection, expert.spec)
-    with serving(connect(), "one") as one, serving(connect(), "two") as two:
+    with serving(connect(), "one") as (one, _), serving(connect(), "two") as (two, _):
         worker.push(1.0)
         eventually("version 1", lambda: expert.store.load().meta.version == 1)
         serving_now = eventually("one that serves", lambda: [s for s in (one, two) if s._loaded])
@@ -234,7 +214,7 @@ def test_memory_of_one_who_no_longer_serves_is_not_written_back(
 ) -> None:
     """A standby that served before forgets, so that no old version comes back."""
     expert = make_expert(connection)
-    with serving(connect(), "one") as one:
+    with serving(connect(), "one") as (one, _):
         eventually("the expert in memory", lambda: one._expert is not None)
         connection.client.set(expert.store.keys.lease, "two", px=60_000)
         eventually("it forgot", lambda: one._expert is None)

@@ -24,7 +24,8 @@ from fedmoe.store.connection import Connection, RedisSettings
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore
 from fedmoe.store.sentinel import QUESTION_TIMEOUT_S
-from tests.counting import EXPERT, CountingWorker, assert_settled, counting_spec, create_expert, serving
+from tests.counting import EXPERT, CountingWorker, assert_settled, counting_spec, create_expert
+from tests.federation import serving
 from tests.processes import eventually
 from tests.sentinel import MASTER, Process, Replicated, free_port
 
@@ -91,7 +92,9 @@ def federation(
     with ExitStack() as running:
         workers = []
         for name, timeout_s in zip(("alice", "bob"), timeouts_s or (2.0, 2.0), strict=True):
-            running.enter_context(serving(reach(replicated.url, timeout_s), archive, holder=f"{name}'s"))
+            running.enter_context(
+                serving(reach(replicated.url, timeout_s), f"{name}'s", keep_updates=archive)
+            )
             workers.append(
                 running.enter_context(CountingWorker(reach(replicated.url, timeout_s), spec, name))
             )

@@ -2,15 +2,13 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from consumers.aggregator import AggregatorSettings, ExpertServer
 from consumers.expert import Expert
 from fedmoe.spec import MergeRules
 from fedmoe.store.connection import Connection
@@ -18,37 +16,12 @@ from producers import sync as sync_module
 from producers.checkpoint import StateDir
 from producers.exchange import Exchange
 from producers.sync import Sync
-from tests.federation import FINGERPRINT, LAYOUT, ScriptedWorker, make_expert, small_spec
+from tests.counting import Counter
+from tests.federation import FINGERPRINT, LAYOUT, ScriptedWorker, make_expert, serving, small_spec
 from tests.processes import eventually
 
 Connect = Callable[[], Connection]
 SPEC = replace(small_spec(merge=MergeRules(max_norm=1e4)), sync_interval_s=0.1)
-
-
-@dataclass
-class Step:
-    """What one step of the counter trained."""
-
-    loss: float = 1.0
-    n_examples: int = 1
-    n_tokens: int = 1
-    applied: bool = True
-
-
-class Counter:
-    """A trainer that adds 1 to every value at each step."""
-
-    def __init__(self) -> None:
-        self.flat = torch.zeros(LAYOUT.numel)
-        self.position = 0
-
-    def state(self) -> Mapping[str, torch.Tensor]:
-        return {"step": torch.zeros(())}
-
-    def step(self) -> Step:
-        self.flat += 1
-        self.position += 1
-        return Step()
 
 
 class Run:
@@ -56,8 +29,7 @@ class Run:
 
     def __init__(self, connection: Connection, state_dir: StateDir | None = None) -> None:
         scripted = ScriptedWorker(connection, SPEC)  # joins as a worker does
-        self.trainer = Counter()
-        self.trainer.flat.copy_(scripted.local)
+        self.trainer = Counter(scripted.local)
         self.exchange = Exchange(self.trainer, with_optimizer=state_dir is not None)
         self.sync = Sync(
             scripted.store,
@@ -87,21 +59,6 @@ class Run:
             self.thread.join(0.01)
 
 
-@contextmanager
-def aggregator(connection: Connection) -> Iterator[None]:
-    """A served expert."""
-    stop = threading.Event()
-    settings = AggregatorSettings(lease_s=1.0, block_ms=20)
-    server = ExpertServer(connection, "sql_expert", settings, holder="a")
-    thread = threading.Thread(target=server.run, args=(stop,))
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-
-
 @pytest.fixture
 def expert(connection: Connection) -> Expert:
     return make_expert(connection, spec=SPEC)
@@ -111,10 +68,10 @@ def test_every_step_arrives_once(expert: Expert, connect: Connect) -> None:
     """Alone on its stream, with an aggregator that comes late and goes early: the expert counts every step."""
     run = Run(connect())
     run.train(60)
-    with aggregator(connect()):
+    with serving(connect(), block_ms=20):
         run.train(100)
     run.train(60)
-    with aggregator(connect()):
+    with serving(connect(), block_ms=20):
         run.finish(10.0)
     assert run.sync.failure is None
     meta = expert.store.load().meta
@@ -127,7 +84,7 @@ def test_every_step_arrives_once(expert: Expert, connect: Connect) -> None:
 def test_diverged_training_goes_back_to_the_expert(expert: Expert, connect: Connect) -> None:
     """Infinity in the adapter is never published and does not stay: what comes after it counts."""
     run = Run(connect())
-    with aggregator(connect()):
+    with serving(connect(), block_ms=20):
         run.train(60)
         run.trainer.flat += float("inf")
         run.train(100)
@@ -173,7 +130,7 @@ def test_broken_record_in_redis_is_waited_out(expert: Expert, connect: Connect, 
     """Somebody overwrites a field of `applied`: training goes on, and so does the sync once it is mended."""
     run = Run(connect(), StateDir(tmp_path))
     redis, key = expert.store.connection.client, expert.store.keys.applied
-    with aggregator(connect()):
+    with serving(connect(), block_ms=20):
         run.train(60)
         eventually("a decision", lambda: redis.hget(key, "alice"))
     good = redis.hget(key, "alice")
@@ -181,7 +138,7 @@ def test_broken_record_in_redis_is_waited_out(expert: Expert, connect: Connect, 
     run.train(80)
     assert "malformed" in run.sync.status.problem
     redis.hset(key, "alice", good)
-    with aggregator(connect()):
+    with serving(connect(), block_ms=20):
         run.finish(15.0)
     assert run.sync.failure is None
     assert expert.store.load().meta.n_examples == run.steps
@@ -193,7 +150,7 @@ def test_checkpoint_directory_that_vanishes_is_made_again(
     """Somebody tidied up: the next checkpoint is there, and publishing goes on."""
     state = tmp_path / "state"
     run = Run(connect(), StateDir(state))
-    with aggregator(connect()):
+    with serving(connect(), block_ms=20):
         run.train(40)
         for file in state.iterdir():
             file.unlink()

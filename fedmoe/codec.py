@@ -6,13 +6,21 @@ anything.
 
     format  bytes a value  what is lost
     fp32    4              nothing
-    bf16    2              8 of 24 significant bits
+    bf16    2              16 of 24 significant bits
     int8    1.0625         to 1/254 of the largest value of each block of 64
+    int4    0.53125        to 1/14 of the largest value of each block of 64
 
 What a format loses is not lost to the training: it stays in the worker's progress (see producers/ledger.py).
+
+int8 and int4 write a value as a whole number of steps, its code (-127..127, -7..7); a block's scale is its step. Two
+int4 codes a and b make one signed byte a + 16 b, where a is of the first half of the part's values and b of the second
+(with an odd count the last byte of the first half has b = 0). No byte is wrong: one that no encoder writes means a code
+of at most 8, the last of an odd count at most 128.
 """
 
+import math
 import reprlib
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -26,70 +34,126 @@ from fedmoe.update import PART_BYTES
 FRAME_BYTES = 256  # room for the frame around the values
 BLOCK = 64  # values that share a scale; every part but the last is a multiple of it
 _FRAME_FIELDS = frozenset({"format", "first", "count", "scales", "data"})
+# Blocks that are encoded at once: fresh memory costs more than the work in it, so a little serves for all.
+_PIECE = 4096
+_TINY = torch.finfo(torch.float32).tiny
+
+# Parts are decoded where they lie; torch warns that it could not stop a writer, and there is none.
+warnings.filterwarnings("ignore", message="The given buffer is not writable")
 
 
-def _raw(tensor: torch.Tensor) -> bytes:
-    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
-
-
-def _tensor(data: bytes, dtype: torch.dtype) -> torch.Tensor:
-    # A private copy: torch must not be handed read-only memory it could write to.
-    return torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return tensor.view(torch.uint8).numpy().data
 
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """One wire format: bytes a value and bytes a block's scale (0 without scales)."""
+    """One wire format.
+
+    Args:
+        name: as the spec and the frames have it.
+        bits: of a value.
+        dtype: of the values; int8 is that of codes.
+        limit: the largest code, 0 for values that travel as they are.
+        scale: type of the blocks' scales.
+    """
 
     name: str
-    value_bytes: int
-    scale_bytes: int
+    bits: int
     dtype: torch.dtype
+    limit: int = 0
+    scale: torch.dtype = torch.float32
 
     @property
     def values_per_part(self) -> int:
         """Values in a full part, a multiple of BLOCK."""
-        return (PART_BYTES - FRAME_BYTES) // (BLOCK * self.value_bytes + self.scale_bytes) * BLOCK
+        return (PART_BYTES - FRAME_BYTES) // (self.data_bytes(BLOCK) + self.scale_bytes(BLOCK)) * BLOCK
 
     @property
     def part_bytes(self) -> int:
         """Bytes of values and scales in a full part."""
-        return self.values_per_part * self.value_bytes + self.scales(self.values_per_part) * self.scale_bytes
+        return self.data_bytes(self.values_per_part) + self.scale_bytes(self.values_per_part)
 
-    def scales(self, count: int) -> int:
-        """Number of scales that `count` values have."""
-        return -(-count // BLOCK) if self.scale_bytes else 0
+    def data_bytes(self, count: int) -> int:
+        """Bytes of `count` values."""
+        return -(-count * self.bits // 8)
 
-    def encode(self, values: torch.Tensor) -> tuple[bytes, bytes]:
+    def scale_bytes(self, count: int) -> int:
+        """Bytes of the scales of `count` values."""
+        return -(-count // BLOCK) * self.scale.itemsize if self.limit else 0
+
+    def encode(self, values: torch.Tensor) -> tuple[memoryview, memoryview]:
         """Encode (n,) fp32 values as (bytes of the scales, bytes of the values)."""
-        if not self.scale_bytes:
-            return b"", _raw(values.to(self.dtype))
-        blocks = torch.zeros(self.scales(len(values)) * BLOCK)
-        blocks[: len(values)] = values
-        blocks = blocks.view(-1, BLOCK)
-        scales = blocks.abs().amax(dim=1) / 127
-        quotient = blocks / scales.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(1)
-        codes = quotient.round_().clamp_(-127, 127).to(torch.int8)
-        return _raw(scales), _raw(codes.view(-1)[: len(values)])
+        if not self.limit:
+            return memoryview(b""), _bytes(values.to(self.dtype))
+        n = len(values)
+        if n % BLOCK:
+            values = torch.nn.functional.pad(values, (0, -n % BLOCK))
+        blocks = values.view(-1, BLOCK)
+        scales = torch.empty(len(blocks), dtype=self.scale)
+        codes = torch.empty(blocks.shape, dtype=torch.int8)
+        scratch = torch.empty(min(len(blocks), _PIECE), BLOCK)
+        pieces = (torch.split(tensor, _PIECE) for tensor in (blocks, scales, codes))
+        for block, scale, code in zip(*pieces, strict=True):
+            steps = torch.abs(block, out=scratch[: len(block)])
+            scale.copy_(_shorten(steps.amax(dim=1).div_(self.limit), self.scale))
+            torch.div(block, scale.float().clamp(min=_TINY).unsqueeze(1), out=steps)
+            code.copy_(steps.round_())
+        flat = codes.view(-1)
+        if self.bits == 4:
+            half = -(-n // 2)
+            return _bytes(scales), _bytes(flat[:half].add_(flat[half : 2 * half], alpha=16))
+        return _bytes(scales), _bytes(flat[:n])
 
-    def decode(self, scales: bytes, data: bytes, out: torch.Tensor) -> None:
-        """Write the decoded values into `out` (n,) fp32; lengths were checked before."""
-        values = _tensor(data, self.dtype)
-        out.copy_(values)
-        if self.scale_bytes:
-            factors = _tensor(scales, torch.float32)
-            whole = len(out) // BLOCK * BLOCK
-            out[:whole].view(-1, BLOCK).mul_(factors[: whole // BLOCK].unsqueeze(1))
-            if whole < len(out):
-                out[whole:].mul_(factors[-1])
+    def decode(self, scales: memoryview, data: memoryview, out: torch.Tensor) -> None:
+        """Write the decoded values into `out` (n,) fp32; lengths were checked before.
+
+        Raises:
+            UpdateError: if a scale is not finite.
+        """
+        if not self.limit:
+            out.copy_(torch.frombuffer(data, dtype=self.dtype))
+            return
+        factors = torch.frombuffer(scales, dtype=self.scale).float()
+        if not math.isfinite(factors.abs().amax()):  # amax is NaN if one of them is
+            raise UpdateError("has a scale that is not finite (NaN or infinity)")
+        codes = torch.frombuffer(data, dtype=torch.int8)
+        if self.bits == 4:
+            _unpack(codes, out)
+        else:
+            out.copy_(codes)
+        whole = len(out) // BLOCK * BLOCK
+        out[:whole].view(-1, BLOCK).mul_(factors[: whole // BLOCK].unsqueeze(1))
+        if whole < len(out):
+            out[whole:].mul_(factors[-1])
+
+
+def _shorten(scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Leave of the scales, in place, what their type can hold.
+
+    bf16 is cut, not rounded, so that no step is longer than the largest value of its block asks for. Seven steps of a
+    scale of 8 bits are exact in fp32, so that what was decoded is encoded to the same bytes again.
+    """
+    if dtype == torch.bfloat16:
+        scales.view(torch.int32).bitwise_and_(-(2**16))
+    return scales
+
+
+def _unpack(pairs: torch.Tensor, out: torch.Tensor) -> None:
+    """Split the bytes a + 16 b (half,) int8 into the codes a and b, in `out` (n,) fp32 without other memory."""
+    low, high = out[: len(pairs)], out[len(pairs) :]
+    low.copy_(pairs)
+    torch.mul(low[: len(high)], 1 / 16, out=high).round_()
+    low[: len(high)].sub_(high, alpha=16)
 
 
 FORMATS: dict[str, Format] = {
     f.name: f
     for f in (
-        Format("fp32", 4, 0, torch.float32),
-        Format("bf16", 2, 0, torch.bfloat16),
-        Format("int8", 1, 4, torch.int8),
+        Format("fp32", 32, torch.float32),
+        Format("bf16", 16, torch.bfloat16),
+        Format("int8", 8, torch.int8, 127),
+        Format("int4", 4, torch.int8, 7, torch.bfloat16),
     )
 }
 
@@ -102,11 +166,12 @@ def part_count(wire_format: str, numel: int) -> int:
 def encode(flat: torch.Tensor, wire_format: str) -> Iterator[bytes]:
     """Encode an update Δ (n,) fp32 as its parts, in order of the layout."""
     form = FORMATS[wire_format]
+    flat = flat.contiguous()
     for first in range(0, len(flat), form.values_per_part):
         values = flat[first : first + form.values_per_part]
         scales, data = form.encode(values)
-        frame = {"format": form.name, "first": first, "count": len(values), "scales": scales, "data": data}
-        yield msgpack.packb(frame)
+        head, middle = _frame_around(form, first, len(values))
+        yield b"".join((head, scales, middle, data))
 
 
 def decode(parts: Iterable[bytes], wire_format: str, out: torch.Tensor) -> None:
@@ -121,29 +186,63 @@ def decode(parts: Iterable[bytes], wire_format: str, out: torch.Tensor) -> None:
         count = min(form.values_per_part, len(out) - expected)
         if count <= 0:
             raise UpdateError(f"part {index} is one too many for {len(out)} values")
-        frame = _frame(part, index)
-        for name, want in (("format", form.name), ("first", expected), ("count", count)):
-            if frame[name] != want:
-                # reprlib: what a worker wrote may be a megabyte long, or nested deeper than repr can follow.
-                raise UpdateError(f"part {index} says {name} {reprlib.repr(frame[name])}, expected {want!r}")
-        lengths = (("scales", form.scales(count) * form.scale_bytes), ("data", count * form.value_bytes))
-        for name, length in lengths:
-            if not isinstance(frame[name], bytes) or len(frame[name]) != length:
-                raise UpdateError(f"part {index} does not hold {length} bytes of {name}")
-        form.decode(frame["scales"], frame["data"], out[expected : expected + count])
+        try:
+            form.decode(*_open(part, form, expected, count), out[expected : expected + count])
+        except UpdateError as error:
+            raise UpdateError(f"part {index} {error}") from error
         expected += count
     if expected != len(out):
         raise UpdateError(f"the parts hold {expected} values, expected {len(out)}")
 
 
-def _frame(part: bytes, index: int) -> dict[str, Any]:
+def _bin_header(length: int) -> bytes:
+    """What msgpack writes before so many bytes."""
+    if length < 2**8:
+        return b"\xc4" + length.to_bytes(1)
+    return b"\xc5" + length.to_bytes(2) if length < 2**16 else b"\xc6" + length.to_bytes(4)
+
+
+def _frame_around(form: Format, first: int, count: int) -> tuple[bytes, bytes]:
+    """What stands before the scales, and between them and the data, in the frame that msgpack makes of a part."""
+    fields = msgpack.packb({"format": form.name, "first": first, "count": count})
+    head = (
+        bytes((fields[0] + 2,)) + fields[1:] + msgpack.packb("scales") + _bin_header(form.scale_bytes(count))
+    )
+    return head, msgpack.packb("data") + _bin_header(form.data_bytes(count))
+
+
+def _open(part: bytes, form: Format, first: int, count: int) -> tuple[memoryview, memoryview]:
+    """The scales and the data of a part.
+
+    Raises:
+        UpdateError: if it is not the part of these values.
+    """
+    head, middle = _frame_around(form, first, count)
+    end = len(head) + form.scale_bytes(count)
+    begin = end + len(middle)
+    # Byte for byte what `encode` writes around them: then nothing need be parsed, and nothing is copied.
+    if part.startswith(head) and part.startswith(middle, end) and len(part) == begin + form.data_bytes(count):
+        view = memoryview(part)
+        return view[len(head) : end], view[begin:]
+    frame = _frame(part)
+    for name, want in (("format", form.name), ("first", first), ("count", count)):
+        if frame[name] != want:
+            # reprlib: what a worker wrote may be a megabyte long, or nested deeper than repr can follow.
+            raise UpdateError(f"says {name} {reprlib.repr(frame[name])}, expected {want!r}")
+    for name, length in (("scales", form.scale_bytes(count)), ("data", form.data_bytes(count))):
+        if not isinstance(frame[name], bytes) or len(frame[name]) != length:
+            raise UpdateError(f"does not hold {length} bytes of {name}")
+    return memoryview(frame["scales"]), memoryview(frame["data"])
+
+
+def _frame(part: bytes) -> dict[str, Any]:
     if len(part) > PART_BYTES:
-        raise UpdateError(f"part {index} has {len(part)} bytes, allowed are {PART_BYTES}")
+        raise UpdateError(f"has {len(part)} bytes, allowed are {PART_BYTES}")
     try:
         # The limits keep nested empty containers from taking a hundred times the part's size.
         frame = msgpack.unpackb(part, max_array_len=0, max_map_len=len(_FRAME_FIELDS))
     except Exception as error:  # msgpack raises half a dozen unrelated types on garbage
-        raise UpdateError(f"part {index} is not a msgpack frame ({type(error).__name__})") from error
+        raise UpdateError(f"is not a msgpack frame ({type(error).__name__})") from error
     if not isinstance(frame, dict) or frame.keys() != _FRAME_FIELDS:
-        raise UpdateError(f"part {index} is not a map of {', '.join(sorted(_FRAME_FIELDS))}")
+        raise UpdateError(f"is not a map of {', '.join(sorted(_FRAME_FIELDS))}")
     return frame

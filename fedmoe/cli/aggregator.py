@@ -36,7 +36,7 @@ def aggregator() -> None:
 @click.option("--max-staleness", type=int, default=256, show_default=True, help="Staler updates are refused.")
 @click.option("--max-norm", type=float, default=0.0, help="Longer updates are refused.  "
               "[default: ten times the initial adapter's norm]")  # fmt: skip
-@click.option("--wire-format", type=click.Choice(["fp32", "bf16", "int8"]), default="fp32", show_default=True,
+@click.option("--wire-format", type=click.Choice(["fp32", "bf16", "int8", "int4"]), default="fp32", show_default=True,
               help="How updates travel.")  # fmt: skip
 @click.option(
     "--sync-interval", type=float, default=10.0, show_default=True, help="Seconds between publications."

@@ -1,22 +1,42 @@
 """fedmoe.codec: what an update loses on the wire, and that garbage of any kind is refused by one error."""
 
+import json
 import re
 import tracemalloc
+from pathlib import Path
 from typing import Any
 
 import msgpack
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from consumers.decide import Outcome, Verdict, judge_payload
 from fedmoe.codec import BLOCK, FORMATS, decode, encode, part_count
 from fedmoe.errors import UpdateError
-from fedmoe.update import PART_BYTES
+from fedmoe.layout import Layout
+from fedmoe.records import Decided
+from fedmoe.update import PART_BYTES, make_run
+from producers.ledger import Ledger, Trained
+from tests.federation import first_meta, small_spec
 from tests.strategies import flats, flip_bytes, oddities, randn, seeds, wire_formats
 
 SMALL = 200  # values: three whole blocks and a rest
+CODED = {"int8": 127, "int4": 7}  # formats that write steps, and the most steps a value has
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "parts.json").read_text())
 small_flats = flats(st.integers(1, SMALL))
+coded = st.sampled_from(sorted(CODED))
+
+
+def floats(text: str) -> torch.Tensor:
+    """fp32 values that were written as hex digits."""
+    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.float32)
+
+
+def bits(values: torch.Tensor) -> list[int]:
+    """What tells 0 from -0."""
+    return values.view(torch.int32).tolist()
 
 
 def round_trip(flat: torch.Tensor, wire_format: str) -> torch.Tensor:
@@ -25,10 +45,14 @@ def round_trip(flat: torch.Tensor, wire_format: str) -> torch.Tensor:
     return out
 
 
-def frame(**changes: Any) -> bytes:
-    """The only part of an int8 update of SMALL values, with some fields changed."""
-    (part,) = encode(randn(0, SMALL), "int8")
+def frame(wire_format: str = "int8", /, **changes: Any) -> bytes:
+    """The only part of an update of SMALL values, with some fields changed."""
+    (part,) = encode(randn(0, SMALL), wire_format)
     return bytes(msgpack.packb(msgpack.unpackb(part) | changes))
+
+
+def raw(tensor: torch.Tensor) -> bytes:
+    return tensor.view(torch.uint8).numpy().tobytes()
 
 
 def reason(*parts: bytes, wire_format: str = "int8") -> str:
@@ -58,16 +82,67 @@ def test_bf16_keeps_eight_bits(flat: torch.Tensor) -> None:
     assert ((round_trip(flat, "bf16") - flat).abs() <= flat.abs() * 2.0**-8).all()
 
 
-@given(flats(st.integers(1, SMALL), exponents=(-40, 30)))
-@example(torch.tensor([3.4e38, 1.0]))
-@example(torch.tensor([1.0] * BLOCK + [1e-3]))
-def test_int8_errs_by_half_a_step(flat: torch.Tensor) -> None:
-    """The error of a value is at most 1/254 of the largest of its block of 64."""
-    error = (round_trip(flat, "int8") - flat).abs()
+@pytest.mark.parametrize("row", GOLDEN, ids=lambda row: f"{row['format']}-{len(row['values']) // 8}")
+def test_golden_parts(row: dict[str, str]) -> None:
+    """Bytes that were written from the description of the formats, without this code: what is sent, what is read."""
+    values = floats(row["values"])
+    assert [part.hex() for part in encode(values, row["format"])] == [row["part"]]
+    out = torch.full_like(values, torch.nan)
+    decode([bytes.fromhex(row["part"])], row["format"], out)
+    assert torch.equal(out, floats(row["decoded"]))
+
+
+@given(flats(st.integers(1, SMALL), exponents=(-40, 30)), coded)
+@example(torch.tensor([3.4e38, 1.0]), "int8")
+@example(torch.tensor([3.4e38, 1.0]), "int4")
+@example(torch.tensor([1.0] * BLOCK + [1e-3]), "int8")
+@example(torch.tensor([1.0] * BLOCK + [1e-3]), "int4")
+@example(torch.tensor([1.9999, 0.1427]), "int4")  # a step that loses almost all that bf16 can lose
+@example(torch.zeros(BLOCK + 1), "int4")
+@example(torch.tensor([1e-45] * 3), "int4")
+def test_a_code_errs_by_half_a_step(flat: torch.Tensor, wire_format: str) -> None:
+    """The error of a value is at most 1/254 (int8) or 1/14 (int4) of the largest of its block of 64."""
+    error = (round_trip(flat, wire_format) - flat).abs()
     for first in range(0, len(flat), BLOCK):
         block = slice(first, first + BLOCK)
+        half_a_step = flat[block].abs().max() / (2 * CODED[wire_format])
         # 1e-36: a scale below the smallest normal number has no full precision.
-        assert error[block].max() <= flat[block].abs().max() / 254 * (1 + 1e-5) + 1e-36
+        assert error[block].max() <= half_a_step * (1 + 1e-5) + 1e-36
+
+
+@given(flats(st.integers(1, SMALL), exponents=(-30, 30)))
+def test_int4_of_what_was_decoded_is_the_same_bytes(flat: torch.Tensor) -> None:
+    """Seven steps of a bf16 scale are exact, so nothing is lost a second time."""
+    assert list(encode(round_trip(flat, "int4"), "int4")) == list(encode(flat, "int4"))
+
+
+def test_bytes_on_the_wire() -> None:
+    """An update of 2.44 M values, frames and all, against the 4 bytes a value of fp32."""
+    flat = torch.zeros(2_440_000)
+    ratios = {name: 4 * len(flat) / sum(map(len, encode(flat, name))) for name in FORMATS}
+    assert ratios == pytest.approx({"fp32": 1.0, "bf16": 2.0, "int8": 3.76, "int4": 7.53}, abs=0.01)
+
+
+@settings(max_examples=20)
+@given(seeds, st.sampled_from([1, 64, 65, 201]), coded)
+def test_fifty_rounds_lose_nothing(seed: int, numel: int, wire_format: str) -> None:
+    """What was sent and what remains is all that was trained, to fp32 rounding; what remains is half a step."""
+    meta = first_meta(small_spec())
+    base = randn(seed, numel)
+    ledger = Ledger(base=base, meta=meta, run=make_run(1, "00000001"))
+    local, sent, trained = base.clone(), torch.zeros(numel, dtype=torch.float64), 0.0
+    for number in range(50):
+        delta = randn(seed + number + 1, numel) * 1e-3
+        trained = trained + delta.double()
+        local = local + delta
+        update = ledger.cut(local, Trained(steps=1), wire_format=wire_format, fingerprint="f")
+        sent += update.values(numel)
+        applied = Decided(id=update.id, how="applied", version=number + 1)
+        change = ledger.observe(meta, ledger.base + update.values(numel), applied, now=0.0)
+        local += change.correction
+    remains = ledger.progress(local)
+    assert (sent + remains - trained).abs().max() < 1e-5
+    assert remains.abs().max() < 5e-3 / (2 * CODED[wire_format]) * 1.5 + 1e-5
 
 
 @given(small_flats, wire_formats)
@@ -90,29 +165,49 @@ def test_parts_are_full_and_at_most_a_mebibyte(wire_format: str, extra: int) -> 
     assert len(parts[0]) > PART_BYTES * 0.99
     out = torch.full_like(flat, torch.nan)
     decode(parts, wire_format, out)
-    assert (out - flat).abs().max() < flat.abs().max() / 200
+    assert (out - flat).abs().max() < flat.abs().max() / (13 if wire_format == "int4" else 200)
 
 
 @pytest.mark.parametrize("wire_format", sorted(FORMATS))
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("place", [0, SMALL - 1])
-def test_non_finite_values_arrive_non_finite(wire_format: str, poison: float, place: int) -> None:
-    """The aggregator finds them by the norm of what it decoded; the codec must not hide them."""
+def test_non_finite_values_are_refused(wire_format: str, poison: float, place: int) -> None:
+    """The codec does not hide them: they arrive as they are, or make their block's scale one that is refused."""
     flat = torch.ones(SMALL)
     flat[place] = poison
-    assert not round_trip(flat, wire_format).norm().isfinite()
+    spec = small_spec(layout=Layout.of([("a", (SMALL,))]), wire_format=wire_format)
+    ledger = Ledger(base=torch.zeros(SMALL), meta=first_meta(spec), run=make_run(1, "00000001"))
+    update = ledger.cut(flat, Trained(steps=1), wire_format=wire_format, fingerprint="f")
+    verdict = judge_payload(update.header, Verdict(Outcome.APPLIED), update.parts, spec, torch.empty(SMALL))
+    assert verdict.outcome is Outcome.REFUSED
+    assert "not finite (NaN or infinity)" in verdict.reason
 
 
-@given(st.sampled_from([torch.nan, torch.inf, -torch.inf]), st.integers(0, 3), seeds)
-def test_non_finite_scales_arrive_non_finite(poison: float, block: int, seed: int) -> None:
-    """A forged scale of NaN or infinity shows in the norm, even over codes that are zero."""
-    scales = torch.ones(4)
+@given(st.sampled_from([torch.nan, torch.inf, -torch.inf]), st.integers(0, 3), seeds, coded)
+def test_non_finite_scales_are_refused(poison: float, block: int, seed: int, wire_format: str) -> None:
+    """A forged scale of NaN or infinity, even over codes that are zero; any other number is one."""
+    form = FORMATS[wire_format]
+    scales = randn(seed, 4).to(form.scale)
+    data = bytes(form.data_bytes(SMALL))
+    assert not reason(frame(wire_format, scales=raw(scales), data=data), wire_format=wire_format)
     scales[block] = poison
-    codes = (randn(seed, SMALL) > 1).to(torch.int8)
-    part = frame(scales=scales.numpy().tobytes(), data=codes.numpy().tobytes())
-    out = torch.empty(SMALL)
-    decode([part], "int8", out)
-    assert not out.norm().isfinite()
+    text = "part 0 has a scale that is not finite"
+    refuse(frame(wire_format, scales=raw(scales), data=data), match=text, wire_format=wire_format)
+
+
+@pytest.mark.parametrize("count", [1, 2, 63, 200, 201])
+def test_no_byte_of_int4_is_wrong(count: int) -> None:
+    """Bytes that no encoder writes are numbers like any other: 8 steps at most, 128 in the last of an odd count."""
+    (part,) = encode(torch.full((count,), 7.0), "int4")
+    half = (count + 1) // 2
+    for byte in range(256):
+        out = torch.full((count,), torch.nan)
+        decode([part[: len(part) - half] + bytes([byte]) * half], "int4", out)
+        code = (byte ^ 128) - 128
+        assert (out[: count // 2] + 16 * out[half:] == code).all()
+        assert (torch.cat((out[: count // 2], out[half:])).abs() <= 8).all()
+        if count % 2:
+            assert out[half - 1] == code
 
 
 @given(st.lists(st.binary(max_size=300) | oddities().map(msgpack.packb), max_size=3), wire_formats)
@@ -136,6 +231,16 @@ def test_damaged_parts_never_raise_anything_else(seed: int, wire_format: str, fl
     assert len(reason(*parts, wire_format=wire_format)) < 300
 
 
+@given(st.permutations(["format", "first", "count", "scales", "data"]), wire_formats)
+def test_the_order_of_the_fields_is_free(order: list[str], wire_format: str) -> None:
+    """Another writer's msgpack is read as well, to the same values, though not without parsing it."""
+    (part,) = encode(randn(0, SMALL), wire_format)
+    content = msgpack.unpackb(part)
+    other, out = msgpack.packb({name: content[name] for name in order}), torch.empty(SMALL)
+    decode([other], wire_format, out)
+    assert bits(out) == bits(round_trip(randn(0, SMALL), wire_format))
+
+
 def test_messages_name_the_part_and_the_field() -> None:
     """Each refusal says which part, what came and what was expected."""
     refuse(frame(format="fp32"), match="part 0 says format 'fp32', expected 'int8'")
@@ -143,7 +248,12 @@ def test_messages_name_the_part_and_the_field() -> None:
     refuse(frame(count=2**40), match="part 0 says count 1099511627776, expected 200")
     refuse(frame(scales=b""), match="part 0 does not hold 16 bytes of scales")
     refuse(frame(data="x" * SMALL), match="part 0 does not hold 200 bytes of data")
-    refuse(frame(more=1), match="part 0 is not a msgpack frame|part 0 is not a map of")
+    refuse(frame(block=0), match="part 0 is not a msgpack frame|part 0 is not a map of")
+    refuse(frame("int4", scales=bytes(9)), match="part 0 does not hold 8 bytes of scales", wire_format="int4")
+    for length in (0, 99, 101, 200):
+        short = frame("int4", data=bytes(length))
+        refuse(short, match="part 0 does not hold 100 bytes of data", wire_format="int4")
+    refuse(frame("int4"), match="part 0 says format 'int4', expected 'int8'")
     refuse(frame(), frame(), match="part 1 is one too many for 200 values")
     refuse(match="the parts hold 0 values, expected 200")
     refuse(b"\0" * (PART_BYTES + 1), match="part 0 has 1048577 bytes, allowed are 1048576")

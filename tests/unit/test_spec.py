@@ -102,7 +102,7 @@ def test_settings_that_cannot_work_are_refused(settings: type, bad: dict[str, An
     ("bad", "match"),
     [
         ({"base_model": ""}, "base_model must be"),
-        ({"wire_format": "int4"}, "one of fp32, bf16, int8, not 'int4'"),
+        ({"wire_format": "int2"}, "one of fp32, bf16, int8, int4, not 'int2'"),
         ({"sync_interval_s": 0.0}, "sync_interval_s must be a number above 0"),
         ({"init_seed": -1}, "init_seed must be a whole number"),
         ({"layout": Layout.of([("a", (2**27,))])}, "does not fit into one Redis string"),

@@ -100,6 +100,9 @@ def test_golden_parts(row: dict[str, str]) -> None:
 @example(torch.tensor([1.9999, 0.1427]), "int4")  # a step that loses almost all that bf16 can lose
 @example(torch.zeros(BLOCK + 1), "int4")
 @example(torch.tensor([1e-45] * 3), "int4")
+@example(
+    torch.tensor([1.2e-39] * BLOCK + [1.0] * BLOCK), "int4"
+)  # of too small a step many, in one byte with others
 def test_a_code_errs_by_half_a_step(flat: torch.Tensor, wire_format: str) -> None:
     """The error of a value is at most 1/254 (int8) or 1/14 (int4) of the largest of its block of 64."""
     error = (round_trip(flat, wire_format) - flat).abs()
@@ -150,6 +153,13 @@ def test_encoding_is_deterministic_and_idempotent(flat: torch.Tensor, wire_forma
     """What was decoded travels again without further loss, so `pending` is what the aggregator folds."""
     decoded = round_trip(flat, wire_format)
     assert torch.allclose(round_trip(decoded, wire_format), decoded, rtol=1e-6, atol=1e-36)
+    assert list(encode(flat, wire_format)) == list(encode(flat.clone(), wire_format))
+
+
+@pytest.mark.parametrize("wire_format", sorted(FORMATS))
+def test_every_second_value_of_a_vector_is_a_vector(wire_format: str) -> None:
+    """How the values lie in memory makes no difference."""
+    flat = randn(0, 2 * SMALL)[::2]
     assert list(encode(flat, wire_format)) == list(encode(flat.clone(), wire_format))
 
 
@@ -229,6 +239,14 @@ def test_damaged_parts_never_raise_anything_else(seed: int, wire_format: str, fl
     """Flipped, missing and added bytes give other values or an UpdateError."""
     parts = [flip_bytes(part, seed, flips) for part in encode(randn(seed, SMALL), wire_format)]
     assert len(reason(*parts, wire_format=wire_format)) < 300
+
+
+@pytest.mark.parametrize("count", [1, 255, 256, 2**16 - 1, 2**16])
+@pytest.mark.parametrize("wire_format", sorted(FORMATS))
+def test_a_frame_is_what_msgpack_writes(wire_format: str, count: int) -> None:
+    """To the byte, also where a length takes one byte more."""
+    parts = list(encode(randn(0, max(1, count * 8 // FORMATS[wire_format].bits)), wire_format))
+    assert parts == [msgpack.packb(msgpack.unpackb(part)) for part in parts]
 
 
 @given(st.permutations(["format", "first", "count", "scales", "data"]), wire_formats)

@@ -1,0 +1,132 @@
+"""Clients that go and pause together, and rounds in which contestants take turns."""
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+from ops.bench.processes import CONTEXT, BenchError, Processes
+
+WARM_S = 0.5  # of each turn before it counts
+
+
+class Seats:
+    """Shared with the client processes: whether they may go, what each has done, and whether it is at work.
+
+    Args:
+        n: number of client processes.
+    """
+
+    def __init__(self, n: int) -> None:
+        self.go = CONTEXT.Event()
+        self._done = CONTEXT.Array("q", n, lock=False)
+        self._busy = CONTEXT.Array("b", n, lock=False)
+
+    def wait_for_go(self, index: int) -> None:
+        """Client: begin the next update, as soon as clients may."""
+        if not self.go.is_set():
+            self._busy[index] = 0
+            self.go.wait()
+            self._busy[index] = 1
+
+    def count(self, index: int, updates: int = 1) -> None:
+        """Client: so many more updates were made, all the way to the pull that shows them."""
+        self._done[index] += updates
+
+    @property
+    def done(self) -> list[int]:
+        """Updates so far, by client."""
+        return list(self._done)
+
+    @property
+    def resting(self) -> bool:
+        """True if every client waits for its go."""
+        return not any(self._busy)
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One turn of one contestant; cpu_s is by role."""
+
+    updates: int
+    seconds: float
+    cpu_s: Mapping[str, float]
+
+    @property
+    def per_s(self) -> float:
+        """Updates a second."""
+        return self.updates / self.seconds
+
+    def cpu_ms(self, *roles: str) -> float:
+        """CPU milliseconds an update of these roles; of all processes if none is named."""
+        return sum(s for role, s in self.cpu_s.items() if not roles or role in roles) * 1000 / self.updates
+
+
+class Contestant:
+    """Processes with clients that push and pull. A context manager; subclasses start their processes in `_start`."""
+
+    def __init__(self, name: str, *, n_clients: int = 3) -> None:
+        self.name = name
+        self.n_clients = n_clients
+        self.seats = Seats(n_clients)
+        self.processes = Processes(name)
+
+    def _start(self) -> None:
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            stack.enter_context(self.processes)
+            self._start()
+            self.seats.go.set()
+            self.processes.until("the first update of every client", lambda: all(self.seats.done))
+            self.pause()
+            stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.processes.__exit__(*error)
+
+    def pause(self) -> None:
+        """Let the clients finish what they have begun, and wait until they have."""
+        self.seats.go.clear()
+        self.processes.until("the clients to pause", lambda: self.seats.resting)
+
+    def turn(self, seconds: float) -> Sample:
+        """Let the clients go for so long, after a short warming up that does not count.
+
+        Raises:
+            BenchError: if a process ends, or no client makes an update.
+        """
+        self.seats.go.set()
+        self.processes.sleep(min(WARM_S, seconds))
+        began, before, cpu = time.monotonic(), sum(self.seats.done), self.processes.cpu_s()
+        self.processes.sleep(seconds)
+        took, updates = time.monotonic() - began, sum(self.seats.done) - before
+        used = {role: s - cpu[role] for role, s in self.processes.cpu_s().items()}
+        self.pause()
+        if updates <= 0:
+            raise BenchError(f"{self.name}: no client made an update in {seconds:g} s")
+        return Sample(updates, took, used)
+
+
+class _TakesTurns(Protocol):
+    name: str
+
+    def turn(self, seconds: float) -> Sample:
+        """As a Contestant's."""
+        ...
+
+
+def take_turns(contestants: Sequence[_TakesTurns], *, rounds: int, seconds: float) -> dict[str, list[Sample]]:
+    """Every contestant once in each round; their samples by name, one a round.
+
+    Every other round goes backwards, so that none always comes after the same one.
+    """
+    samples: dict[str, list[Sample]] = {contestant.name: [] for contestant in contestants}
+    for number in range(rounds):
+        order: Iterable[_TakesTurns] = contestants if number % 2 == 0 else reversed(contestants)
+        for contestant in order:
+            samples[contestant.name].append(contestant.turn(seconds))
+    return samples

@@ -1,0 +1,191 @@
+"""FedMoE as a contestant: the real aggregator command, and clients that push and pull with the real books.
+
+A client does what `producers.sync` does for a worker (cut, publish, poll, pull, in this order and with the same
+pauses); instead of training it adds the same small numbers to its adapter each time.
+"""
+
+import secrets
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from fedmoe.layout import AdapterBuffer, Layout, values_of
+from fedmoe.lora_init import initial_weights
+from fedmoe.records import Meta
+from fedmoe.spec import LoraSettings, MergeRules, Spec
+from fedmoe.store.connection import Connection, RedisSettings
+from fedmoe.store.expert import ExpertStore, new_id
+from fedmoe.store.worker import WorkerStore
+from fedmoe.update import UpdateId, make_run
+from ops.bench.contest import Contestant, Seats
+from ops.bench.processes import BenchError
+from producers.ledger import Ledger, Outgoing, Trained
+from producers.sync import FIRST_POLL_S, LONGEST_POLL_S
+
+FINGERPRINT = "0123456789abcdef"
+DEFAULT_FORMAT: str = Spec.__dataclass_fields__["wire_format"].default
+STEP = 1e-4  # standard deviation of what a client adds to each value of its adapter
+
+
+def make_spec(layout: Layout, wire_format: str, **changes: object) -> Spec:
+    """A spec of that layout without a model behind it."""
+    first = layout.tensors[0][1]
+    spec = Spec(
+        base_model="bench",
+        base_config={"hidden_size": first[-1]},
+        layout=layout,
+        lora=LoraSettings(rank=min(first), alpha=2.0 * min(first)),
+        merge=MergeRules(max_norm=1e9, max_staleness=1_000_000),
+        wire_format=wire_format,
+    )
+    return replace(spec, **changes)  # type: ignore[arg-type]
+
+
+def create_expert(url: str, name: str, spec: Spec, *, fingerprint: str = FINGERPRINT) -> None:
+    """Write a new expert, as an aggregator does that finds its base model."""
+    connection = Connection(RedisSettings(url=url))
+    buffer = AdapterBuffer(spec.layout)
+    buffer.flat.copy_(initial_weights(spec.layout, spec.init_seed))
+    commit = new_id()
+    meta = Meta(
+        lineage=new_id(),
+        commit=commit,
+        weights_commit=commit,
+        spec=spec.digest,
+        base_fingerprint=fingerprint,
+    )
+    if not ExpertStore(connection, name).create(spec, meta, buffer.file, gateway_weight=1.0):
+        raise BenchError(f"expert {name} could not be created")
+    connection.close()
+
+
+def aggregator_command(url: str, experts: Sequence[str], *options: str) -> list[str]:
+    """The command line of an aggregator that serves these experts."""
+    named = [word for name in experts for word in ("--expert", name)]
+    return [sys.executable, "-m", "fedmoe.cli.main", "aggregator", "run", "--redis", url, *named, *options]
+
+
+class Client:
+    """One worker: its connection, books and adapter."""
+
+    def __init__(self, url: str, expert: str, name: str) -> None:
+        self.store = WorkerStore(Connection(RedisSettings(url=url)), expert, name)
+        self.spec = self.store.spec()
+        snapshot = self.store.pull(known="")
+        assert snapshot.weights is not None
+        base = values_of(self.spec.layout, snapshot.weights)
+        run = make_run(self.store.next_epoch(), secrets.token_hex(4))
+        self.ledger = Ledger(base=base, meta=snapshot.meta, run=run)
+        self.local = base.clone()
+        self.decided: tuple[UpdateId, int] | None = None  # the last update, and the expert's version with it
+        self.next_at = 0.0
+        self._step = torch.randn(len(base), generator=torch.Generator().manual_seed(0)) * STEP
+        self._entry = ""
+        self._poll_s = FIRST_POLL_S
+
+    @property
+    def busy(self) -> bool:
+        """True while an update is in flight."""
+        return bool(self.ledger.queue)
+
+    def train(self) -> None:
+        """Change the adapter a little."""
+        self.local += self._step
+
+    def cut(self) -> Outgoing:
+        """Make the progress an update."""
+        trained = Trained(n_examples=4, n_tokens=400, steps=1, loss_sum=1.0, position="4")
+        return self.ledger.cut(
+            self.local, trained, wire_format=self.spec.wire_format, fingerprint=FINGERPRINT
+        )
+
+    def publish(self, update: Outgoing) -> None:
+        """Write it to Redis; the first poll is due a little later."""
+        self._entry = self.store.publish(update.header, update.parts)
+        self._poll_s = FIRST_POLL_S
+        self.next_at = time.monotonic() + self._poll_s
+
+    def turn(self) -> int:
+        """The next step, if it is due; returns how many updates that showed to be applied."""
+        if not self.busy:
+            self.train()
+            self.publish(self.cut())
+            return 0
+        if time.monotonic() < self.next_at:
+            return 0
+        update = self.ledger.queue[0]
+        poll = self.store.poll(self._entry, update.header)
+        if (poll.decided.id if poll.decided else None) != self.ledger.head:
+            return self.pull()
+        if not poll.entry_waits:
+            raise BenchError(f"update {update.id} is gone without a decision")
+        self._poll_s = min(LONGEST_POLL_S, self._poll_s * 1.5)
+        self.next_at = time.monotonic() + self._poll_s
+        return 0
+
+    def pull(self) -> int:
+        """Read the expert, settle the books, correct the adapter; returns how many updates were applied."""
+        snapshot = self.store.pull(known=self.ledger.meta.weights_commit)
+        weights = None if snapshot.weights is None else values_of(self.spec.layout, snapshot.weights)
+        change = self.ledger.observe(snapshot.meta, weights, snapshot.decided, now=time.monotonic())
+        if change.how is not None and change.how.how != "applied":
+            raise BenchError(f"update {change.how.id} was {change.how.how}: {change.how.reason}")
+        if change.replace or change.resent:
+            raise BenchError("the expert's history is not the one that this client knew")
+        if change.correction is not None:
+            self.local += change.correction
+        if change.how is not None:
+            self.decided = (change.how.id, change.how.version)
+        return len(change.decided)
+
+
+def serve_clients(seats: Seats, index: int, url: str, workers: Sequence[tuple[str, str]]) -> None:
+    """Body of a client process: (expert, name) of each worker that it plays, in turn."""
+    clients = [Client(url, expert, name) for expert, name in workers]
+    while True:
+        if not any(client.busy for client in clients):
+            seats.wait_for_go(index)
+        going = seats.go.is_set()
+        at_work = [client for client in clients if going or client.busy]
+        seats.count(index, sum(client.turn() for client in at_work))
+        if at_work and all(client.busy for client in at_work):
+            time.sleep(max(0.0, min(client.next_at for client in at_work) - time.monotonic()))
+
+
+class FedMoE(Contestant):
+    """An aggregator, its Redis, and workers spread over client processes.
+
+    Args:
+        aof: with the append-only file, everysec.
+        experts, workers: how many; each worker trains one expert, in turn.
+        n_clients: processes that play the workers.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        layout: Layout,
+        wire_format: str,
+        *,
+        aof: bool = False,
+        experts: int = 1,
+        workers: int = 3,
+        n_clients: int = 3,
+    ) -> None:
+        super().__init__(name, n_clients=min(n_clients, workers))
+        self.spec = make_spec(layout, wire_format)
+        self.aof = aof
+        self.experts = [f"expert{number}" for number in range(experts)]
+        self.workers = [(self.experts[n % experts], f"worker{n}") for n in range(workers)]
+
+    def _start(self) -> None:
+        url = self.processes.redis(aof=self.aof)
+        for name in self.experts:
+            create_expert(url, name, self.spec)
+        self.processes.command("aggregator", *aggregator_command(url, self.experts))
+        for index in range(self.n_clients):
+            mine = self.workers[index :: self.n_clients]
+            self.processes.call("clients", serve_clients, self.seats, index, url, mine)

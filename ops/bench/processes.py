@@ -1,0 +1,196 @@
+"""Real processes that are watched: one that ends by itself ends the benchmark, and none outlives it."""
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import psutil
+import torch
+
+from fedmoe.embedded import EmbeddedRedis
+
+# Children are forked off a process that has imported torch and done nothing else: no second of imports for each.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["ops.bench.fedmoe_side", "ops.bench.raw_side", "ops.bench.http_side"])
+_PR_SET_PDEATHSIG = 1  # from <linux/prctl.h>
+READY_TIMEOUT_S = 90.0
+
+
+class BenchError(Exception):
+    """The benchmark cannot go on; the message is one sentence for a person."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Watched:
+    role: str
+    pid: int
+    exit_code: Callable[[], int | None]
+    kill: Callable[[], object]
+    log: Path
+
+
+@dataclass
+class Processes:
+    """The processes of one contestant, by role; several of one role (clients) count together. A context manager."""
+
+    name: str
+    _all: list[_Watched] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._directory = tempfile.TemporaryDirectory(prefix="fedmoe-bench-")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for process in reversed(self._all):
+            process.kill()
+        self._all.clear()
+        self._directory.cleanup()
+
+    def _log(self, role: str) -> Path:
+        return Path(self._directory.name) / f"{len(self._all)}-{role}.log"
+
+    def call(self, role: str, target: Callable[..., object], *arguments: Any) -> None:
+        """Run `target(*arguments)` in a process of its own; it must not return before it is killed."""
+        log = self._log(role)
+        process = CONTEXT.Process(target=_child, args=(log, target, *arguments), daemon=True)
+        process.start()
+        assert process.pid is not None
+
+        def kill() -> None:
+            process.kill()
+            process.join()
+
+        self._all.append(_Watched(role, process.pid, lambda: process.exitcode, kill, log))
+
+    def command(self, role: str, *arguments: str, cwd: Path | None = None, **environment: str) -> None:
+        """Run a command in a session of its own."""
+        log = self._log(role)
+        with log.open("wb") as out:
+            process = subprocess.Popen(
+                arguments, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, cwd=cwd,
+                start_new_session=True, env=clean_environment() | environment,
+            )  # fmt: skip
+
+        def kill() -> None:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+        self._all.append(_Watched(role, process.pid, process.poll, kill, log))
+
+    def redis(self, *, aof: bool = False) -> str:
+        """Start a private server on loopback TCP and return its URL; with `aof`, append-only file everysec."""
+        port = free_port()
+        options = ("--port", str(port), "--bind", "127.0.0.1", "--appendonly", "yes" if aof else "no")
+        server = EmbeddedRedis(options=options)
+        try:
+            server.start()
+        except BaseException:
+            server.stop()
+            raise
+        process = server.process
+        assert process is not None
+        log = server.directory / "redis.log"
+        self._all.append(_Watched("redis", process.pid, process.poll, server.stop, log))
+        return f"redis://127.0.0.1:{port}/0"
+
+    def check(self) -> None:
+        """Raise BenchError if a process has ended."""
+        for process in self._all:
+            code = process.exit_code()
+            if code is not None:
+                words = process.log.read_text(errors="replace").split("\n") if process.log.exists() else []
+                last = next((line.strip() for line in reversed(words) if line.strip()), "it said nothing")
+                raise BenchError(f"{self.name}: the {process.role} process ended with code {code}: {last}")
+
+    def sleep(self, seconds: float) -> None:
+        """Wait, watching."""
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            self.check()
+            time.sleep(min(0.05, left))
+        self.check()
+
+    def until(self, what: str, condition: Callable[[], bool], *, timeout_s: float = READY_TIMEOUT_S) -> None:
+        """Wait until `condition()`, watching.
+
+        Raises:
+            BenchError: if that takes too long.
+        """
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            self.check()
+            if time.monotonic() > deadline:
+                raise BenchError(f"{self.name}: waited {timeout_s:.0f} s for {what}")
+            time.sleep(0.01)
+
+    def _by_role(self, measure: Callable[[int], float]) -> dict[str, float]:
+        self.check()
+        total: dict[str, float] = {}
+        for process in self._all:
+            try:
+                total[process.role] = total.get(process.role, 0.0) + measure(process.pid)
+            except (psutil.Error, OSError):
+                self.check()  # it ended between two looks
+                raise
+        return total
+
+    def cpu_s(self) -> dict[str, float]:
+        """CPU-seconds (user and system) used so far, by role."""
+        return self._by_role(lambda pid: sum(psutil.Process(pid).cpu_times()[:2]))
+
+    def rss_mib(self) -> dict[str, float]:
+        """Resident memory in MiB now, by role."""
+        return self._by_role(lambda pid: psutil.Process(pid).memory_info().rss / 2**20)
+
+    def peak_rss_mib(self) -> dict[str, float]:
+        """The most resident memory in MiB that the processes had, by role."""
+        return self._by_role(_peak_rss_mib)
+
+
+def _peak_rss_mib(pid: int) -> float:
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 1024
+    raise BenchError(f"process {pid} has no VmHWM in /proc: the benchmarks need Linux")
+
+
+def clean_environment() -> dict[str, str]:
+    """The environment without the settings of the person who runs this."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("FEDMOE_") or k == "FEDMOE_REDIS_SERVER"}
+    return kept | {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+def _child(log: Path, target: Callable[..., object], *arguments: Any) -> None:
+    """Body of a forked process: dies with its parent, leaves Ctrl-C to it, and one thread of torch has to do."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    try:
+        target(*arguments)
+    except BaseException as error:
+        traceback.print_exc()
+        print(f"{type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        os._exit(1)

@@ -46,7 +46,7 @@ def coordinator(port: int, layout: Layout) -> None:
             self.end_headers()
             self.wfile.write(body)
 
-        def do_POST(self) -> None:  # noqa: N802 - the standard library's name
+        def do_POST(self) -> None:
             body = io.BytesIO(self.rfile.read(int(self.headers["Content-Length"])))
             delta = torch.load(body, weights_only=True)
             with lock:
@@ -54,7 +54,7 @@ def coordinator(port: int, layout: Layout) -> None:
                     tensor.add_(delta[name])
             self._answer(b"")
 
-        def do_GET(self) -> None:  # noqa: N802
+        def do_GET(self) -> None:
             with lock:
                 body = _save(weights)
             self._answer(body)

@@ -16,7 +16,7 @@ BATCH = 64  # entries that one write of the weights takes at most, as FedMoE's d
 BLOCK_MS = 500
 
 
-def _redis(url: str):  # noqa: ANN202 - redis-py types are of no use here
+def _redis(url: str):
     """The client that FedMoE uses, with its settings."""
     return Connection(RedisSettings(url=url)).client
 

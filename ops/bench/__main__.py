@@ -1,0 +1,82 @@
+"""`bash ops/bench.sh`: measure, print a table, write JSON."""
+
+import argparse
+import importlib
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+BENCHMARKS = ("wire", "machine", "throughput", "latency", "growth", "overlap")
+ON_REQUEST = ("flower",)  # installs what it needs in an environment of its own
+EVERYTHING = ", ".join((*BENCHMARKS, *ON_REQUEST))
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="ops/bench.sh", description=__doc__)
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="what the bars need, in at most eight minutes")
+    size.add_argument("--tiny", action="store_true", help="a test of the harness: its numbers mean nothing")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        action="extend",
+        metavar="NAME",
+        help=f"among {EVERYTHING}  [all but {', '.join(ON_REQUEST)}]",
+    )
+    parser.add_argument("--out", type=Path, default=Path("bench.json"), help="the results  [bench.json]")
+    return parser.parse_args()
+
+
+def _refuse(sentence: str) -> int:
+    print(f"ops/bench.sh: {sentence}", file=sys.stderr)
+    return 2
+
+
+def main() -> int:
+    """Run it; 0 if all was measured, 1 if something broke, 2 if it cannot be done as asked."""
+    options = _parse()
+    names = options.only or BENCHMARKS
+    if unknown := [name for name in names if name not in (*BENCHMARKS, *ON_REQUEST)]:
+        return _refuse(f"there is no benchmark {unknown[0]!r}: choose among {EVERYTHING}")
+    if options.out.is_dir() or not os.access(options.out.absolute().parent, os.W_OK):
+        return _refuse(f"{options.out} cannot be written: give --out another file")
+
+    import redis
+
+    from fedmoe.embedded import find_server
+    from fedmoe.errors import FedMoEError
+    from ops.bench import plan as plans
+    from ops.bench.fedmoe_side import DEFAULT_FORMAT
+    from ops.bench.processes import BenchError
+    from ops.bench.result import Result, write_json
+
+    plan = plans.QUICK if options.quick else plans.TINY if options.tiny else plans.FULL
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the processes are ended first
+    results: list[Result] = []
+    began = time.monotonic()
+    try:
+        print(f"{find_server()}, all over loopback TCP; {os.cpu_count()} cores, load average "
+              f"{' '.join(f'{load:.2f}' for load in os.getloadavg())}; default format {DEFAULT_FORMAT}")  # fmt: skip
+        for name in dict.fromkeys(names):
+            print(f"\n{name}", flush=True)
+            for result in importlib.import_module(f"ops.bench.{name}").run(plan):
+                print(f"  {result}", flush=True)
+                results.append(result)
+    except (BenchError, FedMoEError, redis.RedisError, OSError) as error:
+        print(f"ops/bench.sh: {error}; all processes were ended, nothing is written", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("ops/bench.sh: interrupted, nothing is written", file=sys.stderr)
+        return 130
+    barred = [result for result in results if result.bar]
+    print(f"\n{sum(bool(r.met) for r in barred)} of {len(barred)} bars met, {time.monotonic() - began:.0f} s")
+    for result in barred:
+        print(f"  {result}")
+    write_json(options.out, results)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,179 @@
+"""Tokens a second of a worker that trains, with its sync on and off.
+
+The real trainer and the real sync thread, on a small random Qwen2 with an adapter of about 9 MiB. In each round the
+worker trains for a while without the sync and for a while with it. The sync's clock is set forward by half an
+interval, so that a window of one interval holds one whole sync. The model computes with one thread; aggregator and
+Redis share the machine with it, as they would not in earnest.
+"""
+
+import secrets
+import threading
+import time
+from array import array
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+from fedmoe.data.examples import Example
+from fedmoe.layout import values_of
+from fedmoe.model.adapter import adapter_layout, attach_adapter
+from fedmoe.model.base import structure
+from fedmoe.spec import LoraSettings, Spec, TrainingSettings
+from fedmoe.store.connection import Connection, RedisSettings
+from fedmoe.store.worker import WorkerStore
+from fedmoe.update import make_run
+from ops.bench.fedmoe_side import DEFAULT_FORMAT, FINGERPRINT, aggregator_command, create_expert, make_spec
+from ops.bench.plan import Plan
+from ops.bench.processes import CONTEXT, BenchError, Processes
+from ops.bench.result import Result, figure, ratio
+from producers.exchange import Exchange
+from producers.ledger import Ledger
+from producers.sync import Sync
+from producers.trainer import Trainer
+
+VOCAB = 512
+ROW_TOKENS = 24
+DRAIN_S = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """What was trained in one window; waiting_s is what the training thread spent at step boundaries."""
+
+    tokens: int
+    seconds: float
+    waiting_s: float
+    published: int
+
+
+def model_config(hidden: int) -> Qwen2Config:
+    """A Qwen2 of 6 layers."""
+    return Qwen2Config(
+        vocab_size=VOCAB, hidden_size=hidden, intermediate_size=hidden * 5 // 2, num_hidden_layers=6,
+        num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=256, tie_word_embeddings=True,
+    )  # fmt: skip
+
+
+def overlap_spec(hidden: int, interval_s: float) -> Spec:
+    """Rank 48: at a hidden size of 512 about 9 MiB."""
+    config = model_config(hidden)
+    lora = LoraSettings(rank=48, alpha=96.0)
+    return make_spec(
+        adapter_layout(config, lora),
+        DEFAULT_FORMAT,
+        base_config=structure(config),
+        lora=lora,
+        training=TrainingSettings(batch_size=1, learning_rate=1e-5),
+        sync_interval_s=interval_s,
+    )
+
+
+def train(pipe: Any, url: str, expert: str, hidden: int) -> None:
+    """Body of the worker's process: receives (with sync?, seconds), answers with a Window, for ever."""
+    store = WorkerStore(Connection(RedisSettings(url=url)), expert, "worker")
+    spec = store.spec()
+    snapshot = store.pull(known="")
+    assert snapshot.weights is not None
+    base = values_of(spec.layout, snapshot.weights)
+    ledger = Ledger(base=base, meta=snapshot.meta, run=make_run(store.next_epoch(), secrets.token_hex(4)))
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(model_config(hidden)).eval().requires_grad_(False)
+    adapted, flat = attach_adapter(model, spec)
+    row = Example(array("i", range(1, ROW_TOKENS + 1)), n_prompt=1)
+    trainer = Trainer(
+        model=adapted, flat=flat, examples=[row] * 8, pad_id=0, settings=spec.training, seed=0,
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    exchange = Exchange(trainer, with_optimizer=False)
+    for _ in range(3):
+        trainer.step()
+    pipe.send(None)
+    while True:
+        with_sync, seconds = pipe.recv()
+        if not with_sync:
+            pipe.send(_train_for(trainer, exchange, seconds))
+            continue
+        ahead_s = 0.0
+        sync = Sync(
+            store, ledger, exchange, spec, fingerprint=FINGERPRINT, state_dir=None, data="bench",
+            clock=lambda: time.monotonic() + ahead_s,  # noqa: B023 - the change below is meant
+        )  # fmt: skip
+        ahead_s = spec.sync_interval_s / 2
+        thread = threading.Thread(target=sync.run, daemon=True)
+        thread.start()
+        window = _train_for(trainer, exchange, seconds)
+        window = replace(window, published=sync.status.published)
+        sync.finish(DRAIN_S)
+        while thread.is_alive():
+            exchange.boundary()
+            thread.join(0.02)
+        if sync.failure or sync.status.refused or ledger.queue:
+            raise BenchError(f"the sync failed: {sync.failure or sync.status}")
+        pipe.send(window)
+
+
+def _train_for(trainer: Trainer, exchange: Exchange, seconds: float) -> Window:
+    tokens, waiting_s, began = 0, 0.0, time.monotonic()
+    while (now := time.monotonic()) - began < seconds:
+        exchange.boundary()
+        waiting_s += time.monotonic() - now
+        step = trainer.step()
+        exchange.record(step)
+        tokens += step.n_tokens
+    return Window(tokens, time.monotonic() - began, waiting_s, 0)
+
+
+class Worker:
+    """A worker's process, with an expert of its own."""
+
+    def __init__(self, processes: Processes, url: str, expert: str, hidden: int) -> None:
+        self._processes = processes
+        self._pipe, theirs = CONTEXT.Pipe()
+        processes.call("worker", train, theirs, url, expert, hidden)
+
+    def answer(self) -> Any:
+        """What the worker sends next."""
+        self._processes.until("the training", self._pipe.poll, timeout_s=300.0)
+        return self._pipe.recv()
+
+    def window(self, seconds: float, *, with_sync: bool) -> Window:
+        """Train for so long."""
+        self._pipe.send((with_sync, seconds))
+        window: Window = self.answer()
+        if with_sync and not window.published:
+            raise BenchError(f"the worker published nothing in {seconds:g} s with its sync on")
+        return window
+
+
+def run(plan: Plan) -> Iterator[Result]:
+    """Each interval: windows with and without sync in turns, and the ratio of a round's two rates."""
+    experts = {f"every{n}": interval_s for n, (interval_s, _) in enumerate(plan.overlap_s)}
+    specs = {name: overlap_spec(plan.overlap_hidden, interval_s) for name, interval_s in experts.items()}
+    with ExitStack() as stack:
+        processes = stack.enter_context(Processes("overlap"))
+        url = processes.redis()
+        for name, spec in specs.items():
+            create_expert(url, name, spec)
+        processes.command("aggregator", *aggregator_command(url, list(experts)))
+        workers = [Worker(processes, url, name, plan.overlap_hidden) for name in experts]
+        for worker in workers:
+            worker.answer()
+        windows: dict[float, list[dict[bool, Window]]] = {interval_s: [] for interval_s, _ in plan.overlap_s}
+        for number in range(plan.rounds):
+            for worker, (interval_s, seconds) in zip(workers, plan.overlap_s, strict=True):
+                order = (False, True) if number % 2 == 0 else (True, False)
+                windows[interval_s].append({on: worker.window(seconds, with_sync=on) for on in order})
+    mib = next(iter(specs.values())).layout.file_bytes / 2**20
+    yield figure("overlap_adapter_mib", [mib], "MiB")
+    for interval_s, rounds in windows.items():
+        name = f"overlap_{interval_s:g}s"
+        rates = {on: [r[on].tokens / r[on].seconds for r in rounds] for on in (True, False)}
+        yield figure(f"{name}_tokens_per_s_on", rates[True], "tokens/s")
+        yield figure(f"{name}_tokens_per_s_off", rates[False], "tokens/s")
+        waited = [r[True].waiting_s * 1000 / r[True].published for r in rounds]
+        yield figure(f"{name}_boundary_ms", waited, "ms/update")
+        yield ratio(name, rates[True], rates[False])

@@ -1,0 +1,61 @@
+"""A figure and its bar; the table and the JSON."""
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+# What the figures of these names must reach. A figure without a bar is there to be looked at.
+BARS: dict[str, tuple[str, float]] = {
+    "fp32_vs_raw": (">=", 0.8),
+    "default_vs_raw_fp32": (">=", 2.0),
+    "updates_vs_http": (">=", 10.0),
+    "flower_updates": (">=", 100.0),
+    "flower_cpu": ("<=", 1 / 50),
+    "publish_to_visible_p50_ms": ("<=", 60.0),
+    "wire_bytes_default_vs_fp32": ("<=", 1 / 4),
+    "wire_bytes_int4_vs_fp32": ("<=", 1 / 7),
+    "overlap_10s": (">=", 0.98),
+    "overlap_1s": (">=", 0.98),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One figure: the median of n rounds with the least and the most; `bar` and `met` are None if it has no bar."""
+
+    name: str
+    value: float
+    unit: str
+    min: float
+    max: float
+    n: int
+    bar: str | None
+    met: bool | None
+
+    def __str__(self) -> str:
+        spread = "" if self.n == 1 else f"{self.min:.4g} .. {self.max:.4g}, n = {self.n}"
+        verdict = "" if self.met is None else f"bar {self.bar}: {'met' if self.met else 'MISSED'}"
+        return f"{self.name:<46} {self.value:>9.4g} {self.unit:<14} {spread:<32} {verdict}".rstrip()
+
+
+def figure(name: str, values: Sequence[float], unit: str, *, value: float | None = None) -> Result:
+    """The result of a figure measured once in each round; `value` is the median if not given."""
+    value = statistics.median(values) if value is None else value
+    bar, met = None, None
+    if name in BARS:
+        sign, bound = BARS[name]
+        bar = f"{sign} {bound:.4g}"
+        met = bool(value >= bound if sign == ">=" else value <= bound)
+    return Result(name, value, unit, min(values), max(values), len(values), bar, met)
+
+
+def ratio(name: str, above: Sequence[float], below: Sequence[float]) -> Result:
+    """The median of the ratios of single rounds: what slowed a whole round cancels out."""
+    return figure(name, [a / b for a, b in zip(above, below, strict=True)], "x")
+
+
+def write_json(path: Path, results: Sequence[Result]) -> None:
+    """Write the results as a JSON list."""
+    path.write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n")

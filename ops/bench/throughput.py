@@ -1,0 +1,51 @@
+"""Updates a second with three clients that push and pull: FedMoE, the raw Redis, the HTTP coordinator."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+
+from ops.bench.adapters import LAYOUTS, fp32_bytes
+from ops.bench.contest import Contestant, Sample, take_turns
+from ops.bench.fedmoe_side import DEFAULT_FORMAT, FedMoE
+from ops.bench.http_side import Http
+from ops.bench.plan import Plan
+from ops.bench.raw_side import Raw
+from ops.bench.result import Result, figure, ratio
+
+
+def run(plan: Plan) -> Iterator[Result]:
+    """All sizes, with and without the append-only file; the ratios that have a bar at `plan.size` without it."""
+    for size in (plan.size, *plan.other_sizes):
+        for aof in plan.aof:
+            yield from _contest(plan, size, aof)
+
+
+def _contest(plan: Plan, size: str, aof: bool) -> Iterator[Result]:
+    layout = LAYOUTS[size]
+    where = f"{size}_aof" if aof else size
+    fedmoe = {form: FedMoE(f"fedmoe_{form}_{where}", layout, form, aof=aof) for form in plan.formats}
+    raw = Raw(f"raw_fp32_{where}", fp32_bytes(layout), aof=aof)
+    http = None if aof else Http(f"http_{where}", layout)
+    contestants: list[Contestant] = [*fedmoe.values(), raw, *([http] if http else [])]
+    with ExitStack() as stack:
+        for contestant in contestants:
+            stack.enter_context(contestant)
+        samples = take_turns(contestants, rounds=plan.rounds, seconds=plan.seconds)
+        peaks = {contestant.name: contestant.processes.peak_rss_mib() for contestant in contestants}
+    for name, turns in samples.items():
+        yield from _describe(name, turns, fp32_bytes(layout))
+        for role, mib in peaks[name].items():
+            yield figure(f"{name}_peak_rss_mib_{role}", [mib], "MiB")
+    if size == plan.size and not aof:
+        rates = {name: [turn.per_s for turn in turns] for name, turns in samples.items()}
+        yield ratio("fp32_vs_raw", rates[fedmoe["fp32"].name], rates[raw.name])
+        yield ratio("default_vs_raw_fp32", rates[fedmoe[DEFAULT_FORMAT].name], rates[raw.name])
+        if http:
+            yield ratio("updates_vs_http", rates[fedmoe[DEFAULT_FORMAT].name], rates[http.name])
+
+
+def _describe(name: str, turns: Sequence[Sample], n_bytes: int) -> Iterator[Result]:
+    yield figure(f"{name}_updates_per_s", [turn.per_s for turn in turns], "updates/s")
+    yield figure(f"{name}_mb_per_s", [turn.per_s * n_bytes / 1e6 for turn in turns], "MB/s of fp32")
+    for role in turns[0].cpu_s:
+        yield figure(f"{name}_cpu_ms_{role}", [turn.cpu_ms(role) for turn in turns], "ms/update")
+    yield figure(f"{name}_cpu_ms", [turn.cpu_ms() for turn in turns], "ms/update")

@@ -1,0 +1,184 @@
+"""The benchmark harness: it runs, judges by the bars, and gives no numbers when something is broken. Never how fast."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from fedmoe.spec import MergeRules
+from ops.bench.adapters import LAYOUTS, fp32_bytes
+from ops.bench.contest import Contestant, Sample, Seats, take_turns
+from ops.bench.fedmoe_side import FedMoE, make_spec
+from ops.bench.processes import BenchError
+from ops.bench.result import BARS, figure, ratio
+from tests.processes import environment
+
+SMALL = LAYOUTS["64kib"]
+
+
+def bench(*arguments: str, **extra: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "ops.bench", *arguments],
+        env=environment(**extra), capture_output=True, text=True, timeout=110, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("names", "figures"),
+    [
+        (["wire", "machine"], {"wire_bytes_default_vs_fp32", "memcpy_gb_per_s", "loopback_tcp_gb_per_s"}),
+        (["throughput"], {"fp32_vs_raw", "default_vs_raw_fp32", "updates_vs_http"}),
+        (["latency"], {"publish_to_visible_p50_ms", "publish_to_visible_p99_ms"}),
+        (["growth"], {"growth_2_vs_1_experts_cpu", "endurance_aggregator_rss_growth_mib"}),
+        (["overlap"], {"overlap_0.5s", "overlap_0.5s_boundary_ms"}),
+    ],
+)
+def test_it_runs(names: list[str], figures: set[str], tmp_path: Path) -> None:
+    out = tmp_path / "bench.json"
+    done = bench("--tiny", "--only", *names, "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    results = json.loads(out.read_text())
+    assert figures <= {result["name"] for result in results}
+    assert len({result["name"] for result in results}) == len(results)
+    for result in results:
+        assert result.keys() == {"name", "value", "unit", "min", "max", "n", "bar", "met"}
+        assert result["min"] <= result["value"] <= result["max"]
+        assert result["n"] >= 1
+        assert (result["name"] in BARS) == (result["bar"] is not None) == isinstance(result["met"], bool)
+        assert result["name"] in done.stdout
+
+
+def test_an_unknown_name_is_one_sentence(tmp_path: Path) -> None:
+    done = bench("--only", "latency", "speed", "--out", str(tmp_path / "bench.json"))
+    assert done.returncode == 2
+    assert done.stderr == (
+        "ops/bench.sh: there is no benchmark 'speed': choose among wire, machine, throughput, latency, growth, "
+        "overlap, flower\n"
+    )
+    assert not done.stdout
+
+
+def test_a_server_that_does_not_start_is_one_sentence_and_no_numbers(tmp_path: Path) -> None:
+    out = tmp_path / "bench.json"
+    done = bench("--tiny", "--only", "wire", "--out", str(out), FEDMOE_REDIS_SERVER="/bin/false")
+    assert done.returncode == 1
+    assert done.stderr.startswith("ops/bench.sh: /bin/false did not start")
+    assert done.stderr.count("\n") == 1
+    assert not out.exists()
+
+
+def test_a_figure_is_judged_by_its_bar() -> None:
+    """The median counts; at the bar is met; a figure that nobody set a bar for is not judged."""
+    assert figure("fp32_vs_raw", [0.1, 0.8, 0.9], "x").met is True
+    assert figure("fp32_vs_raw", [0.1, 0.79, 0.9], "x").met is False
+    assert figure("publish_to_visible_p50_ms", [60.0], "ms").met is True
+    assert figure("publish_to_visible_p50_ms", [61.0], "ms").met is False
+    judged = figure("memcpy_gb_per_s", [3.0, 1.0, 2.0], "GB/s")
+    assert (judged.value, judged.min, judged.max, judged.n) == (2.0, 1.0, 3.0, 3)
+    assert judged.bar is judged.met is None
+
+
+def test_a_ratio_is_the_median_of_the_rounds() -> None:
+    """A round in which the machine was slow for both counts like any other."""
+    assert ratio("r", [10.0, 1.0, 12.0], [5.0, 0.5, 4.0]).value == 2.0
+
+
+def test_contestants_take_turns() -> None:
+    """One of each in every round, in both orders."""
+    order: list[str] = []
+
+    class Said:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def turn(self, seconds: float) -> Sample:
+            order.append(self.name)
+            return Sample(1, seconds, {"clients": 0.5})
+
+    samples = take_turns([Said("a"), Said("b")], rounds=3, seconds=2.0)
+    assert order == ["a", "b", "b", "a", "a", "b"]
+    assert [sample.per_s for sample in samples["b"]] == [0.5] * 3
+    assert samples["a"][0].cpu_ms() == 500.0
+
+
+def test_the_layouts_have_their_sizes() -> None:
+    mib = {name: fp32_bytes(layout) / 2**20 for name, layout in LAYOUTS.items()}
+    assert mib == pytest.approx({"64kib": 0.0625, "1mib": 1.05, "9mib": 9.32, "34mib": 33.56}, abs=0.01)
+    assert len(LAYOUTS["9mib"].tensors) == 420
+
+
+def breaks_later(seats: Seats, index: int) -> None:
+    seats.wait_for_go(index)
+    seats.count(index)
+    seats.wait_for_go(index)
+    raise ValueError("the hard disk\nfell out")
+
+
+def does_nothing_more(seats: Seats, index: int) -> None:
+    seats.wait_for_go(index)
+    seats.count(index)
+    while True:
+        while seats.go.is_set():
+            pass
+        seats.wait_for_go(index)
+
+
+class Odd(Contestant):
+    def __init__(self, target: object) -> None:
+        super().__init__("odd", n_clients=2)
+        self.target = target
+
+    def _start(self) -> None:
+        for index in range(self.n_clients):
+            self.processes.call("clients", self.target, self.seats, index)  # type: ignore[arg-type]
+
+
+def lives(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def pids(contestant: Contestant) -> dict[str, int]:
+    return {process.role: process.pid for process in contestant.processes._all}
+
+
+def test_a_client_that_breaks_ends_it_with_its_own_words() -> None:
+    says = r"^odd: the clients process ended with code 1: ValueError: the hard disk fell out$"
+    with Odd(breaks_later) as odd, pytest.raises(BenchError, match=says):
+        odd.turn(5.0)
+
+
+def test_a_client_that_does_nothing_gives_no_number() -> None:
+    """And whatever happened: no process is left."""
+    with Odd(does_nothing_more) as odd:
+        pid = pids(odd)["clients"]
+        assert lives(pid)
+        with pytest.raises(BenchError, match=r"^odd: no client made an update in 0\.1 s$"):
+            odd.turn(0.1)
+    assert not lives(pid)
+
+
+def test_an_aggregator_that_dies_ends_it() -> None:
+    with FedMoE("fedmoe", SMALL, "fp32") as contestant:
+        running = pids(contestant)
+        assert running.keys() == {"redis", "aggregator", "clients"}
+        os.kill(running["aggregator"], signal.SIGKILL)
+        with pytest.raises(BenchError, match=r"^fedmoe: the aggregator process ended with code -9"):
+            contestant.turn(5.0)
+    assert not any(lives(pid) for pid in running.values())
+
+
+def test_refused_updates_are_no_updates() -> None:
+    """However fast they are refused."""
+    contestant = FedMoE("fedmoe", SMALL, "fp32")
+    contestant.spec = make_spec(SMALL, "fp32", merge=MergeRules(max_norm=1e-6))
+    with pytest.raises(BenchError, match=r"BenchError: update .* was refused: its norm"):
+        contestant.__enter__()
+    assert not contestant.processes._all

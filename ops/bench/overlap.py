@@ -1,7 +1,8 @@
 """Tokens a second of a worker that trains, with its sync on and off.
 
 The real trainer and the real sync thread, on a small random Qwen2 with an adapter of about 9 MiB. In each round the
-worker trains for a while without the sync and for a while with it. The sync's clock is set forward by half an
+worker trains for a while with the sync, and half as long without it before and after, so that a machine that slowly
+becomes faster or slower favours neither. The sync's clock is set forward by half an
 interval, so that a window of one interval holds one whole sync. The model computes with one thread; aggregator and
 Redis share the machine with it, as they would not in earnest.
 """
@@ -10,7 +11,7 @@ import secrets
 import threading
 import time
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -150,30 +151,38 @@ class Worker:
 
 
 def run(plan: Plan) -> Iterator[Result]:
-    """Each interval: windows with and without sync in turns, and the ratio of a round's two rates."""
-    experts = {f"every{n}": interval_s for n, (interval_s, _) in enumerate(plan.overlap_s)}
-    specs = {name: overlap_spec(plan.overlap_hidden, interval_s) for name, interval_s in experts.items()}
+    """Each interval: the ratio of a round's two rates."""
+    hidden = plan.overlap_hidden
+    specs = {f"every{n}": overlap_spec(hidden, o.interval_s) for n, o in enumerate(plan.overlap)}
     with ExitStack() as stack:
         processes = stack.enter_context(Processes("overlap"))
         url = processes.redis()
         for name, spec in specs.items():
             create_expert(url, name, spec)
-        processes.command("aggregator", *aggregator_command(url, list(experts)))
-        workers = [Worker(processes, url, name, plan.overlap_hidden) for name in experts]
+        processes.command("aggregator", *aggregator_command(url, list(specs)))
+        workers = [Worker(processes, url, name, hidden) for name in specs]
         for worker in workers:
             worker.answer()
-        windows: dict[float, list[dict[bool, Window]]] = {interval_s: [] for interval_s, _ in plan.overlap_s}
-        for number in range(plan.rounds):
-            for worker, (interval_s, seconds) in zip(workers, plan.overlap_s, strict=True):
-                order = (False, True) if number % 2 == 0 else (True, False)
-                windows[interval_s].append({on: worker.window(seconds, with_sync=on) for on in order})
-    mib = next(iter(specs.values())).layout.file_bytes / 2**20
-    yield figure("overlap_adapter_mib", [mib], "MiB")
-    for interval_s, rounds in windows.items():
-        name = f"overlap_{interval_s:g}s"
-        rates = {on: [r[on].tokens / r[on].seconds for r in rounds] for on in (True, False)}
-        yield figure(f"{name}_tokens_per_s_on", rates[True], "tokens/s")
-        yield figure(f"{name}_tokens_per_s_off", rates[False], "tokens/s")
-        waited = [r[True].waiting_s * 1000 / r[True].published for r in rounds]
-        yield figure(f"{name}_boundary_ms", waited, "ms/update")
-        yield ratio(name, rates[True], rates[False])
+        yield figure("overlap_adapter_mib", [specs["every0"].layout.file_bytes / 2**20], "MiB")
+        for worker, overlap in zip(workers, plan.overlap, strict=True):
+            rounds = [_round(worker, overlap.window_s) for _ in range(overlap.rounds)]
+            yield from _describe(f"overlap_{overlap.interval_s:g}s", rounds)
+
+
+def _round(worker: Worker, seconds: float) -> tuple[Window, Window]:
+    """The window with sync, and the two without around it as one."""
+    before = worker.window(seconds / 2, with_sync=False)
+    on = worker.window(seconds, with_sync=True)
+    after = worker.window(seconds / 2, with_sync=False)
+    return on, Window(before.tokens + after.tokens, before.seconds + after.seconds, 0.0, 0)
+
+
+def _describe(name: str, rounds: Sequence[tuple[Window, Window]]) -> Iterator[Result]:
+    on, off = (
+        [window.tokens / window.seconds for window in windows] for windows in zip(*rounds, strict=True)
+    )
+    yield figure(f"{name}_tokens_per_s_on", on, "tokens/s")
+    yield figure(f"{name}_tokens_per_s_off", off, "tokens/s")
+    waited = [window.waiting_s * 1000 / window.published for window, _ in rounds]
+    yield figure(f"{name}_boundary_ms", waited, "ms/update")
+    yield ratio(name, on, off)

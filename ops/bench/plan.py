@@ -6,6 +6,15 @@ from fedmoe.codec import FORMATS
 from ops.bench.fedmoe_side import DEFAULT_FORMAT
 
 
+@dataclass(frozen=True, slots=True)
+class Overlap:
+    """A worker that syncs every `interval_s`: in each round `window_s` with its sync on, and as long with it off."""
+
+    interval_s: float
+    window_s: float
+    rounds: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """Sizes and durations.
@@ -16,7 +25,7 @@ class Plan:
         size: of the adapter that the bars are about (a key of adapters.LAYOUTS); other_sizes: measured besides.
         formats: wire formats to measure.
         aof: with the append-only file off, and everysec.
-        overlap_s: interval between syncs -> seconds with sync on, and off, in a round.
+        overlap: of training and sync, for each interval; overlap_hidden is the model's hidden size.
         workers, experts: how many of them, for the cost of an update as a federation grows.
         updates: small updates after which memory must not have grown.
     """
@@ -27,7 +36,7 @@ class Plan:
     other_sizes: tuple[str, ...] = ()
     formats: tuple[str, ...]
     aof: tuple[bool, ...] = (False,)
-    overlap_s: tuple[tuple[float, float], ...]
+    overlap: tuple[Overlap, ...]
     overlap_hidden: int = 512
     workers: tuple[int, ...]
     experts: tuple[int, ...]
@@ -38,7 +47,7 @@ _NEEDED = tuple(dict.fromkeys(["fp32", DEFAULT_FORMAT]))
 QUICK = Plan(
     seconds=4.0,
     formats=_NEEDED,
-    overlap_s=((10.0, 10.0), (1.0, 4.0)),
+    overlap=(Overlap(10.0, 10.0, rounds=5), Overlap(1.0, 4.0, rounds=10)),
     workers=(1, 4, 16, 64),
     experts=(1, 8, 32),
     updates=2_000,
@@ -48,7 +57,7 @@ FULL = Plan(
     other_sizes=("1mib", "34mib"),
     formats=tuple(FORMATS),
     aof=(False, True),
-    overlap_s=((10.0, 20.0), (1.0, 10.0)),
+    overlap=(Overlap(10.0, 20.0, rounds=9), Overlap(1.0, 6.0, rounds=15)),
     workers=(1, 4, 16, 64),
     experts=(1, 8, 32),
     updates=10_000,
@@ -58,7 +67,7 @@ TINY = Plan(
     seconds=0.3,
     size="64kib",
     formats=_NEEDED,
-    overlap_s=((0.5, 0.5),),
+    overlap=(Overlap(0.5, 0.5, rounds=1),),
     overlap_hidden=32,
     workers=(1,),
     experts=(2,),

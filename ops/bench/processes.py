@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -84,6 +85,7 @@ class Processes:
             process = subprocess.Popen(
                 arguments, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT,
                 start_new_session=True, env=clean_environment(),
+                preexec_fn=_die_with_parent,  # noqa: PLW1509 - nothing of it takes a lock
             )  # fmt: skip
 
         def kill() -> None:
@@ -187,9 +189,22 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _child(log: Path, target: Callable[..., object], *arguments: Any) -> None:
-    """Body of a forked process: dies with its parent, leaves Ctrl-C to it, and one thread of torch has to do."""
+def _die_with_parent() -> None:
+    """The system kills this process when the one that started it is gone, however it went."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _child(log: Path, target: Callable[..., object], *arguments: Any) -> None:
+    """Body of a forked process: ends with the benchmark, leaves Ctrl-C to it, and one thread of torch has to do."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        # Not by prctl: the fork server started this process, and lives as long as any that it started.
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)

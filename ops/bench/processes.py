@@ -12,6 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -78,19 +79,25 @@ class Processes:
 
         self._all.append(_Watched(role, process.pid, lambda: process.exitcode, kill, log))
 
-    def command(self, role: str, *arguments: str) -> None:
+    def command(self, role: str, *arguments: str, **environment: str) -> None:
         """Run a command in a session of its own."""
         log = self._log(role)
         with log.open("wb") as out:
             process = subprocess.Popen(
                 arguments, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT,
-                start_new_session=True, env=clean_environment(),
+                start_new_session=True, env=clean_environment() | environment,
                 preexec_fn=_die_with_parent,  # noqa: PLW1509 - nothing of it takes a lock
             )  # fmt: skip
 
         def kill() -> None:
             if process.poll() is None:
+                started = psutil.Process(process.pid).children(
+                    recursive=True
+                )  # Flower's make sessions of their own
                 os.killpg(process.pid, signal.SIGKILL)
+                for child in started:
+                    with suppress(psutil.NoSuchProcess):
+                        child.kill()
             process.wait()
 
         self._all.append(_Watched(role, process.pid, process.poll, kill, log))
@@ -140,6 +147,11 @@ class Processes:
             if time.monotonic() > deadline:
                 raise BenchError(f"{self.name}: waited {timeout_s:.0f} s for {what}")
             time.sleep(0.01)
+
+    @property
+    def pids(self) -> list[int]:
+        """Of all processes."""
+        return [process.pid for process in self._all]
 
     def _by_role(self, measure: Callable[[int], float]) -> dict[str, float]:
         self.check()

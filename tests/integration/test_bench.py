@@ -151,7 +151,7 @@ def pids(contestant: Contestant) -> dict[str, int]:
 
 def test_a_client_that_breaks_ends_it_with_its_own_words() -> None:
     says = r"^odd: the clients process ended with code 1: ValueError: the hard disk fell out$"
-    with Odd(breaks_later) as odd, pytest.raises(BenchError, match=says):
+    with pytest.raises(BenchError, match=says), Odd(breaks_later) as odd:
         odd.turn(5.0)
 
 

@@ -36,8 +36,8 @@ def aggregator() -> None:
 @click.option("--max-staleness", type=int, default=256, show_default=True, help="Staler updates are refused.")
 @click.option("--max-norm", type=float, default=0.0, help="Longer updates are refused.  "
               "[default: ten times the initial adapter's norm]")  # fmt: skip
-@click.option("--wire-format", type=click.Choice(["fp32", "bf16", "int8", "int4"]), default="fp32", show_default=True,
-              help="How updates travel.")  # fmt: skip
+@click.option("--wire-format", type=click.Choice(["fp32", "bf16", "int8", "int4"]), default="int4", show_default=True,
+              help="How updates and pulls travel.")  # fmt: skip
 @click.option(
     "--sync-interval", type=float, default=10.0, show_default=True, help="Seconds between publications."
 )
@@ -79,12 +79,14 @@ def run(ctx: click.Context, /, **options: Any) -> None:
     """
     import logging
 
+    import torch
+
     from consumers.aggregator import Aggregator, AggregatorSettings
     from consumers.create import SpecRequest, ensure_experts, parse_experts
     from consumers.gateway import GatewaySettings
-    from consumers.memory import return_large_blocks
     from fedmoe.backoff import Backoff
     from fedmoe.errors import RedisUnavailableError
+    from fedmoe.memory import keep_freed
     from fedmoe.spec import LoraSettings, TrainingSettings
     from fedmoe.staleness import Decay
     from fedmoe.store.connection import Connection
@@ -129,7 +131,12 @@ def run(ctx: click.Context, /, **options: Any) -> None:
         interval_s=options["gateway_interval"],
     )
     weights = parse_experts(options["experts"])
-    return_large_blocks()
+    torch.set_num_threads(
+        1
+    )  # a fold takes a millisecond; threads that spin in wait for the next take whole cores
+    keep_freed(
+        blocks_mib=4, free_mib=8, heaps=4
+    )  # parts (1 MiB) are read into used memory, weights are given back
     stop = threading.Event()
     stop_on_signals(stop, lambda line: click.echo(line, err=True))
     backoff = Backoff("aggregator", logging.getLogger(__name__))

@@ -51,8 +51,10 @@ def run(**options: Any) -> None:
     redis = redis_settings(options["redis"], options["prefix"], options["redis_timeout"])
     stop = threading.Event()
     stop_on_signals(stop, lambda line: click.echo(line, err=True))
+    from fedmoe.memory import keep_freed
     from producers.worker import Worker, WorkerSettings
 
+    keep_freed(blocks_mib=32, free_mib=64)  # copies of the adapter come and go with every sync
     settings = WorkerSettings(
         stream=options["stream"],
         data=options["data"],

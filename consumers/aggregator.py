@@ -156,9 +156,22 @@ class ExpertServer:
         if any(entry.ms >= BLOCKING_MS for entry in entries):
             self._reclaimed_at = -math.inf  # look soon whether somebody blocked the stream
         for first in range(0, len(entries), self._settings.batch):
-            verdicts = self._expert.process(entries[first : first + self._settings.batch])
+            some = entries[first : first + self._settings.batch]
+            verdicts = self._expert.process(some, more=self._more(self._settings.batch - len(some)))
             self._decided(sum(v.outcome in (Outcome.APPLIED, Outcome.REFUSED) for v in verdicts))
         return not entries
+
+    def _more(self, room: int) -> Callable[[], Sequence[Entry]]:
+        """Reads what has come since the last read, without waiting, `room` entries in all."""
+        left = room
+
+        def read() -> Sequence[Entry]:
+            nonlocal left
+            entries = self._store.read(block_ms=None, count=left) if left else []
+            left -= len(entries)
+            return entries
+
+        return read
 
     def _rescue(self, expert: Expert) -> None:
         """Before memory is thrown away: is it needed, because the server lost the expert?

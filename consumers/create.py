@@ -21,7 +21,14 @@ from fedmoe.layout import AdapterBuffer, Layout
 from fedmoe.lora_init import initial_weights
 from fedmoe.names import check_expert
 from fedmoe.records import Meta
-from fedmoe.spec import DEFAULT_BASE_MODEL, LoraSettings, MergeRules, Spec, TrainingSettings
+from fedmoe.spec import (
+    DEFAULT_BASE_MODEL,
+    DEFAULT_WIRE_FORMAT,
+    LoraSettings,
+    MergeRules,
+    Spec,
+    TrainingSettings,
+)
 from fedmoe.staleness import Decay
 from fedmoe.store.connection import Connection
 from fedmoe.store.expert import ExpertStore, new_id
@@ -51,7 +58,7 @@ class SpecRequest:
     decay: Decay = field(default_factory=Decay)
     max_staleness: int = 256
     max_norm: float = 0.0
-    wire_format: str = "fp32"
+    wire_format: str = DEFAULT_WIRE_FORMAT
     sync_interval_s: float = 10.0
     seed: int = 0
     explicit: frozenset[str] = frozenset()

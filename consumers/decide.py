@@ -9,19 +9,20 @@ Redis is the truth about what is decided, the worker about what is not. So what 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
 import torch
 
-from fedmoe.codec import FORMATS, FRAME_BYTES, decode, part_count
+from consumers.fold import fold
+from fedmoe.codec import FORMATS, FRAME_BYTES, decoded, part_count
 from fedmoe.errors import UpdateError
 from fedmoe.layout import FLOAT_BYTES
 from fedmoe.records import Decided, Meta
 from fedmoe.spec import Spec
 from fedmoe.staleness import staleness_of
-from fedmoe.update import Header
+from fedmoe.update import Header, Part
 
 
 class Outcome(Enum):
@@ -92,19 +93,46 @@ def _breach(header: Header, staleness: int, meta: Meta, spec: Spec) -> str:
     return ""
 
 
-def judge_payload(
-    header: Header, verdict: Verdict, parts: Sequence[bytes], spec: Spec, out: torch.Tensor
-) -> Verdict:
-    """Check and decode the parts of an update whose header passed; Δ is then in `out` (numel,) fp32."""
-    for index, (part, data) in enumerate(zip(header.parts, parts, strict=True)):
+class _NotWholeError(Exception):
+    """A part is not the one that its header names."""
+
+
+def _whole(announced: Sequence[Part], parts: Iterable[bytes]) -> Iterator[bytes]:
+    for index, (part, data) in enumerate(zip(announced, parts, strict=True)):
         if not part.matches(data):
-            what = "is missing" if not data else "is damaged"
-            return Verdict(Outcome.UNDECIDABLE, f"part {index} of {len(parts)} {what}")
+            raise _NotWholeError(f"part {index} of {len(announced)} {'is damaged' if data else 'is missing'}")
+        yield data
+
+
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """Memory in which updates of one expert are folded, (numel,) fp32 but for `scratch`, see codec.decoded."""
+
+    weights: torch.Tensor
+    out: torch.Tensor
+    scratch: torch.Tensor
+
+
+def judge_payload(
+    header: Header, verdict: Verdict, parts: Iterable[bytes], spec: Spec, space: Workspace
+) -> Verdict:
+    """Check and fold the parts of an update whose header passed, each as it comes: out = weights + factor × Δ.
+
+    Unless the verdict is APPLIED, what is in `out` means nothing.
+    """
+    squares = 0.0
     try:
-        decode(parts, spec.wire_format, out)
+        for first, values in decoded(
+            _whole(header.parts, parts), spec.wire_format, len(space.out), space.scratch
+        ):
+            squares += float(torch.linalg.vector_norm(values)) ** 2
+            here = slice(first, first + len(values))
+            fold(space.weights[here], values, verdict.factor, out=space.out[here])
+    except _NotWholeError as error:
+        return Verdict(Outcome.UNDECIDABLE, str(error))
     except UpdateError as error:
         return Verdict(Outcome.REFUSED, str(error), verdict.staleness)
-    norm = float(torch.linalg.vector_norm(out))
+    norm = math.sqrt(squares)
     if not math.isfinite(norm):
         return Verdict(
             Outcome.REFUSED, "holds values that are not finite (NaN or infinity)", verdict.staleness

@@ -15,6 +15,11 @@ class Doorbell:
     run: str
     seq: int
 
+    @property
+    def update(self) -> tuple[str, str, int]:
+        """Worker, run and seq."""
+        return self.worker, self.run, self.seq
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Join:

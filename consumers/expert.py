@@ -6,23 +6,28 @@ load or commit, and Redis may be elsewhere: load again.
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import replace
 
 import torch
 
-from consumers.decide import Outcome, Verdict, judge_header, judge_payload
+from consumers.decide import Outcome, Verdict, Workspace, judge_header, judge_payload
 from consumers.doorbell import Doorbell, Garbage, Join, parse_entry
-from consumers.fold import fold
 from fedmoe.archive import Archive
+from fedmoe.codec import scratch_values
 from fedmoe.errors import SettingsError, StaleStateError, UpdateError
 from fedmoe.layout import AdapterBuffer
+from fedmoe.packed import EXACT, pack
 from fedmoe.records import Decided, Entry, Meta
 from fedmoe.spec import Spec
 from fedmoe.store.expert import Commit, ExpertStore, Loaded, new_id
 from fedmoe.update import Header
 
 logger = logging.getLogger(__name__)
+
+More = Callable[[], Sequence[Entry]]
+HEADERS_AT_ONCE = 16  # each may have 256 KiB
 
 
 class Expert:
@@ -50,8 +55,11 @@ class Expert:
         self._aggregator = aggregator
         self._archive = archive
         self._clock = clock
-        self.buffer = AdapterBuffer(spec.layout)
-        self._before = torch.empty(spec.layout.numel)
+        # Three, so that every update is folded from the newest weights into memory that nobody needs: not `buffer`,
+        # the state of the last load or commit, and not the newest, `_folded`, in case the update is refused half way.
+        self._buffers = [AdapterBuffer(spec.layout) for _ in range(3)]
+        self.buffer = self._folded = self._buffers[0]
+        self._scratch = torch.empty(scratch_values(spec.wire_format, spec.layout.numel))
 
     def load(self) -> None:
         """Take over what Redis holds. Raises what ExpertStore.load raises, SpecError for a foreign weights key."""
@@ -59,6 +67,7 @@ class Expert:
         if loaded.meta.spec != self.spec.digest:
             raise StaleStateError(f"{self.store.name}: the expert was made anew, with another spec")
         self.buffer.load(loaded.weights)
+        self._folded = self.buffer
         self.meta = loaded.meta
         self.applied = loaded.applied
         self.generation = loaded.generation
@@ -88,45 +97,65 @@ class Expert:
                 )
         return self.store.create(self.spec, meta, self.buffer.file, applied=self.applied, log=line)
 
-    def process(self, entries: Iterable[Entry]) -> list[Verdict]:
+    def process(self, entries: Sequence[Entry], *, more: More = lambda: ()) -> list[Verdict]:
         """Decide entries in stream order and commit them in one transaction.
 
-        If that fails, memory is as it was before: always a state that Redis has had, which may be written back to it.
+        Before weights are written, `more` is asked what has come meanwhile, until nothing has: an update on an idle
+        stream is committed at once, and under load many share one write. If it fails, memory is as it was before:
+        always a state that Redis has had, which may be written back to it.
         """
-        self._before.copy_(self.buffer.flat)
         before = self.meta, dict(self.applied)
         try:
-            return self._process(entries)
+            verdicts = self._process(entries, more)
         except BaseException:
             self._revert(*before)
             raise
+        self.buffer = self._folded
+        return verdicts
 
     def _revert(self, meta: Meta, applied: dict[str, Decided]) -> None:
-        self.meta, self.applied = meta, applied
-        self.buffer.flat.copy_(self._before)
+        self.meta, self.applied, self._folded = meta, applied, self.buffer
 
-    def _process(self, entries: Iterable[Entry]) -> list[Verdict]:
+    def _process(self, entries: Sequence[Entry], more: More) -> list[Verdict]:
         commit = Commit(on=self.meta.commit, generation=self.generation, meta=self.meta)
-        verdicts = []
-        delta: torch.Tensor | None = None
-        for entry in entries:
-            commit.entries.append(entry.id)
-            match parse_entry(entry):
-                case Garbage(reason=reason):
-                    self._garbage(entry, reason, commit)
-                case Join(worker=worker):
-                    self._pin(self.store.heartbeat_field(worker, "base_fingerprint") or "", worker)
-                case Doorbell() as bell:
-                    delta = torch.empty(self.spec.layout.numel) if delta is None else delta
-                    if verdict := self._decide(bell, entry, delta, commit):
-                        verdicts.append(verdict)
+        verdicts: list[Verdict] = []
+        while entries:
+            verdicts += self._decide_all(entries, commit)
+            entries = more() if self._folded is not self.buffer else ()
         if commit.entries:
             self._commit(commit)
         return verdicts
 
+    def _decide_all(self, entries: Sequence[Entry], commit: Commit) -> list[Verdict]:
+        verdicts = []
+        for first in range(0, len(entries), HEADERS_AT_ONCE):
+            some = [(entry, parse_entry(entry)) for entry in entries[first : first + HEADERS_AT_ONCE]]
+            bells = [bell for _, bell in some if isinstance(bell, Doorbell)]
+            headers = dict(zip(bells, self.store.headers([bell.update for bell in bells]), strict=True))
+            for entry, announced in some:
+                commit.entries.append(entry.id)
+                match announced:
+                    case Garbage(reason=reason):
+                        self._garbage(entry, reason, commit)
+                    case Join(worker=worker):
+                        self._pin(self.store.heartbeat_field(worker, "base_fingerprint") or "", worker)
+                    case Doorbell() as bell:
+                        if verdict := self._decide(bell, headers[bell], entry, commit):
+                            verdicts.append(verdict)
+        return verdicts
+
+    def _spare(self) -> AdapterBuffer:
+        """One that is neither `buffer` nor `_folded`."""
+        return next(b for b in self._buffers if b is not self.buffer and b is not self._folded)
+
     def _commit(self, commit: Commit) -> None:
         commit_id = new_id()
-        weights_commit = commit_id if commit.weights is not None else self.meta.weights_commit
+        weights_commit = self.meta.weights_commit
+        if self._folded is not self.buffer:
+            weights_commit = commit_id
+            commit.weights = self._folded.file
+            if self.spec.wire_format != EXACT:
+                commit.packed = pack(self._folded.flat, self.spec, commit_id, self._spare().flat)
         self.meta = replace(
             self.meta,
             commit=commit_id,
@@ -143,10 +172,8 @@ class Expert:
                 line["loss"],
             )  # fmt: skip
 
-    def _decide(self, bell: Doorbell, entry: Entry, delta: torch.Tensor, commit: Commit) -> Verdict | None:
-        raw = self.store.header(bell.worker, bell.run, bell.seq)
-        parts: list[bytes] = []
-        if raw is None:
+    def _decide(self, bell: Doorbell, raw: bytes, entry: Entry, commit: Commit) -> Verdict | None:
+        if not raw:
             return self._undecidable(bell, Verdict(Outcome.UNDECIDABLE, "its header is missing"))
         try:
             header = Header.unpack(raw)
@@ -156,10 +183,9 @@ class Expert:
             self._garbage(entry, str(error), commit)
             return None
         verdict = judge_header(header, self.applied.get(bell.worker), self.meta, self.spec)
+        target, kept = self._spare(), ""
         if verdict.outcome is Outcome.APPLIED:
-            parts = self.store.parts(bell.worker, bell.run, bell.seq, header.parts)
-            verdict = judge_payload(header, verdict, parts, self.spec, delta)
-        kept = self._keep(header, parts) if verdict.outcome is Outcome.APPLIED else ""
+            verdict, kept = self._judge_payload(bell, header, verdict, target)
         match verdict.outcome:
             case Outcome.DUPLICATE:
                 self.meta = replace(self.meta, duplicate=self.meta.duplicate + 1)
@@ -170,7 +196,8 @@ class Expert:
             case Outcome.REFUSED:
                 self._refuse(bell.worker, header, verdict, commit)
             case Outcome.APPLIED:
-                self._apply(bell.worker, header, verdict, delta, kept, commit)
+                self._folded = target
+                self._apply(bell.worker, header, verdict, kept, commit)
         self.applied[bell.worker] = commit.applied[bell.worker] = Decided(
             id=header.id,
             how=verdict.outcome.value,
@@ -182,11 +209,18 @@ class Expert:
         commit.unlink += self.store.payload_keys(bell.worker, bell.run, bell.seq, len(header.parts))
         return verdict
 
-    def _apply(
-        self, worker: str, header: Header, verdict: Verdict, delta: torch.Tensor, kept: str, commit: Commit
-    ) -> None:
-        fold(self.buffer.flat, delta, verdict.factor)
-        commit.weights = self.buffer.file
+    def _judge_payload(
+        self, bell: Doorbell, header: Header, verdict: Verdict, target: AdapterBuffer
+    ) -> tuple[Verdict, str]:
+        """The verdict, with the payload folded into `target`; and the digest under which it was kept, if it was."""
+        space = Workspace(self._folded.flat, target.flat, self._scratch)
+        with closing(self.store.parts(bell.worker, bell.run, bell.seq, header.parts)) as stream:
+            parts = stream if self._archive is None else list(stream)
+            verdict = judge_payload(header, verdict, parts, self.spec, space)
+        is_kept = verdict.outcome is Outcome.APPLIED and self._archive is not None
+        return verdict, self._keep(header, list(parts)) if is_kept else ""
+
+    def _apply(self, worker: str, header: Header, verdict: Verdict, kept: str, commit: Commit) -> None:
         meta = self.meta
         self.meta = replace(
             meta,
@@ -215,9 +249,8 @@ class Expert:
         commit.log.append(line)
 
     def _keep(self, header: Header, parts: list[bytes]) -> str:
-        """Keep an update that is about to be applied; its digest, "" if nothing is kept."""
-        if self._archive is None:
-            return ""
+        """Keep an update that is about to be applied; its digest."""
+        assert self._archive is not None
         try:
             return self._archive.keep(header, parts)
         except OSError as error:

@@ -21,7 +21,7 @@ of at most 8, the last of an odd count at most 128.
 import math
 import reprlib
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -180,19 +180,46 @@ def decode(parts: Iterable[bytes], wire_format: str, out: torch.Tensor) -> None:
     Raises:
         UpdateError: if a part is not what this format and layout call for; `out` is then undefined.
     """
+    for _ in _decoded(parts, wire_format, len(out), lambda first, count: out[first : first + count]):
+        pass
+
+
+def decoded(
+    parts: Iterable[bytes], wire_format: str, numel: int, scratch: torch.Tensor
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Decode the parts of one update of `numel` values one by one: the place of each one's first value, and its values.
+
+    Every part's values, (n,) fp32, lie in `scratch`, (scratch_values(...),) fp32, until the next part is asked for.
+
+    Raises:
+        UpdateError: if a part is not what this format and layout call for, or they are too few.
+    """
+    return _decoded(parts, wire_format, numel, lambda _, count: scratch[:count])
+
+
+def scratch_values(wire_format: str, numel: int) -> int:
+    """Values in the largest part of an update of `numel` values."""
+    return min(FORMATS[wire_format].values_per_part, numel)
+
+
+def _decoded(
+    parts: Iterable[bytes], wire_format: str, numel: int, into: Callable[[int, int], torch.Tensor]
+) -> Iterator[tuple[int, torch.Tensor]]:
     form = FORMATS[wire_format]
-    expected = 0
+    first = 0
     for index, part in enumerate(parts):
-        count = min(form.values_per_part, len(out) - expected)
+        count = min(form.values_per_part, numel - first)
         if count <= 0:
-            raise UpdateError(f"part {index} is one too many for {len(out)} values")
+            raise UpdateError(f"part {index} is one too many for {numel} values")
+        values = into(first, count)
         try:
-            form.decode(*_open(part, form, expected, count), out[expected : expected + count])
+            form.decode(*_open(part, form, first, count), values)
         except UpdateError as error:
             raise UpdateError(f"part {index} {error}") from error
-        expected += count
-    if expected != len(out):
-        raise UpdateError(f"the parts hold {expected} values, expected {len(out)}")
+        yield first, values
+        first += count
+    if first != numel:
+        raise UpdateError(f"the parts hold {first} values, expected {numel}")
 
 
 def _bin_header(length: int) -> bytes:

@@ -16,6 +16,7 @@ from fedmoe.layout import MAX_STRING_BYTES, Layout
 from fedmoe.staleness import Decay
 
 SPEC_FORMAT = 1
+DEFAULT_WIRE_FORMAT = "int4"
 DEFAULT_BASE_MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
 ALL_LINEAR = "all-linear"
 
@@ -123,7 +124,7 @@ class Spec:
     lora: LoraSettings = field(default_factory=LoraSettings)
     merge: MergeRules = field(default_factory=MergeRules)
     training: TrainingSettings = field(default_factory=TrainingSettings)
-    wire_format: str = "fp32"
+    wire_format: str = DEFAULT_WIRE_FORMAT
     sync_interval_s: float = 10.0
     init_seed: int = 0
 

@@ -42,9 +42,8 @@ class Outgoing:
         """(run, seq)."""
         return self.header.id
 
-    def values(self, numel: int) -> torch.Tensor:
-        """Δ (numel,) fp32 as the aggregator decodes it."""
-        out = torch.empty(numel)
+    def decode(self, out: torch.Tensor) -> torch.Tensor:
+        """Δ as the aggregator decodes it, in `out` (numel,) fp32; returns that."""
         decode(self.parts, self.header.wire_format, out)
         return out
 
@@ -145,6 +144,11 @@ class Ledger:
     kept: list[Outgoing] = field(default_factory=list)
     keep_decided_s: float = 60.0
     keep_decided_bytes: int = 256 * 1024 * 1024
+    # Fresh memory as large as an adapter costs more than what is done in it.
+    _scratch: torch.Tensor = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self._scratch = torch.empty(len(self.base))
 
     @property
     def head(self) -> UpdateId | None:
@@ -155,12 +159,14 @@ class Ledger:
         """Sum of the undecided updates (numel,) fp32."""
         total = torch.zeros_like(self.base)
         for update in self.queue:
-            total += update.values(len(total))
+            total += update.decode(self._scratch)
         return total
 
     def progress(self, local: torch.Tensor) -> torch.Tensor:
-        """Local − base − pending, (numel,) fp32."""
-        return local - self.base - self.pending()
+        """Local − base − pending, (numel,) fp32; the next call overwrites it."""
+        if self.queue:
+            local = local - self.pending()
+        return torch.sub(local, self.base, out=self._scratch)
 
     def cut(self, local: torch.Tensor, trained: Trained, *, wire_format: str, fingerprint: str) -> Outgoing:
         """Make progress the next update and append it to the queue."""
@@ -258,7 +264,7 @@ class Ledger:
         for update in (*self.queue, *queue):
             if correction is not None and (update.id in old) != (update.id in new):
                 sign = 1.0 if update.id in new else -1.0
-                correction.add_(update.values(len(correction)), alpha=sign)
+                correction.add_(update.decode(self._scratch), alpha=sign)
         self.base, self.meta, self.kept, self.queue = target, meta, kept, queue
         return correction
 

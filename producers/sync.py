@@ -24,7 +24,6 @@ from fedmoe.errors import (
     SpecError,
     UnknownExpertError,
 )
-from fedmoe.layout import values_of
 from fedmoe.records import HEARTBEAT_TTL_S, Meta
 from fedmoe.spec import Spec
 from fedmoe.store.worker import Poll, WorkerStore
@@ -36,7 +35,7 @@ from producers.ledger import Change, Ledger, Trained
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_INTERVAL_S = 5.0
-FIRST_POLL_S = 0.02
+FIRST_POLL_S = 0.01
 LONGEST_POLL_S = 1.0
 LAST_SAVE_S = 10.0
 NO_ENTRY = "0-1"  # an id that no entry has
@@ -301,10 +300,9 @@ class Sync:
 
     def _pull(self) -> None:
         """Read the expert and one's own decision, settle the books, hand the correction to the training."""
-        snapshot = self._store.pull(known=self.ledger.meta.weights_commit)
+        snapshot = self._store.pull(self._spec, known=self.ledger.meta.weights_commit)
         self._check_still_welcome(snapshot.meta)
-        weights = None if snapshot.weights is None else values_of(self._spec.layout, snapshot.weights)
-        change = self.ledger.observe(snapshot.meta, weights, snapshot.decided, now=self._clock())
+        change = self.ledger.observe(snapshot.meta, snapshot.weights, snapshot.decided, now=self._clock())
         steps = self._exchange.steps_left
         self._exchange.correct(change)
         self._entry = None  # of another update, or of a history that is no longer so

@@ -20,7 +20,6 @@ import torch
 from fedmoe.data.examples import make_examples, padding_id
 from fedmoe.data.jsonl import Rows, read_rows
 from fedmoe.errors import FedMoEError, RedisUnavailableError, SettingsError, StoppedError
-from fedmoe.layout import values_of
 from fedmoe.model.adapter import attach_adapter
 from fedmoe.model.base import (
     check_structure,
@@ -244,9 +243,9 @@ class Worker:
             return saved.ledger, saved.trained
         # Before the pull: an update of an earlier run that is decided after it then is of an earlier epoch.
         epoch = self._joining.patiently(self._store.next_epoch)
-        snapshot = self._joining.patiently(lambda: self._store.pull(known=""))
-        assert snapshot.weights is not None
-        base = values_of(spec.layout, snapshot.weights)
+        snapshot = self._joining.patiently(lambda: self._store.pull(spec, known=""))
+        base = snapshot.weights
+        assert base is not None
         with torch.no_grad():
             trainer.flat.copy_(base)
         start = snapshot.decided.id if snapshot.decided else None

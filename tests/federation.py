@@ -58,13 +58,17 @@ def first_meta(spec: Spec, **changes: object) -> Meta:
 
 
 def make_expert(
-    connection: Connection, name: str = "sql_expert", spec: Spec | None = None, **meta: object
+    connection: Connection,
+    name: str = "sql_expert",
+    spec: Spec | None = None,
+    weights: torch.Tensor | None = None,
+    **meta: object,
 ) -> Expert:
-    """Create an expert with weights 0, 1, 2, … and load it."""
+    """Create an expert with weights 0, 1, 2, … (or others) and load it."""
     spec = spec or small_spec()
     store = ExpertStore(connection, name)
     buffer = AdapterBuffer(spec.layout)
-    buffer.flat.copy_(torch.arange(spec.layout.numel))
+    buffer.flat.copy_(torch.arange(spec.layout.numel) if weights is None else weights)
     store.create(spec, first_meta(spec, **meta), buffer.file, gateway_weight=1.0)
     expert = Expert(store, spec, aggregator="test")
     expert.load()
@@ -84,19 +88,14 @@ class ScriptedWorker:
     ) -> None:
         self.store = WorkerStore(connection, expert, name)
         self.spec = spec
-        snapshot = self.store.pull(known="")
+        snapshot = self.store.pull(spec, known="")
         assert snapshot.weights is not None
-        self.local = self._flat(snapshot.weights)
+        self.local = snapshot.weights.clone()
         start = snapshot.decided.id if snapshot.decided else None
         run = make_run(self.store.next_epoch(), secrets.token_hex(4))
         self.ledger = Ledger(base=self.local.clone(), meta=snapshot.meta, run=run, start=start)
         self.now = 0.0
         self.fingerprint = fingerprint
-
-    def _flat(self, file: bytes) -> torch.Tensor:
-        buffer = AdapterBuffer(self.spec.layout)
-        buffer.load(file)
-        return buffer.flat.clone()
 
     def train(self, amount: float | torch.Tensor) -> None:
         """Change the local adapter."""
@@ -128,9 +127,8 @@ class ScriptedWorker:
     def pull(self) -> Change:
         """Pull and settle."""
         self.now += 1.0
-        snapshot = self.store.pull(known=self.ledger.meta.weights_commit)
-        weights = None if snapshot.weights is None else self._flat(snapshot.weights)
-        change = self.ledger.observe(snapshot.meta, weights, snapshot.decided, now=self.now)
+        snapshot = self.store.pull(self.spec, known=self.ledger.meta.weights_commit)
+        change = self.ledger.observe(snapshot.meta, snapshot.weights, snapshot.decided, now=self.now)
         if change.correction is not None:
             self.local = change.correction.clone() if change.replace else self.local + change.correction
         return change

@@ -173,7 +173,7 @@ class BackupStore:
         pipe.hset(keys.meta, mapping={**state.meta, b"commit": commit, b"weights_commit": commit})
         if state.applied:
             pipe.hset(keys.applied, mapping=state.applied)
-        pipe.unlink(keys.lost, keys.memory)
+        pipe.unlink(keys.packed, keys.lost, keys.memory)
         for key, lines in ((keys.log, state.log), (keys.dead, state.dead)):
             for entry_id, fields in lines:
                 pipe.xadd(key, fields, id=entry_id)

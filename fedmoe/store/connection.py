@@ -7,7 +7,7 @@ remembers something about the server compares it before relying on that memory.
 
 import logging
 import socket
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +26,7 @@ from fedmoe.store.url import DEFAULT_URL, SentinelURL, check, shown, unusable
 
 _BUFFER_CUTOFF = 6000  # bytes; smaller pieces of a command are joined before they are sent
 MAX_SECONDS = 86_400
+Command = Sequence[str | int]
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +87,43 @@ class Connection:
         """Raise RedisUnavailableError unless Redis answers."""
         with self.errors():
             self.client.ping()
+
+    def stream(self, commands: Sequence[Command], *, ahead: int = 4) -> Generator[Any, None, None]:
+        """The replies in order, each read when it is asked for, while those of the next `ahead` commands arrive.
+
+        So the work on one overlaps with the arrival of the next, and neither side holds more than a few. Closed early,
+        it takes in what is on its way. A refused command's reply is its ResponseError.
+
+        Raises:
+            redis.RedisError: if the connection breaks.
+        """
+        pool = self.client.connection_pool
+        connection = pool.get_connection()
+        sent = read = 0
+
+        def next_reply() -> Any:
+            nonlocal read
+            read += 1
+            try:
+                return connection.read_response()
+            except redis.ResponseError as error:
+                return error
+
+        try:
+            while read < len(commands):
+                for command in commands[sent : read + ahead]:
+                    connection.send_command(*command)
+                    sent += 1
+                yield next_reply()
+        except GeneratorExit:
+            while read < sent:
+                next_reply()
+            raise
+        except BaseException:
+            connection.disconnect()  # else the next command would get a reply of these
+            raise
+        finally:
+            pool.release(connection)
 
     def close(self) -> None:
         """Close the connection; a later command makes a new one."""

@@ -8,7 +8,8 @@ may write.
 import logging
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,6 +67,7 @@ class Commit:
     generation: int
     meta: Meta
     weights: memoryview | None = None
+    packed: bytes | None = None
     applied: dict[str, Decided] = field(default_factory=dict)
     log: list[Mapping[str, str | int | float]] = field(default_factory=list)
     dead: list[Mapping[str, str | int | float]] = field(default_factory=list)
@@ -152,7 +154,7 @@ class ExpertStore:
                         pipe.xadd(keys.log, dict(log))
                     else:
                         pipe.unlink(keys.log, keys.dead)  # of a history that has no part in a new expert's
-                    pipe.unlink(keys.lost, keys.memory)
+                    pipe.unlink(keys.packed, keys.lost, keys.memory)
                     pipe.execute()
                 except redis.WatchError:
                     return False
@@ -247,8 +249,8 @@ class ExpertStore:
                 if start in (b"0-0", "0-0"):
                     return entries
 
-    def read(self, *, block_ms: int, count: int) -> list[Entry]:
-        """Entries that nobody has read yet; waits up to block_ms for the first."""
+    def read(self, *, block_ms: int | None, count: int) -> list[Entry]:
+        """Entries that nobody has read yet; waits up to block_ms for the first, None is not at all."""
         with self.connection.errors():
             reply = self._redis.xreadgroup(
                 GROUP, CONSUMER, {self.keys.updates: ">"}, count=count, block=block_ms
@@ -287,26 +289,34 @@ class ExpertStore:
                     found[worker] = lineage
         return found
 
-    def header(self, worker: str, run: str, seq: int) -> bytes | None:
-        """The header of an update, None if there is none; never more than MAX_HEADER_BYTES + 1 bytes."""
+    def headers(self, updates: Sequence[tuple[str, str, int]]) -> list[bytes]:
+        """The headers of updates (worker, run, seq), b"" if there is none; each at most MAX_HEADER_BYTES + 1 bytes."""
+        if not updates:
+            return []
         with self.connection.errors(), self._redis.pipeline(transaction=False) as pipe:
-            pipe.getrange(self.keys.head(worker, run, seq), 0, MAX_HEADER_BYTES)
-            (header,) = _absent_if_wrong_type(pipe.execute(raise_on_error=False))
-        return header or None
+            for update in updates:
+                pipe.getrange(self.keys.head(*update), 0, MAX_HEADER_BYTES)
+            return [_absent_if_wrong_type(reply) for reply in pipe.execute(raise_on_error=False)]
 
     def heartbeat_field(self, worker: str, name: str) -> str | None:
         """One field of a worker's heartbeat."""
         with self.connection.errors(), self._redis.pipeline(transaction=False) as pipe:
             pipe.hget(self.keys.worker(worker), name)
-            (value,) = _absent_if_wrong_type(pipe.execute(raise_on_error=False))
+            value = _absent_if_wrong_type(pipe.execute(raise_on_error=False)[0])
         return value.decode(errors="backslashreplace") if value else None
 
-    def parts(self, worker: str, run: str, seq: int, parts: Sequence[Part]) -> list[bytes]:
-        """The payload, as far as it is there: b"" for a missing part, never more than announced + 1 byte."""
-        with self.connection.errors(), self._redis.pipeline(transaction=False) as pipe:
-            for index, part in enumerate(parts):
-                pipe.getrange(self.keys.part(worker, run, seq, index), 0, part.length)
-            return _absent_if_wrong_type(pipe.execute(raise_on_error=False))
+    def parts(self, worker: str, run: str, seq: int, parts: Sequence[Part]) -> Generator[bytes, None, None]:
+        """The payload, part by part: b"" for one that is missing, never more than announced + 1 byte.
+
+        Not to be used beside another method: the next parts are on their way. Close it.
+        """
+        commands = [
+            ("GETRANGE", self.keys.part(worker, run, seq, index), 0, part.length)
+            for index, part in enumerate(parts)
+        ]
+        with self.connection.errors(), closing(self.connection.stream(commands)) as replies:
+            for reply in replies:
+                yield _absent_if_wrong_type(reply)
 
     def payload_keys(self, worker: str, run: str, seq: int, n_parts: int) -> list[str]:
         """The keys of an update's header and parts."""
@@ -359,6 +369,8 @@ class ExpertStore:
         keys = self.keys
         if commit.weights is not None:
             pipe.set(keys.weights, commit.weights)
+        if commit.packed is not None:
+            pipe.set(keys.packed, commit.packed)
         pipe.hset(keys.meta, mapping=commit.meta.to_hash())
         if commit.applied:
             pipe.hset(keys.applied, mapping={worker: d.to_json() for worker, d in commit.applied.items()})
@@ -373,9 +385,10 @@ class ExpertStore:
             pipe.unlink(*commit.unlink[first : first + _UNLINK_AT_ONCE])
 
 
-def _absent_if_wrong_type(replies: Sequence[Any]) -> list[Any]:
-    """Replies about keys that a worker may write: one of the wrong type is as good as missing, it must stop nobody."""
-    for reply in replies:
-        if isinstance(reply, Exception) and "WRONGTYPE" not in str(reply):
-            raise reply
-    return [b"" if isinstance(reply, Exception) else reply for reply in replies]
+def _absent_if_wrong_type(reply: Any) -> Any:
+    """A reply about a key that a worker may write: one of the wrong type is as good as missing, it must stop nobody."""
+    if not isinstance(reply, Exception):
+        return reply
+    if "WRONGTYPE" not in str(reply):
+        raise reply
+    return b""

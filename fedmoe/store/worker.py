@@ -8,8 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import redis
+import torch
 
 from fedmoe.errors import LostExpertError, RedisUnavailableError, UnknownExpertError
+from fedmoe.layout import values_of
+from fedmoe.packed import EXACT, unpack
 from fedmoe.records import Decided, Meta
 from fedmoe.spec import Spec
 from fedmoe.store.connection import Connection
@@ -30,12 +33,12 @@ class NoExpertsError(UnknownExpertError):
 class Snapshot:
     """An expert and one's own last decided update, read in one MULTI.
 
-    `weights` is the safetensors file, or None if the weights are those the caller has already.
+    `weights` (numel,) fp32, perhaps read-only; None if they are those the caller has already.
     """
 
     meta: Meta
     decided: Decided | None
-    weights: bytes | None
+    weights: torch.Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,16 +89,28 @@ class WorkerStore:
             raise LostExpertError(self.expert)
         return Meta.from_hash(raw)
 
-    def pull(self, *, known: str) -> Snapshot:
-        """Read meta and one's own decision, with the weights if their commit is not `known`, in one MULTI."""
+    def pull(self, spec: Spec, *, known: str) -> Snapshot:
+        """Read meta and one's own decision, with the weights if their commit is not `known`, in one MULTI.
+
+        Raises:
+            SpecError: if the weights are not those of an adapter of `spec`.
+        """
         reads = (("hgetall", self.keys.meta), ("hget", self.keys.applied, self.worker))
         with self.connection.errors():
             raw, decided = read_together(self._redis, *reads)
             if self._meta(raw).weights_commit == known:
                 return Snapshot(self._meta(raw), Decided.from_json(decided) if decided else None, None)
-            raw, decided, weights = read_together(self._redis, *reads, ("get", self.keys.weights))
-        if weights is None:
+            if spec.wire_format != EXACT:
+                raw, decided, packed = read_together(self._redis, *reads, ("get", self.keys.packed))
+                meta = self._meta(raw)
+                weights = None if packed is None else unpack(packed, spec, meta.weights_commit)
+                if weights is not None:
+                    return Snapshot(meta, Decided.from_json(decided) if decided else None, weights)
+            # Nothing was applied yet, or the expert was restored: nobody has packed these weights.
+            raw, decided, file = read_together(self._redis, *reads, ("get", self.keys.weights))
+        if file is None:
             raise UnknownExpertError(f"the weights of expert {self.expert!r} are gone from Redis")
+        weights = values_of(spec.layout, file)
         return Snapshot(self._meta(raw), Decided.from_json(decided) if decided else None, weights)
 
     def poll(self, entry_id: str, header: Header) -> Poll:

@@ -105,7 +105,7 @@ def connect_uncounted(connection: Connection, client: Any) -> None:
 class TrustsEntries(Expert):
     """`prev` and `base_version` are taken from the stream entry, if they stand there."""
 
-    def _decide(self, bell: Doorbell, entry: Entry, delta: Any, commit: Commit) -> Verdict | None:
+    def _decide(self, bell: Doorbell, raw: bytes, entry: Entry, commit: Commit) -> Verdict | None:
         def judge(header: Header, head: Decided | None, meta: Meta, spec: Spec) -> Verdict:
             said = entry.fields
             header = replace(header, base_version=int(said.get("base_version", header.base_version)))
@@ -115,14 +115,14 @@ class TrustsEntries(Expert):
             return judge_header(header, head, meta, spec)
 
         with patch.object(consumers.expert, "judge_header", judge):
-            return super()._decide(bell, entry, delta, commit)
+            return super()._decide(bell, raw, entry, commit)
 
 
 class RefusesWhatIsNotWhole(Expert):
     """A missing or damaged header or part is a reason to refuse."""
 
-    def _decide(self, bell: Doorbell, entry: Entry, delta: Any, commit: Commit) -> Verdict | None:
-        verdict = super()._decide(bell, entry, delta, commit)
+    def _decide(self, bell: Doorbell, raw: bytes, entry: Entry, commit: Commit) -> Verdict | None:
+        verdict = super()._decide(bell, raw, entry, commit)
         if not verdict or verdict.outcome is not Outcome.UNDECIDABLE:
             return verdict
         if not verdict.reason.endswith(("missing", "damaged")):
@@ -178,8 +178,8 @@ class GatewayByMemory(GatewayBuilder):
 class PullsIfNewer(WorkerStore):
     """Weights are pulled when their version is higher than the base's."""
 
-    def pull(self, *, known: str) -> Snapshot:
-        snapshot = super().pull(known="")
+    def pull(self, spec: Spec, *, known: str) -> Snapshot:
+        snapshot = super().pull(spec, known="")
         version = snapshot.meta.version
         newer = not known or version > int(known.removeprefix("version "))
         meta = replace(snapshot.meta, weights_commit=f"version {version}")

@@ -271,6 +271,7 @@ class World:
             layout=LAYOUT,
             lora=LoraSettings(rank=2, alpha=4.0),
             merge=merge,
+            wire_format="fp32",  # units are counted to the bit
         )
         self._write_expert()
 

@@ -58,7 +58,7 @@ def test_an_unknown_name_is_one_sentence(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr == (
         "ops/bench.sh: there is no benchmark 'speed': choose among wire, machine, throughput, latency, growth, "
-        "overlap, flower\n"
+        "overlap, quality, flower\n"
     )
     assert not done.stdout
 

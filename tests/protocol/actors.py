@@ -7,7 +7,7 @@ the request that comes next.
 """
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from fedmoe.layout import Layout
 from fedmoe.records import Decided, Meta
 from fedmoe.spec import MergeRules, Spec
 from fedmoe.staleness import Decay
-from fedmoe.store.connection import Connection, RedisSettings
+from fedmoe.store.connection import Command, Connection, RedisSettings
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.worker import WorkerStore
 from tests.protocol.world import FOR_PEOPLE, KEYS, NAME, Client, Db, Port, Reply, Request, Suspended
@@ -34,7 +34,8 @@ Values = tuple[float, ...]
 def make_spec(workers: int, units: int, max_staleness: int, max_norm: float) -> Spec:
     """One value for each (worker, unit of training); every applied update weighs 1, so values stay whole."""
     merge = MergeRules(decay=Decay(kind="constant"), max_staleness=max_staleness, max_norm=max_norm)
-    return Spec(base_model="m", base_config={}, layout=Layout.of([("x", (workers * units,))]), merge=merge)
+    layout = Layout.of([("x", (workers * units,))])
+    return Spec(base_model="m", base_config={}, layout=layout, merge=merge, wire_format="fp32")
 
 
 def first_db(spec: Spec) -> Db:
@@ -62,6 +63,10 @@ class ModelConnection(Connection):
     def generation(self) -> int:  # type: ignore[override]
         """Connections made since the turn began."""
         return self.client.port.generation if self._counts else 0
+
+    def stream(self, commands: Sequence[Command], *, ahead: int = 4) -> Generator[Any, None, None]:
+        """As one request."""
+        yield from self.client.port.ask(Request(tuple(commands)))
 
 
 class TurnOver(BaseException):

@@ -13,7 +13,7 @@ from consumers.decide import Outcome, Verdict, judge_header, judge_payload
 from consumers.doorbell import Doorbell
 from consumers.expert import Expert
 from fedmoe.errors import LostExpertError, RefusedError
-from fedmoe.layout import AdapterBuffer
+from fedmoe.layout import AdapterBuffer, values_of
 from fedmoe.records import Decided, Entry, Meta
 from fedmoe.spec import Spec
 from fedmoe.store.expert import Commit, ExpertStore, Loaded
@@ -54,7 +54,7 @@ class WritesBackFolded(Expert):
     """What was folded since the last commit goes back to an emptied server, too."""
 
     def _revert(self, meta: Meta, applied: dict[str, Decided]) -> None:
-        pass
+        self.buffer = self._folded
 
 
 class TornLoad(ExpertStore):
@@ -85,8 +85,8 @@ class BareRemoval(Expert):
 class DuplicateDecides(Expert):
     """A duplicate is noted as the worker's last decision."""
 
-    def _decide(self, bell: Doorbell, entry: Entry, delta: Any, commit: Commit) -> Verdict | None:
-        verdict = super()._decide(bell, entry, delta, commit)
+    def _decide(self, bell: Doorbell, raw: bytes, entry: Entry, commit: Commit) -> Verdict | None:
+        verdict = super()._decide(bell, raw, entry, commit)
         if verdict and verdict.outcome is Outcome.DUPLICATE:
             head = replace(self.applied[bell.worker], how="duplicate")
             self.applied[bell.worker] = commit.applied[bell.worker] = head
@@ -96,17 +96,17 @@ class DuplicateDecides(Expert):
 class TornPull(WorkerStore):
     """Weights and one's own decision are read one after the other."""
 
-    def pull(self, *, known: str) -> Snapshot:
-        weights = self._redis.get(self.keys.weights)
-        snapshot = super().pull(known=known)
-        return replace(snapshot, weights=weights if snapshot.weights else None)
+    def pull(self, spec: Spec, *, known: str) -> Snapshot:
+        weights = values_of(spec.layout, self._redis.get(self.keys.weights))
+        snapshot = super().pull(spec, known=known)
+        return replace(snapshot, weights=weights if snapshot.weights is not None else None)
 
 
 class PullByVersion(WorkerStore):
     """Equal version numbers are taken for equal weights."""
 
-    def pull(self, *, known: str) -> Snapshot:
-        snapshot = super().pull(known="")
+    def pull(self, spec: Spec, *, known: str) -> Snapshot:
+        snapshot = super().pull(spec, known="")
         meta = replace(snapshot.meta, weights_commit=f"version {snapshot.meta.version}")
         return replace(
             snapshot, meta=meta, weights=None if meta.weights_commit == known else snapshot.weights

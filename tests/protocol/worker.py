@@ -14,7 +14,6 @@ import torch
 
 import producers.sync
 from fedmoe.errors import UnknownExpertError
-from fedmoe.layout import values_of
 from fedmoe.records import Meta
 from fedmoe.spec import Spec
 from fedmoe.store.worker import WorkerStore
@@ -233,7 +232,7 @@ class Worker:
             unit
             for u in ledger.kept
             if u.id in exchange.told
-            for unit in self._units(u.values(len(ledger.base)))
+            for unit in self._units(u.decode(torch.empty(len(ledger.base))))
         }
         memory = memory._replace(
             entry=sync._entry,
@@ -256,9 +255,9 @@ class Worker:
             return memory._replace(
                 books=books, local=local, trained=trained, position=position, must_pull=bool(books.seq)
             )
-        snapshot = store.pull(known="")
+        snapshot = store.pull(self._spec, known="")
         assert snapshot.weights is not None
-        base = _values(values_of(self._spec.layout, snapshot.weights))
+        base = _values(snapshot.weights)
         start = snapshot.decided.id if snapshot.decided else None
         epoch, nonce = max(memory.epoch, start.epoch + 1 if start else 1), f"{memory.starts:08x}"
         run = make_run(epoch, nonce) if self._rules.new_run_at_start else make_run(1, "0" * 8)

@@ -12,7 +12,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from consumers.decide import Outcome, Verdict, judge_payload
+from consumers.decide import Outcome, Verdict, Workspace, judge_payload
 from fedmoe.codec import BLOCK, FORMATS, decode, encode, part_count
 from fedmoe.errors import UpdateError
 from fedmoe.layout import Layout
@@ -139,9 +139,9 @@ def test_fifty_rounds_lose_nothing(seed: int, numel: int, wire_format: str) -> N
         trained = trained + delta.double()
         local = local + delta
         update = ledger.cut(local, Trained(steps=1), wire_format=wire_format, fingerprint="f")
-        sent += update.values(numel)
+        sent += update.decode(torch.empty(numel))
         applied = Decided(id=update.id, how="applied", version=number + 1)
-        change = ledger.observe(meta, ledger.base + update.values(numel), applied, now=0.0)
+        change = ledger.observe(meta, ledger.base + update.decode(torch.empty(numel)), applied, now=0.0)
         local += change.correction
     remains = ledger.progress(local)
     assert (sent + remains - trained).abs().max() < 1e-5
@@ -188,7 +188,8 @@ def test_non_finite_values_are_refused(wire_format: str, poison: float, place: i
     spec = small_spec(layout=Layout.of([("a", (SMALL,))]), wire_format=wire_format)
     ledger = Ledger(base=torch.zeros(SMALL), meta=first_meta(spec), run=make_run(1, "00000001"))
     update = ledger.cut(flat, Trained(steps=1), wire_format=wire_format, fingerprint="f")
-    verdict = judge_payload(update.header, Verdict(Outcome.APPLIED), update.parts, spec, torch.empty(SMALL))
+    space = Workspace(torch.zeros(SMALL), torch.empty(SMALL), torch.empty(SMALL))
+    verdict = judge_payload(update.header, Verdict(Outcome.APPLIED), update.parts, spec, space)
     assert verdict.outcome is Outcome.REFUSED
     assert "not finite (NaN or infinity)" in verdict.reason
 

@@ -78,7 +78,7 @@ class Books(RuleBasedStateMachine):
         if refuse:
             self.refused |= set(self.in_cut[update.id])
         else:
-            self.weights = self.weights + update.values(2 * UNITS)
+            self.weights = self.weights + update.decode(torch.empty(2 * UNITS))
             self.refused -= set(self.in_cut[update.id])
         self.head = decision(update.id, "refused" if refuse else "applied")
         self.commit()
@@ -164,7 +164,7 @@ def test_what_quantisation_loses_stays_in_progress() -> None:
     ledger = fresh(64)
     local = torch.linspace(0.1, 1.0, 64)
     update = ledger.cut(local, Trained(steps=1), wire_format="int8", fingerprint="f")
-    error = local - update.values(64)
+    error = local - update.decode(torch.empty(64))
     assert error.abs().max() > 0
     assert torch.equal(ledger.progress(local), error)
 

@@ -1,0 +1,54 @@
+"""The weights as workers pull them: what an expert has learned so far, W − W⁰, encoded as updates are. Pure.
+
+Encoding the weights themselves would blur the initialisation, whose values never move far; their difference to it is
+small where little was learned, and so is its error, at most half a step of each block of 64. A worker's base is then
+W⁰ + what it decoded: it trains from there, and what it publishes is relative to that. The error is neither summed up
+nor sent: the aggregator's own weights are exact, and every commit packs them anew.
+
+In format fp32 nothing is packed: workers pull the weights themselves.
+"""
+
+import logging
+from functools import lru_cache
+from typing import Any
+
+import msgpack
+import torch
+
+from fedmoe.codec import decode, encode
+from fedmoe.layout import Layout
+from fedmoe.lora_init import initial_weights
+from fedmoe.spec import Spec
+from fedmoe.update import MAX_PARTS
+
+EXACT = "fp32"
+
+logger = logging.getLogger(__name__)
+
+
+@lru_cache(maxsize=4)
+def _initial(layout: Layout, seed: int) -> torch.Tensor:
+    return initial_weights(layout, seed)
+
+
+def pack(weights: torch.Tensor, spec: Spec, commit: str, scratch: torch.Tensor) -> bytes:
+    """Encode an expert's weights (numel,) fp32 of this `weights_commit`; `scratch`, as large, is overwritten."""
+    torch.sub(weights, _initial(spec.layout, spec.init_seed), out=scratch)
+    return bytes(msgpack.packb({"weights_commit": commit, "parts": list(encode(scratch, spec.wire_format))}))
+
+
+def unpack(content: bytes, spec: Spec, commit: str) -> torch.Tensor | None:
+    """The weights (numel,) fp32 of this `weights_commit`, as every worker decodes them.
+
+    None if they are of another commit (the expert was restored), or not packed weights at all: the exact ones serve.
+    """
+    try:
+        packed: Any = msgpack.unpackb(content, max_array_len=MAX_PARTS, max_map_len=2)
+        if packed["weights_commit"] != commit:
+            return None
+        weights = torch.empty(spec.layout.numel)
+        decode(packed["parts"], spec.wire_format, weights)
+    except Exception as error:  # msgpack raises half a dozen unrelated types on garbage
+        logger.warning("somebody overwrote the packed weights (%s); pulling the exact ones", error)
+        return None
+    return weights.add_(_initial(spec.layout, spec.init_seed))

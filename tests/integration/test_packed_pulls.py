@@ -1,0 +1,157 @@
+"""Pulls in a lossy format: what workers stand on is what they decoded, what Redis holds stays exact."""
+
+import pytest
+import torch
+
+from consumers.expert import Expert
+from fedmoe.codec import FORMATS
+from fedmoe.layout import values_of
+from fedmoe.lora_init import initial_weights
+from fedmoe.packed import pack
+from fedmoe.store.connection import Connection
+from tests.federation import LAYOUT, ScriptedWorker, make_expert, serve, small_spec
+from tests.strategies import randn
+
+LOSSY = sorted(FORMATS.keys() - {"fp32"})
+
+
+def exact(expert: Expert) -> torch.Tensor:
+    """The weights as Redis holds them."""
+    return values_of(LAYOUT, expert.store.load().weights)
+
+
+def begin(connection: Connection, wire_format: str) -> Expert:
+    return make_expert(
+        connection, spec=small_spec(wire_format=wire_format), weights=initial_weights(LAYOUT, 0)
+    )
+
+
+@pytest.mark.parametrize("wire_format", LOSSY)
+def test_books_balance_on_blurred_weights(connection: Connection, wire_format: str) -> None:
+    """Local = base + progress, with the packed weights as base and what the format rounded away as progress."""
+    expert = begin(connection, wire_format)
+    alice, bob = (ScriptedWorker(connection, expert.spec, name) for name in ("alice", "bob"))
+    weights = exact(expert).clone()
+    for round_ in range(5):
+        for number, worker in enumerate((alice, bob)):
+            worker.push(randn(10 * round_ + number, LAYOUT.numel) * 0.01)
+        sent = [worker.ledger.queue[0].decode(torch.empty(LAYOUT.numel)) for worker in (alice, bob)]
+        rest = [worker.ledger.progress(worker.local).clone() for worker in (alice, bob)]
+        assert serve(expert) == ["applied", "applied"]
+        weights.add_(sent[0], alpha=1.0).add_(sent[1], alpha=0.5)
+        assert torch.equal(exact(expert), weights)
+        for worker, progress in zip((alice, bob), rest, strict=True):
+            worker.pull()
+            assert not torch.equal(worker.ledger.base, weights)
+            assert torch.allclose(worker.ledger.base, weights, atol=0.05)
+            assert torch.allclose(worker.local, worker.ledger.base + progress, atol=1e-6)
+        assert torch.equal(alice.ledger.base, bob.ledger.base)
+
+
+@pytest.mark.parametrize("wire_format", LOSSY)
+def test_who_joins_stands_where_the_others_stand(connection: Connection, wire_format: str) -> None:
+    """A pull is a function of the commit."""
+    expert = begin(connection, wire_format)
+    alice = ScriptedWorker(connection, expert.spec, "alice")
+    assert torch.equal(alice.local, exact(expert))  # nothing was committed, so nothing was packed
+    alice.push(randn(1, LAYOUT.numel) * 0.01)
+    serve(expert)
+    alice.pull()
+    assert torch.equal(ScriptedWorker(connection, expert.spec, "bob").local, alice.ledger.base)
+
+
+def test_fp32_packs_nothing(connection: Connection) -> None:
+    """Workers pull the weights themselves, to the bit."""
+    expert = begin(connection, "fp32")
+    alice = ScriptedWorker(connection, expert.spec, "alice")
+    alice.push(randn(1, LAYOUT.numel))
+    serve(expert)
+    alice.pull()
+    assert torch.equal(alice.local, exact(expert))
+    assert not connection.client.exists(expert.store.keys.packed)
+
+
+def test_commit_without_new_weights_packs_nothing(connection: Connection) -> None:
+    """A refusal changes no weights, and the packed ones stay those of their commit."""
+    expert = begin(connection, "int4")
+    alice = ScriptedWorker(connection, expert.spec, "alice")
+    alice.push(0.01)
+    serve(expert)
+    alice.pull()
+    before = connection.client.get(expert.store.keys.packed)
+    alice.push(torch.full((LAYOUT.numel,), 1e6))
+    assert serve(expert) == ["refused"]
+    assert connection.client.get(expert.store.keys.packed) == before
+    assert torch.equal(ScriptedWorker(connection, expert.spec, "bob").local, alice.ledger.base)
+
+
+@pytest.mark.parametrize("garbage", [b"", b"garbage", b"\xc0"])
+def test_packed_weights_that_somebody_overwrote_stop_nobody(
+    connection: Connection, garbage: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The exact ones serve, and it is said."""
+    expert = begin(connection, "int4")
+    alice = ScriptedWorker(connection, expert.spec, "alice")
+    alice.push(0.01)
+    serve(expert)
+    connection.client.set(expert.store.keys.packed, garbage)
+    alice.pull()
+    assert torch.equal(alice.ledger.base, exact(expert))
+    assert "somebody overwrote the packed weights" in caplog.text
+
+
+def test_packed_weights_of_another_commit_are_not_taken(connection: Connection) -> None:
+    """As a restore or a writing back leaves them."""
+    expert = begin(connection, "int4")
+    alice = ScriptedWorker(connection, expert.spec, "alice")
+    alice.push(0.01)
+    serve(expert)
+    stale = pack(torch.full((LAYOUT.numel,), 9.0), expert.spec, "0" * 16, torch.empty(LAYOUT.numel))
+    connection.client.set(expert.store.keys.packed, stale)
+    alice.pull()
+    assert torch.equal(alice.ledger.base, exact(expert))
+
+
+def test_refused_update_in_a_batch_leaves_no_trace(connection: Connection) -> None:
+    """Folded half way and then refused, between two that are applied: weights of a run without it, to the bit."""
+    expert = begin(connection, "fp32")
+    workers = [ScriptedWorker(connection, expert.spec, name) for name in ("a", "b", "c", "d")]
+    weights = exact(expert).clone()
+    deltas = [randn(n, LAYOUT.numel) for n in range(4)]
+    deltas[1][-1] = torch.nan
+    for worker, delta in zip(workers, deltas, strict=True):
+        worker.push(delta)
+    sent = [worker.ledger.queue[0].decode(torch.empty(LAYOUT.numel)) for worker in workers]
+    assert serve(expert) == ["applied", "refused", "applied", "applied"]
+    for staleness, number in enumerate((0, 2, 3)):
+        weights.add_(sent[number], alpha=1 / (1 + staleness))
+    assert torch.equal(exact(expert), weights)
+
+
+def test_batch_that_fails_leaves_memory_as_it_was(
+    connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second update cannot be read: memory is that of the last commit, and the batch can be done again."""
+    expert = begin(connection, "int4")
+    before = exact(expert).clone()
+    alice, bob = (ScriptedWorker(connection, expert.spec, name) for name in ("alice", "bob"))
+    alice.push(0.01)
+    bob.push(0.02)
+    entries = expert.store.read(block_ms=10, count=10)
+    parts = expert.store.parts
+
+    def fails_for_bob(worker: str, *rest: object) -> object:
+        if worker == "bob":
+            raise OSError("cut")
+        return parts(worker, *rest)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(expert.store, "parts", fails_for_bob)
+        with pytest.raises(OSError, match="cut"):
+            expert.process(entries)
+    assert torch.equal(expert.buffer.flat, before)
+    assert expert.meta.version == 0
+    assert not expert.applied
+    assert [verdict.outcome.value for verdict in expert.process(entries)] == ["applied", "applied"]
+    assert torch.equal(expert.buffer.flat, exact(expert))
+    assert expert.meta.version == 2

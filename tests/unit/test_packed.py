@@ -1,0 +1,87 @@
+"""fedmoe.packed: what a worker's base loses, and that whatever else lies under that key is told from it."""
+
+from typing import Any
+
+import msgpack
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedmoe.codec import BLOCK, decode, encode
+from fedmoe.layout import Layout
+from fedmoe.lora_init import initial_weights
+from fedmoe.packed import pack, unpack
+from tests.federation import small_spec
+from tests.strategies import flip_bytes, oddities, randn, seeds
+
+LAYOUT = Layout.of([("x.lora_A.weight", (4, 80)), ("x.lora_B.weight", (100, 4))])
+lossy = st.sampled_from(["bf16", "int8", "int4"])
+STEPS = {"bf16": 256, "int8": 254, "int4": 14}  # a value is off by at most 1 / so many of its block's largest
+
+
+def packed(weights: torch.Tensor, wire_format: str, commit: str = "c1") -> bytes:
+    spec = small_spec(layout=LAYOUT, wire_format=wire_format)
+    return pack(weights, spec, commit, torch.empty(LAYOUT.numel))
+
+
+def unpacked(content: Any, wire_format: str, commit: str = "c1") -> torch.Tensor | None:
+    return unpack(content, small_spec(layout=LAYOUT, wire_format=wire_format), commit)
+
+
+@given(lossy, seeds, st.floats(1e-6, 10))
+def test_only_what_was_learned_is_blurred(wire_format: str, seed: int, scale: float) -> None:
+    """The error is that of the change since version 0, however large the initial values are."""
+    initial = initial_weights(LAYOUT, 0)
+    change = randn(seed, LAYOUT.numel) * scale
+    weights = unpacked(packed(initial + change, wire_format), wire_format)
+    assert weights is not None
+    rest = torch.nn.functional.pad((weights - initial - change).abs(), (0, -LAYOUT.numel % BLOCK))
+    largest = torch.nn.functional.pad(change.abs(), (0, -LAYOUT.numel % BLOCK)).view(-1, BLOCK).amax(dim=1)
+    bound = largest * 1.01 / STEPS[wire_format] + 1e-6  # the sum with the initial values is rounded, too
+    assert (rest.view(-1, BLOCK) <= bound.unsqueeze(1)).all()
+
+
+@given(lossy, seeds)
+def test_every_worker_decodes_the_same(wire_format: str, seed: int) -> None:
+    """Bit for bit the initial weights plus the decoded change."""
+    initial = initial_weights(LAYOUT, 0)
+    weights = initial + randn(seed, LAYOUT.numel) * 0.01
+    change = torch.empty(LAYOUT.numel)
+    decode(encode(weights - initial, wire_format), wire_format, change)
+    got = unpacked(packed(weights, wire_format), wire_format)
+    assert got is not None
+    assert torch.equal(got, change + initial)
+
+
+@given(lossy)
+def test_version_0_is_exact(wire_format: str) -> None:
+    """Nothing was learned, so nothing is blurred."""
+    initial = initial_weights(LAYOUT, 0)
+    got = unpacked(packed(initial, wire_format), wire_format)
+    assert got is not None
+    assert torch.equal(got, initial)
+
+
+def test_weights_of_another_commit_are_not_taken() -> None:
+    """The expert was restored, and its packed weights are those of before."""
+    assert unpacked(packed(initial_weights(LAYOUT, 0), "int4", "c1"), "int4", "c2") is None
+
+
+@given(oddities())
+def test_anything_else_is_not_taken(content: Any) -> None:
+    """Any msgpack, also under the right names."""
+    assert unpacked(msgpack.packb(content), "int4") is None
+    assert unpacked(msgpack.packb({"weights_commit": "c1", "parts": content}), "int4") is None
+
+
+@pytest.mark.parametrize("wire_format", ["int8", "bf16"])
+def test_another_format_is_not_taken(wire_format: str) -> None:
+    """The spec says how they are packed."""
+    assert unpacked(packed(initial_weights(LAYOUT, 0), wire_format), "int4") is None
+
+
+@given(seeds, st.integers(1, 20))
+def test_damaged_bytes_stop_nobody(seed: int, flips: int) -> None:
+    """Whatever bytes are flipped, missing or too many: taken or not, never an exception."""
+    unpacked(flip_bytes(packed(initial_weights(LAYOUT, 0) + 0.01, "int4"), seed, flips), "int4")

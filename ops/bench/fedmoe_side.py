@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 
-from fedmoe.layout import AdapterBuffer, Layout, values_of
+from fedmoe.layout import AdapterBuffer, Layout
 from fedmoe.lora_init import initial_weights
 from fedmoe.records import Meta
 from fedmoe.spec import LoraSettings, MergeRules, Spec
@@ -74,9 +74,9 @@ class Client:
     def __init__(self, url: str, expert: str, name: str) -> None:
         self.store = WorkerStore(Connection(RedisSettings(url=url)), expert, name)
         self.spec = self.store.spec()
-        snapshot = self.store.pull(known="")
-        assert snapshot.weights is not None
-        base = values_of(self.spec.layout, snapshot.weights)
+        snapshot = self.store.pull(self.spec, known="")
+        base = snapshot.weights
+        assert base is not None
         run = make_run(self.store.next_epoch(), secrets.token_hex(4))
         self.ledger = Ledger(base=base, meta=snapshot.meta, run=run)
         self.local = base.clone()
@@ -128,9 +128,8 @@ class Client:
 
     def pull(self) -> int:
         """Read the expert, settle the books, correct the adapter; returns how many updates were applied."""
-        snapshot = self.store.pull(known=self.ledger.meta.weights_commit)
-        weights = None if snapshot.weights is None else values_of(self.spec.layout, snapshot.weights)
-        change = self.ledger.observe(snapshot.meta, weights, snapshot.decided, now=time.monotonic())
+        snapshot = self.store.pull(self.spec, known=self.ledger.meta.weights_commit)
+        change = self.ledger.observe(snapshot.meta, snapshot.weights, snapshot.decided, now=time.monotonic())
         if change.how is not None and change.how.how != "applied":
             raise BenchError(f"update {change.how.id} was {change.how.how}: {change.how.reason}")
         if change.replace or change.resent:

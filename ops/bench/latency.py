@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any, Self
 
-from fedmoe.layout import Layout, values_of
+from fedmoe.layout import Layout
 from fedmoe.store.connection import Connection, RedisSettings
 from fedmoe.store.worker import WorkerStore
 from ops.bench.adapters import LAYOUTS
@@ -45,16 +45,17 @@ def publish(seats: Seats, url: str, times: Any) -> None:
 def observe(seats: Seats, url: str, times: Any) -> None:
     """Body of the observer: (version, when the poll that found it began, when its weights were there)."""
     store = WorkerStore(Connection(RedisSettings(url=url)), EXPERT, "observer")
-    layout = store.spec().layout
-    known = store.meta().weights_commit
+    spec = store.spec()
+    known = ""
     while True:
-        seats.wait_for_go(1)
+        if not seats.go.is_set() or not known:
+            seats.wait_for_go(1)
+            known = store.meta().weights_commit  # what was published in the pause was not waited for
         looked = time.monotonic()
-        snapshot = store.pull(known=known)
+        snapshot = store.pull(spec, known=known)
         if snapshot.weights is None:
             time.sleep(POLL_S)
             continue
-        values_of(layout, snapshot.weights)
         times.put((snapshot.meta.version, looked, time.monotonic()))
         known = snapshot.meta.weights_commit
         seats.count(1)

@@ -20,7 +20,6 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from fedmoe.data.examples import Example
-from fedmoe.layout import values_of
 from fedmoe.model.adapter import adapter_layout, attach_adapter
 from fedmoe.model.base import structure
 from fedmoe.spec import LoraSettings, Spec, TrainingSettings
@@ -77,9 +76,9 @@ def train(pipe: Any, url: str, expert: str, hidden: int) -> None:
     """Body of the worker's process: receives (with sync?, seconds), answers with a Window, for ever."""
     store = WorkerStore(Connection(RedisSettings(url=url)), expert, "worker")
     spec = store.spec()
-    snapshot = store.pull(known="")
-    assert snapshot.weights is not None
-    base = values_of(spec.layout, snapshot.weights)
+    snapshot = store.pull(spec, known="")
+    base = snapshot.weights
+    assert base is not None
     ledger = Ledger(base=base, meta=snapshot.meta, run=make_run(store.next_epoch(), secrets.token_hex(4)))
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(model_config(hidden)).eval().requires_grad_(False)

@@ -15,6 +15,16 @@ class Overlap:
     rounds: int
 
 
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """Trainings of `syncs` × `steps` steps of each of two workers, tested on `rows` held-out rows a domain."""
+
+    domains: tuple[str, ...]
+    syncs: int
+    steps: int
+    rows: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """Sizes and durations.
@@ -28,6 +38,7 @@ class Plan:
         overlap: of training and sync, for each interval; overlap_hidden is the model's hidden size.
         workers, experts: how many of them, for the cost of an update as a federation grows.
         updates: small updates after which memory must not have grown.
+        quality: trainings in each format.
     """
 
     rounds: int = 5
@@ -41,6 +52,7 @@ class Plan:
     workers: tuple[int, ...]
     experts: tuple[int, ...]
     updates: int
+    quality: Quality
 
 
 _NEEDED = tuple(dict.fromkeys(["fp32", DEFAULT_FORMAT]))
@@ -51,6 +63,7 @@ QUICK = Plan(
     workers=(1, 4, 16, 64),
     experts=(1, 8, 32),
     updates=2_000,
+    quality=Quality(("sql_expert", "python_expert"), syncs=12, steps=2, rows=32),
 )
 FULL = Plan(
     seconds=6.0,
@@ -60,7 +73,8 @@ FULL = Plan(
     overlap=(Overlap(10.0, 20.0, rounds=9), Overlap(1.0, 6.0, rounds=15)),
     workers=(1, 4, 16, 64),
     experts=(1, 8, 32),
-    updates=10_000,
+    updates=100_000,
+    quality=Quality(("sql_expert", "python_expert", "docs_expert"), syncs=48, steps=2, rows=64),
 )
 TINY = Plan(
     rounds=1,
@@ -72,4 +86,5 @@ TINY = Plan(
     workers=(1,),
     experts=(2,),
     updates=40,
+    quality=Quality(("sql_expert",), syncs=1, steps=1, rows=2),
 )

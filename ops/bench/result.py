@@ -18,6 +18,7 @@ BARS: dict[str, tuple[str, float]] = {
     "wire_bytes_int4_vs_fp32": ("<=", 1 / 7),
     "overlap_10s": (">=", 0.98),
     "overlap_1s": (">=", 0.98),
+    "quality_default_vs_fp32": ("<=", 1.01),
 }
 
 

@@ -1,13 +1,14 @@
 """Bytes on the wire, as the server counts them: of a publication, and of a pull of the whole expert."""
 
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Callable, Iterator
 
 from fedmoe.codec import FORMATS
 from fedmoe.store.connection import Connection, RedisSettings
 from ops.bench.adapters import LAYOUTS, fp32_bytes
-from ops.bench.fedmoe_side import DEFAULT_FORMAT, Client, create_expert, make_spec
+from ops.bench.fedmoe_side import DEFAULT_FORMAT, Client, aggregator_command, create_expert, make_spec
 from ops.bench.plan import Plan
-from ops.bench.processes import Processes
+from ops.bench.processes import BenchError, Processes
 from ops.bench.result import Result, figure
 
 UPDATES = 5
@@ -31,21 +32,26 @@ def run(plan: Plan) -> Iterator[Result]:
 def _count(plan: Plan, form: str) -> tuple[list[float], list[float]]:
     """Bytes in of five publications, and out of five pulls; nobody else uses the server, no aggregator either."""
     layout = LAYOUTS[plan.size]
-    pushed, pulled = [], []
     with Processes(f"wire_{form}") as processes:
         url = processes.redis()
         create_expert(url, EXPERT, make_spec(layout, form))
         client = Client(url, EXPERT, "worker")
         meter = Connection(RedisSettings(url=url)).client
-        for _ in range(UPDATES):
-            client.train()
-            update = client.cut()
+
+        def moved(direction: str, what: Callable[[], object]) -> int:
             before = meter.info("stats")
-            client.publish(update)
-            between = meter.info("stats")
-            client.store.pull(known="")
-            after = meter.info("stats")
-            pushed.append(between["total_net_input_bytes"] - before["total_net_input_bytes"])
-            pulled.append(after["total_net_output_bytes"] - between["total_net_output_bytes"])
+            what()
+            return int(meter.info("stats")[direction] - before[direction])
+
+        client.train()
+        update = client.cut()
+        pushed = [moved("total_net_input_bytes", lambda: client.publish(update)) for _ in range(UPDATES)]
+        once = subprocess.run(aggregator_command(url, [EXPERT], "--burst"), capture_output=True, check=False)
+        if once.returncode or client.store.meta().version != 1:
+            raise BenchError(f"the aggregator did not apply the update: {once.stderr.decode()[-300:]}")
+        pulled = [
+            moved("total_net_output_bytes", lambda: client.store.pull(client.spec, known=""))
+            for _ in range(UPDATES)
+        ]
     n_bytes = fp32_bytes(layout)
     return [n / n_bytes for n in pushed], [n / n_bytes for n in pulled]

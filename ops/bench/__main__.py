@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 BENCHMARKS = ("wire", "machine", "throughput", "latency", "growth", "overlap")
-ON_REQUEST = ("quality", "flower")  # trains for minutes; installs what it needs in an environment of its own
+ON_REQUEST = ("size", "quality", "flower")  # take gigabytes, minutes, an environment of its own
 EVERYTHING = ", ".join((*BENCHMARKS, *ON_REQUEST))
 
 

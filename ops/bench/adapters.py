@@ -31,6 +31,7 @@ def _decoder(blocks: int, hidden: int, kv: int, inner: int) -> Shape:
 
 SMOLLM2_135M = _decoder(30, 576, 192, 1536)
 QWEN2_0_5B = _decoder(24, 896, 128, 4864)
+LLAMA_7B = _decoder(32, 4096, 4096, 11008)
 
 
 def lora_layout(shape: Shape, rank: int, targets: tuple[str, ...] = ()) -> Layout:
@@ -49,7 +50,8 @@ def lora_layout(shape: Shape, rank: int, targets: tuple[str, ...] = ()) -> Layou
 
 
 # Sizes in fp32. 1 MiB: SmolLM2-135M, rank 8 on q_proj; 9: the same on all linear layers, 420 tensors; 34: Qwen2.5-0.5B,
-# rank 16 on all linear layers. 64 KiB is no model's: two tensors, where the cost of an update is not that of its bytes.
+# rank 16 on all linear layers; 153: Llama-7B, the same. 64 KiB is no model's: two tensors, where the cost of an update
+# is not that of its bytes.
 LAYOUTS = {
     "64kib": Layout.of(
         [("layers.0.q_proj.lora_A.weight", (8, 1024)), ("layers.0.q_proj.lora_B.weight", (1024, 8))]
@@ -57,6 +59,7 @@ LAYOUTS = {
     "1mib": lora_layout(SMOLLM2_135M, 8, ("q_proj",)),
     "9mib": lora_layout(SMOLLM2_135M, 8),
     "34mib": lora_layout(QWEN2_0_5B, 16),
+    "153mib": lora_layout(LLAMA_7B, 16),
 }
 
 

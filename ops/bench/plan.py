@@ -33,6 +33,7 @@ class Plan:
         rounds: turns of every contestant.
         seconds: of a turn.
         size: of the adapter that the bars are about (a key of adapters.LAYOUTS); other_sizes: measured besides.
+        large: size of an adapter that is measured for its memory.
         formats: wire formats to measure.
         aof: with the append-only file off, and everysec.
         overlap: of training and sync, for each interval; overlap_hidden is the model's hidden size.
@@ -44,6 +45,7 @@ class Plan:
     rounds: int = 5
     seconds: float
     size: str = "9mib"
+    large: str = "153mib"
     other_sizes: tuple[str, ...] = ()
     formats: tuple[str, ...]
     aof: tuple[bool, ...] = (False,)
@@ -80,6 +82,7 @@ TINY = Plan(
     rounds=1,
     seconds=0.3,
     size="64kib",
+    large="64kib",
     formats=_NEEDED,
     overlap=(Overlap(0.5, 0.5, rounds=1),),
     overlap_hidden=32,

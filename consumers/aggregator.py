@@ -153,21 +153,30 @@ class ExpertServer:
         if not entries:
             block_ms = 1 if self._settings.burst else self._settings.block_ms
             entries = self._store.read(block_ms=block_ms, count=self._settings.batch)
-        if any(entry.ms >= BLOCKING_MS for entry in entries):
-            self._reclaimed_at = -math.inf  # look soon whether somebody blocked the stream
+        self._look_for_block(entries)
         for first in range(0, len(entries), self._settings.batch):
             some = entries[first : first + self._settings.batch]
             verdicts = self._expert.process(some, more=self._more(self._settings.batch - len(some)))
             self._decided(sum(v.outcome in (Outcome.APPLIED, Outcome.REFUSED) for v in verdicts))
         return not entries
 
+    def _look_for_block(self, entries: Sequence[Entry]) -> None:
+        if any(entry.ms >= BLOCKING_MS for entry in entries):
+            self._reclaimed_at = -math.inf  # look soon whether somebody blocked the stream
+
     def _more(self, room: int) -> Callable[[], Sequence[Entry]]:
-        """Reads what has come since the last read, without waiting, `room` entries in all."""
-        left = room
+        """Reads what has come since the last read, without waiting, `room` entries in all.
+
+        Not for longer than the lease allows, which is not held anew meanwhile.
+        """
+        left, until = room, self._clock() + self._settings.lease_s / 4
 
         def read() -> Sequence[Entry]:
             nonlocal left
-            entries = self._store.read(block_ms=None, count=left) if left else []
+            if not left or self._clock() > until:
+                return ()
+            entries = self._store.read(block_ms=None, count=left)
+            self._look_for_block(entries)
             left -= len(entries)
             return entries
 

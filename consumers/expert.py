@@ -100,7 +100,8 @@ class Expert:
     def process(self, entries: Sequence[Entry], *, more: More = lambda: ()) -> list[Verdict]:
         """Decide entries in stream order and commit them in one transaction.
 
-        Before weights are written, `more` is asked what has come meanwhile, until nothing has: an update on an idle
+        Before weights are written, `more` is asked what has come meanwhile, until nothing has (or it has
+        had enough): an update on an idle
         stream is committed at once, and under load many share one write. If it fails, memory is as it was before:
         always a state that Redis has had, which may be written back to it.
         """

@@ -9,7 +9,7 @@ transaction. `fedmoe` is the prefix, a setting, so that several federations can 
     fedmoe:{E}:payload:<worker>:<run>:<seq>:<part>  string  one part (msgpack), at most 1 MiB; expires
     fedmoe:{E}:payload:<worker>:epoch               string  counts the worker's runs; expires
     fedmoe:{E}:weights                              string  the expert, a safetensors file
-    fedmoe:{E}:packed                               string  the same as workers pull it (packed.py); none in format fp32
+    fedmoe:{E}:packed                               string  as workers pull it (packed.py); none in format fp32
     fedmoe:{E}:meta                                 hash    version, lineage, commit, weights_commit, counters; readable
     fedmoe:{E}:spec                                 string  JSON: base model, LoRA, layout, rules; never changes
     fedmoe:{E}:applied                              hash    worker -> its last decided update and how (JSON)

@@ -163,7 +163,7 @@ class Ledger:
         return total
 
     def progress(self, local: torch.Tensor) -> torch.Tensor:
-        """Local − base − pending, (numel,) fp32; the next call overwrites it."""
+        """Local − base − pending, (numel,) fp32; good until the ledger is used again."""
         if self.queue:
             local = local - self.pending()
         return torch.sub(local, self.base, out=self._scratch)

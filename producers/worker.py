@@ -19,7 +19,7 @@ import torch
 
 from fedmoe.data.examples import make_examples, padding_id
 from fedmoe.data.jsonl import Rows, read_rows
-from fedmoe.errors import FedMoEError, RedisUnavailableError, SettingsError, StoppedError
+from fedmoe.errors import FedMoEError, RedisUnavailableError, RefusedError, SettingsError, StoppedError
 from fedmoe.model.adapter import attach_adapter
 from fedmoe.model.base import (
     check_structure,
@@ -245,7 +245,8 @@ class Worker:
         epoch = self._joining.patiently(self._store.next_epoch)
         snapshot = self._joining.patiently(lambda: self._store.pull(spec, known=""))
         base = snapshot.weights
-        assert base is not None
+        if base is None:
+            raise RefusedError(f"expert {settings.stream!r} was just made anew: start this worker again")
         with torch.no_grad():
             trainer.flat.copy_(base)
         start = snapshot.decided.id if snapshot.decided else None

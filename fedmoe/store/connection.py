@@ -89,7 +89,7 @@ class Connection:
             self.client.ping()
 
     def stream(self, commands: Sequence[Command], *, ahead: int = 4) -> Generator[Any, None, None]:
-        """The replies in order, each read when it is asked for, while those of the next `ahead` commands arrive.
+        """The replies in order, each read when it is asked for, while the next ones arrive: `ahead` in all.
 
         So the work on one overlaps with the arrival of the next, and neither side holds more than a few. Closed early,
         it takes in what is on its way. A refused command's reply is its ResponseError.
@@ -103,11 +103,12 @@ class Connection:
 
         def next_reply() -> Any:
             nonlocal read
-            read += 1
             try:
-                return connection.read_response()
+                reply = connection.read_response()
             except redis.ResponseError as error:
-                return error
+                reply = error
+            read += 1
+            return reply
 
         try:
             while read < len(commands):
@@ -119,10 +120,9 @@ class Connection:
             while read < sent:
                 next_reply()
             raise
-        except BaseException:
-            connection.disconnect()  # else the next command would get a reply of these
-            raise
         finally:
+            if read < sent:  # else the next command would get a reply of these
+                connection.disconnect()
             pool.release(connection)
 
     def close(self) -> None:

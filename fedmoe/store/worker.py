@@ -6,6 +6,7 @@ for ever, and the aggregator takes it once.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import redis
 import torch
@@ -92,6 +93,8 @@ class WorkerStore:
     def pull(self, spec: Spec, *, known: str) -> Snapshot:
         """Read meta and one's own decision, with the weights if their commit is not `known`, in one MULTI.
 
+        Without weights, too, if the expert was made anew with another spec: whoever sees that in meta has to stop.
+
         Raises:
             SpecError: if the weights are not those of an adapter of `spec`.
         """
@@ -99,18 +102,34 @@ class WorkerStore:
         with self.connection.errors():
             raw, decided = read_together(self._redis, *reads)
             if self._meta(raw).weights_commit == known:
-                return Snapshot(self._meta(raw), Decided.from_json(decided) if decided else None, None)
+                return self._snapshot(raw, decided, None)
             if spec.wire_format != EXACT:
-                raw, decided, packed = read_together(self._redis, *reads, ("get", self.keys.packed))
+                raw, decided, packed = self._read_packed(reads)
                 meta = self._meta(raw)
+                if meta.spec != spec.digest:
+                    return self._snapshot(raw, decided, None)
                 weights = None if packed is None else unpack(packed, spec, meta.weights_commit)
                 if weights is not None:
-                    return Snapshot(meta, Decided.from_json(decided) if decided else None, weights)
+                    return self._snapshot(raw, decided, weights)
             # Nothing was applied yet, or the expert was restored: nobody has packed these weights.
             raw, decided, file = read_together(self._redis, *reads, ("get", self.keys.weights))
+        if self._meta(raw).spec != spec.digest:
+            return self._snapshot(raw, decided, None)
         if file is None:
             raise UnknownExpertError(f"the weights of expert {self.expert!r} are gone from Redis")
-        weights = values_of(spec.layout, file)
+        return self._snapshot(raw, decided, values_of(spec.layout, file))
+
+    def _read_packed(self, reads: Sequence[tuple[str, ...]]) -> list[Any]:
+        try:
+            return read_together(self._redis, *reads, ("get", self.keys.packed))
+        except redis.ResponseError as error:
+            if "WRONGTYPE" not in str(error):
+                raise
+        return [*read_together(self._redis, *reads), None]  # somebody overwrote it; the exact weights serve
+
+    def _snapshot(
+        self, raw: Mapping[bytes, bytes], decided: bytes | None, weights: torch.Tensor | None
+    ) -> Snapshot:
         return Snapshot(self._meta(raw), Decided.from_json(decided) if decided else None, weights)
 
     def poll(self, entry_id: str, header: Header) -> Poll:

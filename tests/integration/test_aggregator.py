@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from consumers.aggregator import Aggregator, AggregatorSettings
+from consumers.aggregator import Aggregator, AggregatorSettings, ExpertServer
 from consumers.gateway import GatewaySettings
 from fedmoe.errors import SettingsError, SpecError
 from fedmoe.layout import AdapterBuffer
@@ -142,3 +142,26 @@ def test_lease_has_one_holder(connection: Connection, connect: Connect) -> None:
     assert not second.hold()
     eventually("the expiry", second.hold, timeout_s=2)
     assert not first.hold()
+
+
+def test_more_notices_a_blocked_stream_and_does_not_outstay_the_lease(connection: Connection) -> None:
+    """What comes while a batch is folded: at most so many entries, and for a quarter of the lease."""
+    expert = make_expert(connection)
+    now = 100.0
+    server = ExpertServer(
+        connection, "sql_expert", AggregatorSettings(lease_s=4.0), holder="h", clock=lambda: now
+    )
+    server._reclaimed_at = now
+    key = expert.store.keys.updates
+    for number in range(3):
+        connection.client.xadd(key, {"junk": number})
+    more = server._more(2)
+    assert len(more()) == 2
+    assert not more()
+    assert not server._is_time_to_reclaim()
+    connection.client.xadd(key, {"junk": 3}, id=f"{2**64 - 1}-{2**64 - 1}")
+    assert len(server._more(9)()) == 2
+    assert server._is_time_to_reclaim()
+    late = server._more(9)
+    now += 1.1
+    assert not late()

@@ -1,11 +1,12 @@
 """Pulls in a lossy format: what workers stand on is what they decoded, what Redis holds stays exact."""
 
+import msgpack
 import pytest
 import torch
 
 from consumers.expert import Expert
 from fedmoe.codec import FORMATS
-from fedmoe.layout import values_of
+from fedmoe.layout import Layout, values_of
 from fedmoe.lora_init import initial_weights
 from fedmoe.packed import pack
 from fedmoe.store.connection import Connection
@@ -98,6 +99,52 @@ def test_packed_weights_that_somebody_overwrote_stop_nobody(
     alice.pull()
     assert torch.equal(alice.ledger.base, exact(expert))
     assert "somebody overwrote the packed weights" in caplog.text
+
+
+def test_packed_key_of_another_type_stops_nobody(connection: Connection) -> None:
+    """The exact weights serve until the next commit writes the key."""
+    expert = begin(connection, "int4")
+    alice = ScriptedWorker(connection, expert.spec, "alice")
+    alice.push(0.01)
+    serve(expert)
+    connection.client.delete(expert.store.keys.packed)
+    connection.client.rpush(expert.store.keys.packed, "x")
+    alice.pull()
+    assert torch.equal(alice.ledger.base, exact(expert))
+    alice.push(0.01)
+    assert serve(expert) == ["applied"]
+    assert connection.client.type(expert.store.keys.packed) == b"string"
+
+
+@pytest.mark.parametrize("wire_format", sorted(FORMATS))
+def test_expert_made_anew_with_another_shape_has_no_weights_for_a_worker(
+    connection: Connection, wire_format: str
+) -> None:
+    """Its meta names the other spec, by which the worker sees that it has to stop."""
+    expert = begin(connection, wire_format)
+    alice = ScriptedWorker(connection, expert.spec, "alice")
+    connection.client.flushall()
+    other = small_spec(layout=Layout.of([("a", (7, 9))]), wire_format=wire_format)
+    anew = make_expert(connection, spec=other)
+    ScriptedWorker(connection, other, "bob").push(0.1)
+    serve(anew)
+    snapshot = alice.store.pull(alice.spec, known=alice.ledger.meta.weights_commit)
+    assert snapshot.weights is None
+    assert snapshot.meta.spec == other.digest
+
+
+def test_other_initial_weights_are_noticed(connection: Connection, caplog: pytest.LogCaptureFixture) -> None:
+    """A torch that draws other random numbers than the aggregator's must not shift a worker's base."""
+    expert = begin(connection, "int4")
+    alice = ScriptedWorker(connection, expert.spec, "alice")
+    alice.push(0.01)
+    serve(expert)
+    key = expert.store.keys.packed
+    content = msgpack.unpackb(connection.client.get(key))
+    connection.client.set(key, msgpack.packb(content | {"initial": b"another!"}))
+    alice.pull()
+    assert torch.equal(alice.ledger.base, exact(expert))
+    assert "other initial weights" in caplog.text
 
 
 def test_packed_weights_of_another_commit_are_not_taken(connection: Connection) -> None:

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from consumers.expert import Expert
+from fedmoe.errors import RefusedError
+from fedmoe.layout import Layout
 from fedmoe.spec import MergeRules
 from fedmoe.store.connection import Connection
 from producers import sync as sync_module
@@ -95,6 +97,22 @@ def test_diverged_training_goes_back_to_the_expert(expert: Expert, connect: Conn
     expert.load()
     assert torch.isfinite(expert.buffer.flat).all()
     assert meta.n_examples > 60 * 0.5
+
+
+@pytest.mark.parametrize("size", [12, 40])
+def test_worker_of_an_expert_made_anew_with_another_spec_stops(
+    expert: Expert, connect: Connect, size: int
+) -> None:
+    """Of another shape, too: it says that it has to be started again, and does not try for ever."""
+    run = Run(connect())
+    run.train(20)
+    client = expert.store.connection.client
+    client.flushall()
+    other = small_spec(layout=Layout.of([("x", (size,))]), wire_format="int8")
+    make_expert(connect(), spec=other)
+    run.finish(10.0)
+    assert isinstance(run.sync.failure, RefusedError)
+    assert "restart this worker" in str(run.sync.failure)
 
 
 def test_heartbeat_goes_on_during_long_steps(

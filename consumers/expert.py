@@ -59,7 +59,7 @@ class Expert:
         # the state of the last load or commit, and not the newest, `_folded`, in case the update is refused half way.
         self._buffers = [AdapterBuffer(spec.layout) for _ in range(3)]
         self.buffer = self._folded = self._buffers[0]
-        self._scratch = torch.empty(scratch_values(spec.wire_format, spec.layout.numel))
+        self._scratch = torch.empty(scratch_values(spec.layout.numel))
 
     def load(self) -> None:
         """Take over what Redis holds. Raises what ExpertStore.load raises, SpecError for a foreign weights key."""
@@ -156,7 +156,7 @@ class Expert:
             weights_commit = commit_id
             commit.weights = self._folded.file
             if self.spec.wire_format != EXACT:
-                commit.packed = pack(self._folded.flat, self.spec, commit_id, self._spare().flat)
+                commit.packed = pack(self._folded.flat, self.spec, commit_id)
         self.meta = replace(
             self.meta,
             commit=commit_id,

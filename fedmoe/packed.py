@@ -34,11 +34,10 @@ def _initial(layout: Layout, seed: int) -> tuple[torch.Tensor, bytes]:
     return weights, hashlib.sha256(weights.numpy().data).digest()[:8]
 
 
-def pack(weights: torch.Tensor, spec: Spec, commit: str, scratch: torch.Tensor) -> bytes:
-    """Encode an expert's weights (numel,) fp32 of this `weights_commit`; `scratch`, as large, is overwritten."""
+def pack(weights: torch.Tensor, spec: Spec, commit: str) -> bytes:
+    """Encode an expert's weights (numel,) fp32 of this `weights_commit`."""
     initial, digest = _initial(spec.layout, spec.init_seed)
-    torch.sub(weights, initial, out=scratch)
-    parts = list(encode(scratch, spec.wire_format))
+    parts = list(encode(weights, spec.wire_format, minus=initial))
     return bytes(msgpack.packb({"weights_commit": commit, "initial": digest, "parts": parts}))
 
 

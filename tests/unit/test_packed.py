@@ -22,7 +22,7 @@ STEPS = {"bf16": 256, "int8": 254, "int4": 14}  # a value is off by at most 1 / 
 
 def packed(weights: torch.Tensor, wire_format: str, commit: str = "c1") -> bytes:
     spec = small_spec(layout=LAYOUT, wire_format=wire_format)
-    return pack(weights, spec, commit, torch.empty(LAYOUT.numel))
+    return pack(weights, spec, commit)
 
 
 def unpacked(content: Any, wire_format: str, commit: str = "c1") -> torch.Tensor | None:

@@ -8,6 +8,7 @@ copying or serialising.
 
 import json
 import math
+import mmap
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -122,12 +123,13 @@ def values_of(layout: Layout, file: bytes) -> torch.Tensor:
 class AdapterBuffer:
     """An adapter as one block of memory: `file` is the safetensors file, `flat` its values (numel,) fp32.
 
-    Both are views of the same bytes: what is folded into `flat` is in `file` at once.
+    Both are views of the same bytes: what is folded into `flat` is in `file` at once. It begins as zeros.
     """
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
-        self._block = bytearray(layout.file_bytes)
+        # Zeros that take no memory until they are written to, and go back to the system as a whole.
+        self._block = mmap.mmap(-1, layout.file_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._block[: len(layout.header)] = layout.header
         self.flat = torch.frombuffer(
             self._block, dtype=torch.float32, offset=len(layout.header), count=layout.numel

@@ -106,11 +106,19 @@ def _whole(announced: Sequence[Part], parts: Iterable[bytes]) -> Iterator[bytes]
 
 @dataclass(frozen=True, slots=True)
 class Workspace:
-    """Memory in which updates of one expert are folded, (numel,) fp32 but for `scratch`, see codec.decoded."""
+    """Memory in which updates of one expert are folded, (numel,) fp32 but for `scratch`, see codec.decoded.
+
+    Without `out`, an update is judged and not folded.
+    """
 
     weights: torch.Tensor
-    out: torch.Tensor
+    out: torch.Tensor | None
     scratch: torch.Tensor
+
+    def fold(self, first: int, values: torch.Tensor, factor: float, out: torch.Tensor) -> None:
+        """Fold the values (n,) of an update that begin at `first` from `weights` into `out`."""
+        here = slice(first, first + len(values))
+        fold(self.weights[here], values, factor, out=out[here])
 
 
 def judge_payload(
@@ -123,11 +131,11 @@ def judge_payload(
     squares = 0.0
     try:
         for first, values in decoded(
-            _whole(header.parts, parts), spec.wire_format, len(space.out), space.scratch
+            _whole(header.parts, parts), spec.wire_format, len(space.weights), space.scratch
         ):
             squares += float(torch.linalg.vector_norm(values)) ** 2
-            here = slice(first, first + len(values))
-            fold(space.weights[here], values, verdict.factor, out=space.out[here])
+            if space.out is not None:
+                space.fold(first, values, verdict.factor, space.out)
     except _NotWholeError as error:
         return Verdict(Outcome.UNDECIDABLE, str(error))
     except UpdateError as error:
@@ -144,3 +152,9 @@ def judge_payload(
             verdict.staleness,
         )
     return Verdict(Outcome.APPLIED, "", verdict.staleness, verdict.factor, norm)
+
+
+def fold_in_place(parts: Iterable[bytes], verdict: Verdict, spec: Spec, space: Workspace) -> None:
+    """Fold the parts of an update that was judged APPLIED: weights += factor × Δ."""
+    for first, values in decoded(parts, spec.wire_format, len(space.weights), space.scratch):
+        space.fold(first, values, verdict.factor, space.weights)

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 
-from consumers.decide import Outcome, Verdict, Workspace, judge_header, judge_payload
+from consumers.decide import Outcome, Verdict, Workspace, fold_in_place, judge_header, judge_payload
 from consumers.doorbell import Doorbell, Garbage, Join, parse_entry
 from fedmoe.archive import Archive
 from fedmoe.codec import scratch_values
@@ -55,10 +55,9 @@ class Expert:
         self._aggregator = aggregator
         self._archive = archive
         self._clock = clock
-        # Three, so that every update is folded from the newest weights into memory that nobody needs: not `buffer`,
-        # the state of the last load or commit, and not the newest, `_folded`, in case the update is refused half way.
-        self._buffers = [AdapterBuffer(spec.layout) for _ in range(3)]
-        self.buffer = self._folded = self._buffers[0]
+        # The state of the last load or commit, and the newest, which is the same one until an update is folded.
+        self.buffer, self._other = AdapterBuffer(spec.layout), AdapterBuffer(spec.layout)
+        self._folded = self.buffer
         self._scratch = torch.empty(scratch_values(spec.layout.numel))
 
     def load(self) -> None:
@@ -111,7 +110,8 @@ class Expert:
         except BaseException:
             self._revert(*before)
             raise
-        self.buffer = self._folded
+        if self._folded is not self.buffer:
+            self.buffer, self._other = self._folded, self.buffer
         return verdicts
 
     def _revert(self, meta: Meta, applied: dict[str, Decided]) -> None:
@@ -144,10 +144,6 @@ class Expert:
                         if verdict := self._decide(bell, headers[bell], entry, commit):
                             verdicts.append(verdict)
         return verdicts
-
-    def _spare(self) -> AdapterBuffer:
-        """One that is neither `buffer` nor `_folded`."""
-        return next(b for b in self._buffers if b is not self.buffer and b is not self._folded)
 
     def _commit(self, commit: Commit) -> None:
         commit_id = new_id()
@@ -184,9 +180,9 @@ class Expert:
             self._garbage(entry, str(error), commit)
             return None
         verdict = judge_header(header, self.applied.get(bell.worker), self.meta, self.spec)
-        target, kept = self._spare(), ""
+        kept = ""
         if verdict.outcome is Outcome.APPLIED:
-            verdict, kept = self._judge_payload(bell, header, verdict, target)
+            verdict, kept = self._judge_payload(bell, header, verdict)
         match verdict.outcome:
             case Outcome.DUPLICATE:
                 self.meta = replace(self.meta, duplicate=self.meta.duplicate + 1)
@@ -197,7 +193,6 @@ class Expert:
             case Outcome.REFUSED:
                 self._refuse(bell.worker, header, verdict, commit)
             case Outcome.APPLIED:
-                self._folded = target
                 self._apply(bell.worker, header, verdict, kept, commit)
         self.applied[bell.worker] = commit.applied[bell.worker] = Decided(
             id=header.id,
@@ -210,16 +205,24 @@ class Expert:
         commit.unlink += self.store.payload_keys(bell.worker, bell.run, bell.seq, len(header.parts))
         return verdict
 
-    def _judge_payload(
-        self, bell: Doorbell, header: Header, verdict: Verdict, target: AdapterBuffer
-    ) -> tuple[Verdict, str]:
-        """The verdict, with the payload folded into `target`; and the digest under which it was kept, if it was."""
-        space = Workspace(self._folded.flat, target.flat, self._scratch)
+    def _judge_payload(self, bell: Doorbell, header: Header, verdict: Verdict) -> tuple[Verdict, str]:
+        """The verdict, with an applied payload folded; and the digest under which it was kept, if it was.
+
+        The first update of a batch is folded as it comes, into memory that nobody needs if it turns out to be refused.
+        The next ones change that memory, so they are looked through first, and held for so long.
+        """
+        is_first = self._folded is self.buffer
+        space = Workspace(self._folded.flat, self._other.flat if is_first else None, self._scratch)
         with closing(self.store.parts(bell.worker, bell.run, bell.seq, header.parts)) as stream:
-            parts = stream if self._archive is None else list(stream)
+            parts = stream if is_first and self._archive is None else list(stream)
             verdict = judge_payload(header, verdict, parts, self.spec, space)
-        is_kept = verdict.outcome is Outcome.APPLIED and self._archive is not None
-        return verdict, self._keep(header, list(parts)) if is_kept else ""
+        if verdict.outcome is not Outcome.APPLIED:
+            return verdict, ""
+        kept = self._keep(header, list(parts)) if self._archive is not None else ""
+        if not is_first:
+            fold_in_place(parts, verdict, self.spec, space)
+        self._folded = self._other
+        return verdict, kept
 
     def _apply(self, worker: str, header: Header, verdict: Verdict, kept: str, commit: Commit) -> None:
         meta = self.meta

@@ -41,7 +41,7 @@ def make_spec(layout: Layout, wire_format: str, **changes: object) -> Spec:
         merge=MergeRules(max_norm=1e9, max_staleness=1_000_000),
         wire_format=wire_format,
     )
-    return replace(spec, **changes)  # type: ignore[arg-type]
+    return replace(spec, **changes)  # type: ignore[arg-type]  # whoever names a field gives its type
 
 
 def create_expert(url: str, name: str, spec: Spec, *, fingerprint: str = FINGERPRINT) -> None:

@@ -59,7 +59,7 @@ def coordinator(port: int, layout: Layout) -> None:
                 body = _save(weights)
             self._answer(body)
 
-        def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+        def log_message(self, format: str, *args: object) -> None:  # noqa: A002  # http.server's name
             """Say nothing."""
 
     ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()

@@ -27,6 +27,21 @@ def begin(connection: Connection, wire_format: str) -> Expert:
     )
 
 
+def trained(connection: Connection) -> tuple[Expert, ScriptedWorker]:
+    """An int4 expert whose packed weights are not the exact ones, and a worker that has yet to pull them.
+
+    By two updates: what was decoded once would be encoded to the same bytes again.
+    """
+    expert = begin(connection, "int4")
+    alice, bob = (ScriptedWorker(connection, expert.spec, name) for name in ("alice", "bob"))
+    alice.push(randn(1, LAYOUT.numel) * 0.01)
+    bob.push(randn(2, LAYOUT.numel) * 0.01)
+    serve(expert)
+    bob.pull()
+    assert not torch.equal(bob.ledger.base, exact(expert))
+    return expert, alice
+
+
 @pytest.mark.parametrize("wire_format", LOSSY)
 def test_books_balance_on_blurred_weights(connection: Connection, wire_format: str) -> None:
     """Local = base + progress, with the packed weights as base and what the format rounded away as progress."""
@@ -91,10 +106,7 @@ def test_packed_weights_that_somebody_overwrote_stop_nobody(
     connection: Connection, garbage: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The exact ones serve, and it is said."""
-    expert = begin(connection, "int4")
-    alice = ScriptedWorker(connection, expert.spec, "alice")
-    alice.push(0.01)
-    serve(expert)
+    expert, alice = trained(connection)
     connection.client.set(expert.store.keys.packed, garbage)
     alice.pull()
     assert torch.equal(alice.ledger.base, exact(expert))
@@ -103,10 +115,7 @@ def test_packed_weights_that_somebody_overwrote_stop_nobody(
 
 def test_packed_key_of_another_type_stops_nobody(connection: Connection) -> None:
     """The exact weights serve until the next commit writes the key."""
-    expert = begin(connection, "int4")
-    alice = ScriptedWorker(connection, expert.spec, "alice")
-    alice.push(0.01)
-    serve(expert)
+    expert, alice = trained(connection)
     connection.client.delete(expert.store.keys.packed)
     connection.client.rpush(expert.store.keys.packed, "x")
     alice.pull()
@@ -135,10 +144,7 @@ def test_expert_made_anew_with_another_shape_has_no_weights_for_a_worker(
 
 def test_other_initial_weights_are_noticed(connection: Connection, caplog: pytest.LogCaptureFixture) -> None:
     """A torch that draws other random numbers than the aggregator's must not shift a worker's base."""
-    expert = begin(connection, "int4")
-    alice = ScriptedWorker(connection, expert.spec, "alice")
-    alice.push(0.01)
-    serve(expert)
+    expert, alice = trained(connection)
     key = expert.store.keys.packed
     content = msgpack.unpackb(connection.client.get(key))
     connection.client.set(key, msgpack.packb(content | {"initial": b"another!"}))
@@ -149,10 +155,7 @@ def test_other_initial_weights_are_noticed(connection: Connection, caplog: pytes
 
 def test_packed_weights_of_another_commit_are_not_taken(connection: Connection) -> None:
     """As a restore or a writing back leaves them."""
-    expert = begin(connection, "int4")
-    alice = ScriptedWorker(connection, expert.spec, "alice")
-    alice.push(0.01)
-    serve(expert)
+    expert, alice = trained(connection)
     stale = pack(torch.full((LAYOUT.numel,), 9.0), expert.spec, "0" * 16)
     connection.client.set(expert.store.keys.packed, stale)
     alice.pull()

@@ -25,7 +25,8 @@ from fedmoe.staleness import Decay
 from fedmoe.store.connection import Command, Connection, RedisSettings
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.worker import WorkerStore
-from tests.protocol.world import FOR_PEOPLE, KEYS, NAME, Client, Db, Port, Reply, Request, Suspended
+from tests.protocol.client import Client, Port
+from tests.protocol.world import FOR_PEOPLE, KEYS, NAME, Db, Reply, Request, Suspended
 
 NEW_ID = Request((("NEWID",),))  # answered by the search: an id that occurs nowhere
 Values = tuple[float, ...]

@@ -8,12 +8,8 @@ memory, request and list of replies is kept once, and what follows from it is co
 from collections.abc import Hashable, Iterator
 from typing import Any
 
-import torch
-
-from fedmoe.codec import decode
-from fedmoe.layout import values_of
-from fedmoe.update import Header
-from tests.protocol.actors import NEW_ID, Aggregator, Rules, Values, first_db, make_spec
+from tests.protocol.actors import NEW_ID, Aggregator, Rules, first_db, make_spec
+from tests.protocol.checks import check_db, weights_of
 from tests.protocol.state import (
     BROKEN,
     CLEAN,
@@ -30,9 +26,7 @@ from tests.protocol.state import (
     Table,
 )
 from tests.protocol.worker import Worker
-from tests.protocol.world import KEYS, OVERWRITTEN, TWO_CONTENTS, Db, Reply, Request, Suspended, execute
-
-LINEAGES = ("L", "M")  # the one of the beginning, and the one that an operator begins
+from tests.protocol.world import KEYS, Db, Reply, Request, Suspended, execute
 
 
 class Model:
@@ -344,7 +338,9 @@ class Model:
     def check(self, state: State) -> str:
         """What is wrong with a state, or nothing."""
         if state.db not in self._db_checks:
-            self._db_checks[state.db] = self._check_db(self._dbs.values[state.db])
+            self._db_checks[state.db] = check_db(
+                self._dbs.values[state.db], self._spec, refuses_nothing=self.scope.refuses_nothing
+            )
         if wrong := self._db_checks[state.db]:
             return wrong
         for i, slot in enumerate(state.slots):
@@ -353,46 +349,6 @@ class Model:
                 self._memory_checks[key] = self.actors[i].check(self._memories.values[slot.memory])
             if wrong := self._memory_checks[key]:
                 return wrong
-        return ""
-
-    def _weights(self, db: Db) -> Values:
-        file = db.string(KEYS.weights)
-        assert file is not None
-        return tuple(values_of(self._spec.layout, file).tolist())
-
-    def _check_db(self, db: Db) -> str:
-        if db.gone:
-            left = [key for key in (KEYS.spec, KEYS.weights) if db.string(key)]
-            left += [key for key, _ in db.hashes if key != KEYS.memory]
-            return f"of the expert only {', '.join(left)} is there" if left else ""
-        meta = db.hash(KEYS.meta)
-        if meta["lineage"] not in LINEAGES:
-            return f"nobody asked for the new lineage {meta['lineage']}"
-        if db.base == OVERWRITTEN:
-            return "an expert was written back over one that was there"
-        decided = db.log + db.refused
-        twice = [name for n, name in enumerate(decided) if name in decided[:n]]
-        if twice:
-            return f"update {twice[0]} is twice in the history"
-        if db.refused and self.scope.refuses_nothing:
-            return f"update {db.refused[0]} was refused without cause"
-        since, file = db.base or (0, first_db(self._spec).string(KEYS.weights))
-        weights, replay = self._weights(db), values_of(self._spec.layout, file).tolist()
-        written = dict(db.written)
-        if TWO_CONTENTS in written.values():
-            return "one name of an update has two contents"
-        for worker, run, seq in db.log:
-            lineage = Header.unpack(written[KEYS.head(worker, run, seq)]).lineage
-            if lineage != meta["lineage"]:
-                return f"an update of another lineage, {lineage}, is in the history"
-            delta = _decoded(written[KEYS.part(worker, run, seq, 0)], len(replay))
-            replay = [a + b for a, b in zip(replay, delta, strict=True)]
-        if list(weights) != replay:
-            return f"the weights are {weights}, a replay of the log gives {tuple(replay)}"
-        if any(value not in (0.0, 1.0) for value in weights):
-            return f"a unit of training counts twice: {weights}"
-        if int(meta["version"]) != since + len(db.log):
-            return "the version is not the number of updates in the log"
         return ""
 
     def check_end(self, state: State) -> tuple[str, list[Label]]:
@@ -454,7 +410,7 @@ class Model:
             return f"the expert is gone although {self.actors[owed[0]].name} remembered it" if owed else ""
         if db.stream or db.pending:
             return f"entries stay for ever: stream {[i for i, _ in db.stream]}, pending {list(db.pending)}"
-        weights = self._weights(db)
+        weights = weights_of(db, self._spec)
         for worker, slot in zip(self.workers, state.slots[len(self.aggregators) :], strict=True):
             if wrong := worker.check_rest(self._memories.values[slot.memory], weights):
                 return wrong
@@ -484,9 +440,3 @@ def _short(values: tuple[Any, ...]) -> str:
 def _forged(key: str) -> tuple[tuple[str, str], ...]:
     worker, run, seq = key.split(":")[-4:-1]
     return (("run", run), ("seq", seq), ("worker", worker))
-
-
-def _decoded(part: bytes, numel: int) -> list[float]:
-    out = torch.empty(numel)
-    decode([part], "fp32", out)
-    return list(out.tolist())

@@ -31,7 +31,8 @@ from tests.protocol.actors import (
     Values,
     raise_unexpected,
 )
-from tests.protocol.world import NAME, Client, Db, Port, Reply
+from tests.protocol.client import Client, Port
+from tests.protocol.world import NAME, Db, Reply
 
 
 class Books(NamedTuple):

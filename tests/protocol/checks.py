@@ -1,0 +1,62 @@
+"""What must hold in every database: each update once in one history, and the weights are the replay of it."""
+
+import torch
+
+from fedmoe.codec import decode
+from fedmoe.layout import values_of
+from fedmoe.spec import Spec
+from fedmoe.update import Header
+from tests.protocol.actors import Values, first_db
+from tests.protocol.world import KEYS, OVERWRITTEN, TWO_CONTENTS, Db
+
+LINEAGES = ("L", "M")  # the one of the beginning, and the one that an operator begins
+
+
+def weights_of(db: Db, spec: Spec) -> Values:
+    """The expert's weights as the database holds them."""
+    file = db.string(KEYS.weights)
+    assert file is not None
+    return tuple(values_of(spec.layout, file).tolist())
+
+
+def check_db(db: Db, spec: Spec, *, refuses_nothing: bool) -> str:
+    """What is wrong with a database, or nothing."""
+    if db.gone:
+        left = [key for key in (KEYS.spec, KEYS.weights) if db.string(key)]
+        left += [key for key, _ in db.hashes if key != KEYS.memory]
+        return f"of the expert only {', '.join(left)} is there" if left else ""
+    meta = db.hash(KEYS.meta)
+    if meta["lineage"] not in LINEAGES:
+        return f"nobody asked for the new lineage {meta['lineage']}"
+    if db.base == OVERWRITTEN:
+        return "an expert was written back over one that was there"
+    decided = db.log + db.refused
+    twice = [name for n, name in enumerate(decided) if name in decided[:n]]
+    if twice:
+        return f"update {twice[0]} is twice in the history"
+    if db.refused and refuses_nothing:
+        return f"update {db.refused[0]} was refused without cause"
+    since, file = db.base or (0, first_db(spec).string(KEYS.weights))
+    weights, replay = weights_of(db, spec), values_of(spec.layout, file).tolist()
+    written = dict(db.written)
+    if TWO_CONTENTS in written.values():
+        return "one name of an update has two contents"
+    for worker, run, seq in db.log:
+        lineage = Header.unpack(written[KEYS.head(worker, run, seq)]).lineage
+        if lineage != meta["lineage"]:
+            return f"an update of another lineage, {lineage}, is in the history"
+        delta = _decoded(written[KEYS.part(worker, run, seq, 0)], len(replay))
+        replay = [a + b for a, b in zip(replay, delta, strict=True)]
+    if list(weights) != replay:
+        return f"the weights are {weights}, a replay of the log gives {tuple(replay)}"
+    if any(value not in (0.0, 1.0) for value in weights):
+        return f"a unit of training counts twice: {weights}"
+    if int(meta["version"]) != since + len(db.log):
+        return "the version is not the number of updates in the log"
+    return ""
+
+
+def _decoded(part: bytes, numel: int) -> list[float]:
+    out = torch.empty(numel)
+    decode([part], "fp32", out)
+    return list(out.tolist())

@@ -59,7 +59,7 @@ class Proxy:
         idle_timeout_s: forget a connection on which nothing came for so long, as a NAT does; its client is reset when
             it next sends something; 0 for never.
         hits: how many connections ended how ("closed", "unreachable", "refused", "idle", "cut", "cut_after_bytes", and
-            the actions of `on`), and how many chunks were "delayed" and "frozen".
+            the actions of `on`), how many chunks were "delayed" and "frozen", and how many "arrived" late.
     """
 
     def __init__(self, upstream: str | Path | tuple[str, int]) -> None:
@@ -232,6 +232,8 @@ class Proxy:
         await self._loop.sock_sendall(link.server, link.chunk)
         with suppress(TimeoutError):
             await asyncio.wait_for(self._loop.sock_recv(link.server, 1), ANSWER_S)
+        if action == "late":
+            self.hits["arrived"] += 1
         _reset(link.client)
         await asyncio.sleep(LINGER_S)
 

@@ -75,6 +75,8 @@ def test_connection_breaks_at_a_command(
         fired = near[whose].on(command, action)
         assert fired.wait(5)
         more(store, 3)
+        if action == "late":  # or it might come when nobody serves any more
+            eventually("the late command", lambda: near[whose].hits["arrived"] == 1, timeout_s=5)
         worker.finish()
     assert near[whose].hits[action] == 1
     # Header and part, if they are written when their update has been decided already.

@@ -105,6 +105,15 @@ class Layout:
         return flat
 
 
+def check_file(layout: Layout, length: int, begin: bytes) -> None:
+    """Raise SpecError if a file of so many bytes, which begins so, is not an adapter's of this layout."""
+    if length != layout.file_bytes or not begin.startswith(layout.header):
+        raise SpecError(
+            f"the stored weights ({length} bytes) are not an adapter of this spec "
+            f"({layout.file_bytes} bytes); was the key written by something else?"
+        )
+
+
 def values_of(layout: Layout, file: bytes) -> torch.Tensor:
     """The values (numel,) fp32 of an adapter's safetensors file, read-only and not copied.
 
@@ -112,11 +121,7 @@ def values_of(layout: Layout, file: bytes) -> torch.Tensor:
         SpecError: if it is not a file of that layout.
     """
     header = layout.header
-    if len(file) != layout.file_bytes or not file.startswith(header):
-        raise SpecError(
-            f"the stored weights ({len(file)} bytes) are not an adapter of this spec "
-            f"({layout.file_bytes} bytes); was the key written by something else?"
-        )
+    check_file(layout, len(file), file[: len(header)])
     return torch.frombuffer(file, dtype=torch.float32, offset=len(header), count=layout.numel)
 
 

@@ -21,6 +21,7 @@ from fedmoe.records import Decided, Entry, Meta
 from fedmoe.spec import Spec
 from fedmoe.store.connection import Connection
 from fedmoe.store.full import is_full, read_together, transact
+from fedmoe.store.pieces import put
 from fedmoe.update import MAX_HEADER_BYTES, Part
 
 # Every aggregator reads under one consumer name: whichever holds the lease owns the whole pending list, and no list
@@ -32,11 +33,13 @@ BLOCKING_MS = 2**63  # no clock gets so far; after the highest id there is, a st
 _PAGE = 256
 _LINEAGE = re.compile(r"[0-9a-f]{16}")
 _TYPES = (b"hash", b"stream", b"stream")  # of applied, log and dead
-# The head in meta, and the types of the other keys.
+# The head in meta, the types of the other keys, and the lengths of those that are strings.
 _LOOK = """#!lua flags=no-writes
-local found = {redis.call('HGET', KEYS[1], 'commit')}
-for i = 2, #KEYS do found[i] = redis.call('TYPE', KEYS[i]).ok end
-return found"""
+local types, lengths = {}, {}
+for i = 2, #KEYS do
+  types[i - 1] = redis.call('TYPE', KEYS[i]).ok
+  lengths[i - 1] = types[i - 1] == 'string' and redis.call('STRLEN', KEYS[i]) or 0 end
+return {redis.call('HGET', KEYS[1], 'commit'), types, lengths}"""
 _GROUP = """#!lua flags=allow-oom
 return redis.call('XGROUP', 'CREATE', KEYS[1], ARGV[1], '0', 'MKSTREAM')"""
 _UNLINK_AT_ONCE = 1000  # keys; a script's command may not have more than some thousand words
@@ -333,9 +336,9 @@ class ExpertStore:
         """
         with self.connection.errors(), self._redis.pipeline(transaction=True) as pipe:
             try:
-                self._check_head(pipe, commit)
+                present = self._check_head(pipe, commit)
                 pipe.multi()
-                self._queue(pipe, commit)
+                self._queue(pipe, commit, present)
                 try:
                     pipe.execute()
                 except redis.RedisError as error:
@@ -345,32 +348,34 @@ class ExpertStore:
             except redis.WatchError as error:
                 raise StaleStateError(f"{self.name}: another aggregator committed meanwhile") from error
 
-    def _check_head(self, pipe: Any, commit: Commit) -> None:
-        """WATCH all that a commit writes to, then look at the head, and whether EXEC would fail half way."""
+    def _check_head(self, pipe: Any, commit: Commit) -> tuple[int, int]:
+        """WATCH what a commit writes to; check the head, and types; returns the bytes of weights and packed there."""
         keys = self.keys
-        pipe.watch(keys.meta, keys.weights, keys.applied, keys.log, keys.dead)
-        head, *types = pipe.eval(_LOOK, 4, keys.meta, keys.applied, keys.log, keys.dead)
+        written = (keys.meta, keys.applied, keys.log, keys.dead, keys.weights, keys.packed)
+        pipe.watch(*written)
+        head, types, lengths = pipe.eval(_LOOK, len(written), *written)
         if head is None or head.decode() != commit.on:
             raise StaleStateError(f"{self.name}: another aggregator committed meanwhile")
-        self._check_types(types)
+        self._check_types(types[: len(_TYPES)])
         if self.connection.generation != commit.generation:
             raise StaleStateError(f"{self.name}: the connection to Redis was made anew")
+        return lengths[-2], lengths[-1]
 
     def _commit_to_full(self, pipe: Any, commit: Commit) -> None:
         """The same commit to a full Redis, which had refused it: it frees the memory of what was decided."""
         logger.warning("%s: Redis is full: committing beyond its limit to free memory", self.name)
-        self._check_head(pipe, commit)
+        present = self._check_head(pipe, commit)
         queued = self._redis.pipeline(transaction=True)
-        self._queue(queued, commit)
+        self._queue(queued, commit, present)
         if not transact(pipe, self.keys.meta, commit.on, [words for words, _ in queued.command_stack]):
             raise StaleStateError(f"{self.name}: another aggregator committed meanwhile")
 
-    def _queue(self, pipe: Any, commit: Commit) -> None:
+    def _queue(self, pipe: Any, commit: Commit, present: tuple[int, int]) -> None:
         keys = self.keys
-        if commit.weights is not None:
-            pipe.set(keys.weights, commit.weights)
-        if commit.packed is not None:
-            pipe.set(keys.packed, commit.packed)
+        values = (keys.weights, commit.weights), (keys.packed, commit.packed)
+        for (key, value), length in zip(values, present, strict=True):
+            if value is not None:
+                put(pipe, key, value, length)
         pipe.hset(keys.meta, mapping=commit.meta.to_hash())
         if commit.applied:
             pipe.hset(keys.applied, mapping={worker: d.to_json() for worker, d in commit.applied.items()})

@@ -12,12 +12,12 @@ import redis
 import torch
 
 from fedmoe.errors import LostExpertError, RedisUnavailableError, UnknownExpertError
-from fedmoe.layout import values_of
 from fedmoe.packed import EXACT, unpack
 from fedmoe.records import Decided, Meta
 from fedmoe.spec import Spec
 from fedmoe.store.connection import Connection
 from fedmoe.store.full import is_full, read_together
+from fedmoe.store.pieces import weights_of, weights_reads
 from fedmoe.update import Header, UpdateId
 
 # Far longer than any outage planned for. What is not announced yet (its worker may die while writing it) goes sooner.
@@ -34,7 +34,7 @@ class NoExpertsError(UnknownExpertError):
 class Snapshot:
     """An expert and one's own last decided update, read in one MULTI.
 
-    `weights` (numel,) fp32, perhaps read-only; None if they are those the caller has already.
+    `weights` (numel,) fp32, in memory of their own; None if they are those the caller has already.
     """
 
     meta: Meta
@@ -112,12 +112,15 @@ class WorkerStore:
                 if weights is not None:
                     return self._snapshot(raw, decided, weights)
             # Nothing was applied yet, or the expert was restored: nobody has packed these weights.
-            raw, decided, file = read_together(self._redis, *reads, ("get", self.keys.weights))
+            raw, decided, *pieces = read_together(
+                self._redis, *reads, *weights_reads(self.keys.weights, spec.layout)
+            )
         if self._meta(raw).spec != spec.digest:
             return self._snapshot(raw, decided, None)
-        if file is None:
+        weights = weights_of(spec.layout, pieces)
+        if weights is None:
             raise UnknownExpertError(f"the weights of expert {self.expert!r} are gone from Redis")
-        return self._snapshot(raw, decided, values_of(spec.layout, file))
+        return self._snapshot(raw, decided, weights)
 
     def _read_packed(self, reads: Sequence[tuple[str, ...]]) -> list[Any]:
         try:

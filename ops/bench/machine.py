@@ -1,4 +1,7 @@
-"""What the machine allows: copying memory, and one TCP connection over loopback."""
+"""What the machine allows: copying memory, one TCP connection over loopback, and Redis with large values.
+
+Writing a value over itself and reading it back, as a whole and in pieces: why weights travel in pieces.
+"""
 
 import socket
 from collections.abc import Iterator
@@ -6,12 +9,15 @@ from contextlib import ExitStack
 
 import torch
 
-from fedmoe.layout import FLOAT_BYTES
+from fedmoe.layout import FLOAT_BYTES, AdapterBuffer, Layout
+from fedmoe.store.connection import Connection, RedisSettings
+from fedmoe.store.full import read_together
+from fedmoe.store.pieces import put, weights_reads
 from ops.bench.adapters import LAYOUTS
 from ops.bench.contest import Contestant, Seats, take_turns
 from ops.bench.plan import Plan
 from ops.bench.processes import free_port
-from ops.bench.result import Result, figure
+from ops.bench.result import Result, figure, ratio
 
 BLOCK_BYTES = 1 << 20
 
@@ -47,6 +53,21 @@ def send(seats: Seats, port: int) -> None:
         seats.count(0)
 
 
+def write_and_read(seats: Seats, url: str, layout: Layout, in_pieces: bool) -> None:
+    """Body of a process that writes an adapter's file to one key, and reads it, again and again."""
+    redis = Connection(RedisSettings(url=url)).client
+    file = AdapterBuffer(layout).file
+    redis.set("weights", file)
+    while True:
+        seats.wait_for_go(0)
+        with redis.pipeline(transaction=True) as pipe:
+            put(pipe, "weights", file, len(file) if in_pieces else 0)
+            pipe.execute()
+        reads = weights_reads("weights", layout) if in_pieces else [("get", "weights")]
+        read_together(redis, *reads)
+        seats.count(0)
+
+
 class Memcpy(Contestant):
     """One process, one thread."""
 
@@ -70,13 +91,33 @@ class Loopback(Contestant):
         self.processes.call("clients", send, self.seats, port)
 
 
+class Values(Contestant):
+    """A client and its Redis."""
+
+    def __init__(self, name: str, layout: Layout, *, in_pieces: bool) -> None:
+        super().__init__(name, n_clients=1)
+        self.layout = layout
+        self.in_pieces = in_pieces
+
+    def _start(self) -> None:
+        url = self.processes.redis()
+        self.processes.call("clients", write_and_read, self.seats, url, self.layout, self.in_pieces)
+
+
 def run(plan: Plan) -> Iterator[Result]:
-    """GB/s of each, one direction counted once."""
-    numel = LAYOUTS[plan.size].numel
-    contestants = [Memcpy(numel), Loopback()]
+    """GB/s of each, one direction counted once; CPU milliseconds of client and Redis to write and read an adapter."""
+    layout = LAYOUTS[plan.size]
+    numel = layout.numel
+    whole = Values(f"redis_whole_{plan.size}", layout, in_pieces=False)
+    pieces = Values(f"redis_pieces_{plan.size}", layout, in_pieces=True)
+    contestants = [Memcpy(numel), Loopback(), whole, pieces]
     with ExitStack() as stack:
         for contestant in contestants:
             stack.enter_context(contestant)
         samples = take_turns(contestants, rounds=plan.rounds, seconds=min(plan.seconds, 0.5))
     for name, n_bytes in (("memcpy", numel * FLOAT_BYTES), ("loopback_tcp", BLOCK_BYTES)):
         yield figure(f"{name}_gb_per_s", [turn.per_s * n_bytes / 1e9 for turn in samples[name]], "GB/s")
+    costs = {c.name: [turn.cpu_ms() for turn in samples[c.name]] for c in (whole, pieces)}
+    for name, ms in costs.items():
+        yield figure(f"{name}_cpu_ms", ms, "ms/write and read")
+    yield ratio("redis_pieces_vs_whole_cpu", costs[pieces.name], costs[whole.name])

@@ -17,8 +17,8 @@ WORKER = (
     "resetkeys", "-@all", "+auth", "+hello", "+ping", "+multi", "+exec", "+discard", "+watch", "+unwatch",
     "%R~fedmoe:experts",
     "%R~fedmoe:{sql_expert}:*", "%RW~fedmoe:{sql_expert}:payload:alice:*", "%RW~fedmoe:{sql_expert}:worker:alice",
-    "+get", "+strlen", "+hget", "+hmget", "+hgetall", "+hkeys", "+xrange", "+set", "+hset", "+del", "+pexpire",
-    "+incrby",
+    "+get", "+getrange", "+strlen", "+hget", "+hmget", "+hgetall", "+hkeys", "+xrange", "+set", "+hset", "+del",
+    "+pexpire", "+incrby",
     "(%W~fedmoe:{sql_expert}:updates +xadd)",
 )  # fmt: skip
 AGGREGATOR = ("resetkeys", "~fedmoe:*", "-@all", "+@connection", "+@read", "+@write", "+@stream", "+@transaction",

@@ -94,11 +94,11 @@ def test_rival_between_check_and_script_is_noticed(
     full()
     queue, calls = expert.store._queue, []
 
-    def slow_queue(pipe: object, commit: object) -> None:
+    def slow_queue(*arguments: object) -> None:
         calls.append(1)
         if len(calls) == 2:  # the second time is for the script
             assert rival.process(rival.store.reclaim())
-        queue(pipe, commit)  # type: ignore[arg-type]
+        queue(*arguments)  # type: ignore[arg-type]
 
     expert.store._queue = slow_queue  # type: ignore[method-assign, assignment]
     with pytest.raises(StaleStateError):

@@ -120,11 +120,11 @@ class Pipeline:
             self._client._one("WATCH", *keys, watched=True)
 
     def eval(self, script: str, n_keys: int, meta: str, *others: str) -> Any:
-        """The script that looks at the head, and at types, which never change here."""
+        """The script that looks at the head, at types, which never change here, and at lengths, which are small."""
         assert self._immediate
         assert n_keys == 1 + len(others)
         head = self._client._one("HGET", meta, "commit", watched=self._watching)
-        return [_bytes(head), b"hash", b"stream", b"stream"]
+        return [_bytes(head), [b"hash", b"stream", b"stream", b"string", b"string"], [0] * len(others)]
 
     def multi(self) -> None:
         self._immediate = False

@@ -1,0 +1,67 @@
+"""Weights that are written in place and read in pieces: the same bytes, whatever was there before."""
+
+import pytest
+import torch
+
+import fedmoe.store.pieces
+from fedmoe.errors import SpecError, UnknownExpertError
+from fedmoe.layout import values_of
+from fedmoe.store.connection import Connection
+from tests.federation import LAYOUT, ScriptedWorker, make_expert, serve, small_spec
+
+
+@pytest.fixture(autouse=True, params=[4, 20, 1024])
+def _small_pieces(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    monkeypatch.setattr(fedmoe.store.pieces, "PIECE_BYTES", request.param)
+    monkeypatch.setattr(fedmoe.store.pieces, "IN_PLACE_BYTES", 1)
+
+
+def calls(connection: Connection, command: str) -> int:
+    """How often the server has executed a command."""
+    return int(connection.client.info("commandstats").get(f"cmdstat_{command}", {}).get("calls", 0))
+
+
+@pytest.mark.parametrize("wire_format", ["fp32", "int4"])
+def test_commits_write_in_place(connection: Connection, wire_format: str) -> None:
+    expert = make_expert(connection, spec=small_spec(wire_format=wire_format))
+    worker = ScriptedWorker(connection, expert.spec)
+    before = calls(connection, "setrange")
+    for round_ in range(3):
+        worker.push(round_ + 0.5)
+        assert serve(expert) == ["applied"]
+        worker.pull()
+    file = connection.client.get(expert.store.keys.weights)
+    assert file == bytes(expert.buffer.file)
+    assert calls(connection, "setrange") > before
+    if wire_format == "fp32":
+        assert torch.equal(values_of(LAYOUT, file), torch.arange(float(LAYOUT.numel)) + 4.5)
+        assert torch.equal(worker.ledger.base, values_of(LAYOUT, file))
+
+
+@pytest.mark.parametrize("there", [b"", b"short", b"x" * 5000, None])
+def test_whatever_is_there_is_written_over_whole(connection: Connection, there: bytes | None) -> None:
+    """Somebody overwrote the weights, or took them away: a commit puts them right, as it always did."""
+    expert = make_expert(connection)
+    key = expert.store.keys.weights
+    ScriptedWorker(connection, expert.spec).push(1.0)
+    connection.client.delete(key)
+    if there is None:
+        connection.client.rpush(key, "a list")
+    elif there:
+        connection.client.set(key, there)
+    assert serve(expert) == ["applied"]
+    assert connection.client.get(key) == bytes(expert.buffer.file)
+
+
+def test_other_weights_are_not_taken(connection: Connection) -> None:
+    """Too long, too short, of another layout, of another type: one sentence each; none at all: the expert is lost."""
+    expert = make_expert(connection)
+    worker, key = ScriptedWorker(connection, expert.spec), expert.store.keys.weights
+    good = connection.client.get(key)
+    for bad in (good + b"x", good[:-1], b"x" + good[1:], b"oops"):
+        connection.client.set(key, bad)
+        with pytest.raises(SpecError, match="are not an adapter of this spec"):
+            worker.store.pull(expert.spec, known="")
+    connection.client.delete(key)
+    with pytest.raises(UnknownExpertError, match="are gone from Redis"):
+        worker.store.pull(expert.spec, known="")

@@ -172,14 +172,17 @@ def encode(flat: torch.Tensor, wire_format: str, *, minus: torch.Tensor | None =
         yield b"".join((head, scales, middle, data))
 
 
-def decode(parts: Iterable[bytes], wire_format: str, out: torch.Tensor) -> None:
-    """Decode the parts of one update into `out` (n,) fp32.
+def decode(
+    parts: Iterable[bytes], wire_format: str, out: torch.Tensor, *, plus: torch.Tensor | None = None
+) -> None:
+    """Decode the parts of one update Δ, or Δ + `plus` (n,) fp32, into `out` (n,) fp32.
 
     Raises:
         UpdateError: if a part is not what this format and layout call for; `out` is then undefined.
     """
-    for _ in _decoded(parts, wire_format, len(out), lambda first, count: out[first : first + count]):
-        pass
+    for first, values in _decoded(parts, wire_format, len(out), lambda at, count: out[at : at + count]):
+        if plus is not None:
+            values.add_(plus[first : first + len(values)])
 
 
 def decoded(

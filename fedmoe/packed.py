@@ -58,8 +58,8 @@ def unpack(content: bytes, spec: Spec, commit: str) -> torch.Tensor | None:
             )
             return None
         weights = torch.empty(spec.layout.numel)
-        decode(packed["parts"], spec.wire_format, weights)
+        decode(packed["parts"], spec.wire_format, weights, plus=initial)
     except Exception as error:  # msgpack raises half a dozen unrelated types on garbage
         logger.warning("somebody overwrote the packed weights (%s); pulling the exact ones", error)
         return None
-    return weights.add_(initial)
+    return weights

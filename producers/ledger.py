@@ -23,7 +23,7 @@ from enum import Enum, auto
 
 import torch
 
-from fedmoe.codec import decode, encode
+from fedmoe.codec import decoded, encode, scratch_values
 from fedmoe.errors import NameTakenError
 from fedmoe.records import Decided, Meta
 from fedmoe.update import Header, Part, UpdateId
@@ -42,10 +42,10 @@ class Outgoing:
         """(run, seq)."""
         return self.header.id
 
-    def decode(self, out: torch.Tensor) -> torch.Tensor:
-        """Δ as the aggregator decodes it, in `out` (numel,) fp32; returns that."""
-        decode(self.parts, self.header.wire_format, out)
-        return out
+    def add_to(self, total: torch.Tensor, scratch: torch.Tensor, *, sign: float = 1.0) -> None:
+        """Add Δ as the aggregator decodes it to `total` (numel,) fp32; with sign −1 take it off. See codec.decoded."""
+        for first, values in decoded(self.parts, self.header.wire_format, len(total), scratch):
+            total[first : first + len(values)].add_(values, alpha=sign)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,10 +145,12 @@ class Ledger:
     keep_decided_s: float = 60.0
     keep_decided_bytes: int = 256 * 1024 * 1024
     # Fresh memory as large as an adapter costs more than what is done in it.
+    _progress: torch.Tensor = field(init=False, repr=False, compare=False)
     _scratch: torch.Tensor = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        self._scratch = torch.empty(len(self.base))
+        self._progress = torch.empty(len(self.base))
+        self._scratch = torch.empty(scratch_values(len(self.base)))
 
     @property
     def head(self) -> UpdateId | None:
@@ -159,14 +161,15 @@ class Ledger:
         """Sum of the undecided updates (numel,) fp32."""
         total = torch.zeros_like(self.base)
         for update in self.queue:
-            total += update.decode(self._scratch)
+            update.add_to(total, self._scratch)
         return total
 
     def progress(self, local: torch.Tensor) -> torch.Tensor:
         """Local − base − pending, (numel,) fp32; good until the ledger is used again."""
-        if self.queue:
-            local = local - self.pending()
-        return torch.sub(local, self.base, out=self._scratch)
+        progress = torch.sub(local, self.base, out=self._progress)
+        for update in self.queue:
+            update.add_to(progress, self._scratch, sign=-1.0)
+        return progress
 
     def cut(self, local: torch.Tensor, trained: Trained, *, wire_format: str, fingerprint: str) -> Outgoing:
         """Make progress the next update and append it to the queue."""
@@ -199,6 +202,9 @@ class Ledger:
     ) -> Change:
         """Take note of what Redis holds, read in one MULTI; `weights` None means: those of the base.
 
+        The weights become the base, and the memory of the base before becomes the correction: nobody else may use
+        them any more.
+
         Raises:
             NameTakenError: if another process publishes under this worker's name.
         """
@@ -226,7 +232,7 @@ class Ledger:
     def _start_over(self, meta: Meta, weights: torch.Tensor, head: UpdateId | None, position: str) -> Change:
         dropped = tuple(update.id for update in self.queue)
         self.base, self.meta, self.start, self.queue, self.kept = weights, meta, head, [], []
-        return Change(correction=weights, replace=True, dropped=dropped, position=position)
+        return Change(correction=weights.clone(), replace=True, dropped=dropped, position=position)
 
     def _roll_back(self, meta: Meta, weights: torch.Tensor | None, head: UpdateId | None) -> Change:
         chain = self._chain()
@@ -259,13 +265,15 @@ class Ledger:
     ) -> torch.Tensor | None:
         """Take over base, kept and queue; the correction that leaves progress as it was."""
         old, new = {u.id for u in self.queue}, {u.id for u in queue}
-        target = self._moved(weights)
-        correction = None if weights is None and old == new else target - self.base
+        correction = None
+        if weights is not None:
+            correction = torch.sub(weights, self.base, out=self.base)
+        elif old != new:
+            correction = torch.zeros_like(self.base)
         for update in (*self.queue, *queue):
             if correction is not None and (update.id in old) != (update.id in new):
-                sign = 1.0 if update.id in new else -1.0
-                correction.add_(update.decode(self._scratch), alpha=sign)
-        self.base, self.meta, self.kept, self.queue = target, meta, kept, queue
+                update.add_to(correction, self._scratch, sign=1.0 if update.id in new else -1.0)
+        self.base, self.meta, self.kept, self.queue = self._moved(weights), meta, kept, queue
         return correction
 
     def _forget(self, now: float) -> None:

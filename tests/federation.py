@@ -12,6 +12,7 @@ import torch
 
 from consumers.aggregator import AggregatorSettings, ExpertServer
 from consumers.expert import Expert
+from fedmoe.codec import decode
 from fedmoe.layout import AdapterBuffer, Layout
 from fedmoe.records import Meta
 from fedmoe.spec import LoraSettings, MergeRules, Spec
@@ -55,6 +56,13 @@ def first_meta(spec: Spec, **changes: object) -> Meta:
         base_fingerprint=FINGERPRINT,
     )
     return replace(meta, **changes)  # type: ignore[arg-type]
+
+
+def delta_of(update: Outgoing, numel: int) -> torch.Tensor:
+    """Δ (numel,) fp32 as the aggregator decodes it."""
+    delta = torch.empty(numel)
+    decode(update.parts, update.header.wire_format, delta)
+    return delta
 
 
 def make_expert(

@@ -10,7 +10,7 @@ from fedmoe.layout import Layout, values_of
 from fedmoe.lora_init import initial_weights
 from fedmoe.packed import pack
 from fedmoe.store.connection import Connection
-from tests.federation import LAYOUT, ScriptedWorker, make_expert, serve, small_spec
+from tests.federation import LAYOUT, ScriptedWorker, delta_of, make_expert, serve, small_spec
 from tests.strategies import randn
 
 LOSSY = sorted(FORMATS.keys() - {"fp32"})
@@ -51,7 +51,7 @@ def test_books_balance_on_blurred_weights(connection: Connection, wire_format: s
     for round_ in range(5):
         for number, worker in enumerate((alice, bob)):
             worker.push(randn(10 * round_ + number, LAYOUT.numel) * 0.01)
-        sent = [worker.ledger.queue[0].decode(torch.empty(LAYOUT.numel)) for worker in (alice, bob)]
+        sent = [delta_of(worker.ledger.queue[0], LAYOUT.numel) for worker in (alice, bob)]
         rest = [worker.ledger.progress(worker.local).clone() for worker in (alice, bob)]
         assert serve(expert) == ["applied", "applied"]
         weights.add_(sent[0], alpha=1.0).add_(sent[1], alpha=0.5)
@@ -171,7 +171,7 @@ def test_refused_update_in_a_batch_leaves_no_trace(connection: Connection) -> No
     deltas[1][-1] = torch.nan
     for worker, delta in zip(workers, deltas, strict=True):
         worker.push(delta)
-    sent = [worker.ledger.queue[0].decode(torch.empty(LAYOUT.numel)) for worker in workers]
+    sent = [delta_of(worker.ledger.queue[0], LAYOUT.numel) for worker in workers]
     assert serve(expert) == ["applied", "refused", "applied", "applied"]
     for staleness, number in enumerate((0, 2, 3)):
         weights.add_(sent[number], alpha=1 / (1 + staleness))

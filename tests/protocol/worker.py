@@ -22,6 +22,7 @@ from producers.checkpoint import Checkpoint
 from producers.exchange import Cut, Exchange
 from producers.ledger import Change, Ledger, Outgoing, Trained
 from producers.sync import Sync
+from tests.federation import delta_of
 from tests.protocol.actors import (
     ModelConnection,
     OneWait,
@@ -233,7 +234,7 @@ class Worker:
             unit
             for u in ledger.kept
             if u.id in exchange.told
-            for unit in self._units(u.decode(torch.empty(len(ledger.base))))
+            for unit in self._units(delta_of(u, len(ledger.base)))
         }
         memory = memory._replace(
             entry=sync._entry,

@@ -19,7 +19,7 @@ from fedmoe.layout import Layout
 from fedmoe.records import Decided
 from fedmoe.update import PART_BYTES, make_run
 from producers.ledger import Ledger, Trained
-from tests.federation import first_meta, small_spec
+from tests.federation import delta_of, first_meta, small_spec
 from tests.strategies import flats, flip_bytes, oddities, randn, seeds, wire_formats
 
 SMALL = 200  # values: three whole blocks and a rest
@@ -139,9 +139,9 @@ def test_fifty_rounds_lose_nothing(seed: int, numel: int, wire_format: str) -> N
         trained = trained + delta.double()
         local = local + delta
         update = ledger.cut(local, Trained(steps=1), wire_format=wire_format, fingerprint="f")
-        sent += update.decode(torch.empty(numel))
+        sent += delta_of(update, numel)
         applied = Decided(id=update.id, how="applied", version=number + 1)
-        change = ledger.observe(meta, ledger.base + update.decode(torch.empty(numel)), applied, now=0.0)
+        change = ledger.observe(meta, ledger.base + delta_of(update, numel), applied, now=0.0)
         local += change.correction
     remains = ledger.progress(local)
     assert (sent + remains - trained).abs().max() < 1e-5

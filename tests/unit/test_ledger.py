@@ -12,6 +12,7 @@ from fedmoe.errors import NameTakenError
 from fedmoe.records import Decided, Meta
 from fedmoe.update import UpdateId, make_run
 from producers.ledger import Ledger, Place, Trained, locate
+from tests.federation import delta_of
 
 UNITS = 48
 RUN = make_run(3, "00000003")
@@ -78,7 +79,7 @@ class Books(RuleBasedStateMachine):
         if refuse:
             self.refused |= set(self.in_cut[update.id])
         else:
-            self.weights = self.weights + update.decode(torch.empty(2 * UNITS))
+            self.weights = self.weights + delta_of(update, 2 * UNITS)
             self.refused -= set(self.in_cut[update.id])
         self.head = decision(update.id, "refused" if refuse else "applied")
         self.commit()
@@ -164,7 +165,7 @@ def test_what_quantisation_loses_stays_in_progress() -> None:
     ledger = fresh(64)
     local = torch.linspace(0.1, 1.0, 64)
     update = ledger.cut(local, Trained(steps=1), wire_format="int8", fingerprint="f")
-    error = local - update.decode(torch.empty(64))
+    error = local - delta_of(update, 64)
     assert error.abs().max() > 0
     assert torch.equal(ledger.progress(local), error)
 
@@ -196,8 +197,11 @@ def test_new_lineage_forgets_everything() -> None:
     change = ledger.observe(meta_of(0, "second"), torch.full((4,), 9.0), None, now=0.0)
     assert change.replace
     assert change.dropped == (update.id,)
-    assert torch.equal(change.correction, torch.full((4,), 9.0))
     assert not ledger.queue
+    # The training has not reached a step boundary yet when the next weights come.
+    then = ledger.observe(meta_of(1, "second"), torch.full((4,), 11.0), None, now=0.0)
+    assert torch.equal(change.correction, torch.full((4,), 9.0))
+    assert torch.equal(then.correction, torch.full((4,), 2.0))
     assert ledger.head is None
     assert ledger.cut(torch.ones(4), Trained(steps=1), wire_format="fp32", fingerprint="f").header.seq == 2
 

@@ -54,7 +54,7 @@ def _endurance(plan: Plan) -> Iterator[Result]:
 
         def go_on(until: int) -> dict[str, float]:
             seats.go.set()
-            processes.until(f"update {until}", lambda: sum(seats.done) >= until, timeout_s=600.0)
+            processes.until(f"update {until}", lambda: sum(seats.done) >= until, timeout_s=60 + until / 20)
             contestant.pause()
             return processes.rss_mib()
 

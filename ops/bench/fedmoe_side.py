@@ -27,6 +27,8 @@ from producers.sync import FIRST_POLL_S, LONGEST_POLL_S
 
 FINGERPRINT = "0123456789abcdef"
 DEFAULT_FORMAT: str = Spec.__dataclass_fields__["wire_format"].default
+# A worker that syncs every 10 s keeps six decided updates, for a failover; so do clients that sync 15 times a second.
+KEEP_DECIDED_S = 0.4
 STEP = 1e-4  # standard deviation of what a client adds to each value of its adapter
 
 
@@ -78,7 +80,7 @@ class Client:
         base = snapshot.weights
         assert base is not None
         run = make_run(self.store.next_epoch(), secrets.token_hex(4))
-        self.ledger = Ledger(base=base, meta=snapshot.meta, run=run)
+        self.ledger = Ledger(base=base, meta=snapshot.meta, run=run, keep_decided_s=KEEP_DECIDED_S)
         self.local = base.clone()
         self.decided: tuple[UpdateId, int] | None = None  # the last update, and the expert's version with it
         self.next_at = 0.0

@@ -78,8 +78,9 @@ def _breach(header: Header, staleness: int, meta: Meta, spec: Spec) -> str:
         )
     if header.wire_format != spec.wire_format:
         return f"encoded as {header.wire_format!r}, the spec says {spec.wire_format!r}"
-    if len(header.parts) != part_count(spec.layout.numel):
-        return f"has {len(header.parts)} parts, the layout gives {part_count(spec.layout.numel)}"
+    expected = part_count(spec.layout.numel, spec.wire_format)
+    if len(header.parts) != expected:
+        return f"has {len(header.parts)} parts, the layout gives {expected}"
     largest = min(FORMATS[spec.wire_format].part_bytes, spec.layout.numel * FLOAT_BYTES) + FRAME_BYTES
     if any(part.length > largest for part in header.parts):
         return (

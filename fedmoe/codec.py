@@ -33,8 +33,8 @@ from fedmoe.update import PART_BYTES
 
 FRAME_BYTES = 256  # room for the frame around the values
 BLOCK = 64  # values that share a scale; every part but the last is a multiple of it
-# As many as fit into a part in fp32, and no more in any other format: whoever folds holds one part decoded.
-VALUES_PER_PART = (PART_BYTES - FRAME_BYTES) // (BLOCK * 4) * BLOCK
+# As many as fit into a part in bf16, and no more in any format: whoever folds holds one part decoded, 2 MiB.
+MAX_VALUES_PER_PART = (PART_BYTES - FRAME_BYTES) // (BLOCK * 2) * BLOCK
 _FRAME_FIELDS = frozenset({"format", "first", "count", "scales", "data"})
 # Blocks that are encoded at once: fresh memory costs more than the work in it, so a little serves for all.
 _PIECE = 4096
@@ -67,9 +67,14 @@ class Format:
     scale: torch.dtype = torch.float32
 
     @property
+    def values_per_part(self) -> int:
+        """Values in a full part."""
+        return MAX_VALUES_PER_PART * 16 // max(16, self.bits)
+
+    @property
     def part_bytes(self) -> int:
         """Bytes of values and scales in a full part."""
-        return self.data_bytes(VALUES_PER_PART) + self.scale_bytes(VALUES_PER_PART)
+        return self.data_bytes(self.values_per_part) + self.scale_bytes(self.values_per_part)
 
     def data_bytes(self, count: int) -> int:
         """Bytes of `count` values."""
@@ -155,17 +160,17 @@ FORMATS: dict[str, Format] = {
 }
 
 
-def part_count(numel: int) -> int:
-    """How many parts an update of `numel` values has, in whatever format."""
-    return -(-numel // VALUES_PER_PART)
+def part_count(numel: int, wire_format: str) -> int:
+    """How many parts an update of `numel` values has."""
+    return -(-numel // FORMATS[wire_format].values_per_part)
 
 
 def encode(flat: torch.Tensor, wire_format: str, *, minus: torch.Tensor | None = None) -> Iterator[bytes]:
     """Encode an update Δ (n,) fp32, or the difference to `minus` (n,), as its parts, in order of the layout."""
     form = FORMATS[wire_format]
     flat = flat.contiguous()
-    for first in range(0, len(flat), VALUES_PER_PART):
-        here = slice(first, first + VALUES_PER_PART)
+    for first in range(0, len(flat), form.values_per_part):
+        here = slice(first, first + form.values_per_part)
         values = flat[here] if minus is None else flat[here] - minus[here]
         scales, data = form.encode(values)
         head, middle = _frame_around(form, first, len(values))
@@ -199,8 +204,8 @@ def decoded(
 
 
 def scratch_values(numel: int) -> int:
-    """Values in the largest part of an update of `numel` values."""
-    return min(VALUES_PER_PART, numel)
+    """Values in the largest part of an update of `numel` values, in whatever format."""
+    return min(MAX_VALUES_PER_PART, numel)
 
 
 def _decoded(
@@ -209,7 +214,7 @@ def _decoded(
     form = FORMATS[wire_format]
     first = 0
     for index, part in enumerate(parts):
-        count = min(VALUES_PER_PART, numel - first)
+        count = min(form.values_per_part, numel - first)
         if count <= 0:
             raise UpdateError(f"part {index} is one too many for {numel} values")
         values = into(first, count)

@@ -8,7 +8,7 @@ import torch
 
 from consumers.decide import Outcome, Verdict, Workspace, fold_in_place, judge_payload
 from consumers.fold import fold
-from fedmoe.codec import FORMATS, VALUES_PER_PART, decode, scratch_values
+from fedmoe.codec import FORMATS, decode, scratch_values
 from fedmoe.layout import Layout
 from fedmoe.spec import MergeRules, Spec
 from fedmoe.update import Part, make_run
@@ -36,7 +36,7 @@ def space_for(weights: torch.Tensor) -> Workspace:
 @pytest.mark.parametrize("wire_format", sorted(FORMATS))
 def test_parts_give_the_same_bits_as_the_whole(wire_format: str) -> None:
     """Three parts, the last one odd; the weights that it was folded from stay as they are."""
-    numel = 2 * VALUES_PER_PART + 77
+    numel = 2 * FORMATS[wire_format].values_per_part + 77
     delta, weights = randn(1, numel), randn(2, numel)
     spec, update = update_of(delta, wire_format)
     assert len(update.parts) == 3
@@ -54,13 +54,13 @@ def test_parts_give_the_same_bits_as_the_whole(wire_format: str) -> None:
 
 def test_no_more_than_one_part_is_asked_for_at_a_time() -> None:
     """The first part is folded before the second is read: memory does not grow with the adapter."""
-    numel = 3 * VALUES_PER_PART
+    numel = 3 * FORMATS["fp32"].values_per_part
     spec, update = update_of(torch.ones(numel), "fp32")
     space = space_for(torch.zeros(numel))
 
     def parts() -> Iterator[bytes]:
         for number, part in enumerate(update.parts):
-            done = number * VALUES_PER_PART
+            done = number * FORMATS["fp32"].values_per_part
             assert space.out[:done].eq(FACTOR).all()
             assert space.out[done:].isnan().all()
             yield part
@@ -80,7 +80,7 @@ def test_update_that_is_not_whole_is_undecidable(
     number: int, damage: bytes, outcome: Outcome, reason: str
 ) -> None:
     """Whichever part it is."""
-    numel = 3 * VALUES_PER_PART
+    numel = 3 * FORMATS["fp32"].values_per_part
     spec, update = update_of(torch.ones(numel), "fp32")
     parts = list(update.parts)
     parts[number] = damage
@@ -90,7 +90,7 @@ def test_update_that_is_not_whole_is_undecidable(
 
 def test_part_that_its_header_names_and_the_layout_does_not_is_refused() -> None:
     """Two parts in each other's place: their worker announced them so, and sending again would change nothing."""
-    numel = 3 * VALUES_PER_PART
+    numel = 3 * FORMATS["fp32"].values_per_part
     spec, update = update_of(torch.ones(numel), "fp32")
     parts = [update.parts[1], update.parts[0], update.parts[2]]
     header = replace(update.header, parts=tuple(Part.of(part) for part in parts))
@@ -102,7 +102,7 @@ def test_part_that_its_header_names_and_the_layout_does_not_is_refused() -> None
 @pytest.mark.parametrize("wire_format", sorted(FORMATS))
 def test_judged_first_and_folded_then_gives_the_same_bits(wire_format: str) -> None:
     """The way of the second update of a batch; judging alone changes nothing."""
-    numel = 2 * VALUES_PER_PART + 77
+    numel = 2 * FORMATS[wire_format].values_per_part + 77
     delta, weights = randn(1, numel), randn(2, numel)
     spec, update = update_of(delta, wire_format)
     at_once, later = space_for(weights), replace(space_for(weights.clone()), out=None)

@@ -15,10 +15,10 @@ import torch
 from consumers.decide import Outcome, Verdict, Workspace, fold_in_place, judge_header, judge_payload
 from consumers.doorbell import Doorbell, Garbage, Join, parse_entry
 from fedmoe.archive import Archive
-from fedmoe.codec import scratch_values
+from fedmoe.codec import EXACT, scratch_values
 from fedmoe.errors import SettingsError, StaleStateError, UpdateError
 from fedmoe.layout import AdapterBuffer
-from fedmoe.packed import EXACT, pack
+from fedmoe.packed import pack
 from fedmoe.records import Decided, Entry, Meta
 from fedmoe.spec import Spec
 from fedmoe.store.expert import Commit, ExpertStore, Loaded, new_id

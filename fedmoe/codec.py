@@ -31,6 +31,7 @@ import torch
 from fedmoe.errors import UpdateError
 from fedmoe.update import PART_BYTES
 
+EXACT = "fp32"  # loses nothing: the values need no decoding
 FRAME_BYTES = 256  # room for the frame around the values
 BLOCK = 64  # values that share a scale; every part but the last is a multiple of it
 # As many as fit into a part in bf16, and no more in any format: whoever folds holds one part decoded, 2 MiB.
@@ -107,15 +108,15 @@ class Format:
             return _bytes(scales), _bytes(flat[:half].add_(flat[half : 2 * half], alpha=16))
         return _bytes(scales), _bytes(flat[:n])
 
-    def decode(self, scales: memoryview, data: memoryview, out: torch.Tensor) -> None:
-        """Write the decoded values into `out` (n,) fp32; lengths were checked before.
+    def decode(self, scales: memoryview, data: memoryview, out: torch.Tensor) -> torch.Tensor:
+        """The values (n,) fp32: decoded in `out`, or in fp32 the data as they lie; lengths were checked before.
 
         Raises:
             UpdateError: if a scale is not finite.
         """
         if not self.limit:
-            out.copy_(torch.frombuffer(data, dtype=self.dtype))
-            return
+            values = torch.frombuffer(data, dtype=self.dtype)
+            return values if values.dtype == out.dtype else out.copy_(values)
         factors = torch.frombuffer(scales, dtype=self.scale).float()
         if not math.isfinite(factors.abs().amax()):  # amax is NaN if one of them is
             raise UpdateError("has a scale that is not finite (NaN or infinity)")
@@ -128,6 +129,7 @@ class Format:
         out[:whole].view(-1, BLOCK).mul_(factors[: whole // BLOCK].unsqueeze(1))
         if whole < len(out):
             out[whole:].mul_(factors[-1])
+        return out
 
 
 def _shorten(scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -152,7 +154,7 @@ def _unpack(pairs: torch.Tensor, out: torch.Tensor) -> None:
 FORMATS: dict[str, Format] = {
     f.name: f
     for f in (
-        Format("fp32", 32, torch.float32),
+        Format(EXACT, 32, torch.float32),
         Format("bf16", 16, torch.bfloat16),
         Format("int8", 8, torch.int8, 127),
         Format("int4", 4, torch.int8, 7, torch.bfloat16),
@@ -186,8 +188,11 @@ def decode(
         UpdateError: if a part is not what this format and layout call for; `out` is then undefined.
     """
     for first, values in _decoded(parts, wire_format, len(out), lambda at, count: out[at : at + count]):
+        here = slice(first, first + len(values))
         if plus is not None:
-            values.add_(plus[first : first + len(values)])
+            torch.add(values, plus[here], out=out[here])
+        elif wire_format == EXACT:
+            out[here].copy_(values)
 
 
 def decoded(
@@ -195,7 +200,8 @@ def decoded(
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Decode the parts of one update of `numel` values one by one: the place of each one's first value, and its values.
 
-    Every part's values, (n,) fp32, lie in `scratch`, (scratch_values(...),) fp32, until the next part is asked for.
+    Every part's values, (n,) fp32, lie in `scratch`, (scratch_values(...),) fp32, until the next part is asked for; in
+    fp32 they are those in the part itself, to be read only.
 
     Raises:
         UpdateError: if a part is not what this format and layout call for, or they are too few.
@@ -217,9 +223,8 @@ def _decoded(
         count = min(form.values_per_part, numel - first)
         if count <= 0:
             raise UpdateError(f"part {index} is one too many for {numel} values")
-        values = into(first, count)
         try:
-            form.decode(*_open(part, form, first, count), values)
+            values = form.decode(*_open(part, form, first, count), into(first, count))
         except UpdateError as error:
             raise UpdateError(f"part {index} {error}") from error
         yield first, values

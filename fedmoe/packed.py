@@ -22,8 +22,6 @@ from fedmoe.lora_init import initial_weights
 from fedmoe.spec import Spec
 from fedmoe.update import MAX_PARTS
 
-EXACT = "fp32"
-
 logger = logging.getLogger(__name__)
 
 

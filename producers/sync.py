@@ -273,8 +273,8 @@ class Sync:
         update = self.ledger.queue[0]
         if self._entry is None:
             # Sent before, and then lost sight of: a decision may have taken its payload away meanwhile.
-            if self._sent == update.id and self._moved(self._store.poll(NO_ENTRY, update.header)):
-                self._pull()
+            if self._sent == update.id and self._moved(poll := self._store.poll(NO_ENTRY, update.header)):
+                self._pull(poll.weights_commit)
                 return 0.0
             self._sent = update.id
             self._entry = self._store.publish(update.header, update.parts)
@@ -283,7 +283,7 @@ class Sync:
             return self._poll_s
         poll = self._store.poll(self._entry, update.header)
         if self._moved(poll):
-            self._pull()
+            self._pull(poll.weights_commit)
             return 0.0
         if not poll.entry_waits:
             logger.info("update %s is gone without a decision; sending it again", update.id)
@@ -298,9 +298,13 @@ class Sync:
         head = poll.decided.id if poll.decided else None
         return head != self.ledger.head or poll.lineage != self.ledger.meta.lineage
 
-    def _pull(self) -> None:
-        """Read the expert and one's own decision, settle the books, hand the correction to the training."""
-        snapshot = self._store.pull(self._spec, known=self.ledger.meta.weights_commit)
+    def _pull(self, seen: str = "") -> None:
+        """Read the expert and one's own decision, settle the books, hand the correction to the training.
+
+        `seen` is the weights' commit that a poll has just shown, "" if nobody has looked.
+        """
+        mine = self.ledger.meta.weights_commit
+        snapshot = self._store.pull(self._spec, known=mine if seen in ("", mine) else "")
         self._check_still_welcome(snapshot.meta)
         change = self.ledger.observe(snapshot.meta, snapshot.weights, snapshot.decided, now=self._clock())
         steps = self._exchange.steps_left

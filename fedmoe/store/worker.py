@@ -11,8 +11,9 @@ from typing import Any
 import redis
 import torch
 
+from fedmoe.codec import EXACT
 from fedmoe.errors import LostExpertError, RedisUnavailableError, UnknownExpertError
-from fedmoe.packed import EXACT, unpack
+from fedmoe.packed import unpack
 from fedmoe.records import Decided, Meta
 from fedmoe.spec import Spec
 from fedmoe.store.connection import Connection
@@ -93,6 +94,7 @@ class WorkerStore:
     def pull(self, spec: Spec, *, known: str) -> Snapshot:
         """Read meta and one's own decision, with the weights if their commit is not `known`, in one MULTI.
 
+        With `known` "" they are read at once: by whoever has none, or has seen that they moved.
         Without weights, too, if the expert was made anew with another spec: whoever sees that in meta has to stop.
 
         Raises:
@@ -100,9 +102,10 @@ class WorkerStore:
         """
         reads = (("hgetall", self.keys.meta), ("hget", self.keys.applied, self.worker))
         with self.connection.errors():
-            raw, decided = read_together(self._redis, *reads)
-            if self._meta(raw).weights_commit == known:
-                return self._snapshot(raw, decided, None)
+            if known:
+                raw, decided = read_together(self._redis, *reads)
+                if self._meta(raw).weights_commit == known:
+                    return self._snapshot(raw, decided, None)
             if spec.wire_format != EXACT:
                 raw, decided, packed = self._read_packed(reads)
                 meta = self._meta(raw)

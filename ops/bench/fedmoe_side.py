@@ -121,16 +121,17 @@ class Client:
         update = self.ledger.queue[0]
         poll = self.store.poll(self._entry, update.header)
         if (poll.decided.id if poll.decided else None) != self.ledger.head:
-            return self.pull()
+            return self.pull(poll.weights_commit)
         if not poll.entry_waits:
             raise BenchError(f"update {update.id} is gone without a decision")
         self._poll_s = min(LONGEST_POLL_S, self._poll_s * 1.5)
         self.next_at = time.monotonic() + self._poll_s
         return 0
 
-    def pull(self) -> int:
+    def pull(self, seen: str) -> int:
         """Read the expert, settle the books, correct the adapter; returns how many updates were applied."""
-        snapshot = self.store.pull(self.spec, known=self.ledger.meta.weights_commit)
+        mine = self.ledger.meta.weights_commit
+        snapshot = self.store.pull(self.spec, known=mine if seen == mine else "")
         change = self.ledger.observe(snapshot.meta, snapshot.weights, snapshot.decided, now=time.monotonic())
         if change.how is not None and change.how.how != "applied":
             raise BenchError(f"update {change.how.id} was {change.how.how}: {change.how.reason}")

@@ -31,7 +31,8 @@ def bench(*arguments: str, **extra: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("names", "figures"),
     [
-        (["wire", "machine"], {"wire_bytes_default_vs_fp32", "memcpy_gb_per_s", "loopback_tcp_gb_per_s"}),
+        (["wire", "machine"], {"wire_bytes_default_vs_fp32", "memcpy_gb_per_s", "redis_pieces_vs_whole_cpu"}),
+        (["codec"], {"codec_int4_cpu_ms", "codec_fp32_fold_moved"}),
         (["throughput"], {"fp32_vs_raw", "default_vs_raw_fp32", "updates_vs_http"}),
         (["latency"], {"publish_to_visible_p50_ms", "publish_to_visible_p99_ms"}),
         (["growth"], {"growth_2_vs_1_experts_cpu", "endurance_aggregator_rss_growth_mib"}),
@@ -58,8 +59,8 @@ def test_an_unknown_name_is_one_sentence(tmp_path: Path) -> None:
     done = bench("--only", "latency", "speed", "--out", str(tmp_path / "bench.json"))
     assert done.returncode == 2
     assert done.stderr == (
-        "ops/bench.sh: there is no benchmark 'speed': choose among wire, machine, throughput, latency, growth, "
-        "overlap, size, quality, flower\n"
+        "ops/bench.sh: there is no benchmark 'speed': choose among wire, machine, codec, throughput, "
+        "latency, growth, overlap, size, quality, flower\n"
     )
     assert not done.stdout
 

@@ -1,0 +1,119 @@
+"""What is done with an update besides moving it: CPU time, and bytes that torch reads and writes for each of its bytes.
+
+One process, one thread, no Redis, the real code: `cut` (the worker's progress, encoded and hashed), `fold` (the
+aggregator's check, decoding and folding), `pack` (what workers pull, encoded) and `pull` (decoded, the books settled,
+the adapter corrected). Every update costs cut + fold + pull, and its share of a pack; so their sum says how many
+updates a second are possible at all on a core, and `moved` where a copy could be spared.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from consumers.decide import Outcome, Verdict, Workspace, judge_payload
+from fedmoe.codec import EXACT, scratch_values
+from fedmoe.layout import AdapterBuffer, Layout
+from fedmoe.lora_init import initial_weights
+from fedmoe.memory import keep_freed
+from fedmoe.packed import pack, unpack
+from fedmoe.records import Decided, Meta
+from fedmoe.store.pieces import weights_of, weights_reads
+from fedmoe.update import make_run
+from ops.bench.adapters import LAYOUTS, fp32_bytes
+from ops.bench.fedmoe_side import FINGERPRINT, STEP, make_spec
+from ops.bench.plan import Plan
+from ops.bench.result import Result, figure
+from producers.ledger import Ledger, Trained
+
+TURNS = 20  # of every step in a round
+
+
+class Moved(TorchDispatchMode):
+    """Counts the bytes of all tensors that torch's operations read or write; one changed in place counts once."""
+
+    n_bytes = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view and not str(func).startswith("aten.empty"):
+            tensors = [v for v in (*args, *(kwargs or {}).values(), result) if isinstance(v, torch.Tensor)]
+            # What is changed in place, or given as `out`, is also the result.
+            self.n_bytes += sum({(t.data_ptr(), t.nbytes): t.nbytes for t in tensors}.values())
+        return result
+
+
+def run(plan: Plan) -> Iterator[Result]:
+    """Every format of the plan."""
+    keep_freed(blocks_mib=32, free_mib=64)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for form in plan.formats:
+            yield from _measure(plan, LAYOUTS[plan.size], form)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _measure(plan: Plan, layout: Layout, form: str) -> Iterator[Result]:
+    steps = _steps(layout, form)
+    ms: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(plan.rounds + 1):
+        for name, step in steps.items():
+            began = time.process_time()
+            for _ in range(TURNS):
+                step()
+            ms[name].append((time.process_time() - began) * 1000 / TURNS)
+    for name, step in steps.items():
+        yield figure(f"codec_{form}_{name}_cpu_ms", ms[name][1:], "ms/update")  # the first round warms up
+        with Moved() as moved:
+            step()
+        yield figure(f"codec_{form}_{name}_moved", [moved.n_bytes / fp32_bytes(layout)], "x of fp32")
+    yield figure(
+        f"codec_{form}_cpu_ms", [sum(turns) for turns in zip(*ms.values(), strict=True)][1:], "ms/update"
+    )
+
+
+def _steps(layout: Layout, form: str) -> dict[str, Callable[[], object]]:
+    """The steps of an update, each on what the ones before it left."""
+    spec = make_spec(layout, form)
+    meta = Meta(
+        lineage="0" * 16, commit="0", weights_commit="0", spec=spec.digest, base_fingerprint=FINGERPRINT
+    )
+    weights, folded = AdapterBuffer(layout), AdapterBuffer(layout)
+    weights.flat.copy_(initial_weights(layout, spec.init_seed))
+    local = weights.flat + torch.randn(layout.numel, generator=torch.Generator().manual_seed(0)) * STEP
+    ledger = Ledger(base=weights.flat.clone(), meta=meta, run=make_run(1, "00000001"))
+    space = Workspace(weights.flat, folded.flat, torch.empty(scratch_values(layout.numel)))
+    verdict = Verdict(Outcome.APPLIED, "", 0, 1.0)
+
+    def cut() -> object:
+        ledger.queue.clear()
+        return ledger.cut(local, Trained(steps=1), wire_format=form, fingerprint=FINGERPRINT)
+
+    update = ledger.cut(local, Trained(steps=1), wire_format=form, fingerprint=FINGERPRINT)
+
+    def fold() -> object:
+        return judge_payload(update.header, verdict, update.parts, spec, space)
+
+    fold()
+    packed = pack(folded.flat, spec, "1") if form != EXACT else b""
+    replies = [
+        len(folded.file) if command == "strlen" else bytes(folded.file[place[0] : place[1] + 1])
+        for command, _, *place in weights_reads("", layout)
+    ]
+
+    def pull() -> None:
+        pulled = weights_of(layout, replies) if form == EXACT else unpack(packed, spec, "1")
+        ledger.start, ledger.kept, ledger.queue = None, [], [update]
+        change = ledger.observe(meta, pulled, Decided(id=update.id, how="applied", version=1), now=0.0)
+        local.add_(change.correction)
+
+    steps: dict[str, Callable[[], object]] = {"cut": cut, "fold": fold, "pull": pull}
+    if form != EXACT:
+        steps["pack"] = lambda: pack(folded.flat, spec, "1")
+    return steps

@@ -34,7 +34,7 @@ from fedmoe.update import PART_BYTES
 EXACT = "fp32"  # loses nothing: the values need no decoding
 FRAME_BYTES = 256  # room for the frame around the values
 BLOCK = 64  # values that share a scale; every part but the last is a multiple of it
-# As many as fit into a part in bf16, and no more in any format: whoever folds holds one part decoded, 2 MiB.
+# As many as fit into a part in bf16 (in fp32 it is half of them): whoever folds holds one part decoded, at most 2 MiB.
 MAX_VALUES_PER_PART = (PART_BYTES - FRAME_BYTES) // (BLOCK * 2) * BLOCK
 _FRAME_FIELDS = frozenset({"format", "first", "count", "scales", "data"})
 # Blocks that are encoded at once: fresh memory costs more than the work in it, so a little serves for all.

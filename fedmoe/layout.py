@@ -2,7 +2,7 @@
 
 A `Layout` fixes which value of the flat vector belongs to which tensor. The safetensors header of a layout
 never changes, so an adapter's file is `header + raw bytes of the vector`: an `AdapterBuffer` keeps both in
-one block of memory, into which updates are folded, and which is handed to Redis whole, without
+one block of memory, into which updates are folded, and which is handed to Redis as it lies, without
 copying or serialising.
 """
 

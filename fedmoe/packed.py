@@ -58,6 +58,9 @@ def unpack(content: bytes, spec: Spec, commit: str) -> torch.Tensor | None:
         weights = torch.empty(spec.layout.numel)
         decode(packed["parts"], spec.wire_format, weights, plus=initial)
     except Exception as error:  # msgpack raises half a dozen unrelated types on garbage
-        logger.warning("somebody overwrote the packed weights (%s); pulling the exact ones", error)
+        logger.warning(
+            "the packed weights are not what this FedMoE writes (%s): another version's, or overwritten; pulling the "
+            "exact ones", error,
+        )  # fmt: skip
         return None
     return weights

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from fedmoe.codec import scratch_values
 from fedmoe.errors import SettingsError
 from fedmoe.records import Meta
 from fedmoe.update import Header, UpdateId
@@ -154,6 +155,8 @@ def _restore(info: dict[str, Any], tensors: dict[str, torch.Tensor], now: float)
         queue=_updates("queue", tensors, 0.0),
         kept=_updates("kept", tensors, now),
     )
+    for update in (*ledger.kept, *ledger.queue):  # damaged, or of a FedMoE that cut the parts otherwise
+        update.add_to(torch.zeros_like(ledger.base), torch.empty(scratch_values(len(ledger.base))))
     return Checkpoint(
         ledger=ledger,
         local=tensors["local"],

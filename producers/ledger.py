@@ -202,11 +202,11 @@ class Ledger:
     ) -> Change:
         """Take note of what Redis holds, read in one MULTI; `weights` None means: those of the base.
 
-        The weights become the base, and the memory of the base before becomes the correction: nobody else may use
-        them any more.
+        The weights become the base; nobody else may use them, or the base before, any more.
 
         Raises:
-            NameTakenError: if another process publishes under this worker's name.
+            NameTakenError: if another process publishes under this worker's name. After any error the books are as
+                before.
         """
         head = decided.id if decided else None
         if meta.lineage != self.meta.lineage:
@@ -267,13 +267,15 @@ class Ledger:
         old, new = {u.id for u in self.queue}, {u.id for u in queue}
         correction = None
         if weights is not None:
-            correction = torch.sub(weights, self.base, out=self.base)
+            correction = torch.sub(weights, self.base, out=self._progress)
         elif old != new:
             correction = torch.zeros_like(self.base)
         for update in (*self.queue, *queue):
             if correction is not None and (update.id in old) != (update.id in new):
                 update.add_to(correction, self._scratch, sign=1.0 if update.id in new else -1.0)
-        self.base, self.meta, self.kept, self.queue = self._moved(weights), meta, kept, queue
+        if weights is not None:  # the correction leaves with its memory, that of the old base takes its place
+            self.base, self._progress = weights, self.base
+        self.meta, self.kept, self.queue = meta, kept, queue
         return correction
 
     def _forget(self, now: float) -> None:

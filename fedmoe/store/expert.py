@@ -21,7 +21,7 @@ from fedmoe.records import Decided, Entry, Meta
 from fedmoe.spec import Spec
 from fedmoe.store.connection import Connection
 from fedmoe.store.full import is_full, read_together, transact
-from fedmoe.store.pieces import put
+from fedmoe.store.pieces import places, put
 from fedmoe.update import MAX_HEADER_BYTES, Part
 
 # Every aggregator reads under one consumer name: whichever holds the lease owns the whole pending list, and no list
@@ -348,9 +348,10 @@ class ExpertStore:
             except redis.WatchError as error:
                 raise StaleStateError(f"{self.name}: another aggregator committed meanwhile") from error
 
-    def _check_head(self, pipe: Any, commit: Commit) -> tuple[int, int]:
-        """WATCH what a commit writes to; check the head, and types; returns the bytes of weights and packed there."""
+    def _check_head(self, pipe: Any, commit: Commit) -> dict[str, int]:
+        """WATCH what a commit writes to, check head and types; returns the bytes of what it may write in place."""
         keys = self.keys
+        found = places(self._redis, {keys.weights: commit.weights, keys.packed: commit.packed})
         written = (keys.meta, keys.applied, keys.log, keys.dead, keys.weights, keys.packed)
         pipe.watch(*written)
         head, types, lengths = pipe.eval(_LOOK, len(written), *written)
@@ -359,7 +360,8 @@ class ExpertStore:
         self._check_types(types[: len(_TYPES)])
         if self.connection.generation != commit.generation:
             raise StaleStateError(f"{self.name}: the connection to Redis was made anew")
-        return lengths[-2], lengths[-1]
+        now = dict(zip(written[1:], lengths, strict=True))
+        return {key: length for key, length in found.items() if length == now[key]}
 
     def _commit_to_full(self, pipe: Any, commit: Commit) -> None:
         """The same commit to a full Redis, which had refused it: it frees the memory of what was decided."""
@@ -370,12 +372,11 @@ class ExpertStore:
         if not transact(pipe, self.keys.meta, commit.on, [words for words, _ in queued.command_stack]):
             raise StaleStateError(f"{self.name}: another aggregator committed meanwhile")
 
-    def _queue(self, pipe: Any, commit: Commit, present: tuple[int, int]) -> None:
+    def _queue(self, pipe: Any, commit: Commit, present: Mapping[str, int]) -> None:
         keys = self.keys
-        values = (keys.weights, commit.weights), (keys.packed, commit.packed)
-        for (key, value), length in zip(values, present, strict=True):
+        for key, value in ((keys.weights, commit.weights), (keys.packed, commit.packed)):
             if value is not None:
-                put(pipe, key, value, length)
+                put(pipe, key, value, present.get(key, 0))
         pipe.hset(keys.meta, mapping=commit.meta.to_hash())
         if commit.applied:
             pipe.hset(keys.applied, mapping={worker: d.to_json() for worker, d in commit.applied.items()})

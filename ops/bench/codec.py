@@ -1,9 +1,10 @@
 """What is done with an update besides moving it: CPU time, and bytes that torch reads and writes for each of its bytes.
 
 One process, one thread, no Redis, the real code: `cut` (the worker's progress, encoded and hashed), `fold` (the
-aggregator's check, decoding and folding), `pack` (what workers pull, encoded) and `pull` (decoded, the books settled,
-the adapter corrected). Every update costs cut + fold + pull, and its share of a pack; so their sum says how many
-updates a second are possible at all on a core, and `moved` where a copy could be spared.
+aggregator's check, decoding and folding), `pull` (decoded, the books settled, the adapter corrected) and `pack` (what
+workers pull, encoded). Their sum is the arithmetic of an update that is a batch of its own: no transport can be so fast
+that a core makes more updates a second. Copies that torch does not see (parts joined, packed weights wrapped and
+unwrapped) are in the time, not in `moved`.
 """
 
 import time

@@ -27,8 +27,7 @@ from producers.sync import FIRST_POLL_S, LONGEST_POLL_S
 
 FINGERPRINT = "0123456789abcdef"
 DEFAULT_FORMAT: str = Spec.__dataclass_fields__["wire_format"].default
-# A worker that syncs every 10 s keeps six decided updates, for a failover; so do clients that sync 15 times a second.
-KEEP_DECIDED_S = 0.4
+KEPT = 6  # decided updates that a worker keeps for a failover, if it syncs every 10 s
 STEP = 1e-4  # standard deviation of what a client adds to each value of its adapter
 
 
@@ -80,7 +79,7 @@ class Client:
         base = snapshot.weights
         assert base is not None
         run = make_run(self.store.next_epoch(), secrets.token_hex(4))
-        self.ledger = Ledger(base=base, meta=snapshot.meta, run=run, keep_decided_s=KEEP_DECIDED_S)
+        self.ledger = Ledger(base=base, meta=snapshot.meta, run=run)
         self.local = base.clone()
         self.decided: tuple[UpdateId, int] | None = None  # the last update, and the expert's version with it
         self.next_at = 0.0
@@ -100,9 +99,11 @@ class Client:
     def cut(self) -> Outgoing:
         """Make the progress an update."""
         trained = Trained(n_examples=4, n_tokens=400, steps=1, loss_sum=1.0, position="4")
-        return self.ledger.cut(
+        update = self.ledger.cut(
             self.local, trained, wire_format=self.spec.wire_format, fingerprint=FINGERPRINT
         )
+        self.ledger.keep_decided_bytes = KEPT * update.header.payload_bytes
+        return update
 
     def publish(self, update: Outgoing) -> None:
         """Write it to Redis; the first poll is due a little later."""
@@ -128,7 +129,7 @@ class Client:
         self.next_at = time.monotonic() + self._poll_s
         return 0
 
-    def pull(self, seen: str) -> int:
+    def pull(self, seen: str = "") -> int:
         """Read the expert, settle the books, correct the adapter; returns how many updates were applied."""
         mine = self.ledger.meta.weights_commit
         snapshot = self.store.pull(self.spec, known=mine if seen == mine else "")

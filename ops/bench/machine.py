@@ -9,10 +9,10 @@ from contextlib import ExitStack
 
 import torch
 
-from fedmoe.layout import FLOAT_BYTES, AdapterBuffer, Layout
+from fedmoe.layout import FLOAT_BYTES, AdapterBuffer, Layout, values_of
 from fedmoe.store.connection import Connection, RedisSettings
 from fedmoe.store.full import read_together
-from fedmoe.store.pieces import put, weights_reads
+from fedmoe.store.pieces import put, weights_of, weights_reads
 from ops.bench.adapters import LAYOUTS
 from ops.bench.contest import Contestant, Seats, take_turns
 from ops.bench.plan import Plan
@@ -63,8 +63,10 @@ def write_and_read(seats: Seats, url: str, layout: Layout, in_pieces: bool) -> N
         with redis.pipeline(transaction=True) as pipe:
             put(pipe, "weights", file, len(file) if in_pieces else 0)
             pipe.execute()
-        reads = weights_reads("weights", layout) if in_pieces else [("get", "weights")]
-        read_together(redis, *reads)
+        if in_pieces:
+            weights_of(layout, read_together(redis, *weights_reads("weights", layout)))
+        else:
+            values_of(layout, redis.get("weights"))
         seats.count(0)
 
 

@@ -10,9 +10,9 @@ from tests.protocol.broken import _any_prev
 
 
 def _no_commit_check() -> None:
-    def unchecked(store: Any, pipe: Any, commit: Any) -> tuple[int, int]:
+    def unchecked(store: Any, pipe: Any, commit: Any) -> dict[str, int]:
         pipe.watch(store.keys.meta)
-        return 0, 0
+        return {}
 
     ExpertStore._check_head = unchecked  # type: ignore[method-assign]
 

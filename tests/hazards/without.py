@@ -215,8 +215,8 @@ class SavesWhenDecided(Sync):
         if not self.ledger.queue:
             super()._save(cut)
 
-    def _pull(self) -> None:
-        super()._pull()
+    def _pull(self, seen: str = "") -> None:
+        super()._pull(seen)
         if self._state_dir and not self.ledger.queue and (cut := self._copy(consume=False)):
             self._save(cut)
 

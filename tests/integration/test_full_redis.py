@@ -7,6 +7,7 @@ import pytest
 import redis
 import torch
 
+import fedmoe.store.pieces
 from consumers.aggregator import AggregatorSettings, ExpertServer
 from consumers.create import SpecRequest, ensure_experts
 from consumers.expert import Expert
@@ -31,8 +32,14 @@ def full(connection: Connection) -> Iterator[Callable[[], None]]:
     connection.client.config_set("maxmemory", 0)
 
 
-def test_commit_gets_out_of_a_full_redis(connection: Connection, full: Callable[[], None]) -> None:
+@pytest.mark.parametrize("in_place", [False, True])
+def test_commit_gets_out_of_a_full_redis(
+    connection: Connection, full: Callable[[], None], monkeypatch: pytest.MonkeyPatch, in_place: bool
+) -> None:
     """The commit that frees memory goes through although Redis takes nothing, with all that belongs to it."""
+    if in_place:
+        monkeypatch.setattr(fedmoe.store.pieces, "PIECE_BYTES", 20)
+        monkeypatch.setattr(fedmoe.store.pieces, "IN_PLACE_BYTES", 1)
     expert = make_expert(connection)
     worker = ScriptedWorker(connection, expert.spec)
     worker.push(1.0)
@@ -45,6 +52,9 @@ def test_commit_gets_out_of_a_full_redis(connection: Connection, full: Callable[
     assert client.xlen(keys.log) == 1
     assert not client.keys("*payload*:1:*")
     assert client.hget(keys.meta, "commit").decode() == expert.meta.commit
+    assert client.get(keys.weights) == bytes(expert.buffer.file)
+    worker.pull()
+    assert torch.equal(worker.ledger.base, expert.buffer.flat)
 
 
 def test_commit_to_a_full_redis_makes_the_same_check(

@@ -110,7 +110,7 @@ def test_packed_weights_that_somebody_overwrote_stop_nobody(
     connection.client.set(expert.store.keys.packed, garbage)
     alice.pull()
     assert torch.equal(alice.ledger.base, exact(expert))
-    assert "somebody overwrote the packed weights" in caplog.text
+    assert "the packed weights are not what this FedMoE writes" in caplog.text
 
 
 def test_packed_key_of_another_type_stops_nobody(connection: Connection) -> None:

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import fedmoe.store.pieces
-from fedmoe.errors import SpecError, UnknownExpertError
-from fedmoe.layout import values_of
+from fedmoe.errors import RedisUnavailableError, SpecError, StaleStateError, UnknownExpertError
+from fedmoe.layout import Layout, values_of
 from fedmoe.store.connection import Connection
 from tests.federation import LAYOUT, ScriptedWorker, make_expert, serve, small_spec
 
@@ -38,6 +38,37 @@ def test_commits_write_in_place(connection: Connection, wire_format: str) -> Non
         assert torch.equal(worker.ledger.base, values_of(LAYOUT, file))
 
 
+def test_a_lowered_limit_stops_a_commit_before_it_writes(
+    connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SETRANGE beyond proto-max-bulk-len fails where it stands: all around it in the MULTI would be executed."""
+    monkeypatch.setattr(fedmoe.store.pieces, "PIECE_BYTES", 512 * 1024)
+    redis, before = connection.client, "proto-max-bulk-len"
+    spec = small_spec(layout=Layout.of([("base_model.model.layers.0.q_proj.lora_A.weight", (2, 400_000))]))
+    expert = make_expert(connection, spec=spec, weights=torch.zeros(spec.layout.numel))
+    ScriptedWorker(connection, spec).push(1e-3)
+    whole, limit = redis.get(expert.store.keys.weights), redis.config_get(before)[before]
+    redis.config_set(before, 1024 * 1024)
+    try:
+        with pytest.raises((RedisUnavailableError, StaleStateError)):
+            serve(expert)
+        assert redis.get(expert.store.keys.weights) == whole
+        assert redis.hget(expert.store.keys.meta, "version") == b"0"
+    finally:
+        redis.config_set(before, limit)
+    expert.load()
+    assert expert.process(expert.store.reclaim())
+    assert redis.get(expert.store.keys.weights) == bytes(expert.buffer.file) != whole
+
+
+def test_an_expiry_goes_with_the_next_commit(connection: Connection) -> None:
+    expert = make_expert(connection)
+    ScriptedWorker(connection, expert.spec).push(1.0)
+    connection.client.expire(expert.store.keys.weights, 100)
+    assert serve(expert) == ["applied"]
+    assert connection.client.ttl(expert.store.keys.weights) == -1
+
+
 @pytest.mark.parametrize("there", [b"", b"short", b"x" * 5000, None])
 def test_whatever_is_there_is_written_over_whole(connection: Connection, there: bytes | None) -> None:
     """Somebody overwrote the weights, or took them away: a commit puts them right, as it always did."""
@@ -64,4 +95,7 @@ def test_other_weights_are_not_taken(connection: Connection) -> None:
             worker.store.pull(expert.spec, known="")
     connection.client.delete(key)
     with pytest.raises(UnknownExpertError, match="are gone from Redis"):
+        worker.store.pull(expert.spec, known="")
+    connection.client.rpush(key, "a list")
+    with pytest.raises(RedisUnavailableError, match="was overwritten by something else"):
         worker.store.pull(expert.spec, known="")

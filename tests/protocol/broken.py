@@ -97,7 +97,7 @@ class TornPull(WorkerStore):
     """Weights and one's own decision are read one after the other."""
 
     def pull(self, spec: Spec, *, known: str) -> Snapshot:
-        weights = values_of(spec.layout, self._redis.get(self.keys.weights))
+        weights = values_of(spec.layout, self._redis.get(self.keys.weights)).clone()
         snapshot = super().pull(spec, known=known)
         return replace(snapshot, weights=weights if snapshot.weights is not None else None)
 

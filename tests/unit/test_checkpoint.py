@@ -1,13 +1,18 @@
-"""The state directory: one worker each."""
+"""The state directory: one worker each, and no checkpoint that cannot be gone on from."""
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from fedmoe.errors import SettingsError
-from producers.checkpoint import StateDir
+from fedmoe.update import Part, make_run
+from producers.checkpoint import Checkpoint, StateDir
+from producers.ledger import Ledger, Trained
+from tests.federation import LAYOUT, first_meta, small_spec
 
 
 def test_directory_belongs_to_one_process(tmp_path: Path) -> None:
@@ -23,3 +28,31 @@ def test_directory_belongs_to_one_process(tmp_path: Path) -> None:
         StateDir(tmp_path)
     first.communicate()
     StateDir(tmp_path)
+
+
+@pytest.mark.parametrize("group", ["queue", "kept"])
+@pytest.mark.parametrize("part", [b"garbage", None])
+def test_update_that_cannot_be_decoded_is_noticed_at_once(
+    tmp_path: Path, group: str, part: bytes | None
+) -> None:
+    """Of a damaged file, or of a FedMoE that cut updates into other parts; None is the update as it was."""
+    spec = small_spec(wire_format="int4")
+    ledger = Ledger(base=torch.zeros(LAYOUT.numel), meta=first_meta(spec), run=make_run(1, "00000001"))
+    update = ledger.cut(torch.ones(LAYOUT.numel), Trained(steps=1), wire_format="int4", fingerprint="f")
+    if part is not None:
+        update = replace(update, header=replace(update.header, parts=(Part.of(part),)), parts=(part,))
+    ledger.queue, ledger.kept = ([update], []) if group == "queue" else ([], [update])
+    state = StateDir(tmp_path)
+    state.save(
+        Checkpoint(
+            ledger=ledger, local=torch.ones(LAYOUT.numel), optimizer={}, trained=Trained(), position=0, data="d",
+            expert="sql_expert", worker="alice",
+        )
+    )  # fmt: skip
+    if part is None:
+        saved = state.load(expert="sql_expert", worker="alice", now=0.0)
+        assert saved is not None
+        assert [u.id for u in (*saved.ledger.queue, *saved.ledger.kept)] == [update.id]
+    else:
+        with pytest.raises(SettingsError, match=r"is damaged .*: move it away to start a new run"):
+            state.load(expert="sql_expert", worker="alice", now=0.0)

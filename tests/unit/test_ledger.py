@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from fedmoe.errors import NameTakenError
+from fedmoe.errors import NameTakenError, UpdateError
 from fedmoe.records import Decided, Meta
 from fedmoe.update import UpdateId, make_run
 from producers.ledger import Ledger, Place, Trained, locate
@@ -263,3 +263,21 @@ def test_what_a_deep_rollback_lost_is_named(back_to: int, lost: str) -> None:
     change = ledger.observe(meta_of(back_to), torch.zeros(4), head, now=99.0)
     assert change.lost == lost
     assert [update.header.seq for update in ledger.queue] == ([] if back_to == 3 else [3])
+
+
+def test_an_error_half_way_leaves_the_books_as_they_were() -> None:
+    """A part that cannot be decoded, out of a damaged file: the next look sees the same base and queue."""
+    ledger = fresh()
+    update = ledger.cut(torch.ones(4), Trained(steps=1), wire_format="fp32", fingerprint="f")
+    ledger.queue[0] = replace(update, parts=(b"garbage",))
+    base, meta = ledger.base.clone(), ledger.meta
+    for _ in range(2):
+        with pytest.raises(UpdateError):
+            ledger.observe(meta_of(1), torch.full((4,), 5.0), decision(update.id), now=0.0)
+        assert torch.equal(ledger.base, base)
+        assert ledger.meta == meta
+        assert [u.id for u in ledger.queue] == [update.id]
+        assert not ledger.kept
+    ledger.queue[0] = update
+    change = ledger.observe(meta_of(1), torch.full((4,), 5.0), decision(update.id), now=0.0)
+    assert torch.equal(torch.ones(4) + change.correction, torch.full((4,), 5.0))

@@ -168,6 +168,11 @@ def _keepalive(url: str) -> dict[str, Any]:
     return {"socket_keepalive": True, "socket_keepalive_options": options}
 
 
+def is_conflict(error: redis.WatchError) -> bool:
+    """True if somebody changed what was watched; False if the connection broke, which redis-py tells as the same."""
+    return "occurred while watching" not in str(error)
+
+
 def explain(error: Exception, url: str) -> str:
     """One sentence for what Redis or redis-py said, and what to do about it."""
     text = str(error).strip().rstrip(".") or type(error).__name__
@@ -188,7 +193,12 @@ def explain(error: Exception, url: str) -> str:
             return f"Redis at {url} is still loading its data"
         case redis.exceptions.ConnectionError() if "max number of clients" in text:
             return f"Redis at {url} takes no more connections: raise its maxclients"
-        case redis.exceptions.ConnectionError() | redis.exceptions.TimeoutError() | OSError():
+        case (
+            redis.exceptions.ConnectionError()
+            | redis.exceptions.TimeoutError()
+            | redis.WatchError()
+            | OSError()
+        ):
             return f"Redis at {url} cannot be reached ({text})"
     if text.startswith("MISCONF"):
         return f"Redis at {url} cannot write to its disk and so takes no writes: see its log"

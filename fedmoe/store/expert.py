@@ -19,7 +19,7 @@ from fedmoe.errors import LostExpertError, SpecError, StaleStateError
 from fedmoe.keys import GROUP
 from fedmoe.records import Decided, Entry, Meta
 from fedmoe.spec import Spec
-from fedmoe.store.connection import Connection
+from fedmoe.store.connection import Connection, is_conflict
 from fedmoe.store.full import is_full, read_together, transact
 from fedmoe.store.pieces import places, put
 from fedmoe.update import MAX_HEADER_BYTES, Part
@@ -232,12 +232,11 @@ class ExpertStore:
 
     def _check_types(self, types: Sequence[bytes]) -> None:
         """Raise SpecError if `applied`, `log` or `dead` is of another type: all but it would be executed of an EXEC."""
-        keys = self.keys
-        for key, kind, wanted in zip((keys.applied, keys.log, keys.dead), types, _TYPES, strict=True):
+        for name, kind, wanted in zip(("applied", "log", "dead"), types, _TYPES, strict=True):
             if kind not in (wanted, b"none"):
                 raise SpecError(
-                    f"the key {key} is a {kind.decode()} and should be a {wanted.decode()}: somebody overwrote it, "
-                    "rename it"
+                    f"the key {getattr(self.keys, name)} is a {kind.decode()} and should be a {wanted.decode()}: "
+                    "somebody overwrote it, rename it"
                 )
 
     def reclaim(self) -> list[Entry]:
@@ -331,8 +330,7 @@ class ExpertStore:
     def commit(self, commit: Commit) -> None:
         """Make a batch part of the expert, whole or not at all.
 
-        Raises:
-            StaleStateError: if the expert's head is not `commit.on`, or the connection was made anew.
+        Raises StaleStateError if the expert's head is not `commit.on`, or the connection was made anew.
         """
         with self.connection.errors(), self._redis.pipeline(transaction=True) as pipe:
             try:
@@ -346,6 +344,8 @@ class ExpertStore:
                         raise
                     self._commit_to_full(pipe, commit)
             except redis.WatchError as error:
+                if not is_conflict(error):
+                    raise
                 raise StaleStateError(f"{self.name}: another aggregator committed meanwhile") from error
 
     def _check_head(self, pipe: Any, commit: Commit) -> dict[str, int]:

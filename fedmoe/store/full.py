@@ -12,6 +12,7 @@ from typing import Any
 import redis
 
 from fedmoe.errors import RedisUnavailableError
+from fedmoe.store.connection import is_conflict
 
 Command = Sequence[Any]
 
@@ -63,7 +64,9 @@ def read_together(client: Any, *reads: tuple[Any, ...]) -> list[Any]:
             pipe.multi()
             try:
                 pipe.execute()
-            except redis.WatchError:
+            except redis.WatchError as error:
+                if not is_conflict(error):
+                    raise
                 continue
             return replies
     raise RedisUnavailableError("Redis is full, and what is read changes all the time: raise its maxmemory")

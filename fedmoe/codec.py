@@ -14,8 +14,8 @@ What a format loses is not lost to the training: it stays in the worker's progre
 
 int8 and int4 write a value as a whole number of steps, its code (-127..127, -7..7); a block's scale is its step. Two
 int4 codes a and b make one signed byte a + 16 b, where a is of the first half of the part's values and b of the second
-(with an odd count the last byte of the first half has b = 0). No byte is wrong: one that no encoder writes means a code
-of at most 8, the last of an odd count at most 128.
+(with an odd count the last byte of the first half has b = 0). No byte is wrong: one that no encoder writes means codes of
+at most 8.
 """
 
 import math
@@ -144,11 +144,13 @@ def _shorten(scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _unpack(pairs: torch.Tensor, out: torch.Tensor) -> None:
-    """Split the bytes a + 16 b (half,) int8 into the codes a and b, in `out` (n,) fp32 without other memory."""
-    low, high = out[: len(pairs)], out[len(pairs) :]
-    low.copy_(pairs)
-    torch.mul(low[: len(high)], 1 / 16, out=high).round_()
-    low[: len(high)].sub_(high, alpha=16)
+    """Split the bytes a + 16 b (half,) int8 into the codes a and b, in `out` (n,) fp32."""
+    half = len(pairs)
+    codes = torch.add(pairs, 8).bitwise_right_shift_(
+        4
+    )  # b; the sum of a byte that no encoder writes may wrap around
+    out[half:].copy_(codes[: len(out) - half])
+    out[:half].copy_(torch.sub(pairs, codes, alpha=16, out=codes))
 
 
 FORMATS: dict[str, Format] = {

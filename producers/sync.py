@@ -31,12 +31,11 @@ from fedmoe.update import UpdateId
 from producers.checkpoint import Checkpoint, StateDir
 from producers.exchange import Cut, Exchange
 from producers.ledger import Change, Ledger, Trained
+from producers.pace import FIRST_POLL_S, LONGEST_POLL_S, Pace
 
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_INTERVAL_S = 5.0
-FIRST_POLL_S = 0.01
-LONGEST_POLL_S = 1.0
 LAST_SAVE_S = 10.0
 NO_ENTRY = "0-1"  # an id that no entry has
 
@@ -107,7 +106,7 @@ class Sync:
         self._unsaved: Cut | None = None
         self._entry: str | None = None
         self._sent: UpdateId | None = None
-        self._poll_s = FIRST_POLL_S
+        self._pace = Pace(clock)
         self._resend_s = FIRST_POLL_S
 
     @property
@@ -278,11 +277,11 @@ class Sync:
                 return 0.0
             self._sent = update.id
             self._entry = self._store.publish(update.header, update.parts)
-            self._poll_s = FIRST_POLL_S
             self.status = replace(self.status, published=self.status.published + 1)
-            return self._poll_s
+            return self._pace.sent()
         poll = self._store.poll(self._entry, update.header)
         if self._moved(poll):
+            self._pace.decided()
             self._pull(poll.weights_commit)
             return 0.0
         if not poll.entry_waits:
@@ -290,8 +289,7 @@ class Sync:
             self._entry = None
             self._resend_s = min(LONGEST_POLL_S, self._resend_s * 2)
             return self._resend_s
-        self._poll_s = min(LONGEST_POLL_S, self._poll_s * 1.5)
-        return self._poll_s
+        return self._pace.undecided()
 
     def _moved(self, poll: Poll) -> bool:
         """True if Redis knows another head or lineage than the books."""

@@ -1,0 +1,36 @@
+"""How long a worker waits before it looks again for the decision of the update it has published."""
+
+import time
+from collections.abc import Callable
+
+FIRST_POLL_S = 0.01
+LONGEST_POLL_S = 1.0
+
+
+class Pace:
+    """The waits: first most of the time that the last decision took, then short ones that grow by half each.
+
+    So a decision is noticed soon after it was made, and few polls come too early. A decision that is there at the first
+    look makes the next wait shorter by a quarter; one that takes for ever is looked for once a second.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._sent_at = clock()
+        self._took_s = 0.0
+        self._wait_s = FIRST_POLL_S
+
+    def sent(self) -> float:
+        """An update was published; seconds until the first look."""
+        self._sent_at = self._clock()
+        self._wait_s = max(FIRST_POLL_S, self._took_s / 4)
+        return max(FIRST_POLL_S, self._took_s * 3 / 4)
+
+    def undecided(self) -> float:
+        """Seconds until the next look."""
+        wait_s, self._wait_s = self._wait_s, min(LONGEST_POLL_S, self._wait_s * 1.5)
+        return wait_s
+
+    def decided(self) -> None:
+        """A look has found the decision."""
+        self._took_s = min(LONGEST_POLL_S, self._clock() - self._sent_at)

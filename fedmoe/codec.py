@@ -14,8 +14,8 @@ What a format loses is not lost to the training: it stays in the worker's progre
 
 int8 and int4 write a value as a whole number of steps, its code (-127..127, -7..7); a block's scale is its step. Two
 int4 codes a and b make one signed byte a + 16 b, where a is of the first half of the part's values and b of the second
-(with an odd count the last byte of the first half has b = 0). No byte is wrong: one that no encoder writes means codes of
-at most 8.
+(with an odd count the last byte of the first half has b = 0). No byte is wrong: one that no encoder writes is two
+codes of at most 8.
 """
 
 import math

@@ -5,13 +5,15 @@ from collections.abc import Callable
 
 FIRST_POLL_S = 0.01
 LONGEST_POLL_S = 1.0
+USUAL_S = 0.25  # a decision that takes longer is not waited for in one go
 
 
 class Pace:
     """The waits: first most of the time that the last decision took, then short ones that grow by half each.
 
-    So a decision is noticed soon after it was made, and few polls come too early. A decision that is there at the first
-    look makes the next wait shorter by a quarter; one that takes for ever is looked for once a second.
+    So a decision is noticed soon after it was made, and few looks come too early. One that is there at the first look
+    may have been there for long, and halves the next wait. One that takes for ever is looked for once a second, and
+    says nothing about the next.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -19,18 +21,21 @@ class Pace:
         self._sent_at = clock()
         self._took_s = 0.0
         self._wait_s = FIRST_POLL_S
+        self._looks = 0
 
     def sent(self) -> float:
         """An update was published; seconds until the first look."""
-        self._sent_at = self._clock()
+        self._sent_at, self._looks = self._clock(), 0
         self._wait_s = max(FIRST_POLL_S, self._took_s / 4)
         return max(FIRST_POLL_S, self._took_s * 3 / 4)
 
     def undecided(self) -> float:
         """Seconds until the next look."""
+        self._looks += 1
         wait_s, self._wait_s = self._wait_s, min(LONGEST_POLL_S, self._wait_s * 1.5)
         return wait_s
 
     def decided(self) -> None:
         """A look has found the decision."""
-        self._took_s = min(LONGEST_POLL_S, self._clock() - self._sent_at)
+        took_s = min(USUAL_S, self._clock() - self._sent_at)
+        self._took_s = took_s if self._looks else took_s / 2

@@ -28,7 +28,7 @@ def test_decisions_that_take_as_long_as_the_last_are_seen_soon(took_s: float) ->
     worker = Worker()
     seen = [worker.update(took_s) for _ in range(50)][10:]
     assert sum(looks for looks, _ in seen) / len(seen) <= (3 if took_s < USUAL_S else 12)
-    assert sum(late for _, late in seen) / len(seen) <= FIRST_POLL_S + 0.25 * took_s
+    assert sum(late for _, late in seen) / len(seen) <= 0.02 + 0.25 * took_s
 
 
 def test_a_quick_decision_after_an_outage_is_found_quickly_again() -> None:

@@ -144,11 +144,12 @@ def _shorten(scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _unpack(pairs: torch.Tensor, out: torch.Tensor) -> None:
-    """Split the bytes a + 16 b (half,) int8 into the codes a and b, in `out` (n,) fp32."""
+    """Split the bytes a + 16 b (half,) int8 into the codes a and b, in `out` (n,) fp32.
+
+    Where a byte is one that no encoder writes, its sum with 8 may wrap around.
+    """
     half = len(pairs)
-    codes = torch.add(pairs, 8).bitwise_right_shift_(
-        4
-    )  # b; the sum of a byte that no encoder writes may wrap around
+    codes = torch.add(pairs, 8).bitwise_right_shift_(4)
     out[half:].copy_(codes[: len(out) - half])
     out[:half].copy_(torch.sub(pairs, codes, alpha=16, out=codes))
 

@@ -242,8 +242,8 @@ class Ledger:
         # A later head than ours is no rollback: an update that an earlier run had left waiting was decided.
         is_rollback = bool(resent) or not _is_later(head, self.start)
         lost = f"after {head or 'the beginning'} up to {self.start}" if is_rollback else ""
-        self.start = head
         correction = self._settle(meta, weights, kept=[], queue=chain)
+        self.start = head
         return Change(correction=correction, resent=resent, lost=lost)
 
     def _advance(

@@ -32,7 +32,8 @@ def test_commits_write_in_place(connection: Connection, wire_format: str) -> Non
         worker.pull()
     file = connection.client.get(expert.store.keys.weights)
     assert file == bytes(expert.buffer.file)
-    assert calls(connection, "setrange") > before
+    pieces = -(-len(file) // fedmoe.store.pieces.PIECE_BYTES)
+    assert calls(connection, "setrange") - before >= 3 * (1 + pieces)  # one to try it
     if wire_format == "fp32":
         assert torch.equal(values_of(LAYOUT, file), torch.arange(float(LAYOUT.numel)) + 4.5)
         assert torch.equal(worker.ledger.base, values_of(LAYOUT, file))

@@ -265,19 +265,27 @@ def test_what_a_deep_rollback_lost_is_named(back_to: int, lost: str) -> None:
     assert [update.header.seq for update in ledger.queue] == ([] if back_to == 3 else [3])
 
 
-def test_an_error_half_way_leaves_the_books_as_they_were() -> None:
-    """A part that cannot be decoded, out of a damaged file: the next look sees the same base and queue."""
+@pytest.mark.parametrize("rolled_back", [False, True])
+def test_an_error_half_way_leaves_the_books_as_they_were(rolled_back: bool) -> None:
+    """A part that cannot be decoded, out of a damaged file: the next look sees the same base and queue.
+
+    In an advance, or a rollback that sends a decided update again.
+    """
     ledger = fresh()
     update = ledger.cut(torch.ones(4), Trained(steps=1), wire_format="fp32", fingerprint="f")
-    ledger.queue[0] = replace(update, parts=(b"garbage",))
-    base, meta = ledger.base.clone(), ledger.meta
+    damaged = replace(update, parts=(b"garbage",))
+    head: Decided | None = decision(update.id)
+    if rolled_back:
+        ledger.start, ledger.queue, ledger.kept, head = UpdateId(RUN, 9), [], [damaged], None
+    else:
+        ledger.queue[0] = damaged
+    before = (ledger.base.clone(), ledger.meta, ledger.start, list(ledger.queue), list(ledger.kept))
     for _ in range(2):
         with pytest.raises(UpdateError):
-            ledger.observe(meta_of(1), torch.full((4,), 5.0), decision(update.id), now=0.0)
-        assert torch.equal(ledger.base, base)
-        assert ledger.meta == meta
-        assert [u.id for u in ledger.queue] == [update.id]
-        assert not ledger.kept
-    ledger.queue[0] = update
-    change = ledger.observe(meta_of(1), torch.full((4,), 5.0), decision(update.id), now=0.0)
-    assert torch.equal(torch.ones(4) + change.correction, torch.full((4,), 5.0))
+            ledger.observe(meta_of(1), torch.full((4,), 5.0), head, now=0.0)
+        assert torch.equal(ledger.base, before[0])
+        assert (ledger.meta, ledger.start, ledger.queue, ledger.kept) == before[1:]
+    if not rolled_back:
+        ledger.queue[0] = update
+        change = ledger.observe(meta_of(1), torch.full((4,), 5.0), head, now=0.0)
+        assert torch.equal(torch.ones(4) + change.correction, torch.full((4,), 5.0))

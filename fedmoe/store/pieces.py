@@ -18,9 +18,8 @@ import torch
 from fedmoe.layout import Layout, check_file
 
 PIECE_BYTES = 1024 * 1024
-IN_PLACE_BYTES = (
-    4 * 1024 * 1024
-)  # shorter values are written whole, far enough from 8 MiB for any allocator's rounding
+# Shorter values are written whole; far enough from 8 MiB for any allocator's rounding.
+IN_PLACE_BYTES = 4 * 1024 * 1024
 
 # The lengths of strings that never expire and whose last byte can be written; 0 for other values.
 _PLACE = """#!lua flags=allow-oom

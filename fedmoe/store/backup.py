@@ -9,14 +9,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import redis
-
 from fedmoe.errors import BackupError, FedMoEError, UnknownExpertError
 from fedmoe.layout import values_of
 from fedmoe.names import check_expert
 from fedmoe.records import Meta
 from fedmoe.spec import Spec
-from fedmoe.store.connection import Connection
+from fedmoe.store.connection import Connection, execute
 from fedmoe.store.expert import new_id
 from fedmoe.store.full import read_together
 
@@ -156,9 +154,7 @@ class BackupStore:
                 if there is not None:
                     pipe.unlink(*keys)
                 self._queue(pipe, name, state)
-                try:
-                    pipe.execute()
-                except redis.WatchError:
+                if execute(pipe) is None:
                     continue
                 self._redis.hset(self.keys.experts, name, gateway_weight)
                 return there

@@ -168,9 +168,17 @@ def _keepalive(url: str) -> dict[str, Any]:
     return {"socket_keepalive": True, "socket_keepalive_options": options}
 
 
-def is_conflict(error: redis.WatchError) -> bool:
-    """True if somebody changed what was watched; False if the connection broke, which redis-py tells as the same."""
-    return "occurred while watching" not in str(error)
+def execute(pipe: Any) -> list[Any] | None:
+    """The replies to a transaction; None if somebody changed what it watches, and nothing was executed.
+
+    A connection that breaks while it watches stays an error, though redis-py tells it by the same class.
+    """
+    try:
+        return list(pipe.execute())
+    except redis.WatchError as error:
+        if "occurred while watching" in str(error):
+            raise
+        return None
 
 
 def explain(error: Exception, url: str) -> str:

@@ -19,7 +19,7 @@ from fedmoe.errors import LostExpertError, SpecError, StaleStateError
 from fedmoe.keys import GROUP
 from fedmoe.records import Decided, Entry, Meta
 from fedmoe.spec import Spec
-from fedmoe.store.connection import Connection, is_conflict
+from fedmoe.store.connection import Connection, execute
 from fedmoe.store.full import is_full, read_together, transact
 from fedmoe.store.pieces import places, put
 from fedmoe.update import MAX_HEADER_BYTES, Part
@@ -143,23 +143,21 @@ class ExpertStore:
         keys = self.keys
         with self.connection.errors():
             with self._redis.pipeline(transaction=True) as pipe:
-                try:
-                    pipe.watch(keys.meta, keys.weights, keys.applied)
-                    if pipe.exists(keys.meta, keys.weights, keys.applied):
-                        return False
-                    pipe.multi()
-                    pipe.set(keys.spec, spec.to_json())
-                    pipe.set(keys.weights, weights)
-                    pipe.hset(keys.meta, mapping=meta.to_hash())
-                    if applied:
-                        pipe.hset(keys.applied, mapping={w: d.to_json() for w, d in applied.items()})
-                    if log:
-                        pipe.xadd(keys.log, dict(log))
-                    else:
-                        pipe.unlink(keys.log, keys.dead)  # of a history that has no part in a new expert's
-                    pipe.unlink(keys.packed, keys.lost, keys.memory)
-                    pipe.execute()
-                except redis.WatchError:
+                pipe.watch(keys.meta, keys.weights, keys.applied)
+                if pipe.exists(keys.meta, keys.weights, keys.applied):
+                    return False
+                pipe.multi()
+                pipe.set(keys.spec, spec.to_json())
+                pipe.set(keys.weights, weights)
+                pipe.hset(keys.meta, mapping=meta.to_hash())
+                if applied:
+                    pipe.hset(keys.applied, mapping={w: d.to_json() for w, d in applied.items()})
+                if log:
+                    pipe.xadd(keys.log, dict(log))
+                else:
+                    pipe.unlink(keys.log, keys.dead)  # of a history that has no part in a new expert's
+                pipe.unlink(keys.packed, keys.lost, keys.memory)
+                if execute(pipe) is None:
                     return False
             if gateway_weight is not None:
                 self.register(gateway_weight)
@@ -273,11 +271,7 @@ class ExpertStore:
             pipe.multi()
             pipe.delete(self.keys.updates)
             pipe.xgroup_create(self.keys.updates, GROUP, id="0", mkstream=True)
-            try:
-                pipe.execute()
-            except redis.WatchError:
-                return False
-        return True
+            return execute(pipe) is not None
 
     def lineages(self) -> dict[str, str]:
         """What the living workers know of this expert: worker -> lineage, by their heartbeats."""
@@ -333,20 +327,17 @@ class ExpertStore:
         Raises StaleStateError if the expert's head is not `commit.on`, or the connection was made anew.
         """
         with self.connection.errors(), self._redis.pipeline(transaction=True) as pipe:
+            present = self._check_head(pipe, commit)
+            pipe.multi()
+            self._queue(pipe, commit, present)
             try:
-                present = self._check_head(pipe, commit)
-                pipe.multi()
-                self._queue(pipe, commit, present)
-                try:
-                    pipe.execute()
-                except redis.RedisError as error:
-                    if not is_full(error):
-                        raise
-                    self._commit_to_full(pipe, commit)
-            except redis.WatchError as error:
-                if not is_conflict(error):
+                done = execute(pipe) is not None
+            except redis.RedisError as error:
+                if not is_full(error):
                     raise
-                raise StaleStateError(f"{self.name}: another aggregator committed meanwhile") from error
+                done = self._commit_to_full(pipe, commit)
+            if not done:
+                raise StaleStateError(f"{self.name}: another aggregator committed meanwhile")
 
     def _check_head(self, pipe: Any, commit: Commit) -> dict[str, int]:
         """WATCH what a commit writes to, check head and types; returns the bytes of what it may write in place."""
@@ -363,14 +354,13 @@ class ExpertStore:
         now = dict(zip(written[1:], lengths, strict=True))
         return {key: length for key, length in found.items() if length == now[key]}
 
-    def _commit_to_full(self, pipe: Any, commit: Commit) -> None:
+    def _commit_to_full(self, pipe: Any, commit: Commit) -> bool:
         """The same commit to a full Redis, which had refused it: it frees the memory of what was decided."""
         logger.warning("%s: Redis is full: committing beyond its limit to free memory", self.name)
         present = self._check_head(pipe, commit)
         queued = self._redis.pipeline(transaction=True)
         self._queue(queued, commit, present)
-        if not transact(pipe, self.keys.meta, commit.on, [words for words, _ in queued.command_stack]):
-            raise StaleStateError(f"{self.name}: another aggregator committed meanwhile")
+        return transact(pipe, self.keys.meta, commit.on, [words for words, _ in queued.command_stack])
 
     def _queue(self, pipe: Any, commit: Commit, present: Mapping[str, int]) -> None:
         keys = self.keys

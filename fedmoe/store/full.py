@@ -12,7 +12,7 @@ from typing import Any
 import redis
 
 from fedmoe.errors import RedisUnavailableError
-from fedmoe.store.connection import is_conflict
+from fedmoe.store.connection import execute
 
 Command = Sequence[Any]
 
@@ -62,13 +62,8 @@ def read_together(client: Any, *reads: tuple[Any, ...]) -> list[Any]:
             pipe.watch(*dict.fromkeys(key for _, key, *_ in reads))
             replies = ask(pipe)
             pipe.multi()
-            try:
-                pipe.execute()
-            except redis.WatchError as error:
-                if not is_conflict(error):
-                    raise
-                continue
-            return replies
+            if execute(pipe) is not None:
+                return replies
     raise RedisUnavailableError("Redis is full, and what is read changes all the time: raise its maxmemory")
 
 

@@ -7,10 +7,16 @@ from pathlib import Path
 
 import pytest
 
+from fedmoe.backup import Backup, restore
 from fedmoe.embedded import EmbeddedRedis
+from fedmoe.errors import RedisUnavailableError
+from fedmoe.layout import AdapterBuffer
+from fedmoe.store.backup import BackupStore
 from fedmoe.store.connection import Connection, RedisSettings
+from fedmoe.store.expert import ExpertStore
+from tests.backups import backed_up
 from tests.counting import EXPERT, CountingWorker, assert_settled, counting_spec, create_expert
-from tests.federation import serving
+from tests.federation import first_meta, serving
 from tests.processes import eventually
 from tests.proxy import Action, Direction, Proxy
 
@@ -264,3 +270,33 @@ def test_master_becomes_a_read_only_replica(
             more(store, 2)
             worker.finish()
         assert_settled(admin, spec, [worker], tmp_path)
+
+
+def _create(connection: Connection, _: Path) -> object:
+    spec = counting_spec()
+    return ExpertStore(connection, "another").create(spec, first_meta(spec), AdapterBuffer(spec.layout).file)
+
+
+def _mend(connection: Connection, _: Path) -> object:
+    return ExpertStore(connection, EXPERT).mend()
+
+
+def _restore(connection: Connection, backup: Path) -> object:
+    return restore(BackupStore(connection), Backup(backup), replace=True)
+
+
+@pytest.mark.parametrize("action", ["cut_before", "cut_after"])
+@pytest.mark.parametrize(("write", "command"), [(_create, b"UNLINK"), (_mend, b"DEL"), (_restore, b"UNLINK")])
+def test_a_connection_that_breaks_is_not_taken_for_a_rival(
+    connection: Connection, reach: Reach, near: dict[str, Proxy], tmp_path: Path,
+    write: Callable[[Connection, Path], object], command: bytes, action: Action,
+) -> None:  # fmt: skip
+    """What is written where nobody else may have written says that Redis is away, not what somebody else did."""
+    store = create_expert(connection, counting_spec())
+    backed_up(connection, tmp_path / "backup")
+    connection.client.xadd(store.keys.updates, {"rival": "1"}, id=f"{2**64 - 1}-{2**64 - 1}")
+    connection.client.xtrim(store.keys.updates, maxlen=0)
+    fired = near["aggregator"].on(command, action)
+    with pytest.raises(RedisUnavailableError, match="cannot be reached"):
+        write(reach(near["aggregator"].url), tmp_path / "backup")
+    assert fired.is_set()

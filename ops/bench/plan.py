@@ -65,7 +65,7 @@ QUICK = Plan(
     workers=(1, 4, 16, 64),
     experts=(1, 8, 32),
     updates=2_000,
-    quality=Quality(("sql_expert", "python_expert"), syncs=12, steps=2, rows=32),
+    quality=Quality(("sql_expert", "python_expert", "docs_expert"), syncs=12, steps=2, rows=32),
 )
 FULL = Plan(
     seconds=6.0,

@@ -170,6 +170,19 @@ def part_count(numel: int, wire_format: str) -> int:
     return -(-numel // FORMATS[wire_format].values_per_part)
 
 
+def part_lengths(numel: int, wire_format: str) -> list[int]:
+    """Bytes of each part that `encode` makes of `numel` values."""
+    form = FORMATS[wire_format]
+    counts = [
+        (first, min(form.values_per_part, numel - first)) for first in range(0, numel, form.values_per_part)
+    ]
+    frames = [sum(map(len, _frame_around(form, first, count))) for first, count in counts]
+    return [
+        frame + form.scale_bytes(count) + form.data_bytes(count)
+        for frame, (_, count) in zip(frames, counts, strict=True)
+    ]
+
+
 def encode(flat: torch.Tensor, wire_format: str, *, minus: torch.Tensor | None = None) -> Iterator[bytes]:
     """Encode an update Δ (n,) fp32, or the difference to `minus` (n,), as its parts, in order of the layout."""
     form = FORMATS[wire_format]

@@ -5,22 +5,30 @@ small where little was learned, and so is its error, at most half a step of each
 W⁰ + what it decoded: it trains from there, and what it publishes is relative to that. The error is neither summed up
 nor sent: the aggregator's own weights are exact, and every commit that changes them packs them anew.
 
+They are one string: a head that names their commit and W⁰, then the parts, each of a length that the spec gives. So
+they can be read part by part, whatever their size, as `pieces` says.
+
 In format fp32 nothing is packed: workers pull the weights themselves.
 """
 
 import hashlib
 import logging
+import reprlib
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from itertools import accumulate, pairwise
 
-import msgpack
 import torch
 
-from fedmoe.codec import decode, encode
+from fedmoe.codec import decode, encode, part_lengths
+from fedmoe.errors import UpdateError
 from fedmoe.layout import Layout
 from fedmoe.lora_init import initial_weights
 from fedmoe.spec import Spec
-from fedmoe.update import MAX_PARTS
+
+_WHAT = b"fedmoe packed 1 "
+_ID_BYTES = 16  # of a commit id, and of the digest of W⁰, both in hex
+_HEAD_BYTES = len(_WHAT) + _ID_BYTES + 1 + _ID_BYTES
 
 logger = logging.getLogger(__name__)
 
@@ -29,35 +37,47 @@ logger = logging.getLogger(__name__)
 def _initial(layout: Layout, seed: int) -> tuple[torch.Tensor, bytes]:
     """W⁰ and its digest, so that a party whose random numbers are others is noticed."""
     weights = initial_weights(layout, seed)
-    return weights, hashlib.sha256(weights.numpy().data).digest()[:8]
+    return weights, hashlib.sha256(weights.numpy().data).hexdigest()[:_ID_BYTES].encode()
+
+
+def _head(commit: str, digest: bytes) -> bytes:
+    return _WHAT + commit.encode() + b" " + digest
 
 
 def pack(weights: torch.Tensor, spec: Spec, commit: str) -> bytes:
     """Encode an expert's weights (numel,) fp32 of this `weights_commit`."""
     initial, digest = _initial(spec.layout, spec.init_seed)
-    parts = list(encode(weights, spec.wire_format, minus=initial))
-    return bytes(msgpack.packb({"weights_commit": commit, "initial": digest, "parts": parts}))
+    return b"".join((_head(commit, digest), *encode(weights, spec.wire_format, minus=initial)))
 
 
-def unpack(content: bytes, spec: Spec, commit: str) -> torch.Tensor | None:
-    """The weights (numel,) fp32 of this `weights_commit`, as every worker decodes them.
+def pieces(spec: Spec) -> list[tuple[int, int]]:
+    """First and last byte of the head, and of each part, of packed weights."""
+    lengths = (_HEAD_BYTES, *part_lengths(spec.layout.numel, spec.wire_format))
+    return [(first, after - 1) for first, after in pairwise(accumulate(lengths, initial=0))]
+
+
+def unpack(content: Sequence[bytes], spec: Spec, commit: str) -> torch.Tensor | None:
+    """The weights (numel,) fp32 of this `weights_commit`, as every worker decodes them, from the bytes of `pieces`.
 
     None if they are of another commit (the expert was restored), relative to other initial weights, or not packed
     weights at all: the exact ones serve.
     """
+    head, *parts = content
+    if not head:
+        return None  # nothing was applied yet
     initial, digest = _initial(spec.layout, spec.init_seed)
     try:
-        packed: Any = msgpack.unpackb(content, max_array_len=MAX_PARTS, max_map_len=3)
-        if packed["weights_commit"] != commit:
-            return None
-        if packed["initial"] != digest:
-            logger.warning(
-                "this torch draws other initial weights than the aggregator's: pulling the exact weights"
-            )
+        if not head.startswith(_WHAT):
+            raise UpdateError(f"begin with {reprlib.repr(head)}")
+        if head != _head(commit, digest):
+            if head[:-_ID_BYTES] == _head(commit, digest)[:-_ID_BYTES]:
+                logger.warning(
+                    "this torch draws other initial weights than the aggregator's: pulling the exact weights"
+                )
             return None
         weights = torch.empty(spec.layout.numel)
-        decode(packed["parts"], spec.wire_format, weights, plus=initial)
-    except Exception as error:  # msgpack raises half a dozen unrelated types on garbage
+        decode(parts, spec.wire_format, weights, plus=initial)
+    except UpdateError as error:
         logger.warning(
             "the packed weights are not what this FedMoE writes (%s): another version's, or overwritten; pulling the "
             "exact ones", error,

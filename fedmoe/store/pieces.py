@@ -3,8 +3,8 @@
 Redis's allocator, jemalloc, gives every block above 8 MiB back to the system at once (its `oversize_threshold`). So
 each SET of larger weights, and each answer to a GET of them, goes to fresh pages, and that costs more than its bytes.
 Pieces are smaller than that, and SETRANGE writes them over the old value in place. `ops/bench.sh --only machine`
-measures the difference. (What is read seldom, or is rarely that large, is read whole: packed weights, and all that an
-aggregator loads.)
+measures the difference. (What is read seldom is read whole: all that an aggregator loads. Packed weights have parts
+of their own, see fedmoe/packed.py.)
 
 A SET that is too long for the server fails before its MULTI does; a SETRANGE that ends beyond `proto-max-bulk-len`
 fails in the middle of it. Hence `places`, which tries that on the last byte.

@@ -190,7 +190,7 @@ def worker_commands(keys_of: Keys, expert: str, worker: str) -> list[Command]:
         ("GET", keys.spec),
         ("STRLEN", keys.weights),
         ("GETRANGE", keys.weights, 0, 0),
-        ("STRLEN", keys.packed),
+        ("GETRANGE", keys.packed, 0, 0),
         ("HGETALL", keys.meta),
         ("HMGET", keys.meta, "lineage"),
         ("HGET", keys.applied, worker),

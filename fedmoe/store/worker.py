@@ -13,7 +13,7 @@ import torch
 
 from fedmoe.codec import EXACT
 from fedmoe.errors import LostExpertError, RedisUnavailableError, UnknownExpertError
-from fedmoe.packed import unpack
+from fedmoe.packed import pieces, unpack
 from fedmoe.records import Decided, Meta
 from fedmoe.spec import Spec
 from fedmoe.store.connection import Connection
@@ -107,31 +107,32 @@ class WorkerStore:
                 if self._meta(raw).weights_commit == known:
                     return self._snapshot(raw, decided, None)
             if spec.wire_format != EXACT:
-                raw, decided, packed = self._read_packed(reads)
+                raw, decided, *packed = self._read_packed(reads, spec)
                 meta = self._meta(raw)
                 if meta.spec != spec.digest:
                     return self._snapshot(raw, decided, None)
-                weights = None if packed is None else unpack(packed, spec, meta.weights_commit)
+                weights = unpack(packed, spec, meta.weights_commit)
                 if weights is not None:
                     return self._snapshot(raw, decided, weights)
             # Nothing was applied yet, or the expert was restored: nobody has packed these weights.
-            raw, decided, *pieces = read_together(
+            raw, decided, *file = read_together(
                 self._redis, *reads, *weights_reads(self.keys.weights, spec.layout)
             )
         if self._meta(raw).spec != spec.digest:
             return self._snapshot(raw, decided, None)
-        weights = weights_of(spec.layout, pieces)
+        weights = weights_of(spec.layout, file)
         if weights is None:
             raise UnknownExpertError(f"the weights of expert {self.expert!r} are gone from Redis")
         return self._snapshot(raw, decided, weights)
 
-    def _read_packed(self, reads: Sequence[tuple[str, ...]]) -> list[Any]:
+    def _read_packed(self, reads: Sequence[tuple[str, ...]], spec: Spec) -> list[Any]:
+        packed = [("getrange", self.keys.packed, *place) for place in pieces(spec)]
         try:
-            return read_together(self._redis, *reads, ("get", self.keys.packed))
+            return read_together(self._redis, *reads, *packed)
         except redis.ResponseError as error:
             if "WRONGTYPE" not in str(error):
                 raise
-        return [*read_together(self._redis, *reads), None]  # somebody overwrote it; the exact weights serve
+        return [*read_together(self._redis, *reads), b""]  # somebody overwrote it; the exact weights serve
 
     def _snapshot(
         self, raw: Mapping[bytes, bytes], decided: bytes | None, weights: torch.Tensor | None

@@ -19,7 +19,7 @@ from fedmoe.codec import EXACT, scratch_values
 from fedmoe.layout import AdapterBuffer, Layout
 from fedmoe.lora_init import initial_weights
 from fedmoe.memory import keep_freed
-from fedmoe.packed import pack, unpack
+from fedmoe.packed import pack, pieces, unpack
 from fedmoe.records import Decided, Meta
 from fedmoe.store.pieces import weights_of, weights_reads
 from fedmoe.update import make_run
@@ -29,6 +29,7 @@ from ops.bench.plan import Plan
 from ops.bench.result import Result, figure
 from producers.ledger import Ledger, Trained
 
+COMMIT = "0" * 16
 TURNS = 20  # of every step in a round
 
 
@@ -102,19 +103,20 @@ def _steps(layout: Layout, form: str) -> dict[str, Callable[[], object]]:
         return judge_payload(update.header, verdict, update.parts, spec, space)
 
     fold()
-    packed = pack(folded.flat, spec, "1") if form != EXACT else b""
+    whole = b"" if form == EXACT else pack(folded.flat, spec, COMMIT)
+    packed = [] if form == EXACT else [whole[first : last + 1] for first, last in pieces(spec)]
     replies = [
         len(folded.file) if command == "strlen" else bytes(folded.file[place[0] : place[1] + 1])
         for command, _, *place in weights_reads("", layout)
     ]
 
     def pull() -> None:
-        pulled = weights_of(layout, replies) if form == EXACT else unpack(packed, spec, "1")
+        pulled = weights_of(layout, replies) if form == EXACT else unpack(packed, spec, COMMIT)
         ledger.start, ledger.kept, ledger.queue = None, [], [update]
         change = ledger.observe(meta, pulled, Decided(id=update.id, how="applied", version=1), now=0.0)
         local.add_(change.correction)
 
     steps: dict[str, Callable[[], object]] = {"cut": cut, "fold": fold, "pull": pull}
     if form != EXACT:
-        steps["pack"] = lambda: pack(folded.flat, spec, "1")
+        steps["pack"] = lambda: pack(folded.flat, spec, COMMIT)
     return steps

@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from consumers.decide import Outcome, Verdict, Workspace, judge_payload
-from fedmoe.codec import BLOCK, FORMATS, MAX_VALUES_PER_PART, decode, encode, part_count
+from fedmoe.codec import BLOCK, FORMATS, MAX_VALUES_PER_PART, decode, encode, part_count, part_lengths
 from fedmoe.errors import UpdateError
 from fedmoe.layout import Layout
 from fedmoe.records import Decided
@@ -172,6 +172,7 @@ def test_no_part_is_too_large(wire_format: str, extra: int) -> None:
     parts = list(encode(flat, wire_format))
     assert len(parts) == part_count(len(flat), wire_format) == (2 if extra <= 0 else 3)
     assert max(map(len, parts)) <= PART_BYTES
+    assert part_lengths(len(flat), wire_format) == [len(part) for part in parts]
     assert (len(parts[0]) > PART_BYTES * 0.99) == (FORMATS[wire_format].bits >= 16)
     assert values <= MAX_VALUES_PER_PART
     out = torch.full_like(flat, torch.nan)

@@ -1,7 +1,5 @@
 """fedmoe.packed: what a worker's base loses, and that whatever else lies under that key is told from it."""
 
-from typing import Any
-
 import msgpack
 import pytest
 import torch
@@ -11,22 +9,25 @@ from hypothesis import strategies as st
 from fedmoe.codec import BLOCK, decode, encode
 from fedmoe.layout import Layout
 from fedmoe.lora_init import initial_weights
-from fedmoe.packed import pack, unpack
+from fedmoe.packed import pack, pieces, unpack
 from tests.federation import small_spec
 from tests.strategies import flip_bytes, oddities, randn, seeds
 
 LAYOUT = Layout.of([("x.lora_A.weight", (4, 80)), ("x.lora_B.weight", (100, 4))])
 lossy = st.sampled_from(["bf16", "int8", "int4"])
+COMMIT = "0123456789abcdef"
 STEPS = {"bf16": 256, "int8": 254, "int4": 14}  # a value is off by at most 1 / so many of its block's largest
 
 
-def packed(weights: torch.Tensor, wire_format: str, commit: str = "c1") -> bytes:
+def packed(weights: torch.Tensor, wire_format: str, commit: str = COMMIT) -> bytes:
     spec = small_spec(layout=LAYOUT, wire_format=wire_format)
     return pack(weights, spec, commit)
 
 
-def unpacked(content: Any, wire_format: str, commit: str = "c1") -> torch.Tensor | None:
-    return unpack(content, small_spec(layout=LAYOUT, wire_format=wire_format), commit)
+def unpacked(content: bytes, wire_format: str, commit: str = COMMIT) -> torch.Tensor | None:
+    """As a worker reads it: Redis gives of each piece what is there."""
+    spec = small_spec(layout=LAYOUT, wire_format=wire_format)
+    return unpack([content[first : last + 1] for first, last in pieces(spec)], spec, commit)
 
 
 @given(lossy, seeds, st.floats(1e-6, 10))
@@ -65,14 +66,24 @@ def test_version_0_is_exact(wire_format: str) -> None:
 
 def test_weights_of_another_commit_are_not_taken() -> None:
     """The expert was restored, and its packed weights are those of before."""
-    assert unpacked(packed(initial_weights(LAYOUT, 0), "int4", "c1"), "int4", "c2") is None
+    assert unpacked(packed(initial_weights(LAYOUT, 0), "int4", COMMIT), "int4", COMMIT[::-1]) is None
 
 
-@given(oddities())
-def test_anything_else_is_not_taken(content: Any) -> None:
-    """Any msgpack, also under the right names."""
-    assert unpacked(msgpack.packb(content), "int4") is None
-    assert unpacked(msgpack.packb({"weights_commit": "c1", "parts": content}), "int4") is None
+@given(st.binary(max_size=2000) | oddities().map(msgpack.packb), st.booleans())
+def test_anything_else_is_not_taken(content: bytes, after_the_head: bool) -> None:
+    """Any bytes, also after the right head."""
+    head = packed(initial_weights(LAYOUT, 0), "int4")[: pieces(small_spec(layout=LAYOUT))[0][1] + 1]
+    assert head.endswith(b" " + head[-16:])
+    assert unpacked((head if after_the_head else b"") + content, "int4") is None
+
+
+@pytest.mark.parametrize("cut", [1, 49, 50, 300])
+def test_weights_that_are_cut_off_are_not_taken(cut: int) -> None:
+    """As many bytes as there are, and not one more, are what was packed."""
+    content = packed(initial_weights(LAYOUT, 0), "int4")
+    assert unpacked(content, "int4") is not None
+    assert unpacked(content[:-cut], "int4") is None
+    assert unpacked(content[:cut], "int4") is None
 
 
 @pytest.mark.parametrize("wire_format", ["int8", "bf16"])

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 
 from fedmoe.codec import scratch_values
 from fedmoe.errors import SettingsError
@@ -89,7 +89,7 @@ class StateDir:
             for number, update in enumerate(updates):
                 blobs = (update.header.pack(), *update.parts)
                 tensors |= {
-                    f"{group}.{number:04d}.{index:06d}": torch.frombuffer(bytearray(blob), dtype=torch.uint8)
+                    f"{group}.{number:04d}.{index:06d}": torch.frombuffer(blob, dtype=torch.uint8)
                     for index, blob in enumerate(blobs)
                 }
         info = {
@@ -104,19 +104,18 @@ class StateDir:
             "expert": checkpoint.expert,
             "worker": checkpoint.worker,
         }
-        content = save({k: v.contiguous() for k, v in tensors.items()}, metadata={"fedmoe": json.dumps(info)})
         self.path.mkdir(parents=True, exist_ok=True)  # somebody may have tidied up
         fresh = self.file.with_suffix(".new")
-        with fresh.open("wb") as out:
-            out.write(content)
-            out.flush()
-            os.fsync(out.fileno())
-        fresh.replace(self.file)
-        directory = os.open(self.path, os.O_RDONLY)
         try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+            # Not `save`: that copies all of it, and the training stands still meanwhile.
+            save_file(
+                {k: v.contiguous() for k, v in tensors.items()}, fresh, metadata={"fedmoe": json.dumps(info)}
+            )
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+        _to_disk(fresh)
+        fresh.replace(self.file)
+        _to_disk(self.path)
 
     def load(self, *, expert: str, worker: str, now: float) -> Checkpoint | None:
         """The last checkpoint, None if there is none.
@@ -141,6 +140,15 @@ class StateDir:
                 f"{checkpoint.expert!r}, not to {worker!r} of {expert!r}: give each worker its own --state-dir"
             )
         return checkpoint
+
+
+def _to_disk(path: Path) -> None:
+    """Wait until a file, or what a directory lists, has reached the disk."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def _restore(info: dict[str, Any], tensors: dict[str, torch.Tensor], now: float) -> Checkpoint:

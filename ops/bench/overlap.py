@@ -1,10 +1,10 @@
 """Tokens a second of a worker that trains, with its sync on and off.
 
-The real trainer and the real sync thread, on a small random Qwen2 with an adapter of about 9 MiB. In each round the
-worker trains for a while with the sync, and half as long without it before and after, so that a machine that slowly
-becomes faster or slower favours neither. The sync's clock is set forward by half an
-interval, so that a window of one interval holds one whole sync. The model computes with one thread; aggregator and
-Redis share the machine with it, as they would not in earnest.
+The real trainer and the real sync thread with its checkpoints, on a small random Qwen2 with an adapter of about 9 MiB.
+In each round the worker trains for a while with the sync, and half as long without it before and after, so that a
+machine that slowly becomes faster or slower favours neither. The sync's clock is set forward by half an interval, so
+that a window of one interval holds one whole sync. The model computes with one thread; aggregator and Redis share the
+machine with it, as they would not in earnest.
 """
 
 import secrets
@@ -14,6 +14,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from ops.bench.fedmoe_side import DEFAULT_FORMAT, FINGERPRINT, aggregator_comman
 from ops.bench.plan import Plan
 from ops.bench.processes import CONTEXT, BenchError, Processes
 from ops.bench.result import Result, figure, ratio
+from producers.checkpoint import StateDir
 from producers.exchange import Exchange
 from producers.ledger import Ledger
 from producers.sync import Sync
@@ -72,8 +74,9 @@ def overlap_spec(hidden: int, interval_s: float) -> Spec:
     )
 
 
-def train(pipe: Any, url: str, expert: str, hidden: int) -> None:
+def train(pipe: Any, url: str, expert: str, hidden: int, state_dir: Path) -> None:
     """Body of the worker's process: receives (with sync?, seconds), answers with a Window, for ever."""
+    state = StateDir(state_dir)
     store = WorkerStore(Connection(RedisSettings(url=url)), expert, "worker")
     spec = store.spec()
     snapshot = store.pull(spec, known="")
@@ -88,7 +91,7 @@ def train(pipe: Any, url: str, expert: str, hidden: int) -> None:
         model=adapted, flat=flat, examples=[row] * 8, pad_id=0, settings=spec.training, seed=0,
         device=torch.device("cpu"),
     )  # fmt: skip
-    exchange = Exchange(trainer, with_optimizer=False)
+    exchange = Exchange(trainer, with_optimizer=True)
     for _ in range(3):
         trainer.step()
     pipe.send(None)
@@ -99,7 +102,7 @@ def train(pipe: Any, url: str, expert: str, hidden: int) -> None:
             continue
         ahead_s = 0.0
         sync = Sync(
-            store, ledger, exchange, spec, fingerprint=FINGERPRINT, state_dir=None, data="bench",
+            store, ledger, exchange, spec, fingerprint=FINGERPRINT, state_dir=state, data="bench",
             clock=lambda: time.monotonic() + ahead_s,  # noqa: B023 - the change below is meant
         )  # fmt: skip
         ahead_s = spec.sync_interval_s / 2
@@ -133,7 +136,8 @@ class Worker:
     def __init__(self, processes: Processes, url: str, expert: str, hidden: int) -> None:
         self._processes = processes
         self._pipe, theirs = CONTEXT.Pipe()
-        processes.call("worker", train, theirs, url, expert, hidden)
+        state_dir = processes.directory / expert
+        processes.call("worker", train, theirs, url, expert, hidden, state_dir)
 
     def answer(self) -> Any:
         """What the worker sends next."""

@@ -53,7 +53,8 @@ class Processes:
     _all: list[_Watched] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._directory = tempfile.TemporaryDirectory(prefix="fedmoe-bench-")
+        self._temporary = tempfile.TemporaryDirectory(prefix="fedmoe-bench-")
+        self.directory = Path(self._temporary.name)  # gone at the end
 
     def __enter__(self) -> Self:
         return self
@@ -62,10 +63,10 @@ class Processes:
         for process in reversed(self._all):
             process.kill()
         self._all.clear()
-        self._directory.cleanup()
+        self._temporary.cleanup()
 
     def _log(self, role: str) -> Path:
-        return Path(self._directory.name) / f"{len(self._all)}-{role}.log"
+        return self.directory / f"{len(self._all)}-{role}.log"
 
     def call(self, role: str, target: Callable[..., object], *arguments: Any) -> None:
         """Run `target(*arguments)` in a process of its own; it must not return before it is killed."""

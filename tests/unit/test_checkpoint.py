@@ -56,3 +56,22 @@ def test_update_that_cannot_be_decoded_is_noticed_at_once(
     else:
         with pytest.raises(SettingsError, match=r"is damaged .*: move it away to start a new run"):
             state.load(expert="sql_expert", worker="alice", now=0.0)
+
+
+def test_disk_that_takes_no_more_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+    """An OSError, which the sync tells and waits for, whatever wrote the file; the state on disk is the last one."""
+    state = StateDir(tmp_path)
+    ledger = Ledger(
+        base=torch.zeros(LAYOUT.numel), meta=first_meta(small_spec()), run=make_run(1, "00000001")
+    )
+    checkpoint = Checkpoint(
+        ledger=ledger, local=torch.ones(LAYOUT.numel), optimizer={"step": torch.tensor(3.0)}, trained=Trained(),
+        position=1, data="d", expert="sql_expert", worker="alice",
+    )  # fmt: skip
+    state.save(checkpoint)
+    state.file.with_suffix(".new").mkdir()
+    with pytest.raises(OSError, match="directory"):
+        state.save(replace(checkpoint, position=2))
+    saved = state.load(expert="sql_expert", worker="alice", now=0.0)
+    assert saved is not None
+    assert saved.position == 1

@@ -171,9 +171,11 @@ class Ledger:
             update.add_to(progress, self._scratch, sign=-1.0)
         return progress
 
-    def cut(self, local: torch.Tensor, trained: Trained, *, wire_format: str, fingerprint: str) -> Outgoing:
-        """Make progress the next update and append it to the queue."""
-        parts = tuple(encode(self.progress(local), wire_format))
+    def cut(
+        self, progress: torch.Tensor, trained: Trained, *, wire_format: str, fingerprint: str
+    ) -> Outgoing:
+        """Make what `progress` returned the next update and append it to the queue."""
+        parts = tuple(encode(progress, wire_format))
         self.seq += 1
         header = Header(
             lineage=self.meta.lineage,

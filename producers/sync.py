@@ -212,11 +212,12 @@ class Sync:
         if cut is None:
             return False
         self._next_cut = self._next_save = now + self._spec.sync_interval_s
-        if cut.trained.steps and self._diverged(cut):
-            return True
         if cut.trained.steps:
+            progress = self.ledger.progress(cut.local)
+            if self._diverged(progress, cut.trained.steps):
+                return True
             update = self.ledger.cut(
-                cut.local, cut.trained, wire_format=self._spec.wire_format, fingerprint=self._fingerprint
+                progress, cut.trained, wire_format=self._spec.wire_format, fingerprint=self._fingerprint
             )
             self.status = replace(self.status, in_flight=update.header.seq, in_flight_since=now)
             self._unsaved = replace(cut, trained=Trained()) if self._state_dir else None
@@ -228,18 +229,18 @@ class Sync:
             self._ended = True
         return True
 
-    def _diverged(self, cut: Cut) -> bool:
+    def _diverged(self, progress: torch.Tensor, steps: int) -> bool:
         """True if the progress could only be refused; then it is dropped, and training goes on from the expert.
 
         It must not be published: taken off again after the refusal, numbers that large leave nothing of the rest.
         """
-        norm = float(torch.linalg.vector_norm(self.ledger.progress(cut.local)))
+        norm = float(torch.linalg.vector_norm(progress))
         if norm <= self._spec.merge.max_norm:
             return False
         logger.warning(
             "the training diverged: %d steps changed the adapter by a norm of %.3g, the bound is %.4g; they are "
             "dropped, going on from the expert's weights (is the learning rate too high?)",
-            cut.trained.steps, norm, self._spec.merge.max_norm,
+            steps, norm, self._spec.merge.max_norm,
         )  # fmt: skip
         self._exchange.correct(Change(correction=self.ledger.base + self.ledger.pending(), replace=True))
         return True

@@ -113,7 +113,10 @@ class ScriptedWorker:
         """Cut an update; `changes` falsify fields of its header."""
         trained = Trained(n_examples=4, n_tokens=40, steps=2, loss_sum=3.0, position=str(self.ledger.seq * 4))
         update = self.ledger.cut(
-            self.local, trained, wire_format=self.spec.wire_format, fingerprint=self.fingerprint
+            self.ledger.progress(self.local),
+            trained,
+            wire_format=self.spec.wire_format,
+            fingerprint=self.fingerprint,
         )
         if changes:
             update = replace(update, header=replace(update.header, **changes))  # type: ignore[arg-type]

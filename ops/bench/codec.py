@@ -95,9 +95,9 @@ def _steps(layout: Layout, form: str) -> dict[str, Callable[[], object]]:
 
     def cut() -> object:
         ledger.queue.clear()
-        return ledger.cut(local, Trained(steps=1), wire_format=form, fingerprint=FINGERPRINT)
+        return ledger.cut(ledger.progress(local), Trained(steps=1), wire_format=form, fingerprint=FINGERPRINT)
 
-    update = ledger.cut(local, Trained(steps=1), wire_format=form, fingerprint=FINGERPRINT)
+    update = ledger.cut(ledger.progress(local), Trained(steps=1), wire_format=form, fingerprint=FINGERPRINT)
 
     def fold() -> object:
         return judge_payload(update.header, verdict, update.parts, spec, space)

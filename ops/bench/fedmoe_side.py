@@ -1,7 +1,8 @@
 """FedMoE as a contestant: the real aggregator command, and clients that push and pull with the real books.
 
-A client does what `producers.sync` does for a worker (cut, publish, poll, pull, in this order and with the same
-pauses); instead of training it adds small numbers to its adapter.
+A client does what `producers.sync` does for a worker without a state directory (copy, check, cut, publish, poll, pull,
+in this order and with the same pauses; no heartbeats, which are one a second); instead of training it adds small
+numbers to its adapter.
 """
 
 import secrets
@@ -103,8 +104,12 @@ class Client:
     def cut(self) -> Outgoing:
         """Make the progress an update."""
         trained = Trained(n_examples=4, n_tokens=400, steps=1, loss_sum=1.0, position="4")
+        copy = self.local.clone()  # as the training makes it at a step boundary, to go on
+        progress = self.ledger.progress(copy)
+        if float(torch.linalg.vector_norm(progress)) > self.spec.merge.max_norm:
+            raise BenchError("the training diverged")
         update = self.ledger.cut(
-            self.local, trained, wire_format=self.spec.wire_format, fingerprint=FINGERPRINT
+            progress, trained, wire_format=self.spec.wire_format, fingerprint=FINGERPRINT
         )
         self.ledger.keep_decided_bytes = KEPT * update.header.payload_bytes
         return update

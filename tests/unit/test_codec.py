@@ -138,7 +138,9 @@ def test_fifty_rounds_lose_nothing(seed: int, numel: int, wire_format: str) -> N
         delta = randn(seed + number + 1, numel) * 1e-3
         trained = trained + delta.double()
         local = local + delta
-        update = ledger.cut(local, Trained(steps=1), wire_format=wire_format, fingerprint="f")
+        update = ledger.cut(
+            ledger.progress(local), Trained(steps=1), wire_format=wire_format, fingerprint="f"
+        )
         sent += delta_of(update, numel)
         applied = Decided(id=update.id, how="applied", version=number + 1)
         change = ledger.observe(meta, ledger.base + delta_of(update, numel), applied, now=0.0)
@@ -189,7 +191,7 @@ def test_non_finite_values_are_refused(wire_format: str, poison: float, place: i
     flat[place] = poison
     spec = small_spec(layout=Layout.of([("a", (SMALL,))]), wire_format=wire_format)
     ledger = Ledger(base=torch.zeros(SMALL), meta=first_meta(spec), run=make_run(1, "00000001"))
-    update = ledger.cut(flat, Trained(steps=1), wire_format=wire_format, fingerprint="f")
+    update = ledger.cut(ledger.progress(flat), Trained(steps=1), wire_format=wire_format, fingerprint="f")
     space = Workspace(torch.zeros(SMALL), torch.empty(SMALL), torch.empty(SMALL))
     verdict = judge_payload(update.header, Verdict(Outcome.APPLIED), update.parts, spec, space)
     assert verdict.outcome is Outcome.REFUSED

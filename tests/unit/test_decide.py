@@ -25,7 +25,9 @@ def update_of(delta: torch.Tensor, wire_format: str) -> tuple[Spec, Outgoing]:
         layout=Layout.of([("a", (len(delta),))]), merge=MergeRules(max_norm=1e9), wire_format=wire_format
     )
     ledger = Ledger(base=torch.zeros(len(delta)), meta=first_meta(spec), run=make_run(1, "00000001"))
-    return spec, ledger.cut(delta, Trained(steps=1), wire_format=wire_format, fingerprint="f")
+    return spec, ledger.cut(
+        ledger.progress(delta), Trained(steps=1), wire_format=wire_format, fingerprint="f"
+    )
 
 
 def space_for(weights: torch.Tensor) -> Workspace:

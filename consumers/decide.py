@@ -107,19 +107,11 @@ def _whole(announced: Sequence[Part], parts: Iterable[bytes]) -> Iterator[bytes]
 
 @dataclass(frozen=True, slots=True)
 class Workspace:
-    """Memory in which updates of one expert are folded, (numel,) fp32 but for `scratch`, see codec.decoded.
-
-    Without `out`, an update is judged and not folded.
-    """
+    """Memory in which an update is folded from `weights` into `out`, (numel,) fp32; for `scratch` see codec.decoded."""
 
     weights: torch.Tensor
-    out: torch.Tensor | None
+    out: torch.Tensor
     scratch: torch.Tensor
-
-    def fold(self, first: int, values: torch.Tensor, factor: float, out: torch.Tensor) -> None:
-        """Fold the values (n,) of an update that begin at `first` from `weights` into `out`."""
-        here = slice(first, first + len(values))
-        fold(self.weights[here], values, factor, out=out[here])
 
 
 def judge_payload(
@@ -135,8 +127,8 @@ def judge_payload(
             _whole(header.parts, parts), spec.wire_format, len(space.weights), space.scratch
         ):
             squares += float(torch.linalg.vector_norm(values)) ** 2
-            if space.out is not None:
-                space.fold(first, values, verdict.factor, space.out)
+            here = slice(first, first + len(values))
+            fold(space.weights[here], values, verdict.factor, out=space.out[here])
     except _NotWholeError as error:
         return Verdict(Outcome.UNDECIDABLE, str(error))
     except UpdateError as error:
@@ -153,9 +145,3 @@ def judge_payload(
             verdict.staleness,
         )
     return Verdict(Outcome.APPLIED, "", verdict.staleness, verdict.factor, norm)
-
-
-def fold_in_place(parts: Iterable[bytes], verdict: Verdict, spec: Spec, space: Workspace) -> None:
-    """Fold the parts of an update that was judged APPLIED: weights += factor × Δ."""
-    for first, values in decoded(parts, spec.wire_format, len(space.weights), space.scratch):
-        space.fold(first, values, verdict.factor, space.weights)

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 
-from consumers.decide import Outcome, Verdict, Workspace, fold_in_place, judge_header, judge_payload
+from consumers.decide import Outcome, Verdict, Workspace, judge_header, judge_payload
 from consumers.doorbell import Doorbell, Garbage, Join, parse_entry
 from fedmoe.archive import Archive
 from fedmoe.codec import EXACT, scratch_values
@@ -56,8 +56,9 @@ class Expert:
         self._archive = archive
         self._clock = clock
         # The state of the last load or commit, and the newest, which is the same one until an update is folded.
-        self.buffer, self._other = AdapterBuffer(spec.layout), AdapterBuffer(spec.layout)
-        self._folded = self.buffer
+        self.buffer = self._folded = AdapterBuffer(spec.layout)
+        # Where the next update is folded to; the second spare takes memory once a batch holds more than one.
+        self._spares = [AdapterBuffer(spec.layout), AdapterBuffer(spec.layout)]
         self._scratch = torch.empty(scratch_values(spec.layout.numel))
 
     def load(self) -> None:
@@ -111,10 +112,13 @@ class Expert:
             self._revert(*before)
             raise
         if self._folded is not self.buffer:
-            self.buffer, self._other = self._folded, self.buffer
+            self._spares.append(self.buffer)
+            self.buffer = self._folded
         return verdicts
 
     def _revert(self, meta: Meta, applied: dict[str, Decided]) -> None:
+        if self._folded is not self.buffer:
+            self._spares.append(self._folded)
         self.meta, self.applied, self._folded = meta, applied, self.buffer
 
     def _process(self, entries: Sequence[Entry], more: More) -> list[Verdict]:
@@ -208,20 +212,20 @@ class Expert:
     def _judge_payload(self, bell: Doorbell, header: Header, verdict: Verdict) -> tuple[Verdict, str]:
         """The verdict, with an applied payload folded; and the digest under which it was kept, if it was.
 
-        The first update of a batch is folded as it comes, into memory that nobody needs if it turns out to be refused.
-        The next ones change that memory, so they are looked through first, and held for so long.
+        It is folded as it comes, into memory that nobody needs if it turns out to be refused.
         """
-        is_first = self._folded is self.buffer
-        space = Workspace(self._folded.flat, self._other.flat if is_first else None, self._scratch)
+        out = self._spares[-1]
+        space = Workspace(self._folded.flat, out.flat, self._scratch)
         with closing(self.store.parts(bell.worker, bell.run, bell.seq, header.parts)) as stream:
-            parts = stream if is_first and self._archive is None else list(stream)
+            parts = stream if self._archive is None else list(stream)
             verdict = judge_payload(header, verdict, parts, self.spec, space)
         if verdict.outcome is not Outcome.APPLIED:
             return verdict, ""
         kept = self._keep(header, list(parts)) if self._archive is not None else ""
-        if not is_first:
-            fold_in_place(parts, verdict, self.spec, space)
-        self._folded = self._other
+        self._spares.pop()
+        if self._folded is not self.buffer:
+            self._spares.append(self._folded)
+        self._folded = out
         return verdict, kept
 
     def _apply(self, worker: str, header: Header, verdict: Verdict, kept: str, commit: Commit) -> None:

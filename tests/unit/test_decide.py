@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from consumers.decide import Outcome, Verdict, Workspace, fold_in_place, judge_payload
+from consumers.decide import Outcome, Verdict, Workspace, judge_payload
 from consumers.fold import fold
 from fedmoe.codec import FORMATS, decode, scratch_values
 from fedmoe.layout import Layout
@@ -99,17 +99,3 @@ def test_part_that_its_header_names_and_the_layout_does_not_is_refused() -> None
     verdict = judge_payload(header, VERDICT, parts, spec, space_for(torch.zeros(numel)))
     assert verdict.outcome is Outcome.REFUSED
     assert "part 0 says first" in verdict.reason
-
-
-@pytest.mark.parametrize("wire_format", sorted(FORMATS))
-def test_judged_first_and_folded_then_gives_the_same_bits(wire_format: str) -> None:
-    """The way of the second update of a batch; judging alone changes nothing."""
-    numel = 2 * FORMATS[wire_format].values_per_part + 77
-    delta, weights = randn(1, numel), randn(2, numel)
-    spec, update = update_of(delta, wire_format)
-    at_once, later = space_for(weights), replace(space_for(weights.clone()), out=None)
-    verdict = judge_payload(update.header, VERDICT, update.parts, spec, later)
-    assert torch.equal(later.weights, weights)
-    assert judge_payload(update.header, VERDICT, update.parts, spec, at_once) == verdict
-    fold_in_place(update.parts, verdict, spec, later)
-    assert torch.equal(later.weights, at_once.out)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -136,13 +136,13 @@ def make_spec(request: SpecRequest) -> tuple[Spec, str]:
     """The spec that a request leads to, and the base model's fingerprint (empty if its weights are not here)."""
     described = describe(request.base_model, request.lora)
     layout = Layout(tuple((name, tuple(shape)) for name, shape in described["layout"]))
-    max_norm = request.max_norm
-    if not max_norm:
-        max_norm = NORM_BOUND * float(torch.linalg.vector_norm(initial_weights(layout, request.seed)))
     merge = MergeRules(
-        lr=request.lr, decay=request.decay, max_staleness=request.max_staleness, max_norm=round(max_norm, 3)
+        lr=request.lr,
+        decay=request.decay,
+        max_staleness=request.max_staleness,
+        max_norm=round(request.max_norm, 3) if request.max_norm else 1.0,
     )
-    spec = Spec(
+    spec = Spec(  # refuses an adapter that is too large, before memory is taken for it
         base_model=request.base_model,
         base_config=described["base_config"],
         layout=layout,
@@ -153,6 +153,9 @@ def make_spec(request: SpecRequest) -> tuple[Spec, str]:
         sync_interval_s=request.sync_interval_s,
         init_seed=request.seed,
     )
+    if not request.max_norm:
+        norm = float(torch.linalg.vector_norm(initial_weights(layout, request.seed)))
+        spec = replace(spec, merge=replace(merge, max_norm=round(NORM_BOUND * norm, 3)))
     return spec, described["fingerprint"]
 
 

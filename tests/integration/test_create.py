@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import consumers.create
+import fedmoe.spec
 from consumers.create import SpecRequest, ensure_experts, parse_experts
 from fedmoe.errors import BaseModelError, SettingsError, SpecError
 from fedmoe.layout import AdapterBuffer
@@ -107,3 +109,14 @@ def test_expert_names_and_weights_are_checked(texts: list[str]) -> None:
     """Names that would break the keys, and weights that are none."""
     with pytest.raises(SettingsError):
         parse_experts(texts)
+
+
+def test_adapter_that_is_too_large_is_refused_before_it_is_made(
+    connection: Connection, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its initial weights, of which the default bound of norms is made, would take all memory first."""
+    monkeypatch.setattr(fedmoe.spec, "MAX_STRING_BYTES", 1000)
+    monkeypatch.setattr(consumers.create, "initial_weights", lambda *_: pytest.fail("it was made"))
+    with pytest.raises(SettingsError, match="MiB does not fit into one Redis string"):
+        ensure_experts(connection, {"a": 1.0}, request(tiny_model_dir))
+    assert not connection.client.keys()

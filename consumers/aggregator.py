@@ -106,6 +106,7 @@ class ExpertServer:
         self._loaded = False
         self._standing_by = False
         self._reclaimed_at = 0.0
+        self._held_at = 0.0
         # Since when a server that lost the expert knows what is remembered here.
         self._spoke_at: float | None = None
 
@@ -137,7 +138,7 @@ class ExpertServer:
         """One read and its commit; True if nothing was waiting."""
         if not self._loaded and self._expert is not None:
             self._rescue(self._expert)
-        if not self._lease.hold():
+        if not self._hold():
             if not self._standing_by:
                 logger.info("%s: standing by, another aggregator serves it", self.name)
             self._standing_by, self._loaded = True, False
@@ -160,6 +161,19 @@ class ExpertServer:
             self._decided(sum(v.outcome in (Outcome.APPLIED, Outcome.REFUSED) for v in verdicts))
         return not entries
 
+    def _hold(self) -> bool:
+        self._held_at = self._clock()
+        return self._lease.hold()
+
+    def _keep_lease(self) -> None:
+        """Renew it in time: a batch of large updates takes longer, and a standby would do all of it again.
+
+        Raises:
+            StaleStateError: if somebody else has it, and does all of it already.
+        """
+        if self._clock() - self._held_at > self._settings.lease_s / 4 and not self._hold():
+            raise StaleStateError(f"{self.name}: another aggregator took it over")
+
     def _look_for_block(self, entries: Sequence[Entry]) -> None:
         if any(entry.ms >= BLOCKING_MS for entry in entries):
             self._reclaimed_at = -math.inf  # look soon whether somebody blocked the stream
@@ -167,7 +181,7 @@ class ExpertServer:
     def _more(self, room: int) -> Callable[[], Sequence[Entry]]:
         """Reads what has come since the last read, without waiting, `room` entries in all.
 
-        Not for longer than the lease allows, which is not held anew meanwhile.
+        Not for longer than a quarter of the lease: whoever waits for the first of them shall not wait for long.
         """
         left, until = room, self._clock() + self._settings.lease_s / 4
 
@@ -212,7 +226,10 @@ class ExpertServer:
 
     def _load(self) -> list[Entry]:
         # Anew each time: whoever emptied Redis may have made an expert of this name with another spec.
-        expert = Expert(self._store, self._store.spec(), aggregator=self._holder, archive=self._archive)
+        expert = Expert(
+            self._store, self._store.spec(), aggregator=self._holder, archive=self._archive,
+            before_each=self._keep_lease,
+        )  # fmt: skip
         expert.load()
         self._expert, self._loaded = expert, True
         logger.info("%s: serving from version %d", self.name, expert.meta.version)

@@ -38,6 +38,7 @@ class Expert:
         spec: of this expert.
         aggregator: name of this process, for people.
         archive: where applied updates are kept, None for nowhere.
+        before_each: called before each entry is decided.
         clock: seconds since 1970, for people only.
     """
 
@@ -48,12 +49,14 @@ class Expert:
         *,
         aggregator: str,
         archive: Archive | None = None,
+        before_each: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.store = store
         self.spec = spec
         self._aggregator = aggregator
         self._archive = archive
+        self._before_each = before_each
         self._clock = clock
         # The state of the last load or commit, and the newest, which is the same one until an update is folded.
         self.buffer = self._folded = AdapterBuffer(spec.layout)
@@ -138,6 +141,7 @@ class Expert:
             bells = [bell for _, bell in some if isinstance(bell, Doorbell)]
             headers = dict(zip(bells, self.store.headers([bell.update for bell in bells]), strict=True))
             for entry, announced in some:
+                self._before_each()
                 commit.entries.append(entry.id)
                 match announced:
                     case Garbage(reason=reason):

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from consumers.aggregator import Aggregator, AggregatorSettings, ExpertServer
+from consumers.expert import Expert
 from consumers.gateway import GatewaySettings
-from fedmoe.errors import SettingsError, SpecError
+from fedmoe.errors import SettingsError, SpecError, StaleStateError
 from fedmoe.layout import AdapterBuffer
 from fedmoe.store.connection import Connection
 from fedmoe.store.gateway import GatewayStore
@@ -165,3 +166,45 @@ def test_more_notices_a_blocked_stream_and_does_not_outstay_the_lease(connection
     late = server._more(9)
     now += 1.1
     assert not late()
+
+
+def test_long_batch_keeps_its_lease_or_ends(connection: Connection) -> None:
+    """Between two updates the lease is renewed in time; if it is somebody else's, so is the batch."""
+    make_expert(connection)
+    ttl, now, keys = 4000, 100.0, connection.keys.expert("sql_expert")
+    server = ExpertServer(
+        connection,
+        "sql_expert",
+        AggregatorSettings(lease_s=ttl / 1000, burst=True),
+        holder="h",
+        clock=lambda: now,
+    )
+    workers = [ScriptedWorker(connection, small_spec(), name) for name in ("a", "b", "c")]
+    for worker in workers:
+        worker.push(1.0)
+    stop, decide, left = threading.Event(), Expert._decide, []
+
+    def slowly(self: Expert, *rest: object) -> object:
+        nonlocal now
+        now += 1.5
+        left.append(connection.client.pttl(keys.lease))
+        connection.client.pexpire(keys.lease, 10)  # as good as over
+        if len(left) == 3 and thief:
+            connection.client.set(keys.lease, "thief")
+        return decide(self, *rest)  # type: ignore[arg-type]
+
+    thief = False
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Expert, "_decide", slowly)
+        server._turn(stop)
+        assert connection.client.hget(keys.meta, "version") == b"3"
+        assert min(left[1:]) > ttl / 2
+        for worker in workers:
+            worker.pull()
+            worker.push(1.0)
+        workers[0].publish()
+        left.clear()
+        thief = True
+        with pytest.raises(StaleStateError, match="took it over"):
+            server._turn(stop)
+    assert connection.client.hget(keys.meta, "version") == b"3"

@@ -50,7 +50,7 @@ def main() -> int:
     from ops.bench import plan as plans
     from ops.bench.fedmoe_side import DEFAULT_FORMAT
     from ops.bench.processes import BenchError
-    from ops.bench.result import Result, write_json
+    from ops.bench.result import BARS, Result, write_json
 
     plan = plans.QUICK if options.quick else plans.TINY if options.tiny else plans.FULL
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the processes are ended first
@@ -72,6 +72,8 @@ def main() -> int:
         return 130
     barred = [result for result in results if result.bar]
     print(f"\n{sum(bool(r.met) for r in barred)} of {len(barred)} bars met, {time.monotonic() - began:.0f} s")
+    if missing := [name for name in BARS if name not in {result.name for result in results}]:
+        print(f"not measured here: {', '.join(missing)}")
     for result in barred:
         print(f"  {result}")
     write_json(options.out, results)

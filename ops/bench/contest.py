@@ -1,5 +1,6 @@
 """Clients that go and pause together, and rounds in which contestants take turns."""
 
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -9,6 +10,7 @@ from typing import Protocol, Self
 from ops.bench.processes import CONTEXT, BenchError, Processes
 
 WARM_S = 0.5  # of each turn before it counts
+REMEMBERED = 4096  # of a client's updates, how long they took
 
 
 class Seats:
@@ -21,6 +23,7 @@ class Seats:
     def __init__(self, n: int) -> None:
         self.go = CONTEXT.Event()
         self._done = CONTEXT.Array("q", n, lock=False)
+        self._seconds = CONTEXT.Array("d", n * REMEMBERED, lock=False)
         self._busy = CONTEXT.Array("b", n, lock=False)
 
     def wait_for_go(self, index: int) -> None:
@@ -30,14 +33,23 @@ class Seats:
             self.go.wait()
             self._busy[index] = 1
 
-    def count(self, index: int, updates: int = 1) -> None:
-        """Client: so many more updates were made, all the way to the pull that shows them."""
-        self._done[index] += updates
+    def count(self, index: int, seconds: float = math.nan) -> None:
+        """Client: one more update was made, all the way to the pull that shows it, in so many seconds."""
+        self._seconds[index * REMEMBERED + self._done[index] % REMEMBERED] = seconds
+        self._done[index] += 1
 
     @property
     def done(self) -> list[int]:
         """Updates so far, by client."""
         return list(self._done)
+
+    def seconds_since(self, before: Sequence[int]) -> list[float]:
+        """What each update took since `done` was so; of each client the last ones."""
+        return [
+            self._seconds[index * REMEMBERED + number % REMEMBERED]
+            for index, (first, end) in enumerate(zip(before, self.done, strict=True))
+            for number in range(max(first, end - REMEMBERED), end)
+        ]
 
     @property
     def resting(self) -> bool:
@@ -47,11 +59,12 @@ class Seats:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One turn of one contestant; cpu_s is by role."""
+    """One turn of one contestant; cpu_s is by role, update_s what single updates took for their clients."""
 
     updates: int
     seconds: float
     cpu_s: Mapping[str, float]
+    update_s: Sequence[float] = ()
 
     @property
     def per_s(self) -> float:
@@ -101,14 +114,15 @@ class Contestant:
         """
         self.seats.go.set()
         self.processes.sleep(min(WARM_S, seconds))
-        began, before, cpu = time.monotonic(), sum(self.seats.done), self.processes.cpu_s()
+        began, before, cpu = time.monotonic(), self.seats.done, self.processes.cpu_s()
         self.processes.sleep(seconds)
-        took, updates = time.monotonic() - began, sum(self.seats.done) - before
+        took, updates = time.monotonic() - began, sum(self.seats.done) - sum(before)
+        update_s = self.seats.seconds_since(before)
         used = {role: s - cpu[role] for role, s in self.processes.cpu_s().items()}
         self.pause()
         if updates <= 0:
             raise BenchError(f"{self.name}: no client made an update in {seconds:g} s")
-        return Sample(updates, took, used)
+        return Sample(updates, took, used, update_s)
 
 
 class _TakesTurns(Protocol):

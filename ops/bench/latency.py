@@ -1,9 +1,8 @@
-"""From the call that publishes an update until another worker, which polls every 2 ms, has the weights with it in hand.
+"""From the training's progress until another worker, which polls every 2 ms, has the weights with it in hand.
 
 The federation is idle: one update at a time, and a pause after each. Both sides read the machine's one monotonic clock.
 """
 
-import statistics
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -17,7 +16,7 @@ from ops.bench.contest import Contestant, Seats, take_turns
 from ops.bench.fedmoe_side import DEFAULT_FORMAT, Client, aggregator_command, create_expert, make_spec
 from ops.bench.plan import Plan
 from ops.bench.processes import CONTEXT, BenchError
-from ops.bench.result import Result, figure
+from ops.bench.result import Result, percentiles
 
 EXPERT = "expert"
 POLL_S = 0.002
@@ -25,14 +24,13 @@ PAUSE_S = 0.05
 
 
 def publish(seats: Seats, url: str, times: Any) -> None:
-    """Body of the publisher: (version, when publishing it began) of each update into `times`."""
+    """Body of the publisher: (version, when encoding it began) of each update into `times`."""
     client = Client(url, EXPERT, "publisher")
     while True:
         seats.wait_for_go(0)
         client.train()
-        update = client.cut()
         began = time.monotonic()
-        client.publish(update)
+        client.publish(client.cut())
         while client.busy:
             time.sleep(max(0.0, client.next_at - time.monotonic()))
             client.turn()
@@ -109,13 +107,6 @@ def run(plan: Plan) -> Iterator[Result]:
     for form, contestant in idle.items():
         if not contestant.visible_ms:
             raise BenchError(f"{contestant.name}: the observer saw none of the updates")
-        yield from _describe(f"publish_to_visible_{form}", contestant.visible_ms)
-        yield from _describe(f"publish_to_found_{form}", contestant.found_ms)
-    yield from _describe("publish_to_visible", idle[DEFAULT_FORMAT].visible_ms)
-
-
-def _describe(name: str, ms: list[float]) -> Iterator[Result]:
-    """Median and 99th percentile of single updates."""
-    yield figure(f"{name}_p50_ms", ms, "ms")
-    p99 = statistics.quantiles(ms, n=100, method="inclusive")[98] if len(ms) > 1 else ms[0]
-    yield figure(f"{name}_p99_ms", ms, "ms", value=p99)
+        yield from percentiles(f"publish_to_visible_{form}", contestant.visible_ms)
+        yield from percentiles(f"publish_to_found_{form}", contestant.found_ms)
+    yield from percentiles("publish_to_visible", idle[DEFAULT_FORMAT].visible_ms)

@@ -35,6 +35,7 @@ class Plan:
         size: of the adapter that the bars are about (a key of adapters.LAYOUTS); other_sizes: measured besides.
         large: size of an adapter that is measured for its memory.
         formats: wire formats to measure.
+        raw_besides: also what raw Redis does with the bytes of the other formats, and with weights in pieces.
         aof: with the append-only file off, and everysec.
         overlap: of training and sync, for each interval; overlap_hidden is the model's hidden size.
         workers, experts: how many of them, for the cost of an update as a federation grows.
@@ -48,6 +49,7 @@ class Plan:
     large: str = "153mib"
     other_sizes: tuple[str, ...] = ()
     formats: tuple[str, ...]
+    raw_besides: bool = False
     aof: tuple[bool, ...] = (False,)
     overlap: tuple[Overlap, ...]
     overlap_hidden: int = 512
@@ -71,6 +73,7 @@ FULL = Plan(
     seconds=6.0,
     other_sizes=("1mib", "34mib"),
     formats=tuple(FORMATS),
+    raw_besides=True,
     aof=(False, True),
     overlap=(Overlap(10.0, 20.0, rounds=9), Overlap(1.0, 6.0, rounds=15)),
     workers=(1, 4, 16, 64),

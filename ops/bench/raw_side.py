@@ -6,8 +6,10 @@ the weights. So as many bytes move in both directions as with FedMoE, and nobody
 """
 
 import os
+import time
 
 from fedmoe.store.connection import Connection, RedisSettings
+from fedmoe.store.pieces import PIECE_BYTES, put
 from fedmoe.update import PART_BYTES
 from ops.bench.contest import Contestant, Seats
 
@@ -21,7 +23,7 @@ def _redis(url: str):
     return Connection(RedisSettings(url=url)).client
 
 
-def client(seats: Seats, index: int, url: str, n_bytes: int) -> None:
+def client(seats: Seats, index: int, url: str, n_bytes: int, in_pieces: bool) -> None:
     """Body of a client process."""
     redis = _redis(url)
     block = os.urandom(n_bytes)
@@ -29,7 +31,7 @@ def client(seats: Seats, index: int, url: str, n_bytes: int) -> None:
     number = 0
     while True:
         seats.wait_for_go(index)
-        number += 1
+        began, number = time.monotonic(), number + 1
         with redis.pipeline(transaction=False) as pipe:
             for place, part in enumerate(parts):
                 pipe.set(f"payload:{index}:{number}:{place}", part)
@@ -37,12 +39,19 @@ def client(seats: Seats, index: int, url: str, n_bytes: int) -> None:
             pipe.execute()
         while redis.blpop([f"done:{index}"], timeout=1) is None:
             pass
-        if len(redis.get(WEIGHTS)) != n_bytes:
+        if in_pieces:
+            with redis.pipeline(transaction=True) as pipe:
+                for first in range(0, n_bytes, PIECE_BYTES):
+                    pipe.getrange(WEIGHTS, first, first + PIECE_BYTES - 1)
+                whole = sum(map(len, pipe.execute()))
+        else:
+            whole = len(redis.get(WEIGHTS))
+        if whole != n_bytes:
             raise ValueError("the weights are not whole")
-        seats.count(index)
+        seats.count(index, time.monotonic() - began)
 
 
-def consumer(url: str, n_bytes: int) -> None:
+def consumer(url: str, n_bytes: int, in_pieces: bool) -> None:
     """Body of the consumer's process."""
     redis = _redis(url)
     weights = memoryview(os.urandom(n_bytes))
@@ -63,7 +72,7 @@ def consumer(url: str, n_bytes: int) -> None:
                 raise ValueError("an update is not whole")
         ids = [entry_id for entry_id, _ in entries]
         with redis.pipeline(transaction=True) as pipe:
-            pipe.set(WEIGHTS, weights)
+            put(pipe, WEIGHTS, weights, present=n_bytes if in_pieces else 0)
             pipe.xack(STREAM, GROUP, *ids)
             pipe.xdel(STREAM, *ids)
             pipe.unlink(*keys)
@@ -73,18 +82,23 @@ def consumer(url: str, n_bytes: int) -> None:
 
 
 class Raw(Contestant):
-    """Three clients and a consumer over one Redis; n_bytes is the size of an update and of the weights."""
+    """Three clients and a consumer over one Redis; n_bytes is the size of an update and of the weights.
 
-    def __init__(self, name: str, n_bytes: int, *, aof: bool = False) -> None:
+    The weights are SET and GET as a whole, or `in_pieces`, see fedmoe/store/pieces.py.
+    """
+
+    def __init__(self, name: str, n_bytes: int, *, aof: bool = False, in_pieces: bool = False) -> None:
         super().__init__(name)
         self.n_bytes = n_bytes
+        self.in_pieces = in_pieces
         self.aof = aof
 
     def _start(self) -> None:
         url = self.processes.redis(aof=self.aof)
         redis = _redis(url)
         redis.xgroup_create(STREAM, GROUP, id="0", mkstream=True)
+        redis.set(WEIGHTS, bytes(self.n_bytes))
         redis.close()
-        self.processes.call("consumer", consumer, url, self.n_bytes)
+        self.processes.call("consumer", consumer, url, self.n_bytes, self.in_pieces)
         for index in range(self.n_clients):
-            self.processes.call("clients", client, self.seats, index, url, self.n_bytes)
+            self.processes.call("clients", client, self.seats, index, url, self.n_bytes, self.in_pieces)

@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -50,6 +50,13 @@ def figure(name: str, values: Sequence[float], unit: str, *, value: float | None
         bar = f"{sign} {bound:.4g}"
         met = bool(value >= bound if sign == ">=" else value <= bound)
     return Result(name, value, unit, min(values), max(values), len(values), bar, met)
+
+
+def percentiles(name: str, ms: Sequence[float]) -> Iterator[Result]:
+    """Median and 99th percentile of single updates' milliseconds."""
+    yield figure(f"{name}_p50_ms", ms, "ms")
+    p99 = statistics.quantiles(ms, n=100, method="inclusive")[98] if len(ms) > 1 else ms[0]
+    yield figure(f"{name}_p99_ms", ms, "ms", value=p99)
 
 
 def ratio(name: str, above: Sequence[float], below: Sequence[float]) -> Result:

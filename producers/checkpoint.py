@@ -25,6 +25,7 @@ from producers.ledger import Ledger, Outgoing, Trained
 
 FILE_NAME = "worker.safetensors"
 _FORMAT = "1"
+_HALF_WRITTEN = ".tmp??????"  # what safetensors leaves of a file, if it is killed while it writes it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +68,8 @@ class StateDir:
             probe.unlink()
             self._lock = (path / "lock").open("w")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for left in path.glob(_HALF_WRITTEN):
+                left.unlink()
         except BlockingIOError as error:
             raise SettingsError(
                 f"another worker on this machine uses the state directory {path}: give each its own --state-dir"

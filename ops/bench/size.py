@@ -1,6 +1,6 @@
 """A large adapter: rank 16 on all linear layers of a 7 B model, 40 million values, 160 MB in fp32.
 
-How long an update takes from the call that publishes it until its worker has the weights with it, and how much memory
+Updates a second, how long one takes from its encoding until its worker has the weights with it, and how much memory
 that takes. Two workers, so that an update is folded on top of another.
 """
 
@@ -28,5 +28,7 @@ def run(plan: Plan) -> Iterator[Result]:
             turns = take_turns([contestant], rounds=plan.rounds, seconds=plan.seconds)[contestant.name]
             peaks = contestant.processes.peak_rss_mib()
         yield figure(f"size_{form}_updates_per_s", [turn.per_s for turn in turns], "updates/s")
+        seconds = [s for turn in turns for s in turn.update_s]
+        yield figure(f"size_{form}_push_to_pulled_s", seconds, "s")
         for role, mib in peaks.items():
             yield figure(f"size_{form}_peak_rss_mib_{role}", [mib], "MiB")

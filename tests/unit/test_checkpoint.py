@@ -1,5 +1,6 @@
 """The state directory: one worker each, and no checkpoint that cannot be gone on from."""
 
+import resource
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,6 +14,7 @@ from fedmoe.update import Part, make_run
 from producers.checkpoint import Checkpoint, StateDir
 from producers.ledger import Ledger, Trained
 from tests.federation import LAYOUT, first_meta, small_spec
+from tests.processes import eventually
 
 
 def test_directory_belongs_to_one_process(tmp_path: Path) -> None:
@@ -71,9 +73,37 @@ def test_disk_that_takes_no_more_leaves_the_checkpoint_before(tmp_path: Path) ->
         position=1, data="d", expert="sql_expert", worker="alice",
     )  # fmt: skip
     state.save(checkpoint)
-    state.file.with_suffix(".new").mkdir()
-    with pytest.raises(OSError, match="directory"):
-        state.save(replace(checkpoint, position=2))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            state.save(replace(checkpoint, position=2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["lock", state.file.name]
     saved = state.load(expert="sql_expert", worker="alice", now=0.0)
     assert saved is not None
     assert saved.position == 1
+
+
+def test_what_a_killed_writer_left_is_tidied_up(tmp_path: Path) -> None:
+    """Each could be as large as a checkpoint, and a worker that is killed again and again would fill the disk."""
+    script = (
+        "import sys, pathlib, torch; from producers.checkpoint import StateDir, save_file\n"
+        "state = StateDir(pathlib.Path(sys.argv[1])); print('held', flush=True)\n"
+        "while True: save_file({'x': torch.zeros(5_000_000)}, state.file.with_suffix('.new'))"
+    )
+    for _ in range(20):
+        with subprocess.Popen(
+            [sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True
+        ) as writer:
+            assert writer.stdout is not None
+            assert writer.stdout.readline() == "held\n"
+            eventually("a file being written", lambda: any(tmp_path.glob(".tmp*")))
+            writer.kill()
+        if any(tmp_path.glob(".tmp*")):
+            break
+    else:
+        pytest.fail("the writer was never killed while it wrote")
+    StateDir(tmp_path)
+    assert not list(tmp_path.glob(".tmp*"))

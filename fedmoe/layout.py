@@ -114,14 +114,14 @@ def check_file(layout: Layout, length: int, begin: bytes) -> None:
         )
 
 
-def values_of(layout: Layout, file: bytes) -> torch.Tensor:
+def values_of(layout: Layout, file: bytes | memoryview) -> torch.Tensor:
     """The values (numel,) fp32 of an adapter's safetensors file, read-only and not copied.
 
     Raises:
         SpecError: if it is not a file of that layout.
     """
     header = layout.header
-    check_file(layout, len(file), file[: len(header)])
+    check_file(layout, len(file), bytes(file[: len(header)]))
     return torch.frombuffer(file, dtype=torch.float32, offset=len(header), count=layout.numel)
 
 

@@ -20,9 +20,9 @@ from itertools import accumulate, pairwise
 
 import torch
 
-from fedmoe.codec import decode, encode, part_lengths
+from fedmoe.codec import EXACT, decode, encode, part_lengths
 from fedmoe.errors import UpdateError
-from fedmoe.layout import Layout
+from fedmoe.layout import Layout, values_of
 from fedmoe.lora_init import initial_weights
 from fedmoe.spec import Spec
 
@@ -50,6 +50,11 @@ def pack(weights: torch.Tensor, spec: Spec, commit: str) -> bytes:
     return b"".join((_head(commit, digest), *encode(weights, spec.wire_format, minus=initial)))
 
 
+def pack_file(file: bytes | memoryview, spec: Spec, commit: str) -> bytes | None:
+    """The same of a safetensors file of an adapter of that spec; None if workers pull the file itself."""
+    return None if spec.wire_format == EXACT else pack(values_of(spec.layout, file), spec, commit)
+
+
 def pieces(spec: Spec) -> list[tuple[int, int]]:
     """First and last byte of the head, and of each part, of packed weights."""
     lengths = (_HEAD_BYTES, *part_lengths(spec.layout.numel, spec.wire_format))
@@ -64,7 +69,7 @@ def unpack(content: Sequence[bytes], spec: Spec, commit: str) -> torch.Tensor | 
     """
     head, *parts = content
     if not head:
-        return None  # nothing was applied yet
+        return None  # somebody took it away
     initial, digest = _initial(spec.layout, spec.init_seed)
     try:
         if not head.startswith(_WHAT):

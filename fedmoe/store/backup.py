@@ -12,6 +12,7 @@ from typing import Any
 from fedmoe.errors import BackupError, FedMoEError, UnknownExpertError
 from fedmoe.layout import values_of
 from fedmoe.names import check_expert
+from fedmoe.packed import pack_file
 from fedmoe.records import Meta
 from fedmoe.spec import Spec
 from fedmoe.store.connection import Connection, execute
@@ -170,6 +171,8 @@ class BackupStore:
         if state.applied:
             pipe.hset(keys.applied, mapping=state.applied)
         pipe.unlink(keys.packed, keys.lost, keys.memory)
+        if packed := pack_file(state.weights, Spec.from_json(state.spec), commit):
+            pipe.set(keys.packed, packed)
         for key, lines in ((keys.log, state.log), (keys.dead, state.dead)):
             for entry_id, fields in lines:
                 pipe.xadd(key, fields, id=entry_id)

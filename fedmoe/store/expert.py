@@ -17,6 +17,7 @@ import redis
 
 from fedmoe.errors import LostExpertError, SpecError, StaleStateError
 from fedmoe.keys import GROUP
+from fedmoe.packed import pack_file
 from fedmoe.records import Decided, Entry, Meta
 from fedmoe.spec import Spec
 from fedmoe.store.connection import Connection, execute
@@ -157,6 +158,8 @@ class ExpertStore:
                 else:
                     pipe.unlink(keys.log, keys.dead)  # of a history that has no part in a new expert's
                 pipe.unlink(keys.packed, keys.lost, keys.memory)
+                if packed := pack_file(weights, spec, meta.weights_commit):
+                    pipe.set(keys.packed, packed)
                 if execute(pipe) is None:
                     return False
             if gateway_weight is not None:

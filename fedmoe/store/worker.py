@@ -114,7 +114,7 @@ class WorkerStore:
                 weights = unpack(packed, spec, meta.weights_commit)
                 if weights is not None:
                     return self._snapshot(raw, decided, weights)
-            # Nothing was applied yet, or the expert was restored: nobody has packed these weights.
+            # Exact weights are wanted, or somebody overwrote the packed ones, or drew other initial weights.
             raw, decided, *file = read_together(
                 self._redis, *reads, *weights_reads(self.keys.weights, spec.layout)
             )

@@ -1,14 +1,19 @@
 """Pulls in a lossy format: what workers stand on is what they decoded, what Redis holds stays exact."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from consumers.expert import Expert
+from fedmoe.backup import restore
 from fedmoe.codec import FORMATS
 from fedmoe.layout import Layout, values_of
 from fedmoe.lora_init import initial_weights
 from fedmoe.packed import pack
+from fedmoe.store.backup import BackupStore
 from fedmoe.store.connection import Connection
+from tests.backups import backed_up
 from tests.federation import LAYOUT, ScriptedWorker, delta_of, make_expert, serve, small_spec
 from tests.strategies import randn
 
@@ -68,11 +73,36 @@ def test_who_joins_stands_where_the_others_stand(connection: Connection, wire_fo
     """A pull is a function of the commit."""
     expert = begin(connection, wire_format)
     alice = ScriptedWorker(connection, expert.spec, "alice")
-    assert torch.equal(alice.local, exact(expert))  # nothing was committed, so nothing was packed
+    assert torch.equal(alice.local, exact(expert))  # nothing was learned, so nothing is blurred
     alice.push(randn(1, LAYOUT.numel) * 0.01)
     serve(expert)
     alice.pull()
     assert torch.equal(ScriptedWorker(connection, expert.spec, "bob").local, alice.ledger.base)
+
+
+@pytest.mark.parametrize("wire_format", LOSSY)
+def test_new_and_restored_experts_are_pulled_packed(
+    connection: Connection, tmp_path: Path, wire_format: str
+) -> None:
+    """Many may join at once, and all pull again after a restore: as many bytes as after any commit."""
+    expert = begin(connection, wire_format)
+    keys, worker = expert.store.keys, ScriptedWorker(connection, expert.spec, "alice")
+    worker.push(randn(1, LAYOUT.numel) * 0.01)
+    fresh = backed_up(connection, tmp_path / "fresh")
+    serve(expert)
+    worker.pull()
+    trained = backed_up(connection, tmp_path / "trained")
+    for backup, base in ((fresh, initial_weights(LAYOUT, 0)), (trained, worker.ledger.base)):
+        restore(BackupStore(connection), backup, replace=True)
+        connection.client.delete(keys.weights)  # nobody needs them
+        snapshot = worker.store.pull(expert.spec, known="")
+        assert snapshot.weights is not None
+        assert torch.equal(snapshot.weights, base)
+        assert snapshot.meta.weights_commit != expert.meta.weights_commit
+    connection.client.flushall()
+    expert = begin(connection, wire_format)
+    connection.client.delete(keys.weights)
+    assert torch.equal(ScriptedWorker(connection, expert.spec, "bob").local, initial_weights(LAYOUT, 0))
 
 
 def test_fp32_packs_nothing(connection: Connection) -> None:

@@ -216,7 +216,7 @@ class Worker:
         sync._next_cut, sync._next_beat = 0.0, math.inf
         sync._next_save = 0.0 if choice else math.inf
         sync._entry, sync._sent = memory.entry, memory.sent
-        sync._diverged = lambda cut: False  # type: ignore[method-assign]  # else nothing too large is ever refused
+        sync._diverged = lambda *_: False  # type: ignore[method-assign]  # else nothing too large is ever refused
         if memory.unsaved:
             local, position = memory.unsaved
             sync._unsaved = Cut(local=torch.tensor(local), trained=Trained(), position=position)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import msgpack
 
+from fedmoe.disk import to_disk
 from fedmoe.errors import SettingsError, UpdateError
 from fedmoe.update import Header
 
@@ -71,6 +72,7 @@ class Archive:
                     out.flush()
                     os.fsync(out.fileno())
                 fresh.replace(file)
+                to_disk(self.directory)
             finally:
                 fresh.unlink(missing_ok=True)
         return digest

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmoe import __version__
+from fedmoe.disk import to_disk
 from fedmoe.errors import BackupError, FedMoEError, UnknownExpertError
 from fedmoe.export import CONFIG_FILE, WEIGHTS_FILE
 from fedmoe.names import check_expert
@@ -85,7 +86,7 @@ def back_up(
             staging.mkdir()
             _write_backup(staging, store, weights, told)
             staging.rename(target)
-            _sync(target.parent)
+            to_disk(target.parent)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
     except FedMoEError:
@@ -129,7 +130,7 @@ def _write_backup(
         manifest["experts"][name] = asdict(saved)
         told(name, saved)
     _write(staging / MANIFEST, [_json(manifest)])
-    _sync(staging)
+    to_disk(staging)
 
 
 def _write_expert(directory: Path, name: str, state: ExpertState, gateway_weight: str) -> Saved:
@@ -140,7 +141,7 @@ def _write_expert(directory: Path, name: str, state: ExpertState, gateway_weight
         CONFIG_FILE: _write(directory / CONFIG_FILE, [_json(spec.adapter_config())]),
         STATE_FILE: _write(directory / STATE_FILE, _state_lines(state)),
     }
-    _sync(directory)
+    to_disk(directory)
     try:
         return Saved(
             version=meta.version,
@@ -283,15 +284,6 @@ def _write(path: Path, chunks: Iterable[bytes]) -> str:
         file.flush()
         os.fsync(file.fileno())
     return digest.hexdigest()
-
-
-def _sync(directory: Path) -> None:
-    """Have the names in a directory on disk."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _explain(error: OSError, target: Path) -> str:

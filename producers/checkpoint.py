@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from fedmoe.codec import scratch_values
+from fedmoe.disk import to_disk
 from fedmoe.errors import SettingsError
 from fedmoe.records import Meta
 from fedmoe.update import Header, UpdateId
@@ -116,9 +117,9 @@ class StateDir:
             )
         except SafetensorError as error:
             raise OSError(str(error)) from error
-        _to_disk(fresh)
+        to_disk(fresh)
         fresh.replace(self.file)
-        _to_disk(self.path)
+        to_disk(self.path)
 
     def load(self, *, expert: str, worker: str, now: float) -> Checkpoint | None:
         """The last checkpoint, None if there is none.
@@ -143,15 +144,6 @@ class StateDir:
                 f"{checkpoint.expert!r}, not to {worker!r} of {expert!r}: give each worker its own --state-dir"
             )
         return checkpoint
-
-
-def _to_disk(path: Path) -> None:
-    """Wait until a file, or what a directory lists, has reached the disk."""
-    opened = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
 
 
 def _restore(info: dict[str, Any], tensors: dict[str, torch.Tensor], now: float) -> Checkpoint:

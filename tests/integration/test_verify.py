@@ -1,5 +1,7 @@
 """`fedmoe verify`: the replay of the log is the expert, byte for byte, and what is not is named."""
 
+import os
+import stat
 import sys
 from pathlib import Path
 
@@ -7,7 +9,7 @@ import pytest
 import torch
 
 from consumers.expert import Expert
-from fedmoe.archive import Archive
+from fedmoe.archive import WEIGHTS_SUFFIX, Archive
 from fedmoe.cli.main import main
 from fedmoe.errors import SettingsError
 from fedmoe.layout import AdapterBuffer
@@ -119,3 +121,18 @@ def test_nothing_is_applied_that_cannot_be_kept(
     expert.load()
     assert serve(expert) == ["applied"]
     assert expert.meta.version == 1
+
+
+def test_what_is_kept_is_on_disk_under_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bytes, and then the directory that names them: a commit that follows may outlive a crash of the machine."""
+    archive, synced, sync = Archive(tmp_path), [], os.fsync
+
+    def note(opened: int) -> None:
+        synced.append(
+            (stat.S_ISDIR(os.fstat(opened).st_mode), len(list(tmp_path.glob("*" + WEIGHTS_SUFFIX))))
+        )
+        sync(opened)
+
+    monkeypatch.setattr(os, "fsync", note)
+    archive.keep_weights(b"weights")
+    assert synced == [(False, 0), (True, 1)]

@@ -142,7 +142,10 @@ class BackupStore:
         Raises:
             BackupError: if there is one and `replace` is false, or commits come faster than it can be replaced.
         """
-        keys = self._of(name)
+        keys, commit = self._of(name), new_id()
+        packed = pack_file(
+            state.weights, Spec.from_json(state.spec), commit
+        )  # before anything is watched: it takes time
         for _ in range(ATTEMPTS):
             with self.connection.errors(), self._redis.pipeline(transaction=True) as pipe:
                 # Watched also to be replaced: an EXEC whose reply is lost may run late, but then not on top of
@@ -154,7 +157,7 @@ class BackupStore:
                 pipe.multi()
                 if there is not None:
                     pipe.unlink(*keys)
-                self._queue(pipe, name, state)
+                self._queue(pipe, name, state, commit, packed)
                 if execute(pipe) is None:
                     continue
                 self._redis.hset(self.keys.experts, name, gateway_weight)
@@ -163,15 +166,15 @@ class BackupStore:
             f"{name} is committed to faster than it can be replaced: stop its aggregator, restore, and start it again"
         )
 
-    def _queue(self, pipe: Any, name: str, state: ExpertState) -> None:
-        keys, commit = self.keys.expert(name), new_id()
+    def _queue(self, pipe: Any, name: str, state: ExpertState, commit: str, packed: bytes | None) -> None:
+        keys = self.keys.expert(name)
         pipe.set(keys.spec, state.spec)
         pipe.set(keys.weights, memoryview(state.weights))
         pipe.hset(keys.meta, mapping={**state.meta, b"commit": commit, b"weights_commit": commit})
         if state.applied:
             pipe.hset(keys.applied, mapping=state.applied)
         pipe.unlink(keys.packed, keys.lost, keys.memory)
-        if packed := pack_file(state.weights, Spec.from_json(state.spec), commit):
+        if packed:
             pipe.set(keys.packed, packed)
         for key, lines in ((keys.log, state.log), (keys.dead, state.dead)):
             for entry_id, fields in lines:

@@ -141,7 +141,7 @@ class ExpertStore:
         A new expert is version 0; one that the server lost comes with what it had `applied`, and a line for its `log`.
         With a `gateway_weight` it is listed among the federation's.
         """
-        keys = self.keys
+        keys, packed = self.keys, pack_file(weights, spec, meta.weights_commit)
         with self.connection.errors():
             with self._redis.pipeline(transaction=True) as pipe:
                 pipe.watch(keys.meta, keys.weights, keys.applied)
@@ -158,7 +158,7 @@ class ExpertStore:
                 else:
                     pipe.unlink(keys.log, keys.dead)  # of a history that has no part in a new expert's
                 pipe.unlink(keys.packed, keys.lost, keys.memory)
-                if packed := pack_file(weights, spec, meta.weights_commit):
+                if packed:
                     pipe.set(keys.packed, packed)
                 if execute(pipe) is None:
                     return False

@@ -213,9 +213,9 @@ def test_somebody_else_may_create_the_expert_meanwhile(
     connection.client.flushall()
     other, queue = connect(), BackupStore._queue
 
-    def create_then_queue(self: BackupStore, pipe: Any, name: str, state: ExpertState) -> None:
+    def create_then_queue(self: BackupStore, *rest: Any) -> None:
         make_expert(other)
-        queue(self, pipe, name, state)
+        queue(self, *rest)
 
     monkeypatch.setattr(BackupStore, "_queue", create_then_queue)
     with pytest.raises(BackupError, match="in Redis already, at version 0"):
@@ -232,11 +232,11 @@ def test_commits_that_come_faster_than_the_replacement(
     backup = backed_up(connection, tmp_path / "b")
     other, queue, left = connect(), BackupStore._queue, [3]
 
-    def commit_then_queue(self: BackupStore, pipe: Any, name: str, state: ExpertState) -> None:
+    def commit_then_queue(self: BackupStore, *rest: Any) -> None:
         if left[0]:
             left[0] -= 1
             other.client.hset("fedmoe:{sql_expert}:meta", "commit", f"other-{left[0]}")
-        queue(self, pipe, name, state)
+        queue(self, *rest)
 
     monkeypatch.setattr(BackupStore, "_queue", commit_then_queue)
     restore(BackupStore(connection), backup, replace=True)

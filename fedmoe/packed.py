@@ -73,7 +73,7 @@ def unpack(content: Sequence[bytes], spec: Spec, commit: str) -> torch.Tensor | 
     initial, digest = _initial(spec.layout, spec.init_seed)
     try:
         if not head.startswith(_WHAT):
-            raise UpdateError(f"begin with {reprlib.repr(head)}")
+            raise UpdateError(f"they begin with {reprlib.repr(head)}")
         if head != _head(commit, digest):
             if head[:-_ID_BYTES] == _head(commit, digest)[:-_ID_BYTES]:
                 logger.warning(

@@ -70,7 +70,7 @@ class StateDir:
             self._lock = (path / "lock").open("w")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             for left in path.glob(_HALF_WRITTEN):
-                left.unlink()
+                left.unlink(missing_ok=True)
         except BlockingIOError as error:
             raise SettingsError(
                 f"another worker on this machine uses the state directory {path}: give each its own --state-dir"

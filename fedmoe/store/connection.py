@@ -155,7 +155,7 @@ def _client(url: str, **arguments: Any) -> redis.Redis:
 
 def _packer() -> PythonRespSerializer:
     """Sends buffers as they lie in memory; hiredis' packer (the default) would copy them twice."""
-    encoder = Encoder("utf-8", "strict", decode_responses=False)  # type: ignore[no-untyped-call]
+    encoder = Encoder("utf-8", "strict", decode_responses=False)  # type: ignore[no-untyped-call]  # redis-py's
     return PythonRespSerializer(_BUFFER_CUTOFF, encoder.encode)
 
 

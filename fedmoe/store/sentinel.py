@@ -25,7 +25,7 @@ def master_client(url: SentinelURL, arguments: dict[str, Any]) -> redis.Redis:
         "socket_connect_timeout": QUESTION_TIMEOUT_S,
         "retry": Retry(NoBackoff(), 0),
     }
-    sentinels: Any = Sentinels(url.sentinels, sentinel_kwargs=asking | url.sentinel)  # type: ignore[no-untyped-call]
+    sentinels: Any = Sentinels(url.sentinels, sentinel_kwargs=asking | url.sentinel)  # type: ignore[no-untyped-call]  # redis-py's
     client: redis.Redis = sentinels.master_for(url.master, **arguments, **url.server)
     return client
 
@@ -49,7 +49,7 @@ class Sentinels(Sentinel):
             except (redis.RedisError, OSError) as error:
                 silent.append(f"{_address(sentinel)}: {str(error).rstrip('.')}")
                 continue
-            if state and self.check_master_state(state, service_name):  # type: ignore[no-untyped-call]
+            if state and self.check_master_state(state, service_name):  # type: ignore[no-untyped-call]  # redis-py's
                 self.sentinels.insert(0, self.sentinels.pop(place))
                 return state["ip"], state["port"]
             known = known or state is not None

@@ -180,7 +180,7 @@ def _value(url: str, name: str, text: str) -> Any:
     if name == "ssl_cert_reqs" and text not in ("none", "optional", "required"):
         raise _wrong(url, "must say none, optional or required for ssl_cert_reqs")
     try:
-        parse: Callable[[str], Any] = URL_QUERY_ARGUMENT_PARSERS.get(name, str)  # type: ignore[assignment]
+        parse: Callable[[str], Any] = URL_QUERY_ARGUMENT_PARSERS.get(name, str)  # type: ignore[assignment]  # of many types
         value = parse(text)
     except (TypeError, ValueError):
         value = ""

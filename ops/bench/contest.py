@@ -2,6 +2,7 @@
 
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -76,7 +77,7 @@ class Sample:
         return sum(s for role, s in self.cpu_s.items() if not roles or role in roles) * 1000 / self.updates
 
 
-class Contestant:
+class Contestant(ABC):
     """Processes with clients that push and pull. A context manager; subclasses start their processes in `_start`."""
 
     def __init__(self, name: str, *, n_clients: int = 3) -> None:
@@ -85,8 +86,9 @@ class Contestant:
         self.seats = Seats(n_clients)
         self.processes = Processes(name)
 
+    @abstractmethod
     def _start(self) -> None:
-        raise NotImplementedError
+        """Start them."""
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:

@@ -1,7 +1,7 @@
 """FedMoE as a contestant: the real aggregator command, and clients that push and pull with the real books.
 
 A client does what `producers.sync` does for a worker without a state directory (copy, check, cut, publish, poll, pull,
-in this order and with the same pauses; no heartbeats, which are one a second); instead of training it adds small
+in this order and with the same pauses, but without heartbeats, one in five seconds); instead of training it adds small
 numbers to its adapter.
 """
 

@@ -73,6 +73,7 @@ def test_disk_that_takes_no_more_leaves_the_checkpoint_before(tmp_path: Path) ->
         position=1, data="d", expert="sql_expert", worker="alice",
     )  # fmt: skip
     state.save(checkpoint)
+    assert not state.file.stat().st_mode & 0o077  # it holds what was trained on private rows
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200, hard))
     try:

@@ -64,7 +64,7 @@ class NameTakenError(FedMoEError, RuntimeError):
 
 
 class StoppedError(FedMoEError):
-    """A process was told to stop before it had begun."""
+    """A process was told to stop before it had begun its work."""
 
     exit_code = 0
 

@@ -153,7 +153,7 @@ class Worker:
 
     def _run(self) -> None:
         settings = self._settings
-        rows = read_rows(settings.data, on_bad_row=settings.on_bad_row)
+        rows = read_rows(settings.data, on_bad_row=settings.on_bad_row, stopped=self._stop.is_set)
         for problem in rows.problems[:10]:
             self._say(str(problem))
         state_dir = StateDir(settings.state_dir) if settings.state_dir else None
@@ -179,7 +179,13 @@ class Worker:
         model, tokenizer, device, autocast = self._load_base(spec)
         if len(rows.rows) > MANY_ROWS:
             self._say(f"tokenizing {len(rows.rows)} rows")
-        examples = make_examples(rows, tokenizer, spec.training.max_length, on_bad_row=settings.on_bad_row)
+        examples = make_examples(
+            rows,
+            tokenizer,
+            spec.training.max_length,
+            on_bad_row=settings.on_bad_row,
+            stopped=self._stop.is_set,
+        )
         self._say(f"{settings.data}: {examples.summary()}")
 
         def make_trainer() -> Trainer:

@@ -3,7 +3,7 @@
 import hashlib
 from array import array
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
@@ -12,7 +12,7 @@ import torch
 
 from fedmoe.data.chat import Encoder
 from fedmoe.data.jsonl import Rows
-from fedmoe.errors import DataError
+from fedmoe.errors import DataError, StoppedError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -80,17 +80,21 @@ def make_examples(
     max_length: int,
     *,
     on_bad_row: Literal["skip", "fail"] = "skip",
+    stopped: Callable[[], bool] = lambda: False,
 ) -> Examples:
     """Tokenize every row. Too long an answer is cut, and then has no end of turn; a prompt is never cut.
 
     Raises:
         DataError: if no row is left to train on, or on_bad_row is "fail" and one cannot be used.
+        StoppedError: if `stopped` returns true; it is asked every so often.
     """
     encoder = Encoder(tokenizer)
     examples: list[Example] = []
     dropped: Counter[str] = Counter({"malformed": len(rows.problems)} if rows.problems else {})
     cut = 0
     for row in rows.rows:
+        if stopped():
+            raise StoppedError("stopped while the rows were tokenized: nothing was trained yet")
         try:
             prompt, answer = encoder.encode(row)
             if len(prompt) >= max_length:

@@ -12,13 +12,13 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TextIO, cast
 
 from fedmoe.data.shapes import Message, split_answer
-from fedmoe.errors import DataError
+from fedmoe.errors import DataError, StoppedError
 
 __all__ = ["Message", "Problem", "Row", "Rows", "read_rows"]
 
@@ -74,11 +74,17 @@ class Rows:
     digest: str
 
 
-def read_rows(path: str | Path, *, on_bad_row: Literal["skip", "fail"] = "skip") -> Rows:
+def read_rows(
+    path: str | Path,
+    *,
+    on_bad_row: Literal["skip", "fail"] = "skip",
+    stopped: Callable[[], bool] = lambda: False,
+) -> Rows:
     """Read every row of `path`.
 
     Raises:
         DataError: if the file cannot be read or has no usable row, or at the first bad row with "fail".
+        StoppedError: if `stopped` returns true; it is asked every so often.
     """
     path = Path(path)
     rows: list[Row] = []
@@ -90,6 +96,8 @@ def read_rows(path: str | Path, *, on_bad_row: Literal["skip", "fail"] = "skip")
             digest = hashlib.file_digest(raw, "sha256").hexdigest()[:16]
             with _decoded(raw, path) as file:
                 for line, text in _records(file):
+                    if stopped():
+                        raise StoppedError("stopped while the rows were read: nothing was trained yet")
                     try:
                         prompt, completion = split_answer(_parse(text))
                         rows.append(Row(line=line, prompt=prompt, completion=completion))

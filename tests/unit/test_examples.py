@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fedmoe.data.examples import NO_LABEL, collate, indices, make_examples, padding_id
 from fedmoe.data.jsonl import Message, Problem, Row, Rows
-from fedmoe.errors import DataError
+from fedmoe.errors import DataError, StoppedError
 from tests.tiny import END, PAD, save_tiny_model, tiny_model, tiny_tokenizer
 
 PROMPT_TOKENS = len("Suser\nqE\nSassistant\n")  # S and E are <|im_start|> and <|im_end|>, one token each
@@ -63,6 +63,13 @@ def test_every_row_is_accounted_for_with_its_reason() -> None:
     made = make_examples(rows("a", "", "b", " \n", "", bad=2), tiny_tokenizer(), 512)
     assert made.dropped == {"malformed": 2, "with an empty answer": 3}
     assert made.summary() == "7 rows: 2 used, 5 dropped (3 with an empty answer, 2 malformed)"
+
+
+def test_tokenizing_can_be_stopped() -> None:
+    """Told to stop after some rows, it does not go on to the last."""
+    asked = iter([False, False, True])
+    with pytest.raises(StoppedError, match="nothing was trained yet"):
+        make_examples(rows(*"abcdef"), tiny_tokenizer(), 512, stopped=lambda: next(asked))
 
 
 def test_a_batch_is_padded_on_the_right_and_labelled_on_the_answers() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fedmoe.data import jsonl
 from fedmoe.data.jsonl import Message, Row, read_rows
-from fedmoe.errors import DataError
+from fedmoe.errors import DataError, StoppedError
 
 GOOD = {"prompt": "q", "completion": "a"}
 # Line ends of other standards inside a string: str.splitlines would break the row at each of them.
@@ -332,3 +332,10 @@ def test_no_bytes_are_fatal_but_by_a_sentence(tmp_path: Path, data: st.DataObjec
         ).encode()
     except DataError as error:
         str(error).encode()
+
+
+def test_reading_can_be_stopped(tmp_path: Path) -> None:
+    """Told to stop after some rows, it does not go on to the last."""
+    asked = iter([False, False, True])
+    with pytest.raises(StoppedError, match="nothing was trained yet"):
+        read_rows(write(tmp_path, lines(*[GOOD] * 6)), stopped=lambda: next(asked))

@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 import torch
 
@@ -23,6 +24,9 @@ from fedmoe.records import Decided, Meta
 from fedmoe.spec import Spec
 from fedmoe.staleness import staleness_of
 from fedmoe.update import Header, Part
+
+# Steps that one update counts for at most: 80 minutes of training at 2 steps a second, as after a long outage.
+COUNTED_STEPS = 10_000
 
 
 class Outcome(Enum):
@@ -43,6 +47,22 @@ class Verdict:
     staleness: int = 0
     factor: float = 0.0
     norm: float = 0.0
+
+
+class Counts(NamedTuple):
+    """Rows and label tokens that an applied update counts for, in the expert's totals and in the gateway's weights."""
+
+    n_examples: int
+    n_tokens: int
+
+
+def counts_of(header: Header, spec: Spec) -> Counts:
+    """What the header claims, but no more than COUNTED_STEPS steps of the spec's batch can hold.
+
+    A worker may claim any number. The bound uses nothing else that it claims, so a replay counts alike.
+    """
+    most = COUNTED_STEPS * spec.training.batch_size * spec.training.accumulate
+    return Counts(min(header.n_examples, most), min(header.n_tokens, most * spec.training.max_length))
 
 
 def judge_header(header: Header, head: Decided | None, meta: Meta, spec: Spec) -> Verdict:
@@ -91,6 +111,12 @@ def _breach(header: Header, staleness: int, meta: Meta, spec: Spec) -> str:
             f"too stale: {staleness} updates were applied since its base, at most {spec.merge.max_staleness} "
             "are allowed"
         )
+    # After a failover to an older replica an update that is sent again is rightly ahead, but not by more than this.
+    if header.base_version - meta.version > spec.merge.max_staleness:
+        return (
+            f"its base, version {header.base_version}, is ahead of the expert's version {meta.version} by more than "
+            f"the {spec.merge.max_staleness} that are allowed: restart the worker"
+        )
     return ""
 
 
@@ -126,7 +152,7 @@ def judge_payload(
         for first, values in decoded(
             _whole(header.parts, parts), spec.wire_format, len(space.weights), space.scratch
         ):
-            squares += float(torch.linalg.vector_norm(values)) ** 2
+            squares += _norm(values) ** 2
             here = slice(first, first + len(values))
             fold(space.weights[here], values, verdict.factor, out=space.out[here])
     except _NotWholeError as error:
@@ -135,13 +161,31 @@ def judge_payload(
         return Verdict(Outcome.REFUSED, str(error), verdict.staleness)
     norm = math.sqrt(squares)
     if not math.isfinite(norm):
-        return Verdict(
-            Outcome.REFUSED, "holds values that are not finite (NaN or infinity)", verdict.staleness
+        reason = (
+            f"holds values that are not finite (NaN or infinity), first in tensor {_largest(spec, space)!r}"
         )
+        return Verdict(Outcome.REFUSED, reason, verdict.staleness)
     if norm > spec.merge.max_norm:
-        return Verdict(
-            Outcome.REFUSED,
-            f"its norm {norm:.4g} is above the bound {spec.merge.max_norm:.4g}",
-            verdict.staleness,
+        reason = (
+            f"its norm {norm:.4g} is above the bound {spec.merge.max_norm:.4g}; "
+            f"tensor {_largest(spec, space)!r} has the largest part of it"
         )
+        return Verdict(Outcome.REFUSED, reason, verdict.staleness)
     return Verdict(Outcome.APPLIED, "", verdict.staleness, verdict.factor, norm)
+
+
+def _norm(values: torch.Tensor) -> float:
+    """The Euclidean norm of fp32 values; infinite or NaN only if a value is, though fp32 cannot hold that of 1e30."""
+    norm = float(torch.linalg.vector_norm(values))
+    return norm if math.isfinite(norm) else float(torch.linalg.vector_norm(values, dtype=torch.float64))
+
+
+def _largest(spec: Spec, space: Workspace) -> str:
+    """The tensor that an update changed most: the first one with a value that is not finite, if there is one.
+
+    By what was folded, because the parts are gone. Only for a refusal: asking this of every update costs too much.
+    """
+    before, after = spec.layout.views(space.weights), spec.layout.views(space.out)
+    norms = {name: _norm(after[name] - before[name]) for name in after}
+    odd = [name for name, norm in norms.items() if not math.isfinite(norm)]
+    return odd[0] if odd else max(norms, key=norms.__getitem__)

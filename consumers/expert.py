@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 
-from consumers.decide import Outcome, Verdict, Workspace, judge_header, judge_payload
+from consumers.decide import Outcome, Verdict, Workspace, counts_of, judge_header, judge_payload
 from consumers.doorbell import Doorbell, Garbage, Join, parse_entry
 from fedmoe.archive import Archive
 from fedmoe.codec import EXACT, scratch_values
@@ -233,15 +233,15 @@ class Expert:
         return verdict, kept
 
     def _apply(self, worker: str, header: Header, verdict: Verdict, kept: str, commit: Commit) -> None:
-        meta = self.meta
+        meta, counts = self.meta, counts_of(header, self.spec)
         self.meta = replace(
             meta,
             version=meta.version + 1,
             applied=meta.applied + 1,
             staleness_sum=meta.staleness_sum + verdict.staleness,
             loss=header.loss,
-            n_examples=meta.n_examples + header.n_examples,
-            n_tokens=meta.n_tokens + header.n_tokens,
+            n_examples=meta.n_examples + counts.n_examples,
+            n_tokens=meta.n_tokens + counts.n_tokens,
         )
         self._pin(header.base_fingerprint, worker)
         line: dict[str, str | int | float] = {
@@ -254,8 +254,14 @@ class Expert:
             "factor": repr(verdict.factor),
             "norm": f"{verdict.norm:.6g}",
             "loss": f"{header.loss:.6g}",
-            "n_examples": header.n_examples,
+            "n_examples": counts.n_examples,
         }
+        if counts != (header.n_examples, header.n_tokens):
+            line |= {"claimed_examples": header.n_examples, "claimed_tokens": header.n_tokens}
+            logger.warning(
+                "%s: %s claims %d rows and %d tokens in one update; it is applied and counts as %d rows and %d tokens",
+                self.store.name, worker, header.n_examples, header.n_tokens, *counts,
+            )  # fmt: skip
         if kept:
             line["update"] = kept
         commit.log.append(line)

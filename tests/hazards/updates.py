@@ -104,7 +104,7 @@ def h08_forged_base_version(world: World) -> None:
         "worker": "alice",
         "run": alice.sync.ledger.run,
         "seq": 1,
-        "base_version": 10**9,
+        "base_version": 1,
         "format": "evil",
         "parts": 0,
     }

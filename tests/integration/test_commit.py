@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from consumers.decide import COUNTED_STEPS
 from consumers.expert import Expert
 from fedmoe.codec import encode
 from fedmoe.errors import StaleStateError, UnknownExpertError
@@ -168,6 +169,24 @@ def test_poison_is_refused(connection: Connection, value: float) -> None:
     worker.push(1.0)
     assert serve(expert) == ["applied"]
     assert expert.meta.refused == 1
+
+
+def test_forged_counts_are_clamped_and_said(connection: Connection, caplog: pytest.LogCaptureFixture) -> None:
+    """2^53 rows in one update: it is applied, and neither the totals nor the log take the number over."""
+    expert = make_expert(connection)
+    worker = ScriptedWorker(connection, expert.spec)
+    worker.push(1.0, n_examples=2**53, n_tokens=2**53, steps=2**53)
+    assert serve(expert) == ["applied"]
+    meta = expert.store.load().meta
+    most = COUNTED_STEPS * expert.spec.training.batch_size
+    assert (meta.n_examples, meta.n_tokens) == (most, most * expert.spec.training.max_length)
+    ((_, line),) = connection.client.xrange(expert.store.keys.log)
+    assert (int(line[b"n_examples"]), int(line[b"claimed_examples"])) == (most, 2**53)
+    assert f"alice claims {2**53} rows" in caplog.text
+    worker.pull()
+    worker.push(1.0)
+    assert serve(expert) == ["applied"]
+    assert expert.meta.n_examples == most + 4
 
 
 def test_too_stale_is_refused_and_told(connection: Connection) -> None:

@@ -1,28 +1,39 @@
-"""consumers.decide.judge_payload: an update that is folded part by part gives the same bits as one folded whole."""
+"""consumers.decide: what is refused and why, what an update counts for, and that parts give the bits of the whole."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 
-from consumers.decide import Outcome, Verdict, Workspace, judge_payload
+from consumers.decide import (
+    COUNTED_STEPS,
+    Outcome,
+    Verdict,
+    Workspace,
+    counts_of,
+    judge_header,
+    judge_payload,
+)
 from consumers.fold import fold
 from fedmoe.codec import FORMATS, decode, scratch_values
 from fedmoe.layout import Layout
-from fedmoe.spec import MergeRules, Spec
+from fedmoe.spec import MergeRules, Spec, TrainingSettings
 from fedmoe.update import Part, make_run
 from producers.ledger import Ledger, Outgoing, Trained
-from tests.federation import first_meta, small_spec
+from tests.federation import FINGERPRINT, first_meta, small_spec
 from tests.strategies import randn
 
 FACTOR = 0.3217
 VERDICT = Verdict(Outcome.APPLIED, factor=FACTOR)
 
 
-def update_of(delta: torch.Tensor, wire_format: str) -> tuple[Spec, Outgoing]:
+def update_of(delta: torch.Tensor, wire_format: str, layout: Layout | None = None) -> tuple[Spec, Outgoing]:
     spec = small_spec(
-        layout=Layout.of([("a", (len(delta),))]), merge=MergeRules(max_norm=1e9), wire_format=wire_format
+        layout=layout or Layout.of([("a", (len(delta),))]),
+        merge=MergeRules(max_norm=1e9),
+        wire_format=wire_format,
     )
     ledger = Ledger(base=torch.zeros(len(delta)), meta=first_meta(spec), run=make_run(1, "00000001"))
     return spec, ledger.cut(
@@ -99,3 +110,71 @@ def test_part_that_its_header_names_and_the_layout_does_not_is_refused() -> None
     verdict = judge_payload(header, VERDICT, parts, spec, space_for(torch.zeros(numel)))
     assert verdict.outcome is Outcome.REFUSED
     assert "part 0 says first" in verdict.reason
+
+
+TENSORS = Layout.of(
+    [("a", (64,)), ("b", (8, 40)), ("c", (64,))]
+)  # b has most values; a border lies within a block
+
+
+@pytest.mark.parametrize("wire_format", sorted(FORMATS))
+@pytest.mark.parametrize("value", [1e9, 1e30, 3e38])
+def test_enormous_update_breaks_the_norm_bound(wire_format: str, value: float) -> None:
+    """Its norm, or the square of it, is beyond fp32; every value is finite, so that is not what the reason says."""
+    spec, update = update_of(torch.full((TENSORS.numel,), value), wire_format, TENSORS)
+    space = space_for(torch.zeros(TENSORS.numel))
+    verdict = judge_payload(update.header, VERDICT, update.parts, spec, space)
+    assert verdict.outcome is Outcome.REFUSED
+    assert verdict.reason.endswith("is above the bound 1e+09; tensor 'b' has the largest part of it")
+    norm = float(verdict.reason.split()[2])
+    assert norm == pytest.approx(value * math.sqrt(TENSORS.numel), rel=0.01)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_tensor_that_is_not_finite_is_named(value: float) -> None:
+    """One value of the last tensor, while another is larger than all that is finite there."""
+    delta = torch.full((TENSORS.numel,), 1e30)
+    delta[-1] = value
+    spec, update = update_of(delta, "fp32", TENSORS)
+    verdict = judge_payload(update.header, VERDICT, update.parts, spec, space_for(torch.zeros(TENSORS.numel)))
+    assert verdict.outcome is Outcome.REFUSED
+    assert verdict.reason == "holds values that are not finite (NaN or infinity), first in tensor 'c'"
+
+
+@pytest.mark.parametrize(
+    ("claimed", "counted"),
+    [
+        ((0, 0), (0, 0)),
+        ((84, 4000), (84, 4000)),
+        ((2**53, 2**53), (COUNTED_STEPS * 6, COUNTED_STEPS * 6 * 32)),
+        ((2**53, 5), (COUNTED_STEPS * 6, 5)),
+    ],
+)
+def test_an_update_counts_for_a_bounded_number_of_rows(
+    claimed: tuple[int, int], counted: tuple[int, int]
+) -> None:
+    """The bound is the spec's batch times a constant: claiming more steps changes nothing."""
+    spec = replace(small_spec(), training=TrainingSettings(batch_size=3, accumulate=2, max_length=32))
+    _, update = update_of(torch.ones(4), "fp32")
+    for steps in (1, 2**53):
+        header = replace(update.header, n_examples=claimed[0], n_tokens=claimed[1], steps=steps)
+        assert counts_of(header, spec) == counted
+
+
+@pytest.mark.parametrize(
+    ("base_version", "outcome"),
+    [(7, "applied"), (10, "applied"), (13, "applied"), (14, "refused"), (2**53, "refused"), (6, "refused")],
+)
+def test_base_may_be_as_far_ahead_as_behind(base_version: int, outcome: str) -> None:
+    """Expert at version 10, bound 3. After a failover, what is sent again is ahead; it has staleness 0."""
+    spec = small_spec(merge=MergeRules(max_staleness=3))
+    meta = first_meta(spec, version=10)
+    ledger = Ledger(base=torch.zeros(spec.layout.numel), meta=meta, run=make_run(1, "00000001"))
+    update = ledger.cut(torch.ones(spec.layout.numel), Trained(), wire_format="fp32", fingerprint=FINGERPRINT)
+    verdict = judge_header(replace(update.header, base_version=base_version), None, meta, spec)
+    assert verdict.outcome.value == outcome
+    assert verdict.staleness == max(0, 10 - base_version)
+    if base_version > 13:
+        assert verdict.reason.startswith(
+            f"its base, version {base_version}, is ahead of the expert's version 10"
+        )

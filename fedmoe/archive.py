@@ -5,14 +5,13 @@ applies it, so that no line of an expert's log is without its file.
 """
 
 import hashlib
-import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import msgpack
 
-from fedmoe.disk import to_disk
+from fedmoe.disk import write_whole
 from fedmoe.errors import SettingsError, UpdateError
 from fedmoe.update import Header
 
@@ -65,16 +64,7 @@ class Archive:
         digest = hashlib.sha256(content).hexdigest()
         file = self.directory / (digest + suffix)
         if not file.exists():
-            fresh = file.with_suffix(f".{os.getpid()}")
-            try:
-                with fresh.open("wb") as out:
-                    out.write(content)
-                    out.flush()
-                    os.fsync(out.fileno())
-                fresh.replace(file)
-                to_disk(self.directory)
-            finally:
-                fresh.unlink(missing_ok=True)
+            write_whole(file, content)
         return digest
 
     def load(self, digest: str) -> tuple[Header, list[bytes]]:

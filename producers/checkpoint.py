@@ -7,6 +7,7 @@ run, the same outbox, optimizer and data position. One file, because two could d
 import fcntl
 import json
 import os
+import secrets
 import socket
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -18,13 +19,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from fedmoe.codec import scratch_values
-from fedmoe.disk import to_disk
+from fedmoe.disk import to_disk, write_whole
 from fedmoe.errors import SettingsError
 from fedmoe.records import Meta
 from fedmoe.update import Header, UpdateId
 from producers.ledger import Ledger, Outgoing, Trained
 
 FILE_NAME = "worker.safetensors"
+ID_NAME = "id"
 _FORMAT = "1"
 _HALF_WRITTEN = ".tmp??????"  # what safetensors leaves of a file, if it is killed while it writes it
 
@@ -55,6 +57,9 @@ class Checkpoint:
 class StateDir:
     """The directory of `--state-dir`.
 
+    Its `id` (32 hex digits) stays the same as long as the directory does: it tells a worker that was killed from
+    another one of the same name. A copy of the directory gets an id of its own.
+
     Raises:
         SettingsError: if it cannot be made or written.
     """
@@ -71,6 +76,7 @@ class StateDir:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             for left in path.glob(_HALF_WRITTEN):
                 left.unlink(missing_ok=True)
+            self.id = self._read_id() or self._new_id()
         except BlockingIOError as error:
             raise SettingsError(
                 f"another worker on this machine uses the state directory {path}: give each its own --state-dir"
@@ -79,6 +85,24 @@ class StateDir:
             raise SettingsError(
                 f"the state directory {path} cannot be written ({error.strerror}): give --state-dir another one"
             ) from error
+
+    @property
+    def _place(self) -> str:
+        """What a copy of the directory has otherwise."""
+        return str(os.fstat(self._lock.fileno()).st_ino)
+
+    def _read_id(self) -> str:
+        """The id that was given to this directory, "" if there is none."""
+        try:
+            own, _, place = (self.path / ID_NAME).read_text(errors="replace").strip().partition(" ")
+        except FileNotFoundError:
+            return ""
+        return own if len(own) == 32 and place == self._place else ""
+
+    def _new_id(self) -> str:
+        own = secrets.token_hex(16)
+        write_whole(self.path / ID_NAME, f"{own} {self._place}\n".encode())
+        return own
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Write the checkpoint; after a crash at any moment either the old or the new one is there whole.

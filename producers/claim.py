@@ -1,11 +1,11 @@
 """One name runs once at a time: a second process with a live heartbeat of the same name is refused.
 
-Clocks of different machines are not compared: a heartbeat is alive if it beats while one watches.
+Clocks of different machines are not compared: a heartbeat is alive if it beats while one watches. Host name and
+process id prove nothing: two containers may share both. Only the id of the state directory does, because one process
+at a time holds that directory.
 """
 
 import logging
-import os
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -15,27 +15,35 @@ from fedmoe.store.worker import WorkerStore
 
 logger = logging.getLogger(__name__)
 
+JOINING = "joining"  # what a heartbeat says for its run until the training begins
+JOIN_TTL_S = 60.0  # of that heartbeat, which beats once: attaching the adapter may take a while
+
 
 def claim_name(
     store: WorkerStore,
     *,
+    state_id: str,
     patience_s: float,
     stop: threading.Event,
     clock: Callable[[], float] = time.monotonic,
 ) -> None:
-    """Return when the name is free: no heartbeat, or one whose process is gone, or that stands still for patience_s.
+    """Return when the name is free: no heartbeat, or that of this worker's predecessor, or one that stands still.
+
+    A heartbeat with the id of this worker's state directory (`state_id`, "" without one) is its predecessor's. Any
+    other must stand still for `patience_s` seconds; that of a worker that is joining must expire.
 
     Raises:
         NameTakenError: if the heartbeat beats.
         StoppedError: if told to stop meanwhile.
     """
     first = store.heartbeat()
-    if not first or _is_dead_here(first):
+    if not first or (state_id and first.get("state_id") == state_id):
         return
-    who = f"pid {first.get('pid', '?')} on {first.get('host', '?')}"
+    if first.get("run") == JOINING:
+        patience_s = JOIN_TTL_S
     logger.warning(
         "a worker named %r (%s) was alive a moment ago; watching up to %.0f s whether it still is",
-        store.worker, who, patience_s,
+        store.worker, _who(first), patience_s,
     )  # fmt: skip
     until = clock() + patience_s
     while clock() < until:
@@ -46,21 +54,17 @@ def claim_name(
             return
         if beat.get("beat") != first.get("beat") or beat.get("run") != first.get("run"):
             raise NameTakenError(
-                f"a worker named {store.worker!r} is running ({who}): stop it first, or give this one another --name"
+                f"the name {store.worker!r} is taken: a worker of expert {store.expert!r} with this name is running "
+                f"({_who(beat)}); stop that one, or start this one with another --name"
             )
 
 
-def _is_dead_here(beat: dict[str, str]) -> bool:
-    """True if the heartbeat is of a process of this machine that no longer exists."""
-    pid = beat.get("pid", "")
-    if beat.get("host") != socket.gethostname() or not pid.isdecimal():
-        return False
-    if int(pid) == os.getpid():
-        return True
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        return False
-    return False
+def _who(beat: dict[str, str]) -> str:
+    """Which process wrote a heartbeat, for a person who wants to find it."""
+    since = beat.get("since", "")
+    started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(int(since))) if _is_time(since) else "?"
+    return f"pid {beat.get('pid', '?')} on host {beat.get('host', '?')}, started {started}"
+
+
+def _is_time(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) <= 11

@@ -17,12 +17,12 @@ from fedmoe.errors import BaseModelError, RedisUnavailableError, StoppedError
 from fedmoe.records import Meta
 from fedmoe.spec import Spec
 from fedmoe.store.worker import NoExpertsError, WorkerStore
+from producers.claim import JOIN_TTL_S, JOINING
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 PIN_WAIT_S = 5.0
-JOIN_TTL_S = 60.0  # of the first heartbeat: attaching the adapter may take a while
 
 
 class Joining:
@@ -72,9 +72,10 @@ class Joining:
                 f"{meta.base_fingerprint_by}): use {spec.base_model}, for example not its Base for its Instruct"
             )
 
-    def pin_base(self, fingerprint: str, spec: Spec) -> None:
+    def pin_base(self, fingerprint: str, spec: Spec, *, state_id: str) -> None:
         """If nobody has pinned a fingerprint yet, have the aggregator pin this one, and look again."""
-        self.patiently(lambda: self._store.beat(_first_beat(fingerprint), ttl_s=JOIN_TTL_S))
+        beat = _first_beat(fingerprint, state_id)
+        self.patiently(lambda: self._store.beat(beat, ttl_s=JOIN_TTL_S))
         if self.patiently(self._store.meta).base_fingerprint:
             return
         self.patiently(self._store.join)
@@ -87,9 +88,10 @@ class Joining:
         logger.warning("no aggregator has pinned the base model yet; training on without")
 
 
-def _first_beat(fingerprint: str) -> dict[str, str | int | float]:
+def _first_beat(fingerprint: str, state_id: str) -> dict[str, str | int | float]:
     return {
-        "run": "joining",
+        "run": JOINING,
+        "state_id": state_id,
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "since": f"{time.time():.0f}",

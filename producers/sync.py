@@ -366,6 +366,7 @@ class Sync:
         self._next_beat = now + 1.0  # a full Redis takes no heartbeat, but answers a poll: go on to that
         fields: dict[str, str | int | float] = {
             "run": self.ledger.run,
+            "state_id": self._state_dir.id if self._state_dir else "",
             "lineage": self.ledger.meta.lineage,
             "host": socket.gethostname(),
             "pid": os.getpid(),

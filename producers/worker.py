@@ -160,9 +160,11 @@ class Worker:
         spec = self._joining.spec()
         material = self._prepare(spec, rows)
         self._joining.check_base(material.fingerprint, spec)
-        claim = partial(claim_name, self._store, patience_s=HEARTBEAT_INTERVAL_S * 1.5, stop=self._stop)
+        state_id = state_dir.id if state_dir else ""
+        patience_s = HEARTBEAT_INTERVAL_S * 1.5
+        claim = partial(claim_name, self._store, state_id=state_id, patience_s=patience_s, stop=self._stop)
         self._joining.patiently(claim)
-        self._joining.pin_base(material.fingerprint, spec)
+        self._joining.pin_base(material.fingerprint, spec, state_id=state_id)
         trainer = material.make_trainer()
         ledger, trained = self._open_books(state_dir, trainer, spec, rows.digest)
         exchange = Exchange(trainer, with_optimizer=state_dir is not None, trained=trained)

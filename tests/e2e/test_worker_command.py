@@ -118,6 +118,7 @@ def test_killed_worker_resumes(tmp_path: Path, redis_url: str, aggregator: Gatew
         r"resuming run \S+ after update (\d+), row (\d+)", (tmp_path / "second.log").read_text()
     )
     assert resumed
+    assert "was alive" not in (tmp_path / "second.log").read_text()  # nobody was waited for
     assert int(resumed[1]) >= 3
     assert int(resumed[2]) > 0
 

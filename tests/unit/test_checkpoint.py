@@ -81,7 +81,7 @@ def test_disk_that_takes_no_more_leaves_the_checkpoint_before(tmp_path: Path) ->
             state.save(replace(checkpoint, position=2))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["lock", state.file.name]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["id", "lock", state.file.name]
     saved = state.load(expert="sql_expert", worker="alice", now=0.0)
     assert saved is not None
     assert saved.position == 1

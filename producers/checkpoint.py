@@ -170,6 +170,15 @@ class StateDir:
         return checkpoint
 
 
+def name_in(path: Path) -> str:
+    """The worker whose checkpoint lies in a state directory, "" if there is none that can be read."""
+    try:
+        with safe_open(path / FILE_NAME, framework="pt") as handle:
+            return str(json.loads((handle.metadata() or {})["fedmoe"])["worker"])
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+        return ""  # `load` will say what is wrong with it
+
+
 def _restore(info: dict[str, Any], tensors: dict[str, torch.Tensor], now: float) -> Checkpoint:
     if info["format"] != _FORMAT:
         raise ValueError(f"its format is {info['format']}, this FedMoE reads {_FORMAT}")

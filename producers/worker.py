@@ -35,7 +35,7 @@ from fedmoe.store.connection import Connection, RedisSettings
 from fedmoe.store.worker import WorkerStore
 from fedmoe.text import printable
 from fedmoe.update import make_run
-from producers.checkpoint import StateDir
+from producers.checkpoint import StateDir, name_in
 from producers.claim import claim_name
 from producers.exchange import Exchange
 from producers.join import Joining
@@ -54,7 +54,7 @@ class WorkerSettings:
 
     Args:
         stream: the expert. data: the JSONL file.
-        name: of this worker, "" for the host's name.
+        name: of this worker, "" for the one in the state directory, else the host's name.
         base_model: where the base model lies here, "" for what the spec says.
         state_dir: makes the worker resumable.
         batch_size, accumulate: instead of the spec's (0: the spec's), for a smaller GPU.
@@ -119,7 +119,10 @@ class Worker:
         stop: threading.Event,
         say: Callable[[str], None] = print,
     ) -> None:
-        self._settings = settings
+        self._settings, self._why = settings, "--name"
+        if not settings.name:
+            self._settings, self._why = _named(settings)
+        settings = self._settings
         self._stop = stop
         self._print = say
         self._store = WorkerStore(Connection(redis), settings.stream, settings.worker)
@@ -153,6 +156,7 @@ class Worker:
 
     def _run(self) -> None:
         settings = self._settings
+        self._say(f"worker {settings.worker!r} of expert {settings.stream!r} (name: {self._why})")
         rows = read_rows(settings.data, on_bad_row=settings.on_bad_row, stopped=self._stop.is_set)
         for problem in rows.problems[:10]:
             self._say(str(problem))
@@ -335,6 +339,16 @@ class Worker:
     def _report(self) -> dict[str, str | int | float]:
         loss = f"{self._last.loss:.4f}" if self._last else ""
         return {"step": self._steps, "loss": loss, "tokens_per_s": f"{self._tokens_per_s:.1f}"}
+
+
+def _named(settings: WorkerSettings) -> tuple[WorkerSettings, str]:
+    """Settings with a name, and why this one: a restart on the same state directory goes on under the same name."""
+    if settings.state_dir and (name := name_in(settings.state_dir)):
+        why = f"that of the checkpoint in {settings.state_dir}"
+        if name != settings.worker:
+            why += f", not this host's {settings.worker!r}; for another worker give --name and another --state-dir"
+        return replace(settings, name=name), why
+    return replace(settings, name=settings.worker), "this host's; --name gives another one"
 
 
 class _Rate:

@@ -21,7 +21,9 @@ def worker() -> None:
     "--data", required=True, type=click.Path(path_type=Path), help="JSONL file; never leaves this machine."
 )
 @click.option(
-    "--name", default="", help="This worker's name, unique on its stream.  [default: the host's name]"
+    "--name",
+    default="",
+    help="This worker's name, unique on its stream.  [default: the name in --state-dir, else the host's]",
 )
 @click.option("--base-model", default="", help="Where the base model lies here.  [default: as the spec says]")
 @click.option(

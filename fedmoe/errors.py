@@ -29,6 +29,19 @@ class DataError(FedMoEError, ValueError):
     """A JSONL file, or a row of it, that cannot be trained on."""
 
 
+class RowError(DataError):
+    """A row that cannot be trained on; the message says so of "it", the row.
+
+    Args:
+        kind: the reason without what differs from row to row; rows are counted by it.
+        detail: what follows the kind in the message.
+    """
+
+    def __init__(self, kind: str, detail: str = "") -> None:
+        super().__init__(kind + detail)
+        self.kind = kind
+
+
 class UpdateError(FedMoEError, ValueError):
     """An update (header or part) that breaks the format; the message is the reason a person reads."""
 

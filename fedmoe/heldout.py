@@ -1,15 +1,15 @@
 """Held-out loss of a federation: its experts and gateway out of Redis, on rows that none of them was trained on."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftConfig, PeftType
 
-from fedmoe.data.examples import Example, make_examples, padding_id
-from fedmoe.data.jsonl import read_rows
+from fedmoe.data.bad_rows import BadRows
+from fedmoe.data.examples import make_examples, padding_id
+from fedmoe.data.jsonl import open_data
 from fedmoe.errors import BaseModelError, DataError, SettingsError, SpecError, UnknownExpertError
 from fedmoe.evaluate import MEAN, Adapter, Matrix, evaluate
 from fedmoe.export import CONFIG_FILE, WEIGHTS_FILE, Export, read_expert, read_gateway
@@ -36,7 +36,8 @@ class HeldOutSettings:
         data: see `find_files`.
         extra: name -> directory of an adapter that is not the federation's.
         base_model: where the base lies here, "" for what the spec says.
-        rows: of each file, evenly spread; 0 is all.
+        rows: how many of each file to look at, evenly spread; 0 is all.
+        bad_rows: a file that lists the rows that cannot be used.
         batch_size, device, precision: of the evaluation.
     """
 
@@ -44,6 +45,7 @@ class HeldOutSettings:
     extra: Mapping[str, Path] = field(default_factory=dict)
     base_model: str = ""
     rows: int = 0
+    bad_rows: Path | None = None
     batch_size: int = 8
     device: str = "auto"
     precision: str = "auto"
@@ -157,8 +159,9 @@ def measure(store: GatewayStore, settings: HeldOutSettings, *, say: Callable[[st
     Raises:
         FedMoEError: a sentence for whatever does not fit.
     """
+    bad_rows = BadRows(say=say, file=settings.bad_rows)
     specs, exports = read_federation(store, say)
-    files = find_files(settings.data, list(specs))
+    files = {name: open_data(file, bad_rows) for name, file in find_files(settings.data, list(specs)).items()}
     adapters: dict[str, Adapter | None] = {BASE: None}
     adapters |= {name: Adapter(file=export.file, config=export.config) for name, export in exports.items()}
     for name, directory in settings.extra.items():
@@ -177,10 +180,11 @@ def measure(store: GatewayStore, settings: HeldOutSettings, *, say: Callable[[st
     print_of_base = fingerprint(model)
     _check_fingerprint(store, specs, print_of_base)
     max_length = max(spec.training.max_length for spec in specs.values())
-    domains = {
-        name: _examples(file, tokenizer, rows=settings.rows, max_length=max_length, say=say)
-        for name, file in files.items()
-    }
+    domains = {}
+    for name, data in files.items():
+        made = make_examples(data, tokenizer, max_length, bad_rows, sample=settings.rows)
+        say(f"{data.path}: {made.summary()}")
+        domains[name] = made.examples
     loss = evaluate(
         model, adapters, domains,
         pad_id=padding_id(tokenizer), batch_size=settings.batch_size, device=device, autocast=autocast,
@@ -203,15 +207,3 @@ def _check_fingerprint(store: GatewayStore, specs: Mapping[str, Spec], print_of_
                 f"the base model here is not the one that {name!r} is trained on: its weights' fingerprint is "
                 f"{print_of_base}, the expert's is {pinned}: use {spec.base_model}"
             )
-
-
-def _examples(
-    file: Path, tokenizer: Any, *, rows: int, max_length: int, say: Callable[[str], None]
-) -> tuple[Example, ...]:
-    read = read_rows(file)
-    if 0 < rows < len(read.rows):
-        step = len(read.rows) / rows
-        read = replace(read, rows=tuple(read.rows[int(i * step)] for i in range(rows)))
-    examples = make_examples(read, tokenizer, max_length)
-    say(f"{file}: {examples.summary()}")
-    return examples.examples

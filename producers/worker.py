@@ -17,8 +17,9 @@ from typing import Any, Literal
 
 import torch
 
+from fedmoe.data.bad_rows import BadRows
 from fedmoe.data.examples import make_examples, padding_id
-from fedmoe.data.jsonl import Rows, read_rows
+from fedmoe.data.jsonl import DataFile, open_data
 from fedmoe.errors import FedMoEError, RedisUnavailableError, RefusedError, SettingsError, StoppedError
 from fedmoe.model.adapter import attach_adapter
 from fedmoe.model.base import (
@@ -61,6 +62,7 @@ class WorkerSettings:
         max_steps, max_epochs: end by itself after so many (0: never).
         drain_s: how long to wait for the last decision when stopped.
         wait: wait for a Redis or an expert that is not there yet, instead of failing.
+        on_bad_row: leave it out, or end. bad_rows: a file that lists those left out.
         log_interval_s: of the progress line.
     """
 
@@ -78,6 +80,7 @@ class WorkerSettings:
     drain_s: float = 30.0
     wait: bool = True
     on_bad_row: Literal["skip", "fail"] = "skip"
+    bad_rows: Path | None = None
     log_interval_s: float = 5.0
 
     def __post_init__(self) -> None:
@@ -157,12 +160,11 @@ class Worker:
     def _run(self) -> None:
         settings = self._settings
         self._say(f"worker {settings.worker!r} of expert {settings.stream!r} (name: {self._why})")
-        rows = read_rows(settings.data, on_bad_row=settings.on_bad_row, stopped=self._stop.is_set)
-        for problem in rows.problems[:10]:
-            self._say(str(problem))
+        bad_rows = BadRows(say=self._say, file=settings.bad_rows, fail=settings.on_bad_row == "fail")
+        data = open_data(settings.data, bad_rows, stopped=self._stop.is_set)
         state_dir = StateDir(settings.state_dir) if settings.state_dir else None
         spec = self._joining.spec()
-        material = self._prepare(spec, rows)
+        material = self._prepare(spec, data, bad_rows)
         self._joining.check_base(material.fingerprint, spec)
         state_id = state_dir.id if state_dir else ""
         patience_s = HEARTBEAT_INTERVAL_S * 1.5
@@ -170,27 +172,23 @@ class Worker:
         self._joining.patiently(claim)
         self._joining.pin_base(material.fingerprint, spec, state_id=state_id)
         trainer = material.make_trainer()
-        ledger, trained = self._open_books(state_dir, trainer, spec, rows.digest)
+        ledger, trained = self._open_books(state_dir, trainer, spec, data.digest)
         exchange = Exchange(trainer, with_optimizer=state_dir is not None, trained=trained)
         sync = Sync(
             self._store, ledger, exchange, spec,
-            fingerprint=material.fingerprint, state_dir=state_dir, data=rows.digest, report=self._report,
+            fingerprint=material.fingerprint, state_dir=state_dir, data=data.digest, report=self._report,
             must_pull=bool(ledger.seq),
         )  # fmt: skip
         self._train(trainer, exchange, sync, material.n_examples)
 
-    def _prepare(self, spec: Spec, rows: Rows) -> Material:
+    def _prepare(self, spec: Spec, data: DataFile, bad_rows: BadRows) -> Material:
         """Load the base model and make examples of the rows."""
         settings = self._settings
         model, tokenizer, device, autocast = self._load_base(spec)
-        if len(rows.rows) > MANY_ROWS:
-            self._say(f"tokenizing {len(rows.rows)} rows")
+        if data.n_rows > MANY_ROWS:
+            self._say(f"tokenizing {data.n_rows} rows")
         examples = make_examples(
-            rows,
-            tokenizer,
-            spec.training.max_length,
-            on_bad_row=settings.on_bad_row,
-            stopped=self._stop.is_set,
+            data, tokenizer, spec.training.max_length, bad_rows, stopped=self._stop.is_set
         )
         self._say(f"{settings.data}: {examples.summary()}")
 

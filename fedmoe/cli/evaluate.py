@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from fedmoe.cli.options import redis_options, redis_settings
+from fedmoe.cli.options import bad_rows_option, redis_options, redis_settings
 
 
 @click.command()
@@ -23,7 +23,10 @@ from fedmoe.cli.options import redis_options, redis_settings
     help="Another adapter; repeatable.",
 )
 @click.option(
-    "--rows", type=click.IntRange(min=0), default=0, help="So many rows of each file.  [default: all]"
+    "--rows",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Number of rows of each file to look at.  [default: all]",
 )
 @click.option(
     "--json",
@@ -32,6 +35,7 @@ from fedmoe.cli.options import redis_options, redis_settings
     envvar="FEDMOE_EVALUATE_JSON",
     help="Write the result there too; - is standard output.",
 )
+@bad_rows_option
 @click.option("--base-model", default="", help="Where the base model lies here.  [default: as the spec says]")
 @click.option(
     "--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Rows at a time."
@@ -46,6 +50,7 @@ def evaluate(
     data: Sequence[str],
     adapters: Sequence[str],
     rows: int,
+    bad_rows: Path | None,
     json_file: str | None,
     base_model: str,
     batch_size: int,
@@ -71,6 +76,7 @@ def evaluate(
         extra=extra,
         base_model=base_model,
         rows=rows,
+        bad_rows=bad_rows,
         batch_size=batch_size,
         device=device,
         precision=precision,

@@ -3,6 +3,7 @@
 import signal
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,16 @@ def redis_options(command: Callable[..., Any]) -> Callable[..., Any]:
         show_envvar=True,
         help="redis://, rediss:// (TLS) or unix:// URL, or sentinel://HOST[:PORT][,HOST...]/MASTER; "
         "with user:password@ if need be.",
+    )(command)
+
+
+def bad_rows_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --bad-rows."""
+    return click.option(
+        "--bad-rows",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="JSONL file to list the rows in that cannot be used: file, line, reason and text.",
     )(command)
 
 

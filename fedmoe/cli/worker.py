@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from fedmoe.cli.options import redis_options, redis_settings, stop_on_signals
+from fedmoe.cli.options import bad_rows_option, redis_options, redis_settings, stop_on_signals
 
 
 @click.group()
@@ -41,6 +41,7 @@ def worker() -> None:
 )
 @click.option("--on-bad-row", type=click.Choice(["skip", "fail"]), default="skip", show_default=True,
               help="What a row that cannot be used does.")  # fmt: skip
+@bad_rows_option
 @click.option("--no-wait", is_flag=True, help="Fail if Redis or the expert is not there yet.")
 @click.option(
     "--log-interval", type=float, default=5.0, show_default=True, help="Seconds between progress lines."
@@ -72,6 +73,7 @@ def run(**options: Any) -> None:
         drain_s=options["drain"],
         wait=not options["no_wait"],
         on_bad_row=options["on_bad_row"],
+        bad_rows=options["bad_rows"],
         log_interval_s=options["log_interval"],
     )
     Worker(redis, settings, stop=stop, say=click.echo).run()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from jinja2 import TemplateError
 
 from fedmoe.data.jsonl import Message, Row
-from fedmoe.errors import DataError
+from fedmoe.errors import RowError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,10 +38,10 @@ class Encoder:
         """Ids of the prompt and of the answer with its end of turn; neither is empty.
 
         Raises:
-            DataError: if there is no answer or the template refuses the turns; reads well after a number.
+            RowError: if there is no answer or the template refuses the turns.
         """
         if not row.completion.strip():
-            raise DataError("with an empty answer")
+            raise RowError("its answer is empty")
         if self._tokenizer.chat_template:
             prompt, lead, end = self._chat(row.prompt)
             start: list[int] = []
@@ -57,26 +57,26 @@ class Encoder:
         joint = both[: len(prompt_ids)] == prompt_ids
         answer_ids = both[len(prompt_ids) :] if joint else self._ids(answer)
         if not prompt_ids or not answer_ids:
-            raise DataError("without tokens")
+            raise RowError("it has no tokens")
         return prompt_ids, answer_ids
 
     def _chat(self, prompt: Sequence[Message]) -> tuple[str, str, str]:
         """The prompt's text, what the template writes between it and an answer, and the end of turn."""
-        reason = "whose system turn the chat template drops"
+        reason = RowError("the chat template drops its system turn")
         for messages in (list(prompt), _merged_turns(prompt)):
             try:
                 asked = self._render(messages, add_generation_prompt=True)
                 answered = self._render([*messages, Message(role="assistant", content=MARKER)])
             except TEMPLATE_ERRORS as error:
                 words = " ".join(str(error).split())[:100]
-                reason = f"refused by the chat template ({words or type(error).__name__})"
+                reason = RowError("the chat template refuses it", f" ({words or type(error).__name__})")
                 continue
             # Some templates drop a system turn without a word; then the merged turns are tried.
             if all(m["content"].strip() in asked for m in messages if m["role"] == "system"):
                 head, _, tail = answered.rpartition(MARKER)
                 lead = head.removeprefix(asked) if head.startswith(asked) else ""
                 return asked, lead, self._end_of_turn(tail)
-        raise DataError(reason)
+        raise reason
 
     def _render(self, messages: list[Message], *, add_generation_prompt: bool = False) -> str:
         text = self._tokenizer.apply_chat_template(
@@ -95,7 +95,7 @@ class Encoder:
         while mark := next((mark for mark in marks if answer.rstrip().endswith(mark)), ""):
             answer = answer.rstrip().removesuffix(mark)
         if not answer.strip():
-            raise DataError("with an empty answer")
+            raise RowError("its answer is empty")
         return answer
 
     def _beginning(self) -> list[int]:

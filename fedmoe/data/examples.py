@@ -3,16 +3,20 @@
 import hashlib
 from array import array
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
+from fedmoe.data.bad_rows import BadRows, Problem
 from fedmoe.data.chat import Encoder
-from fedmoe.data.jsonl import Rows
-from fedmoe.errors import DataError, StoppedError
+from fedmoe.data.jsonl import DataFile, read_row
+from fedmoe.data.records import Record, records
+from fedmoe.errors import DataError, RowError, StoppedError
+from fedmoe.text import shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,21 +38,22 @@ class Examples:
 
     Args:
         examples: in the order of the file.
-        dropped: reason → number of rows that were left out for it.
+        problems: the rows that were left out, in the order of the file.
         cut: how many of the examples lost the end of their answer to `max_length`.
         max_length: in tokens, prompt and answer together.
     """
 
     examples: tuple[Example, ...]
-    dropped: Mapping[str, int]
+    problems: tuple[Problem, ...]
     cut: int
     max_length: int
 
     def summary(self) -> str:
-        """One line, for example: 100 rows: 90 used (4 cut to max_length 512), 10 dropped (10 malformed)."""
-        n_dropped = sum(self.dropped.values())
+        """One line, for example: 100 rows: 90 used (4 cut to max_length 512), 10 dropped (10 × its answer is empty)."""
+        n_dropped = len(self.problems)
         cut = f" ({self.cut} cut to max_length {self.max_length})" if self.cut else ""
-        reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(self.dropped).most_common())
+        kinds = Counter(problem.kind for problem in self.problems)
+        reasons = "; ".join(f"{count} × {kind}" for kind, count in kinds.most_common())
         return (
             f"{len(self.examples) + n_dropped} rows: {len(self.examples)} used{cut}, "
             f"{n_dropped} dropped{reasons and f' ({reasons})'}"
@@ -75,44 +80,71 @@ class Batch:
 
 
 def make_examples(
-    rows: Rows,
+    data: DataFile,
     tokenizer: "PreTrainedTokenizerBase",
     max_length: int,
+    bad_rows: BadRows,
     *,
-    on_bad_row: Literal["skip", "fail"] = "skip",
+    sample: int = 0,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Examples:
     """Tokenize every row. Too long an answer is cut, and then has no end of turn; a prompt is never cut.
 
+    Args:
+        data: the file.
+        tokenizer: of the base model, with its chat template.
+        max_length: in tokens, prompt and answer together.
+        bad_rows: what is done with rows that cannot be used.
+        sample: how many rows to look at, evenly spread; 0 for all.
+        stopped: whether to stop; it is asked every so often.
+
     Raises:
-        DataError: if no row is left to train on, or on_bad_row is "fail" and one cannot be used.
-        StoppedError: if `stopped` returns true; it is asked every so often.
+        DataError: if no row is left to train on, or at the first bad row if `bad_rows` says so.
+        StoppedError: if `stopped` returns true.
     """
     encoder = Encoder(tokenizer)
     examples: list[Example] = []
-    dropped: Counter[str] = Counter({"malformed": len(rows.problems)} if rows.problems else {})
+    problems: list[Problem] = []
     cut = 0
-    for row in rows.rows:
+    for record in _sampled(data, sample):
         if stopped():
             raise StoppedError("stopped while the rows were tokenized: nothing was trained yet")
-        try:
-            prompt, answer = encoder.encode(row)
-            if len(prompt) >= max_length:
-                raise DataError(f"with a prompt that fills max_length {max_length}")
-        except DataError as error:
-            if on_bad_row == "fail":
-                raise DataError(f"{rows.path} line {row.line}: a row {error}") from error
-            dropped[str(error)] += 1
-            continue
-        cut += len(prompt) + len(answer) > max_length
-        ids = array("i", (prompt + answer)[:max_length])
-        examples.append(Example(input_ids=ids, n_prompt=len(prompt)))
-    made = Examples(examples=tuple(examples), dropped=dropped, cut=cut, max_length=max_length)
+        made = _make(record, data.path, encoder, max_length)
+        if isinstance(made, Problem):
+            bad_rows.check(made)
+            problems.append(made)
+        else:
+            examples.append(made[0])
+            cut += made[1]
+    bad_rows.report(data.path, problems)
+    used = Examples(examples=tuple(examples), problems=tuple(problems), cut=cut, max_length=max_length)
     if not examples:
         raise DataError(
-            f"nothing to train on in {rows.path}: {made.summary()}; raise max_length or mend the file"
+            f"nothing to train on in {shown(data.path)}: {used.summary()}; raise max_length or mend the file"
         )
-    return made
+    return used
+
+
+def _sampled(data: DataFile, count: int) -> Iterator[Record]:
+    if not 0 < count < data.n_rows:
+        return records(data.path)
+    wanted = {i * data.n_rows // count for i in range(count)}
+    return (record for record in records(data.path) if record.number in wanted)
+
+
+def _make(record: Record, path: Path, encoder: Encoder, max_length: int) -> tuple[Example, bool] | Problem:
+    """The row as an example, and whether its answer was cut; or why there is none."""
+    row = read_row(path, record)
+    if isinstance(row, Problem):
+        return row
+    try:
+        prompt, answer = encoder.encode(row)
+        if len(prompt) >= max_length:
+            raise RowError(f"its prompt fills max_length {max_length}")
+    except RowError as error:
+        return Problem.of(error, path, record.number, record.line)
+    ids = array("i", (prompt + answer)[:max_length])
+    return Example(input_ids=ids, n_prompt=len(prompt)), len(prompt) + len(answer) > max_length
 
 
 def collate(examples: Sequence[Example], pad_id: int) -> Batch:

@@ -19,7 +19,7 @@ import reprlib
 from collections.abc import Sequence
 from typing import Any, TypedDict
 
-from fedmoe.errors import DataError
+from fedmoe.errors import RowError
 
 ROLES = (
     dict.fromkeys(("system", "developer"), "system")
@@ -54,16 +54,16 @@ def split_answer(row: object) -> tuple[tuple[Message, ...], str]:
     """The turns before the assistant's last one, and that one's text (which may be empty).
 
     Raises:
-        DataError: if the row has none of the shapes above; the message says so of "it", the row.
+        RowError: if the row has none of the shapes above; the message says so of "it", the row.
     """
     if not isinstance(row, dict):
-        raise DataError(f"it is {_kind(row)}, not a JSON object")
+        raise RowError(f"it is {_kind(row)}, not a JSON object")
     turns = _turns({str(name).strip().lower(): value for name, value in row.items()})
     answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
     if not answers:
-        raise DataError("it has no assistant turn to learn from")
+        raise RowError("it has no assistant turn to learn from")
     if answers[-1] == 0:
-        raise DataError("it has nothing before its answer")
+        raise RowError("it has nothing before its answer")
     return tuple(turns[: answers[-1]]), turns[answers[-1]]["content"]
 
 
@@ -82,7 +82,8 @@ def _question_and_answer(fields: dict[str, Any]) -> list[Message]:
     question, answer = _pick(fields, QUESTIONS), _pick(fields, ANSWERS)
     if question is None or answer is None:
         found = ", ".join(map(reprlib.repr, list(fields)[:MAX_NAMED_FIELDS])) or "none"
-        raise DataError(f"its fields are {found}; wanted are 'prompt' and 'completion', or 'messages'")
+        wanted = f": its fields are {found}; wanted are 'prompt' and 'completion', or 'messages'"
+        raise RowError("it has no question and answer", wanted)
     asked = _one_or_more(fields[question], "user", question)
     # A prompt is complete as it is; the other kinds may have their material in a field of its own.
     if question != "prompt":
@@ -100,7 +101,7 @@ def _history(pairs: object) -> list[Message]:
     if not pairs:
         return []
     if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
-        raise DataError("its history is not a list of [question, answer] pairs")
+        raise RowError("its history is not a list of [question, answer] pairs")
     texts = [_text(text, "history") for pair in pairs for text in pair]
     return [Message(role=("user", "assistant")[i % 2], content=text) for i, text in enumerate(texts)]
 
@@ -113,21 +114,21 @@ def _one_or_more(value: object, role: str, where: str) -> list[Message]:
 
 def _messages(value: object, where: str) -> list[Message]:
     if not isinstance(value, list):
-        raise DataError(f"its {where} is {_kind(value)}, not a list of messages")
+        raise RowError(f"its {where} is {_kind(value)}, not a list of messages")
     return [_message(message, f"{where}[{i}]") for i, message in enumerate(value)]
 
 
 def _message(value: object, where: str) -> Message:
     if not isinstance(value, dict):
-        raise DataError(f"its {where} is {_kind(value)}, not an object with role and content")
+        detail = f": its {where} is {_kind(value)}, not an object with role and content"
+        raise RowError("it has a turn that is no message", detail)
     if value.get("tool_calls") or value.get("function_call"):
-        raise DataError(f"its {where} calls a tool, which cannot be trained on")
+        raise RowError("it calls a tool", f": its {where} calls a tool, which cannot be trained on")
     role = value.get("role", value.get("from"))
     known = ROLES.get(role.strip().lower()) if isinstance(role, str) else None
     if known is None:
-        raise DataError(
-            f"its {where} has the role {reprlib.repr(role)}; wanted is system, user, assistant or tool"
-        )
+        wanted = f": its {where} has the role {reprlib.repr(role)}; wanted is system, user, assistant or tool"
+        raise RowError("it has a turn of an unknown role", wanted)
     return Message(role=known, content=_text(value.get("content", value.get("value")), f"{where}.content"))
 
 
@@ -135,18 +136,20 @@ def _text(value: object, where: str) -> str:
     if isinstance(value, list):
         value = "".join(_part(part, f"{where}[{i}]") for i, part in enumerate(value))
     if not isinstance(value, str):
-        raise DataError(f"its {where} is {_kind(value)}, not text")
+        raise RowError("it holds something else than text", f": its {where} is {_kind(value)}, not text")
     try:
         value.encode()
     except UnicodeEncodeError as error:
         code = ord(value[error.start])
         # A byte that is not UTF-8 was read as such a surrogate (see fedmoe.data.jsonl).
         if 0xDC80 <= code <= 0xDCFF:
-            raise DataError(
-                f"its {where} holds the byte 0x{code - 0xDC00:02x}, which is not UTF-8 "
-                "(Windows-1252 or Latin-1?); save the file as UTF-8"
+            raise RowError(
+                "it is not UTF-8",
+                f": its {where} holds the byte 0x{code - 0xDC00:02x}, which is not UTF-8 "
+                "(Windows-1252 or Latin-1?); save the file as UTF-8",
             ) from None
-        raise DataError(f"its {where} holds half a character (\\u{code:04x}, a lone surrogate)") from None
+        detail = f": its {where} holds half a character (\\u{code:04x}, a lone surrogate)"
+        raise RowError("it holds half a character", detail) from None
     return value
 
 
@@ -155,7 +158,8 @@ def _part(part: object, where: str) -> str:
     if isinstance(part, dict) and part.get("type") in TEXT_PARTS and isinstance(part.get("text"), str):
         return str(part["text"])
     what = f"a part of type {reprlib.repr(part.get('type'))}" if isinstance(part, dict) else _kind(part)
-    raise DataError(f"its {where} is {what}; only parts of type 'text' can be trained on")
+    detail = f": its {where} is {what}; only parts of type 'text' can be trained on"
+    raise RowError("it holds a part that is not text", detail)
 
 
 def _pick(fields: dict[str, Any], names: Sequence[str]) -> str | None:

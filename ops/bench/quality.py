@@ -15,8 +15,9 @@ import torch
 from consumers.expert import Expert
 from fedmoe.cli.demo import cache_dir
 from fedmoe.codec import FORMATS
+from fedmoe.data.bad_rows import BadRows
 from fedmoe.data.examples import Example, make_examples, padding_id
-from fedmoe.data.jsonl import read_rows
+from fedmoe.data.jsonl import open_data
 from fedmoe.demo.datasets import find_data
 from fedmoe.demo.pretrained import ensure_demo_model
 from fedmoe.evaluate import mean_loss
@@ -66,9 +67,12 @@ def run(plan: Plan) -> Iterator[Result]:
     losses: dict[str, list[float]] = {form: [] for form in FORMATS}
     untrained: list[float] = []
     pad_id = padding_id(tokenizer)
+    bad_rows = BadRows(say=print)
     for domain in plan.quality.domains:
-        rows = make_examples(read_rows(data.train[domain]), tokenizer, TRAINING.max_length).examples
-        test = make_examples(read_rows(data.test[domain]), tokenizer, TRAINING.max_length).examples
+        rows, test = (
+            make_examples(open_data(file, bad_rows), tokenizer, TRAINING.max_length, bad_rows).examples
+            for file in (data.train[domain], data.test[domain])
+        )
         test = test[: plan.quality.rows]
 
         def loss_of(weights: torch.Tensor, test: Sequence[Example] = test) -> float:

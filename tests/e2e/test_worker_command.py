@@ -83,6 +83,7 @@ def test_wrong_input_is_one_sentence(
         (["--stream", "a", "--data", str(tmp_path / "none.jsonl")], "none.jsonl"),
         (["--stream", "a", "--data", str(empty)], "empty.jsonl"),
         (["--stream", "a", "--data", str(bad), "--on-bad-row", "fail"], "line 2"),
+        (["--stream", "a", "--data", str(bad), "--bad-rows", str(rows)], "holds something else already"),
         (["--stream", "a", "--data", str(rows), "--base-model", str(other)], "fingerprint"),
         (["--stream", "a", "--data", str(rows), "--base-model", str(tmp_path)], "config.json"),
         (["--stream", "a", "--data", str(rows), "--state-dir", str(rows)], "state directory"),

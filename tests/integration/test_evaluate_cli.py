@@ -10,8 +10,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from consumers.gateway import GatewayBuilder, GatewaySettings
+from fedmoe.data.bad_rows import BadRows
 from fedmoe.data.examples import make_examples, padding_id
-from fedmoe.data.jsonl import read_rows
+from fedmoe.data.jsonl import open_data
 from fedmoe.errors import BaseModelError, DataError, SettingsError, SpecError, UnknownExpertError
 from fedmoe.evaluate import mean_loss
 from fedmoe.export import read_expert, write
@@ -88,7 +89,9 @@ def test_the_command_prints_the_matrix_and_writes_it(
     assert {f"{loss[row[0]][column]:.3f}" for row in rows for column in head} == {
         cell.rstrip("*") for row in rows for cell in row[1:]
     }
-    examples = make_examples(read_rows(data / "red.test.jsonl"), tiny_tokenizer(), 512).examples
+    bad_rows = BadRows(say=print)
+    rows_of_red = open_data(data / "red.test.jsonl", bad_rows)
+    examples = make_examples(rows_of_red, tiny_tokenizer(), 512, bad_rows).examples
     direct = mean_loss(
         tiny_model(), examples, pad_id=padding_id(tiny_tokenizer()), batch_size=8, device=torch.device("cpu")
     )
@@ -106,6 +109,29 @@ def test_the_command_prints_the_matrix_and_writes_it(
         "--rows", "2",
     )  # fmt: skip
     assert json.loads(done.stdout)["rows"] == {"red": 2}
+
+
+def test_rows_that_cannot_be_used_are_named(
+    connection: Connection, data: Path, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    """Of each file by line and reason, and all of them in --bad-rows."""
+    make_federation(connection, tiny_model_dir)
+    for name, row in (("red.test", "{"), ("blue", '{"prompt": "q", "completion": ""}')):
+        file = data / f"{name}.jsonl"
+        file.write_text(file.read_text() + row + "\n")
+    listed = tmp_path / "bad.jsonl"
+    done = fedmoe(
+        "evaluate", "--redis", connection.settings.url, "--data", str(data), "--bad-rows", str(listed),
+        "--device", "cpu",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert f"{data / 'red.test.jsonl'} line 7: it is not JSON" in done.stderr
+    assert f"{data / 'blue.jsonl'} line 5: its answer is empty" in done.stderr
+    assert f"{data / 'blue.jsonl'}: 5 rows: 4 used, 1 dropped (1 × its answer is empty)" in done.stderr
+    rows = [json.loads(line) for line in listed.read_text().splitlines()]
+    assert sorted((Path(row["file"]).name, row["line"]) for row in rows) == [
+        ("blue.jsonl", 5), ("red.test.jsonl", 7)
+    ]  # fmt: skip
 
 
 def test_another_base_model_is_refused(

@@ -188,17 +188,17 @@ def test_an_answer_that_brings_its_end_of_turn_ends_once(answer: str) -> None:
 @pytest.mark.parametrize("answer", ["", " \n\t", "<eos>", " <end_of_turn>\n"])
 def test_an_empty_answer_is_refused(answer: str) -> None:
     """Also one of white space, or of nothing but the end of turn."""
-    with pytest.raises(DataError, match="with an empty answer"):
+    with pytest.raises(DataError, match="its answer is empty"):
         encode(tokenizer(GEMMA), [USER], answer)
 
 
 def test_turns_that_the_template_refuses_are_named_with_its_own_words() -> None:
     """Nothing is trained on turns that the model can never see."""
     with pytest.raises(
-        DataError, match=r"refused by the chat template \(roles must alternate user and assistant\)"
+        DataError, match=r"the chat template refuses it \(roles must alternate user and assistant\)"
     ):
         encode(tokenizer(MISTRAL), [EARLIER], "a")
-    with pytest.raises(DataError, match=r"refused by the chat template \(.*undefined.*\)"):
+    with pytest.raises(DataError, match=r"the chat template refuses it \(.*undefined.*\)"):
         encode(tokenizer("{{ nothing.at.all }}"), [USER], "a")
 
 

@@ -1,6 +1,8 @@
 """Rows as examples, batches and an order."""
 
+import json
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 import torch
@@ -9,73 +11,81 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from fedmoe.data.bad_rows import BadRows
 from fedmoe.data.examples import NO_LABEL, collate, indices, make_examples, padding_id
-from fedmoe.data.jsonl import Message, Problem, Row, Rows
+from fedmoe.data.jsonl import DataFile, open_data
 from fedmoe.errors import DataError, StoppedError
 from tests.tiny import END, PAD, save_tiny_model, tiny_model, tiny_tokenizer
 
 PROMPT_TOKENS = len("Suser\nqE\nSassistant\n")  # S and E are <|im_start|> and <|im_end|>, one token each
 
 
-def rows(*answers: str, bad: int = 0) -> Rows:
-    path = Path("rows.jsonl")
-    return Rows(
-        path=path,
-        rows=tuple(
-            Row(line=i, prompt=(Message(role="user", content="q"),), completion=answer)
-            for i, answer in enumerate(answers)
-        ),
-        problems=tuple(Problem(path=path, line=i, reason="it is not JSON") for i in range(bad)),
-        digest="",
-    )
+class MakeRows(Protocol):
+    def __call__(self, *answers: str, question: str = "q", bad: int = 0) -> DataFile: ...
 
 
-def test_labels_are_the_answer_and_its_end() -> None:
+BAD_ROWS = BadRows(say=print)
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> MakeRows:
+    """Makes a data file of good rows, with bad ones behind them."""
+
+    def make(*answers: str, question: str = "q", bad: int = 0) -> DataFile:
+        path = tmp_path / "rows.jsonl"
+        good = [json.dumps({"prompt": question, "completion": answer}) for answer in answers]
+        path.write_text("\n".join([*good, *["{"] * bad]))
+        return open_data(path, BAD_ROWS)
+
+    return make
+
+
+def test_labels_are_the_answer_and_its_end(rows: MakeRows) -> None:
     """`input_ids[n_prompt:]`, by the token."""
     tokenizer = tiny_tokenizer()
-    (example,) = make_examples(rows("abc"), tokenizer, 512).examples
+    (example,) = make_examples(rows("abc"), tokenizer, 512, BAD_ROWS).examples
     assert example.n_prompt == PROMPT_TOKENS
     assert tokenizer.decode(list(example.input_ids[example.n_prompt :])) == "abc" + END
 
 
-def test_too_long_an_answer_is_cut_and_has_no_end() -> None:
+def test_too_long_an_answer_is_cut_and_has_no_end(rows: MakeRows) -> None:
     """At the limit it is whole; one below it the end of turn is gone; the cut is counted."""
     tokenizer = tiny_tokenizer()
     for room, text, cut in ((4, "abc" + END, 0), (3, "abc", 1), (1, "a", 1)):
-        made = make_examples(rows("abc"), tokenizer, PROMPT_TOKENS + room)
+        made = make_examples(rows("abc"), tokenizer, PROMPT_TOKENS + room, BAD_ROWS)
         (example,) = made.examples
         assert tokenizer.decode(list(example.input_ids[example.n_prompt :])) == text
         assert made.cut == cut
     assert made.summary() == "1 rows: 1 used (1 cut to max_length 21), 0 dropped"
 
 
-def test_a_prompt_without_room_for_an_answer_drops_the_row() -> None:
+def test_a_prompt_without_room_for_an_answer_drops_the_row(rows: MakeRows) -> None:
     """A row without labels would give a loss of 0/0."""
-    reason = r"1 rows: 0 used, 1 dropped \(1 with a prompt that fills max_length 20\)"
+    reason = r"1 rows: 0 used, 1 dropped \(1 × its prompt fills max_length 20\)"
     with pytest.raises(
-        DataError, match=rf"nothing to train on in rows.jsonl: {reason}; raise max_length or mend"
+        DataError, match=rf"nothing to train on in .*rows.jsonl: {reason}; raise max_length or mend"
     ):
-        make_examples(rows("abc"), tiny_tokenizer(), PROMPT_TOKENS)
+        make_examples(rows("abc"), tiny_tokenizer(), PROMPT_TOKENS, BAD_ROWS)
 
 
-def test_every_row_is_accounted_for_with_its_reason() -> None:
+def test_every_row_is_accounted_for_with_its_reason(rows: MakeRows) -> None:
     """Used and dropped together are the rows of the file, bad ones included."""
-    made = make_examples(rows("a", "", "b", " \n", "", bad=2), tiny_tokenizer(), 512)
-    assert made.dropped == {"malformed": 2, "with an empty answer": 3}
-    assert made.summary() == "7 rows: 2 used, 5 dropped (3 with an empty answer, 2 malformed)"
+    made = make_examples(rows("a", "", "b", " \n", "", bad=2), tiny_tokenizer(), 512, BAD_ROWS)
+    assert [problem.line for problem in made.problems] == [2, 4, 5, 6, 7]
+    assert made.summary() == "7 rows: 2 used, 5 dropped (3 × its answer is empty; 2 × it is not JSON)"
 
 
-def test_tokenizing_can_be_stopped() -> None:
+def test_tokenizing_can_be_stopped(rows: MakeRows) -> None:
     """Told to stop after some rows, it does not go on to the last."""
     asked = iter([False, False, True])
     with pytest.raises(StoppedError, match="nothing was trained yet"):
-        make_examples(rows(*"abcdef"), tiny_tokenizer(), 512, stopped=lambda: next(asked))
+        make_examples(rows(*"abcdef"), tiny_tokenizer(), 512, BAD_ROWS, stopped=lambda: next(asked))
 
 
-def test_a_batch_is_padded_on_the_right_and_labelled_on_the_answers() -> None:
+def test_a_batch_is_padded_on_the_right_and_labelled_on_the_answers(rows: MakeRows) -> None:
     """Shapes, types and every field, against the tokens."""
     tokenizer = tiny_tokenizer()
-    short, long = make_examples(rows("a", "bcd"), tokenizer, 512).examples
+    short, long = make_examples(rows("a", "bcd"), tokenizer, 512, BAD_ROWS).examples
     batch = collate([short, long], padding_id(tokenizer))
     width = PROMPT_TOKENS + 4
     assert [t.shape for t in (batch.input_ids, batch.attention_mask, batch.labels)] == [(2, width)] * 3
@@ -92,26 +102,23 @@ def test_a_batch_is_padded_on_the_right_and_labelled_on_the_answers() -> None:
     assert batch.first_label == PROMPT_TOKENS
 
 
-def test_first_label_is_the_smallest_of_the_batch() -> None:
+def test_first_label_is_the_smallest_of_the_batch(rows: MakeRows) -> None:
     """With prompts of different length."""
     tokenizer = tiny_tokenizer()
-    one = rows("a")
-    other = Rows(
-        path=one.path,
-        rows=(Row(line=1, prompt=(Message(role="user", content="a long question"),), completion="a"),),
-        problems=(),
-        digest="",
-    )
-    examples = [make_examples(r, tokenizer, 512).examples[0] for r in (other, one)]
+    examples = [
+        make_examples(rows("a", question=question), tokenizer, 512, BAD_ROWS).examples[0]
+        for question in ("a long question", "q")
+    ]
     assert collate(examples, 0).first_label == PROMPT_TOKENS < examples[0].n_prompt
 
 
-def test_a_model_takes_the_batch_and_the_loss_is_over_the_labels() -> None:
+def test_a_model_takes_the_batch_and_the_loss_is_over_the_labels(rows: MakeRows) -> None:
     """Its own loss is the mean over n_tokens of logits from first_label - 1 on; finite with one label too."""
     tokenizer = tiny_tokenizer()
-    examples = make_examples(rows("a", "bcd" * 30), tokenizer, PROMPT_TOKENS + 9).examples
+    examples = make_examples(rows("a", "bcd" * 30), tokenizer, PROMPT_TOKENS + 9, BAD_ROWS).examples
     batch = collate(
-        [*examples, *make_examples(rows("x"), tokenizer, PROMPT_TOKENS + 1).examples], padding_id(tokenizer)
+        [*examples, *make_examples(rows("x"), tokenizer, PROMPT_TOKENS + 1, BAD_ROWS).examples],
+        padding_id(tokenizer),
     )
     out = tiny_model()(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels)
     logits = out.logits[:, batch.first_label - 1 : -1]
@@ -136,11 +143,11 @@ def test_padding_takes_the_end_of_sequence_or_nothing() -> None:
     assert padding_id(PreTrainedTokenizerFast(tokenizer_object=core, pad_token=first, eos_token=END)) == 0
 
 
-def test_a_saved_tokenizer_makes_the_same_examples(tmp_path: Path) -> None:
+def test_a_saved_tokenizer_makes_the_same_examples(rows: MakeRows, tmp_path: Path) -> None:
     """The tiny model's directory gives by AutoTokenizer what the tests build in code."""
     loaded = AutoTokenizer.from_pretrained(save_tiny_model(tmp_path))
     data = rows("abc", "  d\n", "日本")
-    assert make_examples(data, loaded, 30) == make_examples(data, tiny_tokenizer(), 30)
+    assert make_examples(data, loaded, 30, BAD_ROWS) == make_examples(data, tiny_tokenizer(), 30, BAD_ROWS)
 
 
 @settings(max_examples=50)

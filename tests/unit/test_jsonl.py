@@ -4,14 +4,15 @@ import gzip
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedmoe.data import jsonl
-from fedmoe.data.jsonl import Message, Row, read_rows
+from fedmoe.data import jsonl, records
+from fedmoe.data.bad_rows import BadRows, Problem
+from fedmoe.data.jsonl import DataFile, Message, Row, open_data, read_row
 from fedmoe.errors import DataError, StoppedError
 
 GOOD = {"prompt": "q", "completion": "a"}
@@ -29,6 +30,19 @@ def lines(*rows: Any, ensure_ascii: bool = True) -> str:
     return "".join(json.dumps(row, ensure_ascii=ensure_ascii) + "\n" for row in rows)
 
 
+class Read(NamedTuple):
+    data: DataFile
+    rows: tuple[Row, ...]
+    problems: tuple[Problem, ...]
+
+
+def read_rows(path: Path | str, *, fail: bool = False) -> Read:
+    data = open_data(path, BadRows(say=print, fail=fail))
+    made = [read_row(data.path, record) for record in records.records(data.path)]
+    rows = tuple(row for row in made if isinstance(row, Row))
+    return Read(data, rows, tuple(problem for problem in made if isinstance(problem, Problem)))
+
+
 def user(text: str) -> Message:
     return Message(role="user", content=text)
 
@@ -37,10 +51,11 @@ def test_a_row_has_its_line_its_prompt_and_its_answer(tmp_path: Path) -> None:
     """The contract in one row; the digest names the bytes."""
     path = write(tmp_path, "\n" + lines(GOOD))
     rows = read_rows(path)
-    assert rows.rows == (Row(line=2, prompt=(user("q"),), completion="a"),)
+    assert rows.rows == (Row(number=0, line=2, prompt=(user("q"),), completion="a"),)
     assert rows.problems == ()
-    assert rows.digest == read_rows(str(path)).digest != read_rows(write(tmp_path, lines(GOOD))).digest
-    assert len(rows.digest) == 16
+    assert rows.data == read_rows(str(path)).data
+    assert rows.data.digest != read_rows(write(tmp_path, lines(GOOD))).data.digest
+    assert (len(rows.data.digest), rows.data.n_rows) == (16, 1)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +169,7 @@ def test_a_bad_row_is_named_by_file_line_and_reason(tmp_path: Path, line: bytes,
     assert reason in str(problem)
     str(problem).encode()  # can be printed
     with pytest.raises(DataError, match=r"rows\.jsonl line 2: .*; mend it"):
-        read_rows(path, on_bad_row="fail")
+        read_rows(path, fail=True)
     with pytest.raises(DataError, match=r"rows\.jsonl has no usable row; \d+ bad, the first in line 1: "):
         read_rows(write(tmp_path, line))
 
@@ -178,7 +193,8 @@ def test_a_row_longer_than_the_limit_is_not_held_in_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is one bad row, however many times the limit it is long, and the row after it has the right line."""
-    monkeypatch.setattr(jsonl, "MAX_ROW_CHARS", 100)
+    for module in (jsonl, records):
+        monkeypatch.setattr(module, "MAX_ROW_CHARS", 100)
     long = lines({"prompt": "x" * 950, "completion": "a"})
     rows = read_rows(write(tmp_path, long + lines(GOOD) + long.rstrip()))
     assert [row.line for row in rows.rows] == [2]
@@ -338,4 +354,4 @@ def test_reading_can_be_stopped(tmp_path: Path) -> None:
     """Told to stop after some rows, it does not go on to the last."""
     asked = iter([False, False, True])
     with pytest.raises(StoppedError, match="nothing was trained yet"):
-        read_rows(write(tmp_path, lines(*[GOOD] * 6)), stopped=lambda: next(asked))
+        open_data(write(tmp_path, lines(*[GOOD] * 6)), BadRows(say=print), stopped=lambda: next(asked))

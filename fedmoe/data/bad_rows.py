@@ -1,0 +1,111 @@
+"""Rows that cannot be used: named by file, line and reason, counted, and kept in a file if wanted."""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedmoe.data.records import records
+from fedmoe.errors import DataError, RowError, SettingsError
+from fedmoe.text import shown
+
+N_NAMED = 10  # of each data file
+FIELDS = ("file", "line", "reason", "text")  # of a line of --bad-rows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """Why one row cannot be used.
+
+    Args:
+        number: its place in the file, from 0; line: where it begins, from 1.
+        reason: of "it", the row. kind: the reason without what differs from row to row.
+    """
+
+    path: Path
+    number: int
+    line: int
+    kind: str
+    reason: str
+
+    @classmethod
+    def of(cls, error: RowError, path: Path, number: int, line: int) -> "Problem":
+        """The error as a problem of the row that raised it."""
+        return cls(path=path, number=number, line=line, kind=error.kind, reason=str(error))
+
+    def __str__(self) -> str:
+        return f"{shown(self.path)} line {self.line}: {self.reason}"
+
+
+class BadRows:
+    """What is done with rows that cannot be used.
+
+    Args:
+        say: where lines for people go.
+        file: holds all of them afterwards, one JSON object a line: file, line, reason, text. Rows are private, so
+            only its owner may read it.
+        fail: the first one is fatal.
+
+    Raises:
+        SettingsError: if `file` cannot be written, or holds something else.
+    """
+
+    def __init__(self, *, say: Callable[[str], None], file: Path | None = None, fail: bool = False) -> None:
+        self.fail = fail
+        self._say = say
+        self._file = file
+        if file:
+            _create(file)
+
+    def check(self, problem: Problem) -> None:
+        """Let the problem pass, or not.
+
+        Raises:
+            DataError: if bad rows are fatal.
+        """
+        if self.fail:
+            raise DataError(f"{problem}; mend it, or have bad rows skipped")
+
+    def report(self, path: Path, problems: Sequence[Problem]) -> None:
+        """Name the first ten bad rows of the data file `path`, and write all to the file."""
+        for problem in problems[:N_NAMED]:
+            self._say(str(problem))
+        more = len(problems) - N_NAMED
+        if more > 0:
+            where = f"are in {shown(self._file)}" if self._file else "are listed with --bad-rows FILE"
+            self._say(f"{shown(path)}: {more} more rows cannot be used; all {len(problems)} {where}")
+        if problems and self._file:
+            self._write(self._file, path, {problem.number: problem for problem in problems})
+
+    def _write(self, file: Path, path: Path, problems: dict[int, Problem]) -> None:
+        try:
+            with file.open("a", encoding="utf-8") as opened:
+                for number, line, text in records(path):
+                    if problem := problems.get(number):
+                        row = (shown(path), line, problem.reason, text)
+                        opened.write(json.dumps(dict(zip(FIELDS, row, strict=True))) + "\n")
+        except OSError as error:
+            self._say(f"--bad-rows {file} cannot be written ({error.strerror}); going on without it")
+            self._file = None
+
+
+def _create(file: Path) -> None:
+    """Make an empty file; what else may be there of that name is not overwritten, it could be the data."""
+    try:
+        if file.is_file() and not _is_ours(file):
+            raise SettingsError(f"--bad-rows {file} holds something else already: choose a new file")
+        os.close(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600))
+    except OSError as error:
+        raise SettingsError(
+            f"--bad-rows {file} cannot be written ({error.strerror}): choose a file in a directory you may write to"
+        ) from error
+
+
+def _is_ours(file: Path) -> bool:
+    with file.open("rb") as opened:
+        line = opened.readline()
+    try:
+        return not line or list(json.loads(line)) == list(FIELDS)
+    except (ValueError, TypeError, RecursionError):
+        return False

@@ -4,14 +4,16 @@ adapter_model.safetensors   the bytes that Redis holds
 adapter_config.json         for peft
 fedmoe.json                 the versions and commits it was built from
 README.md                   a model card
+
+They are links, which an export moves all at once (fedmoe/versions.py).
 """
 
 import errno
 import json
 import os
 import re
-import secrets
 import shutil
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +27,18 @@ from fedmoe.federation import Federation
 from fedmoe.names import check_expert
 from fedmoe.store.gateway import GatewayStore
 from fedmoe.store.inspect import Inspector
+from fedmoe.versions import HOME, replace_together
 
 WEIGHTS_FILE, CONFIG_FILE, INFO_FILE, CARD_FILE = (
     "adapter_model.safetensors", "adapter_config.json", "fedmoe.json", "README.md",
 )  # fmt: skip
-_STAGING = ".fedmoe-"
+FILES = (
+    INFO_FILE,
+    WEIGHTS_FILE,
+    CARD_FILE,
+    CONFIG_FILE,
+)  # the first tells whose it is, the last that it is whole
+_STAGING_BEFORE = re.compile(r"\.fedmoe-[0-9a-f]{8}")  # of FedMoE before it kept versions
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 
@@ -133,16 +142,16 @@ def _why_no_gateway(federation: Federation) -> str:
     return "there is no gateway yet and no aggregator to build it: start `fedmoe aggregator run`"
 
 
-def write(directory: str | Path, export: Export, *, force: bool = False) -> None:
-    """Write the adapter, whole or not at all; an earlier export there is replaced.
-
-    A new directory appears by one rename. In one that exists, adapter_config.json goes first and comes last, so
-    that a half-replaced adapter has none and peft refuses it.
+def write(directory: str | Path, export: Export, *, force: bool = False) -> str:
+    """Write the adapter, whole or not at all; an earlier export there is replaced at once.
 
     Args:
         directory: made if it does not exist.
         export: what to write.
         force: also into a directory that holds something else; only files of the same names are replaced.
+
+    Returns:
+        What programs that read the directory at this moment must know, "" if nothing.
 
     Raises:
         SettingsError: if it cannot be written, or holds something else.
@@ -150,22 +159,20 @@ def write(directory: str | Path, export: Export, *, force: bool = False) -> None
     """
     target = Path(directory).resolve()
     try:
-        there = target.is_dir()
         _check_target(target, force=force)
-        home = target if there else target.parent
-        home.mkdir(parents=True, exist_ok=True)
-        staging = home / f"{_STAGING}{secrets.token_hex(4)}"
-        staging.mkdir()
-        try:
-            _write_files(staging, export)
-            if there:
-                _move_in(staging, target)
-            else:
-                staging.rename(target)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+        before = _config_in(target)
+        if before is not None and not force:
+            _check_replaceable(target, before, export.config)
+        replace_together(target, FILES, lambda version: _write_files(version, export))
+        _remove_staging_of_before(target)
     except OSError as error:
         raise SettingsError(_explain(error, target, len(export.file))) from error
+    if before in (None, export.config):
+        return ""
+    return (
+        f"{directory} held an adapter of another configuration: a program that was loading it at this moment may have "
+        "the old configuration with the new weights, load it again there"
+    )
 
 
 def _check_target(target: Path, *, force: bool) -> None:
@@ -173,11 +180,54 @@ def _check_target(target: Path, *, force: bool) -> None:
         raise SettingsError(f"{target} is a file: choose a directory")
     if force or not target.is_dir() or (target / INFO_FILE).exists():
         return
-    if any(not path.name.startswith(_STAGING) for path in target.iterdir()):
+    if any(path.name != HOME and not _STAGING_BEFORE.fullmatch(path.name) for path in target.iterdir()):
         what = "an adapter" if (target / CONFIG_FILE).exists() else "something"
         raise SettingsError(
             f"{target} holds {what} that FedMoE did not export: choose another directory, or --force to write into it"
         )
+
+
+def _config_in(target: Path) -> dict[str, Any] | None:
+    """The configuration that is there; None if there is none that can be read."""
+    try:
+        config = json.loads((target / CONFIG_FILE).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return config if isinstance(config, dict) else None
+
+
+def _check_replaceable(target: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise SettingsError if a reader could take the old configuration with the new weights without noticing.
+
+    With equal configurations that is the new adapter, and with another rank the shapes do not fit and peft refuses.
+    """
+    old, new = _beside_rank(before), _beside_rank(now)
+    if odd := sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key)):
+        raise SettingsError(
+            f"{target} holds an adapter of another kind ({odd[0]} {old.get(odd[0])!r}, now {new.get(odd[0])!r}), and a "
+            "program that loads it while it is replaced could mix both: choose another directory, or --force"
+        )
+
+
+def _beside_rank(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration with alpha / rank instead of both."""
+    rest = {key: value for key, value in config.items() if key not in ("r", "lora_alpha")}
+    try:
+        return rest | {"lora_alpha / r": config["lora_alpha"] / config["r"]}
+    except (LookupError, TypeError, ZeroDivisionError):
+        return rest
+
+
+def _remove_staging_of_before(target: Path) -> None:
+    """Remove what an earlier FedMoE left, in the directory or beside it, when it was killed an hour ago or before."""
+    for path in (*target.iterdir(), *target.parent.iterdir()):
+        if (
+            _STAGING_BEFORE.fullmatch(path.name)
+            and path.is_dir()
+            and time.time() - path.stat().st_mtime > 3600
+            and {inner.name for inner in path.iterdir()} <= set(FILES)
+        ):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _write_files(directory: Path, export: Export) -> None:
@@ -203,16 +253,15 @@ def _write_files(directory: Path, export: Export) -> None:
         ) from error
 
 
-def _move_in(staging: Path, target: Path) -> None:
-    (target / CONFIG_FILE).unlink(missing_ok=True)
-    for name in (WEIGHTS_FILE, INFO_FILE, CARD_FILE, CONFIG_FILE):
-        (staging / name).replace(target / name)
-
-
 def _explain(error: OSError, target: Path, size: int) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return (
             f"no space left for {target}, {size / 2**20:.0f} MiB are needed: free some or choose another disk"
+        )
+    if error.errno in (errno.EPERM, errno.EOPNOTSUPP):
+        return (
+            f"cannot write to {target} ({error.strerror}): choose a directory you may write to, on a file system that "
+            "has symbolic links"
         )
     return f"cannot write to {target} ({error.strerror}): choose a directory you may write to"
 

@@ -24,6 +24,7 @@ from fedmoe.model.base import (
 from fedmoe.names import check_name
 from fedmoe.spec import Spec
 from fedmoe.store.gateway import GatewayStore
+from fedmoe.versions import version_of
 
 BASE, GATEWAY = "base", "gateway"
 
@@ -137,12 +138,13 @@ def read_directory(directory: Path) -> Adapter:
     Raises:
         SettingsError: if it is none; says what is missing.
     """
+    version = version_of(directory)  # an export may replace the files while they are read
     for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (directory / name).is_file():
+        if not (version / name).is_file():
             raise SettingsError(f"{directory} is not an adapter's directory: it holds no {name}")
     try:
-        config = PeftConfig.from_pretrained(str(directory))
-        file = (directory / WEIGHTS_FILE).read_bytes()
+        config = PeftConfig.from_pretrained(str(version))
+        file = (version / WEIGHTS_FILE).read_bytes()
     except Exception as error:  # peft raises many unrelated types
         raise SettingsError(f"the adapter in {directory} cannot be read ({error})") from error
     if config.peft_type != PeftType.LORA:

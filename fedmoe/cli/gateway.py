@@ -26,9 +26,11 @@ def export(redis: str, prefix: str, redis_timeout: float, out: Path, expert: str
 
     store = GatewayStore(Connection(redis_settings(redis, prefix, redis_timeout)))
     adapter = read_expert(store, expert) if expert else read_gateway(store)
-    write(out, adapter, force=force)
+    warning = write(out, adapter, force=force)
     size = f"rank {adapter.config.get('r')}, {len(adapter.file) / 2**20:.1f} MiB"
     click.echo(f"{out}: {adapter.name} ({size}), built from {adapter.versions}")
+    if warning:
+        click.echo(warning, err=True)
     if adapter.behind:
         now = ", ".join(f"{name} is at v{version}" for name, version in adapter.behind.items())
         click.echo(f"this gateway is not the newest: {now}; export again when it was rebuilt", err=True)

@@ -29,7 +29,7 @@ from tests.processes import fedmoe
 from tests.strategies import randn
 from tests.tiny import tiny_config, tiny_model
 
-FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "fedmoe.json"]
+FILES = [".fedmoe", "README.md", "adapter_config.json", "adapter_model.safetensors", "fedmoe.json"]
 
 
 def files_in(directory: Path) -> list[str]:

@@ -1,0 +1,158 @@
+"""A directory whose files change together, although their readers open them one by one.
+
+    OUT/NAME                     a link to .fedmoe/current/NAME, for each file
+    OUT/.fedmoe/current          a link to the version that is there now; moved by one rename
+    OUT/.fedmoe/v-0123456789ab   the files of one version, which never change
+
+OUT itself is never replaced, so it may be a mount or hold other files. A reader that opens two files under OUT/NAME
+while they are replaced can get one of each version, because the link is followed at each opening. A reader that
+follows it once (`version_of`) gets one version; a replaced one stays for KEEP_S.
+"""
+
+import contextlib
+import fcntl
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from fedmoe.disk import to_disk
+
+HOME, CURRENT = ".fedmoe", "current"
+KEEP_S = 120.0  # in which a reader that has followed the link opens its last file
+_VERSION, _UNFINISHED = "v-", "new-"
+
+
+def version_of(directory: Path) -> Path:
+    """The directory of the version that `directory` shows now; `directory` itself if it holds no versions."""
+    current = directory / HOME / CURRENT
+    return current.resolve() if current.is_symlink() else directory
+
+
+def replace_together(directory: Path, names: Sequence[str], write: Callable[[Path], None]) -> None:
+    """Replace the files `names` of `directory`, all at once; what else is there stays.
+
+    Whoever is killed in the middle leaves the old files; what it leaves under .fedmoe, the next call removes. Two calls
+    at once follow each other. Plain files under these names become the first version.
+
+    Args:
+        directory: made if it does not exist.
+        names: of the files, the one that a reader looks for first at the end.
+        write: writes these files, and no others, to the empty directory it is given.
+
+    Raises:
+        OSError: if something cannot be written, or the file system knows no symbolic links.
+    """
+    made = not directory.exists()
+    home = directory / HOME
+    home.mkdir(parents=True, exist_ok=True)
+    try:
+        with _alone(home):
+            try:
+                _replace(directory, names, write)
+            finally:
+                _remove_leftovers(home)
+    except BaseException:
+        if not os.path.lexists(home / CURRENT):
+            shutil.rmtree(home, ignore_errors=True)
+        if made:
+            with contextlib.suppress(OSError):  # somebody has put something there
+                directory.rmdir()
+        raise
+
+
+def _replace(directory: Path, names: Sequence[str], write: Callable[[Path], None]) -> None:
+    home = directory / HOME
+    _remove_leftovers(home)
+    fresh = _unfinished(home)
+    fresh.mkdir()
+    write(fresh)
+    to_disk(fresh)
+    _adopt_plain_files(directory, names)
+    _point(home, _finish(fresh))
+    for name in names:
+        _link(directory, name)
+    to_disk(directory)
+
+
+@contextlib.contextmanager
+def _alone(home: Path) -> Iterator[None]:
+    """Wait until nobody else replaces files here. A file system without locks goes without."""
+    opened = os.open(home, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(opened, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(opened)
+
+
+def _unfinished(home: Path) -> Path:
+    return home / f"{_UNFINISHED}{secrets.token_hex(6)}"
+
+
+def _finish(unfinished: Path) -> Path:
+    """Give a whole version its name."""
+    version = unfinished.with_name(_VERSION + unfinished.name.removeprefix(_UNFINISHED))
+    unfinished.rename(version)
+    to_disk(version.parent)
+    return version
+
+
+def _point(home: Path, version: Path) -> None:
+    """Make `version` the current one, by one rename."""
+    old = (home / CURRENT).resolve()
+    if old.is_dir():
+        os.utime(old)  # so long a reader may still read it
+    _place_link(home, version.name, home / CURRENT)
+
+
+def _adopt_plain_files(directory: Path, names: Sequence[str]) -> None:
+    """Make a version of what plain files hold, so that from here on one rename replaces all of them."""
+    plain = [
+        name for name in names if (directory / name).is_file() and not _is_link_to_current(directory / name)
+    ]
+    if not plain:
+        return
+    home = directory / HOME
+    adopted = _unfinished(home)
+    adopted.mkdir()
+    for name in names:
+        if (directory / name).is_file():
+            shutil.copy2(directory / name, adopted / name)
+    _point(home, _finish(adopted))
+    for name in plain:
+        _link(directory, name)
+
+
+def _is_link_to_current(path: Path) -> bool:
+    return path.is_symlink() and os.readlink(path) == f"{HOME}/{CURRENT}/{path.name}"
+
+
+def _link(directory: Path, name: str) -> None:
+    if not _is_link_to_current(directory / name):
+        _place_link(directory / HOME, f"{HOME}/{CURRENT}/{name}", directory / name)
+
+
+def _place_link(home: Path, target: str, path: Path) -> None:
+    """Put a link to `target` at `path`, in place of whatever file or link is there."""
+    fresh = _unfinished(home)
+    fresh.symlink_to(target)
+    fresh.replace(path)
+
+
+def _remove_leftovers(home: Path) -> None:
+    """Remove what killed calls left, and versions that were replaced KEEP_S ago."""
+    current = home / CURRENT
+    if not current.is_symlink() and current.exists():  # a copy that followed the links
+        shutil.rmtree(current, ignore_errors=True)
+    now = time.time()
+    for path in home.iterdir():
+        if path.name == CURRENT or path == current.resolve():
+            continue
+        if path.is_symlink() or not path.is_dir():
+            path.unlink(missing_ok=True)
+        elif not path.name.startswith(_VERSION) or now - path.stat().st_mtime > KEEP_S:
+            shutil.rmtree(path, ignore_errors=True)

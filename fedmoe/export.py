@@ -39,6 +39,8 @@ FILES = (
     CONFIG_FILE,
 )  # the first tells whose it is, the last that it is whole
 _STAGING_BEFORE = re.compile(r"\.fedmoe-[0-9a-f]{8}")  # of FedMoE before it kept versions
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that its --max-lora-rank takes
+VLLM_DEFAULT_RANK = 16
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 
@@ -140,6 +142,17 @@ def _why_no_gateway(federation: Federation) -> str:
     if gateway.lease:
         return "there is no gateway yet: the aggregator builds it in a moment, try again"
     return "there is no gateway yet and no aggregator to build it: start `fedmoe aggregator run`"
+
+
+def vllm_hint(rank: int) -> str:
+    """What serving an adapter of this rank with vLLM takes, "" if its defaults do."""
+    if rank <= VLLM_DEFAULT_RANK:
+        return ""
+    fits = next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
+    if fits is None:
+        return f"vLLM takes no adapter of a rank above {VLLM_RANKS[-1]}: for it, export with --rank {VLLM_RANKS[-1]}"
+    smaller = max(allowed for allowed in VLLM_RANKS if allowed < rank)
+    return f"vLLM needs --max-lora-rank {fits} to serve it; `fedmoe gateway export --rank {smaller}` cuts its rank"
 
 
 def write(directory: str | Path, export: Export, *, force: bool = False) -> str:

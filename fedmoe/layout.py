@@ -105,6 +105,25 @@ class Layout:
         return flat
 
 
+def layout_of(file: bytes | memoryview) -> Layout:
+    """The layout of an adapter's safetensors file, in the order in which the tensors lie in it.
+
+    Raises:
+        SpecError: if it is no safetensors file, or holds other values than fp32.
+    """
+    try:
+        table = json.loads(bytes(file[8 : 8 + int.from_bytes(file[:8], "little")]))
+        table.pop("__metadata__", None)
+        if any(tensor["dtype"] != "F32" for tensor in table.values()):
+            raise SpecError("the adapter's file holds values that are not fp32")
+        ordered = sorted(table, key=lambda name: table[name]["data_offsets"])
+        return Layout(tuple((name, tuple(table[name]["shape"])) for name in ordered))
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        if isinstance(error, SpecError):
+            raise
+        raise SpecError(f"the adapter's file is not a safetensors file ({error!r})") from error
+
+
 def check_file(layout: Layout, length: int, begin: bytes) -> None:
     """Raise SpecError if a file of so many bytes, which begins so, is not an adapter's of this layout."""
     if length != layout.file_bytes or not begin.startswith(layout.header):

@@ -17,18 +17,36 @@ def gateway() -> None:
 @redis_options
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory to write.")
 @click.option("--expert", metavar="NAME", help="Export this expert instead of the gateway.")
+@click.option("--rank", type=click.IntRange(min=1), metavar="N",
+              help="Rank to cut the adapter to, if it has a higher one; what that loses is printed.  "
+                   "[default: as it is]")  # fmt: skip
 @click.option("--force", is_flag=True, help="Also into a directory that holds something else.")
-def export(redis: str, prefix: str, redis_timeout: float, out: Path, expert: str | None, force: bool) -> None:
+def export(
+    redis: str,
+    prefix: str,
+    redis_timeout: float,
+    out: Path,
+    expert: str | None,
+    rank: int | None,
+    force: bool,
+) -> None:
     """Write the gateway, or one expert, as an adapter that PeftModel.from_pretrained loads."""
-    from fedmoe.export import read_expert, read_gateway, write
+    from fedmoe.export import read_expert, read_gateway, vllm_hint, write
     from fedmoe.store.connection import Connection
     from fedmoe.store.gateway import GatewayStore
 
     store = GatewayStore(Connection(redis_settings(redis, prefix, redis_timeout)))
     adapter = read_expert(store, expert) if expert else read_gateway(store)
+    if rank is not None:
+        from consumers.cut import cut_to_rank
+
+        adapter, told = cut_to_rank(adapter, rank)
+        click.echo(told)
     warning = write(out, adapter, force=force)
     size = f"rank {adapter.config.get('r')}, {len(adapter.file) / 2**20:.1f} MiB"
     click.echo(f"{out}: {adapter.name} ({size}), built from {adapter.versions}")
+    if hint := vllm_hint(int(adapter.config["r"])):
+        click.echo(hint)
     if warning:
         click.echo(warning, err=True)
     if adapter.behind:

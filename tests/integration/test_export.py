@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 
 from consumers.gateway import GatewayBuilder, GatewaySettings
 from fedmoe.errors import FedMoEError, SettingsError, SpecError, UnknownExpertError
-from fedmoe.export import Export, read_expert, read_gateway, write
+from fedmoe.export import Export, read_expert, read_gateway, vllm_hint, write
 from fedmoe.layout import AdapterBuffer
 from fedmoe.lora_init import initial_weights
 from fedmoe.model.adapter import adapter_layout
@@ -48,9 +49,9 @@ def tiny_spec(rank: int = 4) -> Spec:
     )
 
 
-def trained_expert(connection: Connection, name: str, seed: int) -> Meta:
+def trained_expert(connection: Connection, name: str, seed: int, rank: int = 4) -> Meta:
     """An expert of the tiny model with random weights."""
-    spec = tiny_spec()
+    spec = tiny_spec(rank)
     buffer = AdapterBuffer(spec.layout)
     buffer.flat.copy_(initial_weights(spec.layout, 0)).add_(randn(seed, spec.layout.numel), alpha=0.05)
     meta = first_meta(spec, version=seed)
@@ -264,6 +265,64 @@ def test_show_tells_versions_and_what_is_wrong(connection: Connection) -> None:
     assert problem == "! gateway: cannot be built: no luck"
     shown = json.loads(fedmoe("gateway", "show", "--redis", url, "--json").stdout)
     assert (shown["built_from"], shown["outdated"]) == ({"sql_expert": 0}, ["sql_expert"])
+
+
+def test_export_says_what_vllm_needs_and_cuts_the_rank(connection: Connection, tmp_path: Path) -> None:
+    """Three experts of rank 16 make a gateway of rank 48, which vLLM takes only as 64; 32 is cut with a known error."""
+    for seed, name in enumerate(("a", "b", "c")):
+        trained_expert(connection, name, seed, rank=16)
+    build_gateway(connection)
+    url = ("--redis", connection.settings.url)
+    whole = fedmoe("gateway", "export", *url, "--out", str(tmp_path / "whole"))
+    assert (
+        "vLLM needs --max-lora-rank 64 to serve it; `fedmoe gateway export --rank 32` cuts its rank"
+        in whole.stdout
+    )
+    cut = fedmoe("gateway", "export", *url, "--out", str(tmp_path / "cut"), "--rank", "32")
+    told = re.search(r"gateway is cut from rank 48 to 32: it differs from the whole by (.*)%", cut.stdout)
+    assert (cut.returncode, told is not None) == (0, True), cut.stderr
+    assert "vLLM needs --max-lora-rank 32" in cut.stdout
+
+    def products(directory: Path) -> torch.Tensor:
+        tensors = load_file(directory / "adapter_model.safetensors")
+        config = json.loads((directory / "adapter_config.json").read_text())
+        assert {len(tensor) for name, tensor in tensors.items() if "lora_A" in name} == {config["r"]}
+        scaling = config["lora_alpha"] / config["r"]
+        return torch.cat(
+            [
+                (scaling * tensors[name.replace("lora_A", "lora_B")] @ tensors[name]).flatten()
+                for name in sorted(tensors)
+                if "lora_A" in name
+            ]
+        )
+
+    exact = products(tmp_path / "whole")
+    error = float((products(tmp_path / "cut") - exact).norm() / exact.norm())
+    assert told is not None
+    assert error * 100 == pytest.approx(float(told[1]), abs=0.02)
+    assert 0 < error < 1
+    assert json.loads((tmp_path / "cut" / "fedmoe.json").read_text())["cut_from_rank"] == 48
+    assert logits(tmp_path / "cut").isfinite().all()
+    one = fedmoe("gateway", "export", *url, "--out", str(tmp_path / "a"), "--expert", "a", "--rank", "32")
+    assert "a has rank 16: nothing is cut off" in one.stdout
+    assert "vLLM" not in one.stdout
+    assert (tmp_path / "a" / "adapter_model.safetensors").read_bytes() == connection.client.get(
+        "fedmoe:{a}:weights"
+    )
+
+
+@pytest.mark.parametrize(
+    ("rank", "said"),
+    [
+        (1, ""), (16, ""), (17, "--max-lora-rank 32 .*--rank 16"), (64, "--max-lora-rank 64 .*--rank 32"),
+        (300, "--max-lora-rank 320 .*--rank 256"), (512, "--max-lora-rank 512 .*--rank 320"),
+        (513, "no adapter of a rank above 512: for it, export with --rank 512"),
+    ],
+)  # fmt: skip
+def test_vllm_takes_only_certain_ranks(rank: int, said: str) -> None:
+    """The smallest that is enough, and the next below."""
+    assert re.search(said, vllm_hint(rank))
+    assert bool(vllm_hint(rank)) == bool(said)
 
 
 def test_exporting_imports_neither_peft_nor_transformers() -> None:

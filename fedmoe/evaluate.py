@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from fedmoe.data.examples import Example, collate
+from fedmoe.data.encode import Example
+from fedmoe.data.examples import collate
 from fedmoe.model.adapter import adapter_loaded
 from fedmoe.model.loss import completion_loss
 
@@ -36,15 +37,15 @@ def mean_loss(
     device: torch.device,
     autocast: torch.dtype = torch.float32,
 ) -> float:
-    """Mean cross entropy per label token over all examples; nan if there are none."""
+    """Mean cross entropy of all examples' label tokens, by their weights; nan if there are none."""
     # Rows of like length share a batch, so that little is computed on padding.
     ordered = sorted(examples, key=lambda example: len(example.input_ids))
-    total, n_tokens = 0.0, 0
+    total, weight = 0.0, 0.0
     for start in range(0, len(ordered), batch_size):
         batch = collate(ordered[start : start + batch_size], pad_id)
         total += completion_loss(model, batch, device=device, autocast=autocast).item()
-        n_tokens += batch.n_tokens
-    return total / n_tokens if n_tokens else float("nan")
+        weight += batch.weight
+    return total / weight if weight else float("nan")
 
 
 def evaluate(

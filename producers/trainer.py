@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fedmoe.data.examples import Example, collate, indices
+from fedmoe.data.encode import Example
+from fedmoe.data.examples import collate, indices
 from fedmoe.model.loss import completion_loss
 from fedmoe.spec import TrainingSettings
 
@@ -20,7 +21,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """One optimizer step: mean loss per label token, what went into it, and the data position after it."""
+    """One optimizer step: the labels' mean cross entropy by their weights, what went into it, the position after it.
+
+    `n_tokens` is the number of labels, whatever they weigh.
+    """
 
     loss: float
     n_examples: int
@@ -39,7 +43,7 @@ class Trainer:
         model: on `device`, with exactly the views of `flat` (numel,) fp32 as its trainable parameters.
         seed: of the data order.
         autocast: dtype to compute in; float32 means no autocast.
-        position: rows consumed so far.
+        position: examples consumed so far.
     """
 
     def __init__(
@@ -78,10 +82,10 @@ class Trainer:
         self._optimizer.state[parameter] = self._moments
 
     def step(self) -> StepResult:
-        """Train on the next `accumulate` × `batch_size` rows.
+        """Train on the next `accumulate` × `batch_size` examples.
 
-        Every label token weighs the same, in whichever micro-batch it comes: a mean of their means would
-        favour short answers.
+        Every label token counts by its weight, in whichever micro-batch it comes: a mean of their means would
+        favour short answers. Half the weight is half the gradient, also if all of the step have that weight.
         """
         batch_size = self._settings.batch_size
         count = self._settings.accumulate * batch_size
@@ -98,7 +102,7 @@ class Trainer:
             torch.autograd.backward(loss / n_tokens)
             total += loss.detach()
         self.position += count
-        mean = total.item() / n_tokens
+        mean = total.item() / sum(batch.weight for batch in batches)
         applied = self._apply(mean)
         return StepResult(
             loss=mean, n_examples=count, n_tokens=n_tokens, position=self.position, applied=applied

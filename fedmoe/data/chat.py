@@ -8,11 +8,12 @@ is learnt too, else the model would never stop.
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
 
-from fedmoe.data.jsonl import Message, Row
+from fedmoe.data.turns import Turn
 from fedmoe.errors import RowError
 
 if TYPE_CHECKING:
@@ -22,6 +23,10 @@ MARKER = "\ue000answer\ue000"
 THINK, THOUGHT = "<think>", "</think>"
 # What other people's templates raise; `raise_exception` in them is a TemplateError.
 TEMPLATE_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+
+
+class AnswerError(RowError):
+    """Why one answer cannot be learnt, though others of its row may be; the message says so of "it", the row."""
 
 
 class Encoder:
@@ -34,22 +39,24 @@ class Encoder:
         control = sorted((text for text in added if text.strip()), key=len, reverse=True)
         self._control_token = re.compile("|".join(map(re.escape, control)) or "(?!)")
 
-    def encode(self, row: Row) -> tuple[list[int], list[int]]:
-        """Ids of the prompt and of the answer with its end of turn; neither is empty.
+    def encode(self, turns: Sequence[Turn]) -> tuple[list[int], list[int]]:
+        """Ids of the prompt and of the answer, the last turn, with its end of turn; neither is empty.
 
         Raises:
-            RowError: if there is no answer or the template refuses the turns.
+            AnswerError: if there is no answer.
+            RowError: if the template refuses the turns.
         """
-        if not row.completion.strip():
-            raise RowError("its answer is empty")
+        answer = turns[-1].content
+        if not answer.strip():
+            raise AnswerError("its answer is empty")
         if self._tokenizer.chat_template:
-            prompt, lead, end = self._chat(row.prompt)
+            prompt, lead, end = self._chat(turns[:-1])
             start: list[int] = []
         else:
-            prompt = "".join(message["content"] + "\n" for message in row.prompt)
+            prompt = "".join(turn.content + "\n" for turn in turns[:-1])
             lead, end = "", self._eos
             start = self._beginning()
-        answer = _join_reasoning(prompt, lead, self._without_end(row.completion, end)) + end
+        answer = _join_reasoning(prompt, lead, self._without_end(answer, end)) + end
         prompt_ids = start + self._ids(prompt)
         both = start + self._ids(prompt + answer)
         # The joint text first, because some tokenizers put a space in front of whatever they are given. But a
@@ -60,25 +67,26 @@ class Encoder:
             raise RowError("it has no tokens")
         return prompt_ids, answer_ids
 
-    def _chat(self, prompt: Sequence[Message]) -> tuple[str, str, str]:
+    def _chat(self, prompt: Sequence[Turn]) -> tuple[str, str, str]:
         """The prompt's text, what the template writes between it and an answer, and the end of turn."""
         reason = RowError("the chat template drops its system turn")
-        for messages in (list(prompt), _merged_turns(prompt)):
+        for turns in (prompt, _merged_turns(prompt)):
             try:
-                asked = self._render(messages, add_generation_prompt=True)
-                answered = self._render([*messages, Message(role="assistant", content=MARKER)])
+                asked = self._render(turns, add_generation_prompt=True)
+                answered = self._render([*turns, Turn(role="assistant", content=MARKER)])
             except TEMPLATE_ERRORS as error:
                 words = " ".join(str(error).split())[:100]
                 reason = RowError("the chat template refuses it", f" ({words or type(error).__name__})")
                 continue
             # Some templates drop a system turn without a word; then the merged turns are tried.
-            if all(m["content"].strip() in asked for m in messages if m["role"] == "system"):
+            if all(turn.content.strip() in asked for turn in turns if turn.role == "system"):
                 head, _, tail = answered.rpartition(MARKER)
                 lead = head.removeprefix(asked) if head.startswith(asked) else ""
                 return asked, lead, self._end_of_turn(tail)
         raise reason
 
-    def _render(self, messages: list[Message], *, add_generation_prompt: bool = False) -> str:
+    def _render(self, turns: Sequence[Turn], *, add_generation_prompt: bool = False) -> str:
+        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
         text = self._tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=add_generation_prompt
         )
@@ -95,7 +103,7 @@ class Encoder:
         while mark := next((mark for mark in marks if answer.rstrip().endswith(mark)), ""):
             answer = answer.rstrip().removesuffix(mark)
         if not answer.strip():
-            raise RowError("its answer is empty")
+            raise AnswerError("its answer is empty")
         return answer
 
     def _beginning(self) -> list[int]:
@@ -108,15 +116,15 @@ class Encoder:
         return ids
 
 
-def _merged_turns(prompt: Sequence[Message]) -> list[Message]:
+def _merged_turns(prompt: Sequence[Turn]) -> list[Turn]:
     """The same turns for a template without a system role, or one whose roles must alternate."""
-    merged: list[Message] = []
-    for message in prompt:
-        role = "user" if message["role"] == "system" else message["role"]
-        if merged and merged[-1]["role"] == role:
-            merged[-1]["content"] += "\n\n" + message["content"]
+    merged: list[Turn] = []
+    for turn in prompt:
+        role = "user" if turn.role == "system" else turn.role
+        if merged and merged[-1].role == role:
+            merged[-1] = replace(merged[-1], content=f"{merged[-1].content}\n\n{turn.content}")
         else:
-            merged.append(Message(role=role, content=message["content"]))
+            merged.append(replace(turn, role=role))
     return merged
 
 

@@ -3,33 +3,26 @@
 import hashlib
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from fedmoe.data.bad_rows import BadRows, Problem
 from fedmoe.data.chat import Encoder
-from fedmoe.data.jsonl import DataFile, read_row
+from fedmoe.data.encode import Example, Learn, encode_row
+from fedmoe.data.jsonl import DataFile
 from fedmoe.data.records import Record, records
-from fedmoe.errors import DataError, RowError, StoppedError
+from fedmoe.errors import DataError, StoppedError
 from fedmoe.text import shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NO_LABEL = -100
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """One row as tokens; `input_ids[n_prompt:]`, never empty, are the labels."""
-
-    input_ids: "array[int]"
-    n_prompt: int
+MAX_NAMED = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,27 +30,49 @@ class Examples:
     """What is trained on, and what is not.
 
     Args:
-        examples: in the order of the file.
+        examples: in the order of the file; a conversation may give more than one.
+        n_rows: number of rows that were looked at.
         problems: the rows that were left out, in the order of the file.
+        left_out: the answers that were left out of rows that are used.
+        weight_0: number of answers that are marked not to be learnt; of_weight_0: number of rows of such answers only.
         cut: how many of the examples lost the end of their answer to `max_length`.
         max_length: in tokens, prompt and answer together.
+        unused: what rows hold and no rule uses, such as a field's name → number of rows.
     """
 
     examples: tuple[Example, ...]
+    n_rows: int
     problems: tuple[Problem, ...]
+    left_out: tuple[Problem, ...]
+    weight_0: int
+    of_weight_0: int
     cut: int
     max_length: int
+    unused: Mapping[str, int]
 
     def summary(self) -> str:
         """One line, for example: 100 rows: 90 used (4 cut to max_length 512), 10 dropped (10 × its answer is empty)."""
         n_dropped = len(self.problems)
         cut = f" ({self.cut} cut to max_length {self.max_length})" if self.cut else ""
-        kinds = Counter(problem.kind for problem in self.problems)
-        reasons = "; ".join(f"{count} × {kind}" for kind, count in kinds.most_common())
-        return (
-            f"{len(self.examples) + n_dropped} rows: {len(self.examples)} used{cut}, "
-            f"{n_dropped} dropped{reasons and f' ({reasons})'}"
-        )
+        n_used = self.n_rows - n_dropped - self.of_weight_0
+        of_weight_0 = f", {self.of_weight_0} of weight 0" if self.of_weight_0 else ""
+        dropped = f"{n_dropped} dropped{_kinds(self.problems)}"
+        parts = [f"{self.n_rows} rows: {n_used} used{cut}{of_weight_0}, {dropped}"]
+        if self.left_out:
+            parts.append(f"{len(self.left_out)} answers of used rows are left out{_kinds(self.left_out)}")
+        if self.weight_0:
+            parts.append(f"{self.weight_0} answers have weight 0 and are not learnt")
+        if self.unused:
+            names = [f"{what} ({count} rows)" for what, count in Counter(self.unused).most_common(MAX_NAMED)]
+            more = f" and {len(self.unused) - MAX_NAMED} more" if len(self.unused) > MAX_NAMED else ""
+            parts.append(f"not used: {', '.join(names)}{more}")
+        return "; ".join(parts)
+
+
+def _kinds(problems: Sequence[Problem]) -> str:
+    kinds = Counter(problem.kind for problem in problems)
+    reasons = "; ".join(f"{count} × {kind}" for kind, count in kinds.most_common())
+    return f" ({reasons})" if reasons else ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,14 +83,18 @@ class Batch:
         input_ids: (b, L) int64.
         attention_mask: (b, L) int64, 1 for tokens and 0 for padding.
         labels: (b, L) int64, -100 outside the answers; not shifted.
-        n_tokens: how many labels count.
+        weights: (b, L) float32, how much each label counts in the loss; 0 outside the answers.
+        n_tokens: how many labels there are, whatever they weigh.
+        weight: the sum of `weights`.
         first_label: the first column in which any row has a label; logits are needed from first_label - 1 on.
     """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     labels: torch.Tensor
+    weights: torch.Tensor
     n_tokens: int
+    weight: float
     first_label: int
 
 
@@ -85,16 +104,18 @@ def make_examples(
     max_length: int,
     bad_rows: BadRows,
     *,
+    learn: Learn = "all",
     sample: int = 0,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Examples:
-    """Tokenize every row. Too long an answer is cut, and then has no end of turn; a prompt is never cut.
+    """Encode every row.
 
     Args:
         data: the file.
         tokenizer: of the base model, with its chat template.
         max_length: in tokens, prompt and answer together.
         bad_rows: what is done with rows that cannot be used.
+        learn: all answers of a conversation, or its last one.
         sample: how many rows to look at, evenly spread; 0 for all.
         stopped: whether to stop; it is asked every so often.
 
@@ -105,19 +126,37 @@ def make_examples(
     encoder = Encoder(tokenizer)
     examples: list[Example] = []
     problems: list[Problem] = []
-    cut = 0
+    left_out: list[Problem] = []
+    unused: Counter[str] = Counter()
+    n_rows = weight_0 = of_weight_0 = cut = 0
     for record in _sampled(data, sample):
         if stopped():
             raise StoppedError("stopped while the rows were tokenized: nothing was trained yet")
-        made = _make(record, data.path, encoder, max_length)
+        n_rows += 1
+        made = encode_row(record, data.path, encoder, max_length=max_length, learn=learn)
+        for problem in (made,) if isinstance(made, Problem) else made.left_out:
+            bad_rows.check(problem)
         if isinstance(made, Problem):
-            bad_rows.check(made)
             problems.append(made)
-        else:
-            examples.append(made[0])
-            cut += made[1]
-    bad_rows.report(data.path, problems)
-    used = Examples(examples=tuple(examples), problems=tuple(problems), cut=cut, max_length=max_length)
+            continue
+        examples += made.examples
+        left_out += made.left_out
+        weight_0 += made.weight_0
+        of_weight_0 += not made.examples
+        cut += made.cut
+        unused.update(made.unused)
+    bad_rows.report(data.path, sorted([*problems, *left_out], key=lambda problem: problem.number))
+    used = Examples(
+        examples=tuple(examples),
+        n_rows=n_rows,
+        problems=tuple(problems),
+        left_out=tuple(left_out),
+        weight_0=weight_0,
+        of_weight_0=of_weight_0,
+        cut=cut,
+        max_length=max_length,
+        unused=unused,
+    )
     if not examples:
         raise DataError(
             f"nothing to train on in {shown(data.path)}: {used.summary()}; raise max_length or mend the file"
@@ -132,38 +171,29 @@ def _sampled(data: DataFile, count: int) -> Iterator[Record]:
     return (record for record in records(data.path) if record.number in wanted)
 
 
-def _make(record: Record, path: Path, encoder: Encoder, max_length: int) -> tuple[Example, bool] | Problem:
-    """The row as an example, and whether its answer was cut; or why there is none."""
-    row = read_row(path, record)
-    if isinstance(row, Problem):
-        return row
-    try:
-        prompt, answer = encoder.encode(row)
-        if len(prompt) >= max_length:
-            raise RowError(f"its prompt fills max_length {max_length}")
-    except RowError as error:
-        return Problem.of(error, path, record.number, record.line)
-    ids = array("i", (prompt + answer)[:max_length])
-    return Example(input_ids=ids, n_prompt=len(prompt)), len(prompt) + len(answer) > max_length
-
-
 def collate(examples: Sequence[Example], pad_id: int) -> Batch:
     """Pad on the right, because positions and the loss's shift then need no thought."""
     shape = len(examples), max(len(example.input_ids) for example in examples)
     input_ids = torch.full(shape, pad_id)
     attention_mask = torch.zeros(shape, dtype=torch.int64)
     labels = torch.full(shape, NO_LABEL)
+    weights = torch.zeros(shape)
     for i, example in enumerate(examples):
         ids = torch.frombuffer(example.input_ids, dtype=torch.int32)
         input_ids[i, : len(ids)] = ids
         attention_mask[i, : len(ids)] = 1
-        labels[i, example.n_prompt : len(ids)] = ids[example.n_prompt :]
+        for start, stop, weight in example.answers:
+            labels[i, start:stop] = ids[start:stop]
+            weights[i, start:stop] = weight
+    answers = [answer for example in examples for answer in example.answers]
     return Batch(
         input_ids=input_ids,
         attention_mask=attention_mask,
         labels=labels,
-        n_tokens=sum(len(example.input_ids) - example.n_prompt for example in examples),
-        first_label=min(example.n_prompt for example in examples),
+        weights=weights,
+        n_tokens=sum(answer.stop - answer.start for answer in answers),
+        weight=sum((answer.stop - answer.start) * answer.weight for answer in answers),
+        first_label=min(answer.start for answer in answers),
     )
 
 

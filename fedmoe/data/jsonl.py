@@ -13,27 +13,26 @@ from typing import Any
 
 from fedmoe.data.bad_rows import BadRows, Problem
 from fedmoe.data.records import MAX_ROW_CHARS, Record, reading, records
-from fedmoe.data.shapes import Message, split_answer
+from fedmoe.data.shapes import read_conversation
+from fedmoe.data.turns import Turn
 from fedmoe.errors import DataError, RowError, StoppedError
 from fedmoe.text import shown
-
-__all__ = ["DataFile", "Message", "Row", "open_data", "read_row"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One training row: the turns before the answer, and the answer that the loss is on.
+    """One training row.
 
     Args:
         number, line: as in its record.
-        prompt: everything before the answer: system, user, assistant and tool turns.
-        completion: text of the assistant's last turn.
+        turns: system, user, assistant and tool turns, at least two; the last is the assistant's.
+        unused: what it holds and no rule uses, such as a field's name.
     """
 
     line: int
     number: int = 0
-    prompt: tuple[Message, ...]
-    completion: str
+    turns: tuple[Turn, ...]
+    unused: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,10 +88,10 @@ def open_data(
 def read_row(path: Path, record: Record) -> Row | Problem:
     """The row's turns, or why there are none."""
     try:
-        prompt, completion = split_answer(_parse(record.text))
+        read = read_conversation(_parse(record.text))
     except RowError as error:
         return Problem.of(error, path, record.number, record.line)
-    return Row(number=record.number, line=record.line, prompt=prompt, completion=completion)
+    return Row(number=record.number, line=record.line, turns=read.turns, unused=read.unused)
 
 
 def _parse(text: str) -> object:

@@ -1,4 +1,4 @@
-"""One row of a data file, in any of the shapes that people have: the turns before the answer, and the answer.
+"""One row of a data file, in any of the shapes that people have, as a conversation.
 
 | shape | known from |
 | --- | --- |
@@ -11,162 +11,138 @@
 | `{"question": "…", "context": "…", "answer": "…"}` | question answering, text to SQL |
 
 `completion`, `output`, `response` and `answer` mean the same, as do `instruction`, `prompt`, `question` and
-`query`; `system` may stand beside any of them; upper and lower case are the same. Of several turns only the
-assistant's last is learnt: what stands before it is the prompt, what follows it is cut off.
+`query`; `input` and `context` beside them become part of the question; `system` may stand beside any of them;
+upper and lower case are the same. What follows the assistant's last turn is cut off. A field that is in none
+of these rules is not used, and its name is reported.
 """
 
 import reprlib
 from collections.abc import Sequence
-from typing import Any, TypedDict
+from dataclasses import dataclass, replace
+from typing import Any
 
+from fedmoe.data.turns import Turn, holds_something, kind, read_text, read_turns
 from fedmoe.errors import RowError
 
-ROLES = (
-    dict.fromkeys(("system", "developer"), "system")
-    | dict.fromkeys(("user", "human", "prompter"), "user")
-    | dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "chatbot", "model", "ai"), "assistant")
-    | dict.fromkeys(("tool", "function", "observation", "ipython"), "tool")
-)
 LISTS = ("messages", "conversations", "conversation")
 # `instruction` comes first because some Alpaca files also carry a `prompt` that already holds the answer.
 QUESTIONS = ("instruction", "prompt", "question", "query", "input")
 CONTEXTS = ("input", "context")
 ANSWERS = ("completion", "output", "response", "answer")
-TEXT_PARTS = ("text", "input_text", "output_text")
+SYSTEMS = ("system", "system_prompt")
 MAX_NAMED_FIELDS = 8
-_KINDS = {
-    dict: "an object",
-    list: "an array",
-    str: "text",
-    bool: "true or false",
-    type(None): "missing or null",
-}
 
 
-class Message(TypedDict):
-    """One turn; the role is system, user, assistant or tool."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conversation:
+    """What one row says.
 
-    role: str
-    content: str
+    Args:
+        turns: at least two; the last is the assistant's.
+        unused: what holds something and is not used by any rule, each once, as it is printed.
+    """
+
+    turns: tuple[Turn, ...]
+    unused: tuple[str, ...]
 
 
-def split_answer(row: object) -> tuple[tuple[Message, ...], str]:
-    """The turns before the assistant's last one, and that one's text (which may be empty).
+def read_conversation(row: object) -> Conversation:
+    """The turns of a row up to the assistant's last one, whose text may be empty.
 
     Raises:
         RowError: if the row has none of the shapes above; the message says so of "it", the row.
     """
     if not isinstance(row, dict):
-        raise RowError(f"it is {_kind(row)}, not a JSON object")
-    turns = _turns({str(name).strip().lower(): value for name, value in row.items()})
-    answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+        raise RowError(f"it is {kind(row)}, not a JSON object")
+    fields = _Fields(row)
+    turns = _turns(fields)
+    answers = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
     if not answers:
         raise RowError("it has no assistant turn to learn from")
     if answers[-1] == 0:
         raise RowError("it has nothing before its answer")
-    return tuple(turns[: answers[-1]]), turns[answers[-1]]["content"]
+    if turns[answers[-1] + 1 :]:
+        fields.report_unused("turns after the last answer")
+    return Conversation(turns=tuple(turns[: answers[-1] + 1]), unused=fields.unused())
 
 
-def _turns(fields: dict[str, Any]) -> list[Message]:
-    if listed := _pick(fields, LISTS):
-        turns = _messages(fields[listed], listed)
+class _Fields:
+    """A row's fields by name in lower case; remembers which of them were used."""
+
+    def __init__(self, row: dict[str, Any]) -> None:
+        self._values: dict[str, Any] = {}
+        self._unused: dict[str, None] = {}
+        for name, value in row.items():
+            key = name.strip().lower()
+            if key in self._values:
+                self.report_unused(reprlib.repr(name))
+            else:
+                self._values[key] = value
+        self._used: set[str] = set()
+
+    def pick(self, names: Sequence[str]) -> str | None:
+        """The first of `names` that has a value, else the first that is there."""
+        present = [name for name in names if name in self._values]
+        return next(
+            (name for name in present if self._values[name] is not None), present[0] if present else None
+        )
+
+    def use(self, name: str) -> Any:
+        """The field's value; None if there is no such field."""
+        self._used.add(name)
+        return self._values.get(name)
+
+    def report_unused(self, what: str) -> None:
+        self._unused[what] = None
+
+    def names(self) -> str:
+        return ", ".join(map(reprlib.repr, list(self._values)[:MAX_NAMED_FIELDS])) or "none"
+
+    def unused(self) -> tuple[str, ...]:
+        left = [
+            name for name in self._values if name not in self._used and holds_something(self._values[name])
+        ]
+        return (*map(reprlib.repr, left), *self._unused)
+
+
+def _turns(fields: _Fields) -> list[Turn]:
+    if listed := fields.pick(LISTS):
+        turns = read_turns(fields.use(listed), listed, fields.report_unused)
     else:
         turns = _question_and_answer(fields)
-    system = _pick(fields, ("system", "system_prompt"))
-    if system and fields[system] and turns[:1] and turns[0]["role"] != "system":
-        turns.insert(0, Message(role="system", content=_text(fields[system], system)))
+    system = fields.pick(SYSTEMS)
+    if system and turns[:1] and turns[0].role != "system" and (value := fields.use(system)):
+        turns.insert(0, Turn(role="system", content=read_text(value, system)))
     return turns
 
 
-def _question_and_answer(fields: dict[str, Any]) -> list[Message]:
-    question, answer = _pick(fields, QUESTIONS), _pick(fields, ANSWERS)
+def _question_and_answer(fields: _Fields) -> list[Turn]:
+    question, answer = fields.pick(QUESTIONS), fields.pick(ANSWERS)
     if question is None or answer is None:
-        found = ", ".join(map(reprlib.repr, list(fields)[:MAX_NAMED_FIELDS])) or "none"
-        wanted = f": its fields are {found}; wanted are 'prompt' and 'completion', or 'messages'"
+        wanted = f": its fields are {fields.names()}; wanted are 'prompt' and 'completion', or 'messages'"
         raise RowError("it has no question and answer", wanted)
-    asked = _one_or_more(fields[question], "user", question)
-    # A prompt is complete as it is; the other kinds may have their material in a field of its own.
-    if question != "prompt":
-        for name in CONTEXTS:
-            if name != question and fields.get(name):
-                asked[-1]["content"] += "\n\n" + _text(fields[name], name)
-    return [
-        *_history(fields.get("history")),
-        *asked,
-        *_one_or_more(fields[answer], "assistant", answer),
-    ]
+    asked = _one_or_more(fields, question, "user")
+    for name in CONTEXTS:
+        if name == question or not (value := fields.use(name)):
+            continue
+        text, context = asked[-1].content, read_text(value, name)
+        # Some files have put it into the prompt already.
+        if question != "prompt" or context.strip() not in text:
+            asked[-1] = replace(asked[-1], content=f"{text}\n\n{context}")
+    return [*_history(fields.use("history")), *asked, *_one_or_more(fields, answer, "assistant")]
 
 
-def _history(pairs: object) -> list[Message]:
+def _history(pairs: object) -> list[Turn]:
     if not pairs:
         return []
     if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
         raise RowError("its history is not a list of [question, answer] pairs")
-    texts = [_text(text, "history") for pair in pairs for text in pair]
-    return [Message(role=("user", "assistant")[i % 2], content=text) for i, text in enumerate(texts)]
+    texts = [read_text(text, "history") for pair in pairs for text in pair]
+    return [Turn(role=("user", "assistant")[i % 2], content=text) for i, text in enumerate(texts)]
 
 
-def _one_or_more(value: object, role: str, where: str) -> list[Message]:
+def _one_or_more(fields: _Fields, name: str, role: str) -> list[Turn]:
+    value = fields.use(name)
     if isinstance(value, list) and value:
-        return _messages(value, where)
-    return [Message(role=role, content=_text(value, where))]
-
-
-def _messages(value: object, where: str) -> list[Message]:
-    if not isinstance(value, list):
-        raise RowError(f"its {where} is {_kind(value)}, not a list of messages")
-    return [_message(message, f"{where}[{i}]") for i, message in enumerate(value)]
-
-
-def _message(value: object, where: str) -> Message:
-    if not isinstance(value, dict):
-        detail = f": its {where} is {_kind(value)}, not an object with role and content"
-        raise RowError("it has a turn that is no message", detail)
-    if value.get("tool_calls") or value.get("function_call"):
-        raise RowError("it calls a tool", f": its {where} calls a tool, which cannot be trained on")
-    role = value.get("role", value.get("from"))
-    known = ROLES.get(role.strip().lower()) if isinstance(role, str) else None
-    if known is None:
-        wanted = f": its {where} has the role {reprlib.repr(role)}; wanted is system, user, assistant or tool"
-        raise RowError("it has a turn of an unknown role", wanted)
-    return Message(role=known, content=_text(value.get("content", value.get("value")), f"{where}.content"))
-
-
-def _text(value: object, where: str) -> str:
-    if isinstance(value, list):
-        value = "".join(_part(part, f"{where}[{i}]") for i, part in enumerate(value))
-    if not isinstance(value, str):
-        raise RowError("it holds something else than text", f": its {where} is {_kind(value)}, not text")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        code = ord(value[error.start])
-        # A byte that is not UTF-8 was read as such a surrogate (see fedmoe.data.jsonl).
-        if 0xDC80 <= code <= 0xDCFF:
-            raise RowError(
-                "it is not UTF-8",
-                f": its {where} holds the byte 0x{code - 0xDC00:02x}, which is not UTF-8 "
-                "(Windows-1252 or Latin-1?); save the file as UTF-8",
-            ) from None
-        detail = f": its {where} holds half a character (\\u{code:04x}, a lone surrogate)"
-        raise RowError("it holds half a character", detail) from None
-    return value
-
-
-def _part(part: object, where: str) -> str:
-    """Text of one of OpenAI's content parts."""
-    if isinstance(part, dict) and part.get("type") in TEXT_PARTS and isinstance(part.get("text"), str):
-        return str(part["text"])
-    what = f"a part of type {reprlib.repr(part.get('type'))}" if isinstance(part, dict) else _kind(part)
-    detail = f": its {where} is {what}; only parts of type 'text' can be trained on"
-    raise RowError("it holds a part that is not text", detail)
-
-
-def _pick(fields: dict[str, Any], names: Sequence[str]) -> str | None:
-    """The first of `names` that has a value, else the first that is there."""
-    present = [name for name in names if name in fields]
-    return next((name for name in present if fields[name] is not None), present[0] if present else None)
-
-
-def _kind(value: object) -> str:
-    return _KINDS.get(type(value), "a number")
+        return read_turns(value, name, fields.report_unused)
+    return [Turn(role=role, content=read_text(value, name))]

@@ -13,7 +13,7 @@ from fedmoe.data.examples import NO_LABEL, Batch
 def completion_loss(
     model: nn.Module, batch: Batch, *, device: torch.device, autocast: torch.dtype
 ) -> torch.Tensor:
-    """Sum (not mean) of the cross entropy over the batch's label tokens: an fp32 scalar on the device.
+    """Weighted sum (not mean) of the cross entropy of the batch's label tokens: an fp32 scalar on the device.
 
     `model` is a causal LM, with or without peft around it; `batch` comes from the CPU; float32 as `autocast`
     means none. Logits are computed only from the column before the first label on, if the model can: with a
@@ -30,7 +30,8 @@ def completion_loss(
         ).logits[:, -columns:-1]  # (b, columns - 1, vocabulary), also when the model returned all columns
     labels = batch.labels[:, batch.first_label :].to(device)
     counted = labels != NO_LABEL
-    return F.cross_entropy(logits[counted].float(), labels[counted], reduction="sum")
+    losses = F.cross_entropy(logits[counted].float(), labels[counted], reduction="none")
+    return (losses * batch.weights[:, batch.first_label :].to(device)[counted]).sum()
 
 
 def _can_keep_logits(model: nn.Module) -> bool:

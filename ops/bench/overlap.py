@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from fedmoe.data.examples import Example
+from fedmoe.data.encode import Answer, Example
 from fedmoe.model.adapter import adapter_layout, attach_adapter
 from fedmoe.model.base import structure
 from fedmoe.spec import LoraSettings, Spec, TrainingSettings
@@ -86,7 +86,7 @@ def train(pipe: Any, url: str, expert: str, hidden: int, state_dir: Path) -> Non
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(model_config(hidden)).eval().requires_grad_(False)
     adapted, flat = attach_adapter(model, spec)
-    row = Example(array("i", range(1, ROW_TOKENS + 1)), n_prompt=1)
+    row = Example(array("i", range(1, ROW_TOKENS + 1)), (Answer(1, ROW_TOKENS, 1.0),))
     trainer = Trainer(
         model=adapted, flat=flat, examples=[row] * 8, pad_id=0, settings=spec.training, seed=0,
         device=torch.device("cpu"),

@@ -16,7 +16,8 @@ from consumers.expert import Expert
 from fedmoe.cli.demo import cache_dir
 from fedmoe.codec import FORMATS
 from fedmoe.data.bad_rows import BadRows
-from fedmoe.data.examples import Example, make_examples, padding_id
+from fedmoe.data.encode import Example
+from fedmoe.data.examples import make_examples, padding_id
 from fedmoe.data.jsonl import open_data
 from fedmoe.demo.datasets import find_data
 from fedmoe.demo.pretrained import ensure_demo_model

@@ -1,19 +1,21 @@
 """Prompt and answer as tokens, under templates that behave like those of the well-known model families."""
 
 import json
+from dataclasses import asdict, replace
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from fedmoe.data.chat import Encoder
-from fedmoe.data.jsonl import Message, Row
+from fedmoe.data.turns import Turn
 from fedmoe.errors import DataError
 from tests.tiny import END, tiny_tokenizer
 
-SYSTEM = Message(role="system", content="s")
-USER = Message(role="user", content="q")
-EARLIER = Message(role="assistant", content="e")
+SYSTEM = Turn(role="system", content="s")
+USER = Turn(role="user", content="q")
+EARLIER = Turn(role="assistant", content="e")
+ANSWER = Turn(role="assistant", content="a")
 
 ALTERNATE = (
     "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
@@ -76,9 +78,9 @@ def tokenizer(template: str | None, eos: str | None = "<eos>") -> PreTrainedToke
     return made
 
 
-def encode(tokens: PreTrainedTokenizerFast, prompt: list[Message], answer: str) -> tuple[str, str]:
+def encode(tokens: PreTrainedTokenizerFast, prompt: list[Turn], answer: str) -> tuple[str, str]:
     """Both parts as text, control tokens included."""
-    ids = Encoder(tokens).encode(Row(line=1, prompt=tuple(prompt), completion=answer))
+    ids = Encoder(tokens).encode((*prompt, Turn(role="assistant", content=answer)))
     return tokens.decode(ids[0]), tokens.decode(ids[1])
 
 
@@ -135,7 +137,7 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize(("template", "turns", "prompt", "answer"), FAMILIES.values(), ids=FAMILIES)
-def test_a_family(template: str | None, turns: list[Message], prompt: str, answer: str) -> None:
+def test_a_family(template: str | None, turns: list[Turn], prompt: str, answer: str) -> None:
     """The prompt as the model is asked, then the answer with what the template puts around it."""
     tokens = tiny_tokenizer() if template is None else tokenizer(template)
     assert encode(tokens, turns, "a") == (prompt, answer)
@@ -157,8 +159,8 @@ def test_the_prompt_is_what_the_model_will_be_asked(template: str) -> None:
     tokens.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A", special_tokens=[("<bos>", bos)]
     )
-    asked = tokens.apply_chat_template([USER], add_generation_prompt=True, return_dict=False)
-    prompt, answer = Encoder(tokens).encode(Row(line=1, prompt=(USER,), completion="a"))
+    asked = tokens.apply_chat_template([asdict(USER)], add_generation_prompt=True, return_dict=False)
+    prompt, answer = Encoder(tokens).encode((USER, ANSWER))
     assert prompt == asked
     assert (prompt + answer).count(bos) == ("<bos>" in template)
 
@@ -221,7 +223,7 @@ def test_no_token_straddles_the_border() -> None:
     core["model"]["merges"] = [["Ċ", "Ċ"]]
     tokens = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(core)), eos_token=END)
     assert 259 in tokens("q\n\na").input_ids
-    prompt, answer = Encoder(tokens).encode(Row(line=1, prompt=(USER,), completion="\na"))
+    prompt, answer = Encoder(tokens).encode((USER, replace(ANSWER, content="\na")))
     assert prompt == tokens("q\n").input_ids
     assert tokens.decode(answer) == "\na<|im_end|>"
 
@@ -233,5 +235,5 @@ def test_no_space_is_put_in_front_of_the_answer() -> None:
     core.pre_tokenizer = pre_tokenizers.Metaspace()
     tokens = PreTrainedTokenizerFast(tokenizer_object=core)
     assert tokens("a").input_ids == [letters["▁"], letters["a"]]
-    ids = Encoder(tokens).encode(Row(line=1, prompt=(USER,), completion="a"))
+    ids = Encoder(tokens).encode((USER, ANSWER))
     assert ids == ([letters["▁"], letters["q"], letters["\n"]], [letters["a"]])

@@ -9,7 +9,8 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from fedmoe.data.examples import Example, collate
+from fedmoe.data.encode import Answer, Example
+from fedmoe.data.examples import collate
 from fedmoe.errors import SpecError
 from fedmoe.evaluate import MEAN, Adapter, evaluate, format_table, mean_loss
 from fedmoe.layout import AdapterBuffer
@@ -23,7 +24,7 @@ from tests.tiny import tiny_config, tiny_model
 CPU = torch.device("cpu")
 OPTIONS: dict[str, Any] = {"pad_id": 0, "batch_size": 3, "device": CPU}
 EXAMPLES = [
-    Example(array("i", range(start, start + length)), n_prompt=n_prompt)
+    Example(array("i", range(start, start + length)), (Answer(n_prompt, length, 1.0),))
     for start, length, n_prompt in ((5, 9, 4), (40, 4, 3), (90, 17, 2), (7, 12, 11), (1, 2, 1))
 ]
 
@@ -35,7 +36,7 @@ def reference(model: nn.Module, examples: list[Example]) -> tuple[float, int]:
         ids = list(example.input_ids)
         with torch.no_grad():
             log_p = model(input_ids=torch.tensor([ids])).logits[0].double().log_softmax(-1)
-        for place in range(example.n_prompt, len(ids)):
+        for place in range(example.answers[0].start, len(ids)):
             total -= log_p[place - 1, ids[place]].item()
             count += 1
     return total, count
@@ -81,7 +82,7 @@ def test_only_the_logits_that_count_are_computed(monkeypatch: pytest.MonkeyPatch
     model = tiny_model()
     shapes: list[torch.Size] = []
     model.lm_head.register_forward_hook(lambda _module, _inputs, output: shapes.append(output.shape))
-    batch = collate([Example(array("i", range(17)), n_prompt=10)], pad_id=0)
+    batch = collate([Example(array("i", range(17)), (Answer(10, 17, 1.0),))], pad_id=0)
     completion_loss(model, batch, device=CPU, autocast=torch.float32)
     peft_model = make_adapter(2, seed=0)[1]
     head = peft_model.get_base_model().lm_head

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fedmoe.data.bad_rows import BadRows
+from fedmoe.data.encode import Answer
 from fedmoe.data.examples import NO_LABEL, collate, indices, make_examples, padding_id
 from fedmoe.data.jsonl import DataFile, open_data
 from fedmoe.errors import DataError, StoppedError
@@ -41,11 +42,11 @@ def rows(tmp_path: Path) -> MakeRows:
 
 
 def test_labels_are_the_answer_and_its_end(rows: MakeRows) -> None:
-    """`input_ids[n_prompt:]`, by the token."""
+    """From the prompt's end to the example's, by the token."""
     tokenizer = tiny_tokenizer()
     (example,) = make_examples(rows("abc"), tokenizer, 512, BAD_ROWS).examples
-    assert example.n_prompt == PROMPT_TOKENS
-    assert tokenizer.decode(list(example.input_ids[example.n_prompt :])) == "abc" + END
+    assert example.answers == (Answer(PROMPT_TOKENS, PROMPT_TOKENS + 4, 1.0),)
+    assert tokenizer.decode(list(example.input_ids[example.answers[0].start :])) == "abc" + END
 
 
 def test_too_long_an_answer_is_cut_and_has_no_end(rows: MakeRows) -> None:
@@ -54,7 +55,7 @@ def test_too_long_an_answer_is_cut_and_has_no_end(rows: MakeRows) -> None:
     for room, text, cut in ((4, "abc" + END, 0), (3, "abc", 1), (1, "a", 1)):
         made = make_examples(rows("abc"), tokenizer, PROMPT_TOKENS + room, BAD_ROWS)
         (example,) = made.examples
-        assert tokenizer.decode(list(example.input_ids[example.n_prompt :])) == text
+        assert tokenizer.decode(list(example.input_ids[example.answers[0].start :])) == text
         assert made.cut == cut
     assert made.summary() == "1 rows: 1 used (1 cut to max_length 21), 0 dropped"
 
@@ -82,6 +83,17 @@ def test_tokenizing_can_be_stopped(rows: MakeRows) -> None:
         make_examples(rows(*"abcdef"), tiny_tokenizer(), 512, BAD_ROWS, stopped=lambda: next(asked))
 
 
+def test_what_no_rule_uses_is_counted_in_the_summary(tmp_path: Path) -> None:
+    """The most frequent fields by name, and how many there are besides."""
+    path = tmp_path / "rows.jsonl"
+    good = {"prompt": "q", "completion": "a"}
+    rows = [good | {f"field {i}": 1 for i in range(n)} for n in (10, 9, 8)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    summary = make_examples(open_data(path, BAD_ROWS), tiny_tokenizer(), 512, BAD_ROWS).summary()
+    assert summary.startswith("3 rows: 3 used, 0 dropped; not used: 'field 0' (3 rows), 'field 1' (3 rows), ")
+    assert summary.endswith("'field 7' (3 rows) and 2 more")
+
+
 def test_a_batch_is_padded_on_the_right_and_labelled_on_the_answers(rows: MakeRows) -> None:
     """Shapes, types and every field, against the tokens."""
     tokenizer = tiny_tokenizer()
@@ -99,6 +111,8 @@ def test_a_batch_is_padded_on_the_right_and_labelled_on_the_answers(rows: MakeRo
         NO_LABEL,
     ]
     assert batch.n_tokens == 6 == (batch.labels != NO_LABEL).sum()
+    assert batch.weight == 6
+    assert torch.equal(batch.weights, (batch.labels != NO_LABEL).float())
     assert batch.first_label == PROMPT_TOKENS
 
 
@@ -109,7 +123,7 @@ def test_first_label_is_the_smallest_of_the_batch(rows: MakeRows) -> None:
         make_examples(rows("a", question=question), tokenizer, 512, BAD_ROWS).examples[0]
         for question in ("a long question", "q")
     ]
-    assert collate(examples, 0).first_label == PROMPT_TOKENS < examples[0].n_prompt
+    assert collate(examples, 0).first_label == PROMPT_TOKENS < examples[0].answers[0].start
 
 
 def test_a_model_takes_the_batch_and_the_loss_is_over_the_labels(rows: MakeRows) -> None:

@@ -12,8 +12,11 @@ from hypothesis import strategies as st
 
 from fedmoe.data import jsonl, records
 from fedmoe.data.bad_rows import BadRows, Problem
-from fedmoe.data.jsonl import DataFile, Message, Row, open_data, read_row
+from fedmoe.data.jsonl import DataFile, Row, open_data, read_row
+from fedmoe.data.turns import Turn
 from fedmoe.errors import DataError, StoppedError
+
+Message = dict[str, Any]
 
 GOOD = {"prompt": "q", "completion": "a"}
 # Line ends of other standards inside a string: str.splitlines would break the row at each of them.
@@ -44,14 +47,20 @@ def read_rows(path: Path | str, *, fail: bool = False) -> Read:
 
 
 def user(text: str) -> Message:
-    return Message(role="user", content=text)
+    return {"role": "user", "content": text}
+
+
+def said(row: Row) -> list[Message]:
+    """The row's turns, as OpenAI's format would write them."""
+    return [{"role": turn.role, "content": turn.content} for turn in row.turns]
 
 
 def test_a_row_has_its_line_its_prompt_and_its_answer(tmp_path: Path) -> None:
     """The contract in one row; the digest names the bytes."""
     path = write(tmp_path, "\n" + lines(GOOD))
     rows = read_rows(path)
-    assert rows.rows == (Row(number=0, line=2, prompt=(user("q"),), completion="a"),)
+    turns = Turn(role="user", content="q"), Turn(role="assistant", content="a")
+    assert rows.rows == (Row(number=0, line=2, turns=turns),)
     assert rows.problems == ()
     assert rows.data == read_rows(str(path)).data
     assert rows.data.digest != read_rows(write(tmp_path, lines(GOOD))).data.digest
@@ -66,7 +75,7 @@ def test_unicode_with_or_without_a_byte_order_mark(tmp_path: Path, encoding: str
     """The same rows in every Unicode encoding, plain and gzipped."""
     content = lines({"prompt": TEXT, "completion": "a"}, GOOD, ensure_ascii=False).encode(encoding)
     rows = read_rows(write(tmp_path, gzip.compress(content) if packed else content)).rows
-    assert [row.prompt for row in rows] == [(user(TEXT),), (user("q"),)]
+    assert [said(row)[:-1] for row in rows] == [[user(TEXT)], [user("q")]]
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r", "\n\n", "\r\n \t\r\n", ",\n"])
@@ -180,7 +189,7 @@ def test_odd_things_beside_the_text_do_no_harm(tmp_path: Path) -> None:
         tmp_path, b'{"prompt": "a\tb", "completion": "c", "score": NaN, "by": "Jos\xe9", "system": null}'
     )
     (row,) = read_rows(path).rows
-    assert row.prompt == (user("a\tb"),)
+    assert said(row)[:-1] == [user("a\tb")]
 
 
 def test_a_hole_at_the_start_costs_one_row(tmp_path: Path) -> None:
@@ -203,15 +212,24 @@ def test_a_row_longer_than_the_limit_is_not_held_in_memory(
     ]
 
 
-SYSTEM = Message(role="system", content="s")
-ANSWER = Message(role="assistant", content="a")
-EARLIER = Message(role="assistant", content="2")
+SYSTEM = {"role": "system", "content": "s"}
+ANSWER = {"role": "assistant", "content": "a"}
+EARLIER = {"role": "assistant", "content": "2"}
 SHAPES: dict[str, tuple[dict[str, Any], list[Message]]] = {
     "prompt": ({"prompt": "q", "completion": "a"}, [user("q")]),
     "capitals": ({"Prompt ": "q", "Response": "a"}, [user("q")]),
     "empty prompt": ({"prompt": "", "completion": "a"}, [user("")]),
     "system": ({"system": "s", "prompt": "q", "completion": "a"}, [SYSTEM, user("q")]),
-    "prompt beside its source": ({"prompt": "q", "completion": "a", "context": "c"}, [user("q")]),
+    "prompt, context": ({"prompt": "q", "completion": "a", "context": "c"}, [user("q\n\nc")]),
+    "prompt, input": ({"prompt": "q", "input": "i", "completion": "a"}, [user("q\n\ni")]),
+    "prompt with its context in it": (
+        {"prompt": "c: q", "context": "c\n", "completion": "a"},
+        [user("c: q")],
+    ),
+    "prompt of turns, context": (
+        {"prompt": [SYSTEM, user("q")], "context": "c", "completion": "a"},
+        [SYSTEM, user("q\n\nc")],
+    ),
     "two systems": ({"system": "x", "messages": [SYSTEM, user("q"), ANSWER]}, [SYSTEM, user("q")]),
     "one of two is null": ({"prompt": "q", "completion": None, "response": "a"}, [user("q")]),
     "conversational": ({"prompt": [SYSTEM, user("q")], "completion": [ANSWER]}, [SYSTEM, user("q")]),
@@ -258,8 +276,33 @@ SHAPES: dict[str, tuple[dict[str, Any], list[Message]]] = {
 def test_every_well_known_shape(tmp_path: Path, row: dict[str, Any], prompt: list[Message]) -> None:
     """Each gives the turns before the answer, and the assistant's last turn as the answer."""
     (read,) = read_rows(write(tmp_path, lines(row))).rows
-    assert list(read.prompt) == prompt
-    assert read.completion == "a"
+    assert said(read) == [*prompt, ANSWER]
+
+
+UNUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "all used": (GOOD | {"context": "c", "input": "i", "system": "s", "history": [["1", "2"]]}, []),
+    "nothing in it": (GOOD | {"tags": [], "meta": {}, "by": "", "id": None}, []),
+    "false and 0": (GOOD | {"parallel_tool_calls": False, "id": 0}, ["'parallel_tool_calls'", "'id'"]),
+    "second answer": (GOOD | {"output": "b"}, ["'output'"]),
+    "second question": (GOOD | {"instruction": "i"}, ["'prompt'"]),
+    "second spelling": (GOOD | {"PROMPT": "r"}, ["'PROMPT'"]),
+    "second system": ({"system": "x", "messages": [SYSTEM, user("q"), ANSWER]}, ["'system'"]),
+    "beside messages": ({"messages": [user("q"), ANSWER], "context": "c"}, ["'context'"]),
+    "of turns": (
+        {"messages": [user("q") | {"name": "n", "id": None}, ANSWER | {"name": "m"}]},
+        ["'messages[].name'"],
+    ),
+    "end": ({"messages": [user("q"), ANSWER, user("thanks")]}, ["turns after the last answer"]),
+    "odd name": (GOOD | {"\ud83d": 1}, ["'\\ud83d'"]),
+}
+
+
+@pytest.mark.parametrize(("row", "unused"), UNUSED.values(), ids=UNUSED)
+def test_what_no_rule_uses_is_named(tmp_path: Path, row: dict[str, Any], unused: list[str]) -> None:
+    """Once a row, however many of its turns have it; what holds nothing is nothing to name."""
+    (read,) = read_rows(write(tmp_path, lines(row))).rows
+    assert list(read.unused) == unused
+    "".join(read.unused).encode()  # can be printed
 
 
 FILES = {
@@ -329,7 +372,7 @@ def test_no_text_is_altered(tmp_path: Path, texts: list[str], ensure_ascii: bool
     """Whatever can be written as JSON comes back character by character."""
     rows = [{"prompt": text, "completion": text} for text in texts]
     content = lines(*rows, ensure_ascii=ensure_ascii).encode(encoding)
-    assert [row.completion for row in read_rows(write(tmp_path, content)).rows] == texts
+    assert [row.turns[-1].content for row in read_rows(write(tmp_path, content)).rows] == texts
 
 
 @settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -344,7 +387,7 @@ def test_no_bytes_are_fatal_but_by_a_sentence(tmp_path: Path, data: st.DataObjec
     try:
         rows = read_rows(path)
         "".join(
-            [*map(str, rows.problems), *(r.completion + r.prompt[0]["content"] for r in rows.rows)]
+            [*map(str, rows.problems), *(turn.content for row in rows.rows for turn in row.turns)]
         ).encode()
     except DataError as error:
         str(error).encode()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig
 
-from fedmoe.data.examples import Example
+from fedmoe.data.encode import Answer, Example
 from fedmoe.model.adapter import adapter_layout, attach_adapter
 from fedmoe.model.base import structure
 from fedmoe.spec import LoraSettings, Spec, TrainingSettings
@@ -18,7 +18,7 @@ from tests.tiny import tiny_config
 CPU = torch.device("cpu")
 SETTINGS = TrainingSettings(learning_rate=5e-3, batch_size=2, warmup_steps=0)
 # Answers of 1 to 8 tokens: what weighs rows instead of tokens shows.
-EXAMPLES = [Example(array("i", range(1 + i, 7 + 2 * i)), n_prompt=5) for i in range(8)]
+EXAMPLES = [Example(array("i", range(1 + i, 7 + 2 * i)), (Answer(5, 6 + i, 1.0),)) for i in range(8)]
 
 
 def make_trainer(

@@ -1,0 +1,115 @@
+"""One turn of a conversation, from an object with role and content as OpenAI, TRL, ShareGPT and others write it."""
+
+import reprlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from fedmoe.errors import RowError
+
+ROLES = (
+    dict.fromkeys(("system", "developer"), "system")
+    | dict.fromkeys(("user", "human", "prompter"), "user")
+    | dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "chatbot", "model", "ai"), "assistant")
+    | dict.fromkeys(("tool", "function", "observation", "ipython"), "tool")
+)
+TEXT_PARTS = ("text", "input_text", "output_text")
+_USED = ("role", "from", "content", "value", "tool_calls", "function_call")
+_KINDS = {
+    dict: "an object",
+    list: "an array",
+    str: "text",
+    bool: "true or false",
+    type(None): "missing or null",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """One turn.
+
+    Args:
+        role: system, user, assistant or tool.
+        weight: how much the tokens of an answer count in the loss; 0 is never learnt.
+    """
+
+    role: str
+    content: str
+    weight: float = 1.0
+
+
+def read_turns(value: object, where: str, report_unused: Callable[[str], None]) -> list[Turn]:
+    """The turns of a list of messages; `report_unused` is told each of their fields that is not used.
+
+    Raises:
+        RowError: if it is no such list; the message says so of "it", the row.
+    """
+    if not isinstance(value, list):
+        raise RowError(f"its {where} is {kind(value)}, not a list of messages")
+    turns = []
+    for i, message in enumerate(value):
+        turns.append(_turn(message, f"{where}[{i}]"))
+        for name in message:
+            if name not in _USED and holds_something(message[name]):
+                report_unused(reprlib.repr(f"{where}[].{name}"))
+    return turns
+
+
+def _turn(message: object, where: str) -> Turn:
+    if not isinstance(message, dict):
+        detail = f": its {where} is {kind(message)}, not an object with role and content"
+        raise RowError("it has a turn that is no message", detail)
+    if message.get("tool_calls") or message.get("function_call"):
+        raise RowError("it calls a tool", f": its {where} calls a tool, which cannot be trained on")
+    role = message.get("role", message.get("from"))
+    known = ROLES.get(role.strip().lower()) if isinstance(role, str) else None
+    if known is None:
+        wanted = f": its {where} has the role {reprlib.repr(role)}; wanted is system, user, assistant or tool"
+        raise RowError("it has a turn of an unknown role", wanted)
+    return Turn(
+        role=known, content=read_text(message.get("content", message.get("value")), f"{where}.content")
+    )
+
+
+def read_text(value: object, where: str) -> str:
+    """A text, or OpenAI's list of text parts.
+
+    Raises:
+        RowError: if it is something else, or holds what is not Unicode.
+    """
+    if isinstance(value, list):
+        value = "".join(_part(part, f"{where}[{i}]") for i, part in enumerate(value))
+    if not isinstance(value, str):
+        raise RowError("it holds something else than text", f": its {where} is {kind(value)}, not text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        code = ord(value[error.start])
+        # A byte that is not UTF-8 was read as such a surrogate (see fedmoe.data.records).
+        if 0xDC80 <= code <= 0xDCFF:
+            raise RowError(
+                "it is not UTF-8",
+                f": its {where} holds the byte 0x{code - 0xDC00:02x}, which is not UTF-8 "
+                "(Windows-1252 or Latin-1?); save the file as UTF-8",
+            ) from None
+        detail = f": its {where} holds half a character (\\u{code:04x}, a lone surrogate)"
+        raise RowError("it holds half a character", detail) from None
+    return value
+
+
+def kind(value: object) -> str:
+    """What a JSON value is, in words."""
+    return _KINDS.get(type(value), "a number")
+
+
+def holds_something(value: object) -> bool:
+    """False for null and for an empty text, list or object: nothing is lost with these."""
+    return value is not None and value not in ("", [], {})
+
+
+def _part(part: object, where: str) -> str:
+    """Text of one of OpenAI's content parts."""
+    if isinstance(part, dict) and part.get("type") in TEXT_PARTS and isinstance(part.get("text"), str):
+        return str(part["text"])
+    what = f"a part of type {reprlib.repr(part.get('type'))}" if isinstance(part, dict) else kind(part)
+    detail = f": its {where} is {what}; only parts of type 'text' can be trained on"
+    raise RowError("it holds a part that is not text", detail)

@@ -12,16 +12,16 @@
 
 `completion`, `output`, `response` and `answer` mean the same, as do `instruction`, `prompt`, `question` and
 `query`; `input` and `context` beside them become part of the question; `system` may stand beside any of them;
-upper and lower case are the same. What follows the assistant's last turn is cut off. A field that is in none
-of these rules is not used, and its name is reported.
+upper and lower case are the same. What follows the assistant's last turn is cut off. A turn's, and a row's,
+`weight`, `train` and `loss` say how much answers count, and so does the `label` or `kto_tag` of a KTO row. A field
+that is in none of these rules is not used, and its name is reported.
 """
 
-import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fedmoe.data.turns import Turn, holds_something, kind, read_text, read_turns
+from fedmoe.data.turns import Turn, holds_something, kind, named, read_text, read_turns, read_weight
 from fedmoe.errors import RowError
 
 LISTS = ("messages", "conversations", "conversation")
@@ -30,6 +30,8 @@ QUESTIONS = ("instruction", "prompt", "question", "query", "input")
 CONTEXTS = ("input", "context")
 ANSWERS = ("completion", "output", "response", "answer")
 SYSTEMS = ("system", "system_prompt")
+# A row may have a label of another kind, or a loss that somebody measured: these count only as true or false.
+FLAGS = ("label", "kto_tag", "train", "loss")
 MAX_NAMED_FIELDS = 8
 
 
@@ -55,7 +57,7 @@ def read_conversation(row: object) -> Conversation:
     if not isinstance(row, dict):
         raise RowError(f"it is {kind(row)}, not a JSON object")
     fields = _Fields(row)
-    turns = _turns(fields)
+    turns = _weighed(_turns(fields), fields)
     answers = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
     if not answers:
         raise RowError("it has no assistant turn to learn from")
@@ -75,7 +77,7 @@ class _Fields:
         for name, value in row.items():
             key = name.strip().lower()
             if key in self._values:
-                self.report_unused(reprlib.repr(name))
+                self.report_unused(named(name))
             else:
                 self._values[key] = value
         self._used: set[str] = set()
@@ -92,17 +94,21 @@ class _Fields:
         self._used.add(name)
         return self._values.get(name)
 
+    def flag(self, name: str) -> bool | None:
+        """The field's value if it is true or false; anything else is left unused."""
+        return self.use(name) if isinstance(self._values.get(name), bool) else None
+
     def report_unused(self, what: str) -> None:
         self._unused[what] = None
 
     def names(self) -> str:
-        return ", ".join(map(reprlib.repr, list(self._values)[:MAX_NAMED_FIELDS])) or "none"
+        return ", ".join(map(named, list(self._values)[:MAX_NAMED_FIELDS])) or "none"
 
     def unused(self) -> tuple[str, ...]:
         left = [
             name for name in self._values if name not in self._used and holds_something(self._values[name])
         ]
-        return (*map(reprlib.repr, left), *self._unused)
+        return (*map(named, left), *self._unused)
 
 
 def _turns(fields: _Fields) -> list[Turn]:
@@ -114,6 +120,18 @@ def _turns(fields: _Fields) -> list[Turn]:
     if system and turns[:1] and turns[0].role != "system" and (value := fields.use(system)):
         turns.insert(0, Turn(role="system", content=read_text(value, system)))
     return turns
+
+
+def _weighed(turns: list[Turn], fields: _Fields) -> list[Turn]:
+    """The turns with the row's own weight in that of each answer."""
+    weight = read_weight(fields.use("weight"), "weight")
+    if any(fields.flag(name) is False for name in FLAGS):
+        weight = 0.0
+    if weight == 1:
+        return turns
+    return [
+        replace(turn, weight=turn.weight * weight) if turn.role == "assistant" else turn for turn in turns
+    ]
 
 
 def _question_and_answer(fields: _Fields) -> list[Turn]:

@@ -1,5 +1,6 @@
 """One turn of a conversation, from an object with role and content as OpenAI, TRL, ShareGPT and others write it."""
 
+import math
 import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +14,9 @@ ROLES = (
     | dict.fromkeys(("tool", "function", "observation", "ipython"), "tool")
 )
 TEXT_PARTS = ("text", "input_text", "output_text")
-_USED = ("role", "from", "content", "value", "tool_calls", "function_call")
+MAX_NAME_CHARS = 60
+WEIGHTS = ("weight", "train", "loss")
+_USED = ("role", "from", "content", "value", "tool_calls", "function_call", *WEIGHTS)
 _KINDS = {
     dict: "an object",
     list: "an array",
@@ -47,10 +50,12 @@ def read_turns(value: object, where: str, report_unused: Callable[[str], None]) 
         raise RowError(f"its {where} is {kind(value)}, not a list of messages")
     turns = []
     for i, message in enumerate(value):
-        turns.append(_turn(message, f"{where}[{i}]"))
+        turns.append(turn := _turn(message, f"{where}[{i}]"))
         for name in message:
             if name not in _USED and holds_something(message[name]):
-                report_unused(reprlib.repr(f"{where}[].{name}"))
+                report_unused(named(f"{where}[].{name}"))
+            elif name in WEIGHTS and message[name] and turn.role != "assistant":
+                report_unused(f"{named(f'{where}[].{name}')} of {turn.role} turns")
     return turns
 
 
@@ -65,9 +70,23 @@ def _turn(message: object, where: str) -> Turn:
     if known is None:
         wanted = f": its {where} has the role {reprlib.repr(role)}; wanted is system, user, assistant or tool"
         raise RowError("it has a turn of an unknown role", wanted)
-    return Turn(
-        role=known, content=read_text(message.get("content", message.get("value")), f"{where}.content")
-    )
+    content = read_text(message.get("content", message.get("value")), f"{where}.content")
+    weight = math.prod(read_weight(message.get(name), f"{where}.{name}") for name in WEIGHTS)
+    return Turn(role=known, content=content, weight=weight)
+
+
+def read_weight(value: object, where: str) -> float:
+    """A weight as OpenAI (`weight`), axolotl (`train`) and ShareGPT (`loss`) write it; null is 1.
+
+    Raises:
+        RowError: if it is neither true, false nor a number from 0 to 1.
+    """
+    if value is None:
+        return 1.0
+    if isinstance(value, (bool, int, float)) and 0 <= value <= 1:
+        return float(value)
+    wanted = f": its {where} is {reprlib.repr(value)}; wanted is a number from 0 to 1, or true or false"
+    raise RowError("it has a weight that is none", wanted)
 
 
 def read_text(value: object, where: str) -> str:
@@ -99,6 +118,11 @@ def read_text(value: object, where: str) -> str:
 def kind(value: object) -> str:
     """What a JSON value is, in words."""
     return _KINDS.get(type(value), "a number")
+
+
+def named(field: str) -> str:
+    """A field's name as it is printed: it may be long, and hold anything."""
+    return repr(field if len(field) <= MAX_NAME_CHARS else f"{field[:MAX_NAME_CHARS]}…")
 
 
 def holds_something(value: object) -> bool:

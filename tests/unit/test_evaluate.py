@@ -77,6 +77,16 @@ def test_the_loss_is_that_of_the_answers_tokens() -> None:
         assert loss.item() == pytest.approx(total, rel=1e-5)
 
 
+def test_the_mean_is_weighed() -> None:
+    """An answer of half the weight counts half in the sum and in what it is divided by."""
+    model = tiny_model()
+    one, other = EXAMPLES[:2]
+    half = Example(other.input_ids, (other.answers[0]._replace(weight=0.5),))
+    (total, count), (other_total, other_count) = reference(model, [one]), reference(model, [other])
+    expected = (total + other_total / 2) / (count + other_count / 2)
+    assert mean_loss(model, [one, half], **OPTIONS) == pytest.approx(expected, rel=1e-5)
+
+
 def test_only_the_logits_that_count_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     """From the column before the first label to the last: of 17 columns, those from the 10th on."""
     model = tiny_model()

@@ -161,6 +161,12 @@ BAD = {
         b'{"instruction": "q", "output": "a", "history": [["x"]]}',
         "its history is not a list of [question, answer] pairs",
     ),
+    "weight": (
+        b'{"messages": [{"role": "assistant", "content": "a", "weight": 2}]}',
+        "its messages[0].weight is 2; wanted is a number from 0 to 1, or true or false",
+    ),
+    "NaN weight": (b'{"prompt": "q", "completion": "a", "weight": NaN}', "its weight is nan; wanted is"),
+    "text weight": (b'{"prompt": "q", "completion": "a", "weight": "0"}', "its weight is '0'; wanted is"),
     "lone surrogate": (b'{"prompt": "\\ud83d", "completion": "a"}', "half a character (\\ud83d"),
     "Latin-1": (b'{"prompt": "caf\xe9", "completion": "a"}', "its prompt holds the byte 0xe9, which is not"),
 }
@@ -279,6 +285,34 @@ def test_every_well_known_shape(tmp_path: Path, row: dict[str, Any], prompt: lis
     assert said(read) == [*prompt, ANSWER]
 
 
+WEIGHTS: dict[str, tuple[dict[str, Any], list[float]]] = {
+    "OpenAI": (
+        {"messages": [user("1"), EARLIER | {"weight": 0}, user("q"), ANSWER | {"weight": 1}]},
+        [0, 1],
+    ),
+    "fraction": ({"messages": [user("1"), EARLIER | {"weight": 0.25}, user("q"), ANSWER]}, [0.25, 1]),
+    "axolotl": ({"messages": [user("1"), EARLIER | {"train": False}, ANSWER | {"train": True}]}, [0, 1]),
+    "ShareGPT": (
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", "loss": False}]},
+        [0],
+    ),
+    "null": ({"messages": [user("q"), ANSWER | {"weight": None}]}, [1]),
+    "of the row": (GOOD | {"weight": 0.5}, [0.5]),
+    "of row and turn": ({"weight": 0.5, "messages": [user("q"), ANSWER | {"weight": 0.5}]}, [0.25]),
+    "KTO, undesired": (GOOD | {"label": False}, [0]),
+    "KTO, desired": (GOOD | {"label": True}, [1]),
+    "kto_tag": (GOOD | {"kto_tag": False}, [0]),
+}
+
+
+@pytest.mark.parametrize(("row", "weights"), WEIGHTS.values(), ids=WEIGHTS)
+def test_weights_of_answers(tmp_path: Path, row: dict[str, Any], weights: list[float]) -> None:
+    """Those of turns and of the row, multiplied; all of these fields are used."""
+    (read,) = read_rows(write(tmp_path, lines(row))).rows
+    assert [turn.weight for turn in read.turns if turn.role == "assistant"] == weights
+    assert read.unused == ()
+
+
 UNUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "all used": (GOOD | {"context": "c", "input": "i", "system": "s", "history": [["1", "2"]]}, []),
     "nothing in it": (GOOD | {"tags": [], "meta": {}, "by": "", "id": None}, []),
@@ -291,6 +325,11 @@ UNUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "of turns": (
         {"messages": [user("q") | {"name": "n", "id": None}, ANSWER | {"name": "m"}]},
         ["'messages[].name'"],
+    ),
+    "label of another kind": (GOOD | {"label": 0, "loss": 2.5}, ["'label'", "'loss'"]),
+    "learnt question": (
+        {"messages": [user("q") | {"train": True, "weight": 0}, ANSWER]},
+        ["'messages[].train' of user turns"],
     ),
     "end": ({"messages": [user("q"), ANSWER, user("thanks")]}, ["turns after the last answer"]),
     "odd name": (GOOD | {"\ud83d": 1}, ["'\\ud83d'"]),

@@ -1,6 +1,7 @@
 """producers.trainer: a step is what it should be, and a trainer can be stopped and moved between two."""
 
 from array import array
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -94,6 +95,45 @@ def test_accumulation_is_one_large_batch() -> None:
     large = make_trainer(settings=TrainingSettings(batch_size=8))
     assert small.step().loss == pytest.approx(large.step().loss, rel=1e-5)
     torch.testing.assert_close(small.state()["exp_avg"], large.state()["exp_avg"], rtol=1e-4, atol=1e-8)
+
+
+def weighed(*weights: float) -> list[Example]:
+    return [
+        Example(e.input_ids, (e.answers[0]._replace(weight=w),))
+        for e, w in zip(EXAMPLES, weights, strict=False)
+    ]
+
+
+def test_half_the_weight_is_half_the_gradient() -> None:
+    """Also if all of a step weigh the same; the loss that is said stays a mean per token."""
+    settings = TrainingSettings(batch_size=2, accumulate=2, clip_norm=1e9)
+    whole, half = (make_trainer(settings=settings, examples=weighed(*[weight] * 4)) for weight in (1.0, 0.5))
+    results = whole.step(), half.step()
+    assert results[0].loss == pytest.approx(results[1].loss, rel=1e-6)
+    assert results[0].n_tokens == results[1].n_tokens
+    torch.testing.assert_close(half.state()["exp_avg"], whole.state()["exp_avg"] / 2, rtol=1e-5, atol=1e-12)
+
+
+def test_each_answer_counts_by_its_weight() -> None:
+    """The loss is a mean by weight; the gradient is the weighed sum, divided by the number of tokens."""
+    settings = TrainingSettings(batch_size=1, accumulate=2, clip_norm=1e9)
+    both = make_trainer(settings=settings, examples=weighed(1.0, 0.25))
+    result = both.step()
+    alone = [
+        make_trainer(settings=replace(settings, accumulate=1), examples=[example])
+        for example in weighed(1.0, 1.0)
+    ]
+    steps = [trainer.step() for trainer in alone]
+    first, second = (step.loss * step.n_tokens for step in steps)
+    n_first, n_second = (step.n_tokens for step in steps)
+    assert result.n_tokens == n_first + n_second
+    assert result.loss == pytest.approx((first + 0.25 * second) / (n_first + 0.25 * n_second), rel=1e-5)
+    gradients = [
+        trainer.state()["exp_avg"] * n for trainer, n in zip(alone, (n_first, n_second), strict=True)
+    ]
+    torch.testing.assert_close(
+        both.state()["exp_avg"], (gradients[0] + 0.25 * gradients[1]) / result.n_tokens, rtol=1e-4, atol=1e-7
+    )
 
 
 def test_a_resumed_trainer_goes_on_to_the_same_bits() -> None:

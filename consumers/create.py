@@ -56,7 +56,7 @@ class SpecRequest:
     training: TrainingSettings = field(default_factory=TrainingSettings)
     lr: float = 1.0
     decay: Decay = field(default_factory=Decay)
-    max_staleness: int = 256
+    max_staleness: int | None = None
     max_norm: float = 0.0
     wire_format: str = DEFAULT_WIRE_FORMAT
     sync_interval_s: float = 10.0
@@ -224,7 +224,10 @@ def check_unchanged(name: str, spec: Spec, request: SpecRequest) -> None:
         "decay": (request.decay.kind, spec.merge.decay.kind),
         "decay_a": (request.decay.a, spec.merge.decay.a),
         "decay_b": (request.decay.b, spec.merge.decay.b),
-        "max_staleness": (request.max_staleness, spec.merge.max_staleness),
+        "max_staleness": (
+            request.max_staleness,
+            "automatic" if spec.merge.max_staleness is None else spec.merge.max_staleness,
+        ),
         "max_norm": (request.max_norm, spec.merge.max_norm),
         "wire_format": (request.wire_format, spec.wire_format),
         "sync_interval": (request.sync_interval_s, spec.sync_interval_s),

@@ -65,9 +65,10 @@ def counts_of(header: Header, spec: Spec) -> Counts:
     return Counts(min(header.n_examples, most), min(header.n_tokens, most * spec.training.max_length))
 
 
-def judge_header(header: Header, head: Decided | None, meta: Meta, spec: Spec) -> Verdict:
+def judge_header(header: Header, head: Decided | None, meta: Meta, spec: Spec, workers: int) -> Verdict:
     """Judge by the header alone; APPLIED means: so far, and the payload has yet to be judged.
 
+    `workers` counts those that ever had an update decided (the fields of `applied`).
     Nothing of the payload need be read for the other outcomes: an update that is too large is never fetched.
     """
     if head and header.id == head.id:
@@ -82,12 +83,13 @@ def judge_header(header: Header, head: Decided | None, meta: Meta, spec: Spec) -
             f"follows update {header.prev}, the last decided is {head.id if head else None}",
         )
     staleness = staleness_of(meta.version, header.base_version)
-    if reason := _breach(header, staleness, meta, spec):
+    bound = spec.merge.staleness_bound(workers)
+    if reason := _breach(header, meta, spec) or _too_far(header, staleness, meta, bound):
         return Verdict(Outcome.REFUSED, reason, staleness)
     return Verdict(Outcome.APPLIED, staleness=staleness, factor=spec.merge.lr * spec.merge.decay(staleness))
 
 
-def _breach(header: Header, staleness: int, meta: Meta, spec: Spec) -> str:
+def _breach(header: Header, meta: Meta, spec: Spec) -> str:
     """The rule that the header breaks, as a sentence, or nothing."""
     if header.spec != meta.spec:
         return f"made for spec {header.spec}, the expert's is {meta.spec}: restart the worker"
@@ -106,16 +108,18 @@ def _breach(header: Header, staleness: int, meta: Meta, spec: Spec) -> str:
         return (
             f"has a part of {max(part.length for part in header.parts)} bytes, at most {largest} are allowed"
         )
-    if staleness > spec.merge.max_staleness:
-        return (
-            f"too stale: {staleness} updates were applied since its base, at most {spec.merge.max_staleness} "
-            "are allowed"
-        )
+    return ""
+
+
+def _too_far(header: Header, staleness: int, meta: Meta, bound: int) -> str:
+    """Why the update's base is too far from the expert's version, as a sentence, or nothing."""
+    if staleness > bound:
+        return f"too stale: {staleness} updates were applied since its base, at most {bound} are allowed"
     # After a failover to an older replica an update that is sent again is rightly ahead, but not by more than this.
-    if header.base_version - meta.version > spec.merge.max_staleness:
+    if header.base_version - meta.version > bound:
         return (
             f"its base, version {header.base_version}, is ahead of the expert's version {meta.version} by more than "
-            f"the {spec.merge.max_staleness} that are allowed: restart the worker"
+            f"the {bound} that are allowed: restart the worker"
         )
     return ""
 

@@ -187,7 +187,8 @@ class Expert:
         except UpdateError as error:
             self._garbage(entry, str(error), commit)
             return None
-        verdict = judge_header(header, self.applied.get(bell.worker), self.meta, self.spec)
+        head = self.applied.get(bell.worker)
+        verdict = judge_header(header, head, self.meta, self.spec, len(self.applied))
         kept = ""
         if verdict.outcome is Outcome.APPLIED:
             verdict, kept = self._judge_payload(bell, header, verdict)

@@ -19,6 +19,8 @@ SPEC_FORMAT = 1
 DEFAULT_WIRE_FORMAT = "int4"
 DEFAULT_BASE_MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
 ALL_LINEAR = "all-linear"
+LEAST_STALENESS_BOUND = 256
+STALENESS_PER_WORKER = 4
 
 
 def _require(condition: bool, message: str) -> None:
@@ -71,18 +73,29 @@ class MergeRules:
     Args:
         lr: the aggregator's step; 1 makes one lone worker's model the expert.
         decay: the staleness decay.
-        max_staleness: an update staler than this (in updates) is refused.
+        max_staleness: an update staler than this (in updates) is refused; None: see `staleness_bound`.
         max_norm: an update whose Euclidean norm (all tensors together) is above this is refused.
     """
 
     lr: float = 1.0
     decay: Decay = field(default_factory=Decay)
-    max_staleness: int = 256
+    max_staleness: int | None = None
     max_norm: float = 1000.0
 
     def __post_init__(self) -> None:
         _require_positive(self, "lr", "max_norm")
-        _require_whole(self, "max_staleness", minimum=0)
+        if self.max_staleness is not None:
+            _require_whole(self, "max_staleness", minimum=0)
+
+    def staleness_bound(self, workers: int) -> int:
+        """The largest staleness (in updates) that is not refused, if so many workers ever had an update decided.
+
+        Workers in step are as stale as there are others, twice as stale if each has just missed a pull; so unless the
+        operator chose a bound, it grows with them.
+        """
+        if self.max_staleness is not None:
+            return self.max_staleness
+        return max(LEAST_STALENESS_BOUND, STALENESS_PER_WORKER * workers)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -115,7 +115,11 @@ def specs() -> st.SearchStrategy[Spec]:
             targets=st.sampled_from([(ALL_LINEAR,), ("q_proj", "v_proj")]),
         ),
         merge=st.builds(
-            MergeRules, lr=positive, decay=decays(), max_staleness=st.integers(0, 1000), max_norm=positive
+            MergeRules,
+            lr=positive,
+            decay=decays(),
+            max_staleness=st.none() | st.integers(0, 1000),
+            max_norm=positive,
         ),
         training=st.builds(
             TrainingSettings, learning_rate=positive, batch_size=count, max_length=st.integers(8, 999)

@@ -33,7 +33,8 @@ def aggregator() -> None:
 @click.option(
     "--decay-b", type=float, default=4.0, show_default=True, help="Hinge: full weight up to this τ."
 )
-@click.option("--max-staleness", type=int, default=256, show_default=True, help="Staler updates are refused.")
+@click.option("--max-staleness", type=int, help="Refuse updates since whose base more updates than this were applied.  "
+              "[default: 256, or four times the workers if that is more]")  # fmt: skip
 @click.option("--max-norm", type=float, default=0.0, help="Longer updates are refused.  "
               "[default: ten times the initial adapter's norm]")  # fmt: skip
 @click.option("--wire-format", type=click.Choice(["fp32", "bf16", "int8", "int4"]), default="int4", show_default=True,

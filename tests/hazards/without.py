@@ -106,13 +106,13 @@ class TrustsEntries(Expert):
     """`prev` and `base_version` are taken from the stream entry, if they stand there."""
 
     def _decide(self, bell: Doorbell, raw: bytes, entry: Entry, commit: Commit) -> Verdict | None:
-        def judge(header: Header, head: Decided | None, meta: Meta, spec: Spec) -> Verdict:
+        def judge(header: Header, head: Decided | None, meta: Meta, spec: Spec, workers: int) -> Verdict:
             said = entry.fields
             header = replace(header, base_version=int(said.get("base_version", header.base_version)))
             if "prev" in said:
                 run, _, seq = said["prev"].rpartition(":")
                 header = replace(header, prev=UpdateId(run, int(seq)) if run else None)
-            return judge_header(header, head, meta, spec)
+            return judge_header(header, head, meta, spec, workers)
 
         with patch.object(consumers.expert, "judge_header", judge):
             return super()._decide(bell, raw, entry, commit)
@@ -133,11 +133,11 @@ class RefusesWhatIsNotWhole(Expert):
         return Verdict(Outcome.REFUSED, verdict.reason)
 
 
-def judge_by_seq(header: Header, head: Decided | None, meta: Meta, spec: Spec) -> Verdict:
+def judge_by_seq(header: Header, head: Decided | None, meta: Meta, spec: Spec, workers: int) -> Verdict:
     """An update of the head's seq is a duplicate, whatever its run."""
     if head and header.seq == head.id.seq:
         return Verdict(Outcome.DUPLICATE)
-    return judge_header(header, head, meta, spec)
+    return judge_header(header, head, meta, spec, workers)
 
 
 def staleness_by_the_clock(version: int, base_version: int) -> int:

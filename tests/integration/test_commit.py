@@ -10,13 +10,15 @@ import torch
 
 from consumers.decide import COUNTED_STEPS
 from consumers.expert import Expert
+from consumers.fold import fold
 from fedmoe.codec import encode
 from fedmoe.errors import StaleStateError, UnknownExpertError
 from fedmoe.keys import GROUP
 from fedmoe.layout import AdapterBuffer
+from fedmoe.records import Decided
 from fedmoe.spec import MergeRules
 from fedmoe.store.connection import Connection
-from fedmoe.update import Part
+from fedmoe.update import Part, UpdateId, make_run
 from producers.ledger import Outgoing
 from tests.federation import LAYOUT, ScriptedWorker, make_expert, serve, small_spec
 from tests.hazards.stepping import Killed, Stepper
@@ -205,6 +207,62 @@ def test_too_stale_is_refused_and_told(connection: Connection) -> None:
     assert change.how is not None
     assert "too stale: 2 updates" in change.how.reason
     assert torch.equal(late.local, stored(expert))
+
+
+def read_all(expert: Expert, batch: int) -> list[str]:
+    """Decide all that waits, so many a commit; the outcomes in order."""
+    outcomes = []
+    while entries := expert.store.read(block_ms=1, count=batch):
+        outcomes += [verdict.outcome.value for verdict in expert.process(entries)]
+    return outcomes
+
+
+def test_none_of_400_workers_in_step_is_refused(connection: Connection) -> None:
+    """All publish, then all is decided, then all are told: the last one was 399 updates stale."""
+    expert = make_expert(connection)
+    crowd = [ScriptedWorker(connection, expert.spec, f"w{number}") for number in range(400)]
+    for worker in crowd:
+        worker.push(1.0)
+    assert read_all(expert, 64) == ["applied"] * 400
+    for worker in crowd:
+        change = worker.pull()
+        assert change.how is not None
+        assert change.how.how == "applied"
+    assert expert.meta.staleness_sum == sum(range(400))
+
+
+@pytest.mark.parametrize("batch", [1, 2, 64])
+def test_staleness_bound_grows_alike_in_every_batching(connection: Connection, batch: int) -> None:
+    """64 workers allow 256. The first update is one too stale; its worker is the 65th, which allows the next one's.
+
+    It counts from the moment its update is decided, within a batch too, and not from when a batch is committed.
+    """
+    expert = make_expert(connection, version=257)
+    head = UpdateId(make_run(1, "00000001"), 1)
+    others = {f"w{number}": Decided(id=head, how="applied", version=1).to_json() for number in range(64)}
+    connection.client.hset(expert.store.keys.applied, mapping=others)
+    expert.load()
+    late = [ScriptedWorker(connection, expert.spec, name) for name in ("x", "y", "z")]
+    for worker in late:
+        worker.push(1.0, base_version=0)
+    assert read_all(expert, batch) == ["refused", "applied", "applied"]
+    loaded = expert.store.load()
+    assert loaded.applied["x"].reason.endswith(
+        "257 updates were applied since its base, at most 256 are allowed"
+    )
+    weights = start_weights()
+    for staleness in (257, 258):
+        fold(weights, torch.ones(LAYOUT.numel), 1 / (1 + staleness))
+    assert torch.equal(stored(expert), weights)
+
+
+def test_staleness_bound_that_the_operator_chose_stays(connection: Connection) -> None:
+    """However many workers there are."""
+    spec = small_spec(merge=MergeRules(max_staleness=1))
+    expert = make_expert(connection, spec=spec)
+    for number in range(3):
+        ScriptedWorker(connection, spec, f"w{number}").push(1.0, base_version=0)
+    assert read_all(expert, 64) == ["applied", "applied", "refused"]
 
 
 @pytest.mark.parametrize(

@@ -197,14 +197,14 @@ class BeginsLineage(Expert):
         return super().write_back()
 
 
-def _any_prev(header: Header, head: Decided | None, meta: Meta, spec: Spec) -> Verdict:
+def _any_prev(header: Header, head: Decided | None, meta: Meta, spec: Spec, workers: int) -> Verdict:
     if head and header.run == head.id.run and header.seq <= head.id.seq:
         return Verdict(Outcome.DUPLICATE)
-    return judge_header(replace(header, prev=head.id if head else None), head, meta, spec)
+    return judge_header(replace(header, prev=head.id if head else None), head, meta, spec, workers)
 
 
-def _any_lineage(header: Header, head: Decided | None, meta: Meta, spec: Spec) -> Verdict:
-    return judge_header(replace(header, lineage=meta.lineage), head, meta, spec)
+def _any_lineage(header: Header, head: Decided | None, meta: Meta, spec: Spec, workers: int) -> Verdict:
+    return judge_header(replace(header, lineage=meta.lineage), head, meta, spec, workers)
 
 
 def _missing_is_refused(*args: Any) -> Verdict:

@@ -171,7 +171,7 @@ def test_base_may_be_as_far_ahead_as_behind(base_version: int, outcome: str) -> 
     meta = first_meta(spec, version=10)
     ledger = Ledger(base=torch.zeros(spec.layout.numel), meta=meta, run=make_run(1, "00000001"))
     update = ledger.cut(torch.ones(spec.layout.numel), Trained(), wire_format="fp32", fingerprint=FINGERPRINT)
-    verdict = judge_header(replace(update.header, base_version=base_version), None, meta, spec)
+    verdict = judge_header(replace(update.header, base_version=base_version), None, meta, spec, 1)
     assert verdict.outcome.value == outcome
     assert verdict.staleness == max(0, 10 - base_version)
     if base_version > 13:

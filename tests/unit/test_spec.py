@@ -99,6 +99,32 @@ def test_settings_that_cannot_work_are_refused(settings: type, bad: dict[str, An
 
 
 @pytest.mark.parametrize(
+    ("chosen", "workers", "bound"),
+    [
+        (None, 0, 256),
+        (None, 64, 256),
+        (None, 65, 260),
+        (None, 400, 1600),
+        (3, 400, 3),
+        (0, 400, 0),
+        (999, 1, 999),
+    ],
+)
+def test_staleness_bound_grows_with_the_workers_unless_it_was_chosen(
+    chosen: int | None, workers: int, bound: int
+) -> None:
+    """The larger of 256 and four times the workers."""
+    assert MergeRules(max_staleness=chosen).staleness_bound(workers) == bound
+
+
+def test_spec_that_was_stored_with_a_bound_keeps_it() -> None:
+    """Every spec of an earlier FedMoE names 256: an expert's rules never change under it."""
+    content = json.loads(PLAIN.to_json())
+    content["merge"]["max_staleness"] = 256
+    assert Spec.from_json(json.dumps(content)).merge.staleness_bound(400) == 256
+
+
+@pytest.mark.parametrize(
     ("bad", "match"),
     [
         ({"base_model": ""}, "base_model must be"),

@@ -8,6 +8,7 @@ import torch
 from peft import PeftConfig, PeftType
 
 from fedmoe.data.bad_rows import BadRows
+from fedmoe.data.encode import Learn
 from fedmoe.data.examples import make_examples, padding_id
 from fedmoe.data.jsonl import open_data
 from fedmoe.errors import BaseModelError, DataError, SettingsError, SpecError, UnknownExpertError
@@ -38,6 +39,7 @@ class HeldOutSettings:
         extra: name -> directory of an adapter that is not the federation's.
         base_model: where the base lies here, "" for what the spec says.
         rows: how many of each file to look at, evenly spread; 0 is all.
+        learn: measure all answers of a conversation, or its last one.
         bad_rows: a file that lists the rows that cannot be used.
         batch_size, device, precision: of the evaluation.
     """
@@ -46,6 +48,7 @@ class HeldOutSettings:
     extra: Mapping[str, Path] = field(default_factory=dict)
     base_model: str = ""
     rows: int = 0
+    learn: Learn = "all"
     bad_rows: Path | None = None
     batch_size: int = 8
     device: str = "auto"
@@ -184,7 +187,9 @@ def measure(store: GatewayStore, settings: HeldOutSettings, *, say: Callable[[st
     max_length = max(spec.training.max_length for spec in specs.values())
     domains = {}
     for name, data in files.items():
-        made = make_examples(data, tokenizer, max_length, bad_rows, sample=settings.rows)
+        made = make_examples(
+            data, tokenizer, max_length, bad_rows, learn=settings.learn, sample=settings.rows
+        )
         say(f"{data.path}: {made.summary()}")
         domains[name] = made.examples
     loss = evaluate(

@@ -40,7 +40,7 @@ class Checkpoint:
         local: (numel,) fp32, the adapter at the last cut.
         optimizer: the trainer's state.
         trained: since the last cut, so in no update yet.
-        position: rows consumed; data: digest of the data file that position belongs to.
+        position: examples consumed; data: digest of the examples that position belongs to.
         expert, worker: whose state it is.
     """
 

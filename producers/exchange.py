@@ -40,7 +40,7 @@ class Step(Protocol):
 
 
 class Trains(Protocol):
-    """The part of a trainer that the exchange needs: `flat` (numel,) fp32, and `position`, rows consumed."""
+    """The part of a trainer that the exchange needs: `flat` (numel,) fp32, and `position`, examples consumed."""
 
     flat: torch.Tensor
     position: int

@@ -61,7 +61,7 @@ class Sync:
         store: of this thread alone.
         ledger, exchange: the books, and the meeting point with the training.
         state_dir: where to write a checkpoint before each publication, or None.
-        data: digest of the data file.
+        data: digest of the examples.
         report: the training's part of the heartbeat.
         must_pull: look at Redis before the first cut (a resumed worker).
     """

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 
 from fedmoe.data.bad_rows import BadRows
+from fedmoe.data.encode import Learn
 from fedmoe.data.examples import make_examples, padding_id
 from fedmoe.data.jsonl import DataFile, open_data
 from fedmoe.errors import FedMoEError, RedisUnavailableError, RefusedError, SettingsError, StoppedError
@@ -62,6 +63,7 @@ class WorkerSettings:
         max_steps, max_epochs: end by itself after so many (0: never).
         drain_s: how long to wait for the last decision when stopped.
         wait: wait for a Redis or an expert that is not there yet, instead of failing.
+        learn: all answers of a conversation, or its last one.
         on_bad_row: leave it out, or end. bad_rows: a file that lists those left out.
         log_interval_s: of the progress line.
     """
@@ -79,6 +81,7 @@ class WorkerSettings:
     max_epochs: float = 0.0
     drain_s: float = 30.0
     wait: bool = True
+    learn: Learn = "all"
     on_bad_row: Literal["skip", "fail"] = "skip"
     bad_rows: Path | None = None
     log_interval_s: float = 5.0
@@ -99,10 +102,11 @@ class WorkerSettings:
 
 @dataclass(frozen=True, slots=True)
 class Material:
-    """What is trained, on how many examples. The trainer is made once the worker has joined."""
+    """What is trained, on how many examples, with their digest. The trainer is made once the worker has joined."""
 
     fingerprint: str
     n_examples: int
+    data: str
     make_trainer: Callable[[], Any]
 
 
@@ -172,11 +176,11 @@ class Worker:
         self._joining.patiently(claim)
         self._joining.pin_base(material.fingerprint, spec, state_id=state_id)
         trainer = material.make_trainer()
-        ledger, trained = self._open_books(state_dir, trainer, spec, data.digest)
+        ledger, trained = self._open_books(state_dir, trainer, spec, material.data)
         exchange = Exchange(trainer, with_optimizer=state_dir is not None, trained=trained)
         sync = Sync(
             self._store, ledger, exchange, spec,
-            fingerprint=material.fingerprint, state_dir=state_dir, data=data.digest, report=self._report,
+            fingerprint=material.fingerprint, state_dir=state_dir, data=material.data, report=self._report,
             must_pull=bool(ledger.seq),
         )  # fmt: skip
         self._train(trainer, exchange, sync, material.n_examples)
@@ -188,7 +192,12 @@ class Worker:
         if data.n_rows > MANY_ROWS:
             self._say(f"tokenizing {data.n_rows} rows")
         examples = make_examples(
-            data, tokenizer, spec.training.max_length, bad_rows, stopped=self._stop.is_set
+            data,
+            tokenizer,
+            spec.training.max_length,
+            bad_rows,
+            learn=settings.learn,
+            stopped=self._stop.is_set,
         )
         self._say(f"{settings.data}: {examples.summary()}")
 
@@ -205,7 +214,7 @@ class Worker:
                 autocast=autocast,
             )
 
-        return Material(fingerprint(model), len(examples.examples), make_trainer)
+        return Material(fingerprint(model), len(examples.examples), examples.digest(), make_trainer)
 
     def _load_base(self, spec: Spec) -> tuple[Any, Any, torch.device, torch.dtype]:
         base_model = self._settings.base_model or spec.base_model
@@ -246,9 +255,12 @@ class Worker:
             if saved.data == data:
                 trainer.position = saved.position
             else:
-                self._say(f"{settings.data} is not the file of the checkpoint: starting at its first row")
+                self._say(
+                    f"{settings.data} does not give the examples of the checkpoint (the file, the chat template, "
+                    "--learn or the expert's max_length is another): starting at the first one"
+                )
             self._say(
-                f"resuming run {saved.ledger.run} after update {saved.ledger.seq}, row {trainer.position}"
+                f"resuming run {saved.ledger.run} after update {saved.ledger.seq}, example {trainer.position}"
             )
             return saved.ledger, saved.trained
         # Before the pull: an update of an earlier run that is decided after it then is of an earlier epoch.

@@ -4,10 +4,11 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import click
 
-from fedmoe.cli.options import bad_rows_option, redis_options, redis_settings
+from fedmoe.cli.options import bad_rows_option, learn_option, redis_options, redis_settings
 
 
 @click.command()
@@ -35,6 +36,7 @@ from fedmoe.cli.options import bad_rows_option, redis_options, redis_settings
     envvar="FEDMOE_EVALUATE_JSON",
     help="Write the result there too; - is standard output.",
 )
+@learn_option
 @bad_rows_option
 @click.option("--base-model", default="", help="Where the base model lies here.  [default: as the spec says]")
 @click.option(
@@ -50,6 +52,7 @@ def evaluate(
     data: Sequence[str],
     adapters: Sequence[str],
     rows: int,
+    learn: Literal["all", "last"],
     bad_rows: Path | None,
     json_file: str | None,
     base_model: str,
@@ -76,6 +79,7 @@ def evaluate(
         extra=extra,
         base_model=base_model,
         rows=rows,
+        learn=learn,
         bad_rows=bad_rows,
         batch_size=batch_size,
         device=device,

@@ -54,6 +54,17 @@ def bad_rows_option(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)
 
 
+def learn_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --learn."""
+    return click.option(
+        "--learn",
+        type=click.Choice(["all", "last"]),
+        default="all",
+        show_default=True,
+        help="Answers of a conversation that the loss is on.",
+    )(command)
+
+
 def redis_settings(redis: str, prefix: str, redis_timeout: float) -> "RedisSettings":
     """The settings of redis_options."""
     from fedmoe.store.connection import RedisSettings

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from fedmoe.cli.options import bad_rows_option, redis_options, redis_settings, stop_on_signals
+from fedmoe.cli.options import bad_rows_option, learn_option, redis_options, redis_settings, stop_on_signals
 
 
 @click.group()
@@ -41,6 +41,7 @@ def worker() -> None:
 )
 @click.option("--on-bad-row", type=click.Choice(["skip", "fail"]), default="skip", show_default=True,
               help="What a row that cannot be used does.")  # fmt: skip
+@learn_option
 @bad_rows_option
 @click.option("--no-wait", is_flag=True, help="Fail if Redis or the expert is not there yet.")
 @click.option(
@@ -49,7 +50,7 @@ def worker() -> None:
 def run(**options: Any) -> None:
     """Train and publish until stopped; SIGTERM or Ctrl-C publishes what is trained first.
 
-    Rows are {"prompt", "completion"} or {"messages": […]}; the loss is on the answer only.
+    Rows are {"prompt", "completion"} or {"messages": […]}; the loss is on the answers only.
     """
     redis = redis_settings(options["redis"], options["prefix"], options["redis_timeout"])
     stop = threading.Event()
@@ -73,6 +74,7 @@ def run(**options: Any) -> None:
         drain_s=options["drain"],
         wait=not options["no_wait"],
         on_bad_row=options["on_bad_row"],
+        learn=options["learn"],
         bad_rows=options["bad_rows"],
         log_interval_s=options["log_interval"],
     )

@@ -43,9 +43,11 @@ class Encoder:
         """Ids of the prompt and of the answer, the last turn, with its end of turn; neither is empty.
 
         Raises:
-            AnswerError: if there is no answer.
+            AnswerError: if there is no answer, or nothing before it.
             RowError: if the template refuses the turns.
         """
+        if len(turns) == 1:
+            raise AnswerError("it has nothing before its answer")
         answer = turns[-1].content
         if not answer.strip():
             raise AnswerError("its answer is empty")

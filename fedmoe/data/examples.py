@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -49,6 +50,18 @@ class Examples:
     cut: int
     max_length: int
     unused: Mapping[str, int]
+
+    def digest(self) -> str:
+        """The first 16 hex digits of a SHA-256 of the examples: only among the same ones a position means the same.
+
+        Whatever made them otherwise (the file, tokenizer, chat template, settings) makes it another.
+        """
+        digest = hashlib.sha256()
+        for example in self.examples:
+            numbers = (len(example.input_ids), len(example.answers), *chain(*example.answers))
+            digest.update(array("d", numbers))
+            digest.update(example.input_ids)
+        return digest.hexdigest()[:16]
 
     def summary(self) -> str:
         """One line, for example: 100 rows: 90 used (4 cut to max_length 512), 10 dropped (10 × its answer is empty)."""

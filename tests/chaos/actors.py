@@ -17,7 +17,7 @@ import fedmoe.cli.aggregator  # imported once, before the processes are forked
 import fedmoe.cli.main
 from consumers.aggregator import Aggregator  # noqa: F401  # imported before the fork, for the command to find
 from fedmoe.cli.options import stop_on_signals
-from fedmoe.data.jsonl import Rows
+from fedmoe.data.jsonl import DataFile
 from fedmoe.layout import Layout
 from fedmoe.spec import LoraSettings, MergeRules, Spec
 from fedmoe.store.connection import RedisSettings
@@ -149,9 +149,9 @@ class CountingTrainer:
 class CountingWorker(Worker):
     """The worker, all but the model."""
 
-    def _prepare(self, spec: Spec, rows: Rows) -> Material:
+    def _prepare(self, spec: Spec, data: DataFile, *_: object) -> Material:
         name = self._settings.worker
-        return Material(FINGERPRINT, len(rows.rows), lambda: CountingTrainer(name, spec))
+        return Material(FINGERPRINT, data.n_rows, data.digest, lambda: CountingTrainer(name, spec))
 
 
 def run_worker(place: Place, name: str, arm: Arm | None, without: str = "") -> None:

@@ -10,7 +10,7 @@ from fedmoe.data.bad_rows import Problem
 from fedmoe.data.chat import Encoder
 from fedmoe.data.encode import Encoded, Example, encode_row
 from fedmoe.data.records import Record
-from tests.tiny import tiny_tokenizer
+from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 Labels = list[tuple[str, float]]
@@ -61,3 +61,88 @@ def test_a_weight_goes_with_its_answer(weight: float) -> None:
     """Others of the conversation keep theirs."""
     (example,) = encoded(turns("q1", "a", "q2", "b", weight=weight)).examples
     assert labels(example) == [("a<|im_end|>", 1.0), ("b<|im_end|>", weight)]
+
+
+THREE = turns("q1", "FIRST", "q2", "SECOND", "q3", "THIRD")
+THREE["messages"].insert(0, {"role": "system", "content": "s"})
+
+
+def test_all_answers_are_learnt_in_one_pass() -> None:
+    """Where the template leaves earlier turns as they are: one example, whose labels are the answers alone."""
+    (example,) = encoded(THREE).examples
+    assert labels(example) == [(f"{answer}<|im_end|>", 1.0) for answer in ("FIRST", "SECOND", "THIRD")]
+    whole = TOKENIZER.apply_chat_template(THREE["messages"], return_dict=False)
+    assert list(example.input_ids) == whole[:-1]  # but for the line feed after the last turn
+
+
+def test_only_the_last_is_learnt_if_so_wanted() -> None:
+    """As one example of the same tokens."""
+    (example,) = encoded(THREE, learn="last").examples
+    assert labels(example) == [("THIRD<|im_end|>", 1.0)]
+    assert example.input_ids == encoded(THREE).examples[0].input_ids
+
+
+DROPS_EARLIER_REASONING = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' and loop.last %}"
+    "{{ '<think>\n\n</think>\n\n' }}{% endif %}{{ m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TRIMS = CHAT_TEMPLATE.replace("message['content']", "message['content'] | trim")
+
+
+def test_an_example_an_answer_where_the_template_changes_earlier_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As Qwen3's, which writes reasoning into the last turn only: each is learnt as the model will write it."""
+    monkeypatch.setattr(TOKENIZER, "chat_template", DROPS_EARLIER_REASONING)
+    examples = encoded(THREE).examples
+    answers = ("FIRST", "SECOND", "THIRD")
+    assert [labels(example) for example in examples] == [
+        [(f"<think>\n\n</think>\n\n{answer}<|im_end|>", 1.0)] for answer in answers
+    ]
+    for place, example in zip((2, 4, 6), examples, strict=True):
+        asked = TOKENIZER.apply_chat_template(
+            THREE["messages"][:place], add_generation_prompt=True, return_dict=False
+        )
+        assert list(example.input_ids[: example.answers[0].start]) == asked
+
+
+def test_answers_that_the_template_alters_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that it would trim gets an example of its own; those after it share one again."""
+    monkeypatch.setattr(TOKENIZER, "chat_template", TRIMS)
+    examples = encoded(turns("q1", " a", "q2", "b", "q3", "c")).examples
+    assert [[text for text, _ in labels(example)] for example in examples] == [
+        [" a<|im_end|>"],
+        ["b<|im_end|>", "c<|im_end|>"],
+    ]
+
+
+def test_answers_beyond_max_length_are_left_out_and_said() -> None:
+    """What fits is learnt, cut at the limit; what does not is named by its line."""
+    whole = encoded(THREE).examples[0]
+    second = whole.answers[1]
+    made = encoded(THREE, max_length=second.start + 2)
+    (example,) = made.examples
+    assert labels(example) == [("FIRST<|im_end|>", 1.0), ("SE", 1.0)]
+    assert (len(example.input_ids), made.cut) == (second.start + 2, 1)
+    assert [(p.line, p.reason) for p in made.left_out] == [
+        (7, f"its prompt fills max_length {second.start + 2}")
+    ]
+
+
+def test_an_empty_answer_costs_no_other() -> None:
+    """It is named; with nothing else to learn, the row is a bad one."""
+    made = encoded(turns("q1", "", "q2", "b"))
+    assert [labels(example) for example in made.examples] == [[("b<|im_end|>", 1.0)]]
+    assert [p.reason for p in made.left_out] == ["its answer is empty"]
+    problem = encode(turns("q1", "", "q2", " "))
+    assert isinstance(problem, Problem)
+    assert problem.reason == "its answer is empty"
+
+
+def test_an_answer_to_nothing_is_left_out() -> None:
+    """A greeting before the first question is part of what follows, not learnt."""
+    row = {"messages": [{"role": "assistant", "content": "hello"}, *turns("q", "a")["messages"]]}
+    made = encoded(row)
+    assert [labels(example) for example in made.examples] == [[("a<|im_end|>", 1.0)]]
+    assert [p.reason for p in made.left_out] == ["it has nothing before its answer"]

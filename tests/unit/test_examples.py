@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import pytest
 import torch
@@ -179,3 +179,23 @@ def test_every_epoch_has_every_row_once_in_an_order_of_its_own() -> None:
     orders = [indices(epoch * 50, 50, 50, seed) for seed in range(5) for epoch in range(5)]
     assert all(sorted(order) == list(range(50)) for order in orders)
     assert len({tuple(order) for order in orders}) == 25
+
+
+def test_the_digest_is_of_the_examples(rows: MakeRows, tmp_path: Path) -> None:
+    """Whatever gives other ones gives another: file, template, `learn`, max_length, a weight; not a comment."""
+    path = tmp_path / "turns.jsonl"
+
+    def digest(template: str = "", weight: float = 1, **options: Any) -> str:
+        turns = [("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "abc")]
+        messages = [{"role": role, "content": content} for role, content in turns]
+        messages[-1]["weight"] = weight
+        path.write_text(json.dumps({"messages": messages, "comment": str(options)}))
+        tokenizer = tiny_tokenizer()
+        tokenizer.chat_template += template
+        data = open_data(path, BAD_ROWS)
+        return make_examples(data, tokenizer, options.pop("max_length", 512), BAD_ROWS, **options).digest()
+
+    assert digest() == digest(learn="all", max_length=500)
+    others = [digest(learn="last"), digest(max_length=40), digest(weight=0.5), digest("{{ '\n' }}")]
+    others.append(make_examples(rows("b"), tiny_tokenizer(), 512, BAD_ROWS).digest())
+    assert len({digest(), *others}) == 6

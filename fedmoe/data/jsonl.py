@@ -26,12 +26,14 @@ class Row:
     Args:
         number, line: as in its record.
         turns: system, user, assistant and tool turns, at least two; the last is the assistant's.
+        tools: JSON schemas of the functions that the assistant may call.
         unused: what it holds and no rule uses, such as a field's name.
     """
 
     line: int
     number: int = 0
     turns: tuple[Turn, ...]
+    tools: tuple[dict[str, Any], ...] = ()
     unused: tuple[str, ...] = ()
 
 
@@ -91,7 +93,7 @@ def read_row(path: Path, record: Record) -> Row | Problem:
         read = read_conversation(_parse(record.text))
     except RowError as error:
         return Problem.of(error, path, record.number, record.line)
-    return Row(number=record.number, line=record.line, turns=read.turns, unused=read.unused)
+    return Row(number=record.number, line=record.line, turns=read.turns, tools=read.tools, unused=read.unused)
 
 
 def _parse(text: str) -> object:

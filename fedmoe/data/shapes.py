@@ -13,10 +13,13 @@
 `completion`, `output`, `response` and `answer` mean the same, as do `instruction`, `prompt`, `question` and
 `query`; `input` and `context` beside them become part of the question; `system` may stand beside any of them;
 upper and lower case are the same. What follows the assistant's last turn is cut off. A turn's, and a row's,
-`weight`, `train` and `loss` say how much answers count, and so does the `label` or `kto_tag` of a KTO row. A field
-that is in none of these rules is not used, and its name is reported.
+`weight`, `train` and `loss` say how much answers count, and so does the `label` or `kto_tag` of a KTO row. `tools`
+beside any of them are for the chat template, and so is an answer's reasoning, which stands beside its content as
+`reasoning_content`, `thinking` or `reasoning`, or in it as parts of type "thinking". A field that is in none of these
+rules is not used, and its name is reported.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -41,10 +44,12 @@ class Conversation:
 
     Args:
         turns: at least two; the last is the assistant's.
+        tools: JSON schemas of the functions that the assistant may call.
         unused: what holds something and is not used by any rule, each once, as it is printed.
     """
 
     turns: tuple[Turn, ...]
+    tools: tuple[dict[str, Any], ...]
     unused: tuple[str, ...]
 
 
@@ -65,7 +70,8 @@ def read_conversation(row: object) -> Conversation:
         raise RowError("it has nothing before its answer")
     if turns[answers[-1] + 1 :]:
         fields.report_unused("turns after the last answer")
-    return Conversation(turns=tuple(turns[: answers[-1] + 1]), unused=fields.unused())
+    tools = _tools(fields.use("tools"))
+    return Conversation(turns=tuple(turns[: answers[-1] + 1]), tools=tools, unused=fields.unused())
 
 
 class _Fields:
@@ -120,6 +126,21 @@ def _turns(fields: _Fields) -> list[Turn]:
     if system and turns[:1] and turns[0].role != "system" and (value := fields.use(system)):
         turns.insert(0, Turn(role="system", content=read_text(value, system)))
     return turns
+
+
+def _tools(value: object) -> tuple[dict[str, Any], ...]:
+    """OpenAI's list of tools, or its JSON as LLaMA-Factory's files have it."""
+    if not value:
+        return ()
+    if isinstance(value, str):
+        try:
+            value = json.loads(value) if value.strip() else []
+        except (ValueError, RecursionError):
+            raise RowError("its tools are not JSON") from None
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise RowError("its tools are not a list of objects")
+    read_text(json.dumps(value, ensure_ascii=False), "tools")
+    return tuple(value)
 
 
 def _weighed(turns: list[Turn], fields: _Fields) -> list[Turn]:

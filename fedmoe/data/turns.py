@@ -2,8 +2,10 @@
 
 import math
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
 
 from fedmoe.errors import RowError
 
@@ -15,8 +17,9 @@ ROLES = (
 )
 TEXT_PARTS = ("text", "input_text", "output_text")
 MAX_NAME_CHARS = 60
+REASONING = ("reasoning_content", "thinking", "reasoning")
 WEIGHTS = ("weight", "train", "loss")
-_USED = ("role", "from", "content", "value", "tool_calls", "function_call", *WEIGHTS)
+_USED = ("role", "from", "content", "value", "tool_calls", "function_call")
 _KINDS = {
     dict: "an object",
     list: "an array",
@@ -32,11 +35,13 @@ class Turn:
 
     Args:
         role: system, user, assistant or tool.
+        reasoning: what an assistant thought before it said `content`.
         weight: how much the tokens of an answer count in the loss; 0 is never learnt.
     """
 
     role: str
     content: str
+    reasoning: str = ""
     weight: float = 1.0
 
 
@@ -51,12 +56,17 @@ def read_turns(value: object, where: str, report_unused: Callable[[str], None]) 
     turns = []
     for i, message in enumerate(value):
         turns.append(turn := _turn(message, f"{where}[{i}]"))
-        for name in message:
-            if name not in _USED and holds_something(message[name]):
-                report_unused(named(f"{where}[].{name}"))
-            elif name in WEIGHTS and message[name] and turn.role != "assistant":
-                report_unused(f"{named(f'{where}[].{name}')} of {turn.role} turns")
+        for name in _unused(message, turn):
+            report_unused(f"{named(f'{where}[].{name}')} of {turn.role} turns")
     return turns
+
+
+def _unused(message: dict[str, Any], turn: Turn) -> Iterator[str]:
+    for name, value in message.items():
+        of_an_answer = turn.role == "assistant" and (name in WEIGHTS or value == turn.reasoning)
+        marks_none = name in WEIGHTS and not value
+        if name not in _USED and not of_an_answer and not marks_none and holds_something(value):
+            yield name
 
 
 def _turn(message: object, where: str) -> Turn:
@@ -70,9 +80,25 @@ def _turn(message: object, where: str) -> Turn:
     if known is None:
         wanted = f": its {where} has the role {reprlib.repr(role)}; wanted is system, user, assistant or tool"
         raise RowError("it has a turn of an unknown role", wanted)
-    content = read_text(message.get("content", message.get("value")), f"{where}.content")
+    content = message.get("content", message.get("value"))
+    reasoning = ""
+    if known == "assistant":
+        thoughts, content = _thoughts(content, f"{where}.content")
+        beside = (value for name in REASONING if isinstance(value := message.get(name), str))
+        reasoning = thoughts or read_text(next(filter(None, beside), ""), f"{where}.reasoning")
     weight = math.prod(read_weight(message.get(name), f"{where}.{name}") for name in WEIGHTS)
-    return Turn(role=known, content=content, weight=weight)
+    return Turn(
+        role=known, content=read_text(content, f"{where}.content"), reasoning=reasoning, weight=weight
+    )
+
+
+def _thoughts(content: object, where: str) -> tuple[str, object]:
+    """The text of the parts of type "thinking" that the content begins with, and the rest of it."""
+    if not isinstance(content, list):
+        return "", content
+    parts = list(takewhile(lambda part: isinstance(part, dict) and part.get("type") == "thinking", content))
+    texts = (read_text(part.get("thinking"), f"{where}[{i}].thinking") for i, part in enumerate(parts))
+    return "".join(texts), content[len(parts) :]
 
 
 def read_weight(value: object, where: str) -> float:

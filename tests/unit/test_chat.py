@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fedmoe.data.chat import Encoder
 from fedmoe.data.turns import Turn
-from fedmoe.errors import DataError
+from fedmoe.errors import DataError, RowError
 from tests.tiny import END, tiny_tokenizer
 
 SYSTEM = Turn(role="system", content="s")
@@ -163,6 +163,95 @@ def test_the_prompt_is_what_the_model_will_be_asked(template: str) -> None:
     prompt, answer = Encoder(tokens).encode((USER, ANSWER))
     assert prompt == asked
     assert (prompt + answer).count(bos) == ("<bos>" in template)
+
+
+QWEN3_REASONING = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if m.role == 'assistant' and loop.last %}{{ '<think>\n' }}{% if m.reasoning_content is string %}"
+    "{{ m.reasoning_content.strip('\n') }}{% endif %}{{ '\n</think>\n\n' }}{% endif %}"
+    "{{ m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+HARMONY_REASONING = HARMONY.replace(
+    "'<start>' + m.role",
+    "('<start>assistant<channel>analysis<message>' + m.thinking + '<end>' if m.thinking and loop.last else '')"
+    " + '<start>' + m.role",
+)
+REASONING = {
+    "Qwen3": (QWEN3_REASONING, "<think>\nbecause\n</think>\n\na<|im_end|>"),
+    "Qwen3.5": (
+        QWEN3_REASONING.replace("assistant\n' }}{% endif %}", "assistant\n<think>\n' }}{% endif %}"),
+        "because\n</think>\n\na<|im_end|>",
+    ),
+    "Harmony": (
+        HARMONY_REASONING,
+        "<channel>analysis<message>because<end><start>assistant<channel>final<message>a<return>",
+    ),
+}
+
+
+@pytest.mark.parametrize(("template", "answer"), REASONING.values(), ids=REASONING)
+def test_reasoning_beside_an_answer_is_learnt_as_the_template_writes_it(template: str, answer: str) -> None:
+    """Under the name that the template reads; an earlier turn's is left to the template, as the model is asked."""
+    tokens = tokenizer(template)
+    thought = replace(ANSWER, reasoning="because")
+    for turns in ([USER], [USER, replace(EARLIER, reasoning="earlier"), USER]):
+        ids = Encoder(tokens).encode((*turns, thought))
+        assert tokens.decode(ids[1]) == answer
+        assert ids[0] == tokens.apply_chat_template(
+            [asdict(turn) for turn in turns], add_generation_prompt=True, return_dict=False
+        )
+
+
+@pytest.mark.parametrize("template", [None, PHI, QWEN3, MISTRAL])
+def test_reasoning_that_the_template_does_not_show_is_refused(template: str | None) -> None:
+    """Never an empty block in its place; nor is reasoning of an earlier turn dropped without a word."""
+    thought = replace(ANSWER, reasoning="because")
+    for turns in ((USER, thought), (USER, thought, USER, ANSWER)):
+        with pytest.raises(RowError, match="reasoning"):
+            Encoder(tokenizer(template)).encode(turns)
+        if template is None:
+            break
+    with pytest.raises(RowError, match="it has reasoning in its answer and beside it"):
+        Encoder(tokenizer(QWEN3_REASONING)).encode((USER, replace(thought, content="<think>b</think>a")))
+
+
+TOOLS = ({"type": "function", "function": {"name": "weather", "parameters": {}}},)
+WITH_TOOLS = (
+    "{% if tools %}{{ '<tools>' + tools | tojson + '</tools>\n' }}{% endif %}{% for m in messages %}"
+    "{% if m.role == 'tool' %}{{ '<result>' + m.content | tojson + '<end>' }}"
+    "{% else %}{{ '<' + m.role + '>\n' + m.content + '<end>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>\n' }}{% endif %}"
+)
+WITHOUT_TOOLS = (
+    "{% for m in messages if m.role in ('system', 'user', 'assistant') %}"
+    "{{ '<' + m.role + '>\n' + m.content + '<end>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>\n' }}{% endif %}"
+)
+RESULT = Turn(role="tool", content='"17"\n')
+
+
+def test_tools_are_handed_to_the_template() -> None:
+    """And so is what they returned, however the template writes it."""
+    tokens = tokenizer(WITH_TOOLS)
+    prompt, answer = Encoder(tokens).encode((USER, EARLIER, RESULT, ANSWER), TOOLS)
+    text = tokens.decode(prompt)
+    assert text.startswith('<tools>[{"type": "function", "function": {"name": "weather"')
+    assert '<result>"\\"17\\"\\n"<end>' in text
+    assert tokens.decode(answer) == "a<end>"
+
+
+def test_what_the_template_drops_is_refused() -> None:
+    """A tool's turn, tools, an answer: nothing is trained on less than what the row says."""
+    encoder = Encoder(tokenizer(WITHOUT_TOOLS))
+    with pytest.raises(RowError, match="the chat template drops its tool turn"):
+        encoder.encode((USER, EARLIER, RESULT, ANSWER))
+    with pytest.raises(RowError, match="the chat template does not show its tools"):
+        encoder.encode((USER, ANSWER), TOOLS)
+    with pytest.raises(RowError, match="there is no chat template to show them"):
+        Encoder(tokenizer(None)).encode((USER, ANSWER), TOOLS)
+    with pytest.raises(RowError, match="the chat template drops its answer"):
+        Encoder(tokenizer(WITHOUT_TOOLS.replace(", 'assistant'", ""))).encode((USER, ANSWER))
 
 
 @pytest.mark.parametrize(

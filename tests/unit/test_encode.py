@@ -146,3 +146,33 @@ def test_an_answer_to_nothing_is_left_out() -> None:
     made = encoded(row)
     assert [labels(example) for example in made.examples] == [[("a<|im_end|>", 1.0)]]
     assert [p.reason for p in made.left_out] == ["it has nothing before its answer"]
+
+
+def test_a_row_is_left_out_whole_if_the_template_drops_a_part_of_it() -> None:
+    """Also if an answer before that part could be learnt; the line is named."""
+    tools = [{"type": "function", "function": {"name": "get_weather", "parameters": {}}}]
+    problem = encode(turns("weather?", "sunny") | {"tools": tools, "parallel_tool_calls": False})
+    assert isinstance(problem, Problem)
+    assert str(problem) == "rows.jsonl line 7: the chat template does not show its tools"
+    problem = encode(turns("2+2?", "4", "3+3?", "6", reasoning_content="three and three"))
+    assert isinstance(problem, Problem)
+    assert str(problem) == "rows.jsonl line 7: the chat template does not show its reasoning"
+
+
+def test_what_a_tool_returned_is_in_the_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ShareGPT's roles, on a template that writes such turns, and on one that leaves them out."""
+    said = [
+        ("human", "weather in Rome?"),
+        ("gpt", "<tool_call>w</tool_call>"),
+        ("tool", "TEMP=17"),
+        ("gpt", "17."),
+    ]
+    row = {"conversations": [{"from": role, "value": text} for role, text in said]}
+    (example,) = encoded(row).examples
+    assert [text for text, _ in labels(example)] == ["<tool_call>w</tool_call><|im_end|>", "17.<|im_end|>"]
+    assert "<|im_start|>tool\nTEMP=17<|im_end|>" in TOKENIZER.decode(list(example.input_ids))
+    without = CHAT_TEMPLATE.replace("in messages %}", "in messages if message['role'] != 'tool' %}")
+    monkeypatch.setattr(TOKENIZER, "chat_template", without)
+    problem = encode(row)
+    assert isinstance(problem, Problem)
+    assert problem.reason == "the chat template drops its tool turn"

@@ -167,6 +167,20 @@ BAD = {
     ),
     "NaN weight": (b'{"prompt": "q", "completion": "a", "weight": NaN}', "its weight is nan; wanted is"),
     "text weight": (b'{"prompt": "q", "completion": "a", "weight": "0"}', "its weight is '0'; wanted is"),
+    "tools": (b'{"prompt": "q", "completion": "a", "tools": ["w"]}', "its tools are not a list of objects"),
+    "tools that are no JSON": (b'{"prompt": "q", "completion": "a", "tools": "{"}', "its tools are not JSON"),
+    "tools in Latin-1": (
+        b'{"prompt": "q", "completion": "a", "tools": [{"name": "caf\xe9"}]}',
+        "its tools holds the byte 0xe9",
+    ),
+    "thoughts after the answer": (
+        b'{"messages": [{"role": "assistant", "content": [{"type": "text", "text": "a"}, {"type": "thinking"}]}]}',
+        "its messages[0].content[1] is a part of type 'thinking'; only parts of type 'text'",
+    ),
+    "thoughts of a question": (
+        b'{"messages": [{"role": "user", "content": [{"type": "thinking", "thinking": "t"}]}]}',
+        "its messages[0].content[0] is a part of type 'thinking'",
+    ),
     "lone surrogate": (b'{"prompt": "\\ud83d", "completion": "a"}', "half a character (\\ud83d"),
     "Latin-1": (b'{"prompt": "caf\xe9", "completion": "a"}', "its prompt holds the byte 0xe9, which is not"),
 }
@@ -313,6 +327,38 @@ def test_weights_of_answers(tmp_path: Path, row: dict[str, Any], weights: list[f
     assert read.unused == ()
 
 
+TEXT_PART = {"type": "text", "text": "a"}
+THOUGHTS = {
+    "reasoning_content": ANSWER | {"reasoning_content": "t"},
+    "thinking": ANSWER | {"thinking": "t", "reasoning_content": None},
+    "the same under two names": ANSWER | {"thinking": "t", "reasoning": "t"},
+    "part": ANSWER | {"content": [{"type": "thinking", "thinking": "t"}, TEXT_PART]},
+    "part of parts": ANSWER
+    | {
+        "content": [
+            {"type": "thinking", "thinking": [{"type": "text", "text": "t"}]},
+            *[{"type": "text", "text": "a"}],
+        ]
+    },
+}
+
+
+@pytest.mark.parametrize("answer", THOUGHTS.values(), ids=THOUGHTS)
+def test_reasoning_is_no_part_of_the_answer(tmp_path: Path, answer: Message) -> None:
+    """Under any of its names, or as a part of the content."""
+    (read,) = read_rows(write(tmp_path, lines({"messages": [user("q"), answer]}))).rows
+    assert (read.turns[-1].content, read.turns[-1].reasoning, read.unused) == ("a", "t", ())
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_tools_are_read(tmp_path: Path, packed: bool) -> None:
+    """As objects, or as their JSON; none at all is no tools."""
+    tools = [{"type": "function", "function": {"name": "w"}}]
+    rows = [GOOD | {"tools": json.dumps(value) if packed else value} for value in (tools, [])]
+    used, unused = read_rows(write(tmp_path, lines(*rows))).rows
+    assert (list(used.tools), unused.tools, used.unused) == (tools, (), ())
+
+
 UNUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "all used": (GOOD | {"context": "c", "input": "i", "system": "s", "history": [["1", "2"]]}, []),
     "nothing in it": (GOOD | {"tags": [], "meta": {}, "by": "", "id": None}, []),
@@ -324,9 +370,13 @@ UNUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "beside messages": ({"messages": [user("q"), ANSWER], "context": "c"}, ["'context'"]),
     "of turns": (
         {"messages": [user("q") | {"name": "n", "id": None}, ANSWER | {"name": "m"}]},
-        ["'messages[].name'"],
+        ["'messages[].name' of user turns", "'messages[].name' of assistant turns"],
     ),
     "label of another kind": (GOOD | {"label": 0, "loss": 2.5}, ["'label'", "'loss'"]),
+    "two reasonings": (
+        {"messages": [user("q") | {"thinking": "t"}, ANSWER | {"thinking": "t", "reasoning": "r"}]},
+        ["'messages[].thinking' of user turns", "'messages[].reasoning' of assistant turns"],
+    ),
     "learnt question": (
         {"messages": [user("q") | {"train": True, "weight": 0}, ANSWER]},
         ["'messages[].train' of user turns"],

@@ -29,6 +29,7 @@ from fedmoe.records import Entry
 from fedmoe.store.connection import MAX_SECONDS, Connection, RedisSettings
 from fedmoe.store.expert import BLOCKING_MS, ExpertStore
 from fedmoe.store.lease import Lease
+from fedmoe.store.problems import Problems
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +103,7 @@ class ExpertServer:
         self._lease = Lease(
             connection, self._store.keys.lease, holder=holder, ttl_ms=int(settings.lease_s * 1000)
         )
+        self._problems = Problems(connection, self._store.keys.problem, holder=holder, clock=clock)
         self._expert: Expert | None = None
         self._loaded = False
         self._standing_by = False
@@ -117,6 +119,7 @@ class ExpertServer:
             try:
                 done = self._turn(stop)
                 backoff.ok()
+                self._problems.solved()
                 if done and self._settings.burst:
                     break
             except StaleStateError as error:
@@ -124,10 +127,12 @@ class ExpertServer:
                 self._loaded = False
             except FedMoEError as error:
                 self._loaded = False
+                self._problems.say(str(error))
                 stop.wait(backoff.failed(error))
             except Exception as error:  # a bug must cost one expert a few seconds, never the daemon
                 logger.exception("%s: unexpected error", self.name)
                 self._loaded, self._expert = False, None
+                self._problems.say(f"unexpected error: {error!r}")
                 stop.wait(backoff.failed(error))
         try:
             self._lease.release()

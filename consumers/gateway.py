@@ -22,6 +22,7 @@ from fedmoe.spec import Spec
 from fedmoe.store.connection import MAX_SECONDS, Connection
 from fedmoe.store.gateway import GatewayRecord, GatewayStore
 from fedmoe.store.lease import Lease
+from fedmoe.store.problems import Problems
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +81,7 @@ class GatewayBuilder:
         self._store = GatewayStore(connection)
         self._settings = settings
         self._clock = clock
+        self._problems = Problems(connection, self._store.keys.problem, holder=holder)
         self._listed: dict[str, float] = {}
         self._lost: dict[str, float] = {}  # of these, what an emptied Redis has not got back yet
         self._lease = Lease(
@@ -101,13 +103,16 @@ class GatewayBuilder:
                 else:
                     self._experts()
                 backoff.ok()
+                self._problems.solved()
             except RedisUnavailableError as error:
+                self._problems.say(str(error))
                 stop.wait(backoff.failed(error))
             except FedMoEError as error:
                 backoff.failed(error)
                 self._complain(str(error))
             except Exception as error:  # a bug here must not end the daemon
                 logger.exception("gateway: unexpected error")
+                self._problems.say(f"unexpected error: {error!r}")
                 stop.wait(backoff.failed(error))
         try:
             self._lease.release()

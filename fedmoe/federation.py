@@ -12,6 +12,8 @@ from fedmoe.records import Meta
 
 # Three heartbeats; then the key expires and the worker is gone.
 QUIET_AFTER_S = 10.0
+STILL_AFTER_S = 600.0  # without an update, although a worker has run for so long
+NEWS_FOR_S = 24 * 3600.0  # so long it is a finding that a worker vanished or failed
 MEMORY_ALARM = 0.8
 
 
@@ -43,6 +45,23 @@ class WorkerView:
     in_flight: int | None = None
     published: int | None = None
     refused: int | None = None
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GoneWorker:
+    """A worker that is not there any more.
+
+    Args:
+        how: finished, stopped, refused or failed (with the reason), vanished without a word, "" if it is not known.
+        ago_s: seconds since then (vanished: since its last heartbeat); None if that is not known.
+    """
+
+    name: str
+    how: str = ""
+    reason: str = ""
+    host: str = ""
+    ago_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +82,8 @@ class ExpertView:
         waiting: entries on the stream, read or not.
         pending: read by an aggregator, not committed yet; lag: not read yet.
         lease: who serves it; "" if nobody does.
-        left: workers with a decided update and no heartbeat.
+        left: workers that are not there any more.
+        last_update_s: seconds since the last update was applied, by the server's clock.
         log: the last applied updates, newest first.
     """
 
@@ -76,7 +96,8 @@ class ExpertView:
     lag: int | None = None
     lease: str | None = None
     workers: tuple[WorkerView, ...] = ()
-    left: tuple[str, ...] = ()
+    left: tuple[GoneWorker, ...] = ()
+    last_update_s: float | None = None
     dead: int | None = None
     last_dead: tuple[DeadLetter, ...] = ()
     log: tuple[dict[str, str], ...] = ()
@@ -152,9 +173,14 @@ def findings(federation: Federation) -> Iterator[str]:
 
 def _of_expert(expert: ExpertView) -> Iterator[str]:
     yield from (f"{expert.name}: {problem}" for problem in expert.problems)
-    if expert.waiting and expert.lease == "":
-        waiting = _count(expert.waiting, "entry", "entries")
-        yield f"{expert.name}: {waiting} waiting and no aggregator serves it: start `fedmoe aggregator run`"
+    if expert.lease == "":
+        waiting = f"{_count(expert.waiting, 'entry', 'entries')} waiting and " if expert.waiting else ""
+        yield f"{expert.name}: {waiting}no aggregator serves it: start `fedmoe aggregator run`"
+    if (expert.last_update_s or 0.0) > STILL_AFTER_S and expert.workers:
+        yield (
+            f"{expert.name}: the last update was applied {duration(expert.last_update_s)} ago, although "
+            f"{_count(len(expert.workers), 'worker runs', 'workers run')}: see what they and the aggregator log"
+        )
     if expert.last_dead:
         last = expert.last_dead[0]
         who = f"{last.worker} update {last.seq}" if last.worker else f"entry {last.id}"
@@ -162,6 +188,41 @@ def _of_expert(expert: ExpertView) -> Iterator[str]:
     for worker in expert.workers:
         if worker.last_seen_s is not None and worker.last_seen_s > QUIET_AFTER_S:
             yield f"{expert.name}: worker {worker.name} has not been heard of for {worker.last_seen_s:.0f} s"
+        if worker.problem:
+            yield f"{expert.name}: worker {worker.name}: {worker.problem}"
+    for gone in expert.left:
+        if gone.how in ("vanished", "failed", "refused") and (gone.ago_s or 0.0) < NEWS_FOR_S:
+            yield f"{expert.name}: {left_line(gone)}"
+
+
+def left_line(worker: GoneWorker) -> str:
+    """How and when a worker left, for example: worker bob vanished 3 min ago (host lab): …."""
+    ago = "" if worker.ago_s is None else f" {duration(worker.ago_s)} ago"
+    host = f" (host {worker.host})" if worker.host else ""
+    match worker.how:
+        case "":
+            what = "is not running"
+        case "vanished":
+            what, ago = (
+                "vanished without a word",
+                f"{ago}{host}: was it killed? The same command starts it again",
+            )
+        case "refused":
+            what = "left, because it was refused,"
+        case how:
+            what = how
+    reason = f": {worker.reason}" if worker.reason else ""
+    return f"worker {worker.name} {what}{ago}{reason}"
+
+
+def duration(seconds: float | None) -> str:
+    """A time span for people: 40 s, 12 min, 5 h, 3 days."""
+    if seconds is None or math.isnan(seconds):
+        return "-"
+    for size, unit, below in ((1, "s", 120), (60, "min", 120 * 60), (3600, "h", 48 * 3600)):
+        if seconds < below:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds / 86_400:.0f} days"
 
 
 def _refusals(expert: ExpertView) -> str:

@@ -8,6 +8,7 @@ transaction. `fedmoe` is the prefix, a setting, so that several federations can 
     fedmoe:{E}:payload:<worker>:<run>:<seq>:head    string  header (msgpack), what counts; expires
     fedmoe:{E}:payload:<worker>:<run>:<seq>:<part>  string  one part (msgpack), at most 1 MiB; expires
     fedmoe:{E}:payload:<worker>:epoch               string  counts the worker's runs; expires
+    fedmoe:{E}:payload:<worker>:trace               hash    how it left; outlives the heartbeat; expires
     fedmoe:{E}:weights                              string  the expert, a safetensors file
     fedmoe:{E}:packed                               string  as workers pull it (packed.py); none in format fp32
     fedmoe:{E}:meta                                 hash    version, lineage, commit, weights_commit, counters; readable
@@ -19,7 +20,8 @@ transaction. `fedmoe` is the prefix, a setting, so that several federations can 
     fedmoe:{E}:lease                                string  the aggregator that serves this expert; expires
     fedmoe:{E}:lost                                 hash    worker -> lineage it knew, when the expert was found gone
     fedmoe:{E}:memory                               hash    aggregator -> version it can write back; expires
-    fedmoe:{gateway}:weights, :meta, :lease                 the merge of all experts, rebuilt whenever one moves
+    fedmoe:{E}:problem                              hash    aggregator -> what it cannot do now; expires
+    fedmoe:{gateway}:weights, :meta, :lease, :problem       the merge of all experts, rebuilt whenever one moves
 
 Who may write what: a worker only `payload:<itself>:*`, `worker:<itself>` and XADD to `updates`; all else is the
 aggregators'.
@@ -84,6 +86,15 @@ class ExpertKeys:
     def memory(self) -> str:
         return f"{self.root}:memory"
 
+    @property
+    def problem(self) -> str:
+        return f"{self.root}:problem"
+
+    @property
+    def members(self) -> str:
+        """Pattern of the heartbeats and the traces of all workers, and of little else."""
+        return f"{self.root}:[wp]*"
+
     def worker(self, worker: str) -> str:
         return f"{self.root}:worker:{worker}"
 
@@ -92,6 +103,9 @@ class ExpertKeys:
 
     def epoch(self, worker: str) -> str:
         return f"{self.root}:payload:{worker}:epoch"
+
+    def trace(self, worker: str) -> str:
+        return f"{self.root}:payload:{worker}:trace"
 
     def part(self, worker: str, run: str, seq: int, index: int) -> str:
         return f"{self.root}:payload:{worker}:{run}:{seq}:{index}"

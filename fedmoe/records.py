@@ -9,6 +9,8 @@ from fedmoe.errors import SpecError
 from fedmoe.update import UpdateId
 
 HEARTBEAT_TTL_S = 15.0  # a worker whose heartbeat has expired is gone
+TRACE_TTL_S = 7 * 24 * 3600.0  # so long it is told how a worker left
+VANISHED = "vanished"  # of a worker that left without a word: it was killed, or its machine is cut off
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

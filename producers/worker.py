@@ -21,7 +21,14 @@ from fedmoe.data.bad_rows import BadRows
 from fedmoe.data.encode import Learn
 from fedmoe.data.examples import make_examples, padding_id
 from fedmoe.data.jsonl import DataFile, open_data
-from fedmoe.errors import FedMoEError, RedisUnavailableError, RefusedError, SettingsError, StoppedError
+from fedmoe.errors import (
+    FedMoEError,
+    NameTakenError,
+    RedisUnavailableError,
+    RefusedError,
+    SettingsError,
+    StoppedError,
+)
 from fedmoe.model.adapter import attach_adapter
 from fedmoe.model.base import (
     check_structure,
@@ -134,6 +141,8 @@ class Worker:
         self._print = say
         self._store = WorkerStore(Connection(redis), settings.stream, settings.worker)
         self._mute = False
+        self._has_joined = False
+        self._is_done = False  # has trained as much as it was asked to
         self._joining = Joining(self._store, wait=settings.wait, stop=stop)
         self._last: StepResult | None = None
         self._steps = 0
@@ -156,10 +165,32 @@ class Worker:
         Raises:
             FedMoEError: one sentence for whatever makes this worker useless: wrong data, stream, base model, name.
         """
+        how, reason = "failed", ""
         try:
             self._run()
+            how = "finished" if self._is_done else "stopped"
         except StoppedError as stopped:
+            how = "stopped"
             self._say(str(stopped))
+        except NameTakenError:
+            self._has_joined = False  # what is there under this name is another's
+            raise
+        except BaseException as error:
+            how, reason = (
+                "refused" if isinstance(error, RefusedError) else "failed",
+                str(error) or repr(error),
+            )
+            raise
+        finally:
+            if self._has_joined:
+                self._take_leave(how, reason)
+
+    def _take_leave(self, how: str, reason: str) -> None:
+        """Take the heartbeat away, and leave word how it ended, for `fedmoe status`."""
+        try:
+            self._store.leave(how, reason)
+        except RedisUnavailableError:
+            logger.debug("the heartbeat could not be taken away, it expires by itself")
 
     def _run(self) -> None:
         settings = self._settings
@@ -174,6 +205,7 @@ class Worker:
         patience_s = HEARTBEAT_INTERVAL_S * 1.5
         claim = partial(claim_name, self._store, state_id=state_id, patience_s=patience_s, stop=self._stop)
         self._joining.patiently(claim)
+        self._has_joined = True
         self._joining.pin_base(material.fingerprint, spec, state_id=state_id)
         trainer = material.make_trainer()
         ledger, trained = self._open_books(state_dir, trainer, spec, material.data)
@@ -301,17 +333,14 @@ class Worker:
     def _done(self, trainer: Any, n_examples: int) -> bool:
         settings = self._settings
         epochs = trainer.position / n_examples
-        return bool(
+        self._is_done = bool(
             (settings.max_steps and self._steps >= settings.max_steps)
             or (settings.max_epochs and epochs >= settings.max_epochs)
         )
+        return self._is_done
 
     def _leave(self, sync: Sync, exchange: Exchange) -> None:
         """Say how it ended; raise if something that was trained could be lost."""
-        try:
-            self._store.leave()
-        except RedisUnavailableError:
-            logger.debug("the heartbeat could not be taken away, it expires by itself")
         if sync.failure is not None:
             raise sync.failure
         status = sync.status

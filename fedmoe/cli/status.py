@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fedmoe.store.inspect import Inspector
 
 EXPERT_COLUMNS = (
-    "expert", "version", "waiting", "pending", "workers", "loss", "staleness", "applied", "refused",
+    "expert", "version", "last update", "waiting", "pending", "workers", "loss", "staleness", "applied", "refused",
     "served by",
 )  # fmt: skip
 WORKER_COLUMNS = (
@@ -155,11 +155,14 @@ def expert_rows(federation: "Federation") -> list[list[str]]:
 
 
 def _expert_row(expert: "ExpertView") -> list[str]:
+    from fedmoe.federation import duration
+
     meta = expert.meta
     lease = {None: NONE, "": "nobody", "?": "somebody"}.get(expert.lease, expert.lease)
     return [
         expert.name,
         cell(meta.version if meta else None),
+        duration(expert.last_update_s),
         cell(expert.waiting),
         cell(expert.pending),
         str(len(expert.workers)),
@@ -195,10 +198,18 @@ def _worker_row(worker: "WorkerView") -> list[str]:
 
 def more_lines(federation: "Federation") -> list[str]:
     """What fits no table: workers that are not shown, workers that left, the gateway."""
+    from fedmoe.federation import duration
+
     lines = []
     if len(federation.workers) > SHOWN_WORKERS:
         lines.append(f"and {len(federation.workers) - SHOWN_WORKERS} more workers, see --json")
-    left = [f"{name} ({expert.name})" for expert in federation.experts for name in expert.left]
+    left = [
+        f"{gone.name} ({expert.name}) {gone.how or 'left'} {duration(gone.ago_s)} ago"
+        if gone.ago_s is not None
+        else f"{gone.name} ({expert.name})"
+        for expert in federation.experts
+        for gone in expert.left
+    ]
     if left:
         more = f" and {len(left) - 10} more" if len(left) > 10 else ""
         lines.append(f"not running now: {', '.join(left[:10])}{more}")

@@ -1,36 +1,28 @@
 """Reads a whole federation without changing anything; a read-only user (`+@read`) is enough.
 
 Whatever is missing, of the wrong type, malformed or not this user's to read is said for the expert it belongs
-to; all the rest is shown. Never KEYS but one SCAN for all workers, and of a heartbeat only the known fields.
+to; all the rest is shown. Never KEYS but one SCAN for all workers (members.py).
 """
 
 import json
-import math
-import re
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import redis
 from redis.exceptions import NoPermissionError
 
 from fedmoe.errors import SpecError
 from fedmoe.federation import DeadLetter, ExpertView, Federation, GatewayView, ServerView, WorkerView
 from fedmoe.keys import GROUP
-from fedmoe.names import MAX_NAME_LENGTH, RESERVED_EXPERTS, is_name
-from fedmoe.records import HEARTBEAT_TTL_S, Meta
+from fedmoe.names import RESERVED_EXPERTS, is_name
+from fedmoe.records import Meta
 from fedmoe.store.connection import Connection
+from fedmoe.store.members import Members, read_members
+from fedmoe.store.reading import Command, ask, number, printable, texts, whole, why
 
-SHOWN_DEAD, SHOWN_LOG, SHOWN_WORKERS = 3, 5, 1000
-MAX_TEXT_CHARS = 300
-DENIED = "this user may not"
-_BEAT = (
-    "run", "host", "pid", "since", "step", "loss", "tokens_per_s", "base_version", "staleness", "in_flight",
-    "published", "refused",
-)  # fmt: skip
+SHOWN_DEAD, SHOWN_LOG = 3, 5
 _KEY_OF = {"groups": "updates", "last_dead": "dead", "lease_ms": "lease"}
-
-Command = tuple[str | bytes | int, ...]
 
 
 class Inspector:
@@ -52,14 +44,16 @@ class Inspector:
         commands: dict[tuple[str, str], Command] = {("", "info"): ("INFO",)}
         for name in (*weights, "gateway"):
             commands |= {(name, what): command for what, command in self._commands(name).items()}
-        replies = self._ask(commands)
-        workers = self._workers(list(weights), problems)
+        replies = ask(self.connection, commands)
+        members = read_members(self.connection, list(weights), problems)
+        now = _now(replies["", "info"])
 
         def of(name: str) -> dict[str, Any]:
             return {what: reply for (owner, what), reply in replies.items() if owner == name}
 
         experts = tuple(
-            self._expert(name, weight, of(name), workers.get(name, ())) for name, weight in weights.items()
+            self._expert(name, weight, of(name), members.get(name, Members()), now)
+            for name, weight in weights.items()
         )
         return Federation(
             prefix=self.keys.prefix,
@@ -71,7 +65,7 @@ class Inspector:
 
     def _experts(self, problems: list[str]) -> dict[str, float | None]:
         """The listed experts and their gateway weights, None for one that is not a number."""
-        raw = self._ask({"experts": ("HGETALL", self.keys.experts)})["experts"]
+        raw = ask(self.connection, {"experts": ("HGETALL", self.keys.experts)})["experts"]
         if isinstance(raw, Exception):
             with self.connection.errors():
                 if not str(raw).startswith("WRONGTYPE"):
@@ -83,7 +77,7 @@ class Inspector:
             if not is_name(printable(name)) or printable(name) in RESERVED_EXPERTS:
                 problems.append(f"{self.keys.experts} lists {printable(name)!r}, which is no expert's name")
                 continue
-            found[name.decode()] = _number(weight)
+            found[name.decode()] = number(weight)
             if found[name.decode()] is None:
                 problems.append(f"{name.decode()}: its gateway weight is {printable(weight)!r}, not a number")
         return found
@@ -95,6 +89,7 @@ class Inspector:
             "weights": ("STRLEN", keys.weights),
             "lease": ("GET", keys.lease),
             "lease_ms": ("PTTL", keys.lease),
+            "problem": ("HGETALL", keys.problem),
         }
         if name == "gateway":
             return commands
@@ -107,57 +102,8 @@ class Inspector:
             "applied": ("HKEYS", keys.applied),
         }
 
-    def _ask(self, commands: Mapping[Any, Command]) -> dict[Any, Any]:
-        """Send everything at once; a command that Redis refuses has its error as reply."""
-        with self.connection.errors(), self._redis.pipeline(transaction=False) as pipe:
-            for command in commands.values():
-                pipe.execute_command(*command)
-            return dict(zip(commands, pipe.execute(raise_on_error=False), strict=True))
-
-    def _workers(self, experts: Sequence[str], problems: list[str]) -> dict[str, list[WorkerView]]:
-        """The heartbeats there are, by expert."""
-        key_of_worker = re.compile(rb"[^{]*\{([^}]*)\}:worker:(.+)", re.DOTALL)
-        found: dict[bytes, tuple[str, str]] = {}
-        orphans: dict[str, str] = {}
-        pattern = self.keys.expert("*").worker("*")
-        with self.connection.errors():
-            try:
-                for key in self._redis.scan_iter(match=pattern, count=1000):
-                    match = key_of_worker.fullmatch(key)
-                    if not match:
-                        continue
-                    worker = printable(match[2], MAX_NAME_LENGTH)
-                    if match[1].decode(errors="replace") in experts:
-                        found[key] = (match[1].decode(), worker)
-                    else:
-                        orphans[printable(match[1], MAX_NAME_LENGTH)] = worker
-            except NoPermissionError:
-                problems.append("the workers cannot be read: this user may not SCAN")
-        problems += [
-            f"{expert} is not in Redis, but worker {worker} trains it: write a backup back (fedmoe restore), or begin "
-            "anew (fedmoe aggregator run --new-lineage)"
-            for expert, worker in sorted(orphans.items())
-        ]
-        if len(found) > SHOWN_WORKERS:
-            problems.append(f"there are {len(found)} heartbeats, of which only {SHOWN_WORKERS} are shown")
-        shown = sorted(found, key=lambda key: found[key])[:SHOWN_WORKERS]
-        commands: dict[tuple[bytes, str], Command] = {}
-        for key in shown:
-            commands[key, "beat"] = ("HMGET", key, *_BEAT)
-            commands[key, "ttl_ms"] = ("PTTL", key)
-        replies = self._ask(commands) if commands else {}
-        workers: dict[str, list[WorkerView]] = {}
-        for key in shown:
-            expert, name = found[key]
-            beat, ttl_ms = replies[key, "beat"], replies[key, "ttl_ms"]
-            if isinstance(beat, redis.ResponseError):
-                problems.append(f"{expert}: the heartbeat of {name} cannot be read: {_why(beat)}")
-            elif ttl_ms != -2:  # it expired while we looked
-                workers.setdefault(expert, []).append(_worker(expert, name, beat, ttl_ms))
-        return workers
-
     def _expert(
-        self, name: str, weight: float | None, replies: dict[str, Any], workers: Sequence[WorkerView]
+        self, name: str, weight: float | None, replies: dict[str, Any], members: Members, now: float
     ) -> ExpertView:
         problems = _refused(replies)
         meta = _meta(replies["meta"], problems)
@@ -165,8 +111,8 @@ class Inspector:
             problems.append("its weights are missing: was the key deleted?")
         waiting = replies["updates"]
         pending, lag = _group(replies["groups"], waiting)
-        here = {worker.name for worker in workers}
-        left = [worker for worker in map(printable, replies["applied"] or ()) if worker not in here]
+        problems += _of_aggregators(replies)
+        workers = members.alive
         if meta:
             workers = [_behind(worker, meta.version) for worker in workers]
         return ExpertView(
@@ -179,44 +125,13 @@ class Inspector:
             lag=lag,
             lease=_lease(replies),
             workers=tuple(workers),
-            left=tuple(sorted(left)[:SHOWN_WORKERS]),
+            left=members.left(map(printable, replies["applied"] or ())),
             dead=replies["dead"],
             last_dead=tuple(_dead_letter(entry) for entry in replies["last_dead"] or ()),
-            log=tuple(_texts(fields) for _, fields in replies["log"] or ()),
+            log=tuple(texts(fields) for _, fields in replies["log"] or ()),
+            last_update_s=_age_of_last(replies["log"] or (), now),
             problems=tuple(problems),
         )
-
-
-def printable(raw: bytes | str, limit: int = MAX_TEXT_CHARS) -> str:
-    """What anybody may have written, safe for a terminal: what is not printable is escaped, and it is cut."""
-    text = raw.decode(errors="backslashreplace") if isinstance(raw, bytes) else raw
-    safe = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:limit])
-    return safe if len(safe) <= limit and len(text) <= limit else safe[:limit] + "..."
-
-
-def _texts(fields: Mapping[bytes, bytes]) -> dict[str, str]:
-    return {printable(key): printable(value) for key, value in fields.items()}
-
-
-def _number(raw: bytes | str | None) -> float | None:
-    try:
-        value = float(raw or "")
-    except ValueError:
-        return None
-    return value if math.isfinite(value) else None
-
-
-def _whole(raw: bytes | str | None) -> int | None:
-    value = _number(raw)
-    return None if value is None or abs(value) > 2**53 else int(value)
-
-
-def _why(error: Exception) -> str:
-    """An error reply as the end of a sentence."""
-    text = str(error)
-    if text.startswith("WRONGTYPE"):
-        return "the key is of the wrong type: was it written by something else?"
-    return DENIED if isinstance(error, NoPermissionError) else printable(text)
 
 
 def _refused(replies: dict[str, Any]) -> list[str]:
@@ -230,8 +145,8 @@ def _refused(replies: dict[str, Any]) -> list[str]:
             replies[what] = []
         elif what != "lease" or not isinstance(reply, NoPermissionError):
             # Who holds the lease may be secret (-get); whether anybody does is told by its expiry.
-            reasons.setdefault(_why(reply), []).append(_KEY_OF.get(what, what))
-    return [f"{', '.join(dict.fromkeys(keys))} cannot be read: {why}" for why, keys in reasons.items()]
+            reasons.setdefault(why(reply), []).append(_KEY_OF.get(what, what))
+    return [f"{', '.join(dict.fromkeys(keys))} cannot be read: {reason}" for reason, keys in reasons.items()]
 
 
 def _meta(raw: Mapping[bytes, bytes] | None, problems: list[str]) -> Meta | None:
@@ -272,34 +187,12 @@ def _lease(replies: Mapping[str, Any]) -> str | None:
 
 
 def _dead_letter(entry: tuple[bytes, Mapping[bytes, bytes]]) -> DeadLetter:
-    fields = _texts(entry[1])
+    fields = texts(entry[1])
     return DeadLetter(
         id=printable(entry[0]),
         worker=fields.get("worker", ""),
         seq=fields.get("seq", ""),
         reason=fields.get("reason", "no reason is given"),
-    )
-
-
-def _worker(expert: str, name: str, beat: Sequence[bytes | None], ttl_ms: int | Exception) -> WorkerView:
-    said = dict(zip(_BEAT, beat, strict=True))
-    seen_s = HEARTBEAT_TTL_S - ttl_ms / 1000 if isinstance(ttl_ms, int) and ttl_ms >= 0 else None
-    return WorkerView(
-        expert=expert,
-        name=name,
-        last_seen_s=None if seen_s is None else max(0.0, seen_s),
-        since=_number(said["since"]),
-        run=printable(said["run"] or b"", MAX_NAME_LENGTH),
-        host=printable(said["host"] or b"", MAX_NAME_LENGTH),
-        pid=_whole(said["pid"]),
-        step=_whole(said["step"]),
-        loss=_number(said["loss"]),
-        tokens_per_s=_number(said["tokens_per_s"]),
-        base_version=_whole(said["base_version"]),
-        staleness=_whole(said["staleness"]),
-        in_flight=_whole(said["in_flight"]),
-        published=_whole(said["published"]),
-        refused=_whole(said["refused"]),
     )
 
 
@@ -309,9 +202,30 @@ def _behind(worker: WorkerView, version: int) -> WorkerView:
     return replace(worker, behind=max(0, version - worker.base_version))
 
 
+def _now(info: Mapping[str, Any] | Exception) -> float:
+    """The server's clock (seconds since 1970), or this machine's if this user may not ask."""
+    microseconds = None if isinstance(info, Exception) else info.get("server_time_usec")
+    return microseconds / 1e6 if isinstance(microseconds, int) else time.time()
+
+
+def _age_of_last(log: Sequence[tuple[bytes, Mapping[bytes, bytes]]], now: float) -> float | None:
+    """Seconds since the last update was applied, by the server's clock; `log` has the newest line first."""
+    for line_id, fields in log:
+        if b"worker" in fields:
+            return max(0.0, now - int(line_id.partition(b"-")[0]) / 1000)
+    return None
+
+
+def _of_aggregators(replies: Mapping[str, Any]) -> list[str]:
+    """What aggregators say that they cannot do, a sentence each."""
+    said = texts(replies["problem"] or {})
+    return [f"aggregator {holder} has a problem: {problem}" for holder, problem in sorted(said.items())]
+
+
 def _gateway(replies: dict[str, Any], experts: Sequence[ExpertView]) -> GatewayView:
     problems = _refused(replies)
-    meta = _texts(replies["meta"] or {})
+    problems += _of_aggregators(replies)
+    meta = texts(replies["meta"] or {})
     built_from: dict[str, int] = {}
     commits: dict[str, str] = {}
     if text := (replies["meta"] or {}).get(b"built_from"):
@@ -326,9 +240,9 @@ def _gateway(replies: dict[str, Any], experts: Sequence[ExpertView]) -> GatewayV
     return GatewayView(
         exists=exists,
         method=meta.get("method", ""),
-        rank=_whole(meta.get("rank")),
-        updated_at=_number(meta.get("updated_at")),
-        relative_error=_number(meta.get("relative_error")),
+        rank=whole(meta.get("rank")),
+        updated_at=number(meta.get("updated_at")),
+        relative_error=number(meta.get("relative_error")),
         built_from=built_from,
         present={name: expert.version for name, expert in present.items()},
         outdated=tuple(n for n, expert in present.items() if commits.get(n) != expert.weights_commit),

@@ -14,7 +14,8 @@ from fedmoe.errors import RedisUnavailableError
 from fedmoe.federation import MEMORY_ALARM, Federation
 from fedmoe.keys import GROUP, Keys
 from fedmoe.store.connection import Connection
-from fedmoe.store.inspect import DENIED, Inspector
+from fedmoe.store.inspect import Inspector
+from fedmoe.store.reading import DENIED
 
 OLDEST = (7, 0)
 ROLES = ("aggregator", "worker", "viewer")

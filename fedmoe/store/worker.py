@@ -14,7 +14,7 @@ import torch
 from fedmoe.codec import EXACT
 from fedmoe.errors import LostExpertError, RedisUnavailableError, UnknownExpertError
 from fedmoe.packed import pieces, unpack
-from fedmoe.records import Decided, Meta
+from fedmoe.records import TRACE_TTL_S, Decided, Meta
 from fedmoe.spec import Spec
 from fedmoe.store.connection import Connection
 from fedmoe.store.full import is_full, read_together
@@ -242,12 +242,14 @@ class WorkerStore:
             self._redis.xadd(self.keys.updates, {"worker": self.worker, "join": "1"})
 
     def beat(self, fields: Mapping[str, str | int | float], *, ttl_s: float) -> None:
-        """Write the heartbeat; it vanishes after ttl_s."""
-        key = self.keys.worker(self.worker)
+        """Write the heartbeat, which vanishes after ttl_s, and a trace that tells later when it was last seen."""
+        key, trace = self.keys.worker(self.worker), self.keys.trace(self.worker)
         with self.connection.errors(), self._redis.pipeline(transaction=True) as pipe:
-            pipe.delete(key)
+            pipe.delete(key, trace)
             pipe.hset(key, mapping=dict(fields))
             pipe.pexpire(key, int(ttl_s * 1000))
+            pipe.hset(trace, "host", fields.get("host", ""))
+            pipe.pexpire(trace, int(TRACE_TTL_S * 1000))
             pipe.execute()
 
     def heartbeat(self) -> dict[str, str]:
@@ -256,7 +258,12 @@ class WorkerStore:
             raw = self._redis.hgetall(self.keys.worker(self.worker))
         return {k.decode(errors="replace"): v.decode(errors="replace") for k, v in raw.items()}
 
-    def leave(self) -> None:
-        """Take the heartbeat away."""
+    def leave(self, how: str = "stopped", reason: str = "") -> None:
+        """Take the heartbeat away, and leave a trace: how (finished, stopped, refused, failed), and why."""
+        trace = self.keys.trace(self.worker)
         with self.connection.errors():
-            self._redis.delete(self.keys.worker(self.worker))
+            self._redis.delete(self.keys.worker(self.worker))  # first: a full Redis takes no trace
+            with self._redis.pipeline(transaction=True) as pipe:
+                pipe.hset(trace, mapping={"how": how, "reason": reason})
+                pipe.pexpire(trace, int(TRACE_TTL_S * 1000))
+                pipe.execute()

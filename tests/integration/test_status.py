@@ -2,11 +2,14 @@
 
 import io
 import json
+import re
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -15,14 +18,15 @@ from consumers.gateway import GatewayBuilder, GatewaySettings
 from fedmoe.cli.status import render
 from fedmoe.cli.status import screen as status_screen
 from fedmoe.embedded import EmbeddedRedis
-from fedmoe.federation import Federation, findings
-from fedmoe.records import HEARTBEAT_TTL_S
+from fedmoe.federation import Federation, duration, findings
+from fedmoe.records import HEARTBEAT_TTL_S, TRACE_TTL_S
 from fedmoe.store.connection import Connection, RedisSettings
-from fedmoe.store.inspect import Inspector, printable
+from fedmoe.store.inspect import Inspector
 from fedmoe.store.lease import Lease
+from fedmoe.store.reading import printable
 from fedmoe.store.worker import WorkerStore
-from tests.federation import ScriptedWorker, make_expert, serve, small_spec
-from tests.processes import environment, fedmoe
+from tests.federation import ScriptedWorker, make_expert, serve, serving, small_spec
+from tests.processes import environment, eventually, fedmoe
 
 BEAT = {
     "run": "1-00000000", "host": "lab", "pid": 7, "since": "1700000000", "step": 12, "loss": "1.2500",
@@ -64,7 +68,7 @@ def test_all_that_happened_is_shown(connection: Connection) -> None:
     assert shown.meta is not None
     assert (shown.meta.version, shown.meta.refused, shown.meta.mean_staleness) == (2, 1, 0.5)
     assert (shown.waiting, shown.pending, shown.lag) == (1, 0, 1)
-    assert (shown.lease, shown.left, shown.dead) == ("agg-1", ("bob",), 1)
+    assert (shown.lease, [gone.name for gone in shown.left], shown.dead) == ("agg-1", ["bob"], 1)
     assert "norm" in shown.last_dead[0].reason
     assert [line["worker"] for line in shown.log] == ["bob", "alice"]
     (worker,) = shown.workers
@@ -94,18 +98,19 @@ def test_entries_that_were_read_and_not_committed_are_pending(connection: Connec
 
 
 def test_waiting_updates_that_nobody_serves_are_said(connection: Connection) -> None:
-    """No lease while updates wait or the gateway is behind is wrong; with a lease it is not."""
+    """No lease is wrong, and worse while updates wait or the gateway is behind; with a lease all is well."""
     expert = make_expert(connection)
-    assert list(findings(look(connection))) == []
+    nobody = "sql_expert: no aggregator serves it: start `fedmoe aggregator run`"
+    assert list(findings(look(connection))) == [nobody]
     build_gateway(connection)
     ScriptedWorker(connection, small_spec()).push(0.5)
-    nobody = "sql_expert: 1 entry waiting and no aggregator serves it: start `fedmoe aggregator run`"
-    assert list(findings(look(connection))) == [nobody]
+    waiting = "sql_expert: 1 entry waiting and no aggregator serves it: start `fedmoe aggregator run`"
+    assert list(findings(look(connection))) == [waiting]
     serve(expert)
     stale = "gateway: sql_expert moved on and no aggregator rebuilds it: start `fedmoe aggregator run`"
-    assert list(findings(look(connection))) == [stale]
-    ScriptedWorker(connection, small_spec()).push(0.5)
     assert list(findings(look(connection))) == [nobody, stale]
+    ScriptedWorker(connection, small_spec()).push(0.5)
+    assert list(findings(look(connection))) == [waiting, stale]
     hold(connection)
     assert list(findings(look(connection))) == []
 
@@ -218,7 +223,7 @@ def test_a_read_only_user_sees_it_all_but_who_holds_the_lease(
     assert list(findings(theirs)) == []
     assert theirs.experts[0].lease == "?"
     shown = replace(theirs.experts[0], lease="agg-1", workers=mine.experts[0].workers)
-    assert shown == mine.experts[0]
+    assert replace(shown, last_update_s=mine.experts[0].last_update_s) == mine.experts[0]
     assert replace(theirs.gateway, lease="agg-1") == mine.gateway
     assert len(theirs.workers) == 1
 
@@ -232,10 +237,12 @@ def test_what_a_user_may_not_read_is_said_in_one_line(connection: Connection, vi
     (shown,) = seen.experts
     assert shown.meta is not None
     assert shown.problems == (
-        "weights, lease, updates, dead, log, applied cannot be read: this user may not",
+        "weights, lease, problem, updates, dead, log, applied cannot be read: this user may not",
     )
     assert seen.problems == ("the workers cannot be read: this user may not SCAN",)
-    assert list(findings(seen))[-1] == "gateway: meta, weights, lease cannot be read: this user may not"
+    assert (
+        list(findings(seen))[-1] == "gateway: meta, weights, lease, problem cannot be read: this user may not"
+    )
 
 
 def test_looking_changes_nothing(connection: Connection) -> None:
@@ -250,6 +257,7 @@ def test_looking_changes_nothing(connection: Connection) -> None:
 def test_a_server_that_runs_full_is_said(connection: Connection) -> None:
     """Above 80 % of maxmemory, and whenever it may throw keys away."""
     make_expert(connection)
+    hold(connection)
     used = connection.client.info("memory")["used_memory"]
     connection.client.config_set("maxmemory", used * 2)
     try:
@@ -267,9 +275,89 @@ def test_a_server_that_runs_full_is_said(connection: Connection) -> None:
 def test_a_worker_that_fell_silent_is_said(connection: Connection) -> None:
     """Two missed heartbeats."""
     expert = make_expert(connection)
+    hold(connection)
     expert.store.connection.client.hset("fedmoe:{sql_expert}:worker:al", "run", "1-00000000")
     expert.store.connection.client.pexpire("fedmoe:{sql_expert}:worker:al", 3000)
     assert list(findings(look(connection))) == ["sql_expert: worker al has not been heard of for 12 s"]
+
+
+def test_how_and_when_each_worker_left_is_shown(connection: Connection) -> None:
+    """Finished, refused, killed, one of an earlier FedMoE without a trace, and one that came back after it had left."""
+    make_expert(connection)
+    hold(connection)
+    client = connection.client
+    workers = {name: WorkerStore(connection, "sql_expert", name) for name in ("ann", "bob", "cleo", "eve")}
+    for store in workers.values():
+        store.beat(BEAT, ttl_s=HEARTBEAT_TTL_S)
+    workers["ann"].leave("finished")
+    workers["bob"].leave("refused", "its base model is another one")
+    client.delete("fedmoe:{sql_expert}:worker:cleo")  # killed: the heartbeat expires
+    client.pexpire("fedmoe:{sql_expert}:payload:cleo:trace", int((TRACE_TTL_S - 300) * 1000))
+    client.hset("fedmoe:{sql_expert}:applied", "dan", "{}")
+    workers["eve"].leave("failed", "no memory")
+    workers["eve"].beat(BEAT, ttl_s=HEARTBEAT_TTL_S)
+    seen = look(connection)
+    (shown,) = seen.experts
+    assert [worker.name for worker in shown.workers] == ["eve"]
+    assert [(gone.name, gone.how) for gone in shown.left] == [
+        ("ann", "finished"), ("bob", "refused"), ("cleo", "vanished"), ("dan", ""),
+    ]  # fmt: skip
+    again = "The same command starts it again"
+    assert list(findings(seen)) == [
+        "sql_expert: worker bob left, because it was refused, 0 s ago: its base model is another one",
+        f"sql_expert: worker cleo vanished without a word 5 min ago (host lab): was it killed? {again}",
+    ]
+    text = fedmoe("status", "--redis", connection.settings.url).stdout
+    assert "ann (sql_expert) finished " in text
+    assert "cleo (sql_expert) vanished 5 min ago, dan (sql_expert)" in text
+
+
+def test_an_expert_that_stands_still_is_said(connection: Connection) -> None:
+    """The age of the last update is a column, and a finding when workers run."""
+    make_expert(connection)
+    hold(connection)
+    seconds, micros = connection.client.time()
+    yesterday = int((seconds - 26 * 3600) * 1000 + micros / 1000)
+    log = "fedmoe:{sql_expert}:log"
+    connection.client.xadd(log, {"version": 1, "worker": "ann"}, id=f"{yesterday}-0")
+    connection.client.xadd(log, {"version": 1, "restored": "written back"})
+    assert list(findings(look(connection))) == []
+    assert look(connection).experts[0].last_update_s == pytest.approx(26 * 3600, abs=60)
+    assert "26 h" in fedmoe("status", "--redis", connection.settings.url).stdout
+    WorkerStore(connection, "sql_expert", "ann").beat(BEAT, ttl_s=HEARTBEAT_TTL_S)
+    (finding,) = findings(look(connection))
+    assert finding.startswith("sql_expert: the last update was applied 26 h ago, although 1 worker runs")
+
+
+def test_what_an_aggregator_cannot_do_is_shown_and_goes_when_it_can(
+    connection: Connection, connect: Callable[[], Connection], tmp_path: Path
+) -> None:
+    """A --keep-updates directory that takes nothing: said in status as long as it lasts; a dead one's word expires."""
+    make_expert(connection)
+    kept = tmp_path / "kept"
+    with serving(connect(), "agg-1", keep_updates=kept):
+        eventually("the expert is served", lambda: look(connection).experts[0].lease == "agg-1")
+        shutil.rmtree(kept / "sql_expert")
+        (kept / "sql_expert").write_text("in the way")
+        ScriptedWorker(connection, small_spec()).push(0.5)
+        said = eventually("the problem is shown", lambda: look(connection).experts[0].problems)
+        assert said[0].startswith("aggregator agg-1 has a problem: updates cannot be kept in ")
+        assert 0 < connection.client.pttl("fedmoe:{sql_expert}:problem") <= 60_000
+        (kept / "sql_expert").unlink()
+        (kept / "sql_expert").mkdir()
+        eventually(
+            "the update is applied", lambda: (meta := look(connection).experts[0].meta) and meta.version
+        )
+        eventually("the problem is gone", lambda: not look(connection).experts[0].problems)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(None, "-"), (0, "0 s"), (119, "119 s"), (120, "2 min"), (7200, "2 h"), (200_000, "2 days")],
+)
+def test_durations_are_short(seconds: float | None, text: str) -> None:
+    """In the largest unit of which there are two."""
+    assert duration(seconds) == text
 
 
 def test_the_command_prints_columns_json_and_the_gateway(connection: Connection) -> None:
@@ -283,10 +371,14 @@ def test_the_command_prints_columns_json_and_the_gateway(connection: Connection)
     WorkerStore(connection, "sql_expert", "alice").beat(BEAT, ttl_s=15)
     build_gateway(connection)
     text = fedmoe("status", "--redis", url).stdout
-    head, row = (line.split() for line in text.splitlines() if line.startswith(("expert ", "sql_expert ")))
+    head, row = (
+        re.split(r"  +", line) for line in text.splitlines() if line.startswith(("expert ", "sql_expert "))
+    )
+    assert re.fullmatch(r"\d+ s", row.pop(head.index("last update")))
+    head.remove("last update")
     assert dict(zip(head, row, strict=False)) == {
         "expert": "sql_expert", "version": "1", "waiting": "0", "pending": "0", "workers": "1", "loss": "1.500",
-        "staleness": "0.00", "applied": "1", "refused": "0", "served": "nobody",
+        "staleness": "0.00", "applied": "1", "refused": "0", "served by": "nobody",
     }  # fmt: skip
     worker = next(line.split() for line in text.splitlines() if line.startswith("alice "))
     assert " ".join(worker[:3] + worker[4:]) == "alice sql_expert lab s 12 1.250 310 1 0 0 3 1"
@@ -294,7 +386,7 @@ def test_the_command_prints_columns_json_and_the_gateway(connection: Connection)
     shown = json.loads(fedmoe("status", "--redis", url, "--json").stdout)
     assert shown["experts"][0]["workers"][0]["loss"] == 1.25
     assert shown["experts"][0]["mean_staleness"] == 0
-    assert shown["findings"] == []
+    assert shown["findings"] == ["sql_expert: no aggregator serves it: start `fedmoe aggregator run`"]
 
 
 def test_a_redis_that_does_not_answer_is_one_sentence() -> None:

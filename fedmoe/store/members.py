@@ -1,0 +1,144 @@
+"""Reads who works on each expert, and who has left it: how and when.
+
+One SCAN for all of them, and of a heartbeat only the known fields. How long ago something was written is told by its
+key's expiry, so that no two clocks are compared.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import redis
+from redis.exceptions import NoPermissionError
+
+from fedmoe.federation import GoneWorker, WorkerView
+from fedmoe.names import MAX_NAME_LENGTH
+from fedmoe.records import HEARTBEAT_TTL_S, TRACE_TTL_S, VANISHED
+from fedmoe.store.connection import Connection
+from fedmoe.store.reading import Command, ask, number, printable, whole, why
+
+SHOWN_WORKERS = 1000
+_BEAT = (
+    "run", "host", "pid", "since", "step", "loss", "tokens_per_s", "base_version", "staleness", "in_flight",
+    "published", "refused", "problem",
+)  # fmt: skip
+_TRACE = ("how", "reason", "host")
+_HEARTBEAT_KEY = re.compile(rb"[^{]*\{([^}]*)\}:worker:(.+)", re.DOTALL)
+_TRACE_KEY = re.compile(rb"[^{]*\{([^}]*)\}:payload:([^:]+):trace", re.DOTALL)
+
+Found = dict[bytes, tuple[str, str]]  # key -> expert, worker
+
+
+@dataclass(slots=True)
+class Members:
+    """The workers of one expert: those with a heartbeat, and what the others left behind."""
+
+    alive: list[WorkerView] = field(default_factory=list)
+    traces: dict[str, GoneWorker] = field(default_factory=dict)
+
+    def left(self, decided: Iterable[str]) -> tuple[GoneWorker, ...]:
+        """Those of the workers with a decided update, or with a trace, that have no heartbeat; by name."""
+        here = {worker.name for worker in self.alive}
+        gone = {name: GoneWorker(name=name) for name in decided} | self.traces
+        return tuple(gone[name] for name in sorted(gone.keys() - here)[:SHOWN_WORKERS])
+
+
+def read_members(connection: Connection, experts: Sequence[str], problems: list[str]) -> dict[str, Members]:
+    """The workers of each of the experts; what is odd is added to `problems`."""
+    alive, gone = _find(connection, experts, problems)
+    for what, found in (("heartbeats", alive), ("traces of workers", gone)):
+        if len(found) > SHOWN_WORKERS:
+            problems.append(f"there are {len(found)} {what}, of which only {SHOWN_WORKERS} are shown")
+    members: dict[str, Members] = {name: Members() for name in experts}
+    for key, beat, ttl_ms in _read(connection, alive, _BEAT):
+        expert, name = alive[key]
+        if isinstance(beat, redis.ResponseError):
+            problems.append(f"{expert}: the heartbeat of {name} cannot be read: {why(beat)}")
+        elif ttl_ms != -2:  # it expired while we looked
+            members[expert].alive.append(_worker(expert, name, beat, ttl_ms))
+    for key, trace, ttl_ms in _read(connection, gone, _TRACE):
+        expert, name = gone[key]
+        if not isinstance(trace, redis.ResponseError) and ttl_ms != -2:
+            members[expert].traces[name] = _gone(name, trace, ttl_ms)
+    return members
+
+
+def _find(connection: Connection, experts: Sequence[str], problems: list[str]) -> tuple[Found, Found]:
+    """Keys of the heartbeats and of the traces there are, with expert and worker."""
+    alive: Found = {}
+    gone: Found = {}
+    orphans: dict[str, str] = {}
+    pattern = connection.keys.expert("*").members
+    with connection.errors():
+        try:
+            for key in connection.client.scan_iter(match=pattern, count=1000):
+                found = alive
+                if not (match := _HEARTBEAT_KEY.fullmatch(key)):
+                    found = gone
+                    if not (match := _TRACE_KEY.fullmatch(key)):
+                        continue
+                worker = printable(match[2], MAX_NAME_LENGTH)
+                if match[1].decode(errors="replace") in experts:
+                    found[key] = (match[1].decode(), worker)
+                elif found is alive:
+                    orphans[printable(match[1], MAX_NAME_LENGTH)] = worker
+        except NoPermissionError:
+            problems.append("the workers cannot be read: this user may not SCAN")
+    problems += [
+        f"{expert} is not in Redis, but worker {worker} trains it: write a backup back (fedmoe restore), or begin "
+        "anew (fedmoe aggregator run --new-lineage)"
+        for expert, worker in sorted(orphans.items())
+    ]
+    return alive, gone
+
+
+def _read(
+    connection: Connection, found: Found, fields: Sequence[str]
+) -> Iterable[tuple[bytes, Any, int | Exception]]:
+    """Key, fields (or the error of a foreign key) and milliseconds to its expiry of those that are shown."""
+    shown = sorted(found, key=lambda key: found[key])[:SHOWN_WORKERS]
+    commands: dict[tuple[bytes, str], Command] = {}
+    for key in shown:
+        commands[key, "fields"] = ("HMGET", key, *fields)
+        commands[key, "ttl_ms"] = ("PTTL", key)
+    replies: Mapping[Any, Any] = ask(connection, commands)
+    return [(key, replies[key, "fields"], replies[key, "ttl_ms"]) for key in shown]
+
+
+def _ago(ttl_ms: int | Exception, of_s: float) -> float | None:
+    """Seconds since a key was written that lives for `of_s` seconds; None if it has no expiry."""
+    return max(0.0, of_s - ttl_ms / 1000) if isinstance(ttl_ms, int) and ttl_ms >= 0 else None
+
+
+def _gone(name: str, trace: Sequence[bytes | None], ttl_ms: int | Exception) -> GoneWorker:
+    said = dict(zip(_TRACE, trace, strict=True))
+    return GoneWorker(
+        name=name,
+        how=printable(said["how"] or b"", MAX_NAME_LENGTH) or VANISHED,
+        reason=printable(said["reason"] or b""),
+        host=printable(said["host"] or b"", MAX_NAME_LENGTH),
+        ago_s=_ago(ttl_ms, TRACE_TTL_S),
+    )
+
+
+def _worker(expert: str, name: str, beat: Sequence[bytes | None], ttl_ms: int | Exception) -> WorkerView:
+    said = dict(zip(_BEAT, beat, strict=True))
+    return WorkerView(
+        expert=expert,
+        name=name,
+        last_seen_s=_ago(ttl_ms, HEARTBEAT_TTL_S),
+        since=number(said["since"]),
+        run=printable(said["run"] or b"", MAX_NAME_LENGTH),
+        host=printable(said["host"] or b"", MAX_NAME_LENGTH),
+        pid=whole(said["pid"]),
+        step=whole(said["step"]),
+        loss=number(said["loss"]),
+        tokens_per_s=number(said["tokens_per_s"]),
+        base_version=whole(said["base_version"]),
+        staleness=whole(said["staleness"]),
+        in_flight=whole(said["in_flight"]),
+        published=whole(said["published"]),
+        refused=whole(said["refused"]),
+        problem=printable(said["problem"] or b""),
+    )

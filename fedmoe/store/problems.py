@@ -1,0 +1,58 @@
+"""What an aggregator cannot do at present, where `fedmoe status` reads it; it expires by itself."""
+
+import logging
+import time
+from collections.abc import Callable
+
+from fedmoe.errors import RedisUnavailableError
+from fedmoe.store.connection import Connection
+
+logger = logging.getLogger(__name__)
+
+PROBLEM_TTL_S = 60.0
+REPEAT_S = 15.0
+
+
+class Problems:
+    """One process' entry in the hash at `key`; a Redis that does not take it is no further problem.
+
+    Args:
+        key: of the expert's (or the gateway's) problems.
+        holder: name of this process.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self, connection: Connection, key: str, *, holder: str, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._connection = connection
+        self._key = key
+        self._holder = holder
+        self._clock = clock
+        self._said = ""
+        self._said_at = 0.0
+
+    def say(self, problem: str) -> None:
+        """Note a problem that is there now; call it again while it is."""
+        now = self._clock()
+        if problem == self._said and now - self._said_at < REPEAT_S:
+            return
+        try:
+            with self._connection.errors(), self._connection.client.pipeline(transaction=True) as pipe:
+                pipe.hset(self._key, self._holder, problem)
+                pipe.pexpire(self._key, int(PROBLEM_TTL_S * 1000))
+                pipe.execute()
+            self._said, self._said_at = problem, now
+        except RedisUnavailableError as error:
+            logger.debug("the problem cannot be written to Redis: %s", error)
+
+    def solved(self) -> None:
+        """Note that all is well. Another process' problem goes, too, until that says it again."""
+        if not self._said:
+            return
+        try:
+            with self._connection.errors():
+                self._connection.client.unlink(self._key)
+            self._said = ""
+        except RedisUnavailableError as error:
+            logger.debug("the problem cannot be taken from Redis: %s", error)

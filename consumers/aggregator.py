@@ -128,7 +128,10 @@ class ExpertServer:
             except FedMoEError as error:
                 self._loaded = False
                 self._problems.say(str(error))
-                stop.wait(backoff.failed(error))
+                if stop.is_set():
+                    logger.warning("%s: %s", self.name, error)
+                else:
+                    stop.wait(backoff.failed(error))
             except Exception as error:  # a bug must cost one expert a few seconds, never the daemon
                 logger.exception("%s: unexpected error", self.name)
                 self._loaded, self._expert = False, None
@@ -269,11 +272,14 @@ class Aggregator:
         self._left = settings.max_updates
         self._enough = threading.Event()
         self._lock = threading.Lock()
+        self._connections = [Connection(redis) for _ in (*experts, "gateway")]
         self._servers = [
-            ExpertServer(Connection(redis), name, settings, holder=holder, decided=self._count)
-            for name in experts
+            ExpertServer(connection, name, settings, holder=holder, decided=self._count)
+            for connection, name in zip(self._connections, experts, strict=False)
         ]
-        self._gateway = GatewayBuilder(Connection(redis), gateway, holder=holder, lease_s=settings.lease_s)
+        self._gateway = GatewayBuilder(
+            self._connections[-1], gateway, holder=holder, lease_s=settings.lease_s
+        )
 
     def _count(self, decided: int) -> None:
         if not self._settings.max_updates:
@@ -282,6 +288,11 @@ class Aggregator:
             self._left -= decided
             if self._left <= 0:
                 self._enough.set()
+
+    def cut_off(self) -> None:
+        """From another thread, after a stop: what waits for Redis fails now. What is not committed stays there."""
+        for connection in self._connections:
+            connection.cut_off()
 
     def run(self, stop: threading.Event) -> None:
         """Serve until `stop` is set; the gateway is built a last time when the experts have ended."""

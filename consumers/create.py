@@ -9,6 +9,7 @@ import logging
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,14 @@ from typing import Any
 
 import torch
 
-from fedmoe.errors import BaseModelError, FedMoEError, LostExpertError, SettingsError, SpecError
+from fedmoe.errors import (
+    BaseModelError,
+    FedMoEError,
+    LostExpertError,
+    SettingsError,
+    SpecError,
+    StoppedError,
+)
 from fedmoe.layout import AdapterBuffer, Layout
 from fedmoe.lora_init import initial_weights
 from fedmoe.names import check_expert
@@ -39,6 +47,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_EXPERTS = ("python_expert", "sql_expert", "docs_expert")
 # In which every worker writes a heartbeat, also to a Redis that has just been emptied; they do every 5 s.
 HEARD_WITHIN_S = 6.5
+STOPPED = "stopped before its experts were created"
 NORM_BOUND = 10.0  # an update may be this many times as long as the initial adapter
 
 
@@ -66,7 +75,13 @@ class SpecRequest:
     new_lineage: bool = False
 
 
-def ensure_experts(connection: Connection, weights: Mapping[str, float], request: SpecRequest) -> list[str]:
+def ensure_experts(
+    connection: Connection,
+    weights: Mapping[str, float],
+    request: SpecRequest,
+    *,
+    stop: threading.Event | None = None,
+) -> list[str]:
     """Create the experts of `weights` (name -> gateway weight) that do not exist yet; returns the new ones' names.
 
     One that workers train already, or that was found to be gone before, is not begun anew: Redis was emptied. It is
@@ -76,7 +91,9 @@ def ensure_experts(connection: Connection, weights: Mapping[str, float], request
         SpecError: if an expert exists with other settings than those explicitly asked for, or the federation's
             experts have another base model.
         BaseModelError: if the base model's config cannot be read.
+        StoppedError: if `stop` is set meanwhile.
     """
+    stop = stop or threading.Event()
     looked_at = time.monotonic()
     for name in weights:
         check_expert(name)
@@ -92,16 +109,18 @@ def ensure_experts(connection: Connection, weights: Mapping[str, float], request
         missing = [name for name in missing if not _was_lost(stores[name], stores[name].lost())]
     if not missing:
         return []
-    spec, fingerprint = make_spec(request)
+    spec, fingerprint = make_spec(request, stop)
     _check_federation(GatewayStore(connection), spec)
     buffer = AdapterBuffer(spec.layout)
     buffer.flat.copy_(initial_weights(spec.layout, spec.init_seed))
     created = []
     if not request.new_lineage:
-        time.sleep(max(0.0, looked_at + HEARD_WITHIN_S - time.monotonic()))
+        stop.wait(max(0.0, looked_at + HEARD_WITHIN_S - time.monotonic()))
     known = {} if request.new_lineage else {name: stores[name].lineages() for name in missing}
     anybody = next((workers for workers in known.values() if workers), {})
     for name in missing:
+        if stop.is_set():
+            raise StoppedError(STOPPED)
         store = stores[name]
         if _was_lost(store, known.get(name) or anybody):  # an emptied Redis has lost all of them
             continue
@@ -132,9 +151,9 @@ def _was_lost(store: ExpertStore, known: Mapping[str, str]) -> bool:
     return True
 
 
-def make_spec(request: SpecRequest) -> tuple[Spec, str]:
+def make_spec(request: SpecRequest, stop: threading.Event) -> tuple[Spec, str]:
     """The spec that a request leads to, and the base model's fingerprint (empty if its weights are not here)."""
-    described = describe(request.base_model, request.lora)
+    described = describe(request.base_model, request.lora, stop)
     layout = Layout(tuple((name, tuple(shape)) for name, shape in described["layout"]))
     merge = MergeRules(
         lr=request.lr,
@@ -159,17 +178,17 @@ def make_spec(request: SpecRequest) -> tuple[Spec, str]:
     return spec, described["fingerprint"]
 
 
-def describe(base_model: str, lora: LoraSettings) -> dict[str, Any]:
+def describe(base_model: str, lora: LoraSettings, stop: threading.Event) -> dict[str, Any]:
     """Ask a process of its own for the adapter's layout and the base model's fingerprint.
 
     If the weights are here but too large for this machine, that process is killed; then the config has to do, and the
     first worker that joins pins the fingerprint.
     """
     logger.info("looking at the base model %s", base_model)
-    process = _ask(base_model, lora, read_weights=True)
+    process = _ask(base_model, lora, read_weights=True, stop=stop)
     if process.returncode == -signal.SIGKILL:
         logger.warning("the weights of %s do not fit into memory here; going on by its config", base_model)
-        process = _ask(base_model, lora, read_weights=False)
+        process = _ask(base_model, lora, read_weights=False, stop=stop)
     try:
         answer = json.loads(process.stdout.strip().rpartition("\n")[2])
     except ValueError as error:
@@ -181,21 +200,33 @@ def describe(base_model: str, lora: LoraSettings) -> dict[str, Any]:
     return dict(answer)
 
 
-def _ask(base_model: str, lora: LoraSettings, *, read_weights: bool) -> "subprocess.CompletedProcess[str]":
+def _ask(
+    base_model: str, lora: LoraSettings, *, read_weights: bool, stop: threading.Event
+) -> "subprocess.CompletedProcess[str]":
     request = {
         "base_model": base_model,
         "rank": lora.rank,
         "alpha": lora.alpha,
         "targets": list(lora.targets),
     }
-    return subprocess.run(
+    with subprocess.Popen(
         [sys.executable, "-m", "fedmoe.model.describe"],
-        input=json.dumps(request | {"read_weights": read_weights}),
-        capture_output=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        check=False,
-        start_new_session=True,  # Ctrl-C is for the daemon, which ends when this is done
-    )
+        start_new_session=True,  # Ctrl-C is for the daemon, which ends this one
+    ) as process:
+        text: str | None = json.dumps(request | {"read_weights": read_weights})
+        while True:
+            try:
+                out, err = process.communicate(text, timeout=0.1)
+                return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+            except subprocess.TimeoutExpired:
+                text = None  # communicate goes on with what it was given first
+            if stop.is_set():
+                process.kill()
+                raise StoppedError(STOPPED)
 
 
 def _first_meta(spec: Spec, fingerprint: str) -> Meta:

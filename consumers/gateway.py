@@ -105,8 +105,11 @@ class GatewayBuilder:
                 backoff.ok()
                 self._problems.solved()
             except RedisUnavailableError as error:
-                self._problems.say(str(error))
-                stop.wait(backoff.failed(error))
+                if ending:
+                    logger.warning("gateway: not rebuilt a last time: %s", error)
+                else:
+                    self._problems.say(str(error))
+                    stop.wait(backoff.failed(error))
             except FedMoEError as error:
                 backoff.failed(error)
                 self._complain(str(error))

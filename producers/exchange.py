@@ -6,9 +6,9 @@ adapter when the sync has asked for it. The sync waits for the training, never t
 
 import threading
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -37,6 +37,9 @@ class Step(Protocol):
     def n_tokens(self) -> int:
         """Label tokens."""
         ...
+
+
+S = TypeVar("S", bound=Step)
 
 
 class Trains(Protocol):
@@ -77,6 +80,7 @@ class Exchange:
         self._trained = trained or Trained()
         self._wanted = False
         self._consume = False
+        self._abandoned = False
         self._ready = threading.Event()
         self._cut: Cut | None = None
 
@@ -84,6 +88,18 @@ class Exchange:
     def steps_left(self) -> int:
         """Steps that are in no update yet, those of a copy that nobody has taken included."""
         return self._trained.steps + (self._cut.trained.steps if self._cut and self._consume else 0)
+
+    def take_step(self, apply: Callable[[], S]) -> S | None:
+        """Training thread: apply a step that was computed, and record it; None if it was abandoned meanwhile.
+
+        `apply` alone may change adapter, optimizer and position, so that a copy is always that of whole steps.
+        """
+        with self._lock:
+            if self._abandoned:
+                return None
+            step = apply()
+            self.record(step)
+            return step
 
     def record(self, step: Step) -> None:
         """Training thread: note what one step trained; a step that was skipped (not finite) trained nothing."""
@@ -103,18 +119,26 @@ class Exchange:
         with self._lock:
             while self._changes:
                 self._apply(self._changes.popleft())
-            if not self._wanted:
-                return
-            self._wanted = False
-            consume = self._consume
-        position = self._trainer.position
+            self._copy_if_wanted()
+
+    def _copy_if_wanted(self) -> None:
+        """With the lock. Corrections that are not applied yet (a step is under way) are added to the copy."""
+        if not self._wanted:
+            return
+        self._wanted = False
+        local = self._trainer.flat.detach().to("cpu", copy=True)
+        trained, position = self._trained, self._trainer.position
+        for change in self._changes:
+            local = _changed(local, change)
+            trained = Trained() if change.replace else trained
+            position = int(change.position) if change.position.isdecimal() else position
         self._cut = Cut(
-            local=self._trainer.flat.detach().to("cpu", copy=True),
-            trained=replace(self._trained, position=str(position)),
+            local=local,
+            trained=replace(trained, position=str(position)),
             position=position,
             optimizer=self._trainer.state() if self._with_optimizer else {},
         )
-        if consume:
+        if self._consume:
             self._trained = Trained()
         self._ready.set()
 
@@ -150,3 +174,19 @@ class Exchange:
             return None
         cut, self._cut = self._cut, None
         return cut
+
+    def take_now(self) -> Cut | None:
+        """Sync thread, when it is time to end: the copy asked for, without waiting for the end of a step.
+
+        The step under way is abandoned: it is not in the copy, and will not be applied.
+        """
+        with self._lock:
+            self._abandoned = True
+            self._copy_if_wanted()
+        return self.take(0.0)
+
+
+def _changed(local: torch.Tensor, change: Change) -> torch.Tensor:
+    if change.correction is None:
+        return local
+    return change.correction.clone() if change.replace else local + change.correction

@@ -50,7 +50,7 @@ class Joining:
             try:
                 result = call()
             except (RedisUnavailableError, NoExpertsError) as error:
-                if not self._wait:
+                if not self._wait and not self._stop.is_set():
                     raise
                 self._stop.wait(backoff.failed(error))
             else:

@@ -6,6 +6,7 @@ harmless, so whatever fails is simply tried again.
 """
 
 import logging
+import math
 import os
 import socket
 import threading
@@ -36,7 +37,9 @@ from producers.pace import FIRST_POLL_S, LONGEST_POLL_S, Pace
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_INTERVAL_S = 5.0
-LAST_SAVE_S = 10.0
+AT_THE_END_S = (
+    5.0  # of the drain (but at most half of it), in which the end of a step is not waited for any more
+)
 NO_ENTRY = "0-1"  # an id that no entry has
 
 
@@ -83,6 +86,7 @@ class Sync:
         self.status = SyncStatus(version=ledger.meta.version)
         self.failure: FedMoEError | None = None
         self.saved = False  # all that is not decided is in the last checkpoint
+        self.is_saving = False
         self.ledger = ledger
         self._store = store
         if ledger.queue:  # a resumed worker does not know how far it had got
@@ -97,6 +101,7 @@ class Sync:
         self._clock = clock
         self._wake = threading.Event()
         self._deadline: float | None = None
+        self._hurry_at = math.inf
         self._ended = False
         self._next_cut = self._next_save = clock() + spec.sync_interval_s
         self._next_beat = 0.0
@@ -115,9 +120,16 @@ class Sync:
         return len(self.ledger.queue) == 1 and self._entry is not None
 
     def finish(self, timeout_s: float) -> None:
-        """Publish what is trained, wait at most timeout_s for the decision, and end."""
-        self._deadline = self._clock() + timeout_s
+        """Publish what is trained, wait at most timeout_s for the decision, and end; the first call counts."""
+        if self._deadline is None:
+            self._hurry_at = self._clock() + max(timeout_s / 2, timeout_s - AT_THE_END_S)
+            self._deadline = self._clock() + timeout_s
         self._wake.set()
+
+    @property
+    def _is_late(self) -> bool:
+        """True when the time that `finish` gave is up."""
+        return self._deadline is not None and self._clock() >= self._deadline
 
     def run(self) -> None:
         """The thread's body; ends after `finish`, or with `failure` set."""
@@ -128,12 +140,10 @@ class Sync:
     def _save_last(self) -> None:
         """The time is up and an update is undecided: keep it, and all that was trained since, on disk."""
         try:
-            until = self._clock() + LAST_SAVE_S
-            while (cut := self._copy(consume=False)) is None and self._clock() < until:
-                pass
-            if cut is not None:
-                self._save(cut)
-                self.saved = True
+            cut = self._copy(consume=False)
+            assert cut is not None  # it is too late to wait for the end of a step
+            self._save(cut)
+            self.saved = True
         except OSError as error:
             self.status = replace(
                 self.status, problem=f"cannot write the checkpoint ({error.strerror or error})"
@@ -164,7 +174,7 @@ class Sync:
             except Exception as error:
                 logger.exception("sync: unexpected error")
                 wait_s = self._failed(backoff, error)
-            if self._deadline is not None and self._clock() >= self._deadline:
+            if self._is_late:
                 return
             self._wake.wait(wait_s)
             if self._deadline is None:
@@ -174,7 +184,7 @@ class Sync:
 
     def _failed(self, backoff: Backoff, error: Exception) -> float:
         self.status = replace(self.status, problem=str(error))
-        return backoff.failed(error)
+        return 0.0 if self._is_late else backoff.failed(error)
 
     def _turn(self) -> float:
         """One step; returns the seconds to wait before the next. What needs no Redis comes first."""
@@ -203,6 +213,8 @@ class Sync:
             self._exchange.request(consume=consume)
             self._waiting_for_cut = True
         cut = self._exchange.take(0.2)
+        if cut is None and self._clock() >= self._hurry_at:
+            cut = self._exchange.take_now()
         self._waiting_for_cut = cut is None
         return cut
 
@@ -255,18 +267,22 @@ class Sync:
 
     def _save(self, cut: Cut) -> None:
         assert self._state_dir is not None
-        self._state_dir.save(
-            Checkpoint(
-                ledger=self.ledger,
-                local=cut.local,
-                optimizer=cut.optimizer,
-                trained=cut.trained,
-                position=cut.position,
-                data=self._data,
-                expert=self._store.expert,
-                worker=self._store.worker,
+        self.is_saving = True
+        try:
+            self._state_dir.save(
+                Checkpoint(
+                    ledger=self.ledger,
+                    local=cut.local,
+                    optimizer=cut.optimizer,
+                    trained=cut.trained,
+                    position=cut.position,
+                    data=self._data,
+                    expert=self._store.expert,
+                    worker=self._store.worker,
+                )
             )
-        )
+        finally:
+            self.is_saving = False
 
     def _follow(self) -> float:
         """Publish the first update of the queue, or see what became of it."""

@@ -33,6 +33,15 @@ class StepResult:
     applied: bool  # False: loss or gradient was not finite, and the adapter stayed as it was
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Computed:
+    """A step whose gradient is there and not applied yet: mean loss per label token, rows and label tokens."""
+
+    loss: float
+    n_examples: int
+    n_tokens: int
+
+
 class Trainer:
     """Trains the adapter in `flat` on examples, in an endless order that the seed fixes.
 
@@ -82,7 +91,11 @@ class Trainer:
         self._optimizer.state[parameter] = self._moments
 
     def step(self) -> StepResult:
-        """Train on the next `accumulate` × `batch_size` examples.
+        """`compute` and `apply`."""
+        return self.apply(self.compute())
+
+    def compute(self) -> Computed:
+        """Loss and gradient of the next `accumulate` × `batch_size` examples; adapter and position stay as they are.
 
         Every label token counts by its weight, in whichever micro-batch it comes: a mean of their means would
         favour short answers. Half the weight is half the gradient, also if all of the step have that weight.
@@ -101,11 +114,18 @@ class Trainer:
             loss = completion_loss(self._model, batch, device=self._device, autocast=self._autocast)
             torch.autograd.backward(loss / n_tokens)
             total += loss.detach()
-        self.position += count
         mean = total.item() / sum(batch.weight for batch in batches)
-        applied = self._apply(mean)
+        return Computed(loss=mean, n_examples=count, n_tokens=n_tokens)
+
+    def apply(self, computed: Computed) -> StepResult:
+        """Take the step that was computed: this alone changes adapter, optimizer and position."""
+        self.position += computed.n_examples
         return StepResult(
-            loss=mean, n_examples=count, n_tokens=n_tokens, position=self.position, applied=applied
+            loss=computed.loss,
+            n_examples=computed.n_examples,
+            n_tokens=computed.n_tokens,
+            position=self.position,
+            applied=self._apply(computed.loss),
         )
 
     def state(self) -> dict[str, torch.Tensor]:

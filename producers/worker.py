@@ -40,6 +40,7 @@ from fedmoe.model.base import (
 )
 from fedmoe.names import check_name, clean_name
 from fedmoe.spec import Spec
+from fedmoe.stopping import Stop
 from fedmoe.store.connection import Connection, RedisSettings
 from fedmoe.store.worker import WorkerStore
 from fedmoe.text import printable
@@ -54,6 +55,7 @@ from producers.trainer import StepResult, Trainer
 
 logger = logging.getLogger(__name__)
 
+END_S = 4.0  # after the drain, in which the last checkpoint is written; then the process ends in any case
 MANY_ROWS = 5000  # so many take some seconds to tokenize
 
 
@@ -122,7 +124,8 @@ class Worker:
 
     Args:
         say: where lines for people go.
-        stop: set it, and the worker finishes its step, publishes, waits for the decision and returns.
+        stop: set it, and the worker finishes its step, publishes, waits for the decision and returns. It is set, too,
+            when the worker has trained as much as it shall.
     """
 
     def __init__(
@@ -130,7 +133,7 @@ class Worker:
         redis: RedisSettings,
         settings: WorkerSettings,
         *,
-        stop: threading.Event,
+        stop: Stop,
         say: Callable[[str], None] = print,
     ) -> None:
         self._settings, self._why = settings, "--name"
@@ -165,6 +168,9 @@ class Worker:
         Raises:
             FedMoEError: one sentence for whatever makes this worker useless: wrong data, stream, base model, name.
         """
+        stop = self._stop
+        stop.last_words = lambda: ("stopped before it had joined: nothing was trained yet", 0)
+        stop.when_out_of_patience.append(self._store.connection.cut_off)
         how, reason = "failed", ""
         try:
             self._run()
@@ -310,25 +316,45 @@ class Worker:
     def _train(self, trainer: Any, exchange: Exchange, sync: Sync, n_examples: int) -> None:
         """Train until stopped or done, then let the sync publish the rest."""
         thread = threading.Thread(target=sync.run, name="sync", daemon=True)
+        self._prepare_stop(sync, exchange)
         thread.start()
         rate = _Rate()
         said_at = time.monotonic()
         while not self._stop.is_set() and thread.is_alive() and not self._done(trainer, n_examples):
             exchange.boundary()
-            self._last = trainer.step()
+            computed = trainer.compute()
+            step: StepResult | None = exchange.take_step(partial(trainer.apply, computed))
+            if step is None:
+                break
+            self._last = step
             self._steps += 1
-            exchange.record(self._last)
-            self._tokens_per_s = rate.add(self._last.n_tokens)
+            self._tokens_per_s = rate.add(step.n_tokens)
             if time.monotonic() - said_at >= self._settings.log_interval_s:
                 said_at = time.monotonic()
                 self._say(self._progress(sync))
+        self._stop.set()
         if self._last:
             self._say(self._progress(sync))
         sync.finish(self._settings.drain_s)
         while thread.is_alive():
             exchange.boundary()
             thread.join(0.02)
-        self._leave(sync, exchange)
+        self._say(self._outcome(sync, exchange))
+
+    def _prepare_stop(self, sync: Sync, exchange: Exchange) -> None:
+        """From now on there is something to lose: a stop may take as long as the drain."""
+
+        def last_words() -> tuple[str, int]:
+            try:
+                return self._outcome(sync, exchange), 0
+            except FedMoEError as error:
+                return str(error), error.exit_code
+
+        stop = self._stop
+        stop.patience_s, stop.end_s = self._settings.drain_s, END_S
+        stop.when_asked.append(lambda: sync.finish(self._settings.drain_s))
+        stop.is_saving = lambda: sync.is_saving
+        stop.last_words = last_words
 
     def _done(self, trainer: Any, n_examples: int) -> bool:
         settings = self._settings
@@ -339,31 +365,29 @@ class Worker:
         )
         return self._is_done
 
-    def _leave(self, sync: Sync, exchange: Exchange) -> None:
-        """Say how it ended; raise if something that was trained could be lost."""
+    def _outcome(self, sync: Sync, exchange: Exchange) -> str:
+        """How it ended, as a sentence; raise if something that was trained is lost."""
         if sync.failure is not None:
             raise sync.failure
-        status = sync.status
+        settings, status = self._settings, sync.status
         told = (
             f"{status.applied} updates applied, {status.refused} refused, expert at version {status.version}"
         )
         if not sync.ledger.queue and not exchange.steps_left:
-            self._say(f"done: {told}")
-        elif sync.saved:
-            self._say(f"done: {told}; what is not decided yet is kept in {self._settings.state_dir}")
-        elif sync.in_redis and not exchange.steps_left:
-            self._say(f"done: {told}; the last one waits in Redis for an aggregator")
-        else:
-            kept = (
-                "the last update waits in Redis, but "
-                if sync.in_redis
-                else "the last update is not in Redis, and "
-            )
-            raise FedMoEError(
-                f"{told}; {kept}{exchange.steps_left} steps trained since are lost: nobody decided it within "
-                f"{self._settings.drain_s:g} s ({status.problem or 'is an aggregator running?'}); "
-                "a --state-dir that can be written keeps all"
-            )
+            return f"done: {told}"
+        if sync.saved:
+            return f"done: {told}; what is not decided yet is kept in {settings.state_dir}"
+        if sync.in_redis and not exchange.steps_left:
+            return f"done: {told}; the last one waits in Redis for an aggregator"
+        kept = "waits in Redis, but" if sync.in_redis else "is not in Redis, and"
+        remedy = "a --state-dir that can be written keeps all"
+        if settings.state_dir:
+            kept = f"is as the last checkpoint in {settings.state_dir} has it, and at most"
+            remedy = "start this worker again to go on from there"
+        raise FedMoEError(
+            f"{told}; the last update {kept} {exchange.steps_left} steps trained since are lost: nobody decided it "
+            f"within {settings.drain_s:g} s ({status.problem or 'is an aggregator running?'}); {remedy}"
+        )
 
     def _progress(self, sync: Sync) -> str:
         status, last = sync.status, self._last

@@ -1,12 +1,14 @@
 """`fedmoe aggregator run`."""
 
-import threading
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from fedmoe.cli.options import redis_options, redis_settings, stop_on_signals
+from fedmoe.cli.options import redis_options, redis_settings
+
+if TYPE_CHECKING:
+    from fedmoe.stopping import Stop
 
 
 @click.group()
@@ -78,15 +80,26 @@ def run(ctx: click.Context, /, **options: Any) -> None:
 
     A second aggregator on the same Redis is a hot standby.
     """
+    from fedmoe.stopping import Stop, stop_on_signals
+
+    with stop_on_signals(stop := Stop(patience_s=2.5, end_s=2.0)):
+        stop.last_words = lambda: (
+            "stopped; what was read and not committed waits in Redis for an aggregator",
+            0,
+        )
+        _run(ctx, stop, options)
+
+
+def _run(ctx: click.Context, stop: "Stop", options: dict[str, Any]) -> None:
     import logging
 
     import torch
 
     from consumers.aggregator import Aggregator, AggregatorSettings
-    from consumers.create import SpecRequest, ensure_experts, parse_experts
+    from consumers.create import STOPPED, SpecRequest, ensure_experts, parse_experts
     from consumers.gateway import GatewaySettings
     from fedmoe.backoff import Backoff
-    from fedmoe.errors import RedisUnavailableError
+    from fedmoe.errors import RedisUnavailableError, StoppedError
     from fedmoe.memory import keep_freed
     from fedmoe.spec import LoraSettings, TrainingSettings
     from fedmoe.staleness import Decay
@@ -138,21 +151,28 @@ def run(ctx: click.Context, /, **options: Any) -> None:
     keep_freed(
         blocks_mib=4, free_mib=8, heaps=4
     )  # parts (1 MiB) are read into used memory, weights are given back
-    stop = threading.Event()
-    stop_on_signals(stop, lambda line: click.echo(line, err=True))
+    stop.last_words = lambda: (STOPPED, 0)
     backoff = Backoff("aggregator", logging.getLogger(__name__))
     connection = Connection(redis)
+    stop.when_out_of_patience.append(connection.cut_off)
     while not stop.is_set():
         try:
-            ensure_experts(connection, weights, request)
+            ensure_experts(connection, weights, request, stop=stop)
             break
+        except StoppedError as stopped:
+            click.echo(str(stopped))
+            return
         except RedisUnavailableError as error:
+            if stop.is_set():
+                return
             if options["no_wait"]:
                 raise
             stop.wait(backoff.failed(error))
     if stop.is_set():
         return
     daemon = Aggregator(redis, list(weights), settings, gateway, holder=holder_name())
+    stop.when_out_of_patience.append(daemon.cut_off)
+    stop.last_words = lambda: ("stopped; what was read and not committed waits in Redis for an aggregator", 0)
     daemon.run(stop)
 
 

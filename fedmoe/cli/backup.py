@@ -1,6 +1,5 @@
 """`fedmoe backup` and `fedmoe restore`."""
 
-import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,13 +29,14 @@ def backup(redis: str, prefix: str, redis_timeout: float, expert: Sequence[str],
     adapter that PeftModel.from_pretrained loads, from DIR/EXPERT.
     """
     from fedmoe.backup import back_up
+    from fedmoe.stopping import end_like_ctrl_c
     from fedmoe.store.backup import BackupStore
     from fedmoe.store.connection import Connection
 
     def told(name: str, saved: "Saved") -> None:
         click.echo(f"{name}: version {saved.version}, commit {saved.commit}")
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: what is half written goes away
+    end_like_ctrl_c()  # what is half written goes away
     store = BackupStore(Connection(redis_settings(redis, prefix, redis_timeout)))
     back_up(store, directory, list(dict.fromkeys(expert)), told=told)
     click.echo(f"written to {directory}")

@@ -1,7 +1,6 @@
 """`fedmoe demo`."""
 
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,13 +37,13 @@ def demo(redis: str, prefix: str, model: str, data: Path | None, out: Path, seco
     Starts a private Redis, an aggregator and three workers, shows them at work, and prints the held-out losses.
     """
     from fedmoe.demo.run import Demo, DemoSettings
+    from fedmoe.stopping import end_like_ctrl_c
 
     settings = DemoSettings(
         out=out, cache=cache_dir(), redis=redis, prefix=prefix, model=model, data=data, train_s=seconds, rows=rows,
         learning_rate=learning_rate, gateway_scale=gateway_scale,
     )  # fmt: skip
-    # A plain `kill` cleans up as Ctrl-C does.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    end_like_ctrl_c()
     Demo(settings, say=click.echo, show=Display().show).run()
 
 

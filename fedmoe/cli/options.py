@@ -1,10 +1,7 @@
-"""Options that several commands share, and the signals of the long-running ones."""
+"""Options that several commands share."""
 
-import signal
-import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -70,16 +67,3 @@ def redis_settings(redis: str, prefix: str, redis_timeout: float) -> "RedisSetti
     from fedmoe.store.connection import RedisSettings
 
     return RedisSettings(url=redis, prefix=prefix, timeout_s=redis_timeout)
-
-
-def stop_on_signals(stop: threading.Event, say: Callable[[str], None]) -> None:
-    """SIGTERM and Ctrl-C set `stop`; a second one interrupts at once."""
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        say(f"{signal.Signals(number).name}: finishing (once more to leave at once)")
-        stop.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, handle)

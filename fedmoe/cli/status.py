@@ -64,6 +64,9 @@ def status(redis: str, prefix: str, redis_timeout: float, watch: float | None, a
         else:
             click.echo(plain(federation))
         return
+    from fedmoe.stopping import end_like_ctrl_c
+
+    end_like_ctrl_c()  # so that the terminal gets its own screen back
     try:
         watch_on(inspector, watch, as_json=as_json)
     except KeyboardInterrupt:  # the way to end it

@@ -1,12 +1,14 @@
 """`fedmoe worker run`."""
 
-import threading
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from fedmoe.cli.options import bad_rows_option, learn_option, redis_options, redis_settings, stop_on_signals
+from fedmoe.cli.options import bad_rows_option, learn_option, redis_options, redis_settings
+
+if TYPE_CHECKING:
+    from fedmoe.stopping import Stop
 
 
 @click.group()
@@ -48,13 +50,18 @@ def worker() -> None:
     "--log-interval", type=float, default=5.0, show_default=True, help="Seconds between progress lines."
 )
 def run(**options: Any) -> None:
-    """Train and publish until stopped; SIGTERM or Ctrl-C publishes what is trained first.
+    """Train and publish until stopped; SIGTERM, SIGHUP or Ctrl-C publishes what is trained first.
 
     Rows are {"prompt", "completion"} or {"messages": […]}; the loss is on the answers only.
     """
+    from fedmoe.stopping import Stop, stop_on_signals
+
+    with stop_on_signals(stop := Stop()):
+        _run(stop, options)
+
+
+def _run(stop: "Stop", options: dict[str, Any]) -> None:
     redis = redis_settings(options["redis"], options["prefix"], options["redis_timeout"])
-    stop = threading.Event()
-    stop_on_signals(stop, lambda line: click.echo(line, err=True))
     from fedmoe.memory import keep_freed
     from producers.worker import Worker, WorkerSettings
 

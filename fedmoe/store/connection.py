@@ -8,7 +8,7 @@ remembers something about the server compares it before relying on that memory.
 import logging
 import socket
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,9 @@ from fedmoe.keys import DEFAULT_PREFIX, Keys
 from fedmoe.store.sentinel import master_client
 from fedmoe.store.url import DEFAULT_URL, SentinelURL, check, shown, unusable
 
+CONNECT_S = (
+    4.0  # a connection that takes longer is begun anew; also, how long a stop may have to wait for one
+)
 _BUFFER_CUTOFF = 6000  # bytes; smaller pieces of a command are joined before they are sent
 MAX_SECONDS = 86_400
 Command = Sequence[str | int]
@@ -67,12 +70,14 @@ class Connection:
         self.settings = settings
         self.keys = Keys(settings.prefix)
         self.generation = 0
+        self._made: list[Any] = []  # redis-py's connections; it connects the same few again
+        self._is_cut_off = False
         # Any: redis-py types every reply as bytes or str or more, whatever was asked for.
         self.client: Any = _client(
             settings.url,
             protocol=2,  # one shape of replies, whatever redis-py's default is
             socket_timeout=settings.timeout_s,
-            socket_connect_timeout=settings.timeout_s,
+            socket_connect_timeout=min(CONNECT_S, settings.timeout_s),
             retry=Retry(NoBackoff(), 0),
             redis_connect_func=self._on_connect,
             command_packer=_packer(),
@@ -80,8 +85,22 @@ class Connection:
         )
 
     def _on_connect(self, connection: Any) -> None:
+        if connection not in self._made:
+            self._made.append(connection)
+        if self._is_cut_off:
+            raise redis.ConnectionError("told to stop")
         connection.on_connect()
         self.generation += 1
+
+    def cut_off(self) -> None:
+        """From another thread: the command that waits for its answer fails now, and so does every later one."""
+        self._is_cut_off = True
+        for connection in self._made:
+            if (used := connection._sock) is not None:
+                with suppress(OSError):  # closed meanwhile
+                    socket.socket.shutdown(
+                        used, socket.SHUT_RDWR
+                    )  # TLS is not to say goodbye to a frozen server
 
     def ping(self) -> None:
         """Raise RedisUnavailableError unless Redis answers."""
@@ -137,6 +156,10 @@ class Connection:
         except FedMoEError:
             raise
         except (redis.RedisError, OSError) as error:
+            if self._is_cut_off:
+                raise RedisUnavailableError(
+                    f"Redis at {self.settings.shown} had not answered when it was time to stop"
+                ) from error
             if isinstance(error, redis.exceptions.ReadOnlyError):
                 # The master became a replica under this connection; a new one may reach the new master.
                 self.client.connection_pool.disconnect()

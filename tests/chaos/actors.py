@@ -4,7 +4,6 @@ import hashlib
 import logging
 import os
 import sys
-import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,10 +15,10 @@ import torch
 import fedmoe.cli.aggregator  # imported once, before the processes are forked
 import fedmoe.cli.main
 from consumers.aggregator import Aggregator  # noqa: F401  # imported before the fork, for the command to find
-from fedmoe.cli.options import stop_on_signals
 from fedmoe.data.jsonl import DataFile
 from fedmoe.layout import Layout
 from fedmoe.spec import LoraSettings, MergeRules, Spec
+from fedmoe.stopping import Stop, stop_on_signals
 from fedmoe.store.connection import RedisSettings
 from fedmoe.store.worker import WorkerStore
 from fedmoe.update import Header
@@ -133,8 +132,10 @@ class CountingTrainer:
         direction = torch.randn(spec.layout.numel, generator=torch.Generator().manual_seed(seed))
         self._direction = direction / direction.norm()
 
-    def step(self) -> Step:
+    def compute(self) -> None:
         time.sleep(STEP_S)
+
+    def apply(self, computed: None) -> Step:
         self.position += 1
         self.flat.add_(self._direction, alpha=NORM * (1 + self.position % 7))
         return Step()
@@ -170,10 +171,9 @@ def run_worker(place: Place, name: str, arm: Arm | None, without: str = "") -> N
         return publish(store, header, parts)
 
     WorkerStore.publish = noted  # type: ignore[method-assign]
-    stop = threading.Event()
-    stop_on_signals(stop, print)
     settings = WorkerSettings(
         stream=WORKERS[name], data=place.directory / "rows.jsonl", name=name, state_dir=place.state(name), drain_s=60.0
     )  # fmt: skip
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
-    CountingWorker(RedisSettings(url=place.url, timeout_s=TIMEOUT_S), settings, stop=stop).run()
+    with stop_on_signals(stop := Stop()):
+        CountingWorker(RedisSettings(url=place.url, timeout_s=TIMEOUT_S), settings, stop=stop).run()

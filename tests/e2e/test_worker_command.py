@@ -2,7 +2,6 @@
 
 import json
 import re
-import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,16 +51,6 @@ def complaint(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
     return text.strip().splitlines()[-1]
 
 
-@pytest.fixture
-def signals() -> Iterator[None]:
-    """Give back the signal handlers that a command sets."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-@pytest.mark.usefixtures("signals")
 def test_wrong_input_is_one_sentence(
     tmp_path: Path,
     redis_url: str,

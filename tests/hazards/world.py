@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Event
 
 import torch
 
@@ -23,6 +22,7 @@ from fedmoe.lora_init import initial_weights
 from fedmoe.records import Decided, Entry, Meta
 from fedmoe.spec import LoraSettings, MergeRules, Spec
 from fedmoe.staleness import Decay
+from fedmoe.stopping import Stop
 from fedmoe.store.connection import Connection, RedisSettings
 from fedmoe.store.expert import ExpertStore, new_id
 from fedmoe.store.gateway import GatewayStore
@@ -127,7 +127,7 @@ class WorkerProcess:
         settings = producers.worker.WorkerSettings(
             stream=EXPERT, data=Path("rows.jsonl"), name=name, state_dir=state, wait=False
         )
-        worker = producers.worker.Worker(world.settings, settings, stop=Event(), say=lambda _: None)
+        worker = producers.worker.Worker(world.settings, settings, stop=Stop(), say=lambda _: None)
         self.world, self.name, self.now = world, name, 0.0
         self.store = worker._store
         self.steps = world.step(self.store.connection)

@@ -1,6 +1,7 @@
 """Connections that break at the worst moment, by a real proxy: every step counts once, and nothing is left over."""
 
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -300,3 +301,22 @@ def test_a_connection_that_breaks_is_not_taken_for_a_rival(
     with pytest.raises(RedisUnavailableError, match="cannot be reached"):
         write(reach(near["aggregator"].url), tmp_path / "backup")
     assert fired.is_set()
+
+
+def test_a_connection_that_is_cut_off_waits_for_nothing_more(connection: Connection, redis_url: str) -> None:
+    """The command that waits for its answer fails at once, with a sentence; and so does every later one."""
+    waiting = Connection(RedisSettings(url=redis_url, timeout_s=300.0))
+    told: list[str] = []
+
+    def ask(command: Callable[[], object]) -> None:
+        with pytest.raises(RedisUnavailableError) as error, waiting.errors():
+            command()
+        told.append(str(error.value))
+
+    thread = threading.Thread(target=ask, args=(lambda: waiting.client.blpop("nothing", 0),))
+    thread.start()
+    eventually("it waits", lambda: connection.client.info("clients")["blocked_clients"])
+    waiting.cut_off()
+    thread.join(20)
+    ask(waiting.client.ping)
+    assert told == [f"Redis at {waiting.settings.shown} had not answered when it was time to stop"] * 2

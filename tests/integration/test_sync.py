@@ -178,3 +178,20 @@ def test_checkpoint_directory_that_vanishes_is_made_again(
     saved = StateDir(state).load(expert="sql_expert", worker="alice", now=0.0)
     assert saved is not None
     assert saved.position == run.steps
+
+
+def test_a_step_that_does_not_end_costs_only_itself(expert: Expert, connect: Connect, tmp_path: Path) -> None:
+    """The training comes to no boundary any more: all whole steps are on disk, the step under way is never applied."""
+    state = StateDir(tmp_path / "state")
+    run = Run(connect(), state)
+    run.train(10)
+    run.sync.finish(0.2)
+    run.thread.join(20)
+    assert not run.thread.is_alive()
+    assert run.sync.saved
+    assert run.exchange.take_step(run.trainer.step) is None
+    saved = state.load(expert="sql_expert", worker="alice", now=0.0)
+    assert saved is not None
+    assert saved.position == 10
+    assert saved.trained.steps + sum(update.header.steps for update in saved.ledger.queue) == 10
+    assert torch.equal(saved.local, torch.arange(LAYOUT.numel) + 10.0)

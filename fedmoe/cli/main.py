@@ -5,6 +5,7 @@ import io
 import logging
 import os
 import sys
+import time
 import tomllib
 import warnings
 from pathlib import Path
@@ -32,7 +33,15 @@ COMMANDS = {
 
 
 class SafeFormatter(logging.Formatter):
-    """Escapes what others wrote, so that no worker can send escapes to the operator's terminal."""
+    """Lines such as `2026-01-31T12:00:00Z INFO sql_expert: serving from version 3`.
+
+    Escapes what others wrote, so that no worker can send escapes to the operator's terminal.
+    """
+
+    converter = staticmethod(time.gmtime)
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # logging's name
         record.message = printable(record.message)
@@ -74,7 +83,7 @@ def cli(ctx: click.Context, config: Path | None, verbose: bool) -> None:
     line wins over the environment, the environment over the file.
     """
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(SafeFormatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    handler.setFormatter(SafeFormatter())
     logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler])
     for name in ("transformers", "httpx", "huggingface_hub", "urllib3"):
         logging.getLogger(name).setLevel(logging.ERROR)

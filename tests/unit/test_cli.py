@@ -88,4 +88,11 @@ def test_url_that_cannot_work_is_refused(url: str) -> None:
 def test_control_characters_never_reach_the_terminal() -> None:
     """What a worker wrote is logged escaped."""
     record = logging.LogRecord("n", logging.WARNING, "f", 1, "took %s", ("\x1b[31mevil\a",), None)
-    assert SafeFormatter("%(message)s").format(record) == "took \\x1b[31mevil\\x07"
+    assert SafeFormatter().format(record).endswith("WARNING took \\x1b[31mevil\\x07")
+
+
+def test_a_log_line_tells_when_and_how_grave() -> None:
+    """UTC as ISO 8601, the level, the message, whatever the time zone here is."""
+    record = logging.LogRecord("n", logging.INFO, "f", 1, "served", (), None)
+    record.created = 1769860800.9
+    assert SafeFormatter().format(record) == "2026-01-31T12:00:00Z INFO served"

@@ -59,6 +59,7 @@ class ModelConnection(Connection):
         self.keys = Keys()
         self.client = client
         self._counts = counts
+        self._is_cut_off = False
 
     @property
     def generation(self) -> int:  # type: ignore[override]

@@ -7,6 +7,7 @@ end of turn is learnt too, else the model would never stop.
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from fedmoe.data.control import ControlTokens, Prepared
 from fedmoe.data.template import ChatTemplate, Tools, Written
 from fedmoe.data.turns import Turn
 from fedmoe.errors import RowError
@@ -28,6 +29,15 @@ class Encoder:
         self._tokenizer = tokenizer
         self._eos: str = tokenizer.eos_token or ""
         self._template = ChatTemplate(tokenizer) if tokenizer.chat_template else None
+        self._control = ControlTokens(tokenizer, self._template)
+
+    def prepare(self, turns: Sequence[Turn], tools: Tools = ()) -> Prepared:
+        """A row's turns without control tokens, as `encode` takes them.
+
+        Raises:
+            RowError: if a control token stands in the middle of a text.
+        """
+        return self._control.prepare(turns, tools)
 
     def encode(self, turns: Sequence[Turn], tools: Tools = ()) -> tuple[list[int], list[int]]:
         """Ids of the prompt and of the answer, the last turn, with its end of turn; neither is empty.
@@ -47,7 +57,7 @@ class Encoder:
         prompt, lead, end = (
             self._template.write(turns, tools) if self._template else self._plain(turns, tools)
         )
-        answer = _join_reasoning(prompt, lead, self._without_end(text, end)) + end
+        answer = _join_reasoning(prompt, lead, text) + end
         prompt_ids = start + self._ids(prompt)
         both = start + self._ids(prompt + answer)
         # The joint text first, because some tokenizers put a space in front of whatever they are given. But a
@@ -65,15 +75,6 @@ class Encoder:
         if turns[-1].reasoning:
             raise RowError("it has reasoning, and there is no chat template to show it")
         return Written("".join(turn.content + "\n" for turn in turns[:-1]), "", self._eos)
-
-    def _without_end(self, answer: str, end: str) -> str:
-        """Rows written for other tools often end with the end of turn already."""
-        marks = [mark for mark in (end.strip(), self._eos) if mark]
-        while mark := next((mark for mark in marks if answer.rstrip().endswith(mark)), ""):
-            answer = answer.rstrip().removesuffix(mark)
-        if not answer.strip():
-            raise AnswerError("its answer is empty")
-        return answer
 
     def _beginning(self) -> list[int]:
         """The begin-of-sequence token if the tokenizer writes it by itself; templates write their own."""

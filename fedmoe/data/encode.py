@@ -44,6 +44,7 @@ class Encoded:
         left_out: why answers are not learnt that cannot be, although others of the row are.
         weight_0: how many answers are marked not to be learnt.
         unused: as in the row.
+        notes: what was done to the row's texts, or found in them.
     """
 
     examples: tuple[Example, ...]
@@ -51,6 +52,7 @@ class Encoded:
     left_out: tuple[Problem, ...]
     weight_0: int
     unused: tuple[str, ...]
+    notes: tuple[str, ...]
 
 
 def encode_row(
@@ -76,17 +78,18 @@ def _encode(row: Row, path: Path, encoder: Encoder, max_length: int, learn: Lear
     Raises:
         RowError: if an answer is to be learnt and none can be.
     """
-    places = [i for i, turn in enumerate(row.turns) if turn.role == "assistant"]
+    turns, notes = encoder.prepare(row.turns, row.tools)
+    places = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
     examples: list[tuple[list[int], tuple[Answer, ...]]] = []
     left_out: list[AnswerError] = []
     weight_0 = 0
     for place in places if learn == "all" else places[-1:]:
-        weight = row.turns[place].weight
+        weight = turns[place].weight
         if weight == 0:
             weight_0 += 1
             continue
         try:
-            prompt, answer = encoder.encode(row.turns[: place + 1], row.tools)
+            prompt, answer = encoder.encode(turns[: place + 1], row.tools)
             if len(prompt) >= max_length:
                 raise AnswerError(f"its prompt fills max_length {max_length}")
         except AnswerError as error:
@@ -105,4 +108,5 @@ def _encode(row: Row, path: Path, encoder: Encoder, max_length: int, learn: Lear
         left_out=tuple(Problem.of(error, path, row.number, row.line) for error in left_out),
         weight_0=weight_0,
         unused=row.unused,
+        notes=notes,
     )

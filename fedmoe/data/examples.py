@@ -39,6 +39,7 @@ class Examples:
         cut: how many of the examples lost the end of their answer to `max_length`.
         max_length: in tokens, prompt and answer together.
         unused: what rows hold and no rule uses, such as a field's name → number of rows.
+        notes: what was done to the texts of rows, or found in them → number of rows.
     """
 
     examples: tuple[Example, ...]
@@ -50,6 +51,7 @@ class Examples:
     cut: int
     max_length: int
     unused: Mapping[str, int]
+    notes: Mapping[str, int]
 
     def digest(self) -> str:
         """The first 16 hex digits of a SHA-256 of the examples: only among the same ones a position means the same.
@@ -79,6 +81,7 @@ class Examples:
             names = [f"{what} ({count} rows)" for what, count in Counter(self.unused).most_common(MAX_NAMED)]
             more = f" and {len(self.unused) - MAX_NAMED} more" if len(self.unused) > MAX_NAMED else ""
             parts.append(f"not used: {', '.join(names)}{more}")
+        parts += [f"{note} ({count} rows)" for note, count in Counter(self.notes).most_common()]
         return "; ".join(parts)
 
 
@@ -141,6 +144,7 @@ def make_examples(
     problems: list[Problem] = []
     left_out: list[Problem] = []
     unused: Counter[str] = Counter()
+    notes: Counter[str] = Counter()
     n_rows = weight_0 = of_weight_0 = cut = 0
     for record in _sampled(data, sample):
         if stopped():
@@ -158,6 +162,7 @@ def make_examples(
         of_weight_0 += not made.examples
         cut += made.cut
         unused.update(made.unused)
+        notes.update(made.notes)
     bad_rows.report(data.path, sorted([*problems, *left_out], key=lambda problem: problem.number))
     used = Examples(
         examples=tuple(examples),
@@ -169,6 +174,7 @@ def make_examples(
         cut=cut,
         max_length=max_length,
         unused=unused,
+        notes=notes,
     )
     if not examples:
         raise DataError(

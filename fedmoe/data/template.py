@@ -7,6 +7,7 @@ which turns a template leaves out.
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -82,6 +83,38 @@ class ChatTemplate:
         if earlier or turns[-1].reasoning.strip() not in lead:
             raise RowError("the chat template does not show its reasoning")
         return Written(asked, lead, self._end_of_turn(tail))
+
+    @cached_property
+    def sample(self) -> str:
+        """Conversations as the template writes them; without those that it refuses."""
+        system = Turn(role="system", content="s")
+        question, answer = Turn(role="user", content="q"), Turn(role="assistant", content=MARKER)
+        text = ""
+        for turns in ([question, answer, question], [question, answer], [system, question]):
+            with suppress(*TEMPLATE_ERRORS):
+                text += self._render(turns, (), add_generation_prompt=turns[-1] is question)
+        return text
+
+    @cached_property
+    def ends(self) -> tuple[str, ...]:
+        """What may end an answer; some templates write another end behind the last one."""
+        ends = (self._end_of_turn(tail).strip() for tail in self.sample.split(MARKER)[1:])
+        return tuple(end for end in ends if end)
+
+    def pieces(self, roles: Sequence[str]) -> list[str] | None:
+        """What the template writes before, between and after the texts of a prompt's turns; None if it refuses them."""
+        marked = [Turn(role=role, content=f"\ue000{i}\ue000") for i, role in enumerate(roles)]
+        try:
+            text = self._render(marked, (), add_generation_prompt=True)
+        except TEMPLATE_ERRORS:
+            return None
+        pieces: list[str] = []
+        for turn in marked:
+            before, mark, text = text.partition(turn.content)
+            pieces.append(before)
+            if not mark:
+                return None
+        return [*pieces, text]
 
     def _role_left_out(self, turns: Sequence[Turn], tools: Tools) -> str:
         """The role of a turn that the template does not write into the prompt, "" if it writes them all."""

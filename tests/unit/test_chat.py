@@ -80,7 +80,9 @@ def tokenizer(template: str | None, eos: str | None = "<eos>") -> PreTrainedToke
 
 def encode(tokens: PreTrainedTokenizerFast, prompt: list[Turn], answer: str) -> tuple[str, str]:
     """Both parts as text, control tokens included."""
-    ids = Encoder(tokens).encode((*prompt, Turn(role="assistant", content=answer)))
+    encoder = Encoder(tokens)
+    prepared = encoder.prepare((*prompt, Turn(role="assistant", content=answer)))
+    ids = encoder.encode(prepared.turns)
     return tokens.decode(ids[0]), tokens.decode(ids[1])
 
 

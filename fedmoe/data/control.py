@@ -1,0 +1,134 @@
+"""Control tokens in the text of rows, which the model would take for the structure of a conversation.
+
+Those that only end an answer are taken off, and a prompt that is a whole conversation as the chat template writes it
+is taken apart into its turns; both are noted. Any other one would end an answer, or begin a turn, in the middle of a
+text, so its row cannot be used.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import cache, cached_property
+from typing import TYPE_CHECKING, NamedTuple
+
+from fedmoe.data.template import ChatTemplate, Tools
+from fedmoe.data.turns import Turn
+from fedmoe.errors import RowError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MAX_EARLIER_ANSWERS = 16  # of a prompt that is taken apart
+ENDS_TAKEN_OFF = "control tokens at the end of answers are taken off"
+UNWRAPPED = "prompts that hold the chat template's text already are taken apart into turns"
+# Reasoning is written into answers with these, whether they are control tokens or not.
+NOT_STRUCTURE = ("<think>", "</think>")
+# Of well-known chat templates; text to every other tokenizer.
+WELL_KNOWN = (
+    "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|begin_of_text|>", "<|start_header_id|>", "<|eot_id|>",
+    "<start_of_turn>", "<end_of_turn>", "</s>", "[INST]", "[/INST]", "<|system|>", "<|user|>", "<|assistant|>",
+    "<|end|>",
+)  # fmt: skip
+
+
+class Prepared(NamedTuple):
+    """A row's turns without control tokens, and what was done to them, or found in them."""
+
+    turns: tuple[Turn, ...]
+    notes: tuple[str, ...]
+
+
+class ControlTokens:
+    """The control tokens that one tokenizer's conversations are made of.
+
+    Args:
+        template: the tokenizer's, None if it has none.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", template: ChatTemplate | None) -> None:
+        self._template = template
+        self._bos: str = tokenizer.bos_token or ""
+        marks = [tokenizer.eos_token, tokenizer.pad_token, *(template.ends if template else ())]
+        self._ends = [mark for mark in dict.fromkeys(marks) if mark]
+        added = list(tokenizer.added_tokens_decoder.values())
+        written = template.sample if template else ""
+        used = [
+            t.content for t in added if t.special and t.content in written and t.content not in NOT_STRUCTURE
+        ]
+        self._structure = _any_of(filter(None, [*used, self._bos, tokenizer.eos_token, tokenizer.pad_token]))
+        names = {token.content for token in added}
+        self._foreign = _any_of(name for name in WELL_KNOWN if name not in names and name not in written)
+        self._pattern = cache(self._make_pattern)
+
+    def prepare(self, turns: Sequence[Turn], tools: Tools) -> Prepared:
+        """The turns as they can be given to the template.
+
+        Raises:
+            RowError: if a control token stands in the middle of a text.
+        """
+        notes: list[str] = []
+        bare = [self._without_end(turn) if turn.role == "assistant" else turn for turn in turns]
+        if bare != list(turns):
+            notes.append(ENDS_TAKEN_OFF)
+        if unwrapped := self._unwrap(bare):
+            bare = unwrapped
+            notes.append(UNWRAPPED)
+        for turn in bare:
+            self._check(f"{turn.content}\n{turn.reasoning}", f"its {turn.role} turn")
+        self._check(json.dumps(tools, ensure_ascii=False), "its tools")
+        foreign = {found for turn in bare for found in self._foreign.findall(turn.content)}
+        notes += [
+            f"{name!r} is learnt as text, being no control token of this model" for name in sorted(foreign)
+        ]
+        return Prepared(tuple(bare), tuple(notes))
+
+    def _without_end(self, turn: Turn) -> Turn:
+        """Answers written for other tools often end with the end of turn already."""
+        answer = turn.content
+        while mark := next((mark for mark in self._ends if answer.rstrip().endswith(mark)), ""):
+            answer = answer.rstrip().removesuffix(mark)
+        return turn if answer == turn.content else replace(turn, content=answer)
+
+    def _check(self, text: str, where: str) -> None:
+        if found := self._structure.search(text):
+            raise RowError("it holds a control token", f": {found[0]!r} in {where}")
+
+    def _unwrap(self, turns: Sequence[Turn]) -> list[Turn] | None:
+        """The turns of a prompt that is written as the template writes it, with the answer; None if it is not."""
+        if len(turns) != 2 or not self._template or not self._is_templated(turns[0].content):
+            return None
+        for n_answers in range(MAX_EARLIER_ANSWERS + 1):
+            for system in ((), ("system",)):
+                roles = (*system, *("user", "assistant") * n_answers, "user")
+                pattern = self._pattern(roles)
+                if pattern and (found := pattern.fullmatch(turns[0].content)):
+                    texts = zip(roles, found.groups(), strict=True)
+                    return [*(Turn(role=role, content=text) for role, text in texts), turns[1]]
+        return None
+
+    def _is_templated(self, prompt: str) -> bool:
+        after = self._after_question
+        return bool(after and prompt.rstrip().endswith(after)) or bool(self._structure.search(prompt))
+
+    @cached_property
+    def _after_question(self) -> str:
+        """How every prompt ends that the template writes."""
+        pieces = self._template.pieces(("user",)) if self._template else None
+        return pieces[-1].strip() if pieces else ""
+
+    def _make_pattern(self, roles: tuple[str, ...]) -> "re.Pattern[str] | None":
+        """Matches a prompt of such turns, with their texts as groups."""
+        pieces = self._template.pieces(roles) if self._template else None
+        if not pieces:
+            return None
+        text = rf"((?:(?!{self._structure.pattern}).)*?)"
+        first = pieces[0].removeprefix(self._bos)
+        begin = f"(?:{re.escape(self._bos)})?{re.escape(first)}"
+        middle = text.join([begin, *map(re.escape, pieces[1:-1]), re.escape(pieces[-1].rstrip())])
+        return re.compile(rf"{middle}\s*", re.DOTALL)
+
+
+def _any_of(texts: Iterable[str]) -> "re.Pattern[str]":
+    longest_first = sorted(set(texts), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")

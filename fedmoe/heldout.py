@@ -188,7 +188,7 @@ def measure(store: GatewayStore, settings: HeldOutSettings, *, say: Callable[[st
     domains = {}
     for name, data in files.items():
         made = make_examples(
-            data, tokenizer, max_length, bad_rows, learn=settings.learn, sample=settings.rows
+            data, tokenizer, max_length, bad_rows, learn=settings.learn, sample=settings.rows, say=say
         )
         say(f"{data.path}: {made.summary()}")
         domains[name] = made.examples

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 
 from fedmoe.data.bad_rows import BadRows
+from fedmoe.data.cache import RowCache
 from fedmoe.data.encode import Learn
 from fedmoe.data.examples import make_examples, padding_id
 from fedmoe.data.jsonl import DataFile, open_data
@@ -56,7 +57,6 @@ from producers.trainer import StepResult, Trainer
 logger = logging.getLogger(__name__)
 
 END_S = 4.0  # after the drain, in which the last checkpoint is written; then the process ends in any case
-MANY_ROWS = 5000  # so many take some seconds to tokenize
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,7 +205,7 @@ class Worker:
         data = open_data(settings.data, bad_rows, stopped=self._stop.is_set)
         state_dir = StateDir(settings.state_dir) if settings.state_dir else None
         spec = self._joining.spec()
-        material = self._prepare(spec, data, bad_rows)
+        material = self._prepare(spec, data, bad_rows, state_dir)
         self._joining.check_base(material.fingerprint, spec)
         state_id = state_dir.id if state_dir else ""
         patience_s = HEARTBEAT_INTERVAL_S * 1.5
@@ -223,13 +223,15 @@ class Worker:
         )  # fmt: skip
         self._train(trainer, exchange, sync, material.n_examples)
 
-    def _prepare(self, spec: Spec, data: DataFile, bad_rows: BadRows) -> Material:
+    def _prepare(self, spec: Spec, data: DataFile, bad_rows: BadRows, state_dir: StateDir | None) -> Material:
         """Load the base model and make examples of the rows."""
         settings = self._settings
         model, tokenizer, device, autocast = self._load_base(spec)
-        if data.n_rows > MANY_ROWS:
-            self._say(f"tokenizing {data.n_rows} rows")
-        examples = make_examples(
+        if state_dir:
+            make = RowCache(state_dir.path, say=self._say).examples
+        else:
+            make = partial(make_examples, say=self._say)
+        examples = make(
             data,
             tokenizer,
             spec.training.max_length,

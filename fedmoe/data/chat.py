@@ -4,10 +4,12 @@ The prompt's ids are those that the model sees when it is asked: the template's,
 end of turn is learnt too, else the model would never stop.
 """
 
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fedmoe.data.control import ControlTokens, Prepared
+from fedmoe.data.prefix import first_tokens
 from fedmoe.data.template import ChatTemplate, Tools, Written
 from fedmoe.data.turns import Turn
 from fedmoe.errors import RowError
@@ -39,11 +41,15 @@ class Encoder:
         """
         return self._control.prepare(turns, tools)
 
-    def encode(self, turns: Sequence[Turn], tools: Tools = ()) -> tuple[list[int], list[int]]:
+    def encode(
+        self, turns: Sequence[Turn], tools: Tools = (), *, max_length: int = sys.maxsize
+    ) -> tuple[list[int], list[int]]:
         """Ids of the prompt and of the answer, the last turn, with its end of turn; neither is empty.
 
+        Of an answer that `max_length` cuts off, its end may be missing.
+
         Raises:
-            AnswerError: if there is no answer, or nothing before it.
+            AnswerError: if there is no answer, nothing before it, or no room for it.
             RowError: if the template refuses the turns, or leaves out what the row says.
         """
         if len(turns) == 1:
@@ -58,12 +64,14 @@ class Encoder:
             self._template.write(turns, tools) if self._template else self._plain(turns, tools)
         )
         answer = _join_reasoning(prompt, lead, text) + end
-        prompt_ids = start + self._ids(prompt)
-        both = start + self._ids(prompt + answer)
+        prompt_ids = start + first_tokens(self._ids, prompt, max_length)
+        if len(prompt_ids) >= max_length:
+            raise AnswerError(f"its prompt fills max_length {max_length}")
+        both = start + first_tokens(self._ids, prompt + answer, max_length)
         # The joint text first, because some tokenizers put a space in front of whatever they are given. But a
         # token across the border does not exist when the model is asked: then the answer is taken alone.
         joint = both[: len(prompt_ids)] == prompt_ids
-        answer_ids = both[len(prompt_ids) :] if joint else self._ids(answer)
+        answer_ids = both[len(prompt_ids) :] if joint else first_tokens(self._ids, answer, max_length)
         if not prompt_ids or not answer_ids:
             raise RowError("it has no tokens")
         return prompt_ids, answer_ids

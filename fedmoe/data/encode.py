@@ -89,9 +89,7 @@ def _encode(row: Row, path: Path, encoder: Encoder, max_length: int, learn: Lear
             weight_0 += 1
             continue
         try:
-            prompt, answer = encoder.encode(turns[: place + 1], row.tools)
-            if len(prompt) >= max_length:
-                raise AnswerError(f"its prompt fills max_length {max_length}")
+            prompt, answer = encoder.encode(turns[: place + 1], row.tools, max_length=max_length)
         except AnswerError as error:
             left_out.append(error)
             continue

@@ -3,20 +3,23 @@
 import hashlib
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from fedmoe.data.bad_rows import BadRows, Problem
-from fedmoe.data.chat import Encoder
-from fedmoe.data.encode import Example, Learn, encode_row
+from fedmoe.data.encode import Encoded, Example, Learn
+from fedmoe.data.flat import FlatExamples
 from fedmoe.data.jsonl import DataFile
-from fedmoe.data.records import Record, records
-from fedmoe.errors import DataError, StoppedError
+from fedmoe.data.parallel import Job, encode_rows, n_processes
+from fedmoe.data.progress import Progress
+from fedmoe.data.records import records
+from fedmoe.errors import DataError
 from fedmoe.text import shown
 
 if TYPE_CHECKING:
@@ -42,7 +45,7 @@ class Examples:
         notes: what was done to the texts of rows, or found in them → number of rows.
     """
 
-    examples: tuple[Example, ...]
+    examples: FlatExamples
     n_rows: int
     problems: tuple[Problem, ...]
     left_out: tuple[Problem, ...]
@@ -58,12 +61,18 @@ class Examples:
 
         Whatever made them otherwise (the file, tokenizer, chat template, settings) makes it another.
         """
-        digest = hashlib.sha256()
-        for example in self.examples:
-            numbers = (len(example.input_ids), len(example.answers), *chain(*example.answers))
-            digest.update(array("d", numbers))
-            digest.update(example.input_ids)
-        return digest.hexdigest()[:16]
+        return self.examples.digest()[:16]
+
+    def report(self, path: Path, bad_rows: BadRows) -> None:
+        """Tell what was left out.
+
+        Raises:
+            DataError: if that is not allowed.
+        """
+        out = sorted([*self.problems, *self.left_out], key=lambda problem: problem.number)
+        for problem in out:
+            bad_rows.check(problem)
+        bad_rows.report(path, out)
 
     def summary(self) -> str:
         """One line, for example: 100 rows: 90 used (4 cut to max_length 512), 10 dropped (10 × its answer is empty)."""
@@ -122,9 +131,10 @@ def make_examples(
     *,
     learn: Learn = "all",
     sample: int = 0,
+    say: Callable[[str], None] = lambda line: None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Examples:
-    """Encode every row.
+    """Encode every row, of a large file on all cores.
 
     Args:
         data: the file.
@@ -133,39 +143,40 @@ def make_examples(
         bad_rows: what is done with rows that cannot be used.
         learn: all answers of a conversation, or its last one.
         sample: how many rows to look at, evenly spread; 0 for all.
+        say: where lines go that say how far it is.
         stopped: whether to stop; it is asked every so often.
 
     Raises:
         DataError: if no row is left to train on, or at the first bad row if `bad_rows` says so.
         StoppedError: if `stopped` returns true.
     """
-    encoder = Encoder(tokenizer)
-    examples: list[Example] = []
+    job = Job(path=data.path, tokenizer=tokenizer, max_length=max_length, learn=learn)
+    examples = FlatExamples()
     problems: list[Problem] = []
     left_out: list[Problem] = []
     unused: Counter[str] = Counter()
     notes: Counter[str] = Counter()
     n_rows = weight_0 = of_weight_0 = cut = 0
-    for record in _sampled(data, sample):
-        if stopped():
-            raise StoppedError("stopped while the rows were tokenized: nothing was trained yet")
-        n_rows += 1
-        made = encode_row(record, data.path, encoder, max_length=max_length, learn=learn)
-        for problem in (made,) if isinstance(made, Problem) else made.left_out:
-            bad_rows.check(problem)
-        if isinstance(made, Problem):
-            problems.append(made)
-            continue
-        examples += made.examples
-        left_out += made.left_out
-        weight_0 += made.weight_0
-        of_weight_0 += not made.examples
-        cut += made.cut
-        unused.update(made.unused)
-        notes.update(made.notes)
-    bad_rows.report(data.path, sorted([*problems, *left_out], key=lambda problem: problem.number))
+    progress = Progress(say, f"tokenizing {shown(data.path)}", 0 if sample else data.n_lines)
+    with closing(_encoded(data, job, sample, stopped)) as encoded:
+        for made in encoded:
+            n_rows += 1
+            progress.at(n_rows)
+            for problem in (made,) if isinstance(made, Problem) else made.left_out:
+                bad_rows.check(problem)
+            if isinstance(made, Problem):
+                problems.append(made)
+                continue
+            examples.extend(made.examples)
+            left_out += made.left_out
+            weight_0 += made.weight_0
+            of_weight_0 += not made.examples
+            cut += made.cut
+            unused.update(made.unused)
+            notes.update(made.notes)
+    data.check_unchanged()
     used = Examples(
-        examples=tuple(examples),
+        examples=examples,
         n_rows=n_rows,
         problems=tuple(problems),
         left_out=tuple(left_out),
@@ -176,6 +187,7 @@ def make_examples(
         unused=unused,
         notes=notes,
     )
+    used.report(data.path, bad_rows)
     if not examples:
         raise DataError(
             f"nothing to train on in {shown(data.path)}: {used.summary()}; raise max_length or mend the file"
@@ -183,11 +195,15 @@ def make_examples(
     return used
 
 
-def _sampled(data: DataFile, count: int) -> Iterator[Record]:
-    if not 0 < count < data.n_rows:
-        return records(data.path)
-    wanted = {i * data.n_rows // count for i in range(count)}
-    return (record for record in records(data.path) if record.number in wanted)
+def _encoded(
+    data: DataFile, job: Job, sample: int, stopped: Callable[[], bool]
+) -> Generator[Encoded | Problem]:
+    rows, n_bytes = records(data.path), data.path.stat().st_size
+    if sample and sample < (n_rows := sum(1 for _ in records(data.path))):
+        wanted = {i * n_rows // sample for i in range(sample)}
+        rows = (record for record in rows if record.number in wanted)
+        n_bytes = n_bytes * sample // n_rows
+    return encode_rows(rows, job, processes=n_processes(n_bytes), stopped=stopped)
 
 
 def collate(examples: Sequence[Example], pad_id: int) -> Batch:

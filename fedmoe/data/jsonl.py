@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmoe.data.bad_rows import BadRows, Problem
-from fedmoe.data.records import MAX_ROW_CHARS, Record, reading, records
+from fedmoe.data.records import GZIP_MAGIC, MAX_ROW_CHARS, Record, reading, records
 from fedmoe.data.shapes import read_conversation
 from fedmoe.data.turns import Turn
 from fedmoe.errors import DataError, RowError, StoppedError
@@ -43,18 +43,30 @@ class DataFile:
 
     Args:
         digest: first 16 hex digits of the SHA-256 of its bytes.
-        n_rows: good and bad ones.
+        n_lines: about as many rows, unless it is one JSON array; 0 for a packed file.
+        state: changes when somebody writes to the file.
     """
 
     path: Path
     digest: str
-    n_rows: int
+    n_lines: int
+    state: tuple[int, ...]
+
+    def check_unchanged(self) -> None:
+        """Make sure that what was read since is what has the digest.
+
+        Raises:
+            DataError: if somebody has written to the file.
+        """
+        with reading(self.path):
+            if _state(self.path) != self.state:
+                raise DataError(f"{shown(self.path)} was changed while it was read: start again")
 
 
 def open_data(
     path: str | Path, bad_rows: BadRows, *, stopped: Callable[[], bool] = lambda: False
 ) -> DataFile:
-    """Look through `path`, before anything that takes long.
+    """Look at `path`, before anything that takes long: not at all of it, unless no bad row is allowed.
 
     Raises:
         DataError: if the file cannot be read or has no usable row, or at the first bad row if `bad_rows` says so.
@@ -64,27 +76,51 @@ def open_data(
     with reading(path):
         if not path.is_file():
             raise DataError(_why_no_file(path))
-        with path.open("rb") as raw:
-            digest = hashlib.file_digest(raw, "sha256").hexdigest()[:16]
-    n_rows, usable = 0, False
+        state = _state(path)
+        digest, n_lines = _digest(path, stopped)
+    usable = False
     problems: list[Problem] = []
     for record in records(path):
-        if stopped():
-            raise StoppedError("stopped while the rows were read: nothing was trained yet")
-        n_rows += 1
-        if not usable or bad_rows.fail:
-            row = read_row(path, record)
-            usable = usable or isinstance(row, Row)
-            if isinstance(row, Problem):
-                bad_rows.check(row)
-                problems.append(row)
-    if not n_rows:
+        _check(stopped)
+        row = read_row(path, record)
+        if isinstance(row, Problem):
+            bad_rows.check(row)
+            problems.append(row)
+        else:
+            usable = True
+            if not bad_rows.fail:
+                break
+    if not usable and not problems:
         raise DataError(f"{shown(path)} has no rows: it is empty")
     if not usable:
         bad_rows.report(path, problems)
-        bad = f"{n_rows} bad, the first in line {problems[0].line}: {problems[0].reason}"
+        bad = f"{len(problems)} bad, the first in line {problems[0].line}: {problems[0].reason}"
         raise DataError(f"{shown(path)} has no usable row; {bad}")
-    return DataFile(path=path, digest=digest, n_rows=n_rows)
+    return DataFile(path=path, digest=digest, n_lines=n_lines, state=state)
+
+
+def _check(stopped: Callable[[], bool]) -> None:
+    if stopped():
+        raise StoppedError("stopped while the rows were read: nothing was trained yet")
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    stat = path.stat()
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def _digest(path: Path, stopped: Callable[[], bool]) -> tuple[str, int]:
+    """Of the bytes, and how many line feeds there are; 0 of a packed file."""
+    digest = hashlib.sha256()
+    n_lines = 0
+    packed = False
+    with path.open("rb") as raw:
+        while block := raw.read(2**20):
+            _check(stopped)
+            packed = packed or (raw.tell() == len(block) and block.startswith(GZIP_MAGIC))
+            digest.update(block)
+            n_lines += block.count(b"\n")
+    return digest.hexdigest()[:16], 0 if packed else n_lines
 
 
 def read_row(path: Path, record: Record) -> Row | Problem:

@@ -1,6 +1,7 @@
 """Rows as examples, batches and an order."""
 
 import json
+from array import array
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,9 +13,11 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fedmoe.data.bad_rows import BadRows
-from fedmoe.data.encode import Answer
+from fedmoe.data.encode import Answer, Example
 from fedmoe.data.examples import NO_LABEL, collate, indices, make_examples, padding_id
+from fedmoe.data.flat import FlatExamples
 from fedmoe.data.jsonl import DataFile, open_data
+from fedmoe.data.progress import Progress
 from fedmoe.errors import DataError, StoppedError
 from tests.tiny import END, PAD, save_tiny_model, tiny_model, tiny_tokenizer
 
@@ -162,6 +165,44 @@ def test_a_saved_tokenizer_makes_the_same_examples(rows: MakeRows, tmp_path: Pat
     loaded = AutoTokenizer.from_pretrained(save_tiny_model(tmp_path))
     data = rows("abc", "  d\n", "日本")
     assert make_examples(data, loaded, 30, BAD_ROWS) == make_examples(data, tiny_tokenizer(), 30, BAD_ROWS)
+
+
+@given(
+    st.lists(
+        st.builds(
+            Example,
+            st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=5).map(lambda ids: array("i", ids)),
+            st.lists(
+                st.builds(Answer, st.integers(0, 9), st.integers(0, 9), st.floats(0, 1)),
+                min_size=1,
+                max_size=3,
+            ).map(tuple),
+        ),
+        max_size=5,
+    )
+)
+def test_flat_examples_are_those_that_were_put_in(examples: list[Example]) -> None:
+    """One by one, as a slice, from the end, and none beyond it."""
+    flat = FlatExamples()
+    flat.extend(examples)
+    assert list(flat) == examples == flat[:] == [flat[i - len(examples)] for i in range(len(examples))]
+    assert flat[1:] == examples[1:]
+    with pytest.raises(IndexError):
+        flat[len(examples)]
+
+
+def test_progress_is_told_every_five_seconds() -> None:
+    """With the time that is left, as long as anybody knows how many there are."""
+    at = iter([100.0, 101.0, 105.0, 109.9, 110.0, 120.0])
+    said: list[str] = []
+    progress = Progress(said.append, "tokenizing rows.jsonl", 3000, clock=lambda: next(at))
+    for done in (100, 1000, 1999, 2000, 3500):
+        progress.at(done)
+    assert said == [
+        "tokenizing rows.jsonl: 1,000 rows of about 3,000, about 10 s left",
+        "tokenizing rows.jsonl: 2,000 rows of about 3,000, about 5 s left",
+        "tokenizing rows.jsonl: 3,500 rows",
+    ]
 
 
 @settings(max_examples=50)

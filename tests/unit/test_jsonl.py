@@ -64,7 +64,7 @@ def test_a_row_has_its_line_its_prompt_and_its_answer(tmp_path: Path) -> None:
     assert rows.problems == ()
     assert rows.data == read_rows(str(path)).data
     assert rows.data.digest != read_rows(write(tmp_path, lines(GOOD))).data.digest
-    assert (len(rows.data.digest), rows.data.n_rows) == (16, 1)
+    assert (len(rows.data.digest), rows.data.n_lines) == (16, 2)
 
 
 @pytest.mark.parametrize(
@@ -486,4 +486,17 @@ def test_reading_can_be_stopped(tmp_path: Path) -> None:
     """Told to stop after some rows, it does not go on to the last."""
     asked = iter([False, False, True])
     with pytest.raises(StoppedError, match="nothing was trained yet"):
-        open_data(write(tmp_path, lines(*[GOOD] * 6)), BadRows(say=print), stopped=lambda: next(asked))
+        open_data(
+            write(tmp_path, lines(*[GOOD] * 6)), BadRows(say=print, fail=True), stopped=lambda: next(asked)
+        )
+
+
+def test_a_file_that_is_changed_meanwhile_is_refused(tmp_path: Path) -> None:
+    """Its digest would not be that of what is trained on."""
+    path = write(tmp_path, lines(GOOD))
+    data = open_data(path, BadRows(say=print))
+    data.check_unchanged()
+    with path.open("a") as file:
+        file.write("\n")
+    with pytest.raises(DataError, match=r"rows\.jsonl was changed while it was read: start again"):
+        data.check_unchanged()

@@ -1,0 +1,139 @@
+"""Keeps a worker's encoded rows beside its checkpoint, so that it need not encode them again when it starts again.
+
+The file holds private rows, so only its owner may read it. It is taken only if all that the encoding depends on is as
+it was; whatever else is found under its name is replaced.
+"""
+
+import hashlib
+import json
+import os
+import sys
+from array import array
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from fedmoe.data.bad_rows import BadRows, Problem
+from fedmoe.data.encode import Learn
+from fedmoe.data.examples import Examples, make_examples
+from fedmoe.data.flat import TYPES, FlatExamples
+from fedmoe.data.jsonl import DataFile
+from fedmoe.text import shown
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FILE_NAME = "rows.safetensors"
+
+
+class RowCache:
+    """The cache in a state directory.
+
+    Args:
+        say: where lines for people go.
+    """
+
+    def __init__(self, directory: Path, *, say: Callable[[str], None]) -> None:
+        self._file = directory / FILE_NAME
+        self._say = say
+
+    def examples(
+        self,
+        data: DataFile,
+        tokenizer: "PreTrainedTokenizerBase",
+        max_length: int,
+        bad_rows: BadRows,
+        *,
+        learn: Learn = "all",
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> Examples:
+        """What `make_examples` makes, and raises."""
+        key = cache_key(data, tokenizer, max_length=max_length, learn=learn)
+        if kept := self._load(key, data.path):
+            self._say(f"{shown(data.path)}: taking the tokenized rows that are kept in {shown(self._file)}")
+            kept.report(data.path, bad_rows)
+            return kept
+        made = make_examples(
+            data, tokenizer, max_length, bad_rows, learn=learn, say=self._say, stopped=stopped
+        )
+        if key:
+            try:
+                self._save(key, made)
+            except OSError as error:
+                why = error.strerror or error
+                self._say(f"tokenized rows are not kept for the next start ({why}); it will tokenize again")
+        return made
+
+    def _load(self, key: str, path: Path) -> Examples | None:
+        try:
+            with safe_open(self._file, framework="pt") as file:
+                if not key or (file.metadata() or {})["key"] != key:
+                    return None
+                tensors = {name: file.get_tensor(name) for name in (*TYPES, "info")}
+                if _digest(tensors) != file.metadata()["digest"]:
+                    return None
+        except (OSError, SafetensorError, KeyError):
+            return None
+        info: dict[str, Any] = json.loads(bytes(_bytes(tensors.pop("info"))))
+        for name in ("problems", "left_out"):
+            info[name] = tuple(Problem(path=path, **problem) for problem in info[name])
+        arrays = {name: array(TYPES[name]) for name in TYPES}
+        for name, tensor in tensors.items():
+            arrays[name].frombytes(_bytes(tensor))
+        return Examples(examples=FlatExamples(arrays), **info)
+
+    def _save(self, key: str, made: Examples) -> None:
+        info = {name: getattr(made, name) for name in Examples.__dataclass_fields__ if name != "examples"}
+        for name in ("problems", "left_out"):
+            info[name] = [{k: v for k, v in asdict(p).items() if k != "path"} for p in info[name]]
+        arrays = made.examples.arrays
+        tensors = {name: torch.frombuffer(arrays[name], dtype=torch.uint8) for name in TYPES}
+        tensors["info"] = torch.frombuffer(bytearray(json.dumps(info).encode()), dtype=torch.uint8)
+        fresh = self._file.with_suffix(".new")
+        try:
+            os.close(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600))
+            save_file(tensors, fresh, metadata={"key": key, "digest": _digest(tensors)})
+            fresh.chmod(0o600)
+            fresh.replace(self._file)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+        finally:
+            fresh.unlink(missing_ok=True)
+
+
+def cache_key(data: DataFile, tokenizer: "PreTrainedTokenizerBase", *, max_length: int, learn: Learn) -> str:
+    """Digest of all that the encoded rows depend on; "" if the tokenizer cannot be described.
+
+    Code is described by its text, because a version is not raised with each change of it.
+    """
+    core = getattr(tokenizer, "backend_tokenizer", None)
+    if core is None:
+        return ""
+    code = hashlib.sha256()
+    for module in sorted(Path(__file__).parent.glob("*.py")):
+        code.update(module.read_bytes())
+    parts = [
+        data.digest, max_length, learn, core.to_str(), tokenizer.chat_template, type(tokenizer).__name__,
+        {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        code.hexdigest(), sys.version, sys.byteorder,
+        *(version(package) for package in ("transformers", "tokenizers", "jinja2")),
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _digest(tensors: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name} {len(tensors[name])} ".encode())
+        digest.update(_bytes(tensors[name]))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return tensor.numpy().data

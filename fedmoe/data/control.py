@@ -96,20 +96,19 @@ class ControlTokens:
 
     def _unwrap(self, turns: Sequence[Turn]) -> list[Turn] | None:
         """The turns of a prompt that is written as the template writes it, with the answer; None if it is not."""
-        if len(turns) != 2 or not self._template or not self._is_templated(turns[0].content):
+        prompt, after = turns[0].content, self._after_question
+        if len(turns) != 2 or not after or not prompt.rstrip().endswith(after):
             return None
-        for n_answers in range(MAX_EARLIER_ANSWERS + 1):
+        # As many as stand there first: without control tokens, a question could be taken for a whole conversation.
+        likely = min(prompt.count(after) - 1, MAX_EARLIER_ANSWERS)
+        for n_answers in (likely, *range(MAX_EARLIER_ANSWERS + 1)):
             for system in ((), ("system",)):
                 roles = (*system, *("user", "assistant") * n_answers, "user")
                 pattern = self._pattern(roles)
-                if pattern and (found := pattern.fullmatch(turns[0].content)):
+                if pattern and (found := pattern.fullmatch(prompt)):
                     texts = zip(roles, found.groups(), strict=True)
                     return [*(Turn(role=role, content=text) for role, text in texts), turns[1]]
         return None
-
-    def _is_templated(self, prompt: str) -> bool:
-        after = self._after_question
-        return bool(after and prompt.rstrip().endswith(after)) or bool(self._structure.search(prompt))
 
     @cached_property
     def _after_question(self) -> str:

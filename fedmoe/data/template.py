@@ -73,15 +73,16 @@ class ChatTemplate:
             refusal = RowError(f"the chat template drops its {left_out} turn")
         else:
             raise refusal
-        if tools and asked == self._render(prompt, (), add_generation_prompt=True):
+        if tools and asked == self._without_tools(prompt):
             raise RowError("the chat template does not show its tools")
         if MARKER not in answered:
             raise RowError("the chat template drops its answer")
         head, _, tail = answered.rpartition(MARKER)
         lead = head.removeprefix(asked) if head.startswith(asked) else ""
-        earlier = any(turn.reasoning for turn in turns[:-1]) and not self._shows_reasoning
-        if earlier or turns[-1].reasoning.strip() not in lead:
+        if not self._shows_reasoning and any(turn.reasoning for turn in turns):
             raise RowError("the chat template does not show its reasoning")
+        if turns[-1].reasoning.strip() not in lead:
+            raise RowError("the generation prompt of the chat template leaves no room for its reasoning")
         return Written(asked, lead, self._end_of_turn(tail))
 
     @cached_property
@@ -115,6 +116,12 @@ class ChatTemplate:
             if not mark:
                 return None
         return [*pieces, text]
+
+    def _without_tools(self, turns: Sequence[Turn]) -> str | None:
+        """The prompt as it would be without them; None if the template then refuses it."""
+        with suppress(*TEMPLATE_ERRORS):
+            return self._render(turns, (), add_generation_prompt=True)
+        return None
 
     def _role_left_out(self, turns: Sequence[Turn], tools: Tools) -> str:
         """The role of a turn that the template does not write into the prompt, "" if it writes them all."""

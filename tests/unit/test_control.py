@@ -27,11 +27,21 @@ MISTRAL = (
     "{% elif m.role == 'assistant' %}{{ ' ' + m.content + eos_token }}{% else %}"
     "{{ raise_exception('no system') }}{% endif %}{% endfor %}"
 )
+PLAIN = (
+    "{% for m in messages %}{{ '### ' + m.role + '\n' + m.content + '\n\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### assistant\n' }}{% endif %}"
+)
 DEFAULT_SYSTEM = (
     "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nBe good.<|im_end|>\n' }}{% endif %}"
     + CHAT_TEMPLATE
 )
-TEMPLATES = {"ChatML": CHAT_TEMPLATE, "Gemma": GEMMA, "Mistral": MISTRAL, "default system": DEFAULT_SYSTEM}
+TEMPLATES = {
+    "ChatML": CHAT_TEMPLATE,
+    "Gemma": GEMMA,
+    "Mistral": MISTRAL,
+    "default system": DEFAULT_SYSTEM,
+    "no control tokens": PLAIN,
+}
 
 
 def tokenizer(template: str) -> PreTrainedTokenizerFast:

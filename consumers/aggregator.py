@@ -15,6 +15,7 @@ from pathlib import Path
 from consumers.decide import Outcome
 from consumers.expert import Expert
 from consumers.gateway import GatewayBuilder, GatewaySettings
+from consumers.retention import Retention
 from fedmoe.archive import Archive
 from fedmoe.backoff import Backoff
 from fedmoe.errors import (
@@ -45,6 +46,7 @@ class AggregatorSettings:
         block_ms: a read waits so long for the first entry; also how long a stop may take.
         batch: entries that one commit takes at most.
         keep_updates: directory where applied updates are kept (`fedmoe verify`), None for nowhere.
+        keep_updates_for_s: so long at least (seconds); 0 is for ever.
         burst: end as soon as nothing is waiting, instead of waiting for more.
         max_updates: end after so many decided updates of all experts together; 0 is no bound.
     """
@@ -53,6 +55,7 @@ class AggregatorSettings:
     block_ms: int = 500
     batch: int = 64
     keep_updates: Path | None = None
+    keep_updates_for_s: float = 0.0
     burst: bool = False
     max_updates: int = 0
 
@@ -66,6 +69,8 @@ class AggregatorSettings:
             )
         if not 0 < self.batch <= 1024:
             raise SettingsError(f"batch must be 1 to 1024 entries, not {self.batch!r}")
+        if self.keep_updates_for_s and self.keep_updates is None:
+            raise SettingsError("--keep-updates-for needs --keep-updates: nothing is kept without it")
         if self.block_ms > self.lease_s * 500:
             raise SettingsError(
                 f"block_ms ({self.block_ms}) must be at most half the lease ({self.lease_s * 1000:.0f} ms), "
@@ -100,6 +105,11 @@ class ExpertServer:
         self._connection = connection
         self._store = ExpertStore(connection, name)
         self._archive = Archive(settings.keep_updates / name) if settings.keep_updates else None
+        self._retention = (
+            Retention(self._archive, settings.keep_updates_for_s)
+            if self._archive and settings.keep_updates_for_s
+            else None
+        )
         self._lease = Lease(
             connection, self._store.keys.lease, holder=holder, ttl_ms=int(settings.lease_s * 1000)
         )
@@ -166,6 +176,8 @@ class ExpertServer:
         for first in range(0, len(entries), self._settings.batch):
             some = entries[first : first + self._settings.batch]
             verdicts = self._expert.process(some, more=self._more(self._settings.batch - len(some)))
+            if self._retention is not None:
+                self._retention.tend(self._expert)
             self._decided(sum(v.outcome in (Outcome.APPLIED, Outcome.REFUSED) for v in verdicts))
         return not entries
 

@@ -1,4 +1,4 @@
-"""Replay an expert from its log, one update at a time from version 0, and compare byte for byte."""
+"""Replay an expert from its log, one update at a time, and compare byte for byte."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from consumers.fold import fold
-from fedmoe.archive import Archive
+from fedmoe.archive import Anchor, Archive
 from fedmoe.codec import decode
 from fedmoe.errors import UpdateError
 from fedmoe.layout import AdapterBuffer
@@ -19,62 +19,124 @@ from fedmoe.staleness import staleness_of
 class Replay:
     """The outcome: `weights` recomputed at `version`, or why the log cannot be replayed.
 
-    `since` is the version it began at: 0, or that of weights an aggregator wrote back after Redis had lost the expert.
+    `since` is the version it began at, and `begin` why not at 0: it was written back by an aggregator after Redis had
+    lost the expert, or older kept updates were removed.
     """
 
     version: int
     weights: AdapterBuffer
     problem: str = ""
     since: int = 0
+    begin: str = ""
 
 
-def replay(spec: Spec, lines: Iterable[Mapping[str, str]], archive: Archive, *, upto: int) -> Replay:
+def replay(
+    spec: Spec, lines: Iterable[Mapping[str, str]], archive: Archive, *, upto: int, lineage: str = ""
+) -> Replay:
     """Recompute the weights at version `upto` from the log's lines (oldest first) and the kept updates.
 
     Each line is held against its update: the version it made, the staleness and the factor that follow from the
-    spec. A line that does not fit ends the replay with the problem. A line that an aggregator wrote when it gave an
-    expert back to a Redis that had lost it names kept weights, from which the replay goes on.
+    spec. A line that does not fit ends the replay with the problem. It begins at version 0; or at the last line that an
+    aggregator wrote when it gave an expert back to a Redis that had lost it; or, if the updates after that are not kept
+    any more, at the first anchor of this `lineage` in the archive.
     """
     buffer = AdapterBuffer(spec.layout)
-    buffer.flat.copy_(initial_weights(spec.layout, spec.init_seed))
-    delta = torch.empty(spec.layout.numel)
-    version = since = 0
     history = list(lines)
-    written_back = [number for number, line in enumerate(history) if "restored" in line]
-    for line in history[written_back[-1] if written_back else 0 :]:
-        if version == upto and "restored" not in line:
+    version = 0
+    try:
+        version, begin, history = _begin(
+            history, archive, upto=upto, lineage=lineage, buffer=buffer, spec=spec
+        )
+    except (UpdateError, KeyError, ValueError) as error:
+        return Replay(version, buffer, str(error))
+    since = version
+    delta = torch.empty(spec.layout.numel)
+    for line in history:
+        if version == upto:
             break
         try:
-            if "restored" in line:
-                _check(
-                    "weights" in line,
-                    f"an aggregator that kept no updates wrote version {line['version']} back to an emptied Redis",
-                )
-                buffer.load(archive.load_weights(line["weights"]))
-                version = since = int(line["version"])
-                continue
-            _check(
-                int(line["version"]) == version + 1,
-                f"the log goes from version {version} to {line['version']}: what lies between is gone from Redis",
-            )
-            header, parts = archive.load(line.get("update", ""))
-            _check(
-                f"{header.run}:{header.seq}" == f"{line['run']}:{line['seq']}",
-                "the kept update is another one",
-            )
-            staleness = staleness_of(version, header.base_version)
-            factor = spec.merge.lr * spec.merge.decay(staleness)
-            _check(
-                int(line["staleness"]) == staleness, f"staleness {line['staleness']}, should be {staleness}"
-            )
-            _check(float(line["factor"]) == factor, f"factor {line['factor']}, should be {factor!r}")
-            decode(parts, spec.wire_format, delta)
+            _fold_line(line, version, spec, archive, delta, buffer)
         except (UpdateError, KeyError, ValueError) as error:
-            return Replay(version, buffer, f"version {version + 1}: {error}", since)
-        fold(buffer.flat, delta, factor)
+            return Replay(version, buffer, f"version {version + 1}: {error}", since, begin)
         version += 1
     problem = "" if version == upto else f"the log ends at version {version}, the expert is at {upto}"
-    return Replay(version, buffer, problem, since)
+    return Replay(version, buffer, problem, since, begin)
+
+
+def _begin(
+    history: list[Mapping[str, str]],
+    archive: Archive,
+    *,
+    upto: int,
+    lineage: str,
+    buffer: AdapterBuffer,
+    spec: Spec,
+) -> tuple[int, str, list[Mapping[str, str]]]:
+    """Fill `buffer` with the weights to begin with; their version, why that one, and the lines to replay."""
+    written_back = max((number for number, line in enumerate(history) if "restored" in line), default=None)
+    since = 0 if written_back is None else int(history[written_back]["version"])
+    rest = history if written_back is None else history[written_back + 1 :]
+    for anchor in archive.anchors().values():
+        if not (anchor.lineage == lineage and since < anchor.version <= upto and _is_of(anchor, rest)):
+            continue
+        if not _are_kept(rest, since, anchor.version, archive):
+            buffer.load(archive.load_weights(anchor.weights))
+            later = [line for line in rest if int(line["version"]) > anchor.version]
+            return anchor.version, "older kept updates were removed", later
+        break
+    if written_back is None:
+        buffer.flat.copy_(initial_weights(spec.layout, spec.init_seed))
+        return 0, "", rest
+    line = history[written_back]
+    _check(
+        "weights" in line,
+        f"an aggregator that kept no updates wrote version {since} back to an emptied Redis",
+    )
+    buffer.load(archive.load_weights(line["weights"]))
+    return since, "written back to an emptied Redis", rest
+
+
+def _follows(line: Mapping[str, str], version: int) -> bool:
+    return int(line["version"]) == version + 1
+
+
+def _are_kept(lines: Iterable[Mapping[str, str]], after: int, upto: int, archive: Archive) -> bool:
+    """True if the log and the archive hold every update from version `after` to `upto`."""
+    kept = {int(line["version"]) for line in lines if archive.holds(line.get("update", ""))}
+    return kept.issuperset(range(after + 1, upto + 1))
+
+
+def _is_of(anchor: Anchor, lines: Iterable[Mapping[str, str]]) -> bool:
+    """True if an anchor is of the history that the lines tell, not of one that a failover undid."""
+    for line in lines:
+        if int(line["version"]) == anchor.version:
+            return (line["run"], line["seq"]) == (anchor.run, str(anchor.seq))
+        if int(line["version"]) > anchor.version:
+            return _follows(line, anchor.version)  # its own line was cut off the log
+    return False
+
+
+def _fold_line(
+    line: Mapping[str, str],
+    version: int,
+    spec: Spec,
+    archive: Archive,
+    delta: torch.Tensor,
+    buffer: AdapterBuffer,
+) -> None:
+    """Hold a line of the log against its kept update, and fold that into the weights of `version`."""
+    _check(
+        _follows(line, version),
+        f"the log goes from version {version} to {line['version']}: what lies between is gone from Redis",
+    )
+    header, parts = archive.load(line.get("update", ""))
+    _check(f"{header.run}:{header.seq}" == f"{line['run']}:{line['seq']}", "the kept update is another one")
+    staleness = staleness_of(version, header.base_version)
+    factor = spec.merge.lr * spec.merge.decay(staleness)
+    _check(int(line["staleness"]) == staleness, f"staleness {line['staleness']}, should be {staleness}")
+    _check(float(line["factor"]) == factor, f"factor {line['factor']}, should be {factor!r}")
+    decode(parts, spec.wire_format, delta)
+    fold(buffer.flat, delta, factor)
 
 
 def _check(true: bool, problem: str) -> None:

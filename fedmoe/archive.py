@@ -5,8 +5,11 @@ applies it, so that no line of an expert's log is without its file.
 """
 
 import hashlib
+import json
+import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import msgpack
@@ -17,7 +20,27 @@ from fedmoe.update import Header
 
 SUFFIX = ".update"
 WEIGHTS_SUFFIX = ".weights"
+ANCHOR_SUFFIX = ".anchor"
 Buffer = bytes | memoryview
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Anchor:
+    """A version of an expert whose weights are kept, so that a replay can begin there.
+
+    Args:
+        version, lineage: of the expert.
+        run, seq: of the update that made this version.
+        weights: digest of the kept weights.
+        at: when they were kept (seconds since 1970).
+    """
+
+    version: int
+    lineage: str
+    run: str
+    seq: int
+    weights: str
+    at: float
 
 
 class Archive:
@@ -63,9 +86,42 @@ class Archive:
     def _write(self, content: Buffer, suffix: str) -> str:
         digest = hashlib.sha256(content).hexdigest()
         file = self.directory / (digest + suffix)
-        if not file.exists():
+        if file.exists():
+            os.utime(file)  # it is of use from now on
+        else:
             write_whole(file, content)
         return digest
+
+    def keep_anchor(self, anchor: Anchor) -> None:
+        """Write an anchor, whose weights are kept already.
+
+        Raises:
+            OSError: if the disk is full or gone; nothing was written.
+        """
+        name = f"{anchor.version:012}-{anchor.weights[:16]}{ANCHOR_SUFFIX}"
+        write_whole(self.directory / name, json.dumps(asdict(anchor)).encode())
+
+    def anchors(self) -> dict[Path, Anchor]:
+        """The anchors and their files, the oldest first; a damaged one is left out."""
+        found = {}
+        for file in self.directory.glob("*" + ANCHOR_SUFFIX):
+            try:
+                found[file] = Anchor(**json.loads(file.read_bytes()))
+            except (OSError, ValueError, TypeError):
+                continue
+        return dict(sorted(found.items(), key=lambda item: (item[1].at, item[1].version)))
+
+    def kept_before(self, time: float) -> Iterator[Path]:
+        """Updates, weights and half-written files that were last of use before `time` (seconds since 1970)."""
+        with os.scandir(self.directory) as entries:
+            for entry in entries:
+                is_ours = entry.name.endswith((SUFFIX, WEIGHTS_SUFFIX)) or entry.name.startswith(".")
+                if is_ours and entry.stat(follow_symlinks=False).st_mtime < time:
+                    yield Path(entry.path)
+
+    def holds(self, digest: str) -> bool:
+        """True if the update of that digest is here."""
+        return bool(digest) and (self.directory / (digest + SUFFIX)).is_file()
 
     def load(self, digest: str) -> tuple[Header, list[bytes]]:
         """The update of that digest.

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fedmoe.cli.options import redis_options, redis_settings
+from fedmoe.cli.options import Duration, redis_options, redis_settings
 
 if TYPE_CHECKING:
     from fedmoe.stopping import Stop
@@ -69,6 +69,9 @@ def aggregator() -> None:
 @click.option(
     "--keep-updates", type=click.Path(path_type=Path), help="Keep applied updates here, for `fedmoe verify`."
 )
+@click.option("--keep-updates-for", type=Duration(), metavar="TIME",
+              help="Time after which kept updates are removed, like 7d, 12h or 30m; `fedmoe verify` then replays from "
+                   "the weights of a later version.  [default: they are kept for ever]")  # fmt: skip
 @click.option("--new-lineage", is_flag=True, help="Begin experts anew that Redis has lost while workers train them: "
               "what these trained before is forgotten.")  # fmt: skip
 @click.option("--burst", is_flag=True, help="End when nothing is waiting.")
@@ -134,6 +137,7 @@ def _run(ctx: click.Context, stop: "Stop", options: dict[str, Any]) -> None:
         block_ms=options["block_ms"],
         batch=options["batch"],
         keep_updates=options["keep_updates"],
+        keep_updates_for_s=options["keep_updates_for"] or 0.0,
         burst=options["burst"],
         max_updates=options["max_updates"],
     )

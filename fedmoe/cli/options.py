@@ -1,13 +1,32 @@
 """Options that several commands share."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import click
 
 if TYPE_CHECKING:
     from fedmoe.store.connection import RedisSettings
+
+
+class Duration(click.ParamType[float]):
+    """A time span with its unit, for example 30m, as seconds."""
+
+    name = "duration"
+    units: ClassVar = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Seconds; fails if there is no unit, which could mean anything."""
+        if isinstance(value, float):
+            return value
+        match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([smhd])", str(value).strip())
+        if not match or not float(match[1]):
+            self.fail(
+                f"{value!r} must be a number above 0 with its unit, like 7d, 12h, 30m or 90s", param, ctx
+            )
+        return float(match[1]) * self.units[match[2]]
 
 
 def redis_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -38,14 +38,14 @@ def verify(redis: str, prefix: str, redis_timeout: float, experts: Sequence[str]
     for name in names:
         spec = store.spec(name)
         meta, weights, lines = store.history(name)
-        done = replay(spec, lines, Archive(directory / name, read_only=True), upto=meta.version)
+        done = replay(
+            spec, lines, Archive(directory / name, read_only=True), upto=meta.version, lineage=meta.lineage
+        )
         equal = not done.problem and done.weights.file == weights
         verdict = "equal" if equal else "differs: other weights than in Redis"
         if done.problem:
             verdict = f"cannot be replayed: {done.problem}"
-        since = (
-            f" from version {done.since}, which was written back to an emptied Redis" if done.since else ""
-        )
+        since = f" from version {done.since} ({done.begin})" if done.since else ""
         click.echo(
             f"{name}: replayed {done.version - done.since} of {meta.version} updates{since}, {verdict}"
         )

@@ -1,0 +1,111 @@
+"""How long kept updates stay: what is older than asked for goes, and weights stay from which a replay can begin."""
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from consumers.expert import Expert
+from fedmoe.archive import WEIGHTS_SUFFIX, Anchor, Archive
+
+logger = logging.getLogger(__name__)
+
+ANCHORS = 7  # in the time that updates are kept; so they are kept for up to a seventh longer
+AT_ONCE = 100  # files that are removed after one commit, which must not wait for long
+MARGIN_S = 3600.0  # two aggregators may keep into one directory, and their clocks differ
+
+
+class Retention:
+    """Tends the archive of one expert, a little after each commit.
+
+    Args:
+        archive: of this expert.
+        keep_s: updates are kept for at least so long (seconds).
+        clock: seconds since 1970.
+    """
+
+    def __init__(self, archive: Archive, keep_s: float, *, clock: Callable[[], float] = time.time) -> None:
+        self._archive = archive
+        self._keep_s = keep_s
+        self._clock = clock
+        self._doomed: list[Path] = []
+        self._next_at = 0.0
+
+    def tend(self, expert: Expert) -> None:
+        """Keep the expert's weights if it is time for it, and remove some of what has been kept for long enough.
+
+        Call it when memory is as committed. A disk that refuses is said, and nothing else: serving goes on.
+        """
+        try:
+            if self._doomed:
+                self._remove_some()
+            elif self._clock() >= self._next_at:
+                self._look(expert)
+        except OSError as error:
+            logger.warning(
+                "%s: kept updates cannot be tidied up in %s (%s)",
+                expert.store.name, self._archive.directory, error.strerror or error,
+            )  # fmt: skip
+            self._next_at = self._clock() + 60.0
+
+    def _look(self, expert: Expert) -> None:
+        now, every = self._clock(), self._keep_s / ANCHORS
+        self._doom(now - self._keep_s)  # first: it may be what makes room for the weights
+        newest = max((anchor.at for anchor in self._archive.anchors().values()), default=float("-inf"))
+        if now - newest >= every:
+            if not self._keep_weights(expert, now):
+                return  # at one of the next commits
+            newest = now
+        self._next_at = newest + every
+
+    def _keep_weights(self, expert: Expert, now: float) -> bool:
+        """Keep the present weights as an anchor; False if the update that made them cannot be told any more."""
+        version = expert.meta.version
+        last = next(
+            (
+                decided.id
+                for decided in expert.applied.values()
+                if decided.how == "applied" and decided.version == version
+            ),
+            None,
+        )
+        if last is None:
+            return False
+        weights = self._archive.keep_weights(expert.buffer.file)
+        self._archive.keep_anchor(
+            Anchor(
+                version=version,
+                lineage=expert.meta.lineage,
+                run=last.run,
+                seq=last.seq,
+                weights=weights,
+                at=now,
+            )
+        )
+        return True
+
+    def _doom(self, until: float) -> None:
+        """Note what a replay from the newest anchor before `until` does not need."""
+        anchors = self._archive.anchors()
+        first = next(
+            (anchor for anchor in reversed(anchors.values()) if anchor.at <= until and anchor.lineage), None
+        )
+        if first is None:
+            return
+        # A replay begins at the oldest anchor there is, so those before go before their updates.
+        self._doomed = [file for file, anchor in anchors.items() if anchor.at < first.at]
+        needed = {anchor.weights + WEIGHTS_SUFFIX for anchor in anchors.values() if anchor.at >= first.at}
+        old = self._archive.kept_before(first.at - min(MARGIN_S, self._keep_s / 10))
+        self._doomed += [file for file in old if file.name not in needed]
+        if self._doomed:
+            logger.info(
+                "%s: removing %d files from before version %d",
+                self._archive.directory,
+                len(self._doomed),
+                first.version,
+            )
+
+    def _remove_some(self) -> None:
+        for file in self._doomed[:AT_ONCE]:
+            file.unlink(missing_ok=True)
+        del self._doomed[:AT_ONCE]

@@ -41,6 +41,7 @@ from fedmoe.staleness import Decay
 from fedmoe.store.connection import Connection
 from fedmoe.store.expert import ExpertStore, new_id
 from fedmoe.store.gateway import GatewayStore
+from fedmoe.template_file import template_digest
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +71,7 @@ class SpecRequest:
     wire_format: str = DEFAULT_WIRE_FORMAT
     sync_interval_s: float = 10.0
     seed: int = 0
+    chat_template: str = ""
     explicit: frozenset[str] = frozenset()
     weighted: frozenset[str] = frozenset()
     new_lineage: bool = False
@@ -153,7 +155,12 @@ def _was_lost(store: ExpertStore, known: Mapping[str, str]) -> bool:
 
 def make_spec(request: SpecRequest, stop: threading.Event) -> tuple[Spec, str]:
     """The spec that a request leads to, and the base model's fingerprint (empty if its weights are not here)."""
-    described = describe(request.base_model, request.lora, stop)
+    described = describe(request.base_model, request.lora, stop, chat_template=request.chat_template)
+    if described["template_missing"]:
+        logger.warning(
+            "%s has no chat template: give --chat-template FILE here, or the first worker has to bring one",
+            request.base_model,
+        )
     layout = Layout(tuple((name, tuple(shape)) for name, shape in described["layout"]))
     merge = MergeRules(
         lr=request.lr,
@@ -171,6 +178,7 @@ def make_spec(request: SpecRequest, stop: threading.Event) -> tuple[Spec, str]:
         wire_format=request.wire_format,
         sync_interval_s=request.sync_interval_s,
         init_seed=request.seed,
+        chat_template=request.chat_template,
     )
     if not request.max_norm:
         norm = float(torch.linalg.vector_norm(initial_weights(layout, request.seed)))
@@ -178,17 +186,19 @@ def make_spec(request: SpecRequest, stop: threading.Event) -> tuple[Spec, str]:
     return spec, described["fingerprint"]
 
 
-def describe(base_model: str, lora: LoraSettings, stop: threading.Event) -> dict[str, Any]:
+def describe(
+    base_model: str, lora: LoraSettings, stop: threading.Event, *, chat_template: str = ""
+) -> dict[str, Any]:
     """Ask a process of its own for the adapter's layout and the base model's fingerprint.
 
     If the weights are here but too large for this machine, that process is killed; then the config has to do, and the
     first worker that joins pins the fingerprint.
     """
     logger.info("looking at the base model %s", base_model)
-    process = _ask(base_model, lora, read_weights=True, stop=stop)
+    process = _ask(base_model, lora, chat_template, read_weights=True, stop=stop)
     if process.returncode == -signal.SIGKILL:
         logger.warning("the weights of %s do not fit into memory here; going on by its config", base_model)
-        process = _ask(base_model, lora, read_weights=False, stop=stop)
+        process = _ask(base_model, lora, chat_template, read_weights=False, stop=stop)
     try:
         answer = json.loads(process.stdout.strip().rpartition("\n")[2])
     except ValueError as error:
@@ -196,18 +206,19 @@ def describe(base_model: str, lora: LoraSettings, stop: threading.Event) -> dict
             f"could not look at the base model {base_model!r}: {process.stderr.strip()[-800:]}"
         ) from error
     if "error" in answer:
-        raise BaseModelError(answer["error"])
+        raise (SettingsError if answer["of_settings"] else BaseModelError)(answer["error"])
     return dict(answer)
 
 
 def _ask(
-    base_model: str, lora: LoraSettings, *, read_weights: bool, stop: threading.Event
+    base_model: str, lora: LoraSettings, chat_template: str, *, read_weights: bool, stop: threading.Event
 ) -> "subprocess.CompletedProcess[str]":
     request = {
         "base_model": base_model,
         "rank": lora.rank,
         "alpha": lora.alpha,
         "targets": list(lora.targets),
+        "chat_template": chat_template,
     }
     with subprocess.Popen(
         [sys.executable, "-m", "fedmoe.model.describe"],
@@ -263,6 +274,7 @@ def check_unchanged(name: str, spec: Spec, request: SpecRequest) -> None:
         "wire_format": (request.wire_format, spec.wire_format),
         "sync_interval": (request.sync_interval_s, spec.sync_interval_s),
         "seed": (request.seed, spec.init_seed),
+        "chat_template": (template_digest(request.chat_template), template_digest(spec.chat_template)),
     }
     asked |= {
         key: (getattr(request.training, key), getattr(spec.training, key))
@@ -288,6 +300,7 @@ def _check_federation(gateway: GatewayStore, spec: Spec) -> None:
             ("base model", spec.base_config, other.base_config),
             ("LoRA settings", spec.lora, other.lora),
             ("seed", spec.init_seed, other.init_seed),
+            ("chat template", template_digest(spec.chat_template), template_digest(other.chat_template)),
         ):
             if new != old:
                 raise SpecError(

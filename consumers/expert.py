@@ -17,6 +17,7 @@ from consumers.doorbell import Doorbell, Garbage, Join, parse_entry
 from fedmoe.archive import Archive
 from fedmoe.codec import EXACT, scratch_values
 from fedmoe.errors import SettingsError, StaleStateError, UpdateError
+from fedmoe.identity import BEAT_FIELDS, BaseIdentity
 from fedmoe.layout import AdapterBuffer
 from fedmoe.packed import pack
 from fedmoe.records import Decided, Entry, Meta
@@ -147,7 +148,8 @@ class Expert:
                     case Garbage(reason=reason):
                         self._garbage(entry, reason, commit)
                     case Join(worker=worker):
-                        self._pin(self.store.heartbeat_field(worker, "base_fingerprint") or "", worker)
+                        beat = self.store.heartbeat_fields(worker, BEAT_FIELDS)
+                        self._pin(BaseIdentity.from_beat(beat), worker)
                     case Doorbell() as bell:
                         if verdict := self._decide(bell, headers[bell], entry, commit):
                             verdicts.append(verdict)
@@ -244,7 +246,7 @@ class Expert:
             n_examples=meta.n_examples + counts.n_examples,
             n_tokens=meta.n_tokens + counts.n_tokens,
         )
-        self._pin(header.base_fingerprint, worker)
+        self._pin(BaseIdentity(fingerprint=header.base_fingerprint), worker)
         line: dict[str, str | int | float] = {
             "version": self.meta.version,
             "worker": worker,
@@ -305,9 +307,6 @@ class Expert:
         commit.dead.append({"entry": entry.id, "reason": reason, "fields": fields[:400]})
         logger.warning("%s took garbage off its stream (%s): %s", self.store.name, reason, fields[:200])
 
-    def _pin(self, fingerprint: str, worker: str) -> None:
-        """Pin the base model's fingerprint if nobody has yet."""
-        if fingerprint and not self.meta.base_fingerprint:
-            self.meta = replace(
-                self.meta, base_fingerprint=fingerprint[:64], base_fingerprint_by=f"worker {worker}"
-            )
+    def _pin(self, base: BaseIdentity, worker: str) -> None:
+        """Pin what nobody has pinned yet of the base model."""
+        self.meta = base.pin(self.meta, f"worker {worker}")

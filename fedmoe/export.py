@@ -3,6 +3,7 @@
 adapter_model.safetensors   the bytes that Redis holds
 adapter_config.json         for peft
 fedmoe.json                 the versions and commits it was built from
+chat_template.jinja         if the expert brings a template of its own
 README.md                   a model card
 
 They are links, which an export moves all at once (fedmoe/versions.py).
@@ -24,13 +25,15 @@ from safetensors import SafetensorError, safe_open
 from fedmoe import __version__
 from fedmoe.errors import SettingsError, SpecError, UnknownExpertError
 from fedmoe.federation import Federation
+from fedmoe.identity import expert_template
 from fedmoe.names import check_expert
+from fedmoe.records import Meta
 from fedmoe.store.gateway import GatewayStore
 from fedmoe.store.inspect import Inspector
 from fedmoe.versions import HOME, replace_together
 
-WEIGHTS_FILE, CONFIG_FILE, INFO_FILE, CARD_FILE = (
-    "adapter_model.safetensors", "adapter_config.json", "fedmoe.json", "README.md",
+WEIGHTS_FILE, CONFIG_FILE, INFO_FILE, CARD_FILE, TEMPLATE_FILE = (
+    "adapter_model.safetensors", "adapter_config.json", "fedmoe.json", "README.md", "chat_template.jinja",
 )  # fmt: skip
 FILES = (
     INFO_FILE,
@@ -55,6 +58,7 @@ class Export:
         built_from: expert -> its version and weights_commit.
         behind: expert -> its version now, for those that moved since the gateway was built.
         info: what else is told of it in fedmoe.json.
+        chat_template: that its workers write rows with, "" for the base model's own.
     """
 
     name: str
@@ -63,6 +67,7 @@ class Export:
     built_from: Mapping[str, Mapping[str, str | int]]
     behind: Mapping[str, int]
     info: Mapping[str, Any]
+    chat_template: str = ""
 
     @property
     def versions(self) -> str:
@@ -92,6 +97,7 @@ def read_expert(store: GatewayStore, name: str) -> Export:
             "spec": meta.spec,
             "n_examples": meta.n_examples,
         },
+        chat_template=expert_template(spec, meta),
     )
 
 
@@ -130,7 +136,14 @@ def read_gateway(store: GatewayStore) -> Export:
         built_from=built_from,
         behind={n: meta.version for n, meta in metas.items() if meta.weights_commit != commits.get(n)},
         info=info | {"base_fingerprint": prints.pop() if len(prints) == 1 else ""},
+        chat_template=_common_template(store, metas),
     )
+
+
+def _common_template(store: GatewayStore, metas: Mapping[str, Meta]) -> str:
+    """The template that all experts bring, "" if they do not agree."""
+    templates = {expert_template(store.spec(name), meta) for name, meta in metas.items()}
+    return templates.pop() if len(templates) == 1 else ""
 
 
 def _why_no_gateway(federation: Federation) -> str:
@@ -176,7 +189,10 @@ def write(directory: str | Path, export: Export, *, force: bool = False) -> str:
         before = _config_in(target)
         if before is not None and not force:
             _check_replaceable(target, before, export.config)
-        replace_together(target, FILES, lambda version: _write_files(version, export))
+        names = (*FILES[:-1], TEMPLATE_FILE, FILES[-1]) if export.chat_template else FILES
+        replace_together(target, names, lambda version: _write_files(version, export))
+        if (template := target / TEMPLATE_FILE).is_symlink() and not template.exists():  # an earlier export's
+            template.unlink()
         _remove_staging_of_before(target)
     except OSError as error:
         raise SettingsError(_explain(error, target, len(export.file))) from error
@@ -251,6 +267,7 @@ def _write_files(directory: Path, export: Export) -> None:
         (CONFIG_FILE, _json(export.config)),
         (INFO_FILE, _json(info)),
         (CARD_FILE, _card(export).encode()),
+        *([(TEMPLATE_FILE, export.chat_template.encode())] if export.chat_template else []),
     ):
         with (directory / name).open("wb") as file:
             file.write(content)

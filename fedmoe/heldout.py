@@ -1,11 +1,13 @@
 """Held-out loss of a federation: its experts and gateway out of Redis, on rows that none of them was trained on."""
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from peft import PeftConfig, PeftType
+from transformers import PreTrainedTokenizerBase
 
 from fedmoe.data.bad_rows import BadRows
 from fedmoe.data.encode import Learn
@@ -22,6 +24,7 @@ from fedmoe.model.base import (
     load_base,
     load_config,
 )
+from fedmoe.model.tokenizer import load_tokenizer
 from fedmoe.names import check_name
 from fedmoe.spec import Spec
 from fedmoe.store.gateway import GatewayStore
@@ -181,14 +184,17 @@ def measure(store: GatewayStore, settings: HeldOutSettings, *, say: Callable[[st
     autocast = choose_precision(settings.precision, device)
     say(f"loading {base_model} on {device}")
     dtype = autocast if device.type != "cpu" else torch.float32  # as a worker does
-    model, tokenizer = load_base(base_model, device=device, dtype=dtype)
+    tokenizer = load_tokenizer(base_model)
+    model = load_base(base_model, device=device, dtype=dtype)
     print_of_base = fingerprint(model)
     _check_fingerprint(store, specs, print_of_base)
     max_length = max(spec.training.max_length for spec in specs.values())
+    templates = {name: exports[name].chat_template for name in specs}
     domains = {}
-    for name, data in files.items():
+    for name, data in files.items():  # a domain of no expert is written as the first expert's
+        with_template = _with_template(tokenizer, templates.get(name, next(iter(templates.values()))))
         made = make_examples(
-            data, tokenizer, max_length, bad_rows, learn=settings.learn, sample=settings.rows, say=say
+            data, with_template, max_length, bad_rows, learn=settings.learn, sample=settings.rows, say=say
         )
         say(f"{data.path}: {made.summary()}")
         domains[name] = made.examples
@@ -204,6 +210,15 @@ def measure(store: GatewayStore, settings: HeldOutSettings, *, say: Callable[[st
         built_from={name: export.built_from for name, export in exports.items()},
         loss=loss,
     )
+
+
+def _with_template(tokenizer: PreTrainedTokenizerBase, template: str) -> PreTrainedTokenizerBase:
+    """The tokenizer, or one like it with the template that an expert brings."""
+    if not template:
+        return tokenizer
+    other = copy(tokenizer)
+    other.chat_template = template
+    return other
 
 
 def _check_fingerprint(store: GatewayStore, specs: Mapping[str, Spec], print_of_base: str) -> None:

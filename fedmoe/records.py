@@ -26,6 +26,7 @@ class Meta:
         base_fingerprint: of the base model's weights; empty until somebody pinned it (base_fingerprint_by).
         applied, duplicate, refused, undecidable, garbage: how often an entry was decided which way.
         staleness_sum: over the applied updates; mean_staleness is derived from it.
+        chat_template: brought by the first worker, if neither spec nor base model have one (Jinja).
         loss: training loss that the last applied update reported.
         n_examples, n_tokens: trained on, all applied updates together.
         updated_at: clock of the aggregator at the last commit (seconds since 1970); for people only.
@@ -51,6 +52,7 @@ class Meta:
     created_at: float = 0.0
     updated_at: float = 0.0
     aggregator: str = ""
+    chat_template: str = ""
 
     @property
     def mean_staleness(self) -> float:
@@ -70,13 +72,17 @@ class Meta:
             SpecError: if a field is missing or malformed.
         """
         try:
-            return cls(**{f.name: _PARSERS[f.type](raw[f.name.encode()].decode()) for f in fields(cls)})
+            present = [f for f in fields(cls) if f.name not in _ADDED_LATER or f.name.encode() in raw]
+            return cls(**{f.name: _PARSERS[f.type](raw[f.name.encode()].decode()) for f in present})
         except (KeyError, ValueError, TypeError) as error:
             raise SpecError(
                 f"the expert's meta hash is malformed ({error!r}); was it edited by hand?"
             ) from error
 
 
+_ADDED_LATER = frozenset(
+    {"chat_template"}
+)  # absent in what an earlier FedMoE wrote: the default stands for it
 _PARSERS: dict[Any, Any] = {str: str, int: int, float: float}
 
 

@@ -14,6 +14,7 @@ from fedmoe.codec import FORMATS
 from fedmoe.errors import FedMoEError, SettingsError, SpecError
 from fedmoe.layout import MAX_STRING_BYTES, Layout
 from fedmoe.staleness import Decay
+from fedmoe.template_file import MAX_TEMPLATE_CHARS
 
 SPEC_FORMAT = 1
 DEFAULT_WIRE_FORMAT = "int4"
@@ -129,6 +130,7 @@ class Spec:
         init_seed: seed of the one LoRA initialisation that all experts of the base share.
         wire_format: how updates are encoded (see `fedmoe.codec`).
         sync_interval_s: a worker publishes this often.
+        chat_template: that rows are written with (Jinja); "" is the base model's own, else the first worker's.
     """
 
     base_model: str
@@ -140,6 +142,7 @@ class Spec:
     wire_format: str = DEFAULT_WIRE_FORMAT
     sync_interval_s: float = 10.0
     init_seed: int = 0
+    chat_template: str = ""
 
     def __post_init__(self) -> None:
         _require(
@@ -153,6 +156,10 @@ class Spec:
         _require_positive(self, "sync_interval_s")
         _require_whole(self, "init_seed", minimum=0)
         _require(
+            isinstance(self.chat_template, str) and len(self.chat_template) <= MAX_TEMPLATE_CHARS,
+            f"chat_template must be text of at most {MAX_TEMPLATE_CHARS} characters",
+        )
+        _require(
             self.layout.file_bytes <= MAX_STRING_BYTES,
             f"an adapter of {self.layout.file_bytes / 2**20:.0f} MiB does not fit into one Redis string "
             "(512 MiB): choose a smaller rank or fewer targets",
@@ -165,6 +172,8 @@ class Spec:
         }
         for name in ("lora", "merge", "training"):
             content[name] = asdict(content[name])
+        if not self.chat_template:  # else the digest of a spec that an earlier FedMoE wrote would be another
+            del content["chat_template"]
         content["layout"] = [[name, list(shape)] for name, shape in self.layout.tensors]
         return json.dumps(content, sort_keys=True, separators=(",", ":"))
 

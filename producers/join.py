@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from fedmoe.backoff import Backoff
 from fedmoe.errors import BaseModelError, RedisUnavailableError, StoppedError
+from fedmoe.identity import BaseIdentity
 from fedmoe.records import Meta
 from fedmoe.spec import Spec
 from fedmoe.store.worker import NoExpertsError, WorkerStore
@@ -62,33 +63,35 @@ class Joining:
         """The expert's spec; UnknownExpertError, naming those there are, if there are others but not this one."""
         return self.patiently(self._store.spec)
 
-    def check_base(self, fingerprint: str, spec: Spec) -> None:
-        """Raise BaseModelError if somebody pinned another base model's fingerprint."""
-        meta = self.patiently(self._store.meta)
-        if meta.base_fingerprint and meta.base_fingerprint != fingerprint:
-            raise BaseModelError(
-                f"the base model here is not the one that {self._store.expert!r} is trained on: the weights' "
-                f"fingerprint is {fingerprint}, the expert's is {meta.base_fingerprint} (pinned by "
-                f"{meta.base_fingerprint_by}): use {spec.base_model}, for example not its Base for its Instruct"
-            )
+    def meta(self) -> Meta:
+        """The expert's meta."""
+        return self.patiently(self._store.meta)
 
-    def pin_base(self, fingerprint: str, spec: Spec, *, state_id: str) -> None:
-        """If nobody has pinned a fingerprint yet, have the aggregator pin this one, and look again."""
-        beat = _first_beat(fingerprint, state_id)
+    def check_base(self, base: BaseIdentity) -> None:
+        """Raise BaseModelError if somebody pinned another base model."""
+        self._compare(base, self.meta())
+
+    def _compare(self, base: BaseIdentity, meta: Meta) -> None:
+        if refusal := base.refusal(meta, self._store.expert):
+            raise BaseModelError(refusal)
+
+    def pin_base(self, base: BaseIdentity, *, state_id: str) -> None:
+        """If a piece of the base model is not pinned yet, have the aggregator pin this one, and look again."""
+        beat = _first_beat(state_id) | base.beat_fields()
         self.patiently(lambda: self._store.beat(beat, ttl_s=JOIN_TTL_S))
-        if self.patiently(self._store.meta).base_fingerprint:
+        if base.is_pinned(self.meta()):
             return
         self.patiently(self._store.join)
         until = time.monotonic() + PIN_WAIT_S
         while time.monotonic() < until and not self._stop.wait(0.1):
-            meta: Meta = self.patiently(self._store.meta)
-            if meta.base_fingerprint:
-                self.check_base(fingerprint, spec)
+            meta = self.meta()
+            if base.is_pinned(meta):
+                self._compare(base, meta)
                 return
         logger.warning("no aggregator has pinned the base model yet; training on without")
 
 
-def _first_beat(fingerprint: str, state_id: str) -> dict[str, str | int | float]:
+def _first_beat(state_id: str) -> dict[str, str | int | float]:
     return {
         "run": JOINING,
         "state_id": state_id,
@@ -97,5 +100,4 @@ def _first_beat(fingerprint: str, state_id: str) -> dict[str, str | int | float]
         "since": f"{time.time():.0f}",
         "seen": f"{time.time():.0f}",
         "beat": secrets.token_hex(4),
-        "base_fingerprint": fingerprint,
     }

@@ -25,6 +25,7 @@ from fedmoe.errors import (
     SpecError,
     UnknownExpertError,
 )
+from fedmoe.identity import BaseIdentity
 from fedmoe.records import HEARTBEAT_TTL_S, Meta
 from fedmoe.spec import Spec
 from fedmoe.store.worker import Poll, WorkerStore
@@ -62,6 +63,7 @@ class Sync:
 
     Args:
         store: of this thread alone.
+        base: the base model here, for the heartbeat and to compare with what the expert has pinned.
         ledger, exchange: the books, and the meeting point with the training.
         state_dir: where to write a checkpoint before each publication, or None.
         data: digest of the examples.
@@ -76,7 +78,7 @@ class Sync:
         exchange: Exchange,
         spec: Spec,
         *,
-        fingerprint: str,
+        base: BaseIdentity,
         state_dir: StateDir | None,
         data: str,
         report: Callable[[], dict[str, str | int | float]] = dict,
@@ -93,7 +95,7 @@ class Sync:
             store.announced = ledger.queue[0].id
         self._exchange = exchange
         self._spec = spec
-        self._fingerprint = fingerprint
+        self._base = base
         self._state_dir = state_dir
         self._data = data
         self._report = report
@@ -229,7 +231,7 @@ class Sync:
             if self._diverged(progress, cut.trained.steps):
                 return True
             update = self.ledger.cut(
-                progress, cut.trained, wire_format=self._spec.wire_format, fingerprint=self._fingerprint
+                progress, cut.trained, wire_format=self._spec.wire_format, fingerprint=self._base.fingerprint
             )
             self.status = replace(self.status, in_flight=update.header.seq, in_flight_since=now)
             self._unsaved = replace(cut, trained=Trained()) if self._state_dir else None
@@ -333,11 +335,8 @@ class Sync:
             raise RefusedError(
                 f"expert {self._store.expert!r} was made anew with another spec: restart this worker"
             )
-        if meta.base_fingerprint not in ("", self._fingerprint):
-            raise RefusedError(
-                f"the base model here (fingerprint {self._fingerprint}) is not the one that "
-                f"{meta.base_fingerprint_by} pinned ({meta.base_fingerprint}): use {self._spec.base_model}"
-            )
+        if refusal := self._base.refusal(meta, self._store.expert):
+            raise RefusedError(refusal)
 
     def _tell(self, change: Change, steps: int) -> None:
         """Say what happened, and bring the status up to date; `steps` were in no update yet."""
@@ -390,11 +389,11 @@ class Sync:
             "beat": self._beats,
             "seen": f"{time.time():.0f}",
             "base_version": self.ledger.meta.version,
-            "base_fingerprint": self._fingerprint,
             "in_flight": self.status.in_flight,
             "staleness": self.status.staleness,
             "published": self.status.published,
             "refused": self.status.refused,
         }
+        fields |= self._base.beat_fields(self.ledger.meta)
         self._store.beat(fields | self._report(), ttl_s=HEARTBEAT_TTL_S)
         self._next_beat = now + HEARTBEAT_INTERVAL_S

@@ -3,24 +3,18 @@
 The main thread trains; the sync thread (producers/sync.py) does all the talking, so training never waits for Redis.
 """
 
-import hashlib
 import logging
 import secrets
-import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from fedmoe.data.bad_rows import BadRows
-from fedmoe.data.cache import RowCache
-from fedmoe.data.encode import Learn
-from fedmoe.data.examples import make_examples, padding_id
 from fedmoe.data.jsonl import DataFile, open_data
 from fedmoe.errors import (
     FedMoEError,
@@ -30,16 +24,6 @@ from fedmoe.errors import (
     SettingsError,
     StoppedError,
 )
-from fedmoe.model.adapter import attach_adapter
-from fedmoe.model.base import (
-    check_structure,
-    choose_device,
-    choose_precision,
-    fingerprint,
-    load_base,
-    load_config,
-)
-from fedmoe.names import check_name, clean_name
 from fedmoe.spec import Spec
 from fedmoe.stopping import Stop
 from fedmoe.store.connection import Connection, RedisSettings
@@ -51,72 +35,14 @@ from producers.claim import claim_name
 from producers.exchange import Exchange
 from producers.join import Joining
 from producers.ledger import Ledger, Trained
+from producers.material import Material, prepare
+from producers.settings import WorkerSettings
 from producers.sync import HEARTBEAT_INTERVAL_S, Sync
-from producers.trainer import StepResult, Trainer
+from producers.trainer import StepResult
 
 logger = logging.getLogger(__name__)
 
 END_S = 4.0  # after the drain, in which the last checkpoint is written; then the process ends in any case
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerSettings:
-    """What is a worker's own; all else comes from the expert's spec.
-
-    Args:
-        stream: the expert. data: the JSONL file.
-        name: of this worker, "" for the one in the state directory, else the host's name.
-        base_model: where the base model lies here, "" for what the spec says.
-        state_dir: makes the worker resumable.
-        batch_size, accumulate: instead of the spec's (0: the spec's), for a smaller GPU.
-        max_steps, max_epochs: end by itself after so many (0: never).
-        drain_s: how long to wait for the last decision when stopped.
-        wait: wait for a Redis or an expert that is not there yet, instead of failing.
-        learn: all answers of a conversation, or its last one.
-        on_bad_row: leave it out, or end. bad_rows: a file that lists those left out.
-        log_interval_s: of the progress line.
-    """
-
-    stream: str
-    data: Path
-    name: str = ""
-    base_model: str = ""
-    state_dir: Path | None = None
-    device: str = "auto"
-    precision: str = "auto"
-    batch_size: int = 0
-    accumulate: int = 0
-    max_steps: int = 0
-    max_epochs: float = 0.0
-    drain_s: float = 30.0
-    wait: bool = True
-    learn: Learn = "all"
-    on_bad_row: Literal["skip", "fail"] = "skip"
-    bad_rows: Path | None = None
-    log_interval_s: float = 5.0
-
-    def __post_init__(self) -> None:
-        check_name("stream", self.stream)
-        if self.name:
-            check_name("worker name", self.name)
-        for what in ("batch_size", "accumulate", "max_steps", "max_epochs", "drain_s", "log_interval_s"):
-            if not 0 <= getattr(self, what) < float("inf"):
-                raise SettingsError(f"{what} must be a number of at least 0, not {getattr(self, what)!r}")
-
-    @property
-    def worker(self) -> str:
-        """The worker's name."""
-        return self.name or clean_name(socket.gethostname())
-
-
-@dataclass(frozen=True, slots=True)
-class Material:
-    """What is trained, on how many examples, with their digest. The trainer is made once the worker has joined."""
-
-    fingerprint: str
-    n_examples: int
-    data: str
-    make_trainer: Callable[[], Any]
 
 
 class Worker:
@@ -206,73 +132,28 @@ class Worker:
         state_dir = StateDir(settings.state_dir) if settings.state_dir else None
         spec = self._joining.spec()
         material = self._prepare(spec, data, bad_rows, state_dir)
-        self._joining.check_base(material.fingerprint, spec)
+        self._joining.check_base(material.base)
         state_id = state_dir.id if state_dir else ""
         patience_s = HEARTBEAT_INTERVAL_S * 1.5
         claim = partial(claim_name, self._store, state_id=state_id, patience_s=patience_s, stop=self._stop)
         self._joining.patiently(claim)
         self._has_joined = True
-        self._joining.pin_base(material.fingerprint, spec, state_id=state_id)
+        self._joining.pin_base(material.base, state_id=state_id)
         trainer = material.make_trainer()
         ledger, trained = self._open_books(state_dir, trainer, spec, material.data)
         exchange = Exchange(trainer, with_optimizer=state_dir is not None, trained=trained)
         sync = Sync(
             self._store, ledger, exchange, spec,
-            fingerprint=material.fingerprint, state_dir=state_dir, data=material.data, report=self._report,
+            base=material.base, state_dir=state_dir, data=material.data, report=self._report,
             must_pull=bool(ledger.seq),
         )  # fmt: skip
         self._train(trainer, exchange, sync, material.n_examples)
 
     def _prepare(self, spec: Spec, data: DataFile, bad_rows: BadRows, state_dir: StateDir | None) -> Material:
-        """Load the base model and make examples of the rows."""
-        settings = self._settings
-        model, tokenizer, device, autocast = self._load_base(spec)
-        if state_dir:
-            make = RowCache(state_dir.path, say=self._say).examples
-        else:
-            make = partial(make_examples, say=self._say)
-        examples = make(
-            data,
-            tokenizer,
-            spec.training.max_length,
-            bad_rows,
-            learn=settings.learn,
-            stopped=self._stop.is_set,
-        )
-        self._say(f"{settings.data}: {examples.summary()}")
-
-        def make_trainer() -> Trainer:
-            adapted, flat = attach_adapter(model, spec)
-            return Trainer(
-                model=adapted,
-                flat=flat,
-                examples=examples.examples,
-                pad_id=padding_id(tokenizer),
-                settings=self._training(spec),
-                seed=spec.init_seed + _seed_of(settings.worker),
-                device=device,
-                autocast=autocast,
-            )
-
-        return Material(fingerprint(model), len(examples.examples), examples.digest(), make_trainer)
-
-    def _load_base(self, spec: Spec) -> tuple[Any, Any, torch.device, torch.dtype]:
-        base_model = self._settings.base_model or spec.base_model
-        check_structure(load_config(base_model), spec.base_config)
-        device = choose_device(self._settings.device)
-        autocast = choose_precision(self._settings.precision, device)
-        self._say(f"loading {base_model} on {device} ({str(autocast).removeprefix('torch.')})")
-        dtype = autocast if device.type != "cpu" else torch.float32
-        model, tokenizer = load_base(base_model, device=device, dtype=dtype)
-        return model, tokenizer, device, autocast
-
-    def _training(self, spec: Spec) -> Any:
-        training = spec.training
-        if self._settings.batch_size:
-            training = replace(training, batch_size=self._settings.batch_size)
-        if self._settings.accumulate:
-            training = replace(training, accumulate=self._settings.accumulate)
-        return training
+        return prepare(
+            self._settings, spec, self._joining.meta(), data, bad_rows,
+            cache=state_dir.path if state_dir else None, stopped=self._stop.is_set, say=self._say,
+        )  # fmt: skip
 
     def _open_books(
         self, state_dir: StateDir | None, trainer: Any, spec: Spec, data: str
@@ -429,8 +310,3 @@ class _Rate:
         self._at = now
         self._rate = fresh if self._rate == 0 else 0.9 * self._rate + 0.1 * fresh
         return self._rate
-
-
-def _seed_of(name: str) -> int:
-    """A seed of its own for each worker, so that two workers with the same rows see them in another order."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")

@@ -28,6 +28,8 @@ def aggregator() -> None:
 @click.option(
     "--targets", default="all-linear", show_default=True, help="Modules with an adapter, comma separated."
 )
+@click.option("--chat-template", type=click.Path(path_type=Path), metavar="FILE",
+              help="Jinja template that all workers write rows with.  [default: the base model's own]")  # fmt: skip
 @click.option("--lr", type=float, default=1.0, show_default=True, help="Expert += lr × decay × Δ.")
 @click.option("--decay", type=click.Choice(["constant", "polynomial", "hinge"]), default="polynomial",
               show_default=True, help="How much a stale update weighs.")  # fmt: skip
@@ -107,6 +109,7 @@ def _run(ctx: click.Context, stop: "Stop", options: dict[str, Any]) -> None:
     from fedmoe.spec import LoraSettings, TrainingSettings
     from fedmoe.staleness import Decay
     from fedmoe.store.connection import Connection
+    from fedmoe.template_file import read_template
 
     redis = redis_settings(options["redis"], options["prefix"], options["redis_timeout"])
     request = SpecRequest(
@@ -124,6 +127,7 @@ def _run(ctx: click.Context, stop: "Stop", options: dict[str, Any]) -> None:
         wire_format=options["wire_format"],
         sync_interval_s=options["sync_interval"],
         seed=options["seed"],
+        chat_template=read_template(options["chat_template"]) if options["chat_template"] else "",
         new_lineage=options["new_lineage"],
         weighted=frozenset(text.partition("=")[0] for text in options["experts"] if "=" in text),
         explicit=frozenset(

@@ -28,6 +28,8 @@ def worker() -> None:
     help="This worker's name, unique on its stream.  [default: the name in --state-dir, else the host's]",
 )
 @click.option("--base-model", default="", help="Where the base model lies here.  [default: as the spec says]")
+@click.option("--chat-template", type=click.Path(path_type=Path), metavar="FILE",
+              help="Jinja template, for an expert whose base model has none; it becomes the expert's.")  # fmt: skip
 @click.option(
     "--state-dir", type=click.Path(path_type=Path), help="Keep checkpoints here; a restart goes on."
 )
@@ -63,7 +65,8 @@ def run(**options: Any) -> None:
 def _run(stop: "Stop", options: dict[str, Any]) -> None:
     redis = redis_settings(options["redis"], options["prefix"], options["redis_timeout"])
     from fedmoe.memory import keep_freed
-    from producers.worker import Worker, WorkerSettings
+    from producers.settings import WorkerSettings
+    from producers.worker import Worker
 
     keep_freed(blocks_mib=32, free_mib=64)  # copies of the adapter come and go with every sync
     settings = WorkerSettings(
@@ -71,6 +74,7 @@ def _run(stop: "Stop", options: dict[str, Any]) -> None:
         data=options["data"],
         name=options["name"],
         base_model=options["base_model"],
+        chat_template=options["chat_template"],
         state_dir=options["state_dir"],
         device=options["device"],
         precision=options["precision"],

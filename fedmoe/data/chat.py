@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from fedmoe.data.control import ControlTokens, Prepared
 from fedmoe.data.prefix import first_tokens
-from fedmoe.data.template import ChatTemplate, Tools, Written
+from fedmoe.data.template import ChatTemplate, Tools
 from fedmoe.data.turns import Turn
-from fedmoe.errors import RowError
+from fedmoe.errors import DataError, RowError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,9 +28,10 @@ class Encoder:
     """Makes token ids of answers and their prompts."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        if not tokenizer.chat_template:  # fedmoe.model.tokenizer.use_template asks for one, in time
+            raise DataError("the base model has no chat template to write rows with, nor has the expert")
         self._tokenizer = tokenizer
-        self._eos: str = tokenizer.eos_token or ""
-        self._template = ChatTemplate(tokenizer) if tokenizer.chat_template else None
+        self._template = ChatTemplate(tokenizer)
         self._control = ControlTokens(tokenizer, self._template)
 
     def prepare(self, turns: Sequence[Turn], tools: Tools = ()) -> Prepared:
@@ -59,15 +60,12 @@ class Encoder:
             raise AnswerError("its answer is empty")
         if turns[-1].reasoning and THOUGHT in text:
             raise RowError("it has reasoning in its answer and beside it")
-        start = [] if self._template else self._beginning()
-        prompt, lead, end = (
-            self._template.write(turns, tools) if self._template else self._plain(turns, tools)
-        )
+        prompt, lead, end = self._template.write(turns, tools)
         answer = _join_reasoning(prompt, lead, text) + end
-        prompt_ids = start + first_tokens(self._ids, prompt, max_length)
+        prompt_ids = first_tokens(self._ids, prompt, max_length)
         if len(prompt_ids) >= max_length:
             raise AnswerError(f"its prompt fills max_length {max_length}")
-        both = start + first_tokens(self._ids, prompt + answer, max_length)
+        both = first_tokens(self._ids, prompt + answer, max_length)
         # The joint text first, because some tokenizers put a space in front of whatever they are given. But a
         # token across the border does not exist when the model is asked: then the answer is taken alone.
         joint = both[: len(prompt_ids)] == prompt_ids
@@ -75,19 +73,6 @@ class Encoder:
         if not prompt_ids or not answer_ids:
             raise RowError("it has no tokens")
         return prompt_ids, answer_ids
-
-    def _plain(self, turns: Sequence[Turn], tools: Tools) -> Written:
-        """The turns without a template."""
-        if tools:
-            raise RowError("it has tools, and there is no chat template to show them")
-        if turns[-1].reasoning:
-            raise RowError("it has reasoning, and there is no chat template to show it")
-        return Written("".join(turn.content + "\n" for turn in turns[:-1]), "", self._eos)
-
-    def _beginning(self) -> list[int]:
-        """The begin-of-sequence token if the tokenizer writes it by itself; templates write their own."""
-        ids: list[int] = self._tokenizer("").input_ids
-        return [i for i in ids[:1] if i == self._tokenizer.bos_token_id]
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids

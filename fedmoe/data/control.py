@@ -40,19 +40,15 @@ class Prepared(NamedTuple):
 
 
 class ControlTokens:
-    """The control tokens that one tokenizer's conversations are made of.
+    """The control tokens that one tokenizer's conversations are made of."""
 
-    Args:
-        template: the tokenizer's, None if it has none.
-    """
-
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", template: ChatTemplate | None) -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", template: ChatTemplate) -> None:
         self._template = template
         self._bos: str = tokenizer.bos_token or ""
-        marks = [tokenizer.eos_token, tokenizer.pad_token, *(template.ends if template else ())]
+        marks = [tokenizer.eos_token, tokenizer.pad_token, *template.ends]
         self._ends = [mark for mark in dict.fromkeys(marks) if mark]
         added = list(tokenizer.added_tokens_decoder.values())
-        written = template.sample if template else ""
+        written = template.sample
         used = [
             t.content for t in added if t.special and t.content in written and t.content not in NOT_STRUCTURE
         ]
@@ -113,12 +109,12 @@ class ControlTokens:
     @cached_property
     def _after_question(self) -> str:
         """How every prompt ends that the template writes."""
-        pieces = self._template.pieces(("user",)) if self._template else None
+        pieces = self._template.pieces(("user",))
         return pieces[-1].strip() if pieces else ""
 
     def _make_pattern(self, roles: tuple[str, ...]) -> "re.Pattern[str] | None":
         """Matches a prompt of such turns, with their texts as groups."""
-        pieces = self._template.pieces(roles) if self._template else None
+        pieces = self._template.pieces(roles)
         if not pieces:
             return None
         text = rf"((?:(?!{self._structure.pattern}).)*?)"

@@ -15,10 +15,8 @@ from huggingface_hub.errors import HFValidationError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -48,13 +46,13 @@ def load_config(base_model: str) -> PretrainedConfig:
     Raises:
         BaseModelError: if it cannot be found, is not a causal language model, or is quantised.
     """
-    cached = _local_file(base_model, "config.json") is not None
+    cached = local_file(base_model, "config.json") is not None
     if Path(base_model).is_dir() and not cached:
         raise BaseModelError(f"the directory {base_model} holds no config.json, so it is not a model")
     try:
         config = AutoConfig.from_pretrained(base_model, local_files_only=cached, trust_remote_code=False)
     except Exception as error:  # transformers raises many unrelated types
-        raise BaseModelError(_why_not(base_model, error)) from error
+        raise BaseModelError(why_not(base_model, error)) from error
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     architectures = config.architectures or [causal]
     if causal is None or causal not in architectures:
@@ -95,18 +93,18 @@ def has_weights(base_model: str) -> bool:
         BaseModelError: if the list of the shards cannot be read.
     """
     for name in WEIGHT_FILES:
-        if _local_file(base_model, name) is not None:
+        if local_file(base_model, name) is not None:
             return True
-        index = _local_file(base_model, f"{name}.index.json")
+        index = local_file(base_model, f"{name}.index.json")
         if index is not None:
-            return all(_local_file(base_model, shard) is not None for shard in _shards(index))
+            return all(local_file(base_model, shard) is not None for shard in _shards(index))
     return False
 
 
 def load_base(
     base_model: str, *, device: torch.device, dtype: torch.dtype | str = torch.float32
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load model and tokenizer; the model is frozen and in eval mode, so dropout never acts.
+) -> PreTrainedModel:
+    """Load the weights; the model is frozen and in eval mode, so dropout never acts.
 
     Args:
         base_model: directory or hub id.
@@ -117,16 +115,15 @@ def load_base(
     Raises:
         BaseModelError: if it cannot be loaded or lacks weights.
     """
-    config_file = _local_file(base_model, "config.json")
+    config_file = local_file(base_model, "config.json")
     # A cached hub model is loaded as a directory: by its id, transformers would ask the network all the same.
     source = str(config_file.parent) if config_file and has_weights(base_model) else base_model
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         model, report = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, output_loading_info=True, trust_remote_code=False
         )
     except Exception as error:  # transformers and safetensors raise many unrelated types
-        raise BaseModelError(_why_not(base_model, error)) from error
+        raise BaseModelError(why_not(base_model, error)) from error
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise BaseModelError(
@@ -134,7 +131,8 @@ def load_base(
             "take a whole checkpoint"
         )
     model.requires_grad_(False)
-    return model.to(device).eval(), tokenizer
+    placed: PreTrainedModel = model.to(device).eval()
+    return placed
 
 
 def fingerprint(model: PreTrainedModel) -> str:
@@ -190,7 +188,8 @@ def _has_native_bf16(device: torch.device) -> bool:
     return False
 
 
-def _local_file(base_model: str, name: str) -> Path | None:
+def local_file(base_model: str, name: str) -> Path | None:
+    """The file of that name in the directory or the local hub cache, None if it is not there; asks no network."""
     if Path(base_model).is_dir():
         path = Path(base_model) / name
         return path if path.is_file() else None
@@ -213,11 +212,12 @@ def _base_name(name: str) -> str:
     return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 
-def _why_not(base_model: str, error: Exception) -> str:
+def why_not(base_model: str, error: Exception, what: str = "the base model") -> str:
+    """Why something of a base model cannot be loaded, and what to do, as a sentence."""
     reason = str(error).strip().partition("\n")[0].rstrip(". ") or type(error).__name__
     if Path(base_model).is_dir() or has_weights(base_model):
-        return f"the base model {base_model} cannot be loaded ({reason}): is its download complete?"
+        return f"{what} {base_model} cannot be loaded ({reason}): is its download complete?"
     return (
-        f"the base model {base_model} is neither a directory nor in the local cache, nor can it be fetched "
+        f"{what} {base_model} is neither a directory nor in the local cache, nor can it be fetched "
         f"({reason}): give a model's directory, or a hub id on a machine that reaches the hub"
     )

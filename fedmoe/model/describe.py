@@ -1,4 +1,4 @@
-"""`python -m fedmoe.model.describe`: the adapter's layout and the base model's fingerprint, as JSON on stdout.
+"""`python -m fedmoe.model.describe`: the adapter's layout and what identifies the base model, as JSON on stdout.
 
 A process of its own, since transformers and peft are needed only here and only when an expert is created.
 """
@@ -8,27 +8,39 @@ import json
 import sys
 from typing import Any
 
-from fedmoe.errors import FedMoEError
+from fedmoe.errors import FedMoEError, SettingsError
 from fedmoe.spec import LoraSettings
 
 
-def describe(base_model: str, lora: LoraSettings, *, read_weights: bool) -> dict[str, Any]:
-    """Structure and layout from the config alone; the fingerprint if the weights may be read and are here, else ""."""
+def describe(
+    base_model: str, lora: LoraSettings, *, chat_template: str = "", read_weights: bool
+) -> dict[str, Any]:
+    """Structure and layout from the config alone; the fingerprint if the weights may be read and are here, else "".
+
+    `template_missing` is true if the tokenizer is here and neither it nor the request has a chat template.
+    """
     from fedmoe.model.adapter import adapter_layout
     from fedmoe.model.base import fingerprint, has_weights, load_base, load_config, structure
+    from fedmoe.model.tokenizer import check_template, has_tokenizer, load_tokenizer
 
+    if chat_template:
+        check_template(chat_template)
     config = load_config(base_model)
     layout = adapter_layout(config, lora)
+    missing = bool(
+        not chat_template and has_tokenizer(base_model) and not load_tokenizer(base_model).chat_template
+    )
     print_of_weights = ""
     if read_weights and has_weights(base_model):
         import torch
 
-        model, _ = load_base(base_model, device=torch.device("cpu"), dtype="auto")
+        model = load_base(base_model, device=torch.device("cpu"), dtype="auto")
         print_of_weights = fingerprint(model)
     return {
         "base_config": structure(config),
         "layout": [[name, list(shape)] for name, shape in layout.tensors],
         "fingerprint": print_of_weights,
+        "template_missing": missing,
     }
 
 
@@ -38,9 +50,12 @@ def main() -> None:
     lora = LoraSettings(rank=request["rank"], alpha=request["alpha"], targets=tuple(request["targets"]))
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            answer = describe(request["base_model"], lora, read_weights=request["read_weights"])
+            answer = describe(
+                request["base_model"], lora,
+                chat_template=request["chat_template"], read_weights=request["read_weights"],
+            )  # fmt: skip
     except FedMoEError as error:
-        answer = {"error": str(error)}
+        answer = {"error": str(error), "of_settings": isinstance(error, SettingsError)}
     print(json.dumps(answer))
 
 

@@ -283,7 +283,7 @@ class ExpertStore:
         with self.connection.errors():
             for key in self._redis.scan_iter(match=f"{prefix}*", count=1000):
                 worker = key.decode(errors="backslashreplace").removeprefix(prefix)
-                lineage = self.heartbeat_field(worker, "lineage") or ""
+                lineage = self.heartbeat_fields(worker, ["lineage"])["lineage"]
                 if _LINEAGE.fullmatch(lineage):
                     found[worker] = lineage
         return found
@@ -297,12 +297,16 @@ class ExpertStore:
                 pipe.getrange(self.keys.head(*update), 0, MAX_HEADER_BYTES)
             return [_absent_if_wrong_type(reply) for reply in pipe.execute(raise_on_error=False)]
 
-    def heartbeat_field(self, worker: str, name: str) -> str | None:
-        """One field of a worker's heartbeat."""
+    def heartbeat_fields(self, worker: str, names: Sequence[str]) -> dict[str, str]:
+        """These fields of a worker's heartbeat, "" for each that is not there."""
         with self.connection.errors(), self._redis.pipeline(transaction=False) as pipe:
-            pipe.hget(self.keys.worker(worker), name)
-            value = _absent_if_wrong_type(pipe.execute(raise_on_error=False)[0])
-        return value.decode(errors="backslashreplace") if value else None
+            for name in names:
+                pipe.hget(self.keys.worker(worker), name)
+            values = [_absent_if_wrong_type(reply) for reply in pipe.execute(raise_on_error=False)]
+        return {
+            name: (value or b"").decode(errors="backslashreplace")
+            for name, value in zip(names, values, strict=True)
+        }
 
     def parts(self, worker: str, run: str, seq: int, parts: Sequence[Part]) -> Generator[bytes, None, None]:
         """The payload, part by part: b"" for one that is missing, never more than announced + 1 byte.

@@ -21,6 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from fedmoe.data.encode import Answer, Example
+from fedmoe.identity import BaseIdentity
 from fedmoe.model.adapter import adapter_layout, attach_adapter
 from fedmoe.model.base import structure
 from fedmoe.spec import LoraSettings, Spec, TrainingSettings
@@ -102,7 +103,7 @@ def train(pipe: Any, url: str, expert: str, hidden: int, state_dir: Path) -> Non
             continue
         ahead_s = 0.0
         sync = Sync(
-            store, ledger, exchange, spec, fingerprint=FINGERPRINT, state_dir=state, data="bench",
+            store, ledger, exchange, spec, base=BaseIdentity(fingerprint=FINGERPRINT), state_dir=state, data="bench",
             clock=lambda: time.monotonic() + ahead_s,  # noqa: B023 - the change below is meant
         )  # fmt: skip
         ahead_s = spec.sync_interval_s / 2

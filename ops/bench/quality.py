@@ -24,6 +24,7 @@ from fedmoe.demo.pretrained import ensure_demo_model
 from fedmoe.evaluate import mean_loss
 from fedmoe.model.adapter import adapter_layout, attach_adapter
 from fedmoe.model.base import load_base, load_config
+from fedmoe.model.tokenizer import load_tokenizer
 from fedmoe.spec import LoraSettings, Spec, TrainingSettings
 from fedmoe.store.connection import Connection, RedisSettings
 from fedmoe.store.expert import ExpertStore
@@ -63,7 +64,8 @@ def run(plan: Plan) -> Iterator[Result]:
     spec = make_spec(adapter_layout(load_config(model_dir), LORA), "fp32", lora=LORA, training=TRAINING)
     models = []
     for _ in range(N_WORKERS):
-        model, tokenizer = load_base(model_dir, device=CPU, dtype=torch.float32)
+        model = load_base(model_dir, device=CPU, dtype=torch.float32)
+        tokenizer = load_tokenizer(model_dir)
         models.append(attach_adapter(model, spec))
     losses: dict[str, list[float]] = {form: [] for form in FORMATS}
     untrained: list[float] = []

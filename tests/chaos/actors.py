@@ -16,13 +16,16 @@ import fedmoe.cli.aggregator  # imported once, before the processes are forked
 import fedmoe.cli.main
 from consumers.aggregator import Aggregator  # noqa: F401  # imported before the fork, for the command to find
 from fedmoe.data.jsonl import DataFile
+from fedmoe.identity import BaseIdentity
 from fedmoe.layout import Layout
 from fedmoe.spec import LoraSettings, MergeRules, Spec
 from fedmoe.stopping import Stop, stop_on_signals
 from fedmoe.store.connection import RedisSettings
 from fedmoe.store.worker import WorkerStore
 from fedmoe.update import Header
-from producers.worker import Material, Worker, WorkerSettings
+from producers.material import Material
+from producers.settings import WorkerSettings
+from producers.worker import Worker
 from tests.chaos.failpoints import Arm, Failpoints
 from tests.federation import FINGERPRINT
 
@@ -152,7 +155,8 @@ class CountingWorker(Worker):
 
     def _prepare(self, spec: Spec, data: DataFile, *_: object) -> Material:
         name = self._settings.worker
-        return Material(FINGERPRINT, data.n_rows, data.digest, lambda: CountingTrainer(name, spec))
+        base = BaseIdentity(fingerprint=FINGERPRINT)
+        return Material(base, data.n_rows, data.digest, lambda: CountingTrainer(name, spec))
 
 
 def run_worker(place: Place, name: str, arm: Arm | None, without: str = "") -> None:

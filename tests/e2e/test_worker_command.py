@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -111,6 +112,43 @@ def test_killed_worker_resumes(tmp_path: Path, redis_url: str, aggregator: Gatew
     assert "was alive" not in (tmp_path / "second.log").read_text()  # nobody was waited for
     assert int(resumed[1]) >= 3
     assert int(resumed[2]) > 0
+
+
+@pytest.mark.timeout(300)
+def test_template_of_a_base_without_one(
+    tmp_path: Path,
+    redis_url: str,
+    connection: Connection,
+    tiny_model_dir: Path,
+    rows: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Refused before weights load; the first worker's becomes the expert's, is everybody's, and is exported."""
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny_model_dir, bare)
+    (bare / "chat_template.jinja").unlink()
+    template = tmp_path / "t.jinja"
+    template.write_text("{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}")
+    store = GatewayStore(connection)
+    worker = ["worker", "run", "--redis", redis_url, "--stream", "a", "--data", str(rows), "--max-steps", "1"]
+    with running(
+        tmp_path / "aggregator.log", "aggregator", "run", "--redis", redis_url, "--expert", "a",
+        "--base-model", str(bare), "--rank", "2", "--lease", "1",
+    ):  # fmt: skip
+        eventually("the expert", lambda: store.meta("a"))
+        with monkeypatch.context() as patch:
+            patch.setattr("producers.material.load_base", lambda *_, **__: pytest.fail("weights were loaded"))
+            refused = complaint(capsys, monkeypatch, *worker)
+        assert "has no chat template, nor has expert 'a': give" in refused
+        brought = fedmoe(*worker, "--chat-template", str(template))
+        assert brought.returncode == 0, brought.stderr
+        assert store.meta("a").chat_template == template.read_text()
+        joined = fedmoe(*worker)
+        assert joined.returncode == 0, joined.stderr
+    template.write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    other = complaint(capsys, monkeypatch, *worker, "--chat-template", str(template))
+    assert "is not the template that expert 'a' is trained with" in other
 
 
 @pytest.mark.timeout(300)

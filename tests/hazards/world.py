@@ -17,6 +17,7 @@ import consumers.verify
 import producers.worker
 from fedmoe.archive import Archive
 from fedmoe.errors import NameTakenError
+from fedmoe.identity import BaseIdentity
 from fedmoe.layout import AdapterBuffer, Layout, values_of
 from fedmoe.lora_init import initial_weights
 from fedmoe.records import Decided, Entry, Meta
@@ -136,7 +137,8 @@ class WorkerProcess:
         ledger, trained = worker._open_books(self._state_dir, self.training, world.spec, "data")  # type: ignore[arg-type]
         self.exchange = OneThread(self.training, with_optimizer=state is not None, trained=trained)
         self.sync = producers.worker.Sync(
-            self.store, ledger, self.exchange, world.spec, fingerprint=FINGERPRINT, state_dir=self._state_dir,
+            self.store, ledger, self.exchange, world.spec,
+            base=BaseIdentity(fingerprint=FINGERPRINT), state_dir=self._state_dir,
             data="data", must_pull=bool(ledger.seq), clock=lambda: self.now,
         )  # fmt: skip
         self.sync._wake = _Wake()  # type: ignore[assignment]

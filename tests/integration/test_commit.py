@@ -13,6 +13,7 @@ from consumers.expert import Expert
 from consumers.fold import fold
 from fedmoe.codec import encode
 from fedmoe.errors import StaleStateError, UnknownExpertError
+from fedmoe.identity import BaseIdentity
 from fedmoe.keys import GROUP
 from fedmoe.layout import AdapterBuffer
 from fedmoe.records import Decided
@@ -316,6 +317,18 @@ def test_fingerprint_is_pinned_by_the_first_worker_that_joins(connection: Connec
     serve(expert)
     meta = expert.store.load().meta
     assert (meta.base_fingerprint, meta.base_fingerprint_by) == ("abcdef", "worker alice")
+
+
+def test_template_that_the_first_worker_brings_becomes_the_experts(connection: Connection) -> None:
+    """Of a base model that has none: pinned once, whole, and a second worker's changes nothing."""
+    expert = make_expert(connection)
+    for name, template in (("alice", "{{ messages }}\n{# é #}"), ("bob", "{{ other }}")):
+        worker = ScriptedWorker(connection, expert.spec, name)
+        base = BaseIdentity(fingerprint=worker.fingerprint, chat_template=template)
+        worker.store.beat(base.beat_fields(), ttl_s=5)
+        worker.store.join()
+    serve(expert)
+    assert expert.store.load().meta.chat_template == "{{ messages }}\n{# é #}"
 
 
 def test_emptied_redis_is_said(connection: Connection) -> None:

@@ -1,6 +1,7 @@
 """Creating experts: from a config alone, one initialisation for all, and never over something that exists."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from fedmoe.spec import LoraSettings
 from fedmoe.store.connection import Connection
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore
+from tests.tiny import CHAT_TEMPLATE
 
 
 def request(base: Path, **changes: object) -> SpecRequest:
@@ -102,6 +104,40 @@ def test_unknown_target_is_named(connection: Connection, tiny_model_dir: Path) -
     wrong = SpecRequest(base_model=str(tiny_model_dir), lora=LoraSettings(rank=2, targets=("q_proj", "wq")))
     with pytest.raises((BaseModelError, SettingsError), match="wq"):
         ensure_experts(connection, {"a": 1.0}, wrong)
+
+
+def without_template(base: Path, copy: Path) -> Path:
+    """A copy of a base model whose tokenizer has no chat template, without its weights."""
+    shutil.copytree(base, copy, ignore=shutil.ignore_patterns("*.safetensors", "chat_template.jinja"))
+    return copy
+
+
+def test_template_is_the_experts(connection: Connection, tiny_model_dir: Path, tmp_path: Path) -> None:
+    """In the spec; a later start with another one typed is refused, and so is an expert beside it without."""
+    base = without_template(tiny_model_dir, tmp_path / "bare")
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    ensure_experts(connection, {"a": 1.0}, request(base, chat_template=template))
+    assert GatewayStore(connection).spec("a").chat_template == template
+    typed = request(base, chat_template=CHAT_TEMPLATE, explicit=frozenset({"chat_template"}))
+    with pytest.raises(SpecError, match=r"exists with chat_template '[0-9a-f]{8}', not '[0-9a-f]{8}'"):
+        ensure_experts(connection, {"a": 1.0}, typed)
+    with pytest.raises(SpecError, match="another chat template"):
+        ensure_experts(connection, {"b": 1.0}, request(base))
+
+
+def test_template_that_fails_is_refused(connection: Connection, tiny_model_dir: Path) -> None:
+    """Before the expert is there, in a sentence about the setting."""
+    with pytest.raises(SettingsError, match="chat template cannot render a question and its answer"):
+        ensure_experts(connection, {"a": 1.0}, request(tiny_model_dir, chat_template="{% if %}"))
+    assert not connection.client.keys()
+
+
+def test_base_without_template_is_said(
+    connection: Connection, tiny_model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever creates the expert can give one now; else the first worker has to."""
+    ensure_experts(connection, {"a": 1.0}, request(without_template(tiny_model_dir, tmp_path / "bare")))
+    assert "bare has no chat template: give --chat-template FILE here" in caplog.text
 
 
 @pytest.mark.parametrize("texts", [["gateway"], ["a:b"], ["a=x"], ["a=-1"], ["a=inf"], [""], ["a" * 65]])

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -323,6 +324,21 @@ def test_vllm_takes_only_certain_ranks(rank: int, said: str) -> None:
     """The smallest that is enough, and the next below."""
     assert re.search(said, vllm_hint(rank))
     assert bool(vllm_hint(rank)) == bool(said)
+
+
+def test_a_template_that_the_expert_brings_goes_with_it(connection: Connection, tmp_path: Path) -> None:
+    """Also with the gateway, if all experts bring the same; a later export without one leaves none behind."""
+    spec = replace(small_spec(), chat_template="{{ messages }}")
+    make_expert(connection, "a", spec)
+    make_expert(connection, "b", small_spec(), chat_template="{{ messages }}")
+    build_gateway(connection)
+    for export in (read_expert(GatewayStore(connection), "a"), read_gateway(GatewayStore(connection))):
+        write(tmp_path / export.name, export)
+        assert (tmp_path / export.name / "chat_template.jinja").read_text() == "{{ messages }}"
+    make_expert(connection, "c", small_spec())
+    build_gateway(connection)
+    write(tmp_path / "gateway", read_gateway(GatewayStore(connection)))
+    assert "chat_template.jinja" not in files_in(tmp_path / "gateway")
 
 
 def test_exporting_imports_neither_peft_nor_transformers() -> None:

@@ -10,7 +10,8 @@ from fedmoe.errors import FedMoEError, NameTakenError, RefusedError, StoppedErro
 from fedmoe.store.connection import Connection
 from fedmoe.store.inspect import Inspector
 from fedmoe.store.worker import WorkerStore
-from producers.worker import Worker, WorkerSettings
+from producers.settings import WorkerSettings
+from producers.worker import Worker
 from tests.federation import make_expert
 
 

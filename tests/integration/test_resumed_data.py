@@ -1,7 +1,6 @@
 """A data position belongs to the examples that it was counted in, and a worker that goes on notices other ones."""
 
 import json
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,10 @@ from typing import Any
 from fedmoe.model.adapter import adapter_layout
 from fedmoe.model.base import structure
 from fedmoe.spec import LoraSettings, Spec, TrainingSettings
+from fedmoe.stopping import Stop
 from fedmoe.store.connection import Connection
-from producers.worker import Worker, WorkerSettings
+from producers.settings import WorkerSettings
+from producers.worker import Worker
 from tests.federation import make_expert, serving
 from tests.tiny import tiny_config
 
@@ -49,7 +50,7 @@ def test_other_examples_begin_at_the_first(
             **settings,
         )
         with serving(connect(), expert="tiny"):
-            Worker(connection.settings, wanted, stop=threading.Event(), say=said.append).run()
+            Worker(connection.settings, wanted, stop=Stop(), say=said.append).run()
         return "\n".join(said)
 
     work()

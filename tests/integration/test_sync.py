@@ -11,6 +11,7 @@ import torch
 
 from consumers.expert import Expert
 from fedmoe.errors import RefusedError
+from fedmoe.identity import BaseIdentity
 from fedmoe.layout import Layout
 from fedmoe.spec import MergeRules
 from fedmoe.store.connection import Connection
@@ -38,7 +39,7 @@ class Run:
             scripted.ledger,
             self.exchange,
             SPEC,
-            fingerprint=FINGERPRINT,
+            base=BaseIdentity(fingerprint=FINGERPRINT),
             state_dir=state_dir,
             data="d",
         )

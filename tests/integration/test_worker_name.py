@@ -8,7 +8,7 @@ import pytest
 
 from fedmoe.errors import SettingsError
 from fedmoe.store.connection import Connection
-from producers.worker import WorkerSettings
+from producers.settings import WorkerSettings
 from tests.chaos.actors import EXPERTS, CountingWorker
 from tests.federation import make_expert, serving
 

@@ -14,6 +14,7 @@ import torch
 
 import producers.sync
 from fedmoe.errors import UnknownExpertError
+from fedmoe.identity import BaseIdentity
 from fedmoe.records import Meta
 from fedmoe.spec import Spec
 from fedmoe.store.worker import WorkerStore
@@ -210,7 +211,7 @@ class Worker:
         exchange = _Exchange(trainer, memory.trained, ledger)
         disk = _Disk(memory.disk, self._rules.saves_before) if self._has_disk else None
         sync = Sync(
-            store, ledger, exchange, self._spec, fingerprint="f", state_dir=disk, data="d",  # type: ignore[arg-type]
+            store, ledger, exchange, self._spec, base=BaseIdentity(fingerprint="f"), state_dir=disk, data="d",  # type: ignore[arg-type]
             must_pull=memory.must_pull, clock=lambda: 0.0,
         )  # fmt: skip
         sync._next_cut, sync._next_beat = 0.0, math.inf

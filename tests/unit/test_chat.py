@@ -61,6 +61,7 @@ PLAIN = (
 DEAF = (
     "{% for m in messages if m.role != 'system' %}{{ m.content + '<end>' }}{% endfor %}"  # drops system turns
 )
+LINES = "{% for m in messages %}{{ m.content + '\n' * (m.role != 'assistant') }}{% endfor %}"
 BOS = "<bos>"
 CONTROL = [
     BOS, "<eos>", "<start_of_turn>", "<end_of_turn>", "<user>", "<assistant>", "<model>",
@@ -68,7 +69,7 @@ CONTROL = [
 ]  # fmt: skip
 
 
-def tokenizer(template: str | None, eos: str | None = "<eos>") -> PreTrainedTokenizerFast:
+def tokenizer(template: str, eos: str | None = "<eos>") -> PreTrainedTokenizerFast:
     """The tiny tokenizer with other control tokens and another template; `<think>` is plain text to it."""
     made = PreTrainedTokenizerFast(
         tokenizer_object=tiny_tokenizer().backend_tokenizer, bos_token=BOS, eos_token=eos
@@ -205,15 +206,13 @@ def test_reasoning_beside_an_answer_is_learnt_as_the_template_writes_it(template
         )
 
 
-@pytest.mark.parametrize("template", [None, PHI, QWEN3, MISTRAL])
-def test_reasoning_that_the_template_does_not_show_is_refused(template: str | None) -> None:
+@pytest.mark.parametrize("template", [PHI, QWEN3, MISTRAL])
+def test_reasoning_that_the_template_does_not_show_is_refused(template: str) -> None:
     """Never an empty block in its place; nor is reasoning of an earlier turn dropped without a word."""
     thought = replace(ANSWER, reasoning="because")
     for turns in ((USER, thought), (USER, thought, USER, ANSWER)):
         with pytest.raises(RowError, match=r"does not show|to show it"):
             Encoder(tokenizer(template)).encode(turns)
-        if template is None:
-            break
     closed = QWEN3_REASONING.replace(
         "assistant\n' }}{% endif %}", "assistant\n<think>\n\n</think>\n\n' }}{% endif %}"
     )
@@ -257,8 +256,6 @@ def test_what_the_template_drops_is_refused() -> None:
         encoder.encode((USER, EARLIER, RESULT, ANSWER))
     with pytest.raises(RowError, match="the chat template does not show its tools"):
         encoder.encode((USER, ANSWER), TOOLS)
-    with pytest.raises(RowError, match="there is no chat template to show them"):
-        Encoder(tokenizer(None)).encode((USER, ANSWER), TOOLS)
     with pytest.raises(RowError, match="the chat template drops its answer"):
         Encoder(tokenizer(WITHOUT_TOOLS.replace(", 'assistant'", ""))).encode((USER, ANSWER))
 
@@ -302,16 +299,10 @@ def test_turns_that_the_template_refuses_are_named_with_its_own_words() -> None:
         encode(tokenizer("{{ nothing.at.all }}"), [USER], "a")
 
 
-def test_without_a_template_the_text_is_plain() -> None:
-    """Prompt, newline, answer, end of sequence; the begin-of-sequence token if the tokenizer writes one."""
-    tokens = tokenizer(None)
-    assert encode(tokens, [SYSTEM, USER], "a") == ("s\nq\n", "a<eos>")
-    tokens.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<bos> $A <eos>",
-        special_tokens=[("<bos>", tokens.bos_token_id), ("<eos>", tokens.eos_token_id)],
-    )
-    assert encode(tokens, [USER], "a") == ("<bos>q\n", "a<eos>")
-    assert encode(tokenizer(None, eos=None), [USER], "a") == ("q\n", "a")
+def test_without_a_template_nothing_is_made_up() -> None:
+    """Turns joined in some other way are nothing that the model will be asked with."""
+    with pytest.raises(DataError, match="the base model has no chat template"):
+        Encoder(PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer().backend_tokenizer))
 
 
 def test_no_token_straddles_the_border() -> None:
@@ -320,6 +311,7 @@ def test_no_token_straddles_the_border() -> None:
     core["model"]["vocab"]["ĊĊ"] = 259
     core["model"]["merges"] = [["Ċ", "Ċ"]]
     tokens = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(core)), eos_token=END)
+    tokens.chat_template = LINES
     assert 259 in tokens("q\n\na").input_ids
     prompt, answer = Encoder(tokens).encode((USER, replace(ANSWER, content="\na")))
     assert prompt == tokens("q\n").input_ids
@@ -332,6 +324,7 @@ def test_no_space_is_put_in_front_of_the_answer() -> None:
     core = Tokenizer(models.BPE(vocab=letters, merges=[]))
     core.pre_tokenizer = pre_tokenizers.Metaspace()
     tokens = PreTrainedTokenizerFast(tokenizer_object=core)
+    tokens.chat_template = LINES
     assert tokens("a").input_ids == [letters["▁"], letters["a"]]
     ids = Encoder(tokens).encode((USER, ANSWER))
     assert ids == ([letters["▁"], letters["q"], letters["\n"]], [letters["a"]])

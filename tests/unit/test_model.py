@@ -33,6 +33,7 @@ from fedmoe.model.base import (
     load_config,
     structure,
 )
+from fedmoe.model.tokenizer import has_tokenizer, load_tokenizer
 from fedmoe.spec import LoraSettings, Spec
 from tests.strategies import randn
 from tests.tiny import save_tiny_model, tiny_config, tiny_model
@@ -124,7 +125,7 @@ def test_what_is_no_causal_model_is_refused(tmp_path: Path, config: object, mess
 def test_a_missing_directory_is_said_to_be_missing(tmp_path: Path) -> None:
     """A path that does not exist and cannot be a hub id, for the config and for the weights."""
     missing = str(tmp_path / "none")
-    for load in (load_config, lambda path: load_base(path, device=CPU)):
+    for load in (load_config, load_tokenizer, lambda path: load_base(path, device=CPU)):
         with pytest.raises(BaseModelError, match="neither a directory nor in the local cache"):
             load(missing)
     assert not has_weights(missing)
@@ -160,13 +161,15 @@ def test_a_cached_hub_model_is_loaded_without_the_network(
     assert structure(load_config("org/tiny")) == structure(load_config(str(tiny_dir)))
     assert has_weights("org/tiny")
     assert not has_weights("org/other")
-    assert fingerprint(load_base("org/tiny", device=CPU)[0]) == fingerprint(tiny_model())
+    assert fingerprint(load_base("org/tiny", device=CPU)) == fingerprint(tiny_model())
+    assert len(load_tokenizer("org/tiny")) == tiny_config().vocab_size
+    assert (has_tokenizer("org/tiny"), has_tokenizer("org/other")) == (True, False)
     assert not requests
 
 
 def test_the_loaded_base_is_frozen_and_in_eval_mode(tiny_dir: Path) -> None:
     """Neither gradients nor dropout in the base; fp32 by default, and the tokenizer is the model's."""
-    model, tokenizer = load_base(str(tiny_dir), device=CPU)
+    model, tokenizer = load_base(str(tiny_dir), device=CPU), load_tokenizer(str(tiny_dir))
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert model.dtype == torch.float32
@@ -197,8 +200,8 @@ def test_the_fingerprint_is_of_the_checkpoint_and_not_of_how_it_was_loaded(
     """Loaded as fp32 and as bf16, with and without an adapter, it is one; of another seed, another."""
     save_tiny_model(tmp_path)
     tiny_model().to(saved).save_pretrained(tmp_path)
-    full, _ = load_base(str(tmp_path), device=CPU)
-    half, _ = load_base(str(tmp_path), device=CPU, dtype=torch.bfloat16)
+    full = load_base(str(tmp_path), device=CPU)
+    half = load_base(str(tmp_path), device=CPU, dtype=torch.bfloat16)
     assert (full.dtype, half.dtype) == (torch.float32, torch.bfloat16)
     before = fingerprint(full)
     assert len(before) == 16

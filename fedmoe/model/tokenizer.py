@@ -1,0 +1,81 @@
+"""The base model's tokenizer and the chat template that it writes rows with."""
+
+from typing import TYPE_CHECKING, Any
+
+from transformers import AutoTokenizer
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from fedmoe.data.template import TEMPLATE_ERRORS
+from fedmoe.errors import BaseModelError, SettingsError
+from fedmoe.model.base import local_file, why_not
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_TRIAL = ({"role": "user", "content": "a question"}, {"role": "assistant", "content": "an answer"})
+_SPECIAL = {name: f"<{name}>" for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+
+
+def has_tokenizer(base_model: str) -> bool:
+    """True if a tokenizer lies in the directory or the local hub cache; asks no network."""
+    return any(local_file(base_model, name) for name in TOKENIZER_FILES)
+
+
+def load_tokenizer(base_model: str) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a model directory or hub id.
+
+    Raises:
+        BaseModelError: if it cannot be loaded.
+    """
+    cached = next(filter(None, (local_file(base_model, name) for name in TOKENIZER_FILES)), None)
+    try:
+        # From the cache as a directory: by its id, transformers would ask the network all the same.
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            cached.parent if cached else base_model, trust_remote_code=False
+        )
+    except Exception as error:  # transformers raises many unrelated types
+        raise BaseModelError(why_not(base_model, error, "the tokenizer of the base model")) from error
+    return tokenizer
+
+
+def use_template(
+    tokenizer: "PreTrainedTokenizerBase", *, expert: str, expert_template: str, own: str, base_model: str
+) -> None:
+    """Have the tokenizer write rows with the expert's template, else with `own`, else with the base model's.
+
+    Raises:
+        SettingsError: if there is none, or `own` is not the expert's.
+    """
+    if own and expert_template and own != expert_template:
+        raise SettingsError(
+            f"--chat-template is not the template that expert {expert!r} is trained with: leave the option away"
+        )
+    if own:
+        check_template(own)
+    if expert_template or own:
+        tokenizer.chat_template = expert_template or own
+    if not tokenizer.chat_template:
+        raise SettingsError(
+            f"the base model {base_model} has no chat template, nor has expert {expert!r}: give the template "
+            "that the model shall be asked with (--chat-template FILE, Jinja); it becomes the expert's"
+        )
+
+
+def check_template(template: str) -> None:
+    """Render one question and one answer.
+
+    Raises:
+        SettingsError: if the template fails, or leaves one of the two out.
+    """
+    conversation: list[Any] = [dict(turn) for turn in _TRIAL]
+    try:
+        rendered, _ = render_jinja_template([conversation], chat_template=template, **_SPECIAL)
+    except TEMPLATE_ERRORS as error:
+        words = " ".join(str(error).split())[:200] or type(error).__name__
+        raise SettingsError(
+            f"the chat template cannot render a question and its answer ({words}): mend the file"
+        ) from error
+    for turn in _TRIAL:
+        if turn["content"] not in rendered[0]:
+            raise SettingsError(f"the chat template leaves out the {turn['role']}'s turn: mend the file")

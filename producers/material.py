@@ -1,0 +1,108 @@
+"""What a worker trains on: the base model, with the right tokenizer and template, and examples of the rows."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedmoe.data.bad_rows import BadRows
+from fedmoe.data.cache import RowCache
+from fedmoe.data.examples import make_examples, padding_id
+from fedmoe.data.jsonl import DataFile
+from fedmoe.identity import BaseIdentity, expert_template
+from fedmoe.model.adapter import attach_adapter
+from fedmoe.model.base import (
+    check_structure,
+    choose_device,
+    choose_precision,
+    fingerprint,
+    load_base,
+    load_config,
+)
+from fedmoe.model.tokenizer import load_tokenizer, use_template
+from fedmoe.records import Meta
+from fedmoe.spec import Spec, TrainingSettings
+from fedmoe.template_file import read_template
+from producers.settings import WorkerSettings
+from producers.trainer import Trainer
+
+
+@dataclass(frozen=True, slots=True)
+class Material:
+    """What is trained, on how many examples, with their digest. The trainer is made once the worker has joined."""
+
+    base: BaseIdentity
+    n_examples: int
+    data: str
+    make_trainer: Callable[[], Any]
+
+
+def prepare(
+    settings: WorkerSettings,
+    spec: Spec,
+    meta: Meta,
+    data: DataFile,
+    bad_rows: BadRows,
+    *,
+    cache: Path | None,
+    stopped: Callable[[], bool],
+    say: Callable[[str], None],
+) -> Material:
+    """Load the base model, its weights last, and make examples of the rows; `cache` is a directory that keeps them.
+
+    Raises:
+        FedMoEError: if the base model is not the expert's, or nothing can be learnt from the rows.
+        StoppedError: if `stopped` says so while the rows are tokenized.
+    """
+    base_model = settings.base_model or spec.base_model
+    check_structure(load_config(base_model), spec.base_config)
+    own = read_template(settings.chat_template) if settings.chat_template else ""
+    tokenizer = load_tokenizer(base_model)
+    use_template(
+        tokenizer, expert=settings.stream, expert_template=expert_template(spec, meta), own=own, base_model=base_model
+    )  # fmt: skip
+    device = choose_device(settings.device)
+    autocast = choose_precision(settings.precision, device)
+    say(f"loading {base_model} on {device} ({str(autocast).removeprefix('torch.')})")
+    model = load_base(base_model, device=device, dtype=autocast if device.type != "cpu" else torch.float32)
+    make = RowCache(cache, say=say).examples if cache else partial(make_examples, say=say)
+    examples = make(
+        data, tokenizer, spec.training.max_length, bad_rows, learn=settings.learn, stopped=stopped
+    )
+    say(f"{settings.data}: {examples.summary()}")
+
+    def make_trainer() -> Trainer:
+        adapted, flat = attach_adapter(model, spec)
+        return Trainer(
+            model=adapted,
+            flat=flat,
+            examples=examples.examples,
+            pad_id=padding_id(tokenizer),
+            settings=_training(settings, spec),
+            seed=spec.init_seed + _seed_of(settings.worker),
+            device=device,
+            autocast=autocast,
+        )
+
+    # A template that the spec has is the operator's; any other one is this worker's to bring.
+    base = BaseIdentity(fingerprint=fingerprint(model), chat_template="" if spec.chat_template else own)
+    return Material(base, len(examples.examples), examples.digest(), make_trainer)
+
+
+def _training(settings: WorkerSettings, spec: Spec) -> TrainingSettings:
+    """The spec's, with what this worker has of its own."""
+    training = spec.training
+    if settings.batch_size:
+        training = replace(training, batch_size=settings.batch_size)
+    if settings.accumulate:
+        training = replace(training, accumulate=settings.accumulate)
+    return training
+
+
+def _seed_of(name: str) -> int:
+    """A seed of its own for each worker, so that two workers with the same rows see them in another order."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")

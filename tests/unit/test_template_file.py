@@ -1,0 +1,94 @@
+"""The chat template: from a file or the expert, tried before anything is loaded; never made up."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fedmoe.errors import SettingsError
+from fedmoe.model.tokenizer import check_template, use_template
+from fedmoe.spec import Spec
+from fedmoe.template_file import MAX_TEMPLATE_CHARS, read_template, template_digest
+from tests.federation import small_spec
+from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer
+
+
+def test_a_file_is_read_as_it_stands(tmp_path: Path) -> None:
+    """Without the last line feed, which Jinja leaves out: saved by an editor, it is the same template."""
+    path = tmp_path / "t.jinja"
+    path.write_text(CHAT_TEMPLATE + "\n", encoding="utf-8-sig")
+    assert read_template(path) == CHAT_TEMPLATE
+    assert template_digest(CHAT_TEMPLATE) == template_digest(CHAT_TEMPLATE + "\n")
+    assert template_digest("") == "none"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "cannot be read"),
+        (b" \n", "is empty"),
+        (b"\xff\xfe\x00", "not UTF-8"),
+        (b"x" * (MAX_TEMPLATE_CHARS + 1), f"at most {MAX_TEMPLATE_CHARS} are allowed"),
+    ],
+    ids=["none", "empty", "bytes", "long"],
+)
+def test_a_file_that_is_none_is_named(tmp_path: Path, content: bytes | None, words: str) -> None:
+    """One sentence with the path."""
+    path = tmp_path / "t.jinja"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(SettingsError, match=words) as error:
+        read_template(path)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{% for m in messages %}", "cannot render a question and its answer"),
+        ("{{ raise_exception('no') }}", r"cannot render a question and its answer \(no\)"),
+        ("{{ messages[0].content }}", "leaves out the assistant's turn"),
+        ("hello", "leaves out the user's turn"),
+    ],
+)
+def test_a_template_is_tried_first(template: str, words: str) -> None:
+    """One that is broken, or that shows the model something else than the rows."""
+    check_template(CHAT_TEMPLATE)
+    check_template(
+        "{{ bos_token + messages[0].content }}{% generation %}{{ messages[1].content }}{% endgeneration %}"
+    )
+    with pytest.raises(SettingsError, match=words):
+        check_template(template)
+
+
+def test_whose_template_it_is() -> None:
+    """The expert's, else the worker's, else the base model's own; with none nothing is trained."""
+    mine = "{% for m in messages %}{{ m.content }}{% endfor %}"
+
+    def used(own_of_base: str | None, *, expert: str = "", worker: str = "") -> object:
+        tokenizer = tiny_tokenizer()
+        tokenizer.chat_template = own_of_base
+        use_template(
+            tokenizer, expert="sql_expert", expert_template=expert, own=worker, base_model="org/tiny"
+        )
+        return tokenizer.chat_template
+
+    assert used(CHAT_TEMPLATE) == CHAT_TEMPLATE
+    assert used(CHAT_TEMPLATE, expert=mine) == mine
+    assert used(None, worker=mine) == mine
+    assert used(None, expert=mine, worker=mine) == mine
+    with pytest.raises(SettingsError, match=r"org/tiny has no chat template, nor has expert 'sql_expert'"):
+        used(None)
+    with pytest.raises(SettingsError, match="is not the template that expert 'sql_expert' is trained with"):
+        used(None, expert=mine, worker=CHAT_TEMPLATE)
+
+
+def test_the_spec_of_before_keeps_its_digest() -> None:
+    """A spec without a template is written as before; one with a template comes back whole."""
+    plain = small_spec()
+    assert "chat_template" not in plain.to_json()
+    with_template = replace(plain, chat_template=CHAT_TEMPLATE)
+    assert Spec.from_json(with_template.to_json()) == with_template
+    assert with_template.digest != plain.digest
+    with pytest.raises(SettingsError, match="chat_template must be text"):
+        replace(plain, chat_template="x" * (MAX_TEMPLATE_CHARS + 1))

@@ -82,5 +82,9 @@ class StoppedError(FedMoEError):
     exit_code = 0
 
 
+class TooLittleMemoryError(FedMoEError, MemoryError):
+    """Not even one row at a time fits into the memory of the device."""
+
+
 class RefusedError(FedMoEError, RuntimeError):
     """The aggregator refuses this worker's updates for a reason that trying again will not change."""

@@ -118,7 +118,8 @@ class Exchange:
         """Training thread, between two steps: apply corrections, then copy if a copy is wanted."""
         with self._lock:
             while self._changes:
-                self._apply(self._changes.popleft())
+                self._apply(self._changes[0])  # stays, if the memory for it is not there
+                self._changes.popleft()
             self._copy_if_wanted()
 
     def _copy_if_wanted(self) -> None:

@@ -5,7 +5,7 @@ What comes from elsewhere (a pull) is added to `flat` between two steps, and the
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +13,14 @@ from torch import nn
 
 from fedmoe.data.encode import Example
 from fedmoe.data.examples import collate, indices
+from fedmoe.errors import TooLittleMemoryError
 from fedmoe.model.loss import completion_loss
 from fedmoe.spec import TrainingSettings
+
+MICRO_BATCH, TOO_LARGE = "micro_batch", "too_large"  # in the state
+MOST_MISSES = 8  # so many examples in a row that do not fit alone: then it is not they that are too large
+# What torch says in a plain RuntimeError: the CPU's allocator, and CUDA's libraries.
+NO_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 log = logging.getLogger(__name__)
 
@@ -35,11 +41,17 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Computed:
-    """A step whose gradient is there and not applied yet: mean loss per label token, rows and label tokens."""
+    """A step whose gradient is there and not applied yet.
+
+    Args:
+        loss, n_examples, n_tokens: as in StepResult.
+        n_consumed: how far the position goes on; more than n_examples if some do not fit into memory.
+    """
 
     loss: float
     n_examples: int
     n_tokens: int
+    n_consumed: int
 
 
 class Trainer:
@@ -48,11 +60,15 @@ class Trainer:
     The model stays in eval mode: without dropout, a trainer that is stopped, saved (`flat`, `position` and
     `state()`) and made anew goes on to the same bits.
 
+    A micro-batch that does not fit into memory is halved, and so are all later ones; an example that does not fit
+    alone is left out. Both are said once and remembered (in `state()`, too).
+
     Args:
         model: on `device`, with exactly the views of `flat` (numel,) fp32 as its trainable parameters.
         seed: of the data order.
         autocast: dtype to compute in; float32 means no autocast.
         position: examples consumed so far.
+        where: names an example by its number, for people.
     """
 
     def __init__(
@@ -67,6 +83,7 @@ class Trainer:
         device: torch.device,
         autocast: torch.dtype = torch.float32,
         position: int = 0,
+        where: Callable[[int], str] = "example {}".format,
     ) -> None:
         self.flat = flat
         self.position = position
@@ -78,6 +95,10 @@ class Trainer:
         self._seed = seed
         self._device = device
         self._autocast = autocast
+        self._where = where
+        self._micro_batch = settings.batch_size
+        self._too_large: set[int] = set()  # examples that do not fit even alone
+        self._misses: list[int] = []  # those of them since something fitted last
         self._grad = _flat_gradient(model, flat)
         parameter = nn.Parameter(flat)
         parameter.grad = self._grad
@@ -100,42 +121,99 @@ class Trainer:
         Every label token counts by its weight, in whichever micro-batch it comes: a mean of their means would
         favour short answers. Half the weight is half the gradient, also if all of the step have that weight.
         """
-        batch_size = self._settings.batch_size
-        count = self._settings.accumulate * batch_size
-        rows = indices(self.position, count, len(self._examples), self._seed)
-        batches = [
-            collate([self._examples[row] for row in rows[start : start + batch_size]], self._pad_id)
-            for start in range(0, count, batch_size)
-        ]
-        n_tokens = sum(batch.n_tokens for batch in batches)
+        count = self._settings.accumulate * self._settings.batch_size
+        numbers = indices(self.position, count, len(self._examples), self._seed)
+        while True:
+            used = [number for number in numbers if number not in self._too_large]
+            batches = [
+                used[start : start + self._micro_batch] for start in range(0, len(used), self._micro_batch)
+            ]
+            done = self._gradient(batches)
+            if isinstance(done, _Gradient):
+                return Computed(
+                    loss=done.loss, n_examples=len(used), n_tokens=done.n_tokens, n_consumed=count
+                )
+            self._make_do(done)
+
+    def _gradient(self, batches: Sequence[list[int]]) -> "_Gradient | list[int]":
+        """The gradient of one step in `_grad`; or the micro-batch that does not fit into memory."""
         self._grad.zero_()
+        if not batches:
+            return _Gradient(math.nan, 0)
+        made = [collate([self._examples[number] for number in batch], self._pad_id) for batch in batches]
+        n_tokens = sum(batch.n_tokens for batch in made)
         total = torch.zeros((), device=self._device)
-        for batch in batches:
-            loss = completion_loss(self._model, batch, device=self._device, autocast=self._autocast)
-            torch.autograd.backward(loss / n_tokens)
-            total += loss.detach()
-        mean = total.item() / sum(batch.weight for batch in batches)
-        return Computed(loss=mean, n_examples=count, n_tokens=n_tokens)
+        for numbers, batch in zip(batches, made, strict=True):
+            try:
+                loss = completion_loss(self._model, batch, device=self._device, autocast=self._autocast)
+                torch.autograd.backward(loss / n_tokens)
+                total += loss.detach()
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                return numbers  # what it had taken is free once the error is gone
+            self._misses.clear()
+        return _Gradient(total.item() / sum(batch.weight for batch in made), n_tokens)
+
+    def _make_do(self, batch: Sequence[int]) -> None:
+        """Remember that this micro-batch does not fit into memory.
+
+        Raises:
+            TooLittleMemoryError: if nothing fits any more.
+        """
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        if len(batch) > 1:
+            self._micro_batch = len(batch) // 2
+            log.warning(
+                "%d examples at a time do not fit into the memory of %s: going on with %d at a time, which learns the "
+                "same but is slower (--batch-size %d from the start avoids the failed try)",
+                len(batch), self._device, self._micro_batch, self._micro_batch,
+            )  # fmt: skip
+            return
+        (number,) = batch
+        where = f"{self._where(number)} ({len(self._examples[number].input_ids)} tokens)"
+        self._too_large.add(number)
+        self._misses.append(number)
+        if len(self._misses) >= MOST_MISSES or len(self._too_large) == len(self._examples):
+            self._too_large.difference_update(self._misses)  # more likely, others have taken the memory
+            raise TooLittleMemoryError(
+                f"not even one example at a time fits into the memory of {self._device} ({len(self._misses)} in a row "
+                f"did not, the last was {where}): free memory there, or give another --device or --precision bf16"
+            )
+        log.warning("%s does not fit into the memory of %s even alone: left out", where, self._device)
 
     def apply(self, computed: Computed) -> StepResult:
         """Take the step that was computed: this alone changes adapter, optimizer and position."""
-        self.position += computed.n_examples
+        self.position += computed.n_consumed
         return StepResult(
             loss=computed.loss,
             n_examples=computed.n_examples,
             n_tokens=computed.n_tokens,
             position=self.position,
-            applied=self._apply(computed.loss),
+            applied=computed.n_tokens > 0 and self._apply(computed.loss),
         )
 
     def state(self) -> dict[str, torch.Tensor]:
-        """A copy on the CPU of the optimizer's state: exp_avg (numel,), exp_avg_sq (numel,), step ()."""
-        return {name: tensor.to("cpu", copy=True) for name, tensor in self._moments.items()}
+        """A copy on the CPU of what a restart needs.
+
+        The optimizer's exp_avg (numel,), exp_avg_sq (numel,) and step (); micro_batch (), the most examples at a time
+        that fit into memory; and too_large (k,), the examples that do not fit alone, if there are any.
+        """
+        state = {name: tensor.to("cpu", copy=True) for name, tensor in self._moments.items()}
+        state[MICRO_BATCH] = torch.tensor(self._micro_batch)
+        if self._too_large:
+            state[TOO_LARGE] = torch.tensor(sorted(self._too_large))
+        return state
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
         """Take over what `state` returned."""
         for name, tensor in self._moments.items():
             tensor.copy_(state[name])
+        if MICRO_BATCH in state:  # older checkpoints have none
+            self._micro_batch = min(self._micro_batch, int(state[MICRO_BATCH]))
+        if TOO_LARGE in state:
+            self._too_large = set(state[TOO_LARGE].tolist())
 
     def _apply(self, loss: float) -> bool:
         norm = self._grad.norm().item()  # finite only if every value is
@@ -151,6 +229,19 @@ class Trainer:
             group["lr"] = self._settings.learning_rate * min(1.0, (done + 1) / max(warmup, 1))
         self._optimizer.step()
         return True
+
+
+@dataclass(frozen=True, slots=True)
+class _Gradient:
+    loss: float
+    n_tokens: int
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """True for what torch raises when memory cannot be had, on any device."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
 
 
 def _flat_gradient(model: nn.Module, flat: torch.Tensor) -> torch.Tensor:

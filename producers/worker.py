@@ -5,7 +5,6 @@ The main thread trains; the sync thread (producers/sync.py) does all the talking
 
 import logging
 import secrets
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,7 +16,6 @@ import torch
 from fedmoe.data.bad_rows import BadRows
 from fedmoe.data.jsonl import DataFile, open_data
 from fedmoe.errors import (
-    FedMoEError,
     NameTakenError,
     RedisUnavailableError,
     RefusedError,
@@ -38,11 +36,10 @@ from producers.ledger import Ledger, Trained
 from producers.material import Material, prepare
 from producers.settings import WorkerSettings
 from producers.sync import HEARTBEAT_INTERVAL_S, Sync
-from producers.trainer import StepResult
+from producers.trainer import TOO_LARGE
+from producers.training import Progress, Training
 
 logger = logging.getLogger(__name__)
-
-END_S = 4.0  # after the drain, in which the last checkpoint is written; then the process ends in any case
 
 
 class Worker:
@@ -73,9 +70,6 @@ class Worker:
         self._has_joined = False
         self._is_done = False  # has trained as much as it was asked to
         self._joining = Joining(self._store, wait=settings.wait, stop=stop)
-        self._last: StepResult | None = None
-        self._steps = 0
-        self._tokens_per_s = 0.0
 
     def _say(self, line: str) -> None:
         """Print a line; a full disk or a reader that has gone must not end the training."""
@@ -141,13 +135,19 @@ class Worker:
         self._joining.pin_base(material.base, state_id=state_id)
         trainer = material.make_trainer()
         ledger, trained = self._open_books(state_dir, trainer, spec, material.data)
+        progress = Progress()
         exchange = Exchange(trainer, with_optimizer=state_dir is not None, trained=trained)
         sync = Sync(
             self._store, ledger, exchange, spec,
-            base=material.base, state_dir=state_dir, data=material.data, report=self._report,
+            base=material.base, state_dir=state_dir, data=material.data, report=progress.report,
             must_pull=bool(ledger.seq),
         )  # fmt: skip
-        self._train(trainer, exchange, sync, material.n_examples)
+        training = Training(
+            trainer, exchange, sync, settings,
+            progress=progress, n_examples=material.n_examples, stop=self._stop, say=self._say,
+        )  # fmt: skip
+        training.run()
+        self._is_done = training.is_done
 
     def _prepare(self, spec: Spec, data: DataFile, bad_rows: BadRows, state_dir: StateDir | None) -> Material:
         return prepare(
@@ -172,7 +172,7 @@ class Worker:
                     f"expert's has {trainer.flat.numel()}: move it away to start a new run"
                 )
             trainer.flat.copy_(saved.local)
-            trainer.load_state(dict(saved.optimizer))
+            state = dict(saved.optimizer)
             if saved.data == data:
                 trainer.position = saved.position
             else:
@@ -180,6 +180,8 @@ class Worker:
                     f"{settings.data} does not give the examples of the checkpoint (the file, the chat template, "
                     "--learn or the expert's max_length is another): starting at the first one"
                 )
+                state.pop(TOO_LARGE, None)
+            trainer.load_state(state)
             self._say(
                 f"resuming run {saved.ledger.run} after update {saved.ledger.seq}, example {trainer.position}"
             )
@@ -196,96 +198,6 @@ class Worker:
         run = make_run(max(epoch, start.epoch + 1 if start else 1), secrets.token_hex(4))
         return Ledger(base=base, meta=snapshot.meta, run=run, start=start), None
 
-    def _train(self, trainer: Any, exchange: Exchange, sync: Sync, n_examples: int) -> None:
-        """Train until stopped or done, then let the sync publish the rest."""
-        thread = threading.Thread(target=sync.run, name="sync", daemon=True)
-        self._prepare_stop(sync, exchange)
-        thread.start()
-        rate = _Rate()
-        said_at = time.monotonic()
-        while not self._stop.is_set() and thread.is_alive() and not self._done(trainer, n_examples):
-            exchange.boundary()
-            computed = trainer.compute()
-            step: StepResult | None = exchange.take_step(partial(trainer.apply, computed))
-            if step is None:
-                break
-            self._last = step
-            self._steps += 1
-            self._tokens_per_s = rate.add(step.n_tokens)
-            if time.monotonic() - said_at >= self._settings.log_interval_s:
-                said_at = time.monotonic()
-                self._say(self._progress(sync))
-        self._stop.set()
-        if self._last:
-            self._say(self._progress(sync))
-        sync.finish(self._settings.drain_s)
-        while thread.is_alive():
-            exchange.boundary()
-            thread.join(0.02)
-        self._say(self._outcome(sync, exchange))
-
-    def _prepare_stop(self, sync: Sync, exchange: Exchange) -> None:
-        """From now on there is something to lose: a stop may take as long as the drain."""
-
-        def last_words() -> tuple[str, int]:
-            try:
-                return self._outcome(sync, exchange), 0
-            except FedMoEError as error:
-                return str(error), error.exit_code
-
-        stop = self._stop
-        stop.patience_s, stop.end_s = self._settings.drain_s, END_S
-        stop.when_asked.append(lambda: sync.finish(self._settings.drain_s))
-        stop.is_saving = lambda: sync.is_saving
-        stop.last_words = last_words
-
-    def _done(self, trainer: Any, n_examples: int) -> bool:
-        settings = self._settings
-        epochs = trainer.position / n_examples
-        self._is_done = bool(
-            (settings.max_steps and self._steps >= settings.max_steps)
-            or (settings.max_epochs and epochs >= settings.max_epochs)
-        )
-        return self._is_done
-
-    def _outcome(self, sync: Sync, exchange: Exchange) -> str:
-        """How it ended, as a sentence; raise if something that was trained is lost."""
-        if sync.failure is not None:
-            raise sync.failure
-        settings, status = self._settings, sync.status
-        told = (
-            f"{status.applied} updates applied, {status.refused} refused, expert at version {status.version}"
-        )
-        if not sync.ledger.queue and not exchange.steps_left:
-            return f"done: {told}"
-        if sync.saved:
-            return f"done: {told}; what is not decided yet is kept in {settings.state_dir}"
-        if sync.in_redis and not exchange.steps_left:
-            return f"done: {told}; the last one waits in Redis for an aggregator"
-        kept = "waits in Redis, but" if sync.in_redis else "is not in Redis, and"
-        remedy = "a --state-dir that can be written keeps all"
-        if settings.state_dir:
-            kept = f"is as the last checkpoint in {settings.state_dir} has it, and at most"
-            remedy = "start this worker again to go on from there"
-        raise FedMoEError(
-            f"{told}; the last update {kept} {exchange.steps_left} steps trained since are lost: nobody decided it "
-            f"within {settings.drain_s:g} s ({status.problem or 'is an aggregator running?'}); {remedy}"
-        )
-
-    def _progress(self, sync: Sync) -> str:
-        status, last = sync.status, self._last
-        assert last is not None
-        flight = f"in flight {status.in_flight}" if status.in_flight else "in flight -"
-        problem = f"  [{status.problem}]" if status.problem else ""
-        return (
-            f"step {self._steps}  loss {last.loss:.3f}  tokens/s {self._tokens_per_s:.0f}  "
-            f"version {status.version}  staleness {status.staleness}  {flight}{problem}"
-        )
-
-    def _report(self) -> dict[str, str | int | float]:
-        loss = f"{self._last.loss:.4f}" if self._last else ""
-        return {"step": self._steps, "loss": loss, "tokens_per_s": f"{self._tokens_per_s:.1f}"}
-
 
 def _named(settings: WorkerSettings) -> tuple[WorkerSettings, str]:
     """Settings with a name, and why this one: a restart on the same state directory goes on under the same name."""
@@ -295,18 +207,3 @@ def _named(settings: WorkerSettings) -> tuple[WorkerSettings, str]:
             why += f", not this host's {settings.worker!r}; for another worker give --name and another --state-dir"
         return replace(settings, name=name), why
     return replace(settings, name=settings.worker), "this host's; --name gives another one"
-
-
-class _Rate:
-    """Tokens per second, averaged over about the last ten steps."""
-
-    def __init__(self) -> None:
-        self._at = time.monotonic()
-        self._rate = 0.0
-
-    def add(self, n_tokens: int) -> float:
-        now = time.monotonic()
-        fresh = n_tokens / max(now - self._at, 1e-6)
-        self._at = now
-        self._rate = fresh if self._rate == 0 else 0.9 * self._rate + 0.1 * fresh
-        return self._rate

@@ -14,6 +14,7 @@ import torch
 
 from consumers.verify import replay
 from fedmoe.archive import Archive
+from fedmoe.identity import BaseIdentity
 from fedmoe.keys import GROUP
 from fedmoe.layout import AdapterBuffer, Layout, values_of
 from fedmoe.lora_init import initial_weights
@@ -89,7 +90,7 @@ class CountingWorker:
             joined.ledger,
             self.exchange,
             spec,
-            fingerprint=FINGERPRINT,
+            base=BaseIdentity(fingerprint=FINGERPRINT),
             state_dir=None,
             data="d",
         )

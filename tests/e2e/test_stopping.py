@@ -190,7 +190,7 @@ def test_worker_whose_redis_is_frozen_says_what_is_lost(
         freeze(redis)
         assert stopped(process) == 1
     last = last_line(tmp_path / "log")
-    assert "steps trained since are lost" in last
+    assert "steps since the last update that is in Redis are lost" in last
     assert "had not answered when it was time to stop" in last
     assert "--state-dir" in last
 

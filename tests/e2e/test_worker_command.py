@@ -186,7 +186,7 @@ def test_what_nobody_decides_is_kept_or_said_to_be_lost(
     command = ["worker", "run", "--redis", redis_url, "--stream", "a", "--data", str(rows), "--drain", "1"]
     lost = fedmoe(*command, "--name", "ben", "--max-steps", "100")
     assert lost.returncode == 1
-    assert "steps trained since are lost" in lost.stderr.strip().splitlines()[-1]
+    assert "steps since the last update that is in Redis are lost" in lost.stderr.strip().splitlines()[-1]
     state = ("--name", "anna", "--state-dir", str(tmp_path / "state"))
     kept = fedmoe(*command, *state, "--max-steps", "100")
     assert kept.returncode == 0, kept.stderr

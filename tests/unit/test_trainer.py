@@ -6,13 +6,17 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig
 
 from fedmoe.data.encode import Answer, Example
+from fedmoe.data.examples import Batch
+from fedmoe.errors import TooLittleMemoryError
 from fedmoe.model.adapter import adapter_layout, attach_adapter
 from fedmoe.model.base import structure
+from fedmoe.model.loss import completion_loss
 from fedmoe.spec import LoraSettings, Spec, TrainingSettings
-from producers.trainer import Trainer
+from producers.trainer import Trainer, is_out_of_memory
 from tests.strategies import randn
 from tests.tiny import tiny_config
 
@@ -237,3 +241,104 @@ def test_a_model_that_does_not_train_exactly_flat_is_refused() -> None:
     next(p for p in model.parameters() if p.requires_grad).requires_grad_(False)
     with pytest.raises(ValueError, match="the model trains"):
         Trainer(model=model, flat=flat, **options)
+
+
+class SmallMemory:
+    """Stands for completion_loss on a device with room for so many rows, of so many tokens each, at a time."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, rows: int = 99, tokens: int = 99) -> None:
+        self.rows, self.tokens = rows, tokens
+        self.failures = 0
+        self._loss = completion_loss
+        monkeypatch.setattr("producers.trainer.completion_loss", self)
+
+    def __call__(self, model: nn.Module, batch: Batch, **options: Any) -> torch.Tensor:
+        loss = self._loss(model, batch, **options)
+        rows, tokens = batch.input_ids.shape
+        if rows > self.rows or tokens > self.tokens:
+            self.failures += 1
+            torch.autograd.backward(loss)  # what came before it had run out stays in the gradient
+            raise RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory"
+            )
+        return loss
+
+
+def test_a_micro_batch_that_does_not_fit_is_halved(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """8 rows at a time become 4, then 2: the same loss, gradient and position; said once, and never tried again."""
+    settings = TrainingSettings(batch_size=8, warmup_steps=0)
+    whole = make_trainer(settings=settings)
+    expected = [whole.step() for _ in range(3)]
+    memory = SmallMemory(monkeypatch, rows=3)
+    split = make_trainer(settings=settings)
+    results = [split.step() for _ in range(3)]
+    assert [r.loss for r in results] == pytest.approx([r.loss for r in expected], rel=1e-4)
+    assert [(r.n_examples, r.n_tokens, r.position) for r in results] == [
+        (r.n_examples, r.n_tokens, r.position) for r in expected
+    ]
+    torch.testing.assert_close(split.state()["exp_avg"], whole.state()["exp_avg"], rtol=1e-3, atol=1e-7)
+    assert memory.failures == 2
+    assert [r.getMessage().partition(":")[0] for r in caplog.records] == [
+        f"{n} examples at a time do not fit into the memory of cpu" for n in (8, 4)
+    ]
+    again = make_trainer(settings=settings)
+    again.load_state(split.state())
+    again.step()
+    assert memory.failures == 2
+
+
+def test_an_example_that_does_not_fit_alone_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The step is that of the others; it is named once, not tried again, and not counted as learnt."""
+    fitting = [example for example in EXAMPLES if len(example.input_ids) <= 10]
+    without = make_trainer(
+        settings=TrainingSettings(batch_size=len(fitting), warmup_steps=0), examples=fitting
+    )
+    without.step()
+    memory = SmallMemory(monkeypatch, tokens=10)
+    trainer = make_trainer(settings=TrainingSettings(batch_size=len(EXAMPLES), warmup_steps=0))
+    result = trainer.step()
+    assert (result.n_examples, result.position, result.applied) == (len(fitting), len(EXAMPLES), True)
+    torch.testing.assert_close(trainer.state()["exp_avg"], without.state()["exp_avg"], rtol=1e-4, atol=1e-8)
+    left_out = [r.getMessage() for r in caplog.records if "left out" in r.getMessage()]
+    assert sorted(left_out) == [
+        f"example {n} ({len(EXAMPLES[n].input_ids)} tokens) does not fit into the memory of cpu even alone: left out"
+        for n in range(len(fitting), len(EXAMPLES))
+    ]
+    failures = memory.failures
+    trainer.step()
+    again = make_trainer(settings=TrainingSettings(batch_size=1))
+    again.load_state(trainer.state())
+    steps = [again.step() for _ in EXAMPLES]
+    assert memory.failures == failures
+    assert sum(step.applied for step in steps) == len(fitting)
+    assert again.position == len(EXAMPLES)
+
+
+def test_if_nothing_fits_it_ends_and_blames_no_example(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody else may have taken the memory: with it back, the same trainer goes on with all examples."""
+    memory = SmallMemory(monkeypatch, rows=0)
+    trainer = make_trainer(examples=EXAMPLES * 3)
+    with pytest.raises(
+        TooLittleMemoryError, match="not even one example at a time fits into the memory of cpu"
+    ):
+        train(trainer, 5)
+    memory.rows = 99
+    before = trainer.position
+    assert [trainer.step().n_examples for _ in range(12)] == [2] * 12
+    assert trainer.position == before + 24
+
+
+def test_another_error_is_not_taken_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mistake in the program is raised as it is."""
+
+    def fail(*_: Any, **__: Any) -> torch.Tensor:
+        raise RuntimeError("The size of tensor a (3) must match the size of tensor b (4)")
+
+    monkeypatch.setattr("producers.trainer.completion_loss", fail)
+    with pytest.raises(RuntimeError, match="must match"):
+        make_trainer().step()
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))

@@ -1,0 +1,204 @@
+"""The worker's training, from the first step to the last words: what the main thread does beside the sync."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from fedmoe.errors import FedMoEError, TooLittleMemoryError
+from fedmoe.stopping import Stop
+from producers.exchange import Exchange
+from producers.settings import WorkerSettings
+from producers.sync import Sync, SyncStatus
+from producers.trainer import StepResult, is_out_of_memory
+
+logger = logging.getLogger(__name__)
+
+END_S = 4.0  # after the drain, in which the last checkpoint is written; then the process ends in any case
+
+
+class Progress:
+    """How far the training is: for the progress line and the heartbeat."""
+
+    def __init__(self) -> None:
+        self.last: StepResult | None = None
+        self.steps = 0
+        self._rate = _Rate()
+
+    def add(self, step: StepResult) -> None:
+        """Note a step."""
+        self.last = step
+        self.steps += 1
+        self._rate.add(step.n_tokens)
+
+    def line(self, status: SyncStatus) -> str:
+        """One line for people."""
+        assert self.last is not None
+        flight = f"in flight {status.in_flight}" if status.in_flight else "in flight -"
+        problem = f"  [{status.problem}]" if status.problem else ""
+        return (
+            f"step {self.steps}  loss {self.last.loss:.3f}  tokens/s {self._rate.value:.0f}  "
+            f"version {status.version}  staleness {status.staleness}  {flight}{problem}"
+        )
+
+    def report(self) -> dict[str, str | int | float]:
+        """The training's part of the heartbeat."""
+        loss = f"{self.last.loss:.4f}" if self.last else ""
+        return {"step": self.steps, "loss": loss, "tokens_per_s": f"{self._rate.value:.1f}"}
+
+
+class Training:
+    """Trains until it is stopped, done, or cannot go on; then has the sync publish the rest.
+
+    Args:
+        progress: the one that the sync's heartbeat reports.
+        n_examples: of one epoch.
+        stop: set when the training has ended, too.
+        say: where lines for people go.
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        exchange: Exchange,
+        sync: Sync,
+        settings: WorkerSettings,
+        *,
+        progress: Progress,
+        n_examples: int,
+        stop: Stop,
+        say: Callable[[str], None],
+    ) -> None:
+        self.is_done = False  # has trained as much as it was asked to
+        self._trainer = trainer
+        self._exchange = exchange
+        self._sync = sync
+        self._settings = settings
+        self._progress = progress
+        self._n_examples = n_examples
+        self._stop = stop
+        self._say = say
+        self._failure: Exception | None = None
+
+    def run(self) -> None:
+        """Train, publish, wait for the decision, and say how it ended.
+
+        Raises:
+            FedMoEError: one sentence, if the training could not go on or something that was trained is lost.
+        """
+        thread = threading.Thread(target=self._sync.run, name="sync", daemon=True)
+        self._bound_the_stop()
+        thread.start()
+        self._train(thread)
+        self._stop.set()
+        if self._progress.last:
+            self._say(self._progress.line(self._sync.status))
+        self._sync.finish(self._settings.drain_s)
+        while thread.is_alive():
+            self._pass_boundary()
+            thread.join(0.02)
+        try:
+            self._say(self._outcome())
+        except FedMoEError as error:
+            if self._failure is None:
+                raise
+            raise FedMoEError(f"{self._failure}; {error}") from self._failure
+        if self._failure is not None:
+            raise self._failure
+
+    def _train(self, thread: threading.Thread) -> None:
+        """Step after step; what stops it early is kept for later, because what was trained is published first."""
+        said_at = time.monotonic()
+        try:
+            while not self._stop.is_set() and thread.is_alive() and not self._has_done_enough():
+                self._exchange.boundary()
+                computed = self._trainer.compute()
+                step: StepResult | None = self._exchange.take_step(partial(self._trainer.apply, computed))
+                if step is None:
+                    return
+                self._progress.add(step)
+                if time.monotonic() - said_at >= self._settings.log_interval_s:
+                    said_at = time.monotonic()
+                    self._say(self._progress.line(self._sync.status))
+        except Exception as error:
+            if is_out_of_memory(error) and not isinstance(error, FedMoEError):
+                why = str(error).strip().partition("\n")[0]
+                error = TooLittleMemoryError(f"the training ran out of memory ({why}): free memory there")
+            logger.warning("the training cannot go on; what was trained is published first (%s)", error)
+            self._failure = error
+
+    def _pass_boundary(self) -> None:
+        if self._failure is None:
+            self._exchange.boundary()
+            return
+        try:
+            self._exchange.boundary()
+        except (
+            Exception
+        ):  # what failed once may fail again; then the sync takes its copy without the training
+            logger.debug("no boundary after the training failed", exc_info=True)
+
+    def _bound_the_stop(self) -> None:
+        """From now on there is something to lose: a stop may take as long as the drain."""
+
+        def last_words() -> tuple[str, int]:
+            try:
+                return self._outcome(), 0
+            except FedMoEError as error:
+                return str(error), error.exit_code
+
+        self._stop.patience_s, self._stop.end_s = self._settings.drain_s, END_S
+        self._stop.when_asked.append(lambda: self._sync.finish(self._settings.drain_s))
+        self._stop.is_saving = lambda: self._sync.is_saving
+        self._stop.last_words = last_words
+
+    def _has_done_enough(self) -> bool:
+        settings = self._settings
+        epochs = self._trainer.position / self._n_examples
+        self.is_done = bool(
+            (settings.max_steps and self._progress.steps >= settings.max_steps)
+            or (settings.max_epochs and epochs >= settings.max_epochs)
+        )
+        return self.is_done
+
+    def _outcome(self) -> str:
+        """How it ended, as a sentence; raise if something that was trained is lost."""
+        sync, settings, status = self._sync, self._settings, self._sync.status
+        if sync.failure is not None:
+            raise sync.failure
+        left = self._exchange.steps_left
+        told = (
+            f"{status.applied} updates applied, {status.refused} refused, expert at version {status.version}"
+        )
+        if not sync.ledger.queue and not left:
+            return f"done: {told}"
+        if sync.saved:
+            return f"done: {told}; what is not decided yet is kept in {settings.state_dir}"
+        if sync.in_redis and not left:
+            return f"done: {told}; the last one waits in Redis for an aggregator"
+        steps = left if sync.in_redis else left + sum(update.header.steps for update in sync.ledger.queue)
+        lost = f"{steps} steps since the last update that is in Redis are lost"
+        remedy = "a --state-dir that can be written keeps all"
+        if settings.state_dir:
+            lost = f"at most {steps} steps are lost, those since the last checkpoint in {settings.state_dir}"
+            remedy = "start this worker again to go on from there"
+        raise FedMoEError(
+            f"{told}; {lost}: nobody decided what was trained within {settings.drain_s:g} s "
+            f"({status.problem or 'is an aggregator running?'}); {remedy}"
+        )
+
+
+class _Rate:
+    """Tokens per second, averaged over about the last ten steps."""
+
+    def __init__(self) -> None:
+        self._at = time.monotonic()
+        self.value = 0.0
+
+    def add(self, n_tokens: int) -> None:
+        now = time.monotonic()
+        fresh = n_tokens / max(now - self._at, 1e-6)
+        self._at = now
+        self.value = fresh if self.value == 0 else 0.9 * self.value + 0.1 * fresh

@@ -1,0 +1,94 @@
+"""producers.training: what was trained is published, however the training ends."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedmoe.errors import FedMoEError, TooLittleMemoryError
+from fedmoe.identity import BaseIdentity
+from fedmoe.spec import MergeRules
+from fedmoe.stopping import Stop
+from fedmoe.store.connection import Connection
+from producers.exchange import Exchange
+from producers.settings import WorkerSettings
+from producers.sync import Sync
+from producers.training import Progress, Training
+from tests.counting import Counter, Step
+from tests.federation import FINGERPRINT, ScriptedWorker, make_expert, serving, small_spec
+
+Connect = Callable[[], Connection]
+SPEC = replace(small_spec(merge=MergeRules(max_norm=1e4)), sync_interval_s=60.0)
+
+
+class Failing(Counter):
+    """A trainer that cannot go on after so many steps."""
+
+    def __init__(self, weights: torch.Tensor, steps: int, error: Exception) -> None:
+        super().__init__(weights)
+        self._left, self._error = steps, error
+
+    def compute(self) -> None:
+        if self._left == 0:
+            raise self._error
+        self._left -= 1
+
+    def apply(self, computed: None) -> Step:
+        return self.step()
+
+
+def make_training(connection: Connection, error: Exception, said: list[str], *, drain_s: float) -> Training:
+    scripted = ScriptedWorker(connection, SPEC)
+    trainer = Failing(scripted.local, 7, error)
+    progress = Progress()
+    exchange = Exchange(trainer, with_optimizer=False)
+    sync = Sync(
+        scripted.store, scripted.ledger, exchange, SPEC, base=BaseIdentity(fingerprint=FINGERPRINT),
+        state_dir=None, data="d", report=progress.report,
+    )  # fmt: skip
+    settings = WorkerSettings(stream="sql_expert", data=Path("rows.jsonl"), drain_s=drain_s)
+    return Training(
+        trainer, exchange, sync, settings, progress=progress, n_examples=100, stop=Stop(), say=said.append
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "sentence"),
+    [
+        (
+            TooLittleMemoryError("not even one example fits"),
+            TooLittleMemoryError,
+            "^not even one example fits$",
+        ),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore"),
+            TooLittleMemoryError,
+            r"^the training ran out of memory \(CUDA out of memory. Tried to allocate 2 GiB\): free memory there$",
+        ),
+        (ZeroDivisionError("a mistake in the program"), ZeroDivisionError, "mistake"),
+    ],
+)
+def test_what_was_trained_is_published_before_it_ends(
+    connect: Connect, error: Exception, raised: type[Exception], sentence: str
+) -> None:
+    """The expert has every step from before the failure, long before the sync interval is over."""
+    expert = make_expert(connect(), spec=SPEC)
+    said: list[str] = []
+    with serving(connect(), block_ms=20), pytest.raises(raised, match=sentence):
+        make_training(connect(), error, said, drain_s=30.0).run()
+    assert said[-1].startswith("done: 1 updates applied, 0 refused")
+    assert expert.store.load().meta.n_examples == 7
+
+
+def test_what_is_lost_is_said_beside_the_failure(connect: Connect) -> None:
+    """Nobody decides it: one sentence has both, why the training ended and what is not in the expert."""
+    make_expert(connect(), spec=SPEC)
+    connection = connect()
+    training = make_training(connection, TooLittleMemoryError("no memory"), [], drain_s=0.0)
+    connection.cut_off()
+    with pytest.raises(
+        FedMoEError, match=r"^no memory; 0 updates applied.*; 7 steps since the last .* are lost: "
+    ):
+        training.run()

@@ -5,7 +5,7 @@ What comes from elsewhere (a pull) is added to `flat` between two steps, and the
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,7 +68,6 @@ class Trainer:
         seed: of the data order.
         autocast: dtype to compute in; float32 means no autocast.
         position: examples consumed so far.
-        where: names an example by its number, for people.
     """
 
     def __init__(
@@ -83,7 +82,6 @@ class Trainer:
         device: torch.device,
         autocast: torch.dtype = torch.float32,
         position: int = 0,
-        where: Callable[[int], str] = "example {}".format,
     ) -> None:
         self.flat = flat
         self.position = position
@@ -95,7 +93,6 @@ class Trainer:
         self._seed = seed
         self._device = device
         self._autocast = autocast
-        self._where = where
         self._micro_batch = settings.batch_size
         self._too_large: set[int] = set()  # examples that do not fit even alone
         self._misses: list[int] = []  # those of them since something fitted last
@@ -172,7 +169,8 @@ class Trainer:
             )  # fmt: skip
             return
         (number,) = batch
-        where = f"{self._where(number)} ({len(self._examples[number].input_ids)} tokens)"
+        example = self._examples[number]
+        where = f"that of line {example.line} ({len(example.input_ids)} tokens)"
         self._too_large.add(number)
         self._misses.append(number)
         if len(self._misses) >= MOST_MISSES or len(self._too_large) == len(self._examples):
@@ -181,7 +179,10 @@ class Trainer:
                 f"not even one example at a time fits into the memory of {self._device} ({len(self._misses)} in a row "
                 f"did not, the last was {where}): free memory there, or give another --device or --precision bf16"
             )
-        log.warning("%s does not fit into the memory of %s even alone: left out", where, self._device)
+        log.warning(
+            "the example of line %d (%d tokens) does not fit into the memory of %s even alone: left out",
+            example.line, len(example.input_ids), self._device,
+        )  # fmt: skip
 
     def apply(self, computed: Computed) -> StepResult:
         """Take the step that was computed: this alone changes adapter, optimizer and position."""

@@ -28,10 +28,14 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A conversation as tokens; `answers` are the labels: at least one, in order, none of them empty."""
+    """A conversation as tokens; `answers` are the labels: at least one, in order, none of them empty.
+
+    `line` is where its row begins in the file, from 1; 0 if it is not known.
+    """
 
     input_ids: "array[int]"
     answers: tuple[Answer, ...]
+    line: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +105,7 @@ def _encode(row: Row, path: Path, encoder: Encoder, max_length: int, learn: Lear
     if left_out and not examples:
         raise left_out[-1]
     return Encoded(
-        examples=tuple(Example(array("i", ids[:max_length]), answers) for ids, answers in examples),
+        examples=tuple(Example(array("i", ids[:max_length]), answers, row.line) for ids, answers in examples),
         cut=sum(len(ids) > max_length for ids, _ in examples),
         left_out=tuple(Problem.of(error, path, row.number, row.line) for error in left_out),
         weight_0=weight_0,

@@ -7,14 +7,23 @@ from typing import Any, overload
 
 from fedmoe.data.encode import Answer, Example
 
-TYPES = {"ids": "i", "ends": "q", "starts": "i", "stops": "i", "weights": "d", "answer_ends": "q"}
+TYPES = {
+    "ids": "i",
+    "ends": "q",
+    "starts": "i",
+    "stops": "i",
+    "weights": "d",
+    "answer_ends": "q",
+    "lines": "q",
+}
 
 
 class FlatExamples(Sequence[Example]):
-    """Examples in flat arrays: 4 bytes a token and about 32 an example, where objects take some 500.
+    """Examples in flat arrays: 4 bytes a token and about 40 an example, where objects take some 500.
 
     The arrays: `ids` int32, the tokens of all; `ends` int64, where each example's tokens end in it; `starts` and
-    `stops` int32 and `weights` float64 of all answers; `answer_ends` int64, where each example's answers end in these.
+    `stops` int32 and `weights` float64 of all answers; `answer_ends` int64, where each example's answers end in these;
+    `lines` int64, in the file.
     """
 
     def __init__(self, arrays: Mapping[str, "array[Any]"] | None = None) -> None:
@@ -28,15 +37,18 @@ class FlatExamples(Sequence[Example]):
         for example in examples:
             arrays["ids"].extend(example.input_ids)
             arrays["ends"].append(len(arrays["ids"]))
+            arrays["lines"].append(example.line)
             for answer in example.answers:
                 for name, value in zip(("starts", "stops", "weights"), answer, strict=True):
                     arrays[name].append(value)
             arrays["answer_ends"].append(len(arrays["starts"]))
 
     def digest(self) -> str:
-        """SHA-256 of all, as hex digits."""
+        """SHA-256 of all but their places in the file, as hex digits."""
         digest = hashlib.sha256()
         for name, values in self.arrays.items():
+            if name == "lines":
+                continue
             digest.update(f"{name} {len(values)} ".encode())
             digest.update(values)
         return digest.hexdigest()
@@ -55,7 +67,8 @@ class FlatExamples(Sequence[Example]):
         tokens = self._part("ends", places)
         answers = self._part("answer_ends", places)
         starts, stops, weights = (self.arrays[name][answers] for name in ("starts", "stops", "weights"))
-        return Example(self.arrays["ids"][tokens], tuple(map(Answer, starts, stops, weights)))
+        labels = tuple(map(Answer, starts, stops, weights))
+        return Example(self.arrays["ids"][tokens], labels, self.arrays["lines"][places])
 
     def _part(self, ends: str, place: int) -> slice:
         return slice(self.arrays[ends][place - 1] if place else 0, self.arrays[ends][place])

@@ -177,6 +177,7 @@ def test_a_saved_tokenizer_makes_the_same_examples(rows: MakeRows, tmp_path: Pat
                 min_size=1,
                 max_size=3,
             ).map(tuple),
+            st.integers(0, 2**40),
         ),
         max_size=5,
     )
@@ -189,6 +190,18 @@ def test_flat_examples_are_those_that_were_put_in(examples: list[Example]) -> No
     assert flat[1:] == examples[1:]
     with pytest.raises(IndexError):
         flat[len(examples)]
+
+
+def test_an_example_knows_its_line(tmp_path: Path) -> None:
+    """Blank lines before it move it, but make no other data of it: a position in the data means the same."""
+    row = json.dumps({"prompt": "q", "completion": "a"}) + "\n"
+    made = []
+    for number, text in enumerate((row + row, f"\n\n{row}\n{row}")):
+        path = tmp_path / f"{number}.jsonl"
+        path.write_text(text)
+        made.append(make_examples(open_data(path, BAD_ROWS), tiny_tokenizer(), 512, BAD_ROWS))
+    assert [[example.line for example in some.examples] for some in made] == [[1, 2], [3, 5]]
+    assert made[0].digest() == made[1].digest()
 
 
 def test_progress_is_told_every_five_seconds() -> None:

@@ -23,7 +23,7 @@ from tests.tiny import tiny_config
 CPU = torch.device("cpu")
 SETTINGS = TrainingSettings(learning_rate=5e-3, batch_size=2, warmup_steps=0)
 # Answers of 1 to 8 tokens: what weighs rows instead of tokens shows.
-EXAMPLES = [Example(array("i", range(1 + i, 7 + 2 * i)), (Answer(5, 6 + i, 1.0),)) for i in range(8)]
+EXAMPLES = [Example(array("i", range(1 + i, 7 + 2 * i)), (Answer(5, 6 + i, 1.0),), i + 1) for i in range(8)]
 
 
 def make_trainer(
@@ -305,7 +305,8 @@ def test_an_example_that_does_not_fit_alone_is_left_out(
     torch.testing.assert_close(trainer.state()["exp_avg"], without.state()["exp_avg"], rtol=1e-4, atol=1e-8)
     left_out = [r.getMessage() for r in caplog.records if "left out" in r.getMessage()]
     assert sorted(left_out) == [
-        f"example {n} ({len(EXAMPLES[n].input_ids)} tokens) does not fit into the memory of cpu even alone: left out"
+        f"the example of line {n + 1} ({len(EXAMPLES[n].input_ids)} tokens) does not fit into the memory of cpu even "
+        "alone: left out"
         for n in range(len(fitting), len(EXAMPLES))
     ]
     failures = memory.failures

@@ -88,7 +88,9 @@ class ControlTokens:
 
     def _check(self, text: str, where: str) -> None:
         if found := self._structure.search(text):
-            raise RowError("it holds a control token", f": {found[0]!r} in {where}")
+            raise RowError(
+                "it holds a control token", f": {found[0]!r} in {where}, where it would begin or end a turn"
+            )
 
     def _unwrap(self, turns: Sequence[Turn]) -> list[Turn] | None:
         """The turns of a prompt that is written as the template writes it, with the answer; None if it is not."""

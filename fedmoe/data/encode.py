@@ -5,7 +5,7 @@ any process.
 """
 
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -107,8 +107,13 @@ def _encode(row: Row, path: Path, encoder: Encoder, max_length: int, learn: Lear
     return Encoded(
         examples=tuple(Example(array("i", ids[:max_length]), answers, row.line) for ids, answers in examples),
         cut=sum(len(ids) > max_length for ids, _ in examples),
-        left_out=tuple(Problem.of(error, path, row.number, row.line) for error in left_out),
+        left_out=tuple(_answer_left_out(error, path, row) for error in left_out),
         weight_0=weight_0,
         unused=row.unused,
         notes=notes,
     )
+
+
+def _answer_left_out(error: AnswerError, path: Path, row: Row) -> Problem:
+    problem = Problem.of(error, path, row.number, row.line)
+    return replace(problem, reason=f"one of its answers is not learnt: {error}")

@@ -112,7 +112,7 @@ def read_weight(value: object, where: str) -> float:
     if isinstance(value, (bool, int, float)) and 0 <= value <= 1:
         return float(value)
     wanted = f": its {where} is {reprlib.repr(value)}; wanted is a number from 0 to 1, or true or false"
-    raise RowError("it has a weight that is none", wanted)
+    raise RowError("it has a weight that cannot be used", wanted)
 
 
 def read_text(value: object, where: str) -> str:

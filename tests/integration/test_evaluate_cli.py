@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 
 from consumers.gateway import GatewayBuilder, GatewaySettings
 from fedmoe.data.bad_rows import BadRows
+from fedmoe.data.encode import Learn
 from fedmoe.data.examples import make_examples, padding_id
 from fedmoe.data.jsonl import open_data
 from fedmoe.errors import BaseModelError, DataError, SettingsError, SpecError, UnknownExpertError
@@ -132,6 +134,29 @@ def test_rows_that_cannot_be_used_are_named(
     assert sorted((Path(row["file"]).name, row["line"]) for row in rows) == [
         ("blue.jsonl", 5), ("red.test.jsonl", 7)
     ]  # fmt: skip
+
+
+def test_all_answers_or_the_last_are_measured(
+    connection: Connection, data: Path, tiny_model_dir: Path
+) -> None:
+    """`--learn` says which, as for a worker."""
+    make_federation(connection, tiny_model_dir)
+    texts = {"q": "user", "aaaaaaaa": "assistant", "r": "user", "?": "assistant"}
+    turns = [{"role": role, "content": text} for text, role in texts.items()]
+    file = data / "red.test.jsonl"
+    file.write_text(json.dumps({"messages": turns}))
+    bad_rows = BadRows(say=print)
+    expected: dict[Learn, float] = {}
+    for learn in get_args(Learn):
+        examples = make_examples(
+            open_data(file, bad_rows), tiny_tokenizer(), 512, bad_rows, learn=learn
+        ).examples
+        expected[learn] = mean_loss(
+            tiny_model(), examples, pad_id=0, batch_size=8, device=torch.device("cpu")
+        )
+        loss = run(connection, f"red={file}", learn=learn).loss["base"]["red"]
+        assert loss == pytest.approx(expected[learn], rel=1e-5)
+    assert expected["all"] != pytest.approx(expected["last"], rel=1e-4)
 
 
 def test_another_base_model_is_refused(

@@ -80,7 +80,7 @@ def test_rows_that_were_templated_already(tmp_path: Path) -> None:
     whole = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>"
     assert texts == [whole, whole, whole, whole.replace("a<", "a</s><")]
     assert [(problem.line, problem.reason) for problem in made.problems] == [
-        (4, "it holds a control token: '<|im_end|>' in its user turn"),
+        (4, "it holds a control token: '<|im_end|>' in its user turn, where it would begin or end a turn"),
         (5, "its answer is empty"),
     ]
     assert made.summary() == (

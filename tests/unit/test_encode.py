@@ -13,6 +13,7 @@ from fedmoe.data.records import Record
 from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
+LEFT_OUT = "one of its answers is not learnt: "
 Labels = list[tuple[str, float]]
 
 
@@ -126,7 +127,7 @@ def test_answers_beyond_max_length_are_left_out_and_said() -> None:
     assert labels(example) == [("FIRST<|im_end|>", 1.0), ("SE", 1.0)]
     assert (len(example.input_ids), made.cut) == (second.start + 2, 1)
     assert [(p.line, p.reason) for p in made.left_out] == [
-        (7, f"its prompt fills max_length {second.start + 2}")
+        (7, f"{LEFT_OUT}its prompt fills max_length {second.start + 2}")
     ]
 
 
@@ -134,7 +135,7 @@ def test_an_empty_answer_costs_no_other() -> None:
     """It is named; with nothing else to learn, the row is a bad one."""
     made = encoded(turns("q1", "", "q2", "b"))
     assert [labels(example) for example in made.examples] == [[("b<|im_end|>", 1.0)]]
-    assert [p.reason for p in made.left_out] == ["its answer is empty"]
+    assert [p.reason for p in made.left_out] == [f"{LEFT_OUT}its answer is empty"]
     problem = encode(turns("q1", "", "q2", " "))
     assert isinstance(problem, Problem)
     assert problem.reason == "its answer is empty"
@@ -145,7 +146,7 @@ def test_an_answer_to_nothing_is_left_out() -> None:
     row = {"messages": [{"role": "assistant", "content": "hello"}, *turns("q", "a")["messages"]]}
     made = encoded(row)
     assert [labels(example) for example in made.examples] == [[("a<|im_end|>", 1.0)]]
-    assert [p.reason for p in made.left_out] == ["it has nothing before its answer"]
+    assert [p.reason for p in made.left_out] == [f"{LEFT_OUT}it has nothing before its answer"]
 
 
 def test_a_row_is_left_out_whole_if_the_template_drops_a_part_of_it() -> None:

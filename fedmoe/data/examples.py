@@ -189,9 +189,9 @@ def make_examples(
     )
     used.report(data.path, bad_rows)
     if not examples:
-        raise DataError(
-            f"nothing to train on in {shown(data.path)}: {used.summary()}; raise max_length or mend the file"
-        )
+        too_long = any("max_length" in problem.kind for problem in problems)
+        advice = f"{'raise max_length or ' if too_long else ''}mend the file"
+        raise DataError(f"nothing to train on in {shown(data.path)}: {used.summary()}; {advice}")
     return used
 
 

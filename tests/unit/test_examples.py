@@ -72,6 +72,23 @@ def test_a_prompt_without_room_for_an_answer_drops_the_row(rows: MakeRows) -> No
         make_examples(rows("abc"), tiny_tokenizer(), PROMPT_TOKENS, BAD_ROWS)
 
 
+def test_rows_of_weight_0_are_nothing_to_train_on(tmp_path: Path) -> None:
+    """They are no bad rows, so even --on-bad-row fail takes them; but a file of them alone gives no example."""
+    path = tmp_path / "rows.jsonl"
+    undesired = json.dumps({"prompt": "q", "completion": "BAD", "label": False})
+    strict = BadRows(say=print, fail=True)
+    path.write_text(undesired)
+    with pytest.raises(
+        DataError,
+        match=r"1 rows: 0 used, 1 of weight 0, 0 dropped; 1 answers have weight 0 and are not learnt; mend the",
+    ):
+        make_examples(open_data(path, strict), tiny_tokenizer(), 512, strict)
+    path.write_text(undesired + '\n{"prompt": "q", "completion": "GOOD", "label": true}')
+    made = make_examples(open_data(path, strict), tiny_tokenizer(), 512, strict)
+    assert made.summary().startswith("2 rows: 1 used, 1 of weight 0, 0 dropped; ")
+    assert len(made.examples) == 1
+
+
 def test_every_row_is_accounted_for_with_its_reason(rows: MakeRows) -> None:
     """Used and dropped together are the rows of the file, bad ones included."""
     made = make_examples(rows("a", "", "b", " \n", "", bad=2), tiny_tokenizer(), 512, BAD_ROWS)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 NO_LABEL = -100
 MAX_NAMED = 8
+MANY_ROWS = 5000  # so many may take seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,7 +158,10 @@ def make_examples(
     unused: Counter[str] = Counter()
     notes: Counter[str] = Counter()
     n_rows = weight_0 = of_weight_0 = cut = 0
-    progress = Progress(say, f"tokenizing {shown(data.path)}", 0 if sample else data.n_lines)
+    what = f"tokenizing {shown(data.path)}"
+    if data.n_lines > MANY_ROWS:
+        say(f"{what}: about {data.n_lines:,} rows" if not sample else f"{what}: {sample:,} of its rows")
+    progress = Progress(say, what, 0 if sample else data.n_lines)
     with closing(_encoded(data, job, sample, stopped)) as encoded:
         for made in encoded:
             n_rows += 1

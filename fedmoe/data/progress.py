@@ -26,16 +26,20 @@ class Progress:
         self._what = what
         self._total = total
         self._clock = clock
-        self._began = self._said = clock()
+        self._began: tuple[float, int] | None = None
+        self._said = 0.0
 
     def at(self, done: int) -> None:
-        """So many rows are done."""
+        """So many rows are done. Time counts from the first call on: what is done before may have to be started."""
         now = self._clock()
+        if self._began is None:
+            self._began, self._said = (now, done), now
         if now - self._said < EVERY_S:
             return
         self._said = now
         line = f"{self._what}: {done:,} rows"
-        if done < self._total:
-            left_s = (now - self._began) * (self._total - done) / max(done, 1)
+        since, begun = self._began
+        if begun < done < self._total:
+            left_s = (now - since) * (self._total - done) / (done - begun)
             line += f" of about {self._total:,}, about {left_s:.0f} s left"
         self._say(line)

@@ -67,16 +67,13 @@ class StateDir:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.file = path / FILE_NAME
+        self.id = ""
         try:
             path.mkdir(parents=True, exist_ok=True)
             probe = path / f".probe-{socket.gethostname()}-{os.getpid()}"
             probe.write_bytes(b"")
             probe.unlink()
-            self._lock = (path / "lock").open("w")
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for left in path.glob(_HALF_WRITTEN):
-                left.unlink(missing_ok=True)
-            self.id = self._read_id() or self._new_id()
+            self._hold()
         except BlockingIOError as error:
             raise SettingsError(
                 f"another worker on this machine uses the state directory {path}: give each its own --state-dir"
@@ -85,6 +82,28 @@ class StateDir:
             raise SettingsError(
                 f"the state directory {path} cannot be written ({error.strerror}): give --state-dir another one"
             ) from error
+
+    def _hold(self) -> None:
+        """Make the directory if it is not there, and keep others out of it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = (self.path / "lock").open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.close()
+            raise BlockingIOError(error.errno, "another worker uses it") from error
+        self._lock = lock
+        for left in self.path.glob(_HALF_WRITTEN):
+            left.unlink(missing_ok=True)
+        self.id = self._read_id() or self._write_id(self.id or secrets.token_hex(16))
+
+    def _holds(self) -> bool:
+        """False if somebody removed the directory or its lock."""
+        try:
+            there = (self.path / "lock").stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return os.path.samestat(there, os.fstat(self._lock.fileno()))
 
     @property
     def _place(self) -> str:
@@ -99,8 +118,7 @@ class StateDir:
             return ""
         return own if len(own) == 32 and place == self._place else ""
 
-    def _new_id(self) -> str:
-        own = secrets.token_hex(16)
+    def _write_id(self, own: str) -> str:
         write_whole(self.path / ID_NAME, f"{own} {self._place}\n".encode())
         return own
 
@@ -132,7 +150,8 @@ class StateDir:
             "expert": checkpoint.expert,
             "worker": checkpoint.worker,
         }
-        self.path.mkdir(parents=True, exist_ok=True)  # somebody may have tidied up
+        if not self._holds():  # somebody may have tidied up
+            self._hold()
         fresh = self.file.with_suffix(".new")
         try:
             # Not `save`: that copies all of it, and the training stands still meanwhile.

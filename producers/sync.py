@@ -7,12 +7,11 @@ harmless, so whatever fails is simply tried again.
 
 import logging
 import math
-import os
-import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import replace
 
 import torch
 
@@ -26,36 +25,23 @@ from fedmoe.errors import (
     UnknownExpertError,
 )
 from fedmoe.identity import BaseIdentity
-from fedmoe.records import HEARTBEAT_TTL_S, Meta
+from fedmoe.records import Meta
 from fedmoe.spec import Spec
 from fedmoe.store.worker import Poll, WorkerStore
 from fedmoe.update import UpdateId
 from producers.checkpoint import Checkpoint, StateDir
 from producers.exchange import Cut, Exchange
+from producers.heartbeat import HEARTBEAT_INTERVAL_S, Heartbeat, SyncStatus
 from producers.ledger import Change, Ledger, Trained
 from producers.pace import FIRST_POLL_S, LONGEST_POLL_S, Pace
+from producers.saver import RETRY_S, Saver
 
 logger = logging.getLogger(__name__)
 
-HEARTBEAT_INTERVAL_S = 5.0
 AT_THE_END_S = (
     5.0  # of the drain (but at most half of it), in which the end of a step is not waited for any more
 )
 NO_ENTRY = "0-1"  # an id that no entry has
-
-
-@dataclass(frozen=True, slots=True)
-class SyncStatus:
-    """What the progress line and the heartbeat tell; replaced whole, so that any thread may read it."""
-
-    version: int = 0
-    staleness: int = 0
-    published: int = 0
-    applied: int = 0
-    refused: int = 0
-    in_flight: int = 0  # seq of the update in flight, 0 for none
-    in_flight_since: float = 0.0
-    problem: str = ""
 
 
 class Sync:
@@ -97,18 +83,18 @@ class Sync:
         self._spec = spec
         self._base = base
         self._state_dir = state_dir
+        self._saver = Saver(state_dir, clock) if state_dir else None
         self._data = data
-        self._report = report
+        state_id = state_dir.id if state_dir else ""
+        self._heart = Heartbeat(store, base, state_id=state_id, report=report, clock=clock)
         self._must_pull = must_pull
         self._clock = clock
         self._wake = threading.Event()
         self._deadline: float | None = None
         self._hurry_at = math.inf
+        self._problems: dict[str, str] = {}
         self._ended = False
         self._next_cut = self._next_save = clock() + spec.sync_interval_s
-        self._next_beat = 0.0
-        self._beats = 0
-        self._started_at = time.time()
         self._waiting_for_cut = False
         self._unsaved: Cut | None = None
         self._entry: str | None = None
@@ -141,15 +127,9 @@ class Sync:
 
     def _save_last(self) -> None:
         """The time is up and an update is undecided: keep it, and all that was trained since, on disk."""
-        try:
-            cut = self._copy(consume=False)
-            assert cut is not None  # it is too late to wait for the end of a step
-            self._save(cut)
-            self.saved = True
-        except OSError as error:
-            self.status = replace(
-                self.status, problem=f"cannot write the checkpoint ({error.strerror or error})"
-            )
+        cut = self._copy(consume=False)
+        assert cut is not None  # it is too late to wait for the end of a step
+        self.saved = self._save(cut)
 
     def _serve(self) -> None:
         backoff = Backoff("sync", logger, self._clock)
@@ -158,21 +138,16 @@ class Sync:
                 wait_s = self._turn()
                 if not self._waiting_for_cut:
                     backoff.ok()
-                    self.status = replace(self.status, problem="")
+                    self._note("sync", "")
             except (NameTakenError, RefusedError) as error:
                 self.failure = error
                 return
             except UnknownExpertError as error:
                 self._entry = None  # it is gone, too
-                self._next_beat = 0.0  # whoever would begin it anew shall see that somebody knows it
+                self._heart.hasten()  # whoever would begin it anew shall see that somebody knows it
                 wait_s = self._failed(backoff, error)
             except (RedisUnavailableError, SpecError) as error:
                 wait_s = self._failed(backoff, error)
-            except OSError as error:
-                told = OSError(
-                    f"cannot write the checkpoint ({error.strerror or error}); nothing is published until it can"
-                )
-                wait_s = self._failed(backoff, told)
             except Exception as error:
                 logger.exception("sync: unexpected error")
                 wait_s = self._failed(backoff, error)
@@ -185,17 +160,25 @@ class Sync:
                 time.sleep(min(wait_s, 0.05))
 
     def _failed(self, backoff: Backoff, error: Exception) -> float:
-        self.status = replace(self.status, problem=str(error))
+        self._note("sync", str(error))
         return 0.0 if self._is_late else backoff.failed(error)
+
+    def _note(self, source: str, problem: str) -> None:
+        """Note what is wrong with one thing that the worker needs; "" means: it is well (again)."""
+        if self._problems.get(source, "") == problem:
+            return
+        self._problems[source] = problem
+        self.status = replace(self.status, problem="; ".join(filter(None, self._problems.values())))
+        if source != "sync":  # that is Redis' problem: it takes no heartbeat now
+            self._heart.hasten()
 
     def _turn(self) -> float:
         """One step; returns the seconds to wait before the next. What needs no Redis comes first."""
-        if self._unsaved is not None:
-            self._save(self._unsaved)
-            self._unsaved = None
         now = self._clock()
         due = self._deadline is not None or now >= self._next_cut
-        if due and not self.ledger.queue and not self._must_pull:
+        if self._unsaved is not None:
+            reached = self._save_unsaved()
+        elif due and not self.ledger.queue and not self._must_pull:
             reached = self._cut(now)
         else:
             reached = not self._state_dir or now < self._next_save or self._checkpoint(now)
@@ -205,8 +188,10 @@ class Sync:
         if self._must_pull:
             self._pull()
             self._must_pull = False
+        if self._unsaved is not None:
+            return RETRY_S if self._problems.get("disk") else 0.0
         if self.ledger.queue:
-            return 0.0 if self._unsaved is not None else self._follow()
+            return self._follow()
         return min(self._next_cut - now, HEARTBEAT_INTERVAL_S) if self._deadline is None else 0.0
 
     def _copy(self, *, consume: bool) -> Cut | None:
@@ -239,8 +224,16 @@ class Sync:
             self._pull()  # nothing was trained on the old base, so a newer one costs nothing
         else:
             if self._state_dir:
-                self._save(cut)
+                self._save(cut)  # if the disk does not take it, nothing is lost: all is decided
             self._ended = True
+        return True
+
+    def _save_unsaved(self) -> bool:
+        """Write the checkpoint that the update in the queue waits for: it is published after that, never before."""
+        assert self._saver is not None
+        assert self._unsaved is not None
+        if self._saver.is_due and self._save(self._unsaved):
+            self._unsaved = None
         return True
 
     def _diverged(self, progress: torch.Tensor, steps: int) -> bool:
@@ -263,28 +256,36 @@ class Sync:
         """Save the training while an update is undecided, so that a long outage costs a killed worker little."""
         cut = self._copy(consume=False)
         if cut is not None:
-            self._next_save = now + self._spec.sync_interval_s
-            self._save(cut)
+            self._next_save = now + (self._spec.sync_interval_s if self._save(cut) else RETRY_S)
         return cut is not None
 
-    def _save(self, cut: Cut) -> None:
-        assert self._state_dir is not None
+    def _save(self, cut: Cut) -> bool:
+        """Write a checkpoint; False if the disk does not take it. The worker lives on and says so."""
+        assert self._saver is not None
+        checkpoint = Checkpoint(
+            ledger=self.ledger,
+            local=cut.local,
+            optimizer=cut.optimizer,
+            trained=cut.trained,
+            position=cut.position,
+            data=self._data,
+            expert=self._store.expert,
+            worker=self._store.worker,
+        )
         self.is_saving = True
         try:
-            self._state_dir.save(
-                Checkpoint(
-                    ledger=self.ledger,
-                    local=cut.local,
-                    optimizer=cut.optimizer,
-                    trained=cut.trained,
-                    position=cut.position,
-                    data=self._data,
-                    expert=self._store.expert,
-                    worker=self._store.worker,
-                )
-            )
+            saved = self._saver.save(checkpoint, meanwhile=self._live_on)
         finally:
             self.is_saving = False
+        self._note("disk", self._saver.problem)
+        return saved
+
+    def _live_on(self) -> None:
+        """While the disk takes its time."""
+        assert self._saver is not None
+        self._note("disk", self._saver.problem)
+        with suppress(FedMoEError):
+            self._beat()
 
     def _follow(self) -> float:
         """Publish the first update of the queue, or see what became of it."""
@@ -374,26 +375,4 @@ class Sync:
         )
 
     def _beat(self) -> None:
-        now = self._clock()
-        if now < self._next_beat:
-            return
-        self._beats += 1
-        self._next_beat = now + 1.0  # a full Redis takes no heartbeat, but answers a poll: go on to that
-        fields: dict[str, str | int | float] = {
-            "run": self.ledger.run,
-            "state_id": self._state_dir.id if self._state_dir else "",
-            "lineage": self.ledger.meta.lineage,
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "since": f"{self._started_at:.0f}",
-            "beat": self._beats,
-            "seen": f"{time.time():.0f}",
-            "base_version": self.ledger.meta.version,
-            "in_flight": self.status.in_flight,
-            "staleness": self.status.staleness,
-            "published": self.status.published,
-            "refused": self.status.refused,
-        }
-        fields |= self._base.beat_fields(self.ledger.meta)
-        self._store.beat(fields | self._report(), ttl_s=HEARTBEAT_TTL_S)
-        self._next_beat = now + HEARTBEAT_INTERVAL_S
+        self._heart.beat(self.ledger, self.status)

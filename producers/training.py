@@ -10,8 +10,9 @@ from typing import Any
 from fedmoe.errors import FedMoEError, TooLittleMemoryError
 from fedmoe.stopping import Stop
 from producers.exchange import Exchange
+from producers.heartbeat import SyncStatus
 from producers.settings import WorkerSettings
-from producers.sync import Sync, SyncStatus
+from producers.sync import Sync
 from producers.trainer import StepResult, is_out_of_memory
 
 logger = logging.getLogger(__name__)

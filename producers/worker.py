@@ -31,11 +31,12 @@ from fedmoe.update import make_run
 from producers.checkpoint import StateDir, name_in
 from producers.claim import claim_name
 from producers.exchange import Exchange
+from producers.heartbeat import HEARTBEAT_INTERVAL_S
 from producers.join import Joining
 from producers.ledger import Ledger, Trained
 from producers.material import Material, prepare
 from producers.settings import WorkerSettings
-from producers.sync import HEARTBEAT_INTERVAL_S, Sync
+from producers.sync import Sync
 from producers.trainer import TOO_LARGE
 from producers.training import Progress, Training
 

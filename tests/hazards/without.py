@@ -211,9 +211,8 @@ class LeavesOncePublished(Sync):
 class SavesWhenDecided(Sync):
     """The checkpoint is written when an update is decided, not before it is published."""
 
-    def _save(self, cut: Cut) -> None:
-        if not self.ledger.queue:
-            super()._save(cut)
+    def _save(self, cut: Cut) -> bool:
+        return bool(self.ledger.queue) or super()._save(cut)
 
     def _pull(self, seen: str = "") -> None:
         super()._pull(seen)

@@ -15,7 +15,7 @@ from fedmoe.identity import BaseIdentity
 from fedmoe.layout import Layout
 from fedmoe.spec import MergeRules
 from fedmoe.store.connection import Connection
-from producers import sync as sync_module
+from producers import heartbeat
 from producers.checkpoint import StateDir
 from producers.exchange import Exchange
 from producers.sync import Sync
@@ -120,8 +120,8 @@ def test_heartbeat_goes_on_during_long_steps(
     expert: Expert, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A step longer than the heartbeat's life: the worker does not look dead."""
-    monkeypatch.setattr(sync_module, "HEARTBEAT_INTERVAL_S", 0.2)
-    monkeypatch.setattr(sync_module, "HEARTBEAT_TTL_S", 0.8)
+    monkeypatch.setattr(heartbeat, "HEARTBEAT_INTERVAL_S", 0.2)
+    monkeypatch.setattr(heartbeat, "HEARTBEAT_TTL_S", 0.8)
     run = Run(connect())
     key = expert.store.keys.worker("alice")
     eventually("the first beat", lambda: expert.store.connection.client.exists(key))
@@ -167,16 +167,16 @@ def test_checkpoint_directory_that_vanishes_is_made_again(
     expert: Expert, connect: Connect, tmp_path: Path
 ) -> None:
     """Somebody tidied up: the next checkpoint is there, and publishing goes on."""
-    state = tmp_path / "state"
-    run = Run(connect(), StateDir(state))
+    state = StateDir(tmp_path / "state")
+    run = Run(connect(), state)
     with serving(connect(), block_ms=20):
         run.train(40)
-        for file in state.iterdir():
+        for file in state.path.iterdir():
             file.unlink()
-        state.rmdir()
+        state.path.rmdir()
         run.train(80)
         run.finish(10.0)
-    saved = StateDir(state).load(expert="sql_expert", worker="alice", now=0.0)
+    saved = state.load(expert="sql_expert", worker="alice", now=0.0)
     assert saved is not None
     assert saved.position == run.steps
 

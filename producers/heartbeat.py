@@ -1,0 +1,97 @@
+"""The heartbeat: a hash that expires, by which others see that a worker lives, and how."""
+
+import os
+import socket
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from fedmoe.identity import BaseIdentity
+from fedmoe.records import HEARTBEAT_TTL_S
+from fedmoe.store.worker import WorkerStore
+from producers.ledger import Ledger
+
+HEARTBEAT_INTERVAL_S = 5.0
+_AGAIN_S = 1.0  # after a heartbeat that Redis did not take
+
+Fields = Mapping[str, str | int | float]
+
+
+@dataclass(frozen=True, slots=True)
+class SyncStatus:
+    """What the progress line and the heartbeat tell; replaced whole, so that any thread may read it."""
+
+    version: int = 0
+    staleness: int = 0
+    published: int = 0
+    applied: int = 0
+    refused: int = 0
+    in_flight: int = 0  # seq of the update in flight, 0 for none
+    in_flight_since: float = 0.0
+    problem: str = ""
+
+
+class Heartbeat:
+    """Writes a worker's heartbeat when it is due.
+
+    Args:
+        base: of the base model that is trained. state_id: of the state directory, "" without one.
+        report: the training's fields.
+        clock: seconds, monotonic.
+
+    Attributes:
+        next_at: when the next one is due, on that clock.
+    """
+
+    def __init__(
+        self,
+        store: WorkerStore,
+        base: BaseIdentity,
+        *,
+        state_id: str,
+        report: Callable[[], Fields],
+        clock: Callable[[], float],
+    ) -> None:
+        self.next_at = 0.0
+        self._store = store
+        self._base = base
+        self._state_id = state_id
+        self._report = report
+        self._clock = clock
+        self._beats = 0
+        self._started_at = time.time()
+
+    def hasten(self) -> None:
+        """Make it due now: there is something to tell."""
+        self.next_at = min(self.next_at, self._clock())
+
+    def beat(self, ledger: Ledger, status: SyncStatus) -> None:
+        """Write it if it is due.
+
+        Raises:
+            RedisUnavailableError: if Redis does not take it.
+        """
+        now = self._clock()
+        if now < self.next_at:
+            return
+        self._beats += 1
+        self.next_at = now + _AGAIN_S  # a full Redis takes no heartbeat, but answers a poll: go on to that
+        fields: dict[str, str | int | float] = {
+            "run": ledger.run,
+            "state_id": self._state_id,
+            "lineage": ledger.meta.lineage,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "since": f"{self._started_at:.0f}",
+            "beat": self._beats,
+            "seen": f"{time.time():.0f}",
+            "base_version": ledger.meta.version,
+            "in_flight": status.in_flight,
+            "staleness": status.staleness,
+            "published": status.published,
+            "refused": status.refused,
+            "problem": status.problem,
+        }
+        fields |= self._base.beat_fields(ledger.meta)
+        self._store.beat(fields | dict(self._report()), ttl_s=HEARTBEAT_TTL_S)
+        self.next_at = now + HEARTBEAT_INTERVAL_S

@@ -1,0 +1,88 @@
+"""Writes checkpoints beside the sync, so that a slow, full or broken disk stops neither heartbeats nor training."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from fedmoe.backoff import Backoff
+from producers.checkpoint import Checkpoint, StateDir
+
+logger = logging.getLogger(__name__)
+
+RETRY_S = 2.0  # a checkpoint is large: a full disk is not asked more often
+SLOW_S = 10.0  # a disk that takes longer is a problem to be told
+LOOK_S = 1.0
+
+
+class Saver:
+    """Writes checkpoints to a state directory, one at a time, each in a thread of its own.
+
+    Args:
+        clock: seconds, monotonic.
+
+    Attributes:
+        problem: what is wrong with the disk, "" for nothing.
+    """
+
+    def __init__(self, state_dir: StateDir, clock: Callable[[], float] = time.monotonic) -> None:
+        self.problem = ""
+        self._state_dir = state_dir
+        self._clock = clock
+        self._backoff = Backoff("checkpoint", logger, clock)
+        self._retry_at = float("-inf")
+
+    @property
+    def is_due(self) -> bool:
+        """False for a while after the disk refused a checkpoint."""
+        return self._clock() >= self._retry_at
+
+    def save(self, checkpoint: Checkpoint, *, meanwhile: Callable[[], None]) -> bool:
+        """True if the checkpoint is on disk; False if the disk refused it, for the reason in `problem`.
+
+        `meanwhile` is called about once a second until one or the other is so, however long that takes.
+        """
+        job = _Job(lambda: self._state_dir.save(checkpoint))
+        began = time.monotonic()
+        while not job.wait(LOOK_S):
+            took_s = time.monotonic() - began
+            if took_s > SLOW_S:
+                self._failed(f"the disk has not taken it for {took_s:.0f} s")
+            meanwhile()
+        if isinstance(job.error, OSError):
+            self._failed(job.error.strerror or str(job.error))
+            return False
+        if job.error is not None:
+            raise job.error
+        self.problem = ""
+        self._backoff.ok()
+        return True
+
+    def _failed(self, why: str) -> None:
+        self.problem = (
+            f"cannot write the checkpoint to {self._state_dir.path} ({why}): training goes on, but no new update is "
+            "published before it can be written; make room or mend the disk"
+        )
+        self._backoff.failed(OSError(self.problem))
+        self._retry_at = self._clock() + RETRY_S
+
+
+class _Job:
+    """A call in a thread that nobody need wait for; `error` is what it raised."""
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        self.error: Exception | None = None
+        self._call = call
+        self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._call()
+        except Exception as error:  # told to whoever waits
+            self.error = error
+
+    def wait(self, timeout_s: float) -> bool:
+        """True if it has ended."""
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -74,6 +74,17 @@ class Archive:
             OSError: if the disk is full or gone; nothing was written.
         """
         return self._write(msgpack.packb({"header": header.pack(), "parts": list(parts)}), SUFFIX)
+
+    def drop_all_but(self, digests: Collection[str]) -> None:
+        """Remove every file that is not an update of these digests; for a directory with one writer.
+
+        Raises:
+            OSError: if the disk is gone; nothing that is named is touched.
+        """
+        wanted = {digest + SUFFIX for digest in digests}
+        for file in self.directory.iterdir():
+            if file.name not in wanted:
+                file.unlink(missing_ok=True)
 
     def keep_weights(self, file: Buffer) -> str:
         """Write an expert's weights, from which a replay can go on when the log before them was lost; their digest.

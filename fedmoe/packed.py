@@ -70,7 +70,7 @@ def unpack(content: Sequence[bytes], spec: Spec, commit: str) -> torch.Tensor | 
     head, *parts = content
     if not head:
         return None  # somebody took it away
-    initial, digest = _initial(spec.layout, spec.init_seed)
+    _, digest = _initial(spec.layout, spec.init_seed)
     try:
         if not head.startswith(_WHAT):
             raise UpdateError(f"they begin with {reprlib.repr(head)}")
@@ -80,12 +80,34 @@ def unpack(content: Sequence[bytes], spec: Spec, commit: str) -> torch.Tensor | 
                     "this torch draws other initial weights than the aggregator's: pulling the exact weights"
                 )
             return None
-        weights = torch.empty(spec.layout.numel)
-        decode(parts, spec.wire_format, weights, plus=initial)
+        return _decode(parts, spec)
     except UpdateError as error:
         logger.warning(
             "the packed weights are not what this FedMoE writes (%s): another version's, or overwritten; pulling the "
             "exact ones", error,
         )  # fmt: skip
         return None
+
+
+def unpack_again(content: Sequence[bytes], spec: Spec) -> torch.Tensor:
+    """The weights that `unpack` made of these bytes before, bit for bit.
+
+    Raises:
+        UpdateError: if this torch draws other initial weights than the one did that unpacked them, or they are damaged.
+    """
+    head, *parts = content or (b"",)
+    _, digest = _initial(spec.layout, spec.init_seed)
+    if not head.startswith(_WHAT) or len(head) != _HEAD_BYTES:
+        raise UpdateError("the packed weights have no head")
+    if not head.endswith(digest):
+        raise UpdateError(
+            f"this torch ({torch.__version__}) draws other initial weights than the one that wrote it: use that one"
+        )
+    return _decode(parts, spec)
+
+
+def _decode(parts: Sequence[bytes], spec: Spec) -> torch.Tensor:
+    initial, _ = _initial(spec.layout, spec.init_seed)
+    weights = torch.empty(spec.layout.numel)
+    decode(parts, spec.wire_format, weights, plus=initial)
     return weights

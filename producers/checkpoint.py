@@ -1,7 +1,11 @@
-"""A worker's state on disk: one safetensors file, replaced atomically.
+"""A worker's state on disk: a checkpoint that is replaced atomically, and beside it the updates that it names.
 
 It is written before an update is published, so that a worker that dies at any moment goes on where it was: the same
-run, the same outbox, optimizer and data position. One file, because two could disagree after a crash.
+run, the same outbox, optimizer and data position.
+
+An update never changes, so it is written once, into a file of its own that is named by its digest: before the first
+checkpoint that names it, and removed after the first that does not. Hence, killed at any moment, the checkpoint on
+disk, old or new, finds all that it names; a file that none names is removed after the next checkpoint.
 """
 
 import fcntl
@@ -9,7 +13,8 @@ import json
 import os
 import secrets
 import socket
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,16 +23,21 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from fedmoe.archive import Archive
 from fedmoe.codec import scratch_values
 from fedmoe.disk import to_disk, write_whole
 from fedmoe.errors import SettingsError
+from fedmoe.packed import unpack_again
 from fedmoe.records import Meta
+from fedmoe.spec import Spec
 from fedmoe.update import Header, UpdateId
 from producers.ledger import Ledger, Outgoing, Trained
 
 FILE_NAME = "worker.safetensors"
 ID_NAME = "id"
-_FORMAT = "1"
+UPDATES_NAME = "updates"
+_FORMAT = "2"
+_FORMATS = (_FORMAT, "1")  # 1 held the updates in the checkpoint itself
 _HALF_WRITTEN = ".tmp??????"  # what safetensors leaves of a file, if it is killed while it writes it
 
 
@@ -68,6 +78,8 @@ class StateDir:
         self.path = path
         self.file = path / FILE_NAME
         self.id = ""
+        self._updates = Archive(path / UPDATES_NAME, read_only=True)  # _hold makes it
+        self._digests: dict[Header, str] = {}  # of the updates on disk
         try:
             path.mkdir(parents=True, exist_ok=True)
             probe = path / f".probe-{socket.gethostname()}-{os.getpid()}"
@@ -93,6 +105,7 @@ class StateDir:
             lock.close()
             raise BlockingIOError(error.errno, "another worker uses it") from error
         self._lock = lock
+        self._updates.directory.mkdir(mode=0o700, exist_ok=True)
         for left in self.path.glob(_HALF_WRITTEN):
             left.unlink(missing_ok=True)
         self.id = self._read_id() or self._write_id(self.id or secrets.token_hex(16))
@@ -129,17 +142,18 @@ class StateDir:
             OSError: if the disk is full or gone; the old checkpoint is still there.
         """
         ledger = checkpoint.ledger
-        tensors = {"local": checkpoint.local, "base": ledger.base}
+        if not self._holds():  # somebody may have tidied up
+            self._hold()
+        names = {"queue": self._keep(ledger.queue), "kept": self._keep(ledger.kept)}
+        tensors = {"local": checkpoint.local}
+        if ledger.packed:  # an eighth of the base, which can be unpacked again to the same bits
+            tensors |= {f"packed.{n:06d}": _as_tensor(blob) for n, blob in enumerate(ledger.packed)}
+        else:
+            tensors["base"] = ledger.base
         tensors |= {f"optimizer.{name}": tensor for name, tensor in checkpoint.optimizer.items()}
-        for group, updates in (("queue", ledger.queue), ("kept", ledger.kept)):
-            for number, update in enumerate(updates):
-                blobs = (update.header.pack(), *update.parts)
-                tensors |= {
-                    f"{group}.{number:04d}.{index:06d}": torch.frombuffer(blob, dtype=torch.uint8)
-                    for index, blob in enumerate(blobs)
-                }
         info = {
             "format": _FORMAT,
+            **names,
             "run": ledger.run,
             "seq": ledger.seq,
             "start": list(ledger.start) if ledger.start else None,
@@ -150,8 +164,6 @@ class StateDir:
             "expert": checkpoint.expert,
             "worker": checkpoint.worker,
         }
-        if not self._holds():  # somebody may have tidied up
-            self._hold()
         fresh = self.file.with_suffix(".new")
         try:
             # Not `save`: that copies all of it, and the training stands still meanwhile.
@@ -163,21 +175,41 @@ class StateDir:
         to_disk(fresh)
         fresh.replace(self.file)
         to_disk(self.path)
+        self._forget({*names["queue"], *names["kept"]})
 
-    def load(self, *, expert: str, worker: str, now: float) -> Checkpoint | None:
+    def _keep(self, updates: Sequence[Outgoing]) -> list[str]:
+        """The digests of updates that are on disk now, each written once."""
+        for update in updates:
+            if not self._updates.holds(self._digests.get(update.header, "")):
+                self._digests[update.header] = self._updates.keep(update.header, update.parts)
+        return [self._digests[update.header] for update in updates]
+
+    def _forget(self, names: Collection[str]) -> None:
+        """Remove the updates that the checkpoint on disk does not name."""
+        self._digests = {header: name for header, name in self._digests.items() if name in names}
+        with suppress(OSError):  # what is left is removed after the next checkpoint
+            self._updates.drop_all_but(names)
+
+    def load(self, *, expert: str, worker: str, spec: Spec, now: float) -> Checkpoint | None:
         """The last checkpoint, None if there is none.
 
         Raises:
-            SettingsError: if it is damaged, or that of another expert or worker.
+            SettingsError: if it is damaged, cannot be read, or is that of another expert or worker.
         """
-        if not self.file.exists():
-            return None
         try:
+            if not self.file.exists():
+                return None
             with safe_open(self.file, framework="pt") as handle:
                 info = json.loads((handle.metadata() or {})["fedmoe"])
-                tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118  # not a dict
-            checkpoint = _restore(info, tensors, now)
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+                # Copied: what safetensors gives lies in the file, and a disk that fails would kill whoever reads it.
+                tensors = {name: handle.get_tensor(name).clone() for name in handle.keys()}  # noqa: SIM118  # not a dict
+            checkpoint = self._restore(info, tensors, spec, now)
+        except OSError as error:
+            raise SettingsError(
+                f"the checkpoint {self.file} cannot be read ({error.strerror or error}): mend that, then start this "
+                "worker again"
+            ) from error
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise SettingsError(
                 f"the checkpoint {self.file} is damaged ({error}): move it away to start a new run"
             ) from error
@@ -187,6 +219,51 @@ class StateDir:
                 f"{checkpoint.expert!r}, not to {worker!r} of {expert!r}: give each worker its own --state-dir"
             )
         return checkpoint
+
+    def _restore(
+        self, info: dict[str, Any], tensors: dict[str, torch.Tensor], spec: Spec, now: float
+    ) -> Checkpoint:
+        if info["format"] not in _FORMATS:
+            raise ValueError(f"its format is {info['format']}, this FedMoE reads {' and '.join(_FORMATS)}")
+        packed = tuple(_blobs("packed", tensors))
+        ledger = Ledger(
+            base=unpack_again(packed, spec) if packed else tensors["base"],
+            packed=packed,
+            meta=Meta(**info["meta"]),
+            run=info["run"],
+            seq=info["seq"],
+            start=UpdateId(*info["start"]) if info["start"] else None,
+            queue=self._load_updates("queue", info, tensors, 0.0),
+            kept=self._load_updates("kept", info, tensors, now),
+        )
+        for update in (*ledger.kept, *ledger.queue):  # damaged, or of a FedMoE that cut the parts otherwise
+            update.add_to(torch.zeros_like(ledger.base), torch.empty(scratch_values(len(ledger.base))))
+        return Checkpoint(
+            ledger=ledger,
+            local=tensors["local"],
+            optimizer={
+                name.removeprefix("optimizer."): t
+                for name, t in tensors.items()
+                if name.startswith("optimizer.")
+            },
+            trained=Trained(**info["trained"]),
+            position=info["position"],
+            data=info["data"],
+            expert=info["expert"],
+            worker=info["worker"],
+        )
+
+    def _load_updates(
+        self, group: str, info: dict[str, Any], tensors: dict[str, torch.Tensor], decided_at: float
+    ) -> list[Outgoing]:
+        if info["format"] == "1":
+            return _updates_inside(group, tensors, decided_at)
+        updates = []
+        for digest in info[group]:
+            header, parts = self._updates.load(digest)
+            updates.append(Outgoing(header, tuple(parts), decided_at))
+            self._digests[header] = digest
+        return updates
 
 
 def name_in(path: Path) -> str:
@@ -198,37 +275,17 @@ def name_in(path: Path) -> str:
         return ""  # `load` will say what is wrong with it
 
 
-def _restore(info: dict[str, Any], tensors: dict[str, torch.Tensor], now: float) -> Checkpoint:
-    if info["format"] != _FORMAT:
-        raise ValueError(f"its format is {info['format']}, this FedMoE reads {_FORMAT}")
-    ledger = Ledger(
-        base=tensors["base"],
-        meta=Meta(**info["meta"]),
-        run=info["run"],
-        seq=info["seq"],
-        start=UpdateId(*info["start"]) if info["start"] else None,
-        queue=_updates("queue", tensors, 0.0),
-        kept=_updates("kept", tensors, now),
-    )
-    for update in (*ledger.kept, *ledger.queue):  # damaged, or of a FedMoE that cut the parts otherwise
-        update.add_to(torch.zeros_like(ledger.base), torch.empty(scratch_values(len(ledger.base))))
-    return Checkpoint(
-        ledger=ledger,
-        local=tensors["local"],
-        optimizer={
-            name.removeprefix("optimizer."): t for name, t in tensors.items() if name.startswith("optimizer.")
-        },
-        trained=Trained(**info["trained"]),
-        position=info["position"],
-        data=info["data"],
-        expert=info["expert"],
-        worker=info["worker"],
-    )
+def _as_tensor(blob: bytes) -> torch.Tensor:
+    return torch.frombuffer(blob, dtype=torch.uint8)
 
 
-def _updates(group: str, tensors: dict[str, torch.Tensor], decided_at: float) -> list[Outgoing]:
-    blobs: dict[str, list[bytes]] = {}
-    for name in sorted(tensors):
-        if name.startswith(f"{group}."):
-            blobs.setdefault(name.split(".")[1], []).append(tensors[name].numpy().tobytes())
-    return [Outgoing(Header.unpack(head), tuple(parts), decided_at) for head, *parts in blobs.values()]
+def _blobs(group: str, tensors: dict[str, torch.Tensor]) -> list[bytes]:
+    """The byte strings of a group, in order."""
+    return [tensors[name].numpy().tobytes() for name in sorted(tensors) if name.startswith(f"{group}.")]
+
+
+def _updates_inside(group: str, tensors: dict[str, torch.Tensor], decided_at: float) -> list[Outgoing]:
+    """The updates of a checkpoint of format 1."""
+    numbers = sorted({name.split(".")[1] for name in tensors if name.startswith(f"{group}.")})
+    updates = [_blobs(f"{group}.{number}", tensors) for number in numbers]
+    return [Outgoing(Header.unpack(head), tuple(parts), decided_at) for head, *parts in updates]

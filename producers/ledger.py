@@ -128,6 +128,7 @@ class Ledger:
 
     Args:
         base: (numel,) fp32, the weights last pulled; meta: the expert's state then.
+        packed: the bytes that the base was unpacked from, () if it is exact.
         run: this worker's run; seq: of its last cut update.
         start: the update that precedes the oldest one remembered; None at the very beginning.
         queue: undecided updates in order; the first is the one in flight.
@@ -142,6 +143,7 @@ class Ledger:
     start: UpdateId | None = None
     queue: list[Outgoing] = field(default_factory=list)
     kept: list[Outgoing] = field(default_factory=list)
+    packed: tuple[bytes, ...] = ()
     keep_decided_s: float = 60.0
     keep_decided_bytes: int = 256 * 1024 * 1024
     # Fresh memory as large as an adapter costs more than what is done in it.
@@ -200,16 +202,31 @@ class Ledger:
         return [*self.kept, *self.queue]
 
     def observe(
-        self, meta: Meta, weights: torch.Tensor | None, decided: Decided | None, *, now: float
+        self,
+        meta: Meta,
+        weights: torch.Tensor | None,
+        decided: Decided | None,
+        *,
+        now: float,
+        packed: tuple[bytes, ...] = (),
     ) -> Change:
         """Take note of what Redis holds, read in one MULTI; `weights` None means: those of the base.
 
-        The weights become the base; nobody else may use them, or the base before, any more.
+        The weights become the base; nobody else may use them, or the base before, any more. `packed` are the bytes that
+        they were unpacked from.
 
         Raises:
             NameTakenError: if another process publishes under this worker's name. After any error the books are as
                 before.
         """
+        change = self._reconcile(meta, weights, decided, now)
+        if weights is not None:
+            self.packed = packed
+        return change
+
+    def _reconcile(
+        self, meta: Meta, weights: torch.Tensor | None, decided: Decided | None, now: float
+    ) -> Change:
         head = decided.id if decided else None
         if meta.lineage != self.meta.lineage:
             return self._start_over(meta, self._moved(weights), head, "")

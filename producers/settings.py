@@ -22,6 +22,7 @@ class WorkerSettings:
         state_dir: makes the worker resumable.
         batch_size, accumulate: instead of the spec's (0: the spec's), for a smaller GPU.
         max_steps, max_epochs: end by itself after so many (0: never).
+        checkpoint_interval_s: write a checkpoint after so long without a new update.
         drain_s: how long to wait for the last decision when stopped.
         wait: wait for a Redis or an expert that is not there yet, instead of failing.
         learn: all answers of a conversation, or its last one.
@@ -41,6 +42,7 @@ class WorkerSettings:
     accumulate: int = 0
     max_steps: int = 0
     max_epochs: float = 0.0
+    checkpoint_interval_s: float = 60.0
     drain_s: float = 30.0
     wait: bool = True
     learn: Learn = "all"
@@ -55,6 +57,10 @@ class WorkerSettings:
         for what in ("batch_size", "accumulate", "max_steps", "max_epochs", "drain_s", "log_interval_s"):
             if not 0 <= getattr(self, what) < float("inf"):
                 raise SettingsError(f"{what} must be a number of at least 0, not {getattr(self, what)!r}")
+        if not 1 <= self.checkpoint_interval_s < float("inf"):
+            raise SettingsError(
+                f"the checkpoint interval must be a number of at least 1 s, not {self.checkpoint_interval_s!r}"
+            )
 
     @property
     def worker(self) -> str:

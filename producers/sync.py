@@ -55,6 +55,7 @@ class Sync:
         data: digest of the examples.
         report: the training's part of the heartbeat.
         must_pull: look at Redis before the first cut (a resumed worker).
+        checkpoint_interval_s: write a checkpoint after so long without a new update, whose checkpoint comes first.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Sync:
         data: str,
         report: Callable[[], dict[str, str | int | float]] = dict,
         must_pull: bool = False,
+        checkpoint_interval_s: float = 60.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.status = SyncStatus(version=ledger.meta.version)
@@ -94,7 +96,9 @@ class Sync:
         self._hurry_at = math.inf
         self._problems: dict[str, str] = {}
         self._ended = False
-        self._next_cut = self._next_save = clock() + spec.sync_interval_s
+        self._checkpoint_interval_s = checkpoint_interval_s
+        self._next_cut = clock() + spec.sync_interval_s
+        self._next_save = clock() + checkpoint_interval_s
         self._waiting_for_cut = False
         self._unsaved: Cut | None = None
         self._entry: str | None = None
@@ -210,7 +214,8 @@ class Sync:
         cut = self._copy(consume=True)
         if cut is None:
             return False
-        self._next_cut = self._next_save = now + self._spec.sync_interval_s
+        self._next_cut = now + self._spec.sync_interval_s
+        self._next_save = now + self._checkpoint_interval_s
         if cut.trained.steps:
             progress = self.ledger.progress(cut.local)
             if self._diverged(progress, cut.trained.steps):
@@ -253,10 +258,10 @@ class Sync:
         return True
 
     def _checkpoint(self, now: float) -> bool:
-        """Save the training while an update is undecided, so that a long outage costs a killed worker little."""
+        """Save the training between two updates, so that a long outage costs a killed worker little."""
         cut = self._copy(consume=False)
         if cut is not None:
-            self._next_save = now + (self._spec.sync_interval_s if self._save(cut) else RETRY_S)
+            self._next_save = now + (self._checkpoint_interval_s if self._save(cut) else RETRY_S)
         return cut is not None
 
     def _save(self, cut: Cut) -> bool:
@@ -324,7 +329,9 @@ class Sync:
         mine = self.ledger.meta.weights_commit
         snapshot = self._store.pull(self._spec, known=mine if seen in ("", mine) else "")
         self._check_still_welcome(snapshot.meta)
-        change = self.ledger.observe(snapshot.meta, snapshot.weights, snapshot.decided, now=self._clock())
+        change = self.ledger.observe(
+            snapshot.meta, snapshot.weights, snapshot.decided, now=self._clock(), packed=snapshot.packed
+        )
         steps = self._exchange.steps_left
         self._exchange.correct(change)
         self._entry = None  # of another update, or of a history that is no longer so

@@ -141,7 +141,7 @@ class Worker:
         sync = Sync(
             self._store, ledger, exchange, spec,
             base=material.base, state_dir=state_dir, data=material.data, report=progress.report,
-            must_pull=bool(ledger.seq),
+            must_pull=bool(ledger.seq), checkpoint_interval_s=settings.checkpoint_interval_s,
         )  # fmt: skip
         training = Training(
             trainer, exchange, sync, settings,
@@ -162,7 +162,7 @@ class Worker:
         """The ledger of the checkpoint if there is one, else a new run on the expert's present weights."""
         settings = self._settings
         saved = (
-            state_dir.load(expert=settings.stream, worker=settings.worker, now=time.monotonic())
+            state_dir.load(expert=settings.stream, worker=settings.worker, spec=spec, now=time.monotonic())
             if state_dir
             else None
         )
@@ -197,7 +197,7 @@ class Worker:
             trainer.flat.copy_(base)
         start = snapshot.decided.id if snapshot.decided else None
         run = make_run(max(epoch, start.epoch + 1 if start else 1), secrets.token_hex(4))
-        return Ledger(base=base, meta=snapshot.meta, run=run, start=start), None
+        return Ledger(base=base, packed=snapshot.packed, meta=snapshot.meta, run=run, start=start), None
 
 
 def _named(settings: WorkerSettings) -> tuple[WorkerSettings, str]:

@@ -33,6 +33,8 @@ def worker() -> None:
 @click.option(
     "--state-dir", type=click.Path(path_type=Path), help="Keep checkpoints here; a restart goes on."
 )
+@click.option("--checkpoint-interval", type=float, default=60.0, show_default=True,
+              help="Seconds between checkpoints; each new update writes one, too.")  # fmt: skip
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, …")
 @click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", show_default=True,
               help="auto: bf16 where the hardware has it.")  # fmt: skip
@@ -82,6 +84,7 @@ def _run(stop: "Stop", options: dict[str, Any]) -> None:
         accumulate=options["accumulate"],
         max_steps=options["max_steps"],
         max_epochs=options["max_epochs"],
+        checkpoint_interval_s=options["checkpoint_interval"],
         drain_s=options["drain"],
         wait=not options["no_wait"],
         on_bad_row=options["on_bad_row"],

@@ -5,7 +5,7 @@ for ever, and the aggregator takes it once.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import redis
@@ -35,12 +35,14 @@ class NoExpertsError(UnknownExpertError):
 class Snapshot:
     """An expert and one's own last decided update, read in one MULTI.
 
-    `weights` (numel,) fp32, in memory of their own; None if they are those the caller has already.
+    `weights` (numel,) fp32, in memory of their own; None if they are those the caller has already. `packed`: the bytes
+    that they were unpacked from, () if they are the exact ones.
     """
 
     meta: Meta
     decided: Decided | None
     weights: torch.Tensor | None
+    packed: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +115,7 @@ class WorkerStore:
                     return self._snapshot(raw, decided, None)
                 weights = unpack(packed, spec, meta.weights_commit)
                 if weights is not None:
-                    return self._snapshot(raw, decided, weights)
+                    return replace(self._snapshot(raw, decided, weights), packed=tuple(packed))
             # Exact weights are wanted, or somebody overwrote the packed ones, or drew other initial weights.
             raw, decided, *file = read_together(
                 self._redis, *reads, *weights_reads(self.keys.weights, spec.layout)

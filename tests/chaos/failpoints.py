@@ -21,7 +21,7 @@ Action = Literal["kill", "stop", "cut"]
 WHERE = ("/fedmoe/store/", "/fedmoe/archive.py", "/producers/checkpoint.py")
 # Method -> about how many points one call passes; a process dies within its first few calls.
 WORKER = {
-    "WorkerStore.publish": 20, "WorkerStore.pull": 12, "WorkerStore.poll": 8, "StateDir.save": 8,
+    "WorkerStore.publish": 20, "WorkerStore.pull": 12, "WorkerStore.poll": 8, "StateDir.save": 16,
     "WorkerStore.beat": 8, "WorkerStore.spec": 4, "WorkerStore.heartbeat": 4,
 }  # fmt: skip
 AGGREGATOR = {

@@ -88,7 +88,9 @@ def settle(connection: Connection, place: Place) -> Books:
     books.lost = len(published.keys() - decided.keys())
     books.doubled = sum(count - 1 for count in decided.values())
     for worker, expert in WORKERS.items():
-        saved = StateDir(place.state(worker)).load(expert=expert, worker=worker, now=0.0)
+        saved = StateDir(place.state(worker)).load(
+            expert=expert, worker=worker, spec=EXPERTS[expert], now=0.0
+        )
         trained = saved.position if saved else 0
         if trained != examples[worker]:
             books.problems.append(

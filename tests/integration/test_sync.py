@@ -176,7 +176,7 @@ def test_checkpoint_directory_that_vanishes_is_made_again(
         state.path.rmdir()
         run.train(80)
         run.finish(10.0)
-    saved = state.load(expert="sql_expert", worker="alice", now=0.0)
+    saved = state.load(expert="sql_expert", worker="alice", spec=SPEC, now=0.0)
     assert saved is not None
     assert saved.position == run.steps
 

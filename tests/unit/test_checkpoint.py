@@ -10,11 +10,16 @@ import pytest
 import torch
 
 from fedmoe.errors import SettingsError
+from fedmoe.spec import Spec
 from fedmoe.update import Part, make_run
 from producers.checkpoint import Checkpoint, StateDir
 from producers.ledger import Ledger, Trained
 from tests.federation import LAYOUT, first_meta, small_spec
 from tests.processes import eventually
+
+
+def load(state: StateDir, spec: Spec) -> Checkpoint | None:
+    return state.load(expert="sql_expert", worker="alice", spec=spec, now=0.0)
 
 
 def test_directory_belongs_to_one_process(tmp_path: Path) -> None:
@@ -54,12 +59,12 @@ def test_update_that_cannot_be_decoded_is_noticed_at_once(
         )
     )  # fmt: skip
     if part is None:
-        saved = state.load(expert="sql_expert", worker="alice", now=0.0)
+        saved = load(state, spec)
         assert saved is not None
         assert [u.id for u in (*saved.ledger.queue, *saved.ledger.kept)] == [update.id]
     else:
         with pytest.raises(SettingsError, match=r"is damaged .*: move it away to start a new run"):
-            state.load(expert="sql_expert", worker="alice", now=0.0)
+            load(state, spec)
 
 
 def test_disk_that_takes_no_more_leaves_the_checkpoint_before(tmp_path: Path) -> None:
@@ -81,8 +86,8 @@ def test_disk_that_takes_no_more_leaves_the_checkpoint_before(tmp_path: Path) ->
             state.save(replace(checkpoint, position=2))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["id", "lock", state.file.name]
-    saved = state.load(expert="sql_expert", worker="alice", now=0.0)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["id", "lock", "updates", state.file.name]
+    saved = load(state, small_spec())
     assert saved is not None
     assert saved.position == 1
 

@@ -31,10 +31,11 @@ from fedmoe.store.worker import Poll, WorkerStore
 from fedmoe.update import UpdateId
 from producers.checkpoint import Checkpoint, StateDir
 from producers.exchange import Cut, Exchange
-from producers.heartbeat import HEARTBEAT_INTERVAL_S, Heartbeat, SyncStatus
+from producers.heartbeat import Heartbeat, SyncStatus
 from producers.ledger import Change, Ledger, Trained
 from producers.pace import FIRST_POLL_S, LONGEST_POLL_S, Pace
 from producers.saver import RETRY_S, Saver
+from producers.watch import LOOK_S, AggregatorWatch
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +87,7 @@ class Sync:
         self._base = base
         self._state_dir = state_dir
         self._saver = Saver(state_dir, clock) if state_dir else None
+        self._watch = AggregatorWatch(store, clock)
         self._data = data
         state_id = state_dir.id if state_dir else ""
         self._heart = Heartbeat(store, base, state_id=state_id, report=report, clock=clock)
@@ -187,6 +189,7 @@ class Sync:
         else:
             reached = not self._state_dir or now < self._next_save or self._checkpoint(now)
         self._beat()
+        self._note("aggregator", self._watch.look())
         if not reached:
             return 0.0
         if self._must_pull:
@@ -196,7 +199,7 @@ class Sync:
             return RETRY_S if self._problems.get("disk") else 0.0
         if self.ledger.queue:
             return self._follow()
-        return min(self._next_cut - now, HEARTBEAT_INTERVAL_S) if self._deadline is None else 0.0
+        return min(self._next_cut - now, LOOK_S) if self._deadline is None else 0.0
 
     def _copy(self, *, consume: bool) -> Cut | None:
         """A copy of the training's state, or None if it has not reached a step boundary yet: come back."""

@@ -260,6 +260,14 @@ class WorkerStore:
             raw = self._redis.hgetall(self.keys.worker(self.worker))
         return {k.decode(errors="replace"): v.decode(errors="replace") for k, v in raw.items()}
 
+    def is_served(self) -> bool | None:
+        """True if an aggregator holds the expert's lease, False if none does; None if this user may not look."""
+        with self.connection.errors():
+            try:
+                return self._redis.get(self.keys.lease) is not None
+            except redis.ResponseError:
+                return None
+
     def leave(self, how: str = "stopped", reason: str = "") -> None:
         """Take the heartbeat away, and leave a trace: how (finished, stopped, refused, failed), and why."""
         trace = self.keys.trace(self.worker)

@@ -216,7 +216,7 @@ class Worker:
             store, ledger, exchange, self._spec, base=BaseIdentity(fingerprint="f"), state_dir=disk, data="d",  # type: ignore[arg-type]
             must_pull=memory.must_pull, clock=lambda: 0.0,
         )  # fmt: skip
-        sync._next_cut, sync._heart.next_at = 0.0, math.inf
+        sync._next_cut, sync._heart.next_at, sync._watch.next_at = 0.0, math.inf, math.inf
         sync._next_save = 0.0 if choice else math.inf
         sync._entry, sync._sent = memory.entry, memory.sent
         sync._diverged = lambda *_: False  # type: ignore[method-assign]  # else nothing too large is ever refused

@@ -1,0 +1,56 @@
+"""Is there an aggregator that applies what this worker publishes? Else it would train for nobody, unnoticed."""
+
+import logging
+import time
+from collections.abc import Callable
+
+from fedmoe.store.worker import WorkerStore
+
+logger = logging.getLogger(__name__)
+
+LOOK_S = 2.0  # so that it is said within two leases, which last 5 s by default
+
+
+class AggregatorWatch:
+    """Looks now and then whether anybody holds the expert's lease.
+
+    Args:
+        clock: seconds, monotonic.
+
+    Attributes:
+        problem: that nobody does, "" if somebody does or this user may not look.
+        next_at: when the next look is due, on that clock.
+    """
+
+    def __init__(self, store: WorkerStore, clock: Callable[[], float] = time.monotonic) -> None:
+        self.problem = ""
+        self.next_at = 0.0
+        self._store = store
+        self._clock = clock
+        self._missed = 0
+
+    def look(self) -> str:
+        """Look if it is due; returns the problem.
+
+        It takes two looks in a row, since a standby needs a moment to take over.
+
+        Raises:
+            RedisUnavailableError: if Redis cannot be asked.
+        """
+        now = self._clock()
+        if now < self.next_at:
+            return self.problem
+        self.next_at = now + LOOK_S
+        if self._store.is_served() is not False:
+            if self.problem:
+                logger.warning("an aggregator serves expert %r again", self._store.expert)
+            self.problem, self._missed = "", 0
+            return ""
+        self._missed += 1
+        if self._missed >= 2 and not self.problem:
+            self.problem = (
+                f"no aggregator serves expert {self._store.expert!r}: start `fedmoe aggregator run`; until then no "
+                "update is applied"
+            )
+            logger.warning("%s (training goes on)", self.problem)
+        return self.problem

@@ -101,7 +101,7 @@ class Sync:
         self._checkpoint_interval_s = checkpoint_interval_s
         self._next_cut = clock() + spec.sync_interval_s
         self._next_save = clock() + checkpoint_interval_s
-        self._waiting_for_cut = False
+        self._waiting_for_cut = self._checkpointing = False
         self._unsaved: Cut | None = None
         self._entry: str | None = None
         self._sent: UpdateId | None = None
@@ -184,7 +184,7 @@ class Sync:
         due = self._deadline is not None or now >= self._next_cut
         if self._unsaved is not None:
             reached = self._save_unsaved()
-        elif due and not self.ledger.queue and not self._must_pull:
+        elif due and not self.ledger.queue and not self._must_pull and not self._checkpointing:
             reached = self._cut(now)
         else:
             reached = not self._state_dir or now < self._next_save or self._checkpoint(now)
@@ -263,6 +263,7 @@ class Sync:
     def _checkpoint(self, now: float) -> bool:
         """Save the training between two updates, so that a long outage costs a killed worker little."""
         cut = self._copy(consume=False)
+        self._checkpointing = cut is None  # the copy that was asked for is this one's, not the next cut's
         if cut is not None:
             self._next_save = now + (self._checkpoint_interval_s if self._save(cut) else RETRY_S)
         return cut is not None

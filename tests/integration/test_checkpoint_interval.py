@@ -1,13 +1,19 @@
 """How often a worker writes a checkpoint: with each update, and else once in --checkpoint-interval."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fedmoe.errors import SettingsError
+from fedmoe.store.connection import Connection
 from producers.checkpoint import StateDir
+from producers.exchange import Exchange
+from producers.sync import Sync
 from producers.worker import WorkerSettings
+from tests.counting import Counter, counting_spec, create_expert
+from tests.federation import FINGERPRINT, ScriptedWorker
 from tests.hazards.world import World
 
 
@@ -53,6 +59,35 @@ def test_interval_shorter_than_the_sync_interval(
     world.settle(world.aggregator(), alice)
     world.expect_expert(alice=[1, 1, 1])
     world.close()
+
+
+def test_cut_that_comes_due_while_a_checkpoint_waits_for_the_training(
+    connection: Connection, tmp_path: Path
+) -> None:
+    """A long step: the copy that was asked for is the checkpoint's; the update counts each step once."""
+    spec = replace(counting_spec(), sync_interval_s=100.0)
+    create_expert(connection, spec)
+    joined = ScriptedWorker(connection, spec)
+    exchange = Exchange(Counter(joined.local), with_optimizer=True)
+    now = 0.0
+    sync = Sync(
+        joined.store, joined.ledger, exchange, spec, fingerprint=FINGERPRINT, state_dir=StateDir(tmp_path), data="d",
+        checkpoint_interval_s=60.0, clock=lambda: now,
+    )  # fmt: skip
+    for _ in range(3):
+        exchange.record(exchange._trainer.step())  # type: ignore[attr-defined]
+    now = 99.0
+    sync._turn()  # asks for a copy, which does not come in time
+    now = 101.0
+    exchange.boundary()
+    sync._turn()
+    assert sync.ledger.queue == []
+    assert exchange.steps_left == 3
+    sync._turn()
+    exchange.boundary()
+    sync._turn()
+    assert [update.header.steps for update in sync.ledger.queue] == [3]
+    assert exchange.steps_left == 0
 
 
 def test_impossible_interval_is_refused() -> None:

@@ -5,7 +5,7 @@ its value k, so in any weights a 0 is a step lost and a 2 a step doubled.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 from unittest.mock import patch
@@ -137,17 +137,20 @@ class _Exchange(Exchange):
 
 @dataclass
 class _Disk:
-    """A state directory; without `saves_before` nothing is written while an update is in flight."""
+    """A state directory, and the Saver that writes to it, at once; without `saves_before` nothing is written while an update is in flight."""
 
     saved: Saved | None
     saves_before: bool
     id: str = ""
-    path: str = ""
+    problem: str = ""
+    is_busy: bool = False
+    is_due: bool = True
 
-    def save(self, checkpoint: Checkpoint) -> None:
+    def save(self, checkpoint: Checkpoint, *, meanwhile: Callable[[], bool]) -> bool:
         if self.saves_before or not checkpoint.ledger.queue:
             books = Books.of(checkpoint.ledger)
             self.saved = Saved(books, _values(checkpoint.local), checkpoint.trained, checkpoint.position)
+        return True
 
 
 class Worker:
@@ -216,6 +219,7 @@ class Worker:
             store, ledger, exchange, self._spec, base=BaseIdentity(fingerprint="f"), state_dir=disk, data="d",  # type: ignore[arg-type]
             must_pull=memory.must_pull, clock=lambda: 0.0,
         )  # fmt: skip
+        sync._saver = disk  # type: ignore[assignment]
         sync._next_cut, sync._heart.next_at, sync._watch.next_at = 0.0, math.inf, math.inf
         sync._next_save = 0.0 if choice else math.inf
         sync._entry, sync._sent = memory.entry, memory.sent

@@ -137,16 +137,18 @@ class _Exchange(Exchange):
 
 @dataclass
 class _Disk:
-    """A state directory, and the Saver that writes to it, at once; without `saves_before` nothing is written while an update is in flight."""
+    """A state directory, and the Saver that writes to it at once.
+
+    Without `saves_before` nothing is written while an update is in flight.
+    """
 
     saved: Saved | None
     saves_before: bool
     id: str = ""
     problem: str = ""
-    is_busy: bool = False
     is_due: bool = True
 
-    def save(self, checkpoint: Checkpoint, *, meanwhile: Callable[[], bool]) -> bool:
+    def save(self, checkpoint: Checkpoint, *, meanwhile: Callable[[], None]) -> bool:
         if self.saves_before or not checkpoint.ledger.queue:
             books = Books.of(checkpoint.ledger)
             self.saved = Saved(books, _values(checkpoint.local), checkpoint.trained, checkpoint.position)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from fedmoe.errors import SettingsError
+from fedmoe.identity import BaseIdentity
 from fedmoe.store.connection import Connection
 from producers.checkpoint import StateDir
 from producers.exchange import Exchange
@@ -71,8 +72,8 @@ def test_cut_that_comes_due_while_a_checkpoint_waits_for_the_training(
     exchange = Exchange(Counter(joined.local), with_optimizer=True)
     now = 0.0
     sync = Sync(
-        joined.store, joined.ledger, exchange, spec, fingerprint=FINGERPRINT, state_dir=StateDir(tmp_path), data="d",
-        checkpoint_interval_s=60.0, clock=lambda: now,
+        joined.store, joined.ledger, exchange, spec, base=BaseIdentity(fingerprint=FINGERPRINT),
+        state_dir=StateDir(tmp_path), data="d", checkpoint_interval_s=60.0, clock=lambda: now,
     )  # fmt: skip
     for _ in range(3):
         exchange.record(exchange._trainer.step())  # type: ignore[attr-defined]

@@ -1,12 +1,12 @@
 """What a worker is called: what --name says, else the name in its state directory, else its host's name."""
 
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from fedmoe.errors import SettingsError
+from fedmoe.stopping import Stop
 from fedmoe.store.connection import Connection
 from producers.settings import WorkerSettings
 from tests.chaos.actors import EXPERTS, CountingWorker
@@ -28,7 +28,7 @@ def work(connection: Connection, connect: Callable[[], Connection], tmp_path: Pa
             stream="tiny", data=rows, name=name, state_dir=tmp_path / "state", max_steps=3, wait=False
         )
         with serving(connect(), expert="tiny"):
-            CountingWorker(connection.settings, settings, stop=threading.Event(), say=said.append).run()
+            CountingWorker(connection.settings, settings, stop=Stop(), say=said.append).run()
         return said
 
     return run

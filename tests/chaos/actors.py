@@ -156,7 +156,9 @@ class CountingWorker(Worker):
     def _prepare(self, spec: Spec, data: DataFile, *_: object) -> Material:
         name = self._settings.worker
         base = BaseIdentity(fingerprint=FINGERPRINT)
-        return Material(base, data.n_rows, data.digest, lambda: CountingTrainer(name, spec))
+        return Material(
+            base, len(data.path.read_text().splitlines()), data.digest, lambda: CountingTrainer(name, spec)
+        )
 
 
 def run_worker(place: Place, name: str, arm: Arm | None, without: str = "") -> None:

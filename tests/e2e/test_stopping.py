@@ -84,7 +84,7 @@ def expert(store: GatewayStore, tiny_model_dir: Path) -> None:
     )
     buffer = AdapterBuffer(spec.layout)
     buffer.flat.copy_(initial_weights(spec.layout, spec.init_seed))
-    model, _ = load_base(base, device=torch.device("cpu"))
+    model = load_base(base, device=torch.device("cpu"))
     meta = first_meta(spec, base_fingerprint=fingerprint(model))
     ExpertStore(store.connection, "a").create(spec, meta, buffer.file, gateway_weight=1.0)
 
@@ -145,7 +145,7 @@ def test_while_many_rows_are_tokenized(
 def test_while_the_base_model_loads(tmp_path: Path, worker: list[str]) -> None:
     """Loading that cannot be interrupted and never ends: the process ends all the same."""
     code = (
-        "import sys, time, producers.worker as w, fedmoe.cli.main as m; "
+        "import sys, time, producers.material as w, fedmoe.cli.main as m; "
         "w.load_base = lambda *a, **k: (print('loading for ever', flush=True), time.sleep(600)); m.main()"
     )
     with (tmp_path / "log").open("wb") as out:

@@ -110,6 +110,10 @@ class StateDir:
             left.unlink(missing_ok=True)
         self.id = self._read_id() or self._write_id(self.id or secrets.token_hex(16))
 
+    def close(self) -> None:
+        """Let others have the directory."""
+        self._lock.close()
+
     def _holds(self) -> bool:
         """False if somebody removed the directory or its lock."""
         try:

@@ -7,6 +7,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -124,7 +125,11 @@ class Worker:
         self._say(f"worker {settings.worker!r} of expert {settings.stream!r} (name: {self._why})")
         bad_rows = BadRows(say=self._say, file=settings.bad_rows, fail=settings.on_bad_row == "fail")
         data = open_data(settings.data, bad_rows, stopped=self._stop.is_set)
-        state_dir = StateDir(settings.state_dir) if settings.state_dir else None
+        with closing(StateDir(settings.state_dir)) if settings.state_dir else nullcontext() as state_dir:
+            self._work(state_dir, data, bad_rows)
+
+    def _work(self, state_dir: StateDir | None, data: DataFile, bad_rows: BadRows) -> None:
+        settings = self._settings
         spec = self._joining.spec()
         material = self._prepare(spec, data, bad_rows, state_dir)
         self._joining.check_base(material.base)

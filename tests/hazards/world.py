@@ -179,7 +179,7 @@ class WorkerProcess:
         """Kill -9: only the state directory is left."""
         self.store.connection.close()
         if self._state_dir:
-            self._state_dir._lock.close()
+            self._state_dir.close()
 
     def expect_local(self, **wanted: Sequence[float]) -> None:
         """Assert what the local adapter is made of."""

@@ -64,7 +64,7 @@ def test_state_directory_proves_the_predecessor(store: WorkerStore, tmp_path: Pa
     """Killed and started again on its directory: the name is free at once, whatever host and process id."""
     first = StateDir(tmp_path)
     beat(store, 1, state_id=first.id)
-    first._lock.close()
+    first.close()
     assert Watch().claim(store, StateDir(tmp_path).id) == 0
 
 
@@ -82,7 +82,7 @@ def test_copy_of_a_state_directory_is_another_one(tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "first", tmp_path / "copy")
     copy = StateDir(tmp_path / "copy")
     assert copy.id != first.id
-    copy._lock.close()
+    copy.close()
     assert StateDir(tmp_path / "copy").id == copy.id
 
 

@@ -169,7 +169,7 @@ def test_directory_that_another_worker_has_taken_meanwhile(tmp_path: Path, trial
     other.path.rename(state.path)
     worker.expect_life("another worker")
     assert not state.file.exists()
-    other._lock.close()
+    other.close()
     worker.expect_recovery()
 
 

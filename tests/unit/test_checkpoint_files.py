@@ -101,7 +101,7 @@ def test_all_is_restored_to_the_bit(tmp_path: Path, wire_format: str) -> None:
     before = checkpoint_of(ledger, 7)
     state = StateDir(tmp_path)
     state.save(before)
-    state._lock.close()
+    state.close()
     state = StateDir(tmp_path)
     again = state.load(expert="sql_expert", worker="alice", spec=spec, now=0.0)
     assert again is not None
@@ -109,7 +109,7 @@ def test_all_is_restored_to_the_bit(tmp_path: Path, wire_format: str) -> None:
     there = files(tmp_path / "updates")
     state.save(again)
     assert files(tmp_path / "updates") == there
-    state._lock.close()
+    state.close()
     assert content(load(tmp_path, spec)) == content(before)
 
 
@@ -134,7 +134,7 @@ def test_checkpoint_writes_at_most_four_times_the_weights(tmp_path: Path) -> Non
     assert len(list((tmp_path / "updates").iterdir())) == 7
     for name in ("updates", state.file.name):  # they hold what was trained on private rows
         assert not (tmp_path / name).stat().st_mode & 0o077
-    state._lock.close()
+    state.close()
     assert [u.header.seq for u in load(tmp_path, spec).ledger.kept] == list(range(2, 8))
 
 
@@ -171,14 +171,14 @@ def test_killed_at_any_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, a
                 done = True
             except Killed:
                 done = False
-        state._lock.close()
+        state.close()
         found = load(place, spec)
         assert content(found) in (old_content, content(new))
         seen.add(found.position)
         cut(found.ledger, 4)  # and it goes on from there
         state = StateDir(place)
         state.save(checkpoint_of(found.ledger, 4))
-        state._lock.close()
+        state.close()
         assert load(place, spec).position == 4
         assert len(list((place / "updates").iterdir())) == len(found.ledger.queue) + len(found.ledger.kept)
         if done:

@@ -5,13 +5,18 @@ import random
 import time
 from collections.abc import Callable
 
+from fedmoe.errors import RedisUnfitError
+
 FIRST_S = 0.1
 LONGEST_S = 1.0  # so that a Redis that is back is in use again within two seconds
 REPEAT_S = 30.0
+REPEAT_UNFIT_S = 60.0
 
 
 class Backoff:
-    """Waits that double from 0.1 s to 1 s, with jitter; a problem is said when it begins and every 30 s, and its end.
+    """Waits that double from 0.1 s to 1 s, with jitter; a problem is said when it begins, every 30 s, and when it ends.
+
+    One that only a person can mend (RedisUnfitError) is said once a minute.
 
     Args:
         what: names the thing in messages.
@@ -35,9 +40,11 @@ class Backoff:
         """Note a failure; returns the seconds to wait."""
         now = self._clock()
         self.since = now if self.since is None else self.since
-        if str(error) != self._said or now - self._said_at > REPEAT_S:
+        is_unfit = isinstance(error, RedisUnfitError)
+        repeat_s = REPEAT_UNFIT_S if is_unfit else REPEAT_S
+        if str(error) != self._said or now - self._said_at > repeat_s:
             self._said, self._said_at = str(error), now
-            self._logger.warning("%s: %s; trying again", self._what, error)
+            self._logger.warning("%s: %s%s", self._what, error, "" if is_unfit else "; trying again")
         wait_s, self._wait_s = self._wait_s, min(LONGEST_S, self._wait_s * 2)
         return wait_s * self._random.uniform(0.75, 1.0)
 

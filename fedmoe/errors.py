@@ -65,7 +65,16 @@ class LostExpertError(UnknownExpertError):
 
 
 class RedisUnavailableError(FedMoEError, ConnectionError):
-    """Redis cannot be reached, refuses the login, or refuses the command."""
+    """Redis cannot be reached, or refuses a command for a reason that may pass: try again."""
+
+
+class RedisUnfitError(RedisUnavailableError):
+    """Redis refuses a command until somebody changes its settings, this user's rights or a key.
+
+    At the start it ends a process; while it runs, it is said once a minute, and tried again.
+    """
+
+    exit_code = 2
 
 
 class StaleStateError(FedMoEError, RuntimeError):

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any
 
+from fedmoe.eviction import eviction_threat
 from fedmoe.records import Meta
 
 # Three heartbeats; then the key expires and the worker is gone.
@@ -250,8 +251,8 @@ def _of_server(server: ServerView) -> Iterator[str]:
     if server.memory_share > MEMORY_ALARM:
         used = f"{server.memory_share:.0%} of maxmemory is used"
         yield f"Redis: {used}: raise maxmemory, a full Redis takes no updates"
-    if server.max_memory and server.policy not in (None, "noeviction"):
-        yield f"Redis: maxmemory-policy is {server.policy}, it may throw experts away: set it to noeviction"
+    if server.max_memory and (threat := eviction_threat(server.policy or "", server.url)):
+        yield f"Redis: {threat}"
 
 
 def _count(n: int, one: str, many: str) -> str:

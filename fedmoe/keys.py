@@ -9,6 +9,7 @@ transaction. `fedmoe` is the prefix, a setting, so that several federations can 
     fedmoe:{E}:payload:<worker>:<run>:<seq>:<part>  string  one part (msgpack), at most 1 MiB; expires
     fedmoe:{E}:payload:<worker>:epoch               string  counts the worker's runs; expires
     fedmoe:{E}:payload:<worker>:trace               hash    how it left; outlives the heartbeat; expires
+    fedmoe:{E}:payload:<worker>:trial:<name>        hash    of `fedmoe doctor`, while it tries transactions; expires
     fedmoe:{E}:weights                              string  the expert, a safetensors file
     fedmoe:{E}:packed                               string  as workers pull it (packed.py); none in format fp32
     fedmoe:{E}:meta                                 hash    version, lineage, commit, weights_commit, counters; readable
@@ -106,6 +107,14 @@ class ExpertKeys:
 
     def trace(self, worker: str) -> str:
         return f"{self.root}:payload:{worker}:trace"
+
+    def payloads(self, worker: str) -> str:
+        """Pattern of all keys that a worker's updates take; `*` for all workers'."""
+        return f"{self.root}:payload:{worker}:*"
+
+    def trial(self, worker: str, name: str) -> str:
+        """A key on which rights are tried."""
+        return f"{self.root}:payload:{worker}:trial:{name}"
 
     def part(self, worker: str, run: str, seq: int, index: int) -> str:
         return f"{self.root}:payload:{worker}:{run}:{seq}:{index}"

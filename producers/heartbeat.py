@@ -41,6 +41,7 @@ class Heartbeat:
 
     Attributes:
         next_at: when the next one is due, on that clock.
+        is_refused: Redis did not take the last one, though it may answer all else.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Heartbeat:
         clock: Callable[[], float],
     ) -> None:
         self.next_at = 0.0
+        self.is_refused = False
         self._store = store
         self._base = base
         self._state_id = state_id
@@ -75,6 +77,7 @@ class Heartbeat:
         if now < self.next_at:
             return
         self._beats += 1
+        self.is_refused = True
         self.next_at = now + _AGAIN_S  # a full Redis takes no heartbeat, but answers a poll: go on to that
         fields: dict[str, str | int | float] = {
             "run": ledger.run,
@@ -94,4 +97,5 @@ class Heartbeat:
         }
         fields |= self._base.beat_fields(ledger.meta)
         self._store.beat(fields | dict(self._report()), ttl_s=HEARTBEAT_TTL_S)
+        self.is_refused = False
         self.next_at = now + HEARTBEAT_INTERVAL_S

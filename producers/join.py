@@ -13,10 +13,12 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from fedmoe.backoff import Backoff
-from fedmoe.errors import BaseModelError, RedisUnavailableError, StoppedError
+from fedmoe.errors import BaseModelError, RedisUnavailableError, RedisUnfitError, StoppedError
 from fedmoe.identity import BaseIdentity
 from fedmoe.records import Meta
 from fedmoe.spec import Spec
+from fedmoe.store.permissions import WORKER
+from fedmoe.store.rights import require
 from fedmoe.store.worker import NoExpertsError, WorkerStore
 from producers.claim import JOIN_TTL_S, JOINING
 
@@ -45,19 +47,26 @@ class Joining:
 
         Raises:
             StoppedError: if told to stop meanwhile.
+            RedisUnfitError: if Redis refuses it for a reason that waiting does not change.
         """
         backoff = Backoff("worker", logger)
         while not self._stop.is_set():
             try:
                 result = call()
             except (RedisUnavailableError, NoExpertsError) as error:
-                if not self._wait and not self._stop.is_set():
+                is_final = not self._wait or isinstance(error, RedisUnfitError)
+                if is_final and not self._stop.is_set():
                     raise
                 self._stop.wait(backoff.failed(error))
             else:
                 backoff.ok()
                 return result
         raise StoppedError("stopped before it had joined")
+
+    def check_rights(self) -> None:
+        """Raise RedisUnfitError, with all that is lacking, unless this user may train the expert under this name."""
+        store = self._store
+        self.patiently(lambda: require(store.connection, WORKER, [store.expert], store.worker))
 
     def spec(self) -> Spec:
         """The expert's spec; UnknownExpertError, naming those there are, if there are others but not this one."""

@@ -142,7 +142,7 @@ class Sync:
         while not self._ended:
             try:
                 wait_s = self._turn()
-                if not self._waiting_for_cut:
+                if not self._waiting_for_cut and not self._heart.is_refused:
                     backoff.ok()
                     self._note("sync", "")
             except (NameTakenError, RefusedError) as error:

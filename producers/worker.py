@@ -130,6 +130,7 @@ class Worker:
 
     def _work(self, state_dir: StateDir | None, data: DataFile, bad_rows: BadRows) -> None:
         settings = self._settings
+        self._joining.check_rights()
         spec = self._joining.spec()
         material = self._prepare(spec, data, bad_rows, state_dir)
         self._joining.check_base(material.base)

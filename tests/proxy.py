@@ -15,7 +15,7 @@ import socket
 import struct
 import threading
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +43,7 @@ class _Link:
     client: socket.socket
     server: socket.socket
     active: float  # when bytes last came, by the loop's clock
+    tap: Callable[[bytes], None] | None = None  # is given all that goes up
     fault: _Fault | None = None  # what struck it
     chunk: bytes = b""  # and where
 
@@ -58,6 +59,7 @@ class Proxy:
         refuse: close new connections at once.
         idle_timeout_s: forget a connection on which nothing came for so long, as a NAT does; its client is reset when
             it next sends something; 0 for never.
+        tap: makes, for each new connection, what is given all bytes that go up; None for nobody.
         hits: how many connections ended how ("closed", "unreachable", "refused", "idle", "cut", "cut_after_bytes", and
             the actions of `on`), how many chunks were "delayed" and "frozen", and how many "arrived" late.
     """
@@ -66,6 +68,7 @@ class Proxy:
         self.upstream = upstream if isinstance(upstream, tuple) else str(upstream)
         self.delay_s = 0.0
         self.refuse = False
+        self.tap: Callable[[], Callable[[bytes], None]] | None = None
         self.idle_timeout_s = 0.0
         self.hits: Counter[str] = Counter()
         self._faults: list[_Fault] = []
@@ -148,7 +151,7 @@ class Proxy:
         family = socket.AF_INET if isinstance(self.upstream, tuple) else socket.AF_UNIX
         with client, socket.socket(family) as server, suppress(OSError):
             client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            link, ending = _Link(client, server, self._loop.time()), "cut"
+            link, ending = _Link(client, server, self._loop.time(), self.tap() if self.tap else None), "cut"
             try:
                 ending = "refused" if self.refuse else await self._carry(link)
             finally:
@@ -197,6 +200,8 @@ class Proxy:
             if not self._thawed.is_set():
                 self.hits["frozen"] += 1
                 await self._thawed.wait()
+            if direction == "up" and link.tap:
+                link.tap(bytes(chunk))
             fault, allowed = self._judge(direction, tail, chunk)
             await self._loop.sock_sendall(target, chunk[:allowed])
             if fault is not None:

@@ -104,11 +104,14 @@ def _run(ctx: click.Context, stop: "Stop", options: dict[str, Any]) -> None:
     from consumers.create import STOPPED, SpecRequest, ensure_experts, parse_experts
     from consumers.gateway import GatewaySettings
     from fedmoe.backoff import Backoff
-    from fedmoe.errors import RedisUnavailableError, StoppedError
+    from fedmoe.errors import RedisUnavailableError, RedisUnfitError, StoppedError
     from fedmoe.memory import keep_freed
     from fedmoe.spec import LoraSettings, TrainingSettings
     from fedmoe.staleness import Decay
     from fedmoe.store.connection import Connection
+    from fedmoe.store.permissions import AGGREGATOR
+    from fedmoe.store.probe import eviction_warning
+    from fedmoe.store.rights import require
     from fedmoe.template_file import read_template
 
     redis = redis_settings(options["redis"], options["prefix"], options["redis_timeout"])
@@ -160,12 +163,16 @@ def _run(ctx: click.Context, stop: "Stop", options: dict[str, Any]) -> None:
         blocks_mib=4, free_mib=8, heaps=4
     )  # parts (1 MiB) are read into used memory, weights are given back
     stop.last_words = lambda: (STOPPED, 0)
-    backoff = Backoff("aggregator", logging.getLogger(__name__))
+    logger = logging.getLogger(__name__)
+    backoff = Backoff("aggregator", logger)
     connection = Connection(redis)
     stop.when_out_of_patience.append(connection.cut_off)
     while not stop.is_set():
         try:
+            require(connection, AGGREGATOR, list(weights))
             ensure_experts(connection, weights, request, stop=stop)
+            if threat := eviction_warning(connection):
+                logger.warning("%s", threat)
             break
         except StoppedError as stopped:
             click.echo(str(stopped))
@@ -173,7 +180,7 @@ def _run(ctx: click.Context, stop: "Stop", options: dict[str, Any]) -> None:
         except RedisUnavailableError as error:
             if stop.is_set():
                 return
-            if options["no_wait"]:
+            if options["no_wait"] or isinstance(error, RedisUnfitError):
                 raise
             stop.wait(backoff.failed(error))
     if stop.is_set():

@@ -12,14 +12,22 @@ if TYPE_CHECKING:
     from fedmoe.doctor import Check
     from fedmoe.store.connection import RedisSettings
 
+ROLES = (
+    "aggregator",
+    "worker",
+    "operator",
+    "monitor",
+)  # as in store/permissions.py, which takes longer to import
 COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 
 @click.command()
 @redis_options
 @click.option("--no-redis", is_flag=True, help="Check this installation only.")
-@click.option("--role", type=click.Choice(["aggregator", "worker", "viewer"]), default=None,
-              help="Fail unless this Redis user may do all that this role does.")  # fmt: skip
+@click.option("--role", type=click.Choice(ROLES), default=None,
+              help="Role that this Redis user must be allowed to play; else it fails.")  # fmt: skip
+@click.option("--acl", type=click.Choice(ROLES), default=None,
+              help="Role whose ACL line (Redis 7.0, Valkey) to print; nothing is checked.")  # fmt: skip
 @click.option(
     "--stream", default="", metavar="EXPERT", help="A worker's expert.  [default: the first there is]"
 )
@@ -33,6 +41,7 @@ def doctor(
     redis_timeout: float,
     no_redis: bool,
     role: str | None,
+    acl: str | None,
     stream: str,
     name: str,
     base_model: str,
@@ -48,6 +57,11 @@ def doctor(
     worker = check_name("worker name", name) if name else clean_name(socket.gethostname())
     if stream:
         check_expert(stream)
+    if acl:
+        from fedmoe.store.connection import RedisSettings
+
+        click.echo(acl_line(settings or RedisSettings(prefix=prefix), acl, stream=stream, worker=worker))
+        return
     failed = False
     for check in run_checks(settings, role=role or "", stream=stream, worker=worker, base_model=base_model):
         click.echo(
@@ -55,6 +69,21 @@ def doctor(
         )
         failed |= check.level == FAIL
     ctx.exit(1 if failed else 0)
+
+
+def acl_line(settings: "RedisSettings", role: str, *, stream: str, worker: str) -> str:
+    """A line of an ACL file: a user with exactly the rights of a role, whose password is still to be written."""
+    from fedmoe.errors import SettingsError
+    from fedmoe.keys import Keys
+    from fedmoe.store.connection import Connection
+    from fedmoe.store.permissions import ANY, ROLES, acl_rules
+
+    if role == "worker" and not stream:
+        raise SettingsError("a worker's rights are those on one expert: name it by --stream")
+    rights = ROLES[role].rights(Keys(settings.prefix), stream or ANY, worker)
+    user = worker if role == "worker" else role
+    database = Connection(settings).client.get_connection_kwargs().get("db") or 0
+    return f"user {user} on >PASSWORD {' '.join(acl_rules(rights, database=database))}"
 
 
 def run_checks(

@@ -17,10 +17,12 @@ from redis._parsers import Encoder
 from redis.backoff import NoBackoff
 from redis.connection import PythonRespSerializer
 from redis.retry import Retry
-from redis.sentinel import MasterNotFoundError
 
 from fedmoe.errors import FedMoEError, RedisUnavailableError, SettingsError
 from fedmoe.keys import DEFAULT_PREFIX, Keys
+from fedmoe.store.client import Client, asked, note, noting
+from fedmoe.store.limits import too_large
+from fedmoe.store.refusals import explain, is_broken
 from fedmoe.store.sentinel import master_client
 from fedmoe.store.url import DEFAULT_URL, SentinelURL, check, shown, unusable
 
@@ -125,16 +127,19 @@ class Connection:
             try:
                 reply = connection.read_response()
             except redis.ResponseError as error:
+                note(error, [commands[read]])
                 reply = error
             read += 1
             return reply
 
         try:
             while read < len(commands):
-                for command in commands[sent : read + ahead]:
-                    connection.send_command(*command)
-                    sent += 1
-                yield next_reply()
+                with noting(commands[read : read + ahead]):
+                    for command in commands[sent : read + ahead]:
+                        connection.send_command(*command)
+                        sent += 1
+                    reply = next_reply()
+                yield reply
         except GeneratorExit:
             while read < sent:
                 next_reply()
@@ -150,7 +155,12 @@ class Connection:
 
     @contextmanager
     def errors(self) -> Iterator[None]:
-        """Turn what redis-py raises into RedisUnavailableError, one sentence with what to do."""
+        """Turn what redis-py raises into one sentence with what to do.
+
+        Raises:
+            RedisUnfitError: what stays so until somebody changes something.
+            RedisUnavailableError: all else.
+        """
         try:
             yield
         except FedMoEError:
@@ -163,7 +173,15 @@ class Connection:
             if isinstance(error, redis.exceptions.ReadOnlyError):
                 # The master became a replica under this connection; a new one may reach the new master.
                 self.client.connection_pool.disconnect()
-            raise RedisUnavailableError(explain(error, self.settings.shown)) from error
+            raise self._too_large(error) or explain(
+                error, self.settings.shown, self.settings.prefix
+            ) from error
+
+    def _too_large(self, error: Exception) -> RedisUnavailableError | None:
+        """What to say if the server ended the connection because a value exceeds one of its limits."""
+        if not is_broken(error):
+            return None
+        return too_large(self.client, asked(error), url=self.settings.shown, prefix=self.settings.prefix)
 
 
 def _client(url: str, **arguments: Any) -> redis.Redis:
@@ -171,7 +189,7 @@ def _client(url: str, **arguments: Any) -> redis.Redis:
     if url.startswith("sentinel://"):
         return master_client(SentinelURL.parse(url), arguments)
     try:
-        return redis.Redis.from_url(url, **arguments)
+        return Client.from_url(url, **arguments)
     except ValueError:  # its message may quote the password
         raise unusable(url) from None
 
@@ -202,37 +220,3 @@ def execute(pipe: Any) -> list[Any] | None:
         if "occurred while watching" in str(error):
             raise
         return None
-
-
-def explain(error: Exception, url: str) -> str:
-    """One sentence for what Redis or redis-py said, and what to do about it."""
-    text = str(error).strip().rstrip(".") or type(error).__name__
-    match error:
-        case MasterNotFoundError():
-            return text
-        case redis.exceptions.AuthenticationError() | redis.exceptions.AuthorizationError():
-            return f"Redis at {url} refuses the login ({text}): check user and password in the URL"
-        case redis.exceptions.NoPermissionError():
-            return f"Redis at {url} does not let this user do that ({text}): check its ACL"
-        case redis.exceptions.OutOfMemoryError():
-            return f"Redis at {url} is full: raise its maxmemory, nothing is lost meanwhile"
-        case redis.exceptions.ReadOnlyError() if url.startswith("sentinel://"):
-            return f"the master at {url} has just become a replica: Sentinel is asked for the new one"
-        case redis.exceptions.ReadOnlyError():
-            return f"Redis at {url} is a read-only replica: use the URL of the master"
-        case redis.exceptions.BusyLoadingError():
-            return f"Redis at {url} is still loading its data"
-        case redis.exceptions.ConnectionError() if "max number of clients" in text:
-            return f"Redis at {url} takes no more connections: raise its maxclients"
-        case (
-            redis.exceptions.ConnectionError()
-            | redis.exceptions.TimeoutError()
-            | redis.WatchError()
-            | OSError()
-        ):
-            return f"Redis at {url} cannot be reached ({text})"
-    if text.startswith("MISCONF"):
-        return f"Redis at {url} cannot write to its disk and so takes no writes: see its log"
-    if "WRONGTYPE" in text:
-        return f"a FedMoE key in Redis at {url} was overwritten by something else ({text})"
-    return f"Redis at {url} refused a command ({text})"

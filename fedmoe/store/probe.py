@@ -1,51 +1,63 @@
-"""Is a Redis fit for FedMoE, and what may this user do there? Nothing is changed.
+"""Is a Redis fit for FedMoE, and what may this user do there? Nothing is changed."""
 
-Whether a command is allowed is tried with arguments that cannot work (an id that is none, an option that does not
-exist): Redis checks permissions first, so a refusal for want of them differs from the error that was asked for.
-"""
-
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from redis.exceptions import NoPermissionError, ResponseError
 
 from fedmoe.doctor import FAIL, OK, WARN, Check
 from fedmoe.errors import RedisUnavailableError
-from fedmoe.federation import MEMORY_ALARM, Federation
-from fedmoe.keys import GROUP, Keys
+from fedmoe.eviction import eviction_threat
+from fedmoe.federation import MEMORY_ALARM, ExpertView
 from fedmoe.store.connection import Connection
 from fedmoe.store.inspect import Inspector
-from fedmoe.store.reading import DENIED
+from fedmoe.store.permissions import AGGREGATOR, ROLES, WORKER, Role
+from fedmoe.store.rights import Lack, lacking, try_transactions
 
 OLDEST = (7, 0)
-ROLES = ("aggregator", "worker", "viewer")
 EXAMPLE_EXPERT = "python_expert"
-_BAD = "no-such-thing"
 
 Command = tuple[str | int, ...]
 
 
-def server_checks(info: Mapping[str, Any]) -> list[Check]:
-    """Judge what INFO says. Pure."""
+def server_checks(info: Mapping[str, Any], url: str = "") -> list[Check]:
+    """Judge what INFO says of the server at `url`. Pure."""
     name, version = (
-        ("Valkey", info["valkey_version"]) if "valkey_version" in info else ("Redis", info["redis_version"])
+        ("Valkey", info["valkey_version"])
+        if "valkey_version" in info
+        else ("Redis", info.get("redis_version", "of an unknown version"))
     )
     checks = [Check(OK, "redis", f"{name} {version}")]
-    if tuple(int(part) for part in str(info["redis_version"]).split(".")[:2]) < OLDEST:
+    numbers = [int(part) for part in str(info.get("redis_version", "")).split(".")[:2] if part.isdigit()]
+    if numbers and tuple(numbers) < OLDEST:
         checks = [Check(FAIL, "redis", f"{name} {version} is too old: 7.0 or later is needed")]
     if info.get("role") == "slave":
         checks.append(Check(FAIL, "redis", "this is a read-only replica: use the URL of the master"))
     if info.get("cluster_enabled"):
         checks.append(Check(FAIL, "redis", "this is a node of a Redis Cluster: use a server that is none"))
-    return [*checks, _memory(info), *_durability(info)]
+    return [*checks, _memory(info, url), *_durability(info)]
 
 
-def _memory(info: Mapping[str, Any]) -> Check:
-    bound, policy = info.get("maxmemory", 0), info.get("maxmemory_policy", "noeviction")
-    if policy != "noeviction":
+def eviction_warning(connection: Connection) -> str:
+    """A sentence if this server may throw keys away, "" if it may not, or does not tell.
+
+    Raises:
+        RedisUnavailableError: if Redis cannot be reached.
+    """
+    info = _try(connection, ("INFO", "memory"))
+    policy = "" if isinstance(info, Exception) else info.get("maxmemory_policy", "")
+    if not policy:
+        settings = _try(connection, ("CONFIG GET", "maxmemory-policy"))
+        policy = "" if isinstance(settings, Exception) else settings.get("maxmemory-policy", "")
+    threat = eviction_threat(str(policy), connection.settings.shown)
+    return f"Redis at {connection.settings.shown} {threat}" if threat else ""
+
+
+def _memory(info: Mapping[str, Any], url: str) -> Check:
+    bound = info.get("maxmemory", 0)
+    if threat := eviction_threat(info.get("maxmemory_policy", ""), url):
         # Without a bound nothing is evicted yet, but the day somebody sets one, it is.
-        level = FAIL if bound else WARN
-        return Check(level, "memory", f"maxmemory-policy {policy} throws experts away: set it to noeviction")
+        return Check(FAIL if bound else WARN, "memory", threat)
     if not bound:
         return Check(
             WARN,
@@ -90,140 +102,77 @@ def check_redis(connection: Connection, *, stream: str, worker: str, role: str) 
         connection: to the Redis.
         stream: a worker's expert, "" for the first there is.
         worker: a worker's name.
-        role: aggregator, worker or viewer, which this user must be able to be, or "".
+        role: of ROLES, which this user must be able to be, or "".
 
     Raises:
         RedisUnavailableError: if Redis cannot be reached.
     """
     info = _try(connection, ("INFO",))
-    if isinstance(info, NoPermissionError):
-        checks = [
-            Check(WARN, "redis", "answers; version and memory are not checked, this user may not ask INFO")
-        ]
-    elif isinstance(info, Exception):
-        with connection.errors():
-            raise info
+    if isinstance(info, Exception):
+        why = (
+            "this user may not ask INFO" if isinstance(info, NoPermissionError) else "it does not answer INFO"
+        )
+        checks = [Check(WARN, "redis", f"answers; version and memory are not checked, {why}")]
     else:
-        checks = server_checks(info)
-    federation, cannot_look = _look(connection)
-    experts = federation.experts if federation else ()
+        checks = server_checks(info, connection.settings.shown)
+    experts = _look(connection)
     stream = stream or (experts[0].name if experts else EXAMPLE_EXPERT)
-    checks += permission_checks(
-        {
-            "serve experts": _denied(connection, aggregator_commands(connection.keys, stream)),
-            f"train {stream} as {worker}": _denied(
-                connection, worker_commands(connection.keys, stream, worker)
-            ),
-            "look": cannot_look,
-        },
-        required=ROLES.index(role) if role else None,
-    )
+    lacks = {
+        each.name: lacking(connection, each.rights(connection.keys, stream, worker))
+        for each in ROLES.values()
+    }
+    does = {each.name: each.does for each in ROLES.values()} | {WORKER.name: f"train {stream} as {worker}"}
+    checks += permission_checks({name: (does[name], lacks[name]) for name in ROLES}, required=role)
+    for each in (AGGREGATOR, WORKER):
+        if role in ("", each.name) and not any(not lack.right.without for lack in lacks[each.name]):
+            checks.append(_transactions(connection, each, stream, worker))
+            break
     base_models = [expert.meta.base_model for expert in experts if expert.meta]
     return checks, base_models[0] if base_models else ""
 
 
-def permission_checks(denied: Mapping[str, list[str]], *, required: int | None) -> list[Check]:
-    """A line for each role, {what it does: what it lacks}; `required` is the place of the one that must be. Pure."""
+def permission_checks(roles: Mapping[str, tuple[str, Sequence[Lack]]], *, required: str) -> list[Check]:
+    """A line for each role, {its name: (what it does, what this user lacks for it)}; `required` must be. Pure."""
     checks = []
-    useless = all(denied.values())
-    for place, (does, lacks) in enumerate(denied.items()):
-        if not lacks:
-            checks.append(Check(OK, "permissions", f"this user may {does}"))
-        elif place == required:
+    needed = {name: [lack for lack in lacks if not lack.right.without] for name, (_, lacks) in roles.items()}
+    useless = all(needed.values())
+    for name, (does, lacks) in roles.items():
+        told = list(dict.fromkeys(map(str, needed[name])))
+        if not told:
+            checks.append(_may(does, lacks))
+        elif name == required:
             checks.append(
-                Check(FAIL, "permissions", f"this user may not {does}: it lacks {', '.join(lacks)}")
+                Check(
+                    FAIL,
+                    "permissions",
+                    f"this user may not {does}: it lacks {', '.join(told)}; --acl {name} prints its rights",
+                )
             )
-        elif required is None:
-            told = ", ".join(lacks[:3]) + (
-                f" and {len(lacks) - 3} more (see --role {ROLES[place]})" if len(lacks) > 3 else ""
+        elif not required:
+            some = ", ".join(told[:3]) + (
+                f" and {len(told) - 3} more (see --role {name})" if len(told) > 3 else ""
             )
-            level = FAIL if useless else WARN
-            checks.append(Check(level, "permissions", f"this user may not {does}: it lacks {told}"))
+            checks.append(
+                Check(FAIL if useless else WARN, "permissions", f"this user may not {does}: it lacks {some}")
+            )
     return checks
 
 
-def aggregator_commands(keys_of: Keys, expert: str) -> list[Command]:
-    """What an aggregator needs, in forms that change nothing."""
-    keys, gateway = keys_of.expert(expert), keys_of.gateway
-    return [
-        ("HSET", keys_of.experts, "a", "b", "c"),
-        ("HGETALL", keys.meta),
-        ("HSET", keys.meta, "a", "b", "c"),
-        ("HSET", keys.applied, "a", "b", "c"),
-        ("HSET", gateway.meta, "a", "b", "c"),
-        ("SET", keys.weights, "", _BAD),
-        ("SET", keys.packed, "", _BAD),
-        ("SETRANGE", keys.weights, _BAD, ""),
-        ("SETRANGE", keys.packed, _BAD, ""),
-        ("STRLEN", keys.weights),
-        ("STRLEN", keys.packed),
-        ("SET", keys.spec, "", _BAD),
-        ("SET", gateway.weights, "", _BAD),
-        ("SET", keys.lease, "", _BAD),
-        ("XGROUP CREATE", keys.updates, GROUP, _BAD),
-        ("XREADGROUP", "GROUP", GROUP, "doctor", "COUNT", _BAD, "STREAMS", keys.updates, ">"),
-        ("XAUTOCLAIM", keys.updates, GROUP, "doctor", _BAD, 0),
-        ("XACK", keys.updates, GROUP, _BAD),
-        ("XDEL", keys.updates, _BAD),
-        ("XADD", keys.log, _BAD, "a", "b"),
-        ("XADD", keys.dead, _BAD, "a", "b"),
-        ("GETRANGE", keys.head("doctor", _BAD, 0), 0, 0),
-        ("XINFO STREAM", keys.updates),
-        ("TYPE", keys.log),
-        ("DEL", keys.head("doctor", _BAD, 0)),
-        ("UNLINK", keys.head("doctor", _BAD, 0)),
-        ("PEXPIRE", keys.lease, _BAD),
-        ("EVALSHA", _BAD, 1, keys.lease),
-        ("EVAL", "return 1", 1, keys.lease),
-        ("SCRIPT LOAD", "return 1"),
-        ("WATCH", keys.meta),
-        ("UNWATCH",),
-        ("MULTI",),
-        ("DISCARD",),
-    ]
+def _may(does: str, lacks: Sequence[Lack]) -> Check:
+    less = "; ".join(dict.fromkeys(f"without {lack}, {lack.right.without}" for lack in lacks))
+    return Check(WARN if less else OK, "permissions", f"this user may {does}{f' ({less})' if less else ''}")
 
 
-def worker_commands(keys_of: Keys, expert: str, worker: str) -> list[Command]:
-    """What one worker needs, in forms that change nothing."""
-    keys = keys_of.expert(expert)
-    return [
-        ("HKEYS", keys_of.experts),
-        ("GET", keys.spec),
-        ("STRLEN", keys.weights),
-        ("GETRANGE", keys.weights, 0, 0),
-        ("GETRANGE", keys.packed, 0, 0),
-        ("HGETALL", keys.meta),
-        ("HMGET", keys.meta, "lineage"),
-        ("HGET", keys.applied, worker),
-        ("XRANGE", keys.updates, _BAD, "+"),
-        ("XADD", keys.updates, _BAD, "a", "b"),
-        ("SET", keys.head(worker, _BAD, 0), "", _BAD),
-        ("STRLEN", keys.head(worker, _BAD, 0)),
-        ("INCRBY", keys.epoch(worker), _BAD),
-        ("HGETALL", keys.worker(worker)),
-        ("HSET", keys.worker(worker), "a", "b", "c"),
-        ("PEXPIRE", keys.worker(worker), _BAD),
-        ("DEL", keys.head(worker, _BAD, 0)),
-        ("WATCH", keys.meta),
-        ("UNWATCH",),
-        ("MULTI",),
-        ("DISCARD",),
-    ]
-
-
-def _denied(connection: Connection, commands: list[Command]) -> list[str]:
-    """Those that this user may not send, as `COMMAND key`."""
-    prefix = f"{connection.keys.prefix}:"
-    denied = []
-    for command in commands:
-        if isinstance(_try(connection, command), NoPermissionError):
-            keys = [
-                str(word).replace(f"{_BAD}:0:head", "*") for word in command if str(word).startswith(prefix)
-            ]
-            denied.append(" ".join([str(command[0]), *keys]))
-    # A user who may MULTI but not DISCARD, or WATCH but not UNWATCH, leaves a connection that is good for nothing.
-    connection.client.connection_pool.disconnect()
-    return denied
+def _transactions(connection: Connection, role: Role, expert: str, worker: str) -> Check:
+    try:
+        wrong = try_transactions(connection, role, expert, worker)
+    except RedisUnavailableError as error:
+        return Check(FAIL, "transactions", f"could not be tried: {error}")
+    if wrong:
+        return Check(
+            FAIL, "transactions", f"{wrong}: use another server, without a proxy that shares connections"
+        )
+    return Check(OK, "transactions", "hold between two connections")
 
 
 def _try(connection: Connection, command: Command) -> Any:
@@ -235,11 +184,9 @@ def _try(connection: Connection, command: Command) -> Any:
             return error
 
 
-def _look(connection: Connection) -> tuple[Federation | None, list[str]]:
-    """The federation as this user sees it, and what it may not see."""
+def _look(connection: Connection) -> tuple[ExpertView, ...]:
+    """The experts as this user sees them; none if it may not look."""
     try:
-        seen = Inspector(connection).federation()
+        return Inspector(connection).federation().experts
     except RedisUnavailableError:
-        return None, [f"HGETALL {connection.keys.experts}"]
-    problems = [*seen.problems, *(p for e in seen.experts for p in e.problems), *seen.gateway.problems]
-    return seen, [problem.partition(" cannot be read")[0] for problem in problems if DENIED in problem]
+        return ()

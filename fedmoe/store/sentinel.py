@@ -11,13 +11,14 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 from redis.sentinel import MasterNotFoundError, Sentinel
 
+from fedmoe.store.client import Client
 from fedmoe.store.url import SentinelURL
 
 # Also for a sentinel whose machine is gone, mostly the master's own: the next one must be asked soon.
 QUESTION_TIMEOUT_S = 2.0
 
 
-def master_client(url: SentinelURL, arguments: dict[str, Any]) -> redis.Redis:
+def master_client(url: SentinelURL, arguments: dict[str, Any]) -> Client:
     """A client of the master, whichever it is; `arguments` are redis-py's for its connections."""
     asking = {
         "protocol": 2,
@@ -26,7 +27,7 @@ def master_client(url: SentinelURL, arguments: dict[str, Any]) -> redis.Redis:
         "retry": Retry(NoBackoff(), 0),
     }
     sentinels: Any = Sentinels(url.sentinels, sentinel_kwargs=asking | url.sentinel)  # type: ignore[no-untyped-call]  # redis-py's
-    client: redis.Redis = sentinels.master_for(url.master, **arguments, **url.server)
+    client: Client = sentinels.master_for(url.master, Client, **arguments, **url.server)
     return client
 
 

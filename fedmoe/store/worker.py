@@ -220,7 +220,7 @@ class WorkerStore:
         with self.connection.errors():
             try:
                 memory = self._redis.info("memory")
-            except redis.exceptions.NoPermissionError:
+            except redis.ResponseError:  # not this user's to ask, or renamed away, as managed servers do
                 return  # then only Redis itself can say that it is full
             bound = memory.get("maxmemory", 0)
             share = (memory.get("used_memory", 0) + n_bytes) / bound if bound else 0.0

@@ -1,29 +1,34 @@
 """`fedmoe doctor` against a server: permissions are told without changing anything."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
-from consumers.gateway import GatewayBuilder, GatewaySettings
+from fedmoe.cli.main import cli
 from fedmoe.doctor import FAIL, OK, WARN
+from fedmoe.embedded import EmbeddedRedis
+from fedmoe.errors import RedisUnfitError, SettingsError
+from fedmoe.keys import Keys
 from fedmoe.store.connection import Connection, RedisSettings
-from fedmoe.store.lease import Lease
-from fedmoe.store.probe import check_redis
+from fedmoe.store.permissions import AGGREGATOR, ANY, MONITOR, ROLES, WORKER, Role, acl_rules
+from fedmoe.store.probe import check_redis, eviction_warning
+from fedmoe.store.rights import try_transactions
 from fedmoe.store.worker import WorkerStore
 from tests.federation import ScriptedWorker, make_expert, serve, small_spec
 from tests.processes import fedmoe
 
-WORKER = (
-    "resetkeys", "-@all", "+auth", "+hello", "+ping", "+multi", "+exec", "+discard", "+watch", "+unwatch",
-    "%R~fedmoe:experts",
-    "%R~fedmoe:{sql_expert}:*", "%RW~fedmoe:{sql_expert}:payload:alice:*", "%RW~fedmoe:{sql_expert}:worker:alice",
-    "+get", "+getrange", "+strlen", "+hget", "+hmget", "+hgetall", "+hkeys", "+xrange", "+set", "+hset", "+del",
-    "+pexpire", "+incrby",
-    "(%W~fedmoe:{sql_expert}:updates +xadd)",
-)  # fmt: skip
-AGGREGATOR = ("resetkeys", "~fedmoe:*", "-@all", "+@connection", "+@read", "+@write", "+@stream", "+@transaction",
-              "+@scripting", "-@dangerous", "+info")  # fmt: skip
-VIEWER = ("resetkeys", "%R~fedmoe:*", "-@all", "+@read", "-get", "-getrange", "+info", "+auth", "+hello")
+MAY_SERVE = "this user may serve experts"
+MAY_TRAIN = "this user may train {} as alice"
+MAY_OPERATE = "this user may back up, restore, verify and export"
+MAY_LOOK = "this user may look"
+
+
+def rules(role: Role, *more: str) -> list[str]:
+    """Rules of a user with the rights of a role; as a worker, of alice."""
+    return [*acl_rules(role.rights(Keys(), "sql_expert" if role is WORKER else ANY, "alice")), *more]
+
 
 As = Callable[..., Connection]
 
@@ -48,11 +53,7 @@ def told(connection: Connection, role: str = "", worker: str = "alice") -> list[
 
 def test_a_user_without_limits_may_do_everything_and_nothing_is_changed(connection: Connection) -> None:
     """Neither in an empty server nor in a living federation: not a key, not a heartbeat, not an expiry."""
-    expected = [
-        (OK, "this user may serve experts"),
-        (OK, "this user may train {} as alice"),
-        (OK, "this user may look"),
-    ]
+    expected = [(OK, text) for text in (MAY_SERVE, MAY_TRAIN, MAY_OPERATE, MAY_LOOK)]
     assert told(connection) == [(level, text.format("python_expert")) for level, text in expected]
     assert list(connection.client.scan_iter()) == []
     expert = make_expert(connection)
@@ -62,7 +63,7 @@ def test_a_user_without_limits_may_do_everything_and_nothing_is_changed(connecti
     alice.push(0.5)
     WorkerStore(connection, "sql_expert", "alice").beat({"run": "1-00000000"}, ttl_s=60)
     before = {key: connection.client.dump(key) for key in connection.client.scan_iter()}
-    assert len(before) == 11
+    assert len(before) == 12
     assert told(connection) == [(level, text.format("sql_expert")) for level, text in expected]
     assert {key: connection.client.dump(key) for key in connection.client.scan_iter()} == before
     assert 0 < connection.client.ttl("fedmoe:{sql_expert}:worker:alice") <= 60
@@ -71,64 +72,158 @@ def test_a_user_without_limits_may_do_everything_and_nothing_is_changed(connecti
 def test_a_worker_may_train_under_its_own_name_only(connection: Connection, user: As) -> None:
     """And what it lacks under another is listed, key by key."""
     make_expert(connection)
-    alice = user(*WORKER)
+    alice = user(*rules(WORKER))
     assert told(alice, role="worker") == [(OK, "this user may train sql_expert as alice")]
-    serving, training, looking = told(alice)
-    assert (serving[0], training[0], looking[0]) == (WARN, OK, WARN)
+    assert [level for level, _ in told(alice)] == [WARN, OK, WARN, WARN]
     ((level, text),) = told(alice, role="worker", worker="bob")
     assert level == FAIL
-    assert text == (
-        "this user may not train sql_expert as bob: it lacks SET fedmoe:{sql_expert}:payload:bob:*, "
-        "INCRBY fedmoe:{sql_expert}:payload:bob:epoch, HSET fedmoe:{sql_expert}:worker:bob, "
-        "PEXPIRE fedmoe:{sql_expert}:worker:bob, "
-        "DEL fedmoe:{sql_expert}:payload:bob:*"
-    )
+    own, payloads = "fedmoe:{sql_expert}:worker:bob", "fedmoe:{sql_expert}:payload:bob:*"
+    for command in (f"HSET {own}", f"PEXPIRE {own}", f"DEL {own}", f"SET {payloads}", f"INCRBY {payloads}"):
+        assert command in text
+    assert "alice" not in text
+    assert " XADD" not in text
 
 
-def test_what_is_called_enough_for_a_worker_is_enough(connection: Connection, user: As) -> None:
-    """The user above can in truth join, publish, poll and pull."""
-    expert = make_expert(connection)
-    alice = ScriptedWorker(user(*WORKER), small_spec())
-    alice.store.beat({"run": "1-00000000"}, ttl_s=60)
-    alice.store.join()
-    update = alice.push(0.5)
-    entry = alice.publish()
-    assert alice.store.poll(entry, update.header).entry_waits
-    assert "applied" in serve(expert)
-    alice.pull()
-    assert alice.ledger.meta.version == 1
-    alice.store.leave()
+@pytest.mark.parametrize("role", ROLES.values(), ids=ROLES)
+def test_each_missing_right_is_named(connection: Connection, user: As, role: Role) -> None:
+    """Take any command away from the rules that are printed, and doctor names it, with its keys; else all is well."""
+    make_expert(connection)
+    assert {level for level, _ in told(user(*rules(role)), role=role.name)} == {OK}
+    rights = role.rights(Keys(), "sql_expert", "alice")
+    for command in {right.command for right in rights}:
+        level_without = WARN if all(r.without for r in rights if r.command == command) else FAIL
+        selectors = [
+            rule for rule in rules(role) if not rule.startswith("(") or f"+{command.lower()}" not in rule
+        ]
+        without = user(*selectors, f"-{command.lower().replace(' ', '|')}")
+        level, text = next(
+            line for line in told(without, role=role.name) if role.does.split(",")[0] in line[1]
+        )
+        assert (level, command in text) == (level_without, True), command
 
 
-def test_what_is_called_enough_for_an_aggregator_is_enough(connection: Connection, user: As) -> None:
-    """An expert is created, served and merged by such a user; without scripts it is refused beforehand."""
-    server = user(*AGGREGATOR)
-    assert told(server, role="aggregator")[0][0] == OK
-    expert = make_expert(server)
-    ScriptedWorker(connection, small_spec()).push(0.5)
-    assert serve(expert) == ["applied"]
-    assert Lease(server, "fedmoe:{sql_expert}:lease", holder="a", ttl_ms=5000).hold()
-    assert GatewayBuilder(server, GatewaySettings(), holder="a", lease_s=5.0).refresh()
-    ((level, text),) = told(user(*AGGREGATOR, "-@scripting"), role="aggregator")[:1]
-    missing = "EVALSHA fedmoe:{sql_expert}:lease, EVAL fedmoe:{sql_expert}:lease, SCRIPT LOAD"
-    assert (level, text) == (FAIL, f"this user may not serve experts: it lacks {missing}")
+def test_a_missing_key_is_named(connection: Connection, user: As) -> None:
+    """Though the server does not say which it is."""
+    make_expert(connection)
+    less = [rule for rule in rules(AGGREGATOR) if not rule.endswith(":lease")]
+    ((level, text),) = told(user(*less), role="aggregator")
+    assert level == FAIL
+    assert "EVALSHA fedmoe:{sql_expert}:lease" in text
+    assert ":meta" not in text
 
 
-def test_a_viewer_may_look(connection: Connection, user: As) -> None:
+def test_a_monitor_may_look(connection: Connection, user: As) -> None:
     """With exit code 0 for that role; the base model is the expert's."""
     make_expert(connection, base_model="org/tiny")
-    viewer = user(*VIEWER)
-    assert told(viewer, role="viewer") == [(OK, "this user may look")]
+    monitor = user(*rules(MONITOR))
+    assert told(monitor, role="monitor") == [(OK, MAY_LOOK)]
     url = connection.settings.url.replace("unix://", "unix://someone:pw@")
-    done = fedmoe("doctor", "--redis", url, "--role", "viewer")
+    done = fedmoe("doctor", "--redis", url, "--role", "monitor")
     assert (done.returncode, done.stderr) == (0, "")
     assert "org/tiny is not in the hub cache" in done.stdout
+    ((level, text),) = told(user(*rules(MONITOR, "-info")), role="monitor")
+    assert (level, text) == (
+        WARN, f"{MAY_LOOK} (without INFO, version and memory of the server are not shown)"
+    )  # fmt: skip
 
 
 def test_a_user_who_may_nothing_fails(connection: Connection, user: As) -> None:
     """Without asking for a role."""
     make_expert(connection)
-    assert {level for level, _ in told(user("-@all", "+auth", "+hello"))} == {FAIL}
+    assert {level for level, _ in told(user("-@all"))} == {FAIL}
+
+
+@pytest.mark.parametrize("role", [AGGREGATOR, WORKER], ids=["aggregator", "worker"])
+@pytest.mark.parametrize("commands", [("EVAL", "EVALSHA", "SCRIPT"), ("WATCH",), ("XADD",)])
+def test_a_command_that_was_renamed_away_is_found_before_anything_begins(
+    server: EmbeddedRedis, tmp_path: Path, role: Role, commands: tuple[str, ...]
+) -> None:
+    """By doctor; and aggregator and worker end with exit code 2 before they have created or trained anything."""
+    (tmp_path / "rows").write_text('{"prompt": "a", "completion": "b"}')
+    options = [word for command in commands for word in ("--rename-command", command, "")]
+    run = {"aggregator": ["run"], "worker": ["run", "--stream", "a", "--data", str(tmp_path / "rows")]}
+    needs = any(right.command.split()[0] in commands for right in role.rights(Keys(), "a", "alice"))
+    with EmbeddedRedis(server=server.server, options=options) as own:
+        connection = Connection(RedisSettings(url=own.url))
+        level, text = next(line for line in told(connection, role=role.name) if role.does in line[1])
+        assert level == (FAIL if needs else OK)
+        if needs:
+            assert all(command in text for command in commands)
+            assert "(this server has none)" in text
+            done = CliRunner().invoke(cli, [role.name, *run[role.name], "--redis", own.url])
+            assert isinstance(done.exception, RedisUnfitError)
+            assert done.exception.exit_code == 2
+            assert f"has no {commands[0]}" in str(done.exception)
+            assert "take it out of rename-command" in str(done.exception)
+        assert list(connection.client.scan_iter()) == []
+
+
+def test_without_info_all_works_and_it_is_said(server: EmbeddedRedis) -> None:
+    """A managed server may have renamed it: a warning, and an update is published and applied."""
+    with EmbeddedRedis(server=server.server, options=["--rename-command", "INFO", ""]) as own:
+        connection = Connection(RedisSettings(url=own.url))
+        expert = make_expert(connection)
+        checks, _ = check_redis(Connection(connection.settings), stream="", worker="alice", role="")
+        assert {check.level for check in checks} == {OK, WARN}
+        assert "does not answer INFO" in checks[0].text
+        ScriptedWorker(connection, small_spec()).push(1.0)
+        assert serve(expert) == ["applied"]
+
+
+@pytest.mark.parametrize("role", [AGGREGATOR, WORKER], ids=["aggregator", "worker"])
+def test_transactions_that_do_not_hold_are_found(
+    connection: Connection, role: Role, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A proxy that takes WATCH and forgets it, one that never executes, scripts that do not compare."""
+    assert try_transactions(connection, role, "sql_expert", "alice") == ""
+    assert list(connection.client.scan_iter()) == []
+    pipeline = type(connection.client.pipeline())
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "watch", lambda self, *keys: None)
+        assert "though the key that it watched had changed" in try_transactions(connection, role, "a", "b")
+    with monkeypatch.context() as patch:
+        patch.setattr("fedmoe.store.rights.execute", lambda pipe: pipe.reset())
+        assert "though nobody had changed" in try_transactions(connection, role, "a", "b")
+    with monkeypatch.context() as patch:
+        patch.setattr("fedmoe.store.rights.Lease.hold", lambda self: True)
+        wrong = try_transactions(connection, role, "a", "b")
+        assert wrong == ("two connections could take one lease" if role is AGGREGATOR else "")
+    with monkeypatch.context() as patch:
+        patch.setattr("fedmoe.store.rights.transact", lambda *_: True)
+        wrong = try_transactions(connection, role, "a", "b")
+        assert wrong == ("two connections could commit on top of one commit" if role is AGGREGATOR else "")
+        checks, _ = check_redis(connection, stream="", worker="alice", role="aggregator")
+        assert [check.level for check in checks if check.what == "transactions"] == [FAIL]
+
+
+def test_the_acl_line_makes_that_user(connection: Connection) -> None:
+    """As an ACL file or ACL SETUSER takes it; another database than 0 needs SELECT."""
+    done = CliRunner().invoke(cli, ["doctor", "--acl", "worker", "--stream", "sql_expert", "--name", "alice"])
+    assert done.exit_code == 0
+    _, name, on, password, *found = done.output.replace("(", " (").split(" ")
+    assert (name, on, password) == ("alice", "on", ">PASSWORD")
+    assert "+select" not in done.output
+    assert " ".join(rules(WORKER)) in done.output
+    done = CliRunner().invoke(cli, ["doctor", "--acl", "monitor", "--redis", "redis://nowhere/3"])
+    assert done.output.startswith("user monitor on >PASSWORD ")
+    assert " +select " in done.output
+    done = CliRunner().invoke(cli, ["doctor", "--acl", "worker"])
+    assert isinstance(done.exception, SettingsError)
+    assert found
+
+
+@pytest.mark.parametrize("policy", ["allkeys-lru", "volatile-lru"])
+@pytest.mark.parametrize("refused", ["", "-info"])
+def test_eviction_is_told_at_the_start(connection: Connection, user: As, policy: str, refused: str) -> None:
+    """By INFO, else by CONFIG GET; nothing if neither is allowed."""
+    connection.client.config_set("maxmemory-policy", policy)
+    try:
+        told = eviction_warning(user("~*", "+@all", *([refused] if refused else [])))
+        assert eviction_warning(user("~*", "+@all", "-info", "-config")) == ""
+    finally:
+        connection.client.config_set("maxmemory-policy", "noeviction")
+    assert f"(maxmemory-policy {policy}): set it to noeviction with `redis-cli CONFIG SET" in told
+    assert eviction_warning(connection) == ""
 
 
 def test_the_command_prints_a_line_each_and_its_exit_code() -> None:

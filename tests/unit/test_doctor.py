@@ -21,7 +21,10 @@ from fedmoe.doctor import (
     check_python,
     check_stranger,
 )  # fmt: skip
+from fedmoe.eviction import eviction_threat
+from fedmoe.store.permissions import Right
 from fedmoe.store.probe import permission_checks, server_checks
+from fedmoe.store.rights import Lack
 from tests.tiny import save_tiny_model
 
 INFO: dict[str, Any] = {
@@ -121,8 +124,8 @@ def test_a_fit_server_is_all_ok() -> None:
         ({"redis_version": "6.0.16"}, FAIL, "Redis 6.0.16 is too old: 7.0 or later"),
         ({"role": "slave"}, FAIL, "read-only replica: use the URL of the master"),
         ({"cluster_enabled": 1}, FAIL, "Redis Cluster"),
-        ({"maxmemory_policy": "allkeys-lru"}, FAIL, "allkeys-lru throws experts away: set it to noeviction"),
-        ({"maxmemory_policy": "allkeys-lru", "maxmemory": 0}, WARN, "allkeys-lru throws experts away"),
+        ({"maxmemory_policy": "allkeys-lru"}, FAIL, "throw away experts"),
+        ({"maxmemory_policy": "allkeys-lru", "maxmemory": 0}, WARN, "set it to noeviction with"),
         ({"maxmemory": 0}, WARN, "no maxmemory"),
         ({"used_memory": 0.9 * 2**30}, WARN, "90% of maxmemory is used"),
         ({"aof_enabled": 0}, WARN, "appendonly is off"),
@@ -139,15 +142,48 @@ def test_what_is_wrong_with_a_server_is_one_line(odd: dict[str, Any], level: str
 
 def test_a_user_must_be_good_for_something() -> None:
     """What it may not do is a warning, a failure if a role is asked for or nothing is left."""
-    lacks = {"serve": ["SET a", "SET b", "SET c", "SET d"], "train": ["SET e"], "look": []}
-    assert [check.level for check in permission_checks(lacks, required=None)] == [WARN, WARN, OK]
-    assert [check.level for check in permission_checks(lacks, required=2)] == [OK]
-    first, _ = permission_checks(lacks, required=0)
+    four, none = [Lack(right=Right(command="SET", keys=(key,))) for key in "abcd"], ()
+    roles = {"aggregator": ("serve", four), "worker": ("train", four[:1]), "monitor": ("look", none)}
+    assert [check.level for check in permission_checks(roles, required="")] == [WARN, WARN, OK]
+    assert [check.level for check in permission_checks(roles, required="monitor")] == [OK]
+    first, _ = permission_checks(roles, required="aggregator")
     assert first.level == FAIL
-    assert first.text == "this user may not serve: it lacks SET a, SET b, SET c, SET d"
-    useless = permission_checks(lacks | {"look": ["GET f"]}, required=None)
+    assert first.text.startswith(
+        "this user may not serve: it lacks SET a, SET b, SET c, SET d; --acl aggregator "
+    )
+    useless = permission_checks(roles | {"monitor": ("look", four)}, required="")
     assert [check.level for check in useless] == [FAIL] * 3
     assert useless[0].text.endswith("it lacks SET a, SET b, SET c and 1 more (see --role aggregator)")
+
+
+def test_what_a_role_can_do_without_is_told() -> None:
+    """A warning that says what is then missing; a command that the server lacks is named once."""
+    info = Lack(right=Right(command="INFO", without="memory is not shown"), no_command=True)
+    (check,) = permission_checks({"monitor": ("look", [info, info])}, required="monitor")
+    assert check == Check(
+        WARN, "permissions", "this user may look (without INFO (this server has none), memory is not shown)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("policy", "url", "sentence"),
+    [
+        ("noeviction", "redis://here", ""),
+        ("", "redis://here", ""),
+        ("allkeys-lru", "redis://here", "may throw away experts, updates that wait and leases when it is full"),
+        ("volatile-lru", "unix:///r", "may throw away updates that wait, heartbeats and leases when it is full"),
+        ("volatile-ttl", "redis://here", "`redis-cli CONFIG SET maxmemory-policy noeviction` and in redis.conf"),
+        ("allkeys-lfu", "rediss://a.b.use1.cache.amazonaws.com:6379", "in the parameter group of its Elasti"),
+        ("allkeys-lfu", "rediss://x.memorydb.us-east-1.amazonaws.com", "noeviction in its parameter group"),
+        ("allkeys-lfu", "rediss://x.redis.cache.windows.net:6380/0", "under Advanced settings of its Azure cache"),
+        ("allkeys-lfu", "sentinel://one:26379,two/master", "redis-cli CONFIG SET"),
+    ],
+)  # fmt: skip
+def test_eviction_is_told_with_the_place_where_it_is_changed(policy: str, url: str, sentence: str) -> None:
+    """By the kind of the server, which its host tells."""
+    threat = eviction_threat(policy, url)
+    assert sentence in threat
+    assert bool(threat) == bool(sentence)
 
 
 def test_a_broken_torch_is_one_line(tmp_path: Path) -> None:

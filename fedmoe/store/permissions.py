@@ -1,0 +1,187 @@
+"""What each role asks of Redis: the one list from which rights are checked and ACL rules are written. Pure.
+
+A right is a command on some keys. `tests/integration/test_permissions.py` records what real runs send and compares.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from fedmoe.keys import Keys
+
+ANY = "*"  # as the name of an expert or a worker: whichever
+READS = frozenset({
+    "EXISTS", "GET", "GETRANGE", "HGET", "HGETALL", "HKEYS", "HMGET", "PTTL", "STRLEN", "TYPE", "WATCH", "XINFO GROUPS",
+    "XINFO STREAM", "XLEN", "XRANGE", "XREVRANGE",
+})  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Right:
+    """A command on keys.
+
+    Args:
+        command: as redis-py names it, for example XGROUP CREATE.
+        keys: glob patterns; none for a command without keys.
+        when: the situation it is for, if an ordinary run does not send it.
+        without: what is missing without it, if the role can do without.
+        alone: an ACL gives it by a rule of its own, because the role's other commands must not work on these keys.
+    """
+
+    command: str
+    keys: tuple[str, ...] = ()
+    when: str = ""
+    without: str = ""
+    alone: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Role:
+    """What a role does, and its rights for a federation's keys, an expert and a worker (which not all roles need)."""
+
+    name: str
+    does: str
+    rights: Callable[[Keys, str, str], tuple[Right, ...]]
+
+
+def _on(*keys: str, may: str, when: str = "") -> Iterator[Right]:
+    """Each of these commands (parted by commas) on each of these keys."""
+    for command in may.split(", "):
+        yield Right(command=command, keys=keys, when=when)
+
+
+def _worker(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
+    keys = all_keys.expert(expert)
+    own, payloads = keys.worker(worker), keys.payloads(worker)
+    return (
+        *_on(keys.spec, may="GET"),
+        *_on(keys.meta, may="HGETALL, HMGET"),
+        *_on(keys.applied, may="HGET"),
+        *_on(keys.packed, may="GETRANGE"),
+        *_on(keys.weights, may="STRLEN, GETRANGE", when="the format is fp32, or the packed weights are damaged"),
+        *_on(keys.updates, may="XRANGE"),
+        Right(command="XADD", keys=(keys.updates,), alone=True),  # else it could delete the stream
+        *_on(own, may="HGETALL"),
+        *_on(own, keys.trace(worker), may="HSET, PEXPIRE, DEL"),
+        *_on(payloads, may="SET, STRLEN, PEXPIRE, INCRBY"),
+        *_on(payloads, may="DEL", when="Redis is full"),
+        Right(
+            command="GET", keys=(keys.lease,), when="it runs for some seconds",
+            without="it does not notice that no aggregator serves its expert",
+        ),
+        *_on(all_keys.experts, may="HKEYS", when="there is no such expert"),
+        *_on(may="MULTI, EXEC"),
+        *_on(keys.meta, keys.applied, keys.packed, keys.weights, keys.updates, may="WATCH", when="Redis is full"),
+        *_on(may="UNWATCH", when="Redis is full"),
+        Right(command="INFO", without="it notices that Redis is full only when an update is refused"),
+    )  # fmt: skip
+
+
+def _aggregator(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
+    keys, gateway = all_keys.expert(expert), all_keys.gateway
+    payloads = keys.payloads(ANY)
+    large, lost, full = "weights of 4 MiB and more", "Redis has lost an expert", "Redis is full"
+    return (
+        *_on(all_keys.experts, may="HGET, HGETALL, HSETNX"),
+        *_on(all_keys.experts, may="HSET", when="--expert NAME=WEIGHT changes a weight"),
+        *_on(keys.meta, may="EXISTS, HGETALL, HGET, HSET, WATCH, EVAL"),
+        *_on(keys.applied, may="EXISTS, HGETALL, HSET, TYPE, WATCH, EVAL"),
+        *_on(keys.weights, may="EXISTS, GET, SET, TYPE, STRLEN, WATCH, EVAL"),
+        *_on(keys.packed, may="SET, UNLINK, TYPE, STRLEN, WATCH, EVAL"),
+        *_on(keys.weights, keys.packed, may="SETRANGE, GETRANGE, PTTL", when=large),
+        *_on(keys.spec, may="GET, SET"),
+        *_on(keys.spec, may="EXISTS", when=lost),
+        *_on(keys.log, keys.dead, may="XADD, UNLINK, TYPE, WATCH, EVAL"),
+        *_on(keys.updates, may="XGROUP CREATE, XREADGROUP, XAUTOCLAIM, XACK, XDEL, XINFO STREAM, WATCH"),
+        *_on(keys.updates, may="DEL", when="somebody blocked the stream with its highest id"),
+        *_on(keys.updates, may="EVAL", when=full),
+        *_on(payloads, may="GETRANGE, UNLINK"),
+        *_on(keys.lease, may="EVALSHA, GET, SET, DEL"),
+        *_on(keys.lease, may="PTTL", when="a second aggregator runs"),
+        *_on(keys.lease, may="PEXPIRE", when="somebody set a lease that does not expire"),
+        *_on(keys.lost, may="HGETALL, UNLINK"),
+        *_on(keys.lost, may="HSET", when=lost),
+        *_on(keys.memory, may="UNLINK"),
+        *_on(keys.memory, may="HSET, HGETALL, PEXPIRE", when=lost),
+        *_on(keys.problem, gateway.problem, may="HSET, PEXPIRE, UNLINK", when="it cannot do something"),
+        *_on(keys.worker(ANY), may="HGET", when="no base model is pinned yet, or Redis has lost an expert"),
+        *_on(gateway.meta, may="HGETALL, HSET, DEL"),
+        *_on(gateway.weights, may="SET"),
+        *_on(gateway.lease, may="EVALSHA, GET, SET, DEL"),
+        *_on(may="SCAN, SCRIPT LOAD, MULTI, EXEC, UNWATCH"),
+        Right(command="INFO", without="it does not notice that Redis may throw keys away (maxmemory-policy)"),
+    )
+
+
+def _operator(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
+    keys, gateway = all_keys.expert(expert), all_keys.gateway
+    written = (keys.meta, keys.spec, keys.weights, keys.applied, keys.log, keys.dead)
+    return (
+        *_on(all_keys.experts, may="HGETALL, HGET, HSET"),
+        *_on(keys.spec, keys.weights, may="GET, SET"),
+        *_on(keys.meta, may="HGET"),
+        *_on(keys.meta, keys.applied, may="HGETALL, HSET"),
+        *_on(keys.log, keys.dead, may="XRANGE, XADD"),
+        *_on(keys.packed, may="SET"),
+        *_on(keys.packed, keys.lost, keys.memory, may="UNLINK"),
+        *_on(*written, may="WATCH, EXISTS, UNLINK"),
+        *_on(gateway.weights, may="GET"),
+        *_on(may="MULTI, EXEC"),
+        *_on(may="UNWATCH", when="Redis is full"),
+        *_monitor(all_keys, expert, worker),
+    )
+
+
+def _monitor(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
+    keys, gateway = all_keys.expert(expert), all_keys.gateway
+    leases = (keys.lease, gateway.lease)
+    return (
+        *_on(all_keys.experts, keys.meta, gateway.meta, may="HGETALL"),
+        *_on(keys.weights, gateway.weights, may="STRLEN"),
+        *_on(keys.updates, may="XLEN, XINFO GROUPS"),
+        *_on(keys.dead, may="XLEN, XREVRANGE"),
+        *_on(keys.log, may="XREVRANGE"),
+        *_on(keys.applied, may="HKEYS"),
+        *_on(keys.problem, gateway.problem, may="HGETALL"),
+        *_on(keys.worker(ANY), keys.trace(ANY), may="HMGET, PTTL"),
+        *_on(*leases, may="PTTL"),
+        *_on(may="SCAN"),
+        Right(command="GET", keys=leases, alone=True, without="who serves an expert is shown as `somebody`"),
+        Right(command="INFO", without="version and memory of the server are not shown"),
+    )
+
+
+AGGREGATOR = Role(name="aggregator", does="serve experts", rights=_aggregator)
+WORKER = Role(name="worker", does="train", rights=_worker)
+OPERATOR = Role(name="operator", does="back up, restore, verify and export", rights=_operator)
+MONITOR = Role(name="monitor", does="look", rights=_monitor)
+ROLES = {role.name: role for role in (AGGREGATOR, WORKER, OPERATOR, MONITOR)}
+
+
+def acl_rules(rights: tuple[Right, ...], *, database: int = 0) -> list[str]:
+    """The rules of a user with these rights and no others, for an ACL file or ACL SETUSER (Redis 7.0, Valkey).
+
+    Args:
+        rights: of one role, or of several that share a user.
+        database: of the URL; another than 0 is chosen by a command, which then is allowed.
+    """
+    shared = [right for right in rights if not right.alone]
+    touched = dict.fromkeys(key for right in shared for key in right.keys)
+    written = {key for right in shared if right.command not in READS for key in right.keys}
+    commands = sorted({_acl_name(right.command) for right in shared} | ({"select"} if database else set()))
+    selectors = [
+        f"({' '.join(f'{_mode(right.command)}~{key}' for key in right.keys)} -@all +{_acl_name(right.command)})"
+        for right in rights
+        if right.alone
+    ]
+    return [
+        "resetkeys", "resetchannels", *(f"~{key}" if key in written else f"%R~{key}" for key in touched), "-@all",
+        *(f"+{command}" for command in commands), *selectors,
+    ]  # fmt: skip
+
+
+def _mode(command: str) -> str:
+    return "%R" if command in READS else "%W"
+
+
+def _acl_name(command: str) -> str:
+    return command.lower().replace(" ", "|")

@@ -1,0 +1,154 @@
+"""What Redis or redis-py said, as one sentence: what is wrong, with which key, and what to do.
+
+RedisUnfitError is for what stays so until somebody changes the server's settings, this user's rights or a key; all
+else passes, and is RedisUnavailableError. Pure.
+"""
+
+import re
+from collections.abc import Sequence
+
+import redis
+from redis import exceptions
+from redis.sentinel import MasterNotFoundError
+
+from fedmoe.errors import RedisUnavailableError, RedisUnfitError
+from fedmoe.store.client import Words, asked
+
+_UNKNOWN_COMMAND = re.compile(r"unknown (?:sub)?command [`'\"]?(\w+)|Unknown Redis command")
+_REFUSED_COMMAND = re.compile(r"permissions to run the '([^']+)' command")
+_TOO_LONG = re.compile(r"exceeds maximum allowed size|max request size exceeded")
+MAX_SHOWN_CHARS = 160
+
+
+def is_refusal(reply: object) -> bool:
+    """True if this user may not do that, or nobody can, because the server has no such command."""
+    return is_not_allowed(reply) or (
+        isinstance(reply, redis.ResponseError) and bool(_UNKNOWN_COMMAND.search(str(reply)))
+    )
+
+
+def is_not_allowed(reply: object) -> bool:
+    """True if this user may not do that; an EXEC is then refused by a sentence of its own."""
+    return isinstance(reply, exceptions.NoPermissionError) or (
+        isinstance(reply, redis.ResponseError) and "NOPERM" in str(reply)
+    )
+
+
+def is_broken(error: Exception) -> bool:
+    """True if the connection ended while something was asked or answered, not while it was made."""
+    if isinstance(error, redis.WatchError):
+        return True
+    is_connection = type(error) is redis.ConnectionError or isinstance(error, OSError)
+    return is_connection and " connecting to " not in str(error)
+
+
+def keys_of(command: Words, prefix: str) -> list[str]:
+    """The keys of a command, which are the words that begin with the federation's prefix."""
+    words = [word.decode(errors="replace") if isinstance(word, bytes) else word for word in command[1:]]
+    return [word for word in words if isinstance(word, str) and word.startswith(f"{prefix}:")]
+
+
+def told(command: Words, prefix: str) -> str:
+    """A command for people: its name and its keys, never a value."""
+    text = " ".join([str(command[0]), *dict.fromkeys(keys_of(command, prefix))])
+    return text if len(text) <= MAX_SHOWN_CHARS else f"{text[:MAX_SHOWN_CHARS]}..."
+
+
+def explain(error: Exception, url: str, prefix: str) -> RedisUnavailableError:
+    """The sentence for an error, and whether it can come right by itself.
+
+    Args:
+        error: of redis-py; what was asked is noted with it (store/client.py).
+        url: for people, without login.
+        prefix: of the federation's keys.
+    """
+    text = str(error).strip().rstrip(".") or type(error).__name__
+    commands = asked(error)
+    sentence = _unfit(error, text, commands, url, prefix)
+    return RedisUnfitError(sentence) if sentence else RedisUnavailableError(_passing(error, text, url))
+
+
+def _unfit(error: Exception, text: str, commands: Sequence[Words], url: str, prefix: str) -> str:
+    """The sentence for what cannot come right by itself, "" for all else."""
+    command = commands[0] if len(commands) == 1 else ()
+    what = told(command, prefix) if command else ""
+    if isinstance(error, MasterNotFoundError):  # tells in its own words what each sentinel said
+        return ""
+    if isinstance(error, exceptions.AuthenticationError | exceptions.AuthorizationError):
+        return f"Redis at {url} refuses the login ({text}): check user and password in the URL"
+    if refused := _refused_right(error, text, what):
+        return (
+            f"Redis at {url} does not let this user run {refused}: give it the rights that "
+            "`fedmoe doctor --acl ROLE` prints"
+        )
+    if found := _UNKNOWN_COMMAND.search(text):
+        name = found[1].upper() if found[1] else f"that a script of FedMoE uses ({what})"
+        return (
+            f"Redis at {url} has no command {name}, and FedMoE needs it: take it out of rename-command there, or use "
+            "another server (Redis 7.0, Valkey 8, or newer)"
+        )
+    if _of_a_cluster(error):
+        return f"Redis at {url} is a node of a Redis Cluster ({text}): use a server that is none"
+    if "WRONGTYPE" in text:
+        return _wrong_type(keys_of(command, prefix) if command else [], url)
+    if _TOO_LONG.search(text):
+        return (
+            f"Redis at {url} takes no value as long as that of {what} ({text}): raise its proto-max-bulk-len"
+        )
+    return ""
+
+
+def _refused_right(error: Exception, text: str, what: str) -> str:
+    """The command (with its keys, if it is they that are refused) that this user may not run; "" if it may."""
+    if "EXEC without MULTI" in text:
+        return "MULTI"
+    in_script = "user executing the script can't" in text
+    if not (in_script or is_not_allowed(error)):
+        return ""
+    found = _REFUSED_COMMAND.search(text)
+    name = found[1].replace("|", " ").upper() if found else ""
+    if not what.startswith(name):
+        what = name  # a transaction was sent, and EXEC is what was refused
+    return f"{what or 'a command'}{' (a command or key inside the script)' if in_script else ''}"
+
+
+def _wrong_type(keys: Sequence[str], url: str) -> str:
+    which = f"the key {' or '.join(dict.fromkeys(keys))}" if keys else "a FedMoE key"
+    there = f" (redis-cli RENAME '{keys[0]}' '{keys[0]}.overwritten')" if keys else ""
+    return f"{which} in Redis at {url} was overwritten by something else: move it away{there}"
+
+
+def _of_a_cluster(error: Exception) -> bool:
+    kinds = (
+        exceptions.AskError,  # and MOVED
+        exceptions.ClusterDownError,
+        exceptions.ClusterCrossSlotError,
+        exceptions.TryAgainError,
+    )
+    return isinstance(error, kinds) and not isinstance(error, exceptions.MasterDownError)
+
+
+def _passing(error: Exception, text: str, url: str) -> str:
+    """The sentence for what may come right by itself."""
+    match error:
+        case MasterNotFoundError():
+            return text
+        case _ if isinstance(error, exceptions.OutOfMemoryError) or "because of: OOM" in text:
+            return f"Redis at {url} is full: raise its maxmemory, nothing is lost meanwhile"
+        case exceptions.ReadOnlyError() if url.startswith("sentinel://"):
+            return f"the master at {url} has just become a replica: Sentinel is asked for the new one"
+        case exceptions.ReadOnlyError():
+            return f"Redis at {url} is a read-only replica: use the URL of the master"
+        case exceptions.MasterDownError():
+            return f"Redis at {url} is a replica that has lost its master: use the URL of the master"
+        case exceptions.BusyLoadingError():
+            return f"Redis at {url} is still loading its data"
+        case exceptions.ConnectionError() if "max number of clients" in text:
+            return f"Redis at {url} takes no more connections: raise its maxclients"
+        case exceptions.ConnectionError() | exceptions.TimeoutError() | redis.WatchError() | OSError():
+            return f"Redis at {url} cannot be reached ({text})"
+    if "MISCONF" in text:
+        return f"Redis at {url} cannot write to its disk and so takes no writes: see its log"
+    if text.startswith("NOREPLICAS"):
+        return f"Redis at {url} takes no writes while too few replicas follow it (min-replicas-to-write)"
+    return f"Redis at {url} refused a command ({text[:MAX_SHOWN_CHARS]})"

@@ -1,0 +1,239 @@
+"""The list of rights (store/permissions.py) is what real runs send, no less and no more; ACL users prove it."""
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from consumers.aggregator import Aggregator, AggregatorSettings
+from consumers.create import SpecRequest, ensure_experts
+from consumers.gateway import GatewaySettings
+from fedmoe.cli.main import cli
+from fedmoe.embedded import EmbeddedRedis
+from fedmoe.errors import RedisUnavailableError, RedisUnfitError, UnknownExpertError
+from fedmoe.keys import Keys
+from fedmoe.spec import LoraSettings
+from fedmoe.stopping import Stop
+from fedmoe.store.backup import BackupStore
+from fedmoe.store.connection import Connection, RedisSettings
+from fedmoe.store.expert import ExpertStore
+from fedmoe.store.gateway import GatewayStore
+from fedmoe.store.lease import Lease
+from fedmoe.store.permissions import AGGREGATOR, ANY, MONITOR, OPERATOR, ROLES, WORKER, Right, Role, acl_rules
+from fedmoe.store.probe import eviction_warning
+from fedmoe.store.problems import Problems
+from fedmoe.store.rights import require
+from fedmoe.store.worker import WorkerStore
+from producers.worker import Worker, WorkerSettings
+from tests.federation import ScriptedWorker, make_expert, serve, serving, small_spec
+from tests.processes import eventually
+from tests.proxy import Proxy
+from tests.recorder import Recorder, ScriptRecorder, Sent, idle, missing
+
+KEYS = Keys()
+EXPERT, NAME = "sql_expert", "w1"
+
+
+def rights_of(role: Role) -> tuple[Right, ...]:
+    """Of the role's user in these tests."""
+    return role.rights(KEYS, EXPERT if role is WORKER else ANY, NAME)
+
+
+class Guarded:
+    """A server on which each role is a user with exactly its rights, behind a proxy that records what it sends."""
+
+    def __init__(self, own: EmbeddedRedis, stack: ExitStack) -> None:
+        self.admin = Connection(RedisSettings(url=own.url))
+        stack.callback(self.admin.close)
+        self.recorders = {name: Recorder() for name in ROLES}
+        self.urls = {}
+        for name, role in ROLES.items():
+            self.admin.client.execute_command(
+                "ACL", "SETUSER", name, "on", ">pw", *acl_rules(rights_of(role))
+            )
+            proxy = stack.enter_context(Proxy(own.socket))
+            proxy.tap = self.recorders[name].tap
+            self.urls[name] = proxy.url.replace("redis://", f"redis://{name}:pw@")
+        self.scripts = stack.enter_context(ScriptRecorder(own.socket))
+
+    def settings(self, role: Role) -> RedisSettings:
+        return RedisSettings(url=self.urls[role.name])
+
+    def connection(self, role: Role) -> Connection:
+        return Connection(self.settings(role))
+
+    def fedmoe(self, role: Role, *command: str) -> str:
+        """Run a command as the role's user; its output."""
+        done = CliRunner().invoke(cli, [*command, "--redis", self.urls[role.name]])
+        assert done.exit_code == 0, done.output or done.exception
+        return str(done.output)
+
+    def sent(self, role: Role) -> set[tuple[str, str]]:
+        """What the role sent so far, the inner commands of its scripts among it; only the aggregator has any."""
+        return self.recorders[role.name].sent | (self.scripts.sent if role is AGGREGATOR else set())
+
+    def denied(self) -> list[str]:
+        """What the server refused, all users together."""
+        log = self.admin.client.execute_command("ACL", "LOG")
+        entries = [dict(zip(entry[::2], entry[1::2], strict=True)) for entry in log]
+        refused = [f"{entry[b'username'].decode()} {entry[b'object'].decode()}" for entry in entries]
+        return [text for text in refused if not text.endswith("client|setinfo")]
+
+
+@pytest.fixture
+def guarded(server: EmbeddedRedis) -> Iterator[Guarded]:
+    with ExitStack() as stack:
+        own = stack.enter_context(EmbeddedRedis(server=server.server, options=["--appendonly", "no"]))
+        yield Guarded(own, stack)
+
+
+def write_rows(path: Path) -> Path:
+    path.write_text("".join(json.dumps({"prompt": f"n {n}", "completion": str(n)}) + "\n" for n in range(20)))
+    return path
+
+
+def run_in_thread(target: Callable[[Stop], None], stack: ExitStack) -> None:
+    """Run `target` until the stack ends."""
+    stop = Stop()
+    thread = threading.Thread(target=target, args=(stop,), daemon=True)
+    thread.start()
+    stack.callback(thread.join, 20.0)
+    stack.callback(stop.set)
+
+
+def test_what_real_runs_send_is_what_is_listed(
+    guarded: Guarded, tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    """Aggregator, worker, and all commands, each as its own user: nothing is refused, and nothing listed is unused."""
+    request = SpecRequest(base_model=str(tiny_model_dir), lora=LoraSettings(rank=2), sync_interval_s=0.3)
+    store, kept = GatewayStore(guarded.admin), tmp_path / "kept"
+    with ExitStack() as stack:
+        require(guarded.connection(AGGREGATOR), AGGREGATOR, [EXPERT])
+        assert eviction_warning(guarded.connection(AGGREGATOR)) == ""
+        ensure_experts(guarded.connection(AGGREGATOR), {EXPERT: 1.0}, request)
+        daemon = Aggregator(
+            guarded.settings(AGGREGATOR), [EXPERT], AggregatorSettings(lease_s=1.0, keep_updates=kept),
+            GatewaySettings(interval_s=0.2), holder="one",
+        )  # fmt: skip
+        run_in_thread(daemon.run, stack)
+        settings = WorkerSettings(
+            stream=EXPERT, name=NAME, data=write_rows(tmp_path / "rows"), device="cpu", max_steps=30
+        )
+        Worker(guarded.settings(WORKER), settings, stop=Stop(), say=lambda _: None).run()
+        assert store.meta(EXPERT).applied
+        guarded.admin.client.xadd(f"fedmoe:{{{EXPERT}}}:updates", {"garbage": "1"})
+        eventually("a dead letter", lambda: store.meta(EXPERT).garbage)
+        eventually("the gateway", lambda: store.record().built_from[EXPERT]["version"])  # type: ignore[union-attr]
+        guarded.admin.client.hset(f"fedmoe:{{{EXPERT}}}:worker:another", "run", "1-00000000")
+        guarded.fedmoe(MONITOR, "status")
+        guarded.fedmoe(MONITOR, "gateway", "show")
+        guarded.fedmoe(OPERATOR, "backup", str(tmp_path / "backup"))
+        guarded.fedmoe(OPERATOR, "verify", "--keep-updates", str(kept))
+        guarded.fedmoe(OPERATOR, "gateway", "export", "--out", str(tmp_path / "gateway"))
+    guarded.fedmoe(OPERATOR, "restore", str(tmp_path / "backup"), "--replace")
+    assert guarded.denied() == []
+    rights = {name: rights_of(role) for name, role in ROLES.items()}
+    sent = {name: guarded.sent(role) for name, role in ROLES.items()}
+    nothing: dict[str, list[Sent]] = {name: [] for name in ROLES}
+    assert {name: missing(sent[name], rights[name]) for name in ROLES} == nothing
+    ordinary = {name: [right for right in rights[name] if not right.when] for name in ROLES}
+    assert {name: idle(sent[name], ordinary[name]) for name in ROLES} == nothing
+
+
+def test_what_is_listed_for_rarer_situations_is_sent_in_them(
+    guarded: Guarded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large weights, a full Redis, an emptied one, a standby, a blocked stream: nothing is refused then either."""
+    monkeypatch.setattr("fedmoe.store.pieces.IN_PLACE_BYTES", 1)  # all weights are large
+    monkeypatch.setattr("consumers.aggregator.REMEMBER_S", 0.1)
+    for wire_format in ("fp32", "int8"):
+        commit_and_pull(guarded, wire_format)
+    a_standby_and_a_lease_for_ever(guarded)
+    an_emptied_redis(guarded)
+    assert guarded.denied() == []
+    nothing: dict[str, list[Sent]] = {name: [] for name in ROLES}
+    assert {name: missing(guarded.sent(role), rights_of(role)) for name, role in ROLES.items()} == nothing
+    rare = {name: [right for right in rights_of(role) if right.when] for name, role in ROLES.items()}
+    if "valkey_version" in guarded.admin.client.info("server"):  # reads in a MULTI also when it is full
+        for name in ("worker", "operator"):
+            rare[name] = [right for right in rare[name] if right.command not in ("WATCH", "UNWATCH")]
+    assert {name: idle(guarded.sent(role), rare[name]) for name, role in ROLES.items()} == nothing
+
+
+def commit_and_pull(guarded: Guarded, wire_format: str) -> None:
+    """Apply updates and pull, also while Redis is full."""
+    admin, spec = guarded.admin.client, small_spec(wire_format=wire_format)
+    admin.flushall()
+    expert = make_expert(guarded.connection(AGGREGATOR), spec=spec)
+    expert.store.register(2.0, overwrite=True)
+    worker = ScriptedWorker(guarded.connection(WORKER), spec, NAME)
+    worker.push(0.1)
+    assert serve(expert) == ["applied"]
+    worker.pull()
+    worker.train(0.1)
+    update = worker.cut()
+    entry = worker.publish()
+    admin.config_set("maxmemory", 1)
+    assert worker.store.is_served() is False
+    assert worker.store.poll(entry, update.header).entry_waits
+    assert serve(expert) == ["applied"]
+    worker.pull()
+    worker.train(0.1)
+    worker.cut()
+    with pytest.raises(RedisUnavailableError, match="is full"):
+        worker.publish()
+    admin.delete(expert.store.keys.updates)
+    expert.load()
+    backups = BackupStore(guarded.connection(OPERATOR))
+    backups.read(EXPERT)
+    admin.config_set("maxmemory", 0)
+    admin.set(expert.store.keys.applied, "overwritten")
+    admin.config_set("maxmemory", 1)
+    for read in (lambda: worker.store.poll(entry, update.header), lambda: backups.read(EXPERT)):
+        with pytest.raises(RedisUnfitError, match=r"applied in Redis at .* was overwritten"):
+            read()
+    admin.config_set("maxmemory", 0)
+    admin.delete(expert.store.keys.applied)
+
+
+def a_standby_and_a_lease_for_ever(guarded: Guarded) -> None:
+    """Two aggregators, a lease that was set by hand, and a stream that takes no entry any more."""
+    store = ExpertStore(guarded.connection(AGGREGATOR), EXPERT)
+    one, two = (
+        Lease(guarded.connection(AGGREGATOR), store.keys.lease, holder=name, ttl_ms=5000)
+        for name in ("one", "two")
+    )
+    assert one.hold()
+    guarded.admin.client.persist(store.keys.lease)
+    assert not two.hold()
+    assert guarded.admin.client.pttl(store.keys.lease) > 0
+    one.release()
+    guarded.admin.client.xadd(store.keys.updates, {"rival": "1"}, id=f"{2**64 - 1}-{2**64 - 1}")
+    guarded.admin.client.xtrim(store.keys.updates, maxlen=0)
+    assert store.mend()
+    for keys in (store.keys, KEYS.gateway):
+        problems = Problems(store.connection, keys.problem, holder="one")
+        problems.say("no room")
+        assert guarded.admin.client.hgetall(keys.problem) == {b"one": b"no room"}
+        problems.solved()
+
+
+def an_emptied_redis(guarded: Guarded) -> None:
+    """The aggregator writes back what it remembers; a worker of an expert that is gone is told so."""
+    store = ExpertStore(guarded.connection(AGGREGATOR), EXPERT)
+    with serving(guarded.connection(AGGREGATOR)) as served:
+        eventually("the expert in memory", lambda: served.server._loaded)
+        guarded.admin.client.flushall()
+        eventually("the expert", lambda: guarded.admin.client.exists(store.keys.meta))
+    guarded.admin.client.flushall()
+    store.mark_lost({NAME: "0123456789abcdef"})
+    assert store.lost() == {NAME: "0123456789abcdef"}
+    worker = WorkerStore(guarded.connection(WORKER), EXPERT, NAME)
+    worker.beat({"lineage": "0123456789abcdef"}, ttl_s=15)
+    assert store.lineages() == store.lost()
+    with pytest.raises(UnknownExpertError):
+        worker.spec()

@@ -25,6 +25,7 @@ from fedmoe.errors import (
     SpecError,
     StoppedError,
 )
+from fedmoe.identity import BaseIdentity
 from fedmoe.layout import AdapterBuffer, Layout
 from fedmoe.lora_init import initial_weights
 from fedmoe.names import check_expert
@@ -111,7 +112,7 @@ def ensure_experts(
         missing = [name for name in missing if not _was_lost(stores[name], stores[name].lost())]
     if not missing:
         return []
-    spec, fingerprint = make_spec(request, stop)
+    spec, base = make_spec(request, stop)
     _check_federation(GatewayStore(connection), spec)
     buffer = AdapterBuffer(spec.layout)
     buffer.flat.copy_(initial_weights(spec.layout, spec.init_seed))
@@ -126,7 +127,7 @@ def ensure_experts(
         store = stores[name]
         if _was_lost(store, known.get(name) or anybody):  # an emptied Redis has lost all of them
             continue
-        if not store.create(spec, _first_meta(spec, fingerprint), buffer.file, gateway_weight=weights[name]):
+        if not store.create(spec, _first_meta(spec, base), buffer.file, gateway_weight=weights[name]):
             if not store.exists():
                 keys = store.keys
                 raise SpecError(
@@ -153,8 +154,8 @@ def _was_lost(store: ExpertStore, known: Mapping[str, str]) -> bool:
     return True
 
 
-def make_spec(request: SpecRequest, stop: threading.Event) -> tuple[Spec, str]:
-    """The spec that a request leads to, and the base model's fingerprint (empty if its weights are not here)."""
+def make_spec(request: SpecRequest, stop: threading.Event) -> tuple[Spec, BaseIdentity]:
+    """The spec that a request leads to, and the pieces of the base model's identity that are here."""
     described = describe(request.base_model, request.lora, stop, chat_template=request.chat_template)
     if described["template_missing"]:
         logger.warning(
@@ -183,7 +184,7 @@ def make_spec(request: SpecRequest, stop: threading.Event) -> tuple[Spec, str]:
     if not request.max_norm:
         norm = float(torch.linalg.vector_norm(initial_weights(layout, request.seed)))
         spec = replace(spec, merge=replace(merge, max_norm=round(NORM_BOUND * norm, 3)))
-    return spec, described["fingerprint"]
+    return spec, BaseIdentity(fingerprint=described["fingerprint"], tokenizer=described["tokenizer"])
 
 
 def describe(
@@ -240,19 +241,18 @@ def _ask(
                 raise StoppedError(STOPPED)
 
 
-def _first_meta(spec: Spec, fingerprint: str) -> Meta:
+def _first_meta(spec: Spec, base: BaseIdentity) -> Meta:
     commit, now = new_id(), time.time()
-    return Meta(
+    meta = Meta(
         lineage=new_id(),
         commit=commit,
         weights_commit=commit,
         spec=spec.digest,
         base_model=spec.base_model,
-        base_fingerprint=fingerprint,
-        base_fingerprint_by="aggregator" if fingerprint else "",
         created_at=now,
         updated_at=now,
     )
+    return base.pin(meta, "aggregator")
 
 
 def check_unchanged(name: str, spec: Spec, request: SpecRequest) -> None:

@@ -19,6 +19,7 @@ import torch
 from consumers.fold import fold
 from fedmoe.codec import FORMATS, FRAME_BYTES, decoded, part_count
 from fedmoe.errors import UpdateError
+from fedmoe.identity import BaseIdentity
 from fedmoe.layout import FLOAT_BYTES
 from fedmoe.records import Decided, Meta
 from fedmoe.spec import Spec
@@ -93,11 +94,9 @@ def _breach(header: Header, meta: Meta, spec: Spec) -> str:
     """The rule that the header breaks, as a sentence, or nothing."""
     if header.spec != meta.spec:
         return f"made for spec {header.spec}, the expert's is {meta.spec}: restart the worker"
-    if meta.base_fingerprint and header.base_fingerprint != meta.base_fingerprint:
-        return (
-            f"trained on another base model (fingerprint {header.base_fingerprint}, the expert's is "
-            f"{meta.base_fingerprint}): use {spec.base_model}"
-        )
+    base = BaseIdentity(fingerprint=header.base_fingerprint, tokenizer=header.tokenizer)
+    if difference := base.difference(meta):
+        return f"trained on another base model: {difference}"
     if header.wire_format != spec.wire_format:
         return f"encoded as {header.wire_format!r}, the spec says {spec.wire_format!r}"
     expected = part_count(spec.layout.numel, spec.wire_format)

@@ -246,7 +246,7 @@ class Expert:
             n_examples=meta.n_examples + counts.n_examples,
             n_tokens=meta.n_tokens + counts.n_tokens,
         )
-        self._pin(BaseIdentity(fingerprint=header.base_fingerprint), worker)
+        self._pin(BaseIdentity(fingerprint=header.base_fingerprint, tokenizer=header.tokenizer), worker)
         line: dict[str, str | int | float] = {
             "version": self.meta.version,
             "worker": worker,

@@ -16,6 +16,7 @@ from fedmoe.data.jsonl import open_data
 from fedmoe.errors import BaseModelError, DataError, SettingsError, SpecError, UnknownExpertError
 from fedmoe.evaluate import MEAN, Adapter, Matrix, evaluate
 from fedmoe.export import CONFIG_FILE, WEIGHTS_FILE, Export, read_expert, read_gateway
+from fedmoe.identity import BaseIdentity
 from fedmoe.model.base import (
     check_structure,
     choose_device,
@@ -24,7 +25,7 @@ from fedmoe.model.base import (
     load_base,
     load_config,
 )
-from fedmoe.model.tokenizer import load_tokenizer
+from fedmoe.model.tokenizer import load_tokenizer, tokenizer_fingerprint
 from fedmoe.names import check_name
 from fedmoe.spec import Spec
 from fedmoe.store.gateway import GatewayStore
@@ -187,9 +188,9 @@ def measure(store: GatewayStore, settings: HeldOutSettings, *, say: Callable[[st
     tokenizer = load_tokenizer(base_model)
     model = load_base(base_model, device=device, dtype=dtype)
     print_of_base = fingerprint(model)
-    _check_fingerprint(store, specs, print_of_base)
     max_length = max(spec.training.max_length for spec in specs.values())
     templates = {name: exports[name].chat_template for name in specs}
+    _check_base(store, print_of_base, tokenizer, templates)
     domains = {}
     for name, data in files.items():  # a domain of no expert is written as the first expert's
         with_template = _with_template(tokenizer, templates.get(name, next(iter(templates.values()))))
@@ -212,6 +213,17 @@ def measure(store: GatewayStore, settings: HeldOutSettings, *, say: Callable[[st
     )
 
 
+def _check_base(
+    store: GatewayStore, print_of_base: str, tokenizer: PreTrainedTokenizerBase, templates: Mapping[str, str]
+) -> None:
+    """Raise BaseModelError if an expert is trained on another base model, or with another tokenizer or template."""
+    for name, template in templates.items():
+        with_template = _with_template(tokenizer, template)
+        here = BaseIdentity(fingerprint=print_of_base, tokenizer=tokenizer_fingerprint(with_template))
+        if refusal := here.refusal(store.meta(name), name):
+            raise BaseModelError(refusal)
+
+
 def _with_template(tokenizer: PreTrainedTokenizerBase, template: str) -> PreTrainedTokenizerBase:
     """The tokenizer, or one like it with the template that an expert brings."""
     if not template:
@@ -219,13 +231,3 @@ def _with_template(tokenizer: PreTrainedTokenizerBase, template: str) -> PreTrai
     other = copy(tokenizer)
     other.chat_template = template
     return other
-
-
-def _check_fingerprint(store: GatewayStore, specs: Mapping[str, Spec], print_of_base: str) -> None:
-    for name, spec in specs.items():
-        pinned = store.meta(name).base_fingerprint
-        if pinned and pinned != print_of_base:
-            raise BaseModelError(
-                f"the base model here is not the one that {name!r} is trained on: its weights' fingerprint is "
-                f"{print_of_base}, the expert's is {pinned}: use {spec.base_model}"
-            )

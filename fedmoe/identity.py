@@ -4,6 +4,7 @@ The first party that has a piece of it pins it in the expert's meta: the aggrega
 first worker, through its heartbeat. All others are compared with what is pinned.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -12,7 +13,26 @@ from fedmoe.spec import Spec
 from fedmoe.template_file import MAX_TEMPLATE_CHARS, template_digest
 
 MAX_FINGERPRINT_CHARS = 64
-BEAT_FIELDS = ("base_fingerprint", "chat_template")  # of a heartbeat
+BEAT_FIELDS = ("base_fingerprint", "tokenizer", "chat_template")  # of a heartbeat
+# The pieces of a tokenizer, in the order in which a difference is looked for, and what a person calls them.
+TOKENIZER_PIECES = {
+    "template": "chat template",
+    "added": "added tokens",
+    "special": "special token ids (bos, eos, pad, unk)",
+    "vocabulary": "vocabulary",
+}
+_PIECE = re.compile(r"([a-z]{1,16}):([0-9a-z-]{1,32})")
+
+
+def tokenizer_text(pieces: Mapping[str, str]) -> str:
+    """A tokenizer's fingerprint, for example `template:0a1b2c3d added:… special:… vocabulary:…`."""
+    return " ".join(f"{name}:{pieces[name]}" for name in TOKENIZER_PIECES if name in pieces)
+
+
+def tokenizer_pieces(text: str) -> dict[str, str]:
+    """The pieces in a tokenizer's fingerprint; what is none is left out, since anybody may have written it."""
+    found = (_PIECE.fullmatch(part) for part in text[:1024].split())
+    return {match[1]: match[2] for match in found if match and match[1] in TOKENIZER_PIECES}
 
 
 def expert_template(spec: Spec, meta: Meta) -> str:
@@ -26,27 +46,33 @@ class BaseIdentity:
 
     Args:
         fingerprint: of its weights.
+        tokenizer: fingerprint of its tokenizer, with the template in use; "" if it is not known.
         chat_template: the template that a worker brought, "" if it uses the expert's or the base model's own.
     """
 
     fingerprint: str
+    tokenizer: str = ""
     chat_template: str = ""
 
     @classmethod
     def from_beat(cls, fields: Mapping[str, str]) -> "BaseIdentity":
         """What a heartbeat tells; anybody may have written it."""
-        return cls(fingerprint=fields["base_fingerprint"], chat_template=fields["chat_template"])
+        fingerprint, tokenizer, chat_template = (fields[name] for name in BEAT_FIELDS)
+        return cls(fingerprint=fingerprint, tokenizer=tokenizer, chat_template=chat_template)
 
     def beat_fields(self, meta: Meta | None = None) -> dict[str, str]:
         """Its part of a heartbeat; a template that `meta` holds already is left out."""
-        fields = {"base_fingerprint": self.fingerprint}
+        fields = {"base_fingerprint": self.fingerprint, "tokenizer": self.tokenizer}
         if self.chat_template and not (meta and meta.chat_template):
             fields["chat_template"] = self.chat_template
         return fields
 
     def is_pinned(self, meta: Meta) -> bool:
         """True if `meta` holds every piece that this party could pin."""
-        return bool(meta.base_fingerprint) and bool(meta.chat_template or not self.chat_template)
+        return (
+            bool(meta.base_fingerprint)
+            and tokenizer_pieces(self.tokenizer).keys() <= tokenizer_pieces(meta.tokenizer).keys()
+        )
 
     def difference(self, meta: Meta) -> str:
         """How it differs from what `meta` has pinned, as a clause with what to do; "" if it does not."""
@@ -55,10 +81,15 @@ class BaseIdentity:
                 f"the weights' fingerprint is {self.fingerprint}, the expert's is {meta.base_fingerprint} (pinned by "
                 f"{meta.base_fingerprint_by}): use {meta.base_model}, for example not its Base for its Instruct"
             )
-        if self.chat_template and meta.chat_template not in ("", self.chat_template):
+        mine, pinned = tokenizer_pieces(self.tokenizer), tokenizer_pieces(meta.tokenizer)
+        odd = [name for name in TOKENIZER_PIECES if mine.get(name) != pinned.get(name, mine.get(name))]
+        if self.tokenizer and odd:
+            what = " and ".join(TOKENIZER_PIECES[name] for name in odd)
+            remedy = f"use the tokenizer and the chat template of {meta.base_model} as they are published"
+            if odd == ["template"] and self.chat_template:
+                remedy = "leave --chat-template away"
             return (
-                f"its chat template is {template_digest(self.chat_template)}, the expert's is "
-                f"{template_digest(meta.chat_template)}: leave --chat-template away, the expert brings its own"
+                f"its tokenizer differs from the one that {meta.tokenizer_by} has pinned, in {what}: {remedy}"
             )
         return ""
 
@@ -72,9 +103,18 @@ class BaseIdentity:
     def pin(self, meta: Meta, by: str) -> Meta:
         """`meta` with every piece that nobody has pinned yet taken from here; anybody may have written it."""
         if self.fingerprint and not meta.base_fingerprint:
-            meta = replace(
-                meta, base_fingerprint=self.fingerprint[:MAX_FINGERPRINT_CHARS], base_fingerprint_by=by
-            )
-        if not meta.chat_template and 0 < len(self.chat_template) <= MAX_TEMPLATE_CHARS:
+            fingerprint = self.fingerprint[:MAX_FINGERPRINT_CHARS]
+            meta = replace(meta, base_fingerprint=fingerprint, base_fingerprint_by=by)
+        pinned = tokenizer_pieces(meta.tokenizer)
+        both = tokenizer_pieces(self.tokenizer) | pinned
+        if both != pinned:
+            who = f"{meta.tokenizer_by} and {by}" if pinned else by
+            meta = replace(meta, tokenizer=tokenizer_text(both), tokenizer_by=who)
+        # The text of a template becomes the expert's only if it is the one that is pinned.
+        if (
+            not meta.chat_template
+            and 0 < len(self.chat_template) <= MAX_TEMPLATE_CHARS
+            and template_digest(self.chat_template) == both.get("template")
+        ):
             meta = replace(meta, chat_template=self.chat_template)
         return meta

@@ -26,6 +26,8 @@ class Meta:
         base_fingerprint: of the base model's weights; empty until somebody pinned it (base_fingerprint_by).
         applied, duplicate, refused, undecidable, garbage: how often an entry was decided which way.
         staleness_sum: over the applied updates; mean_staleness is derived from it.
+        tokenizer: fingerprint of the base model's tokenizer and chat template, piece by piece (see
+            `fedmoe.identity`); a piece that is not there was not pinned yet. tokenizer_by: who pinned them.
         chat_template: brought by the first worker, if neither spec nor base model have one (Jinja).
         loss: training loss that the last applied update reported.
         n_examples, n_tokens: trained on, all applied updates together.
@@ -52,6 +54,8 @@ class Meta:
     created_at: float = 0.0
     updated_at: float = 0.0
     aggregator: str = ""
+    tokenizer: str = ""
+    tokenizer_by: str = ""
     chat_template: str = ""
 
     @property
@@ -80,9 +84,8 @@ class Meta:
             ) from error
 
 
-_ADDED_LATER = frozenset(
-    {"chat_template"}
-)  # absent in what an earlier FedMoE wrote: the default stands for it
+# Absent in what an earlier FedMoE wrote; the default stands for them.
+_ADDED_LATER = frozenset({"tokenizer", "tokenizer_by", "chat_template"})
 _PARSERS: dict[Any, Any] = {str: str, int: int, float: float}
 
 

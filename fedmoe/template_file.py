@@ -34,5 +34,5 @@ def read_template(path: Path) -> str:
 
 
 def template_digest(text: str) -> str:
-    """8 hex digits that name a template; "none" for no template."""
-    return hashlib.sha256(text.removesuffix("\n").encode()).hexdigest()[:8] if text else "none"
+    """12 hex digits that name a template; "none" for no template."""
+    return hashlib.sha256(text.removesuffix("\n").encode()).hexdigest()[:12] if text else "none"

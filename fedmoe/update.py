@@ -76,7 +76,7 @@ class Header:
         prev: the worker's update before it, None for its first ever.
         base_version: version of the expert that the worker had pulled last.
         wire_format: of the parts.
-        base_fingerprint: of the worker's base model's weights.
+        base_fingerprint: of the worker's base model's weights; tokenizer: of its tokenizer, "" if it does not say.
         n_examples, n_tokens, steps: what it was trained on; loss: mean over these steps.
         position: the worker's data position after it, as JSON.
         parts: length and digest of each part.
@@ -96,6 +96,7 @@ class Header:
     loss: float
     position: str
     parts: tuple[Part, ...]
+    tokenizer: str = ""
 
     @property
     def id(self) -> UpdateId:
@@ -132,6 +133,7 @@ class Header:
             raise UpdateError("the header is not a msgpack map")
         if content.pop("header_format", None) != HEADER_FORMAT:
             raise UpdateError(f"the header's format is not {HEADER_FORMAT}: worker and aggregator differ")
+        content.setdefault("tokenizer", "")  # an earlier FedMoE does not name it
         if content.keys() != cls.__dataclass_fields__.keys():
             odd = sorted(str(name)[:40] for name in content.keys() ^ cls.__dataclass_fields__.keys())
             raise UpdateError(f"the header lacks or adds the fields {', '.join(odd[:5])}")
@@ -171,7 +173,7 @@ def _parse_parts(value: Any) -> tuple[Part, ...]:
 
 
 def _check_fields(content: dict[str, Any]) -> None:
-    for name in ("lineage", "spec", "run", "wire_format", "base_fingerprint", "position"):
+    for name in ("lineage", "spec", "run", "wire_format", "base_fingerprint", "position", "tokenizer"):
         if not isinstance(content[name], str) or len(content[name]) > MAX_TEXT_CHARS:
             raise UpdateError(f"the header's {name} is not a short text")
     for name in ("seq", "base_version", "n_examples", "n_tokens", "steps"):

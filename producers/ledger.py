@@ -174,7 +174,13 @@ class Ledger:
         return progress
 
     def cut(
-        self, progress: torch.Tensor, trained: Trained, *, wire_format: str, fingerprint: str
+        self,
+        progress: torch.Tensor,
+        trained: Trained,
+        *,
+        wire_format: str,
+        fingerprint: str,
+        tokenizer: str = "",
     ) -> Outgoing:
         """Make what `progress` returned the next update and append it to the queue."""
         parts = tuple(encode(progress, wire_format))
@@ -188,6 +194,7 @@ class Ledger:
             base_version=self.meta.version,
             wire_format=wire_format,
             base_fingerprint=fingerprint,
+            tokenizer=tokenizer,
             n_examples=trained.n_examples,
             n_tokens=trained.n_tokens,
             steps=trained.steps,

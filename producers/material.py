@@ -13,6 +13,7 @@ from fedmoe.data.bad_rows import BadRows
 from fedmoe.data.cache import RowCache
 from fedmoe.data.examples import make_examples, padding_id
 from fedmoe.data.jsonl import DataFile
+from fedmoe.errors import BaseModelError
 from fedmoe.identity import BaseIdentity, expert_template
 from fedmoe.model.adapter import attach_adapter
 from fedmoe.model.base import (
@@ -23,7 +24,7 @@ from fedmoe.model.base import (
     load_base,
     load_config,
 )
-from fedmoe.model.tokenizer import load_tokenizer, use_template
+from fedmoe.model.tokenizer import load_tokenizer, tokenizer_fingerprint, use_template
 from fedmoe.records import Meta
 from fedmoe.spec import Spec, TrainingSettings
 from fedmoe.template_file import read_template
@@ -65,6 +66,9 @@ def prepare(
     use_template(
         tokenizer, expert=settings.stream, expert_template=expert_template(spec, meta), own=own, base_model=base_model
     )  # fmt: skip
+    base = BaseIdentity(fingerprint=meta.base_fingerprint, tokenizer=tokenizer_fingerprint(tokenizer))
+    if refusal := base.refusal(meta, settings.stream):
+        raise BaseModelError(refusal)
     device = choose_device(settings.device)
     autocast = choose_precision(settings.precision, device)
     say(f"loading {base_model} on {device} ({str(autocast).removeprefix('torch.')})")
@@ -89,7 +93,8 @@ def prepare(
         )
 
     # A template that the spec has is the operator's; any other one is this worker's to bring.
-    base = BaseIdentity(fingerprint=fingerprint(model), chat_template="" if spec.chat_template else own)
+    brought = "" if spec.chat_template else own
+    base = replace(base, fingerprint=fingerprint(model), chat_template=brought)
     return Material(base, len(examples.examples), examples.digest(), make_trainer)
 
 

@@ -224,8 +224,9 @@ class Sync:
             if self._diverged(progress, cut.trained.steps):
                 return True
             update = self.ledger.cut(
-                progress, cut.trained, wire_format=self._spec.wire_format, fingerprint=self._base.fingerprint
-            )
+                progress, cut.trained, wire_format=self._spec.wire_format,
+                fingerprint=self._base.fingerprint, tokenizer=self._base.tokenizer,
+            )  # fmt: skip
             self.status = replace(self.status, in_flight=update.header.seq, in_flight_since=now)
             self._unsaved = replace(cut, trained=Trained()) if self._state_dir else None
         elif self._deadline is None:

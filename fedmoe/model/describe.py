@@ -15,22 +15,34 @@ from fedmoe.spec import LoraSettings
 def describe(
     base_model: str, lora: LoraSettings, *, chat_template: str = "", read_weights: bool
 ) -> dict[str, Any]:
-    """Structure and layout from the config alone; the fingerprint if the weights may be read and are here, else "".
+    """Structure and layout from the config alone.
 
-    `template_missing` is true if the tokenizer is here and neither it nor the request has a chat template.
+    The fingerprint is "" if the weights may not be read or are not here; that of the tokenizer has the pieces that
+    are here.
+    `template_missing` is true if it is here, and neither it nor the request has a chat template.
     """
+    from fedmoe.identity import tokenizer_text
     from fedmoe.model.adapter import adapter_layout
     from fedmoe.model.base import fingerprint, has_weights, load_base, load_config, structure
-    from fedmoe.model.tokenizer import check_template, has_tokenizer, load_tokenizer
+    from fedmoe.model.tokenizer import (
+        check_template,
+        has_tokenizer,
+        load_tokenizer,
+        tokenizer_fingerprint,
+    )
+    from fedmoe.template_file import template_digest
 
     if chat_template:
         check_template(chat_template)
     config = load_config(base_model)
     layout = adapter_layout(config, lora)
-    missing = bool(
-        not chat_template and has_tokenizer(base_model) and not load_tokenizer(base_model).chat_template
-    )
-    print_of_weights = ""
+    missing, print_of_weights = False, ""
+    print_of_tokenizer = tokenizer_text({"template": template_digest(chat_template)}) if chat_template else ""
+    if has_tokenizer(base_model):
+        tokenizer = load_tokenizer(base_model)
+        tokenizer.chat_template = chat_template or tokenizer.chat_template
+        missing = not tokenizer.chat_template
+        print_of_tokenizer = tokenizer_fingerprint(tokenizer)
     if read_weights and has_weights(base_model):
         import torch
 
@@ -40,6 +52,7 @@ def describe(
         "base_config": structure(config),
         "layout": [[name, list(shape)] for name, shape in layout.tensors],
         "fingerprint": print_of_weights,
+        "tokenizer": print_of_tokenizer,
         "template_missing": missing,
     }
 

@@ -1,5 +1,7 @@
 """The base model's tokenizer and the chat template that it writes rows with."""
 
+import hashlib
+import json
 from typing import TYPE_CHECKING, Any
 
 from transformers import AutoTokenizer
@@ -7,13 +9,17 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from fedmoe.data.template import TEMPLATE_ERRORS
 from fedmoe.errors import BaseModelError, SettingsError
+from fedmoe.identity import tokenizer_text
 from fedmoe.model.base import local_file, why_not
+from fedmoe.template_file import template_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _TRIAL = ({"role": "user", "content": "a question"}, {"role": "assistant", "content": "an answer"})
+# Words, case, numbers, white space, other scripts: what vocabularies and their rules differ in.
+_SAMPLE = "The  quick\tbrown fox, 12345 + 3.14;\n\n  def f(x): return x**2  # ÄÖ ß naïve 日本語 Привет 🙂"
 _SPECIAL = {name: f"<{name}>" for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
 
 
@@ -37,6 +43,28 @@ def load_tokenizer(base_model: str) -> "PreTrainedTokenizerBase":
     except Exception as error:  # transformers raises many unrelated types
         raise BaseModelError(why_not(base_model, error, "the tokenizer of the base model")) from error
     return tokenizer
+
+
+def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """What of a tokenizer makes other tokens of the same rows, each piece on its own (see `fedmoe.identity`).
+
+    A template that is missing is no piece: somebody else may bring one.
+    """
+    added = {str(i): token.content for i, token in tokenizer.added_tokens_decoder.items()}
+    special = [getattr(tokenizer, f"{name}_id") for name in _SPECIAL]
+    ids = tokenizer(_SAMPLE, add_special_tokens=False).input_ids
+    pieces = {
+        "added": _digest(added),
+        "special": _digest(special),
+        "vocabulary": f"{len(tokenizer)}-{_digest(ids)}",
+    }
+    if template := tokenizer.chat_template:
+        pieces["template"] = template_digest(template if isinstance(template, str) else json.dumps(template))
+    return tokenizer_text(pieces)
+
+
+def _digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def use_template(

@@ -13,15 +13,16 @@ from consumers.expert import Expert
 from consumers.fold import fold
 from fedmoe.codec import encode
 from fedmoe.errors import StaleStateError, UnknownExpertError
-from fedmoe.identity import BaseIdentity
+from fedmoe.identity import BaseIdentity, tokenizer_text
 from fedmoe.keys import GROUP
 from fedmoe.layout import AdapterBuffer
 from fedmoe.records import Decided
 from fedmoe.spec import MergeRules
 from fedmoe.store.connection import Connection
+from fedmoe.template_file import template_digest
 from fedmoe.update import Part, UpdateId, make_run
 from producers.ledger import Outgoing
-from tests.federation import LAYOUT, ScriptedWorker, make_expert, serve, small_spec
+from tests.federation import FINGERPRINT, LAYOUT, ScriptedWorker, make_expert, serve, small_spec
 from tests.hazards.stepping import Killed, Stepper
 
 Connect = Callable[[], Connection]
@@ -131,6 +132,7 @@ def poisoned(value: float) -> tuple[bytes, ...]:
     [
         ({"spec": "0" * 16}, "made for spec"),
         ({"base_fingerprint": "f" * 16}, "another base model"),
+        ({"tokenizer": "template:ff added:1a"}, "another base model: its tokenizer differs from"),
         ({"wire_format": "int8"}, "encoded as 'int8'"),
         ({"parts": (Part(10, b"0" * 32), Part(10, b"0" * 32))}, "2 parts"),
         ({"parts": (Part(2**20, b"0" * 32),)}, "at most"),
@@ -140,7 +142,7 @@ def test_header_that_breaks_the_spec_is_refused(
     connection: Connection, changes: dict[str, object], reason: str
 ) -> None:
     """Refused by the header alone: the worker is told why, a dead letter is kept, the weights stay."""
-    expert = make_expert(connection)
+    expert = make_expert(connection, tokenizer="template:00 added:1a", tokenizer_by="worker zoe")
     worker = ScriptedWorker(connection, expert.spec)
     update = worker.push(1.0)
     # published whole, but with a header that says something else
@@ -324,11 +326,13 @@ def test_template_that_the_first_worker_brings_becomes_the_experts(connection: C
     expert = make_expert(connection)
     for name, template in (("alice", "{{ messages }}\n{# é #}"), ("bob", "{{ other }}")):
         worker = ScriptedWorker(connection, expert.spec, name)
-        base = BaseIdentity(fingerprint=worker.fingerprint, chat_template=template)
+        tokenizer = tokenizer_text({"template": template_digest(template)})
+        base = BaseIdentity(fingerprint=FINGERPRINT, tokenizer=tokenizer, chat_template=template)
         worker.store.beat(base.beat_fields(), ttl_s=5)
         worker.store.join()
     serve(expert)
-    assert expert.store.load().meta.chat_template == "{{ messages }}\n{# é #}"
+    meta = expert.store.load().meta
+    assert (meta.chat_template, meta.tokenizer_by) == ("{{ messages }}\n{# é #}", "worker alice")
 
 
 def test_emptied_redis_is_said(connection: Connection) -> None:

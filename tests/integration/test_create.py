@@ -13,10 +13,12 @@ import fedmoe.spec
 from consumers.create import SpecRequest, ensure_experts, parse_experts
 from fedmoe.errors import BaseModelError, SettingsError, SpecError
 from fedmoe.layout import AdapterBuffer
+from fedmoe.model.tokenizer import load_tokenizer, tokenizer_fingerprint
 from fedmoe.spec import LoraSettings
 from fedmoe.store.connection import Connection
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore
+from fedmoe.template_file import template_digest
 from tests.tiny import CHAT_TEMPLATE
 
 
@@ -31,7 +33,8 @@ def test_experts_share_one_initialisation(connection: Connection, tiny_model_dir
     (meta, first), (_, second) = store.read("a"), store.read("b")
     assert first == second
     assert store.experts() == {"a": 1.0, "b": 2.0}
-    assert (meta.version, meta.base_fingerprint_by) == (0, "aggregator")
+    assert (meta.version, meta.base_fingerprint_by, meta.tokenizer_by) == (0, "aggregator", "aggregator")
+    assert meta.tokenizer == tokenizer_fingerprint(load_tokenizer(str(tiny_model_dir)))
     spec = store.spec("a")
     buffer = AdapterBuffer(spec.layout)
     buffer.load(first)
@@ -44,7 +47,12 @@ def test_config_alone_is_enough(connection: Connection, tiny_model_dir: Path, tm
     """The aggregator's machine need not have the weights; then nobody has pinned the fingerprint yet."""
     (tmp_path / "config.json").write_bytes((tiny_model_dir / "config.json").read_bytes())
     ensure_experts(connection, {"a": 1.0}, request(tmp_path))
-    assert GatewayStore(connection).meta("a").base_fingerprint == ""
+    meta = GatewayStore(connection).meta("a")
+    assert (meta.base_fingerprint, meta.tokenizer) == ("", "")
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    connection.client.flushall()
+    ensure_experts(connection, {"a": 1.0}, request(tmp_path, chat_template=template))
+    assert GatewayStore(connection).meta("a").tokenizer == f"template:{template_digest(template)}"
 
 
 def test_existing_experts_are_left_alone(connection: Connection, tiny_model_dir: Path) -> None:
@@ -119,7 +127,7 @@ def test_template_is_the_experts(connection: Connection, tiny_model_dir: Path, t
     ensure_experts(connection, {"a": 1.0}, request(base, chat_template=template))
     assert GatewayStore(connection).spec("a").chat_template == template
     typed = request(base, chat_template=CHAT_TEMPLATE, explicit=frozenset({"chat_template"}))
-    with pytest.raises(SpecError, match=r"exists with chat_template '[0-9a-f]{8}', not '[0-9a-f]{8}'"):
+    with pytest.raises(SpecError, match=r"exists with chat_template '[0-9a-f]{12}', not '[0-9a-f]{12}'"):
         ensure_experts(connection, {"a": 1.0}, typed)
     with pytest.raises(SpecError, match="another chat template"):
         ensure_experts(connection, {"b": 1.0}, request(base))

@@ -21,7 +21,7 @@ from producers.checkpoint import StateDir
 from producers.exchange import Exchange
 from producers.sync import Sync
 from tests.counting import Counter
-from tests.federation import FINGERPRINT, LAYOUT, ScriptedWorker, make_expert, serving, small_spec
+from tests.federation import FINGERPRINT, LAYOUT, ScriptedWorker, make_expert, serve, serving, small_spec
 from tests.processes import eventually
 
 Connect = Callable[[], Connection]
@@ -31,8 +31,15 @@ SPEC = replace(small_spec(merge=MergeRules(max_norm=1e4)), sync_interval_s=0.1)
 class Run:
     """A worker's two threads; this one is the training."""
 
-    def __init__(self, connection: Connection, state_dir: StateDir | None = None) -> None:
-        scripted = ScriptedWorker(connection, SPEC)  # joins as a worker does
+    def __init__(
+        self,
+        connection: Connection,
+        state_dir: StateDir | None = None,
+        *,
+        name: str = "alice",
+        tokenizer: str = "",
+    ) -> None:
+        scripted = ScriptedWorker(connection, SPEC, name)  # joins as a worker does
         self.trainer = Counter(scripted.local)
         self.exchange = Exchange(self.trainer, with_optimizer=state_dir is not None)
         self.sync = Sync(
@@ -40,7 +47,7 @@ class Run:
             scripted.ledger,
             self.exchange,
             SPEC,
-            base=BaseIdentity(fingerprint=FINGERPRINT),
+            base=BaseIdentity(fingerprint=FINGERPRINT, tokenizer=tokenizer),
             state_dir=state_dir,
             data="d",
         )
@@ -115,6 +122,20 @@ def test_worker_of_an_expert_made_anew_with_another_spec_stops(
     run.finish(10.0)
     assert isinstance(run.sync.failure, RefusedError)
     assert "restart this worker" in str(run.sync.failure)
+
+
+def test_worker_with_another_tokenizer_stops(expert: Expert, connect: Connect) -> None:
+    """Two that joined while no aggregator was there: the first one's is pinned, the other is refused, and told."""
+    runs = [Run(connect(), name=name, tokenizer=f"added:{name[0]}") for name in ("alice", "bob")]
+    for run in runs:
+        run.train(20)
+        eventually("an update", lambda run=run: run.sync.status.published)
+    assert serve(expert) == ["applied", "refused"]
+    for run in runs:
+        run.finish(10.0 if run is runs[1] else 0.1)
+    assert isinstance(runs[1].sync.failure, RefusedError)
+    assert "differs from the one that worker alice has pinned, in added tokens" in str(runs[1].sync.failure)
+    assert expert.meta.tokenizer == "added:a"
 
 
 def test_heartbeat_goes_on_during_long_steps(

@@ -2,9 +2,11 @@
 
 from dataclasses import replace
 
-from fedmoe.identity import BEAT_FIELDS, BaseIdentity, expert_template
+import pytest
+
+from fedmoe.identity import BEAT_FIELDS, BaseIdentity, expert_template, tokenizer_text
 from fedmoe.records import Meta
-from fedmoe.template_file import MAX_TEMPLATE_CHARS
+from fedmoe.template_file import MAX_TEMPLATE_CHARS, template_digest
 from tests.federation import first_meta, small_spec
 
 SPEC = small_spec()
@@ -17,42 +19,84 @@ def beaten(base: BaseIdentity, meta: Meta | None = None) -> BaseIdentity:
     return BaseIdentity.from_beat({name: fields.get(name, "") for name in BEAT_FIELDS})
 
 
+PIECES = {"template": "0a", "added": "1a", "special": "2a", "vocabulary": "259-3a"}
+
+
+def of(fingerprint: str = "aaaa", **pieces: str) -> BaseIdentity:
+    """A base model whose tokenizer differs in these pieces."""
+    return BaseIdentity(fingerprint=fingerprint, tokenizer=tokenizer_text(PIECES | pieces))
+
+
 def test_each_piece_is_pinned_once() -> None:
     """By the first who has it; the other pieces by whoever has those."""
-    alice = BaseIdentity(fingerprint="aaaa")
-    meta = beaten(alice).pin(FRESH, "worker alice")
-    assert (meta.base_fingerprint, meta.base_fingerprint_by, meta.chat_template) == (
-        "aaaa",
-        "worker alice",
-        "",
-    )
-    assert alice.is_pinned(meta)
-    bob = BaseIdentity(fingerprint="bbbb", chat_template="{{ messages }}")
-    assert not bob.is_pinned(meta)
-    both = beaten(bob, meta).pin(meta, "worker bob")
-    assert both == replace(meta, chat_template="{{ messages }}", loss=both.loss)
-    assert bob.is_pinned(both)
-    assert "chat_template" not in bob.beat_fields(both)
+    weights = BaseIdentity(fingerprint="aaaa")
+    meta = beaten(weights).pin(FRESH, "aggregator")
+    assert (meta.base_fingerprint, meta.base_fingerprint_by, meta.tokenizer) == ("aaaa", "aggregator", "")
+    assert weights.is_pinned(meta)
+    without = BaseIdentity(fingerprint="aaaa", tokenizer="added:1a special:2a vocabulary:259-3a")
+    assert not without.is_pinned(meta)
+    meta = beaten(without).pin(meta, "worker alice")
+    assert (meta.tokenizer, meta.tokenizer_by) == (without.tokenizer, "worker alice")
+    assert not of().is_pinned(meta)
+    meta = beaten(of()).pin(meta, "worker bob")
+    assert (meta.tokenizer, meta.tokenizer_by) == (of().tokenizer, "worker alice and worker bob")
+    assert of().is_pinned(meta)
+    other = of("bbbb", template="ff", vocabulary="9-9")
+    assert beaten(other).pin(meta, "worker carol") == meta
+
+
+def test_the_text_of_a_template_is_pinned_with_its_digest() -> None:
+    """Whoever pins the digest brings the text, also later; another text never comes to it."""
+    text, digest = "{{ messages }}", template_digest("{{ messages }}")
+    mine = replace(of(template=digest), chat_template=text)
+    for meta in (FRESH, of(template=digest).pin(FRESH, "aggregator")):
+        assert mine.beat_fields(meta)["chat_template"] == text
+        pinned = beaten(mine, meta).pin(meta, "worker alice")
+        assert pinned.chat_template == text
+        assert "chat_template" not in mine.beat_fields(pinned)
+    other = of().pin(FRESH, "aggregator")
+    assert beaten(mine).pin(other, "worker alice") == other
 
 
 def test_what_differs_is_named() -> None:
-    """Other weights, another template; nothing that is not pinned, or that this party does not bring."""
-    meta = replace(FRESH, base_fingerprint="aaaa", base_fingerprint_by="aggregator", base_model="org/tiny")
-    assert BaseIdentity(fingerprint="x").difference(FRESH) == ""
-    assert "is bbbb, the expert's is aaaa (pinned by aggregator): use org/tiny" in BaseIdentity(
-        fingerprint="bbbb"
-    ).difference(meta)
-    pinned = replace(meta, chat_template="{{ a }}")
-    assert BaseIdentity(fingerprint="aaaa").difference(pinned) == ""
-    assert BaseIdentity(fingerprint="aaaa", chat_template="{{ a }}").difference(pinned) == ""
-    other = BaseIdentity(fingerprint="aaaa", chat_template="{{ b }}")
-    assert other.difference(meta) == ""
-    assert other.difference(pinned).startswith("its chat template is ")
+    """Other weights, each piece of a tokenizer, two at once; nothing that is not pinned, or that nobody knows."""
+    meta = replace(of().pin(FRESH, "worker alice"), base_model="org/tiny")
+    assert of().difference(meta) == of("bbbb", template="f").difference(FRESH) == ""
+    assert BaseIdentity(fingerprint="aaaa").difference(meta) == ""
+    assert "is bbbb, the expert's is aaaa (pinned by worker alice): use org/tiny" in of("bbbb").difference(
+        meta
+    )
+    for name, words in (
+        ("template", "in chat template: use the tokenizer and the chat template of org/tiny"),
+        ("added", "in added tokens: use"),
+        ("special", "in special token ids (bos, eos, pad, unk): use"),
+        ("vocabulary", "in vocabulary: use"),
+    ):
+        told = of(**{name: "ff"}).difference(meta)
+        assert told.startswith(f"its tokenizer differs from the one that worker alice has pinned, {words}")
+    assert "in chat template and special token ids" in of(template="f", special="f").difference(meta)
+    brought = replace(of(template="ff"), chat_template="{{ mine }}")
+    assert brought.difference(meta).endswith("in chat template: leave --chat-template away")
+    assert of().refusal(meta, "sql_expert") == ""
+    assert "is not the one that 'sql_expert' is trained on: the weights'" in of("b").refusal(
+        meta, "sql_expert"
+    )
+
+
+@pytest.mark.parametrize("text", ["\x00", "template", "added:" + "f" * 99, "who:1 added:F", "a" * 10**6])
+def test_what_is_no_fingerprint_is_no_ones(text: str) -> None:
+    """Anybody may write a heartbeat or a header: it pins nothing, and differs from everything that is pinned."""
+    odd = BaseIdentity(fingerprint="aaaa", tokenizer=text)
+    meta = of().pin(FRESH, "aggregator")
+    assert odd.pin(FRESH, "worker mallory").tokenizer == ""
+    assert odd.pin(meta, "worker mallory") == meta
+    assert "and vocabulary" in odd.difference(meta)
 
 
 def test_nothing_that_a_heartbeat_holds_grows_the_meta_without_bound() -> None:
     """Anybody may write a heartbeat."""
-    long = BaseIdentity(fingerprint="f" * 10**6, chat_template="t" * (MAX_TEMPLATE_CHARS + 1))
+    text = "t" * (MAX_TEMPLATE_CHARS + 1)
+    long = replace(of("f" * 10**6, template=template_digest(text)), chat_template=text)
     meta = long.pin(FRESH, "worker mallory")
     assert (len(meta.base_fingerprint), meta.chat_template) == (64, "")
 
@@ -66,7 +110,8 @@ def test_the_spec_comes_before_the_meta() -> None:
 
 
 def test_a_meta_of_before_is_read() -> None:
-    """What an earlier FedMoE wrote has no template; any other field that lacks is an error, as before."""
+    """What an earlier FedMoE wrote has neither tokenizer nor template."""
     raw = {key.encode(): value.encode() for key, value in FRESH.to_hash().items()}
-    del raw[b"chat_template"]
+    for name in (b"chat_template", b"tokenizer", b"tokenizer_by"):
+        del raw[name]
     assert Meta.from_hash(raw).to_hash() == FRESH.to_hash()

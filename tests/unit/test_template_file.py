@@ -1,16 +1,20 @@
 """The chat template: from a file or the expert, tried before anything is loaded; never made up."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tokenizers import normalizers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from fedmoe.errors import SettingsError
-from fedmoe.model.tokenizer import check_template, use_template
+from fedmoe.identity import TOKENIZER_PIECES, tokenizer_pieces
+from fedmoe.model.tokenizer import check_template, tokenizer_fingerprint, use_template
 from fedmoe.spec import Spec
 from fedmoe.template_file import MAX_TEMPLATE_CHARS, read_template, template_digest
 from tests.federation import small_spec
-from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer
+from tests.tiny import CHAT_TEMPLATE, END, PAD, START, tiny_tokenizer
 
 
 def test_a_file_is_read_as_it_stands(tmp_path: Path) -> None:
@@ -59,6 +63,33 @@ def test_a_template_is_tried_first(template: str, words: str) -> None:
     )
     with pytest.raises(SettingsError, match=words):
         check_template(template)
+
+
+def test_the_fingerprint_of_a_tokenizer_says_which_piece_is_another() -> None:
+    """The same tokenizer gives the same text, however it came; each change changes its own piece."""
+    before = tokenizer_pieces(tokenizer_fingerprint(tiny_tokenizer()))
+    assert before.keys() == TOKENIZER_PIECES.keys()
+    assert before["template"] == template_digest(CHAT_TEMPLATE)
+
+    def changed(change: Callable[[PreTrainedTokenizerBase], object]) -> set[str]:
+        tokenizer = tiny_tokenizer()
+        change(tokenizer)
+        now = tokenizer_pieces(tokenizer_fingerprint(tokenizer))
+        return {name for name in TOKENIZER_PIECES if now.get(name) != before[name]}
+
+    assert changed(lambda _: None) == set()
+    assert changed(lambda t: setattr(t, "chat_template", None)) == {"template"}
+    assert changed(lambda t: setattr(t, "chat_template", {"default": CHAT_TEMPLATE})) == {"template"}
+    assert changed(lambda t: setattr(t, "pad_token", END)) == {"special"}
+    assert changed(lambda t: t.add_tokens(["<new>"])) == {"added", "vocabulary"}
+    core = tiny_tokenizer().backend_tokenizer
+    core.normalizer = normalizers.Lowercase()
+    other = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token=PAD, eos_token=END, extra_special_tokens=[START]
+    )
+    other.chat_template = CHAT_TEMPLATE
+    now = tokenizer_pieces(tokenizer_fingerprint(other))
+    assert {name for name in now if now[name] != before[name]} == {"vocabulary"}
 
 
 def test_whose_template_it_is() -> None:

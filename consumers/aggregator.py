@@ -15,12 +15,13 @@ from pathlib import Path
 from consumers.decide import Outcome
 from consumers.expert import Expert
 from consumers.gateway import GatewayBuilder, GatewaySettings
+from consumers.history import History
+from consumers.recovery import CLAIM_WAIT_S, Recovery
 from consumers.retention import Retention
 from fedmoe.archive import Archive
 from fedmoe.backoff import Backoff
 from fedmoe.errors import (
     FedMoEError,
-    LostExpertError,
     RedisUnavailableError,
     SettingsError,
     StaleStateError,
@@ -28,13 +29,11 @@ from fedmoe.errors import (
 )
 from fedmoe.records import Entry
 from fedmoe.store.connection import MAX_SECONDS, Connection, RedisSettings
-from fedmoe.store.expert import BLOCKING_MS, ExpertStore
+from fedmoe.store.expert import BLOCKING_MS, ExpertStore, Loaded
 from fedmoe.store.lease import Lease
 from fedmoe.store.problems import Problems
 
 logger = logging.getLogger(__name__)
-
-REMEMBER_S = 2.0  # in which every aggregator has found an emptied server and said what it remembers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,8 +118,10 @@ class ExpertServer:
         self._standing_by = False
         self._reclaimed_at = 0.0
         self._held_at = 0.0
-        # Since when a server that lost the expert knows what is remembered here.
-        self._spoke_at: float | None = None
+        self._history = History()
+        self._recovery = Recovery(self._store, holder=holder, archive=self._archive, clock=clock)
+        self._generation = 0
+        self._patient_until = 0.0
 
     def run(self, stop: threading.Event) -> None:
         """Serve until `stop` is set, or in burst mode until nothing is waiting."""
@@ -163,6 +164,9 @@ class ExpertServer:
             stop.wait(min(0.2, self._settings.lease_s / 4))
             return False
         self._standing_by = False
+        if not self._loaded and self._may_have_gone_back():
+            stop.wait(0.1)
+            return False
         if self._loaded and self._expert and self._expert.generation != self._connection.generation:
             raise StaleStateError(f"{self.name}: the connection to Redis was made anew")
         entries = self._load() if not self._loaded else []
@@ -180,6 +184,17 @@ class ExpertServer:
                 self._retention.tend(self._expert)
             self._decided(sum(v.outcome in (Outcome.APPLIED, Outcome.REFUSED) for v in verdicts))
         return not entries
+
+    def _may_have_gone_back(self) -> bool:
+        """True for a while after the connection was made anew, for a server that remembers nothing.
+
+        The server may have come back from an older file. An aggregator that remembers more needs the time to say so.
+        """
+        now, generation = self._clock(), self._connection.generation
+        if self._generation not in (0, generation):
+            self._patient_until = now + CLAIM_WAIT_S
+        self._generation = generation
+        return now < self._patient_until
 
     def _hold(self) -> bool:
         self._held_at = self._clock()
@@ -216,43 +231,36 @@ class ExpertServer:
         return read
 
     def _rescue(self, expert: Expert) -> None:
-        """Before memory is thrown away: is it needed, because the server lost the expert?
-
-        Without the lease, which the server lost too, and a standby that remembers nothing may have taken.
-        """
-        if not self._store.is_whole():
-            if not self._remembers_most(expert.meta.version):
-                raise UnknownExpertError(
-                    f"expert {self.name!r} is gone from Redis: seeing which aggregator remembers most of it"
-                )
-            if not expert.write_back():
-                keys = self._store.keys
-                raise UnknownExpertError(
-                    f"expert {self.name!r} is partly gone from Redis: remove the rest of it to have it written back "
-                    f"(redis-cli UNLINK '{keys.meta}' '{keys.weights}' '{keys.applied}')"
-                )
-            logger.warning(
-                "%s: Redis had lost it; written back from memory, version %d", self.name, expert.meta.version
-            )
-        self._expert, self._spoke_at = None, None
-
-    def _remembers_most(self, version: int) -> bool:
-        """True if no aggregator remembers a later version; all have had the time to say so."""
-        is_new, who = self._store.remember(self._holder, version)
-        if is_new or self._spoke_at is None:
-            self._spoke_at = self._clock()
-        return self._clock() - self._spoke_at >= REMEMBER_S and who == self._holder
+        """Before memory is given up: is it needed, because Redis lost what it holds?"""
+        self._recovery.settle(expert)
+        self._expert = None
+        self._generation = self._connection.generation  # what Redis holds is known
 
     def _load(self) -> list[Entry]:
         # Anew each time: whoever emptied Redis may have made an expert of this name with another spec.
         expert = Expert(
             self._store, self._store.spec(), aggregator=self._holder, archive=self._archive,
-            before_each=self._keep_lease,
+            history=self._history, before_each=self._keep_lease,
         )  # fmt: skip
-        expert.load()
+        loaded = expert.load()
+        self._wait_for_claims(loaded)
         self._expert, self._loaded = expert, True
         logger.info("%s: serving from version %d", self.name, expert.meta.version)
+        if rebuilt := expert.rebuild(loaded):
+            logger.warning(
+                "%s: %s did not belong to version %d; begun again", self.name, rebuilt, loaded.meta.version
+            )
         return self._reclaim()
+
+    def _wait_for_claims(self, loaded: Loaded) -> None:
+        """Raise UnknownExpertError while another aggregator remembers a later version, which it will write back."""
+        others = {who: version for who, version in loaded.claims.items() if who != self._holder}
+        newest = max(others.values(), default=0)
+        if newest > loaded.meta.version:
+            raise UnknownExpertError(
+                f"Redis went back to version {loaded.meta.version} of expert {self.name!r}, and another aggregator "
+                f"remembers version {newest}: waiting until it has written that back"
+            )
 
     def _is_time_to_reclaim(self) -> bool:
         """Once in the time of a lease, so that no update waits longer than it does when an aggregator dies."""
@@ -261,8 +269,8 @@ class ExpertServer:
     def _reclaim(self) -> list[Entry]:
         """What was read and not committed, also by who has lost the lease; and a look at what no reply tells of."""
         self._reclaimed_at = self._clock()
-        if not self._store.exists():  # emptied, and somebody made the consumer group again
-            raise LostExpertError(self.name)
+        if not self._store.is_whole(decided=bool(self._expert and self._expert.applied)):
+            raise StaleStateError(f"{self.name}: a part of it is gone from Redis")
         if self._store.mend():
             logger.warning("%s: somebody had blocked its stream with the highest id; mended", self.name)
         return self._store.reclaim()

@@ -40,8 +40,9 @@ from fedmoe.spec import (
 )
 from fedmoe.staleness import Decay
 from fedmoe.store.connection import Connection
-from fedmoe.store.expert import ExpertStore, new_id
+from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore
+from fedmoe.store.lifecycle import new_id
 from fedmoe.template_file import template_digest
 
 logger = logging.getLogger(__name__)

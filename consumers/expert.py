@@ -14,15 +14,18 @@ import torch
 
 from consumers.decide import Outcome, Verdict, Workspace, counts_of, judge_header, judge_payload
 from consumers.doorbell import Doorbell, Garbage, Join, parse_entry
+from consumers.history import History
 from fedmoe.archive import Archive
 from fedmoe.codec import EXACT, scratch_values
 from fedmoe.errors import SettingsError, StaleStateError, UpdateError
 from fedmoe.identity import BEAT_FIELDS, BaseIdentity
+from fedmoe.integrity import restamp
 from fedmoe.layout import AdapterBuffer
 from fedmoe.packed import pack
 from fedmoe.records import Decided, Entry, Meta
 from fedmoe.spec import Spec
-from fedmoe.store.expert import Commit, ExpertStore, Loaded, new_id
+from fedmoe.store.expert import Commit, ExpertStore, Loaded
+from fedmoe.store.lifecycle import new_id
 from fedmoe.update import Header
 
 logger = logging.getLogger(__name__)
@@ -39,6 +42,7 @@ class Expert:
         spec: of this expert.
         aggregator: name of this process, for people.
         archive: where applied updates are kept, None for nowhere.
+        history: the commits that this memory passed through; a new one by default.
         before_each: called before each entry is decided.
         clock: seconds since 1970, for people only.
     """
@@ -50,6 +54,7 @@ class Expert:
         *,
         aggregator: str,
         archive: Archive | None = None,
+        history: History | None = None,
         before_each: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -57,6 +62,7 @@ class Expert:
         self.spec = spec
         self._aggregator = aggregator
         self._archive = archive
+        self.history = history or History()
         self._before_each = before_each
         self._clock = clock
         # The state of the last load or commit, and the newest, which is the same one until an update is folded.
@@ -65,7 +71,7 @@ class Expert:
         self._spares = [AdapterBuffer(spec.layout), AdapterBuffer(spec.layout)]
         self._scratch = torch.empty(scratch_values(spec.layout.numel))
 
-    def load(self) -> None:
+    def load(self) -> Loaded:
         """Take over what Redis holds. Raises what ExpertStore.load raises, SpecError for a foreign weights key."""
         loaded: Loaded = self.store.load()
         if loaded.meta.spec != self.spec.digest:
@@ -75,21 +81,46 @@ class Expert:
         self.meta = loaded.meta
         self.applied = loaded.applied
         self.generation = loaded.generation
+        self.history.arrive(self.meta.commit)
+        return loaded
 
-    def write_back(self) -> bool:
-        """Write the expert back whole, where nothing is (the server lost it); True if this did it.
+    def write_back(self, *, on: str) -> bool:
+        """Write the expert back whole, on top of what Redis has left of it; True if this did it.
 
         The same lineage, a new commit id, the state of the last load or commit: for workers a failover like any other.
+
+        Args:
+            on: the commit that Redis holds, one of `history`; "" if it holds none.
         """
         commit = new_id()
-        meta = replace(
-            self.meta,
-            commit=commit,
-            weights_commit=commit,
-            updated_at=self._clock(),
-            aggregator=self._aggregator,
+        meta = self._next_meta(commit, weights_commit=commit)
+        log, dead = self.history.since(on) if on else ([self._anchor("written back from memory")], [])
+        self.buffer.stamp(commit)
+        self.history.attempt(commit)
+        return self.store.write_back(
+            self.spec, meta, self.buffer.file, on=on, applied=self.applied, log=log, dead=dead
         )
-        line: dict[str, str | int] = {"version": meta.version, "restored": "written back from memory"}
+
+    def rebuild(self, loaded: Loaded) -> str:
+        """Make anew what can be derived from the parts that carry truth; what that was, "" if nothing.
+
+        Raises StaleStateError if somebody else has committed since `loaded`.
+        """
+        commit = Commit(on=self.meta.commit, generation=self.generation, meta=self.meta)
+        lost = []
+        if self.spec.wire_format != EXACT and loaded.packed_commit != self.meta.weights_commit:
+            lost.append("the packed weights")
+            commit.packed = pack(self.buffer.flat, self.spec, self.meta.weights_commit)
+        if loaded.logged_version != self.meta.version and self.meta.version:
+            lost.append("the log")
+            commit.log.append(self._anchor("the log before was lost"))
+        if lost:
+            self._send(commit, self._next_meta(new_id()))
+        return " and ".join(lost)
+
+    def _anchor(self, why: str) -> dict[str, str | int]:
+        """A line of the log from which a replay can begin, if the weights can be kept."""
+        line: dict[str, str | int] = {"version": self.meta.version, "restored": why}
         if self._archive is not None:
             try:
                 line["weights"] = self._archive.keep_weights(self.buffer.file)
@@ -99,7 +130,23 @@ class Expert:
                     self.store.name,
                     error,
                 )
-        return self.store.create(self.spec, meta, self.buffer.file, applied=self.applied, log=line)
+        return line
+
+    def _next_meta(self, commit: str, *, weights_commit: str = "") -> Meta:
+        return replace(
+            self.meta,
+            commit=commit,
+            weights_commit=weights_commit or self.meta.weights_commit,
+            updated_at=self._clock(),
+            aggregator=self._aggregator,
+        )
+
+    def _send(self, commit: Commit, meta: Meta) -> None:
+        commit.meta = meta
+        self.history.attempt(meta.commit, commit.log, commit.dead)
+        self.store.commit(commit)
+        self.meta = meta
+        self.history.arrive(meta.commit)
 
     def process(self, entries: Sequence[Entry], *, more: More = lambda: ()) -> list[Verdict]:
         """Decide entries in stream order and commit them in one transaction.
@@ -157,21 +204,14 @@ class Expert:
 
     def _commit(self, commit: Commit) -> None:
         commit_id = new_id()
-        weights_commit = self.meta.weights_commit
+        weights_commit = ""
         if self._folded is not self.buffer:
             weights_commit = commit_id
+            self._folded.stamp(commit_id)
             commit.weights = self._folded.file
             if self.spec.wire_format != EXACT:
                 commit.packed = pack(self._folded.flat, self.spec, commit_id)
-        self.meta = replace(
-            self.meta,
-            commit=commit_id,
-            weights_commit=weights_commit,
-            updated_at=self._clock(),
-            aggregator=self._aggregator,
-        )
-        commit.meta = self.meta
-        self.store.commit(commit)
+        self._send(commit, self._next_meta(commit_id, weights_commit=weights_commit))
         for line in commit.log:
             logger.info(
                 "%s version %s: %s seq %s, staleness %s, factor %.3g, norm %s, loss %s", self.store.name,
@@ -205,7 +245,7 @@ class Expert:
                 self._refuse(bell.worker, header, verdict, commit)
             case Outcome.APPLIED:
                 self._apply(bell.worker, header, verdict, kept, commit)
-        self.applied[bell.worker] = commit.applied[bell.worker] = Decided(
+        decided = Decided(
             id=header.id,
             how=verdict.outcome.value,
             version=self.meta.version,
@@ -213,6 +253,9 @@ class Expert:
             reason=verdict.reason,
             position=header.position,
         )
+        stamp = restamp(self.meta.decided_stamp, bell.worker, self.applied.get(bell.worker), decided)
+        self.meta = replace(self.meta, decided_stamp=stamp)
+        self.applied[bell.worker] = commit.applied[bell.worker] = decided
         commit.unlink += self.store.payload_keys(bell.worker, bell.run, bell.seq, len(header.parts))
         return verdict
 

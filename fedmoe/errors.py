@@ -64,6 +64,16 @@ class LostExpertError(UnknownExpertError):
         )
 
 
+class DamagedExpertError(UnknownExpertError):
+    """A part of an expert is missing, or is not the part that its meta knows. Nobody serves or trains it."""
+
+    def __init__(self, name: str, damage: str) -> None:
+        super().__init__(
+            f"expert {name!r} in Redis is damaged: {damage}. An aggregator that still remembers it repairs it; if "
+            "none does, write a backup back (fedmoe restore --replace)"
+        )
+
+
 class RedisUnavailableError(FedMoEError, ConnectionError):
     """Redis cannot be reached, or refuses a command for a reason that may pass: try again."""
 

@@ -1,9 +1,12 @@
 """One contiguous fp32 vector for a whole adapter, and the safetensors file that is that vector.
 
 A `Layout` fixes which value of the flat vector belongs to which tensor. The safetensors header of a layout
-never changes, so an adapter's file is `header + raw bytes of the vector`: an `AdapterBuffer` keeps both in
-one block of memory, into which updates are folded, and which is handed to Redis as it lies, without
+always has the same length, so an adapter's file is `header + raw bytes of the vector`: an `AdapterBuffer` keeps both
+in one block of memory, into which updates are folded, and which is handed to Redis as it lies, without
 copying or serialising.
+
+The header's metadata holds a stamp: the id of the commit that wrote these weights. So weights tell by themselves
+whether they are those that the expert's meta names.
 """
 
 import json
@@ -23,6 +26,10 @@ FLOAT_BYTES = 4
 warnings.filterwarnings("ignore", message="The given buffer is not writable")
 
 MAX_STRING_BYTES = 512 * 1024 * 1024  # a Redis string can hold no more
+STAMP_CHARS = 16  # of a commit id in the header; a shorter one is padded with spaces
+_BEFORE_STAMP = b'{"__metadata__":{"commit":"'
+_STAMP_AT = slice(8 + len(_BEFORE_STAMP), 8 + len(_BEFORE_STAMP) + STAMP_CHARS)
+STAMPED_BYTES = _STAMP_AT.stop  # a file's first bytes that tell its stamp
 
 
 @dataclass(frozen=True)
@@ -57,9 +64,9 @@ class Layout:
 
     @cached_property
     def header(self) -> bytes:
-        """The safetensors header: 8 bytes of length, then JSON padded with spaces to a multiple of 8."""
+        """The safetensors header with an empty stamp: 8 bytes of length, then JSON, padded to a multiple of 8."""
         offset = 0
-        table: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        table: dict[str, object] = {"__metadata__": {"commit": " " * STAMP_CHARS, "format": "pt"}}
         for name, shape in self.tensors:
             end = offset + math.prod(shape) * FLOAT_BYTES
             table[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, end]}
@@ -126,11 +133,34 @@ def layout_of(file: bytes | memoryview) -> Layout:
 
 def check_file(layout: Layout, length: int, begin: bytes) -> None:
     """Raise SpecError if a file of so many bytes, which begins so, is not an adapter's of this layout."""
-    if length != layout.file_bytes or not begin.startswith(layout.header):
+    at, header = _STAMP_AT, layout.header
+    same = begin[: at.start] == header[: at.start] and begin[at.stop : len(header)] == header[at.stop :]
+    if length != layout.file_bytes or not same:
         raise SpecError(
             f"the stored weights ({length} bytes) are not an adapter of this spec "
             f"({layout.file_bytes} bytes); was the key written by something else?"
         )
+
+
+def stamp_of(begin: bytes | memoryview) -> str:
+    """The commit id that an adapter's file, which begins so, is stamped with; "" if it has none."""
+    begin = bytes(begin[:STAMPED_BYTES])
+    if not begin[8:].startswith(_BEFORE_STAMP):
+        return ""
+    return begin[_STAMP_AT].decode(errors="backslashreplace").strip()
+
+
+def stamped(file: bytes | memoryview, commit: str) -> bytes:
+    """A copy of an adapter's file with another stamp."""
+    view = memoryview(file)
+    return b"".join((view[: _STAMP_AT.start], _stamp(commit), view[_STAMP_AT.stop :]))
+
+
+def _stamp(commit: str) -> bytes:
+    stamp = commit.encode()
+    if len(stamp) > STAMP_CHARS:
+        raise ValueError(f"a commit id has at most {STAMP_CHARS} characters, not {len(stamp)}")
+    return stamp.ljust(STAMP_CHARS)
 
 
 def values_of(layout: Layout, file: bytes | memoryview) -> torch.Tensor:
@@ -139,9 +169,9 @@ def values_of(layout: Layout, file: bytes | memoryview) -> torch.Tensor:
     Raises:
         SpecError: if it is not a file of that layout.
     """
-    header = layout.header
-    check_file(layout, len(file), bytes(file[: len(header)]))
-    return torch.frombuffer(file, dtype=torch.float32, offset=len(header), count=layout.numel)
+    n_bytes = len(layout.header)
+    check_file(layout, len(file), bytes(file[:n_bytes]))
+    return torch.frombuffer(file, dtype=torch.float32, offset=n_bytes, count=layout.numel)
 
 
 class AdapterBuffer:
@@ -165,5 +195,15 @@ class AdapterBuffer:
         return memoryview(self._block).toreadonly()
 
     def load(self, file: bytes) -> None:
-        """Take over the values of a safetensors file of the same layout; SpecError if it is not one."""
+        """Take over values and stamp of a safetensors file of the same layout; SpecError if it is not one."""
         self.flat.copy_(values_of(self.layout, file))
+        self.stamp(stamp_of(file))
+
+    def stamp(self, commit: str) -> None:
+        """Note in the file's header which commit these weights belong to."""
+        self._block[_STAMP_AT] = _stamp(commit)
+
+    def same_values(self, file: bytes) -> bool:
+        """True if the values in a file of this layout are these, bit for bit, whatever its stamp."""
+        first = len(self.layout.header)
+        return memoryview(file)[first:] == self.file[first:]

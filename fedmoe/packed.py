@@ -28,7 +28,7 @@ from fedmoe.spec import Spec
 
 _WHAT = b"fedmoe packed 1 "
 _ID_BYTES = 16  # of a commit id, and of the digest of W⁰, both in hex
-_HEAD_BYTES = len(_WHAT) + _ID_BYTES + 1 + _ID_BYTES
+PREAMBLE_BYTES = len(_WHAT) + _ID_BYTES + 1 + _ID_BYTES
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +44,13 @@ def _head(commit: str, digest: bytes) -> bytes:
     return _WHAT + commit.encode() + b" " + digest
 
 
+def packed_commit(preamble: bytes) -> str:
+    """The weights' commit that packed weights which begin so are of; "" if they are no packed weights."""
+    if not preamble.startswith(_WHAT):
+        return ""
+    return preamble[len(_WHAT) : len(_WHAT) + _ID_BYTES].decode(errors="backslashreplace")
+
+
 def pack(weights: torch.Tensor, spec: Spec, commit: str) -> bytes:
     """Encode an expert's weights (numel,) fp32 of this `weights_commit`."""
     initial, digest = _initial(spec.layout, spec.init_seed)
@@ -57,7 +64,7 @@ def pack_file(file: bytes | memoryview, spec: Spec, commit: str) -> bytes | None
 
 def pieces(spec: Spec) -> list[tuple[int, int]]:
     """First and last byte of the head, and of each part, of packed weights."""
-    lengths = (_HEAD_BYTES, *part_lengths(spec.layout.numel, spec.wire_format))
+    lengths = (PREAMBLE_BYTES, *part_lengths(spec.layout.numel, spec.wire_format))
     return [(first, after - 1) for first, after in pairwise(accumulate(lengths, initial=0))]
 
 
@@ -97,7 +104,7 @@ def unpack_again(content: Sequence[bytes], spec: Spec) -> torch.Tensor:
     """
     head, *parts = content or (b"",)
     _, digest = _initial(spec.layout, spec.init_seed)
-    if not head.startswith(_WHAT) or len(head) != _HEAD_BYTES:
+    if not head.startswith(_WHAT) or len(head) != PREAMBLE_BYTES:
         raise UpdateError("the packed weights have no head")
     if not head.endswith(digest):
         raise UpdateError(

@@ -8,6 +8,7 @@ from typing import Any
 from fedmoe.errors import SpecError
 from fedmoe.update import UpdateId
 
+NO_DECISIONS = "0" * 16  # the stamp of no decided updates, see fedmoe/integrity.py
 HEARTBEAT_TTL_S = 15.0  # a worker whose heartbeat has expired is gone
 TRACE_TTL_S = 7 * 24 * 3600.0  # so long it is told how a worker left
 VANISHED = "vanished"  # of a worker that left without a word: it was killed, or its machine is cut off
@@ -23,6 +24,8 @@ class Meta:
         commit: random id of the transaction that made this state, the head of the expert's history.
         weights_commit: the last commit that changed the weights.
         spec: digest of the spec.
+        decided_stamp: of all workers' last decided updates, which must be those that are there (integrity.py).
+        restored: commit of the last `fedmoe restore`; "" if there was none.
         base_fingerprint: of the base model's weights; empty until somebody pinned it (base_fingerprint_by).
         applied, duplicate, refused, undecidable, garbage: how often an entry was decided which way.
         staleness_sum: over the applied updates; mean_staleness is derived from it.
@@ -38,6 +41,8 @@ class Meta:
     commit: str
     weights_commit: str
     spec: str
+    decided_stamp: str = NO_DECISIONS
+    restored: str = ""
     version: int = 0
     base_model: str = ""
     base_fingerprint: str = ""

@@ -19,6 +19,7 @@ MAX_HEADER_BYTES = 256 * 1024
 PART_BYTES = 1024 * 1024  # a payload part is at most this long
 MAX_PARTS = 1024  # an adapter is at most 512 MiB, the most a Redis string can hold
 MAX_TEXT_CHARS = 1024
+PAYLOAD_TTL_S = 7 * 24 * 3600  # of header and parts in Redis; far longer than any outage planned for
 _RUN = re.compile(r"([0-9]{1,12})-([0-9a-f]{8})")
 _MAX_INT = 2**53
 
@@ -107,6 +108,21 @@ class Header:
     def payload_bytes(self) -> int:
         """Bytes of all parts."""
         return sum(part.length for part in self.parts)
+
+    def entry(self, worker: str) -> dict[str, str | int]:
+        """The entry of the updates stream that announces it; it is for people, but for worker, run and seq."""
+        return {
+            "worker": worker,
+            "run": self.run,
+            "seq": self.seq,
+            "base_version": self.base_version,
+            "format": self.wire_format,
+            "parts": len(self.parts),
+            "bytes": self.payload_bytes,
+            "n_examples": self.n_examples,
+            "steps": self.steps,
+            "loss": f"{self.loss:.4f}",
+        }
 
     def pack(self) -> bytes:
         """The header as msgpack."""

@@ -70,7 +70,7 @@ class Place(Enum):
     KNOWN = auto()  # at one of its updates, or where its chain began
     BEHIND = auto()  # before all it remembers: a rollback deeper than what was kept
     AHEAD = auto()  # at a later update of this run: an old checkpoint was restored here
-    FOREIGN = auto()  # at a later run: another process bears this name
+    FOREIGN = auto()  # at a later run, which began after this one: another process bears this name
 
 
 def locate(
@@ -87,7 +87,9 @@ def locate(
     if head.run == run:
         last = max((u.seq for u in (*known, start or mine) if u.run == run), default=0)
         return (Place.AHEAD, 0) if head.seq > last else (Place.BEHIND, 0)
-    return (Place.FOREIGN, 0) if head.epoch >= mine.epoch else (Place.BEHIND, 0)
+    # Two runs get one epoch only if Redis went back and forgot the first of them. It has ended, or it goes on as this
+    # one does: the chain of `prev` takes each of their updates once, in either case.
+    return (Place.FOREIGN, 0) if head.epoch > mine.epoch else (Place.BEHIND, 0)
 
 
 def _is_later(head: UpdateId | None, start: UpdateId | None) -> bool:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmoe.backup import Backup, back_up
+from fedmoe.layout import stamped
 from fedmoe.store.backup import BackupStore
 from fedmoe.store.connection import Connection
 from tests.federation import ScriptedWorker, make_expert, serve
@@ -27,9 +28,11 @@ def content(connection: Connection, name: str = NAME) -> dict[str, Any]:
     """All that Redis keeps of an expert but its commit ids, as other commands than the store's see it."""
     redis, keys = connection.client, connection.keys.expert(name)
     meta = redis.hgetall(keys.meta)
-    meta.pop(b"commit"), meta.pop(b"weights_commit")
+    for name_of_id in (b"commit", b"weights_commit", b"restored"):
+        meta.pop(name_of_id, None)
+    weights = redis.get(keys.weights)
     return {
-        "spec": redis.get(keys.spec), "weights": redis.get(keys.weights), "meta": meta,
+        "spec": redis.get(keys.spec), "weights": weights and stamped(weights, ""), "meta": meta,
         "applied": redis.hgetall(keys.applied), "log": redis.xrange(keys.log), "dead": redis.xrange(keys.dead),
         "weight": redis.hget(connection.keys.experts, name),
     }  # fmt: skip

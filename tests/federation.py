@@ -17,7 +17,8 @@ from fedmoe.layout import AdapterBuffer, Layout
 from fedmoe.records import Meta
 from fedmoe.spec import LoraSettings, MergeRules, Spec
 from fedmoe.store.connection import Connection
-from fedmoe.store.expert import ExpertStore, new_id
+from fedmoe.store.expert import ExpertStore
+from fedmoe.store.lifecycle import new_id
 from fedmoe.store.worker import WorkerStore
 from fedmoe.update import make_run
 from producers.ledger import Change, Ledger, Outgoing, Trained
@@ -163,10 +164,15 @@ def serving(
     keep_updates: Path | None = None,
     burst: bool = False,
     release: bool = True,
+    memory: Expert | None = None,
 ) -> Iterator[Served]:
-    """An expert served by the real loop, in a thread; without `release` its lease stays behind, as if it was killed."""
+    """An expert served by the real loop, in a thread; without `release` its lease stays behind, as if it was killed.
+
+    With `memory` it remembers that, as if it had served until now.
+    """
     settings = AggregatorSettings(lease_s=lease_s, block_ms=block_ms, keep_updates=keep_updates, burst=burst)
     server = ExpertServer(connection, expert, settings, holder=holder)
+    server._expert = memory
     if not release:
         server._lease.release = lambda: None  # type: ignore[method-assign]
     stop = threading.Event()

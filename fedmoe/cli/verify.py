@@ -22,7 +22,7 @@ def verify(redis: str, prefix: str, redis_timeout: float, experts: Sequence[str]
     """
     from consumers.verify import replay
     from fedmoe.archive import Archive
-    from fedmoe.errors import FedMoEError, SettingsError
+    from fedmoe.errors import DamagedExpertError, FedMoEError, SettingsError
     from fedmoe.store.connection import Connection
     from fedmoe.store.gateway import GatewayStore
 
@@ -37,11 +37,16 @@ def verify(redis: str, prefix: str, redis_timeout: float, experts: Sequence[str]
         raise SettingsError("there are no experts to verify")
     for name in names:
         spec = store.spec(name)
-        meta, weights, lines = store.history(name)
+        try:
+            meta, weights, lines = store.history(name)
+        except DamagedExpertError as error:
+            click.echo(str(error))
+            wrong.append(name)
+            continue
         done = replay(
             spec, lines, Archive(directory / name, read_only=True), upto=meta.version, lineage=meta.lineage
         )
-        equal = not done.problem and done.weights.file == weights
+        equal = not done.problem and done.weights.same_values(weights)
         verdict = "equal" if equal else "differs: other weights than in Redis"
         if done.problem:
             verdict = f"cannot be replayed: {done.problem}"

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedmoe.errors import BackupError, FedMoEError, UnknownExpertError
-from fedmoe.layout import values_of
+from fedmoe.layout import stamped, values_of
 from fedmoe.names import check_expert
 from fedmoe.packed import pack_file
 from fedmoe.records import Meta
 from fedmoe.spec import Spec
 from fedmoe.store.connection import Connection, execute
-from fedmoe.store.expert import new_id
 from fedmoe.store.full import read_together
+from fedmoe.store.lifecycle import examine, new_id
 
 Line = tuple[bytes, Mapping[bytes, bytes]]  # id and fields of a stream's entry
 
@@ -54,11 +54,8 @@ class ExpertState:
             values_of(spec.layout, self.weights)
         except FedMoEError as error:
             raise BackupError(f"{name}: {error}") from error
-        if spec.digest != meta.spec:
-            raise BackupError(
-                f"{name}: its spec has the digest {spec.digest}, its meta names {meta.spec}: they do not belong "
-                "together"
-            )
+        if wrong := examine(self.spec, self.weights, self.meta, self.applied).damage:
+            raise BackupError(f"{name}: {wrong}: the parts do not belong together")
         for what, lines in (("log", self.log), ("dead", self.dead)):
             if not _increase(entry_id for entry_id, _ in lines):
                 raise BackupError(f"{name}: the entries of its {what} are not in order")
@@ -169,8 +166,9 @@ class BackupStore:
     def _queue(self, pipe: Any, name: str, state: ExpertState, commit: str, packed: bytes | None) -> None:
         keys = self.keys.expert(name)
         pipe.set(keys.spec, state.spec)
-        pipe.set(keys.weights, memoryview(state.weights))
-        pipe.hset(keys.meta, mapping={**state.meta, b"commit": commit, b"weights_commit": commit})
+        pipe.set(keys.weights, stamped(state.weights, commit))
+        ids = dict.fromkeys((b"commit", b"weights_commit", b"restored"), commit)
+        pipe.hset(keys.meta, mapping={**state.meta, **ids})
         if state.applied:
             pipe.hset(keys.applied, mapping=state.applied)
         pipe.unlink(keys.packed, keys.lost, keys.memory)

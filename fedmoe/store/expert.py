@@ -1,4 +1,4 @@
-"""The aggregator's side of one expert: create, load, read, commit; and the lease.
+"""The aggregator's side of one expert: load, read, commit.
 
 A commit is a compare-and-swap on `meta.commit`: it succeeds only on top of the state that was loaded, over the
 connection that loaded it. In its MULTI stand only commands that cannot fail half way, on keys that only aggregators
@@ -7,7 +7,6 @@ may write.
 
 import logging
 import re
-import secrets
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -15,13 +14,14 @@ from typing import Any
 
 import redis
 
-from fedmoe.errors import LostExpertError, SpecError, StaleStateError
+from fedmoe.errors import DamagedExpertError, LostExpertError, SpecError, StaleStateError
 from fedmoe.keys import GROUP
-from fedmoe.packed import pack_file
+from fedmoe.packed import PREAMBLE_BYTES, packed_commit
 from fedmoe.records import Decided, Entry, Meta
 from fedmoe.spec import Spec
-from fedmoe.store.connection import Connection, execute
+from fedmoe.store.connection import execute
 from fedmoe.store.full import is_full, read_together, transact
+from fedmoe.store.lifecycle import ExpertLifecycle, Line, examine
 from fedmoe.store.pieces import places, put
 from fedmoe.update import MAX_HEADER_BYTES, Part
 
@@ -48,19 +48,25 @@ _UNLINK_AT_ONCE = 1000  # keys; a script's command may not have more than some t
 logger = logging.getLogger(__name__)
 
 
-def new_id() -> str:
-    """A random id of a commit or a lineage."""
-    return secrets.token_hex(8)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loaded:
-    """An expert as one MULTI read it, and the connection (generation) that read it."""
+    """An expert as one MULTI read it.
+
+    Args:
+        meta, weights, applied: what the keys of these names hold; they belong together.
+        generation: number of the connection that read it.
+        packed_commit: the commit of the packed weights, "" if there are none.
+        logged_version: of the log's last line, -1 if there is none.
+        claims: aggregator -> the version that it can write back, because Redis lost it.
+    """
 
     meta: Meta
     weights: bytes
     applied: dict[str, Decided]
     generation: int
+    packed_commit: str
+    logged_version: int
+    claims: dict[str, int]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -73,156 +79,95 @@ class Commit:
     weights: memoryview | None = None
     packed: bytes | None = None
     applied: dict[str, Decided] = field(default_factory=dict)
-    log: list[Mapping[str, str | int | float]] = field(default_factory=list)
-    dead: list[Mapping[str, str | int | float]] = field(default_factory=list)
+    log: list[Line] = field(default_factory=list)
+    dead: list[Line] = field(default_factory=list)
     entries: list[str] = field(default_factory=list)
     unlink: list[str] = field(default_factory=list)
 
 
-class ExpertStore:
+class ExpertStore(ExpertLifecycle):
     """Redis commands of an aggregator for one expert.
 
     Every method raises RedisUnavailableError if Redis cannot be reached or refuses; then, and after
     StaleStateError, all that was loaded before must be loaded again.
     """
 
-    def __init__(self, connection: Connection, name: str) -> None:
-        self.connection = connection
-        self.name = name
-        self.keys = connection.keys.expert(name)
-        self._redis = connection.client
-
-    def exists(self) -> bool:
-        """True if the expert was created."""
-        with self.connection.errors():
-            return bool(self._redis.exists(self.keys.meta))
-
-    def is_whole(self) -> bool:
-        """True if all is there without which it cannot be loaded."""
-        with self.connection.errors():
-            return bool(self._redis.exists(self.keys.meta, self.keys.weights, self.keys.spec) == 3)
-
-    def remember(self, holder: str, version: int) -> tuple[bool, str]:
-        """Say on a server that lost the expert which version this aggregator remembers.
-
-        Returns whether that is new to the server, and who remembers most. It is forgotten after 10 s.
-        """
-        key = self.keys.memory
-        with self.connection.errors(), self._redis.pipeline(transaction=True) as pipe:
-            pipe.hset(key, holder, version)
-            pipe.pexpire(key, 10_000)
-            pipe.hgetall(key)
-            is_new, _, known = pipe.execute()
-        return bool(is_new), max(known, key=lambda name: (int(known[name]), name)).decode()
-
-    def lost(self) -> dict[str, str]:
-        """Who knew this expert when it was found to be gone: worker -> lineage; empty unless it was."""
-        with self.connection.errors():
-            raw = self._redis.hgetall(self.keys.lost)
-        return {worker.decode(): lineage.decode() for worker, lineage in raw.items()}
-
-    def mark_lost(self, known: Mapping[str, str]) -> None:
-        """Note, for whoever comes when these workers are gone, that the expert was lost and not begun yet."""
-        with self.connection.errors():
-            self._redis.hset(self.keys.lost, mapping=dict(known))
-
-    def create(
-        self,
-        spec: Spec,
-        meta: Meta,
-        weights: memoryview,
-        *,
-        gateway_weight: float | None = None,
-        applied: Mapping[str, Decided] | None = None,
-        log: Mapping[str, str | int] | None = None,
-    ) -> bool:
-        """Write the expert whole or not at all, where nothing is; False if something is there.
-
-        A new expert is version 0; one that the server lost comes with what it had `applied`, and a line for its `log`.
-        With a `gateway_weight` it is listed among the federation's.
-        """
-        keys, packed = self.keys, pack_file(weights, spec, meta.weights_commit)
-        with self.connection.errors():
-            with self._redis.pipeline(transaction=True) as pipe:
-                pipe.watch(keys.meta, keys.weights, keys.applied)
-                if pipe.exists(keys.meta, keys.weights, keys.applied):
-                    return False
-                pipe.multi()
-                pipe.set(keys.spec, spec.to_json())
-                pipe.set(keys.weights, weights)
-                pipe.hset(keys.meta, mapping=meta.to_hash())
-                if applied:
-                    pipe.hset(keys.applied, mapping={w: d.to_json() for w, d in applied.items()})
-                if log:
-                    pipe.xadd(keys.log, dict(log))
-                else:
-                    pipe.unlink(keys.log, keys.dead)  # of a history that has no part in a new expert's
-                pipe.unlink(keys.packed, keys.lost, keys.memory)
-                if packed:
-                    pipe.set(keys.packed, packed)
-                if execute(pipe) is None:
-                    return False
-            if gateway_weight is not None:
-                self.register(gateway_weight)
-            return True
-
-    def register(self, gateway_weight: float, *, overwrite: bool = False) -> None:
-        """List the expert among the federation's; one that is there keeps its weight unless told otherwise."""
-        key, weight = self.connection.keys.experts, f"{gateway_weight:g}"
-        with self.connection.errors():
-            listed = self._redis.hget(key, self.name)
-            if listed is None or (overwrite and listed.decode() != weight):  # a full Redis takes no write
-                (self._redis.hset if overwrite else self._redis.hsetnx)(key, self.name, weight)
-
     def spec(self) -> Spec:
         """The expert's spec.
 
         Raises:
             LostExpertError: if there is no such expert.
+            DamagedExpertError: if only the spec is missing, or it cannot be read.
         """
         with self.connection.errors():
             text = self._redis.get(self.keys.spec)
         if text is None:
+            if self.exists():
+                raise DamagedExpertError(self.name, "its spec is missing")
             raise LostExpertError(self.name)
-        return Spec.from_json(text)
+        try:
+            return Spec.from_json(text)
+        except SpecError as error:
+            raise DamagedExpertError(self.name, f"its spec cannot be read ({error})") from error
+
+    def is_whole(self, *, decided: bool) -> bool:
+        """True if all parts are there, with decided updates if there should be some; a glance, no comparison."""
+        keys = [self.keys.meta, self.keys.weights, self.keys.spec, *([self.keys.applied] if decided else [])]
+        with self.connection.errors():
+            return bool(self._redis.exists(*keys) == len(keys))
 
     def load(self) -> Loaded:
-        """Read weights, meta and applied as of one moment, and make sure that the consumer group is there, from 0.
+        """Read the expert as of one moment, and make sure that the consumer group is there, from 0.
 
         Not before the expert is: without a group, every reader of an emptied server is told so.
 
         Raises:
             LostExpertError: if the expert is gone.
+            DamagedExpertError: if a part is missing, or is not the one that its meta knows.
             SpecError: if a key that commits write to is of another type: an EXEC would fail half way.
         """
         keys = self.keys
         with self.connection.errors():
-            weights, meta, applied, *types = read_together(
+            weights, meta, applied, spec, packed, last_line, claims, *types = read_together(
                 self._redis,
                 ("get", keys.weights),
                 ("hgetall", keys.meta),
                 ("hgetall", keys.applied),
+                ("get", keys.spec),
+                ("getrange", keys.packed, 0, PREAMBLE_BYTES - 1),
+                ("xrevrange", keys.log, "+", "-", 1),
+                ("hgetall", keys.memory),
                 ("type", keys.applied),
                 ("type", keys.log),
                 ("type", keys.dead),
+                wrong_type_is_none=True,
             )
-        if weights is None or not meta:
-            raise LostExpertError(self.name)
         self._check_types(types)
+        if not (weights or meta or applied):
+            raise LostExpertError(self.name)
+        condition = examine(spec, weights, meta or {}, applied or {})
+        if condition.damage or condition.meta is None:
+            raise DamagedExpertError(self.name, condition.damage)
+        self._make_group()
+        return Loaded(
+            meta=condition.meta,
+            weights=weights,
+            applied=dict(condition.decided),
+            generation=self.connection.generation,
+            packed_commit=packed_commit(packed or b""),
+            logged_version=_version_of(last_line),
+            claims={who.decode(): int(version) for who, version in (claims or {}).items()},
+        )
+
+    def _make_group(self) -> None:
         with self.connection.errors():
             try:
-                self._redis.xgroup_create(keys.updates, GROUP, id="0", mkstream=True)
+                self._redis.xgroup_create(self.keys.updates, GROUP, id="0", mkstream=True)
             except redis.ResponseError as error:
                 if is_full(error):
                     self._make_group_if_full()
                 elif "BUSYGROUP" not in str(error):
                     raise
-        return Loaded(
-            meta=Meta.from_hash(meta),
-            weights=weights,
-            applied={worker.decode(): Decided.from_json(text) for worker, text in applied.items()},
-            generation=self.connection.generation,
-        )
 
     def _make_group_if_full(self) -> None:
         try:
@@ -386,6 +331,14 @@ class ExpertStore:
             pipe.xdel(keys.updates, *commit.entries)
         for first in range(0, len(commit.unlink), _UNLINK_AT_ONCE):
             pipe.unlink(*commit.unlink[first : first + _UNLINK_AT_ONCE])
+
+
+def _version_of(lines: Sequence[tuple[bytes, Mapping[bytes, bytes]]]) -> int:
+    """The version that the last of these lines of a log tells, -1 if there is none."""
+    try:
+        return int(lines[-1][1][b"version"]) if lines else -1
+    except (KeyError, ValueError):
+        return -1
 
 
 def _absent_if_wrong_type(reply: Any) -> Any:

@@ -36,12 +36,13 @@ def is_full(error: Exception) -> bool:
     )
 
 
-def read_together(client: Any, *reads: tuple[Any, ...]) -> list[Any]:
+def read_together(client: Any, *reads: tuple[Any, ...], wrong_type_is_none: bool = False) -> list[Any]:
     """The replies to several reads as of one moment.
 
     Args:
         client: a redis client.
         reads: (method, key, further arguments), for example ("hget", key, field).
+        wrong_type_is_none: the reply of a key of another type is None, instead of an error.
 
     Raises:
         RedisUnavailableError: if Redis is full and the keys change all the time.
@@ -54,7 +55,8 @@ def read_together(client: Any, *reads: tuple[Any, ...]) -> list[Any]:
     with client.pipeline(transaction=True) as pipe:
         try:
             ask(pipe)
-            return list(pipe.execute())
+            replies = list(pipe.execute(raise_on_error=not wrong_type_is_none))
+            return [_none_if_wrong_type(reply) for reply in replies]
         except redis.RedisError as error:
             if not is_full(error):
                 raise
@@ -65,6 +67,14 @@ def read_together(client: Any, *reads: tuple[Any, ...]) -> list[Any]:
             if execute(pipe) is not None:
                 return replies
     raise RedisUnavailableError("Redis is full, and what is read changes all the time: raise its maxmemory")
+
+
+def _none_if_wrong_type(reply: Any) -> Any:
+    if not isinstance(reply, Exception):
+        return reply
+    if "WRONGTYPE" not in str(reply):
+        raise reply
+    return None
 
 
 def transact(pipe: Any, key: str, commit: str, commands: Sequence[Command]) -> bool:

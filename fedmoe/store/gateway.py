@@ -4,11 +4,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fedmoe.errors import SpecError, UnknownExpertError
+from fedmoe.errors import DamagedExpertError, SpecError, UnknownExpertError
+from fedmoe.layout import stamp_of
 from fedmoe.records import Entry, Meta
 from fedmoe.spec import Spec
 from fedmoe.store.connection import Connection
 from fedmoe.store.full import read_together
+from fedmoe.store.lifecycle import examine
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,20 +73,36 @@ class GatewayStore:
         keys = self.connection.keys.expert(expert)
         with self.connection.errors():
             raw, weights = read_together(self._redis, ("hgetall", keys.meta), ("get", keys.weights))
+        return self._of_one_commit(expert, raw, weights), weights
+
+    def _of_one_commit(self, expert: str, raw: Mapping[bytes, bytes], weights: bytes | None) -> Meta:
         if not raw or weights is None:
             raise UnknownExpertError(f"expert {expert!r} is gone from Redis")
-        return Meta.from_hash(raw), weights
+        meta = Meta.from_hash(raw)
+        if (commit := stamp_of(weights)) != meta.weights_commit:
+            raise DamagedExpertError(
+                expert,
+                f"its weights are of commit {commit or 'unknown'}, its meta names {meta.weights_commit}",
+            )
+        return meta
 
     def history(self, expert: str) -> tuple[Meta, bytes, list[dict[str, str]]]:
-        """An expert's meta, weights and whole log (oldest line first), in one MULTI."""
+        """An expert's meta, weights and whole log (oldest line first), in one MULTI.
+
+        Raises:
+            DamagedExpertError: if its parts do not belong together.
+        """
         keys = self.connection.keys.expert(expert)
         with self.connection.errors():
-            raw, weights, log = read_together(
-                self._redis, ("hgetall", keys.meta), ("get", keys.weights), ("xrange", keys.log)
-            )
-        if not raw or weights is None:
-            raise UnknownExpertError(f"expert {expert!r} is gone from Redis")
-        return Meta.from_hash(raw), weights, [Entry.of(*line).fields for line in log]
+            raw, weights, log, decided, spec = read_together(
+                self._redis,
+                ("hgetall", keys.meta), ("get", keys.weights), ("xrange", keys.log), ("hgetall", keys.applied),
+                ("get", keys.spec),
+            )  # fmt: skip
+        meta = self._of_one_commit(expert, raw, weights)
+        if wrong := examine(spec, weights, raw, decided).damage:
+            raise DamagedExpertError(expert, wrong)
+        return meta, weights, [Entry.of(*line).fields for line in log]
 
     def record(self) -> GatewayRecord | None:
         """What the stored gateway was built from; None if there is none."""

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fedmoe.layout import Layout, check_file
+from fedmoe.layout import Layout, check_file, stamp_of
 
 PIECE_BYTES = 1024 * 1024
 # Shorter values are written whole; far enough from 8 MiB for any allocator's rounding.
@@ -64,8 +64,8 @@ def weights_reads(key: str, layout: Layout) -> Iterator[tuple[Any, ...]]:
         yield "getrange", key, first, min(first + PIECE_BYTES, layout.file_bytes) - 1
 
 
-def weights_of(layout: Layout, replies: Sequence[Any]) -> torch.Tensor | None:
-    """The values (numel,) fp32 of the file whose `weights_reads` were answered so; None if there is none.
+def weights_of(layout: Layout, replies: Sequence[Any]) -> tuple[torch.Tensor, str] | None:
+    """Values (numel,) fp32 and stamp of the file whose `weights_reads` were answered so; None if there is none.
 
     Raises:
         SpecError: if it is not a file of that layout.
@@ -80,4 +80,4 @@ def weights_of(layout: Layout, replies: Sequence[Any]) -> torch.Tensor | None:
         values = torch.frombuffer(piece, dtype=torch.float32)
         weights[at : at + len(values)].copy_(values)
         at += len(values)
-    return weights
+    return weights, stamp_of(header)

@@ -12,18 +12,16 @@ import redis
 import torch
 
 from fedmoe.codec import EXACT
-from fedmoe.errors import LostExpertError, RedisUnavailableError, UnknownExpertError
+from fedmoe.errors import DamagedExpertError, LostExpertError, RedisUnavailableError, UnknownExpertError
 from fedmoe.packed import pieces, unpack
 from fedmoe.records import TRACE_TTL_S, Decided, Meta
 from fedmoe.spec import Spec
 from fedmoe.store.connection import Connection
 from fedmoe.store.full import is_full, read_together
 from fedmoe.store.pieces import weights_of, weights_reads
-from fedmoe.update import Header, UpdateId
+from fedmoe.update import PAYLOAD_TTL_S, Header, UpdateId
 
-# Far longer than any outage planned for. What is not announced yet (its worker may die while writing it) goes sooner.
-PAYLOAD_TTL_S = 7 * 24 * 3600
-HALF_WRITTEN_TTL_S = 3600
+HALF_WRITTEN_TTL_S = 3600  # of what is not announced yet: its worker may die while it writes
 NEARLY_FULL = 0.9  # of maxmemory
 
 
@@ -122,9 +120,14 @@ class WorkerStore:
             )
         if self._meta(raw).spec != spec.digest:
             return self._snapshot(raw, decided, None)
-        weights = weights_of(spec.layout, file)
-        if weights is None:
-            raise UnknownExpertError(f"the weights of expert {self.expert!r} are gone from Redis")
+        found = weights_of(spec.layout, file)
+        if found is None:
+            raise DamagedExpertError(self.expert, "its weights are missing")
+        weights, commit = found
+        if commit != self._meta(raw).weights_commit:
+            raise DamagedExpertError(
+                self.expert, f"its weights are of another commit ({commit}) than its meta names"
+            )
         return self._snapshot(raw, decided, weights)
 
     def _read_packed(self, reads: Sequence[tuple[str, ...]], spec: Spec) -> list[Any]:
@@ -174,18 +177,6 @@ class WorkerStore:
         run, seq = header.run, header.seq
         blobs = {self.keys.part(self.worker, run, seq, index): part for index, part in enumerate(parts)}
         blobs[self.keys.head(self.worker, run, seq)] = header.pack()
-        entry: dict[str, str | int | float] = {
-            "worker": self.worker,
-            "run": run,
-            "seq": seq,
-            "base_version": header.base_version,
-            "format": header.wire_format,
-            "parts": len(parts),
-            "bytes": header.payload_bytes,
-            "n_examples": header.n_examples,
-            "steps": header.steps,
-            "loss": f"{header.loss:.4f}",
-        }
         with self.connection.errors():
             try:
                 with self._redis.pipeline(transaction=False) as pipe:
@@ -200,7 +191,7 @@ class WorkerStore:
                         pipe.pexpire(key, PAYLOAD_TTL_S * 1000)
                     # A server that was emptied must not give the epoch of this run to the next one.
                     pipe.set(self.keys.epoch(self.worker), header.id.epoch, ex=PAYLOAD_TTL_S, nx=True)
-                    pipe.xadd(self.keys.updates, dict(entry))
+                    pipe.xadd(self.keys.updates, header.entry(self.worker))
                     *replies, entry_id = pipe.execute()
             except redis.RedisError as error:
                 if is_full(error) and not again:

@@ -111,7 +111,7 @@ def _steps(layout: Layout, form: str) -> dict[str, Callable[[], object]]:
     ]
 
     def pull() -> None:
-        pulled = weights_of(layout, replies) if form == EXACT else unpack(packed, spec, COMMIT)
+        pulled = weights_of(layout, replies)[0] if form == EXACT else unpack(packed, spec, COMMIT)
         ledger.start, ledger.kept, ledger.queue = None, [], [update]
         change = ledger.observe(meta, pulled, Decided(id=update.id, how="applied", version=1), now=0.0)
         local.add_(change.correction)

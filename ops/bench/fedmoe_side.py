@@ -18,7 +18,8 @@ from fedmoe.lora_init import initial_weights
 from fedmoe.records import Meta
 from fedmoe.spec import LoraSettings, MergeRules, Spec
 from fedmoe.store.connection import Connection, RedisSettings
-from fedmoe.store.expert import ExpertStore, new_id
+from fedmoe.store.expert import ExpertStore
+from fedmoe.store.lifecycle import new_id
 from fedmoe.store.worker import WorkerStore
 from fedmoe.update import UpdateId, make_run
 from ops.bench.contest import Contestant, Seats

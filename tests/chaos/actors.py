@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+import socket
 import sys
 import time
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ from fedmoe.stopping import Stop, stop_on_signals
 from fedmoe.store.connection import RedisSettings
 from fedmoe.store.worker import WorkerStore
 from fedmoe.update import Header
+from producers.checkpoint import name_in
 from producers.material import Material
 from producers.settings import WorkerSettings
 from producers.worker import Worker
@@ -177,8 +179,14 @@ def run_worker(place: Place, name: str, arm: Arm | None, without: str = "") -> N
         return publish(store, header, parts)
 
     WorkerStore.publish = noted  # type: ignore[method-assign]
+    began_before = bool(name_in(place.state(name)))
+    if (
+        began_before
+    ):  # the state directory in another container: the worker goes on under the name that is in it
+        socket.gethostname = lambda: f"host-{os.getpid()}"
     settings = WorkerSettings(
-        stream=WORKERS[name], data=place.directory / "rows.jsonl", name=name, state_dir=place.state(name), drain_s=60.0
+        stream=WORKERS[name], data=place.directory / "rows.jsonl", name="" if began_before else name,
+        state_dir=place.state(name), drain_s=60.0,
     )  # fmt: skip
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     with stop_on_signals(stop := Stop()):

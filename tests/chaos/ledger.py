@@ -78,7 +78,7 @@ def settle(connection: Connection, place: Place) -> Books:
         done = replay(spec, log, Archive(place.kept / name), upto=meta.version)
         if done.problem:
             books.problems.append(f"{name} cannot be replayed: {done.problem}")
-        books.equal &= not done.problem and done.weights.file == weights
+        books.equal &= not done.problem and done.weights.same_values(weights)
         waiting, pending = (
             connection.client.xlen(keys.updates),
             connection.client.xpending(keys.updates, GROUP),

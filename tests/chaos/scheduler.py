@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import redis
@@ -22,6 +21,7 @@ from fedmoe.store.connection import Connection, RedisSettings
 from fedmoe.store.expert import ExpertStore
 from tests.chaos.actors import AGGREGATORS, EXPERTS, LEASE_S, WORKERS, Place, run_aggregator, run_worker
 from tests.chaos.failpoints import AGGREGATOR, WORKER, Arm
+from tests.chaos.files import RedisFiles
 from tests.federation import first_meta
 from tests.proxy import Proxy
 
@@ -50,18 +50,6 @@ class Actor:
     @property
     def stopped(self) -> bool:
         return self.resume_at > 0
-
-
-def _drop_torn_transaction(aof: Path) -> None:
-    """What `redis-check-aof --fix` does, and Redis itself does not (Valkey does since 9.1).
-
-    Of a transaction that is cut in the middle it drops the last command only, and executes the others after the
-    restart after next.
-    """
-    content = aof.read_bytes()
-    begun = content.rfind(b"*1\r\n$5\r\nMULTI\r\n")
-    if begun > content.rfind(b"*1\r\n$4\r\nEXEC\r\n"):
-        os.truncate(aof, begun)
 
 
 @dataclass
@@ -112,7 +100,8 @@ class Chaos:
         self._actors: dict[str, Actor] = {}
         self._journal = 0  # bytes of the failpoints' journal that were read
         self._disturbed = 0  # faults so far that delay a commit
-        self._sizes: list[tuple[float, int]] = []  # of the append-only file, in the last second
+        self._files = RedisFiles(server.directory, place.directory / "copies")
+        self.ages_s: list[float] = []  # of the older files that were brought back
         self._armed = True
 
     # ---- processes
@@ -154,9 +143,7 @@ class Chaos:
                 self._start(actor.name)
             elif not actor.alive and not actor.start_at and not actor.ended:
                 self._reap(actor, now)
-        self._sizes = [(at, size) for at, size in self._sizes if now - at < 1.0]
-        with suppress(FileNotFoundError):
-            self._sizes.append((now, self._aof().stat().st_size))
+        self._files.note(now)
 
     def _reap(self, actor: Actor, now: float) -> None:
         code = actor.process.exitcode
@@ -192,14 +179,6 @@ class Chaos:
             self._journal = lines.tell()
 
     # ---- faults
-
-    def _aof(self) -> Path:
-        """The file that Redis appends to; the one before it goes away while it is rewritten."""
-        found: list[tuple[float, Path]] = []
-        for file in (self._server.directory / "appendonlydir").glob("*.incr.aof"):
-            with suppress(FileNotFoundError):
-                found.append((file.stat().st_mtime, file))
-        return max(found)[1]
 
     def _pick(self, names: Any) -> Actor | None:
         there = [a for a in map(self._actors.__getitem__, names) if a.alive and not a.stopped]
@@ -237,20 +216,20 @@ class Chaos:
             os.kill(victim.process.pid, signal.SIGSTOP)
             victim.resume_at = time.monotonic() + self._dice.uniform(0.3, 3 * LEASE_S)
 
-    def _kill_redis(self, *, truncate: bool = False) -> None:
-        sizes, aof = list(self._sizes), self._aof()
+    def _kill_redis(self, damage: Callable[[], None] = lambda: None) -> None:
         self._server.kill()
         self.kills += 1
         self.killed["redis"] += 1
-        if truncate and sizes:
-            oldest, size = sizes[0][1], aof.stat().st_size
-            cut = self._dice.randint(min(oldest, size), size)
-            os.truncate(aof, cut)
-            _drop_torn_transaction(aof)
-            self.killed["bytes of its file"] += size - cut
+        damage()
         time.sleep(self._dice.choice((0.0, 0.2, 1.0)))
         self._server.start()
         self._watch(self.restarts, time.monotonic())
+
+    def _cut_its_file(self) -> None:
+        self.killed["bytes of its file"] += self._files.cut(self._dice)
+
+    def _bring_back_older_file(self) -> None:
+        self.ages_s.append(self._files.bring_back(self._dice, time.monotonic()))
 
     def _cut_bytes(self) -> None:
         self._proxy.cut_after(self._dice.randint(1, 4_000_000), self._dice.choice(("up", "down")))
@@ -272,7 +251,8 @@ class Chaos:
             "kill -9 aggregator": (25, self._kill_aggregator),
             "kill -9 worker": (30, self._kill_worker),
             "kill -9 redis": (5, self._kill_redis),
-            "kill -9 redis, last second gone": (4, lambda: self._kill_redis(truncate=True)),
+            "kill -9 redis, last second gone": (4, lambda: self._kill_redis(self._cut_its_file)),
+            "kill -9 redis, an older file": (4, lambda: self._kill_redis(self._bring_back_older_file)),
             "pause aggregator": (6, lambda: self._pause(AGGREGATORS)),
             "pause worker": (4, lambda: self._pause(WORKERS)),
             "cut all connections": (6, self._proxy.cut),
@@ -318,6 +298,8 @@ class Chaos:
             [
                 f"killed: {killed['aggregator']} aggregators, {killed['worker']} workers, {killed['redis']} x Redis",
                 f"bytes that the append-only file of Redis lost: {killed['bytes of its file']}",
+                "seconds that the older files which it came back from were old: "
+                + (", ".join(f"{age:.0f}" for age in self.ages_s) or "-"),
                 f"of these at failpoints: {points['kill']}; stopped there {points['stop']}, cut there {points['cut']}",
                 f"at {len(places)} points: {', '.join(places)}",
                 "faults: " + ", ".join(f"{name} {count}" for name, count in sorted(self.faults.items())),

@@ -320,6 +320,7 @@ def h14_built_of_another_history(world: World) -> None:
     builder.refresh()
     alice.kill()
     bob.push()
+    a0.forgets()
     a0.turn(3)
     assert world.meta.version == 1
     builder.refresh()

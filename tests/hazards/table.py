@@ -11,11 +11,12 @@ import consumers.gateway as gateway
 import producers.ledger as ledger
 import producers.worker as worker
 from consumers import decide, expert, verify
+from fedmoe.store import lifecycle
 from fedmoe.store.connection import Connection
 from fedmoe.store.expert import ExpertStore
 from producers.checkpoint import StateDir
 from producers.ledger import Ledger
-from tests.hazards import chains, commits, updates, without
+from tests.hazards import chains, commits, recovery, updates, without
 from tests.hazards.world import World
 from tests.protocol import broken
 
@@ -392,5 +393,47 @@ HAZARDS = {
         scenario=commits.h18_log_overwritten_before_exec,
         without=((redis.client.Pipeline, "watch", without.watch_meta_alone),),
         symptom="half of a commit was executed",
+    ),
+    "H19": Hazard(
+        wrong="somebody removes what was decided: workers send it again, and it is applied a second time",
+        rule="meta knows the decided updates by a stamp; what is not what meta knows is not served",
+        scenario=recovery.h19_decisions_are_gone,
+        without=((lifecycle, "damage", lambda *_, **__: ""),),
+        symptom="alice's step 0 counts 2 times",
+    ),
+    "H20a": Hazard(
+        wrong="Redis comes back from an older file, and what a worker that has ended had published is gone",
+        rule="an aggregator that remembers a later commit writes it back",
+        scenario=recovery.h20_older_file,
+        without=((aggregator, "ExpertServer", broken.ForgetsAtErrors),),
+        symptom="alice's step 1 is lost",
+    ),
+    "H20b": Hazard(
+        wrong="the same, after another aggregator has committed on top of the older state: that commit is overwritten",
+        rule="only a commit that memory passed through is written over, by a compare-and-swap",
+        scenario=recovery.h20_committed_meanwhile,
+        without=broken.BROKEN["E9_older_version_is_written_over"].rules.patches,
+        symptom="bob's step 0 is lost",
+    ),
+    "H20c": Hazard(
+        wrong="the same, and nobody sends the undone update again",
+        rule="kept updates that Redis lacks are announced again",
+        scenario=recovery.h20_committed_meanwhile,
+        without=((ExpertStore, "announce", lambda *_: None),),
+        symptom="alice's step 0 is lost",
+    ),
+    "H21": Hazard(
+        wrong="an operator restores an older backup, and an aggregator writes back what it remembers",
+        rule="memory is written back over a commit that it passed through, not over an earlier version",
+        scenario=recovery.h21_restored_backup,
+        without=broken.BROKEN["E9_older_version_is_written_over"].rules.patches,
+        symptom="alice's step 0 counts 1 times",
+    ),
+    "H22": Hazard(
+        wrong="a worker started while Redis was behind meets a run of its own number, and stops at every start",
+        rule="only a run of a later number is another process",
+        scenario=recovery.h22_run_of_the_same_number,
+        without=broken.BROKEN["E11_number_of_a_run_counts"].rules.patches,
+        symptom="alice",
     ),
 }

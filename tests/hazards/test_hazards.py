@@ -23,6 +23,10 @@ H15  a load while somebody commits
 H16  an update for another lineage
 H17  an entry of the highest id there is
 H18  a key of the wrong type in the middle of EXEC
+H19  a part of an expert is removed
+H20  Redis comes back from an older file, and an aggregator remembers more
+H21  an operator restores a backup, and an aggregator remembers more
+H22  a worker is started while Redis is behind
 """
 
 from collections.abc import Iterator

@@ -158,6 +158,7 @@ def h11_left_before_the_decision(world: World) -> None:
     bob.sync.finish(30.0)
     bob.turn(2)
     world.fail_over(replica)
+    a0.forgets()
     for _ in range(8):
         bob.turn()
         a0.turn()
@@ -175,6 +176,7 @@ def h13_base_of_the_future(world: World) -> None:
     a0.turn()
     alice.look()
     world.fail_over(replica)
+    a0.forgets()
     alice.push()
     assert alice.sync.ledger.queue[0].header.base_version == 1
     a0.turn(2)

@@ -25,8 +25,9 @@ from fedmoe.spec import LoraSettings, MergeRules, Spec
 from fedmoe.staleness import Decay
 from fedmoe.stopping import Stop
 from fedmoe.store.connection import Connection, RedisSettings
-from fedmoe.store.expert import ExpertStore, new_id
+from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore
+from fedmoe.store.lifecycle import new_id
 from producers.checkpoint import StateDir
 from producers.exchange import Cut, Exchange
 from producers.ledger import Change, Trained
@@ -204,9 +205,15 @@ class AggregatorProcess:
         self.connection = world.connect()
         self.steps = world.step(self.connection)
         self.now = 0.0
-        settings = consumers.aggregator.AggregatorSettings(block_ms=1, keep_updates=world.directory / "kept")
+        self._holder = holder
+        self._kept = world.directory / "kept"
+        self.forgets()
+
+    def forgets(self) -> None:
+        """It is killed and started again, and remembers nothing."""
+        settings = consumers.aggregator.AggregatorSettings(block_ms=1, keep_updates=self._kept)
         self.server = consumers.aggregator.ExpertServer(
-            self.connection, EXPERT, settings, holder=holder, clock=lambda: self.now
+            self.connection, EXPERT, settings, holder=self._holder, clock=lambda: self.now
         )
 
     def turn(self, turns: int = 1) -> None:
@@ -392,4 +399,4 @@ class World:
             self.spec, lines, Archive(self.directory / "kept" / EXPERT), upto=meta.version
         )
         expect(not found.problem, f"the log cannot be replayed: {found.problem}")
-        expect(found.weights.file == weights, "the weights are not those of the log")
+        expect(found.weights.same_values(weights), "the weights are not those of the log")

@@ -61,7 +61,6 @@ def test_everything_comes_back_byte_for_byte(connect: Connect, tmp_path: Path, r
     make(connection, "b_expert", updates=0)
     redis, keys = connection.client, connection.keys.expert(NAME)
     odd = bytes(range(256))
-    redis.hset(keys.applied, odd, odd)
     redis.hset(keys.meta, b"from_a_later_version\xff", odd)
     redis.xadd(keys.dead, {odd: odd, "reason": 'a "quoted"\nreason \N{SNOWMAN}'})
     redis.hset("fedmoe:experts", NAME, "0.123456789")

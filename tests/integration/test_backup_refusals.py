@@ -126,7 +126,7 @@ def test_a_backup_of_a_spec_that_does_not_fit_is_refused(connection: Connection,
     meta = store.read(NAME).meta
     connection.client.hset("fedmoe:{sql_expert}:meta", "spec", "0" * 16)
     state = store.read(NAME)
-    with pytest.raises(BackupError, match=f"its meta names {'0' * 16}: they do not belong together"):
+    with pytest.raises(BackupError, match=f"its meta names {'0' * 16}: the parts do not belong together"):
         state.check(NAME)
     connection.client.hset("fedmoe:{sql_expert}:meta", "spec", meta[b"spec"])
     for ids in ([b"2-0", b"1-0"], [b"0-0"], [b"1-1", b"1-1"], [b"18446744073709551616-0"], [b"1"]):
@@ -134,7 +134,7 @@ def test_a_backup_of_a_spec_that_does_not_fit_is_refused(connection: Connection,
             spec=state.spec,
             weights=state.weights,
             meta=meta,
-            applied={},
+            applied=state.applied,
             log=[(i, {b"a": b"b"}) for i in ids],
             dead=[],
         )

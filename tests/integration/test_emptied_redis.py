@@ -17,7 +17,7 @@ from consumers.verify import replay
 from fedmoe.archive import Archive
 from fedmoe.errors import LostExpertError, RedisUnavailableError
 from fedmoe.federation import findings
-from fedmoe.layout import AdapterBuffer
+from fedmoe.layout import AdapterBuffer, stamped
 from fedmoe.spec import LoraSettings
 from fedmoe.store.connection import Connection, RedisSettings
 from fedmoe.store.expert import ExpertStore
@@ -32,7 +32,7 @@ Connect = Callable[[], Connection]
 @pytest.fixture(autouse=True)
 def _short_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there is one aggregator, nobody else has to be waited for."""
-    monkeypatch.setattr("consumers.aggregator.REMEMBER_S", 0.2)
+    monkeypatch.setattr("consumers.recovery.CLAIM_WAIT_S", 0.2)
 
 
 def weights_of(expert: Expert) -> torch.Tensor:
@@ -100,7 +100,7 @@ def test_batch_that_was_not_committed_is_not_written_back(connection: Connection
     expert.store.commit = emptied  # type: ignore[method-assign, assignment]
     with pytest.raises(RuntimeError):
         expert.process(entries)
-    assert expert.write_back()
+    assert expert.write_back(on="")
     assert torch.equal(weights_of(expert), torch.arange(LAYOUT.numel) * 1.0)
     assert not worker.pull().decided
     expert.store.commit = commit  # type: ignore[method-assign]
@@ -111,29 +111,37 @@ def test_batch_that_was_not_committed_is_not_written_back(connection: Connection
     assert torch.equal(weights_of(expert), worker.local)
 
 
-def test_nothing_is_overwritten(
-    connection: Connection,
-    connect: Connect,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Only where nothing is: an expert that is there, or the half of one, stays as it is; memory is kept."""
+def test_nothing_is_overwritten(connection: Connection, connect: Connect) -> None:
+    """Only on top of what was looked at: an expert that is there by then stays as it is."""
     expert = make_expert(connection)
     client, keys = connection.client, expert.store.keys
-    assert not expert.write_back()
+    assert not expert.write_back(on="")
     client.delete(keys.meta)
     weights = client.get(keys.weights)
-    assert not expert.write_back()
+    assert not expert.write_back(on=expert.meta.commit)
+    assert client.get(keys.weights) == weights
+    assert not expert.store.exists()
+    assert expert.write_back(on="")
+    assert expert.store.condition().damage == ""
+
+
+def test_rest_of_another_history_is_not_overwritten(
+    connection: Connection, connect: Connect, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Weights without meta, of a commit that this memory never saw: an operator decides."""
+    expert = make_expert(connection)
+    client, keys = connection.client, expert.store.keys
+    weights = stamped(client.get(keys.weights), "of-somebody-else")
+    client.set(keys.weights, weights)
+    client.delete(keys.meta)
     server = ExpertServer(connect(), "sql_expert", AggregatorSettings(), holder="one")
     server._expert = expert
     with caplog.at_level("WARNING"):
         server.run(StoppedAfter(10))
     assert "partly gone from Redis" in caplog.text
+    assert "fedmoe restore --replace" in caplog.text
     assert client.get(keys.weights) == weights
-    assert not expert.store.exists()
     assert server._expert is expert
-    client.delete(keys.weights)
-    assert expert.write_back()
 
 
 class StoppedAfter(threading.Event):
@@ -178,7 +186,7 @@ def test_who_remembers_most_writes_back(
     connection: Connection, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that was cut off long ago and one that served until the end: the old memory does not win."""
-    monkeypatch.setattr("consumers.aggregator.REMEMBER_S", 2.0)
+    monkeypatch.setattr("consumers.recovery.CLAIM_WAIT_S", 2.0)
     expert = make_expert(connection)
     worker = ScriptedWorker(connection, expert.spec)
     old = Expert(ExpertStore(connect(), "sql_expert"), expert.spec, aggregator="z-old")
@@ -239,7 +247,7 @@ def test_replay_goes_on_from_what_was_written_back(
     meta, weights, lines = GatewayStore(connection).history("sql_expert")
     done = replay(expert.spec, lines, Archive(tmp_path / "sql_expert"), upto=meta.version)
     assert (done.problem, done.since, done.version) == ("", 1, 2)
-    assert done.weights.file == weights
+    assert done.weights.same_values(weights)
 
 
 def test_whole_daemon_writes_back_experts_and_gateway(
@@ -273,10 +281,10 @@ def test_list_of_experts_comes_back_whole(connection: Connection, connect: Conne
     builder = GatewayBuilder(connect(), GatewaySettings(), holder="one", lease_s=1.0)
     builder.refresh()
     connection.client.flushall()
-    assert a.write_back()
+    assert a.write_back(on="")
     builder.refresh()
     assert set(GatewayStore(connection).experts()) == {"a"}
-    assert b.write_back()
+    assert b.write_back(on="")
     builder.refresh()
     assert set(GatewayStore(connection).experts()) == {"a", "b"}
 
@@ -352,7 +360,7 @@ def test_command_waits_until_the_operator_decides(
     ) as process:  # fmt: skip
         eventually("the sentence", lambda: "gone from Redis, but worker alice trains on" in log.read_text())
         assert process.poll() is None
-        assert remembered.write_back()
+        assert remembered.write_back(on="")
         worker.push(0.1)
         eventually("version 1", lambda: store.load().meta.version == 1)
     assert "Traceback" not in log.read_text()

@@ -95,7 +95,7 @@ def test_other_weights_are_not_taken(connection: Connection) -> None:
         with pytest.raises(SpecError, match="are not an adapter of this spec"):
             worker.store.pull(expert.spec, known="")
     connection.client.delete(key)
-    with pytest.raises(UnknownExpertError, match="are gone from Redis"):
+    with pytest.raises(UnknownExpertError, match="its weights are missing"):
         worker.store.pull(expert.spec, known="")
     connection.client.rpush(key, "a list")
     with pytest.raises(RedisUnavailableError, match="was overwritten by something else"):

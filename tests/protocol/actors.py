@@ -17,8 +17,9 @@ import consumers.aggregator
 import consumers.expert
 from consumers.aggregator import AggregatorSettings, ExpertServer
 from consumers.expert import Expert
+from consumers.history import History
 from fedmoe.keys import Keys
-from fedmoe.layout import Layout
+from fedmoe.layout import Layout, stamped
 from fedmoe.records import Decided, Meta
 from fedmoe.spec import MergeRules, Spec
 from fedmoe.staleness import Decay
@@ -29,6 +30,7 @@ from tests.protocol.client import Client, Port
 from tests.protocol.world import FOR_PEOPLE, KEYS, NAME, Db, Reply, Request, Suspended
 
 NEW_ID = Request((("NEWID",),))  # answered by the search: an id that occurs nowhere
+HISTORY = 4  # commits that an aggregator remembers: more make more states, and nothing new
 Values = tuple[float, ...]
 
 
@@ -41,7 +43,7 @@ def make_spec(workers: int, units: int, max_staleness: int, max_norm: float) -> 
 
 def first_db(spec: Spec) -> Db:
     """A new expert of zeros."""
-    file = spec.layout.header + bytes(4 * spec.layout.numel)
+    file = stamped(spec.layout.header + bytes(4 * spec.layout.numel), "c0")
     meta = Meta(
         lineage="L", commit="c0", weights_commit="c0", spec=spec.digest, base_fingerprint="f", loss=0.0
     )
@@ -126,9 +128,9 @@ class Served(NamedTuple):
     applied: tuple[tuple[str, Decided], ...] = ()
     same_connection: bool = True
     failure: str = ""
-    spoke: bool = (
-        False  # it told an emptied server what it remembers; by the next turn all others had the time to
-    )
+    claimed: bool = False  # it told the server what it remembers; by the next turn all others had the time to
+    history: tuple[tuple[str, bytes], ...] = ()
+    attempted: tuple[str, bytes] | None = None
 
 
 class Unexpected(BaseException):
@@ -182,9 +184,12 @@ class Aggregator:
         server._problems.say = lambda problem: None  # type: ignore[method-assign]  # for people; nobody decides by it
         store.mend = lambda: False  # type: ignore[method-assign]  # ids are the model's own
         server._loaded = memory.loaded
-        server._spoke_at = -99.0 if memory.spoke else None
+        server._recovery.claimed_at = -99.0 if memory.claimed else None
+        server._recovery._store = store
+        history = server._history = History(HISTORY)
+        history.lines, history.attempted = dict(memory.history), memory.attempted
         if memory.meta:
-            expert = server._expert = self._expert(store, self._spec)
+            expert = server._expert = self._expert(store, self._spec, history=history)
             expert.buffer.load(memory.weights)
             expert.meta, expert.applied = memory.meta, dict(memory.applied)
             same = memory.same_connection or not rules.counts_connections
@@ -208,18 +213,17 @@ class Aggregator:
                 suspended.remembers, suspended.counts = server._expert is not None, server._loaded
                 raise
         expert = server._expert
+        remembered = Served(history=tuple(history.lines.items()), attempted=history.attempted)
         if expert is None:
-            return Served()
+            return remembered
         meta = replace(expert.meta, **dict.fromkeys(FOR_PEOPLE, 0))
-        if not server._loaded:  # what is written back gets an id of its own
-            meta = replace(meta, commit="", weights_commit="")
-        return Served(
+        return remembered._replace(
             loaded=server._loaded,
             weights=bytes(expert.buffer.file),
             meta=meta,
             applied=tuple(sorted(expert.applied.items())),
             same_connection=expert.generation == connection.generation or not server._loaded,
-            spoke=server._spoke_at is not None and not server._loaded,
+            claimed=server._recovery.claimed_at is not None and not server._loaded,
         )
 
     def remembers(self, memory: Served) -> bool:
@@ -227,11 +231,12 @@ class Aggregator:
         return memory.meta is not None
 
     def without_use(self, memory: Served) -> Served:
-        """The memory, where the server cannot lose the expert any more: what is not loaded is for nothing."""
-        return memory if memory.loaded or memory.failure else Served()
+        """The memory, where the server cannot lose anything any more: what is not loaded is for nothing."""
+        kept = memory if memory.loaded or memory.failure else Served()
+        return kept._replace(history=(), attempted=None)
 
-    def _expert(self, store: ExpertStore, spec: Spec, **_: Any) -> Expert:
-        return self._rules.expert(store, spec, aggregator="any", clock=lambda: 0.0)
+    def _expert(self, store: ExpertStore, spec: Spec, *, history: History, **_: Any) -> Expert:
+        return self._rules.expert(store, spec, aggregator="any", history=history, clock=lambda: 0.0)
 
     @contextmanager
     def _in_place(self, port: Port, server: ExpertServer) -> Iterator[None]:

@@ -3,22 +3,27 @@
 What is replaced is the project's own code, by a subclass or a patch of a few lines; all else stays real.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import consumers.decide
 import consumers.expert
+import consumers.recovery
+import producers.ledger
 from consumers.aggregator import ExpertServer
 from consumers.decide import Outcome, Verdict, judge_header, judge_payload
 from consumers.doorbell import Doorbell
 from consumers.expert import Expert
 from fedmoe.errors import LostExpertError, RefusedError
 from fedmoe.layout import AdapterBuffer, values_of
-from fedmoe.records import Decided, Entry, Meta
+from fedmoe.records import NO_DECISIONS, Decided, Entry, Meta
 from fedmoe.spec import Spec
 from fedmoe.store.expert import Commit, ExpertStore, Loaded
+from fedmoe.store.lifecycle import Condition
 from fedmoe.store.worker import Poll, Snapshot, WorkerStore
-from fedmoe.update import Header
+from fedmoe.update import Header, UpdateId
+from producers.ledger import Place, locate
 from tests.protocol.actors import Rules, make_spec
 from tests.protocol.state import Scope
 
@@ -138,14 +143,13 @@ class RescuesWithTheLease(ExpertServer):
 class Overwrites(ExpertStore):
     """What an aggregator remembers is written whatever is there by now."""
 
-    def create(self, spec: Spec, meta: Meta, weights: memoryview, **more: Any) -> bool:
+    def write_back(self, spec: Spec, meta: Meta, weights: memoryview, **more: Any) -> bool:
         pipe = self._redis.pipeline(transaction=True)
-        pipe.set(self.keys.spec, spec.to_json())
-        pipe.set(self.keys.weights, weights)
-        pipe.hset(self.keys.meta, mapping=meta.to_hash())
+        self._queue_parts(pipe, spec, meta, weights, None)
         if more["applied"]:
             pipe.hset(self.keys.applied, mapping={w: d.to_json() for w, d in more["applied"].items()})
-        pipe.xadd(self.keys.log, more["log"])
+        for line in more["log"]:
+            pipe.xadd(self.keys.log, line)
         with self.connection.errors():
             pipe.execute()
         return True
@@ -178,23 +182,36 @@ class GivesUp(WorkerStore):
 class ForgetsDecisions(ExpertStore):
     """The expert is written back without what had been decided."""
 
-    def create(self, *expert: Any, applied: Any, **more: Any) -> bool:
-        return super().create(*expert, **more)
+    def write_back(self, spec: Spec, meta: Meta, weights: memoryview, **more: Any) -> bool:
+        meta = replace(meta, decided_stamp=NO_DECISIONS)
+        return super().write_back(spec, meta, weights, **(more | {"applied": {}}))
 
 
 class ForgetsTheLine(ExpertStore):
     """The log does not tell that, and at which version, an expert was written back."""
 
-    def create(self, *expert: Any, log: Any, **more: Any) -> bool:
-        return super().create(*expert, **more)
+    def write_back(self, *expert: Any, **more: Any) -> bool:
+        return super().write_back(*expert, **(more | {"log": []}))
 
 
 class BeginsLineage(Expert):
     """An expert that is written back counts as a new one."""
 
-    def write_back(self) -> bool:
+    def write_back(self, *, on: str) -> bool:
         self.meta = replace(self.meta, lineage="of its own")
-        return super().write_back()
+        return super().write_back(on=on)
+
+
+def _is_older(expert: Expert, found: Condition) -> bool:
+    return found.meta is None or found.meta.version <= expert.meta.version
+
+
+def _number_of_a_run_counts(
+    head: UpdateId | None, start: UpdateId | None, known: Sequence[UpdateId], run: str
+) -> tuple[Place, int]:
+    place, count = locate(head, start, known, run)
+    is_stranger = place is Place.BEHIND and head and head.run != run
+    return (Place.FOREIGN, 0) if is_stranger and head.epoch == UpdateId(run, 0).epoch else (place, count)
 
 
 def _any_prev(header: Header, head: Decided | None, meta: Meta, spec: Spec, workers: int) -> Verdict:
@@ -383,6 +400,24 @@ BROKEN = {
         what="a worker does not wait for an expert that is gone",
         rules=Rules(worker_store=GivesUp),
         scope=Scope(units=1, faults={"empty": 1}),
+        symptom="gave up",
+    ),
+    "E9_older_version_is_written_over": Broken(
+        what="an aggregator writes over whatever is of an earlier version than it remembers",
+        rules=Rules(patches=((consumers.recovery.Recovery, "_is_of_this_history", staticmethod(_is_older)),)),
+        scope=Scope(aggregators=2, units=1, max_norm=0.5, lag=1, faults={"lease": 1, "failover": 1}),
+        symptom="is twice in the history",
+    ),
+    "E10_older_state_is_written_over_without_its_lines": Broken(
+        what="the lines of the log that Redis lost are not written back",
+        rules=Rules(expert_store=ForgetsTheLine),
+        scope=Scope(units=1, lag=4, faults={"failover": 1}),
+        symptom="a replay of the log gives",
+    ),
+    "E11_number_of_a_run_counts": Broken(
+        what="a worker takes a run of its own number for a living stranger",
+        rules=Rules(patches=((producers.ledger, "locate", _number_of_a_run_counts),)),
+        scope=Scope(units=1, disk=False, lag=4, faults={"failover": 1, "kill_worker": 1}),
         symptom="gave up",
     ),
 }

@@ -146,7 +146,7 @@ class Pipeline:
     def incr(self, key: str) -> None:
         self._add("INCR", key)
 
-    def pexpire(self, key: str, ms: int) -> None:
+    def pexpire(self, key: str, ms: int, nx: bool = False) -> None:
         self._add("EXPIRE", key)
 
     def strlen(self, key: str) -> None:
@@ -170,8 +170,9 @@ class Pipeline:
         assert self._immediate
         return self._client._one("EXISTS", *keys, watched=self._watching)
 
-    def type(self, key: str) -> None:
-        self._add("TYPE", key)
+    def type(self, key: str) -> Any:
+        """Types never change here."""
+        return b"stream" if self._immediate else self._add("TYPE", key)
 
     def hgetall(self, key: str) -> None:
         self._add("HGETALL", key, parse=_hash)
@@ -192,6 +193,9 @@ class Pipeline:
 
     def xrange(self, key: str, first: str, last: str) -> None:
         self._add("XRANGE", key, first, parse=_entries)
+
+    def xrevrange(self, key: str, last: str, first: str, count: int) -> None:
+        self._add("XREVRANGE", key, parse=_entries)
 
     def xack(self, key: str, group: str, *ids: str) -> None:
         self._add("XACK", key, *ids)

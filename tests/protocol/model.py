@@ -8,7 +8,7 @@ memory, request and list of replies is kept once, and what follows from it is co
 from collections.abc import Hashable, Iterator
 from typing import Any
 
-from tests.protocol.actors import NEW_ID, Aggregator, Rules, first_db, make_spec
+from tests.protocol.actors import NEW_ID, Aggregator, Rules, Served, first_db, make_spec
 from tests.protocol.checks import check_db, weights_of
 from tests.protocol.state import (
     BROKEN,
@@ -164,10 +164,19 @@ class Model:
         """True if the expert is gone, or may be in a state that comes."""
         return bool(state.budget[FAULTS.index("empty")] or self._gone(state.db) or self._gone(state.replica))
 
+    def _may_lose(self, state: State, memory: Served, connection: int) -> bool:
+        """True if the server lost what an aggregator remembers, or may lose it."""
+        if self._may_vanish(state) or state.replica >= 0 or state.budget[FAULTS.index("failover")]:
+            return True
+        present = self._dbs.values[state.db].hash(KEYS.meta)["commit"]
+        return connection == BROKEN or bool(memory.meta and memory.meta.commit != present)
+
     def _done(self, state: State, i: int, memory: int, connection: int) -> State:
         """Actor i is at the end of its turn."""
-        if i < len(self.aggregators) and not self._may_vanish(state):
-            memory = self._memories(self.aggregators[i].without_use(self._memories.values[memory]))
+        if i < len(self.aggregators):
+            served: Served = self._memories.values[memory]
+            if not self._may_lose(state, served, connection):
+                memory = self._memories(self.aggregators[i].without_use(served))
         return _with(state, i, Slot(memory, NO_REPLIES, 0, connection, FREE))
 
     def _settle(self, state: State, i: int, slot: Slot, reply: Reply, connection: int, watch: int) -> State:
@@ -306,6 +315,8 @@ class Model:
             yield Label(what="the server restarts with nothing"), self._restarted(spent, db.emptied())
         if db.string(KEYS.lease) and (spent := self.spend(state, "lease")):
             yield Label(what="the lease expires"), self._do(spent, ("UNLINK", KEYS.lease))
+        if db.hash(KEYS.memory):
+            yield Label(what="all claims are forgotten"), self._do(state, ("UNLINK", KEYS.memory))
         if spent := self.spend(state, "expire"):
             for key, _ in db.strings:
                 if ":payload:" in key and not key.endswith(":epoch"):
@@ -377,7 +388,7 @@ class Model:
         It depends on the state alone, so runs from different states soon become one. With `alone` the first
         aggregator sleeps for ever.
         """
-        living = range(alone, len(self.actors))
+        living, before = range(alone, len(self.actors)), state
         for i in living:
             if state.slots[i].replies != NO_REPLIES:
                 return self._logged(labels, *self.step(state, i, 0))
@@ -390,6 +401,10 @@ class Model:
         for entry in state.late:
             label = Label(request=entry[0], what="arrives late")
             state = self._logged(labels, label, self._arrive(state, entry))
+        if state == before and self._dbs.values[state.db].hash(KEYS.memory):
+            return self._logged(
+                labels, Label(what="all claims are forgotten"), self._do(state, ("UNLINK", KEYS.memory))
+            )
         return state
 
     def _whole_turn(self, state: State, i: int, labels: list[Label]) -> State:

@@ -10,6 +10,10 @@ SMALL = {
     ),
     "failover": Scope(faults={"failover": 1}),
     "failover and a killed worker": Scope(units=1, lag=2, faults={"failover": 1, "kill_worker": 1}),
+    "failover and a killed worker without state directory": Scope(
+        units=1, lag=2, disk=False, faults={"failover": 1, "kill_worker": 1}
+    ),
+    "failover and a killed aggregator": Scope(units=1, lag=3, faults={"failover": 1, "kill_aggregator": 1}),
     "two aggregators, paused past the lease": Scope(aggregators=2, faults={"lease": 1}),
     "two aggregators, refusals": Scope(aggregators=2, units=1, max_norm=0.5, faults={"lease": 1}),
     "expiry and hostile workers": Scope(units=1, faults={"expire": 1, "trim": 1}),

@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from fedmoe.keys import Keys
+from fedmoe.layout import stamped
+from fedmoe.records import NO_DECISIONS
 
 NAME = "e"
 KEYS = Keys().expert(NAME)
@@ -168,8 +170,9 @@ class _Server:
 
     def relineage(self, weights: bytes) -> bool:
         """What an operator does who gives the expert a new lineage: nothing of before counts any more."""
-        self.strings[KEYS.weights] = weights
+        self.strings[KEYS.weights] = stamped(weights, "c99")
         self.hashes[KEYS.meta] |= {"lineage": "M", "commit": "c99", "weights_commit": "c99", "version": "0"}
+        self.hashes[KEYS.meta]["decided_stamp"] = NO_DECISIONS
         self.hashes[KEYS.meta] |= {"applied": "0", "refused": "0", "n_examples": "0", "n_tokens": "0"}
         self.hashes.pop(KEYS.applied, None)
         self.log = self.refused = ()
@@ -243,6 +246,13 @@ class _Server:
     def xrange(self, key: str, entry_id: str) -> tuple[tuple[str, Pairs], ...]:
         number = _number(entry_id)
         return ((entry_id, self.stream[number]),) if number in self.stream else ()
+
+    def xrevrange(self, key: str) -> tuple[tuple[str, Pairs], ...]:
+        """The last line of the log."""
+        if not self.log and not self.base:
+            return ()
+        version = (self.base[0] if self.base else 0) + len(self.log)
+        return (("1-0", (("version", str(version)),)),)
 
     def group(self, key: str, start: str) -> bool:
         """XGROUP CREATE; False: there is one."""

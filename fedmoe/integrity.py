@@ -1,0 +1,64 @@
+"""Do the parts of an expert in Redis belong together? Pure.
+
+`meta` is the root: it names the spec by its digest, the weights by the commit that wrote them (a stamp in their
+header), and the decided updates of all workers by a stamp over them. So a part that is missing, or that was put there
+by somebody else, is recognised when an expert is loaded, and nobody trains on it or commits on top of it.
+
+The stamp of the decided updates is the XOR of one digest for each worker. So a commit brings it up to date in the
+time that its own updates take, however many workers there are.
+"""
+
+import hashlib
+from collections.abc import Mapping
+
+from fedmoe.layout import stamp_of
+from fedmoe.records import NO_DECISIONS, Decided, Meta
+
+_BYTES = len(NO_DECISIONS) // 2
+
+
+def restamp(stamp: str, worker: str, old: Decided | None, new: Decided | None) -> str:
+    """The stamp (16 hex digits) after the last decided update of one worker became another."""
+    value = int(stamp, 16)
+    for decided in (old, new):
+        if decided is not None:
+            record = f"{worker}\0{decided.to_json()}".encode()
+            value ^= int.from_bytes(hashlib.sha256(record).digest()[:_BYTES])
+    return f"{value:0{2 * _BYTES}x}"
+
+
+def stamp_decided(decided: Mapping[str, Decided]) -> str:
+    """The stamp of all workers' last decided updates (worker -> update)."""
+    stamp = NO_DECISIONS
+    for worker, update in decided.items():
+        stamp = restamp(stamp, worker, None, update)
+    return stamp
+
+
+def damage(
+    meta: Meta, *, spec: str | None, weights: bytes | memoryview | None, decided: Mapping[str, Decided]
+) -> str:
+    """What is missing of an expert, or is not what its meta knows, as the end of a sentence; "" if all is whole.
+
+    Args:
+        meta: of the expert.
+        spec: the digest of the spec that is there, None if there is none.
+        weights: the first STAMPED_BYTES of the weights' file, or all of it; None or empty if there is none.
+        decided: the last decided update of each worker.
+    """
+    found = []
+    if spec is None:
+        found.append("its spec is missing")
+    elif spec != meta.spec:
+        found.append(f"its spec has the digest {spec}, its meta names {meta.spec}")
+    if not weights:
+        found.append("its weights are missing")
+    elif (stamp := stamp_of(weights)) != meta.weights_commit:
+        found.append(f"its weights are of commit {stamp or 'unknown'}, its meta names {meta.weights_commit}")
+    if stamp_decided(decided) != meta.decided_stamp:
+        found.append(
+            f"its decided updates (of {len(decided)} workers) are not those that its meta knows"
+            if decided
+            else "its decided updates are missing"
+        )
+    return "; ".join(found)

@@ -1,0 +1,231 @@
+"""An expert as a whole: create it, see what is left of it, write it back.
+
+Each of these is one compare-and-swap: it succeeds only on top of what was looked at.
+"""
+
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedmoe.errors import SpecError
+from fedmoe.integrity import damage
+from fedmoe.layout import STAMPED_BYTES, stamp_of, stamped
+from fedmoe.packed import pack_file
+from fedmoe.records import Decided, Meta
+from fedmoe.spec import Spec
+from fedmoe.store.connection import Connection, execute
+from fedmoe.store.full import read_together
+from fedmoe.update import PAYLOAD_TTL_S, Header
+
+CLAIM_MS = (
+    10_000  # claims to write an expert back are forgotten together, so those of dead aggregators are, too
+)
+Line = Mapping[str, str | int | float]
+
+
+def new_id() -> str:
+    """A random id of a commit or a lineage."""
+    return secrets.token_hex(8)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Condition:
+    """What is left of an expert in Redis.
+
+    Args:
+        commit: the head of its history, "" if there is none.
+        meta: None if it is missing or malformed.
+        damage: what is missing or does not belong to this meta, as the end of a sentence; "" if all is whole.
+        weights_commit: the commit that wrote the weights that are there; "" if there are none.
+        decided: the last decided update of each worker.
+    """
+
+    commit: str
+    meta: Meta | None
+    damage: str
+    weights_commit: str
+    decided: Mapping[str, Decided]
+
+
+def examine(
+    spec: bytes | None, weights: bytes | None, meta: Mapping[bytes, bytes], decided: Mapping[bytes, bytes]
+) -> Condition:
+    """Parse the parts of an expert as Redis holds them, and compare them; of the weights the beginning is enough."""
+    found = []
+    digest, root, records = None, None, {}
+    try:
+        digest = Spec.from_json(spec).digest if spec is not None else None
+    except SpecError as error:
+        found.append(f"its spec cannot be read ({error})")
+    try:
+        records = {worker.decode(): Decided.from_json(text) for worker, text in decided.items()}
+    except (SpecError, UnicodeDecodeError) as error:
+        found.append(f"its decided updates cannot be read ({error})")
+    try:
+        root = Meta.from_hash(meta) if meta else None
+        if root is None:
+            found.append("its meta is missing")
+    except SpecError as error:
+        found.append(str(error))
+    if root is not None and not found:
+        found.append(damage(root, spec=digest, weights=weights, decided=records))
+    return Condition(
+        commit=meta.get(b"commit", b"").decode(errors="backslashreplace"),
+        meta=root,
+        damage="; ".join(filter(None, found)),
+        weights_commit=stamp_of(weights) if weights else "",
+        decided=records,
+    )
+
+
+class ExpertLifecycle:
+    """The beginning and the end of an expert's data in Redis; `ExpertStore` adds what its aggregator does with it.
+
+    Every method may raise RedisUnavailableError.
+    """
+
+    def __init__(self, connection: Connection, name: str) -> None:
+        self.connection = connection
+        self.name = name
+        self.keys = connection.keys.expert(name)
+        self._redis = connection.client
+
+    def exists(self) -> bool:
+        """True if the expert was created."""
+        with self.connection.errors():
+            return bool(self._redis.exists(self.keys.meta))
+
+    def condition(self) -> Condition:
+        """What is left of the expert, as of one moment."""
+        keys = self.keys
+        with self.connection.errors():
+            replies = read_together(
+                self._redis,
+                ("get", keys.spec),
+                ("getrange", keys.weights, 0, STAMPED_BYTES - 1),
+                ("hgetall", keys.meta),
+                ("hgetall", keys.applied),
+                wrong_type_is_none=True,
+            )
+        spec, weights, meta, decided = replies
+        return examine(spec, weights, meta or {}, decided or {})
+
+    def claim(self, holder: str, version: int) -> tuple[bool, str]:
+        """Tell all aggregators that this one can write back a version that Redis has lost.
+
+        Returns whether this claim is new to the server, and whose claim is the newest version. All claims are
+        forgotten together 10 s after the first.
+        """
+        key = self.keys.memory
+        with self.connection.errors(), self._redis.pipeline(transaction=True) as pipe:
+            pipe.hset(key, holder, version)
+            pipe.pexpire(key, CLAIM_MS, nx=True)
+            pipe.hgetall(key)
+            is_new, _, claims = pipe.execute()
+        return bool(is_new), max(claims, key=lambda name: (int(claims[name]), name)).decode()
+
+    def lost(self) -> dict[str, str]:
+        """Who knew this expert when it was found to be gone: worker -> lineage; empty unless it was."""
+        with self.connection.errors():
+            raw = self._redis.hgetall(self.keys.lost)
+        return {worker.decode(): lineage.decode() for worker, lineage in raw.items()}
+
+    def mark_lost(self, known: Mapping[str, str]) -> None:
+        """Note, for whoever comes when these workers are gone, that the expert was lost and not begun yet."""
+        with self.connection.errors():
+            self._redis.hset(self.keys.lost, mapping=dict(known))
+
+    def create(
+        self, spec: Spec, meta: Meta, weights: memoryview, *, gateway_weight: float | None = None
+    ) -> bool:
+        """Write a new expert whole or not at all, where nothing is; False if something is there.
+
+        With a `gateway_weight` it is listed among the federation's.
+        """
+        keys = self.keys
+        parts = (keys.meta, keys.weights, keys.applied)
+        packed = pack_file(weights, spec, meta.weights_commit)
+        with self.connection.errors():
+            with self._redis.pipeline(transaction=True) as pipe:
+                pipe.watch(*parts)
+                if pipe.exists(*parts):
+                    return False
+                pipe.multi()
+                pipe.unlink(keys.log, keys.dead, keys.packed, keys.lost, keys.memory)  # of an earlier history
+                self._queue_parts(pipe, spec, meta, stamped(weights, meta.weights_commit), packed)
+                if execute(pipe) is None:
+                    return False
+            if gateway_weight is not None:
+                self.register(gateway_weight)
+            return True
+
+    def write_back(
+        self,
+        spec: Spec,
+        meta: Meta,
+        weights: memoryview,
+        *,
+        on: str,
+        applied: Mapping[str, Decided],
+        log: Sequence[Line] = (),
+        dead: Sequence[Line] = (),
+    ) -> bool:
+        """Replace what is left of an expert by what an aggregator remembers, whole or not at all.
+
+        Args:
+            spec: of the expert.
+            meta: of the state that is written.
+            weights: stamped with meta's `weights_commit`.
+            on: the commit in Redis, "" if there is no meta; False is returned if another is there by now.
+            applied: the last decided update of each worker.
+            log: lines that Redis lost; they are added to those that are there.
+            dead: likewise, of dead letters.
+        """
+        keys = self.keys
+        packed = pack_file(weights, spec, meta.weights_commit)
+        with self.connection.errors(), self._redis.pipeline(transaction=True) as pipe:
+            pipe.watch(keys.meta, keys.log, keys.dead)
+            present = pipe.hget(keys.meta, "commit")
+            if (present.decode() if present else "") != on:
+                return False
+            wrong = [key for key in (keys.log, keys.dead) if pipe.type(key) not in (b"stream", b"none")]
+            pipe.multi()
+            pipe.unlink(keys.meta, keys.spec, keys.weights, keys.applied, keys.packed, keys.lost, keys.memory)
+            if wrong:
+                pipe.unlink(*wrong)
+            self._queue_parts(pipe, spec, meta, weights, packed)
+            if applied:
+                pipe.hset(keys.applied, mapping={w: d.to_json() for w, d in applied.items()})
+            for key, lines in ((keys.log, log), (keys.dead, dead)):
+                for line in lines:
+                    pipe.xadd(key, dict(line))
+            return execute(pipe) is not None
+
+    def _queue_parts(
+        self, pipe: Any, spec: Spec, meta: Meta, weights: bytes | memoryview, packed: bytes | None
+    ) -> None:
+        keys = self.keys
+        pipe.set(keys.spec, spec.to_json())
+        pipe.set(keys.weights, weights)
+        pipe.hset(keys.meta, mapping=meta.to_hash())
+        if packed:
+            pipe.set(keys.packed, packed)
+
+    def announce(self, worker: str, header: Header, parts: Sequence[bytes]) -> None:
+        """Publish an update again for its worker: its parts, its header, and the entry that names them."""
+        keys, (run, seq) = self.keys, header.id
+        with self.connection.errors(), self._redis.pipeline(transaction=False) as pipe:
+            for index, part in enumerate(parts):
+                pipe.set(keys.part(worker, run, seq, index), part, ex=PAYLOAD_TTL_S)
+            pipe.set(keys.head(worker, run, seq), header.pack(), ex=PAYLOAD_TTL_S)
+            pipe.xadd(keys.updates, header.entry(worker))
+            pipe.execute()
+
+    def register(self, gateway_weight: float, *, overwrite: bool = False) -> None:
+        """List the expert among the federation's; one that is there keeps its weight unless told otherwise."""
+        key, weight = self.connection.keys.experts, f"{gateway_weight:g}"
+        with self.connection.errors():
+            listed = self._redis.hget(key, self.name)
+            if listed is None or (overwrite and listed.decode() != weight):  # a full Redis takes no write
+                (self._redis.hset if overwrite else self._redis.hsetnx)(key, self.name, weight)

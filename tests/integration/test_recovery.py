@@ -1,0 +1,380 @@
+"""Redis lost a part of an expert, or came back from an older file: it is recognised, named, not served, and mended."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from consumers.expert import Expert
+from consumers.verify import replay
+from fedmoe.archive import Archive
+from fedmoe.backup import Backup, back_up, restore
+from fedmoe.errors import DamagedExpertError, FedMoEError
+from fedmoe.layout import stamped
+from fedmoe.lora_init import initial_weights
+from fedmoe.spec import Spec
+from fedmoe.store.backup import BackupStore
+from fedmoe.store.connection import Connection
+from fedmoe.store.gateway import GatewayStore
+from tests.federation import LAYOUT, ScriptedWorker, make_expert, serve, serving, small_spec
+from tests.processes import eventually, fedmoe
+from tests.rollback import Snapshot
+
+Connect = Callable[[], Connection]
+NAME = "sql_expert"
+
+
+@pytest.fixture(autouse=True)
+def _short_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is one aggregator, nobody else has to be waited for."""
+    monkeypatch.setattr("consumers.recovery.CLAIM_WAIT_S", 0.1)
+    monkeypatch.setattr("consumers.aggregator.CLAIM_WAIT_S", 0.1)
+
+
+def weights(connection: Connection) -> bytes:
+    """The weights in Redis, without their stamp."""
+    return stamped(GatewayStore(connection).history(NAME)[1], "")
+
+
+def fresh_expert(connection: Connection, spec: Spec) -> Expert:
+    """One whose replay begins at version 0."""
+    return make_expert(connection, spec=spec, weights=initial_weights(spec.layout, spec.init_seed))
+
+
+def _delete(what: str) -> Callable[[Any, Any], None]:
+    return lambda client, keys: client.delete(getattr(keys, what))
+
+
+def _old_weights(client: Any, keys: Any) -> None:
+    client.set(keys.weights, stamped(client.get(keys.weights), "0123456789abcdef"))
+
+
+def _other_record(client: Any, keys: Any) -> None:
+    client.hset(keys.applied, "alice", client.hget(keys.applied, "bob"))
+
+
+DAMAGES = {
+    "no decided updates": (_delete("applied"), "its decided updates are missing"),
+    "one worker's is missing": (
+        lambda client, keys: client.hdel(keys.applied, "alice"),
+        "its decided updates (of 1 workers) are not those that its meta knows",
+    ),
+    "one worker's is another": (_other_record, "its decided updates (of 2 workers) are not those"),
+    "one worker's is no record": (
+        lambda client, keys: client.hset(keys.applied, "alice", "x"),
+        "its decided updates cannot be read",
+    ),
+    "no weights": (_delete("weights"), "its weights are missing"),
+    "weights of another commit": (_old_weights, "its weights are of commit 0123456789abcdef, its meta names"),
+    "no spec": (_delete("spec"), "its spec is missing"),
+    "another spec": (
+        lambda client, keys: client.set(keys.spec, small_spec(wire_format="bf16").to_json()),
+        "its spec has the digest",
+    ),
+    "no spec that can be read": (lambda client, keys: client.set(keys.spec, "{"), "its spec cannot be read"),
+    "no meta": (_delete("meta"), "its meta is missing"),
+    "meta without a field": (
+        lambda client, keys: client.hdel(keys.meta, "weights_commit"),
+        "the expert's meta hash is malformed",
+    ),
+}
+
+
+def damaged(connection: Connection, damage: str) -> tuple[Any, ScriptedWorker, str]:
+    """An expert at version 2 with one part broken; a worker that joined before; and how the damage is called."""
+    expert = make_expert(connection)
+    waiting = ScriptedWorker(connection, expert.spec, "carol")
+    for name in ("alice", "bob"):
+        ScriptedWorker(connection, expert.spec, name).push(1.0)
+    serve(expert)
+    break_it, sentence = DAMAGES[damage]
+    break_it(connection.client, expert.store.keys)
+    waiting.push(1.0)
+    return expert, waiting, sentence
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_named_and_not_served(
+    connection: Connection, connect: Connect, tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An aggregator that remembers nothing commits nothing on top of it; nobody backs it up or verifies it."""
+    expert, _, sentence = damaged(connection, damage)
+    with serving(connect(), "fresh"):
+        eventually("the sentence", lambda: sentence in caplog.text, timeout_s=10)
+    assert "fedmoe restore" in caplog.text
+    assert connection.client.xlen(expert.store.keys.updates) == 1
+    with pytest.raises(FedMoEError):
+        GatewayStore(connection).history(NAME)
+    with pytest.raises(FedMoEError):
+        back_up(BackupStore(connection), tmp_path / "backup")
+    assert not (tmp_path / "backup").exists()
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_memory_mends_it(
+    connection: Connection, connect: Connect, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The aggregator that served it writes back what was lost, and what waits is decided, once."""
+    expert = make_expert(connection)
+    alice, bob = (ScriptedWorker(connection, expert.spec, name) for name in ("alice", "bob"))
+    with serving(connect(), "one") as (server, _):
+        alice.push(1.0)
+        bob.push(2.0)
+        eventually("version 2", lambda: expert.store.load().meta.version == 2)
+        before = weights(connection)
+        DAMAGES[damage][0](connection.client, expert.store.keys)
+        server._connection.client.connection_pool.disconnect()  # so that it looks again
+        eventually("all parts", lambda: not expert.store.condition().damage, timeout_s=10)
+        assert weights(connection) == before
+        assert "written back from memory, version 2" in caplog.text
+        for worker in (alice, bob):
+            assert not worker.pull().resent
+            worker.push(1.0)
+        eventually("version 4", lambda: expert.store.load().meta.version == 4)
+    alice.pull()
+    bob.pull()
+    assert torch.equal(alice.local, bob.local)
+
+
+def test_operator_mends_it_by_a_backup(connection: Connection, connect: Connect, tmp_path: Path) -> None:
+    """What was decided since the backup and is still kept by workers counts once."""
+    expert = make_expert(connection)
+    worker = ScriptedWorker(connection, expert.spec, "alice")
+    worker.push(1.0)
+    serve(expert)
+    worker.pull()
+    back_up(BackupStore(connection), tmp_path / "backup")
+    worker.push(1.0)
+    serve(expert)
+    worker.pull()
+    before = weights(connection)
+    connection.client.delete(expert.store.keys.applied)
+    with pytest.raises(DamagedExpertError):
+        expert.load()
+    restore(BackupStore(connection), Backup(tmp_path / "backup"), replace=True)
+    expert.load()
+    assert [str(u) for u in worker.pull().resent] == [f"{worker.ledger.run}:2"]
+    worker.publish()
+    assert serve(expert) == ["applied"]
+    assert weights(connection) == before
+
+
+def test_part_that_goes_while_it_is_served_is_noticed(
+    connection: Connection, connect: Connect, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without a broken connection: an aggregator looks now and then."""
+    expert = make_expert(connection)
+    worker = ScriptedWorker(connection, expert.spec)
+    with serving(connect(), "one"):
+        worker.push(1.0)
+        eventually("version 1", lambda: expert.store.load().meta.version == 1)
+        connection.client.delete(expert.store.keys.applied)
+        eventually("all parts", lambda: not expert.store.condition().damage, timeout_s=10)
+    assert "written back from memory, version 1" in caplog.text
+
+
+def test_what_can_be_derived_is_begun_again(
+    connection: Connection, connect: Connect, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Packed weights and log: said, and the replay goes on from the weights that were kept then."""
+    expert = make_expert(connection, spec=small_spec(wire_format="int4"))
+    keys, client = expert.store.keys, connection.client
+    worker = ScriptedWorker(connection, expert.spec)
+    with serving(connect(), "one", keep_updates=tmp_path):
+        worker.push(1.0)
+        eventually("version 1", lambda: expert.store.load().meta.version == 1)
+    packed = client.get(keys.packed)
+    client.delete(keys.packed, keys.log)
+    with serving(connect(), "two", keep_updates=tmp_path):
+        eventually("packed weights", lambda: client.get(keys.packed) == packed)
+        worker.pull()
+        worker.push(1.0)
+        eventually("version 2", lambda: expert.store.load().meta.version == 2)
+    assert "the packed weights and the log did not belong to version 1" in caplog.text
+    meta, file, lines = GatewayStore(connection).history(NAME)
+    done = replay(expert.spec, lines, Archive(tmp_path / NAME), upto=meta.version)
+    assert (done.problem, done.since, done.version) == ("", 1, 2)
+    assert done.weights.same_values(file)
+
+
+def test_older_state_is_written_over_by_memory(
+    connection: Connection, connect: Connect, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A worker published and ended; Redis comes back from an older file: the aggregator remembers, with all lines."""
+    expert = fresh_expert(connection, small_spec(wire_format="int4"))
+    worker, refused = (ScriptedWorker(connection, expert.spec, name) for name in ("alice", "bob"))
+    with serving(connect(), "one", keep_updates=tmp_path):
+        worker.push(1.0)
+        eventually("version 1", lambda: expert.store.load().meta.version == 1)
+        worker.pull()
+        snapshot = Snapshot.take(connection)
+        for version in range(2, 6):
+            worker.push(1.0)
+            eventually("the next version", lambda v=version: expert.store.load().meta.version == v)
+            worker.pull()
+        refused.push(1e6)
+        eventually("a refusal", lambda: expert.store.load().meta.refused == 1)
+        before, decided = weights(connection), expert.store.load().applied
+        snapshot.bring_back(connection)
+        assert expert.store.load().meta.version == 1
+        eventually("version 5", lambda: expert.store.load().meta.version == 5, timeout_s=10)
+        assert weights(connection) == before
+        assert expert.store.load().applied == decided
+    assert "Redis went back from version 5 to version 1; written back from memory" in caplog.text
+    meta, file, lines = GatewayStore(connection).history(NAME)
+    assert [line["version"] for line in lines] == ["1", "2", "3", "4", "5"]
+    assert connection.client.xlen(expert.store.keys.dead) == 1
+    done = replay(expert.spec, lines, Archive(tmp_path / NAME), upto=meta.version)
+    assert (done.problem, done.since) == ("", 0)
+    assert done.weights.same_values(file)
+    assert not worker.pull().resent
+
+
+def test_standby_waits_for_whoever_remembers_more(
+    connection: Connection, connect: Connect, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It would commit on top of the older state, and the newer one could not be written back any more."""
+    expert = make_expert(connection)
+    worker = ScriptedWorker(connection, expert.spec)
+    snapshot = Snapshot.take(connection)
+    worker.push(1.0)
+    serve(expert)
+    snapshot.bring_back(connection)
+    expert.store.claim("another", 1)
+    worker.publish()
+    with serving(connect(), "standby"):
+        eventually("the sentence", lambda: "another aggregator remembers version 1" in caplog.text)
+        assert expert.store.load().meta.version == 0
+        assert expert.write_back(on=expert.store.load().meta.commit)
+        eventually("the duplicate", lambda: expert.store.load().meta.duplicate == 1, timeout_s=10)
+    assert expert.store.load().meta.version == 1
+
+
+def test_dead_claim_is_forgotten(
+    connection: Connection, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An aggregator that claimed to remember more, and died: the others go on without it."""
+    monkeypatch.setattr("fedmoe.store.lifecycle.CLAIM_MS", 3000)
+    expert = make_expert(connection)
+    worker = ScriptedWorker(connection, expert.spec)
+    with serving(connect(), "one") as (server, _):
+        eventually("the expert in memory", lambda: server._loaded)
+        connection.client.flushdb()
+        expert.store.claim("dead", 99)
+        eventually("the expert", expert.store.exists)
+        worker.push(1.0)
+        eventually("version 1", lambda: expert.store.load().meta.version == 1)
+
+
+def forked(connection: Connection, keep: Path | None) -> tuple[Any, Any, list[ScriptedWorker]]:
+    """An aggregator that remembers version 4, and a Redis that went back and was committed to by somebody else."""
+    expert = fresh_expert(connection, small_spec())
+    expert._archive = Archive(keep / NAME) if keep else None
+    alice, bob, carol = (ScriptedWorker(connection, expert.spec, name) for name in ("alice", "bob", "carol"))
+    alice.push(1.0)
+    serve(expert)
+    alice.pull()
+    snapshot = Snapshot.take(connection)
+    for _ in range(2):
+        alice.push(1.0)
+        serve(expert)
+        alice.pull()
+    bob.push(2.0)
+    serve(expert)
+    snapshot.bring_back(connection)
+    other = type(expert)(expert.store, expert.spec, aggregator="other", archive=expert._archive)
+    other.load()
+    carol.push(4.0)
+    assert serve(other) == ["applied"]
+    return expert, other, [alice, bob, carol]
+
+
+def test_kept_updates_are_announced_again_if_somebody_committed_first(
+    connection: Connection, connect: Connect, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each of them counts once, also if its worker sends it again."""
+    expert, other, (alice, bob, _) = forked(connection, tmp_path)
+    bob.publish()
+    with serving(connect(), "one", keep_updates=tmp_path, memory=expert):
+        eventually("version 5", lambda: other.store.load().meta.version == 5, timeout_s=10)
+        eventually("an empty stream", lambda: not connection.client.xlen(other.store.keys.updates))
+    assert "aggregator other committed version 2 before version 4 could be written back" in caplog.text
+    assert "3 updates are undone, of which 3 are announced again" in caplog.text
+    meta, file, lines = GatewayStore(connection).history(NAME)
+    assert sorted((line["worker"], line["seq"]) for line in lines) == [
+        ("alice", "1"), ("alice", "2"), ("alice", "3"), ("bob", "1"), ("carol", "1"),
+    ]  # fmt: skip
+    done = replay(expert.spec, lines, Archive(tmp_path / NAME), upto=meta.version)
+    assert not done.problem
+    assert done.weights.same_values(file)
+    assert not alice.pull().resent
+
+
+def test_undone_updates_are_counted_where_nobody_kept_them(
+    connection: Connection, connect: Connect, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Their workers send again what they still have."""
+    expert, other, (alice, *_) = forked(connection, None)
+    with serving(connect(), "one", memory=expert):
+        eventually("the sentence", lambda: "2 updates are undone, of which 0 are announced" in caplog.text)
+        assert len(alice.pull().resent) == 2
+        alice.publish()
+        eventually("version 3", lambda: other.store.load().meta.version == 3, timeout_s=10)
+
+
+def test_restore_is_not_undone(
+    connection: Connection, connect: Connect, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An older backup that an operator puts in place stays there, though memory and kept updates know more."""
+    expert = make_expert(connection)
+    worker = ScriptedWorker(connection, expert.spec)
+    back_up(BackupStore(connection), tmp_path / "backup")
+    with serving(connect(), "one", keep_updates=tmp_path / "kept") as (server, _):
+        worker.push(1.0)
+        eventually("version 1", lambda: expert.store.load().meta.version == 1)
+        restore(BackupStore(connection), Backup(tmp_path / "backup"), replace=True)
+        connection.client.client_kill_filter(_type="normal", skipme=True)
+        eventually("the sentence", lambda: "an operator replaced it; going on from version 0" in caplog.text)
+        eventually("it serves", lambda: server._loaded)
+        assert expert.store.load().meta.version == 0
+        assert len(worker.pull().resent) == 0  # nothing was decided that it knows of
+        worker.publish()
+        eventually("version 1", lambda: expert.store.load().meta.version == 1)
+
+
+def test_worker_started_while_redis_was_behind_goes_on(connection: Connection) -> None:
+    """Redis forgot how many runs it had; when memory is written back, the worker meets a run of its own number."""
+    expert = make_expert(connection)
+    snapshot = Snapshot.take(connection)
+    old = ScriptedWorker(connection, expert.spec)
+    old.push(1.0)
+    serve(expert)
+    snapshot.bring_back(connection)
+    new = ScriptedWorker(connection, expert.spec)
+    new.push(2.0)
+    assert new.ledger.run.split("-")[0] == old.ledger.run.split("-")[0]
+    assert expert.write_back(on=expert.store.condition().commit)
+    expert.load()
+    assert serve(expert) == ["undecidable"]
+    assert not new.pull().lost
+    new.publish()
+    assert serve(expert) == ["applied"]
+    new.pull()
+    assert torch.equal(new.local, torch.arange(LAYOUT.numel) + 1.0 + 2.0 / 2)
+
+
+def test_verify_says_that_an_expert_is_damaged(
+    connection: Connection, redis_url: str, tmp_path: Path
+) -> None:
+    """It said equal, for the weights were."""
+    expert = make_expert(connection)
+    worker = ScriptedWorker(connection, expert.spec)
+    worker.push(1.0)
+    serve(expert)
+    connection.client.delete(expert.store.keys.applied)
+    done = fedmoe("verify", "--redis", redis_url, "--keep-updates", str(tmp_path))
+    assert done.returncode == 1
+    assert "its decided updates are missing" in done.stdout
+    assert "not verified: sql_expert" in done.stderr

@@ -14,6 +14,7 @@ from consumers.fold import fold
 from fedmoe.codec import encode
 from fedmoe.errors import StaleStateError, UnknownExpertError
 from fedmoe.identity import BaseIdentity, tokenizer_text
+from fedmoe.integrity import stamp_decided
 from fedmoe.keys import GROUP
 from fedmoe.layout import AdapterBuffer, stamped
 from fedmoe.records import Decided
@@ -242,8 +243,9 @@ def test_staleness_bound_grows_alike_in_every_batching(connection: Connection, b
     """
     expert = make_expert(connection, version=257)
     head = UpdateId(make_run(1, "00000001"), 1)
-    others = {f"w{number}": Decided(id=head, how="applied", version=1).to_json() for number in range(64)}
-    connection.client.hset(expert.store.keys.applied, mapping=others)
+    others = {f"w{number}": Decided(id=head, how="applied", version=1) for number in range(64)}
+    connection.client.hset(expert.store.keys.applied, mapping={w: d.to_json() for w, d in others.items()})
+    connection.client.hset(expert.store.keys.meta, "decided_stamp", stamp_decided(others))
     expert.load()
     late = [ScriptedWorker(connection, expert.spec, name) for name in ("x", "y", "z")]
     for worker in late:

@@ -227,11 +227,20 @@ def test_old_checkpoint_adopts_the_later_update_of_its_run() -> None:
     assert (following.seq, following.prev) == (6, UpdateId(RUN, 5))
 
 
-@pytest.mark.parametrize("run", [make_run(4, "0000000a"), make_run(3, "ffffffff")])
-def test_another_process_of_the_name_stops_this_one(run: str) -> None:
-    """H7: `applied` names a later run, or another run of the same epoch."""
+def test_another_process_of_the_name_stops_this_one() -> None:
+    """H7: `applied` names a later run."""
     with pytest.raises(NameTakenError, match="another --name"):
-        fresh().observe(meta_of(1), torch.zeros(4), decision(UpdateId(run, 1)), now=0.0)
+        fresh().observe(meta_of(1), torch.zeros(4), decision(UpdateId(make_run(4, "0000000a"), 1)), now=0.0)
+
+
+def test_run_of_the_same_epoch_is_none_of_a_stranger() -> None:
+    """H22: Redis forgot the first run of this epoch, and got it back; this one goes on after it."""
+    ledger = fresh()
+    ledger.cut(ledger.progress(torch.ones(4)), Trained(steps=1), wire_format="fp32", fingerprint="f")
+    head = UpdateId(make_run(3, "ffffffff"), 1)
+    change = ledger.observe(meta_of(1), torch.zeros(4), decision(head), now=0.0)
+    assert (change.lost, change.replace) == ("", False)
+    assert ledger.queue[0].header.prev == head
 
 
 def test_locate() -> None:

@@ -14,12 +14,15 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from queue import Empty, SimpleQueue
 from types import FrameType
+
+from fedmoe.errors import FedMoEError
 
 logger = logging.getLogger(__name__)
 
@@ -58,11 +61,15 @@ class Stop(threading.Event):
 def stop_on_signals(stop: Stop) -> Iterator[None]:
     """Have signals set `stop`, and see to it that the process has ended soon after.
 
+    After a signal the process ends with this block: what Python tidies up at its end takes seconds on a busy machine.
     SIGHUP stays ignored where it is (nohup).
     """
+    signalled = False
 
     def handle(number: int, frame: FrameType | None) -> None:
-        # Only this: a handler interrupts code that may hold the lock of an Event or of a stream.
+        # No more than this: a handler interrupts code that may hold the lock of an Event or of a stream.
+        nonlocal signalled
+        signalled = True
         stop.calls.put(number)
 
     numbers = [signal.SIGTERM, signal.SIGINT]
@@ -71,13 +78,22 @@ def stop_on_signals(stop: Stop) -> Iterator[None]:
     before = {number: signal.signal(number, handle) for number in numbers}
     watcher = threading.Thread(target=_watch, args=(stop,), name="stop", daemon=True)
     watcher.start()
+    words, code = "", 0
     try:
         yield
+    except FedMoEError as error:
+        if not signalled:
+            raise
+        words, code = str(error), error.exit_code
     finally:
         stop.calls.put(_ENDED)
         watcher.join()
         for number, handler in before.items():
             signal.signal(number, handler)
+    if signalled:
+        with suppress(OSError):  # nobody reads it any more
+            sys.stdout.flush()
+        _end(words, code)
 
 
 def end_like_ctrl_c() -> None:
@@ -135,10 +151,10 @@ def _has_ended(stop: Stop, seconds: float) -> bool:
 
 
 def _end(words: str, code: int) -> None:
-    """End the process here and now, and the processes that it has started to share its work."""
+    """End the process here and now, with these words if there are any, and its children that share its work."""
     for child in multiprocessing.active_children():
         child.kill()
-    text = f"fedmoe: {words}\n" if code else f"{words}\n"
+    text = f"fedmoe: {words}\n" if code else f"{words}\n" if words else ""
     with suppress(OSError):
         # Not by sys.stdout: the thread that is stuck may hold its lock.
         os.write(2 if code else 1, text.encode(errors="backslashreplace"))

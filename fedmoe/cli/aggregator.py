@@ -87,11 +87,7 @@ def run(ctx: click.Context, /, **options: Any) -> None:
     """
     from fedmoe.stopping import Stop, stop_on_signals
 
-    with stop_on_signals(stop := Stop(patience_s=2.5, end_s=2.0)):
-        stop.last_words = lambda: (
-            "stopped; what was read and not committed waits in Redis for an aggregator",
-            0,
-        )
+    with stop_on_signals(stop := Stop()):
         _run(ctx, stop, options)
 
 
@@ -187,6 +183,7 @@ def _run(ctx: click.Context, stop: "Stop", options: dict[str, Any]) -> None:
         return
     daemon = Aggregator(redis, list(weights), settings, gateway, holder=holder_name())
     stop.when_out_of_patience.append(daemon.cut_off)
+    stop.patience_s, stop.end_s = 2.0, 1.5  # a commit that is under way may come to its end
     stop.last_words = lambda: ("stopped; what was read and not committed waits in Redis for an aggregator", 0)
     daemon.run(stop)
 

@@ -80,6 +80,29 @@ def test_a_second_signal_ends_at_once() -> None:
     assert (process.returncode, err) == (130, "fedmoe: interrupted\n")
 
 
+@pytest.mark.parametrize(
+    ("raising", "expected"),
+    [("", (0, "done\n", "")), ("raise FedMoEError('lost')", (1, "done\n", "fedmoe: lost\n"))],
+)
+def test_after_a_signal_nothing_holds_up_the_end(raising: str, expected: tuple[int, str, str]) -> None:
+    """What Python does at its end (here: a thread that never ends) is not waited for; words and exit code are right."""
+    code = f"""
+import threading
+from fedmoe.errors import FedMoEError
+with stop_on_signals(stop := Stop()):
+    logging.disable()
+    threading.Thread(target=time.sleep, args=(600,)).start()
+    print("ready", flush=True)
+    stop.wait()
+    sys.stdout.write("done\\n")
+    {raising}
+"""
+    with script(code) as process:
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=30)
+    assert (process.returncode, out, err) == expected
+
+
 @pytest.mark.parametrize("code", [STUCK, TIDY])
 def test_under_nohup_a_lost_terminal_changes_nothing(code: str) -> None:
     """SIGHUP that is ignored at the start stays ignored."""

@@ -24,6 +24,10 @@ class AnswerError(RowError):
     """Why one answer cannot be learnt, though others of its row may be; the message says so of "it", the row."""
 
 
+class NoRoomError(AnswerError):
+    """The prompt alone is too long."""
+
+
 class Encoder:
     """Makes token ids of answers and their prompts."""
 
@@ -64,7 +68,7 @@ class Encoder:
         answer = _join_reasoning(prompt, lead, text) + end
         prompt_ids = first_tokens(self._ids, prompt, max_length)
         if len(prompt_ids) >= max_length:
-            raise AnswerError(f"its prompt fills max_length {max_length}")
+            raise NoRoomError(f"its prompt fills max_length {max_length}")
         both = first_tokens(self._ids, prompt + answer, max_length)
         # The joint text first, because some tokenizers put a space in front of whatever they are given. But a
         # token across the border does not exist when the model is asked: then the answer is taken alone.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from fedmoe.data.bad_rows import Problem
-from fedmoe.data.chat import AnswerError, Encoder
+from fedmoe.data.chat import THOUGHT, AnswerError, Encoder, NoRoomError
 from fedmoe.data.jsonl import Row, read_row
 from fedmoe.data.records import Record
 from fedmoe.errors import RowError
@@ -86,16 +86,24 @@ def _encode(row: Row, path: Path, encoder: Encoder, max_length: int, learn: Lear
     places = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
     examples: list[tuple[list[int], tuple[Answer, ...]]] = []
     left_out: list[AnswerError] = []
+    # Rendered anew for each of a thousand answers, a long conversation would take minutes. A prompt only gets shorter
+    # where reasoning is dropped from it.
+    prompts_grow = not any(turn.reasoning or THOUGHT in turn.content for turn in turns)
+    no_room: NoRoomError | None = None
     weight_0 = 0
     for place in places if learn == "all" else places[-1:]:
         weight = turns[place].weight
         if weight == 0:
             weight_0 += 1
             continue
+        if no_room and prompts_grow:
+            left_out.append(no_room)
+            continue
         try:
             prompt, answer = encoder.encode(turns[: place + 1], row.tools, max_length=max_length)
         except AnswerError as error:
             left_out.append(error)
+            no_room = error if isinstance(error, NoRoomError) else None
             continue
         ids = prompt + answer
         before: tuple[Answer, ...] = ()

@@ -1,6 +1,7 @@
 """One row as examples: which of its answers are learnt, with what weight, in how many examples."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from fedmoe.data.bad_rows import Problem
 from fedmoe.data.chat import Encoder
 from fedmoe.data.encode import Encoded, Example, encode_row
 from fedmoe.data.records import Record
+from fedmoe.data.template import ChatTemplate, Tools, Written
+from fedmoe.data.turns import Turn
 from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -129,6 +132,24 @@ def test_answers_beyond_max_length_are_left_out_and_said() -> None:
     assert [(p.line, p.reason) for p in made.left_out] == [
         (7, f"{LEFT_OUT}its prompt fills max_length {second.start + 2}")
     ]
+
+
+@pytest.mark.parametrize("thought", ["", "<think>t</think>"])
+def test_a_long_conversation_is_not_rendered_for_each_of_its_answers(
+    monkeypatch: pytest.MonkeyPatch, thought: str
+) -> None:
+    """Only until max_length is full, unless prompts may get shorter again; all are left out by name, though."""
+    written: list[int] = []
+    write = ChatTemplate.write
+
+    def counted(self: ChatTemplate, turns: Sequence[Turn], tools: Tools = ()) -> Written:
+        written.append(len(turns))
+        return write(self, turns, tools)
+
+    monkeypatch.setattr(ChatTemplate, "write", counted)
+    made = encoded(turns(*["some words"] * 19, thought + "a"), max_length=100)
+    assert len(written) == (10 if thought else 3)
+    assert len(made.examples[0].answers) + len(made.left_out) == 10
 
 
 def test_an_empty_answer_costs_no_other() -> None:

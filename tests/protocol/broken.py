@@ -417,7 +417,7 @@ BROKEN = {
     "E11_number_of_a_run_counts": Broken(
         what="a worker takes a run of its own number for a living stranger",
         rules=Rules(patches=((producers.ledger, "locate", _number_of_a_run_counts),)),
-        scope=Scope(units=1, disk=False, lag=4, faults={"failover": 1, "kill_worker": 1}),
+        scope=Scope(units=1, disk=False, faults={"failover": 1, "kill_worker": 1}),
         symptom="gave up",
     ),
 }

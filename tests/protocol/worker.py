@@ -6,6 +6,7 @@ its value k, so in any weights a 0 is a step lost and a 2 a step doubled.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import NamedTuple
 from unittest.mock import patch
@@ -200,6 +201,12 @@ class Worker:
         """One turn of Sync, then training."""
         if memory.failure or memory.left:
             return memory
+        with ExitStack() as replaced:
+            for where in self._rules.patches:
+                replaced.enter_context(patch.object(*where))
+            return self._turn(memory, replies, choice)
+
+    def _turn(self, memory: Working, replies: Sequence[Reply], choice: int) -> Working:
         port = Port(replies)
         store = self._rules.worker_store(ModelConnection(Client(port)), NAME, self.name)
         if memory.books is None:

@@ -78,7 +78,7 @@ class StateDir:
         self.path = path
         self.file = path / FILE_NAME
         self.id = ""
-        self._updates = Archive(path / UPDATES_NAME, read_only=True)  # _hold makes it
+        self._updates = Archive(path / UPDATES_NAME, read_only=True)  # `save` makes it
         self._digests: dict[Header, str] = {}  # of the updates on disk
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -105,7 +105,6 @@ class StateDir:
             lock.close()
             raise BlockingIOError(error.errno, "another worker uses it") from error
         self._lock = lock
-        self._updates.directory.mkdir(mode=0o700, exist_ok=True)
         for left in self.path.glob(_HALF_WRITTEN):
             left.unlink(missing_ok=True)
         self.id = self._read_id() or self._write_id(self.id or secrets.token_hex(16))
@@ -148,6 +147,7 @@ class StateDir:
         ledger = checkpoint.ledger
         if not self._holds():  # somebody may have tidied up
             self._hold()
+        self._updates.directory.mkdir(mode=0o700, exist_ok=True)
         names = {"queue": self._keep(ledger.queue), "kept": self._keep(ledger.kept)}
         tensors = {"local": checkpoint.local}
         if ledger.packed:  # an eighth of the base, which can be unpacked again to the same bits
@@ -185,7 +185,11 @@ class StateDir:
         """The digests of updates that are on disk now, each written once."""
         for update in updates:
             if not self._updates.holds(self._digests.get(update.header, "")):
-                self._digests[update.header] = self._updates.keep(update.header, update.parts)
+                digest = self._updates.keep(update.header, update.parts)
+                to_disk(
+                    self._updates.directory
+                )  # also if the file is there, from a try that failed after that
+                self._digests[update.header] = digest
         return [self._digests[update.header] for update in updates]
 
     def _forget(self, names: Collection[str]) -> None:

@@ -45,9 +45,8 @@ class Saver:
         job = _Job(lambda: self._state_dir.save(checkpoint))
         began = time.monotonic()
         while not job.wait(LOOK_S):
-            took_s = time.monotonic() - began
-            if took_s > SLOW_S:
-                self._failed(f"the disk has not taken it for {took_s:.0f} s")
+            if time.monotonic() - began > SLOW_S:
+                self._failed(f"the disk has not taken it for more than {SLOW_S:g} s")
             meanwhile()
         if isinstance(job.error, OSError):
             self._failed(job.error.strerror or str(job.error))

@@ -157,7 +157,7 @@ def _was_lost(store: ExpertStore, known: Mapping[str, str]) -> bool:
 
 def make_spec(request: SpecRequest, stop: threading.Event) -> tuple[Spec, BaseIdentity]:
     """The spec that a request leads to, and the pieces of the base model's identity that are here."""
-    described = describe(request.base_model, request.lora, stop, chat_template=request.chat_template)
+    described = describe(request, stop)
     if described["template_missing"]:
         logger.warning(
             "%s has no chat template: give --chat-template FILE here, or the first worker has to bring one",
@@ -188,24 +188,24 @@ def make_spec(request: SpecRequest, stop: threading.Event) -> tuple[Spec, BaseId
     return spec, BaseIdentity(fingerprint=described["fingerprint"], tokenizer=described["tokenizer"])
 
 
-def describe(
-    base_model: str, lora: LoraSettings, stop: threading.Event, *, chat_template: str = ""
-) -> dict[str, Any]:
+def describe(request: SpecRequest, stop: threading.Event) -> dict[str, Any]:
     """Ask a process of its own for the adapter's layout and the base model's fingerprint.
 
     If the weights are here but too large for this machine, that process is killed; then the config has to do, and the
     first worker that joins pins the fingerprint.
     """
-    logger.info("looking at the base model %s", base_model)
-    process = _ask(base_model, lora, chat_template, read_weights=True, stop=stop)
+    logger.info("looking at the base model %s", request.base_model)
+    process = _ask(request, read_weights=True, stop=stop)
     if process.returncode == -signal.SIGKILL:
-        logger.warning("the weights of %s do not fit into memory here; going on by its config", base_model)
-        process = _ask(base_model, lora, chat_template, read_weights=False, stop=stop)
+        logger.warning(
+            "the weights of %s do not fit into memory here; going on by its config", request.base_model
+        )
+        process = _ask(request, read_weights=False, stop=stop)
     try:
         answer = json.loads(process.stdout.strip().rpartition("\n")[2])
     except ValueError as error:
         raise BaseModelError(
-            f"could not look at the base model {base_model!r}: {process.stderr.strip()[-800:]}"
+            f"could not look at the base model {request.base_model!r}: {process.stderr.strip()[-800:]}"
         ) from error
     if "error" in answer:
         raise (SettingsError if answer["of_settings"] else BaseModelError)(answer["error"])
@@ -213,14 +213,16 @@ def describe(
 
 
 def _ask(
-    base_model: str, lora: LoraSettings, chat_template: str, *, read_weights: bool, stop: threading.Event
+    request: SpecRequest, *, read_weights: bool, stop: threading.Event
 ) -> "subprocess.CompletedProcess[str]":
-    request = {
-        "base_model": base_model,
-        "rank": lora.rank,
-        "alpha": lora.alpha,
-        "targets": list(lora.targets),
-        "chat_template": chat_template,
+    question = {
+        "base_model": request.base_model,
+        "rank": request.lora.rank,
+        "alpha": request.lora.alpha,
+        "targets": list(request.lora.targets),
+        "chat_template": request.chat_template,
+        "max_length": request.training.max_length,
+        "read_weights": read_weights,
     }
     with subprocess.Popen(
         [sys.executable, "-m", "fedmoe.model.describe"],
@@ -230,7 +232,7 @@ def _ask(
         text=True,
         start_new_session=True,  # Ctrl-C is for the daemon, which ends this one
     ) as process:
-        text: str | None = json.dumps(request | {"read_weights": read_weights})
+        text: str | None = json.dumps(question)
         while True:
             try:
                 out, err = process.communicate(text, timeout=0.1)

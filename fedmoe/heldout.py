@@ -25,6 +25,7 @@ from fedmoe.model.base import (
     load_base,
     load_config,
 )
+from fedmoe.model.bounds import check_examples, check_padding
 from fedmoe.model.tokenizer import load_tokenizer, tokenizer_fingerprint
 from fedmoe.names import check_name
 from fedmoe.spec import Spec
@@ -191,6 +192,7 @@ def measure(store: GatewayStore, settings: HeldOutSettings, *, say: Callable[[st
     max_length = max(spec.training.max_length for spec in specs.values())
     templates = {name: exports[name].chat_template for name in specs}
     _check_base(store, print_of_base, tokenizer, templates)
+    check_padding(tokenizer, config, base_model)
     domains = {}
     for name, data in files.items():  # a domain of no expert is written as the first expert's
         with_template = _with_template(tokenizer, templates.get(name, next(iter(templates.values()))))
@@ -198,6 +200,7 @@ def measure(store: GatewayStore, settings: HeldOutSettings, *, say: Callable[[st
             data, with_template, max_length, bad_rows, learn=settings.learn, sample=settings.rows, say=say
         )
         say(f"{data.path}: {made.summary()}")
+        check_examples(made.examples, data.path, tokenizer, config)
         domains[name] = made.examples
     loss = evaluate(
         model, adapters, domains,

@@ -18,7 +18,7 @@ BEAT_FIELDS = ("base_fingerprint", "tokenizer", "chat_template")  # of a heartbe
 TOKENIZER_PIECES = {
     "template": "chat template",
     "added": "added tokens",
-    "special": "special token ids (bos, eos, pad, unk)",
+    "special": "special token ids (bos, eos, pad)",
     "vocabulary": "vocabulary",
 }
 _PIECE = re.compile(r"([a-z]{1,16}):([0-9a-z-]{1,32})")

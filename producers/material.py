@@ -24,6 +24,7 @@ from fedmoe.model.base import (
     load_base,
     load_config,
 )
+from fedmoe.model.bounds import check_examples, check_padding
 from fedmoe.model.tokenizer import load_tokenizer, tokenizer_fingerprint, use_template
 from fedmoe.records import Meta
 from fedmoe.spec import Spec, TrainingSettings
@@ -60,7 +61,8 @@ def prepare(
         StoppedError: if `stopped` says so while the rows are tokenized.
     """
     base_model = settings.base_model or spec.base_model
-    check_structure(load_config(base_model), spec.base_config)
+    config = load_config(base_model)
+    check_structure(config, spec.base_config)
     own = read_template(settings.chat_template) if settings.chat_template else ""
     tokenizer = load_tokenizer(base_model)
     use_template(
@@ -69,6 +71,7 @@ def prepare(
     base = BaseIdentity(fingerprint=meta.base_fingerprint, tokenizer=tokenizer_fingerprint(tokenizer))
     if refusal := base.refusal(meta, settings.stream):
         raise BaseModelError(refusal)
+    check_padding(tokenizer, config, base_model)
     device = choose_device(settings.device)
     autocast = choose_precision(settings.precision, device)
     say(f"loading {base_model} on {device} ({str(autocast).removeprefix('torch.')})")
@@ -78,6 +81,7 @@ def prepare(
         data, tokenizer, spec.training.max_length, bad_rows, learn=settings.learn, stopped=stopped
     )
     say(f"{settings.data}: {examples.summary()}")
+    check_examples(examples.examples, settings.data, tokenizer, config)
 
     def make_trainer() -> Trainer:
         adapted, flat = attach_adapter(model, spec)

@@ -13,7 +13,7 @@ from fedmoe.spec import LoraSettings
 
 
 def describe(
-    base_model: str, lora: LoraSettings, *, chat_template: str = "", read_weights: bool
+    base_model: str, lora: LoraSettings, *, chat_template: str = "", max_length: int = 0, read_weights: bool
 ) -> dict[str, Any]:
     """Structure and layout from the config alone.
 
@@ -24,6 +24,7 @@ def describe(
     from fedmoe.identity import tokenizer_text
     from fedmoe.model.adapter import adapter_layout
     from fedmoe.model.base import fingerprint, has_weights, load_base, load_config, structure
+    from fedmoe.model.bounds import check_max_length, check_padding
     from fedmoe.model.tokenizer import (
         check_template,
         has_tokenizer,
@@ -35,12 +36,14 @@ def describe(
     if chat_template:
         check_template(chat_template)
     config = load_config(base_model)
+    check_max_length(max_length, config, base_model)
     layout = adapter_layout(config, lora)
     missing, print_of_weights = False, ""
     print_of_tokenizer = tokenizer_text({"template": template_digest(chat_template)}) if chat_template else ""
     if has_tokenizer(base_model):
         tokenizer = load_tokenizer(base_model)
         tokenizer.chat_template = chat_template or tokenizer.chat_template
+        check_padding(tokenizer, config, base_model)
         missing = not tokenizer.chat_template
         print_of_tokenizer = tokenizer_fingerprint(tokenizer)
     if read_weights and has_weights(base_model):
@@ -65,7 +68,8 @@ def main() -> None:
         with contextlib.redirect_stdout(sys.stderr):
             answer = describe(
                 request["base_model"], lora,
-                chat_template=request["chat_template"], read_weights=request["read_weights"],
+                chat_template=request["chat_template"], max_length=request["max_length"],
+                read_weights=request["read_weights"],
             )  # fmt: skip
     except FedMoEError as error:
         answer = {"error": str(error), "of_settings": isinstance(error, SettingsError)}

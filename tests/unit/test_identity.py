@@ -69,7 +69,7 @@ def test_what_differs_is_named() -> None:
     for name, words in (
         ("template", "in chat template: use the tokenizer and the chat template of org/tiny"),
         ("added", "in added tokens: use"),
-        ("special", "in special token ids (bos, eos, pad, unk): use"),
+        ("special", "in special token ids (bos, eos, pad): use"),
         ("vocabulary", "in vocabulary: use"),
     ):
         told = of(**{name: "ff"}).difference(meta)

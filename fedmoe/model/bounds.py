@@ -1,0 +1,94 @@
+"""What the base model cannot be trained on: token ids beyond its embedding, and more tokens than it has positions."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fedmoe.data.examples import padding_id
+from fedmoe.data.flat import FlatExamples
+from fedmoe.errors import BaseModelError, DataError, SettingsError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+REMEDY = (
+    "use the tokenizer that was published with the base model, or a base model that was resized for this one"
+)
+
+
+def n_embeddings(config: "PretrainedConfig") -> int:
+    """How many token ids the base model knows, from 0 on."""
+    return int(config.get_text_config().vocab_size)
+
+
+def n_positions(config: "PretrainedConfig") -> int | None:
+    """The most tokens of one row that the base model was made for, None if it names no bound.
+
+    A factor by which its rotary positions are stretched counts.
+    """
+    text = config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit <= 0:
+        return None
+    return max([limit, *(_stretched(rope, limit) for rope in _ropes(text))])
+
+
+def _ropes(text: "PretrainedConfig") -> list[dict[str, Any]]:
+    """The settings of the rotary positions; some models have several, by the kind of layer."""
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    nested = [value for value in rope.values() if isinstance(value, dict)]
+    return nested or [rope]
+
+
+def _stretched(rope: dict[str, Any], limit: int) -> int:
+    factor, original = rope.get("factor"), rope.get("original_max_position_embeddings")
+    return int((factor or 1.0) * (original or limit))
+
+
+def check_max_length(max_length: int, config: "PretrainedConfig", base_model: str) -> None:
+    """Raise SettingsError if rows may become longer than the model's context."""
+    limit = n_positions(config)
+    if limit is not None and max_length > limit:
+        raise SettingsError(
+            f"max_length {max_length} is beyond the {limit} positions of the base model {base_model}: "
+            f"give --max-length {limit} or less"
+        )
+
+
+def check_padding(tokenizer: "PreTrainedTokenizerBase", config: "PretrainedConfig", base_model: str) -> None:
+    """Raise BaseModelError if batches would be padded with an id that the model does not know."""
+    pad, n = padding_id(tokenizer), n_embeddings(config)
+    if pad >= n:
+        raise BaseModelError(
+            f"the padding token {tokenizer.convert_ids_to_tokens(pad)!r} has the id {pad}, the base model {base_model} "
+            f"knows the ids 0 to {n - 1}: {REMEDY}"
+        )
+
+
+def check_examples(
+    examples: FlatExamples, path: Path, tokenizer: "PreTrainedTokenizerBase", config: "PretrainedConfig"
+) -> None:
+    """Look at every token id and every length.
+
+    Raises:
+        DataError: naming the first line that the model cannot be trained on, what it has, and the bound.
+    """
+    ids = torch.frombuffer(examples.arrays["ids"], dtype=torch.int32)
+    ends = torch.frombuffer(examples.arrays["ends"], dtype=torch.int64)
+    n, limit = n_embeddings(config), n_positions(config)
+    if int(ids.max()) >= n:
+        place = int((ids >= n).int().argmax())
+        token = int(ids[place])
+        line = examples.arrays["lines"][int(torch.searchsorted(ends, place, right=True))]
+        raise DataError(
+            f"{path} line {line}: its token {tokenizer.convert_ids_to_tokens(token)!r} has the id {token}, the base "
+            f"model knows the ids 0 to {n - 1}: {REMEDY}"
+        )
+    lengths = torch.diff(ends, prepend=torch.zeros(1, dtype=torch.int64))
+    if limit is not None and int(lengths.max()) > limit:
+        place = int((lengths > limit).int().argmax())
+        raise DataError(
+            f"{path} line {examples.arrays['lines'][place]}: it has {int(lengths[place])} tokens, the base model has "
+            f"{limit} positions: begin an expert with --max-length {limit} or less"
+        )

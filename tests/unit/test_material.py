@@ -1,0 +1,62 @@
+"""What a worker trains on is checked before it is trained on."""
+
+from pathlib import Path
+
+import pytest
+
+from fedmoe.data.bad_rows import BadRows
+from fedmoe.data.jsonl import open_data
+from fedmoe.errors import BaseModelError, DataError
+from fedmoe.model.adapter import adapter_layout
+from fedmoe.model.base import fingerprint, structure
+from fedmoe.model.tokenizer import tokenizer_fingerprint
+from fedmoe.spec import LoraSettings, Spec
+from producers.material import Material, prepare
+from producers.settings import WorkerSettings
+from tests.federation import first_meta
+from tests.tiny import save_tiny_model, tiny_config, tiny_model, tiny_tokenizer
+
+
+def prepared(base: Path, rows: str, **pinned: str) -> Material:
+    """What a worker prepares of these rows, for an expert of the tiny model."""
+    config, lora = tiny_config(), LoraSettings(rank=2)
+    layout = adapter_layout(config, lora)
+    spec = Spec(base_model=str(base), base_config=structure(config), layout=layout, lora=lora)
+    meta = first_meta(spec, **{"base_fingerprint": "", **pinned})
+    (base / "rows.jsonl").write_text(rows)
+    settings = WorkerSettings(stream="sql_expert", data=base / "rows.jsonl", name="alice")
+    bad_rows = BadRows(say=print, file=None, fail=False)
+    data = open_data(settings.data, bad_rows)
+    return prepare(settings, spec, meta, data, bad_rows, cache=None, stopped=lambda: False, say=print)
+
+
+ROWS = '{"prompt": "a", "completion": "b"}\n{"prompt": "what is <|extra|>?", "completion": "x"}\n'
+
+
+def test_what_a_worker_brings(tmp_path: Path) -> None:
+    """The weights' fingerprint and the tokenizer's are of what lies there."""
+    material = prepared(save_tiny_model(tmp_path), ROWS)
+    assert material.base.fingerprint == fingerprint(tiny_model())
+    assert material.base.tokenizer == tokenizer_fingerprint(tiny_tokenizer())
+    assert (material.n_examples, material.base.chat_template) == (2, "")
+
+
+def test_a_token_that_the_model_does_not_have(tmp_path: Path) -> None:
+    """Not an IndexError in the first step that meets it."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<|extra|>"])
+    tokenizer.save_pretrained(save_tiny_model(tmp_path))
+    with pytest.raises(DataError, match=r"rows.jsonl line 2: its token '<\|extra\|>' has the id 259"):
+        prepared(tmp_path, ROWS)
+
+
+def test_a_tokenizer_that_is_not_the_pinned_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said before the weights are loaded."""
+    monkeypatch.setattr("producers.material.load_base", lambda *_, **__: pytest.fail("weights were loaded"))
+    pinned = tokenizer_fingerprint(tiny_tokenizer()).replace("template:", "template:f")
+    with pytest.raises(
+        BaseModelError,
+        match="is not the one that 'sql_expert' is trained on: its tokenizer differs from the one that worker "
+        "bob has pinned, in chat template",
+    ):
+        prepared(save_tiny_model(tmp_path), ROWS, tokenizer=pinned, tokenizer_by="worker bob")

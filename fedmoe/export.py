@@ -207,6 +207,13 @@ def write(directory: str | Path, export: Export, *, force: bool = False) -> str:
 def _check_target(target: Path, *, force: bool) -> None:
     if target.exists() and not target.is_dir():
         raise SettingsError(f"{target} is a file: choose a directory")
+    if (
+        target / "config.json"
+    ).exists():  # with force, too: nobody could load the bare model from there any more
+        raise SettingsError(
+            f"{target} holds a model (config.json), which would be loaded with this adapter from then on: choose "
+            "another directory"
+        )
     if force or not target.is_dir() or (target / INFO_FILE).exists():
         return
     if any(path.name != HOME and not _STAGING_BEFORE.fullmatch(path.name) for path in target.iterdir()):

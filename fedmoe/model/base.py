@@ -34,9 +34,14 @@ STRUCTURE = (
     "tie_word_embeddings",
     "hidden_act",
 )
+ADAPTER_CONFIG = "adapter_config.json"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 SAMPLES_PER_TENSOR = 16
 PRECISIONS = ("auto", "fp32", "bf16")
+_WITH_ADAPTER = (
+    "the base model {} holds an adapter_config.json, so an adapter would be loaded with it: take the bare base model, "
+    "or merge the adapter into its weights first"
+)
 _GOLDEN_PRIME = 2654435761  # 2^32 / golden ratio: multiples of it spread evenly over rows and columns
 
 
@@ -44,11 +49,13 @@ def load_config(base_model: str) -> PretrainedConfig:
     """Config of a model directory or hub id; what is in the local cache is never looked up on the network.
 
     Raises:
-        BaseModelError: if it cannot be found, is not a causal language model, or is quantised.
+        BaseModelError: if it cannot be found, is not a causal language model, is quantised, or bears an adapter.
     """
     cached = local_file(base_model, "config.json") is not None
     if Path(base_model).is_dir() and not cached:
         raise BaseModelError(f"the directory {base_model} holds no config.json, so it is not a model")
+    if local_file(base_model, ADAPTER_CONFIG) is not None:
+        raise BaseModelError(_WITH_ADAPTER.format(base_model))
     try:
         config = AutoConfig.from_pretrained(base_model, local_files_only=cached, trust_remote_code=False)
     except Exception as error:  # transformers raises many unrelated types
@@ -113,7 +120,7 @@ def load_base(
             bf16 autocast (1.6 against 2.0 s a step of SmolLM2); on a GPU bf16 halves the memory.
 
     Raises:
-        BaseModelError: if it cannot be loaded or lacks weights.
+        BaseModelError: if it cannot be loaded, lacks weights, or bears an adapter.
     """
     config_file = local_file(base_model, "config.json")
     # A cached hub model is loaded as a directory: by its id, transformers would ask the network all the same.
@@ -124,6 +131,10 @@ def load_base(
         )
     except Exception as error:  # transformers and safetensors raise many unrelated types
         raise BaseModelError(why_not(base_model, error)) from error
+    if getattr(
+        model, "_hf_peft_config_loaded", False
+    ):  # transformers found an adapter on the hub, and put it on
+        raise BaseModelError(_WITH_ADAPTER.format(base_model))
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise BaseModelError(

@@ -141,6 +141,17 @@ def test_what_fedmoe_did_not_write_is_not_overwritten(tmp_path: Path, foreign: s
     assert files_in(tmp_path) == sorted({*FILES, foreign})
 
 
+@pytest.mark.parametrize("force", [False, True])
+def test_a_base_model_never_gets_an_adapter(tmp_path: Path, force: bool) -> None:
+    """Whoever loads the model from there would get both; also beside an export of before."""
+    write(tmp_path, some_export())
+    (tmp_path / "config.json").write_text("{}")
+    before = files_in(tmp_path)
+    with pytest.raises(SettingsError, match=r"holds a model \(config\.json\), .*: choose another directory"):
+        write(tmp_path, some_export(), force=force)
+    assert files_in(tmp_path) == before
+
+
 def test_a_file_in_the_way_is_one_sentence(tmp_path: Path) -> None:
     """As the target, or where a directory on the way to it should be."""
     (tmp_path / "file").write_text("")

@@ -185,6 +185,20 @@ def test_a_checkpoint_that_lacks_a_weight_is_refused(copy_of_tiny: Path) -> None
         load_base(str(copy_of_tiny), device=CPU)
 
 
+def test_a_base_that_bears_an_adapter_is_refused(copy_of_tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library would put the adapter on, and the fingerprint would not see it: nobody's base is the same."""
+    model = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    model.save_pretrained(copy_of_tiny)
+    loaded = AutoModelForCausalLM.from_pretrained(copy_of_tiny)
+    assert loaded._hf_peft_config_loaded
+    assert fingerprint(loaded) == fingerprint(tiny_model())
+    for load in (load_config, lambda path: load_base(path, device=CPU)):
+        with pytest.raises(
+            BaseModelError, match=r"holds an adapter_config\.json, .*: take the bare base model"
+        ):
+            load(str(copy_of_tiny))
+
+
 def test_a_damaged_checkpoint_is_refused_in_a_sentence(copy_of_tiny: Path) -> None:
     """A download that broke off."""
     path = copy_of_tiny / "model.safetensors"

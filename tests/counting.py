@@ -158,6 +158,7 @@ def assert_settled(
     keys = connection.keys.expert(EXPERT)
     assert connection.client.xlen(keys.updates) == 0
     assert connection.client.xpending(keys.updates, GROUP)["pending"] == 0
-    left = set(connection.client.scan_iter("*:payload:*")) - {keys.epoch(w.name).encode() for w in workers}
-    assert len(left) in (0, leftovers)
+    own = {key.encode() for worker in workers for key in (keys.epoch(worker.name), keys.trace(worker.name))}
+    left = set(connection.client.scan_iter("*:payload:*")) - own
+    assert len(left) in (0, leftovers), left
     assert all(connection.client.ttl(key) > 0 for key in left)

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,13 @@ def fedmoe(*arguments: str, timeout_s: float = 100.0, **extra: str) -> subproces
 
 
 @contextmanager
-def running(log: Path, *arguments: str, **extra: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A command in the background, its output in `log`; killed at the end if it still runs."""
+def running(
+    log: Path, *arguments: str, program: Sequence[str] = ("-m", "fedmoe.cli.main"), **extra: str
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A command in the background, its output in `log`; killed at the end if it still runs, or is stopped."""
     with log.open("wb") as out:
         process = subprocess.Popen(
-            [sys.executable, "-m", "fedmoe.cli.main", *arguments],
+            [sys.executable, *program, *arguments],
             env=environment(**extra), stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
     try:
@@ -39,6 +41,11 @@ def running(log: Path, *arguments: str, **extra: str) -> Iterator[subprocess.Pop
         if process.poll() is None:
             process.kill()
             process.wait()
+
+
+def is_stopped(process: subprocess.Popen[bytes]) -> bool:
+    """True once SIGSTOP has stopped it."""
+    return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
 def terminate(process: subprocess.Popen[bytes], *, timeout_s: float = 60.0) -> int:

@@ -139,3 +139,13 @@ class Failpoints:
             connection.disconnect()
             raise redis.ConnectionError("cut at a failpoint")
         os.kill(os.getpid(), signal.SIGKILL if action == "kill" else signal.SIGSTOP)
+
+
+if __name__ == "__main__":
+    # METHOD PASSAGE ACTION JOURNAL and then a command of fedmoe: run it with that one failpoint.
+    import fedmoe.cli.main
+
+    _method, _passage, _action, _journal = sys.argv[1:5]
+    Failpoints(Arm(_method, int(_passage), _action), Path(_journal), _method).install()  # type: ignore[arg-type]  # a word
+    sys.argv = ["fedmoe", *sys.argv[5:]]
+    fedmoe.cli.main.main()

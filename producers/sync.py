@@ -366,7 +366,10 @@ class Sync:
                 refused=status.refused + refused,
             )
         if change.resent:
-            logger.warning("Redis went back in time: %d decided updates are sent again", len(change.resent))
+            logger.warning(
+                "Redis went back from version %d to version %d: %d decided updates are sent again",
+                status.version, self.ledger.meta.version, len(change.resent),
+            )  # fmt: skip
         if change.lost:
             logger.warning(
                 "Redis went back further than what is kept here: the updates %s are lost", change.lost

@@ -157,14 +157,15 @@ class ExpertServer:
         """One read and its commit; True if nothing was waiting."""
         if not self._loaded and self._expert is not None:
             self._rescue(self._expert)
-        if not self._hold():
+        is_holder, may_have_gone_back = self._hold(), self._may_have_gone_back()
+        if not is_holder:
             if not self._standing_by:
                 logger.info("%s: standing by, another aggregator serves it", self.name)
             self._standing_by, self._loaded = True, False
             stop.wait(min(0.2, self._settings.lease_s / 4))
             return False
         self._standing_by = False
-        if not self._loaded and self._may_have_gone_back():
+        if not self._loaded and may_have_gone_back:
             stop.wait(0.1)
             return False
         if self._loaded and self._expert and self._expert.generation != self._connection.generation:

@@ -240,6 +240,11 @@ class Expert:
                 commit.unlink += self.store.payload_keys(bell.worker, bell.run, bell.seq, len(header.parts))
                 return verdict
             case Outcome.UNDECIDABLE:
+                head = self.applied.get(bell.worker)
+                if head and header.run == head.id.run and header.seq < head.id.seq:  # nobody will decide it
+                    commit.unlink += self.store.payload_keys(
+                        bell.worker, bell.run, bell.seq, len(header.parts)
+                    )
                 return self._undecidable(bell, verdict)
             case Outcome.REFUSED:
                 self._refuse(bell.worker, header, verdict, commit)

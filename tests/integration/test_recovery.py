@@ -1,5 +1,6 @@
 """Redis lost a part of an expert, or came back from an older file: it is recognised, named, not served, and mended."""
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from consumers.aggregator import AggregatorSettings, ExpertServer
 from consumers.expert import Expert
 from consumers.verify import replay
 from fedmoe.archive import Archive
@@ -250,6 +252,27 @@ def test_standby_waits_for_whoever_remembers_more(
         assert expert.write_back(on=expert.store.load().meta.commit)
         eventually("the duplicate", lambda: expert.store.load().meta.duplicate == 1, timeout_s=10)
     assert expert.store.load().meta.version == 1
+
+
+def test_standby_gives_others_time_to_claim(
+    connection: Connection, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its connection broke, and it holds the lease at once: perhaps Redis went back, and somebody remembers more."""
+    monkeypatch.setattr("consumers.aggregator.CLAIM_WAIT_S", 2.0)
+    make_expert(connection)
+    now, stop = [0.0], threading.Event()
+    standby = ExpertServer(connect(), NAME, AggregatorSettings(), holder="standby", clock=lambda: now[0])
+    lease = connection.keys.expert(NAME).lease
+    connection.client.set(lease, "another")
+    standby._turn(stop)
+    standby._connection.client.connection_pool.disconnect()
+    standby._turn(stop)
+    connection.client.delete(lease)
+    standby._turn(stop)
+    assert not standby._loaded
+    now[0] = 2.5
+    standby._turn(stop)
+    assert standby._loaded
 
 
 def test_dead_claim_is_forgotten(

@@ -29,7 +29,7 @@ from fedmoe.identity import BaseIdentity
 from fedmoe.layout import AdapterBuffer, Layout
 from fedmoe.lora_init import initial_weights
 from fedmoe.names import check_expert
-from fedmoe.records import Meta
+from fedmoe.records import Meta, reach_text
 from fedmoe.spec import (
     DEFAULT_BASE_MODEL,
     DEFAULT_WIRE_FORMAT,
@@ -113,7 +113,9 @@ def ensure_experts(
         missing = [name for name in missing if not _was_lost(stores[name], stores[name].lost())]
     if not missing:
         return []
-    spec, base = make_spec(request, stop)
+    described = describe(request, stop)
+    _tell(request, described)
+    spec = make_spec(request, described)
     _check_federation(GatewayStore(connection), spec)
     buffer = AdapterBuffer(spec.layout)
     buffer.flat.copy_(initial_weights(spec.layout, spec.init_seed))
@@ -128,7 +130,7 @@ def ensure_experts(
         store = stores[name]
         if _was_lost(store, known.get(name) or anybody):  # an emptied Redis has lost all of them
             continue
-        if not store.create(spec, _first_meta(spec, base), buffer.file, gateway_weight=weights[name]):
+        if not store.create(spec, _first_meta(spec, described), buffer.file, gateway_weight=weights[name]):
             if not store.exists():
                 keys = store.keys
                 raise SpecError(
@@ -155,14 +157,24 @@ def _was_lost(store: ExpertStore, known: Mapping[str, str]) -> bool:
     return True
 
 
-def make_spec(request: SpecRequest, stop: threading.Event) -> tuple[Spec, BaseIdentity]:
-    """The spec that a request leads to, and the pieces of the base model's identity that are here."""
-    described = describe(request, stop)
+def _tell(request: SpecRequest, described: Mapping[str, Any]) -> None:
+    """Say what an operator may not expect of this base model."""
     if described["template_missing"]:
         logger.warning(
             "%s has no chat template: give --chat-template FILE here, or the first worker has to bring one",
             request.base_model,
         )
+    if described["towers"]:
+        logger.info("no adapter is put on %s: text does not go through it", ", ".join(described["towers"]))
+    logger.info(
+        "the adapter reaches %s of %s",
+        reach_text(described["reach"], described["not_reached"]),
+        request.base_model,
+    )
+
+
+def make_spec(request: SpecRequest, described: Mapping[str, Any]) -> Spec:
+    """The spec that a request leads to, with a base model that `describe` has looked at."""
     layout = Layout(tuple((name, tuple(shape)) for name, shape in described["layout"]))
     merge = MergeRules(
         lr=request.lr,
@@ -181,11 +193,12 @@ def make_spec(request: SpecRequest, stop: threading.Event) -> tuple[Spec, BaseId
         sync_interval_s=request.sync_interval_s,
         init_seed=request.seed,
         chat_template=request.chat_template,
+        towers=tuple(described["towers"]),
     )
     if not request.max_norm:
         norm = float(torch.linalg.vector_norm(initial_weights(layout, request.seed)))
         spec = replace(spec, merge=replace(merge, max_norm=round(NORM_BOUND * norm, 3)))
-    return spec, BaseIdentity(fingerprint=described["fingerprint"], tokenizer=described["tokenizer"])
+    return spec
 
 
 def describe(request: SpecRequest, stop: threading.Event) -> dict[str, Any]:
@@ -244,7 +257,7 @@ def _ask(
                 raise StoppedError(STOPPED)
 
 
-def _first_meta(spec: Spec, base: BaseIdentity) -> Meta:
+def _first_meta(spec: Spec, described: Mapping[str, Any]) -> Meta:
     commit, now = new_id(), time.time()
     meta = Meta(
         lineage=new_id(),
@@ -252,9 +265,12 @@ def _first_meta(spec: Spec, base: BaseIdentity) -> Meta:
         weights_commit=commit,
         spec=spec.digest,
         base_model=spec.base_model,
+        reach=described["reach"],
+        not_reached=described["not_reached"],
         created_at=now,
         updated_at=now,
     )
+    base = BaseIdentity(fingerprint=described["fingerprint"], tokenizer=described["tokenizer"])
     return base.pin(meta, "aggregator")
 
 

@@ -32,6 +32,8 @@ class Meta:
         tokenizer: fingerprint of the base model's tokenizer and chat template, piece by piece (see
             `fedmoe.identity`); a piece that is not there was not pinned yet. tokenizer_by: who pinned them.
         chat_template: brought by the first worker, if neither spec nor base model have one (Jinja).
+        reach: share of the base model's weights beside its embeddings that the adapter is on, nan if nobody knows;
+            not_reached: the largest parts of the rest.
         loss: training loss that the last applied update reported.
         n_examples, n_tokens: trained on, all applied updates together.
         updated_at: clock of the aggregator at the last commit (seconds since 1970); for people only.
@@ -62,6 +64,8 @@ class Meta:
     tokenizer: str = ""
     tokenizer_by: str = ""
     chat_template: str = ""
+    reach: float = float("nan")
+    not_reached: str = ""
 
     @property
     def mean_staleness(self) -> float:
@@ -90,8 +94,14 @@ class Meta:
 
 
 # Absent in what an earlier FedMoE wrote; the default stands for them.
-_ADDED_LATER = frozenset({"tokenizer", "tokenizer_by", "chat_template"})
+_ADDED_LATER = frozenset({"tokenizer", "tokenizer_by", "chat_template", "reach", "not_reached"})
 _PARSERS: dict[Any, Any] = {str: str, int: int, float: float}
+
+
+def reach_text(reach: float, not_reached: str) -> str:
+    """For people, for example: 23 % of the weights beside the embeddings, and not mlp.experts.gate_up_proj (50%)."""
+    beside = f", and not {not_reached}," if not_reached else ""
+    return f"{reach:.0%} of the weights beside the embeddings{beside}"
 
 
 def _text(value: Any) -> str:

@@ -6,6 +6,8 @@ A worker needs only a stream name, its data and a Redis URL, because everything 
 import hashlib
 import json
 import math
+import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from typing import Any
@@ -22,6 +24,11 @@ DEFAULT_BASE_MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
 ALL_LINEAR = "all-linear"
 LEAST_STALENESS_BOUND = 256
 STALENESS_PER_WORKER = 4
+
+
+def beneath(towers: Sequence[str]) -> str:
+    """PEFT's `exclude_modules` for all modules in these parts of a model."""
+    return f"({'|'.join(map(re.escape, towers))})\\..*"
 
 
 def _require(condition: bool, message: str) -> None:
@@ -130,6 +137,7 @@ class Spec:
         init_seed: seed of the one LoRA initialisation that all experts of the base share.
         wire_format: how updates are encoded (see `fedmoe.codec`).
         sync_interval_s: a worker publishes this often.
+        towers: parts of the base model that no text goes through, and that have no adapter.
         chat_template: that rows are written with (Jinja); "" is the base model's own, else the first worker's.
     """
 
@@ -143,6 +151,7 @@ class Spec:
     sync_interval_s: float = 10.0
     init_seed: int = 0
     chat_template: str = ""
+    towers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _require(
@@ -172,8 +181,9 @@ class Spec:
         }
         for name in ("lora", "merge", "training"):
             content[name] = asdict(content[name])
-        if not self.chat_template:  # else the digest of a spec that an earlier FedMoE wrote would be another
-            del content["chat_template"]
+        for name in ("chat_template", "towers"):
+            if not content[name]:  # else the digest of a spec that an earlier FedMoE wrote would be another
+                del content[name]
         content["layout"] = [[name, list(shape)] for name, shape in self.layout.tensors]
         return json.dumps(content, sort_keys=True, separators=(",", ":"))
 
@@ -191,11 +201,13 @@ class Spec:
                 raise SpecError(f"the spec has format {version}, this FedMoE reads {SPEC_FORMAT}: upgrade it")
             merge = content.pop("merge")
             lora = content.pop("lora")
+            towers = tuple(content.pop("towers", ()))
             return cls(
                 layout=Layout(tuple((name, tuple(shape)) for name, shape in content.pop("layout"))),
                 merge=MergeRules(**merge | {"decay": Decay(**merge["decay"])}),
                 lora=LoraSettings(**lora | {"targets": tuple(lora["targets"])}),
                 training=TrainingSettings(**content.pop("training")),
+                towers=towers,
                 **content,
             )
         except FedMoEError:
@@ -212,7 +224,8 @@ class Spec:
         """Content of PEFT's adapter_config.json; with `rank` (the gateway's), at the same scaling."""
         rank = rank or self.lora.rank
         targets = sorted({name.split(".")[-3] for name, _ in self.layout.tensors})
-        return {
+        excluded = {"exclude_modules": beneath(self.towers)} if self.towers else {}
+        return excluded | {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
             "base_model_name_or_path": self.base_model,

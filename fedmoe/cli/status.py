@@ -29,6 +29,7 @@ WORKER_COLUMNS = (
 TEXT_COLUMNS = frozenset({"expert", "worker", "host", "served by"})  # the others are numbers, on the right
 DROP_FIRST = ("host", "tokens/s", "staleness", "applied", "pending", "in flight", "served by")
 SHOWN_WORKERS = 50
+WIDE_REACH = 0.9  # an adapter that reaches less of its base model is worth a line
 NONE = "-"  # not known, or not there yet
 
 
@@ -202,6 +203,7 @@ def _worker_row(worker: "WorkerView") -> list[str]:
 def more_lines(federation: "Federation") -> list[str]:
     """What fits no table: workers that are not shown, workers that left, the gateway."""
     from fedmoe.federation import duration
+    from fedmoe.records import reach_text
 
     lines = []
     if len(federation.workers) > SHOWN_WORKERS:
@@ -216,6 +218,11 @@ def more_lines(federation: "Federation") -> list[str]:
     if left:
         more = f" and {len(left) - 10} more" if len(left) > 10 else ""
         lines.append(f"not running now: {', '.join(left[:10])}{more}")
+    lines += [
+        f"{expert.name}: its adapter reaches {reach_text(expert.meta.reach, expert.meta.not_reached)} of its base model"
+        for expert in federation.experts
+        if expert.meta and expert.meta.reach < WIDE_REACH
+    ]
     if federation.experts:
         lines.append(gateway_line(federation.gateway))
     return lines

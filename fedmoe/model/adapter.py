@@ -6,6 +6,7 @@ Training, publishing and pulling all work on that one vector: a pull is one `add
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,21 +20,46 @@ from transformers.pytorch_utils import Conv1D
 from fedmoe.errors import SettingsError, SpecError
 from fedmoe.layout import Layout
 from fedmoe.lora_init import initial_weights
-from fedmoe.spec import ALL_LINEAR, LoraSettings, Spec
+from fedmoe.model.reach import Reach, other_towers, reach_of
+from fedmoe.spec import ALL_LINEAR, LoraSettings, Spec, beneath
 
 
-def adapter_layout(config: PretrainedConfig, lora: LoraSettings) -> Layout:
-    """Names (as in adapter_model.safetensors) and shapes of the adapter, from the model's config alone.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterPlan:
+    """An adapter that does not exist yet.
+
+    Args:
+        layout: its tensors.
+        towers: parts of the base model that it leaves out, because no text goes through them.
+        reach: the share of the weights that it reaches.
+    """
+
+    layout: Layout
+    towers: tuple[str, ...]
+    reach: Reach
+
+
+def plan_adapter(config: PretrainedConfig, lora: LoraSettings) -> AdapterPlan:
+    """What the adapter will be, from the model's config alone; names as in adapter_model.safetensors.
 
     Raises:
-        SettingsError: if a target is not the name of a linear module of the model.
+        SettingsError: if a target is not the name of a linear module of the text model.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-        targets = _target_names(model, lora.targets)
-        peft_model = _inject(model, {"r": lora.rank, "target_modules": targets, "task_type": "CAUSAL_LM"})
+        towers = other_towers(model)
+        options = {"r": lora.rank, "target_modules": _target_names(model, lora.targets, towers)}
+        if towers:
+            options["exclude_modules"] = beneath(towers)
+        peft_model = _inject(model, options | {"task_type": "CAUSAL_LM"})
     parameters = _lora_parameters(peft_model)
-    return Layout.of((name, parameter.shape) for name, parameter in parameters.items())
+    layout = Layout.of((name, parameter.shape) for name, parameter in parameters.items())
+    return AdapterPlan(layout=layout, towers=towers, reach=reach_of(peft_model.unload(), layout, towers))
+
+
+def adapter_layout(config: PretrainedConfig, lora: LoraSettings) -> Layout:
+    """The layout of `plan_adapter`."""
+    return plan_adapter(config, lora).layout
 
 
 def attach_adapter(model: PreTrainedModel, spec: Spec) -> tuple[PeftModel, torch.Tensor]:
@@ -78,14 +104,17 @@ def adapter_loaded(
         peft_model.unload()
 
 
-def _target_names(model: PreTrainedModel, targets: Sequence[str]) -> list[str]:
-    """Last part of the names of the linear modules meant by `targets`; the output head is never one."""
+def _target_names(model: PreTrainedModel, targets: Sequence[str], towers: Sequence[str]) -> list[str]:
+    """Last part of the names of the linear modules meant by `targets`; never the output head, or one in `towers`."""
+    outside = tuple(f"{tower}." for tower in towers)
     head = model.get_output_embeddings()
     linear = sorted(
         {
             name.rpartition(".")[2]
             for name, module in model.named_modules()
-            if isinstance(module, nn.Linear | Conv1D) and module is not head
+            if isinstance(module, nn.Linear | Conv1D)
+            and module is not head
+            and not f"{name}.".startswith(outside)
         }
     )
     if tuple(targets) == (ALL_LINEAR,):

@@ -22,7 +22,7 @@ def describe(
     `template_missing` is true if it is here, and neither it nor the request has a chat template.
     """
     from fedmoe.identity import tokenizer_text
-    from fedmoe.model.adapter import adapter_layout
+    from fedmoe.model.adapter import plan_adapter
     from fedmoe.model.base import fingerprint, has_weights, load_base, load_config, structure
     from fedmoe.model.bounds import check_max_length, check_padding
     from fedmoe.model.tokenizer import (
@@ -37,7 +37,7 @@ def describe(
         check_template(chat_template)
     config = load_config(base_model)
     check_max_length(max_length, config, base_model)
-    layout = adapter_layout(config, lora)
+    plan = plan_adapter(config, lora)
     missing, print_of_weights = False, ""
     print_of_tokenizer = tokenizer_text({"template": template_digest(chat_template)}) if chat_template else ""
     if has_tokenizer(base_model):
@@ -53,7 +53,10 @@ def describe(
         print_of_weights = fingerprint(model)
     return {
         "base_config": structure(config),
-        "layout": [[name, list(shape)] for name, shape in layout.tensors],
+        "layout": [[name, list(shape)] for name, shape in plan.layout.tensors],
+        "towers": plan.towers,
+        "reach": plan.reach.share,
+        "not_reached": plan.reach.not_reached,
         "fingerprint": print_of_weights,
         "tokenizer": print_of_tokenizer,
         "template_missing": missing,

@@ -34,6 +34,7 @@ def test_experts_share_one_initialisation(connection: Connection, tiny_model_dir
     assert stamped(first, "") == stamped(second, "")
     assert store.experts() == {"a": 1.0, "b": 2.0}
     assert (meta.version, meta.base_fingerprint_by, meta.tokenizer_by) == (0, "aggregator", "aggregator")
+    assert (meta.reach > 0.95, meta.not_reached) == (True, "")
     assert meta.tokenizer == tokenizer_fingerprint(load_tokenizer(str(tiny_model_dir)))
     spec = store.spec("a")
     buffer = AdapterBuffer(spec.layout)

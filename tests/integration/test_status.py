@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from consumers.gateway import GatewayBuilder, GatewaySettings
-from fedmoe.cli.status import render
+from fedmoe.cli.status import plain, render
 from fedmoe.cli.status import screen as status_screen
 from fedmoe.embedded import EmbeddedRedis
 from fedmoe.federation import Federation, duration, findings
@@ -424,3 +424,16 @@ def test_status_imports_no_torch() -> None:
     code = "import sys, fedmoe.cli.status, fedmoe.store.inspect; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+def test_an_adapter_that_reaches_little_is_shown(connection: Connection) -> None:
+    """Of a mixture of experts, for example; not one that reaches nearly all, or of which nobody knows."""
+    make_expert(connection, "a", reach=0.23, not_reached="mlp.experts.gate_up_proj (50%)")
+    make_expert(connection, "b", reach=0.99)
+    make_expert(connection, "c")
+    shown = plain(look(connection))
+    assert (
+        "a: its adapter reaches 23% of the weights beside the embeddings, and not mlp.experts.gate_up_proj (50%), of "
+        "its base model" in shown
+    )
+    assert shown.count("its adapter reaches") == 1

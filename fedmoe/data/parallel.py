@@ -75,28 +75,36 @@ def encode_rows(
         StoppedError: if `stopped` returns true; it is asked every so often.
     """
     encode = job.encoding()
-    packed = _packed(job) if processes else None
-    if packed is None:
+    started = _start(job, processes) if processes else []
+    if not started:
         for record in records:
             _check(stopped)
             yield encode(record)
         return
-    with _Pool([_Process(packed) for _ in range(processes)], encode) as pool:
+    with _Pool(started, encode) as pool:
         waiting: deque[Future[Encodings]] = deque()
         for chunk in _chunks(records):
             waiting.append(pool.encode(chunk))
-            if len(waiting) >= WINDOW * processes:
+            if len(waiting) >= WINDOW * len(started):
                 yield from _result(waiting.popleft(), stopped)
         while waiting:
             yield from _result(waiting.popleft(), stopped)
 
 
-def _packed(job: Job) -> memoryview | None:
+def _start(job: Job, count: int) -> list["_Process"]:
+    """So many processes, or as many as there can be."""
+    started: list[_Process] = []
     try:
-        return ForkingPickler.dumps(job)
+        packed = ForkingPickler.dumps(job)
     except Exception as error:  # a tokenizer whose code comes from a hub may raise anything
         logger.warning("the tokenizer cannot be handed to other processes (%s): encoding in this one", error)
-        return None
+        return started
+    try:
+        for _ in range(count):
+            started.append(_Process(packed))  # noqa: PERF401  # those that were started before an error count
+    except OSError as error:
+        logger.warning("rows are encoded in %d processes instead of %d (%s)", len(started), count, error)
+    return started
 
 
 def _check(stopped: Callable[[], bool]) -> None:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -130,6 +131,26 @@ def test_a_tokenizer_that_cannot_travel_is_used_here(path: Path, caplog: pytest.
     tokenizer.local = lambda: None  # a function without a name cannot be handed over
     assert encoded(path, processes=2, tokenizer=tokenizer) == encoded(path, processes=0)
     assert "cannot be handed to other processes" in caplog.text
+
+
+@pytest.mark.parametrize("possible", [0, 1])
+def test_fewer_processes_do_as_well(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, possible: int
+) -> None:
+    """Where a limit forbids more of them, or any."""
+    left = [None] * possible
+    start = subprocess.Popen
+
+    def limited(*args: Any, **options: Any) -> "subprocess.Popen[bytes]":
+        if not left:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        left.pop()
+        return start(*args, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", limited)
+    assert encoded(path, processes=2) == encoded(path, processes=0)
+    assert f"encoded in {possible} processes instead of 2" in caplog.text
+    assert children() == []
 
 
 def test_a_large_file_is_encoded_on_all_cores(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -164,7 +164,7 @@ class Trainer:
             self._micro_batch = len(batch) // 2
             log.warning(
                 "%d examples at a time do not fit into the memory of %s: going on with %d at a time, which learns the "
-                "same but is slower (--batch-size %d from the start avoids the failed try)",
+                "same but is slower (--batch-size %d with a larger --accumulate avoids the failed try)",
                 len(batch), self._device, self._micro_batch, self._micro_batch,
             )  # fmt: skip
             return

@@ -153,27 +153,18 @@ def test_template_of_a_base_without_one(
 
 @pytest.mark.timeout(300)
 def test_stopped_worker_publishes_what_it_trained(
-    tmp_path: Path, redis_url: str, aggregator: GatewayStore, rows: Path
+    tmp_path: Path, redis_url: str, connection: Connection, tiny_model_dir: Path, rows: Path
 ) -> None:
     """A worker that ends long before its sync interval has passed still gets its work into the expert."""
-    done = fedmoe(
-        "worker",
-        "run",
-        "--redis",
-        redis_url,
-        "--stream",
-        "b",
-        "--data",
-        str(rows),
-        "--name",
-        "ben",
-        "--max-steps",
-        "3",
-    )
+    request = SpecRequest(base_model=str(tiny_model_dir), lora=LoraSettings(rank=2), sync_interval_s=600.0)
+    ensure_experts(connection, {"b": 1.0}, request)
+    command = ["worker", "run", "--redis", redis_url, "--stream", "b", "--data", str(rows), "--name", "ben"]
+    with running(tmp_path / "aggregator.log", "aggregator", "run", "--redis", redis_url, "--expert", "b"):
+        done = fedmoe(*command, "--max-steps", "3")
     assert done.returncode == 0, done.stderr
     assert "done: 1 updates applied" in done.stdout
-    assert aggregator.meta("b").n_examples == 12
-    assert not aggregator.connection.client.exists("fedmoe:{b}:worker:ben")
+    assert GatewayStore(connection).meta("b").n_examples == 12
+    assert not connection.client.exists("fedmoe:{b}:worker:ben")
 
 
 @pytest.mark.timeout(300)
@@ -181,7 +172,7 @@ def test_what_nobody_decides_is_kept_or_said_to_be_lost(
     tmp_path: Path, redis_url: str, connection: Connection, tiny_model_dir: Path, rows: Path
 ) -> None:
     """No aggregator at the end: with --state-dir a later run brings it in, without it exit 1 and a sentence."""
-    request = SpecRequest(base_model=str(tiny_model_dir), lora=LoraSettings(rank=2), sync_interval_s=0.3)
+    request = SpecRequest(base_model=str(tiny_model_dir), lora=LoraSettings(rank=2), sync_interval_s=0.05)
     ensure_experts(connection, {"a": 1.0}, request)
     command = ["worker", "run", "--redis", redis_url, "--stream", "a", "--data", str(rows), "--drain", "1"]
     lost = fedmoe(*command, "--name", "ben", "--max-steps", "100")

@@ -18,10 +18,12 @@ from consumers.gateway import GatewayBuilder, GatewaySettings
 from consumers.history import History
 from consumers.recovery import CLAIM_WAIT_S, Recovery
 from consumers.retention import Retention
+from fedmoe import records
 from fedmoe.archive import Archive
 from fedmoe.backoff import Backoff
 from fedmoe.errors import (
     FedMoEError,
+    ProtocolError,
     RedisUnavailableError,
     SettingsError,
     StaleStateError,
@@ -136,6 +138,10 @@ class ExpertServer:
             except StaleStateError as error:
                 logger.info("%s; loading again", error)
                 self._loaded = False
+            except ProtocolError as error:
+                self._loaded = False
+                self._release()  # to an aggregator that speaks it
+                stop.wait(backoff.failed(error) + self._settings.lease_s / 4)
             except FedMoEError as error:
                 self._loaded = False
                 self._problems.say(str(error))
@@ -148,6 +154,9 @@ class ExpertServer:
                 self._loaded, self._expert = False, None
                 self._problems.say(f"unexpected error: {error!r}")
                 stop.wait(backoff.failed(error))
+        self._release()
+
+    def _release(self) -> None:
         try:
             self._lease.release()
         except RedisUnavailableError:
@@ -245,6 +254,8 @@ class ExpertServer:
         )  # fmt: skip
         loaded = expert.load()
         self._wait_for_claims(loaded)
+        if expert.meta.protocol < records.PROTOCOL:
+            expert.process(())  # from here on whoever speaks an earlier one is told
         self._expert, self._loaded = expert, True
         logger.info("%s: serving from version %d", self.name, expert.meta.version)
         if rebuilt := expert.rebuild(loaded):

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from fedmoe import records
 from fedmoe.errors import (
     BaseModelError,
     FedMoEError,
@@ -105,6 +106,7 @@ def ensure_experts(
     missing = []
     for name, store in stores.items():
         if store.exists():
+            store.check_protocol()
             check_unchanged(name, store.spec(), request)
             store.register(weights[name], overwrite=name in request.weighted)
         else:
@@ -267,6 +269,7 @@ def _first_meta(spec: Spec, described: Mapping[str, Any]) -> Meta:
         base_model=spec.base_model,
         reach=described["reach"],
         not_reached=described["not_reached"],
+        protocol=records.PROTOCOL,
         created_at=now,
         updated_at=now,
     )

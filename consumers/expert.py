@@ -15,6 +15,7 @@ import torch
 from consumers.decide import Outcome, Verdict, Workspace, counts_of, judge_header, judge_payload
 from consumers.doorbell import Doorbell, Garbage, Join, parse_entry
 from consumers.history import History
+from fedmoe import records
 from fedmoe.archive import Archive
 from fedmoe.codec import EXACT, scratch_values
 from fedmoe.errors import SettingsError, StaleStateError, UpdateError
@@ -26,11 +27,12 @@ from fedmoe.records import Decided, Entry, Meta
 from fedmoe.spec import Spec
 from fedmoe.store.expert import Commit, ExpertStore, Loaded
 from fedmoe.store.lifecycle import new_id
-from fedmoe.update import Header
+from fedmoe.update import ForeignHeaderError, Header
 
 logger = logging.getLogger(__name__)
 
 More = Callable[[], Sequence[Entry]]
+MOST_WARNINGS = 256  # that are said once; anybody may write under many names
 HEADERS_AT_ONCE = 16  # each may have 256 KiB
 
 
@@ -70,6 +72,7 @@ class Expert:
         # Where the next update is folded to; the second spare takes memory once a batch holds more than one.
         self._spares = [AdapterBuffer(spec.layout), AdapterBuffer(spec.layout)]
         self._scratch = torch.empty(scratch_values(spec.layout.numel))
+        self._warned: set[str] = set()
 
     def load(self) -> Loaded:
         """Take over what Redis holds. Raises what ExpertStore.load raises, SpecError for a foreign weights key."""
@@ -139,6 +142,7 @@ class Expert:
             weights_commit=weights_commit or self.meta.weights_commit,
             updated_at=self._clock(),
             aggregator=self._aggregator,
+            protocol=records.PROTOCOL,
         )
 
     def _send(self, commit: Commit, meta: Meta) -> None:
@@ -178,7 +182,7 @@ class Expert:
         while entries:
             verdicts += self._decide_all(entries, commit)
             entries = more() if self._folded is not self.buffer else ()
-        if commit.entries:
+        if commit.entries or self.meta.protocol < records.PROTOCOL:
             self._commit(commit)
         return verdicts
 
@@ -195,8 +199,9 @@ class Expert:
                     case Garbage(reason=reason):
                         self._garbage(entry, reason, commit)
                     case Join(worker=worker):
-                        beat = self.store.heartbeat_fields(worker, BEAT_FIELDS)
-                        self._pin(BaseIdentity.from_beat(beat), worker)
+                        beat = self.store.heartbeat_fields(worker, ("protocol", *BEAT_FIELDS))
+                        if self._speaks_our_protocol(worker, beat["protocol"]):
+                            self._pin(BaseIdentity.from_beat(beat), worker)
                     case Doorbell() as bell:
                         if verdict := self._decide(bell, headers[bell], entry, commit):
                             verdicts.append(verdict)
@@ -226,6 +231,10 @@ class Expert:
             header = Header.unpack(raw)
             if (header.run, header.seq) != (bell.run, bell.seq):
                 raise UpdateError("the header is that of another update")
+        except ForeignHeaderError as error:
+            self._warn_once(f"{bell.worker}'s updates cannot be decided: {error}")
+            self.meta = replace(self.meta, undecidable=self.meta.undecidable + 1)
+            return Verdict(Outcome.UNDECIDABLE, str(error))
         except UpdateError as error:
             self._garbage(entry, str(error), commit)
             return None
@@ -354,6 +363,24 @@ class Expert:
         fields = ", ".join(f"{k}={v}"[:80] for k, v in list(entry.fields.items())[:8])
         commit.dead.append({"entry": entry.id, "reason": reason, "fields": fields[:400]})
         logger.warning("%s took garbage off its stream (%s): %s", self.store.name, reason, fields[:200])
+
+    def _speaks_our_protocol(self, worker: str, named: str) -> bool:
+        """False, and said, if the heartbeat of a worker that joins names another protocol."""
+        named = named or str(records.FIRST_PROTOCOL)
+        if named == str(records.PROTOCOL):
+            return True
+        is_later = named.isdecimal() and len(named) < 10 and int(named) > records.PROTOCOL
+        self._warn_once(
+            f"worker {worker} speaks protocol {named[:20]} and this aggregator protocol {records.PROTOCOL}: "
+            f"upgrade the FedMoE of {'this aggregator' if is_later else 'that worker'}"
+        )
+        return False
+
+    def _warn_once(self, text: str) -> None:
+        """Warn of a worker that sends what cannot be read, but not each time it does so."""
+        if text not in self._warned and len(self._warned) < MOST_WARNINGS:
+            self._warned.add(text)
+            logger.warning("%s: %s", self.store.name, text)
 
     def _pin(self, base: BaseIdentity, worker: str) -> None:
         """Pin what nobody has pinned yet of the base model."""

@@ -21,6 +21,12 @@ class SpecError(FedMoEError, ValueError):
     """A spec that is malformed, or that another party disagrees with."""
 
 
+class ProtocolError(SpecError):
+    """Another party speaks another version of the protocol; the message says which side to upgrade."""
+
+    exit_code = 2
+
+
 class BaseModelError(FedMoEError, ValueError):
     """The base model is missing, unreadable, or not the one that the expert's spec names."""
 

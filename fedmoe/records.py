@@ -5,13 +5,44 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from fedmoe.errors import SpecError
+from fedmoe.errors import ProtocolError, SpecError
 from fedmoe.update import UpdateId
 
 NO_DECISIONS = "0" * 16  # the stamp of no decided updates, see fedmoe/integrity.py
+# What this FedMoE speaks. Raise it whenever an earlier worker or aggregator would misread what a later one writes, so
+# also with the formats of header and spec; not for a field of `meta` that an earlier one can leave alone.
+PROTOCOL = 1
+FIRST_PROTOCOL = 1  # what is spoken where none is named, as before there was a name for it
 HEARTBEAT_TTL_S = 15.0  # a worker whose heartbeat has expired is gone
 TRACE_TTL_S = 7 * 24 * 3600.0  # so long it is told how a worker left
 VANISHED = "vanished"  # of a worker that left without a word: it was killed, or its machine is cut off
+
+
+def read_protocol(raw: bytes | None) -> int:
+    """The protocol that a stored field names.
+
+    Raises:
+        ProtocolError: if it is later than this FedMoE's, which must then be upgraded.
+        SpecError: if it is no number.
+    """
+    try:
+        protocol = FIRST_PROTOCOL if raw is None else int(raw)
+    except ValueError as error:
+        raise SpecError(
+            f"the expert's protocol is {raw!r}, which is no number: was it edited by hand?"
+        ) from error
+    if protocol > PROTOCOL:
+        raise ProtocolError(
+            f"the expert speaks protocol {protocol} and the FedMoE on this machine protocol {PROTOCOL}: upgrade the "
+            "FedMoE on this machine"
+        )
+    return protocol
+
+
+def known_fields(record: type, content: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the fields that the record has; a later FedMoE may have written more."""
+    names = {f.name for f in fields(record)}
+    return {name: value for name, value in content.items() if name in names}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +68,7 @@ class Meta:
         loss: training loss that the last applied update reported.
         n_examples, n_tokens: trained on, all applied updates together.
         updated_at: clock of the aggregator at the last commit (seconds since 1970); for people only.
+        protocol: what whoever writes to this expert has to speak.
     """
 
     lineage: str
@@ -66,6 +98,7 @@ class Meta:
     chat_template: str = ""
     reach: float = float("nan")
     not_reached: str = ""
+    protocol: int = FIRST_PROTOCOL
 
     @property
     def mean_staleness(self) -> float:
@@ -79,11 +112,13 @@ class Meta:
 
     @classmethod
     def from_hash(cls, raw: Mapping[bytes, bytes]) -> "Meta":
-        """Parse what HGETALL gave.
+        """Parse what HGETALL gave. Unknown fields are left alone; the later ones of ours may be missing.
 
         Raises:
+            ProtocolError: if this FedMoE is too old for it.
             SpecError: if a field is missing or malformed.
         """
+        read_protocol(raw.get(b"protocol"))
         try:
             present = [f for f in fields(cls) if f.name not in _ADDED_LATER or f.name.encode() in raw]
             return cls(**{f.name: _PARSERS[f.type](raw[f.name.encode()].decode()) for f in present})
@@ -94,7 +129,7 @@ class Meta:
 
 
 # Absent in what an earlier FedMoE wrote; the default stands for them.
-_ADDED_LATER = frozenset({"tokenizer", "tokenizer_by", "chat_template", "reach", "not_reached"})
+_ADDED_LATER = frozenset({"tokenizer", "tokenizer_by", "chat_template", "reach", "not_reached", "protocol"})
 _PARSERS: dict[Any, Any] = {str: str, int: int, float: float}
 
 
@@ -134,7 +169,7 @@ class Decided:
         """
         try:
             content = json.loads(text)
-            return cls(id=UpdateId(content.pop("run"), content.pop("seq")), **content)
+            return cls(id=UpdateId(content["run"], content["seq"]), **known_fields(cls, content))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise SpecError(f"an entry of the applied hash is malformed ({error!r})") from error
 

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from fedmoe.codec import FORMATS
-from fedmoe.errors import FedMoEError, SettingsError, SpecError
+from fedmoe.errors import FedMoEError, ProtocolError, SettingsError, SpecError
 from fedmoe.layout import MAX_STRING_BYTES, Layout
 from fedmoe.staleness import Decay
 from fedmoe.template_file import MAX_TEMPLATE_CHARS
@@ -192,13 +192,17 @@ class Spec:
         """Parse a stored spec.
 
         Raises:
-            SpecError: if it is malformed or of another FedMoE's format.
+            ProtocolError: if it is of a later FedMoE's format.
+            SpecError: if it is malformed.
         """
         try:
             content = json.loads(text)
             version = content.pop("spec_format")
             if version != SPEC_FORMAT:
-                raise SpecError(f"the spec has format {version}, this FedMoE reads {SPEC_FORMAT}: upgrade it")
+                raise ProtocolError(
+                    f"the expert's spec has format {version}, the FedMoE on this machine reads format {SPEC_FORMAT}: "
+                    "upgrade the FedMoE on this machine"
+                )
             merge = content.pop("merge")
             lora = content.pop("lora")
             towers = tuple(content.pop("towers", ()))

@@ -24,6 +24,10 @@ _RUN = re.compile(r"([0-9]{1,12})-([0-9a-f]{8})")
 _MAX_INT = 2**53
 
 
+class ForeignHeaderError(UpdateError):
+    """A header of another format: not malformed, but this FedMoE cannot read it."""
+
+
 class UpdateId(NamedTuple):
     """(run, seq): the name of one update of a worker, for ever."""
 
@@ -136,6 +140,7 @@ class Header:
         """Parse and check a header that may have been written by anybody.
 
         Raises:
+            ForeignHeaderError: if it is one of another FedMoE's format.
             UpdateError: with the reason.
         """
         if len(data) > MAX_HEADER_BYTES:
@@ -147,8 +152,14 @@ class Header:
             raise UpdateError(f"the header is not msgpack ({type(error).__name__})") from error
         if not isinstance(content, dict):
             raise UpdateError("the header is not a msgpack map")
-        if content.pop("header_format", None) != HEADER_FORMAT:
-            raise UpdateError(f"the header's format is not {HEADER_FORMAT}: worker and aggregator differ")
+        form = content.pop("header_format", None)
+        if not _is_count(form):
+            raise UpdateError("the header names no format")
+        if form != HEADER_FORMAT:
+            who = "the aggregator" if form > HEADER_FORMAT else "the worker"
+            raise ForeignHeaderError(
+                f"its header has format {form}, the aggregator reads format {HEADER_FORMAT}: upgrade {who}'s FedMoE"
+            )
         content.setdefault("tokenizer", "")  # an earlier FedMoE does not name it
         if content.keys() != cls.__dataclass_fields__.keys():
             odd = sorted(str(name)[:40] for name in content.keys() ^ cls.__dataclass_fields__.keys())

@@ -28,7 +28,7 @@ from fedmoe.codec import scratch_values
 from fedmoe.disk import to_disk, write_whole
 from fedmoe.errors import SettingsError
 from fedmoe.packed import unpack_again
-from fedmoe.records import Meta
+from fedmoe.records import Meta, known_fields
 from fedmoe.spec import Spec
 from fedmoe.update import Header, UpdateId
 from producers.ledger import Ledger, Outgoing, Trained
@@ -237,7 +237,7 @@ class StateDir:
         ledger = Ledger(
             base=unpack_again(packed, spec) if packed else tensors["base"],
             packed=packed,
-            meta=Meta(**info["meta"]),
+            meta=Meta(**known_fields(Meta, info["meta"])),
             run=info["run"],
             seq=info["seq"],
             start=UpdateId(*info["start"]) if info["start"] else None,

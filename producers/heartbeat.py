@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from fedmoe import records
 from fedmoe.identity import BaseIdentity
 from fedmoe.records import HEARTBEAT_TTL_S
 from fedmoe.store.worker import WorkerStore
@@ -28,7 +29,17 @@ class SyncStatus:
     refused: int = 0
     in_flight: int = 0  # seq of the update in flight, 0 for none
     in_flight_since: float = 0.0
+    undecided: int = 0  # how often the update in flight was taken off the stream without a decision
     problem: str = ""
+
+    @property
+    def why_undecided(self) -> str:
+        """Why nobody decides the update in flight, as far as is known here."""
+        if self.problem or not self.undecided:
+            return self.problem or "is an aggregator running?"
+        return (
+            f"it was taken off the stream without a decision {self.undecided} times: see the aggregator's log"
+        )
 
 
 class Heartbeat:
@@ -82,6 +93,7 @@ class Heartbeat:
         fields: dict[str, str | int | float] = {
             "run": ledger.run,
             "state_id": self._state_id,
+            "protocol": records.PROTOCOL,
             "lineage": ledger.meta.lineage,
             "host": socket.gethostname(),
             "pid": os.getpid(),

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from fedmoe import records
 from fedmoe.backoff import Backoff
 from fedmoe.errors import BaseModelError, RedisUnavailableError, RedisUnfitError, StoppedError
 from fedmoe.identity import BaseIdentity
@@ -73,7 +74,7 @@ class Joining:
         return self.patiently(self._store.spec)
 
     def meta(self) -> Meta:
-        """The expert's meta."""
+        """The expert's meta; ProtocolError, saying which side to upgrade, if its aggregators speak another protocol."""
         return self.patiently(self._store.meta)
 
     def check_base(self, base: BaseIdentity) -> None:
@@ -103,6 +104,7 @@ class Joining:
 def _first_beat(state_id: str) -> dict[str, str | int | float]:
     return {
         "run": JOINING,
+        "protocol": records.PROTOCOL,
         "state_id": state_id,
         "host": socket.gethostname(),
         "pid": os.getpid(),

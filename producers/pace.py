@@ -5,6 +5,9 @@ from collections.abc import Callable
 
 FIRST_POLL_S = 0.01
 LONGEST_POLL_S = 1.0
+LONGEST_RESEND_S = (
+    5.0  # until an update is sent again that is taken off the stream without a decision each time
+)
 USUAL_S = 0.25  # a decision that takes longer is not waited for in one go
 
 
@@ -22,6 +25,8 @@ class Pace:
         self._took_s = 0.0
         self._wait_s = FIRST_POLL_S
         self._looks = 0
+        self._resend_s = FIRST_POLL_S
+        self._resend_at = 0.0
 
     def sent(self) -> float:
         """An update was published; seconds until the first look."""
@@ -39,3 +44,16 @@ class Pace:
         """A look has found the decision."""
         took_s = min(USUAL_S, self._clock() - self._sent_at)
         self._took_s = took_s if self._looks else took_s / 2
+
+    def gone(self) -> None:
+        """The update was taken off the stream without a decision: it rests, twice as long as the last time."""
+        self._resend_s = min(LONGEST_RESEND_S, self._resend_s * 2)
+        self._resend_at = self._clock() + self._resend_s
+
+    def rest_s(self) -> float:
+        """Seconds until an update may be published."""
+        return max(0.0, self._resend_at - self._clock())
+
+    def moved_on(self) -> None:
+        """What is published next has not been taken off the stream yet."""
+        self._resend_s, self._resend_at = FIRST_POLL_S, 0.0

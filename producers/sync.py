@@ -19,6 +19,7 @@ from fedmoe.backoff import Backoff
 from fedmoe.errors import (
     FedMoEError,
     NameTakenError,
+    ProtocolError,
     RedisUnavailableError,
     RefusedError,
     SpecError,
@@ -33,7 +34,7 @@ from producers.checkpoint import Checkpoint, StateDir
 from producers.exchange import Cut, Exchange
 from producers.heartbeat import Heartbeat, SyncStatus
 from producers.ledger import Change, Ledger, Trained
-from producers.pace import FIRST_POLL_S, LONGEST_POLL_S, Pace
+from producers.pace import Pace
 from producers.saver import RETRY_S, Saver
 from producers.watch import LOOK_S, AggregatorWatch
 
@@ -106,7 +107,6 @@ class Sync:
         self._entry: str | None = None
         self._sent: UpdateId | None = None
         self._pace = Pace(clock)
-        self._resend_s = FIRST_POLL_S
 
     @property
     def in_redis(self) -> bool:
@@ -128,11 +128,14 @@ class Sync:
     def run(self) -> None:
         """The thread's body; ends after `finish`, or with `failure` set."""
         self._serve()
-        if self._state_dir and not self._ended and self.failure is None:
+        # With another FedMoE the same worker can go on.
+        can_go_on = self.failure is None or isinstance(self.failure, ProtocolError)
+        if self._state_dir and not self._ended and can_go_on:
             self._save_last()
 
     def _save_last(self) -> None:
         """The time is up and an update is undecided: keep it, and all that was trained since, on disk."""
+        self._hurry_at = min(self._hurry_at, self._clock())
         cut = self._copy(consume=False)
         assert cut is not None  # it is too late to wait for the end of a step
         self.saved = self._save(cut)
@@ -145,7 +148,7 @@ class Sync:
                 if not self._waiting_for_cut and not self._heart.is_refused:
                     backoff.ok()
                     self._note("sync", "")
-            except (NameTakenError, RefusedError) as error:
+            except (NameTakenError, RefusedError, ProtocolError) as error:
                 self.failure = error
                 return
             except UnknownExpertError as error:
@@ -301,6 +304,8 @@ class Sync:
         """Publish the first update of the queue, or see what became of it."""
         update = self.ledger.queue[0]
         if self._entry is None:
+            if rest_s := self._pace.rest_s():
+                return rest_s
             # Sent before, and then lost sight of: a decision may have taken its payload away meanwhile.
             if self._sent == update.id and self._moved(poll := self._store.poll(NO_ENTRY, update.header)):
                 self._pull(poll.weights_commit)
@@ -317,8 +322,9 @@ class Sync:
         if not poll.entry_waits:
             logger.info("update %s is gone without a decision; sending it again", update.id)
             self._entry = None
-            self._resend_s = min(LONGEST_POLL_S, self._resend_s * 2)
-            return self._resend_s
+            self.status = replace(self.status, undecided=self.status.undecided + 1)
+            self._pace.gone()
+            return self._pace.rest_s()
         return self._pace.undecided()
 
     def _moved(self, poll: Poll) -> bool:
@@ -340,6 +346,7 @@ class Sync:
         steps = self._exchange.steps_left
         self._exchange.correct(change)
         self._entry = None  # of another update, or of a history that is no longer so
+        self._pace.moved_on()
         self._tell(change, steps)
 
     def _check_still_welcome(self, meta: Meta) -> None:
@@ -355,12 +362,12 @@ class Sync:
         """Say what happened, and bring the status up to date; `steps` were in no update yet."""
         status = self.status
         if change.how is not None:
-            self._resend_s = FIRST_POLL_S
             refused = change.how.how == "refused"
             if refused:
                 logger.warning("update %s was refused: %s", change.how.id, change.how.reason)
             status = replace(
                 status,
+                undecided=0,
                 staleness=change.how.staleness,
                 applied=status.applied + len(change.decided) - refused,
                 refused=status.refused + refused,

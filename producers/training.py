@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from fedmoe.errors import FedMoEError, TooLittleMemoryError
+from fedmoe.errors import FedMoEError, ProtocolError, TooLittleMemoryError
 from fedmoe.stopping import Stop
 from producers.exchange import Exchange
 from producers.heartbeat import SyncStatus
@@ -167,6 +167,9 @@ class Training:
     def _outcome(self) -> str:
         """How it ended, as a sentence; raise if something that was trained is lost."""
         sync, settings, status = self._sync, self._settings, self._sync.status
+        if isinstance(sync.failure, ProtocolError):
+            kept = f"what is not decided yet is kept in {settings.state_dir}" if sync.saved else self._lost()
+            raise ProtocolError(f"{sync.failure}; {kept}")
         if sync.failure is not None:
             raise sync.failure
         left = self._exchange.steps_left
@@ -179,16 +182,23 @@ class Training:
             return f"done: {told}; what is not decided yet is kept in {settings.state_dir}"
         if sync.in_redis and not left:
             return f"done: {told}; the last one waits in Redis for an aggregator"
-        steps = left if sync.in_redis else left + sum(update.header.steps for update in sync.ledger.queue)
-        lost = f"{steps} steps since the last update that is in Redis are lost"
-        remedy = "a --state-dir that can be written keeps all"
-        if settings.state_dir:
-            lost = f"at most {steps} steps are lost, those since the last checkpoint in {settings.state_dir}"
-            remedy = "start this worker again to go on from there"
+        remedy = "start this worker again to go on from there"
+        if not settings.state_dir:
+            remedy = "a --state-dir that can be written keeps all"
         raise FedMoEError(
-            f"{told}; {lost}: nobody decided what was trained within {settings.drain_s:g} s "
-            f"({status.problem or 'is an aggregator running?'}); {remedy}"
+            f"{told}; {self._lost()}: nobody decided what was trained within {settings.drain_s:g} s "
+            f"({status.why_undecided}); {remedy}"
         )
+
+    def _lost(self) -> str:
+        """What is lost if the worker ends now and its last checkpoint does not hold all."""
+        sync, state_dir = self._sync, self._settings.state_dir
+        steps = self._exchange.steps_left
+        if not sync.in_redis:
+            steps += sum(update.header.steps for update in sync.ledger.queue)
+        if state_dir:
+            return f"at most {steps} steps are lost, those since the last checkpoint in {state_dir}"
+        return f"{steps} steps since the last update that is in Redis are lost"
 
 
 class _Rate:

@@ -247,11 +247,9 @@ class ExpertStore(ExpertLifecycle):
         with self.connection.errors(), self._redis.pipeline(transaction=False) as pipe:
             for name in names:
                 pipe.hget(self.keys.worker(worker), name)
-            values = [_absent_if_wrong_type(reply) for reply in pipe.execute(raise_on_error=False)]
-        return {
-            name: (value or b"").decode(errors="backslashreplace")
-            for name, value in zip(names, values, strict=True)
-        }
+            values = [_absent_if_wrong_type(reply) or b"" for reply in pipe.execute(raise_on_error=False)]
+        texts = [value.decode(errors="backslashreplace") for value in values]
+        return dict(zip(names, texts, strict=True))
 
     def parts(self, worker: str, run: str, seq: int, parts: Sequence[Part]) -> Generator[bytes, None, None]:
         """The payload, part by part: b"" for one that is missing, never more than announced + 1 byte.

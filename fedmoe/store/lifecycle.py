@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedmoe.errors import SpecError
+from fedmoe.errors import ProtocolError, SpecError
 from fedmoe.integrity import damage
 from fedmoe.layout import STAMPED_BYTES, stamp_of, stamped
 from fedmoe.packed import pack_file
-from fedmoe.records import Decided, Meta
+from fedmoe.records import Decided, Meta, read_protocol
 from fedmoe.spec import Spec
 from fedmoe.store.connection import Connection, execute
 from fedmoe.store.full import read_together
@@ -51,11 +51,18 @@ class Condition:
 def examine(
     spec: bytes | None, weights: bytes | None, meta: Mapping[bytes, bytes], decided: Mapping[bytes, bytes]
 ) -> Condition:
-    """Parse the parts of an expert as Redis holds them, and compare them; of the weights the beginning is enough."""
+    """Parse the parts of an expert as Redis holds them, and compare them; of the weights the beginning is enough.
+
+    Raises:
+        ProtocolError: if a later FedMoE wrote it. Then nothing can be said of its parts.
+    """
+    read_protocol(meta.get(b"protocol"))
     found = []
     digest, root, records = None, None, {}
     try:
         digest = Spec.from_json(spec).digest if spec is not None else None
+    except ProtocolError:
+        raise
     except SpecError as error:
         found.append(f"its spec cannot be read ({error})")
     try:
@@ -95,6 +102,11 @@ class ExpertLifecycle:
         """True if the expert was created."""
         with self.connection.errors():
             return bool(self._redis.exists(self.keys.meta))
+
+    def check_protocol(self) -> None:
+        """Raise ProtocolError if the expert is one of a later FedMoE."""
+        with self.connection.errors():
+            read_protocol(self._redis.hget(self.keys.meta, "protocol"))
 
     def condition(self) -> Condition:
         """What is left of the expert, as of one moment."""

@@ -11,10 +11,17 @@ from typing import Any
 import redis
 import torch
 
+from fedmoe import records
 from fedmoe.codec import EXACT
-from fedmoe.errors import DamagedExpertError, LostExpertError, RedisUnavailableError, UnknownExpertError
+from fedmoe.errors import (
+    DamagedExpertError,
+    LostExpertError,
+    ProtocolError,
+    RedisUnavailableError,
+    UnknownExpertError,
+)
 from fedmoe.packed import pieces, unpack
-from fedmoe.records import TRACE_TTL_S, Decided, Meta
+from fedmoe.records import TRACE_TTL_S, Decided, Meta, read_protocol
 from fedmoe.spec import Spec
 from fedmoe.store.connection import Connection
 from fedmoe.store.full import is_full, read_together
@@ -81,7 +88,7 @@ class WorkerStore:
         raise UnknownExpertError(f"{where}; there are {', '.join(names)}")
 
     def meta(self) -> Meta:
-        """The expert's meta hash."""
+        """The expert's meta hash. Raises ProtocolError if worker and aggregators speak another protocol."""
         with self.connection.errors():
             raw = self._redis.hgetall(self.keys.meta)
         return self._meta(raw)
@@ -89,7 +96,17 @@ class WorkerStore:
     def _meta(self, raw: Mapping[bytes, bytes]) -> Meta:
         if not raw:
             raise LostExpertError(self.expert)
-        return Meta.from_hash(raw)
+        meta = Meta.from_hash(raw)
+        self._check_protocol(meta.protocol)
+        return meta
+
+    def _check_protocol(self, protocol: int) -> None:
+        """Raise ProtocolError if the aggregators are too old; a later protocol was refused when it was read."""
+        if protocol < records.PROTOCOL:
+            raise ProtocolError(
+                f"the aggregators of expert {self.expert!r} speak protocol {protocol} and this worker protocol "
+                f"{records.PROTOCOL}: upgrade the FedMoE of the aggregators first"
+            )
 
     def pull(self, spec: Spec, *, known: str) -> Snapshot:
         """Read meta and one's own decision, with the weights if their commit is not `known`, in one MULTI.
@@ -98,6 +115,7 @@ class WorkerStore:
         Without weights, too, if the expert was made anew with another spec: whoever sees that in meta has to stop.
 
         Raises:
+            ProtocolError: if worker and aggregators speak another protocol.
             SpecError: if the weights are not those of an adapter of `spec`.
         """
         reads = (("hgetall", self.keys.meta), ("hget", self.keys.applied, self.worker))
@@ -145,16 +163,17 @@ class WorkerStore:
         return Snapshot(self._meta(raw), Decided.from_json(decided) if decided else None, weights)
 
     def poll(self, entry_id: str, header: Header) -> Poll:
-        """What became of the update that `entry_id` announced."""
+        """What became of the update that `entry_id` announced; raises ProtocolError as `pull` does."""
         with self.connection.errors():
-            (lineage, weights_commit), decided, entries = read_together(
+            (lineage, weights_commit, protocol), decided, entries = read_together(
                 self._redis,
-                ("hmget", self.keys.meta, ["lineage", "weights_commit"]),
+                ("hmget", self.keys.meta, ["lineage", "weights_commit", "protocol"]),
                 ("hget", self.keys.applied, self.worker),
                 ("xrange", self.keys.updates, entry_id, entry_id),
             )
         if lineage is None or weights_commit is None:
             raise LostExpertError(self.expert)
+        self._check_protocol(read_protocol(protocol))
         # After a failover another worker's entry may bear this id.
         waits = any(
             fields.get(b"worker") == self.worker.encode()

@@ -152,6 +152,38 @@ def test_template_of_a_base_without_one(
 
 
 @pytest.mark.timeout(300)
+def test_worker_of_an_earlier_protocol_ends_and_goes_on_when_it_was_upgraded(
+    tmp_path: Path, redis_url: str, aggregator: GatewayStore, rows: Path
+) -> None:
+    """It keeps its checkpoint, exits 2 with one sentence, and loses nothing."""
+    command = [
+        "worker", "run", "--redis", redis_url, "--stream", "a", "--data", str(rows), "--name", "anna",
+        "--state-dir", str(tmp_path / "state"),
+    ]  # fmt: skip
+    redis, meta = aggregator.connection.client, "fedmoe:{a}:meta"
+    log = tmp_path / "first.log"
+    with running(log, *command) as first:
+        eventually("an update", lambda: aggregator.meta("a").version >= 1)
+        redis.hset(meta, mapping={"protocol": 2, "commit": "later"})
+        assert first.wait(60) == 2
+    text = log.read_text()
+    assert text.splitlines()[-1].endswith(
+        "speaks protocol 2 and the FedMoE on this machine protocol 1: upgrade the FedMoE on this machine; "
+        f"what is not decided yet is kept in {tmp_path / 'state'}"
+    )
+    assert "Traceback" not in text
+    assert fedmoe(*command).returncode == 2
+    before = int(redis.hget(meta, "version"))
+    redis.hdel(meta, "protocol")
+    with running(tmp_path / "second.log", *command) as second:
+        eventually("what was kept, and another", lambda: aggregator.meta("a").version >= before + 2)
+        assert terminate(second) == 0
+    lines = [line for _, line in redis.xrange("fedmoe:{a}:log")]
+    assert [int(line[b"seq"]) for line in lines] == list(range(1, len(lines) + 1))
+    assert len({line[b"run"] for line in lines}) == 1
+
+
+@pytest.mark.timeout(300)
 def test_stopped_worker_publishes_what_it_trained(
     tmp_path: Path, redis_url: str, connection: Connection, tiny_model_dir: Path, rows: Path
 ) -> None:

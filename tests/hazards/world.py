@@ -147,6 +147,7 @@ class WorkerProcess:
     def turn(self, turns: int = 1) -> None:
         """So many turns of the sync's loop; training takes up what they brought."""
         for _ in range(turns):
+            self.sync._pace.moved_on()  # nobody waits
             with suppress(TurnOver):
                 self.sync._serve()
             self.exchange.boundary()

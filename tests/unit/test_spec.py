@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from fedmoe.errors import FedMoEError, SettingsError, SpecError
+from fedmoe.errors import FedMoEError, ProtocolError, SettingsError, SpecError
 from fedmoe.layout import Layout
 from fedmoe.spec import LoraSettings, MergeRules, Spec, TrainingSettings
 from tests.strategies import lora_layout, specs
@@ -142,7 +142,9 @@ def test_specs_that_cannot_work_are_refused(bad: dict[str, Any], match: str) -> 
 
 def test_another_format_asks_for_an_upgrade() -> None:
     """A spec of a later FedMoE is not half understood."""
-    with pytest.raises(SpecError, match="has format 2, this FedMoE reads 1: upgrade"):
+    with pytest.raises(
+        ProtocolError, match="has format 2, the FedMoE on this machine reads format 1: upgrade"
+    ):
         Spec.from_json(PLAIN.to_json().replace('"spec_format":1', '"spec_format":2'))
 
 

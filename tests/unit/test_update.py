@@ -91,8 +91,12 @@ def test_a_damaged_header_never_raises_anything_else(header: Header, seed: int, 
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"header_format": 2}, "format is not 1"),
-        ({"header_format": 2, "new field": 0}, "format is not 1"),
+        (
+            {"header_format": 2},
+            "has format 2, the aggregator reads format 1: upgrade the aggregator's FedMoE",
+        ),
+        ({"header_format": 0, "new field": 0}, "has format 0, .* upgrade the worker's FedMoE"),
+        ({"header_format": "2"}, "names no format"),
         ({"x" * 1000: 0}, "lacks or adds the fields x+$"),
         ({"seq": 0}, "run and seq"),
         ({"seq": True}, "seq is not a count"),

@@ -1,0 +1,237 @@
+"""Workers and aggregators of different protocols: each says which side to upgrade, and nothing trained is lost."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import msgpack
+import pytest
+import torch
+
+from consumers.create import SpecRequest, ensure_experts
+from consumers.expert import Expert
+from fedmoe import records
+from fedmoe.errors import ProtocolError
+from fedmoe.identity import BaseIdentity
+from fedmoe.store.connection import Connection
+from fedmoe.store.lease import Lease
+from fedmoe.store.worker import WorkerStore
+from producers.checkpoint import StateDir
+from producers.exchange import Exchange
+from producers.join import Joining
+from producers.ledger import Trained
+from producers.sync import Sync
+from tests.counting import Counter
+from tests.federation import FINGERPRINT, LAYOUT, ScriptedWorker, make_expert, serve, serving, small_spec
+from tests.processes import eventually
+
+Connect = Callable[[], Connection]
+SPEC = replace(small_spec(), sync_interval_s=0.05)
+
+
+@pytest.fixture
+def expert(connection: Connection) -> Expert:
+    return make_expert(connection, spec=SPEC)
+
+
+def raise_protocol(expert: Expert) -> None:
+    """As a later FedMoE's aggregator does it: in a commit."""
+    expert.store.connection.client.hset(
+        expert.store.keys.meta, mapping={"protocol": records.PROTOCOL + 1, "commit": "later", "seats": "4"}
+    )
+
+
+# ---- the aggregator ----
+
+
+@pytest.mark.parametrize(("form", "who"), [(2, "the aggregator's"), (0, "the worker's")])
+def test_header_of_another_format_is_undecidable_and_said_once(
+    expert: Expert, connection: Connection, caplog: pytest.LogCaptureFixture, form: int, who: str
+) -> None:
+    """However often its worker sends it; it is no dead letter, and with the right header it counts."""
+    worker = ScriptedWorker(connection, SPEC)
+    update = worker.push(1.0)
+    head = expert.store.keys.head("alice", update.id.run, 1)
+    foreign = msgpack.unpackb(update.header.pack()) | {"header_format": form, "seats": 4}
+    for _ in range(3):
+        connection.client.set(head, msgpack.packb(foreign))
+        assert serve(expert) == ["undecidable"]
+        worker.publish(update)
+    assert connection.client.xlen(expert.store.keys.dead) == 0
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        f"sql_expert: alice's updates cannot be decided: its header has format {form}, the aggregator reads format 1: "
+        f"upgrade {who} FedMoE"
+    )
+    assert serve(expert) == ["applied"]
+    assert (expert.meta.undecidable, expert.meta.garbage, expert.meta.refused) == (3, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("named", "who"), [("2", "this aggregator"), ("0", "that worker"), ("x" * 999, "that worker")]
+)
+def test_joining_worker_of_another_protocol_pins_nothing_and_is_said_once(
+    connection: Connection, caplog: pytest.LogCaptureFixture, named: str, who: str
+) -> None:
+    """What its heartbeat says may mean something else."""
+    expert = make_expert(connection, base_fingerprint="")
+    worker = ScriptedWorker(connection, expert.spec)
+    for _ in range(2):
+        worker.store.beat({"base_fingerprint": "abcdef", "protocol": named}, ttl_s=5)
+        worker.store.join()
+        serve(expert)
+    assert expert.meta.base_fingerprint == ""
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        f"sql_expert: worker alice speaks protocol {named[:20]} and this aggregator protocol 1: "
+        f"upgrade the FedMoE of {who}"
+    )
+
+
+def test_warnings_that_are_said_once_are_bounded(connection: Connection, expert: Expert) -> None:
+    """Whoever may write under any name cannot make memory grow."""
+    for number in range(1000):
+        expert._warn_once(f"worker {number}")
+    assert len(expert._warned) < 300
+
+
+def test_aggregator_does_not_serve_an_expert_of_a_later_protocol(
+    expert: Expert, connection: Connection, connect: Connect, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A rolling upgrade: it changes nothing more, says what to upgrade, and leaves the lease to whoever can serve."""
+    keys = expert.store.keys
+    with caplog.at_level(logging.WARNING), serving(connect(), lease_s=0.4):
+        eventually("the lease", lambda: connection.client.get(keys.lease))
+        raise_protocol(expert)
+        connection.client.xadd(keys.updates, {"hello": "world"})
+        eventually("the sentence", lambda: "upgrade the FedMoE on this machine" in caplog.text)
+        other = Lease(connect(), keys.lease, holder="later", ttl_ms=5000)
+        eventually("the lease for another", other.hold)
+    meta = connection.client.hgetall(keys.meta)
+    assert (meta[b"commit"], meta[b"seats"], connection.client.xlen(keys.updates)) == (b"later", b"4", 1)
+
+
+def test_aggregator_of_a_later_protocol_raises_the_experts(
+    expert: Expert, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once, in a commit of its own: workers are told although there is no update to decide."""
+    before = expert.store.load().meta
+    monkeypatch.setattr(records, "PROTOCOL", 2)
+    with serving(connect()):
+        eventually("protocol 2", lambda: expert.store.load().meta.protocol == 2)
+    after = expert.store.load().meta
+    assert after.commit != before.commit
+    assert (after.version, after.weights_commit) == (before.version, before.weights_commit)
+
+
+def test_aggregator_starts_with_no_expert_of_a_later_protocol(expert: Expert, connection: Connection) -> None:
+    """Its start fails, with the exit code of an error that trying again does not change."""
+    raise_protocol(expert)
+    with pytest.raises(ProtocolError, match="upgrade the FedMoE on this machine") as error:
+        ensure_experts(connection, {"sql_expert": 1.0}, SpecRequest())
+    assert error.value.exit_code == 2
+
+
+# ---- the worker ----
+
+
+def test_worker_does_not_join_an_expert_of_another_protocol(
+    expert: Expert, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says before it loads a base model which side to upgrade."""
+    joining = Joining(WorkerStore(connection, "sql_expert", "alice"), wait=True, stop=threading.Event())
+    assert joining.meta().spec == SPEC.digest
+    monkeypatch.setattr(records, "PROTOCOL", 2)
+    with pytest.raises(
+        ProtocolError, match=r"'sql_expert' speak protocol 1 and this worker protocol 2: upgrade .* agg"
+    ):
+        joining.meta()
+    monkeypatch.setattr(records, "PROTOCOL", 1)
+    raise_protocol(expert)
+    with pytest.raises(
+        ProtocolError, match=r"protocol 2 .* on this machine protocol 1: upgrade the FedMoE on this"
+    ):
+        joining.meta()
+
+
+class Run:
+    """A worker's sync in a thread beside a training that counts."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        state_dir: StateDir | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        scripted = ScriptedWorker(connection, SPEC)
+        self.trainer = Counter(scripted.local)
+        self.exchange = Exchange(self.trainer, with_optimizer=False)
+        self.sync = Sync(
+            scripted.store,
+            scripted.ledger,
+            self.exchange,
+            SPEC,
+            base=BaseIdentity(fingerprint=FINGERPRINT),
+            state_dir=state_dir,
+            data="d",
+            clock=clock,
+        )
+
+    def go_until(self, done: Callable[[], object], *, trains: bool = True) -> None:
+        """Pass step boundaries, with or without training between them."""
+        until = time.monotonic() + 60
+        while not done() and time.monotonic() < until:
+            self.exchange.boundary()
+            if trains:
+                self.exchange.take_step(self.trainer.step)
+            time.sleep(0.002)
+        assert done()
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_worker_ends_and_keeps_all_when_the_protocol_is_raised(
+    expert: Expert, connection: Connection, connect: Connect, tmp_path: Path, trains: bool
+) -> None:
+    """A poll sees it while an update waits, and else a pull; the checkpoint holds every step."""
+    state_dir = StateDir(tmp_path)
+    run = Run(connect(), state_dir)
+    thread = threading.Thread(target=run.sync.run, daemon=True)
+    thread.start()
+    if trains:
+        run.go_until(lambda: connection.client.xlen(expert.store.keys.updates))
+    raise_protocol(expert)
+    run.go_until(lambda: not thread.is_alive(), trains=trains)
+    assert isinstance(run.sync.failure, ProtocolError)
+    assert run.sync.saved
+    saved = state_dir.load(expert="sql_expert", worker="alice", spec=SPEC, now=0.0)
+    assert saved is not None
+    trained = saved.ledger.progress(saved.local) + saved.ledger.pending()
+    assert float(trained.mean()) == saved.position
+    assert bool(saved.position) == trains
+
+
+def test_undecided_update_is_sent_again_more_and_more_seldom(expert: Expert, connection: Connection) -> None:
+    """While the worker is about to end, too: an aggregator that cannot read it is not flooded."""
+    now = 0.0
+    run = Run(connection, clock=lambda: now)
+    run.sync.ledger.cut(
+        torch.ones(LAYOUT.numel), Trained(steps=1), wire_format="fp32", fingerprint=FINGERPRINT
+    )
+    run.sync.finish(1000.0)
+    sent = []
+    while now < 60:
+        before = run.sync.status.published
+        run.sync._turn()
+        if run.sync.status.published > before:
+            sent.append(now)
+            connection.client.delete(expert.store.keys.head("alice", run.sync.ledger.run, 1))
+            assert serve(expert) == ["undecidable"]
+        now += 0.05  # what the thread waits at most while it is about to end
+    assert sent[1] - sent[0] < 0.2
+    assert 10 < len(sent) < 25
+    assert max(b - a for a, b in pairwise(sent)) < 5.5
+    assert run.sync.status.undecided >= len(sent) - 1

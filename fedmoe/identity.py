@@ -81,9 +81,11 @@ class BaseIdentity:
                 f"the weights' fingerprint is {self.fingerprint}, the expert's is {meta.base_fingerprint} (pinned by "
                 f"{meta.base_fingerprint_by}): use {meta.base_model}, for example not its Base for its Instruct"
             )
+        if self.tokenizer in ("", meta.tokenizer):
+            return ""
         mine, pinned = tokenizer_pieces(self.tokenizer), tokenizer_pieces(meta.tokenizer)
         odd = [name for name in TOKENIZER_PIECES if mine.get(name) != pinned.get(name, mine.get(name))]
-        if self.tokenizer and odd:
+        if odd:
             what = " and ".join(TOKENIZER_PIECES[name] for name in odd)
             remedy = f"use the tokenizer and the chat template of {meta.base_model} as they are published"
             if odd == ["template"] and self.chat_template:

@@ -63,7 +63,7 @@ class Meta:
         tokenizer: fingerprint of the base model's tokenizer and chat template, piece by piece (see
             `fedmoe.identity`); a piece that is not there was not pinned yet. tokenizer_by: who pinned them.
         chat_template: brought by the first worker, if neither spec nor base model have one (Jinja).
-        reach: share of the base model's weights beside its embeddings that the adapter is on, nan if nobody knows;
+        reach: share of the base model's weights beside its embeddings that the adapter is on, 0 if nobody knows;
             not_reached: the largest parts of the rest.
         loss: training loss that the last applied update reported.
         n_examples, n_tokens: trained on, all applied updates together.
@@ -96,7 +96,7 @@ class Meta:
     tokenizer: str = ""
     tokenizer_by: str = ""
     chat_template: str = ""
-    reach: float = float("nan")
+    reach: float = 0.0
     not_reached: str = ""
     protocol: int = FIRST_PROTOCOL
 

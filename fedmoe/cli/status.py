@@ -221,7 +221,7 @@ def more_lines(federation: "Federation") -> list[str]:
     lines += [
         f"{expert.name}: its adapter reaches {reach_text(expert.meta.reach, expert.meta.not_reached)} of its base model"
         for expert in federation.experts
-        if expert.meta and expert.meta.reach < WIDE_REACH
+        if expert.meta and 0 < expert.meta.reach < WIDE_REACH
     ]
     if federation.experts:
         lines.append(gateway_line(federation.gateway))

@@ -25,6 +25,7 @@ from fedmoe.errors import (
     FedMoEError,
     ProtocolError,
     RedisUnavailableError,
+    RemovedExpertError,
     SettingsError,
     StaleStateError,
     UnknownExpertError,
@@ -142,6 +143,10 @@ class ExpertServer:
                 self._loaded = False
                 self._release()  # to an aggregator that speaks it
                 stop.wait(backoff.failed(error) + self._settings.lease_s / 4)
+            except RemovedExpertError as error:
+                logger.warning("%s", error)
+                self._problems.solved()  # what came of it until that was seen
+                break
             except FedMoEError as error:
                 self._loaded = False
                 self._problems.say(str(error))

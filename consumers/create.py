@@ -22,6 +22,7 @@ from fedmoe.errors import (
     BaseModelError,
     FedMoEError,
     LostExpertError,
+    RemovedExpertError,
     SettingsError,
     SpecError,
     StoppedError,
@@ -105,12 +106,16 @@ def ensure_experts(
     stores = {name: ExpertStore(connection, name) for name in weights}
     missing = []
     for name, store in stores.items():
-        if store.exists():
+        if not store.exists():
+            missing.append(name)
+            continue
+        try:
             store.check_protocol()
             check_unchanged(name, store.spec(), request)
             store.register(weights[name], overwrite=name in request.weighted)
-        else:
-            missing.append(name)
+        except RemovedExpertError:  # whoever would serve it says so
+            if request.new_lineage:
+                missing.append(name)
     if not request.new_lineage:
         missing = [name for name in missing if not _was_lost(stores[name], stores[name].lost())]
     if not missing:
@@ -132,7 +137,10 @@ def ensure_experts(
         store = stores[name]
         if _was_lost(store, known.get(name) or anybody):  # an emptied Redis has lost all of them
             continue
-        if not store.create(spec, _first_meta(spec, described), buffer.file, gateway_weight=weights[name]):
+        if not store.create(
+            spec, _first_meta(spec, described), buffer.file,
+            gateway_weight=weights[name], though_removed=request.new_lineage,
+        ):  # fmt: skip
             if not store.exists():
                 keys = store.keys
                 raise SpecError(

@@ -82,8 +82,9 @@ class GatewayBuilder:
         self._settings = settings
         self._clock = clock
         self._problems = Problems(connection, self._store.keys.problem, holder=holder)
-        self._listed: dict[str, float] = {}
-        self._lost: dict[str, float] = {}  # of these, what an emptied Redis has not got back yet
+        self._known: dict[
+            str, float
+        ] = {}  # the experts that were ever listed, and their last gateway weights
         self._lease = Lease(
             connection,
             self._store.keys.lease,
@@ -142,16 +143,25 @@ class GatewayBuilder:
         return True
 
     def _experts(self) -> dict[str, float]:
-        """The experts and their gateway weights; if an emptied Redis forgot them, they are listed again."""
+        """The experts and their gateway weights, after the list was brought in line with what Redis holds.
+
+        One that is there and not listed (Redis was emptied, or somebody took it off) is listed again. One that an
+        operator removed is taken off, if somebody has listed it meanwhile.
+        """
         listed = self._store.experts()
-        if not listed:
-            self._lost = self._listed
-        if self._lost:
-            again = self._store.list_again(self._lost)
-            self._lost = {name: weight for name, weight in self._lost.items() if name not in again}
-            listed |= again
-        self._listed = listed | self._lost
-        return listed
+        there, removed = self._store.compare(self._known | listed)
+        self._known |= listed
+        for name in listed.keys() & removed:
+            self._store.unregister(name)
+            del listed[name]
+        for name in sorted((self._known.keys() & there) - listed.keys()):
+            logger.warning(
+                "gateway: %s was not listed in %s, but is there: listed again (fedmoe expert remove takes it away)",
+                name, self._store.connection.keys.experts,
+            )  # fmt: skip
+            self._store.register(name, self._known[name])
+            listed[name] = self._known[name]
+        return dict(sorted(listed.items()))
 
     def _settings_text(self, weights: dict[str, float]) -> str:
         s = self._settings

@@ -80,6 +80,21 @@ class DamagedExpertError(UnknownExpertError):
         )
 
 
+class RefusedError(FedMoEError, RuntimeError):
+    """The aggregator refuses this worker's updates for a reason that trying again will not change."""
+
+
+class RemovedExpertError(RefusedError, LookupError):
+    """An expert that an operator took away for good: whoever serves or trains it ends, and nobody writes it back."""
+
+    def __init__(self, name: str, when: str) -> None:
+        super().__init__(
+            f"expert {name!r} was removed by an operator at {when}: nobody serves or trains it any more. To have it "
+            "back, write a backup back (fedmoe restore); to begin it anew: fedmoe aggregator run --expert "
+            f"{name} --new-lineage"
+        )
+
+
 class RedisUnavailableError(FedMoEError, ConnectionError):
     """Redis cannot be reached, or refuses a command for a reason that may pass: try again."""
 
@@ -109,7 +124,3 @@ class StoppedError(FedMoEError):
 
 class TooLittleMemoryError(FedMoEError, MemoryError):
     """Not even one row at a time fits into the memory of the device."""
-
-
-class RefusedError(FedMoEError, RuntimeError):
-    """The aggregator refuses this worker's updates for a reason that trying again will not change."""

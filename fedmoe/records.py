@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from fedmoe.errors import ProtocolError, SpecError
+from fedmoe.errors import ProtocolError, RemovedExpertError, SpecError
 from fedmoe.update import UpdateId
 
 NO_DECISIONS = "0" * 16  # the stamp of no decided updates, see fedmoe/integrity.py
@@ -43,6 +43,18 @@ def known_fields(record: type, content: Mapping[str, Any]) -> dict[str, Any]:
     """Those of the fields that the record has; a later FedMoE may have written more."""
     names = {f.name for f in fields(record)}
     return {name: value for name, value in content.items() if name in names}
+
+
+def grave(name: str, commit: str, when: str) -> dict[str, str]:
+    """What stands in the meta hash of an expert that an operator removed: a last commit, on which none can follow."""
+    return {"removed": when, "name": name, "commit": commit}
+
+
+def check_not_removed(raw: Mapping[bytes, bytes]) -> None:
+    """Raise RemovedExpertError if this meta hash is all that is left of an expert that an operator removed."""
+    if b"removed" in raw:
+        name, when = (raw.get(field, b"?").decode(errors="replace") for field in (b"name", b"removed"))
+        raise RemovedExpertError(name, when)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +129,9 @@ class Meta:
         Raises:
             ProtocolError: if this FedMoE is too old for it.
             SpecError: if a field is missing or malformed.
+            RemovedExpertError: if an operator removed the expert.
         """
+        check_not_removed(raw)
         read_protocol(raw.get(b"protocol"))
         try:
             present = [f for f in fields(cls) if f.name not in _ADDED_LATER or f.name.encode() in raw]

@@ -152,8 +152,7 @@ class BackupStore:
                 if not replace:
                     _refuse(there, name, state)
                 pipe.multi()
-                if there is not None:
-                    pipe.unlink(*keys)
+                pipe.unlink(*keys)  # also what tells that an operator removed it
                 self._queue(pipe, name, state, commit, packed)
                 if execute(pipe) is None:
                     continue
@@ -192,10 +191,11 @@ class BackupStore:
             pipe.hget(self.keys.experts, name)  # must be a hash, and this user's to use
             pipe.exists(*self._of(name))
             pipe.hget(self.keys.expert(name).meta, "version")
-            listed, exists, version = pipe.execute(raise_on_error=False)
+            pipe.hget(self.keys.expert(name).meta, "removed")
+            listed, exists, version, removed = pipe.execute(raise_on_error=False)
             if isinstance(listed, Exception):
                 raise listed
-        if not exists:
+        if not exists or isinstance(removed, bytes):
             return None
         return _text(version) if isinstance(version, bytes) else "?"
 

@@ -17,7 +17,7 @@ import redis
 from fedmoe.errors import DamagedExpertError, LostExpertError, SpecError, StaleStateError
 from fedmoe.keys import GROUP
 from fedmoe.packed import PREAMBLE_BYTES, packed_commit
-from fedmoe.records import Decided, Entry, Meta
+from fedmoe.records import Decided, Entry, Meta, check_not_removed
 from fedmoe.spec import Spec
 from fedmoe.store.connection import execute
 from fedmoe.store.full import is_full, read_together, transact
@@ -97,12 +97,16 @@ class ExpertStore(ExpertLifecycle):
 
         Raises:
             LostExpertError: if there is no such expert.
+            RemovedExpertError: if an operator removed it.
             DamagedExpertError: if only the spec is missing, or it cannot be read.
         """
         with self.connection.errors():
             text = self._redis.get(self.keys.spec)
         if text is None:
-            if self.exists():
+            with self.connection.errors():
+                meta = self._redis.hgetall(self.keys.meta)
+            check_not_removed(meta)
+            if meta:
                 raise DamagedExpertError(self.name, "its spec is missing")
             raise LostExpertError(self.name)
         try:

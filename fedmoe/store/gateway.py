@@ -1,7 +1,7 @@
 """Redis commands for the gateway: read every expert, write their merge."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from fedmoe.errors import DamagedExpertError, SpecError, UnknownExpertError
@@ -41,15 +41,27 @@ class GatewayStore:
                 f"set it with `redis-cli HSET {self.connection.keys.experts} <expert> 1`"
             ) from error
 
-    def list_again(self, weights: Mapping[str, float]) -> dict[str, float]:
-        """List those of these experts that are there; returns them."""
-        there = {}
+    def compare(self, names: Iterable[str]) -> tuple[set[str], set[str]]:
+        """Which of these experts are in Redis, and which an operator removed; the others are gone (for a while)."""
+        names = list(names)
+        with self.connection.errors(), self._redis.pipeline(transaction=False) as pipe:
+            for name in names:
+                pipe.hget(self.connection.keys.expert(name).meta, "version")
+                pipe.hget(self.connection.keys.expert(name).meta, "removed")
+            replies = pipe.execute()
+        there = {name for name, version in zip(names, replies[::2], strict=True) if version is not None}
+        removed = {name for name, when in zip(names, replies[1::2], strict=True) if when is not None}
+        return there, removed
+
+    def register(self, name: str, weight: float) -> None:
+        """List an expert among the federation's, if it is not."""
         with self.connection.errors():
-            for name, weight in weights.items():
-                if self._redis.exists(self.connection.keys.expert(name).meta):
-                    self._redis.hsetnx(self.connection.keys.experts, name, f"{weight:g}")
-                    there[name] = weight
-        return there
+            self._redis.hsetnx(self.connection.keys.experts, name, f"{weight:g}")
+
+    def unregister(self, name: str) -> None:
+        """Take an expert off the federation's list."""
+        with self.connection.errors():
+            self._redis.hdel(self.connection.keys.experts, name)
 
     def spec(self, expert: str) -> Spec:
         """An expert's spec; raises UnknownExpertError."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from redis.exceptions import NoPermissionError
 
-from fedmoe.errors import SpecError
+from fedmoe.errors import RemovedExpertError, SpecError
 from fedmoe.federation import DeadLetter, ExpertView, Federation, GatewayView, ServerView, WorkerView
 from fedmoe.keys import GROUP
 from fedmoe.names import RESERVED_EXPERTS, is_name
@@ -157,7 +157,7 @@ def _meta(raw: Mapping[bytes, bytes] | None, problems: list[str]) -> Meta | None
         return None
     try:
         return Meta.from_hash({key: printable(value).encode() for key, value in raw.items()})
-    except SpecError as error:
+    except (SpecError, RemovedExpertError) as error:
         problems.append(printable(str(error)))
         return None
 

@@ -149,11 +149,18 @@ class ExpertLifecycle:
             self._redis.hset(self.keys.lost, mapping=dict(known))
 
     def create(
-        self, spec: Spec, meta: Meta, weights: memoryview, *, gateway_weight: float | None = None
+        self,
+        spec: Spec,
+        meta: Meta,
+        weights: memoryview,
+        *,
+        gateway_weight: float | None = None,
+        though_removed: bool = False,
     ) -> bool:
         """Write a new expert whole or not at all, where nothing is; False if something is there.
 
-        With a `gateway_weight` it is listed among the federation's.
+        With a `gateway_weight` it is listed among the federation's. That an operator removed it counts as something,
+        unless the operator also says so (`though_removed`).
         """
         keys = self.keys
         parts = (keys.meta, keys.weights, keys.applied)
@@ -161,9 +168,11 @@ class ExpertLifecycle:
         with self.connection.errors():
             with self._redis.pipeline(transaction=True) as pipe:
                 pipe.watch(*parts)
-                if pipe.exists(*parts):
+                if pipe.exists(*parts) and not (though_removed and pipe.hget(keys.meta, "removed")):
                     return False
                 pipe.multi()
+                if though_removed:
+                    pipe.unlink(keys.meta)
                 pipe.unlink(keys.log, keys.dead, keys.packed, keys.lost, keys.memory)  # of an earlier history
                 self._queue_parts(pipe, spec, meta, stamped(weights, meta.weights_commit), packed)
                 if execute(pipe) is None:

@@ -85,12 +85,33 @@ def _find(connection: Connection, experts: Sequence[str], problems: list[str]) -
                     orphans[printable(match[1], MAX_NAME_LENGTH)] = worker
         except NoPermissionError:
             problems.append("the workers cannot be read: this user may not SCAN")
-    problems += [
-        f"{expert} is not in Redis, but worker {worker} trains it: write a backup back (fedmoe restore), or begin "
-        "anew (fedmoe aggregator run --new-lineage)"
-        for expert, worker in sorted(orphans.items())
-    ]
+    problems += _of_orphans(connection, orphans)
     return alive, gone
+
+
+def _of_orphans(connection: Connection, orphans: Mapping[str, str]) -> list[str]:
+    """What is wrong with experts that have a worker and are not listed."""
+    replies = ask(
+        connection,
+        {name: ("HMGET", connection.keys.expert(name).meta, "version", "removed") for name in orphans},
+    )
+    problems = []
+    for name, worker in sorted(orphans.items()):
+        found = replies[name]
+        version, removed = (None, None) if isinstance(found, Exception) else found
+        if removed is not None:
+            problems.append(f"{name} was removed, and worker {worker} ends when it sees that")
+        elif version is not None:
+            problems.append(
+                f"{name} is in Redis and not listed in {connection.keys.experts}: an aggregator that serves it lists "
+                f"it again; if none does, start one: fedmoe aggregator run --expert {name}"
+            )
+        else:
+            problems.append(
+                f"{name} is not in Redis, but worker {worker} trains it: write a backup back (fedmoe restore), or "
+                "begin anew (fedmoe aggregator run --new-lineage)"
+            )
+    return problems
 
 
 def _read(

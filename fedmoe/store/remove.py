@@ -1,8 +1,82 @@
-"""Take a whole federation out of Redis; for a demo that was a guest on somebody's server."""
+"""Take a whole expert, or a whole federation, out of Redis for good."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import redis
 
+from fedmoe.errors import UnknownExpertError
+from fedmoe.records import check_not_removed, grave
 from fedmoe.store.connection import Connection
+from fedmoe.store.lifecycle import new_id
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Remaining:
+    """What there is of an expert: its version ("?" if it cannot be told), its living workers, who serves it."""
+
+    version: str
+    workers: tuple[str, ...]
+    lease: str
+
+
+def look_at_expert(connection: Connection, name: str) -> Remaining:
+    """What would be removed.
+
+    Raises:
+        UnknownExpertError: if there is nothing; names the experts there are.
+        RemovedExpertError: if it was removed already.
+    """
+    keys, client = connection.keys.expert(name), connection.client
+    with connection.errors():
+        meta, lease = client.hgetall(keys.meta), client.get(keys.lease)
+        listed = sorted(one.decode(errors="replace") for one in client.hkeys(connection.keys.experts))
+        if name not in listed:
+            check_not_removed(meta)
+        workers = _workers(connection, name)
+        if not meta and name not in listed and not client.exists(keys.weights, keys.spec, keys.applied):
+            raise UnknownExpertError(f"there is no expert {name!r}; there are: {', '.join(listed) or 'none'}")
+    version = meta.get(b"version", b"?").decode(errors="replace")
+    return Remaining(version=version, workers=workers, lease=(lease or b"").decode(errors="replace"))
+
+
+def remove_expert(connection: Connection, name: str, *, clock: Callable[[], float] = time.time) -> None:
+    """Remove an expert and take it off the list of experts, also while aggregators and workers run.
+
+    What stays is a meta hash that says so. It is a commit like any other: nothing that anybody remembers can be
+    committed or written back on top of it, and whoever reads it ends with a sentence.
+    """
+    keys, client = connection.keys.expert(name), connection.client
+    when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(clock()))
+    with connection.errors():
+        with client.pipeline(transaction=True) as pipe:
+            pipe.unlink(
+                keys.meta, keys.spec, keys.weights, keys.packed, keys.applied, keys.updates, keys.log, keys.dead,
+                keys.lost, keys.memory, keys.problem, keys.lease,
+            )  # fmt: skip
+            pipe.hset(keys.meta, mapping=grave(name, new_id(), when))
+            pipe.execute()
+        client.hdel(connection.keys.experts, name)
+    sweep(connection, name)
+
+
+def sweep(connection: Connection, name: str) -> tuple[str, ...]:
+    """Remove what workers have written since their expert was removed; returns those that still have a heartbeat."""
+    keys, client = connection.keys.expert(name), connection.client
+    with connection.errors():
+        if client.hget(keys.meta, "removed") is None:
+            return ()  # somebody has begun it anew
+        client.unlink(keys.updates)
+        for key in client.scan_iter(match=f"{keys.root}:payload:*", count=1000):
+            client.unlink(key)
+        return _workers(connection, name)
+
+
+def _workers(connection: Connection, name: str) -> tuple[str, ...]:
+    prefix = connection.keys.expert(name).worker("")
+    found = connection.client.scan_iter(match=f"{prefix}*", count=1000)
+    return tuple(sorted(key.decode(errors="replace").removeprefix(prefix) for key in found))
 
 
 def remove_federation(connection: Connection) -> None:

@@ -18,10 +18,11 @@ from fedmoe.errors import (
     LostExpertError,
     ProtocolError,
     RedisUnavailableError,
+    RemovedExpertError,
     UnknownExpertError,
 )
 from fedmoe.packed import pieces, unpack
-from fedmoe.records import TRACE_TTL_S, Decided, Meta, read_protocol
+from fedmoe.records import TRACE_TTL_S, Decided, Meta, check_not_removed, read_protocol
 from fedmoe.spec import Spec
 from fedmoe.store.connection import Connection
 from fedmoe.store.full import is_full, read_together
@@ -81,6 +82,7 @@ class WorkerStore:
             text = self._redis.get(self.keys.spec)
             if text is not None:
                 return Spec.from_json(text)
+            check_not_removed(self._redis.hgetall(self.keys.meta))
             names = sorted(name.decode() for name in self._redis.hkeys(self.connection.keys.experts))
         where = f"there is no expert {self.expert!r} at {self.connection.settings.shown}"
         if not names:
@@ -165,12 +167,14 @@ class WorkerStore:
     def poll(self, entry_id: str, header: Header) -> Poll:
         """What became of the update that `entry_id` announced; raises ProtocolError as `pull` does."""
         with self.connection.errors():
-            (lineage, weights_commit, protocol), decided, entries = read_together(
+            (lineage, weights_commit, protocol, removed), decided, entries = read_together(
                 self._redis,
-                ("hmget", self.keys.meta, ["lineage", "weights_commit", "protocol"]),
+                ("hmget", self.keys.meta, ["lineage", "weights_commit", "protocol", "removed"]),
                 ("hget", self.keys.applied, self.worker),
                 ("xrange", self.keys.updates, entry_id, entry_id),
             )
+        if removed is not None:
+            raise RemovedExpertError(self.expert, removed.decode(errors="replace"))
         if lineage is None or weights_commit is None:
             raise LostExpertError(self.expert)
         self._check_protocol(read_protocol(protocol))

@@ -75,6 +75,9 @@ class Client:
     def hget(self, key: str, field: str) -> bytes | None:
         return _bytes(self._one("HGET", key, field))
 
+    def hgetall(self, key: str) -> dict[bytes, bytes]:
+        return _hash(self._one("HGETALL", key))
+
     def exists(self, *keys: str) -> int:
         return self._one("EXISTS", *keys)
 

@@ -13,6 +13,7 @@ transaction. `fedmoe` is the prefix, a setting, so that several federations can 
     fedmoe:{E}:weights                              string  the expert, a safetensors file
     fedmoe:{E}:packed                               string  as workers pull it (packed.py); none in format fp32
     fedmoe:{E}:meta                                 hash    version, lineage, commit, weights_commit, counters; readable
+                                                            (of a removed expert: when, and a last commit)
     fedmoe:{E}:spec                                 string  JSON: base model, LoRA, layout, rules; never changes
     fedmoe:{E}:applied                              hash    worker -> its last decided update and how (JSON)
     fedmoe:{E}:worker:<worker>                      hash    heartbeat; expires

@@ -11,10 +11,10 @@ from click.testing import CliRunner
 
 from consumers.aggregator import Aggregator, AggregatorSettings
 from consumers.create import SpecRequest, ensure_experts
-from consumers.gateway import GatewaySettings
+from consumers.gateway import GatewayBuilder, GatewaySettings
 from fedmoe.cli.main import cli
 from fedmoe.embedded import EmbeddedRedis
-from fedmoe.errors import RedisUnavailableError, RedisUnfitError, UnknownExpertError
+from fedmoe.errors import RedisUnavailableError, RedisUnfitError, RemovedExpertError, UnknownExpertError
 from fedmoe.keys import Keys
 from fedmoe.spec import LoraSettings
 from fedmoe.stopping import Stop
@@ -26,6 +26,7 @@ from fedmoe.store.lease import Lease
 from fedmoe.store.permissions import AGGREGATOR, ANY, MONITOR, OPERATOR, ROLES, WORKER, Right, Role, acl_rules
 from fedmoe.store.probe import eviction_warning
 from fedmoe.store.problems import Problems
+from fedmoe.store.remove import look_at_expert, remove_expert
 from fedmoe.store.rights import require
 from fedmoe.store.worker import WorkerStore
 from producers.worker import Worker, WorkerSettings
@@ -154,6 +155,7 @@ def test_what_is_listed_for_rarer_situations_is_sent_in_them(
         commit_and_pull(guarded, wire_format)
     a_standby_and_a_lease_for_ever(guarded)
     an_emptied_redis(guarded)
+    a_removed_expert(guarded)
     assert guarded.denied() == []
     nothing: dict[str, list[Sent]] = {name: [] for name in ROLES}
     assert {name: missing(guarded.sent(role), rights_of(role)) for name, role in ROLES.items()} == nothing
@@ -237,3 +239,24 @@ def an_emptied_redis(guarded: Guarded) -> None:
     assert store.lineages() == store.lost()
     with pytest.raises(UnknownExpertError):
         worker.spec()
+
+
+def a_removed_expert(guarded: Guarded) -> None:
+    """An operator takes an expert away that is served and trained, and somebody lists it again."""
+    guarded.admin.client.flushall()
+    expert = make_expert(guarded.connection(AGGREGATOR))
+    worker = ScriptedWorker(guarded.connection(WORKER), small_spec(), NAME)
+    worker.store.beat({"run": "1-00000000"}, ttl_s=15)
+    worker.push(0.1)
+    operator = guarded.connection(OPERATOR)
+    assert look_at_expert(operator, EXPERT).workers == (NAME,)
+    remove_expert(operator, EXPERT)
+    guarded.fedmoe(MONITOR, "status")
+    for read in (worker.store.spec, worker.store.meta, expert.store.spec):
+        with pytest.raises(RemovedExpertError):
+            read()
+    guarded.admin.client.hset(KEYS.experts, EXPERT, "1")
+    gateway = GatewayBuilder(expert.store.connection, GatewaySettings(), holder="one", lease_s=1.0)
+    gateway.refresh()
+    assert not guarded.admin.client.exists(KEYS.experts)
+    assert expert.store.create(expert.spec, expert.meta, expert.buffer.file, though_removed=True)

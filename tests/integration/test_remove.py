@@ -1,7 +1,6 @@
 """`fedmoe expert remove`: gone for everybody, whoever runs; and the list of experts is what is served."""
 
 import logging
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from consumers.expert import Expert
 from consumers.gateway import GatewayBuilder, GatewaySettings
 from fedmoe.backup import restore
 from fedmoe.errors import RemovedExpertError
+from fedmoe.identity import BaseIdentity
 from fedmoe.store.backup import BackupStore
 from fedmoe.store.connection import Connection
 from fedmoe.store.expert import ExpertStore
@@ -78,19 +78,9 @@ def expert(connection: Connection) -> Expert:
 
 
 def test_its_workers_end_with_one_sentence(expert: Expert, connect: Connect) -> None:
-    """One that trains, and one that joins; what the first wrote meanwhile is swept away."""
+    """Whatever they ask; what they wrote meanwhile is swept away."""
     scripted = ScriptedWorker(connect(), small_spec())
-    exchange = Exchange(Counter(scripted.local), with_optimizer=False)
-    sync = Sync(
-        scripted.store, scripted.ledger, exchange, small_spec(), fingerprint=FINGERPRINT, state_dir=None, data="d"
-    )  # fmt: skip
     remove_expert(expert.store.connection, "sql_expert")
-    thread = threading.Thread(target=sync.run, daemon=True)
-    thread.start()
-    sync.finish(30.0)
-    while thread.is_alive():
-        exchange.boundary()
-        thread.join(0.01)
     for fails in (
         scripted.store.spec,
         scripted.store.meta,
@@ -110,9 +100,9 @@ def test_a_worker_in_training_ends(expert: Expert, connect: Connect) -> None:
     """At its next look: the reason is the sync's failure, which the command prints."""
     scripted = ScriptedWorker(connect(), small_spec())
     exchange = Exchange(Counter(scripted.local), with_optimizer=False)
+    base = BaseIdentity(fingerprint=FINGERPRINT)
     sync = Sync(
-        scripted.store, scripted.ledger, exchange, small_spec(), fingerprint=FINGERPRINT, state_dir=None, data="d",
-        must_pull=True,
+        scripted.store, scripted.ledger, exchange, small_spec(), base=base, state_dir=None, data="d", must_pull=True
     )  # fmt: skip
     remove_expert(expert.store.connection, "sql_expert")
     sync.run()
@@ -123,7 +113,10 @@ def test_it_is_begun_anew_only_when_told(
     connection: Connection, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The next start of its aggregator makes it again only with --new-lineage; others are made as ever."""
-    monkeypatch.setattr("consumers.create.make_spec", lambda request, stop: (small_spec(), FINGERPRINT))
+    monkeypatch.setattr(
+        "consumers.create.make_spec",
+        lambda request, stop: (small_spec(), BaseIdentity(fingerprint=FINGERPRINT)),
+    )
     request = SpecRequest()
     ensure_experts(connection, {"sql_expert": 1.0}, request)
     remove_expert(connection, "sql_expert")

@@ -81,6 +81,11 @@ class SpecRequest:
     new_lineage: bool = False
 
 
+# What this process has found out about base models. Reading their weights takes long, and a creation is tried again
+# while Redis is away or full. Failures are not kept: the base model may have been put right meanwhile.
+_described: dict[SpecRequest, dict[str, Any]] = {}
+
+
 def ensure_experts(
     connection: Connection,
     weights: Mapping[str, float],
@@ -120,8 +125,7 @@ def ensure_experts(
         missing = [name for name in missing if not _was_lost(stores[name], stores[name].lost())]
     if not missing:
         return []
-    described = describe(request, stop)
-    _tell(request, described)
+    described = _described.get(request) or _look_at_base(request, stop)
     spec = make_spec(request, described)
     _check_federation(GatewayStore(connection), spec)
     buffer = AdapterBuffer(spec.layout)
@@ -165,6 +169,14 @@ def _was_lost(store: ExpertStore, known: Mapping[str, str]) -> bool:
     worker, lineage = next(iter(known.items()))
     logger.warning("%s", LostExpertError(store.name, f", but worker {worker} trains on (lineage {lineage})"))
     return True
+
+
+def _look_at_base(request: SpecRequest, stop: threading.Event) -> dict[str, Any]:
+    """Describe the base model, tell what an operator should know of it, and remember the description."""
+    described = describe(request, stop)
+    _tell(request, described)
+    _described[request] = described
+    return described
 
 
 def _tell(request: SpecRequest, described: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch
 import consumers.create
 import fedmoe.spec
 from consumers.create import SpecRequest, ensure_experts, parse_experts
-from fedmoe.errors import BaseModelError, SettingsError, SpecError
+from fedmoe.errors import BaseModelError, RedisUnavailableError, SettingsError, SpecError
 from fedmoe.layout import AdapterBuffer, stamped
 from fedmoe.model.tokenizer import load_tokenizer, tokenizer_fingerprint
 from fedmoe.spec import LoraSettings
@@ -106,6 +107,49 @@ def test_base_that_is_none_is_one_sentence(
     with pytest.raises(BaseModelError, match=reason) as error:
         ensure_experts(connection, {"a": 1.0}, request(tmp_path))
     assert "Traceback" not in str(error.value)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """For each look at a base model, whether its weights were to be read; nothing is known from other tests."""
+    looks: list[bool] = []
+    ask = consumers.create._ask
+
+    def counted(*arguments: Any, read_weights: bool, **options: Any) -> Any:
+        looks.append(read_weights)
+        return ask(*arguments, read_weights=read_weights, **options)
+
+    monkeypatch.setattr(consumers.create, "_ask", counted)
+    monkeypatch.setattr(consumers.create, "_described", {})
+    return looks
+
+
+def test_creation_that_fails_looks_at_the_base_model_once(
+    connection: Connection, tiny_model_dir: Path, asked: list[bool]
+) -> None:
+    """A full Redis refuses the expert; creating it is tried again until there is room."""
+    wanted = request(tiny_model_dir, new_lineage=True)
+    connection.client.config_set("maxmemory", 1)
+    try:
+        for _ in range(3):
+            with pytest.raises(RedisUnavailableError, match="is full"):
+                ensure_experts(connection, {"a": 1.0}, wanted)
+    finally:
+        connection.client.config_set("maxmemory", 0)
+    assert ensure_experts(connection, {"a": 1.0}, wanted) == ["a"]
+    assert len(asked) == 1
+
+
+def test_base_model_that_was_put_right_is_looked_at_again(
+    connection: Connection, tiny_model_dir: Path, tmp_path: Path, asked: list[bool]
+) -> None:
+    """Only a description is remembered, no failure."""
+    wanted = request(tmp_path, new_lineage=True)
+    with pytest.raises(BaseModelError, match=r"config\.json"):
+        ensure_experts(connection, {"a": 1.0}, wanted)
+    (tmp_path / "config.json").write_bytes((tiny_model_dir / "config.json").read_bytes())
+    assert ensure_experts(connection, {"a": 1.0}, wanted) == ["a"]
+    assert len(asked) == 2
 
 
 def test_unknown_target_is_named(connection: Connection, tiny_model_dir: Path) -> None:

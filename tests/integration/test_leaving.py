@@ -1,12 +1,12 @@
 """How a worker left stays in Redis for `fedmoe status`, whatever ended it."""
 
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from fedmoe.errors import FedMoEError, NameTakenError, RefusedError, StoppedError
+from fedmoe.stopping import Stop
 from fedmoe.store.connection import Connection
 from fedmoe.store.inspect import Inspector
 from fedmoe.store.worker import WorkerStore
@@ -18,7 +18,7 @@ from tests.federation import make_expert
 def run(connection: Connection, tmp_path: Path, work: Callable[[Worker], None]) -> None:
     """A worker that has joined, and then does `work` instead of training."""
     settings = WorkerSettings(stream="sql_expert", data=tmp_path / "rows.jsonl", name="ann")
-    worker = Worker(connection.settings, settings, stop=threading.Event(), say=lambda line: None)
+    worker = Worker(connection.settings, settings, stop=Stop(), say=lambda line: None)
 
     def trained() -> None:
         worker._has_joined = True

@@ -79,7 +79,12 @@ def _worker(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
 def _aggregator(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
     keys, gateway = all_keys.expert(expert), all_keys.gateway
     payloads = keys.payloads(ANY)
-    large, lost, full = "weights of 4 MiB and more", "Redis has lost an expert", "Redis is full"
+    large, lost, full = (
+        "weights of 4 MiB and more",
+        "Redis has lost an expert or a part of it",
+        "Redis is full",
+    )
+    older = "Redis came back older, and updates that are kept are announced again"
     return (
         *_on(all_keys.experts, may="HGET, HGETALL, HSETNX"),
         *_on(all_keys.experts, may="HSET", when="--expert NAME=WEIGHT changes a weight"),
@@ -89,21 +94,27 @@ def _aggregator(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
         *_on(keys.applied, may="EXISTS, HGETALL, HSET, TYPE, WATCH, EVAL"),
         *_on(keys.weights, may="EXISTS, GET, SET, TYPE, STRLEN, WATCH, EVAL"),
         *_on(keys.packed, may="SET, UNLINK, TYPE, STRLEN, WATCH, EVAL"),
-        *_on(keys.weights, keys.packed, may="SETRANGE, GETRANGE, PTTL", when=large),
-        *_on(keys.spec, may="GET, SET"),
-        *_on(keys.spec, may="EXISTS", when=lost),
+        *_on(keys.packed, may="GETRANGE"),
+        *_on(keys.weights, keys.packed, may="SETRANGE, PTTL", when=large),
+        *_on(keys.spec, may="EXISTS, GET, SET"),
+        *_on(keys.meta, keys.spec, keys.weights, keys.applied, may="UNLINK", when=lost),
+        *_on(keys.weights, may="GETRANGE", when=lost),
         *_on(keys.log, keys.dead, may="XADD, UNLINK, TYPE, WATCH, EVAL"),
+        *_on(keys.log, may="XREVRANGE"),
         *_on(keys.updates, may="XGROUP CREATE, XREADGROUP, XAUTOCLAIM, XACK, XDEL, XINFO STREAM, WATCH"),
         *_on(keys.updates, may="DEL", when="somebody blocked the stream with its highest id"),
         *_on(keys.updates, may="EVAL", when=full),
+        *_on(keys.spec, keys.memory, may="WATCH", when=full),
+        *_on(keys.updates, may="XADD", when=older),
+        *_on(payloads, may="SET", when=older),
         *_on(payloads, may="GETRANGE, UNLINK"),
         *_on(keys.lease, may="EVALSHA, GET, SET, DEL"),
         *_on(keys.lease, may="PTTL", when="a second aggregator runs"),
         *_on(keys.lease, may="PEXPIRE", when="somebody set a lease that does not expire"),
         *_on(keys.lost, may="HGETALL, UNLINK"),
         *_on(keys.lost, may="HSET", when=lost),
-        *_on(keys.memory, may="UNLINK"),
-        *_on(keys.memory, may="HSET, HGETALL, PEXPIRE", when=lost),
+        *_on(keys.memory, may="HGETALL, UNLINK"),
+        *_on(keys.memory, may="HSET, PEXPIRE", when=lost),
         *_on(keys.problem, gateway.problem, may="HSET, PEXPIRE, UNLINK", when="it cannot do something"),
         *_on(keys.worker(ANY), may="HGET", when="no base model is pinned yet, or Redis has lost an expert"),
         *_on(gateway.meta, may="HGETALL, HSET, DEL"),

@@ -38,6 +38,8 @@ from fedmoe.store.problems import Problems
 
 logger = logging.getLogger(__name__)
 
+LONGEST_CLAIM_S = 30.0  # a claim that is not made good by then (its aggregator cannot write) counts no more
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AggregatorSettings:
@@ -125,6 +127,7 @@ class ExpertServer:
         self._recovery = Recovery(self._store, holder=holder, archive=self._archive, clock=clock)
         self._generation = 0
         self._patient_until = 0.0
+        self._waits_since: float | None = None  # for another aggregator to write back what it claims
 
     def run(self, stop: threading.Event) -> None:
         """Serve until `stop` is set, or in burst mode until nothing is waiting."""
@@ -273,7 +276,11 @@ class ExpertServer:
         """Raise UnknownExpertError while another aggregator remembers a later version, which it will write back."""
         others = {who: version for who, version in loaded.claims.items() if who != self._holder}
         newest = max(others.values(), default=0)
-        if newest > loaded.meta.version:
+        if newest <= loaded.meta.version:
+            self._waits_since = None
+            return
+        self._waits_since = self._clock() if self._waits_since is None else self._waits_since
+        if self._clock() - self._waits_since < LONGEST_CLAIM_S:
             raise UnknownExpertError(
                 f"Redis went back to version {loaded.meta.version} of expert {self.name!r}, and another aggregator "
                 f"remembers version {newest}: waiting until it has written that back"
@@ -286,8 +293,10 @@ class ExpertServer:
     def _reclaim(self) -> list[Entry]:
         """What was read and not committed, also by who has lost the lease; and a look at what no reply tells of."""
         self._reclaimed_at = self._clock()
-        if not self._store.is_whole(decided=bool(self._expert and self._expert.applied)):
-            raise StaleStateError(f"{self.name}: a part of it is gone from Redis")
+        expert = self._expert
+        assert expert is not None
+        if not self._store.is_whole(weights_commit=expert.meta.weights_commit, n_decided=len(expert.applied)):
+            raise StaleStateError(f"{self.name}: a part of it in Redis is not the one in memory")
         if self._store.mend():
             logger.warning("%s: somebody had blocked its stream with the highest id; mended", self.name)
         return self._store.reclaim()

@@ -20,6 +20,7 @@ import torch
 from fedmoe import records
 from fedmoe.errors import (
     BaseModelError,
+    DamagedExpertError,
     FedMoEError,
     LostExpertError,
     RemovedExpertError,
@@ -118,6 +119,8 @@ def ensure_experts(
             store.check_protocol()
             check_unchanged(name, store.spec(), request)
             store.register(weights[name], overwrite=name in request.weighted)
+        except DamagedExpertError as error:  # an aggregator may repair it; the others are served meanwhile
+            logger.warning("%s", error)
         except RemovedExpertError:  # whoever would serve it says so
             if request.new_lineage:
                 missing.append(name)

@@ -26,7 +26,7 @@ from fedmoe.packed import pack
 from fedmoe.records import Decided, Entry, Meta
 from fedmoe.spec import Spec
 from fedmoe.store.expert import Commit, ExpertStore, Loaded
-from fedmoe.store.lifecycle import new_id
+from fedmoe.store.lifecycle import Line, new_id
 from fedmoe.update import ForeignHeaderError, Header
 
 logger = logging.getLogger(__name__)
@@ -87,17 +87,23 @@ class Expert:
         self.history.arrive(self.meta.commit)
         return loaded
 
-    def write_back(self, *, on: str) -> bool:
+    def write_back(self, *, on: str, anchor: bool = True) -> bool:
         """Write the expert back whole, on top of what Redis has left of it; True if this did it.
 
         The same lineage, a new commit id, the state of the last load or commit: for workers a failover like any other.
 
         Args:
             on: the commit that Redis holds, one of `history`; "" if it holds none.
+            anchor: if it holds none, the log lacks lines too: begin it again.
         """
         commit = new_id()
         meta = self._next_meta(commit, weights_commit=commit)
-        log, dead = self.history.since(on) if on else ([self._anchor("written back from memory")], [])
+        log: list[Line] = []
+        dead: list[Line] = []
+        if on:
+            log, dead = self.history.since(on)
+        elif anchor:
+            log = [self._anchor("written back from memory")]
         self.buffer.stamp(commit)
         self.history.attempt(commit)
         return self.store.write_back(
@@ -125,6 +131,7 @@ class Expert:
         """A line of the log from which a replay can begin, if the weights can be kept."""
         line: dict[str, str | int] = {"version": self.meta.version, "restored": why}
         if self._archive is not None:
+            self.buffer.stamp(self.meta.weights_commit)  # each try keeps the same bytes, so the same file
             try:
                 line["weights"] = self._archive.keep_weights(self.buffer.file)
             except OSError as error:
@@ -315,6 +322,7 @@ class Expert:
             "norm": f"{verdict.norm:.6g}",
             "loss": f"{header.loss:.6g}",
             "n_examples": counts.n_examples,
+            "prev": str(header.prev or ""),
         }
         if counts != (header.n_examples, header.n_tokens):
             line |= {"claimed_examples": header.n_examples, "claimed_tokens": header.n_tokens}

@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 
 import msgpack
 
-LENGTH = 10_000  # commits; at one a second, those of nearly three hours, in about 3 MiB
+LENGTH = 10_000  # commits; at one a second, those of nearly three hours
+LINES_BYTES = 16 * 1024 * 1024  # of all their lines together
 Line = Mapping[str, str | int | float]
 
 
@@ -23,6 +24,7 @@ class History:
         self.lines: dict[str, bytes] = {}
         self.attempted: tuple[str, bytes] | None = None
         self._length = length
+        self._n_bytes = 0  # of all lines
 
     def __contains__(self, commit: str) -> bool:
         return commit in self.lines
@@ -43,10 +45,11 @@ class History:
         attempted, self.attempted = self.attempted, None
         if attempted is not None and attempted[0] == commit:
             self.lines[commit] = attempted[1]
+            self._n_bytes += len(attempted[1])
         else:
-            self.lines = {commit: _packed((), ())}
-        while len(self.lines) > self._length:
-            del self.lines[next(iter(self.lines))]
+            self.lines, self._n_bytes = {commit: _packed((), ())}, 0
+        while len(self.lines) > self._length or (self._n_bytes > LINES_BYTES and len(self.lines) > 1):
+            self._n_bytes -= len(self.lines.pop(next(iter(self.lines))))
 
     def since(self, commit: str) -> tuple[list[Line], list[Line]]:
         """The lines of log and dead, oldest first, that the commits after this one wrote; "" is all that are known."""

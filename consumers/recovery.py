@@ -20,11 +20,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 from consumers.expert import Expert
 from fedmoe.archive import Archive
-from fedmoe.errors import StaleStateError, UnknownExpertError, UpdateError
+from fedmoe.errors import DamagedExpertError, StaleStateError, UnknownExpertError, UpdateError
 from fedmoe.records import Decided, Meta
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.lifecycle import Condition, Line
-from fedmoe.update import Header
+from fedmoe.update import Header, UpdateId
 
 logger = logging.getLogger(__name__)
 
@@ -33,41 +33,36 @@ CLAIM_WAIT_S = 2.0  # in which every aggregator has found out what Redis lost, a
 Update = tuple[Header, list[bytes]]
 
 
-def undone(
-    lines: Sequence[Line],
-    mine: Mapping[str, Decided],
-    theirs: Mapping[str, Decided],
-    load: Callable[[Line], Update | None],
-) -> list[Line]:
+def undone(lines: Sequence[Line], mine: Mapping[str, Decided], theirs: Mapping[str, Decided]) -> list[Line]:
     """The lines of applied updates that Redis lacks: it holds an earlier update of their workers as the last decided.
-
-    A worker whose last decided update in Redis is not found among those before has simply gone on.
 
     Args:
         lines: of the log in memory, oldest first.
         mine: the last decided update of each worker in memory.
         theirs: the last decided update of each worker in Redis.
-        load: the kept update of a line; its header names the update before it.
     """
+    heads = {worker: theirs[worker].id if worker in theirs else None for worker in mine}
+    behind = {worker for worker, head in heads.items() if _is_before(head, mine[worker].id)}
     lost = []
-    for worker, last in mine.items():
-        head = theirs[worker].id if worker in theirs else None
-        if head == last.id:
+    for line in reversed(lines):
+        worker = str(line.get("worker", ""))
+        if worker not in behind:
             continue
-        after: list[int] = []
-        for number in range(len(lines) - 1, -1, -1):
-            line = lines[number]
-            if line.get("worker") != worker:
-                continue
-            if head is not None and (line["run"], line["seq"]) == head:
-                lost += after
-                break
-            after.append(number)
-            update = load(line)
-            if update is not None and update[0].prev == head:
-                lost += after
-                break
-    return [lines[number] for number in sorted(lost)]
+        head = heads[worker]
+        if head is not None and (line["run"], line["seq"]) == head:
+            behind.discard(worker)
+            continue
+        lost.append(line)
+        if line.get("prev") == str(head or ""):
+            behind.discard(worker)
+    return lost[::-1]
+
+
+def _is_before(head: UpdateId | None, last: UpdateId) -> bool:
+    """True if a worker's update comes before another one of its life; one of a run of the same number does not."""
+    if head is None:
+        return True
+    return head.seq < last.seq if head.run == last.run else head.epoch < last.epoch
 
 
 class Recovery:
@@ -88,9 +83,7 @@ class Recovery:
         archive: Archive | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.claimed_at: float | None = (
-            None  # since when all of Redis' aggregators know what is remembered here
-        )
+        self.claimed_at: float | None = None  # since when the other aggregators can see this one's claim
         self._store = store
         self._holder = holder
         self._archive = archive
@@ -116,6 +109,8 @@ class Recovery:
     @staticmethod
     def _is_of_this_history(expert: Expert, found: Condition) -> bool:
         """True if memory passed through the commit that Redis holds; without meta, the weights' own commit counts."""
+        if expert.history.last != expert.meta.commit:
+            return False
         if found.commit:
             return found.commit in expert.history
         known = found.weights_commit in expert.history or found.weights_commit == expert.meta.weights_commit
@@ -126,9 +121,10 @@ class Recovery:
         what = _what_was_lost(expert.meta, found)
         if not self._has_newest_claim(version):
             raise UnknownExpertError(
-                f"{what}; this aggregator remembers version {version}: seeing which one remembers the newest"
+                f"{what}; version {version} is in memory here: waiting {CLAIM_WAIT_S:g} s for other aggregators "
+                "that may remember a later one"
             )
-        if not expert.write_back(on=found.commit):
+        if not expert.write_back(on=found.commit, anchor=found.logged_version != version):
             raise StaleStateError(f"{self._store.name}: somebody else has just written it to Redis")
         logger.warning("%s: %s; written back from memory, version %d", self._store.name, what, version)
 
@@ -142,32 +138,36 @@ class Recovery:
     def _give_way(self, expert: Expert, found: Condition) -> None:
         """Redis goes on from a commit that this memory never saw: say so if it lacks what is in memory."""
         mine, theirs = expert.meta, found.meta
-        if theirs is None:
-            raise UnknownExpertError(
-                f"expert {self._store.name!r} is partly gone from Redis ({found.damage}), and its weights are of a "
-                f"commit that this aggregator does not know ({found.weights_commit}): write a backup back "
-                "(fedmoe restore --replace)"
+        if theirs is None or found.damage:
+            raise DamagedExpertError(
+                self._store.name, f"{found.damage}; and this aggregator remembers another history of it"
             )
-        if theirs.lineage != mine.lineage or theirs.restored != mine.restored:
+        if theirs.lineage != mine.lineage or theirs.restored not in ("", mine.restored):
             logger.warning(
                 "%s: an operator replaced it; going on from version %d, not from the version %d in memory",
                 self._store.name, theirs.version, mine.version,
             )  # fmt: skip
             return
-        lost = undone(expert.history.since("")[0], expert.applied, found.decided, self._load)
-        if not lost:
+        lost = undone(expert.history.since("")[0], expert.applied, found.decided)
+        if not lost and theirs.version >= mine.version:
             return
-        announced = 0
-        for line in lost:
-            if update := self._load(line):
-                self._store.announce(str(line["worker"]), *update)
-                announced += 1
         logger.warning(
-            "%s: Redis went back, and aggregator %s committed version %d before version %d could be written back from "
-            "memory: %d updates are undone, of which %d are announced again from the kept updates; the others are "
-            "lost, unless their workers still keep them",
-            self._store.name, theirs.aggregator, theirs.version, mine.version, len(lost), announced,
+            "%s: Redis went back: version %d was in memory here, and Redis is at version %d, last committed by %s; %d "
+            "updates are undone, of which %d are announced again from the kept updates; the others are lost, unless "
+            "their workers still keep them",
+            self._store.name, mine.version, theirs.version, theirs.aggregator or "nobody", len(lost),
+            self._announce(lost),
         )  # fmt: skip
+
+    def _announce(self, lines: Sequence[Line]) -> int:
+        """Announce the kept updates of these lines again; how many, fewer than are kept if Redis is full."""
+        announced = 0
+        for line in lines:
+            if update := self._load(line):
+                if not self._store.announce(str(line["worker"]), *update):
+                    break
+                announced += 1
+        return announced
 
     def _load(self, line: Line) -> Update | None:
         """The kept update that a line of the log tells of, None if there is none."""

@@ -74,9 +74,12 @@ class Place(Enum):
 
 
 def locate(
-    head: UpdateId | None, start: UpdateId | None, known: Sequence[UpdateId], run: str
+    head: UpdateId | None, start: UpdateId | None, known: Sequence[UpdateId], run: str, n_kept: int = 0
 ) -> tuple[Place, int]:
-    """Where `head` lies in the chain `start` → known[0] → …; with KNOWN, how many of `known` are decided."""
+    """Where `head` lies in the chain `start` → known[0] → …; with KNOWN, how many of `known` are decided.
+
+    The first `n_kept` of `known` were decided when the worker last looked.
+    """
     if head in known:
         return Place.KNOWN, known.index(head) + 1
     if head == start:
@@ -87,9 +90,12 @@ def locate(
     if head.run == run:
         last = max((u.seq for u in (*known, start or mine) if u.run == run), default=0)
         return (Place.AHEAD, 0) if head.seq > last else (Place.BEHIND, 0)
-    # Two runs get one epoch only if Redis went back and forgot the first of them. It has ended, or it goes on as this
-    # one does: the chain of `prev` takes each of their updates once, in either case.
-    return (Place.FOREIGN, 0) if head.epoch > mine.epoch else (Place.BEHIND, 0)
+    if head.epoch < mine.epoch:
+        return Place.BEHIND, 0
+    # Redis gives two runs one epoch only if it went back and forgot the first. Until an update of this run is decided,
+    # this run is the later one and goes on after the other.
+    begun = any(update.run == run for update in (start, *known[:n_kept]) if update)
+    return (Place.BEHIND, 0) if head.epoch == mine.epoch and not begun else (Place.FOREIGN, 0)
 
 
 def _is_later(head: UpdateId | None, start: UpdateId | None) -> bool:
@@ -239,7 +245,7 @@ class Ledger:
         head = decided.id if decided else None
         if meta.lineage != self.meta.lineage:
             return self._start_over(meta, self._moved(weights), head, "")
-        place, count = locate(head, self.start, [u.id for u in self._chain()], self.run)
+        place, count = locate(head, self.start, [u.id for u in self._chain()], self.run, len(self.kept))
         match place:
             case Place.FOREIGN:
                 raise NameTakenError(

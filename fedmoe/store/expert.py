@@ -16,12 +16,13 @@ import redis
 
 from fedmoe.errors import DamagedExpertError, LostExpertError, SpecError, StaleStateError
 from fedmoe.keys import GROUP
+from fedmoe.layout import STAMPED_BYTES, stamp_of
 from fedmoe.packed import PREAMBLE_BYTES, packed_commit
 from fedmoe.records import Decided, Entry, Meta, check_not_removed
 from fedmoe.spec import Spec
 from fedmoe.store.connection import execute
 from fedmoe.store.full import is_full, read_together, transact
-from fedmoe.store.lifecycle import ExpertLifecycle, Line, examine
+from fedmoe.store.lifecycle import ExpertLifecycle, Line, examine, version_of
 from fedmoe.store.pieces import places, put
 from fedmoe.update import MAX_HEADER_BYTES, Part
 
@@ -114,11 +115,18 @@ class ExpertStore(ExpertLifecycle):
         except SpecError as error:
             raise DamagedExpertError(self.name, f"its spec cannot be read ({error})") from error
 
-    def is_whole(self, *, decided: bool) -> bool:
-        """True if all parts are there, with decided updates if there should be some; a glance, no comparison."""
-        keys = [self.keys.meta, self.keys.weights, self.keys.spec, *([self.keys.applied] if decided else [])]
+    def is_whole(self, *, weights_commit: str, n_decided: int) -> bool:
+        """True if all parts are there: the weights of this commit, and the decided updates of so many workers."""
+        keys = self.keys
         with self.connection.errors():
-            return bool(self._redis.exists(*keys) == len(keys))
+            n_there, n_workers, begin = read_together(
+                self._redis,
+                ("exists", keys.meta, keys.spec),
+                ("hlen", keys.applied),
+                ("getrange", keys.weights, 0, STAMPED_BYTES - 1),
+                wrong_type_is_none=True,
+            )
+        return (n_there, n_workers, stamp_of(begin or b"")) == (2, n_decided, weights_commit)
 
     def load(self) -> Loaded:
         """Read the expert as of one moment, and make sure that the consumer group is there, from 0.
@@ -159,7 +167,7 @@ class ExpertStore(ExpertLifecycle):
             applied=dict(condition.decided),
             generation=self.connection.generation,
             packed_commit=packed_commit(packed or b""),
-            logged_version=_version_of(last_line),
+            logged_version=version_of(last_line),
             claims={who.decode(): int(version) for who, version in (claims or {}).items()},
         )
 
@@ -333,14 +341,6 @@ class ExpertStore(ExpertLifecycle):
             pipe.xdel(keys.updates, *commit.entries)
         for first in range(0, len(commit.unlink), _UNLINK_AT_ONCE):
             pipe.unlink(*commit.unlink[first : first + _UNLINK_AT_ONCE])
-
-
-def _version_of(lines: Sequence[tuple[bytes, Mapping[bytes, bytes]]]) -> int:
-    """The version that the last of these lines of a log tells, -1 if there is none."""
-    try:
-        return int(lines[-1][1][b"version"]) if lines else -1
-    except (KeyError, ValueError):
-        return -1
 
 
 def _absent_if_wrong_type(reply: Any) -> Any:

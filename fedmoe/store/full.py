@@ -16,9 +16,10 @@ from fedmoe.store.connection import execute
 
 Command = Sequence[Any]
 
-# KEYS[1] is a hash whose field `commit` must be ARGV[1]; then come commands, each led by the number of its words.
+# KEYS[1] is a hash whose field `commit` must be ARGV[1], "" if there is none; then come commands, each led by the
+# number of its words.
 _TRANSACTION = """#!lua flags=allow-oom
-if redis.call('HGET', KEYS[1], 'commit') ~= ARGV[1] then return 0 end
+if (redis.call('HGET', KEYS[1], 'commit') or '') ~= ARGV[1] then return 0 end
 local at = 2
 while at <= #ARGV do
   local words = tonumber(ARGV[at])

@@ -3,9 +3,9 @@
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from fedmoe.errors import DamagedExpertError, SpecError, UnknownExpertError
-from fedmoe.layout import stamp_of
 from fedmoe.records import Entry, Meta
 from fedmoe.spec import Spec
 from fedmoe.store.connection import Connection
@@ -81,22 +81,13 @@ class GatewayStore:
         return Meta.from_hash(raw)
 
     def read(self, expert: str) -> tuple[Meta, bytes]:
-        """An expert's meta and weights, in one MULTI."""
-        keys = self.connection.keys.expert(expert)
-        with self.connection.errors():
-            raw, weights = read_together(self._redis, ("hgetall", keys.meta), ("get", keys.weights))
-        return self._of_one_commit(expert, raw, weights), weights
+        """An expert's meta and weights, in one MULTI.
 
-    def _of_one_commit(self, expert: str, raw: Mapping[bytes, bytes], weights: bytes | None) -> Meta:
-        if not raw or weights is None:
-            raise UnknownExpertError(f"expert {expert!r} is gone from Redis")
-        meta = Meta.from_hash(raw)
-        if (commit := stamp_of(weights)) != meta.weights_commit:
-            raise DamagedExpertError(
-                expert,
-                f"its weights are of commit {commit or 'unknown'}, its meta names {meta.weights_commit}",
-            )
-        return meta
+        Raises:
+            DamagedExpertError: if its parts do not belong together.
+        """
+        meta, weights, _ = self._parts(expert)
+        return meta, weights
 
     def history(self, expert: str) -> tuple[Meta, bytes, list[dict[str, str]]]:
         """An expert's meta, weights and whole log (oldest line first), in one MULTI.
@@ -104,17 +95,23 @@ class GatewayStore:
         Raises:
             DamagedExpertError: if its parts do not belong together.
         """
+        meta, weights, (log,) = self._parts(expert, ("xrange", self.connection.keys.expert(expert).log))
+        return meta, weights, [Entry.of(*line).fields for line in log]
+
+    def _parts(self, expert: str, *more: tuple[str, ...]) -> tuple[Meta, bytes, list[Any]]:
+        """Meta and weights of an expert whose parts belong together, and the replies to `more` reads."""
         keys = self.connection.keys.expert(expert)
         with self.connection.errors():
-            raw, weights, log, decided, spec = read_together(
+            raw, weights, decided, spec, *replies = read_together(
                 self._redis,
-                ("hgetall", keys.meta), ("get", keys.weights), ("xrange", keys.log), ("hgetall", keys.applied),
-                ("get", keys.spec),
+                ("hgetall", keys.meta), ("get", keys.weights), ("hgetall", keys.applied), ("get", keys.spec), *more,
             )  # fmt: skip
-        meta = self._of_one_commit(expert, raw, weights)
-        if wrong := examine(spec, weights, raw, decided).damage:
-            raise DamagedExpertError(expert, wrong)
-        return meta, weights, [Entry.of(*line).fields for line in log]
+        if not raw and weights is None:
+            raise UnknownExpertError(f"expert {expert!r} is gone from Redis")
+        condition = examine(spec, weights, raw, decided)
+        if condition.meta is None or condition.damage:
+            raise DamagedExpertError(expert, condition.damage)
+        return condition.meta, weights, replies
 
     def record(self) -> GatewayRecord | None:
         """What the stored gateway was built from; None if there is none."""

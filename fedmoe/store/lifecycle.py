@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import redis
+
 from fedmoe.errors import ProtocolError, SpecError
 from fedmoe.integrity import damage
 from fedmoe.layout import STAMPED_BYTES, stamp_of, stamped
@@ -15,13 +17,17 @@ from fedmoe.packed import pack_file
 from fedmoe.records import Decided, Meta, read_protocol
 from fedmoe.spec import Spec
 from fedmoe.store.connection import Connection, execute
-from fedmoe.store.full import read_together
+from fedmoe.store.full import is_full, read_together, transact
 from fedmoe.update import PAYLOAD_TTL_S, Header
 
 CLAIM_MS = (
     10_000  # claims to write an expert back are forgotten together, so those of dead aggregators are, too
 )
 Line = Mapping[str, str | int | float]
+_CLAIM = """#!lua flags=allow-oom
+local is_new = redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
+redis.call('PEXPIRE', KEYS[1], ARGV[3], 'NX')
+return {is_new, redis.call('HGETALL', KEYS[1])}"""
 
 
 def new_id() -> str:
@@ -39,6 +45,7 @@ class Condition:
         damage: what is missing or does not belong to this meta, as the end of a sentence; "" if all is whole.
         weights_commit: the commit that wrote the weights that are there; "" if there are none.
         decided: the last decided update of each worker.
+        logged_version: of the log's last line, -1 if there is none.
     """
 
     commit: str
@@ -46,21 +53,31 @@ class Condition:
     damage: str
     weights_commit: str
     decided: Mapping[str, Decided]
+    logged_version: int
 
 
 def examine(
-    spec: bytes | None, weights: bytes | None, meta: Mapping[bytes, bytes], decided: Mapping[bytes, bytes]
+    spec: bytes | None,
+    weights: bytes | None,
+    meta: Mapping[bytes, bytes],
+    decided: Mapping[bytes, bytes],
+    *,
+    weights_bytes: int | None = None,
+    last_line: Sequence[tuple[bytes, Mapping[bytes, bytes]]] = (),
 ) -> Condition:
-    """Parse the parts of an expert as Redis holds them, and compare them; of the weights the beginning is enough.
+    """Parse the parts of an expert as Redis holds them, and compare them.
+
+    Of the weights the beginning is enough, with the `weights_bytes` of the whole.
 
     Raises:
         ProtocolError: if a later FedMoE wrote it. Then nothing can be said of its parts.
     """
     read_protocol(meta.get(b"protocol"))
     found = []
-    digest, root, records = None, None, {}
+    parsed, root, records = None, None, {}
+    length = len(weights or b"") if weights_bytes is None else weights_bytes
     try:
-        digest = Spec.from_json(spec).digest if spec is not None else None
+        parsed = Spec.from_json(spec) if spec is not None else None
     except ProtocolError:
         raise
     except SpecError as error:
@@ -73,16 +90,21 @@ def examine(
         root = Meta.from_hash(meta) if meta else None
         if root is None:
             found.append("its meta is missing")
-    except SpecError as error:
-        found.append(str(error))
+    except SpecError:
+        found.append(
+            "its meta lacks a field or is malformed (an earlier FedMoE wrote it, or it was edited by hand)"
+        )
     if root is not None and not found:
-        found.append(damage(root, spec=digest, weights=weights, decided=records))
+        found.append(damage(root, spec=parsed.digest if parsed else None, weights=weights, decided=records))
+    if parsed is not None and length not in (0, parsed.layout.file_bytes):
+        found.append(f"its weights have {length} bytes, its spec gives {parsed.layout.file_bytes}")
     return Condition(
         commit=meta.get(b"commit", b"").decode(errors="backslashreplace"),
         meta=root,
         damage="; ".join(filter(None, found)),
         weights_commit=stamp_of(weights) if weights else "",
         decided=records,
+        logged_version=version_of(last_line),
     )
 
 
@@ -118,10 +140,14 @@ class ExpertLifecycle:
                 ("getrange", keys.weights, 0, STAMPED_BYTES - 1),
                 ("hgetall", keys.meta),
                 ("hgetall", keys.applied),
+                ("strlen", keys.weights),
+                ("xrevrange", keys.log, "+", "-", 1),
                 wrong_type_is_none=True,
             )
-        spec, weights, meta, decided = replies
-        return examine(spec, weights, meta or {}, decided or {})
+        spec, weights, meta, decided, length, last_line = replies
+        return examine(
+            spec, weights, meta or {}, decided or {}, weights_bytes=length or 0, last_line=last_line or ()
+        )
 
     def claim(self, holder: str, version: int) -> tuple[bool, str]:
         """Tell all aggregators that this one can write back a version that Redis has lost.
@@ -131,10 +157,16 @@ class ExpertLifecycle:
         """
         key = self.keys.memory
         with self.connection.errors(), self._redis.pipeline(transaction=True) as pipe:
-            pipe.hset(key, holder, version)
-            pipe.pexpire(key, CLAIM_MS, nx=True)
-            pipe.hgetall(key)
-            is_new, _, claims = pipe.execute()
+            try:
+                pipe.hset(key, holder, version)
+                pipe.pexpire(key, CLAIM_MS, nx=True)
+                pipe.hgetall(key)
+                is_new, _, claims = pipe.execute()
+            except redis.RedisError as error:
+                if not is_full(error):
+                    raise
+                is_new, pairs = self._redis.eval(_CLAIM, 1, key, holder, version, CLAIM_MS)
+                claims = dict(zip(pairs[::2], pairs[1::2], strict=True))
         return bool(is_new), max(claims, key=lambda name: (int(claims[name]), name)).decode()
 
     def lost(self) -> dict[str, str]:
@@ -206,22 +238,61 @@ class ExpertLifecycle:
         keys = self.keys
         packed = pack_file(weights, spec, meta.weights_commit)
         with self.connection.errors(), self._redis.pipeline(transaction=True) as pipe:
-            pipe.watch(keys.meta, keys.log, keys.dead)
-            present = pipe.hget(keys.meta, "commit")
-            if (present.decode() if present else "") != on:
+            if (wrong := self._watch(pipe, on)) is None:
                 return False
-            wrong = [key for key in (keys.log, keys.dead) if pipe.type(key) not in (b"stream", b"none")]
+            raised = self._raised_epochs(pipe, applied)
+
+            def queue(pipe: Any) -> None:
+                pipe.unlink(
+                    *wrong,
+                    keys.meta,
+                    keys.spec,
+                    keys.weights,
+                    keys.applied,
+                    keys.packed,
+                    keys.lost,
+                    keys.memory,
+                )
+                self._queue_parts(pipe, spec, meta, weights, packed)
+                if applied:
+                    pipe.hset(keys.applied, mapping={w: d.to_json() for w, d in applied.items()})
+                for key, lines in ((keys.log, log), (keys.dead, dead)):
+                    for line in lines:
+                        pipe.xadd(key, dict(line))
+                for worker, epoch in raised.items():
+                    pipe.set(keys.epoch(worker), epoch, ex=PAYLOAD_TTL_S)
+
             pipe.multi()
-            pipe.unlink(keys.meta, keys.spec, keys.weights, keys.applied, keys.packed, keys.lost, keys.memory)
-            if wrong:
-                pipe.unlink(*wrong)
-            self._queue_parts(pipe, spec, meta, weights, packed)
-            if applied:
-                pipe.hset(keys.applied, mapping={w: d.to_json() for w, d in applied.items()})
-            for key, lines in ((keys.log, log), (keys.dead, dead)):
-                for line in lines:
-                    pipe.xadd(key, dict(line))
-            return execute(pipe) is not None
+            queue(pipe)
+            try:
+                return execute(pipe) is not None
+            except redis.RedisError as error:
+                if not is_full(error) or self._watch(pipe, on) is None:
+                    raise
+            queued = self._redis.pipeline(transaction=True)
+            queue(queued)
+            return transact(pipe, keys.meta, on, [words for words, _ in queued.command_stack])
+
+    def _watch(self, pipe: Any, on: str) -> list[str] | None:
+        """WATCH what is written back over: None unless its commit is `on`, else the keys of streams that are none."""
+        keys = self.keys
+        pipe.watch(keys.meta, keys.log, keys.dead)
+        present = pipe.hget(keys.meta, "commit") if pipe.type(keys.meta) == b"hash" else None
+        if (present.decode(errors="backslashreplace") if present else "") != on:
+            return None
+        return [key for key in (keys.log, keys.dead) if pipe.type(key) not in (b"stream", b"none")]
+
+    def _raised_epochs(self, pipe: Any, applied: Mapping[str, Decided]) -> dict[str, int]:
+        """The workers whose count of runs Redis lost, and what it must be: their next run needs a number of its own."""
+        if not applied:
+            return {}
+        counts = pipe.mget([self.keys.epoch(worker) for worker in applied])
+        wanted = {worker: decided.id.epoch for worker, decided in applied.items()}
+        return {
+            worker: epoch
+            for (worker, epoch), count in zip(wanted.items(), counts, strict=True)
+            if not (count or b"").isdigit() or int(count) < epoch
+        }
 
     def _queue_parts(
         self, pipe: Any, spec: Spec, meta: Meta, weights: bytes | memoryview, packed: bytes | None
@@ -233,15 +304,24 @@ class ExpertLifecycle:
         if packed:
             pipe.set(keys.packed, packed)
 
-    def announce(self, worker: str, header: Header, parts: Sequence[bytes]) -> None:
-        """Publish an update again for its worker: its parts, its header, and the entry that names them."""
+    def announce(self, worker: str, header: Header, parts: Sequence[bytes]) -> bool:
+        """Publish an update again for its worker: parts, header, and its entry; False if Redis is full."""
         keys, (run, seq) = self.keys, header.id
         with self.connection.errors(), self._redis.pipeline(transaction=False) as pipe:
             for index, part in enumerate(parts):
                 pipe.set(keys.part(worker, run, seq, index), part, ex=PAYLOAD_TTL_S)
             pipe.set(keys.head(worker, run, seq), header.pack(), ex=PAYLOAD_TTL_S)
             pipe.xadd(keys.updates, header.entry(worker))
-            pipe.execute()
+            try:
+                pipe.execute()
+            except redis.RedisError as error:
+                if not is_full(error):
+                    raise
+                self._redis.unlink(
+                    keys.head(worker, run, seq), *(keys.part(worker, run, seq, i) for i in range(len(parts)))
+                )
+                return False
+        return True
 
     def register(self, gateway_weight: float, *, overwrite: bool = False) -> None:
         """List the expert among the federation's; one that is there keeps its weight unless told otherwise."""
@@ -250,3 +330,11 @@ class ExpertLifecycle:
             listed = self._redis.hget(key, self.name)
             if listed is None or (overwrite and listed.decode() != weight):  # a full Redis takes no write
                 (self._redis.hset if overwrite else self._redis.hsetnx)(key, self.name, weight)
+
+
+def version_of(lines: Sequence[tuple[bytes, Mapping[bytes, bytes]]] | None) -> int:
+    """The version that the last of these lines of a log tells, -1 if there is none."""
+    try:
+        return int(lines[-1][1][b"version"]) if lines else -1
+    except (KeyError, ValueError):
+        return -1

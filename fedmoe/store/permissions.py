@@ -10,8 +10,8 @@ from fedmoe.keys import Keys
 
 ANY = "*"  # as the name of an expert or a worker: whichever
 READS = frozenset({
-    "EXISTS", "GET", "GETRANGE", "HGET", "HGETALL", "HKEYS", "HMGET", "PTTL", "STRLEN", "TYPE", "WATCH", "XINFO GROUPS",
-    "XINFO STREAM", "XLEN", "XRANGE", "XREVRANGE",
+    "EXISTS", "GET", "GETRANGE", "HGET", "HGETALL", "HKEYS", "HLEN", "HMGET", "MGET", "PTTL", "STRLEN",
+    "TYPE", "WATCH", "XINFO GROUPS", "XINFO STREAM", "XLEN", "XRANGE", "XREVRANGE",
 })  # fmt: skip
 
 
@@ -91,23 +91,24 @@ def _aggregator(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
         *_on(all_keys.experts, may="HDEL", when="an expert is listed that an operator removed"),
         *_on(keys.meta, may="UNLINK", when="--new-lineage begins an expert anew that an operator removed"),
         *_on(keys.meta, may="EXISTS, HGETALL, HGET, HSET, WATCH, EVAL"),
-        *_on(keys.applied, may="EXISTS, HGETALL, HSET, TYPE, WATCH, EVAL"),
+        *_on(keys.applied, may="EXISTS, HGETALL, HLEN, HSET, TYPE, WATCH, EVAL"),
+        *_on(keys.meta, keys.spec, keys.weights, keys.applied, may="UNLINK", when=lost),
+        *_on(keys.meta, may="TYPE", when=lost),
         *_on(keys.weights, may="EXISTS, GET, SET, TYPE, STRLEN, WATCH, EVAL"),
         *_on(keys.packed, may="SET, UNLINK, TYPE, STRLEN, WATCH, EVAL"),
-        *_on(keys.packed, may="GETRANGE"),
+        *_on(keys.weights, keys.packed, may="GETRANGE"),
         *_on(keys.weights, keys.packed, may="SETRANGE, PTTL", when=large),
         *_on(keys.spec, may="EXISTS, GET, SET"),
-        *_on(keys.meta, keys.spec, keys.weights, keys.applied, may="UNLINK", when=lost),
-        *_on(keys.weights, may="GETRANGE", when=lost),
         *_on(keys.log, keys.dead, may="XADD, UNLINK, TYPE, WATCH, EVAL"),
         *_on(keys.log, may="XREVRANGE"),
         *_on(keys.updates, may="XGROUP CREATE, XREADGROUP, XAUTOCLAIM, XACK, XDEL, XINFO STREAM, WATCH"),
         *_on(keys.updates, may="DEL", when="somebody blocked the stream with its highest id"),
-        *_on(keys.updates, may="EVAL", when=full),
+        *_on(keys.updates, keys.memory, may="EVAL", when=full),
         *_on(keys.spec, keys.memory, may="WATCH", when=full),
         *_on(keys.updates, may="XADD", when=older),
         *_on(payloads, may="SET", when=older),
         *_on(payloads, may="GETRANGE, UNLINK"),
+        *_on(payloads, may="MGET", when=lost),
         *_on(keys.lease, may="EVALSHA, GET, SET, DEL"),
         *_on(keys.lease, may="PTTL", when="a second aggregator runs"),
         *_on(keys.lease, may="PEXPIRE", when="somebody set a lease that does not expire"),

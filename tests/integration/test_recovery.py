@@ -79,7 +79,7 @@ DAMAGES = {
     "no meta": (_delete("meta"), "its meta is missing"),
     "meta without a field": (
         lambda client, keys: client.hdel(keys.meta, "weights_commit"),
-        "the expert's meta hash is malformed",
+        "its meta lacks a field or is malformed",
     ),
 }
 
@@ -323,7 +323,7 @@ def test_kept_updates_are_announced_again_if_somebody_committed_first(
     with serving(connect(), "one", keep_updates=tmp_path, memory=expert):
         eventually("version 5", lambda: other.store.load().meta.version == 5, timeout_s=10)
         eventually("an empty stream", lambda: not connection.client.xlen(other.store.keys.updates))
-    assert "aggregator other committed version 2 before version 4 could be written back" in caplog.text
+    assert "version 4 was in memory here, and Redis is at version 2, last committed by other" in caplog.text
     assert "3 updates are undone, of which 3 are announced again" in caplog.text
     meta, file, lines = GatewayStore(connection).history(NAME)
     assert sorted((line["worker"], line["seq"]) for line in lines) == [
@@ -341,7 +341,7 @@ def test_undone_updates_are_counted_where_nobody_kept_them(
     """Their workers send again what they still have."""
     expert, other, (alice, *_) = forked(connection, None)
     with serving(connect(), "one", memory=expert):
-        eventually("the sentence", lambda: "2 updates are undone, of which 0 are announced" in caplog.text)
+        eventually("the sentence", lambda: "3 updates are undone, of which 0 are announced" in caplog.text)
         assert len(alice.pull().resent) == 2
         alice.publish()
         eventually("version 3", lambda: other.store.load().meta.version == 3, timeout_s=10)

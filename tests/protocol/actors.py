@@ -45,7 +45,13 @@ def first_db(spec: Spec) -> Db:
     """A new expert of zeros."""
     file = stamped(spec.layout.header + bytes(4 * spec.layout.numel), "c0")
     meta = Meta(
-        lineage="L", commit="c0", weights_commit="c0", spec=spec.digest, base_fingerprint="f", loss=0.0
+        lineage="L",
+        commit="c0",
+        weights_commit="c0",
+        spec=spec.digest,
+        base_fingerprint="f",
+        loss=0.0,
+        reach=1.0,
     )
     return Db(
         strings=((KEYS.spec, spec.to_json().encode()), (KEYS.weights, file)),
@@ -117,6 +123,7 @@ class Rules:
     new_run_at_start: bool = True
     server: type[ExpertServer] = ExpertServer
     keep_decided_s: float = 60.0
+    history: int = HISTORY
 
 
 class Served(NamedTuple):
@@ -186,7 +193,7 @@ class Aggregator:
         server._loaded = memory.loaded
         server._recovery.claimed_at = -99.0 if memory.claimed else None
         server._recovery._store = store
-        history = server._history = History(HISTORY)
+        history = server._history = History(rules.history)
         history.lines, history.attempted = dict(memory.history), memory.attempted
         if memory.meta:
             expert = server._expert = self._expert(store, self._spec, history=history)

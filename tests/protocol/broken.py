@@ -30,7 +30,10 @@ from tests.protocol.state import Scope
 
 @dataclass(frozen=True, kw_only=True)
 class Broken:
-    """A rule taken out; `symptom` is part of what the search then says."""
+    """A rule taken out; `symptom` is part of what the search then says.
+
+    Where an aggregator that remembers would make good what goes wrong, it remembers its last commit only (`history=1`).
+    """
 
     what: str
     rules: Rules
@@ -197,9 +200,9 @@ class ForgetsTheLine(ExpertStore):
 class BeginsLineage(Expert):
     """An expert that is written back counts as a new one."""
 
-    def write_back(self, *, on: str) -> bool:
+    def write_back(self, *, on: str, anchor: bool = True) -> bool:
         self.meta = replace(self.meta, lineage="of its own")
-        return super().write_back(on=on)
+        return super().write_back(on=on, anchor=anchor)
 
 
 def _is_older(expert: Expert, found: Condition) -> bool:
@@ -248,7 +251,7 @@ BROKEN = {
     ),
     "H2_prev_not_checked": Broken(
         what="an update is accepted if its seq is above the last one's, whatever its prev",
-        rules=Rules(patches=((consumers.expert, "judge_header", _any_prev),)),
+        rules=Rules(patches=((consumers.expert, "judge_header", _any_prev),), history=1),
         scope=Scope(faults={"failover": 1}),
         symptom="0 times in local",
     ),
@@ -278,7 +281,7 @@ BROKEN = {
     ),
     "H6_pull_by_version": Broken(
         what="a worker compares versions instead of commit ids when it pulls",
-        rules=Rules(worker_store=PullByVersion),
+        rules=Rules(worker_store=PullByVersion, history=1),
         scope=Scope(workers=2, units=1, lag=3, faults={"failover": 1}),
         symptom="times in local",
     ),
@@ -326,7 +329,7 @@ BROKEN = {
     ),
     "H13_negative_staleness": Broken(
         what="staleness is version - base_version, also below 0",
-        rules=Rules(patches=((consumers.decide, "staleness_of", int.__sub__),)),
+        rules=Rules(patches=((consumers.decide, "staleness_of", int.__sub__),), history=1),
         scope=Scope(workers=2, units=1, lag=3, faults={"failover": 1}),
         symptom="negative",
     ),

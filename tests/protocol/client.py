@@ -10,7 +10,7 @@ from typing import Any
 
 import redis
 
-from tests.protocol.world import NO_GROUP, Command, Pairs, Reply, Request, Suspended
+from tests.protocol.world import KEYS, NO_GROUP, Command, Pairs, Reply, Request, Suspended
 
 
 class Port:
@@ -159,7 +159,7 @@ class Pipeline:
         if nx:
             self._add("SETNX", key, str(value).encode())
             return
-        self._add("SET", key, value.encode() if isinstance(value, str) else bytes(value))
+        self._add("SET", key, str(value).encode() if isinstance(value, str | int) else bytes(value))
 
     def unlink(self, *keys: str) -> None:
         self._add("UNLINK", *keys)
@@ -170,12 +170,22 @@ class Pipeline:
         return self._add("HGET", key, field, parse=_bytes)
 
     def exists(self, *keys: str) -> Any:
+        if self._immediate:
+            return self._client._one("EXISTS", *keys, watched=self._watching)
+        return self._add("EXISTS", *keys)
+
+    def hlen(self, key: str) -> None:
+        self._add("HLEN", key)
+
+    def mget(self, keys: Sequence[str]) -> Any:
         assert self._immediate
-        return self._client._one("EXISTS", *keys, watched=self._watching)
+        return self._client._one("MGET", *keys, watched=self._watching)
 
     def type(self, key: str) -> Any:
         """Types never change here."""
-        return b"stream" if self._immediate else self._add("TYPE", key)
+        if self._immediate:
+            return b"hash" if key == KEYS.meta else b"stream"
+        return self._add("TYPE", key)
 
     def hgetall(self, key: str) -> None:
         self._add("HGETALL", key, parse=_hash)

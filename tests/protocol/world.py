@@ -186,6 +186,12 @@ class _Server:
     def exists(self, *keys: str) -> int:
         return sum(key in self.strings or key in self.hashes for key in keys)
 
+    def hlen(self, key: str) -> int:
+        return len(self.hashes.get(key, {}))
+
+    def mget(self, *keys: str) -> tuple[bytes | None, ...]:
+        return tuple(self.strings.get(key) for key in keys)
+
     def unlink(self, *keys: str) -> int:
         return sum((self.strings.pop(key, None) or self.hashes.pop(key, None)) is not None for key in keys)
 

@@ -13,7 +13,7 @@ from consumers.expert import Expert
 from consumers.verify import replay
 from fedmoe.archive import Archive
 from fedmoe.backup import Backup, back_up, restore
-from fedmoe.errors import DamagedExpertError, FedMoEError
+from fedmoe.errors import DamagedExpertError, FedMoEError, NameTakenError
 from fedmoe.layout import stamped
 from fedmoe.lora_init import initial_weights
 from fedmoe.spec import Spec
@@ -345,6 +345,86 @@ def test_undone_updates_are_counted_where_nobody_kept_them(
         assert len(alice.pull().resent) == 2
         alice.publish()
         eventually("version 3", lambda: other.store.load().meta.version == 3, timeout_s=10)
+
+
+def test_full_redis_is_written_back_to(
+    connection: Connection, connect: Connect, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It came back from an older file and is full: what is in memory goes back beyond the limit, as a commit does."""
+    expert = make_expert(connection)
+    worker = ScriptedWorker(connection, expert.spec)
+    snapshot = Snapshot.take(connection)
+    worker.push(1.0)
+    serve(expert)
+    snapshot.bring_back(connection)
+    connection.client.config_set("maxmemory", 1)
+    with serving(connect(), "one", memory=expert):
+        eventually("version 1", lambda: expert.store.load().meta.version == 1)
+    connection.client.config_set("maxmemory", 0)
+    assert "written back from memory, version 1" in caplog.text
+
+
+def test_damage_is_not_taken_for_another_history(
+    connection: Connection, connect: Connect, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Somebody committed, and then the decisions were removed: nothing is announced again, and memory is kept."""
+    expert, _, _ = forked(connection, tmp_path)
+    connection.client.delete(expert.store.keys.applied)
+    with serving(connect(), "one", keep_updates=tmp_path, memory=expert) as (server, _):
+        eventually("the sentence", lambda: "remembers another history" in caplog.text)
+        assert server._expert is expert
+    assert connection.client.xlen(expert.store.keys.updates) == 0
+
+
+def test_both_versions_are_told_without_anything_kept(
+    connection: Connection, connect: Connect, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An aggregator that was started again never passed through the older commit that Redis comes back with."""
+    expert = make_expert(connection)
+    worker = ScriptedWorker(connection, expert.spec)
+    snapshot = Snapshot.take(connection)
+    worker.push(1.0)
+    serve(expert)
+    again = Expert(expert.store, expert.spec, aggregator="again")
+    again.load()
+    snapshot.bring_back(connection)
+    with serving(connect(), "again", memory=again):
+        eventually(
+            "the sentence",
+            lambda: "Redis went back: version 1 was in memory here, and Redis is at version 0" in caplog.text,
+        )
+
+
+def test_run_with_decided_updates_stops_before_another_of_its_number(connection: Connection) -> None:
+    """Two living runs of one number: the one that has decided updates must not send them again behind the other."""
+    expert = make_expert(connection)
+    snapshot = Snapshot.take(connection)
+    old = ScriptedWorker(connection, expert.spec)
+    snapshot.bring_back(connection)
+    new = ScriptedWorker(connection, expert.spec)
+    assert new.ledger.run.split("-")[0] == old.ledger.run.split("-")[0]
+    old.push(1.0)
+    assert serve(expert) == ["applied"]
+    old.pull()
+    new.push(2.0)
+    assert serve(expert) == ["undecidable"]
+    new.pull()
+    new.publish()
+    assert serve(expert) == ["applied"]
+    with pytest.raises(NameTakenError):
+        old.pull()
+
+
+def test_next_run_has_a_number_of_its_own_after_a_write_back(connection: Connection) -> None:
+    """Redis forgot how many runs a worker had; the write-back tells it."""
+    expert = make_expert(connection)
+    snapshot = Snapshot.take(connection)
+    old = ScriptedWorker(connection, expert.spec)
+    old.push(1.0)
+    serve(expert)
+    snapshot.bring_back(connection)
+    assert expert.write_back(on=expert.store.condition().commit)
+    assert old.store.next_epoch() == 2
 
 
 def test_restore_is_not_undone(

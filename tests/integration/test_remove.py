@@ -59,7 +59,7 @@ def test_memory_is_not_written_back_on_top_of_a_removal(expert: Expert) -> None:
     connection, store = expert.store.connection, expert.store
     ScriptedWorker(connection, small_spec()).push(0.5)
     entries = store.read(block_ms=1, count=1)
-    seen = Condition(commit="", meta=None, damage="", weights_commit="", decided={})
+    seen = Condition(commit="", meta=None, damage="", weights_commit="", decided={}, logged_version=-1)
     remove_expert(connection, "sql_expert")
     assert not expert.write_back(on=seen.commit)
     assert not store.create(expert.spec, expert.meta, expert.buffer.file)

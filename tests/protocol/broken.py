@@ -210,9 +210,9 @@ def _is_older(expert: Expert, found: Condition) -> bool:
 
 
 def _number_of_a_run_counts(
-    head: UpdateId | None, start: UpdateId | None, known: Sequence[UpdateId], run: str
+    head: UpdateId | None, start: UpdateId | None, known: Sequence[UpdateId], run: str, n_kept: int
 ) -> tuple[Place, int]:
-    place, count = locate(head, start, known, run)
+    place, count = locate(head, start, known, run, n_kept)
     is_stranger = place is Place.BEHIND and head and head.run != run
     return (Place.FOREIGN, 0) if is_stranger and head.epoch == UpdateId(run, 0).epoch else (place, count)
 
@@ -421,6 +421,6 @@ BROKEN = {
         what="a worker takes a run of its own number for a living stranger",
         rules=Rules(patches=((producers.ledger, "locate", _number_of_a_run_counts),)),
         scope=Scope(units=1, disk=False, faults={"failover": 1, "kill_worker": 1}),
-        symptom="gave up",
+        symptom="another process publishes under this worker's name",
     ),
 }

@@ -18,7 +18,7 @@ from producers.checkpoint import StateDir
 from producers.ledger import Ledger
 from tests.hazards import chains, commits, recovery, updates, without
 from tests.hazards.world import World
-from tests.protocol import broken
+from tests.protocol import broken, broken_recovery
 
 Patch = tuple[Any, str, Any]  # what to replace: object, attribute, replacement
 
@@ -405,14 +405,14 @@ HAZARDS = {
         wrong="Redis comes back from an older file, and what a worker that has ended had published is gone",
         rule="an aggregator that remembers a later commit writes it back",
         scenario=recovery.h20_older_file,
-        without=((aggregator, "ExpertServer", broken.ForgetsAtErrors),),
+        without=((aggregator, "ExpertServer", broken_recovery.ForgetsAtErrors),),
         symptom="alice's step 1 is lost",
     ),
     "H20b": Hazard(
         wrong="the same, after another aggregator has committed on top of the older state: that commit is overwritten",
         rule="only a commit that memory passed through is written over, by a compare-and-swap",
         scenario=recovery.h20_committed_meanwhile,
-        without=broken.BROKEN["E9_older_version_is_written_over"].rules.patches,
+        without=broken_recovery.BROKEN_RECOVERY["E9_older_version_is_written_over"].rules.patches,
         symptom="bob's step 0 is lost",
     ),
     "H20c": Hazard(
@@ -426,14 +426,14 @@ HAZARDS = {
         wrong="an operator restores an older backup, and an aggregator writes back what it remembers",
         rule="memory is written back over a commit that it passed through, not over an earlier version",
         scenario=recovery.h21_restored_backup,
-        without=broken.BROKEN["E9_older_version_is_written_over"].rules.patches,
+        without=broken_recovery.BROKEN_RECOVERY["E9_older_version_is_written_over"].rules.patches,
         symptom="alice's step 0 counts 1 times",
     ),
     "H22": Hazard(
         wrong="a worker started while Redis was behind meets a run of its own number, and stops at every start",
         rule="only a run of a later number is another process",
         scenario=recovery.h22_run_of_the_same_number,
-        without=broken.BROKEN["E11_number_of_a_run_counts"].rules.patches,
+        without=broken_recovery.BROKEN_RECOVERY["E11_number_of_a_run_counts"].rules.patches,
         symptom="alice",
     ),
 }

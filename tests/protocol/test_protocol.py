@@ -12,6 +12,7 @@ import pytest
 
 from tests.protocol.actors import Rules
 from tests.protocol.broken import BROKEN, WritesBackFolded
+from tests.protocol.broken_recovery import BROKEN_RECOVERY
 from tests.protocol.scopes import SMALL
 from tests.protocol.script import forked_memory_is_written_back
 from tests.protocol.search import ViolationError, search
@@ -47,10 +48,10 @@ def test_without_the_prefix() -> None:
         forked_memory_is_written_back(Rules(expert=WritesBackFolded))
 
 
-@pytest.mark.parametrize("name", BROKEN)
+@pytest.mark.parametrize("name", [*BROKEN, *BROKEN_RECOVERY])
 def test_without_the_rule(name: str) -> None:
     """A rule taken out is found out; with it, as many states of the same federation are all right."""
-    broken = BROKEN[name]
+    broken = (BROKEN | BROKEN_RECOVERY)[name]
     with pytest.raises(ViolationError) as caught:
         search(broken.scope, broken.rules)
     found = caught.value

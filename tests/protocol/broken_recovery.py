@@ -1,0 +1,181 @@
+"""The rules about a server that lost something, taken out one by one, as in `broken`."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import consumers.recovery
+import producers.ledger
+from consumers.aggregator import ExpertServer
+from consumers.expert import Expert
+from fedmoe.errors import LostExpertError, RefusedError
+from fedmoe.layout import AdapterBuffer
+from fedmoe.records import NO_DECISIONS, Entry, Meta
+from fedmoe.spec import Spec
+from fedmoe.store.expert import ExpertStore
+from fedmoe.store.lifecycle import Condition
+from fedmoe.store.worker import Poll, WorkerStore
+from fedmoe.update import Header, UpdateId
+from producers.ledger import Place, locate
+from tests.protocol.actors import Rules, make_spec
+from tests.protocol.broken import Broken
+from tests.protocol.state import Scope
+
+
+class ForgetsAtErrors(ExpertServer):
+    """An aggregator's memory is thrown away without a look whether the server has still what it is a copy of."""
+
+    def _rescue(self, expert: Expert) -> None:
+        self._expert = None
+
+
+class RescuesWithTheLease(ExpertServer):
+    """Who has not the lease writes nothing back."""
+
+    def _rescue(self, expert: Expert) -> None:
+        if self._lease.hold():
+            super()._rescue(expert)
+
+
+class Overwrites(ExpertStore):
+    """What an aggregator remembers is written whatever is there by now."""
+
+    def write_back(self, spec: Spec, meta: Meta, weights: memoryview, **more: Any) -> bool:
+        pipe = self._redis.pipeline(transaction=True)
+        self._queue_parts(pipe, spec, meta, weights, None)
+        if more["applied"]:
+            pipe.hset(self.keys.applied, mapping={w: d.to_json() for w, d in more["applied"].items()})
+        for line in more["log"]:
+            pipe.xadd(self.keys.log, line)
+        with self.connection.errors():
+            pipe.execute()
+        return True
+
+
+class BeginsAnew(ExpertServer):
+    """An aggregator that finds no expert makes one."""
+
+    def _load(self) -> list[Entry]:
+        try:
+            return super()._load()
+        except LostExpertError:
+            spec = make_spec(workers=1, units=1, max_staleness=9, max_norm=9.0)
+            buffer = AdapterBuffer(spec.layout)
+            meta = Meta(lineage="another", commit="c98", weights_commit="c98", spec=spec.digest)
+            self._store.create(spec, meta, buffer.file)
+            raise
+
+
+class GivesUp(WorkerStore):
+    """A worker whose expert is gone ends."""
+
+    def poll(self, entry_id: str, header: Header) -> Poll:
+        try:
+            return super().poll(entry_id, header)
+        except LostExpertError as error:
+            raise RefusedError(str(error)) from error
+
+
+class ForgetsDecisions(ExpertStore):
+    """The expert is written back without what had been decided."""
+
+    def write_back(self, spec: Spec, meta: Meta, weights: memoryview, **more: Any) -> bool:
+        meta = replace(meta, decided_stamp=NO_DECISIONS)
+        return super().write_back(spec, meta, weights, **(more | {"applied": {}}))
+
+
+class ForgetsTheLine(ExpertStore):
+    """The log does not tell that, and at which version, an expert was written back."""
+
+    def write_back(self, *expert: Any, **more: Any) -> bool:
+        return super().write_back(*expert, **(more | {"log": []}))
+
+
+class BeginsLineage(Expert):
+    """An expert that is written back counts as a new one."""
+
+    def write_back(self, *, on: str, anchor: bool = True) -> bool:
+        self.meta = replace(self.meta, lineage="of its own")
+        return super().write_back(on=on, anchor=anchor)
+
+
+def _is_older(expert: Expert, found: Condition) -> bool:
+    return found.meta is None or found.meta.version <= expert.meta.version
+
+
+def _number_of_a_run_counts(
+    head: UpdateId | None, start: UpdateId | None, known: Sequence[UpdateId], run: str, n_kept: int
+) -> tuple[Place, int]:
+    place, count = locate(head, start, known, run, n_kept)
+    is_stranger = place is Place.BEHIND and head and head.run != run
+    return (Place.FOREIGN, 0) if is_stranger and head.epoch == UpdateId(run, 0).epoch else (place, count)
+
+
+BROKEN_RECOVERY = {
+    "E1_memory_is_not_kept": Broken(
+        what="an aggregator throws its memory away at an error, without a look whether the server lost the expert",
+        rules=Rules(server=ForgetsAtErrors),
+        scope=Scope(units=1, faults={"empty": 1}),
+        symptom="gone although aggregator",
+    ),
+    "E2_written_back_with_the_lease": Broken(
+        what="only the holder of the lease writes an expert back",
+        rules=Rules(server=RescuesWithTheLease),
+        scope=Scope(aggregators=2, units=1, faults={"empty": 1}),
+        symptom="gone although aggregator",
+    ),
+    "E3_written_over_what_is_there": Broken(
+        what="an expert is written back without a look whether somebody else did so",
+        rules=Rules(expert_store=Overwrites),
+        scope=Scope(units=1, faults={"empty": 1, "late": 1}),
+        symptom="written back over one that was there",
+    ),
+    "E4_written_back_without_decisions": Broken(
+        what="an expert is written back without `applied`",
+        rules=Rules(expert_store=ForgetsDecisions),
+        scope=Scope(units=1, faults={"empty": 1}),
+        symptom="a unit of training counts twice",
+    ),
+    "E5_written_back_as_a_new_lineage": Broken(
+        what="an expert that is written back gets a new lineage",
+        rules=Rules(expert=BeginsLineage),
+        scope=Scope(units=1, faults={"empty": 1}),
+        symptom="nobody asked for the new lineage",
+    ),
+    "E6_log_does_not_tell": Broken(
+        what="an expert is written back without a line in the log",
+        rules=Rules(expert_store=ForgetsTheLine),
+        scope=Scope(units=1, faults={"empty": 1}),
+        symptom="a replay of the log gives",
+    ),
+    "E7_begun_anew": Broken(
+        what="an aggregator that remembers nothing makes a new expert where none is",
+        rules=Rules(server=BeginsAnew),
+        scope=Scope(units=1, faults={"empty": 1, "kill_aggregator": 1}),
+        symptom="nobody asked for the new lineage",
+    ),
+    "E8_worker_gives_up": Broken(
+        what="a worker does not wait for an expert that is gone",
+        rules=Rules(worker_store=GivesUp),
+        scope=Scope(units=1, faults={"empty": 1}),
+        symptom="gave up",
+    ),
+    "E9_older_version_is_written_over": Broken(
+        what="an aggregator writes over whatever is of an earlier version than it remembers",
+        rules=Rules(patches=((consumers.recovery.Recovery, "_is_of_this_history", staticmethod(_is_older)),)),
+        scope=Scope(aggregators=2, units=1, max_norm=0.5, lag=1, faults={"lease": 1, "failover": 1}),
+        symptom="is twice in the history",
+    ),
+    "E10_older_state_is_written_over_without_its_lines": Broken(
+        what="the lines of the log that Redis lost are not written back",
+        rules=Rules(expert_store=ForgetsTheLine),
+        scope=Scope(units=1, lag=4, faults={"failover": 1}),
+        symptom="a replay of the log gives",
+    ),
+    "E11_number_of_a_run_counts": Broken(
+        what="a worker takes a run of its own number for a living stranger",
+        rules=Rules(patches=((producers.ledger, "locate", _number_of_a_run_counts),)),
+        scope=Scope(units=1, disk=False, faults={"failover": 1, "kill_worker": 1}),
+        symptom="another process publishes under this worker's name",
+    ),
+}

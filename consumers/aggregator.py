@@ -252,7 +252,8 @@ class ExpertServer:
         """Before memory is given up: is it needed, because Redis lost what it holds?"""
         self._recovery.settle(expert)
         self._expert = None
-        self._generation = self._connection.generation  # what Redis holds is known
+        # What Redis holds is known: nobody has to be waited for.
+        self._generation, self._patient_until = self._connection.generation, 0.0
 
     def _load(self) -> list[Entry]:
         # Anew each time: whoever emptied Redis may have made an expert of this name with another spec.

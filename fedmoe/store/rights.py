@@ -29,6 +29,7 @@ _WORDS: dict[str, Words] = {
     "EVAL": ("return 1", 1, _KEY),
     "EVALSHA": ("0" * 40, 1, _KEY),
     "GETRANGE": (_KEY, 0, 0),
+    "HDEL": (_KEY, "f"),
     "HGET": (_KEY, "f"),
     "HMGET": (_KEY, "f"),
     "HSET": (_KEY, "f", "v"),

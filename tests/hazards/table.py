@@ -285,7 +285,7 @@ HAZARDS = {
         wrong="an aggregator with stale memory takes off every update that a worker sends: endless resending",
         rule="every removal goes through a commit, also of duplicates and of what is undecidable",
         scenario=commits.h09_removed_from_stale_memory,
-        without=_expert(broken.BareRemoval),
+        without=(*_expert(broken.BareRemoval), *_store(broken.NeverCompares)),
         symptom="alice's update 2 is never decided",
     ),
     "H10": Hazard(

@@ -288,13 +288,13 @@ def never_foreign(*chain: Any) -> tuple[Place, int]:
 
 
 def locate_by_seq(
-    head: UpdateId | None, start: UpdateId | None, known: Sequence[UpdateId], run: str
+    head: UpdateId | None, start: UpdateId | None, known: Sequence[UpdateId], run: str, n_kept: int
 ) -> tuple[Place, int]:
     """Updates of the same seq are taken for the same."""
     seqs = [update.seq for update in known]
     if head and head.seq in seqs:
         return Place.KNOWN, seqs.index(head.seq) + 1
-    return _locate(head, start, known, run)
+    return _locate(head, start, known, run, n_kept)
 
 
 def one_run(epoch: int, nonce: str) -> str:

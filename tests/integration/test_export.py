@@ -15,7 +15,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from consumers.gateway import GatewayBuilder, GatewaySettings
-from fedmoe.errors import FedMoEError, SettingsError, SpecError, UnknownExpertError
+from fedmoe.errors import DamagedExpertError, FedMoEError, SettingsError, SpecError, UnknownExpertError
 from fedmoe.export import Export, read_expert, read_gateway, vllm_hint, write
 from fedmoe.layout import AdapterBuffer
 from fedmoe.lora_init import initial_weights
@@ -192,7 +192,7 @@ def test_weights_that_are_no_adapter_are_not_exported(connection: Connection, tm
     """A key that something else wrote."""
     make_expert(connection)
     connection.client.set("fedmoe:{sql_expert}:weights", "text that is longer than eight bytes")
-    with pytest.raises(SpecError, match="sql_expert in Redis are not a safetensors file"):
+    with pytest.raises(DamagedExpertError, match="its weights are of commit unknown"):
         write(tmp_path / "out", read_expert(GatewayStore(connection), "sql_expert"))
     assert files_in(tmp_path) == []
 

@@ -14,7 +14,7 @@ from consumers.aggregator import AggregatorSettings, ExpertServer
 from consumers.expert import Expert
 from fedmoe.codec import decode
 from fedmoe.layout import AdapterBuffer, Layout
-from fedmoe.records import Meta
+from fedmoe.records import PROTOCOL, Meta
 from fedmoe.spec import LoraSettings, MergeRules, Spec
 from fedmoe.store.connection import Connection
 from fedmoe.store.expert import ExpertStore
@@ -54,6 +54,7 @@ def first_meta(spec: Spec, **changes: object) -> Meta:
         commit=commit,
         weights_commit=commit,
         spec=spec.digest,
+        protocol=PROTOCOL,
         base_fingerprint=FINGERPRINT,
     )
     return replace(meta, **changes)  # type: ignore[arg-type]

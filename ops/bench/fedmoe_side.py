@@ -15,7 +15,7 @@ import torch
 
 from fedmoe.layout import AdapterBuffer, Layout
 from fedmoe.lora_init import initial_weights
-from fedmoe.records import Meta
+from fedmoe.records import PROTOCOL, Meta
 from fedmoe.spec import LoraSettings, MergeRules, Spec
 from fedmoe.store.connection import Connection, RedisSettings
 from fedmoe.store.expert import ExpertStore
@@ -58,6 +58,7 @@ def create_expert(url: str, name: str, spec: Spec, *, fingerprint: str = FINGERP
         commit=commit,
         weights_commit=commit,
         spec=spec.digest,
+        protocol=PROTOCOL,
         base_fingerprint=fingerprint,
     )
     if not ExpertStore(connection, name).create(spec, meta, buffer.file, gateway_weight=1.0):

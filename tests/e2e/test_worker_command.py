@@ -12,6 +12,7 @@ import pytest
 from consumers.create import SpecRequest, ensure_experts
 from fedmoe.cli.main import main
 from fedmoe.embedded import EmbeddedRedis
+from fedmoe.records import PROTOCOL
 from fedmoe.spec import LoraSettings
 from fedmoe.store.connection import Connection, RedisSettings
 from fedmoe.store.gateway import GatewayStore
@@ -164,17 +165,17 @@ def test_worker_of_an_earlier_protocol_ends_and_goes_on_when_it_was_upgraded(
     log = tmp_path / "first.log"
     with running(log, *command) as first:
         eventually("an update", lambda: aggregator.meta("a").version >= 1)
-        redis.hset(meta, mapping={"protocol": 2, "commit": "later"})
+        redis.hset(meta, mapping={"protocol": PROTOCOL + 1, "commit": "later"})
         assert first.wait(60) == 2
     text = log.read_text()
     assert text.splitlines()[-1].endswith(
-        "speaks protocol 2 and the FedMoE on this machine protocol 1: upgrade the FedMoE on this machine; "
-        f"what is not decided yet is kept in {tmp_path / 'state'}"
+        f"speaks protocol {PROTOCOL + 1} and the FedMoE on this machine protocol {PROTOCOL}: upgrade the FedMoE on "
+        f"this machine; what is not decided yet is kept in {tmp_path / 'state'}"
     )
     assert "Traceback" not in text
     assert fedmoe(*command).returncode == 2
     before = int(redis.hget(meta, "version"))
-    redis.hdel(meta, "protocol")
+    redis.hset(meta, "protocol", PROTOCOL)
     with running(tmp_path / "second.log", *command) as second:
         eventually("what was kept, and another", lambda: aggregator.meta("a").version >= before + 2)
         assert terminate(second) == 0

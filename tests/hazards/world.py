@@ -20,7 +20,7 @@ from fedmoe.errors import NameTakenError
 from fedmoe.identity import BaseIdentity
 from fedmoe.layout import AdapterBuffer, Layout, values_of
 from fedmoe.lora_init import initial_weights
-from fedmoe.records import Decided, Entry, Meta
+from fedmoe.records import PROTOCOL, Decided, Entry, Meta
 from fedmoe.spec import LoraSettings, MergeRules, Spec
 from fedmoe.staleness import Decay
 from fedmoe.stopping import Stop
@@ -289,7 +289,7 @@ class World:
         commit = new_id()
         meta = Meta(
             lineage=new_id(), commit=commit, weights_commit=commit, spec=self.spec.digest,
-            base_fingerprint=FINGERPRINT,
+            protocol=PROTOCOL, base_fingerprint=FINGERPRINT,
         )  # fmt: skip
         buffer = AdapterBuffer(LAYOUT)
         buffer.flat.copy_(initial_weights(LAYOUT, self.spec.init_seed))

@@ -17,7 +17,7 @@ from fedmoe.identity import BaseIdentity, tokenizer_text
 from fedmoe.integrity import stamp_decided
 from fedmoe.keys import GROUP
 from fedmoe.layout import AdapterBuffer, stamped
-from fedmoe.records import Decided
+from fedmoe.records import PROTOCOL, Decided
 from fedmoe.spec import MergeRules
 from fedmoe.store.connection import Connection
 from fedmoe.template_file import template_digest
@@ -315,7 +315,7 @@ def test_fingerprint_is_pinned_by_the_first_worker_that_joins(connection: Connec
     """Without the base's weights at the aggregator, the first worker's fingerprint counts, and meta says whose."""
     expert = make_expert(connection, base_fingerprint="")
     worker = ScriptedWorker(connection, expert.spec)
-    worker.store.beat({"base_fingerprint": "abcdef", "run": "joining"}, ttl_s=5)
+    worker.store.beat({"base_fingerprint": "abcdef", "protocol": PROTOCOL}, ttl_s=5)
     worker.store.join()
     ScriptedWorker(connection, expert.spec, "bob").store.join()  # has no heartbeat: changes nothing
     serve(expert)
@@ -330,7 +330,7 @@ def test_template_that_the_first_worker_brings_becomes_the_experts(connection: C
         worker = ScriptedWorker(connection, expert.spec, name)
         tokenizer = tokenizer_text({"template": template_digest(template)})
         base = BaseIdentity(fingerprint=FINGERPRINT, tokenizer=tokenizer, chat_template=template)
-        worker.store.beat(base.beat_fields(), ttl_s=5)
+        worker.store.beat({"protocol": PROTOCOL} | base.beat_fields(), ttl_s=5)
         worker.store.join()
     serve(expert)
     meta = expert.store.load().meta

@@ -72,7 +72,8 @@ def test_header_of_another_format_is_undecidable_and_said_once(
 
 
 @pytest.mark.parametrize(
-    ("named", "who"), [("2", "this aggregator"), ("0", "that worker"), ("x" * 999, "that worker")]
+    ("named", "who"),
+    [(str(records.PROTOCOL + 1), "this aggregator"), ("0", "that worker"), ("x" * 999, "that worker")],
 )
 def test_joining_worker_of_another_protocol_pins_nothing_and_is_said_once(
     connection: Connection, caplog: pytest.LogCaptureFixture, named: str, who: str
@@ -87,7 +88,7 @@ def test_joining_worker_of_another_protocol_pins_nothing_and_is_said_once(
     assert expert.meta.base_fingerprint == ""
     (record,) = caplog.records
     assert record.getMessage() == (
-        f"sql_expert: worker alice speaks protocol {named[:20]} and this aggregator protocol 1: "
+        f"sql_expert: worker alice speaks protocol {named[:20]} and this aggregator protocol {records.PROTOCOL}: "
         f"upgrade the FedMoE of {who}"
     )
 
@@ -120,9 +121,10 @@ def test_aggregator_of_a_later_protocol_raises_the_experts(
 ) -> None:
     """At once, in a commit of its own: workers are told although there is no update to decide."""
     before = expert.store.load().meta
-    monkeypatch.setattr(records, "PROTOCOL", 2)
+    later = records.PROTOCOL + 1
+    monkeypatch.setattr(records, "PROTOCOL", later)
     with serving(connect()):
-        eventually("protocol 2", lambda: expert.store.load().meta.protocol == 2)
+        eventually("the later protocol", lambda: expert.store.load().meta.protocol == later)
     after = expert.store.load().meta
     assert after.commit != before.commit
     assert (after.version, after.weights_commit) == (before.version, before.weights_commit)
@@ -145,15 +147,17 @@ def test_worker_does_not_join_an_expert_of_another_protocol(
     """It says before it loads a base model which side to upgrade."""
     joining = Joining(WorkerStore(connection, "sql_expert", "alice"), wait=True, stop=threading.Event())
     assert joining.meta().spec == SPEC.digest
-    monkeypatch.setattr(records, "PROTOCOL", 2)
+    ours = records.PROTOCOL
+    monkeypatch.setattr(records, "PROTOCOL", ours + 1)
     with pytest.raises(
-        ProtocolError, match=r"'sql_expert' speak protocol 1 and this worker protocol 2: upgrade .* agg"
+        ProtocolError,
+        match=rf"'sql_expert' speak protocol {ours} and this worker protocol {ours + 1}: upgrade .* agg",
     ):
         joining.meta()
-    monkeypatch.setattr(records, "PROTOCOL", 1)
+    monkeypatch.setattr(records, "PROTOCOL", ours)
     raise_protocol(expert)
     with pytest.raises(
-        ProtocolError, match=r"protocol 2 .* on this machine protocol 1: upgrade the FedMoE on this"
+        ProtocolError, match=rf"protocol {ours + 1} .* on this machine protocol {ours}: upgrade the FedMoE on"
     ):
         joining.meta()
 

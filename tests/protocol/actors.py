@@ -20,7 +20,7 @@ from consumers.expert import Expert
 from consumers.history import History
 from fedmoe.keys import Keys
 from fedmoe.layout import Layout, stamped
-from fedmoe.records import Decided, Meta
+from fedmoe.records import PROTOCOL, Decided, Meta
 from fedmoe.spec import MergeRules, Spec
 from fedmoe.staleness import Decay
 from fedmoe.store.connection import Command, Connection, RedisSettings
@@ -49,6 +49,7 @@ def first_db(spec: Spec) -> Db:
         commit="c0",
         weights_commit="c0",
         spec=spec.digest,
+        protocol=PROTOCOL,
         base_fingerprint="f",
         loss=0.0,
         reach=1.0,

@@ -182,7 +182,7 @@ def test_template_that_fails_is_refused(connection: Connection, tiny_model_dir: 
     """Before the expert is there, in a sentence about the setting."""
     with pytest.raises(SettingsError, match="chat template cannot render a question and its answer"):
         ensure_experts(connection, {"a": 1.0}, request(tiny_model_dir, chat_template="{% if %}"))
-    assert not connection.client.keys()
+    assert not ExpertStore(connection, "a").exists()
 
 
 def test_base_without_template_is_said(

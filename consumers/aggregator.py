@@ -38,7 +38,7 @@ from fedmoe.store.problems import Problems
 
 logger = logging.getLogger(__name__)
 
-LONGEST_CLAIM_S = 30.0  # a claim that is not made good by then (its aggregator cannot write) counts no more
+LONGEST_CLAIM_S = 30.0  # an older claim is ignored: its aggregator cannot write
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,9 +204,9 @@ class ExpertServer:
         return not entries
 
     def _may_have_gone_back(self) -> bool:
-        """True for a while after the connection was made anew, for a server that remembers nothing.
+        """True for CLAIM_WAIT_S after a reconnect of an aggregator that remembers nothing.
 
-        The server may have come back from an older file. An aggregator that remembers more needs the time to say so.
+        Redis may have come back from an older file. An aggregator that remembers more needs this time to claim it.
         """
         now, generation = self._clock(), self._connection.generation
         if self._generation not in (0, generation):

@@ -111,7 +111,7 @@ class Expert:
         )
 
     def rebuild(self, loaded: Loaded) -> str:
-        """Make anew what can be derived from the parts that carry truth; what that was, "" if nothing.
+        """Rebuild the packed weights, and begin the log again, if they are not of this version; "" if both are.
 
         Raises StaleStateError if somebody else has committed since `loaded`.
         """

@@ -264,7 +264,7 @@ class ExpertServer:
         loaded = expert.load()
         self._wait_for_claims(loaded)
         if expert.meta.protocol < records.PROTOCOL:
-            expert.process(())  # from here on whoever speaks an earlier one is told
+            expert.process(())  # from now on, workers of an earlier protocol are told to upgrade
         self._expert, self._loaded = expert, True
         logger.info("%s: serving from version %d", self.name, expert.meta.version)
         if rebuilt := expert.rebuild(loaded):

@@ -121,7 +121,7 @@ def ensure_experts(
             store.register(weights[name], overwrite=name in request.weighted)
         except DamagedExpertError as error:  # an aggregator may repair it; the others are served meanwhile
             logger.warning("%s", error)
-        except RemovedExpertError:  # whoever would serve it says so
+        except RemovedExpertError:  # its ExpertServer reports it
             if request.new_lineage:
                 missing.append(name)
     if not request.new_lineage:

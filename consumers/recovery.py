@@ -170,7 +170,7 @@ class Recovery:
         return announced
 
     def _load(self, line: Line) -> Update | None:
-        """The kept update that a line of the log tells of, None if there is none."""
+        """The kept update of a log line, None if it was not kept."""
         if self._archive is None or "update" not in line:
             return None
         try:

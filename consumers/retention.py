@@ -34,7 +34,7 @@ class Retention:
     def tend(self, expert: Expert) -> None:
         """Keep the expert's weights if it is time for it, and remove some of what has been kept for long enough.
 
-        Call it when memory is as committed. A disk that refuses is said, and nothing else: serving goes on.
+        Call it right after a commit. A disk error is logged, and serving goes on.
         """
         try:
             if self._doomed:

@@ -289,6 +289,8 @@ def test_restore_is_not_undone(
         assert len(worker.pull().resent) == 0  # nothing was decided that it knows of
         worker.publish()
         eventually("version 1", lambda: expert.store.load().meta.version == 1)
+        eventually("an empty stream", lambda: not connection.client.xlen(expert.store.keys.updates))
+        assert expert.store.load().meta.duplicate == 0  # it was applied again, not written back from memory
 
 
 def test_worker_started_while_redis_was_behind_goes_on(connection: Connection) -> None:

@@ -10,7 +10,7 @@ from consumers.aggregator import ExpertServer
 from consumers.expert import Expert
 from fedmoe.errors import LostExpertError, RefusedError
 from fedmoe.layout import AdapterBuffer
-from fedmoe.records import NO_DECISIONS, Entry, Meta
+from fedmoe.records import NO_DECISIONS, PROTOCOL, Entry, Meta
 from fedmoe.spec import Spec
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.lifecycle import Condition
@@ -61,7 +61,9 @@ class BeginsAnew(ExpertServer):
         except LostExpertError:
             spec = make_spec(workers=1, units=1, max_staleness=9, max_norm=9.0)
             buffer = AdapterBuffer(spec.layout)
-            meta = Meta(lineage="another", commit="c98", weights_commit="c98", spec=spec.digest)
+            meta = Meta(
+                lineage="another", commit="c98", weights_commit="c98", spec=spec.digest, protocol=PROTOCOL
+            )
             self._store.create(spec, meta, buffer.file)
             raise
 

@@ -63,8 +63,18 @@ def encoded(
     return made
 
 
+others: set[psutil.Process] = set()  # children of tests that ran before, which nobody waited for
+
+
+@pytest.fixture(autouse=True)
+def _children_of_others() -> None:
+    others.clear()
+    others.update(children())
+
+
 def children() -> list[psutil.Process]:
-    return psutil.Process().children()
+    """The processes that were started since the test began, dead ones that nobody waited for among them."""
+    return [child for child in psutil.Process().children() if child not in others]
 
 
 def test_several_processes_make_what_one_makes(path: Path) -> None:

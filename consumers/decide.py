@@ -114,7 +114,8 @@ def _too_far(header: Header, staleness: int, meta: Meta, bound: int) -> str:
     """Why the update's base is too far from the expert's version, as a sentence, or nothing."""
     if staleness > bound:
         return f"too stale: {staleness} updates were applied since its base, at most {bound} are allowed"
-    # After a failover to an older replica an update that is sent again is rightly ahead, but not by more than this.
+    # After a failover to an older replica an update that is sent again is rightly ahead, but its sender sees to it that
+    # it is so by no more than this.
     if header.base_version - meta.version > bound:
         return (
             f"its base, version {header.base_version}, is ahead of the expert's version {meta.version} by more than "

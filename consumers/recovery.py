@@ -156,15 +156,19 @@ class Recovery:
             "updates are undone, of which %d are announced again from the kept updates; the others are lost, unless "
             "their workers still keep them",
             self._store.name, mine.version, theirs.version, theirs.aggregator or "nobody", len(lost),
-            self._announce(lost),
+            self._announce(lost, theirs.version + expert.spec.merge.staleness_bound(0)),
         )  # fmt: skip
 
-    def _announce(self, lines: Sequence[Line]) -> int:
-        """Announce the kept updates of these lines again; how many, fewer than are kept if Redis is full."""
+    def _announce(self, lines: Sequence[Line], latest: int) -> int:
+        """Announce the kept updates of these lines again, with bases of at most version `latest`.
+
+        Returns how many; they are fewer than are kept if Redis is full.
+        """
         announced = 0
         for line in lines:
             if update := self._load(line):
-                if not self._store.announce(str(line["worker"]), *update):
+                header, parts = update
+                if not self._store.announce(str(line["worker"]), header.at_most(latest), parts):
                     break
                 announced += 1
         return announced

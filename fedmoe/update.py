@@ -7,7 +7,7 @@ epoch grows with each new run of a worker, the nonce tells two processes of one 
 
 import hashlib
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import msgpack
@@ -112,6 +112,13 @@ class Header:
     def payload_bytes(self) -> int:
         """Bytes of all parts."""
         return sum(part.length for part in self.parts)
+
+    def at_most(self, base_version: int) -> "Header":
+        """The same update with no later base than that.
+
+        If Redis went back by many updates, one that is sent again names a base which the expert has not reached again.
+        """
+        return replace(self, base_version=min(self.base_version, base_version))
 
     def entry(self, worker: str) -> dict[str, str | int]:
         """The entry of the updates stream that announces it; it is for people, but for worker, run and seq."""

@@ -213,6 +213,11 @@ class Ledger:
         self.queue.append(Outgoing(header, parts))
         return self.queue[-1]
 
+    def to_send(self, *, ahead: int) -> tuple[Header, tuple[bytes, ...]]:
+        """Header and parts of the first undecided update; its base is at most `ahead` versions after the expert's."""
+        update = self.queue[0]
+        return update.header.at_most(self.meta.version + ahead), update.parts
+
     def _chain(self) -> list[Outgoing]:
         return [*self.kept, *self.queue]
 

@@ -311,7 +311,7 @@ class Sync:
                 self._pull(poll.weights_commit)
                 return 0.0
             self._sent = update.id
-            self._entry = self._store.publish(update.header, update.parts)
+            self._entry = self._store.publish(*self.ledger.to_send(ahead=self._spec.merge.staleness_bound(0)))
             self.status = replace(self.status, published=self.status.published + 1)
             return self._pace.sent()
         poll = self._store.poll(self._entry, update.header)

@@ -16,7 +16,7 @@ from fedmoe.backup import Backup, back_up, restore
 from fedmoe.errors import NameTakenError
 from fedmoe.layout import stamped
 from fedmoe.lora_init import initial_weights
-from fedmoe.spec import Spec
+from fedmoe.spec import MergeRules, Spec
 from fedmoe.store.backup import BackupStore
 from fedmoe.store.connection import Connection
 from fedmoe.store.gateway import GatewayStore
@@ -189,6 +189,30 @@ def test_undone_updates_are_counted_where_nobody_kept_them(
         assert len(alice.pull().resent) == 2
         alice.publish()
         eventually("version 3", lambda: other.store.load().meta.version == 3, timeout_s=10)
+
+
+def test_kept_update_far_ahead_of_an_expert_that_went_back_is_applied(
+    connection: Connection, connect: Connect, tmp_path: Path
+) -> None:
+    """What came before it was not kept here: its base is further ahead than an update may be."""
+    expert = fresh_expert(connection, small_spec(merge=MergeRules(max_staleness=3)))
+    snapshot = Snapshot.take(connection)
+    alice, carol = (ScriptedWorker(connection, expert.spec, name) for name in ("alice", "carol"))
+    for _ in range(6):
+        alice.push(1.0)
+        serve(expert)
+        alice.pull()
+    expert._archive = Archive(tmp_path / NAME)
+    ScriptedWorker(connection, expert.spec, "bob").push(2.0)
+    serve(expert)
+    snapshot.bring_back(connection)
+    other = type(expert)(expert.store, expert.spec, aggregator="other")
+    other.load()
+    carol.push(4.0)
+    assert serve(other) == ["applied"]
+    with serving(connect(), "one", keep_updates=tmp_path, memory=expert):
+        eventually("bob's update", lambda: connection.client.hexists(other.store.keys.applied, "bob"))
+    assert (other.store.load().meta.version, other.store.load().meta.refused) == (2, 0)
 
 
 def test_full_redis_is_written_back_to(

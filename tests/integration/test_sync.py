@@ -13,7 +13,7 @@ from consumers.expert import Expert
 from fedmoe.errors import RefusedError
 from fedmoe.identity import BaseIdentity
 from fedmoe.layout import Layout
-from fedmoe.spec import MergeRules
+from fedmoe.spec import MergeRules, Spec
 from fedmoe.store.connection import Connection
 from producers import heartbeat
 from producers.checkpoint import StateDir
@@ -22,6 +22,7 @@ from producers.sync import Sync
 from tests.counting import Counter
 from tests.federation import FINGERPRINT, LAYOUT, ScriptedWorker, make_expert, serve, serving, small_spec
 from tests.processes import eventually
+from tests.rollback import Snapshot
 
 Connect = Callable[[], Connection]
 SPEC = replace(small_spec(merge=MergeRules(max_norm=1e4)), sync_interval_s=0.1)
@@ -37,15 +38,16 @@ class Run:
         *,
         name: str = "alice",
         tokenizer: str = "",
+        spec: Spec = SPEC,
     ) -> None:
-        scripted = ScriptedWorker(connection, SPEC, name)  # joins as a worker does
+        scripted = ScriptedWorker(connection, spec, name)  # joins as a worker does
         self.trainer = Counter(scripted.local)
         self.exchange = Exchange(self.trainer, with_optimizer=state_dir is not None)
         self.sync = Sync(
             scripted.store,
             scripted.ledger,
             self.exchange,
-            SPEC,
+            spec,
             base=BaseIdentity(fingerprint=FINGERPRINT, tokenizer=tokenizer),
             state_dir=state_dir,
             data="d",
@@ -89,6 +91,30 @@ def test_every_step_arrives_once(expert: Expert, connect: Connect) -> None:
     expert.load()
     assert torch.equal(expert.buffer.flat, torch.arange(LAYOUT.numel) + float(run.steps))
     assert run.exchange.steps_left == 0
+
+
+def test_what_is_sent_again_is_not_too_far_ahead(
+    connection: Connection, expert: Expert, connect: Connect
+) -> None:
+    """Redis went back, nobody remembers, another worker's updates are lost: one's own count again, each once."""
+    spec = replace(SPEC, merge=replace(SPEC.merge, max_staleness=2))
+    connection.client.flushdb()
+    expert = make_expert(connection, spec=spec)
+    snapshot = Snapshot.take(connection)
+    gone, run = ScriptedWorker(connection, spec, "gone"), Run(connect(), spec=spec)
+    with serving(connect(), block_ms=20):
+        for version in range(1, 7):
+            gone.push(0.0)
+            eventually("an update", lambda v=version: expert.store.load().meta.version >= v)
+            gone.pull()
+        while run.sync.status.applied < 3:
+            run.train(1)
+    snapshot.bring_back(connection)
+    with serving(connect(), block_ms=20):
+        run.train(20)
+        run.finish(10.0)
+    meta = expert.store.load().meta
+    assert (meta.refused, meta.n_examples) == (0, run.steps)
 
 
 def test_diverged_training_goes_back_to_the_expert(expert: Expert, connect: Connect) -> None:

@@ -296,7 +296,7 @@ class ExpertServer:
         self._reclaimed_at = self._clock()
         expert = self._expert
         assert expert is not None
-        if not self._store.is_whole(weights_commit=expert.meta.weights_commit, n_decided=len(expert.applied)):
+        if not self._store.is_whole(weights_commit=expert.meta.weights_commit, n_decided=len(expert.decided)):
             raise StaleStateError(f"{self.name}: a part of it in Redis is not the one in memory")
         if self._store.mend():
             logger.warning("%s: somebody had blocked its stream with the highest id; mended", self.name)

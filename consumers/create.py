@@ -152,7 +152,7 @@ def ensure_experts(
                 keys = store.keys
                 raise SpecError(
                     f"a part of expert {name!r} is in Redis: write a backup back (fedmoe restore --replace), or remove "
-                    f"it to begin anew (redis-cli UNLINK '{keys.weights}' '{keys.applied}')"
+                    f"it to begin anew (redis-cli UNLINK '{keys.weights}' '{keys.decided}')"
                 )
             store.register(weights[name])  # somebody else was first
         else:

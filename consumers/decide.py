@@ -69,7 +69,7 @@ def counts_of(header: Header, spec: Spec) -> Counts:
 def judge_header(header: Header, head: Decided | None, meta: Meta, spec: Spec, workers: int) -> Verdict:
     """Judge by the header alone; APPLIED means: so far, and the payload has yet to be judged.
 
-    `workers` counts those that ever had an update decided (the fields of `applied`).
+    `workers` counts those that ever had an update decided (the fields of `decided`).
     Nothing of the payload need be read for the other outcomes: an update that is too large is never fetched.
     """
     if head and header.id == head.id:

@@ -82,7 +82,7 @@ class Expert:
         self.buffer.load(loaded.weights)
         self._folded = self.buffer
         self.meta = loaded.meta
-        self.applied = loaded.applied
+        self.decided = loaded.decided
         self.generation = loaded.generation
         self.history.arrive(self.meta.commit)
         return loaded
@@ -107,7 +107,7 @@ class Expert:
         self.buffer.stamp(commit)
         self.history.attempt(commit)
         return self.store.write_back(
-            self.spec, meta, self.buffer.file, on=on, applied=self.applied, log=log, dead=dead
+            self.spec, meta, self.buffer.file, on=on, decided=self.decided, log=log, dead=dead
         )
 
     def rebuild(self, loaded: Loaded) -> str:
@@ -167,7 +167,7 @@ class Expert:
         stream is committed at once, and under load many share one write. If it fails, memory is as it was before:
         always a state that Redis has had, which may be written back to it.
         """
-        before = self.meta, dict(self.applied)
+        before = self.meta, dict(self.decided)
         try:
             verdicts = self._process(entries, more)
         except BaseException:
@@ -178,10 +178,10 @@ class Expert:
             self.buffer = self._folded
         return verdicts
 
-    def _revert(self, meta: Meta, applied: dict[str, Decided]) -> None:
+    def _revert(self, meta: Meta, decided: dict[str, Decided]) -> None:
         if self._folded is not self.buffer:
             self._spares.append(self._folded)
-        self.meta, self.applied, self._folded = meta, applied, self.buffer
+        self.meta, self.decided, self._folded = meta, decided, self.buffer
 
     def _process(self, entries: Sequence[Entry], more: More) -> list[Verdict]:
         commit = Commit(on=self.meta.commit, generation=self.generation, meta=self.meta)
@@ -245,8 +245,8 @@ class Expert:
         except UpdateError as error:
             self._garbage(entry, str(error), commit)
             return None
-        head = self.applied.get(bell.worker)
-        verdict = judge_header(header, head, self.meta, self.spec, len(self.applied))
+        head = self.decided.get(bell.worker)
+        verdict = judge_header(header, head, self.meta, self.spec, len(self.decided))
         kept = ""
         if verdict.outcome is Outcome.APPLIED:
             verdict, kept = self._judge_payload(bell, header, verdict)
@@ -256,7 +256,7 @@ class Expert:
                 commit.unlink += self.store.payload_keys(bell.worker, bell.run, bell.seq, len(header.parts))
                 return verdict
             case Outcome.UNDECIDABLE:
-                head = self.applied.get(bell.worker)
+                head = self.decided.get(bell.worker)
                 if head and header.run == head.id.run and header.seq < head.id.seq:  # nobody will decide it
                     commit.unlink += self.store.payload_keys(
                         bell.worker, bell.run, bell.seq, len(header.parts)
@@ -274,9 +274,9 @@ class Expert:
             reason=verdict.reason,
             position=header.position,
         )
-        stamp = restamp(self.meta.decided_stamp, bell.worker, self.applied.get(bell.worker), decided)
+        stamp = restamp(self.meta.decided_stamp, bell.worker, self.decided.get(bell.worker), decided)
         self.meta = replace(self.meta, decided_stamp=stamp)
-        self.applied[bell.worker] = commit.applied[bell.worker] = decided
+        self.decided[bell.worker] = commit.decided[bell.worker] = decided
         commit.unlink += self.store.payload_keys(bell.worker, bell.run, bell.seq, len(header.parts))
         return verdict
 

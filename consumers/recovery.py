@@ -148,7 +148,7 @@ class Recovery:
                 self._store.name, theirs.version, mine.version,
             )  # fmt: skip
             return
-        lost = undone(expert.history.since("")[0], expert.applied, found.decided)
+        lost = undone(expert.history.since("")[0], expert.decided, found.decided)
         if not lost and theirs.version >= mine.version:
             return
         logger.warning(

@@ -64,7 +64,7 @@ class Retention:
         last = next(
             (
                 decided.id
-                for decided in expert.applied.values()
+                for decided in expert.decided.values()
                 if decided.how == "applied" and decided.version == version
             ),
             None,

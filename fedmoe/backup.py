@@ -3,7 +3,7 @@
     manifest.json                     what it holds, and the SHA-256 of every file; written last
     EXPERT/adapter_model.safetensors  the weights, the bytes that Redis held
     EXPERT/adapter_config.json        for peft
-    EXPERT/expert.json                spec, meta, applied, log and dead as Redis had them
+    EXPERT/expert.json                spec, meta, decided, log and dead as Redis had them
 
 Each expert is consistent in itself: every one is a chain of commits of its own. The gateway is a view of them and is
 built anew. Bytes in expert.json that are no UTF-8 stand there as Python's `surrogateescape` writes them, which gives
@@ -159,7 +159,7 @@ def _state_lines(state: ExpertState) -> Iterator[bytes]:
     for name, value in (
         ("spec", _text(state.spec)),
         ("meta", _texts(state.meta)),
-        ("applied", _texts(state.applied)),
+        ("decided", _texts(state.decided)),
     ):
         yield f"{'{' if name == 'spec' else ''}{json.dumps(name)}: {json.dumps(value)},\n".encode()
     for name, lines in (("log", state.log), ("dead", state.dead)):
@@ -217,7 +217,7 @@ class Backup:
                 spec=_raw(content["spec"]),
                 weights=files[WEIGHTS_FILE],
                 meta=_raws(content["meta"]),
-                applied=_raws(content["applied"]),
+                decided=_raws(content["decided"]),
                 log=_lines(content["log"]),
                 dead=_lines(content["dead"]),
             )

@@ -15,7 +15,7 @@ transaction. `fedmoe` is the prefix, a setting, so that several federations can 
     fedmoe:{E}:meta                                 hash    version, lineage, commit, weights_commit, counters; readable
                                                             (of a removed expert: when, and a last commit)
     fedmoe:{E}:spec                                 string  JSON: base model, LoRA, layout, rules; never changes
-    fedmoe:{E}:applied                              hash    worker -> its last decided update and how (JSON)
+    fedmoe:{E}:decided                              hash    worker -> its last decided update and how (JSON)
     fedmoe:{E}:worker:<worker>                      hash    heartbeat; expires
     fedmoe:{E}:log                                  stream  one line per applied update; capped
     fedmoe:{E}:dead                                 stream  refused updates and garbage, with the reason; capped
@@ -65,8 +65,8 @@ class ExpertKeys:
         return f"{self.root}:spec"
 
     @property
-    def applied(self) -> str:
-        return f"{self.root}:applied"
+    def decided(self) -> str:
+        return f"{self.root}:decided"
 
     @property
     def log(self) -> str:

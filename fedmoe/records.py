@@ -159,7 +159,7 @@ def _text(value: Any) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decided:
-    """A worker's last decided update, as `fedmoe:{E}:applied` holds it: the head of the worker's chain."""
+    """A worker's last decided update, as `fedmoe:{E}:decided` holds it: the head of the worker's chain."""
 
     id: UpdateId
     how: str  # "applied" or "refused"
@@ -185,7 +185,7 @@ class Decided:
             content = json.loads(text)
             return cls(id=UpdateId(content["run"], content["seq"]), **known_fields(cls, content))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise SpecError(f"an entry of the applied hash is malformed ({error!r})") from error
+            raise SpecError(f"an entry of the decided hash is malformed ({error!r})") from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,7 @@ def content(connection: Connection, name: str = NAME) -> dict[str, Any]:
     weights = redis.get(keys.weights)
     return {
         "spec": redis.get(keys.spec), "weights": weights and stamped(weights, ""), "meta": meta,
-        "applied": redis.hgetall(keys.applied), "log": redis.xrange(keys.log), "dead": redis.xrange(keys.dead),
+        "decided": redis.hgetall(keys.decided), "log": redis.xrange(keys.log), "dead": redis.xrange(keys.dead),
         "weight": redis.hget(connection.keys.experts, name),
     }  # fmt: skip
 

@@ -32,14 +32,14 @@ class ExpertState:
     Args:
         spec: the JSON text.
         weights: the safetensors file.
-        meta, applied: the hashes.
+        meta, decided: the hashes.
         log, dead: the streams' entries, oldest first.
     """
 
     spec: bytes
     weights: bytes
     meta: Mapping[bytes, bytes]
-    applied: Mapping[bytes, bytes]
+    decided: Mapping[bytes, bytes]
     log: Sequence[Line]
     dead: Sequence[Line]
 
@@ -54,7 +54,7 @@ class ExpertState:
             values_of(spec.layout, self.weights)
         except FedMoEError as error:
             raise BackupError(f"{name}: {error}") from error
-        if wrong := examine(self.spec, self.weights, self.meta, self.applied).damage:
+        if wrong := examine(self.spec, self.weights, self.meta, self.decided).damage:
             raise BackupError(f"{name}: {wrong}: the parts do not belong together")
         for what, lines in (("log", self.log), ("dead", self.dead)):
             if not _increase(entry_id for entry_id, _ in lines):
@@ -102,9 +102,9 @@ class BackupStore:
         """
         keys = self.keys.expert(name)
         with self.connection.errors():
-            spec, weights, meta, applied, log, dead = read_together(
+            spec, weights, meta, decided, log, dead = read_together(
                 self._redis,
-                ("get", keys.spec), ("get", keys.weights), ("hgetall", keys.meta), ("hgetall", keys.applied),
+                ("get", keys.spec), ("get", keys.weights), ("hgetall", keys.meta), ("hgetall", keys.decided),
                 ("xrange", keys.log), ("xrange", keys.dead),
             )  # fmt: skip
         found = {"spec": spec, "weights": weights, "meta": meta}
@@ -112,7 +112,7 @@ class BackupStore:
             raise UnknownExpertError(
                 f"expert {name!r} has no {missing[0]} in Redis (any more): back up the others with --expert"
             )
-        return ExpertState(spec=spec, weights=weights, meta=meta, applied=applied, log=log, dead=dead)
+        return ExpertState(spec=spec, weights=weights, meta=meta, decided=decided, log=log, dead=dead)
 
     def check(self, name: str, state: ExpertState, *, replace: bool) -> None:
         """Raise what `write` would raise, before anything is written."""
@@ -168,8 +168,8 @@ class BackupStore:
         pipe.set(keys.weights, stamped(state.weights, commit))
         ids = dict.fromkeys((b"commit", b"weights_commit", b"restored"), commit)
         pipe.hset(keys.meta, mapping={**state.meta, **ids})
-        if state.applied:
-            pipe.hset(keys.applied, mapping=state.applied)
+        if state.decided:
+            pipe.hset(keys.decided, mapping=state.decided)
         pipe.unlink(keys.packed, keys.lost, keys.memory)
         if packed:
             pipe.set(keys.packed, packed)
@@ -180,7 +180,7 @@ class BackupStore:
     def _of(self, name: str) -> list[str]:
         """The keys of an expert that only aggregators write."""
         keys = self.keys.expert(name)
-        return [keys.meta, keys.spec, keys.weights, keys.applied, keys.log, keys.dead]
+        return [keys.meta, keys.spec, keys.weights, keys.decided, keys.log, keys.dead]
 
     def _look(self, name: str) -> str | None:
         """The version of the expert in Redis, "?" if that cannot be told, None if nothing of it is there.

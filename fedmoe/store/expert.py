@@ -34,7 +34,7 @@ DEAD_LENGTH = 10_000
 BLOCKING_MS = 2**63  # no clock gets so far; after the highest id there is, a stream takes no entry any more
 _PAGE = 256
 _LINEAGE = re.compile(r"[0-9a-f]{16}")
-_TYPES = (b"hash", b"stream", b"stream")  # of applied, log and dead
+_TYPES = (b"hash", b"stream", b"stream")  # of decided, log and dead
 # The head in meta, the types of the other keys, and the lengths of those that are strings.
 _LOOK = """#!lua flags=no-writes
 local types, lengths = {}, {}
@@ -54,7 +54,7 @@ class Loaded:
     """An expert as one MULTI read it.
 
     Args:
-        meta, weights, applied: what the keys of these names hold; they belong together.
+        meta, weights, decided: what the keys of these names hold; they belong together.
         generation: number of the connection that read it.
         packed_commit: the commit of the packed weights, "" if there are none.
         logged_version: of the log's last line, -1 if there is none.
@@ -63,7 +63,7 @@ class Loaded:
 
     meta: Meta
     weights: bytes
-    applied: dict[str, Decided]
+    decided: dict[str, Decided]
     generation: int
     packed_commit: str
     logged_version: int
@@ -79,7 +79,7 @@ class Commit:
     meta: Meta
     weights: memoryview | None = None
     packed: bytes | None = None
-    applied: dict[str, Decided] = field(default_factory=dict)
+    decided: dict[str, Decided] = field(default_factory=dict)
     log: list[Line] = field(default_factory=list)
     dead: list[Line] = field(default_factory=list)
     entries: list[str] = field(default_factory=list)
@@ -122,7 +122,7 @@ class ExpertStore(ExpertLifecycle):
             n_there, n_workers, begin = read_together(
                 self._redis,
                 ("exists", keys.meta, keys.spec),
-                ("hlen", keys.applied),
+                ("hlen", keys.decided),
                 ("getrange", keys.weights, 0, STAMPED_BYTES - 1),
                 wrong_type_is_none=True,
             )
@@ -140,31 +140,31 @@ class ExpertStore(ExpertLifecycle):
         """
         keys = self.keys
         with self.connection.errors():
-            weights, meta, applied, spec, packed, last_line, claims, *types = read_together(
+            weights, meta, decided, spec, packed, last_line, claims, *types = read_together(
                 self._redis,
                 ("get", keys.weights),
                 ("hgetall", keys.meta),
-                ("hgetall", keys.applied),
+                ("hgetall", keys.decided),
                 ("get", keys.spec),
                 ("getrange", keys.packed, 0, PREAMBLE_BYTES - 1),
                 ("xrevrange", keys.log, "+", "-", 1),
                 ("hgetall", keys.memory),
-                ("type", keys.applied),
+                ("type", keys.decided),
                 ("type", keys.log),
                 ("type", keys.dead),
                 wrong_type_is_none=True,
             )
         self._check_types(types)
-        if not (weights or meta or applied):
+        if not (weights or meta or decided):
             raise LostExpertError(self.name)
-        condition = examine(spec, weights, meta or {}, applied or {})
+        condition = examine(spec, weights, meta or {}, decided or {})
         if condition.damage or condition.meta is None:
             raise DamagedExpertError(self.name, condition.damage)
         self._make_group()
         return Loaded(
             meta=condition.meta,
             weights=weights,
-            applied=dict(condition.decided),
+            decided=dict(condition.decided),
             generation=self.connection.generation,
             packed_commit=packed_commit(packed or b""),
             logged_version=version_of(last_line),
@@ -189,8 +189,8 @@ class ExpertStore(ExpertLifecycle):
                 raise
 
     def _check_types(self, types: Sequence[bytes]) -> None:
-        """Raise SpecError if `applied`, `log` or `dead` is of another type: all but it would be executed of an EXEC."""
-        for name, kind, wanted in zip(("applied", "log", "dead"), types, _TYPES, strict=True):
+        """Raise SpecError if `decided`, `log` or `dead` is of another type: all but it would be executed of an EXEC."""
+        for name, kind, wanted in zip(("decided", "log", "dead"), types, _TYPES, strict=True):
             if kind not in (wanted, b"none"):
                 raise SpecError(
                     f"the key {getattr(self.keys, name)} is a {kind.decode()} and should be a {wanted.decode()}: "
@@ -305,7 +305,7 @@ class ExpertStore(ExpertLifecycle):
         """WATCH what a commit writes to, check head and types; returns the bytes of what it may write in place."""
         keys = self.keys
         found = places(self._redis, {keys.weights: commit.weights, keys.packed: commit.packed})
-        written = (keys.meta, keys.applied, keys.log, keys.dead, keys.weights, keys.packed)
+        written = (keys.meta, keys.decided, keys.log, keys.dead, keys.weights, keys.packed)
         pipe.watch(*written)
         head, types, lengths = pipe.eval(_LOOK, len(written), *written)
         if head is None or head.decode() != commit.on:
@@ -330,8 +330,8 @@ class ExpertStore(ExpertLifecycle):
             if value is not None:
                 put(pipe, key, value, present.get(key, 0))
         pipe.hset(keys.meta, mapping=commit.meta.to_hash())
-        if commit.applied:
-            pipe.hset(keys.applied, mapping={worker: d.to_json() for worker, d in commit.applied.items()})
+        if commit.decided:
+            pipe.hset(keys.decided, mapping={worker: d.to_json() for worker, d in commit.decided.items()})
         for line in commit.log:
             pipe.xadd(keys.log, dict(line), maxlen=LOG_LENGTH, approximate=True)
         for line in commit.dead:

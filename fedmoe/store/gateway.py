@@ -104,7 +104,7 @@ class GatewayStore:
         with self.connection.errors():
             raw, weights, decided, spec, *replies = read_together(
                 self._redis,
-                ("hgetall", keys.meta), ("get", keys.weights), ("hgetall", keys.applied), ("get", keys.spec), *more,
+                ("hgetall", keys.meta), ("get", keys.weights), ("hgetall", keys.decided), ("get", keys.spec), *more,
             )  # fmt: skip
         if not raw and weights is None:
             raise UnknownExpertError(f"expert {expert!r} is gone from Redis")

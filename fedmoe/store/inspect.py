@@ -99,7 +99,7 @@ class Inspector:
             "dead": ("XLEN", keys.dead),
             "last_dead": ("XREVRANGE", keys.dead, "+", "-", "COUNT", SHOWN_DEAD),
             "log": ("XREVRANGE", keys.log, "+", "-", "COUNT", SHOWN_LOG),
-            "applied": ("HKEYS", keys.applied),
+            "decided": ("HKEYS", keys.decided),
         }
 
     def _expert(
@@ -125,7 +125,7 @@ class Inspector:
             lag=lag,
             lease=_lease(replies),
             workers=tuple(workers),
-            left=members.left(map(printable, replies["applied"] or ())),
+            left=members.left(map(printable, replies["decided"] or ())),
             dead=replies["dead"],
             last_dead=tuple(_dead_letter(entry) for entry in replies["last_dead"] or ()),
             log=tuple(texts(fields) for _, fields in replies["log"] or ()),

@@ -139,7 +139,7 @@ class ExpertLifecycle:
                 ("get", keys.spec),
                 ("getrange", keys.weights, 0, STAMPED_BYTES - 1),
                 ("hgetall", keys.meta),
-                ("hgetall", keys.applied),
+                ("hgetall", keys.decided),
                 ("strlen", keys.weights),
                 ("xrevrange", keys.log, "+", "-", 1),
                 wrong_type_is_none=True,
@@ -195,7 +195,7 @@ class ExpertLifecycle:
         unless the operator also says so (`though_removed`).
         """
         keys = self.keys
-        parts = (keys.meta, keys.weights, keys.applied)
+        parts = (keys.meta, keys.weights, keys.decided)
         packed = pack_file(weights, spec, meta.weights_commit)
         with self.connection.errors():
             with self._redis.pipeline(transaction=True) as pipe:
@@ -220,7 +220,7 @@ class ExpertLifecycle:
         weights: memoryview,
         *,
         on: str,
-        applied: Mapping[str, Decided],
+        decided: Mapping[str, Decided],
         log: Sequence[Line] = (),
         dead: Sequence[Line] = (),
     ) -> bool:
@@ -231,7 +231,7 @@ class ExpertLifecycle:
             meta: of the state that is written.
             weights: stamped with meta's `weights_commit`.
             on: the commit in Redis, "" if there is no meta; False is returned if another is there by now.
-            applied: the last decided update of each worker.
+            decided: the last decided update of each worker.
             log: lines that Redis lost; they are added to those that are there.
             dead: likewise, of dead letters.
         """
@@ -240,7 +240,7 @@ class ExpertLifecycle:
         with self.connection.errors(), self._redis.pipeline(transaction=True) as pipe:
             if (wrong := self._watch(pipe, on)) is None:
                 return False
-            raised = self._raised_epochs(pipe, applied)
+            raised = self._raised_epochs(pipe, decided)
 
             def queue(pipe: Any) -> None:
                 pipe.unlink(
@@ -248,14 +248,14 @@ class ExpertLifecycle:
                     keys.meta,
                     keys.spec,
                     keys.weights,
-                    keys.applied,
+                    keys.decided,
                     keys.packed,
                     keys.lost,
                     keys.memory,
                 )
                 self._queue_parts(pipe, spec, meta, weights, packed)
-                if applied:
-                    pipe.hset(keys.applied, mapping={w: d.to_json() for w, d in applied.items()})
+                if decided:
+                    pipe.hset(keys.decided, mapping={w: d.to_json() for w, d in decided.items()})
                 for key, lines in ((keys.log, log), (keys.dead, dead)):
                     for line in lines:
                         pipe.xadd(key, dict(line))
@@ -282,12 +282,12 @@ class ExpertLifecycle:
             return None
         return [key for key in (keys.log, keys.dead) if pipe.type(key) not in (b"stream", b"none")]
 
-    def _raised_epochs(self, pipe: Any, applied: Mapping[str, Decided]) -> dict[str, int]:
+    def _raised_epochs(self, pipe: Any, decided: Mapping[str, Decided]) -> dict[str, int]:
         """The workers whose count of runs Redis lost, and what it must be: their next run needs a number of its own."""
-        if not applied:
+        if not decided:
             return {}
-        counts = pipe.mget([self.keys.epoch(worker) for worker in applied])
-        wanted = {worker: decided.id.epoch for worker, decided in applied.items()}
+        counts = pipe.mget([self.keys.epoch(worker) for worker in decided])
+        wanted = {worker: last.id.epoch for worker, last in decided.items()}
         return {
             worker: epoch
             for (worker, epoch), count in zip(wanted.items(), counts, strict=True)

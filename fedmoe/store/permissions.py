@@ -55,7 +55,7 @@ def _worker(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
     return (
         *_on(keys.spec, may="GET"),
         *_on(keys.meta, may="HGETALL, HMGET"),
-        *_on(keys.applied, may="HGET"),
+        *_on(keys.decided, may="HGET"),
         *_on(keys.packed, may="GETRANGE"),
         *_on(keys.weights, may="STRLEN, GETRANGE", when="the format is fp32, or the packed weights are damaged"),
         *_on(keys.updates, may="XRANGE"),
@@ -70,7 +70,7 @@ def _worker(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
         ),
         *_on(all_keys.experts, may="HKEYS", when="there is no such expert"),
         *_on(may="MULTI, EXEC"),
-        *_on(keys.meta, keys.applied, keys.packed, keys.weights, keys.updates, may="WATCH", when="Redis is full"),
+        *_on(keys.meta, keys.decided, keys.packed, keys.weights, keys.updates, may="WATCH", when="Redis is full"),
         *_on(may="UNWATCH", when="Redis is full"),
         Right(command="INFO", without="it notices that Redis is full only when an update is refused"),
     )  # fmt: skip
@@ -91,8 +91,8 @@ def _aggregator(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
         *_on(all_keys.experts, may="HDEL", when="an expert is listed that an operator removed"),
         *_on(keys.meta, may="UNLINK", when="--new-lineage begins an expert anew that an operator removed"),
         *_on(keys.meta, may="EXISTS, HGETALL, HGET, HSET, WATCH, EVAL"),
-        *_on(keys.applied, may="EXISTS, HGETALL, HLEN, HSET, TYPE, WATCH, EVAL"),
-        *_on(keys.meta, keys.spec, keys.weights, keys.applied, may="UNLINK", when=lost),
+        *_on(keys.decided, may="EXISTS, HGETALL, HLEN, HSET, TYPE, WATCH, EVAL"),
+        *_on(keys.meta, keys.spec, keys.weights, keys.decided, may="UNLINK", when=lost),
         *_on(keys.meta, may="TYPE", when=lost),
         *_on(keys.weights, may="EXISTS, GET, SET, TYPE, STRLEN, WATCH, EVAL"),
         *_on(keys.packed, may="SET, UNLINK, TYPE, STRLEN, WATCH, EVAL"),
@@ -128,12 +128,12 @@ def _aggregator(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
 
 def _operator(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
     keys, gateway = all_keys.expert(expert), all_keys.gateway
-    written = (keys.meta, keys.spec, keys.weights, keys.applied, keys.log, keys.dead)
+    written = (keys.meta, keys.spec, keys.weights, keys.decided, keys.log, keys.dead)
     return (
         *_on(all_keys.experts, may="HGETALL, HGET, HSET"),
         *_on(keys.spec, keys.weights, may="GET, SET"),
         *_on(keys.meta, may="HGET"),
-        *_on(keys.meta, keys.applied, may="HGETALL, HSET"),
+        *_on(keys.meta, keys.decided, may="HGETALL, HSET"),
         *_on(keys.log, keys.dead, may="XRANGE, XADD"),
         *_on(keys.packed, may="SET"),
         *_on(keys.packed, keys.lost, keys.memory, may="UNLINK"),
@@ -163,7 +163,7 @@ def _monitor(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
         *_on(keys.updates, may="XLEN, XINFO GROUPS"),
         *_on(keys.dead, may="XLEN, XREVRANGE"),
         *_on(keys.log, may="XREVRANGE"),
-        *_on(keys.applied, may="HKEYS"),
+        *_on(keys.decided, may="HKEYS"),
         *_on(keys.meta, may="HMGET", when="a worker trains an expert that is not listed"),
         *_on(keys.problem, gateway.problem, may="HGETALL"),
         *_on(keys.worker(ANY), keys.trace(ANY), may="HMGET, PTTL"),

@@ -35,7 +35,7 @@ def look_at_expert(connection: Connection, name: str) -> Remaining:
         if name not in listed:
             check_not_removed(meta)
         workers = _workers(connection, name)
-        if not meta and name not in listed and not client.exists(keys.weights, keys.spec, keys.applied):
+        if not meta and name not in listed and not client.exists(keys.weights, keys.spec, keys.decided):
             raise UnknownExpertError(f"there is no expert {name!r}; there are: {', '.join(listed) or 'none'}")
     version = meta.get(b"version", b"?").decode(errors="replace")
     return Remaining(version=version, workers=workers, lease=(lease or b"").decode(errors="replace"))
@@ -52,7 +52,7 @@ def remove_expert(connection: Connection, name: str, *, clock: Callable[[], floa
     with connection.errors():
         with client.pipeline(transaction=True) as pipe:
             pipe.unlink(
-                keys.meta, keys.spec, keys.weights, keys.packed, keys.applied, keys.updates, keys.log, keys.dead,
+                keys.meta, keys.spec, keys.weights, keys.packed, keys.decided, keys.updates, keys.log, keys.dead,
                 keys.lost, keys.memory, keys.problem, keys.lease,
             )  # fmt: skip
             pipe.hset(keys.meta, mapping=grave(name, new_id(), when))

@@ -1,7 +1,7 @@
 """Redis behind Sentinel: whichever server is the master now, asked anew for every connection.
 
 A failover loses what the old master had acknowledged and not replicated yet; the two chains of the protocol
-(`meta.commit`, `applied`) turn that into work done again. Here only the master is found.
+(`meta.commit`, `decided`) turn that into work done again. Here only the master is found.
 """
 
 from typing import Any

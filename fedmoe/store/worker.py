@@ -120,7 +120,7 @@ class WorkerStore:
             ProtocolError: if worker and aggregators speak another protocol.
             SpecError: if the weights are not those of an adapter of `spec`.
         """
-        reads = (("hgetall", self.keys.meta), ("hget", self.keys.applied, self.worker))
+        reads = (("hgetall", self.keys.meta), ("hget", self.keys.decided, self.worker))
         with self.connection.errors():
             if known:
                 raw, decided = read_together(self._redis, *reads)
@@ -170,7 +170,7 @@ class WorkerStore:
             (lineage, weights_commit, protocol, removed), decided, entries = read_together(
                 self._redis,
                 ("hmget", self.keys.meta, ["lineage", "weights_commit", "protocol", "removed"]),
-                ("hget", self.keys.applied, self.worker),
+                ("hget", self.keys.decided, self.worker),
                 ("xrange", self.keys.updates, entry_id, entry_id),
             )
         if removed is not None:

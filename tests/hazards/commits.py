@@ -245,10 +245,10 @@ def h18_overwritten_while_serving(world: World) -> None:
     a0 = world.aggregator()
     a0.turn()
     alice.push()
-    a0.steps.before(COMMIT_BEGINS, lambda: world.redis.set(world.keys.applied, "oops"))
+    a0.steps.before(COMMIT_BEGINS, lambda: world.redis.set(world.keys.decided, "oops"))
     a0.turn(3)
     expect(world.meta.version == 0, "half of a commit was executed")
-    world.redis.delete(world.keys.applied)
+    world.redis.delete(world.keys.decided)
     world.settle(a0, alice)
     world.expect_expert(alice=[1])
 

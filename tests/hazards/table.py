@@ -108,7 +108,7 @@ HAZARDS = {
     ),
     "H02a": Hazard(
         wrong="a failover undoes the decision of n, n+1 is accepted since its seq is higher: n is lost",
-        rule="an update is decided only if its `prev` is the head `applied[worker]`",
+        rule="an update is decided only if its `prev` is the head `decided[worker]`",
         scenario=chains.h02_decision_lost_in_a_failover,
         without=broken.BROKEN["H2_prev_not_checked"].rules.patches,
         symptom="the expert: alice's step 0 is lost",
@@ -178,14 +178,14 @@ HAZARDS = {
     ),
     "H05d": Hazard(
         wrong="a worker whose old checkpoint was restored sends again what later updates follow: counted twice",
-        rule="an update of its own run in `applied` that it does not know is adopted; pending and progress are dropped",
+        rule="an update of its own run in `decided` that it does not know is adopted; pending and progress are dropped",
         scenario=chains.h05_old_checkpoint,
         without=((ledger, "locate", without.never_ahead),),
         symptom="alice's step 0 counts 2 times",
     ),
     "H05e": Hazard(
         wrong="a worker whose old checkpoint was restored trains again on data that is in the expert",
-        rule="it goes to the data position that is recorded in `applied`",
+        rule="it goes to the data position that is recorded in `decided`",
         scenario=chains.h05_old_checkpoint,
         without=((Ledger, "_start_over", without.start_over_in_place),),
         symptom="alice's step 1 counts 2 times",
@@ -241,7 +241,7 @@ HAZARDS = {
     ),
     "H07d": Hazard(
         wrong="two processes of one name take each other's decisions for rollbacks and send again: counted twice",
-        rule="an update of a later run in `applied` means: another process bears this name; stop and say so",
+        rule="an update of a later run in `decided` means: another process bears this name; stop and say so",
         scenario=chains.h07_the_older_twin_stops,
         without=((ledger, "locate", without.never_foreign),),
         symptom="alice's step 0 counts 2 times",
@@ -290,7 +290,7 @@ HAZARDS = {
     ),
     "H10": Hazard(
         wrong="a duplicate overwrites how the first was decided: a refused worker is never told",
-        rule="duplicates never write `applied`",
+        rule="duplicates never write `decided`",
         scenario=updates.h10_duplicate_of_a_refusal,
         without=_expert(broken.DuplicateDecides),
         symptom="bob was never told",
@@ -354,7 +354,7 @@ HAZARDS = {
     ),
     "H15": Hazard(
         wrong="weights are read, a rival commits, meta is read: the rival's update is overwritten",
-        rule="one MULTI loads weights, meta and applied",
+        rule="one MULTI loads weights, meta and decided",
         scenario=commits.h15_commit_between_two_reads,
         without=_store(broken.TornLoad),
         symptom="the expert: alice's step",

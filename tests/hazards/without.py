@@ -89,11 +89,11 @@ class LoadsWithoutLooking(ExpertStore):
             return super().load()
         except SpecError:
             pipe = self._redis.pipeline(transaction=True)
-        pipe.get(self.keys.weights).hgetall(self.keys.meta).hgetall(self.keys.applied)
-        weights, meta, applied = pipe.execute()
-        heads = {worker.decode(): Decided.from_json(text) for worker, text in applied.items()}
+        pipe.get(self.keys.weights).hgetall(self.keys.meta).hgetall(self.keys.decided)
+        weights, meta, decided = pipe.execute()
+        heads = {worker.decode(): Decided.from_json(text) for worker, text in decided.items()}
         return Loaded(
-            meta=Meta.from_hash(meta), weights=weights, applied=heads, generation=self.connection.generation
+            meta=Meta.from_hash(meta), weights=weights, decided=heads, generation=self.connection.generation
         )
 
 
@@ -127,7 +127,7 @@ class RefusesWhatIsNotWhole(Expert):
             return verdict
         if not verdict.reason.endswith(("missing", "damaged")):
             return verdict
-        self.applied[bell.worker] = commit.applied[bell.worker] = Decided(
+        self.decided[bell.worker] = commit.decided[bell.worker] = Decided(
             id=UpdateId(bell.run, bell.seq), how="refused", version=self.meta.version, reason=verdict.reason
         )
         return Verdict(Outcome.REFUSED, verdict.reason)

@@ -297,7 +297,7 @@ class World:
 
     def new_lineage(self) -> None:
         """What an operator does who begins the expert anew: nothing of before counts any more."""
-        self.redis.delete(self.keys.meta, self.keys.weights, self.keys.applied, self.keys.log)
+        self.redis.delete(self.keys.meta, self.keys.weights, self.keys.decided, self.keys.log)
         self._write_expert()
 
     def aggregator(self, holder: str = "A0") -> AggregatorProcess:

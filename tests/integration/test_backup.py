@@ -95,7 +95,7 @@ def test_lines_written_after_a_restore_follow_though_the_clock_is_behind(
         spec=state.spec,
         weights=state.weights,
         meta=state.meta,
-        applied=state.applied,
+        decided=state.decided,
         log=late,
         dead=state.dead,
     )
@@ -196,7 +196,7 @@ def test_an_expert_that_somebody_broke_is_replaced(connection: Connection, tmp_p
     before = content(connection)
     backup = backed_up(connection, tmp_path / "b")
     keys = connection.keys.expert(NAME)
-    for key in (keys.meta, keys.applied, keys.log, keys.dead):
+    for key in (keys.meta, keys.decided, keys.log, keys.dead):
         connection.client.delete(key)
         connection.client.set(key, "oops")
     restore(BackupStore(connection), backup, replace=True)

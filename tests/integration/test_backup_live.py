@@ -117,7 +117,7 @@ def check_history(state: ExpertState, kept: Path) -> list[tuple[str, str, int]]:
     ids = ids_of(state.log)
     assert max(Counter(ids).values(), default=1) == 1
     heads = {worker: (run, seq) for worker, run, seq in ids}
-    assert {w.decode(): tuple(Decided.from_json(text).id) for w, text in state.applied.items()} == heads
+    assert {w.decode(): tuple(Decided.from_json(text).id) for w, text in state.decided.items()} == heads
     return ids
 
 

@@ -134,7 +134,7 @@ def test_a_backup_of_a_spec_that_does_not_fit_is_refused(connection: Connection,
             spec=state.spec,
             weights=state.weights,
             meta=meta,
-            applied=state.applied,
+            decided=state.decided,
             log=[(i, {b"a": b"b"}) for i in ids],
             dead=[],
         )

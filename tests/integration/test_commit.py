@@ -55,7 +55,7 @@ def test_update_becomes_part_of_the_expert(connection: Connection) -> None:
     loaded = expert.store.load()
     assert torch.equal(stored(expert), start_weights() + 2)
     assert (loaded.meta.version, loaded.meta.applied, loaded.meta.n_examples) == (1, 1, 4)
-    assert loaded.applied["alice"].id == worker.ledger.queue[0].id
+    assert loaded.decided["alice"].id == worker.ledger.queue[0].id
     assert waiting(expert) == (0, 0)
     assert not connection.client.keys("*payload*:1:*")
     ((_, line),) = connection.client.xrange(expert.store.keys.log)
@@ -244,7 +244,7 @@ def test_staleness_bound_grows_alike_in_every_batching(connection: Connection, b
     expert = make_expert(connection, version=257)
     head = UpdateId(make_run(1, "00000001"), 1)
     others = {f"w{number}": Decided(id=head, how="applied", version=1) for number in range(64)}
-    connection.client.hset(expert.store.keys.applied, mapping={w: d.to_json() for w, d in others.items()})
+    connection.client.hset(expert.store.keys.decided, mapping={w: d.to_json() for w, d in others.items()})
     connection.client.hset(expert.store.keys.meta, "decided_stamp", stamp_decided(others))
     expert.load()
     late = [ScriptedWorker(connection, expert.spec, name) for name in ("x", "y", "z")]
@@ -252,7 +252,7 @@ def test_staleness_bound_grows_alike_in_every_batching(connection: Connection, b
         worker.push(1.0, base_version=0)
     assert read_all(expert, batch) == ["refused", "applied", "applied"]
     loaded = expert.store.load()
-    assert loaded.applied["x"].reason.endswith(
+    assert loaded.decided["x"].reason.endswith(
         "257 updates were applied since its base, at most 256 are allowed"
     )
     weights = start_weights()
@@ -306,7 +306,7 @@ def test_garbage_header_decides_nothing(connection: Connection, content: bytes) 
     update = worker.push(1.0)
     connection.client.set(expert.store.keys.head("alice", update.id.run, 1), content)
     assert serve(expert) in ([], ["undecidable"])
-    assert "alice" not in expert.store.load().applied
+    assert "alice" not in expert.store.load().decided
     worker.publish(update)
     assert serve(expert) == ["applied"]
 
@@ -357,7 +357,7 @@ def test_header_under_another_updates_key_is_garbage(connection: Connection) -> 
     connection.client.xadd(keys.updates, {"worker": "alice", "run": update.id.run, "seq": 7})
     assert serve(expert) == []
     assert expert.meta.garbage == 1
-    assert "alice" not in expert.store.load().applied
+    assert "alice" not in expert.store.load().decided
 
 
 @pytest.mark.parametrize("what", ["head", "part", "heartbeat"])

@@ -43,18 +43,18 @@ def _old_weights(client: Any, keys: Any) -> None:
 
 
 def _other_record(client: Any, keys: Any) -> None:
-    client.hset(keys.applied, "alice", client.hget(keys.applied, "bob"))
+    client.hset(keys.decided, "alice", client.hget(keys.decided, "bob"))
 
 
 DAMAGES = {
-    "no decided updates": (_delete("applied"), "its decided updates are missing"),
+    "no decided updates": (_delete("decided"), "its decided updates are missing"),
     "one worker's is missing": (
-        lambda client, keys: client.hdel(keys.applied, "alice"),
+        lambda client, keys: client.hdel(keys.decided, "alice"),
         "its decided updates (of 1 workers) are not those that its meta knows",
     ),
     "one worker's is another": (_other_record, "its decided updates (of 2 workers) are not those"),
     "one worker's is no record": (
-        lambda client, keys: client.hset(keys.applied, "alice", "x"),
+        lambda client, keys: client.hset(keys.decided, "alice", "x"),
         "its decided updates cannot be read",
     ),
     "no weights": (_delete("weights"), "its weights are missing"),
@@ -141,7 +141,7 @@ def test_operator_mends_it_by_a_backup(connection: Connection, connect: Connect,
     serve(expert)
     worker.pull()
     before = weights(connection)
-    connection.client.delete(expert.store.keys.applied)
+    connection.client.delete(expert.store.keys.decided)
     with pytest.raises(DamagedExpertError):
         expert.load()
     restore(BackupStore(connection), Backup(tmp_path / "backup"), replace=True)
@@ -161,7 +161,7 @@ def test_part_that_goes_while_it_is_served_is_noticed(
     with serving(connect(), "one"):
         worker.push(1.0)
         eventually("version 1", lambda: expert.store.load().meta.version == 1)
-        connection.client.delete(expert.store.keys.applied)
+        connection.client.delete(expert.store.keys.decided)
         eventually("all parts", lambda: not expert.store.condition().damage, timeout_s=10)
     assert "written back from memory, version 1" in caplog.text
 
@@ -198,7 +198,7 @@ def test_verify_says_that_an_expert_is_damaged(
     worker = ScriptedWorker(connection, expert.spec)
     worker.push(1.0)
     serve(expert)
-    connection.client.delete(expert.store.keys.applied)
+    connection.client.delete(expert.store.keys.decided)
     done = fedmoe("verify", "--redis", redis_url, "--keep-updates", str(tmp_path))
     assert done.returncode == 1
     assert "its decided updates are missing" in done.stdout

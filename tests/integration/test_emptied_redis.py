@@ -56,7 +56,7 @@ def test_expert_is_written_back_whole(connection: Connection, connect: Connect) 
         eventually("the expert", expert.store.exists, timeout_s=5)
         after = expert.store.load()
         assert torch.equal(weights_of(expert), weights)
-        assert after.applied == before.applied
+        assert after.decided == before.decided
         assert after.meta.commit not in (before.meta.commit, "")
         unlike = {"commit", "weights_commit", "updated_at"}
         for field in before.meta.__dataclass_fields__.keys() - unlike:

@@ -258,7 +258,7 @@ def test_batch_that_fails_leaves_memory_as_it_was(
             expert.process(entries)
     assert torch.equal(expert.buffer.flat, before)
     assert expert.meta.version == 0
-    assert not expert.applied
+    assert not expert.decided
     assert [verdict.outcome.value for verdict in expert.process(entries)] == ["applied", "applied"]
     assert torch.equal(expert.buffer.flat, exact(expert))
     assert expert.meta.version == 2

@@ -198,14 +198,14 @@ def commit_and_pull(guarded: Guarded, wire_format: str) -> None:
     backups = BackupStore(guarded.connection(OPERATOR))
     backups.read(EXPERT)
     admin.config_set("maxmemory", 0)
-    admin.rename(expert.store.keys.applied, "kept")
-    admin.set(expert.store.keys.applied, "overwritten")
+    admin.rename(expert.store.keys.decided, "kept")
+    admin.set(expert.store.keys.decided, "overwritten")
     admin.config_set("maxmemory", 1)
     for read in (lambda: worker.store.poll(entry, update.header), lambda: backups.read(EXPERT)):
-        with pytest.raises(RedisUnfitError, match=r"applied in Redis at .* was overwritten"):
+        with pytest.raises(RedisUnfitError, match=r"decided in Redis at .* was overwritten"):
             read()
     admin.config_set("maxmemory", 0)
-    admin.rename("kept", expert.store.keys.applied)
+    admin.rename("kept", expert.store.keys.decided)
     expert.store.announce(NAME, update.header, update.parts)
 
 

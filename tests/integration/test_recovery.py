@@ -62,12 +62,12 @@ def test_older_state_is_written_over_by_memory(
             worker.pull()
         refused.push(1e6)
         eventually("a refusal", lambda: expert.store.load().meta.refused == 1)
-        before, decided = weights(connection), expert.store.load().applied
+        before, decided = weights(connection), expert.store.load().decided
         snapshot.bring_back(connection)
         assert expert.store.load().meta.version == 1
         eventually("version 5", lambda: expert.store.load().meta.version == 5, timeout_s=10)
         assert weights(connection) == before
-        assert expert.store.load().applied == decided
+        assert expert.store.load().decided == decided
     assert "Redis went back from version 5 to version 1; written back from memory" in caplog.text
     meta, file, lines = GatewayStore(connection).history(NAME)
     assert [line["version"] for line in lines] == ["1", "2", "3", "4", "5"]
@@ -211,7 +211,7 @@ def test_kept_update_far_ahead_of_an_expert_that_went_back_is_applied(
     carol.push(4.0)
     assert serve(other) == ["applied"]
     with serving(connect(), "one", keep_updates=tmp_path, memory=expert):
-        eventually("bob's update", lambda: connection.client.hexists(other.store.keys.applied, "bob"))
+        eventually("bob's update", lambda: connection.client.hexists(other.store.keys.decided, "bob"))
     assert (other.store.load().meta.version, other.store.load().meta.refused) == (2, 0)
 
 
@@ -237,7 +237,7 @@ def test_damage_is_not_taken_for_another_history(
 ) -> None:
     """Somebody committed, and then the decisions were removed: nothing is announced again, and memory is kept."""
     expert, _, _ = forked(connection, tmp_path)
-    connection.client.delete(expert.store.keys.applied)
+    connection.client.delete(expert.store.keys.decided)
     with serving(connect(), "one", keep_updates=tmp_path, memory=expert) as (server, _):
         eventually("the sentence", lambda: "remembers another history" in caplog.text)
         assert server._expert is expert

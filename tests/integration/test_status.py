@@ -125,7 +125,7 @@ def test_what_is_broken_is_said_for_its_expert_and_the_rest_is_shown(connection:
     client.delete("fedmoe:{d}:updates", "fedmoe:{d}:weights", "fedmoe:{d}:worker:x")
     client.set("fedmoe:{d}:updates", "text")
     client.hset("fedmoe:{d}:weights", "a", "b")
-    client.set("fedmoe:{d}:applied", "text")
+    client.set("fedmoe:{d}:decided", "text")
     client.set("fedmoe:{d}:worker:x", "text")
     client.hset("fedmoe:{e}:meta", "version", "many")
     client.hset("fedmoe:experts", mapping={"f:*": "1", "gateway": "1", "e": "heavy"})
@@ -138,7 +138,7 @@ def test_what_is_broken_is_said_for_its_expert_and_the_rest_is_shown(connection:
     assert b.problems == (f"its meta is {deleted}", f"its weights are {deleted}")
     assert (b.waiting, b.pending, b.lag) == (0, 0, 0)
     assert d.problems == (
-        "weights, updates, applied cannot be read: the key is of the wrong type: was it written by something else?",
+        "weights, updates, decided cannot be read: the key is of the wrong type: was it written by something else?",
     )
     said = "\n".join(findings(seen))
     for sentence in (
@@ -237,7 +237,7 @@ def test_what_a_user_may_not_read_is_said_in_one_line(connection: Connection, vi
     (shown,) = seen.experts
     assert shown.meta is not None
     assert shown.problems == (
-        "weights, lease, problem, updates, dead, log, applied cannot be read: this user may not",
+        "weights, lease, problem, updates, dead, log, decided cannot be read: this user may not",
     )
     assert seen.problems == ("the workers cannot be read: this user may not SCAN",)
     assert (
@@ -293,7 +293,7 @@ def test_how_and_when_each_worker_left_is_shown(connection: Connection) -> None:
     workers["bob"].leave("refused", "its base model is another one")
     client.delete("fedmoe:{sql_expert}:worker:cleo")  # killed: the heartbeat expires
     client.pexpire("fedmoe:{sql_expert}:payload:cleo:trace", int((TRACE_TTL_S - 300) * 1000))
-    client.hset("fedmoe:{sql_expert}:applied", "dan", "{}")
+    client.hset("fedmoe:{sql_expert}:decided", "dan", "{}")
     workers["eve"].leave("failed", "no memory")
     workers["eve"].beat(BEAT, ttl_s=HEARTBEAT_TTL_S)
     seen = look(connection)

@@ -192,9 +192,9 @@ def test_steps_that_nobody_took_are_counted_as_left(expert: Expert, connect: Con
 
 
 def test_broken_record_in_redis_is_waited_out(expert: Expert, connect: Connect, tmp_path: Path) -> None:
-    """Somebody overwrites a field of `applied`: training goes on, and so does the sync once it is mended."""
+    """Somebody overwrites a field of `decided`: training goes on, and so does the sync once it is mended."""
     run = Run(connect(), StateDir(tmp_path))
-    redis, key = expert.store.connection.client, expert.store.keys.applied
+    redis, key = expert.store.connection.client, expert.store.keys.decided
     with serving(connect(), block_ms=20):
         run.train(60)
         eventually("a decision", lambda: redis.hget(key, "alice"))

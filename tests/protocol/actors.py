@@ -133,7 +133,7 @@ class Served(NamedTuple):
     loaded: bool = False
     weights: bytes = b""
     meta: Meta | None = None
-    applied: tuple[tuple[str, Decided], ...] = ()
+    decided: tuple[tuple[str, Decided], ...] = ()
     same_connection: bool = True
     failure: str = ""
     claimed: bool = False  # it told the server what it remembers; by the next turn all others had the time to
@@ -199,7 +199,7 @@ class Aggregator:
         if memory.meta:
             expert = server._expert = self._expert(store, self._spec, history=history)
             expert.buffer.load(memory.weights)
-            expert.meta, expert.applied = memory.meta, dict(memory.applied)
+            expert.meta, expert.decided = memory.meta, dict(memory.decided)
             same = memory.same_connection or not rules.counts_connections
             expert.generation = 0 if same else -1
         rescue = server._rescue
@@ -229,7 +229,7 @@ class Aggregator:
             loaded=server._loaded,
             weights=bytes(expert.buffer.file),
             meta=meta,
-            applied=tuple(sorted(expert.applied.items())),
+            decided=tuple(sorted(expert.decided.items())),
             same_connection=expert.generation == connection.generation or not server._loaded,
             claimed=server._recovery.claimed_at is not None and not server._loaded,
         )

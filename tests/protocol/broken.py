@@ -62,7 +62,7 @@ class NoReclaim(ExpertStore):
 class WritesBackFolded(Expert):
     """What was folded since the last commit goes back to an emptied server, too."""
 
-    def _revert(self, meta: Meta, applied: dict[str, Decided]) -> None:
+    def _revert(self, meta: Meta, decided: dict[str, Decided]) -> None:
         self.buffer = self._folded
 
 
@@ -85,7 +85,7 @@ class BareRemoval(Expert):
     """Duplicates and undecidable entries are removed without a commit."""
 
     def _commit(self, commit: Commit) -> None:
-        if commit.applied or commit.dead:
+        if commit.decided or commit.dead:
             super()._commit(commit)
         else:
             _take_off(self.store, commit.entries)
@@ -97,8 +97,8 @@ class DuplicateDecides(Expert):
     def _decide(self, bell: Doorbell, raw: bytes, entry: Entry, commit: Commit) -> Verdict | None:
         verdict = super()._decide(bell, raw, entry, commit)
         if verdict and verdict.outcome is Outcome.DUPLICATE:
-            head = replace(self.applied[bell.worker], how="duplicate")
-            self.applied[bell.worker] = commit.applied[bell.worker] = head
+            head = replace(self.decided[bell.worker], how="duplicate")
+            self.decided[bell.worker] = commit.decided[bell.worker] = head
         return verdict
 
 
@@ -222,7 +222,7 @@ BROKEN = {
         symptom="for ever",
     ),
     "H10_duplicate_overwrites_decision": Broken(
-        what="a duplicate is written to `applied`",
+        what="a duplicate is written to `decided`",
         rules=Rules(expert=DuplicateDecides),
         scope=Scope(workers=2, units=1, max_staleness=0, faults={"lost": 1}),
         symptom="times in local",

@@ -43,8 +43,8 @@ class Overwrites(ExpertStore):
     def write_back(self, spec: Spec, meta: Meta, weights: memoryview, **more: Any) -> bool:
         pipe = self._redis.pipeline(transaction=True)
         self._queue_parts(pipe, spec, meta, weights, None)
-        if more["applied"]:
-            pipe.hset(self.keys.applied, mapping={w: d.to_json() for w, d in more["applied"].items()})
+        if more["decided"]:
+            pipe.hset(self.keys.decided, mapping={w: d.to_json() for w, d in more["decided"].items()})
         for line in more["log"]:
             pipe.xadd(self.keys.log, line)
         with self.connection.errors():
@@ -83,7 +83,7 @@ class ForgetsDecisions(ExpertStore):
 
     def write_back(self, spec: Spec, meta: Meta, weights: memoryview, **more: Any) -> bool:
         meta = replace(meta, decided_stamp=NO_DECISIONS)
-        return super().write_back(spec, meta, weights, **(more | {"applied": {}}))
+        return super().write_back(spec, meta, weights, **(more | {"decided": {}}))
 
 
 class ForgetsTheLine(ExpertStore):
@@ -133,7 +133,7 @@ BROKEN_RECOVERY = {
         symptom="written back over one that was there",
     ),
     "E4_written_back_without_decisions": Broken(
-        what="an expert is written back without `applied`",
+        what="an expert is written back without `decided`",
         rules=Rules(expert_store=ForgetsDecisions),
         scope=Scope(units=1, faults={"empty": 1}),
         symptom="a unit of training counts twice",

@@ -174,7 +174,7 @@ class _Server:
         self.hashes[KEYS.meta] |= {"lineage": "M", "commit": "c99", "weights_commit": "c99", "version": "0"}
         self.hashes[KEYS.meta]["decided_stamp"] = NO_DECISIONS
         self.hashes[KEYS.meta] |= {"applied": "0", "refused": "0", "n_examples": "0", "n_tokens": "0"}
-        self.hashes.pop(KEYS.applied, None)
+        self.hashes.pop(KEYS.decided, None)
         self.log = self.refused = ()
         self.base = None
         return True
@@ -196,7 +196,7 @@ class _Server:
         return sum((self.strings.pop(key, None) or self.hashes.pop(key, None)) is not None for key in keys)
 
     def type(self, key: str) -> bytes:
-        return b"hash" if key == KEYS.applied else b"stream"
+        return b"hash" if key == KEYS.decided else b"stream"
 
     def hgetall(self, key: str) -> Pairs:
         return tuple(sorted(self.hashes.get(key, {}).items()))

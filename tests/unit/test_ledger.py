@@ -214,7 +214,7 @@ def test_new_lineage_forgets_everything() -> None:
 
 
 def test_old_checkpoint_adopts_the_later_update_of_its_run() -> None:
-    """H5: `applied` names a later update of this run: drop pending and progress, go to its data position."""
+    """H5: `decided` names a later update of this run: drop pending and progress, go to its data position."""
     ledger = fresh()
     ledger.cut(ledger.progress(torch.ones(4)), Trained(steps=1), wire_format="fp32", fingerprint="f")
     head = replace(decision(UpdateId(RUN, 5)), position="120")
@@ -228,7 +228,7 @@ def test_old_checkpoint_adopts_the_later_update_of_its_run() -> None:
 
 
 def test_another_process_of_the_name_stops_this_one() -> None:
-    """H7: `applied` names a later run."""
+    """H7: `decided` names a later run."""
     with pytest.raises(NameTakenError, match="another --name"):
         fresh().observe(meta_of(1), torch.zeros(4), decision(UpdateId(make_run(4, "0000000a"), 1)), now=0.0)
 

@@ -36,8 +36,8 @@ from fedmoe.records import Meta, reach_text
 from fedmoe.spec import (
     DEFAULT_BASE_MODEL,
     DEFAULT_WIRE_FORMAT,
+    AggregationRules,
     LoraSettings,
-    MergeRules,
     Spec,
     TrainingSettings,
 )
@@ -201,7 +201,7 @@ def _tell(request: SpecRequest, described: Mapping[str, Any]) -> None:
 def make_spec(request: SpecRequest, described: Mapping[str, Any]) -> Spec:
     """The spec that a request leads to, with a base model that `describe` has looked at."""
     layout = Layout(tuple((name, tuple(shape)) for name, shape in described["layout"]))
-    merge = MergeRules(
+    aggregation = AggregationRules(
         lr=request.lr,
         decay=request.decay,
         max_staleness=request.max_staleness,
@@ -212,7 +212,7 @@ def make_spec(request: SpecRequest, described: Mapping[str, Any]) -> Spec:
         base_config=described["base_config"],
         layout=layout,
         lora=request.lora,
-        merge=merge,
+        aggregation=aggregation,
         training=request.training,
         wire_format=request.wire_format,
         sync_interval_s=request.sync_interval_s,
@@ -222,7 +222,7 @@ def make_spec(request: SpecRequest, described: Mapping[str, Any]) -> Spec:
     )
     if not request.max_norm:
         norm = float(torch.linalg.vector_norm(initial_weights(layout, request.seed)))
-        spec = replace(spec, merge=replace(merge, max_norm=round(NORM_BOUND * norm, 3)))
+        spec = replace(spec, aggregation=replace(aggregation, max_norm=round(NORM_BOUND * norm, 3)))
     return spec
 
 
@@ -307,15 +307,15 @@ def check_unchanged(name: str, spec: Spec, request: SpecRequest) -> None:
         "rank": (request.lora.rank, spec.lora.rank),
         "alpha": (request.lora.alpha, spec.lora.alpha),
         "targets": (request.lora.targets, spec.lora.targets),
-        "lr": (request.lr, spec.merge.lr),
-        "decay": (request.decay.kind, spec.merge.decay.kind),
-        "decay_a": (request.decay.a, spec.merge.decay.a),
-        "decay_b": (request.decay.b, spec.merge.decay.b),
+        "lr": (request.lr, spec.aggregation.lr),
+        "decay": (request.decay.kind, spec.aggregation.decay.kind),
+        "decay_a": (request.decay.a, spec.aggregation.decay.a),
+        "decay_b": (request.decay.b, spec.aggregation.decay.b),
         "max_staleness": (
             request.max_staleness,
-            "automatic" if spec.merge.max_staleness is None else spec.merge.max_staleness,
+            "automatic" if spec.aggregation.max_staleness is None else spec.aggregation.max_staleness,
         ),
-        "max_norm": (request.max_norm, spec.merge.max_norm),
+        "max_norm": (request.max_norm, spec.aggregation.max_norm),
         "wire_format": (request.wire_format, spec.wire_format),
         "sync_interval": (request.sync_interval_s, spec.sync_interval_s),
         "seed": (request.seed, spec.init_seed),

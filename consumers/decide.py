@@ -84,10 +84,12 @@ def judge_header(header: Header, head: Decided | None, meta: Meta, spec: Spec, w
             f"follows update {header.prev}, the last decided is {head.id if head else None}",
         )
     staleness = staleness_of(meta.version, header.base_version)
-    bound = spec.merge.staleness_bound(workers)
+    bound = spec.aggregation.staleness_bound(workers)
     if reason := _breach(header, meta, spec) or _too_far(header, staleness, meta, bound):
         return Verdict(Outcome.REFUSED, reason, staleness)
-    return Verdict(Outcome.APPLIED, staleness=staleness, factor=spec.merge.lr * spec.merge.decay(staleness))
+    return Verdict(
+        Outcome.APPLIED, staleness=staleness, factor=spec.aggregation.lr * spec.aggregation.decay(staleness)
+    )
 
 
 def _breach(header: Header, meta: Meta, spec: Spec) -> str:
@@ -169,9 +171,9 @@ def judge_payload(
             f"holds values that are not finite (NaN or infinity), first in tensor {_largest(spec, space)!r}"
         )
         return Verdict(Outcome.REFUSED, reason, verdict.staleness)
-    if norm > spec.merge.max_norm:
+    if norm > spec.aggregation.max_norm:
         reason = (
-            f"its norm {norm:.4g} is above the bound {spec.merge.max_norm:.4g}; "
+            f"its norm {norm:.4g} is above the bound {spec.aggregation.max_norm:.4g}; "
             f"tensor {_largest(spec, space)!r} has the largest part of it"
         )
         return Verdict(Outcome.REFUSED, reason, verdict.staleness)

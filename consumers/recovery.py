@@ -62,7 +62,7 @@ def _is_before(head: UpdateId | None, last: UpdateId) -> bool:
     """True if a worker's update comes before another one of its life; one of a run of the same number does not."""
     if head is None:
         return True
-    return head.seq < last.seq if head.run == last.run else head.epoch < last.epoch
+    return head.seq < last.seq if head.run == last.run else head.incarnation < last.incarnation
 
 
 class Recovery:
@@ -156,7 +156,7 @@ class Recovery:
             "updates are undone, of which %d are announced again from the kept updates; the others are lost, unless "
             "their workers still keep them",
             self._store.name, mine.version, theirs.version, theirs.aggregator or "nobody", len(lost),
-            self._announce(lost, theirs.version + expert.spec.merge.staleness_bound(0)),
+            self._announce(lost, theirs.version + expert.spec.aggregation.staleness_bound(0)),
         )  # fmt: skip
 
     def _announce(self, lines: Sequence[Line], latest: int) -> int:

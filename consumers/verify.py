@@ -132,7 +132,7 @@ def _fold_line(
     header, parts = archive.load(line.get("update", ""))
     _check(f"{header.run}:{header.seq}" == f"{line['run']}:{line['seq']}", "the kept update is another one")
     staleness = staleness_of(version, header.base_version)
-    factor = spec.merge.lr * spec.merge.decay(staleness)
+    factor = spec.aggregation.lr * spec.aggregation.decay(staleness)
     _check(int(line["staleness"]) == staleness, f"staleness {line['staleness']}, should be {staleness}")
     _check(float(line["factor"]) == factor, f"factor {line['factor']}, should be {factor!r}")
     decode(parts, spec.wire_format, delta)

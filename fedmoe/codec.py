@@ -191,8 +191,8 @@ def encode(flat: torch.Tensor, wire_format: str, *, minus: torch.Tensor | None =
         here = slice(first, first + form.values_per_part)
         values = flat[here] if minus is None else flat[here] - minus[here]
         scales, data = form.encode(values)
-        head, middle = _frame_around(form, first, len(values))
-        yield b"".join((head, scales, middle, data))
+        opening, middle = _frame_around(form, first, len(values))
+        yield b"".join((opening, scales, middle, data))
 
 
 def decode(
@@ -259,10 +259,10 @@ def _bin_header(length: int) -> bytes:
 def _frame_around(form: Format, first: int, count: int) -> tuple[bytes, bytes]:
     """What stands before the scales, and between them and the data, in the frame that msgpack makes of a part."""
     fields = msgpack.packb({"format": form.name, "first": first, "count": count})
-    head = (
+    opening = (
         bytes((fields[0] + 2,)) + fields[1:] + msgpack.packb("scales") + _bin_header(form.scale_bytes(count))
     )
-    return head, msgpack.packb("data") + _bin_header(form.data_bytes(count))
+    return opening, msgpack.packb("data") + _bin_header(form.data_bytes(count))
 
 
 def _open(part: bytes, form: Format, first: int, count: int) -> tuple[memoryview, memoryview]:
@@ -271,13 +271,17 @@ def _open(part: bytes, form: Format, first: int, count: int) -> tuple[memoryview
     Raises:
         UpdateError: if it is not the part of these values.
     """
-    head, middle = _frame_around(form, first, count)
-    end = len(head) + form.scale_bytes(count)
+    opening, middle = _frame_around(form, first, count)
+    end = len(opening) + form.scale_bytes(count)
     begin = end + len(middle)
     # Byte for byte what `encode` writes around them: then nothing need be parsed, and nothing is copied.
-    if part.startswith(head) and part.startswith(middle, end) and len(part) == begin + form.data_bytes(count):
+    if (
+        part.startswith(opening)
+        and part.startswith(middle, end)
+        and len(part) == begin + form.data_bytes(count)
+    ):
         view = memoryview(part)
-        return view[len(head) : end], view[begin:]
+        return view[len(opening) : end], view[begin:]
     frame = _frame(part)
     for name, want in (("format", form.name), ("first", first), ("count", count)):
         if frame[name] != want:

@@ -5,9 +5,9 @@ transaction. `fedmoe` is the prefix, a setting, so that several federations can 
 
     fedmoe:experts                                  hash    expert -> its weight in the gateway
     fedmoe:{E}:updates                              stream  one readable entry per waiting update; a doorbell only
-    fedmoe:{E}:payload:<worker>:<run>:<seq>:head    string  header (msgpack), what counts; expires
+    fedmoe:{E}:payload:<worker>:<run>:<seq>:header  string  header (msgpack), what counts; expires
     fedmoe:{E}:payload:<worker>:<run>:<seq>:<part>  string  one part (msgpack), at most 1 MiB; expires
-    fedmoe:{E}:payload:<worker>:epoch               string  counts the worker's runs; expires
+    fedmoe:{E}:payload:<worker>:incarnation         string  counts the worker's runs; expires
     fedmoe:{E}:payload:<worker>:trace               hash    how it left; outlives the heartbeat; expires
     fedmoe:{E}:payload:<worker>:trial:<name>        hash    of `fedmoe doctor`, while it tries transactions; expires
     fedmoe:{E}:weights                              string  the expert, a safetensors file
@@ -100,11 +100,11 @@ class ExpertKeys:
     def worker(self, worker: str) -> str:
         return f"{self.root}:worker:{worker}"
 
-    def head(self, worker: str, run: str, seq: int) -> str:
-        return f"{self.root}:payload:{worker}:{run}:{seq}:head"
+    def header(self, worker: str, run: str, seq: int) -> str:
+        return f"{self.root}:payload:{worker}:{run}:{seq}:header"
 
-    def epoch(self, worker: str) -> str:
-        return f"{self.root}:payload:{worker}:epoch"
+    def incarnation(self, worker: str) -> str:
+        return f"{self.root}:payload:{worker}:incarnation"
 
     def trace(self, worker: str) -> str:
         return f"{self.root}:payload:{worker}:trace"

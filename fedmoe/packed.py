@@ -5,7 +5,7 @@ small where little was learned, and so is its error, at most half a step of each
 W⁰ + what it decoded: it trains from there, and what it publishes is relative to that. The error is neither summed up
 nor sent: the aggregator's own weights are exact, and every commit that changes them packs them anew.
 
-They are one string: a head that names their commit and W⁰, then the parts, each of a length that the spec gives. So
+They are one string: a preamble that names their commit and W⁰, then the parts, each of a length that the spec gives. So
 they can be read part by part, whatever their size, as `pieces` says.
 
 In format fp32 nothing is packed: workers pull the weights themselves.
@@ -40,7 +40,7 @@ def _initial(layout: Layout, seed: int) -> tuple[torch.Tensor, bytes]:
     return weights, hashlib.sha256(weights.numpy().data).hexdigest()[:_ID_BYTES].encode()
 
 
-def _head(commit: str, digest: bytes) -> bytes:
+def _preamble(commit: str, digest: bytes) -> bytes:
     return _WHAT + commit.encode() + b" " + digest
 
 
@@ -54,7 +54,7 @@ def packed_commit(preamble: bytes) -> str:
 def pack(weights: torch.Tensor, spec: Spec, commit: str) -> bytes:
     """Encode an expert's weights (numel,) fp32 of this `weights_commit`."""
     initial, digest = _initial(spec.layout, spec.init_seed)
-    return b"".join((_head(commit, digest), *encode(weights, spec.wire_format, minus=initial)))
+    return b"".join((_preamble(commit, digest), *encode(weights, spec.wire_format, minus=initial)))
 
 
 def pack_file(file: bytes | memoryview, spec: Spec, commit: str) -> bytes | None:
@@ -63,7 +63,7 @@ def pack_file(file: bytes | memoryview, spec: Spec, commit: str) -> bytes | None
 
 
 def pieces(spec: Spec) -> list[tuple[int, int]]:
-    """First and last byte of the head, and of each part, of packed weights."""
+    """First and last byte of the preamble, and of each part, of packed weights."""
     lengths = (PREAMBLE_BYTES, *part_lengths(spec.layout.numel, spec.wire_format))
     return [(first, after - 1) for first, after in pairwise(accumulate(lengths, initial=0))]
 
@@ -74,15 +74,15 @@ def unpack(content: Sequence[bytes], spec: Spec, commit: str) -> torch.Tensor | 
     None if they are of another commit (the expert was restored), relative to other initial weights, or not packed
     weights at all: the exact ones serve.
     """
-    head, *parts = content
-    if not head:
+    preamble, *parts = content
+    if not preamble:
         return None  # somebody took it away
     _, digest = _initial(spec.layout, spec.init_seed)
     try:
-        if not head.startswith(_WHAT):
-            raise UpdateError(f"they begin with {reprlib.repr(head)}")
-        if head != _head(commit, digest):
-            if head[:-_ID_BYTES] == _head(commit, digest)[:-_ID_BYTES]:
+        if not preamble.startswith(_WHAT):
+            raise UpdateError(f"they begin with {reprlib.repr(preamble)}")
+        if preamble != _preamble(commit, digest):
+            if preamble[:-_ID_BYTES] == _preamble(commit, digest)[:-_ID_BYTES]:
                 logger.warning(
                     "this torch draws other initial weights than the aggregator's: pulling the exact weights"
                 )
@@ -102,11 +102,11 @@ def unpack_again(content: Sequence[bytes], spec: Spec) -> torch.Tensor:
     Raises:
         UpdateError: if this torch draws other initial weights than the one did that unpacked them, or they are damaged.
     """
-    head, *parts = content or (b"",)
+    preamble, *parts = content or (b"",)
     _, digest = _initial(spec.layout, spec.init_seed)
-    if not head.startswith(_WHAT) or len(head) != PREAMBLE_BYTES:
-        raise UpdateError("the packed weights have no head")
-    if not head.endswith(digest):
+    if not preamble.startswith(_WHAT) or len(preamble) != PREAMBLE_BYTES:
+        raise UpdateError("the packed weights have no preamble")
+    if not preamble.endswith(digest):
         raise UpdateError(
             f"this torch ({torch.__version__}) draws other initial weights than the one that wrote it: use that one"
         )

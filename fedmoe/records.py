@@ -11,7 +11,9 @@ from fedmoe.update import UpdateId
 NO_DECISIONS = "0" * 16  # the stamp of no decided updates, see fedmoe/integrity.py
 # What this FedMoE speaks. Raise it whenever an earlier worker or aggregator would misread what a later one writes, so
 # also with the formats of header and spec; not for a field of `meta` that an earlier one can leave alone.
-PROTOCOL = 2  # 2: headers name the tokenizer, specs may hold a chat template and towers, parts are stamped
+# 2: headers name the tokenizer, specs may hold a chat template and towers, parts are stamped.
+# 3: the keys and fields `decided`, `header`, `incarnation` and `aggregation` have these names.
+PROTOCOL = 3
 FIRST_PROTOCOL = 1  # what is spoken where none is named, as before there was a name for it
 HEARTBEAT_TTL_S = 15.0  # a worker whose heartbeat has expired is gone
 TRACE_TTL_S = 7 * 24 * 3600.0  # so long it is told how a worker left

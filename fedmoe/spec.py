@@ -18,7 +18,7 @@ from fedmoe.layout import MAX_STRING_BYTES, Layout
 from fedmoe.staleness import Decay
 from fedmoe.template_file import MAX_TEMPLATE_CHARS
 
-SPEC_FORMAT = 1
+SPEC_FORMAT = 2  # 2: its rules are called aggregation
 DEFAULT_WIRE_FORMAT = "int4"
 DEFAULT_BASE_MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
 ALL_LINEAR = "all-linear"
@@ -75,7 +75,7 @@ class LoraSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MergeRules:
+class AggregationRules:
     """How updates become part of the expert: `weights += lr × decay(staleness) × Δ`, and what is refused.
 
     Args:
@@ -145,7 +145,7 @@ class Spec:
     base_config: dict[str, Any]
     layout: Layout
     lora: LoraSettings = field(default_factory=LoraSettings)
-    merge: MergeRules = field(default_factory=MergeRules)
+    aggregation: AggregationRules = field(default_factory=AggregationRules)
     training: TrainingSettings = field(default_factory=TrainingSettings)
     wire_format: str = DEFAULT_WIRE_FORMAT
     sync_interval_s: float = 10.0
@@ -179,7 +179,7 @@ class Spec:
         content = {"spec_format": SPEC_FORMAT} | {
             f.name: getattr(self, f.name) for f in fields(self) if f.name != "layout"
         }
-        for name in ("lora", "merge", "training"):
+        for name in ("lora", "aggregation", "training"):
             content[name] = asdict(content[name])
         for name in ("chat_template", "towers"):
             if not content[name]:  # else the digest of a spec that an earlier FedMoE wrote would be another
@@ -192,23 +192,28 @@ class Spec:
         """Parse a stored spec.
 
         Raises:
-            ProtocolError: if it is of a later FedMoE's format.
+            ProtocolError: if it has the format of a later or an earlier FedMoE.
             SpecError: if it is malformed.
         """
         try:
             content = json.loads(text)
             version = content.pop("spec_format")
             if version != SPEC_FORMAT:
+                is_later = isinstance(version, int) and version > SPEC_FORMAT
                 raise ProtocolError(
                     f"the expert's spec has format {version}, the FedMoE on this machine reads format {SPEC_FORMAT}: "
-                    "upgrade the FedMoE on this machine"
+                    + (
+                        "upgrade the FedMoE on this machine"
+                        if is_later
+                        else "serve the expert with the earlier FedMoE that made it, or begin it anew"
+                    )
                 )
-            merge = content.pop("merge")
+            aggregation = content.pop("aggregation")
             lora = content.pop("lora")
             towers = tuple(content.pop("towers", ()))
             return cls(
                 layout=Layout(tuple((name, tuple(shape)) for name, shape in content.pop("layout"))),
-                merge=MergeRules(**merge | {"decay": Decay(**merge["decay"])}),
+                aggregation=AggregationRules(**aggregation | {"decay": Decay(**aggregation["decay"])}),
                 lora=LoraSettings(**lora | {"targets": tuple(lora["targets"])}),
                 training=TrainingSettings(**content.pop("training")),
                 towers=towers,

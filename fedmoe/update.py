@@ -1,8 +1,8 @@
 """An update: one published LoRA delta. Its header is what counts; its stream entry only rings the bell.
 
 The header names the update (run, seq) and its predecessor `prev`: a worker's updates are a chain, and an
-update may be decided only if its `prev` is the worker's last decided update. `run` is `<epoch>-<nonce>`: the
-epoch grows with each new run of a worker, the nonce tells two processes of one name apart.
+update may be decided only if its `prev` is the worker's last decided update. `run` is `<incarnation>-<nonce>`: the
+incarnation grows with each new run of a worker, the nonce tells two processes of one name apart.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ class UpdateId(NamedTuple):
     seq: int
 
     @property
-    def epoch(self) -> int:
+    def incarnation(self) -> int:
         """The number of the worker's run; a later run has a higher one."""
         match = _RUN.fullmatch(self.run)
         return int(match[1]) if match else 0
@@ -44,9 +44,9 @@ class UpdateId(NamedTuple):
         return f"{self.run}:{self.seq}"
 
 
-def make_run(epoch: int, nonce: str) -> str:
-    """The name of a worker's run: its epoch and 8 random hex digits."""
-    return f"{epoch}-{nonce}"
+def make_run(incarnation: int, nonce: str) -> str:
+    """The name of a worker's run: its incarnation and 8 random hex digits."""
+    return f"{incarnation}-{nonce}"
 
 
 def is_run(text: str) -> bool:

@@ -296,4 +296,4 @@ def _updates_inside(group: str, tensors: dict[str, torch.Tensor], decided_at: fl
     """The updates of a checkpoint of format 1."""
     numbers = sorted({name.split(".")[1] for name in tensors if name.startswith(f"{group}.")})
     updates = [_blobs(f"{group}.{number}", tensors) for number in numbers]
-    return [Outgoing(Header.unpack(head), tuple(parts), decided_at) for head, *parts in updates]
+    return [Outgoing(Header.unpack(header), tuple(parts), decided_at) for header, *parts in updates]

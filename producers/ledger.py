@@ -26,6 +26,7 @@ import torch
 from fedmoe.codec import decoded, encode, scratch_values
 from fedmoe.errors import NameTakenError
 from fedmoe.records import Decided, Meta
+from fedmoe.spec import AggregationRules
 from fedmoe.update import Header, Part, UpdateId
 
 
@@ -90,19 +91,19 @@ def locate(
     if head.run == run:
         last = max((u.seq for u in (*known, start or mine) if u.run == run), default=0)
         return (Place.AHEAD, 0) if head.seq > last else (Place.BEHIND, 0)
-    if head.epoch < mine.epoch:
+    if head.incarnation < mine.incarnation:
         return Place.BEHIND, 0
-    # Redis gives two runs one epoch only if it went back and forgot the first. Until an update of this run is decided,
-    # this run is the later one and goes on after the other.
+    # Redis gives two runs one incarnation only if it went back and forgot the first. Until an update of this run is
+    # decided, this run is the later one and goes on after the other.
     begun = any(update.run == run for update in (start, *known[:n_kept]) if update)
-    return (Place.BEHIND, 0) if head.epoch == mine.epoch and not begun else (Place.FOREIGN, 0)
+    return (Place.BEHIND, 0) if head.incarnation == mine.incarnation and not begun else (Place.FOREIGN, 0)
 
 
 def _is_later(head: UpdateId | None, start: UpdateId | None) -> bool:
     """True if `head` comes after `start` in a worker's life."""
     if head is None or start is None:
         return head is not None
-    return (head.epoch, head.seq) > (start.epoch, start.seq)
+    return (head.incarnation, head.seq) > (start.incarnation, start.seq)
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,10 +214,10 @@ class Ledger:
         self.queue.append(Outgoing(header, parts))
         return self.queue[-1]
 
-    def to_send(self, *, ahead: int) -> tuple[Header, tuple[bytes, ...]]:
-        """Header and parts of the first undecided update; its base is at most `ahead` versions after the expert's."""
+    def to_send(self, rules: AggregationRules) -> tuple[Header, tuple[bytes, ...]]:
+        """Header and parts of the first undecided update; its base is no further ahead than the rules allow."""
         update = self.queue[0]
-        return update.header.at_most(self.meta.version + ahead), update.parts
+        return update.header.at_most(self.meta.version + rules.staleness_bound(0)), update.parts
 
     def _chain(self) -> list[Outgoing]:
         return [*self.kept, *self.queue]

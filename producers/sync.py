@@ -254,12 +254,12 @@ class Sync:
         It must not be published: taken off again after the refusal, numbers that large leave nothing of the rest.
         """
         norm = float(torch.linalg.vector_norm(progress))
-        if norm <= self._spec.merge.max_norm:
+        if norm <= self._spec.aggregation.max_norm:
             return False
         logger.warning(
             "the training diverged: %d steps changed the adapter by a norm of %.3g, the bound is %.4g; they are "
             "dropped, going on from the expert's weights (is the learning rate too high?)",
-            steps, norm, self._spec.merge.max_norm,
+            steps, norm, self._spec.aggregation.max_norm,
         )  # fmt: skip
         self._exchange.correct(Change(correction=self.ledger.base + self.ledger.pending(), replace=True))
         return True
@@ -311,7 +311,7 @@ class Sync:
                 self._pull(poll.weights_commit)
                 return 0.0
             self._sent = update.id
-            self._entry = self._store.publish(*self.ledger.to_send(ahead=self._spec.merge.staleness_bound(0)))
+            self._entry = self._store.publish(*self.ledger.to_send(self._spec.aggregation))
             self.status = replace(self.status, published=self.status.published + 1)
             return self._pace.sent()
         poll = self._store.poll(self._entry, update.header)

@@ -193,8 +193,8 @@ class Worker:
                 f"resuming run {saved.ledger.run} after update {saved.ledger.seq}, example {trainer.position}"
             )
             return saved.ledger, saved.trained
-        # Before the pull: an update of an earlier run that is decided after it then is of an earlier epoch.
-        epoch = self._joining.patiently(self._store.next_epoch)
+        # Before the pull: an update of an earlier run that is decided after it then is of an earlier incarnation.
+        incarnation = self._joining.patiently(self._store.next_incarnation)
         snapshot = self._joining.patiently(lambda: self._store.pull(spec, known=""))
         base = snapshot.weights
         if base is None:
@@ -202,7 +202,7 @@ class Worker:
         with torch.no_grad():
             trainer.flat.copy_(base)
         start = snapshot.decided.id if snapshot.decided else None
-        run = make_run(max(epoch, start.epoch + 1 if start else 1), secrets.token_hex(4))
+        run = make_run(max(incarnation, start.incarnation + 1 if start else 1), secrets.token_hex(4))
         return Ledger(base=base, packed=snapshot.packed, meta=snapshot.meta, run=run, start=start), None
 
 

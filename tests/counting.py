@@ -18,7 +18,7 @@ from fedmoe.identity import BaseIdentity
 from fedmoe.keys import GROUP
 from fedmoe.layout import AdapterBuffer, Layout, values_of
 from fedmoe.lora_init import initial_weights
-from fedmoe.spec import MergeRules, Spec
+from fedmoe.spec import AggregationRules, Spec
 from fedmoe.staleness import Decay
 from fedmoe.store.connection import Connection
 from fedmoe.store.expert import ExpertStore
@@ -33,8 +33,8 @@ EXPERT = "sql_expert"
 def counting_spec(n_values: int = 12, *, sync_interval_s: float = 0.05) -> Spec:
     """A spec whose only tensor (n_values, an even number) is a LoRA B, which begins at 0."""
     layout = Layout.of([("base_model.model.layers.0.q_proj.lora_B.weight", (n_values // 2, 2))])
-    rules = MergeRules(decay=Decay(kind="constant"), max_norm=1e9)
-    return replace(small_spec(layout=layout, merge=rules), sync_interval_s=sync_interval_s)
+    rules = AggregationRules(decay=Decay(kind="constant"), max_norm=1e9)
+    return replace(small_spec(layout=layout, aggregation=rules), sync_interval_s=sync_interval_s)
 
 
 def create_expert(connection: Connection, spec: Spec, name: str = EXPERT) -> ExpertStore:
@@ -158,7 +158,9 @@ def assert_settled(
     keys = connection.keys.expert(EXPERT)
     assert connection.client.xlen(keys.updates) == 0
     assert connection.client.xpending(keys.updates, GROUP)["pending"] == 0
-    own = {key.encode() for worker in workers for key in (keys.epoch(worker.name), keys.trace(worker.name))}
+    own = {
+        key.encode() for worker in workers for key in (keys.incarnation(worker.name), keys.trace(worker.name))
+    }
     left = set(connection.client.scan_iter("*:payload:*")) - own
     assert len(left) in (0, leftovers), left
     assert all(connection.client.ttl(key) > 0 for key in left)

@@ -15,7 +15,7 @@ from consumers.expert import Expert
 from fedmoe.codec import decode
 from fedmoe.layout import AdapterBuffer, Layout
 from fedmoe.records import PROTOCOL, Meta
-from fedmoe.spec import LoraSettings, MergeRules, Spec
+from fedmoe.spec import AggregationRules, LoraSettings, Spec
 from fedmoe.store.connection import Connection
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.lifecycle import new_id
@@ -33,7 +33,7 @@ FINGERPRINT = "0123456789abcdef"
 
 
 def small_spec(
-    *, layout: Layout = LAYOUT, merge: MergeRules | None = None, wire_format: str = "fp32"
+    *, layout: Layout = LAYOUT, aggregation: AggregationRules | None = None, wire_format: str = "fp32"
 ) -> Spec:
     """A spec without a model behind it."""
     return Spec(
@@ -41,7 +41,7 @@ def small_spec(
         base_config={"hidden_size": 8},
         layout=layout,
         lora=LoraSettings(rank=2, alpha=4.0),
-        merge=merge or MergeRules(),
+        aggregation=aggregation or AggregationRules(),
         wire_format=wire_format,
     )
 
@@ -102,7 +102,7 @@ class ScriptedWorker:
         assert snapshot.weights is not None
         self.local = snapshot.weights.clone()
         start = snapshot.decided.id if snapshot.decided else None
-        run = make_run(self.store.next_epoch(), secrets.token_hex(4))
+        run = make_run(self.store.next_incarnation(), secrets.token_hex(4))
         self.ledger = Ledger(base=self.local.clone(), meta=snapshot.meta, run=run, start=start)
         self.now = 0.0
         self.fingerprint = fingerprint

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from consumers.merge import Expert
 from fedmoe.codec import FORMATS
 from fedmoe.layout import Layout
-from fedmoe.spec import ALL_LINEAR, LoraSettings, MergeRules, Spec, TrainingSettings
+from fedmoe.spec import ALL_LINEAR, AggregationRules, LoraSettings, Spec, TrainingSettings
 from fedmoe.staleness import KINDS, Decay
 from fedmoe.update import Header, Part, UpdateId, make_run
 
@@ -114,8 +114,8 @@ def specs() -> st.SearchStrategy[Spec]:
             alpha=positive,
             targets=st.sampled_from([(ALL_LINEAR,), ("q_proj", "v_proj")]),
         ),
-        merge=st.builds(
-            MergeRules,
+        aggregation=st.builds(
+            AggregationRules,
             lr=positive,
             decay=decays(),
             max_staleness=st.none() | st.integers(0, 1000),

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @click.group()
 def aggregator() -> None:
-    """Merge what workers publish into the experts, and the experts into the gateway."""
+    """Apply what workers publish to the experts, and merge the experts into the gateway."""
 
 
 @aggregator.command()

@@ -19,7 +19,7 @@ from fedmoe.text import printable
 
 # name -> (module, attribute, help); a module is imported only when its command is used.
 COMMANDS = {
-    "aggregator": ("fedmoe.cli.aggregator", "aggregator", "Merge what workers publish into the experts."),
+    "aggregator": ("fedmoe.cli.aggregator", "aggregator", "Apply what workers publish to the experts."),
     "worker": ("fedmoe.cli.worker", "worker", "Fine-tune an expert on private data."),
     "status": ("fedmoe.cli.status", "status", "Show experts, workers and what is waiting."),
     "expert": ("fedmoe.cli.expert", "expert", "Remove an expert for good."),

@@ -99,7 +99,7 @@ def watch_on(inspector: "Inspector", interval_s: float, *, as_json: bool) -> Non
 
 
 def screen(federation: "Federation", *, width: int | None = None) -> Iterator[tuple[str, str]]:
-    """The lines of the screen, each with its style: head, warning, dim or none; `width` in columns, None is wide."""
+    """The lines of the screen, each with its style: title, warning, dim or none; `width` in columns, None is wide."""
     from fedmoe.federation import findings
 
     yield server_line(federation.server), "dim"
@@ -109,8 +109,8 @@ def screen(federation: "Federation", *, width: int | None = None) -> Iterator[tu
     ):
         if rows:
             yield "", ""
-            head, *body = table(columns, rows, width=width)
-            yield head, "bold"
+            title, *body = table(columns, rows, width=width)
+            yield title, "bold"
             yield from ((line, "") for line in body)
     yield "", ""
     yield from ((line, "") for line in more_lines(federation))
@@ -129,17 +129,17 @@ def render(federation: "Federation", width: int) -> "Text":
     return Text("\n").join(Text(line, style) for line, style in screen(federation, width=width))
 
 
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, width: int | None = None) -> list[str]:
+def table(titles: Sequence[str], rows: Sequence[Sequence[str]], *, width: int | None = None) -> list[str]:
     """A line for each row below one of headings; on a narrow terminal the columns of DROP_FIRST give way."""
-    columns = {head: [head, *cells] for head, *cells in zip(heads, *rows, strict=True)}
-    sizes = {head: max(map(len, cells)) for head, cells in columns.items()}
-    for head in DROP_FIRST:
+    columns = {title: [title, *cells] for title, *cells in zip(titles, *rows, strict=True)}
+    sizes = {title: max(map(len, cells)) for title, cells in columns.items()}
+    for title in DROP_FIRST:
         if width is None or sum(sizes.values()) + 2 * (len(sizes) - 1) <= width:
             break
-        sizes.pop(head, None)
+        sizes.pop(title, None)
     aligned = [
-        [cell.ljust(size) if head in TEXT_COLUMNS else cell.rjust(size) for cell in columns[head]]
-        for head, size in sizes.items()
+        [cell.ljust(size) if title in TEXT_COLUMNS else cell.rjust(size) for cell in columns[title]]
+        for title, size in sizes.items()
     ]
     return ["  ".join(line).rstrip() for line in zip(*aligned, strict=True)]
 

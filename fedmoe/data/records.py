@@ -73,13 +73,13 @@ def _decoded(raw: BinaryIO, path: Path) -> TextIO:
     packed = raw.read(2) == GZIP_MAGIC
     raw.seek(0)
     stream = cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if packed else raw
-    head = stream.read(32)
+    beginning = stream.read(32)
     stream.seek(0)
     for magic, what in FOREIGN.items():
-        if head.startswith(magic):
+        if beginning.startswith(magic):
             raise DataError(f"{shown(path)} is {what}")
     # A file of nothing but NUL bytes (a crash does that) is no UTF-32.
-    encoding = json.detect_encoding(head) if head.strip(b"\0") else "utf-8"
+    encoding = json.detect_encoding(beginning) if beginning.strip(b"\0") else "utf-8"
     # Bad bytes become surrogates, so that they spoil their own row only; fedmoe.data.shapes finds them.
     errors = "surrogateescape" if encoding.startswith("utf-8") else "replace"
     return io.TextIOWrapper(stream, encoding=encoding, errors=errors)

@@ -77,8 +77,8 @@ class ChatTemplate:
             raise RowError("the chat template does not show its tools")
         if MARKER not in answered:
             raise RowError("the chat template drops its answer")
-        head, _, tail = answered.rpartition(MARKER)
-        lead = head.removeprefix(asked) if head.startswith(asked) else ""
+        before, _, tail = answered.rpartition(MARKER)
+        lead = before.removeprefix(asked) if before.startswith(asked) else ""
         if not self._shows_reasoning and any(turn.reasoning for turn in turns):
             raise RowError("the chat template does not show its reasoning")
         if turns[-1].reasoning.strip() not in lead:

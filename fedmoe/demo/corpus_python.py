@@ -83,9 +83,9 @@ def _row(source: str, owner: str, function: Function, lines: list[str]) -> Row |
         return None
     kind = f"method of class {owner} in" if owner else "function of"
     module = source.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-    head = f"{signature}\n{textwrap.indent(_quoted(doc), ' ' * 4)}"
+    opening = f"{signature}\n{textwrap.indent(_quoted(doc), ' ' * 4)}"
     return Row(
-        prompt=f"Write the body of this {kind} Python's module {module}.\n\n{head}",
+        prompt=f"Write the body of this {kind} Python's module {module}.\n\n{opening}",
         completion=body,
         source=source,
     )

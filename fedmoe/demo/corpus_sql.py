@@ -102,8 +102,8 @@ class Table:
     @classmethod
     def parse(cls, text: str) -> "Table":
         """Read one line of DATABASES, from the table's name on."""
-        head, columns = text.split(":")
-        name, noun, *key = head.split()
+        table, columns = text.split(":")
+        name, noun, *key = table.split()
         (label, pool), (category, values), (number, limits), *day = (c.split("=") for c in columns.split())
         low, high = limits.split("-")
         return cls(

@@ -105,15 +105,15 @@ def adapter_loaded(
 
 
 def _target_names(model: PreTrainedModel, targets: Sequence[str], towers: Sequence[str]) -> list[str]:
-    """Last part of the names of the linear modules meant by `targets`; never the output head, or one in `towers`."""
+    """Last part of the names of the linear modules meant by `targets`; never the output layer, or one in `towers`."""
     outside = tuple(f"{tower}." for tower in towers)
-    head = model.get_output_embeddings()
+    output = model.get_output_embeddings()
     linear = sorted(
         {
             name.rpartition(".")[2]
             for name, module in model.named_modules()
             if isinstance(module, nn.Linear | Conv1D)
-            and module is not head
+            and module is not output
             and not f"{name}.".startswith(outside)
         }
     )

@@ -31,13 +31,13 @@ class Reach:
 def other_towers(model: PreTrainedModel) -> tuple[str, ...]:
     """Names of the parts beside the text model that hold linear modules: of images, of sound; () for a text model."""
     decoder = next((name for name, module in model.named_modules() if module is model.get_decoder()), "")
-    head = model.get_output_embeddings()
+    output = model.get_output_embeddings()
     beside = []
     for depth in range(decoder.count(".") + 1 if decoder else 0):
         path = decoder.split(".")[: depth + 1]
         parent = model.get_submodule(".".join(path[:-1]))
         for name, child in parent.named_children():
-            if name != path[-1] and child is not head and _has_linear(child):
+            if name != path[-1] and child is not output and _has_linear(child):
                 beside.append(".".join([*path[:-1], name]))
     return tuple(sorted(beside))
 
@@ -49,8 +49,10 @@ def _has_linear(module: nn.Module) -> bool:
 def reach_of(model: PreTrainedModel, layout: Layout, towers: Sequence[str]) -> Reach:
     """What share of the weights of `model`, which bears no adapter, is under one with this layout."""
     modules = {name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name, _ in layout.tensors}
-    head = model.get_output_embeddings()
-    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding) or module is head]
+    output = model.get_output_embeddings()
+    embeddings = [
+        module for module in model.modules() if isinstance(module, nn.Embedding) or module is output
+    ]
     apart = {id(parameter) for module in embeddings for parameter in module.parameters()}
     reached = 0
     others: Counter[str] = Counter()

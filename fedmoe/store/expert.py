@@ -251,7 +251,7 @@ class ExpertStore(ExpertLifecycle):
             return []
         with self.connection.errors(), self._redis.pipeline(transaction=False) as pipe:
             for update in updates:
-                pipe.getrange(self.keys.head(*update), 0, MAX_HEADER_BYTES)
+                pipe.getrange(self.keys.header(*update), 0, MAX_HEADER_BYTES)
             return [_absent_if_wrong_type(reply) for reply in pipe.execute(raise_on_error=False)]
 
     def heartbeat_fields(self, worker: str, names: Sequence[str]) -> dict[str, str]:
@@ -279,7 +279,7 @@ class ExpertStore(ExpertLifecycle):
     def payload_keys(self, worker: str, run: str, seq: int, n_parts: int) -> list[str]:
         """The keys of an update's header and parts."""
         return [
-            self.keys.head(worker, run, seq),
+            self.keys.header(worker, run, seq),
             *(self.keys.part(worker, run, seq, index) for index in range(n_parts)),
         ]
 

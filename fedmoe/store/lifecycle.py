@@ -240,7 +240,7 @@ class ExpertLifecycle:
         with self.connection.errors(), self._redis.pipeline(transaction=True) as pipe:
             if (wrong := self._watch(pipe, on)) is None:
                 return False
-            raised = self._raised_epochs(pipe, decided)
+            raised = self._raised_incarnations(pipe, decided)
 
             def queue(pipe: Any) -> None:
                 pipe.unlink(
@@ -259,8 +259,8 @@ class ExpertLifecycle:
                 for key, lines in ((keys.log, log), (keys.dead, dead)):
                     for line in lines:
                         pipe.xadd(key, dict(line))
-                for worker, epoch in raised.items():
-                    pipe.set(keys.epoch(worker), epoch, ex=PAYLOAD_TTL_S)
+                for worker, incarnation in raised.items():
+                    pipe.set(keys.incarnation(worker), incarnation, ex=PAYLOAD_TTL_S)
 
             pipe.multi()
             queue(pipe)
@@ -282,16 +282,16 @@ class ExpertLifecycle:
             return None
         return [key for key in (keys.log, keys.dead) if pipe.type(key) not in (b"stream", b"none")]
 
-    def _raised_epochs(self, pipe: Any, decided: Mapping[str, Decided]) -> dict[str, int]:
+    def _raised_incarnations(self, pipe: Any, decided: Mapping[str, Decided]) -> dict[str, int]:
         """The workers whose count of runs Redis lost, and what it must be: their next run needs a number of its own."""
         if not decided:
             return {}
-        counts = pipe.mget([self.keys.epoch(worker) for worker in decided])
-        wanted = {worker: last.id.epoch for worker, last in decided.items()}
+        counts = pipe.mget([self.keys.incarnation(worker) for worker in decided])
+        wanted = {worker: last.id.incarnation for worker, last in decided.items()}
         return {
-            worker: epoch
-            for (worker, epoch), count in zip(wanted.items(), counts, strict=True)
-            if not (count or b"").isdigit() or int(count) < epoch
+            worker: incarnation
+            for (worker, incarnation), count in zip(wanted.items(), counts, strict=True)
+            if not (count or b"").isdigit() or int(count) < incarnation
         }
 
     def _queue_parts(
@@ -310,7 +310,7 @@ class ExpertLifecycle:
         with self.connection.errors(), self._redis.pipeline(transaction=False) as pipe:
             for index, part in enumerate(parts):
                 pipe.set(keys.part(worker, run, seq, index), part, ex=PAYLOAD_TTL_S)
-            pipe.set(keys.head(worker, run, seq), header.pack(), ex=PAYLOAD_TTL_S)
+            pipe.set(keys.header(worker, run, seq), header.pack(), ex=PAYLOAD_TTL_S)
             pipe.xadd(keys.updates, header.entry(worker))
             try:
                 pipe.execute()
@@ -318,7 +318,8 @@ class ExpertLifecycle:
                 if not is_full(error):
                     raise
                 self._redis.unlink(
-                    keys.head(worker, run, seq), *(keys.part(worker, run, seq, i) for i in range(len(parts)))
+                    keys.header(worker, run, seq),
+                    *(keys.part(worker, run, seq, i) for i in range(len(parts))),
                 )
                 return False
         return True

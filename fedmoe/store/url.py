@@ -50,8 +50,8 @@ def shown(url: str) -> str:
         return "..."
     # By hand, since a password with / # ? or @ in it makes no URL, and must not be shown for that. An @ after a ?
     # leaves open which of the two belongs to a password, and `redis://:secret` has a password and no host.
-    head, _, query = rest.partition("?")
-    place = head.rpartition("@")[2]
+    address, _, query = rest.partition("?")
+    place = address.rpartition("@")[2]
     return f"{scheme}://{place if '@' not in query and _PLACE.fullmatch(place) else '...'}"
 
 

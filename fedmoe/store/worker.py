@@ -199,7 +199,7 @@ class WorkerStore:
         again = self.announced == header.id
         run, seq = header.run, header.seq
         blobs = {self.keys.part(self.worker, run, seq, index): part for index, part in enumerate(parts)}
-        blobs[self.keys.head(self.worker, run, seq)] = header.pack()
+        blobs[self.keys.header(self.worker, run, seq)] = header.pack()
         with self.connection.errors():
             try:
                 with self._redis.pipeline(transaction=False) as pipe:
@@ -212,8 +212,10 @@ class WorkerStore:
                         pipe.strlen(key)
                     for key in blobs:
                         pipe.pexpire(key, PAYLOAD_TTL_S * 1000)
-                    # A server that was emptied must not give the epoch of this run to the next one.
-                    pipe.set(self.keys.epoch(self.worker), header.id.epoch, ex=PAYLOAD_TTL_S, nx=True)
+                    # A server that was emptied must not give the incarnation of this run to the next one.
+                    pipe.set(
+                        self.keys.incarnation(self.worker), header.id.incarnation, ex=PAYLOAD_TTL_S, nx=True
+                    )
                     pipe.xadd(self.keys.updates, header.entry(self.worker))
                     *replies, entry_id = pipe.execute()
             except redis.RedisError as error:
@@ -243,14 +245,14 @@ class WorkerStore:
                     f"Redis at {self.connection.settings.shown} is nearly full and updates wait: holding this one back"
                 )
 
-    def next_epoch(self) -> int:
+    def next_incarnation(self) -> int:
         """A number that grows with each run of this worker, also while updates of earlier runs still wait."""
-        key = self.keys.epoch(self.worker)
+        key = self.keys.incarnation(self.worker)
         with self.connection.errors(), self._redis.pipeline(transaction=True) as pipe:
             pipe.incr(key)
             pipe.pexpire(key, PAYLOAD_TTL_S * 1000)
-            epoch, _ = pipe.execute()
-        return int(epoch)
+            incarnation, _ = pipe.execute()
+        return int(incarnation)
 
     def join(self) -> None:
         """Ask the aggregator to look at this worker's heartbeat (it pins the base model's fingerprint there)."""

@@ -16,7 +16,7 @@ import torch
 from fedmoe.layout import AdapterBuffer, Layout
 from fedmoe.lora_init import initial_weights
 from fedmoe.records import PROTOCOL, Meta
-from fedmoe.spec import LoraSettings, MergeRules, Spec
+from fedmoe.spec import AggregationRules, LoraSettings, Spec
 from fedmoe.store.connection import Connection, RedisSettings
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.lifecycle import new_id
@@ -41,7 +41,7 @@ def make_spec(layout: Layout, wire_format: str, **changes: object) -> Spec:
         base_config={"hidden_size": first[-1]},
         layout=layout,
         lora=LoraSettings(rank=min(first), alpha=2.0 * min(first)),
-        merge=MergeRules(max_norm=1e9, max_staleness=1_000_000),
+        aggregation=AggregationRules(max_norm=1e9, max_staleness=1_000_000),
         wire_format=wire_format,
     )
     return replace(spec, **changes)  # type: ignore[arg-type]  # whoever names a field gives its type
@@ -81,7 +81,7 @@ class Client:
         snapshot = self.store.pull(self.spec, known="")
         base = snapshot.weights
         assert base is not None
-        run = make_run(self.store.next_epoch(), secrets.token_hex(4))
+        run = make_run(self.store.next_incarnation(), secrets.token_hex(4))
         self.ledger = Ledger(base=base, meta=snapshot.meta, run=run)
         self.local = base.clone()
         self.decided: tuple[UpdateId, int] | None = None  # the last update, and the expert's version with it

@@ -83,7 +83,9 @@ def train(pipe: Any, url: str, expert: str, hidden: int, state_dir: Path) -> Non
     snapshot = store.pull(spec, known="")
     base = snapshot.weights
     assert base is not None
-    ledger = Ledger(base=base, meta=snapshot.meta, run=make_run(store.next_epoch(), secrets.token_hex(4)))
+    ledger = Ledger(
+        base=base, meta=snapshot.meta, run=make_run(store.next_incarnation(), secrets.token_hex(4))
+    )
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(model_config(hidden)).eval().requires_grad_(False)
     adapted, flat = attach_adapter(model, spec)

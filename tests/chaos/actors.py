@@ -19,7 +19,7 @@ from consumers.aggregator import Aggregator  # noqa: F401  # imported before the
 from fedmoe.data.jsonl import DataFile
 from fedmoe.identity import BaseIdentity
 from fedmoe.layout import Layout
-from fedmoe.spec import LoraSettings, MergeRules, Spec
+from fedmoe.spec import AggregationRules, LoraSettings, Spec
 from fedmoe.stopping import Stop, stop_on_signals
 from fedmoe.store.connection import RedisSettings
 from fedmoe.store.worker import WorkerStore
@@ -50,7 +50,7 @@ def make_spec(rank: int, width: int, wire_format: str, sync_interval_s: float, m
         base_config={"hidden_size": width},
         layout=layout,
         lora=LoraSettings(rank=rank, alpha=2.0 * rank),
-        merge=MergeRules(max_norm=1e6, max_staleness=max_staleness),
+        aggregation=AggregationRules(max_norm=1e6, max_staleness=max_staleness),
         wire_format=wire_format,
         sync_interval_s=sync_interval_s,
     )

@@ -26,7 +26,7 @@ from fedmoe.layout import AdapterBuffer
 from fedmoe.lora_init import initial_weights
 from fedmoe.model.adapter import adapter_layout
 from fedmoe.model.base import fingerprint, load_base, load_config, structure
-from fedmoe.spec import LoraSettings, MergeRules, Spec
+from fedmoe.spec import AggregationRules, LoraSettings, Spec
 from fedmoe.store.connection import Connection, RedisSettings
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore
@@ -79,7 +79,7 @@ def expert(store: GatewayStore, tiny_model_dir: Path) -> None:
         base_config=structure(config),
         layout=adapter_layout(config, lora),
         lora=lora,
-        merge=MergeRules(max_norm=1e3),
+        aggregation=AggregationRules(max_norm=1e3),
         sync_interval_s=0.3,
     )
     buffer = AdapterBuffer(spec.layout)

@@ -234,7 +234,7 @@ HAZARDS = {
     ),
     "H07c": Hazard(
         wrong="a worker without a state directory starts again under the same run: two contents of one (run, seq)",
-        rule="a new run, <epoch>-<nonce>, at each start without a state directory",
+        rule="a new run, <incarnation>-<nonce>, at each start without a state directory",
         scenario=chains.h07_killed_without_a_state_directory,
         without=((worker, "make_run", without.one_run),),
         symptom="alice's step 0 is lost",

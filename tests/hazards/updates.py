@@ -4,7 +4,7 @@ from tests.hazards.world import WorkerProcess, World, expect
 
 
 def payload_key(world: World, worker: WorkerProcess, last: str) -> str:
-    """A key of the update that the worker has in flight: of its header ("head") or of a part ("0")."""
+    """A key of the update that the worker has in flight: of its header ("header") or of a part ("0")."""
     header = worker.sync.ledger.queue[0].header
     return f"{world.keys.root}:payload:{worker.name}:{header.run}:{header.seq}:{last}"
 
@@ -15,7 +15,7 @@ def h00_away_for_a_week(world: World) -> None:
     alice, bob = world.worker("alice"), world.worker("bob")
     a0 = world.aggregator()
     alice.push()
-    for last in ("head", "0"):
+    for last in ("header", "0"):
         world.redis.delete(payload_key(world, alice, last))
     for _ in range(2):
         bob.push()
@@ -55,7 +55,7 @@ def h08_payload_expired(world: World) -> None:
     world.create()
     alice = world.worker("alice")
     a0 = world.aggregator()
-    for last in ("head", "0"):
+    for last in ("header", "0"):
         alice.push()
         world.redis.delete(payload_key(world, alice, last))
         world.settle(a0, alice)

@@ -297,6 +297,6 @@ def locate_by_seq(
     return _locate(head, start, known, run, n_kept)
 
 
-def one_run(epoch: int, nonce: str) -> str:
+def one_run(incarnation: int, nonce: str) -> str:
     """Every start of a worker has the same run."""
     return "1-00000000"

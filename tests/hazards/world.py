@@ -21,7 +21,7 @@ from fedmoe.identity import BaseIdentity
 from fedmoe.layout import AdapterBuffer, Layout, values_of
 from fedmoe.lora_init import initial_weights
 from fedmoe.records import PROTOCOL, Decided, Entry, Meta
-from fedmoe.spec import LoraSettings, MergeRules, Spec
+from fedmoe.spec import AggregationRules, LoraSettings, Spec
 from fedmoe.staleness import Decay
 from fedmoe.stopping import Stop
 from fedmoe.store.connection import Connection, RedisSettings
@@ -274,13 +274,13 @@ class World:
 
     def create(self, *, max_staleness: int = 100, decay: str = "constant") -> None:
         """Create the expert as version 0."""
-        merge = MergeRules(decay=Decay(kind=decay), max_staleness=max_staleness)
+        aggregation = AggregationRules(decay=Decay(kind=decay), max_staleness=max_staleness)
         self.spec = Spec(
             base_model="tiny",
             base_config={},
             layout=LAYOUT,
             lora=LoraSettings(rank=2, alpha=4.0),
-            merge=merge,
+            aggregation=aggregation,
             wire_format="fp32",  # units are counted to the bit
         )
         self._write_expert()

@@ -18,7 +18,7 @@ from fedmoe.integrity import stamp_decided
 from fedmoe.keys import GROUP
 from fedmoe.layout import AdapterBuffer, stamped
 from fedmoe.records import PROTOCOL, Decided
-from fedmoe.spec import MergeRules
+from fedmoe.spec import AggregationRules
 from fedmoe.store.connection import Connection
 from fedmoe.template_file import template_digest
 from fedmoe.update import Part, UpdateId, make_run
@@ -148,7 +148,7 @@ def test_header_that_breaks_the_spec_is_refused(
     update = worker.push(1.0)
     # published whole, but with a header that says something else
     forged = replace(update, header=replace(update.header, **changes))  # type: ignore[arg-type]
-    connection.client.set(expert.store.keys.head("alice", update.id.run, 1), forged.header.pack())
+    connection.client.set(expert.store.keys.header("alice", update.id.run, 1), forged.header.pack())
     assert serve(expert) == ["refused"]
     change = worker.pull()
     assert change.how is not None
@@ -197,7 +197,7 @@ def test_forged_counts_are_clamped_and_said(connection: Connection, caplog: pyte
 
 def test_too_stale_is_refused_and_told(connection: Connection) -> None:
     """The staleness bound, by versions and never by a clock."""
-    spec = small_spec(merge=MergeRules(max_staleness=1))
+    spec = small_spec(aggregation=AggregationRules(max_staleness=1))
     expert = make_expert(connection, spec=spec)
     late = ScriptedWorker(connection, spec, "late")
     busy = ScriptedWorker(connection, spec, "busy")
@@ -263,7 +263,7 @@ def test_staleness_bound_grows_alike_in_every_batching(connection: Connection, b
 
 def test_staleness_bound_that_the_operator_chose_stays(connection: Connection) -> None:
     """However many workers there are."""
-    spec = small_spec(merge=MergeRules(max_staleness=1))
+    spec = small_spec(aggregation=AggregationRules(max_staleness=1))
     expert = make_expert(connection, spec=spec)
     for number in range(3):
         ScriptedWorker(connection, spec, f"w{number}").push(1.0, base_version=0)
@@ -304,7 +304,7 @@ def test_garbage_header_decides_nothing(connection: Connection, content: bytes) 
     expert = make_expert(connection)
     worker = ScriptedWorker(connection, expert.spec)
     update = worker.push(1.0)
-    connection.client.set(expert.store.keys.head("alice", update.id.run, 1), content)
+    connection.client.set(expert.store.keys.header("alice", update.id.run, 1), content)
     assert serve(expert) in ([], ["undecidable"])
     assert "alice" not in expert.store.load().decided
     worker.publish(update)
@@ -352,7 +352,7 @@ def test_header_under_another_updates_key_is_garbage(connection: Connection) -> 
     worker.train(1.0)
     update = worker.cut()
     keys = expert.store.keys
-    connection.client.set(keys.head("alice", update.id.run, 7), update.header.pack())
+    connection.client.set(keys.header("alice", update.id.run, 7), update.header.pack())
     connection.client.set(keys.part("alice", update.id.run, 7, 0), update.parts[0])
     connection.client.xadd(keys.updates, {"worker": "alice", "run": update.id.run, "seq": 7})
     assert serve(expert) == []
@@ -360,7 +360,7 @@ def test_header_under_another_updates_key_is_garbage(connection: Connection) -> 
     assert "alice" not in expert.store.load().decided
 
 
-@pytest.mark.parametrize("what", ["head", "part", "heartbeat"])
+@pytest.mark.parametrize("what", ["header", "part", "heartbeat"])
 def test_worker_key_of_the_wrong_type_stops_nobody(connection: Connection, what: str) -> None:
     """What a worker may write may also be a hash where a string should be: as good as missing."""
     expert = make_expert(connection)
@@ -368,7 +368,7 @@ def test_worker_key_of_the_wrong_type_stops_nobody(connection: Connection, what:
     update = mallory.push(1.0)
     keys = expert.store.keys
     wrong = {
-        "head": keys.head("mallory", update.id.run, 1),
+        "header": keys.header("mallory", update.id.run, 1),
         "part": keys.part("mallory", update.id.run, 1, 0),
         "heartbeat": keys.worker("mallory"),
     }[what]
@@ -399,7 +399,7 @@ def test_expert_made_anew_with_another_spec_is_noticed(connection: Connection) -
     """An aggregator that still holds the old spec loads nothing."""
     expert = make_expert(connection)
     connection.client.flushdb()
-    make_expert(connection, spec=small_spec(merge=MergeRules(lr=0.5)))
+    make_expert(connection, spec=small_spec(aggregation=AggregationRules(lr=0.5)))
     with pytest.raises(StaleStateError, match="another spec"):
         expert.load()
 
@@ -431,7 +431,7 @@ def test_half_written_payload_goes_away_by_itself(connection: Connection, connec
     worker.train(1.0)
     update = worker.cut()
     keys = [
-        expert.store.keys.head("alice", update.id.run, 1),
+        expert.store.keys.header("alice", update.id.run, 1),
         expert.store.keys.part("alice", update.id.run, 1, 0),
     ]
     steps.kill_before(b"XADD")

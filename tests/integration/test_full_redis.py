@@ -297,7 +297,7 @@ def test_sent_again_an_update_lives_as_long(connection: Connection, connect: Con
     steps.kill_before(b"XADD")
     with pytest.raises(Killed):
         worker.publish()
-    assert connection.client.ttl(expert.store.keys.head("alice", update.id.run, 1)) > 6 * 24 * 3600
+    assert connection.client.ttl(expert.store.keys.header("alice", update.id.run, 1)) > 6 * 24 * 3600
     assert serve(expert) == ["applied"]
 
 

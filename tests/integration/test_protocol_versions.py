@@ -55,7 +55,7 @@ def test_header_of_another_format_is_undecidable_and_said_once(
     """However often its worker sends it; it is no dead letter, and with the right header it counts."""
     worker = ScriptedWorker(connection, SPEC)
     update = worker.push(1.0)
-    head = expert.store.keys.head("alice", update.id.run, 1)
+    head = expert.store.keys.header("alice", update.id.run, 1)
     foreign = msgpack.unpackb(update.header.pack()) | {"header_format": form, "seats": 4}
     for _ in range(3):
         connection.client.set(head, msgpack.packb(foreign))
@@ -232,7 +232,7 @@ def test_undecided_update_is_sent_again_more_and_more_seldom(expert: Expert, con
         run.sync._turn()
         if run.sync.status.published > before:
             sent.append(now)
-            connection.client.delete(expert.store.keys.head("alice", run.sync.ledger.run, 1))
+            connection.client.delete(expert.store.keys.header("alice", run.sync.ledger.run, 1))
             assert serve(expert) == ["undecidable"]
         now += 0.05  # what the thread waits at most while it is about to end
     assert sent[1] - sent[0] < 0.2

@@ -16,7 +16,7 @@ from fedmoe.backup import Backup, back_up, restore
 from fedmoe.errors import NameTakenError
 from fedmoe.layout import stamped
 from fedmoe.lora_init import initial_weights
-from fedmoe.spec import MergeRules, Spec
+from fedmoe.spec import AggregationRules, Spec
 from fedmoe.store.backup import BackupStore
 from fedmoe.store.connection import Connection
 from fedmoe.store.gateway import GatewayStore
@@ -195,7 +195,7 @@ def test_kept_update_far_ahead_of_an_expert_that_went_back_is_applied(
     connection: Connection, connect: Connect, tmp_path: Path
 ) -> None:
     """What came before it was not kept here: its base is further ahead than an update may be."""
-    expert = fresh_expert(connection, small_spec(merge=MergeRules(max_staleness=3)))
+    expert = fresh_expert(connection, small_spec(aggregation=AggregationRules(max_staleness=3)))
     snapshot = Snapshot.take(connection)
     alice, carol = (ScriptedWorker(connection, expert.spec, name) for name in ("alice", "carol"))
     for _ in range(6):
@@ -292,7 +292,7 @@ def test_next_run_has_a_number_of_its_own_after_a_write_back(connection: Connect
     serve(expert)
     snapshot.bring_back(connection)
     assert expert.write_back(on=expert.store.condition().commit)
-    assert old.store.next_epoch() == 2
+    assert old.store.next_incarnation() == 2
 
 
 def test_restore_is_not_undone(

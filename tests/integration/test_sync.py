@@ -13,7 +13,7 @@ from consumers.expert import Expert
 from fedmoe.errors import RefusedError
 from fedmoe.identity import BaseIdentity
 from fedmoe.layout import Layout
-from fedmoe.spec import MergeRules, Spec
+from fedmoe.spec import AggregationRules, Spec
 from fedmoe.store.connection import Connection
 from producers import heartbeat
 from producers.checkpoint import StateDir
@@ -25,7 +25,7 @@ from tests.processes import eventually
 from tests.rollback import Snapshot
 
 Connect = Callable[[], Connection]
-SPEC = replace(small_spec(merge=MergeRules(max_norm=1e4)), sync_interval_s=0.1)
+SPEC = replace(small_spec(aggregation=AggregationRules(max_norm=1e4)), sync_interval_s=0.1)
 
 
 class Run:
@@ -97,7 +97,7 @@ def test_what_is_sent_again_is_not_too_far_ahead(
     connection: Connection, expert: Expert, connect: Connect
 ) -> None:
     """Redis went back, nobody remembers, another worker's updates are lost: one's own count again, each once."""
-    spec = replace(SPEC, merge=replace(SPEC.merge, max_staleness=2))
+    spec = replace(SPEC, aggregation=replace(SPEC.aggregation, max_staleness=2))
     connection.client.flushdb()
     expert = make_expert(connection, spec=spec)
     snapshot = Snapshot.take(connection)

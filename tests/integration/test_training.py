@@ -9,7 +9,7 @@ import torch
 
 from fedmoe.errors import FedMoEError, TooLittleMemoryError
 from fedmoe.identity import BaseIdentity
-from fedmoe.spec import MergeRules
+from fedmoe.spec import AggregationRules
 from fedmoe.stopping import Stop
 from fedmoe.store.connection import Connection
 from producers.exchange import Exchange
@@ -20,7 +20,7 @@ from tests.counting import Counter, Step
 from tests.federation import FINGERPRINT, ScriptedWorker, make_expert, serving, small_spec
 
 Connect = Callable[[], Connection]
-SPEC = replace(small_spec(merge=MergeRules(max_norm=1e4)), sync_interval_s=60.0)
+SPEC = replace(small_spec(aggregation=AggregationRules(max_norm=1e4)), sync_interval_s=60.0)
 
 
 class Failing(Counter):

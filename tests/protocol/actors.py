@@ -21,7 +21,7 @@ from consumers.history import History
 from fedmoe.keys import Keys
 from fedmoe.layout import Layout, stamped
 from fedmoe.records import PROTOCOL, Decided, Meta
-from fedmoe.spec import MergeRules, Spec
+from fedmoe.spec import AggregationRules, Spec
 from fedmoe.staleness import Decay
 from fedmoe.store.connection import Command, Connection, RedisSettings
 from fedmoe.store.expert import ExpertStore
@@ -36,9 +36,11 @@ Values = tuple[float, ...]
 
 def make_spec(workers: int, units: int, max_staleness: int, max_norm: float) -> Spec:
     """One value for each (worker, unit of training); every applied update weighs 1, so values stay whole."""
-    merge = MergeRules(decay=Decay(kind="constant"), max_staleness=max_staleness, max_norm=max_norm)
+    aggregation = AggregationRules(
+        decay=Decay(kind="constant"), max_staleness=max_staleness, max_norm=max_norm
+    )
     layout = Layout.of([("x", (workers * units,))])
-    return Spec(base_model="m", base_config={}, layout=layout, merge=merge, wire_format="fp32")
+    return Spec(base_model="m", base_config={}, layout=layout, aggregation=aggregation, wire_format="fp32")
 
 
 def first_db(spec: Spec) -> Db:

@@ -110,7 +110,11 @@ def _number_of_a_run_counts(
 ) -> tuple[Place, int]:
     place, count = locate(head, start, known, run, n_kept)
     is_stranger = place is Place.BEHIND and head and head.run != run
-    return (Place.FOREIGN, 0) if is_stranger and head.epoch == UpdateId(run, 0).epoch else (place, count)
+    return (
+        (Place.FOREIGN, 0)
+        if is_stranger and head.incarnation == UpdateId(run, 0).incarnation
+        else (place, count)
+    )
 
 
 BROKEN_RECOVERY = {

@@ -42,7 +42,7 @@ def check_db(db: Db, spec: Spec, *, refuses_nothing: bool) -> str:
     if TWO_CONTENTS in written.values():
         return "one name of an update has two contents"
     for worker, run, seq in db.log:
-        lineage = Header.unpack(written[KEYS.head(worker, run, seq)]).lineage
+        lineage = Header.unpack(written[KEYS.header(worker, run, seq)]).lineage
         if lineage != meta["lineage"]:
             return f"an update of another lineage, {lineage}, is in the history"
         delta = _decoded(written[KEYS.part(worker, run, seq, 0)], len(replay))

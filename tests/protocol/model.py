@@ -319,7 +319,7 @@ class Model:
             yield Label(what="all claims are forgotten"), self._do(state, ("UNLINK", KEYS.memory))
         if spent := self.spend(state, "expire"):
             for key, _ in db.strings:
-                if ":payload:" in key and not key.endswith(":epoch"):
+                if ":payload:" in key and not key.endswith(":incarnation"):
                     yield Label(what=f"{key} expires"), self._do(spent, ("UNLINK", key))
         if db.stream and (spent := self.spend(state, "trim")):
             yield Label(what="somebody empties the stream"), self._do(spent, ("XTRIM", KEYS.updates))

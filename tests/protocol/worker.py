@@ -91,7 +91,7 @@ class Working(NamedTuple):
     starts: int = 1
     left: bool = False
     failure: str = ""
-    epoch: int = 0  # while it starts
+    incarnation: int = 0  # while it starts
 
 
 def _values(flat: torch.Tensor) -> Values:
@@ -210,8 +210,8 @@ class Worker:
         port = Port(replies)
         store = self._rules.worker_store(ModelConnection(Client(port)), NAME, self.name)
         if memory.books is None:
-            if not memory.disk and not memory.epoch:
-                memory = memory._replace(epoch=store.next_epoch())
+            if not memory.disk and not memory.incarnation:
+                memory = memory._replace(incarnation=store.next_incarnation())
             try:
                 memory = self._start(memory, store)
             except UnknownExpertError:
@@ -277,9 +277,14 @@ class Worker:
         assert snapshot.weights is not None
         base = _values(snapshot.weights)
         start = snapshot.decided.id if snapshot.decided else None
-        epoch, nonce = max(memory.epoch, start.epoch + 1 if start else 1), f"{memory.starts:08x}"
-        run = make_run(epoch, nonce) if self._rules.new_run_at_start else make_run(1, "0" * 8)
-        return memory._replace(books=Books(base, snapshot.meta, run, 0, start, (), ()), local=base, epoch=0)
+        incarnation, nonce = (
+            max(memory.incarnation, start.incarnation + 1 if start else 1),
+            f"{memory.starts:08x}",
+        )
+        run = make_run(incarnation, nonce) if self._rules.new_run_at_start else make_run(1, "0" * 8)
+        return memory._replace(
+            books=Books(base, snapshot.meta, run, 0, start, (), ()), local=base, incarnation=0
+        )
 
     def _train(self, memory: Working, ledger: Ledger, trainer: _Trainer, exchange: Exchange) -> Working:
         if self._has_disk and not self._rules.saves_before and not ledger.queue:

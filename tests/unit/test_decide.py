@@ -19,7 +19,7 @@ from consumers.decide import (
 from consumers.fold import fold
 from fedmoe.codec import FORMATS, decode, scratch_values
 from fedmoe.layout import Layout
-from fedmoe.spec import MergeRules, Spec, TrainingSettings
+from fedmoe.spec import AggregationRules, Spec, TrainingSettings
 from fedmoe.update import Part, make_run
 from producers.ledger import Ledger, Outgoing, Trained
 from tests.federation import FINGERPRINT, first_meta, small_spec
@@ -32,7 +32,7 @@ VERDICT = Verdict(Outcome.APPLIED, factor=FACTOR)
 def update_of(delta: torch.Tensor, wire_format: str, layout: Layout | None = None) -> tuple[Spec, Outgoing]:
     spec = small_spec(
         layout=layout or Layout.of([("a", (len(delta),))]),
-        merge=MergeRules(max_norm=1e9),
+        aggregation=AggregationRules(max_norm=1e9),
         wire_format=wire_format,
     )
     ledger = Ledger(base=torch.zeros(len(delta)), meta=first_meta(spec), run=make_run(1, "00000001"))
@@ -167,7 +167,7 @@ def test_an_update_counts_for_a_bounded_number_of_rows(
 )
 def test_base_may_be_as_far_ahead_as_behind(base_version: int, outcome: str) -> None:
     """Expert at version 10, bound 3. After a failover, what is sent again is ahead; it has staleness 0."""
-    spec = small_spec(merge=MergeRules(max_staleness=3))
+    spec = small_spec(aggregation=AggregationRules(max_staleness=3))
     meta = first_meta(spec, version=10)
     ledger = Ledger(base=torch.zeros(spec.layout.numel), meta=meta, run=make_run(1, "00000001"))
     update = ledger.cut(torch.ones(spec.layout.numel), Trained(), wire_format="fp32", fingerprint=FINGERPRINT)

@@ -234,7 +234,7 @@ def test_another_process_of_the_name_stops_this_one() -> None:
 
 
 def test_run_of_the_same_epoch_is_none_of_a_stranger() -> None:
-    """H22: Redis forgot the first run of this epoch, and got it back; this one goes on after it."""
+    """H22: Redis forgot the first run of this incarnation, and got it back; this one goes on after it."""
     ledger = fresh()
     ledger.cut(ledger.progress(torch.ones(4)), Trained(steps=1), wire_format="fp32", fingerprint="f")
     head = UpdateId(make_run(3, "ffffffff"), 1)

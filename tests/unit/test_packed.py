@@ -70,10 +70,10 @@ def test_weights_of_another_commit_are_not_taken() -> None:
 
 
 @given(st.binary(max_size=2000) | oddities().map(msgpack.packb), st.booleans())
-def test_anything_else_is_not_taken(content: bytes, after_the_head: bool) -> None:
-    """Any bytes, also after the right head."""
-    head = packed(initial_weights(LAYOUT, 0), "int4")[: pieces(small_spec(layout=LAYOUT))[0][1] + 1]
-    assert unpacked((head if after_the_head else b"") + content, "int4") is None
+def test_anything_else_is_not_taken(content: bytes, after_the_preamble: bool) -> None:
+    """Any bytes, also after the right preamble."""
+    preamble = packed(initial_weights(LAYOUT, 0), "int4")[: pieces(small_spec(layout=LAYOUT))[0][1] + 1]
+    assert unpacked((preamble if after_the_preamble else b"") + content, "int4") is None
 
 
 @pytest.mark.parametrize("cut", [1, 49, 50, 300])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fedmoe.errors import FedMoEError, ProtocolError, SettingsError, SpecError
 from fedmoe.layout import Layout
-from fedmoe.spec import LoraSettings, MergeRules, Spec, TrainingSettings
+from fedmoe.spec import SPEC_FORMAT, AggregationRules, LoraSettings, Spec, TrainingSettings
 from tests.strategies import lora_layout, specs
 
 Q, V = "base_model.model.layers.0.q_proj", "base_model.model.layers.0.v_proj"
@@ -81,9 +81,9 @@ def test_an_odd_field_is_refused_or_harmless(field: str, value: object) -> None:
         (LoraSettings, {"alpha": -1.0}, "alpha must be a number above 0"),
         (LoraSettings, {"alpha": float("nan")}, "alpha must be a number above 0"),
         (LoraSettings, {"targets": ()}, "targets must name"),
-        (MergeRules, {"lr": 0.0}, "lr must be a number above 0"),
-        (MergeRules, {"max_norm": float("inf")}, "max_norm must be a number above 0"),
-        (MergeRules, {"max_staleness": -1}, "max_staleness must be a whole number of at least 0"),
+        (AggregationRules, {"lr": 0.0}, "lr must be a number above 0"),
+        (AggregationRules, {"max_norm": float("inf")}, "max_norm must be a number above 0"),
+        (AggregationRules, {"max_staleness": -1}, "max_staleness must be a whole number of at least 0"),
         (TrainingSettings, {"batch_size": 1.5}, "batch_size must be a whole number"),
         (TrainingSettings, {"accumulate": 0}, "accumulate must be a whole number"),
         (TrainingSettings, {"warmup_steps": -1}, "warmup_steps must be a whole number of at least 0"),
@@ -114,14 +114,14 @@ def test_staleness_bound_grows_with_the_workers_unless_it_was_chosen(
     chosen: int | None, workers: int, bound: int
 ) -> None:
     """The larger of 256 and four times the workers."""
-    assert MergeRules(max_staleness=chosen).staleness_bound(workers) == bound
+    assert AggregationRules(max_staleness=chosen).staleness_bound(workers) == bound
 
 
 def test_spec_that_was_stored_with_a_bound_keeps_it() -> None:
     """Every spec of an earlier FedMoE names 256: an expert's rules never change under it."""
     content = json.loads(PLAIN.to_json())
-    content["merge"]["max_staleness"] = 256
-    assert Spec.from_json(json.dumps(content)).merge.staleness_bound(400) == 256
+    content["aggregation"]["max_staleness"] = 256
+    assert Spec.from_json(json.dumps(content)).aggregation.staleness_bound(400) == 256
 
 
 @pytest.mark.parametrize(
@@ -140,12 +140,17 @@ def test_specs_that_cannot_work_are_refused(bad: dict[str, Any], match: str) -> 
         dataclasses.replace(PLAIN, **bad)
 
 
-def test_another_format_asks_for_an_upgrade() -> None:
-    """A spec of a later FedMoE is not half understood."""
+@pytest.mark.parametrize(
+    ("step", "remedy"), [(1, "upgrade the FedMoE on this machine"), (-1, "serve the expert with the earlier")]
+)
+def test_another_format_is_refused(step: int, remedy: str) -> None:
+    """A spec of a later FedMoE is not half understood, nor is that of an earlier one."""
+    other = SPEC_FORMAT + step
     with pytest.raises(
-        ProtocolError, match="has format 2, the FedMoE on this machine reads format 1: upgrade"
+        ProtocolError,
+        match=f"has format {other}, the FedMoE on this machine reads format {SPEC_FORMAT}: {remedy}",
     ):
-        Spec.from_json(PLAIN.to_json().replace('"spec_format":1', '"spec_format":2'))
+        Spec.from_json(PLAIN.to_json().replace(f'"spec_format":{SPEC_FORMAT}', f'"spec_format":{other}'))
 
 
 def test_adapter_config_keeps_the_scaling_at_any_rank() -> None:

@@ -163,13 +163,13 @@ def test_absurd_sizes_are_refused_before_they_are_allocated(bomb: bytes) -> None
 
 
 @given(st.integers(0, 10**12 - 1))
-def test_a_run_tells_its_epoch(epoch: int) -> None:
-    """The epoch that a run was made of can be read from its name; anything else has epoch 0."""
-    run = make_run(epoch, "00ff00ff")
+def test_a_run_tells_its_incarnation(incarnation: int) -> None:
+    """The incarnation that a run was made of can be read from its name; anything else has incarnation 0."""
+    run = make_run(incarnation, "00ff00ff")
     assert is_run(run)
-    assert UpdateId(run, 1).epoch == epoch
+    assert UpdateId(run, 1).incarnation == incarnation
     assert str(UpdateId(run, 1)) == f"{run}:1"
-    assert UpdateId("no run", 1).epoch == 0
+    assert UpdateId("no run", 1).incarnation == 0
 
 
 @given(st.binary(max_size=64), st.binary(max_size=64))

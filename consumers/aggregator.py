@@ -152,7 +152,7 @@ class ExpertServer:
                 break
             except FedMoEError as error:
                 self._loaded = False
-                self._problems.say(str(error))
+                self._problems.report(str(error))
                 if stop.is_set():
                     logger.warning("%s: %s", self.name, error)
                 else:
@@ -160,7 +160,7 @@ class ExpertServer:
             except Exception as error:  # a bug must cost one expert a few seconds, never the daemon
                 logger.exception("%s: unexpected error", self.name)
                 self._loaded, self._expert = False, None
-                self._problems.say(f"unexpected error: {error!r}")
+                self._problems.report(f"unexpected error: {error!r}")
                 stop.wait(backoff.failed(error))
         self._release()
 

@@ -50,6 +50,14 @@ class Verdict:
     norm: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """What a header says that nothing is wrong with: the staleness and factor of an update whose payload comes next."""
+
+    staleness: int = 0
+    factor: float = 1.0
+
+
 class Counts(NamedTuple):
     """Rows and label tokens that an applied update counts for, in the expert's totals and in the gateway's weights."""
 
@@ -66,8 +74,10 @@ def counts_of(header: Header, spec: Spec) -> Counts:
     return Counts(min(header.n_examples, most), min(header.n_tokens, most * spec.training.max_length))
 
 
-def judge_header(header: Header, head: Decided | None, meta: Meta, spec: Spec, workers: int) -> Verdict:
-    """Judge by the header alone; APPLIED means: so far, and the payload has yet to be judged.
+def judge_header(
+    header: Header, head: Decided | None, meta: Meta, spec: Spec, workers: int
+) -> Verdict | Admission:
+    """Judge by the header alone: a verdict, or the admission of its payload.
 
     `workers` counts those that ever had an update decided (the fields of `decided`).
     Nothing of the payload need be read for the other outcomes: an update that is too large is never fetched.
@@ -87,9 +97,7 @@ def judge_header(header: Header, head: Decided | None, meta: Meta, spec: Spec, w
     bound = spec.aggregation.staleness_bound(workers)
     if reason := _breach(header, meta, spec) or _too_far(header, staleness, meta, bound):
         return Verdict(Outcome.REFUSED, reason, staleness)
-    return Verdict(
-        Outcome.APPLIED, staleness=staleness, factor=spec.aggregation.lr * spec.aggregation.decay(staleness)
-    )
+    return Admission(staleness, spec.aggregation.lr * spec.aggregation.decay(staleness))
 
 
 def _breach(header: Header, meta: Meta, spec: Spec) -> str:
@@ -147,7 +155,7 @@ class Workspace:
 
 
 def judge_payload(
-    header: Header, verdict: Verdict, parts: Iterable[bytes], spec: Spec, space: Workspace
+    header: Header, admission: Admission, parts: Iterable[bytes], spec: Spec, space: Workspace
 ) -> Verdict:
     """Check and fold the parts of an update whose header passed, each as it comes: out = weights + factor × Δ.
 
@@ -160,24 +168,24 @@ def judge_payload(
         ):
             squares += _norm(values) ** 2
             here = slice(first, first + len(values))
-            fold(space.weights[here], values, verdict.factor, out=space.out[here])
+            fold(space.weights[here], values, admission.factor, out=space.out[here])
     except _NotWholeError as error:
         return Verdict(Outcome.UNDECIDABLE, str(error))
     except UpdateError as error:
-        return Verdict(Outcome.REFUSED, str(error), verdict.staleness)
+        return Verdict(Outcome.REFUSED, str(error), admission.staleness)
     norm = math.sqrt(squares)
     if not math.isfinite(norm):
         reason = (
             f"holds values that are not finite (NaN or infinity), first in tensor {_largest(spec, space)!r}"
         )
-        return Verdict(Outcome.REFUSED, reason, verdict.staleness)
+        return Verdict(Outcome.REFUSED, reason, admission.staleness)
     if norm > spec.aggregation.max_norm:
         reason = (
             f"its norm {norm:.4g} is above the bound {spec.aggregation.max_norm:.4g}; "
             f"tensor {_largest(spec, space)!r} has the largest part of it"
         )
-        return Verdict(Outcome.REFUSED, reason, verdict.staleness)
-    return Verdict(Outcome.APPLIED, "", verdict.staleness, verdict.factor, norm)
+        return Verdict(Outcome.REFUSED, reason, admission.staleness)
+    return Verdict(Outcome.APPLIED, "", admission.staleness, admission.factor, norm)
 
 
 def _norm(values: torch.Tensor) -> float:

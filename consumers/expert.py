@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 
-from consumers.decide import Outcome, Verdict, Workspace, counts_of, judge_header, judge_payload
+from consumers.decide import Admission, Outcome, Verdict, Workspace, counts_of, judge_header, judge_payload
 from consumers.doorbell import Doorbell, Garbage, Join, parse_entry
 from consumers.history import History
 from fedmoe import records
@@ -246,10 +246,10 @@ class Expert:
             self._garbage(entry, str(error), commit)
             return None
         head = self.decided.get(bell.worker)
-        verdict = judge_header(header, head, self.meta, self.spec, len(self.decided))
-        kept = ""
-        if verdict.outcome is Outcome.APPLIED:
-            verdict, kept = self._judge_payload(bell, header, verdict)
+        judged = judge_header(header, head, self.meta, self.spec, len(self.decided))
+        verdict, kept = (
+            self._judge_payload(bell, header, judged) if isinstance(judged, Admission) else (judged, "")
+        )
         match verdict.outcome:
             case Outcome.DUPLICATE:
                 self.meta = replace(self.meta, duplicate=self.meta.duplicate + 1)
@@ -280,7 +280,7 @@ class Expert:
         commit.unlink += self.store.payload_keys(bell.worker, bell.run, bell.seq, len(header.parts))
         return verdict
 
-    def _judge_payload(self, bell: Doorbell, header: Header, verdict: Verdict) -> tuple[Verdict, str]:
+    def _judge_payload(self, bell: Doorbell, header: Header, admission: Admission) -> tuple[Verdict, str]:
         """The verdict, with an applied payload folded; and the digest under which it was kept, if it was.
 
         It is folded as it comes, into memory that nobody needs if it turns out to be refused.
@@ -289,7 +289,7 @@ class Expert:
         space = Workspace(self._folded.flat, out.flat, self._scratch)
         with closing(self.store.parts(bell.worker, bell.run, bell.seq, header.parts)) as stream:
             parts = stream if self._archive is None else list(stream)
-            verdict = judge_payload(header, verdict, parts, self.spec, space)
+            verdict = judge_payload(header, admission, parts, self.spec, space)
         if verdict.outcome is not Outcome.APPLIED:
             return verdict, ""
         kept = self._keep(header, list(parts)) if self._archive is not None else ""

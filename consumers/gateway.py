@@ -109,14 +109,14 @@ class GatewayBuilder:
                 if ending:
                     logger.warning("gateway: not rebuilt a last time: %s", error)
                 else:
-                    self._problems.say(str(error))
+                    self._problems.report(str(error))
                     stop.wait(backoff.failed(error))
             except FedMoEError as error:
                 backoff.failed(error)
                 self._complain(str(error))
             except Exception as error:  # a bug here must not end the daemon
                 logger.exception("gateway: unexpected error")
-                self._problems.say(f"unexpected error: {error!r}")
+                self._problems.report(f"unexpected error: {error!r}")
                 stop.wait(backoff.failed(error))
         try:
             self._lease.release()
@@ -211,6 +211,6 @@ class GatewayBuilder:
         return configured
 
     @staticmethod
-    def _expert(spec: Spec, file: bytes, weight: float) -> merge.Expert:
+    def _expert(spec: Spec, file: bytes, weight: float) -> merge.MergeInput:
         flat = values_of(spec.layout, file)
-        return merge.Expert(layout=spec.layout, flat=flat, scaling=spec.lora.scaling, weight=weight)
+        return merge.MergeInput(layout=spec.layout, flat=flat, scaling=spec.lora.scaling, weight=weight)

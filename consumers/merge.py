@@ -33,7 +33,7 @@ Dims = dict[str, tuple[int, int]]  # module -> features (out, in)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Expert:
+class MergeInput:
     """One adapter to merge: its values `flat` (numel,) fp32, its alpha / rank, its weight in the gateway."""
 
     layout: Layout
@@ -49,7 +49,7 @@ class Merged:
     Args:
         rank: of every module.
         scaling: alpha / rank; that of the first expert with weight, another's is folded into its B.
-        relative_error: ‖ΔW − result‖ / ‖ΔW‖ (Frobenius, all modules together): 0 for cat, what was cut off
+        relative_error: ‖ΔW − result‖ / ‖ΔW‖ (Frobenius, all modules together): 0 for cat, what was truncated
             for svd, None where it is not known.
     """
 
@@ -79,7 +79,7 @@ class _Factors(NamedTuple):
 
 
 def merge(
-    experts: Sequence[Expert],
+    experts: Sequence[MergeInput],
     *,
     method: str = "cat",
     scale: float = 1.0,
@@ -118,7 +118,7 @@ def merge(
     views = [expert.layout.views(expert.flat) for expert in experts]
     start = experts[0].layout.views(init) if init is not None else {}
     total, scaling = sum(expert.weight for expert in experts), experts[0].scaling
-    cut = norm = 0.0
+    lost = norm = 0.0
     # peft draws from torch's own generator: it is seeded here and afterwards given back as it was.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -134,11 +134,11 @@ def merge(
             elif method == "average":
                 _average(factors, a, b)
             elif method == "svd":
-                module_cut, module_norm = _truncate(factors, a, b)
-                cut, norm = math.hypot(cut, module_cut), math.hypot(norm, module_norm)
+                module_lost, module_norm = _truncate(factors, a, b)
+                lost, norm = math.hypot(lost, module_lost), math.hypot(norm, module_norm)
             else:
                 _prune(factors, a, b, method, density, start.get(name_a))
-    known = {"cat": 0.0, "svd": cut / norm if norm else 0.0}
+    known = {"cat": 0.0, "svd": lost / norm if norm else 0.0}
     return Merged(buffer=buffer, rank=rank, scaling=scaling, relative_error=known.get(method))
 
 
@@ -160,7 +160,7 @@ def _average(factors: list[_Factors], a: Tensor, b: Tensor) -> None:
 
 
 def _truncate(factors: list[_Factors], a: Tensor, b: Tensor) -> tuple[float, float]:
-    """Write the best factors of rank len(a); return the norm of what was cut off, and that of the whole.
+    """Write the best factors of rank len(a); return the norm of what was truncated, and that of the whole.
 
     ΔW = Q_B (R_B R_Aᵀ) Q_Aᵀ: the singular values of the core, at most Σr × Σr, are those of ΔW, which is not
     formed. Each factor gets their square roots; where ΔW has a lower rank than a has rows, zeros stay.
@@ -204,7 +204,7 @@ def _result_rank(method: str, ranks: list[int], rank: int | None) -> int:
 
 
 def _check_settings(
-    experts: Sequence[Expert], method: str, scale: float, rank: int | None, density: float
+    experts: Sequence[MergeInput], method: str, scale: float, rank: int | None, density: float
 ) -> None:
     if method not in METHODS:
         raise SettingsError(f"merge method must be one of {', '.join(METHODS)}, not {method!r}")
@@ -225,7 +225,7 @@ def _check_settings(
         raise SettingsError(f"the experts' weights must add up to a number above 0; these are {weights}")
 
 
-def _check_experts(experts: Sequence[Expert]) -> tuple[Dims, list[int]]:
+def _check_experts(experts: Sequence[MergeInput]) -> tuple[Dims, list[int]]:
     """The modules that all experts share, and the experts' ranks."""
     dims, _ = _lora_dims(experts[0].layout)
     ranks = []

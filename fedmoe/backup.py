@@ -61,7 +61,7 @@ def back_up(
     directory: str | Path,
     names: Sequence[str] = (),
     *,
-    told: Callable[[str, Saved], None] = lambda name, saved: None,
+    report: Callable[[str, Saved], None] = lambda name, saved: None,
 ) -> None:
     """Write experts to a new directory, whole or not at all; the federation may go on meanwhile.
 
@@ -69,7 +69,7 @@ def back_up(
         store: of the federation.
         directory: made by this; may be there if it is empty.
         names: of the experts; all there are by default.
-        told: called for each expert that was read and written.
+        report: called for each expert that was read and written.
 
     Raises:
         BackupError: if the directory holds something or cannot be written, there are no experts, or what Redis holds
@@ -84,7 +84,7 @@ def back_up(
         staging = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
         try:
             staging.mkdir()
-            _write_backup(staging, store, weights, told)
+            _write_backup(staging, store, weights, report)
             staging.rename(target)
             to_disk(target.parent)
         finally:
@@ -116,7 +116,7 @@ def _choose(weights: Mapping[str, str], names: Sequence[str], *, where: str) -> 
 
 
 def _write_backup(
-    staging: Path, store: BackupStore, weights: Mapping[str, str], told: Callable[[str, Saved], None]
+    staging: Path, store: BackupStore, weights: Mapping[str, str], report: Callable[[str, Saved], None]
 ) -> None:
     manifest: dict[str, Any] = {
         "format": FORMAT,
@@ -128,7 +128,7 @@ def _write_backup(
     for name, weight in weights.items():
         saved = _write_expert(staging / name, name, store.read(name), weight)
         manifest["experts"][name] = asdict(saved)
-        told(name, saved)
+        report(name, saved)
     _write(staging / MANIFEST, [_json(manifest)])
     to_disk(staging)
 
@@ -250,7 +250,7 @@ def restore(
     names: Sequence[str] = (),
     *,
     replace: bool = False,
-    told: Callable[[str, Saved, str | None], None] = lambda name, saved, replaced: None,
+    report: Callable[[str, Saved, str | None], None] = lambda name, saved, replaced: None,
 ) -> None:
     """Put experts of a backup into Redis, each whole or not at all; all are checked before the first is written.
 
@@ -259,7 +259,7 @@ def restore(
         backup: to restore from.
         names: of the experts; all there are by default.
         replace: also experts that are in Redis.
-        told: called for each restored expert, with the version that was replaced (None if there was none).
+        report: called for each restored expert, with the version that was replaced (None if there was none).
 
     Raises:
         BackupError: if the backup is damaged, or an expert is in Redis and `replace` is false.
@@ -271,7 +271,7 @@ def restore(
         store.check(name, backup.load(name), replace=replace)
     for name, weight in weights.items():
         replaced = store.write(name, backup.load(name), gateway_weight=weight, replace=replace)
-        told(name, backup.experts[name], replaced)
+        report(name, backup.experts[name], replaced)
 
 
 def _write(path: Path, chunks: Iterable[bytes]) -> str:

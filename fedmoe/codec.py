@@ -38,7 +38,7 @@ BLOCK = 64  # values that share a scale; every part but the last is a multiple o
 MAX_VALUES_PER_PART = (PART_BYTES - FRAME_BYTES) // (BLOCK * 2) * BLOCK
 _FRAME_FIELDS = frozenset({"format", "first", "count", "scales", "data"})
 # Blocks that are encoded at once: fresh memory costs more than the work in it, so a little serves for all.
-_PIECE = 4096
+_CHUNK = 4096
 _TINY = torch.finfo(torch.float32).tiny
 
 # Parts are decoded where they lie; torch warns that it could not stop a writer, and there is none.
@@ -95,9 +95,9 @@ class Format:
         blocks = values.view(-1, BLOCK)
         scales = torch.empty(len(blocks), dtype=self.scale)
         codes = torch.empty(blocks.shape, dtype=torch.int8)
-        scratch = torch.empty(min(len(blocks), _PIECE), BLOCK)
-        pieces = (torch.split(tensor, _PIECE) for tensor in (blocks, scales, codes))
-        for block, scale, code in zip(*pieces, strict=True):
+        scratch = torch.empty(min(len(blocks), _CHUNK), BLOCK)
+        chunks = (torch.split(tensor, _CHUNK) for tensor in (blocks, scales, codes))
+        for block, scale, code in zip(*chunks, strict=True):
             steps = torch.abs(block, out=scratch[: len(block)])
             scale.copy_(_shorten(steps.amax(dim=1).div_(self.limit), self.scale))
             torch.div(block, scale.float().clamp(min=_TINY).unsqueeze(1), out=steps)
@@ -135,8 +135,8 @@ class Format:
 def _shorten(scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Leave of the scales, in place, what their type can hold.
 
-    bf16 is cut, not rounded, so that no step is longer than the largest value of its block asks for. Seven steps of a
-    scale of 8 bits are exact in fp32, so that what was decoded is encoded to the same bytes again.
+    bf16 is truncated, not rounded, so that no step is longer than the largest value of its block asks for. Seven steps
+    of a scale of 8 bits are exact in fp32, so that what was decoded is encoded to the same bytes again.
     """
     if dtype == torch.bfloat16:
         scales.view(torch.int32).bitwise_and_(-(2**16))

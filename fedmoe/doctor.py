@@ -63,8 +63,8 @@ def check_places(find: Callable[[str], Path | None] = find_package) -> Check:
             )
         roots[name] = place.parent.resolve()
     if len(set(roots.values())) > 1:
-        told = ", ".join(f"{name} from {root}" for name, root in roots.items())
-        return Check(FAIL, "packages", f"{told}: uninstall all but one, they belong together")
+        text = ", ".join(f"{name} from {root}" for name, root in roots.items())
+        return Check(FAIL, "packages", f"{text}: uninstall all but one, they belong together")
     return Check(OK, "packages", f"{', '.join(ROOMS)} from {roots['fedmoe']}")
 
 
@@ -123,14 +123,14 @@ def check_torch() -> Check:
         torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     )
     precision = str(choose_precision("auto", device)).removeprefix("torch.")
-    told = f"{torch.__version__}, trains on {device} ({name}) in {precision}"
+    text = f"{torch.__version__}, trains on {device} ({name}) in {precision}"
     if device.type == "cpu" and shutil.which("nvidia-smi"):
         return Check(
             WARN,
             "torch",
-            f"{told}, though there is an NVIDIA driver: install torch's CUDA build to use the GPU",
+            f"{text}, though there is an NVIDIA driver: install torch's CUDA build to use the GPU",
         )
-    return Check(OK, "torch", told)
+    return Check(OK, "torch", text)
 
 
 def check_server() -> Check:

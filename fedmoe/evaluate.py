@@ -57,7 +57,7 @@ def evaluate(
     batch_size: int,
     device: torch.device,
     autocast: torch.dtype = torch.float32,
-    progress: Callable[[str], None] = lambda row: None,
+    report: Callable[[str], None] = lambda row: None,
 ) -> Matrix:
     """Held-out loss of each adapter (None: the bare base model) on each domain, and its mean over them.
 
@@ -70,7 +70,7 @@ def evaluate(
     measure = partial(mean_loss, pad_id=pad_id, batch_size=batch_size, device=device, autocast=autocast)
     matrix: Matrix = {}
     for row, adapter in adapters.items():
-        progress(row)
+        report(row)
         loaded = adapter_loaded(model, adapter.file, adapter.config) if adapter else nullcontext(model)
         with loaded as adapted:
             losses = {domain: measure(adapted, examples) for domain, examples in domains.items()}

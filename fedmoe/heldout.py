@@ -116,7 +116,7 @@ def _in_directory(directory: Path, experts: Sequence[str]) -> dict[str, Path]:
 
 
 def read_federation(
-    store: GatewayStore, say: Callable[[str], None]
+    store: GatewayStore, report: Callable[[str], None]
 ) -> tuple[dict[str, Spec], dict[str, Export]]:
     """The specs of the experts, and their adapters and the gateway's; what is not there is said and left out.
 
@@ -130,13 +130,13 @@ def read_federation(
             specs[name], adapters[name] = store.spec(name), read_expert(store, name)
         except (UnknownExpertError, SpecError) as error:
             specs.pop(name, None)
-            say(f"{name} is left out: {error}")
+            report(f"{name} is left out: {error}")
     if not specs:
         raise UnknownExpertError("there are no experts to evaluate yet: start `fedmoe aggregator run`")
     try:
         adapters[GATEWAY] = read_gateway(store)
     except (UnknownExpertError, SpecError) as error:
-        say(f"the gateway is left out: {error}")
+        report(f"the gateway is left out: {error}")
     return specs, adapters
 
 
@@ -161,16 +161,16 @@ def read_directory(directory: Path) -> Adapter:
     return Adapter(file=file, config=config.to_dict() | {"init_lora_weights": True})
 
 
-def measure(store: GatewayStore, settings: HeldOutSettings, *, say: Callable[[str], None]) -> HeldOut:
+def measure(store: GatewayStore, settings: HeldOutSettings, *, report: Callable[[str], None]) -> HeldOut:
     """Evaluate the base, every expert, the gateway and the extra adapters on every domain.
 
-    `say` is told what is read, left out and computed.
+    `report` is told what is read, left out and computed.
 
     Raises:
         FedMoEError: a sentence for whatever does not fit.
     """
-    bad_rows = BadRows(say=say, file=settings.bad_rows)
-    specs, exports = read_federation(store, say)
+    bad_rows = BadRows(report=report, file=settings.bad_rows)
+    specs, exports = read_federation(store, report)
     files = {name: open_data(file, bad_rows) for name, file in find_files(settings.data, list(specs)).items()}
     adapters: dict[str, Adapter | None] = {BASE: None}
     adapters |= {name: Adapter(file=export.file, config=export.config) for name, export in exports.items()}
@@ -184,7 +184,7 @@ def measure(store: GatewayStore, settings: HeldOutSettings, *, say: Callable[[st
         check_structure(config, spec.base_config)
     device = choose_device(settings.device)
     autocast = choose_precision(settings.precision, device)
-    say(f"loading {base_model} on {device}")
+    report(f"loading {base_model} on {device}")
     dtype = autocast if device.type != "cpu" else torch.float32  # as a worker does
     tokenizer = load_tokenizer(base_model)
     model = load_base(base_model, device=device, dtype=dtype)
@@ -197,15 +197,21 @@ def measure(store: GatewayStore, settings: HeldOutSettings, *, say: Callable[[st
     for name, data in files.items():  # a domain of no expert is written as the first expert's
         with_template = _with_template(tokenizer, templates.get(name, next(iter(templates.values()))))
         made = make_examples(
-            data, with_template, max_length, bad_rows, learn=settings.learn, sample=settings.rows, say=say
+            data,
+            with_template,
+            max_length,
+            bad_rows,
+            learn=settings.learn,
+            sample=settings.rows,
+            report=report,
         )
-        say(f"{data.path}: {made.summary()}")
+        report(f"{data.path}: {made.summary()}")
         check_examples(made.examples, data.path, tokenizer, config)
         domains[name] = made.examples
     loss = evaluate(
         model, adapters, domains,
         pad_id=padding_id(tokenizer), batch_size=settings.batch_size, device=device, autocast=autocast,
-        progress=lambda row: say(f"evaluating {row}"),
+        report=lambda row: report(f"evaluating {row}"),
     )  # fmt: skip
     return HeldOut(
         base_model=base_model,

@@ -1,7 +1,7 @@
 """What makes the base model at hand the one that an expert is trained on, beside its config. Pure.
 
-The first party that has a piece of it pins it in the expert's meta: the aggregator when it creates the expert, else the
-first worker, through its heartbeat. All others are compared with what is pinned.
+The first party that has a component of it pins it in the expert's meta: the aggregator when it creates the expert, else
+the first worker, through its heartbeat. All others are compared with what is pinned.
 """
 
 import re
@@ -14,25 +14,25 @@ from fedmoe.template_file import MAX_TEMPLATE_CHARS, template_digest
 
 MAX_FINGERPRINT_CHARS = 64
 BEAT_FIELDS = ("base_fingerprint", "tokenizer", "chat_template")  # of a heartbeat
-# The pieces of a tokenizer, in the order in which a difference is looked for, and what a person calls them.
-TOKENIZER_PIECES = {
+# The components of a tokenizer, in the order in which a difference is looked for, and what a person calls them.
+TOKENIZER_COMPONENTS = {
     "template": "chat template",
     "added": "added tokens",
     "special": "special token ids (bos, eos, pad)",
     "vocabulary": "vocabulary",
 }
-_PIECE = re.compile(r"([a-z]{1,16}):([0-9a-z-]{1,32})")
+_COMPONENT = re.compile(r"([a-z]{1,16}):([0-9a-z-]{1,32})")
 
 
-def tokenizer_text(pieces: Mapping[str, str]) -> str:
+def tokenizer_text(components: Mapping[str, str]) -> str:
     """A tokenizer's fingerprint, for example `template:0a1b2c3d added:… special:… vocabulary:…`."""
-    return " ".join(f"{name}:{pieces[name]}" for name in TOKENIZER_PIECES if name in pieces)
+    return " ".join(f"{name}:{components[name]}" for name in TOKENIZER_COMPONENTS if name in components)
 
 
-def tokenizer_pieces(text: str) -> dict[str, str]:
-    """The pieces in a tokenizer's fingerprint; what is none is left out, since anybody may have written it."""
-    found = (_PIECE.fullmatch(part) for part in text[:1024].split())
-    return {match[1]: match[2] for match in found if match and match[1] in TOKENIZER_PIECES}
+def tokenizer_components(text: str) -> dict[str, str]:
+    """The components in a tokenizer's fingerprint; what is none is left out, since anybody may have written it."""
+    found = (_COMPONENT.fullmatch(part) for part in text[:1024].split())
+    return {match[1]: match[2] for match in found if match and match[1] in TOKENIZER_COMPONENTS}
 
 
 def expert_template(spec: Spec, meta: Meta) -> str:
@@ -68,10 +68,10 @@ class BaseIdentity:
         return fields
 
     def is_pinned(self, meta: Meta) -> bool:
-        """True if `meta` holds every piece that this party could pin."""
+        """True if `meta` holds every component that this party could pin."""
         return (
             bool(meta.base_fingerprint)
-            and tokenizer_pieces(self.tokenizer).keys() <= tokenizer_pieces(meta.tokenizer).keys()
+            and tokenizer_components(self.tokenizer).keys() <= tokenizer_components(meta.tokenizer).keys()
         )
 
     def difference(self, meta: Meta) -> str:
@@ -83,10 +83,10 @@ class BaseIdentity:
             )
         if self.tokenizer in ("", meta.tokenizer):
             return ""
-        mine, pinned = tokenizer_pieces(self.tokenizer), tokenizer_pieces(meta.tokenizer)
-        odd = [name for name in TOKENIZER_PIECES if mine.get(name) != pinned.get(name, mine.get(name))]
+        mine, pinned = tokenizer_components(self.tokenizer), tokenizer_components(meta.tokenizer)
+        odd = [name for name in TOKENIZER_COMPONENTS if mine.get(name) != pinned.get(name, mine.get(name))]
         if odd:
-            what = " and ".join(TOKENIZER_PIECES[name] for name in odd)
+            what = " and ".join(TOKENIZER_COMPONENTS[name] for name in odd)
             remedy = f"use the tokenizer and the chat template of {meta.base_model} as they are published"
             if odd == ["template"] and self.chat_template:
                 remedy = "leave --chat-template away"
@@ -103,12 +103,12 @@ class BaseIdentity:
         )
 
     def pin(self, meta: Meta, by: str) -> Meta:
-        """`meta` with every piece that nobody has pinned yet taken from here; anybody may have written it."""
+        """`meta` with every component that nobody has pinned yet taken from here; anybody may have written it."""
         if self.fingerprint and not meta.base_fingerprint:
             fingerprint = self.fingerprint[:MAX_FINGERPRINT_CHARS]
             meta = replace(meta, base_fingerprint=fingerprint, base_fingerprint_by=by)
-        pinned = tokenizer_pieces(meta.tokenizer)
-        both = tokenizer_pieces(self.tokenizer) | pinned
+        pinned = tokenizer_components(meta.tokenizer)
+        both = tokenizer_components(self.tokenizer) | pinned
         if both != pinned:
             who = f"{meta.tokenizer_by} and {by}" if pinned else by
             meta = replace(meta, tokenizer=tokenizer_text(both), tokenizer_by=who)

@@ -6,7 +6,7 @@ W⁰ + what it decoded: it trains from there, and what it publishes is relative 
 nor sent: the aggregator's own weights are exact, and every commit that changes them packs them anew.
 
 They are one string: a preamble that names their commit and W⁰, then the parts, each of a length that the spec gives. So
-they can be read part by part, whatever their size, as `pieces` says.
+they can be read part by part, whatever their size, as `chunks` says.
 
 In format fp32 nothing is packed: workers pull the weights themselves.
 """
@@ -62,14 +62,14 @@ def pack_file(file: bytes | memoryview, spec: Spec, commit: str) -> bytes | None
     return None if spec.wire_format == EXACT else pack(values_of(spec.layout, file), spec, commit)
 
 
-def pieces(spec: Spec) -> list[tuple[int, int]]:
+def chunks(spec: Spec) -> list[tuple[int, int]]:
     """First and last byte of the preamble, and of each part, of packed weights."""
     lengths = (PREAMBLE_BYTES, *part_lengths(spec.layout.numel, spec.wire_format))
     return [(first, after - 1) for first, after in pairwise(accumulate(lengths, initial=0))]
 
 
 def unpack(content: Sequence[bytes], spec: Spec, commit: str) -> torch.Tensor | None:
-    """The weights (numel,) fp32 of this `weights_commit`, as every worker decodes them, from the bytes of `pieces`.
+    """The weights (numel,) fp32 of this `weights_commit`, as every worker decodes them, from the bytes of `chunks`.
 
     None if they are of another commit (the expert was restored), relative to other initial weights, or not packed
     weights at all: the exact ones serve.

@@ -74,8 +74,8 @@ class Meta:
         base_fingerprint: of the base model's weights; empty until somebody pinned it (base_fingerprint_by).
         applied, duplicate, refused, undecidable, garbage: how often an entry was decided which way.
         staleness_sum: over the applied updates; mean_staleness is derived from it.
-        tokenizer: fingerprint of the base model's tokenizer and chat template, piece by piece (see
-            `fedmoe.identity`); a piece that is not there was not pinned yet. tokenizer_by: who pinned them.
+        tokenizer: fingerprint of the base model's tokenizer and chat template, component by component (see
+            `fedmoe.identity`); a component that is not there was not pinned yet. tokenizer_by: who pinned them.
         chat_template: brought by the first worker, if neither spec nor base model have one (Jinja).
         reach: share of the base model's weights beside its embeddings that the adapter is on, 0 if nobody knows;
             not_reached: the largest parts of the rest.

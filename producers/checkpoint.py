@@ -47,9 +47,9 @@ class Checkpoint:
 
     Args:
         ledger: base, run, queue, kept.
-        local: (numel,) fp32, the adapter at the last cut.
+        local: (numel,) fp32, the adapter at the last step boundary.
         optimizer: the trainer's state.
-        trained: since the last cut, so in no update yet.
+        trained: since the last update, so in no update yet.
         position: examples consumed; data: digest of the examples that position belongs to.
         expert, worker: whose state it is.
     """
@@ -244,7 +244,10 @@ class StateDir:
             queue=self._load_updates("queue", info, tensors, 0.0),
             kept=self._load_updates("kept", info, tensors, now),
         )
-        for update in (*ledger.kept, *ledger.queue):  # damaged, or of a FedMoE that cut the parts otherwise
+        for update in (
+            *ledger.kept,
+            *ledger.queue,
+        ):  # damaged, or of a FedMoE that divides updates into other parts
             update.add_to(torch.zeros_like(ledger.base), torch.empty(scratch_values(len(ledger.base))))
         return Checkpoint(
             ledger=ledger,

@@ -54,8 +54,8 @@ class Trains(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Cut:
-    """A copy of the training's state at a step boundary, and what was trained since the cut before."""
+class TrainingState:
+    """A copy of the training's state at a step boundary, and what was trained since the update before."""
 
     local: torch.Tensor
     trained: Trained
@@ -69,7 +69,7 @@ class Exchange:
     Args:
         trainer: whose adapter it is.
         with_optimizer: copy the optimizer's state too (for a checkpoint).
-        trained: what a resumed worker had trained since its last cut.
+        trained: what a resumed worker had trained since its last update.
     """
 
     def __init__(self, trainer: Trains, *, with_optimizer: bool, trained: Trained | None = None) -> None:
@@ -82,12 +82,12 @@ class Exchange:
         self._consume = False
         self._abandoned = False
         self._ready = threading.Event()
-        self._cut: Cut | None = None
+        self._state: TrainingState | None = None
 
     @property
     def steps_left(self) -> int:
         """Steps that are in no update yet, those of a copy that nobody has taken included."""
-        return self._trained.steps + (self._cut.trained.steps if self._cut and self._consume else 0)
+        return self._trained.steps + (self._state.trained.steps if self._state and self._consume else 0)
 
     def take_step(self, apply: Callable[[], S]) -> S | None:
         """Training thread: apply a step that was computed, and record it; None if it was abandoned meanwhile.
@@ -133,7 +133,7 @@ class Exchange:
             local = _changed(local, change)
             trained = Trained() if change.replace else trained
             position = int(change.position) if change.position.isdecimal() else position
-        self._cut = Cut(
+        self._state = TrainingState(
             local=local,
             trained=replace(trained, position=str(position)),
             position=position,
@@ -169,14 +169,14 @@ class Exchange:
             self._ready.clear()
             self._wanted, self._consume = True, consume
 
-    def take(self, timeout_s: float) -> Cut | None:
+    def take(self, timeout_s: float) -> TrainingState | None:
         """Sync thread: the copy asked for, or None if training did not reach a boundary in time (ask on)."""
         if not self._ready.wait(timeout_s):
             return None
-        cut, self._cut = self._cut, None
-        return cut
+        state, self._state = self._state, None
+        return state
 
-    def take_now(self) -> Cut | None:
+    def take_now(self) -> TrainingState | None:
         """Sync thread, when it is time to end: the copy asked for, without waiting for the end of a step.
 
         The step under way is abandoned: it is not in the copy, and will not be applied.

@@ -47,7 +47,7 @@ class Heartbeat:
 
     Args:
         base: of the base model that is trained. state_id: of the state directory, "" without one.
-        report: the training's fields.
+        training_fields: the training's part of it.
         clock: seconds, monotonic.
 
     Attributes:
@@ -61,7 +61,7 @@ class Heartbeat:
         base: BaseIdentity,
         *,
         state_id: str,
-        report: Callable[[], Fields],
+        training_fields: Callable[[], Fields],
         clock: Callable[[], float],
     ) -> None:
         self.next_at = 0.0
@@ -69,7 +69,7 @@ class Heartbeat:
         self._store = store
         self._base = base
         self._state_id = state_id
-        self._report = report
+        self._training_fields = training_fields
         self._clock = clock
         self._beats = 0
         self._started_at = time.time()
@@ -108,6 +108,6 @@ class Heartbeat:
             "problem": status.problem,
         }
         fields |= self._base.beat_fields(ledger.meta)
-        self._store.beat(fields | dict(self._report()), ttl_s=HEARTBEAT_TTL_S)
+        self._store.beat(fields | dict(self._training_fields()), ttl_s=HEARTBEAT_TTL_S)
         self.is_refused = False
         self.next_at = now + HEARTBEAT_INTERVAL_S

@@ -86,7 +86,7 @@ class Joining:
             raise BaseModelError(refusal)
 
     def pin_base(self, base: BaseIdentity, *, state_id: str) -> None:
-        """If a piece of the base model is not pinned yet, have the aggregator pin this one, and look again."""
+        """If a component of the base model is not pinned yet, have the aggregator pin this one, and look again."""
         beat = _first_beat(state_id) | base.beat_fields()
         self.patiently(lambda: self._store.beat(beat, ttl_s=JOIN_TTL_S))
         if base.is_pinned(self.meta()):

@@ -51,7 +51,7 @@ class Outgoing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trained:
-    """What was trained since the last cut, for the next update's header."""
+    """What was trained since the last update, for the next update's header."""
 
     n_examples: int = 0
     n_tokens: int = 0
@@ -65,7 +65,7 @@ class Trained:
         return self.loss_sum / self.steps if self.steps else float("nan")
 
 
-class Place(Enum):
+class HeadPlace(Enum):
     """Where the head in Redis lies, seen from the worker's own chain."""
 
     KNOWN = auto()  # at one of its updates, or where its chain began
@@ -76,27 +76,31 @@ class Place(Enum):
 
 def locate(
     head: UpdateId | None, start: UpdateId | None, known: Sequence[UpdateId], run: str, n_kept: int = 0
-) -> tuple[Place, int]:
+) -> tuple[HeadPlace, int]:
     """Where `head` lies in the chain `start` → known[0] → …; with KNOWN, how many of `known` are decided.
 
     The first `n_kept` of `known` were decided when the worker last looked.
     """
     if head in known:
-        return Place.KNOWN, known.index(head) + 1
+        return HeadPlace.KNOWN, known.index(head) + 1
     if head == start:
-        return Place.KNOWN, 0
+        return HeadPlace.KNOWN, 0
     if head is None:
-        return Place.BEHIND, 0
+        return HeadPlace.BEHIND, 0
     mine = UpdateId(run, 0)
     if head.run == run:
         last = max((u.seq for u in (*known, start or mine) if u.run == run), default=0)
-        return (Place.AHEAD, 0) if head.seq > last else (Place.BEHIND, 0)
+        return (HeadPlace.AHEAD, 0) if head.seq > last else (HeadPlace.BEHIND, 0)
     if head.incarnation < mine.incarnation:
-        return Place.BEHIND, 0
+        return HeadPlace.BEHIND, 0
     # Redis gives two runs one incarnation only if it went back and forgot the first. Until an update of this run is
     # decided, this run is the later one and goes on after the other.
     begun = any(update.run == run for update in (start, *known[:n_kept]) if update)
-    return (Place.BEHIND, 0) if head.incarnation == mine.incarnation and not begun else (Place.FOREIGN, 0)
+    return (
+        (HeadPlace.BEHIND, 0)
+        if head.incarnation == mine.incarnation and not begun
+        else (HeadPlace.FOREIGN, 0)
+    )
 
 
 def _is_later(head: UpdateId | None, start: UpdateId | None) -> bool:
@@ -138,7 +142,7 @@ class Ledger:
     Args:
         base: (numel,) fp32, the weights last pulled; meta: the expert's state then.
         packed: the bytes that the base was unpacked from, () if it is exact.
-        run: this worker's run; seq: of its last cut update.
+        run: this worker's run; seq: of its last update.
         start: the update that precedes the oldest one remembered; None at the very beginning.
         queue: undecided updates in order; the first is the one in flight.
         kept: decided updates, oldest first; at least the last one.
@@ -182,7 +186,7 @@ class Ledger:
             update.add_to(progress, self._scratch, sign=-1.0)
         return progress
 
-    def cut(
+    def make_update(
         self,
         progress: torch.Tensor,
         trained: Trained,
@@ -253,16 +257,16 @@ class Ledger:
             return self._start_over(meta, self._moved(weights), head, "")
         place, count = locate(head, self.start, [u.id for u in self._chain()], self.run, len(self.kept))
         match place:
-            case Place.FOREIGN:
+            case HeadPlace.FOREIGN:
                 raise NameTakenError(
                     f"another process publishes under this worker's name (its run {head.run if head else ''}, "
                     f"ours {self.run}): give one of them another --name"
                 )
-            case Place.AHEAD:
+            case HeadPlace.AHEAD:
                 assert decided is not None
                 self.seq = decided.id.seq
                 return self._start_over(meta, self._moved(weights), head, decided.position)
-            case Place.BEHIND:
+            case HeadPlace.BEHIND:
                 return self._roll_back(meta, weights, head)
         return self._advance(meta, weights, decided, count, now)
 

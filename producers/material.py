@@ -52,7 +52,7 @@ def prepare(
     *,
     cache: Path | None,
     stopped: Callable[[], bool],
-    say: Callable[[str], None],
+    report: Callable[[str], None],
 ) -> Material:
     """Load the base model, its weights last, and make examples of the rows; `cache` is a directory that keeps them.
 
@@ -74,13 +74,13 @@ def prepare(
     check_padding(tokenizer, config, base_model)
     device = choose_device(settings.device)
     autocast = choose_precision(settings.precision, device)
-    say(f"loading {base_model} on {device} ({str(autocast).removeprefix('torch.')})")
+    report(f"loading {base_model} on {device} ({str(autocast).removeprefix('torch.')})")
     model = load_base(base_model, device=device, dtype=autocast if device.type != "cpu" else torch.float32)
-    make = RowCache(cache, say=say).examples if cache else partial(make_examples, say=say)
+    make = RowCache(cache, report=report).examples if cache else partial(make_examples, report=report)
     examples = make(
         data, tokenizer, spec.training.max_length, bad_rows, learn=settings.learn, stopped=stopped
     )
-    say(f"{settings.data}: {examples.summary()}")
+    report(f"{settings.data}: {examples.summary()}")
     check_examples(examples.examples, settings.data, tokenizer, config)
 
     def make_trainer() -> Trainer:

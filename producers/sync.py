@@ -31,7 +31,7 @@ from fedmoe.spec import Spec
 from fedmoe.store.worker import Poll, WorkerStore
 from fedmoe.update import UpdateId
 from producers.checkpoint import Checkpoint, StateDir
-from producers.exchange import Cut, Exchange
+from producers.exchange import Exchange, TrainingState
 from producers.heartbeat import Heartbeat, SyncStatus
 from producers.ledger import Change, Ledger, Trained
 from producers.pace import Pace
@@ -55,8 +55,8 @@ class Sync:
         ledger, exchange: the books, and the meeting point with the training.
         state_dir: where to write a checkpoint before each publication, or None.
         data: digest of the examples.
-        report: the training's part of the heartbeat.
-        must_pull: look at Redis before the first cut (a resumed worker).
+        training_fields: the training's part of the heartbeat.
+        must_pull: look at Redis before the first update (a resumed worker).
         checkpoint_interval_s: write a checkpoint after so long without a new update, whose checkpoint comes first.
     """
 
@@ -70,7 +70,7 @@ class Sync:
         base: BaseIdentity,
         state_dir: StateDir | None,
         data: str,
-        report: Callable[[], dict[str, str | int | float]] = dict,
+        training_fields: Callable[[], dict[str, str | int | float]] = dict,
         must_pull: bool = False,
         checkpoint_interval_s: float = 60.0,
         clock: Callable[[], float] = time.monotonic,
@@ -91,7 +91,7 @@ class Sync:
         self._watch = AggregatorWatch(store, clock)
         self._data = data
         state_id = state_dir.id if state_dir else ""
-        self._heart = Heartbeat(store, base, state_id=state_id, report=report, clock=clock)
+        self._heart = Heartbeat(store, base, state_id=state_id, training_fields=training_fields, clock=clock)
         self._must_pull = must_pull
         self._clock = clock
         self._wake = threading.Event()
@@ -100,10 +100,10 @@ class Sync:
         self._problems: dict[str, str] = {}
         self._ended = False
         self._checkpoint_interval_s = checkpoint_interval_s
-        self._next_cut = clock() + spec.sync_interval_s
+        self._next_update_at = clock() + spec.sync_interval_s
         self._next_save = clock() + checkpoint_interval_s
-        self._waiting_for_cut = self._checkpointing = False
-        self._unsaved: Cut | None = None
+        self._waiting_for_state = self._checkpointing = False
+        self._unsaved: TrainingState | None = None
         self._entry: str | None = None
         self._sent: UpdateId | None = None
         self._pace = Pace(clock)
@@ -136,16 +136,16 @@ class Sync:
     def _save_last(self) -> None:
         """The time is up and an update is undecided: keep it, and all that was trained since, on disk."""
         self._hurry_at = min(self._hurry_at, self._clock())
-        cut = self._copy(consume=False)
-        assert cut is not None  # it is too late to wait for the end of a step
-        self.saved = self._save(cut)
+        state = self._copy(consume=False)
+        assert state is not None  # it is too late to wait for the end of a step
+        self.saved = self._save(state)
 
     def _serve(self) -> None:
         backoff = Backoff("sync", logger, self._clock)
         while not self._ended:
             try:
                 wait_s = self._turn()
-                if not self._waiting_for_cut and not self._heart.is_refused:
+                if not self._waiting_for_state and not self._heart.is_refused:
                     backoff.ok()
                     self._note("sync", "")
             except (NameTakenError, RefusedError, ProtocolError) as error:
@@ -184,11 +184,11 @@ class Sync:
     def _turn(self) -> float:
         """One step; returns the seconds to wait before the next. What needs no Redis comes first."""
         now = self._clock()
-        due = self._deadline is not None or now >= self._next_cut
+        due = self._deadline is not None or now >= self._next_update_at
         if self._unsaved is not None:
             reached = self._save_unsaved()
         elif due and not self.ledger.queue and not self._must_pull and not self._checkpointing:
-            reached = self._cut(now)
+            reached = self._make_update(now)
         else:
             reached = not self._state_dir or now < self._next_save or self._checkpoint(now)
         self._beat()
@@ -202,41 +202,41 @@ class Sync:
             return RETRY_S if self._problems.get("disk") else 0.0
         if self.ledger.queue:
             return self._follow()
-        return min(self._next_cut - now, LOOK_S) if self._deadline is None else 0.0
+        return min(self._next_update_at - now, LOOK_S) if self._deadline is None else 0.0
 
-    def _copy(self, *, consume: bool) -> Cut | None:
+    def _copy(self, *, consume: bool) -> TrainingState | None:
         """A copy of the training's state, or None if it has not reached a step boundary yet: come back."""
-        if not self._waiting_for_cut:
+        if not self._waiting_for_state:
             self._exchange.request(consume=consume)
-            self._waiting_for_cut = True
-        cut = self._exchange.take(0.2)
-        if cut is None and self._clock() >= self._hurry_at:
-            cut = self._exchange.take_now()
-        self._waiting_for_cut = cut is None
-        return cut
+            self._waiting_for_state = True
+        state = self._exchange.take(0.2)
+        if state is None and self._clock() >= self._hurry_at:
+            state = self._exchange.take_now()
+        self._waiting_for_state = state is None
+        return state
 
-    def _cut(self, now: float) -> bool:
+    def _make_update(self, now: float) -> bool:
         """Make the training's progress the next update; False if it has not reached a boundary yet."""
-        cut = self._copy(consume=True)
-        if cut is None:
+        state = self._copy(consume=True)
+        if state is None:
             return False
-        self._next_cut = now + self._spec.sync_interval_s
+        self._next_update_at = now + self._spec.sync_interval_s
         self._next_save = now + self._checkpoint_interval_s
-        if cut.trained.steps:
-            progress = self.ledger.progress(cut.local)
-            if self._diverged(progress, cut.trained.steps):
+        if state.trained.steps:
+            progress = self.ledger.progress(state.local)
+            if self._diverged(progress, state.trained.steps):
                 return True
-            update = self.ledger.cut(
-                progress, cut.trained, wire_format=self._spec.wire_format,
+            update = self.ledger.make_update(
+                progress, state.trained, wire_format=self._spec.wire_format,
                 fingerprint=self._base.fingerprint, tokenizer=self._base.tokenizer,
             )  # fmt: skip
             self.status = replace(self.status, in_flight=update.header.seq, in_flight_since=now)
-            self._unsaved = replace(cut, trained=Trained()) if self._state_dir else None
+            self._unsaved = replace(state, trained=Trained()) if self._state_dir else None
         elif self._deadline is None:
             self._pull()  # nothing was trained on the old base, so a newer one costs nothing
         else:
             if self._state_dir:
-                self._save(cut)  # if the disk does not take it, nothing is lost: all is decided
+                self._save(state)  # if the disk does not take it, nothing is lost: all is decided
             self._ended = True
         return True
 
@@ -266,21 +266,21 @@ class Sync:
 
     def _checkpoint(self, now: float) -> bool:
         """Save the training between two updates, so that a long outage costs a killed worker little."""
-        cut = self._copy(consume=False)
-        self._checkpointing = cut is None  # the copy that was asked for is this one's, not the next cut's
-        if cut is not None:
-            self._next_save = now + (self._checkpoint_interval_s if self._save(cut) else RETRY_S)
-        return cut is not None
+        state = self._copy(consume=False)
+        self._checkpointing = state is None  # what was asked for is this one's, not the next update's
+        if state is not None:
+            self._next_save = now + (self._checkpoint_interval_s if self._save(state) else RETRY_S)
+        return state is not None
 
-    def _save(self, cut: Cut) -> bool:
+    def _save(self, state: TrainingState) -> bool:
         """Write a checkpoint; False if the disk does not take it. The worker lives on and says so."""
         assert self._saver is not None
         checkpoint = Checkpoint(
             ledger=self.ledger,
-            local=cut.local,
-            optimizer=cut.optimizer,
-            trained=cut.trained,
-            position=cut.position,
+            local=state.local,
+            optimizer=state.optimizer,
+            trained=state.trained,
+            position=state.position,
             data=self._data,
             expert=self._store.expert,
             worker=self._store.worker,
@@ -338,10 +338,10 @@ class Sync:
         `seen` is the weights' commit that a poll has just shown, "" if nobody has looked.
         """
         mine = self.ledger.meta.weights_commit
-        snapshot = self._store.pull(self._spec, known=mine if seen in ("", mine) else "")
-        self._check_still_welcome(snapshot.meta)
+        pulled = self._store.pull(self._spec, known=mine if seen in ("", mine) else "")
+        self._check_still_welcome(pulled.meta)
         change = self.ledger.observe(
-            snapshot.meta, snapshot.weights, snapshot.decided, now=self._clock(), packed=snapshot.packed
+            pulled.meta, pulled.weights, pulled.decided, now=self._clock(), packed=pulled.packed
         )
         steps = self._exchange.steps_left
         self._exchange.correct(change)

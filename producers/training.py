@@ -44,7 +44,7 @@ class Progress:
             f"version {status.version}  staleness {status.staleness}  {flight}{problem}"
         )
 
-    def report(self) -> dict[str, str | int | float]:
+    def fields(self) -> dict[str, str | int | float]:
         """The training's part of the heartbeat."""
         loss = f"{self.last.loss:.4f}" if self.last else ""
         return {"step": self.steps, "loss": loss, "tokens_per_s": f"{self._rate.value:.1f}"}
@@ -57,7 +57,7 @@ class Training:
         progress: the one that the sync's heartbeat reports.
         n_examples: of one epoch.
         stop: set when the training has ended, too.
-        say: where lines for people go.
+        report: where lines for people go.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Training:
         progress: Progress,
         n_examples: int,
         stop: Stop,
-        say: Callable[[str], None],
+        report: Callable[[str], None],
     ) -> None:
         self.is_done = False  # has trained as much as it was asked to
         self._trainer = trainer
@@ -80,7 +80,7 @@ class Training:
         self._progress = progress
         self._n_examples = n_examples
         self._stop = stop
-        self._say = say
+        self._report = report
         self._failure: Exception | None = None
 
     def run(self) -> None:
@@ -95,13 +95,13 @@ class Training:
         self._train(thread)
         self._stop.set()
         if self._progress.last:
-            self._say(self._progress.line(self._sync.status))
+            self._report(self._progress.line(self._sync.status))
         self._sync.finish(self._settings.drain_s)
         while thread.is_alive():
             self._pass_boundary()
             thread.join(0.02)
         try:
-            self._say(self._outcome())
+            self._report(self._outcome())
         except FedMoEError as error:
             if self._failure is None:
                 raise
@@ -122,7 +122,7 @@ class Training:
                 self._progress.add(step)
                 if time.monotonic() - said_at >= self._settings.log_interval_s:
                     said_at = time.monotonic()
-                    self._say(self._progress.line(self._sync.status))
+                    self._report(self._progress.line(self._sync.status))
         except Exception as error:
             if is_out_of_memory(error) and not isinstance(error, FedMoEError):
                 why = str(error).strip().partition("\n")[0]
@@ -173,20 +173,20 @@ class Training:
         if sync.failure is not None:
             raise sync.failure
         left = self._exchange.steps_left
-        told = (
+        text = (
             f"{status.applied} updates applied, {status.refused} refused, expert at version {status.version}"
         )
         if not sync.ledger.queue and not left:
-            return f"done: {told}"
+            return f"done: {text}"
         if sync.saved:
-            return f"done: {told}; what is not decided yet is kept in {settings.state_dir}"
+            return f"done: {text}; what is not decided yet is kept in {settings.state_dir}"
         if sync.in_redis and not left:
-            return f"done: {told}; the last one waits in Redis for an aggregator"
+            return f"done: {text}; the last one waits in Redis for an aggregator"
         remedy = "start this worker again to go on from there"
         if not settings.state_dir:
             remedy = "a --state-dir that can be written keeps all"
         raise FedMoEError(
-            f"{told}; {self._lost()}: nobody decided what was trained within {settings.drain_s:g} s "
+            f"{text}; {self._lost()}: nobody decided what was trained within {settings.drain_s:g} s "
             f"({status.why_undecided}); {remedy}"
         )
 

@@ -48,7 +48,7 @@ class Worker:
     """One worker from start to end.
 
     Args:
-        say: where lines for people go.
+        report: where lines for people go.
         stop: set it, and the worker finishes its step, publishes, waits for the decision and returns. It is set, too,
             when the worker has trained as much as it shall.
     """
@@ -59,21 +59,21 @@ class Worker:
         settings: WorkerSettings,
         *,
         stop: Stop,
-        say: Callable[[str], None] = print,
+        report: Callable[[str], None] = print,
     ) -> None:
         self._settings, self._why = settings, "--name"
         if not settings.name:
             self._settings, self._why = _named(settings)
         settings = self._settings
         self._stop = stop
-        self._print = say
+        self._print = report
         self._store = WorkerStore(Connection(redis), settings.stream, settings.worker)
         self._mute = False
         self._has_joined = False
         self._is_done = False  # has trained as much as it was asked to
         self._joining = Joining(self._store, wait=settings.wait, stop=stop)
 
-    def _say(self, line: str) -> None:
+    def _report(self, line: str) -> None:
         """Print a line; a full disk or a reader that has gone must not end the training."""
         try:
             self._print(printable(line))
@@ -99,7 +99,7 @@ class Worker:
             how = "finished" if self._is_done else "stopped"
         except StoppedError as stopped:
             how = "stopped"
-            self._say(str(stopped))
+            self._report(str(stopped))
         except NameTakenError:
             self._has_joined = False  # what is there under this name is another's
             raise
@@ -122,8 +122,8 @@ class Worker:
 
     def _run(self) -> None:
         settings = self._settings
-        self._say(f"worker {settings.worker!r} of expert {settings.stream!r} (name: {self._why})")
-        bad_rows = BadRows(say=self._say, file=settings.bad_rows, fail=settings.on_bad_row == "fail")
+        self._report(f"worker {settings.worker!r} of expert {settings.stream!r} (name: {self._why})")
+        bad_rows = BadRows(report=self._report, file=settings.bad_rows, fail=settings.on_bad_row == "fail")
         data = open_data(settings.data, bad_rows, stopped=self._stop.is_set)
         with closing(StateDir(settings.state_dir)) if settings.state_dir else nullcontext() as state_dir:
             self._work(state_dir, data, bad_rows)
@@ -146,12 +146,12 @@ class Worker:
         exchange = Exchange(trainer, with_optimizer=state_dir is not None, trained=trained)
         sync = Sync(
             self._store, ledger, exchange, spec,
-            base=material.base, state_dir=state_dir, data=material.data, report=progress.report,
+            base=material.base, state_dir=state_dir, data=material.data, training_fields=progress.fields,
             must_pull=bool(ledger.seq), checkpoint_interval_s=settings.checkpoint_interval_s,
         )  # fmt: skip
         training = Training(
             trainer, exchange, sync, settings,
-            progress=progress, n_examples=material.n_examples, stop=self._stop, say=self._say,
+            progress=progress, n_examples=material.n_examples, stop=self._stop, report=self._report,
         )  # fmt: skip
         training.run()
         self._is_done = training.is_done
@@ -159,7 +159,7 @@ class Worker:
     def _prepare(self, spec: Spec, data: DataFile, bad_rows: BadRows, state_dir: StateDir | None) -> Material:
         return prepare(
             self._settings, spec, self._joining.meta(), data, bad_rows,
-            cache=state_dir.path if state_dir else None, stopped=self._stop.is_set, say=self._say,
+            cache=state_dir.path if state_dir else None, stopped=self._stop.is_set, report=self._report,
         )  # fmt: skip
 
     def _open_books(
@@ -183,27 +183,27 @@ class Worker:
             if saved.data == data:
                 trainer.position = saved.position
             else:
-                self._say(
+                self._report(
                     f"{settings.data} does not give the examples of the checkpoint (the file, the chat template, "
                     "--learn or the expert's max_length is another): starting at the first one"
                 )
                 state.pop(TOO_LARGE, None)
             trainer.load_state(state)
-            self._say(
+            self._report(
                 f"resuming run {saved.ledger.run} after update {saved.ledger.seq}, example {trainer.position}"
             )
             return saved.ledger, saved.trained
         # Before the pull: an update of an earlier run that is decided after it then is of an earlier incarnation.
         incarnation = self._joining.patiently(self._store.next_incarnation)
-        snapshot = self._joining.patiently(lambda: self._store.pull(spec, known=""))
-        base = snapshot.weights
+        pulled = self._joining.patiently(lambda: self._store.pull(spec, known=""))
+        base = pulled.weights
         if base is None:
             raise RefusedError(f"expert {settings.stream!r} was just made anew: start this worker again")
         with torch.no_grad():
             trainer.flat.copy_(base)
-        start = snapshot.decided.id if snapshot.decided else None
+        start = pulled.decided.id if pulled.decided else None
         run = make_run(max(incarnation, start.incarnation + 1 if start else 1), secrets.token_hex(4))
-        return Ledger(base=base, packed=snapshot.packed, meta=snapshot.meta, run=run, start=start), None
+        return Ledger(base=base, packed=pulled.packed, meta=pulled.meta, run=run, start=start), None
 
 
 def _named(settings: WorkerSettings) -> tuple[WorkerSettings, str]:

@@ -98,12 +98,12 @@ class ScriptedWorker:
     ) -> None:
         self.store = WorkerStore(connection, expert, name)
         self.spec = spec
-        snapshot = self.store.pull(spec, known="")
-        assert snapshot.weights is not None
-        self.local = snapshot.weights.clone()
-        start = snapshot.decided.id if snapshot.decided else None
+        pulled = self.store.pull(spec, known="")
+        assert pulled.weights is not None
+        self.local = pulled.weights.clone()
+        start = pulled.decided.id if pulled.decided else None
         run = make_run(self.store.next_incarnation(), secrets.token_hex(4))
-        self.ledger = Ledger(base=self.local.clone(), meta=snapshot.meta, run=run, start=start)
+        self.ledger = Ledger(base=self.local.clone(), meta=pulled.meta, run=run, start=start)
         self.now = 0.0
         self.fingerprint = fingerprint
 
@@ -111,10 +111,10 @@ class ScriptedWorker:
         """Change the local adapter."""
         self.local = self.local + amount
 
-    def cut(self, **changes: object) -> Outgoing:
-        """Cut an update; `changes` falsify fields of its header."""
+    def make_update(self, **changes: object) -> Outgoing:
+        """Make an update; `changes` falsify fields of its header."""
         trained = Trained(n_examples=4, n_tokens=40, steps=2, loss_sum=3.0, position=str(self.ledger.seq * 4))
-        update = self.ledger.cut(
+        update = self.ledger.make_update(
             self.ledger.progress(self.local),
             trained,
             wire_format=self.spec.wire_format,
@@ -131,17 +131,17 @@ class ScriptedWorker:
         return self.store.publish(update.header, update.parts)
 
     def push(self, amount: float | torch.Tensor, **changes: object) -> Outgoing:
-        """Train, cut and publish."""
+        """Train, make an update and publish it."""
         self.train(amount)
-        update = self.cut(**changes)
+        update = self.make_update(**changes)
         self.publish(update)
         return update
 
     def pull(self) -> Change:
         """Pull and settle."""
         self.now += 1.0
-        snapshot = self.store.pull(self.spec, known=self.ledger.meta.weights_commit)
-        change = self.ledger.observe(snapshot.meta, snapshot.weights, snapshot.decided, now=self.now)
+        pulled = self.store.pull(self.spec, known=self.ledger.meta.weights_commit)
+        change = self.ledger.observe(pulled.meta, pulled.weights, pulled.decided, now=self.now)
         if change.correction is not None:
             self.local = change.correction.clone() if change.replace else self.local + change.correction
         return change

@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from consumers.merge import Expert
+from consumers.merge import MergeInput
 from fedmoe.codec import FORMATS
 from fedmoe.layout import Layout
 from fedmoe.spec import ALL_LINEAR, AggregationRules, LoraSettings, Spec, TrainingSettings
@@ -80,14 +80,14 @@ def lora_layout(dims: dict[str, tuple[int, int]], rank: int) -> Layout:
 
 def random_expert(
     seed: int, dims: dict[str, tuple[int, int]], rank: int, *, scaling: float = 2.0, weight: float = 1.0
-) -> Expert:
+) -> MergeInput:
     """An expert of random values in both factors."""
     layout = lora_layout(dims, rank)
-    return Expert(layout=layout, flat=randn(seed, layout.numel), scaling=scaling, weight=weight)
+    return MergeInput(layout=layout, flat=randn(seed, layout.numel), scaling=scaling, weight=weight)
 
 
 @st.composite
-def families(draw: st.DrawFn, *, same_rank: bool = False) -> list[Expert]:
+def families(draw: st.DrawFn, *, same_rank: bool = False) -> list[MergeInput]:
     """One to four experts of one model, each of its own scaling, weight and (unless `same_rank`) rank."""
     dims = draw(lora_dims())
     ranks = draw(st.lists(st.integers(1, 5), min_size=1, max_size=4))

@@ -33,12 +33,12 @@ def backup(redis: str, prefix: str, redis_timeout: float, expert: Sequence[str],
     from fedmoe.store.backup import BackupStore
     from fedmoe.store.connection import Connection
 
-    def told(name: str, saved: "Saved") -> None:
+    def report(name: str, saved: "Saved") -> None:
         click.echo(f"{name}: version {saved.version}, commit {saved.commit}")
 
     end_like_ctrl_c()  # what is half written goes away
     store = BackupStore(Connection(redis_settings(redis, prefix, redis_timeout)))
-    back_up(store, directory, list(dict.fromkeys(expert)), told=told)
+    back_up(store, directory, list(dict.fromkeys(expert)), report=report)
     click.echo(f"written to {directory}")
 
 
@@ -62,12 +62,12 @@ def restore(
     from fedmoe.store.backup import BackupStore
     from fedmoe.store.connection import Connection
 
-    def told(name: str, saved: "Saved", replaced: str | None) -> None:
+    def report(name: str, saved: "Saved", replaced: str | None) -> None:
         where = "" if replaced is None else f" in place of version {replaced}"
         click.echo(f"{name}: restored at version {saved.version}{where}")
 
     source = Backup(directory)
     store = BackupStore(Connection(redis_settings(redis, prefix, redis_timeout)))
-    put(store, source, list(dict.fromkeys(expert)), replace=replace, told=told)
+    put(store, source, list(dict.fromkeys(expert)), replace=replace, report=report)
     if source.prefix != prefix:
         click.echo(f"under the prefix {prefix!r}; the backup is of {source.prefix!r}")

@@ -44,7 +44,7 @@ def demo(redis: str, prefix: str, model: str, data: Path | None, out: Path, seco
         learning_rate=learning_rate, gateway_scale=gateway_scale,
     )  # fmt: skip
     end_like_ctrl_c()
-    Demo(settings, say=click.echo, show=Display().show).run()
+    Demo(settings, report=click.echo, show=Display().show).run()
 
 
 class Display:

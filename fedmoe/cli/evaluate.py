@@ -86,7 +86,7 @@ def evaluate(
         precision=precision,
     )
     store = GatewayStore(Connection(settings))
-    measured = measure(store, wanted, say=lambda line: click.echo(line, err=True))
+    measured = measure(store, wanted, report=lambda line: click.echo(line, err=True))
     text = json.dumps(plain_json(measured), indent=2) + "\n"
     if json_file == "-":
         click.echo(text, nl=False)

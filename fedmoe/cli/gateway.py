@@ -18,7 +18,7 @@ def gateway() -> None:
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory to write.")
 @click.option("--expert", metavar="NAME", help="Export this expert instead of the gateway.")
 @click.option("--rank", type=click.IntRange(min=1), metavar="N",
-              help="Rank to cut the adapter to, if it has a higher one; what that loses is printed.  "
+              help="Rank to truncate the adapter to, if it has a higher one; what that loses is printed.  "
                    "[default: as it is]")  # fmt: skip
 @click.option("--force", is_flag=True, help="Also into a directory that holds something else.")
 def export(
@@ -38,10 +38,10 @@ def export(
     store = GatewayStore(Connection(redis_settings(redis, prefix, redis_timeout)))
     adapter = read_expert(store, expert) if expert else read_gateway(store)
     if rank is not None:
-        from consumers.cut import cut_to_rank
+        from consumers.truncate import truncate_to_rank
 
-        adapter, told = cut_to_rank(adapter, rank)
-        click.echo(told)
+        adapter, text = truncate_to_rank(adapter, rank)
+        click.echo(text)
     warning = write(out, adapter, force=force)
     size = f"rank {adapter.config.get('r')}, {len(adapter.file) / 2**20:.1f} MiB"
     click.echo(f"{out}: {adapter.name} ({size}), built from {adapter.versions}")
@@ -71,7 +71,7 @@ def show(redis: str, prefix: str, redis_timeout: float, as_json: bool) -> None:
     click.echo(gateway_line(federation.gateway))
     if federation.gateway.relative_error is not None:
         click.echo(
-            f"cut to this rank it differs from the exact merge by {federation.gateway.relative_error:.2%}"
+            f"truncated to this rank it differs from the exact merge by {federation.gateway.relative_error:.2%}"
         )
     for line in findings(federation):
         if line.startswith("gateway: "):

@@ -92,4 +92,4 @@ def _run(stop: "Stop", options: dict[str, Any]) -> None:
         bad_rows=options["bad_rows"],
         log_interval_s=options["log_interval"],
     )
-    Worker(redis, settings, stop=stop, say=click.echo).run()
+    Worker(redis, settings, stop=stop, report=click.echo).run()

@@ -42,7 +42,7 @@ class BadRows:
     """What is done with rows that cannot be used.
 
     Args:
-        say: where lines for people go.
+        report: where lines for people go.
         file: holds all of them afterwards, one JSON object a line: file, line, reason, text. Rows are private, so
             only its owner may read it.
         fail: the first one is fatal.
@@ -51,9 +51,11 @@ class BadRows:
         SettingsError: if `file` cannot be written, or holds something else.
     """
 
-    def __init__(self, *, say: Callable[[str], None], file: Path | None = None, fail: bool = False) -> None:
+    def __init__(
+        self, *, report: Callable[[str], None], file: Path | None = None, fail: bool = False
+    ) -> None:
         self.fail = fail
-        self._say = say
+        self._report = report
         self._file = file
         if file:
             _create(file)
@@ -70,11 +72,11 @@ class BadRows:
     def report(self, path: Path, problems: Sequence[Problem]) -> None:
         """Name the first ten bad rows of the data file `path`, and write all to the file."""
         for problem in problems[:N_NAMED]:
-            self._say(str(problem))
+            self._report(str(problem))
         more = len(problems) - N_NAMED
         if more > 0:
             where = f"are in {shown(self._file)}" if self._file else "are listed with --bad-rows FILE"
-            self._say(f"{shown(path)}: {more} more rows cannot be used; all {len(problems)} {where}")
+            self._report(f"{shown(path)}: {more} more rows cannot be used; all {len(problems)} {where}")
         if problems and self._file:
             self._write(self._file, path, {problem.number: problem for problem in problems})
 
@@ -86,7 +88,7 @@ class BadRows:
                         row = (shown(path), line, problem.reason, text)
                         opened.write(json.dumps(dict(zip(FIELDS, row, strict=True))) + "\n")
         except OSError as error:
-            self._say(f"--bad-rows {file} cannot be written ({error.strerror}); going on without it")
+            self._report(f"--bad-rows {file} cannot be written ({error.strerror}); going on without it")
             self._file = None
 
 

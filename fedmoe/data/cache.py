@@ -36,12 +36,12 @@ class RowCache:
     """The cache in a state directory.
 
     Args:
-        say: where lines for people go.
+        report: where lines for people go.
     """
 
-    def __init__(self, directory: Path, *, say: Callable[[str], None]) -> None:
+    def __init__(self, directory: Path, *, report: Callable[[str], None]) -> None:
         self._file = directory / FILE_NAME
-        self._say = say
+        self._report = report
 
     def examples(
         self,
@@ -56,18 +56,22 @@ class RowCache:
         """What `make_examples` makes, and raises."""
         key = cache_key(data, tokenizer, max_length=max_length, learn=learn)
         if kept := self._load(key, data.path):
-            self._say(f"{shown(data.path)}: taking the tokenized rows that are kept in {shown(self._file)}")
+            self._report(
+                f"{shown(data.path)}: taking the tokenized rows that are kept in {shown(self._file)}"
+            )
             kept.report(data.path, bad_rows)
             return kept
         made = make_examples(
-            data, tokenizer, max_length, bad_rows, learn=learn, say=self._say, stopped=stopped
+            data, tokenizer, max_length, bad_rows, learn=learn, report=self._report, stopped=stopped
         )
         if key:
             try:
                 self._save(key, made)
             except OSError as error:
                 why = error.strerror or error
-                self._say(f"tokenized rows are not kept for the next start ({why}); it will tokenize again")
+                self._report(
+                    f"tokenized rows are not kept for the next start ({why}); it will tokenize again"
+                )
         return made
 
     def _load(self, key: str, path: Path) -> Examples | None:

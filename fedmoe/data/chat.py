@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from fedmoe.data.beginning import first_tokens
 from fedmoe.data.control import ControlTokens, Prepared
-from fedmoe.data.prefix import first_tokens
 from fedmoe.data.template import ChatTemplate, Tools
 from fedmoe.data.turns import Turn
 from fedmoe.errors import DataError, RowError

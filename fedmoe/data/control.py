@@ -111,18 +111,18 @@ class ControlTokens:
     @cached_property
     def _after_question(self) -> str:
         """How every prompt ends that the template writes."""
-        pieces = self._template.pieces(("user",))
-        return pieces[-1].strip() if pieces else ""
+        literals = self._template.literals(("user",))
+        return literals[-1].strip() if literals else ""
 
     def _make_pattern(self, roles: tuple[str, ...]) -> "re.Pattern[str] | None":
         """Matches a prompt of such turns, with their texts as groups."""
-        pieces = self._template.pieces(roles)
-        if not pieces:
+        literals = self._template.literals(roles)
+        if not literals:
             return None
         text = rf"((?:(?!{self._structure.pattern}).)*?)"
-        first = pieces[0].removeprefix(self._bos)
+        first = literals[0].removeprefix(self._bos)
         begin = f"(?:{re.escape(self._bos)})?{re.escape(first)}"
-        middle = text.join([begin, *map(re.escape, pieces[1:-1]), re.escape(pieces[-1].rstrip())])
+        middle = text.join([begin, *map(re.escape, literals[1:-1]), re.escape(literals[-1].rstrip())])
         return re.compile(rf"{middle}\s*", re.DOTALL)
 
 

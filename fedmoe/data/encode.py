@@ -44,7 +44,7 @@ class Encoded:
 
     Args:
         examples: none if every answer is marked not to be learnt.
-        cut: how many of them were cut to max_length.
+        truncated: how many of them were truncated to max_length.
         left_out: why answers are not learnt that cannot be, although others of the row are.
         weight_0: how many answers are marked not to be learnt.
         unused: as in the row.
@@ -52,7 +52,7 @@ class Encoded:
     """
 
     examples: tuple[Example, ...]
-    cut: int
+    truncated: int
     left_out: tuple[Problem, ...]
     weight_0: int
     unused: tuple[str, ...]
@@ -77,7 +77,7 @@ def _encode(row: Row, path: Path, encoder: Encoder, max_length: int, learn: Lear
 
     An answer whose prompt begins with the example so far becomes part of it, so that a conversation is one
     example where the chat template lets it be: some drop from a prompt what they wrote around earlier answers.
-    Too long an answer is cut, and then has no end of turn; a prompt is never cut.
+    Too long an answer is truncated, and then has no end of turn; a prompt is never truncated.
 
     Raises:
         RowError: if an answer is to be learnt and none can be.
@@ -114,7 +114,7 @@ def _encode(row: Row, path: Path, encoder: Encoder, max_length: int, learn: Lear
         raise left_out[-1]
     return Encoded(
         examples=tuple(Example(array("i", ids[:max_length]), answers, row.line) for ids, answers in examples),
-        cut=sum(len(ids) > max_length for ids, _ in examples),
+        truncated=sum(len(ids) > max_length for ids, _ in examples),
         left_out=tuple(_answer_left_out(error, path, row) for error in left_out),
         weight_0=weight_0,
         unused=row.unused,

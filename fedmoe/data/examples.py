@@ -40,7 +40,7 @@ class Examples:
         problems: the rows that were left out, in the order of the file.
         left_out: the answers that were left out of rows that are used.
         weight_0: number of answers that are marked not to be learnt; of_weight_0: number of rows of such answers only.
-        cut: how many of the examples lost the end of their answer to `max_length`.
+        truncated: how many of the examples lost the end of their answer to `max_length`.
         max_length: in tokens, prompt and answer together.
         unused: what rows hold and no rule uses, such as a field's name → number of rows.
         notes: what was done to the texts of rows, or found in them → number of rows.
@@ -52,7 +52,7 @@ class Examples:
     left_out: tuple[Problem, ...]
     weight_0: int
     of_weight_0: int
-    cut: int
+    truncated: int
     max_length: int
     unused: Mapping[str, int]
     notes: Mapping[str, int]
@@ -76,13 +76,13 @@ class Examples:
         bad_rows.report(path, out)
 
     def summary(self) -> str:
-        """One line, for example: 100 rows: 90 used (4 cut to max_length 512), 10 dropped (10 × its answer is empty)."""
+        """One line, such as: 100 rows: 90 used (4 truncated to max_length 512), 10 dropped (10 × answer is empty)."""
         n_dropped = len(self.problems)
-        cut = f" ({self.cut} cut to max_length {self.max_length})" if self.cut else ""
+        truncated = f" ({self.truncated} truncated to max_length {self.max_length})" if self.truncated else ""
         n_used = self.n_rows - n_dropped - self.of_weight_0
         of_weight_0 = f", {self.of_weight_0} of weight 0" if self.of_weight_0 else ""
         dropped = f"{n_dropped} dropped{_kinds(self.problems)}"
-        parts = [f"{self.n_rows} rows: {n_used} used{cut}{of_weight_0}, {dropped}"]
+        parts = [f"{self.n_rows} rows: {n_used} used{truncated}{of_weight_0}, {dropped}"]
         if self.left_out:
             parts.append(f"{len(self.left_out)} answers of used rows are left out{_kinds(self.left_out)}")
         if self.weight_0:
@@ -132,7 +132,7 @@ def make_examples(
     *,
     learn: Learn = "all",
     sample: int = 0,
-    say: Callable[[str], None] = lambda line: None,
+    report: Callable[[str], None] = lambda line: None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Examples:
     """Encode every row, of a large file on all cores.
@@ -144,7 +144,7 @@ def make_examples(
         bad_rows: what is done with rows that cannot be used.
         learn: all answers of a conversation, or its last one.
         sample: how many rows to look at, evenly spread; 0 for all.
-        say: where lines go that say how far it is.
+        report: where lines go that say how far it is.
         stopped: whether to stop; it is asked every so often.
 
     Raises:
@@ -157,11 +157,11 @@ def make_examples(
     left_out: list[Problem] = []
     unused: Counter[str] = Counter()
     notes: Counter[str] = Counter()
-    n_rows = weight_0 = of_weight_0 = cut = 0
+    n_rows = weight_0 = of_weight_0 = truncated = 0
     what = f"tokenizing {shown(data.path)}"
     if data.n_lines > MANY_ROWS:
-        say(f"{what}: about {data.n_lines:,} rows" if not sample else f"{what}: {sample:,} of its rows")
-    progress = Progress(say, what, 0 if sample else data.n_lines)
+        report(f"{what}: about {data.n_lines:,} rows" if not sample else f"{what}: {sample:,} of its rows")
+    progress = Progress(report, what, 0 if sample else data.n_lines)
     with closing(_encoded(data, job, sample, stopped)) as encoded:
         for made in encoded:
             n_rows += 1
@@ -175,7 +175,7 @@ def make_examples(
             left_out += made.left_out
             weight_0 += made.weight_0
             of_weight_0 += not made.examples
-            cut += made.cut
+            truncated += made.truncated
             unused.update(made.unused)
             notes.update(made.notes)
     data.check_unchanged()
@@ -186,7 +186,7 @@ def make_examples(
         left_out=tuple(left_out),
         weight_0=weight_0,
         of_weight_0=of_weight_0,
-        cut=cut,
+        truncated=truncated,
         max_length=max_length,
         unused=unused,
         notes=notes,

@@ -44,7 +44,7 @@ class FlatExamples(Sequence[Example]):
             arrays["answer_ends"].append(len(arrays["starts"]))
 
     def digest(self) -> str:
-        """SHA-256 of all but their places in the file, as hex digits."""
+        """SHA-256 of all but their rows in the file, as hex digits."""
         digest = hashlib.sha256()
         for name, values in self.arrays.items():
             if name == "lines":
@@ -61,17 +61,17 @@ class FlatExamples(Sequence[Example]):
     @overload
     def __getitem__(self, index: slice) -> list[Example]: ...
     def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        places = range(len(self))[index]
-        if isinstance(places, range):
-            return [self[place] for place in places]
-        tokens = self._part("ends", places)
-        answers = self._part("answer_ends", places)
+        rows = range(len(self))[index]
+        if isinstance(rows, range):
+            return [self[row] for row in rows]
+        tokens = self._part("ends", rows)
+        answers = self._part("answer_ends", rows)
         starts, stops, weights = (self.arrays[name][answers] for name in ("starts", "stops", "weights"))
         labels = tuple(map(Answer, starts, stops, weights))
-        return Example(self.arrays["ids"][tokens], labels, self.arrays["lines"][places])
+        return Example(self.arrays["ids"][tokens], labels, self.arrays["lines"][rows])
 
-    def _part(self, ends: str, place: int) -> slice:
-        return slice(self.arrays[ends][place - 1] if place else 0, self.arrays[ends][place])
+    def _part(self, ends: str, row: int) -> slice:
+        return slice(self.arrays[ends][row - 1] if row else 0, self.arrays[ends][row])
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, FlatExamples) and self.arrays == other.arrays

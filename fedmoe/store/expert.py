@@ -20,10 +20,10 @@ from fedmoe.layout import STAMPED_BYTES, stamp_of
 from fedmoe.packed import PREAMBLE_BYTES, packed_commit
 from fedmoe.records import Decided, Entry, Meta, check_not_removed
 from fedmoe.spec import Spec
+from fedmoe.store.chunks import places, put
 from fedmoe.store.connection import execute
 from fedmoe.store.full import is_full, read_together, transact
 from fedmoe.store.lifecycle import ExpertLifecycle, Line, examine, version_of
-from fedmoe.store.pieces import places, put
 from fedmoe.update import MAX_HEADER_BYTES, Part
 
 # Every aggregator reads under one consumer name: whichever holds the lease owns the whole pending list, and no list
@@ -148,7 +148,7 @@ class ExpertStore(ExpertLifecycle):
                 ("get", keys.spec),
                 ("getrange", keys.packed, 0, PREAMBLE_BYTES - 1),
                 ("xrevrange", keys.log, "+", "-", 1),
-                ("hgetall", keys.memory),
+                ("hgetall", keys.retained),
                 ("type", keys.decided),
                 ("type", keys.log),
                 ("type", keys.dead),

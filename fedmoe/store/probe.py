@@ -137,20 +137,20 @@ def permission_checks(roles: Mapping[str, tuple[str, Sequence[Lack]]], *, requir
     needed = {name: [lack for lack in lacks if not lack.right.without] for name, (_, lacks) in roles.items()}
     useless = all(needed.values())
     for name, (does, lacks) in roles.items():
-        told = list(dict.fromkeys(map(str, needed[name])))
-        if not told:
+        text = list(dict.fromkeys(map(str, needed[name])))
+        if not text:
             checks.append(_may(does, lacks))
         elif name == required:
             checks.append(
                 Check(
                     FAIL,
                     "permissions",
-                    f"this user may not {does}: it lacks {', '.join(told)}; --acl {name} prints its rights",
+                    f"this user may not {does}: it lacks {', '.join(text)}; --acl {name} prints its rights",
                 )
             )
         elif not required:
-            some = ", ".join(told[:3]) + (
-                f" and {len(told) - 3} more (see --role {name})" if len(told) > 3 else ""
+            some = ", ".join(text[:3]) + (
+                f" and {len(text) - 3} more (see --role {name})" if len(text) > 3 else ""
             )
             checks.append(
                 Check(FAIL if useless else WARN, "permissions", f"this user may not {does}: it lacks {some}")

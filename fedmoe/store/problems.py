@@ -32,7 +32,7 @@ class Problems:
         self._said = ""
         self._said_at = 0.0
 
-    def say(self, problem: str) -> None:
+    def report(self, problem: str) -> None:
         """Note a problem that is there now; call it again while it is."""
         now = self._clock()
         if problem == self._said and now - self._said_at < REPEAT_S:

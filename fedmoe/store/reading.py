@@ -25,7 +25,7 @@ def ask(connection: Connection, commands: Mapping[Any, Command]) -> dict[Any, An
 
 
 def printable(raw: bytes | str, limit: int = MAX_TEXT_CHARS) -> str:
-    """What anybody may have written, safe for a terminal: what is not printable is escaped, and it is cut."""
+    """What anybody may have written, safe for a terminal: what is not printable is escaped, and it is truncated."""
     text = raw.decode(errors="backslashreplace") if isinstance(raw, bytes) else raw
     safe = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:limit])
     return safe if len(safe) <= limit and len(text) <= limit else safe[:limit] + "..."
@@ -46,7 +46,7 @@ def number(raw: bytes | str | None) -> float | None:
 
 
 def whole(raw: bytes | str | None) -> int | None:
-    """A number that an int can hold exactly, cut to one; or None."""
+    """A number that an int can hold exactly, clamped to one; or None."""
     value = number(raw)
     return None if value is None or abs(value) > 2**53 else int(value)
 

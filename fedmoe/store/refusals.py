@@ -48,7 +48,7 @@ def keys_of(command: Words, prefix: str) -> list[str]:
     return [word for word in words if isinstance(word, str) and word.startswith(f"{prefix}:")]
 
 
-def told(command: Words, prefix: str) -> str:
+def command_text(command: Words, prefix: str) -> str:
     """A command for people: its name and its keys, never a value."""
     text = " ".join([str(command[0]), *dict.fromkeys(keys_of(command, prefix))])
     return text if len(text) <= MAX_SHOWN_CHARS else f"{text[:MAX_SHOWN_CHARS]}..."
@@ -71,7 +71,7 @@ def explain(error: Exception, url: str, prefix: str) -> RedisUnavailableError:
 def _unfit(error: Exception, text: str, commands: Sequence[Words], url: str, prefix: str) -> str:
     """The sentence for what cannot come right by itself, "" for all else."""
     command = commands[0] if len(commands) == 1 else ()
-    what = told(command, prefix) if command else ""
+    what = command_text(command, prefix) if command else ""
     if isinstance(error, MasterNotFoundError):  # tells in its own words what each sentinel said
         return ""
     if isinstance(error, exceptions.AuthenticationError | exceptions.AuthorizationError):

@@ -118,9 +118,9 @@ def require(connection: Connection, role: Role, experts: Sequence[str], worker: 
             f"Redis at {connection.settings.shown} has no {names}, and FedMoE needs that to {role.does}: take it out "
             "of rename-command there, or use another server (Redis 7.0, Valkey 8, or newer)"
         )
-    told = ", ".join(dict.fromkeys(map(str, lacks)))
+    text = ", ".join(dict.fromkeys(map(str, lacks)))
     raise RedisUnfitError(
-        f"this user of Redis at {connection.settings.shown} may not {role.does}, it lacks {told}: give it the rights "
+        f"this user of Redis at {connection.settings.shown} may not {role.does}, it lacks {text}: give it the rights "
         f"that `fedmoe doctor --acl {role.name}` prints"
     )
 

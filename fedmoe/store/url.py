@@ -44,7 +44,7 @@ _WORD = re.compile(r"[\w.-]+", re.ASCII)
 
 
 def shown(url: str) -> str:
-    """The URL without login and options, for messages; what may be a piece of a password is left out too."""
+    """The URL without login and options, for messages; what may be a part of a password is left out too."""
     scheme, separator, rest = url.partition("://")
     if not separator or not _WORD.fullmatch(scheme.replace("+", "")):
         return "..."

@@ -21,12 +21,12 @@ from fedmoe.errors import (
     RemovedExpertError,
     UnknownExpertError,
 )
-from fedmoe.packed import pieces, unpack
+from fedmoe.packed import chunks, unpack
 from fedmoe.records import TRACE_TTL_S, Decided, Meta, check_not_removed, read_protocol
 from fedmoe.spec import Spec
+from fedmoe.store.chunks import weights_of, weights_reads
 from fedmoe.store.connection import Connection
 from fedmoe.store.full import is_full, read_together
-from fedmoe.store.pieces import weights_of, weights_reads
 from fedmoe.update import PAYLOAD_TTL_S, Header, UpdateId
 
 HALF_WRITTEN_TTL_S = 3600  # of what is not announced yet: its worker may die while it writes
@@ -38,7 +38,7 @@ class NoExpertsError(UnknownExpertError):
 
 
 @dataclass(frozen=True, slots=True)
-class Snapshot:
+class Pulled:
     """An expert and one's own last decided update, read in one MULTI.
 
     `weights` (numel,) fp32, in memory of their own; None if they are those the caller has already. `packed`: the bytes
@@ -110,7 +110,7 @@ class WorkerStore:
                 f"{records.PROTOCOL}: upgrade the FedMoE of the aggregators first"
             )
 
-    def pull(self, spec: Spec, *, known: str) -> Snapshot:
+    def pull(self, spec: Spec, *, known: str) -> Pulled:
         """Read meta and one's own decision, with the weights if their commit is not `known`, in one MULTI.
 
         With `known` "" they are read at once: by whoever has none, or has seen that they moved.
@@ -151,7 +151,7 @@ class WorkerStore:
         return self._snapshot(raw, decided, weights)
 
     def _read_packed(self, reads: Sequence[tuple[str, ...]], spec: Spec) -> list[Any]:
-        packed = [("getrange", self.keys.packed, *place) for place in pieces(spec)]
+        packed = [("getrange", self.keys.packed, *place) for place in chunks(spec)]
         try:
             return read_together(self._redis, *reads, *packed)
         except redis.ResponseError as error:
@@ -161,8 +161,8 @@ class WorkerStore:
 
     def _snapshot(
         self, raw: Mapping[bytes, bytes], decided: bytes | None, weights: torch.Tensor | None
-    ) -> Snapshot:
-        return Snapshot(self._meta(raw), Decided.from_json(decided) if decided else None, weights)
+    ) -> Pulled:
+        return Pulled(self._meta(raw), Decided.from_json(decided) if decided else None, weights)
 
     def poll(self, entry_id: str, header: Header) -> Poll:
         """What became of the update that `entry_id` announced; raises ProtocolError as `pull` does."""

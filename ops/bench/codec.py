@@ -1,6 +1,6 @@
 """What is done with an update besides moving it: CPU time, and bytes that torch reads and writes for each of its bytes.
 
-One process, one thread, no Redis, the real code: `cut` (the worker's progress, encoded and hashed), `fold` (the
+One process, one thread, no Redis, the real code: `make` (the worker's progress, encoded and hashed), `fold` (the
 aggregator's check, decoding and folding), `pull` (decoded, the books settled, the adapter corrected) and `pack` (what
 workers pull, encoded). Their sum is the arithmetic of an update that is a batch of its own: no transport can be so fast
 that a core makes more updates a second. Copies that torch does not see (parts joined, packed weights wrapped and
@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from consumers.decide import Outcome, Verdict, Workspace, judge_payload
+from consumers.decide import Admission, Workspace, judge_payload
 from fedmoe.codec import EXACT, scratch_values
 from fedmoe.layout import AdapterBuffer, Layout
 from fedmoe.lora_init import initial_weights
 from fedmoe.memory import keep_freed
-from fedmoe.packed import pack, pieces, unpack
+from fedmoe.packed import chunks, pack, unpack
 from fedmoe.records import Decided, Meta
-from fedmoe.store.pieces import weights_of, weights_reads
+from fedmoe.store.chunks import weights_of, weights_reads
 from fedmoe.update import make_run
 from ops.bench.adapters import LAYOUTS, fp32_bytes
 from ops.bench.fedmoe_side import FINGERPRINT, STEP, make_spec
@@ -91,20 +91,24 @@ def _steps(layout: Layout, form: str) -> dict[str, Callable[[], object]]:
     local = weights.flat + torch.randn(layout.numel, generator=torch.Generator().manual_seed(0)) * STEP
     ledger = Ledger(base=weights.flat.clone(), meta=meta, run=make_run(1, "00000001"))
     space = Workspace(weights.flat, folded.flat, torch.empty(scratch_values(layout.numel)))
-    verdict = Verdict(Outcome.APPLIED, "", 0, 1.0)
+    admission = Admission()
 
-    def cut() -> object:
+    def make() -> object:
         ledger.queue.clear()
-        return ledger.cut(ledger.progress(local), Trained(steps=1), wire_format=form, fingerprint=FINGERPRINT)
+        return ledger.make_update(
+            ledger.progress(local), Trained(steps=1), wire_format=form, fingerprint=FINGERPRINT
+        )
 
-    update = ledger.cut(ledger.progress(local), Trained(steps=1), wire_format=form, fingerprint=FINGERPRINT)
+    update = ledger.make_update(
+        ledger.progress(local), Trained(steps=1), wire_format=form, fingerprint=FINGERPRINT
+    )
 
     def fold() -> object:
-        return judge_payload(update.header, verdict, update.parts, spec, space)
+        return judge_payload(update.header, admission, update.parts, spec, space)
 
     fold()
     whole = b"" if form == EXACT else pack(folded.flat, spec, COMMIT)
-    packed = [] if form == EXACT else [whole[first : last + 1] for first, last in pieces(spec)]
+    packed = [] if form == EXACT else [whole[first : last + 1] for first, last in chunks(spec)]
     replies = [
         len(folded.file) if command == "strlen" else bytes(folded.file[place[0] : place[1] + 1])
         for command, _, *place in weights_reads("", layout)
@@ -116,7 +120,7 @@ def _steps(layout: Layout, form: str) -> dict[str, Callable[[], object]]:
         change = ledger.observe(meta, pulled, Decided(id=update.id, how="applied", version=1), now=0.0)
         local.add_(change.correction)
 
-    steps: dict[str, Callable[[], object]] = {"cut": cut, "fold": fold, "pull": pull}
+    steps: dict[str, Callable[[], object]] = {"make": make, "fold": fold, "pull": pull}
     if form != EXACT:
         steps["pack"] = lambda: pack(folded.flat, spec, COMMIT)
     return steps

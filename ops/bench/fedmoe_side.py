@@ -1,8 +1,8 @@
 """FedMoE as a contestant: the real aggregator command, and clients that push and pull with the real books.
 
-A client does what `producers.sync` does for a worker without a state directory (copy, check, cut, publish, poll, pull,
-in this order and with the same pauses, but without heartbeats, one in five seconds); instead of training it adds small
-numbers to its adapter.
+A client does what `producers.sync` does for a worker without a state directory (copy, check, make an update, publish,
+poll, pull, in this order and with the same pauses, but without heartbeats, one in five seconds); instead of training it
+adds small numbers to its adapter.
 """
 
 import secrets
@@ -78,14 +78,14 @@ class Client:
     def __init__(self, url: str, expert: str, name: str) -> None:
         self.store = WorkerStore(Connection(RedisSettings(url=url)), expert, name)
         self.spec = self.store.spec()
-        snapshot = self.store.pull(self.spec, known="")
-        base = snapshot.weights
+        pulled = self.store.pull(self.spec, known="")
+        base = pulled.weights
         assert base is not None
         run = make_run(self.store.next_incarnation(), secrets.token_hex(4))
-        self.ledger = Ledger(base=base, meta=snapshot.meta, run=run)
+        self.ledger = Ledger(base=base, meta=pulled.meta, run=run)
         self.local = base.clone()
         self.decided: tuple[UpdateId, int] | None = None  # the last update, and the expert's version with it
-        self.took_s = 0.0  # from the beginning of the last update's cut until its weights were in the adapter
+        self.took_s = 0.0  # from the beginning of the last update until its weights were in the adapter
         self._began = self.norm = 0.0
         self.next_at = 0.0
         self._step = torch.randn(len(base), generator=torch.Generator().manual_seed(0)) * STEP
@@ -105,14 +105,14 @@ class Client:
         here = slice(self._eighth * size, (self._eighth + 1) * size)
         self.local[here] += self._step[here]
 
-    def cut(self) -> Outgoing:
+    def make_update(self) -> Outgoing:
         """Make the progress an update."""
         trained = Trained(n_examples=4, n_tokens=400, steps=1, loss_sum=1.0, position="4")
         self._began = time.monotonic()
         copy = self.local.clone()  # as the training makes it at a step boundary, to go on
         progress = self.ledger.progress(copy)
         self.norm = float(torch.linalg.vector_norm(progress))  # a worker keeps what is too large to itself
-        update = self.ledger.cut(
+        update = self.ledger.make_update(
             progress, trained, wire_format=self.spec.wire_format, fingerprint=FINGERPRINT
         )
         self.ledger.keep_decided_bytes = KEPT * update.header.payload_bytes
@@ -127,7 +127,7 @@ class Client:
         """The next step, if it is due; returns how many updates that showed to be applied."""
         if not self.busy:
             self.train()
-            self.publish(self.cut())
+            self.publish(self.make_update())
             return 0
         if time.monotonic() < self.next_at:
             return 0
@@ -144,8 +144,8 @@ class Client:
     def pull(self, seen: str = "") -> int:
         """Read the expert, settle the books, correct the adapter; returns how many updates were applied."""
         mine = self.ledger.meta.weights_commit
-        snapshot = self.store.pull(self.spec, known=mine if seen == mine else "")
-        change = self.ledger.observe(snapshot.meta, snapshot.weights, snapshot.decided, now=time.monotonic())
+        pulled = self.store.pull(self.spec, known=mine if seen == mine else "")
+        change = self.ledger.observe(pulled.meta, pulled.weights, pulled.decided, now=time.monotonic())
         if change.how is not None and change.how.how != "applied":
             raise BenchError(f"update {change.how.id} was {change.how.how}: {change.how.reason}")
         if change.replace or change.resent:

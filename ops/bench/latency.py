@@ -30,7 +30,7 @@ def publish(seats: Seats, url: str, times: Any) -> None:
         seats.wait_for_go(0)
         client.train()
         began = time.monotonic()
-        client.publish(client.cut())
+        client.publish(client.make_update())
         while client.busy:
             time.sleep(max(0.0, client.next_at - time.monotonic()))
             client.turn()
@@ -50,12 +50,12 @@ def observe(seats: Seats, url: str, times: Any) -> None:
             seats.wait_for_go(1)
             known = store.meta().weights_commit  # what was published in the pause was not waited for
         looked = time.monotonic()
-        snapshot = store.pull(spec, known=known)
-        if snapshot.weights is None:
+        pulled = store.pull(spec, known=known)
+        if pulled.weights is None:
             time.sleep(POLL_S)
             continue
-        times.put((snapshot.meta.version, looked, time.monotonic()))
-        known = snapshot.meta.weights_commit
+        times.put((pulled.meta.version, looked, time.monotonic()))
+        known = pulled.meta.weights_commit
         seats.count(1)
 
 

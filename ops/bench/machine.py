@@ -1,6 +1,6 @@
 """What the machine allows: copying memory, one TCP connection over loopback, and Redis with large values.
 
-Writing a value over itself and reading it back, as a whole and in pieces: why weights travel in pieces.
+Writing a value over itself and reading it back, as a whole and in chunks: why weights travel in chunks.
 """
 
 import socket
@@ -10,9 +10,9 @@ from contextlib import ExitStack
 import torch
 
 from fedmoe.layout import FLOAT_BYTES, AdapterBuffer, Layout, values_of
+from fedmoe.store.chunks import put, weights_of, weights_reads
 from fedmoe.store.connection import Connection, RedisSettings
 from fedmoe.store.full import read_together
-from fedmoe.store.pieces import put, weights_of, weights_reads
 from ops.bench.adapters import LAYOUTS
 from ops.bench.contest import Contestant, Seats, take_turns
 from ops.bench.plan import Plan
@@ -53,7 +53,7 @@ def send(seats: Seats, port: int) -> None:
         seats.count(0)
 
 
-def write_and_read(seats: Seats, url: str, layout: Layout, in_pieces: bool) -> None:
+def write_and_read(seats: Seats, url: str, layout: Layout, in_chunks: bool) -> None:
     """Body of a process that writes an adapter's file to one key, and reads it, again and again."""
     redis = Connection(RedisSettings(url=url)).client
     file = AdapterBuffer(layout).file
@@ -61,9 +61,9 @@ def write_and_read(seats: Seats, url: str, layout: Layout, in_pieces: bool) -> N
     while True:
         seats.wait_for_go(0)
         with redis.pipeline(transaction=True) as pipe:
-            put(pipe, "weights", file, len(file) if in_pieces else 0)
+            put(pipe, "weights", file, len(file) if in_chunks else 0)
             pipe.execute()
-        if in_pieces:
+        if in_chunks:
             weights_of(layout, read_together(redis, *weights_reads("weights", layout)))
         else:
             values_of(layout, redis.get("weights"))
@@ -96,30 +96,30 @@ class Loopback(Contestant):
 class Values(Contestant):
     """A client and its Redis."""
 
-    def __init__(self, name: str, layout: Layout, *, in_pieces: bool) -> None:
+    def __init__(self, name: str, layout: Layout, *, in_chunks: bool) -> None:
         super().__init__(name, n_clients=1)
         self.layout = layout
-        self.in_pieces = in_pieces
+        self.in_chunks = in_chunks
 
     def _start(self) -> None:
         url = self.processes.redis()
-        self.processes.call("clients", write_and_read, self.seats, url, self.layout, self.in_pieces)
+        self.processes.call("clients", write_and_read, self.seats, url, self.layout, self.in_chunks)
 
 
 def run(plan: Plan) -> Iterator[Result]:
     """GB/s of each, one direction counted once; CPU milliseconds of client and Redis to write and read an adapter."""
     layout = LAYOUTS[plan.size]
     numel = layout.numel
-    whole = Values(f"redis_whole_{plan.size}", layout, in_pieces=False)
-    pieces = Values(f"redis_pieces_{plan.size}", layout, in_pieces=True)
-    contestants = [Memcpy(numel), Loopback(), whole, pieces]
+    whole = Values(f"redis_whole_{plan.size}", layout, in_chunks=False)
+    chunks = Values(f"redis_chunks_{plan.size}", layout, in_chunks=True)
+    contestants = [Memcpy(numel), Loopback(), whole, chunks]
     with ExitStack() as stack:
         for contestant in contestants:
             stack.enter_context(contestant)
         samples = take_turns(contestants, rounds=plan.rounds, seconds=min(plan.seconds, 0.5))
     for name, n_bytes in (("memcpy", numel * FLOAT_BYTES), ("loopback_tcp", BLOCK_BYTES)):
         yield figure(f"{name}_gb_per_s", [turn.per_s * n_bytes / 1e9 for turn in samples[name]], "GB/s")
-    costs = {c.name: [turn.cpu_ms() for turn in samples[c.name]] for c in (whole, pieces)}
+    costs = {c.name: [turn.cpu_ms() for turn in samples[c.name]] for c in (whole, chunks)}
     for name, ms in costs.items():
         yield figure(f"{name}_cpu_ms", ms, "ms/write and read")
-    yield ratio("redis_pieces_vs_whole_cpu", costs[pieces.name], costs[whole.name])
+    yield ratio("redis_chunks_vs_whole_cpu", costs[chunks.name], costs[whole.name])

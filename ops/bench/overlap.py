@@ -80,12 +80,10 @@ def train(pipe: Any, url: str, expert: str, hidden: int, state_dir: Path) -> Non
     state = StateDir(state_dir)
     store = WorkerStore(Connection(RedisSettings(url=url)), expert, "worker")
     spec = store.spec()
-    snapshot = store.pull(spec, known="")
-    base = snapshot.weights
+    pulled = store.pull(spec, known="")
+    base = pulled.weights
     assert base is not None
-    ledger = Ledger(
-        base=base, meta=snapshot.meta, run=make_run(store.next_incarnation(), secrets.token_hex(4))
-    )
+    ledger = Ledger(base=base, meta=pulled.meta, run=make_run(store.next_incarnation(), secrets.token_hex(4)))
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(model_config(hidden)).eval().requires_grad_(False)
     adapted, flat = attach_adapter(model, spec)

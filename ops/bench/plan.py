@@ -35,7 +35,7 @@ class Plan:
         size: of the adapter that the bars are about (a key of adapters.LAYOUTS); other_sizes: measured besides.
         large: size of an adapter that is measured for its memory.
         formats: wire formats to measure.
-        raw_besides: also what raw Redis does with the bytes of the other formats, and with weights in pieces.
+        raw_besides: also what raw Redis does with the bytes of the other formats, and with weights in chunks.
         aof: with the append-only file off, and everysec.
         overlap: of training and sync, for each interval; overlap_hidden is the model's hidden size.
         workers, experts: how many of them, for the cost of an update as a federation grows.

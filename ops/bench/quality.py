@@ -59,7 +59,7 @@ class Learner(Client):
 def run(plan: Plan) -> Iterator[Result]:
     """Held-out loss in every format, of every domain; relative to fp32 as the mean over the domains' ratios."""
     torch.set_num_threads(2)
-    model_dir = str(ensure_demo_model(cache_dir(), progress=print))
+    model_dir = str(ensure_demo_model(cache_dir(), report=print))
     data = find_data(None, cache_dir() / "bench-data")
     spec = make_spec(adapter_layout(load_config(model_dir), LORA), "fp32", lora=LORA, training=TRAINING)
     models = []
@@ -70,7 +70,7 @@ def run(plan: Plan) -> Iterator[Result]:
     losses: dict[str, list[float]] = {form: [] for form in FORMATS}
     untrained: list[float] = []
     pad_id = padding_id(tokenizer)
-    bad_rows = BadRows(say=print)
+    bad_rows = BadRows(report=print)
     for domain in plan.quality.domains:
         rows, test = (
             make_examples(open_data(file, bad_rows), tokenizer, TRAINING.max_length, bad_rows).examples
@@ -121,7 +121,7 @@ def _train(
             for learner in learners:
                 for _ in range(quality.steps):
                     learner.train()
-                learner.publish(learner.cut())
+                learner.publish(learner.make_update())
             expert.process(expert.store.read(block_ms=100, count=N_WORKERS))
             if sum(learner.pull() for learner in learners) != N_WORKERS:
                 raise BenchError(f"not every update in format {spec.wire_format} was applied")

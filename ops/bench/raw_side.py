@@ -8,8 +8,8 @@ the weights. So as many bytes move in both directions as with FedMoE, and nobody
 import os
 import time
 
+from fedmoe.store.chunks import CHUNK_BYTES, put
 from fedmoe.store.connection import Connection, RedisSettings
-from fedmoe.store.pieces import PIECE_BYTES, put
 from fedmoe.update import PART_BYTES
 from ops.bench.contest import Contestant, Seats
 
@@ -23,7 +23,7 @@ def _redis(url: str):
     return Connection(RedisSettings(url=url)).client
 
 
-def client(seats: Seats, index: int, url: str, n_bytes: int, in_pieces: bool) -> None:
+def client(seats: Seats, index: int, url: str, n_bytes: int, in_chunks: bool) -> None:
     """Body of a client process."""
     redis = _redis(url)
     block = os.urandom(n_bytes)
@@ -39,10 +39,10 @@ def client(seats: Seats, index: int, url: str, n_bytes: int, in_pieces: bool) ->
             pipe.execute()
         while redis.blpop([f"done:{index}"], timeout=1) is None:
             pass
-        if in_pieces:
+        if in_chunks:
             with redis.pipeline(transaction=True) as pipe:
-                for first in range(0, n_bytes, PIECE_BYTES):
-                    pipe.getrange(WEIGHTS, first, first + PIECE_BYTES - 1)
+                for first in range(0, n_bytes, CHUNK_BYTES):
+                    pipe.getrange(WEIGHTS, first, first + CHUNK_BYTES - 1)
                 whole = sum(map(len, pipe.execute()))
         else:
             whole = len(redis.get(WEIGHTS))
@@ -51,7 +51,7 @@ def client(seats: Seats, index: int, url: str, n_bytes: int, in_pieces: bool) ->
         seats.count(index, time.monotonic() - began)
 
 
-def consumer(url: str, n_bytes: int, in_pieces: bool) -> None:
+def consumer(url: str, n_bytes: int, in_chunks: bool) -> None:
     """Body of the consumer's process."""
     redis = _redis(url)
     weights = memoryview(os.urandom(n_bytes))
@@ -72,7 +72,7 @@ def consumer(url: str, n_bytes: int, in_pieces: bool) -> None:
                 raise ValueError("an update is not whole")
         ids = [entry_id for entry_id, _ in entries]
         with redis.pipeline(transaction=True) as pipe:
-            put(pipe, WEIGHTS, weights, present=n_bytes if in_pieces else 0)
+            put(pipe, WEIGHTS, weights, present=n_bytes if in_chunks else 0)
             pipe.xack(STREAM, GROUP, *ids)
             pipe.xdel(STREAM, *ids)
             pipe.unlink(*keys)
@@ -84,13 +84,13 @@ def consumer(url: str, n_bytes: int, in_pieces: bool) -> None:
 class Raw(Contestant):
     """Three clients and a consumer over one Redis; n_bytes is the size of an update and of the weights.
 
-    The weights are SET and GET as a whole, or `in_pieces`, see fedmoe/store/pieces.py.
+    The weights are SET and GET as a whole, or `in_chunks`, see fedmoe/store/chunks.py.
     """
 
-    def __init__(self, name: str, n_bytes: int, *, aof: bool = False, in_pieces: bool = False) -> None:
+    def __init__(self, name: str, n_bytes: int, *, aof: bool = False, in_chunks: bool = False) -> None:
         super().__init__(name)
         self.n_bytes = n_bytes
-        self.in_pieces = in_pieces
+        self.in_chunks = in_chunks
         self.aof = aof
 
     def _start(self) -> None:
@@ -99,6 +99,6 @@ class Raw(Contestant):
         redis.xgroup_create(STREAM, GROUP, id="0", mkstream=True)
         redis.set(WEIGHTS, bytes(self.n_bytes))
         redis.close()
-        self.processes.call("consumer", consumer, url, self.n_bytes, self.in_pieces)
+        self.processes.call("consumer", consumer, url, self.n_bytes, self.in_chunks)
         for index in range(self.n_clients):
-            self.processes.call("clients", client, self.seats, index, url, self.n_bytes, self.in_pieces)
+            self.processes.call("clients", client, self.seats, index, url, self.n_bytes, self.in_chunks)

@@ -47,13 +47,13 @@ def _contest(plan: Plan, size: str, aof: bool) -> Iterator[Result]:
 
 
 def _other_raws(plan: Plan, layout: Layout, where: str) -> list[Raw]:
-    """The bytes of the other formats; and those of fp32, with weights in pieces, as FedMoE writes and reads them."""
+    """The bytes of the other formats; and those of fp32, with weights in chunks, as FedMoE writes and reads them."""
     if not plan.raw_besides:
         return []
     packed = {form: sum(part_lengths(layout.numel, form)) for form in plan.formats if form != EXACT}
     return [
         *(Raw(f"raw_{form}_{where}", n_bytes) for form, n_bytes in packed.items()),
-        Raw(f"raw_fp32_pieces_{where}", fp32_bytes(layout), in_pieces=True),
+        Raw(f"raw_fp32_chunks_{where}", fp32_bytes(layout), in_chunks=True),
     ]
 
 

@@ -44,7 +44,7 @@ def _count(plan: Plan, form: str) -> tuple[list[float], list[float]]:
             return int(meter.info("stats")[direction] - before[direction])
 
         client.train()
-        update = client.cut()
+        update = client.make_update()
         pushed = [moved("total_net_input_bytes", lambda: client.publish(update)) for _ in range(UPDATES)]
         once = subprocess.run(aggregator_command(url, [EXPERT], "--burst"), capture_output=True, check=False)
         if once.returncode or client.store.meta().version != 1:

@@ -49,7 +49,7 @@ def main() -> int:
         place = Place(directory, proxy.url)
         dice = random.Random(options.seed)  # dice, not a secret
         run = Chaos(
-            place, server, proxy, dice, kills=options.kills, say=lambda line: print(line, flush=True),
+            place, server, proxy, dice, kills=options.kills, report=lambda line: print(line, flush=True),
             without=options.without,
         )  # fmt: skip
         try:

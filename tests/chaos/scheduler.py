@@ -72,13 +72,13 @@ class Chaos:
     Args:
         place: its files; the URL is the proxy's.
         server: the Redis itself.
-        say: where a line for people goes.
+        report: where a line for people goes.
         without: a rule to do without (tests/chaos/without.py), "" for none.
     """
 
     def __init__(
         self, place: Place, server: EmbeddedRedis, proxy: Proxy, dice: random.Random, *, kills: int,
-        say: Callable[[str], None], without: str = "",
+        report: Callable[[str], None], without: str = "",
     ) -> None:  # fmt: skip
         self.place = place
         self.kills = 0
@@ -92,7 +92,7 @@ class Chaos:
         self._server = server
         self._proxy = proxy
         self._dice = dice
-        self._say = say
+        self._report = report
         self._without = without
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["tests.chaos.actors"])
@@ -326,7 +326,7 @@ class Chaos:
                 time.sleep(TICK_S)
             if self.kills >= said + 50:
                 said = self.kills
-                self._say(f"{self.kills} kills, {self._versions()}")
+                self._report(f"{self.kills} kills, {self._versions()}")
         self._end()
 
     def _versions(self) -> str:

@@ -8,7 +8,7 @@ def h02_decision_lost_in_a_failover(world: World) -> None:
     world.create()
     alice = world.worker("alice")
     a0 = world.aggregator()
-    replica = world.snapshot()
+    replica = world.pulled()
     alice.push()
     a0.turn()
     alice.turn()
@@ -24,7 +24,7 @@ def h02_forged_prev(world: World) -> None:
     world.create()
     alice = world.worker("alice")
     a0 = world.aggregator()
-    replica = world.snapshot()
+    replica = world.pulled()
     alice.push()
     a0.turn()
     alice.turn()
@@ -42,7 +42,7 @@ def h04_two_decisions_lost(world: World) -> None:
     world.create()
     alice = world.worker("alice")
     a0 = world.aggregator()
-    replica = world.snapshot()
+    replica = world.pulled()
     for _ in range(2):
         alice.push()
         a0.turn()
@@ -63,7 +63,7 @@ def h04_more_lost_than_kept(world: World) -> None:
     world.create()
     alice = world.worker("alice")
     a0 = world.aggregator()
-    replica = world.snapshot()
+    replica = world.pulled()
     for _ in range(2):
         alice.push()
         a0.turn()
@@ -77,7 +77,7 @@ def h04_more_lost_than_kept(world: World) -> None:
     world.expect_expert(alice=[0, 1, 1])
 
 
-def h05_cut_anew(world: World) -> None:
+def h05_made_anew(world: World) -> None:
     """Alice publishes n and is killed; started again, she trains more before she sends n: which n counts?"""
     world.create()
     a0 = world.aggregator()
@@ -111,7 +111,7 @@ def h05_trained_twice(world: World) -> None:
     a0.turn()
     alice = world.worker("alice", state=True)
     alice.train(3 - alice.training.position)
-    alice.cut_is_due()
+    alice.update_is_due()
     alice.turn(3)
     world.settle(a0, alice)
     alice.push()
@@ -123,7 +123,7 @@ def h05_killed_before_a_failover(world: World) -> None:
     """Alice saw n decided, published n+1 and was killed; a failover undoes n; only her checkpoint still has it."""
     world.create()
     a0 = world.aggregator()
-    replica = world.snapshot()
+    replica = world.pulled()
     alice = world.worker("alice", state=True)
     alice.push()
     a0.turn()
@@ -166,7 +166,7 @@ def h06_same_version_of_another_history(world: World) -> None:
     world.create()
     alice, bob = world.worker("alice"), world.worker("bob")
     a0 = world.aggregator()
-    replica = world.snapshot()
+    replica = world.pulled()
     alice.push()
     a0.turn()
     alice.turn()
@@ -185,7 +185,7 @@ def h06_older_version(world: World) -> None:
     world.create()
     alice = world.worker("alice")
     a0 = world.aggregator()
-    replica = world.snapshot()
+    replica = world.pulled()
     alice.push()
     a0.turn()
     alice.turn()
@@ -223,7 +223,7 @@ def h06_idle_during_a_failover(world: World) -> None:
     world.create()
     alice = world.worker("alice")
     a0 = world.aggregator()
-    replica = world.snapshot()
+    replica = world.pulled()
     alice.push()
     a0.turn()
     alice.turn()

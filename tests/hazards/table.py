@@ -158,7 +158,7 @@ HAZARDS = {
     "H05a": Hazard(
         wrong="a killed worker cuts the same (run, seq) anew with more data: a duplicate, the extra is lost",
         rule="outbox, optimizer and data position are on disk before XADD",
-        scenario=chains.h05_cut_anew,
+        scenario=chains.h05_made_anew,
         without=((worker, "Sync", without.SavesWhenDecided),),
         symptom="alice's step 2 is lost",
     ),

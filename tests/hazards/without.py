@@ -13,7 +13,7 @@ from unittest.mock import patch
 import redis.client
 
 import consumers.expert
-from consumers.decide import Outcome, Verdict, judge_header
+from consumers.decide import Admission, Outcome, Verdict, judge_header
 from consumers.doorbell import Doorbell
 from consumers.expert import Expert
 from consumers.gateway import GatewayBuilder
@@ -23,12 +23,12 @@ from fedmoe.records import Decided, Entry, Meta
 from fedmoe.spec import Spec
 from fedmoe.store.connection import Connection
 from fedmoe.store.expert import CONSUMER, Commit, ExpertStore, Loaded
-from fedmoe.store.worker import Snapshot, WorkerStore
+from fedmoe.store.worker import Pulled, WorkerStore
 from fedmoe.update import Header, UpdateId, make_run
 from producers import ledger as ledger_module
 from producers.checkpoint import Checkpoint, StateDir
-from producers.exchange import Cut
-from producers.ledger import Change, Ledger, Place
+from producers.exchange import TrainingState
+from producers.ledger import Change, HeadPlace, Ledger
 from producers.sync import Sync
 
 # ---- the aggregator ----
@@ -106,7 +106,9 @@ class TrustsEntries(Expert):
     """`prev` and `base_version` are taken from the stream entry, if they stand there."""
 
     def _decide(self, bell: Doorbell, raw: bytes, entry: Entry, commit: Commit) -> Verdict | None:
-        def judge(header: Header, head: Decided | None, meta: Meta, spec: Spec, workers: int) -> Verdict:
+        def judge(
+            header: Header, head: Decided | None, meta: Meta, spec: Spec, workers: int
+        ) -> Verdict | Admission:
             said = entry.fields
             header = replace(header, base_version=int(said.get("base_version", header.base_version)))
             if "prev" in said:
@@ -133,7 +135,9 @@ class RefusesWhatIsNotWhole(Expert):
         return Verdict(Outcome.REFUSED, verdict.reason)
 
 
-def judge_by_seq(header: Header, head: Decided | None, meta: Meta, spec: Spec, workers: int) -> Verdict:
+def judge_by_seq(
+    header: Header, head: Decided | None, meta: Meta, spec: Spec, workers: int
+) -> Verdict | Admission:
     """An update of the head's seq is a duplicate, whatever its run."""
     if head and header.seq == head.id.seq:
         return Verdict(Outcome.DUPLICATE)
@@ -178,12 +182,12 @@ class GatewayByMemory(GatewayBuilder):
 class PullsIfNewer(WorkerStore):
     """Weights are pulled when their version is higher than the base's."""
 
-    def pull(self, spec: Spec, *, known: str) -> Snapshot:
-        snapshot = super().pull(spec, known="")
-        version = snapshot.meta.version
+    def pull(self, spec: Spec, *, known: str) -> Pulled:
+        pulled = super().pull(spec, known="")
+        version = pulled.meta.version
         newer = not known or version > int(known.removeprefix("version "))
-        meta = replace(snapshot.meta, weights_commit=f"version {version}")
-        return replace(snapshot, meta=meta, weights=snapshot.weights if newer else None)
+        meta = replace(pulled.meta, weights_commit=f"version {version}")
+        return replace(pulled, meta=meta, weights=pulled.weights if newer else None)
 
 
 class PublishesUnchecked(WorkerStore):
@@ -211,13 +215,13 @@ class LeavesOncePublished(Sync):
 class SavesWhenDecided(Sync):
     """The checkpoint is written when an update is decided, not before it is published."""
 
-    def _save(self, cut: Cut) -> bool:
-        return bool(self.ledger.queue) or super()._save(cut)
+    def _save(self, state: TrainingState) -> bool:
+        return bool(self.ledger.queue) or super()._save(state)
 
     def _pull(self, seen: str = "") -> None:
         super()._pull(seen)
-        if self._state_dir and not self.ledger.queue and (cut := self._copy(consume=False)):
-            self._save(cut)
+        if self._state_dir and not self.ledger.queue and (state := self._copy(consume=False)):
+            self._save(state)
 
 
 _load, _save = StateDir.load, StateDir.save
@@ -275,25 +279,25 @@ def start_over_in_place(
 _locate = ledger_module.locate
 
 
-def never_ahead(*chain: Any) -> tuple[Place, int]:
+def never_ahead(*chain: Any) -> tuple[HeadPlace, int]:
     """A later update of the worker's own run is taken for an earlier one."""
     place, count = _locate(*chain)
-    return (Place.BEHIND if place is Place.AHEAD else place), count
+    return (HeadPlace.BEHIND if place is HeadPlace.AHEAD else place), count
 
 
-def never_foreign(*chain: Any) -> tuple[Place, int]:
+def never_foreign(*chain: Any) -> tuple[HeadPlace, int]:
     """An update of a later run is taken for an earlier one."""
     place, count = _locate(*chain)
-    return (Place.BEHIND if place is Place.FOREIGN else place), count
+    return (HeadPlace.BEHIND if place is HeadPlace.FOREIGN else place), count
 
 
 def locate_by_seq(
     head: UpdateId | None, start: UpdateId | None, known: Sequence[UpdateId], run: str, n_kept: int
-) -> tuple[Place, int]:
+) -> tuple[HeadPlace, int]:
     """Updates of the same seq are taken for the same."""
     seqs = [update.seq for update in known]
     if head and head.seq in seqs:
-        return Place.KNOWN, seqs.index(head.seq) + 1
+        return HeadPlace.KNOWN, seqs.index(head.seq) + 1
     return _locate(head, start, known, run, n_kept)
 
 

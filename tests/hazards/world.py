@@ -29,7 +29,7 @@ from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore
 from fedmoe.store.lifecycle import new_id
 from producers.checkpoint import StateDir
-from producers.exchange import Cut, Exchange
+from producers.exchange import Exchange, TrainingState
 from producers.ledger import Change, Trained
 from tests.hazards.stepping import Killed, Stepper
 from tests.protocol.actors import OneTurn, TurnOver
@@ -103,7 +103,7 @@ class OneThread(Exchange):
         super().__init__(trainer, with_optimizer=with_optimizer, trained=trained)
         self.changes: list[Change] = []
 
-    def take(self, timeout_s: float) -> Cut | None:
+    def take(self, timeout_s: float) -> TrainingState | None:
         self.boundary()
         return super().take(0.0)
 
@@ -129,7 +129,7 @@ class WorkerProcess:
         settings = producers.worker.WorkerSettings(
             stream=EXPERT, data=Path("rows.jsonl"), name=name, state_dir=state, wait=False
         )
-        worker = producers.worker.Worker(world.settings, settings, stop=Stop(), say=lambda _: None)
+        worker = producers.worker.Worker(world.settings, settings, stop=Stop(), report=lambda _: None)
         self.world, self.name, self.now = world, name, 0.0
         self.store = worker._store
         self.steps = world.step(self.store.connection)
@@ -158,14 +158,14 @@ class WorkerProcess:
             self.exchange.boundary()
             self.exchange.record(self.training.step())
 
-    def cut_is_due(self) -> None:
+    def update_is_due(self) -> None:
         """The sync interval is over."""
         self.now += self.world.spec.sync_interval_s
 
     def push(self, steps: int = 1) -> None:
         """Train, and take turns until the update is published (a lost reply, and it only believes that it is not)."""
         self.train(steps)
-        self.cut_is_due()
+        self.update_is_due()
         for _ in range(3):
             self.turn()
             queue = self.sync.ledger.queue
@@ -174,7 +174,7 @@ class WorkerProcess:
 
     def look(self) -> None:
         """Pull although nothing was trained, as an idle worker does at each sync interval."""
-        self.cut_is_due()
+        self.update_is_due()
         self.turn()
 
     def kill(self) -> None:

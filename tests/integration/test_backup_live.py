@@ -52,7 +52,7 @@ class Busy(threading.Thread):
         worker, ledger = self.worker, self.worker.ledger
         if not ledger.queue:
             worker.train(torch.randn(LAYOUT.numel, generator=self.random))
-            worker.cut()
+            worker.make_update()
         update = ledger.queue[0]
         entry = worker.publish(update)
         while True:

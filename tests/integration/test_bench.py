@@ -31,7 +31,7 @@ def bench(*arguments: str, **extra: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("names", "figures"),
     [
-        (["wire", "machine"], {"wire_bytes_default_vs_fp32", "memcpy_gb_per_s", "redis_pieces_vs_whole_cpu"}),
+        (["wire", "machine"], {"wire_bytes_default_vs_fp32", "memcpy_gb_per_s", "redis_chunks_vs_whole_cpu"}),
         (["codec"], {"codec_int4_cpu_ms", "codec_fp32_fold_moved"}),
         (["throughput"], {"fp32_vs_raw", "default_vs_raw_fp32", "updates_vs_http"}),
         (["latency"], {"publish_to_visible_p50_ms", "publish_to_visible_p99_ms"}),

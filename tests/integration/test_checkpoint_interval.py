@@ -49,7 +49,7 @@ def test_interval_shorter_than_the_sync_interval(
     world = World(redis_url, tmp_path)
     world.create()
     alice = world.worker("alice", state=True)
-    alice.sync._next_save, alice.sync._next_cut = 60.0, 600.0
+    alice.sync._next_save, alice.sync._next_update_at = 60.0, 600.0
     alice.train(2)
     alice.now = 60.0
     alice.turn()

@@ -101,7 +101,7 @@ def test_batch_gives_the_same_bits_as_one_by_one(connection: Connection, connect
         for number, worker in enumerate(workers):
             torch.manual_seed(number)
             worker.train(torch.randn(LAYOUT.numel))
-            worker.cut()
+            worker.make_update()
             worker.publish()
             if not batched:
                 serve(expert)
@@ -165,7 +165,7 @@ def test_poison_is_refused(connection: Connection, value: float) -> None:
     expert = make_expert(connection)
     worker = ScriptedWorker(connection, expert.spec)
     worker.train(1.0)
-    update = worker.cut()
+    update = worker.make_update()
     parts = poisoned(value)
     bad = Outgoing(replace(update.header, parts=tuple(Part.of(p) for p in parts)), parts)
     worker.publish(bad)
@@ -350,7 +350,7 @@ def test_header_under_another_updates_key_is_garbage(connection: Connection) -> 
     expert = make_expert(connection)
     worker = ScriptedWorker(connection, expert.spec)
     worker.train(1.0)
-    update = worker.cut()
+    update = worker.make_update()
     keys = expert.store.keys
     connection.client.set(keys.header("alice", update.id.run, 7), update.header.pack())
     connection.client.set(keys.part("alice", update.id.run, 7, 0), update.parts[0])
@@ -429,7 +429,7 @@ def test_half_written_payload_goes_away_by_itself(connection: Connection, connec
     steps = Stepper(dying)
     worker = ScriptedWorker(dying, expert.spec)
     worker.train(1.0)
-    update = worker.cut()
+    update = worker.make_update()
     keys = [
         expert.store.keys.header("alice", update.id.run, 1),
         expert.store.keys.part("alice", update.id.run, 1, 0),

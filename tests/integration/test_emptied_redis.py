@@ -75,7 +75,7 @@ def test_what_was_on_its_way_is_sent_again(connection: Connection, connect: Conn
     with serving(connect(), "one") as (server, _):
         eventually("the expert in memory", lambda: server._loaded)
         worker.train(1.0)
-        update = worker.cut()
+        update = worker.make_update()
         connection.client.flushall()
         eventually("the expert", expert.store.exists, timeout_s=5)
         assert not worker.store.poll("0-1", update.header).entry_waits
@@ -210,7 +210,7 @@ def test_who_remembers_most_writes_back(
     try:
         eventually("the expert", expert.store.exists, timeout_s=8)
         assert worker.store.meta().version == 3
-        assert not connection.client.exists(expert.store.keys.memory)
+        assert not connection.client.exists(expert.store.keys.retained)
     finally:
         stop.set()
         for thread in threads:

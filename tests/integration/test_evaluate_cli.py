@@ -67,7 +67,7 @@ def data(tmp_path: Path) -> Path:
 def run(connection: Connection, *data: str, said: list[str] | None = None, **settings: object) -> HeldOut:
     said = [] if said is None else said
     wanted = replace(HeldOutSettings(data=data, precision="fp32"), **settings)  # type: ignore[arg-type]
-    return measure(GatewayStore(connection), wanted, say=said.append)
+    return measure(GatewayStore(connection), wanted, report=said.append)
 
 
 def test_the_command_prints_the_matrix_and_writes_it(
@@ -91,7 +91,7 @@ def test_the_command_prints_the_matrix_and_writes_it(
     assert {f"{loss[row[0]][column]:.3f}" for row in rows for column in head} == {
         cell.rstrip("*") for row in rows for cell in row[1:]
     }
-    bad_rows = BadRows(say=print)
+    bad_rows = BadRows(report=print)
     rows_of_red = open_data(data / "red.test.jsonl", bad_rows)
     examples = make_examples(rows_of_red, tiny_tokenizer(), 512, bad_rows).examples
     direct = mean_loss(
@@ -145,7 +145,7 @@ def test_all_answers_or_the_last_are_measured(
     turns = [{"role": role, "content": text} for text, role in texts.items()]
     file = data / "red.test.jsonl"
     file.write_text(json.dumps({"messages": turns}))
-    bad_rows = BadRows(say=print)
+    bad_rows = BadRows(report=print)
     expected: dict[Learn, float] = {}
     for learn in get_args(Learn):
         examples = make_examples(

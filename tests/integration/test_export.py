@@ -263,7 +263,7 @@ def test_an_unknown_expert_lists_those_there_are(connection: Connection, tmp_pat
 
 
 def test_show_tells_versions_and_what_is_wrong(connection: Connection) -> None:
-    """Text and JSON, of a gateway cut to a rank."""
+    """Text and JSON, of a gateway truncated to a rank."""
     expert = make_expert(connection)
     url = connection.settings.url
     assert fedmoe("gateway", "show", "--redis", url).stdout == "gateway: none yet\n"
@@ -273,14 +273,14 @@ def test_show_tells_versions_and_what_is_wrong(connection: Connection) -> None:
     GatewayStore(connection).complain("no luck")
     line, error, problem = fedmoe("gateway", "show", "--redis", url).stdout.splitlines()
     assert line == "gateway: svd, rank 2, built from sql_expert v0 (now v1)"
-    assert error.startswith("cut to this rank it differs from the exact merge by 0.0")
+    assert error.startswith("truncated to this rank it differs from the exact merge by 0.0")
     assert problem == "! gateway: cannot be built: no luck"
     shown = json.loads(fedmoe("gateway", "show", "--redis", url, "--json").stdout)
     assert (shown["built_from"], shown["outdated"]) == ({"sql_expert": 0}, ["sql_expert"])
 
 
-def test_export_says_what_vllm_needs_and_cuts_the_rank(connection: Connection, tmp_path: Path) -> None:
-    """Three experts of rank 16 make a gateway of rank 48, which vLLM takes only as 64; 32 is cut with a known error."""
+def test_export_says_what_vllm_needs_and_truncates_the_rank(connection: Connection, tmp_path: Path) -> None:
+    """Three experts of rank 16 make a gateway of rank 48, which vLLM takes only as 64; 32 has a known error."""
     for seed, name in enumerate(("a", "b", "c")):
         trained_expert(connection, name, seed, rank=16)
     build_gateway(connection)
@@ -290,10 +290,12 @@ def test_export_says_what_vllm_needs_and_cuts_the_rank(connection: Connection, t
         "vLLM needs --max-lora-rank 64 to serve it; `fedmoe gateway export --rank 32` cuts its rank"
         in whole.stdout
     )
-    cut = fedmoe("gateway", "export", *url, "--out", str(tmp_path / "cut"), "--rank", "32")
-    told = re.search(r"gateway is cut from rank 48 to 32: it differs from the whole by (.*)%", cut.stdout)
-    assert (cut.returncode, told is not None) == (0, True), cut.stderr
-    assert "vLLM needs --max-lora-rank 32" in cut.stdout
+    truncated = fedmoe("gateway", "export", *url, "--out", str(tmp_path / "cut"), "--rank", "32")
+    told = re.search(
+        r"gateway is truncated from rank 48 to 32: it differs from the whole by (.*)%", truncated.stdout
+    )
+    assert (truncated.returncode, told is not None) == (0, True), truncated.stderr
+    assert "vLLM needs --max-lora-rank 32" in truncated.stdout
 
     def products(directory: Path) -> torch.Tensor:
         tensors = load_file(directory / "adapter_model.safetensors")
@@ -313,10 +315,10 @@ def test_export_says_what_vllm_needs_and_cuts_the_rank(connection: Connection, t
     assert told is not None
     assert error * 100 == pytest.approx(float(told[1]), abs=0.02)
     assert 0 < error < 1
-    assert json.loads((tmp_path / "cut" / "fedmoe.json").read_text())["cut_from_rank"] == 48
+    assert json.loads((tmp_path / "cut" / "fedmoe.json").read_text())["truncated_from_rank"] == 48
     assert logits(tmp_path / "cut").isfinite().all()
     one = fedmoe("gateway", "export", *url, "--out", str(tmp_path / "a"), "--expert", "a", "--rank", "32")
-    assert "a has rank 16: nothing is cut off" in one.stdout
+    assert "a has rank 16: nothing is truncated" in one.stdout
     assert "vLLM" not in one.stdout
     assert (tmp_path / "a" / "adapter_model.safetensors").read_bytes() == connection.client.get(
         "fedmoe:{a}:weights"

@@ -7,7 +7,7 @@ import pytest
 import redis
 import torch
 
-import fedmoe.store.pieces
+import fedmoe.store.chunks
 from consumers.aggregator import AggregatorSettings, ExpertServer
 from consumers.create import SpecRequest, ensure_experts
 from consumers.expert import Expert
@@ -38,8 +38,8 @@ def test_commit_gets_out_of_a_full_redis(
 ) -> None:
     """The commit that frees memory goes through although Redis takes nothing, with all that belongs to it."""
     if in_place:
-        monkeypatch.setattr(fedmoe.store.pieces, "PIECE_BYTES", 20)
-        monkeypatch.setattr(fedmoe.store.pieces, "IN_PLACE_BYTES", 1)
+        monkeypatch.setattr(fedmoe.store.chunks, "CHUNK_BYTES", 20)
+        monkeypatch.setattr(fedmoe.store.chunks, "IN_PLACE_BYTES", 1)
     expert = make_expert(connection)
     worker = ScriptedWorker(connection, expert.spec)
     worker.push(1.0)
@@ -138,7 +138,7 @@ def test_new_aggregator_serves_a_full_redis(
     assert [update.seq for update in change.decided] == [1]
     assert torch.equal(worker.local, torch.arange(LAYOUT.numel) + 1.0)
     worker.train(1.0)
-    worker.cut()
+    worker.make_update()
     with pytest.raises(RedisUnavailableError, match="is full: raise its maxmemory"):
         worker.publish()
     connection.client.config_set("maxmemory", 0)
@@ -201,7 +201,7 @@ def test_workers_hold_back_before_redis_is_full(small_redis: Connection) -> None
     waiting, said = [], set()
     for worker in workers:
         worker.train(0.001)
-        worker.cut()
+        worker.make_update()
         try:
             worker.publish()
         except RedisUnavailableError as error:
@@ -256,7 +256,7 @@ def test_halves_of_updates_do_not_fill_redis(small_redis: Connection) -> None:
 
     for worker in workers:
         worker.train(0.0001)
-        worker.cut()
+        worker.make_update()
     threads = [threading.Thread(target=publish, args=(worker,)) for worker in workers]
     threads.append(threading.Thread(target=server.run, args=(stop,)))
     for thread in threads:
@@ -290,7 +290,7 @@ def test_sent_again_an_update_lives_as_long(connection: Connection, connect: Con
     steps = Stepper(dying)
     worker = ScriptedWorker(dying, expert.spec)
     worker.train(1.0)
-    update = worker.cut()
+    update = worker.make_update()
     steps.lose_reply(b"XADD")
     with pytest.raises(RedisUnavailableError):
         worker.publish()

@@ -18,7 +18,7 @@ from tests.federation import make_expert
 def run(connection: Connection, tmp_path: Path, work: Callable[[Worker], None]) -> None:
     """A worker that has joined, and then does `work` instead of training."""
     settings = WorkerSettings(stream="sql_expert", data=tmp_path / "rows.jsonl", name="ann")
-    worker = Worker(connection.settings, settings, stop=Stop(), say=lambda line: None)
+    worker = Worker(connection.settings, settings, stop=Stop(), report=lambda line: None)
 
     def trained() -> None:
         worker._has_joined = True

@@ -124,7 +124,7 @@ def test_what_real_runs_send_is_what_is_listed(
         settings = WorkerSettings(
             stream=EXPERT, name=NAME, data=write_rows(tmp_path / "rows"), device="cpu", max_steps=30
         )
-        Worker(guarded.settings(WORKER), settings, stop=Stop(), say=lambda _: None).run()
+        Worker(guarded.settings(WORKER), settings, stop=Stop(), report=lambda _: None).run()
         assert store.meta(EXPERT).applied
         guarded.admin.client.xadd(f"fedmoe:{{{EXPERT}}}:updates", {"garbage": "1"})
         eventually("a dead letter", lambda: store.meta(EXPERT).garbage)
@@ -149,7 +149,7 @@ def test_what_is_listed_for_rarer_situations_is_sent_in_them(
     guarded: Guarded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Large weights, a full Redis, an emptied one, a standby, a blocked stream: nothing is refused then either."""
-    monkeypatch.setattr("fedmoe.store.pieces.IN_PLACE_BYTES", 1)  # all weights are large
+    monkeypatch.setattr("fedmoe.store.chunks.IN_PLACE_BYTES", 1)  # all weights are large
     monkeypatch.setattr("consumers.recovery.CLAIM_WAIT_S", 0.1)
     for wire_format in ("fp32", "int8"):
         commit_and_pull(guarded, wire_format)
@@ -179,7 +179,7 @@ def commit_and_pull(guarded: Guarded, wire_format: str) -> None:
     assert serve(expert) == ["applied"]
     worker.pull()
     worker.train(0.1)
-    update = worker.cut()
+    update = worker.make_update()
     entry = worker.publish()
     admin.config_set("maxmemory", 1)
     assert worker.store.is_served() is False
@@ -187,7 +187,7 @@ def commit_and_pull(guarded: Guarded, wire_format: str) -> None:
     assert serve(expert) == ["applied"]
     worker.pull()
     worker.train(0.1)
-    worker.cut()
+    worker.make_update()
     with pytest.raises(RedisUnavailableError, match="is full"):
         worker.publish()
     admin.delete(expert.store.keys.updates)
@@ -226,7 +226,7 @@ def a_standby_and_a_lease_for_ever(guarded: Guarded) -> None:
     assert store.mend()
     for keys in (store.keys, KEYS.gateway):
         problems = Problems(store.connection, keys.problem, holder="one")
-        problems.say("no room")
+        problems.report("no room")
         assert guarded.admin.client.hgetall(keys.problem) == {b"one": b"no room"}
         problems.solved()
 

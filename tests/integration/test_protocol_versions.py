@@ -222,7 +222,7 @@ def test_undecided_update_is_sent_again_more_and_more_seldom(expert: Expert, con
     """While the worker is about to end, too: an aggregator that cannot read it is not flooded."""
     now = 0.0
     run = Run(connection, clock=lambda: now)
-    run.sync.ledger.cut(
+    run.sync.ledger.make_update(
         torch.ones(LAYOUT.numel), Trained(steps=1), wire_format="fp32", fingerprint=FINGERPRINT
     )
     run.sync.finish(1000.0)

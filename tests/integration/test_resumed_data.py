@@ -51,7 +51,7 @@ def test_other_examples_begin_at_the_first(
             **settings,
         )
         with serving(connect(), expert="tiny"):
-            Worker(connection.settings, wanted, stop=Stop(), say=said.append).run()
+            Worker(connection.settings, wanted, stop=Stop(), report=said.append).run()
         gc.collect()  # the worker that is gone holds the lock of the state directory
         return "\n".join(said)
 

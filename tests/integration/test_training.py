@@ -46,11 +46,11 @@ def make_training(connection: Connection, error: Exception, said: list[str], *, 
     exchange = Exchange(trainer, with_optimizer=False)
     sync = Sync(
         scripted.store, scripted.ledger, exchange, SPEC, base=BaseIdentity(fingerprint=FINGERPRINT),
-        state_dir=None, data="d", report=progress.report,
+        state_dir=None, data="d", training_fields=progress.fields,
     )  # fmt: skip
     settings = WorkerSettings(stream="sql_expert", data=Path("rows.jsonl"), drain_s=drain_s)
     return Training(
-        trainer, exchange, sync, settings, progress=progress, n_examples=100, stop=Stop(), say=said.append
+        trainer, exchange, sync, settings, progress=progress, n_examples=100, stop=Stop(), report=said.append
     )
 
 

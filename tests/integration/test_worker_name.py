@@ -28,7 +28,7 @@ def work(connection: Connection, connect: Callable[[], Connection], tmp_path: Pa
             stream="tiny", data=rows, name=name, state_dir=tmp_path / "state", max_steps=3, wait=False
         )
         with serving(connect(), expert="tiny"):
-            CountingWorker(connection.settings, settings, stop=Stop(), say=said.append).run()
+            CountingWorker(connection.settings, settings, stop=Stop(), report=said.append).run()
         return said
 
     return run

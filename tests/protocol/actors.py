@@ -191,7 +191,7 @@ class Aggregator:
             clock=lambda: 0.0 if choice == 0 else 99.0,
         )
         store = server._store = rules.expert_store(connection, NAME)
-        server._problems.say = lambda problem: None  # type: ignore[method-assign]  # for people; nobody decides by it
+        server._problems.report = lambda problem: None  # type: ignore[method-assign]  # for people; nobody decides by it
         store.mend = lambda: False  # type: ignore[method-assign]  # ids are the model's own
         server._loaded = memory.loaded
         server._recovery.claimed_at = -99.0 if memory.claimed else None

@@ -9,14 +9,14 @@ from typing import Any
 import consumers.decide
 import consumers.expert
 import consumers.recovery
-from consumers.decide import Outcome, Verdict, judge_header, judge_payload
+from consumers.decide import Admission, Outcome, Verdict, judge_header, judge_payload
 from consumers.doorbell import Doorbell
 from consumers.expert import Expert
 from fedmoe.layout import values_of
 from fedmoe.records import Decided, Entry, Meta
 from fedmoe.spec import Spec
 from fedmoe.store.expert import Commit, ExpertStore, Loaded
-from fedmoe.store.worker import Poll, Snapshot, WorkerStore
+from fedmoe.store.worker import Poll, Pulled, WorkerStore
 from fedmoe.update import Header
 from tests.protocol.actors import Rules
 from tests.protocol.state import Scope
@@ -105,7 +105,7 @@ class DuplicateDecides(Expert):
 class TornPull(WorkerStore):
     """Weights and one's own decision are read one after the other."""
 
-    def pull(self, spec: Spec, *, known: str) -> Snapshot:
+    def pull(self, spec: Spec, *, known: str) -> Pulled:
         weights = values_of(spec.layout, self._redis.get(self.keys.weights)).clone()
         snapshot = super().pull(spec, known=known)
         return replace(snapshot, weights=weights if snapshot.weights is not None else None)
@@ -114,7 +114,7 @@ class TornPull(WorkerStore):
 class PullByVersion(WorkerStore):
     """Equal version numbers are taken for equal weights."""
 
-    def pull(self, spec: Spec, *, known: str) -> Snapshot:
+    def pull(self, spec: Spec, *, known: str) -> Pulled:
         snapshot = super().pull(spec, known="")
         meta = replace(snapshot.meta, weights_commit=f"version {snapshot.meta.version}")
         return replace(
@@ -129,13 +129,17 @@ class NoResending(WorkerStore):
         return replace(super().poll(entry_id, header), entry_waits=True)
 
 
-def _any_prev(header: Header, head: Decided | None, meta: Meta, spec: Spec, workers: int) -> Verdict:
+def _any_prev(
+    header: Header, head: Decided | None, meta: Meta, spec: Spec, workers: int
+) -> Verdict | Admission:
     if head and header.run == head.id.run and header.seq <= head.id.seq:
         return Verdict(Outcome.DUPLICATE)
     return judge_header(replace(header, prev=head.id if head else None), head, meta, spec, workers)
 
 
-def _any_lineage(header: Header, head: Decided | None, meta: Meta, spec: Spec, workers: int) -> Verdict:
+def _any_lineage(
+    header: Header, head: Decided | None, meta: Meta, spec: Spec, workers: int
+) -> Verdict | Admission:
     return judge_header(replace(header, lineage=meta.lineage), head, meta, spec, workers)
 
 

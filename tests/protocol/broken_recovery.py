@@ -16,7 +16,7 @@ from fedmoe.store.expert import ExpertStore
 from fedmoe.store.lifecycle import Condition
 from fedmoe.store.worker import Poll, WorkerStore
 from fedmoe.update import Header, UpdateId
-from producers.ledger import Place, locate
+from producers.ledger import HeadPlace, locate
 from tests.protocol.actors import Rules, make_spec
 from tests.protocol.broken import Broken
 from tests.protocol.state import Scope
@@ -107,11 +107,11 @@ def _is_older(expert: Expert, found: Condition) -> bool:
 
 def _number_of_a_run_counts(
     head: UpdateId | None, start: UpdateId | None, known: Sequence[UpdateId], run: str, n_kept: int
-) -> tuple[Place, int]:
+) -> tuple[HeadPlace, int]:
     place, count = locate(head, start, known, run, n_kept)
-    is_stranger = place is Place.BEHIND and head and head.run != run
+    is_stranger = place is HeadPlace.BEHIND and head and head.run != run
     return (
-        (Place.FOREIGN, 0)
+        (HeadPlace.FOREIGN, 0)
         if is_stranger and head.incarnation == UpdateId(run, 0).incarnation
         else (place, count)
     )

@@ -38,7 +38,7 @@ def search(
     rules: Rules | None = None,
     *,
     limit: int = 10**7,
-    progress: Callable[[int], None] = lambda _: None,
+    report: Callable[[int], None] = lambda _: None,
 ) -> Found:
     """Look at every state of the scope, at most `limit`.
 
@@ -75,5 +75,5 @@ def search(
                 parents[after] = (state, label)
                 waiting.append(after)
                 if len(parents) % 50_000 == 0:
-                    progress(len(parents))
+                    report(len(parents))
     return Found(len(parents), time.monotonic() - began, not waiting)

@@ -21,7 +21,7 @@ from fedmoe.spec import Spec
 from fedmoe.store.worker import WorkerStore
 from fedmoe.update import UpdateId, make_run
 from producers.checkpoint import Checkpoint
-from producers.exchange import Cut, Exchange
+from producers.exchange import Exchange, TrainingState
 from producers.ledger import Change, Ledger, Outgoing, Trained
 from producers.sync import Sync
 from tests.federation import delta_of
@@ -125,7 +125,7 @@ class _Exchange(Exchange):
         self.told: set[UpdateId] = set()
         self.new_lineage = False
 
-    def take(self, timeout_s: float) -> Cut | None:
+    def take(self, timeout_s: float) -> TrainingState | None:
         self.boundary()
         return super().take(0.0)
 
@@ -229,13 +229,13 @@ class Worker:
             must_pull=memory.must_pull, clock=lambda: 0.0,
         )  # fmt: skip
         sync._saver = disk  # type: ignore[assignment]
-        sync._next_cut, sync._heart.next_at, sync._watch.next_at = 0.0, math.inf, math.inf
+        sync._next_update_at, sync._heart.next_at, sync._watch.next_at = 0.0, math.inf, math.inf
         sync._next_save = 0.0 if choice else math.inf
         sync._entry, sync._sent = memory.entry, memory.sent
         sync._diverged = lambda *_: False  # type: ignore[method-assign]  # else nothing too large is ever refused
         if memory.unsaved:
             local, position = memory.unsaved
-            sync._unsaved = Cut(local=torch.tensor(local), trained=Trained(), position=position)
+            sync._unsaved = TrainingState(local=torch.tensor(local), trained=Trained(), position=position)
         sync._wake = OneWait()  # type: ignore[assignment]
         failure = ""
         try:
@@ -273,17 +273,17 @@ class Worker:
             return memory._replace(
                 books=books, local=local, trained=trained, position=position, must_pull=bool(books.seq)
             )
-        snapshot = store.pull(self._spec, known="")
-        assert snapshot.weights is not None
-        base = _values(snapshot.weights)
-        start = snapshot.decided.id if snapshot.decided else None
+        pulled = store.pull(self._spec, known="")
+        assert pulled.weights is not None
+        base = _values(pulled.weights)
+        start = pulled.decided.id if pulled.decided else None
         incarnation, nonce = (
             max(memory.incarnation, start.incarnation + 1 if start else 1),
             f"{memory.starts:08x}",
         )
         run = make_run(incarnation, nonce) if self._rules.new_run_at_start else make_run(1, "0" * 8)
         return memory._replace(
-            books=Books(base, snapshot.meta, run, 0, start, (), ()), local=base, incarnation=0
+            books=Books(base, pulled.meta, run, 0, start, (), ()), local=base, incarnation=0
         )
 
     def _train(self, memory: Working, ledger: Ledger, trainer: _Trainer, exchange: Exchange) -> Working:

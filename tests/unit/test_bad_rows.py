@@ -31,7 +31,7 @@ def write(path: Path, *rows: str) -> Path:
 
 def read(path: Path, said: list[str], *, file: Path | None = None, fail: bool = False) -> str:
     """The summary of the data file's examples."""
-    bad_rows = BadRows(say=said.append, file=file, fail=fail)
+    bad_rows = BadRows(report=said.append, file=file, fail=fail)
     return make_examples(open_data(path, bad_rows), tiny_tokenizer(), 64, bad_rows).summary()
 
 
@@ -97,7 +97,7 @@ def test_no_other_file_is_overwritten(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", GOOD, NO_ANSWER)
     for file, why in ((path, "holds something else already"), (tmp_path, "cannot be written")):
         with pytest.raises(SettingsError, match=why):
-            BadRows(say=print, file=file)
+            BadRows(report=print, file=file)
     assert path.read_text() == f"{GOOD}\n{NO_ANSWER}"
 
 

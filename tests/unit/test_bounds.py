@@ -21,7 +21,7 @@ from tests.tiny import tiny_config, tiny_tokenizer
 
 def examples_of(path: Path, rows: Iterable[dict[str, str]], tokenizer: Any, max_length: int) -> FlatExamples:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    bad_rows = BadRows(say=print, file=None, fail=False)
+    bad_rows = BadRows(report=print, file=None, fail=False)
     return make_examples(open_data(path, bad_rows), tokenizer, max_length, bad_rows).examples
 
 

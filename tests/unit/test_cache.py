@@ -42,9 +42,9 @@ def read(
     fail: bool = False, file: Path | None = None,
 ) -> Examples:  # fmt: skip
     said = [] if said is None else said
-    bad_rows = BadRows(say=said.append, fail=fail, file=file)
+    bad_rows = BadRows(report=said.append, fail=fail, file=file)
     tokens = tiny_tokenizer()
-    return RowCache(state, say=said.append).examples(
+    return RowCache(state, report=said.append).examples(
         open_data(data, bad_rows), tokens, max_length, bad_rows, learn=learn
     )
 
@@ -99,7 +99,7 @@ def test_whatever_the_encoding_depends_on_makes_it_another(
     data.write_text(data.read_text() + "\n" + json.dumps(ROWS[1]))
     read(data, state, max_length=63, learn="last")
     assert len(encodings) == 4
-    file = open_data(data, BadRows(say=print))
+    file = open_data(data, BadRows(report=print))
     tokenizer = tiny_tokenizer()
 
     def key() -> str:

@@ -45,7 +45,7 @@ def test_update_that_cannot_be_decoded_is_noticed_at_once(
     """Of a damaged file, or of a FedMoE that cut updates into other parts; None is the update as it was."""
     spec = small_spec(wire_format="int4")
     ledger = Ledger(base=torch.zeros(LAYOUT.numel), meta=first_meta(spec), run=make_run(1, "00000001"))
-    update = ledger.cut(
+    update = ledger.make_update(
         ledger.progress(torch.ones(LAYOUT.numel)), Trained(steps=1), wire_format="int4", fingerprint="f"
     )
     if part is not None:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 import producers.checkpoint
 from fedmoe.layout import Layout
 from fedmoe.lora_init import initial_weights
-from fedmoe.packed import pack, pieces, unpack
+from fedmoe.packed import chunks, pack, unpack
 from fedmoe.spec import Spec
 from fedmoe.update import UpdateId, make_run
 from producers.checkpoint import Checkpoint, StateDir
@@ -37,7 +37,7 @@ def make_ledger(spec: Spec) -> Ledger:
     packed: tuple[bytes, ...] = ()
     if spec.wire_format != "fp32":
         whole = pack(weights, spec, meta.weights_commit)
-        packed = tuple(whole[first : last + 1] for first, last in pieces(spec))
+        packed = tuple(whole[first : last + 1] for first, last in chunks(spec))
         unpacked = unpack(packed, spec, meta.weights_commit)
         assert unpacked is not None
         weights = unpacked
@@ -50,7 +50,7 @@ def cut(ledger: Ledger, number: int) -> None:
     ledger.queue = []
     trained = Trained(n_examples=number, steps=1, position=str(number))
     delta = torch.full((len(ledger.base),), float(number))
-    ledger.cut(delta, trained, wire_format=ledger_format(ledger), fingerprint="f")
+    ledger.make_update(delta, trained, wire_format=ledger_format(ledger), fingerprint="f")
 
 
 def ledger_format(ledger: Ledger) -> str:

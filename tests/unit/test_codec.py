@@ -12,7 +12,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from consumers.decide import Outcome, Verdict, Workspace, judge_payload
+from consumers.decide import Admission, Outcome, Workspace, judge_payload
 from fedmoe.codec import BLOCK, FORMATS, MAX_VALUES_PER_PART, decode, encode, part_count, part_lengths
 from fedmoe.errors import UpdateError
 from fedmoe.layout import Layout
@@ -138,7 +138,7 @@ def test_fifty_rounds_lose_nothing(seed: int, numel: int, wire_format: str) -> N
         delta = randn(seed + number + 1, numel) * 1e-3
         trained = trained + delta.double()
         local = local + delta
-        update = ledger.cut(
+        update = ledger.make_update(
             ledger.progress(local), Trained(steps=1), wire_format=wire_format, fingerprint="f"
         )
         sent += delta_of(update, numel)
@@ -191,9 +191,11 @@ def test_non_finite_values_are_refused(wire_format: str, poison: float, place: i
     flat[place] = poison
     spec = small_spec(layout=Layout.of([("a", (SMALL,))]), wire_format=wire_format)
     ledger = Ledger(base=torch.zeros(SMALL), meta=first_meta(spec), run=make_run(1, "00000001"))
-    update = ledger.cut(ledger.progress(flat), Trained(steps=1), wire_format=wire_format, fingerprint="f")
+    update = ledger.make_update(
+        ledger.progress(flat), Trained(steps=1), wire_format=wire_format, fingerprint="f"
+    )
     space = Workspace(torch.zeros(SMALL), torch.empty(SMALL), torch.empty(SMALL))
-    verdict = judge_payload(update.header, Verdict(Outcome.APPLIED), update.parts, spec, space)
+    verdict = judge_payload(update.header, Admission(), update.parts, spec, space)
     assert verdict.outcome is Outcome.REFUSED
     assert "not finite (NaN or infinity)" in verdict.reason
 

@@ -74,7 +74,7 @@ def test_rows_that_were_templated_already(tmp_path: Path) -> None:
         ("q", "a</s>"),
     ]
     path.write_text("\n".join(json.dumps({"prompt": prompt, "completion": a}) for prompt, a in rows))
-    bad_rows = BadRows(say=print)
+    bad_rows = BadRows(report=print)
     made = make_examples(open_data(path, bad_rows), tiny_tokenizer(), 512, bad_rows)
     texts = [tiny_tokenizer().decode(list(example.input_ids)) for example in made.examples]
     whole = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>"

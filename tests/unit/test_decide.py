@@ -9,8 +9,8 @@ import torch
 
 from consumers.decide import (
     COUNTED_STEPS,
+    Admission,
     Outcome,
-    Verdict,
     Workspace,
     counts_of,
     judge_header,
@@ -26,7 +26,7 @@ from tests.federation import FINGERPRINT, first_meta, small_spec
 from tests.strategies import randn
 
 FACTOR = 0.3217
-VERDICT = Verdict(Outcome.APPLIED, factor=FACTOR)
+ADMISSION = Admission(factor=FACTOR)
 
 
 def update_of(delta: torch.Tensor, wire_format: str, layout: Layout | None = None) -> tuple[Spec, Outgoing]:
@@ -36,7 +36,7 @@ def update_of(delta: torch.Tensor, wire_format: str, layout: Layout | None = Non
         wire_format=wire_format,
     )
     ledger = Ledger(base=torch.zeros(len(delta)), meta=first_meta(spec), run=make_run(1, "00000001"))
-    return spec, ledger.cut(
+    return spec, ledger.make_update(
         ledger.progress(delta), Trained(steps=1), wire_format=wire_format, fingerprint="f"
     )
 
@@ -54,7 +54,7 @@ def test_parts_give_the_same_bits_as_the_whole(wire_format: str) -> None:
     spec, update = update_of(delta, wire_format)
     assert len(update.parts) == 3
     space = space_for(weights.clone())
-    verdict = judge_payload(update.header, VERDICT, iter(update.parts), spec, space)
+    verdict = judge_payload(update.header, ADMISSION, iter(update.parts), spec, space)
     assert verdict.outcome is Outcome.APPLIED
     assert torch.equal(space.weights, weights)
     decode(update.parts, wire_format, delta)
@@ -78,7 +78,7 @@ def test_no_more_than_one_part_is_asked_for_at_a_time() -> None:
             assert space.out[done:].isnan().all()
             yield part
 
-    assert judge_payload(update.header, VERDICT, parts(), spec, space).outcome is Outcome.APPLIED
+    assert judge_payload(update.header, ADMISSION, parts(), spec, space).outcome is Outcome.APPLIED
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_update_that_is_not_whole_is_undecidable(
     spec, update = update_of(torch.ones(numel), "fp32")
     parts = list(update.parts)
     parts[number] = damage
-    verdict = judge_payload(update.header, VERDICT, parts, spec, space_for(torch.zeros(numel)))
+    verdict = judge_payload(update.header, ADMISSION, parts, spec, space_for(torch.zeros(numel)))
     assert (verdict.outcome, verdict.reason) == (outcome, reason)
 
 
@@ -107,7 +107,7 @@ def test_part_that_its_header_names_and_the_layout_does_not_is_refused() -> None
     spec, update = update_of(torch.ones(numel), "fp32")
     parts = [update.parts[1], update.parts[0], update.parts[2]]
     header = replace(update.header, parts=tuple(Part.of(part) for part in parts))
-    verdict = judge_payload(header, VERDICT, parts, spec, space_for(torch.zeros(numel)))
+    verdict = judge_payload(header, ADMISSION, parts, spec, space_for(torch.zeros(numel)))
     assert verdict.outcome is Outcome.REFUSED
     assert "part 0 says first" in verdict.reason
 
@@ -123,7 +123,7 @@ def test_enormous_update_breaks_the_norm_bound(wire_format: str, value: float) -
     """Its norm, or the square of it, is beyond fp32; every value is finite, so that is not what the reason says."""
     spec, update = update_of(torch.full((TENSORS.numel,), value), wire_format, TENSORS)
     space = space_for(torch.zeros(TENSORS.numel))
-    verdict = judge_payload(update.header, VERDICT, update.parts, spec, space)
+    verdict = judge_payload(update.header, ADMISSION, update.parts, spec, space)
     assert verdict.outcome is Outcome.REFUSED
     assert verdict.reason.endswith("is above the bound 1e+09; tensor 'b' has the largest part of it")
     norm = float(verdict.reason.split()[2])
@@ -136,7 +136,9 @@ def test_tensor_that_is_not_finite_is_named(value: float) -> None:
     delta = torch.full((TENSORS.numel,), 1e30)
     delta[-1] = value
     spec, update = update_of(delta, "fp32", TENSORS)
-    verdict = judge_payload(update.header, VERDICT, update.parts, spec, space_for(torch.zeros(TENSORS.numel)))
+    verdict = judge_payload(
+        update.header, ADMISSION, update.parts, spec, space_for(torch.zeros(TENSORS.numel))
+    )
     assert verdict.outcome is Outcome.REFUSED
     assert verdict.reason == "holds values that are not finite (NaN or infinity), first in tensor 'c'"
 
@@ -162,19 +164,23 @@ def test_an_update_counts_for_a_bounded_number_of_rows(
 
 
 @pytest.mark.parametrize(
-    ("base_version", "outcome"),
-    [(7, "applied"), (10, "applied"), (13, "applied"), (14, "refused"), (2**53, "refused"), (6, "refused")],
+    ("base_version", "admitted"),
+    [(7, True), (10, True), (13, True), (14, False), (2**53, False), (6, False)],
 )
-def test_base_may_be_as_far_ahead_as_behind(base_version: int, outcome: str) -> None:
+def test_base_may_be_as_far_ahead_as_behind(base_version: int, admitted: bool) -> None:
     """Expert at version 10, bound 3. After a failover, what is sent again is ahead; it has staleness 0."""
     spec = small_spec(aggregation=AggregationRules(max_staleness=3))
     meta = first_meta(spec, version=10)
     ledger = Ledger(base=torch.zeros(spec.layout.numel), meta=meta, run=make_run(1, "00000001"))
-    update = ledger.cut(torch.ones(spec.layout.numel), Trained(), wire_format="fp32", fingerprint=FINGERPRINT)
-    verdict = judge_header(replace(update.header, base_version=base_version), None, meta, spec, 1)
-    assert verdict.outcome.value == outcome
-    assert verdict.staleness == max(0, 10 - base_version)
+    update = ledger.make_update(
+        torch.ones(spec.layout.numel), Trained(), wire_format="fp32", fingerprint=FINGERPRINT
+    )
+    judged = judge_header(replace(update.header, base_version=base_version), None, meta, spec, 1)
+    assert judged.staleness == max(0, 10 - base_version)
+    assert isinstance(judged, Admission) == admitted
+    if not isinstance(judged, Admission):
+        assert judged.outcome is Outcome.REFUSED
     if base_version > 13:
-        assert verdict.reason.startswith(
+        assert judged.reason.startswith(
             f"its base, version {base_version}, is ahead of the expert's version 10"
         )

@@ -124,7 +124,7 @@ def test_every_adapter_is_measured_on_every_domain() -> None:
         "gateway": large,
         "base again": None,
     }
-    matrix = evaluate(tiny_model(), adapters, domains, progress=rows.append, **OPTIONS)
+    matrix = evaluate(tiny_model(), adapters, domains, report=rows.append, **OPTIONS)
     assert list(matrix) == rows == list(adapters)
     for row, expected in (("base", tiny_model()), ("sql_expert", with_small), ("gateway", with_large)):
         losses = {domain: mean_loss(expected, examples, **OPTIONS) for domain, examples in domains.items()}

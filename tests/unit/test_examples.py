@@ -28,7 +28,7 @@ class MakeRows(Protocol):
     def __call__(self, *answers: str, question: str = "q", bad: int = 0) -> DataFile: ...
 
 
-BAD_ROWS = BadRows(say=print)
+BAD_ROWS = BadRows(report=print)
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_too_long_an_answer_is_cut_and_has_no_end(rows: MakeRows) -> None:
         (example,) = made.examples
         assert tokenizer.decode(list(example.input_ids[example.answers[0].start :])) == text
         assert made.cut == cut
-    assert made.summary() == "1 rows: 1 used (1 cut to max_length 21), 0 dropped"
+    assert made.summary() == "1 rows: 1 used (1 truncated to max_length 21), 0 dropped"
 
 
 def test_a_prompt_without_room_for_an_answer_drops_the_row(rows: MakeRows) -> None:
@@ -76,7 +76,7 @@ def test_rows_of_weight_0_are_nothing_to_train_on(tmp_path: Path) -> None:
     """They are no bad rows, so even --on-bad-row fail takes them; but a file of them alone gives no example."""
     path = tmp_path / "rows.jsonl"
     undesired = json.dumps({"prompt": "q", "completion": "BAD", "label": False})
-    strict = BadRows(say=print, fail=True)
+    strict = BadRows(report=print, fail=True)
     path.write_text(undesired)
     with pytest.raises(
         DataError,

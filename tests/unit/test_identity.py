@@ -19,16 +19,16 @@ def beaten(base: BaseIdentity, meta: Meta | None = None) -> BaseIdentity:
     return BaseIdentity.from_beat({name: fields.get(name, "") for name in BEAT_FIELDS})
 
 
-PIECES = {"template": "0a", "added": "1a", "special": "2a", "vocabulary": "259-3a"}
+COMPONENTS = {"template": "0a", "added": "1a", "special": "2a", "vocabulary": "259-3a"}
 
 
-def of(fingerprint: str = "aaaa", **pieces: str) -> BaseIdentity:
-    """A base model whose tokenizer differs in these pieces."""
-    return BaseIdentity(fingerprint=fingerprint, tokenizer=tokenizer_text(PIECES | pieces))
+def of(fingerprint: str = "aaaa", **components: str) -> BaseIdentity:
+    """A base model whose tokenizer differs in these components."""
+    return BaseIdentity(fingerprint=fingerprint, tokenizer=tokenizer_text(COMPONENTS | components))
 
 
 def test_each_piece_is_pinned_once() -> None:
-    """By the first who has it; the other pieces by whoever has those."""
+    """By the first who has it; the other components by whoever has those."""
     weights = BaseIdentity(fingerprint="aaaa")
     meta = beaten(weights).pin(FRESH, "aggregator")
     assert (meta.base_fingerprint, meta.base_fingerprint_by, meta.tokenizer) == ("aaaa", "aggregator", "")
@@ -59,7 +59,7 @@ def test_the_text_of_a_template_is_pinned_with_its_digest() -> None:
 
 
 def test_what_differs_is_named() -> None:
-    """Other weights, each piece of a tokenizer, two at once; nothing that is not pinned, or that nobody knows."""
+    """Other weights, each component of a tokenizer, two at once; nothing that is not pinned, or that nobody knows."""
     meta = replace(of().pin(FRESH, "worker alice"), base_model="org/tiny")
     assert of().difference(meta) == of("bbbb", template="f").difference(FRESH) == ""
     assert BaseIdentity(fingerprint="aaaa").difference(meta) == ""

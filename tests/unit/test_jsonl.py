@@ -40,7 +40,7 @@ class Read(NamedTuple):
 
 
 def read_rows(path: Path | str, *, fail: bool = False) -> Read:
-    data = open_data(path, BadRows(say=print, fail=fail))
+    data = open_data(path, BadRows(report=print, fail=fail))
     made = [read_row(data.path, record) for record in records.records(data.path)]
     rows = tuple(row for row in made if isinstance(row, Row))
     return Read(data, rows, tuple(problem for problem in made if isinstance(problem, Problem)))
@@ -487,14 +487,14 @@ def test_reading_can_be_stopped(tmp_path: Path) -> None:
     asked = iter([False, False, True])
     with pytest.raises(StoppedError, match="nothing was trained yet"):
         open_data(
-            write(tmp_path, lines(*[GOOD] * 6)), BadRows(say=print, fail=True), stopped=lambda: next(asked)
+            write(tmp_path, lines(*[GOOD] * 6)), BadRows(report=print, fail=True), stopped=lambda: next(asked)
         )
 
 
 def test_a_file_that_is_changed_meanwhile_is_refused(tmp_path: Path) -> None:
     """Its digest would not be that of what is trained on."""
     path = write(tmp_path, lines(GOOD))
-    data = open_data(path, BadRows(say=print))
+    data = open_data(path, BadRows(report=print))
     data.check_unchanged()
     with path.open("a") as file:
         file.write("\n")

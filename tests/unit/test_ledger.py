@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from fedmoe.errors import NameTakenError, UpdateError
 from fedmoe.records import Decided, Meta
 from fedmoe.update import UpdateId, make_run
-from producers.ledger import Ledger, Place, Trained, locate
+from producers.ledger import HeadPlace, Ledger, Trained, locate
 from tests.federation import delta_of
 
 UNITS = 48
@@ -66,7 +66,7 @@ class Books(RuleBasedStateMachine):
     @precondition(lambda self: not self.ledger.queue and self.uncut)
     @rule()
     def cut(self) -> None:
-        update = self.ledger.cut(
+        update = self.ledger.make_update(
             self.ledger.progress(self.local), Trained(steps=1), wire_format="fp32", fingerprint="f"
         )
         self.in_cut[update.id], self.uncut = self.uncut, []
@@ -166,7 +166,7 @@ def test_what_quantisation_loses_stays_in_progress() -> None:
     """Error feedback: pending is the decoded update, so the rounding error is progress of the next one."""
     ledger = fresh(64)
     local = torch.linspace(0.1, 1.0, 64)
-    update = ledger.cut(ledger.progress(local), Trained(steps=1), wire_format="int8", fingerprint="f")
+    update = ledger.make_update(ledger.progress(local), Trained(steps=1), wire_format="int8", fingerprint="f")
     error = local - delta_of(update, 64)
     assert error.abs().max() > 0
     assert torch.equal(ledger.progress(local), error)
@@ -175,7 +175,9 @@ def test_what_quantisation_loses_stays_in_progress() -> None:
 def test_refused_update_leaves_local_with_the_weights_and_what_came_after() -> None:
     """The refused part is dropped, progress since stays."""
     ledger = fresh()
-    update = ledger.cut(ledger.progress(torch.ones(4)), Trained(steps=1), wire_format="fp32", fingerprint="f")
+    update = ledger.make_update(
+        ledger.progress(torch.ones(4)), Trained(steps=1), wire_format="fp32", fingerprint="f"
+    )
     local = torch.ones(4) * 3  # two more units trained while it was in flight
     change = ledger.observe(meta_of(1), None, decision(update.id, "refused"), now=0.0)
     assert change.how is not None
@@ -186,7 +188,9 @@ def test_refused_update_leaves_local_with_the_weights_and_what_came_after() -> N
 def test_partly_weighted_update_is_rebased() -> None:
     """After a stale update (factor 1/2) local is the new weights plus progress, not the worker's own sum."""
     ledger = fresh()
-    update = ledger.cut(ledger.progress(torch.ones(4)), Trained(steps=1), wire_format="fp32", fingerprint="f")
+    update = ledger.make_update(
+        ledger.progress(torch.ones(4)), Trained(steps=1), wire_format="fp32", fingerprint="f"
+    )
     weights = torch.full((4,), 0.5) + 7.0
     change = ledger.observe(meta_of(2), weights, decision(update.id), now=0.0)
     assert torch.equal(torch.ones(4) + change.correction, weights)
@@ -195,7 +199,9 @@ def test_partly_weighted_update_is_rebased() -> None:
 def test_new_lineage_forgets_everything() -> None:
     """An operator's new lineage replaces local; pending and progress are gone."""
     ledger = fresh()
-    update = ledger.cut(ledger.progress(torch.ones(4)), Trained(steps=1), wire_format="fp32", fingerprint="f")
+    update = ledger.make_update(
+        ledger.progress(torch.ones(4)), Trained(steps=1), wire_format="fp32", fingerprint="f"
+    )
     change = ledger.observe(meta_of(0, "second"), torch.full((4,), 9.0), None, now=0.0)
     assert change.replace
     assert change.dropped == (update.id,)
@@ -206,7 +212,7 @@ def test_new_lineage_forgets_everything() -> None:
     assert torch.equal(then.correction, torch.full((4,), 2.0))
     assert ledger.head is None
     assert (
-        ledger.cut(
+        ledger.make_update(
             ledger.progress(torch.ones(4)), Trained(steps=1), wire_format="fp32", fingerprint="f"
         ).header.seq
         == 2
@@ -216,12 +222,12 @@ def test_new_lineage_forgets_everything() -> None:
 def test_old_checkpoint_adopts_the_later_update_of_its_run() -> None:
     """H5: `decided` names a later update of this run: drop pending and progress, go to its data position."""
     ledger = fresh()
-    ledger.cut(ledger.progress(torch.ones(4)), Trained(steps=1), wire_format="fp32", fingerprint="f")
+    ledger.make_update(ledger.progress(torch.ones(4)), Trained(steps=1), wire_format="fp32", fingerprint="f")
     head = replace(decision(UpdateId(RUN, 5)), position="120")
     change = ledger.observe(meta_of(7), torch.full((4,), 2.0), head, now=0.0)
     assert change.replace
     assert change.position == "120"
-    following = ledger.cut(
+    following = ledger.make_update(
         ledger.progress(torch.zeros(4)), Trained(steps=1), wire_format="fp32", fingerprint="f"
     ).header
     assert (following.seq, following.prev) == (6, UpdateId(RUN, 5))
@@ -236,7 +242,7 @@ def test_another_process_of_the_name_stops_this_one() -> None:
 def test_run_of_the_same_epoch_is_none_of_a_stranger() -> None:
     """H22: Redis forgot the first run of this incarnation, and got it back; this one goes on after it."""
     ledger = fresh()
-    ledger.cut(ledger.progress(torch.ones(4)), Trained(steps=1), wire_format="fp32", fingerprint="f")
+    ledger.make_update(ledger.progress(torch.ones(4)), Trained(steps=1), wire_format="fp32", fingerprint="f")
     head = UpdateId(make_run(3, "ffffffff"), 1)
     change = ledger.observe(meta_of(1), torch.zeros(4), decision(head), now=0.0)
     assert (change.lost, change.replace) == ("", False)
@@ -247,21 +253,21 @@ def test_locate() -> None:
     """Every place a head can have, seen from a chain of two after a start."""
     start, first, second = UpdateId("2-00000002", 9), UpdateId(RUN, 4), UpdateId(RUN, 5)
     known = [first, second]
-    assert locate(start, start, known, RUN) == (Place.KNOWN, 0)
-    assert locate(first, start, known, RUN) == (Place.KNOWN, 1)
-    assert locate(second, start, known, RUN) == (Place.KNOWN, 2)
-    assert locate(UpdateId(RUN, 6), start, known, RUN)[0] is Place.AHEAD
-    assert locate(UpdateId(RUN, 3), start, known, RUN)[0] is Place.BEHIND
-    assert locate(UpdateId("1-00000001", 9), start, known, RUN)[0] is Place.BEHIND
-    assert locate(None, start, known, RUN)[0] is Place.BEHIND
-    assert locate(UpdateId("4-00000004", 1), start, known, RUN)[0] is Place.FOREIGN
+    assert locate(start, start, known, RUN) == (HeadPlace.KNOWN, 0)
+    assert locate(first, start, known, RUN) == (HeadPlace.KNOWN, 1)
+    assert locate(second, start, known, RUN) == (HeadPlace.KNOWN, 2)
+    assert locate(UpdateId(RUN, 6), start, known, RUN)[0] is HeadPlace.AHEAD
+    assert locate(UpdateId(RUN, 3), start, known, RUN)[0] is HeadPlace.BEHIND
+    assert locate(UpdateId("1-00000001", 9), start, known, RUN)[0] is HeadPlace.BEHIND
+    assert locate(None, start, known, RUN)[0] is HeadPlace.BEHIND
+    assert locate(UpdateId("4-00000004", 1), start, known, RUN)[0] is HeadPlace.FOREIGN
 
 
 def test_kept_updates_are_forgotten_after_their_time_but_the_last() -> None:
     """`keep_decided_s` bounds the kept payloads; one always stays."""
     ledger = replace(fresh(), keep_decided_s=5.0)
     for number in range(3):
-        update = ledger.cut(
+        update = ledger.make_update(
             ledger.progress(torch.zeros(4)), Trained(steps=1), wire_format="fp32", fingerprint="f"
         )
         ledger.observe(meta_of(number + 1), torch.zeros(4), decision(update.id), now=10.0 * number)
@@ -277,7 +283,7 @@ def test_what_a_deep_rollback_lost_is_named(back_to: int, lost: str) -> None:
     """Three updates decided, the last one kept: what lies between is gone, and the worker knows from where to where."""
     ledger = replace(fresh(), keep_decided_s=5.0)
     for number in range(3):
-        update = ledger.cut(
+        update = ledger.make_update(
             ledger.progress(torch.zeros(4)), Trained(steps=1), wire_format="fp32", fingerprint="f"
         )
         ledger.observe(meta_of(number + 1), torch.zeros(4), decision(update.id), now=10.0 * number)
@@ -294,7 +300,9 @@ def test_an_error_half_way_leaves_the_books_as_they_were(rolled_back: bool) -> N
     In an advance, or a rollback that sends a decided update again.
     """
     ledger = fresh()
-    update = ledger.cut(ledger.progress(torch.ones(4)), Trained(steps=1), wire_format="fp32", fingerprint="f")
+    update = ledger.make_update(
+        ledger.progress(torch.ones(4)), Trained(steps=1), wire_format="fp32", fingerprint="f"
+    )
     damaged = replace(update, parts=(b"garbage",))
     head: Decided | None = decision(update.id)
     if rolled_back:

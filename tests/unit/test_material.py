@@ -25,9 +25,9 @@ def prepared(base: Path, rows: str, **pinned: str) -> Material:
     meta = first_meta(spec, **{"base_fingerprint": "", **pinned})
     (base / "rows.jsonl").write_text(rows)
     settings = WorkerSettings(stream="sql_expert", data=base / "rows.jsonl", name="alice")
-    bad_rows = BadRows(say=print, file=None, fail=False)
+    bad_rows = BadRows(report=print, file=None, fail=False)
     data = open_data(settings.data, bad_rows)
-    return prepare(settings, spec, meta, data, bad_rows, cache=None, stopped=lambda: False, say=print)
+    return prepare(settings, spec, meta, data, bad_rows, cache=None, stopped=lambda: False, report=print)
 
 
 ROWS = '{"prompt": "a", "completion": "b"}\n{"prompt": "what is <|extra|>?", "completion": "x"}\n'

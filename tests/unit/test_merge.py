@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from consumers.merge import LORA_A, LORA_B, METHODS, Expert, Merged, merge
+from consumers.merge import LORA_A, LORA_B, METHODS, Merged, MergeInput, merge
 from fedmoe.errors import SettingsError, SpecError
 from fedmoe.layout import Layout
 from fedmoe.spec import LoraSettings, Spec
@@ -23,16 +23,18 @@ DIMS = {Q: (40, 30), V: (20, 30)}
 RANK = 4
 
 
-def expert(seed: int, dims: dict[str, tuple[int, int]] = DIMS, rank: int = RANK, **changes: Any) -> Expert:
+def expert(
+    seed: int, dims: dict[str, tuple[int, int]] = DIMS, rank: int = RANK, **changes: Any
+) -> MergeInput:
     return random_expert(seed, dims, rank, **changes)
 
 
-def blank(*tensors: tuple[str, tuple[int, ...]]) -> Expert:
+def blank(*tensors: tuple[str, tuple[int, ...]]) -> MergeInput:
     layout = Layout.of(tensors)
-    return Expert(layout=layout, flat=torch.zeros(layout.numel), scaling=1.0, weight=1.0)
+    return MergeInput(layout=layout, flat=torch.zeros(layout.numel), scaling=1.0, weight=1.0)
 
 
-def experts(n: int, **settings: Any) -> list[Expert]:
+def experts(n: int, **settings: Any) -> list[MergeInput]:
     return [expert(seed, **settings) for seed in range(n)]
 
 
@@ -42,18 +44,18 @@ def dims_of(layout: Layout) -> dict[str, tuple[int, int]]:
     return {module: (shapes[module + LORA_B][0], shapes[module + LORA_A][1]) for module in modules}
 
 
-def weighted(expert: Expert, weight: float) -> Expert:
+def weighted(expert: MergeInput, weight: float) -> MergeInput:
     return dataclasses.replace(expert, weight=weight)
 
 
-def dense(adapter: Expert | Merged) -> dict[str, Tensor]:
+def dense(adapter: MergeInput | Merged) -> dict[str, Tensor]:
     """ΔW = scaling · B A of each module, in double precision."""
     views = adapter.layout.views(adapter.flat.double())
     modules = dims_of(adapter.layout)
     return {module: adapter.scaling * views[module + LORA_B] @ views[module + LORA_A] for module in modules}
 
 
-def wanted(experts: list[Expert], scale: float = 1.0) -> dict[str, Tensor]:
+def wanted(experts: list[MergeInput], scale: float = 1.0) -> dict[str, Tensor]:
     """The dense gateway, scale · Σ wᵢ ΔWᵢ / Σ wᵢ."""
     total = sum(expert.weight for expert in experts)
     deltas = [dense(expert) for expert in experts]
@@ -74,13 +76,13 @@ def apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     return norm({module: one[module] - other[module] for module in one})
 
 
-def rounding(family: list[Expert], scale: float = 1.0) -> float:
+def rounding(family: list[MergeInput], scale: float = 1.0) -> float:
     """What fp32 may lose: 1e-6 of the most that the ΔWᵢ can add up to, for the sum itself may cancel."""
     return 1e-6 * scale * max(each.scaling * float(each.flat.square().sum()) for each in family)
 
 
 @given(families(), st.floats(0.1, 3))
-def test_cat_is_the_exact_weighted_sum(family: list[Expert], scale: float) -> None:
+def test_cat_is_the_exact_weighted_sum(family: list[MergeInput], scale: float) -> None:
     """Whatever the ranks, scalings and weights: ΔW = scale · Σ wᵢ (αᵢ/rᵢ) BᵢAᵢ / Σ wᵢ, at rank Σ rᵢ."""
     merged = merge(family, scale=scale)
     assert apart(dense(merged), wanted(family, scale)) < rounding(family, scale)
@@ -91,7 +93,7 @@ def test_cat_is_the_exact_weighted_sum(family: list[Expert], scale: float) -> No
 
 
 @given(families(), st.integers(1, 12))
-def test_svd_is_the_nearest_matrix_of_its_rank(family: list[Expert], rank: int) -> None:
+def test_svd_is_the_nearest_matrix_of_its_rank(family: list[MergeInput], rank: int) -> None:
     """Equal to cutting the dense matrix by SVD, and the error it reports is the true one."""
     merged = merge(family, method="svd", rank=rank)
     target = wanted(family)
@@ -136,7 +138,7 @@ def test_svd_at_full_rank_loses_nothing() -> None:
 
 
 @given(families(same_rank=True))
-def test_the_error_of_averaging_factors_is_known(family: list[Expert]) -> None:
+def test_the_error_of_averaging_factors_is_known(family: list[MergeInput]) -> None:
     """Σ ŵᵢ ΔWᵢ − s·B̄Ā = s · Σ ŵᵢ (Bᵢ−B̄)(Aᵢ−Ā), with differing scalings taken into the Bᵢ."""
     merged = merge(family, method="average")
     mean = merged.layout.views(merged.flat.double())
@@ -184,7 +186,7 @@ def test_one_expert_is_the_gateway_whatever_its_weight(method: str, weight: floa
 
 
 @given(families(), st.floats(0.1, 10))
-def test_only_the_ratio_of_the_weights_counts(family: list[Expert], factor: float) -> None:
+def test_only_the_ratio_of_the_weights_counts(family: list[MergeInput], factor: float) -> None:
     """Multiplying all weights changes nothing; scale multiplies the result."""
     scaled = [weighted(each, each.weight * factor) for each in family]
     gateway = dense(merge(family))
@@ -194,7 +196,7 @@ def test_only_the_ratio_of_the_weights_counts(family: list[Expert], factor: floa
 
 
 @given(families(), st.floats(0.05, 0.95))
-def test_the_gateway_is_linear_in_the_weights(family: list[Expert], mix: float) -> None:
+def test_the_gateway_is_linear_in_the_weights(family: list[MergeInput], mix: float) -> None:
     """The gateway of mixed shares is the mix of the gateways, seen as ΔW."""
     shares = [1 / len(family)] * len(family)
     others = [each.weight / sum(e.weight for e in family) for each in family]
@@ -208,7 +210,7 @@ def test_the_gateway_is_linear_in_the_weights(family: list[Expert], mix: float) 
 
 
 @given(families(same_rank=True), st.sampled_from(["cat", "average", "ties"]), st.randoms())
-def test_the_order_of_the_experts_does_not_matter(family: list[Expert], method: str, rng: Any) -> None:
+def test_the_order_of_the_experts_does_not_matter(family: list[MergeInput], method: str, rng: Any) -> None:
     """As ΔW; the factors of cat stand in another order."""
     shuffled = rng.sample(family, len(family))
     one, other = dense(merge(family, method=method)), dense(merge(shuffled, method=method))
@@ -244,7 +246,7 @@ def test_dare_is_right_on_average_and_depends_on_its_seed() -> None:
 def test_dare_draws_anew_for_every_module() -> None:
     """Modules of one shape do not lose the same places."""
     layout = lora_layout({Q: (30, 30), V: (30, 30)}, RANK)
-    ones = Expert(layout=layout, flat=torch.ones(layout.numel), scaling=1.0, weight=1.0)
+    ones = MergeInput(layout=layout, flat=torch.ones(layout.numel), scaling=1.0, weight=1.0)
     views = layout.views(merge([ones], method="dare").flat)
     assert not torch.equal(views[Q + LORA_A], views[V + LORA_A])
     assert set(views[Q + LORA_A].flatten().tolist()) == {0.0, 2.0}
@@ -254,7 +256,7 @@ def test_ties_by_hand() -> None:
     """Trim to half, elect each sign by the larger sum, average those that agree."""
     layout = lora_layout({Q: (2, 4)}, 1)  # A has 4 values, B 2
     rows = ([4.0, -3.0, 0.1, 0.2, 1.0, 5.0], [2.0, 5.0, -0.1, 0.3, 3.0, 2.0])
-    family = [Expert(layout=layout, flat=torch.tensor(row), scaling=1.0, weight=2.0) for row in rows]
+    family = [MergeInput(layout=layout, flat=torch.tensor(row), scaling=1.0, weight=2.0) for row in rows]
     assert merge(family, method="ties").flat.tolist() == [3.0, 5.0, 0.0, 0.0, 3.0, 5.0]
 
 
@@ -339,7 +341,7 @@ def test_weights_that_cannot_be_used_are_refused(weights: list[float], match: st
         ),
     ],
 )
-def test_experts_that_do_not_fit_are_refused(method: str, odd: Expert, match: str) -> None:
+def test_experts_that_do_not_fit_are_refused(method: str, odd: MergeInput, match: str) -> None:
     """The message names the module or the expert, and both sides."""
     with pytest.raises(SpecError) as caught:
         merge([expert(0), odd], method=method)
@@ -356,7 +358,7 @@ def test_factor_methods_need_one_rank(method: str) -> None:
 def test_an_adapter_that_no_file_can_hold_is_refused() -> None:
     """Before it is allocated: 600 experts of one layout would make 600 times its size."""
     layout = lora_layout({Q: (1000, 1000)}, 128)
-    one = Expert(layout=layout, flat=torch.zeros(layout.numel), scaling=1.0, weight=1.0)
+    one = MergeInput(layout=layout, flat=torch.zeros(layout.numel), scaling=1.0, weight=1.0)
     with pytest.raises(SettingsError, match="would have 586 MiB, allowed are 512: use 'svd'"):
         merge([one] * 600)
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from fedmoe.codec import BLOCK, decode, encode
 from fedmoe.layout import Layout
 from fedmoe.lora_init import initial_weights
-from fedmoe.packed import pack, pieces, unpack
+from fedmoe.packed import chunks, pack, unpack
 from tests.federation import small_spec
 from tests.strategies import flip_bytes, oddities, randn, seeds
 
@@ -25,9 +25,9 @@ def packed(weights: torch.Tensor, wire_format: str, commit: str = COMMIT) -> byt
 
 
 def unpacked(content: bytes, wire_format: str, commit: str = COMMIT) -> torch.Tensor | None:
-    """As a worker reads it: Redis gives of each piece what is there."""
+    """As a worker reads it: Redis gives of each chunk what is there."""
     spec = small_spec(layout=LAYOUT, wire_format=wire_format)
-    return unpack([content[first : last + 1] for first, last in pieces(spec)], spec, commit)
+    return unpack([content[first : last + 1] for first, last in chunks(spec)], spec, commit)
 
 
 @given(lossy, seeds, st.floats(1e-6, 10))
@@ -72,7 +72,7 @@ def test_weights_of_another_commit_are_not_taken() -> None:
 @given(st.binary(max_size=2000) | oddities().map(msgpack.packb), st.booleans())
 def test_anything_else_is_not_taken(content: bytes, after_the_preamble: bool) -> None:
     """Any bytes, also after the right preamble."""
-    preamble = packed(initial_weights(LAYOUT, 0), "int4")[: pieces(small_spec(layout=LAYOUT))[0][1] + 1]
+    preamble = packed(initial_weights(LAYOUT, 0), "int4")[: chunks(small_spec(layout=LAYOUT))[0][1] + 1]
     assert unpacked((preamble if after_the_preamble else b"") + content, "int4") is None
 
 

@@ -167,7 +167,7 @@ def test_a_large_file_is_encoded_on_all_cores(path: Path, monkeypatch: pytest.Mo
     """And a small one here, since a process takes seconds to start; the examples are the same."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {0, 1})
     assert (n_processes(2**30), n_processes(2**20)) == (2, 0)
-    bad_rows = BadRows(say=print)
+    bad_rows = BadRows(report=print)
     data = open_data(path, bad_rows)
     small = make_examples(data, tiny_tokenizer(), 64, bad_rows)
     monkeypatch.setattr(parallel, "WORTH_BYTES", 1)

@@ -27,18 +27,18 @@ def conversions(monkeypatch, tmp_path) -> list[Path]:
 
 
 def ensure(cache_dir: Path) -> Path:
-    return ensure_demo_model(cache_dir, progress=lambda line: None)
+    return ensure_demo_model(cache_dir, report=lambda line: None)
 
 
 def test_second_call_converts_nothing(conversions, tmp_path):
     """The first call converts and says so; the second returns the same directory in silence."""
     said: list[str] = []
     cache = tmp_path / "deep" / "cache"
-    first = ensure_demo_model(cache, progress=said.append)
+    first = ensure_demo_model(cache, report=said.append)
     assert first == cache / MODEL_NAME
     assert is_whole(first)
     assert len(said) == 2
-    assert ensure_demo_model(cache, progress=said.append) == first
+    assert ensure_demo_model(cache, report=said.append) == first
     assert len(conversions) == 1
     assert len(said) == 2
     assert [path.name for path in cache.iterdir()] == [MODEL_NAME]

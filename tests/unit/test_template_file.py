@@ -9,7 +9,7 @@ from tokenizers import normalizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from fedmoe.errors import SettingsError
-from fedmoe.identity import TOKENIZER_PIECES, tokenizer_pieces
+from fedmoe.identity import TOKENIZER_COMPONENTS, tokenizer_components
 from fedmoe.model.tokenizer import check_template, tokenizer_fingerprint, use_template
 from fedmoe.spec import Spec
 from fedmoe.template_file import MAX_TEMPLATE_CHARS, read_template, template_digest
@@ -66,16 +66,16 @@ def test_a_template_is_tried_first(template: str, words: str) -> None:
 
 
 def test_the_fingerprint_of_a_tokenizer_says_which_piece_is_another() -> None:
-    """The same tokenizer gives the same text, however it came; each change changes its own piece."""
-    before = tokenizer_pieces(tokenizer_fingerprint(tiny_tokenizer()))
-    assert before.keys() == TOKENIZER_PIECES.keys()
+    """The same tokenizer gives the same text, however it came; each change changes its own component."""
+    before = tokenizer_components(tokenizer_fingerprint(tiny_tokenizer()))
+    assert before.keys() == TOKENIZER_COMPONENTS.keys()
     assert before["template"] == template_digest(CHAT_TEMPLATE)
 
     def changed(change: Callable[[PreTrainedTokenizerBase], object]) -> set[str]:
         tokenizer = tiny_tokenizer()
         change(tokenizer)
-        now = tokenizer_pieces(tokenizer_fingerprint(tokenizer))
-        return {name for name in TOKENIZER_PIECES if now.get(name) != before[name]}
+        now = tokenizer_components(tokenizer_fingerprint(tokenizer))
+        return {name for name in TOKENIZER_COMPONENTS if now.get(name) != before[name]}
 
     assert changed(lambda _: None) == set()
     assert changed(lambda t: setattr(t, "chat_template", None)) == {"template"}
@@ -88,7 +88,7 @@ def test_the_fingerprint_of_a_tokenizer_says_which_piece_is_another() -> None:
         tokenizer_object=core, pad_token=PAD, eos_token=END, extra_special_tokens=[START]
     )
     other.chat_template = CHAT_TEMPLATE
-    now = tokenizer_pieces(tokenizer_fingerprint(other))
+    now = tokenizer_components(tokenizer_fingerprint(other))
     assert {name for name in now if now[name] != before[name]} == {"vocabulary"}
 
 

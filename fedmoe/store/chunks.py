@@ -1,8 +1,8 @@
-"""Large weights, written in place and read in pieces of 1 MiB, inside one MULTI.
+"""Large weights, written in place and read in chunks of 1 MiB, inside one MULTI.
 
 Redis's allocator, jemalloc, gives every block above 8 MiB back to the system at once (its `oversize_threshold`). So
 each SET of larger weights, and each answer to a GET of them, goes to fresh pages, and that costs more than its bytes.
-Pieces are smaller than that, and SETRANGE writes them over the old value in place. `ops/bench.sh --only machine`
+Chunks are smaller than that, and SETRANGE writes them over the old value in place. `ops/bench.sh --only machine`
 measures the difference. (What is read seldom is read whole: all that an aggregator loads. Packed weights have parts
 of their own, see fedmoe/packed.py.)
 
@@ -17,7 +17,7 @@ import torch
 
 from fedmoe.layout import Layout, check_file, stamp_of
 
-PIECE_BYTES = 1024 * 1024
+CHUNK_BYTES = 1024 * 1024
 # Shorter values are written whole; far enough from 8 MiB for any allocator's rounding.
 IN_PLACE_BYTES = 4 * 1024 * 1024
 
@@ -51,8 +51,8 @@ def put(pipe: Any, key: str, value: memoryview | bytes, present: int) -> None:
         pipe.set(key, value)
         return
     view = memoryview(value)
-    for first in range(0, present, PIECE_BYTES):
-        pipe.setrange(key, first, view[first : first + PIECE_BYTES])
+    for first in range(0, present, CHUNK_BYTES):
+        pipe.setrange(key, first, view[first : first + CHUNK_BYTES])
 
 
 def weights_reads(key: str, layout: Layout) -> Iterator[tuple[Any, ...]]:
@@ -60,8 +60,8 @@ def weights_reads(key: str, layout: Layout) -> Iterator[tuple[Any, ...]]:
     begin = len(layout.header)
     yield "strlen", key
     yield "getrange", key, 0, begin - 1
-    for first in range(begin, layout.file_bytes, PIECE_BYTES):
-        yield "getrange", key, first, min(first + PIECE_BYTES, layout.file_bytes) - 1
+    for first in range(begin, layout.file_bytes, CHUNK_BYTES):
+        yield "getrange", key, first, min(first + CHUNK_BYTES, layout.file_bytes) - 1
 
 
 def weights_of(layout: Layout, replies: Sequence[Any]) -> tuple[torch.Tensor, str] | None:
@@ -70,14 +70,14 @@ def weights_of(layout: Layout, replies: Sequence[Any]) -> tuple[torch.Tensor, st
     Raises:
         SpecError: if it is not a file of that layout.
     """
-    length, header, *pieces = replies
+    length, header, *chunks = replies
     if not length:
         return None
     check_file(layout, length, header)
     weights = torch.empty(layout.numel)
     at = 0
-    for piece in pieces:
-        values = torch.frombuffer(piece, dtype=torch.float32)
+    for chunk in chunks:
+        values = torch.frombuffer(chunk, dtype=torch.float32)
         weights[at : at + len(values)].copy_(values)
         at += len(values)
     return weights, stamp_of(header)

@@ -1,9 +1,9 @@
-"""Weights that are written in place and read in pieces: the same bytes, whatever was there before."""
+"""Weights that are written in place and read in chunks: the same bytes, whatever was there before."""
 
 import pytest
 import torch
 
-import fedmoe.store.pieces
+import fedmoe.store.chunks
 from fedmoe.errors import RedisUnavailableError, SpecError, StaleStateError, UnknownExpertError
 from fedmoe.layout import Layout, values_of
 from fedmoe.store.connection import Connection
@@ -11,9 +11,9 @@ from tests.federation import LAYOUT, ScriptedWorker, make_expert, serve, small_s
 
 
 @pytest.fixture(autouse=True, params=[4, 20, 1024])
-def _small_pieces(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    monkeypatch.setattr(fedmoe.store.pieces, "PIECE_BYTES", request.param)
-    monkeypatch.setattr(fedmoe.store.pieces, "IN_PLACE_BYTES", 1)
+def _small_chunks(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    monkeypatch.setattr(fedmoe.store.chunks, "CHUNK_BYTES", request.param)
+    monkeypatch.setattr(fedmoe.store.chunks, "IN_PLACE_BYTES", 1)
 
 
 def calls(connection: Connection, command: str) -> int:
@@ -32,8 +32,8 @@ def test_commits_write_in_place(connection: Connection, wire_format: str) -> Non
         worker.pull()
     file = connection.client.get(expert.store.keys.weights)
     assert file == bytes(expert.buffer.file)
-    pieces = -(-len(file) // fedmoe.store.pieces.PIECE_BYTES)
-    assert calls(connection, "setrange") - before >= 3 * (1 + pieces)  # one to try it
+    chunks = -(-len(file) // fedmoe.store.chunks.CHUNK_BYTES)
+    assert calls(connection, "setrange") - before >= 3 * (1 + chunks)  # one to try it
     if wire_format == "fp32":
         assert torch.equal(values_of(LAYOUT, file), torch.arange(float(LAYOUT.numel)) + 4.5)
         assert torch.equal(worker.ledger.base, values_of(LAYOUT, file))
@@ -43,7 +43,7 @@ def test_a_lowered_limit_stops_a_commit_before_it_writes(
     connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SETRANGE beyond proto-max-bulk-len fails where it stands: all around it in the MULTI would be executed."""
-    monkeypatch.setattr(fedmoe.store.pieces, "PIECE_BYTES", 512 * 1024)
+    monkeypatch.setattr(fedmoe.store.chunks, "CHUNK_BYTES", 512 * 1024)
     redis, before = connection.client, "proto-max-bulk-len"
     spec = small_spec(layout=Layout.of([("base_model.model.layers.0.q_proj.lora_A.weight", (2, 400_000))]))
     expert = make_expert(connection, spec=spec, weights=torch.zeros(spec.layout.numel))

@@ -9,9 +9,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from fedmoe.data import prefix
 from fedmoe.data.bad_rows import Problem
+from fedmoe.data.beginning import first_tokens
 from fedmoe.data.chat import Encoder
 from fedmoe.data.encode import Encoded, encode_row
-from fedmoe.data.prefix import first_tokens
 from fedmoe.data.records import Record
 from tests.tiny import tiny_tokenizer
 

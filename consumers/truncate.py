@@ -1,0 +1,35 @@
+"""An exported adapter, truncated to a lower rank: some programs that serve adapters take only certain ranks."""
+
+from dataclasses import replace
+
+from consumers.merge import MergeInput, merge
+from fedmoe.errors import SpecError
+from fedmoe.export import Export
+from fedmoe.layout import layout_of, values_of
+
+
+def truncate_to_rank(adapter: Export, rank: int) -> tuple[Export, str]:
+    """The nearest adapter of at most that rank, at the same alpha / rank, and a sentence that says what it costs.
+
+    Raises:
+        SpecError: if its file or its configuration is not that of a LoRA adapter.
+    """
+    try:
+        has, alpha = int(adapter.config["r"]), float(adapter.config["lora_alpha"])
+        scaling = alpha / has
+    except (LookupError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise SpecError(f"the configuration of {adapter.name} names no rank and alpha ({error!r})") from error
+    if has <= rank:
+        return adapter, f"{adapter.name} has rank {has}: nothing is truncated"
+    layout = layout_of(adapter.file)
+    whole = MergeInput(layout=layout, flat=values_of(layout, adapter.file), scaling=scaling, weight=1.0)
+    truncated = merge([whole], method="svd", rank=rank)
+    assert truncated.relative_error is not None  # svd knows it
+    config = dict(adapter.config) | {"r": rank, "lora_alpha": scaling * rank}
+    info = dict(adapter.info) | {
+        "truncated_from_rank": has,
+        "truncation_relative_error": truncated.relative_error,
+    }
+    what = f"{adapter.name} is truncated from rank {has} to {rank}"
+    text = f"{what}: it differs from the whole by {truncated.relative_error:.2%}"
+    return replace(adapter, file=bytes(truncated.buffer.file), config=config, info=info), text

@@ -83,7 +83,7 @@ class AggregatorSettings:
 
 
 class ExpertServer:
-    """Serves one expert: holds the lease, loads, reads, commits, and starts over whenever memory may be wrong.
+    """Serves one expert: holds the lease, loads, reads, commits; loads again when its retained state may be wrong.
 
     Args:
         connection: of this thread alone.
@@ -249,7 +249,7 @@ class ExpertServer:
         return read
 
     def _rescue(self, expert: Expert) -> None:
-        """Before memory is given up: is it needed, because Redis lost what it holds?"""
+        """Before the retained state is dropped: is it needed, because Redis lost it?"""
         self._recovery.settle(expert)
         self._expert = None
         # What Redis holds is known: nobody has to be waited for.
@@ -274,7 +274,7 @@ class ExpertServer:
         return self._reclaim()
 
     def _wait_for_claims(self, loaded: Loaded) -> None:
-        """Raise UnknownExpertError while another aggregator remembers a later version, which it will write back."""
+        """Raise UnknownExpertError while another aggregator claims a later version, which it will write back."""
         others = {who: version for who, version in loaded.claims.items() if who != self._holder}
         newest = max(others.values(), default=0)
         if newest <= loaded.meta.version:

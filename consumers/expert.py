@@ -1,7 +1,7 @@
-"""One expert in the aggregator's memory: decide a batch of entries, fold, and say what to commit.
+"""One expert as an aggregator retains it: decide a batch of entries, fold, and say what to commit.
 
-Knows the store only to read headers and parts. After any error, and after a refused commit, memory is that of the last
-load or commit, and Redis may be elsewhere: load again.
+Knows the store only to read headers and parts. After any error, and after a refused commit, the retained state is that
+of the last load or commit, and Redis may be elsewhere: load again.
 """
 
 import logging
@@ -44,7 +44,7 @@ class Expert:
         spec: of this expert.
         aggregator: name of this process, for people.
         archive: where applied updates are kept, None for nowhere.
-        history: the commits that this memory passed through; a new one by default.
+        history: the commits that this state passed through; a new one by default.
         before_each: called before each entry is decided.
         clock: seconds since 1970, for people only.
     """
@@ -162,10 +162,9 @@ class Expert:
     def process(self, entries: Sequence[Entry], *, more: More = lambda: ()) -> list[Verdict]:
         """Decide entries in stream order and commit them in one transaction.
 
-        Before weights are written, `more` is asked what has come meanwhile, until nothing has (or it has
-        had enough): an update on an idle
-        stream is committed at once, and under load many share one write. If it fails, memory is as it was before:
-        always a state that Redis has had, which may be written back to it.
+        Before weights are written, `more` is asked what has come meanwhile, until nothing has (or it has had enough):
+        an update on an idle stream is committed at once, and under load many share one write. If it fails, the retained
+        state is as it was before: always one that Redis has had, which may be written back to it.
         """
         before = self.meta, dict(self.decided)
         try:

@@ -1,4 +1,4 @@
-"""The commits that an aggregator's memory of one expert passed through, and the lines that each of them wrote. Pure."""
+"""The commits that the retained state of one expert passed through, and the lines that each of them wrote. Pure."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,13 +10,13 @@ Line = Mapping[str, str | int | float]
 
 
 class History:
-    """A chain of commits, oldest first; the last is the state in memory.
+    """A chain of commits, oldest first; the last is that of the retained state.
 
     Args:
-        length: commits that are remembered at most.
+        length: how many commits are remembered at most.
 
     Attributes:
-        lines: commit -> its lines of log and dead, packed, which takes a fifth of the memory.
+        lines: commit -> its lines of log and dead, packed, which takes a fifth of the space.
         attempted: the commit that was sent last, with its lines, until it is known to be made.
     """
 
@@ -31,7 +31,7 @@ class History:
 
     @property
     def last(self) -> str:
-        """The commit of the state in memory, "" before the first."""
+        """The commit of the retained state, "" before the first."""
         return next(reversed(self.lines), "")
 
     def attempt(self, commit: str, log: Sequence[Line] = (), dead: Sequence[Line] = ()) -> None:
@@ -39,7 +39,7 @@ class History:
         self.attempted = commit, _packed(log, dead)
 
     def arrive(self, commit: str) -> None:
-        """Note that memory holds the state of this commit: the last one, the attempted one, or a new beginning."""
+        """Note that the retained state is that of this commit: the last one, the attempted one, or a new beginning."""
         if commit == self.last:
             return  # and the attempted one may still come
         attempted, self.attempted = self.attempted, None

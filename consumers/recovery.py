@@ -1,17 +1,17 @@
-"""What an aggregator does with what it remembers when Redis has lost it.
+"""What an aggregator does with its retained state when Redis has lost that.
 
 A Redis that was emptied, that came back from an older file, or in which a part of an expert was overwritten holds less
-than the aggregator that served the expert. Before an aggregator gives up its memory, `Recovery.settle` compares:
+than the aggregator that served the expert. Before an aggregator drops its retained state, `Recovery.settle` compares:
 
-    Redis holds the commit that is remembered, whole   nothing was lost
-    Redis holds nothing, a part is missing or wrong,   Redis lost something: the aggregator that remembers the newest
+    Redis holds the retained commit, whole             nothing was lost
+    Redis holds nothing, a part is missing or wrong,   Redis lost something: the aggregator that retains the newest
     or it holds an earlier commit of this history      version writes the expert back, on top of what Redis holds
-    Redis holds a commit that this memory never saw    somebody else committed, or an operator restored a backup:
+    Redis holds a commit that was never seen here      somebody else committed, or an operator restored a backup:
                                                        Redis is right. Kept updates that it lacks are announced
                                                        again; `prev` keeps them from counting twice
 
-*Earlier commit of this history* means: a commit that this very memory passed through. Comparing versions would not do:
-it would undo `fedmoe restore --replace`.
+*Earlier commit of this history* means: a commit that this retained state passed through. To compare versions would not
+do: it would undo `fedmoe restore --replace`.
 """
 
 import logging
@@ -28,7 +28,7 @@ from fedmoe.update import Header, UpdateId
 
 logger = logging.getLogger(__name__)
 
-CLAIM_WAIT_S = 2.0  # in which every aggregator has found out what Redis lost, and has told what it remembers
+CLAIM_WAIT_S = 2.0  # in which every aggregator finds out what Redis lost, and claims what it retains
 
 Update = tuple[Header, list[bytes]]
 
@@ -37,8 +37,8 @@ def undone(lines: Sequence[Line], mine: Mapping[str, Decided], theirs: Mapping[s
     """The lines of applied updates that Redis lacks: it holds an earlier update of their workers as the last decided.
 
     Args:
-        lines: of the log in memory, oldest first.
-        mine: the last decided update of each worker in memory.
+        lines: of the retained log, oldest first.
+        mine: the last decided update of each worker, as retained.
         theirs: the last decided update of each worker in Redis.
     """
     heads = {worker: theirs[worker].id if worker in theirs else None for worker in mine}
@@ -90,9 +90,9 @@ class Recovery:
         self._clock = clock
 
     def settle(self, expert: Expert) -> None:
-        """Return when memory is of no more use: Redis holds what it holds, or something that replaces it.
+        """Return when the retained state is needed no more: Redis holds it, or something that replaces it.
 
-        Needs no lease: the server lost that too, and a standby that remembers nothing may have taken it.
+        Needs no lease: the server lost that too, and a standby that retains nothing may have taken it.
 
         Raises:
             UnknownExpertError: while it is not settled which aggregator writes the expert back.
@@ -108,7 +108,7 @@ class Recovery:
 
     @staticmethod
     def _is_of_this_history(expert: Expert, found: Condition) -> bool:
-        """True if memory passed through the commit that Redis holds; without meta, the weights' own commit counts."""
+        """True if the retained state passed through the commit in Redis; without meta, that of the weights counts."""
         if expert.history.last != expert.meta.commit:
             return False
         if found.commit:
@@ -129,14 +129,14 @@ class Recovery:
         logger.warning("%s: %s; written back from memory, version %d", self._store.name, what, version)
 
     def _has_newest_claim(self, version: int) -> bool:
-        """True if no aggregator remembers a later version; all have had the time to say so."""
+        """True if no aggregator claims a later version; all have had the time to do so."""
         is_new, newest = self._store.claim(self._holder, version)
         if is_new or self.claimed_at is None:
             self.claimed_at = self._clock()
         return self._clock() - self.claimed_at >= CLAIM_WAIT_S and newest == self._holder
 
     def _give_way(self, expert: Expert, found: Condition) -> None:
-        """Redis goes on from a commit that this memory never saw: say so if it lacks what is in memory."""
+        """Redis goes on from a commit that was never seen here: say so if it lacks what is retained."""
         mine, theirs = expert.meta, found.meta
         if theirs is None or found.damage:
             raise DamagedExpertError(

@@ -21,7 +21,7 @@ transaction. `fedmoe` is the prefix, a setting, so that several federations can 
     fedmoe:{E}:dead                                 stream  refused updates and garbage, with the reason; capped
     fedmoe:{E}:lease                                string  the aggregator that serves this expert; expires
     fedmoe:{E}:lost                                 hash    worker -> lineage it knew, when the expert was found gone
-    fedmoe:{E}:retained                             hash    aggregator -> the version it can write back; expires
+    fedmoe:{E}:claims                               hash    aggregator -> the version it retains; expires
     fedmoe:{E}:problem                              hash    aggregator -> what it cannot do now; expires
     fedmoe:{gateway}:weights, :meta, :lease, :problem       the merge of all experts, rebuilt whenever one moves
 
@@ -85,8 +85,8 @@ class ExpertKeys:
         return f"{self.root}:lost"
 
     @property
-    def retained(self) -> str:
-        return f"{self.root}:retained"
+    def claims(self) -> str:
+        return f"{self.root}:claims"
 
     @property
     def problem(self) -> str:

@@ -170,7 +170,7 @@ class BackupStore:
         pipe.hset(keys.meta, mapping={**state.meta, **ids})
         if state.decided:
             pipe.hset(keys.decided, mapping=state.decided)
-        pipe.unlink(keys.packed, keys.lost, keys.retained)
+        pipe.unlink(keys.packed, keys.lost, keys.claims)
         if packed:
             pipe.set(keys.packed, packed)
         for key, lines in ((keys.log, state.log), (keys.dead, state.dead)):

@@ -148,7 +148,7 @@ class ExpertStore(ExpertLifecycle):
                 ("get", keys.spec),
                 ("getrange", keys.packed, 0, PREAMBLE_BYTES - 1),
                 ("xrevrange", keys.log, "+", "-", 1),
-                ("hgetall", keys.retained),
+                ("hgetall", keys.claims),
                 ("type", keys.decided),
                 ("type", keys.log),
                 ("type", keys.dead),

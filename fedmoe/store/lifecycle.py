@@ -155,7 +155,7 @@ class ExpertLifecycle:
         Returns whether this claim is new to the server, and whose claim is the newest version. All claims are
         forgotten together 10 s after the first.
         """
-        key = self.keys.retained
+        key = self.keys.claims
         with self.connection.errors(), self._redis.pipeline(transaction=True) as pipe:
             try:
                 pipe.hset(key, holder, version)
@@ -205,9 +205,7 @@ class ExpertLifecycle:
                 pipe.multi()
                 if though_removed:
                     pipe.unlink(keys.meta)
-                pipe.unlink(
-                    keys.log, keys.dead, keys.packed, keys.lost, keys.retained
-                )  # of an earlier history
+                pipe.unlink(keys.log, keys.dead, keys.packed, keys.lost, keys.claims)  # of an earlier history
                 self._queue_parts(pipe, spec, meta, stamped(weights, meta.weights_commit), packed)
                 if execute(pipe) is None:
                     return False
@@ -253,7 +251,7 @@ class ExpertLifecycle:
                     keys.decided,
                     keys.packed,
                     keys.lost,
-                    keys.retained,
+                    keys.claims,
                 )
                 self._queue_parts(pipe, spec, meta, weights, packed)
                 if decided:

@@ -210,7 +210,7 @@ def test_who_remembers_most_writes_back(
     try:
         eventually("the expert", expert.store.exists, timeout_s=8)
         assert worker.store.meta().version == 3
-        assert not connection.client.exists(expert.store.keys.retained)
+        assert not connection.client.exists(expert.store.keys.claims)
     finally:
         stop.set()
         for thread in threads:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from fedmoe.errors import FedMoEError, ProtocolError, TooLittleMemoryError
+from fedmoe.errors import FedMoEError, ProtocolError, StoppedError, TooLittleMemoryError
 from fedmoe.stopping import Stop
 from producers.exchange import Exchange
 from producers.heartbeat import SyncStatus
@@ -87,10 +87,14 @@ class Training:
         """Train, publish, wait for the decision, and say how it ended.
 
         Raises:
+            StoppedError: if the stop came before the first step: its patience was that of joining, so the connection
+                may be cut off any moment, and there is nothing to lose.
             FedMoEError: one sentence, if the training could not go on or something that was trained is lost.
         """
         thread = threading.Thread(target=self._sync.run, name="sync", daemon=True)
         self._bound_the_stop()
+        if self._stop.is_set():
+            raise StoppedError("stopped before the training began: nothing was trained yet")
         thread.start()
         self._train(thread)
         self._stop.set()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedmoe.errors import FedMoEError, TooLittleMemoryError
+from fedmoe.errors import FedMoEError, StoppedError, TooLittleMemoryError
 from fedmoe.identity import BaseIdentity
 from fedmoe.spec import AggregationRules
 from fedmoe.stopping import Stop
@@ -80,6 +80,18 @@ def test_what_was_trained_is_published_before_it_ends(
         make_training(connect(), error, said, drain_s=30.0).run()
     assert said[-1].startswith("done: 1 updates applied, 0 refused")
     assert expert.store.load().meta.n_examples == 7
+
+
+def test_stop_before_the_first_step_ends_at_once(connect: Connect) -> None:
+    """The stop gave joining half a second and then cuts the connection off: nothing is waited for on that."""
+    make_expert(connect(), spec=SPEC)
+    said: list[str] = []
+    training = make_training(connect(), TooLittleMemoryError("unused"), said, drain_s=30.0)
+    training._stop.set()
+    with pytest.raises(StoppedError, match="nothing was trained"):
+        training.run()
+    assert not said
+    assert training._sync.status.published == 0
 
 
 def test_what_is_lost_is_said_beside_the_failure(connect: Connect) -> None:

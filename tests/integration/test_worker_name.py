@@ -47,7 +47,7 @@ def test_new_container_on_the_same_state_directory_goes_on(
         "not this host's 'container-2'; for another worker give --name and another --state-dir)"
     )
     assert any("resuming run" in line for line in said)
-    assert connection.client.hkeys(connection.keys.expert("tiny").applied) == [b"container-1"]
+    assert connection.client.hkeys(connection.keys.expert("tiny").decided) == [b"container-1"]
 
 
 def test_name_that_is_typed_must_be_the_state_directorys(work: Work) -> None:

@@ -60,13 +60,18 @@ class UnknownExpertError(FedMoEError, LookupError):
     """No expert of that name; the message lists those there are."""
 
 
+def create_from_zero(name: str) -> str:
+    """The command that creates an expert again after it was lost or removed."""
+    return f"fedmoe aggregator run --expert {name} --new-lineage"
+
+
 class LostExpertError(UnknownExpertError):
-    """An expert that was there is gone: Redis was emptied. Nobody begins it anew unasked; all wait and say so."""
+    """An expert that was there is gone: Redis was emptied. Only an operator creates it from zero; all others wait."""
 
     def __init__(self, name: str, known: str = "") -> None:
         super().__init__(
-            f"expert {name!r} is gone from Redis{known}: an aggregator that still serves it writes it back; if none is "
-            "left, write a backup back (fedmoe restore) or begin anew (fedmoe aggregator run --new-lineage)"
+            f"expert {name!r} is gone from Redis{known}: an aggregator that retains it in memory writes it back; if "
+            f"none does, restore a backup (fedmoe restore), or create it from zero ({create_from_zero(name)})"
         )
 
 
@@ -75,8 +80,8 @@ class DamagedExpertError(UnknownExpertError):
 
     def __init__(self, name: str, damage: str) -> None:
         super().__init__(
-            f"expert {name!r} in Redis is damaged: {damage}. An aggregator that still remembers it repairs it; if "
-            "none does, write a backup back (fedmoe restore --replace)"
+            f"expert {name!r} in Redis is damaged: {damage}; an aggregator that retains it in memory repairs it; if "
+            "none does, restore a backup (fedmoe restore --replace)"
         )
 
 
@@ -89,9 +94,8 @@ class RemovedExpertError(RefusedError, LookupError):
 
     def __init__(self, name: str, when: str) -> None:
         super().__init__(
-            f"expert {name!r} was removed by an operator at {when}: nobody serves or trains it any more. To have it "
-            "back, write a backup back (fedmoe restore); to begin it anew: fedmoe aggregator run --expert "
-            f"{name} --new-lineage"
+            f"expert {name!r} was removed by an operator at {when}; to have it back, restore a backup (fedmoe "
+            f"restore), or create it from zero ({create_from_zero(name)})"
         )
 
 
@@ -109,7 +113,7 @@ class RedisUnfitError(RedisUnavailableError):
 
 
 class StaleStateError(FedMoEError, RuntimeError):
-    """Somebody else committed, or the connection was made anew: load again before deciding anything."""
+    """Somebody else committed, or the connection was opened again: load again before deciding anything."""
 
 
 class NameTakenError(FedMoEError, RuntimeError):

@@ -1,4 +1,4 @@
-"""May a full Redis throw keys away, and how is that changed on this kind of server? Pure."""
+"""May a full Redis evict keys, and how is that changed on this kind of server? Pure."""
 
 from urllib.parse import urlsplit
 
@@ -9,20 +9,20 @@ _MANAGED = {
     ".amazonaws.com": "in its parameter group",
     ".redis.cache.windows.net": "under Advanced settings of its Azure cache",
     ".azure.net": "under Advanced settings of its Azure cache",
-    ".redis-cloud.com": "as the eviction policy of its database (No eviction) in Redis Cloud",
-    ".redislabs.com": "as the eviction policy of its database (No eviction) in Redis Cloud",
-    ".upstash.io": "by switching Eviction off for its database at Upstash",
-    ".aivencloud.com": "as redis_maxmemory_policy in its advanced configuration at Aiven",
-    ".ondigitalocean.com": "as its eviction policy (noeviction) at DigitalOcean",
+    ".redis-cloud.com": "(in Redis Cloud: the database's eviction policy, No eviction)",
+    ".redislabs.com": "(in Redis Cloud: the database's eviction policy, No eviction)",
+    ".upstash.io": "(at Upstash: switch Eviction off for the database)",
+    ".aivencloud.com": "(at Aiven: redis_maxmemory_policy in the advanced configuration)",
+    ".ondigitalocean.com": "(at DigitalOcean: the eviction policy of the database)",
 }
 _OWN = (
-    "with `redis-cli CONFIG SET maxmemory-policy noeviction` and in redis.conf (on a managed server, where its "
-    "provider sets it)"
+    "with `redis-cli CONFIG SET maxmemory-policy noeviction` and in redis.conf (on a managed server: in its "
+    "provider's settings)"
 )
 
 
 def eviction_threat(policy: str, url: str) -> str:
-    """What a server with this maxmemory-policy may throw away, and where to change that; "" if nothing.
+    """What a server with this maxmemory-policy may evict, and where to change that; "" if nothing.
 
     Args:
         policy: of the server, "" if it is not known.
@@ -31,10 +31,10 @@ def eviction_threat(policy: str, url: str) -> str:
     if policy in ("", SAFE):
         return ""
     what = (
-        "updates that wait, heartbeats and leases"
+        "waiting updates, heartbeats and leases"
         if policy.startswith("volatile")
-        else "experts, updates that wait and leases"
+        else "experts, waiting updates and leases"
     )
     host = urlsplit(url).hostname or ""
     where = next((place for suffix, place in _MANAGED.items() if host.endswith(suffix)), _OWN)
-    return f"may throw away {what} when it is full (maxmemory-policy {policy}): set it to {SAFE} {where}"
+    return f"may evict {what} when it is full (maxmemory-policy {policy}): set maxmemory-policy to {SAFE} {where}"

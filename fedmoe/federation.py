@@ -180,7 +180,7 @@ def _of_expert(expert: ExpertView) -> Iterator[str]:
     if (expert.last_update_s or 0.0) > STILL_AFTER_S and expert.workers:
         yield (
             f"{expert.name}: the last update was applied {duration(expert.last_update_s)} ago, although "
-            f"{_count(len(expert.workers), 'worker runs', 'workers run')}: see what they and the aggregator log"
+            f"{_count(len(expert.workers), 'worker runs', 'workers run')}: see the logs of workers and aggregator"
         )
     if expert.last_dead:
         last = expert.last_dead[0]
@@ -197,7 +197,7 @@ def _of_expert(expert: ExpertView) -> Iterator[str]:
 
 
 def left_line(worker: GoneWorker) -> str:
-    """How and when a worker left, for example: worker bob vanished 3 min ago (host lab): …."""
+    """How and when a worker left, for example: worker bob stopped sending heartbeats 3 min ago (host lab): …."""
     ago = "" if worker.ago_s is None else f" {duration(worker.ago_s)} ago"
     host = f" (host {worker.host})" if worker.host else ""
     match worker.how:
@@ -205,11 +205,11 @@ def left_line(worker: GoneWorker) -> str:
             what = "is not running"
         case "vanished":
             what, ago = (
-                "vanished without a word",
-                f"{ago}{host}: was it killed? The same command starts it again",
+                "stopped sending heartbeats",
+                f"{ago}{host}: if it was killed, start it again with the same command",
             )
         case "refused":
-            what = "left, because it was refused,"
+            what = "was refused and ended"
         case how:
             what = how
     reason = f": {worker.reason}" if worker.reason else ""

@@ -78,8 +78,8 @@ class BaseIdentity:
         """How it differs from what `meta` has pinned, as a clause with what to do; "" if it does not."""
         if meta.base_fingerprint not in ("", self.fingerprint):
             return (
-                f"the weights' fingerprint is {self.fingerprint}, the expert's is {meta.base_fingerprint} (pinned by "
-                f"{meta.base_fingerprint_by}): use {meta.base_model}, for example not its Base for its Instruct"
+                f"its weights have fingerprint {self.fingerprint}, the expert's have {meta.base_fingerprint} (set by "
+                f"{meta.base_fingerprint_by}): use exactly {meta.base_model}, no variant of it (Base, Instruct)"
             )
         if self.tokenizer in ("", meta.tokenizer):
             return ""
@@ -87,19 +87,18 @@ class BaseIdentity:
         odd = [name for name in TOKENIZER_COMPONENTS if mine.get(name) != pinned.get(name, mine.get(name))]
         if odd:
             what = " and ".join(TOKENIZER_COMPONENTS[name] for name in odd)
-            remedy = f"use the tokenizer and the chat template of {meta.base_model} as they are published"
+            remedy = f"use the tokenizer and the chat template that {meta.base_model} was published with"
             if odd == ["template"] and self.chat_template:
-                remedy = "leave --chat-template away"
-            return (
-                f"its tokenizer differs from the one that {meta.tokenizer_by} has pinned, in {what}: {remedy}"
-            )
+                remedy = "start the worker without --chat-template"
+            return f"its tokenizer differs from the expert's (set by {meta.tokenizer_by}) in {what}: {remedy}"
         return ""
 
     def refusal(self, meta: Meta, expert: str) -> str:
         """Why nobody with this base model may train the expert, as a sentence with what to do; "" if he may."""
         difference = self.difference(meta)
         return (
-            difference and f"the base model here is not the one that {expert!r} is trained on: {difference}"
+            difference
+            and f"the base model, tokenizer or chat template does not match expert {expert!r}: {difference}"
         )
 
     def pin(self, meta: Meta, by: str) -> Meta:

@@ -50,14 +50,16 @@ def damage(
     if spec is None:
         found.append("its spec is missing")
     elif spec != meta.spec:
-        found.append(f"its spec has the digest {spec}, its meta names {meta.spec}")
+        found.append(f"its spec has digest {spec}, but its meta expects {meta.spec}")
     if not weights:
         found.append("its weights are missing")
     elif (stamp := stamp_of(weights)) != meta.weights_commit:
-        found.append(f"its weights are of commit {stamp or 'unknown'}, its meta names {meta.weights_commit}")
+        found.append(
+            f"its weights belong to commit {stamp or 'unknown'}, but its meta expects {meta.weights_commit}"
+        )
     if stamp_decided(decided) != meta.decided_stamp:
         found.append(
-            f"its decided updates (of {len(decided)} workers) are not those that its meta knows"
+            f"its hash of decided updates ({len(decided)} workers) does not match its meta"
             if decided
             else "its decided updates are missing"
         )

@@ -122,13 +122,15 @@ def layout_of(file: bytes | memoryview) -> Layout:
         table = json.loads(bytes(file[8 : 8 + int.from_bytes(file[:8], "little")]))
         table.pop("__metadata__", None)
         if any(tensor["dtype"] != "F32" for tensor in table.values()):
-            raise SpecError("the adapter's file holds values that are not fp32")
+            raise SpecError("the adapter's weights in Redis are not all fp32: was the key overwritten?")
         ordered = sorted(table, key=lambda name: table[name]["data_offsets"])
         return Layout(tuple((name, tuple(table[name]["shape"])) for name in ordered))
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         if isinstance(error, SpecError):
             raise
-        raise SpecError(f"the adapter's file is not a safetensors file ({error!r})") from error
+        raise SpecError(
+            f"the adapter's weights in Redis are not a safetensors file ({error!r}): was the key overwritten?"
+        ) from error
 
 
 def check_file(layout: Layout, length: int, begin: bytes) -> None:

@@ -105,7 +105,7 @@ def unpack_again(content: Sequence[bytes], spec: Spec) -> torch.Tensor:
     preamble, *parts = content or (b"",)
     _, digest = _initial(spec.layout, spec.init_seed)
     if not preamble.startswith(_WHAT) or len(preamble) != PREAMBLE_BYTES:
-        raise UpdateError("the packed weights have no preamble")
+        raise UpdateError("the packed weights do not begin as they must")
     if not preamble.endswith(digest):
         raise UpdateError(
             f"this torch ({torch.__version__}) draws other initial weights than the one that wrote it: use that one"

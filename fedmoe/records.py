@@ -31,7 +31,7 @@ def read_protocol(raw: bytes | None) -> int:
         protocol = FIRST_PROTOCOL if raw is None else int(raw)
     except ValueError as error:
         raise SpecError(
-            f"the expert's protocol is {raw!r}, which is no number: was it edited by hand?"
+            f"field protocol of the expert's meta is {raw!r}, not a number: restore a backup (fedmoe restore --replace)"
         ) from error
     if protocol > PROTOCOL:
         raise ProtocolError(
@@ -150,9 +150,9 @@ _PARSERS: dict[Any, Any] = {str: str, int: int, float: float}
 
 
 def reach_text(reach: float, not_reached: str) -> str:
-    """For people, for example: 23 % of the weights beside the embeddings, and not mlp.experts.gate_up_proj (50%)."""
-    beside = f", and not {not_reached}," if not_reached else ""
-    return f"{reach:.0%} of the weights beside the embeddings{beside}"
+    """For people: 23% of the weights, embeddings not counted; not covered: mlp.experts.gate_up_proj (50%)."""
+    rest = f"; not covered: {not_reached}" if not_reached else ""
+    return f"{reach:.0%} of the weights, embeddings not counted{rest}"
 
 
 def _text(value: Any) -> str:

@@ -205,7 +205,7 @@ class Spec:
                     + (
                         "upgrade the FedMoE on this machine"
                         if is_later
-                        else "serve the expert with the earlier FedMoE that made it, or begin it anew"
+                        else "serve the expert with the FedMoE that made it, or remove it (fedmoe expert remove)"
                     )
                 )
             aggregation = content.pop("aggregation")

@@ -114,7 +114,7 @@ def _watch(stop: Stop) -> None:
     if number == _ENDED:
         return
     if number != _ASKED:
-        logger.info("%s: finishing (once more to leave at once)", signal.Signals(number).name)
+        logger.info("%s: stopping; send the signal again to end at once", signal.Signals(number).name)
         stop.set()
     _call(stop.when_asked)
     if _has_ended(stop, stop.patience_s):

@@ -161,7 +161,7 @@ class Header:
             raise UpdateError("the header is not a msgpack map")
         form = content.pop("header_format", None)
         if not _is_count(form):
-            raise UpdateError("the header names no format")
+            raise UpdateError("the header has no format number")
         if form != HEADER_FORMAT:
             who = "the aggregator" if form > HEADER_FORMAT else "the worker"
             raise ForeignHeaderError(

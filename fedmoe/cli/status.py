@@ -219,7 +219,8 @@ def more_lines(federation: "Federation") -> list[str]:
         more = f" and {len(left) - 10} more" if len(left) > 10 else ""
         lines.append(f"not running now: {', '.join(left[:10])}{more}")
     lines += [
-        f"{expert.name}: its adapter reaches {reach_text(expert.meta.reach, expert.meta.not_reached)} of its base model"
+        f"{expert.name}: its adapter covers {reach_text(expert.meta.reach, expert.meta.not_reached)}; "
+        "the rest of the base model is not trained"
         for expert in federation.experts
         if expert.meta and 0 < expert.meta.reach < WIDE_REACH
     ]

@@ -55,7 +55,9 @@ class ExpertState:
         except FedMoEError as error:
             raise BackupError(f"{name}: {error}") from error
         if wrong := examine(self.spec, self.weights, self.meta, self.decided).damage:
-            raise BackupError(f"{name}: {wrong}: the parts do not belong together")
+            raise BackupError(
+                f"{name}: its parts do not belong together ({wrong}): use another backup, or back up after the repair"
+            )
         for what, lines in (("log", self.log), ("dead", self.dead)):
             if not _increase(entry_id for entry_id, _ in lines):
                 raise BackupError(f"{name}: the entries of its {what} are not in order")

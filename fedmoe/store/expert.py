@@ -286,7 +286,7 @@ class ExpertStore(ExpertLifecycle):
     def commit(self, commit: Commit) -> None:
         """Make a batch part of the expert, whole or not at all.
 
-        Raises StaleStateError if the expert's head is not `commit.on`, or the connection was made anew.
+        Raises StaleStateError if the expert's head is not `commit.on`, or the connection was opened again.
         """
         with self.connection.errors(), self._redis.pipeline(transaction=True) as pipe:
             present = self._check_head(pipe, commit)
@@ -312,7 +312,7 @@ class ExpertStore(ExpertLifecycle):
             raise StaleStateError(f"{self.name}: another aggregator committed meanwhile")
         self._check_types(types[: len(_TYPES)])
         if self.connection.generation != commit.generation:
-            raise StaleStateError(f"{self.name}: the connection to Redis was made anew")
+            raise StaleStateError(f"{self.name}: the connection to Redis was opened again")
         now = dict(zip(written[1:], lengths, strict=True))
         return {key: length for key, length in found.items() if length == now[key]}
 

@@ -97,7 +97,7 @@ def examine(
     if root is not None and not found:
         found.append(damage(root, spec=parsed.digest if parsed else None, weights=weights, decided=records))
     if parsed is not None and length not in (0, parsed.layout.file_bytes):
-        found.append(f"its weights have {length} bytes, its spec gives {parsed.layout.file_bytes}")
+        found.append(f"its weights have {length} bytes, but its spec expects {parsed.layout.file_bytes}")
     return Condition(
         commit=meta.get(b"commit", b"").decode(errors="backslashreplace"),
         meta=root,
@@ -224,7 +224,7 @@ class ExpertLifecycle:
         log: Sequence[Line] = (),
         dead: Sequence[Line] = (),
     ) -> bool:
-        """Replace what is left of an expert by what an aggregator remembers, whole or not at all.
+        """Replace what is left of an expert by what an aggregator retains, whole or not at all.
 
         Args:
             spec: of the expert.

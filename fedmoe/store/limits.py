@@ -51,8 +51,8 @@ def _of_write(client: Any, key: str, n_bytes: int, url: str) -> RedisUnavailable
     limits = _limits(client, *INPUTS)
     if limits is None:
         return RedisUnavailableError(
-            f"{begin} ended the connection when it was written: if it always does, raise its proto-max-bulk-len (or "
-            "what its provider calls the largest request) above that"
+            f"{begin} ended the connection when it was written: if that happens each time, raise its "
+            "proto-max-bulk-len (or what its provider calls the largest request) above that size"
         )
     for name in INPUTS:
         if 0 < (limit := int(limits.get(name, 0))) < n_bytes:
@@ -74,7 +74,8 @@ def _of_read(client: Any, keys: dict[str, None], url: str) -> RedisUnavailableEr
         if n_bytes < LARGE_BYTES:
             return None
         return RedisUnavailableError(
-            f"{begin} ended the connection: if it always does, raise its {OUTPUT} (for normal clients) above that"
+            f"{begin} ended the connection: if that happens each time, raise its {OUTPUT} (for normal clients) above "
+            "that size"
         )
     words = str(limits.get(OUTPUT, "normal 0 0 0")).split()
     limit = int(words[words.index("normal") + 1])

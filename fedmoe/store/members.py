@@ -12,6 +12,7 @@ from typing import Any
 import redis
 from redis.exceptions import NoPermissionError
 
+from fedmoe.errors import create_from_zero
 from fedmoe.federation import GoneWorker, WorkerView
 from fedmoe.names import MAX_NAME_LENGTH
 from fedmoe.records import HEARTBEAT_TTL_S, TRACE_TTL_S, VANISHED
@@ -47,7 +48,7 @@ class Members:
 def read_members(connection: Connection, experts: Sequence[str], problems: list[str]) -> dict[str, Members]:
     """The workers of each of the experts; what is odd is added to `problems`."""
     alive, gone = _find(connection, experts, problems)
-    for what, found in (("heartbeats", alive), ("traces of workers", gone)):
+    for what, found in (("heartbeats", alive), ("workers that left", gone)):
         if len(found) > SHOWN_WORKERS:
             problems.append(f"there are {len(found)} {what}, of which only {SHOWN_WORKERS} are shown")
     members: dict[str, Members] = {name: Members() for name in experts}
@@ -100,16 +101,18 @@ def _of_orphans(connection: Connection, orphans: Mapping[str, str]) -> list[str]
         found = replies[name]
         version, removed = (None, None) if isinstance(found, Exception) else found
         if removed is not None:
-            problems.append(f"{name} was removed, and worker {worker} ends when it sees that")
+            problems.append(
+                f"expert {name} was removed, and worker {worker} ends at its next sync: nothing to do"
+            )
         elif version is not None:
             problems.append(
-                f"{name} is in Redis and not listed in {connection.keys.experts}: an aggregator that serves it lists "
-                f"it again; if none does, start one: fedmoe aggregator run --expert {name}"
+                f"expert {name} is in Redis and not listed in {connection.keys.experts}: an aggregator that serves it "
+                f"lists it again; if none does, start one: fedmoe aggregator run --expert {name}"
             )
         else:
             problems.append(
-                f"{name} is not in Redis, but worker {worker} trains it: write a backup back (fedmoe restore), or "
-                "begin anew (fedmoe aggregator run --new-lineage)"
+                f"expert {name} is not in Redis, but worker {worker} trains it: restore a backup (fedmoe restore), or "
+                f"create it from zero ({create_from_zero(name)})"
             )
     return problems
 

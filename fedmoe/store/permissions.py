@@ -66,13 +66,13 @@ def _worker(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
         *_on(payloads, may="DEL", when="Redis is full"),
         Right(
             command="GET", keys=(keys.lease,), when="it runs for some seconds",
-            without="it does not notice that no aggregator serves its expert",
+            without="the worker does not notice that no aggregator serves its expert",
         ),
         *_on(all_keys.experts, may="HKEYS", when="there is no such expert"),
         *_on(may="MULTI, EXEC"),
         *_on(keys.meta, keys.decided, keys.packed, keys.weights, keys.updates, may="WATCH", when="Redis is full"),
         *_on(may="UNWATCH", when="Redis is full"),
-        Right(command="INFO", without="it notices that Redis is full only when an update is refused"),
+        Right(command="INFO", without="the worker notices that Redis is full only when an update is refused"),
     )  # fmt: skip
 
 
@@ -89,7 +89,7 @@ def _aggregator(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
         *_on(all_keys.experts, may="HGET, HGETALL, HSETNX"),
         *_on(all_keys.experts, may="HSET", when="--expert NAME=WEIGHT changes a weight"),
         *_on(all_keys.experts, may="HDEL", when="an expert is listed that an operator removed"),
-        *_on(keys.meta, may="UNLINK", when="--new-lineage begins an expert anew that an operator removed"),
+        *_on(keys.meta, may="UNLINK", when="--new-lineage creates an expert again that an operator removed"),
         *_on(keys.meta, may="EXISTS, HGETALL, HGET, HSET, WATCH, EVAL"),
         *_on(keys.decided, may="EXISTS, HGETALL, HLEN, HSET, TYPE, WATCH, EVAL"),
         *_on(keys.meta, keys.spec, keys.weights, keys.decided, may="UNLINK", when=lost),
@@ -122,7 +122,10 @@ def _aggregator(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
         *_on(gateway.weights, may="SET"),
         *_on(gateway.lease, may="EVALSHA, GET, SET, DEL"),
         *_on(may="SCAN, SCRIPT LOAD, MULTI, EXEC, UNWATCH"),
-        Right(command="INFO", without="it does not notice that Redis may throw keys away (maxmemory-policy)"),
+        Right(
+            command="INFO",
+            without="the aggregator does not notice that Redis may evict keys (maxmemory-policy)",
+        ),
     )
 
 
@@ -176,8 +179,8 @@ def _monitor(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
 
 AGGREGATOR = Role(name="aggregator", does="serve experts", rights=_aggregator)
 WORKER = Role(name="worker", does="train", rights=_worker)
-OPERATOR = Role(name="operator", does="back up, restore, verify and export", rights=_operator)
-MONITOR = Role(name="monitor", does="look", rights=_monitor)
+OPERATOR = Role(name="operator", does="back up, restore, remove, verify and export", rights=_operator)
+MONITOR = Role(name="monitor", does="read the status", rights=_monitor)
 ROLES = {role.name: role for role in (AGGREGATOR, WORKER, OPERATOR, MONITOR)}
 
 

@@ -110,7 +110,9 @@ def check_redis(connection: Connection, *, stream: str, worker: str, role: str) 
     info = _try(connection, ("INFO",))
     if isinstance(info, Exception):
         why = (
-            "this user may not ask INFO" if isinstance(info, NoPermissionError) else "it does not answer INFO"
+            "this user may not run INFO"
+            if isinstance(info, NoPermissionError)
+            else "the server does not answer INFO"
         )
         checks = [Check(WARN, "redis", f"answers; version and memory are not checked, {why}")]
     else:
@@ -145,7 +147,8 @@ def permission_checks(roles: Mapping[str, tuple[str, Sequence[Lack]]], *, requir
                 Check(
                     FAIL,
                     "permissions",
-                    f"this user may not {does}: it lacks {', '.join(text)}; --acl {name} prints its rights",
+                    f"this user may not {does}: it lacks {', '.join(text)}; "
+                    f"`fedmoe doctor --acl {name}` prints all that it needs",
                 )
             )
         elif not required:
@@ -172,7 +175,7 @@ def _transactions(connection: Connection, role: Role, expert: str, worker: str) 
         return Check(
             FAIL, "transactions", f"{wrong}: use another server, without a proxy that shares connections"
         )
-    return Check(OK, "transactions", "hold between two connections")
+    return Check(OK, "transactions", "work between two connections")
 
 
 def _try(connection: Connection, command: Command) -> Any:

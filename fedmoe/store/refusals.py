@@ -88,13 +88,11 @@ def _unfit(error: Exception, text: str, commands: Sequence[Words], url: str, pre
             "another server (Redis 7.0, Valkey 8, or newer)"
         )
     if _of_a_cluster(error):
-        return f"Redis at {url} is a node of a Redis Cluster ({text}): use a server that is none"
+        return f"Redis at {url} is a node of a Redis Cluster ({text}): use a server without cluster mode"
     if "WRONGTYPE" in text:
         return _wrong_type(keys_of(command, prefix) if command else [], url)
     if _TOO_LONG.search(text):
-        return (
-            f"Redis at {url} takes no value as long as that of {what} ({text}): raise its proto-max-bulk-len"
-        )
+        return f"the value of {what} is too long for Redis at {url} ({text}): raise its proto-max-bulk-len"
     return ""
 
 
@@ -150,5 +148,8 @@ def _passing(error: Exception, text: str, url: str) -> str:
     if "MISCONF" in text:
         return f"Redis at {url} cannot write to its disk and so takes no writes: see its log"
     if text.startswith("NOREPLICAS"):
-        return f"Redis at {url} takes no writes while too few replicas follow it (min-replicas-to-write)"
+        return (
+            f"Redis at {url} takes no writes, because too few replicas follow it: start replicas, or lower its "
+            "min-replicas-to-write"
+        )
     return f"Redis at {url} refused a command ({text[:MAX_SHOWN_CHARS]})"

@@ -44,7 +44,7 @@ def look_at_expert(connection: Connection, name: str) -> Remaining:
 def remove_expert(connection: Connection, name: str, *, clock: Callable[[], float] = time.time) -> None:
     """Remove an expert and take it off the list of experts, also while aggregators and workers run.
 
-    What stays is a meta hash that says so. It is a commit like any other: nothing that anybody remembers can be
+    What stays is a meta hash that says so. It is a commit like any other: nothing that anybody retains can be
     committed or written back on top of it, and whoever reads it ends with a sentence.
     """
     keys, client = connection.keys.expert(name), connection.client
@@ -66,7 +66,7 @@ def sweep(connection: Connection, name: str) -> tuple[str, ...]:
     keys, client = connection.keys.expert(name), connection.client
     with connection.errors():
         if client.hget(keys.meta, "removed") is None:
-            return ()  # somebody has begun it anew
+            return ()  # somebody has created it from zero
         client.unlink(keys.updates)
         for key in client.scan_iter(match=f"{keys.root}:payload:*", count=1000):
             client.unlink(key)

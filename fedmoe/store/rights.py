@@ -60,7 +60,11 @@ class Lack:
 
     def __str__(self) -> str:
         name = self.right.command
-        return f"{name} (this server has none)" if self.no_command else " ".join([name, *self.right.keys])
+        return (
+            f"{name} (this server does not know it)"
+            if self.no_command
+            else " ".join([name, *self.right.keys])
+        )
 
 
 def lacking(connection: Connection, rights: Sequence[Right]) -> list[Lack]:

@@ -114,7 +114,7 @@ class WorkerStore:
         """Read meta and one's own decision, with the weights if their commit is not `known`, in one MULTI.
 
         With `known` "" they are read at once: by whoever has none, or has seen that they moved.
-        Without weights, too, if the expert was made anew with another spec: whoever sees that in meta has to stop.
+        Without weights, too, if the expert was created again with another spec: whoever sees that in meta has to stop.
 
         Raises:
             ProtocolError: if worker and aggregators speak another protocol.
@@ -146,7 +146,7 @@ class WorkerStore:
         weights, commit = found
         if commit != self._meta(raw).weights_commit:
             raise DamagedExpertError(
-                self.expert, f"its weights are of another commit ({commit}) than its meta names"
+                self.expert, f"its weights belong to another commit ({commit}) than its meta expects"
             )
         return self._snapshot(raw, decided, weights)
 

@@ -297,7 +297,7 @@ HAZARDS = {
     ),
     "H11a": Hazard(
         wrong="after a failover an entry id is given again; a commit of before deletes the new entry unseen: lost",
-        rule="load again whenever the connection was made anew (count connections; redis-py reconnects silently)",
+        rule="load again whenever the connection was opened again (count connections; redis-py reconnects silently)",
         scenario=commits.h11_entry_id_given_twice,
         without=((Connection, "_on_connect", without.connect_uncounted),),
         symptom="the expert: bob's step 0 is lost",
@@ -403,7 +403,7 @@ HAZARDS = {
     ),
     "H20a": Hazard(
         wrong="Redis comes back from an older file, and what a worker that has ended had published is gone",
-        rule="an aggregator that remembers a later commit writes it back",
+        rule="an aggregator that retains a later commit writes it back",
         scenario=recovery.h20_older_file,
         without=((aggregator, "ExpertServer", broken_recovery.ForgetsAtErrors),),
         symptom="alice's step 1 is lost",
@@ -423,7 +423,7 @@ HAZARDS = {
         symptom="alice's step 0 is lost",
     ),
     "H21": Hazard(
-        wrong="an operator restores an older backup, and an aggregator writes back what it remembers",
+        wrong="an operator restores an older backup, and an aggregator writes back what it retains",
         rule="memory is written back over a commit that it passed through, not over an earlier version",
         scenario=recovery.h21_restored_backup,
         without=broken_recovery.BROKEN_RECOVERY["E9_older_version_is_written_over"].rules.patches,

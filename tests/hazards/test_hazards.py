@@ -24,8 +24,8 @@ H16  an update for another lineage
 H17  an entry of the highest id there is
 H18  a key of the wrong type in the middle of EXEC
 H19  a part of an expert is removed
-H20  Redis comes back from an older file, and an aggregator remembers more
-H21  an operator restores a backup, and an aggregator remembers more
+H20  Redis comes back from an older file, and an aggregator retains more
+H21  an operator restores a backup, and an aggregator retains more
 H22  a worker is started while Redis is behind
 """
 

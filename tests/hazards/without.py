@@ -98,7 +98,7 @@ class LoadsWithoutLooking(ExpertStore):
 
 
 def connect_uncounted(connection: Connection, client: Any) -> None:
-    """A connection made anew is not noticed."""
+    """A connection that was opened again is not noticed."""
     client.on_connect()
 
 

@@ -100,7 +100,11 @@ def test_what_is_no_backup_is_one_sentence(connection: Connection, tmp_path: Pat
     ("key", "value", "sentence"),
     [
         ("spec", "{}", "sql_expert: the stored spec is malformed"),
-        ("spec", None, "sql_expert: its spec has the digest .* its meta names"),
+        (
+            "spec",
+            None,
+            "sql_expert: its parts do not belong together .its spec has digest .* its meta expects",
+        ),
         ("weights", "short", "sql_expert: the stored weights .* are not an adapter"),
         ("weights", "", "expert 'sql_expert' has no weights in Redis"),
     ],
@@ -126,7 +130,9 @@ def test_a_backup_of_a_spec_that_does_not_fit_is_refused(connection: Connection,
     meta = store.read(NAME).meta
     connection.client.hset("fedmoe:{sql_expert}:meta", "spec", "0" * 16)
     state = store.read(NAME)
-    with pytest.raises(BackupError, match=f"its meta names {'0' * 16}: the parts do not belong together"):
+    with pytest.raises(
+        BackupError, match=f"do not belong together .* its meta expects {'0' * 16}\\): use another backup"
+    ):
         state.check(NAME)
     connection.client.hset("fedmoe:{sql_expert}:meta", "spec", meta[b"spec"])
     for ids in ([b"2-0", b"1-0"], [b"0-0"], [b"1-1", b"1-1"], [b"18446744073709551616-0"], [b"1"]):

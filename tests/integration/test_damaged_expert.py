@@ -50,19 +50,22 @@ DAMAGES = {
     "no decided updates": (_delete("decided"), "its decided updates are missing"),
     "one worker's is missing": (
         lambda client, keys: client.hdel(keys.decided, "alice"),
-        "its decided updates (of 1 workers) are not those that its meta knows",
+        "its hash of decided updates (1 workers) does not match its meta",
     ),
-    "one worker's is another": (_other_record, "its decided updates (of 2 workers) are not those"),
+    "one worker's is another": (_other_record, "its hash of decided updates (2 workers) does not match"),
     "one worker's is no record": (
         lambda client, keys: client.hset(keys.decided, "alice", "x"),
         "its decided updates cannot be read",
     ),
     "no weights": (_delete("weights"), "its weights are missing"),
-    "weights of another commit": (_old_weights, "its weights are of commit 0123456789abcdef, its meta names"),
+    "weights of another commit": (
+        _old_weights,
+        "its weights belong to commit 0123456789abcdef, but its meta expects",
+    ),
     "no spec": (_delete("spec"), "its spec is missing"),
     "another spec": (
         lambda client, keys: client.set(keys.spec, small_spec(wire_format="bf16").to_json()),
-        "its spec has the digest",
+        "its spec has digest",
     ),
     "no spec that can be read": (lambda client, keys: client.set(keys.spec, "{"), "its spec cannot be read"),
     "no meta": (_delete("meta"), "its meta is missing"),

@@ -21,8 +21,8 @@ from tests.processes import fedmoe
 
 MAY_SERVE = "this user may serve experts"
 MAY_TRAIN = "this user may train {} as alice"
-MAY_OPERATE = "this user may back up, restore, verify and export"
-MAY_LOOK = "this user may look"
+MAY_OPERATE = "this user may back up, restore, remove, verify and export"
+MAY_LOOK = "this user may read the status"
 
 
 def rules(role: Role, *more: str) -> list[str]:
@@ -149,7 +149,7 @@ def test_a_command_that_was_renamed_away_is_found_before_anything_begins(
         assert level == (FAIL if needs else OK)
         if needs:
             assert all(command in text for command in commands)
-            assert "(this server has none)" in text
+            assert "(this server does not know it)" in text
             done = CliRunner().invoke(cli, [role.name, *run[role.name], "--redis", own.url])
             assert isinstance(done.exception, RedisUnfitError)
             assert done.exception.exit_code == 2
@@ -222,7 +222,9 @@ def test_eviction_is_told_at_the_start(connection: Connection, user: As, policy:
         assert eviction_warning(user("~*", "+@all", "-info", "-config")) == ""
     finally:
         connection.client.config_set("maxmemory-policy", "noeviction")
-    assert f"(maxmemory-policy {policy}): set it to noeviction with `redis-cli CONFIG SET" in told
+    assert (
+        f"(maxmemory-policy {policy}): set maxmemory-policy to noeviction with `redis-cli CONFIG SET" in told
+    )
     assert eviction_warning(connection) == ""
 
 

@@ -192,7 +192,7 @@ def test_weights_that_are_no_adapter_are_not_exported(connection: Connection, tm
     """A key that something else wrote."""
     make_expert(connection)
     connection.client.set("fedmoe:{sql_expert}:weights", "text that is longer than eight bytes")
-    with pytest.raises(DamagedExpertError, match="its weights are of commit unknown"):
+    with pytest.raises(DamagedExpertError, match="its weights belong to commit unknown"):
         write(tmp_path / "out", read_expert(GatewayStore(connection), "sql_expert"))
     assert files_in(tmp_path) == []
 

@@ -73,7 +73,7 @@ def test_commit_to_a_full_redis_makes_the_same_check(
         serve(second)
     entries = first.store.reclaim()
     first.store.connection.client.connection_pool.disconnect()
-    with pytest.raises(StaleStateError, match="made anew"):
+    with pytest.raises(StaleStateError, match="opened again"):
         first.process(entries)
     first.load()
     assert serve(first) == ["applied"]

@@ -155,7 +155,7 @@ def test_what_is_only_missing_from_the_list_is_listed_again(
     WorkerStore(connection, "b", "w").beat({"run": "1-00000000"}, ttl_s=60)
     told = Inspector(connection).federation().problems
     assert told[0].startswith(
-        "b is in Redis and not listed in fedmoe:experts: an aggregator that serves it lists"
+        "expert b is in Redis and not listed in fedmoe:experts: an aggregator that serves it lists"
     )
     with caplog.at_level(logging.WARNING):
         gateway.refresh()
@@ -163,7 +163,7 @@ def test_what_is_only_missing_from_the_list_is_listed_again(
     assert "b was not listed in fedmoe:experts, but is there: listed again" in caplog.text
     remove_expert(connection, "b")
     assert Inspector(connection).federation().problems == (
-        "b was removed, and worker w ends when it sees that",
+        "expert b was removed, and worker w ends at its next sync: nothing to do",
     )
     connection.client.hset("fedmoe:experts", "b", "1")
     assert gateway.refresh()

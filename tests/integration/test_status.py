@@ -302,10 +302,10 @@ def test_how_and_when_each_worker_left_is_shown(connection: Connection) -> None:
     assert [(gone.name, gone.how) for gone in shown.left] == [
         ("ann", "finished"), ("bob", "refused"), ("cleo", "vanished"), ("dan", ""),
     ]  # fmt: skip
-    again = "The same command starts it again"
+    again = "if it was killed, start it again with the same command"
     assert list(findings(seen)) == [
-        "sql_expert: worker bob left, because it was refused, 0 s ago: its base model is another one",
-        f"sql_expert: worker cleo vanished without a word 5 min ago (host lab): was it killed? {again}",
+        "sql_expert: worker bob was refused and ended 0 s ago: its base model is another one",
+        f"sql_expert: worker cleo stopped sending heartbeats 5 min ago (host lab): {again}",
     ]
     text = fedmoe("status", "--redis", connection.settings.url).stdout
     assert "ann (sql_expert) finished " in text
@@ -433,7 +433,7 @@ def test_an_adapter_that_reaches_little_is_shown(connection: Connection) -> None
     make_expert(connection, "c")
     shown = plain(look(connection))
     assert (
-        "a: its adapter reaches 23% of the weights beside the embeddings, and not mlp.experts.gate_up_proj (50%), of "
-        "its base model" in shown
+        "a: its adapter covers 23% of the weights, embeddings not counted; not covered: mlp.experts.gate_up_proj "
+        "(50%); the rest of the base model is not trained" in shown
     )
-    assert shown.count("its adapter reaches") == 1
+    assert shown.count("its adapter covers") == 1

@@ -158,7 +158,7 @@ def test_worker_with_another_tokenizer_stops(expert: Expert, connect: Connect) -
     for run in runs:
         run.finish(10.0 if run is runs[1] else 0.1)
     assert isinstance(runs[1].sync.failure, RefusedError)
-    assert "differs from the one that worker alice has pinned, in added tokens" in str(runs[1].sync.failure)
+    assert "differs from the expert's (set by worker alice) in added tokens" in str(runs[1].sync.failure)
     assert expert.meta.tokenizer == "added:a"
 
 

@@ -232,7 +232,7 @@ BROKEN = {
         symptom="times in local",
     ),
     "H11_no_load_after_reconnect": Broken(
-        what="an aggregator does not load again when its connection was made anew",
+        what="an aggregator does not load again when its connection was opened again",
         rules=Rules(counts_connections=False),
         scope=Scope(workers=2, units=1, disk=False, lag=2, faults={"failover": 1, "leave": 1}),
         symptom="lost",

@@ -38,7 +38,7 @@ class RescuesWithTheLease(ExpertServer):
 
 
 class Overwrites(ExpertStore):
-    """What an aggregator remembers is written whatever is there by now."""
+    """What an aggregator retains is written whatever is there by now."""
 
     def write_back(self, spec: Spec, meta: Meta, weights: memoryview, **more: Any) -> bool:
         pipe = self._redis.pipeline(transaction=True)
@@ -155,7 +155,7 @@ BROKEN_RECOVERY = {
         symptom="a replay of the log gives",
     ),
     "E7_begun_anew": Broken(
-        what="an aggregator that remembers nothing makes a new expert where none is",
+        what="an aggregator that retains nothing makes a new expert where none is",
         rules=Rules(server=BeginsAnew),
         scope=Scope(units=1, faults={"empty": 1, "kill_aggregator": 1}),
         symptom="nobody asked for the new lineage",
@@ -167,7 +167,7 @@ BROKEN_RECOVERY = {
         symptom="gave up",
     ),
     "E9_older_version_is_written_over": Broken(
-        what="an aggregator writes over whatever is of an earlier version than it remembers",
+        what="an aggregator writes over whatever is of an earlier version than it retains",
         rules=Rules(patches=((consumers.recovery.Recovery, "_is_of_this_history", staticmethod(_is_older)),)),
         scope=Scope(aggregators=2, units=1, max_norm=0.5, lag=1, faults={"lease": 1, "failover": 1}),
         symptom="is twice in the history",

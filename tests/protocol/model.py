@@ -235,7 +235,7 @@ class Model:
         if label.what == "lost":
             return text + " -> executed, the reply is lost"
         text += f" -> {_short(label.reply.values)}" if _short(label.reply.values) else ""
-        text += " (over a connection made anew)" if label.reply.reconnected else ""
+        text += " (over a connection opened again)" if label.reply.reconnected else ""
         return text + (" (from here on nothing reaches the replica)" if label.what == "lag" else "")
 
     # ---- everything that may happen

@@ -124,8 +124,12 @@ def test_a_fit_server_is_all_ok() -> None:
         ({"redis_version": "6.0.16"}, FAIL, "Redis 6.0.16 is too old: 7.0 or later"),
         ({"role": "slave"}, FAIL, "read-only replica: use the URL of the master"),
         ({"cluster_enabled": 1}, FAIL, "Redis Cluster"),
-        ({"maxmemory_policy": "allkeys-lru"}, FAIL, "throw away experts"),
-        ({"maxmemory_policy": "allkeys-lru", "maxmemory": 0}, WARN, "set it to noeviction with"),
+        ({"maxmemory_policy": "allkeys-lru"}, FAIL, "may evict experts"),
+        (
+            {"maxmemory_policy": "allkeys-lru", "maxmemory": 0},
+            WARN,
+            "set maxmemory-policy to noeviction with",
+        ),
         ({"maxmemory": 0}, WARN, "no maxmemory"),
         ({"used_memory": 0.9 * 2**30}, WARN, "90% of maxmemory is used"),
         ({"aof_enabled": 0}, WARN, "appendonly is off"),
@@ -149,7 +153,7 @@ def test_a_user_must_be_good_for_something() -> None:
     first, _ = permission_checks(roles, required="aggregator")
     assert first.level == FAIL
     assert first.text.startswith(
-        "this user may not serve: it lacks SET a, SET b, SET c, SET d; --acl aggregator "
+        "this user may not serve: it lacks SET a, SET b, SET c, SET d; `fedmoe doctor --acl aggregator` "
     )
     useless = permission_checks(roles | {"monitor": ("look", four)}, required="")
     assert [check.level for check in useless] == [FAIL] * 3
@@ -161,7 +165,9 @@ def test_what_a_role_can_do_without_is_told() -> None:
     info = Lack(right=Right(command="INFO", without="memory is not shown"), no_command=True)
     (check,) = permission_checks({"monitor": ("look", [info, info])}, required="monitor")
     assert check == Check(
-        WARN, "permissions", "this user may look (without INFO (this server has none), memory is not shown)"
+        WARN,
+        "permissions",
+        "this user may look (without INFO (this server does not know it), memory is not shown)",
     )
 
 
@@ -170,8 +176,8 @@ def test_what_a_role_can_do_without_is_told() -> None:
     [
         ("noeviction", "redis://here", ""),
         ("", "redis://here", ""),
-        ("allkeys-lru", "redis://here", "may throw away experts, updates that wait and leases when it is full"),
-        ("volatile-lru", "unix:///r", "may throw away updates that wait, heartbeats and leases when it is full"),
+        ("allkeys-lru", "redis://here", "may evict experts, waiting updates and leases when it is full"),
+        ("volatile-lru", "unix:///r", "may evict waiting updates, heartbeats and leases when it is full"),
         ("volatile-ttl", "redis://here", "`redis-cli CONFIG SET maxmemory-policy noeviction` and in redis.conf"),
         ("allkeys-lfu", "rediss://a.b.use1.cache.amazonaws.com:6379", "in the parameter group of its Elasti"),
         ("allkeys-lfu", "rediss://x.memorydb.us-east-1.amazonaws.com", "noeviction in its parameter group"),

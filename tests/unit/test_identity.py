@@ -63,24 +63,22 @@ def test_what_differs_is_named() -> None:
     meta = replace(of().pin(FRESH, "worker alice"), base_model="org/tiny")
     assert of().difference(meta) == of("bbbb", template="f").difference(FRESH) == ""
     assert BaseIdentity(fingerprint="aaaa").difference(meta) == ""
-    assert "is bbbb, the expert's is aaaa (pinned by worker alice): use org/tiny" in of("bbbb").difference(
-        meta
-    )
+    assert "bbbb, the expert's have aaaa (set by worker alice): use exactly org/tiny" in of(
+        "bbbb"
+    ).difference(meta)
     for name, words in (
-        ("template", "in chat template: use the tokenizer and the chat template of org/tiny"),
+        ("template", "in chat template: use the tokenizer and the chat template that org/tiny"),
         ("added", "in added tokens: use"),
         ("special", "in special token ids (bos, eos, pad): use"),
         ("vocabulary", "in vocabulary: use"),
     ):
         told = of(**{name: "ff"}).difference(meta)
-        assert told.startswith(f"its tokenizer differs from the one that worker alice has pinned, {words}")
+        assert told.startswith(f"its tokenizer differs from the expert's (set by worker alice) {words}")
     assert "in chat template and special token ids" in of(template="f", special="f").difference(meta)
     brought = replace(of(template="ff"), chat_template="{{ mine }}")
-    assert brought.difference(meta).endswith("in chat template: leave --chat-template away")
+    assert brought.difference(meta).endswith("in chat template: start the worker without --chat-template")
     assert of().refusal(meta, "sql_expert") == ""
-    assert "is not the one that 'sql_expert' is trained on: the weights'" in of("b").refusal(
-        meta, "sql_expert"
-    )
+    assert "does not match expert 'sql_expert': its weights" in of("b").refusal(meta, "sql_expert")
 
 
 @pytest.mark.parametrize("text", ["\x00", "template", "added:" + "f" * 99, "who:1 added:F", "a" * 10**6])

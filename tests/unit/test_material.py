@@ -56,7 +56,7 @@ def test_a_tokenizer_that_is_not_the_pinned_one(tmp_path: Path, monkeypatch: pyt
     pinned = tokenizer_fingerprint(tiny_tokenizer()).replace("template:", "template:f")
     with pytest.raises(
         BaseModelError,
-        match="is not the one that 'sql_expert' is trained on: its tokenizer differs from the one that worker "
-        "bob has pinned, in chat template",
+        match=r"does not match expert 'sql_expert': its tokenizer differs from the expert's \(set by worker bob\) "
+        "in chat template",
     ):
         prepared(save_tiny_model(tmp_path), ROWS, tokenizer=pinned, tokenizer_by="worker bob")

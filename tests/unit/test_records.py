@@ -58,6 +58,6 @@ def test_later_protocol_asks_for_an_upgrade_here(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("raw", [b"", b"two", b"1.0", b"\xff"])
 def test_protocol_that_is_no_number_is_said(raw: bytes) -> None:
     """It is no reason to upgrade anything."""
-    with pytest.raises(SpecError, match="edited by hand") as error:
+    with pytest.raises(SpecError, match="field protocol of the expert's meta") as error:
         read_protocol(raw)
     assert not isinstance(error.value, ProtocolError)

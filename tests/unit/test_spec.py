@@ -141,7 +141,8 @@ def test_specs_that_cannot_work_are_refused(bad: dict[str, Any], match: str) -> 
 
 
 @pytest.mark.parametrize(
-    ("step", "remedy"), [(1, "upgrade the FedMoE on this machine"), (-1, "serve the expert with the earlier")]
+    ("step", "remedy"),
+    [(1, "upgrade the FedMoE on this machine"), (-1, "serve the expert with the FedMoE that made it")],
 )
 def test_another_format_is_refused(step: int, remedy: str) -> None:
     """A spec of a later FedMoE is not half understood, nor is that of an earlier one."""

@@ -61,7 +61,7 @@ def test_what_does_not_end_by_itself_is_ended(number: signal.Signals) -> None:
         out, err = process.communicate(timeout=30)
     assert (process.returncode, err) == (0, "")
     first, *rest = out.splitlines()
-    assert first == f"{number.name}: finishing (once more to leave at once)"
+    assert first == f"{number.name}: stopping; send the signal again to end at once"
     assert rest == ["asked", "out of patience", "nothing is lost"]
 
 
@@ -70,7 +70,7 @@ def test_a_second_signal_ends_at_once() -> None:
     with script(PATIENT) as process:
         assert process.stdout is not None
         process.send_signal(signal.SIGHUP)
-        assert "finishing" in process.stdout.readline()
+        assert "stopping" in process.stdout.readline()
         assert process.stdout.readline() == "asked\n"
         process.send_signal(signal.SIGHUP)
         with pytest.raises(subprocess.TimeoutExpired):

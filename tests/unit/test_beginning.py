@@ -7,7 +7,7 @@ from random import Random
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from fedmoe.data import prefix
+from fedmoe.data import beginning
 from fedmoe.data.bad_rows import Problem
 from fedmoe.data.beginning import first_tokens
 from fedmoe.data.chat import Encoder
@@ -51,7 +51,7 @@ def test_they_are_those_of_the_whole_text(
     bpe: Tokenizer, monkeypatch: pytest.MonkeyPatch, between: str
 ) -> None:
     """Of words, and of one word without an end, where a cut is inside it."""
-    monkeypatch.setattr(prefix, "MIN_CHARS", 8)
+    monkeypatch.setattr(beginning, "MIN_CHARS", 8)
     random = Random(0)
     for n in range(1, 400):
         text = between.join(random.choices(WORDS if n % 2 else ["a", "b"], k=n * 5))
@@ -75,12 +75,12 @@ def test_little_of_a_long_text_is_tokenized() -> None:
             seen.append(len(part))
             return [0] * (len(part) // width)
 
-        assert len(first_tokens(tokenize, text, 512)) >= 512 + prefix.TAIL_TOKENS
-        assert max(seen) <= 5 * max(4096, chars_a_token * (512 + prefix.TAIL_TOKENS))
+        assert len(first_tokens(tokenize, text, 512)) >= 512 + beginning.TAIL_TOKENS
+        assert max(seen) <= 5 * max(4096, chars_a_token * (512 + beginning.TAIL_TOKENS))
 
 
 @pytest.mark.parametrize(("question", "answer"), [("q", "yes and no. " * 300_000), ("what? " * 500_000, "a")])
-def test_a_row_of_three_megabytes_is_cut_before_it_is_tokenized(
+def test_a_row_of_three_megabytes_is_truncated_before_it_is_tokenized(
     monkeypatch: pytest.MonkeyPatch, question: str, answer: str
 ) -> None:
     """Its answer is cut as ever, and its prompt skips it; neither is tokenized whole."""
@@ -97,7 +97,7 @@ def test_a_row_of_three_megabytes_is_cut_before_it_is_tokenized(
     made = encode_row(Record(0, 1, text), Path("rows.jsonl"), encoder, max_length=64, learn="all")
     if question == "q":
         assert isinstance(made, Encoded)
-        ((example,), cut) = made.examples, made.cut
+        ((example,), cut) = made.examples, made.truncated
         assert (len(example.input_ids), cut) == (64, 1)
         shown = tiny_tokenizer().decode(list(example.input_ids))
         assert shown.endswith(

@@ -128,7 +128,7 @@ def test_answers_beyond_max_length_are_left_out_and_said() -> None:
     made = encoded(THREE, max_length=second.start + 2)
     (example,) = made.examples
     assert labels(example) == [("FIRST<|im_end|>", 1.0), ("SE", 1.0)]
-    assert (len(example.input_ids), made.cut) == (second.start + 2, 1)
+    assert (len(example.input_ids), made.truncated) == (second.start + 2, 1)
     assert [(p.line, p.reason) for p in made.left_out] == [
         (7, f"{LEFT_OUT}its prompt fills max_length {second.start + 2}")
     ]

@@ -59,7 +59,7 @@ def test_too_long_an_answer_is_cut_and_has_no_end(rows: MakeRows) -> None:
         made = make_examples(rows("abc"), tokenizer, PROMPT_TOKENS + room, BAD_ROWS)
         (example,) = made.examples
         assert tokenizer.decode(list(example.input_ids[example.answers[0].start :])) == text
-        assert made.cut == cut
+        assert made.truncated == cut
     assert made.summary() == "1 rows: 1 used (1 truncated to max_length 21), 0 dropped"
 
 

@@ -21,5 +21,6 @@ run shellcheck -x -P SCRIPTDIR .ci/run ops/*.sh
 run ruff check
 run ruff format --check
 run mypy
+run mypy --config-file ops/mypy-tests.ini tests ops/bench
 run lint-imports --no-logo
 run pytest "$@" # exits with 5, which is a failure, if it finds no test to run

@@ -93,8 +93,9 @@ class LoadsWithoutLooking(ExpertStore):
         weights, meta, decided = pipe.execute()
         heads = {worker.decode(): Decided.from_json(text) for worker, text in decided.items()}
         return Loaded(
-            meta=Meta.from_hash(meta), weights=weights, decided=heads, generation=self.connection.generation
-        )
+            meta=Meta.from_hash(meta), weights=weights, decided=heads, packed_commit="", logged_version=-1, claims={},
+            generation=self.connection.generation,
+        )  # fmt: skip
 
 
 def connect_uncounted(connection: Connection, client: Any) -> None:

@@ -180,19 +180,19 @@ def test_closes_at_once_whatever_is_open(server: EmbeddedRedis, redis_url: str) 
 
     def lose(name: str, *arguments: object) -> None:
         with pytest.raises(LOST):
-            client(proxy.url).execute_command(name, *arguments)
+            client(here.url).execute_command(name, *arguments)
 
-    with Proxy(server.socket) as proxy:
+    with Proxy(server.socket) as here:
         blocked = threading.Thread(target=lose, args=("BLPOP", "nothing", 4))
         blocked.start()
-        eventually("the client", lambda: proxy.connections == 1, timeout_s=5)
-        proxy.freeze()
+        eventually("the client", lambda: here.connections == 1, timeout_s=5)
+        here.freeze()
         frozen = threading.Thread(target=lose, args=("PING",))
         frozen.start()
-        eventually("the second client", lambda: proxy.connections == 2 and proxy.hits["frozen"], timeout_s=5)
+        eventually("the second client", lambda: here.connections == 2 and here.hits["frozen"], timeout_s=5)
         began = time.monotonic()
     assert time.monotonic() - began < 2
-    assert not proxy._thread.is_alive()
+    assert not here._thread.is_alive()
     for thread in (blocked, frozen):
         thread.join(5)
         assert not thread.is_alive()

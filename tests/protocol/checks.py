@@ -23,7 +23,7 @@ def check_db(db: Db, spec: Spec, *, refuses_nothing: bool) -> str:
     """What is wrong with a database, or nothing."""
     if db.gone:
         left = [key for key in (KEYS.spec, KEYS.weights) if db.string(key)]
-        left += [key for key, _ in db.hashes if key != KEYS.memory]
+        left += [key for key, _ in db.hashes if key != KEYS.claims]
         return f"of the expert only {', '.join(left)} is there" if left else ""
     meta = db.hash(KEYS.meta)
     if meta["lineage"] not in LINEAGES:

@@ -315,8 +315,8 @@ class Model:
             yield Label(what="the server restarts with nothing"), self._restarted(spent, db.emptied())
         if db.string(KEYS.lease) and (spent := self.spend(state, "lease")):
             yield Label(what="the lease expires"), self._do(spent, ("UNLINK", KEYS.lease))
-        if db.hash(KEYS.memory):
-            yield Label(what="all claims are forgotten"), self._do(state, ("UNLINK", KEYS.memory))
+        if db.hash(KEYS.claims):
+            yield Label(what="all claims are forgotten"), self._do(state, ("UNLINK", KEYS.claims))
         if spent := self.spend(state, "expire"):
             for key, _ in db.strings:
                 if ":payload:" in key and not key.endswith(":incarnation"):
@@ -401,9 +401,9 @@ class Model:
         for entry in state.late:
             label = Label(request=entry[0], what="arrives late")
             state = self._logged(labels, label, self._arrive(state, entry))
-        if state == before and self._dbs.values[state.db].hash(KEYS.memory):
+        if state == before and self._dbs.values[state.db].hash(KEYS.claims):
             return self._logged(
-                labels, Label(what="all claims are forgotten"), self._do(state, ("UNLINK", KEYS.memory))
+                labels, Label(what="all claims are forgotten"), self._do(state, ("UNLINK", KEYS.claims))
             )
         return state
 

@@ -107,7 +107,7 @@ def test_python_completions_are_the_bodies_of_their_functions(built):
     for row in rows(built[1]["python_expert"].train):
         head = row["prompt"].split("\n\n", 1)[1]
         (function,) = ast.parse(f"{head}\n{textwrap.indent(row['completion'], ' ' * 4)}").body
-        assert isinstance(function, ast.FunctionDef)
+        assert isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef))
         assert ast.get_docstring(function)
         assert len(function.body) >= 2
 

@@ -160,7 +160,9 @@ class ExpertServer:
             except Exception as error:  # a bug must cost one expert a few seconds, never the daemon
                 logger.exception("%s: unexpected error", self.name)
                 self._loaded, self._expert = False, None
-                self._problems.report(f"unexpected error: {error!r}")
+                self._problems.report(
+                    f"unexpected error, see the traceback in this aggregator's log: {error!r}"
+                )
                 stop.wait(backoff.failed(error))
         self._release()
 
@@ -186,7 +188,7 @@ class ExpertServer:
             stop.wait(0.1)
             return False
         if self._loaded and self._expert and self._expert.generation != self._connection.generation:
-            raise StaleStateError(f"{self.name}: the connection to Redis was made anew")
+            raise StaleStateError(f"{self.name}: the connection to Redis was opened again")
         entries = self._load() if not self._loaded else []
         assert self._expert is not None
         if not entries and self._is_time_to_reclaim():
@@ -204,9 +206,9 @@ class ExpertServer:
         return not entries
 
     def _may_have_gone_back(self) -> bool:
-        """True for CLAIM_WAIT_S after a reconnect of an aggregator that remembers nothing.
+        """True for CLAIM_WAIT_S after a reconnect of an aggregator that retains nothing.
 
-        Redis may have come back from an older file. An aggregator that remembers more needs this time to claim it.
+        Redis may have come back from an older file. An aggregator that retains more needs this time to claim it.
         """
         now, generation = self._clock(), self._connection.generation
         if self._generation not in (0, generation):
@@ -269,7 +271,10 @@ class ExpertServer:
         logger.info("%s: serving from version %d", self.name, expert.meta.version)
         if rebuilt := expert.rebuild(loaded):
             logger.warning(
-                "%s: %s did not belong to version %d; begun again", self.name, rebuilt, loaded.meta.version
+                "%s: in Redis, %s did not match version %d; repaired from that version on, nothing to do",
+                self.name,
+                rebuilt,
+                loaded.meta.version,
             )
         return self._reclaim()
 
@@ -283,8 +288,9 @@ class ExpertServer:
         self._waits_since = self._clock() if self._waits_since is None else self._waits_since
         if self._clock() - self._waits_since < LONGEST_CLAIM_S:
             raise UnknownExpertError(
-                f"Redis went back to version {loaded.meta.version} of expert {self.name!r}, and another aggregator "
-                f"remembers version {newest}: waiting until it has written that back"
+                f"Redis has an older state of expert {self.name!r} (version {loaded.meta.version}), but another "
+                f"aggregator retains version {newest} in memory: waiting at most {LONGEST_CLAIM_S:g} s until that one "
+                "has written it back"
             )
 
     def _is_time_to_reclaim(self) -> bool:
@@ -297,9 +303,13 @@ class ExpertServer:
         expert = self._expert
         assert expert is not None
         if not self._store.is_whole(weights_commit=expert.meta.weights_commit, n_decided=len(expert.decided)):
-            raise StaleStateError(f"{self.name}: a part of it in Redis is not the one in memory")
+            raise StaleStateError(
+                f"{self.name}: its weights or decided updates in Redis differ from those in memory"
+            )
         if self._store.mend():
-            logger.warning("%s: somebody had blocked its stream with the highest id; mended", self.name)
+            logger.warning(
+                "%s: an entry with the highest id blocked its stream; repaired, nothing to do", self.name
+            )
         return self._store.reclaim()
 
 

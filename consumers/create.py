@@ -53,7 +53,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_EXPERTS = ("python_expert", "sql_expert", "docs_expert")
 # In which every worker writes a heartbeat, also to a Redis that has just been emptied; they do every 5 s.
 HEARD_WITHIN_S = 6.5
-STOPPED = "stopped before its experts were created"
+STOPPED = "stopped before it served any expert: nothing is lost"
 NORM_BOUND = 10.0  # an update may be this many times as long as the initial adapter
 
 
@@ -63,7 +63,7 @@ class SpecRequest:
 
     `explicit` names the settings the operator typed: an expert that exists and differs in one of them is an error,
     while a mere default never is. `weighted` names the experts whose gateway weight was typed. With `new_lineage` an
-    expert is begun anew although workers still train an earlier one of its name.
+    expert is created from zero although workers still train an earlier one of its name.
     """
 
     base_model: str = DEFAULT_BASE_MODEL
@@ -96,7 +96,7 @@ def ensure_experts(
 ) -> list[str]:
     """Create the experts of `weights` (name -> gateway weight) that do not exist yet; returns the new ones' names.
 
-    One that workers train already, or that was found to be gone before, is not begun anew: Redis was emptied. It is
+    One that workers train already, or that was found to be gone before, is not created: Redis was emptied. It is
     marked as lost, until somebody writes it back or asks for `new_lineage`.
 
     Raises:
@@ -151,8 +151,8 @@ def ensure_experts(
             if not store.exists():
                 keys = store.keys
                 raise SpecError(
-                    f"a part of expert {name!r} is in Redis: write a backup back (fedmoe restore --replace), or remove "
-                    f"it to begin anew (redis-cli UNLINK '{keys.weights}' '{keys.decided}')"
+                    f"expert {name!r} is in Redis only in part: restore a backup (fedmoe restore --replace), or delete "
+                    f"the part to create it from zero (redis-cli UNLINK '{keys.weights}' '{keys.decided}')"
                 )
             store.register(weights[name])  # somebody else was first
         else:
@@ -186,15 +186,18 @@ def _tell(request: SpecRequest, described: Mapping[str, Any]) -> None:
     """Say what an operator may not expect of this base model."""
     if described["template_missing"]:
         logger.warning(
-            "%s has no chat template: give --chat-template FILE here, or the first worker has to bring one",
+            "the base model %s has no chat template: start the first worker with --chat-template FILE",
             request.base_model,
         )
     if described["towers"]:
-        logger.info("no adapter is put on %s: text does not go through it", ", ".join(described["towers"]))
+        logger.info(
+            "the parts %s of the base model get no adapter, because text does not pass through them: nothing to do",
+            ", ".join(described["towers"]),
+        )
     logger.info(
-        "the adapter reaches %s of %s",
-        reach_text(described["reach"], described["not_reached"]),
+        "the adapter on %s covers %s",
         request.base_model,
+        reach_text(described["reach"], described["not_reached"]),
     )
 
 
@@ -329,8 +332,8 @@ def check_unchanged(name: str, spec: Spec, request: SpecRequest) -> None:
         wanted, has = asked[key]
         if wanted != has:
             raise SpecError(
-                f"expert {name!r} exists with {key} {has!r}, not {wanted!r}: a spec never changes, so leave the "
-                "option away, or choose another expert name or --prefix"
+                f"expert {name!r} exists with {key} {has!r}, not {wanted!r}: a spec never changes, so start "
+                "without this option, or choose another expert name or --prefix"
             )
 
 

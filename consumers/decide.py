@@ -106,7 +106,7 @@ def _breach(header: Header, meta: Meta, spec: Spec) -> str:
         return f"made for spec {header.spec}, the expert's is {meta.spec}: restart the worker"
     base = BaseIdentity(fingerprint=header.base_fingerprint, tokenizer=header.tokenizer)
     if difference := base.difference(meta):
-        return f"trained on another base model: {difference}"
+        return f"trained with another base model, tokenizer or chat template: {difference}"
     if header.wire_format != spec.wire_format:
         return f"encoded as {header.wire_format!r}, the spec says {spec.wire_format!r}"
     expected = part_count(spec.layout.numel, spec.wire_format)
@@ -123,13 +123,16 @@ def _breach(header: Header, meta: Meta, spec: Spec) -> str:
 def _too_far(header: Header, staleness: int, meta: Meta, bound: int) -> str:
     """Why the update's base is too far from the expert's version, as a sentence, or nothing."""
     if staleness > bound:
-        return f"too stale: {staleness} updates were applied since its base, at most {bound} are allowed"
+        return (
+            f"too stale: {staleness} updates were applied since the version it started from, at most {bound} are "
+            "allowed (max_staleness); its worker goes on from the newest version"
+        )
     # After a failover to an older replica an update that is sent again is rightly ahead, but its sender sees to it that
     # it is so by no more than this.
     if header.base_version - meta.version > bound:
         return (
-            f"its base, version {header.base_version}, is ahead of the expert's version {meta.version} by more than "
-            f"the {bound} that are allowed: restart the worker"
+            f"it started from version {header.base_version}, but the expert is at version {meta.version}, and at most "
+            f"{bound} versions ahead are allowed: restart the worker"
         )
     return ""
 
@@ -176,13 +179,14 @@ def judge_payload(
     norm = math.sqrt(squares)
     if not math.isfinite(norm):
         reason = (
-            f"holds values that are not finite (NaN or infinity), first in tensor {_largest(spec, space)!r}"
+            f"holds NaN or infinity, first in tensor {_largest(spec, space)!r}: check that worker's loss, data and "
+            "--precision"
         )
         return Verdict(Outcome.REFUSED, reason, admission.staleness)
     if norm > spec.aggregation.max_norm:
         reason = (
-            f"its norm {norm:.4g} is above the bound {spec.aggregation.max_norm:.4g}; "
-            f"tensor {_largest(spec, space)!r} has the largest part of it"
+            f"its norm {norm:.4g} is above max_norm {spec.aggregation.max_norm:.4g}, largest in tensor "
+            f"{_largest(spec, space)!r}: check that worker's data, or create the expert with a larger --max-norm"
         )
         return Verdict(Outcome.REFUSED, reason, admission.staleness)
     return Verdict(Outcome.APPLIED, "", admission.staleness, admission.factor, norm)

@@ -78,7 +78,7 @@ class Expert:
         """Take over what Redis holds. Raises what ExpertStore.load raises, SpecError for a foreign weights key."""
         loaded: Loaded = self.store.load()
         if loaded.meta.spec != self.spec.digest:
-            raise StaleStateError(f"{self.store.name}: the expert was made anew, with another spec")
+            raise StaleStateError(f"{self.store.name}: the expert was created again, with another spec")
         self.buffer.load(loaded.weights)
         self._folded = self.buffer
         self.meta = loaded.meta
@@ -238,7 +238,7 @@ class Expert:
             if (header.run, header.seq) != (bell.run, bell.seq):
                 raise UpdateError("the header is that of another update")
         except ForeignHeaderError as error:
-            self._warn_once(f"{bell.worker}'s updates cannot be decided: {error}")
+            self._warn_once(f"updates of worker {bell.worker} cannot be read: {error}")
             self.meta = replace(self.meta, undecidable=self.meta.undecidable + 1)
             return Verdict(Outcome.UNDECIDABLE, str(error))
         except UpdateError as error:
@@ -326,7 +326,8 @@ class Expert:
         if counts != (header.n_examples, header.n_tokens):
             line |= {"claimed_examples": header.n_examples, "claimed_tokens": header.n_tokens}
             logger.warning(
-                "%s: %s claims %d rows and %d tokens in one update; it is applied and counts as %d rows and %d tokens",
+                "%s: worker %s claims %d rows and %d tokens in one update; it is applied, but counts as only %d rows "
+                "and %d tokens: check that worker",
                 self.store.name, worker, header.n_examples, header.n_tokens, *counts,
             )  # fmt: skip
         if kept:

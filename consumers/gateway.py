@@ -107,7 +107,10 @@ class GatewayBuilder:
                 self._problems.solved()
             except RedisUnavailableError as error:
                 if ending:
-                    logger.warning("gateway: not rebuilt a last time: %s", error)
+                    logger.warning(
+                        "gateway: the rebuild before the stop failed (%s); the next aggregator rebuilds it",
+                        error,
+                    )
                 else:
                     self._problems.report(str(error))
                     stop.wait(backoff.failed(error))
@@ -116,7 +119,9 @@ class GatewayBuilder:
                 self._complain(str(error))
             except Exception as error:  # a bug here must not end the daemon
                 logger.exception("gateway: unexpected error")
-                self._problems.report(f"unexpected error: {error!r}")
+                self._problems.report(
+                    f"unexpected error, see the traceback in this aggregator's log: {error!r}"
+                )
                 stop.wait(backoff.failed(error))
         try:
             self._lease.release()
@@ -156,7 +161,8 @@ class GatewayBuilder:
             del listed[name]
         for name in sorted((self._known.keys() & there) - listed.keys()):
             logger.warning(
-                "gateway: %s was not listed in %s, but is there: listed again (fedmoe expert remove takes it away)",
+                "gateway: expert %s was missing from the list %s, this aggregator added it again (to remove it for "
+                "good: fedmoe expert remove)",
                 name, self._store.connection.keys.experts,
             )  # fmt: skip
             self._store.register(name, self._known[name])

@@ -66,7 +66,7 @@ def _is_before(head: UpdateId | None, last: UpdateId) -> bool:
 
 
 class Recovery:
-    """Compares what an aggregator remembers of one expert with what Redis holds.
+    """Compares what an aggregator retains of one expert with what Redis holds.
 
     Args:
         store: of this expert.
@@ -121,12 +121,15 @@ class Recovery:
         what = _what_was_lost(expert.meta, found)
         if not self._has_newest_claim(version):
             raise UnknownExpertError(
-                f"{what}; version {version} is in memory here: waiting {CLAIM_WAIT_S:g} s for other aggregators "
-                "that may remember a later one"
+                f"{what}; this aggregator retains version {version} in memory and writes it back in {CLAIM_WAIT_S:g} "
+                "s, unless another one has a later version"
             )
         if not expert.write_back(on=found.commit, anchor=found.logged_version != version):
-            raise StaleStateError(f"{self._store.name}: somebody else has just written it to Redis")
-        logger.warning("%s: %s; written back from memory, version %d", self._store.name, what, version)
+            raise StaleStateError(f"{self._store.name}: another process has just written the expert to Redis")
+        logger.warning(
+            "%s: %s; this aggregator wrote it back from memory at version %d, nothing to do",
+            self._store.name, what, version,
+        )  # fmt: skip
 
     def _has_newest_claim(self, version: int) -> bool:
         """True if no aggregator claims a later version; all have had the time to do so."""
@@ -140,11 +143,12 @@ class Recovery:
         mine, theirs = expert.meta, found.meta
         if theirs is None or found.damage:
             raise DamagedExpertError(
-                self._store.name, f"{found.damage}; and this aggregator remembers another history of it"
+                self._store.name,
+                f"{found.damage} (this aggregator retains another history in memory and cannot repair it)",
             )
         if theirs.lineage != mine.lineage or theirs.restored not in ("", mine.restored):
             logger.warning(
-                "%s: an operator replaced it; going on from version %d, not from the version %d in memory",
+                "%s: an operator replaced the expert; going on from version %d, not from the version %d in memory",
                 self._store.name, theirs.version, mine.version,
             )  # fmt: skip
             return
@@ -152,9 +156,9 @@ class Recovery:
         if not lost and theirs.version >= mine.version:
             return
         logger.warning(
-            "%s: Redis went back: version %d was in memory here, and Redis is at version %d, last committed by %s; %d "
-            "updates are undone, of which %d are announced again from the kept updates; the others are lost, unless "
-            "their workers still keep them",
+            "%s: Redis has an older state: version %d in memory, version %d in Redis, last committed by %s; %d updates "
+            "are missing, %d of them are sent again from --keep-updates; workers that still have the others send those "
+            "again",
             self._store.name, mine.version, theirs.version, theirs.aggregator or "nobody", len(lost),
             self._announce(lost, theirs.version + expert.spec.aggregation.staleness_bound(0)),
         )  # fmt: skip
@@ -186,8 +190,8 @@ class Recovery:
 
 def _what_was_lost(mine: Meta, found: Condition) -> str:
     if not found.commit and not found.weights_commit:
-        return "Redis had lost it"
+        return "the expert was missing from Redis"
     if found.damage:
-        return f"it was damaged in Redis ({found.damage})"
+        return f"the expert was damaged in Redis ({found.damage})"
     assert found.meta is not None
-    return f"Redis went back from version {mine.version} to version {found.meta.version}"
+    return f"Redis had an older state of the expert (version {found.meta.version}, in memory {mine.version})"

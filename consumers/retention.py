@@ -43,7 +43,8 @@ class Retention:
                 self._look(expert)
         except OSError as error:
             logger.warning(
-                "%s: kept updates cannot be tidied up in %s (%s)",
+                "%s: cannot remove old updates or write weights in %s (%s): check the disk and its permissions; "
+                "serving goes on",
                 expert.store.name, self._archive.directory, error.strerror or error,
             )  # fmt: skip
             self._next_at = self._clock() + 60.0

@@ -18,7 +18,9 @@ def truncate_to_rank(adapter: Export, rank: int) -> tuple[Export, str]:
         has, alpha = int(adapter.config["r"]), float(adapter.config["lora_alpha"])
         scaling = alpha / has
     except (LookupError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise SpecError(f"the configuration of {adapter.name} names no rank and alpha ({error!r})") from error
+        raise SpecError(
+            f"the configuration of {adapter.name} has no valid r and lora_alpha ({error!r}): was it changed in Redis?"
+        ) from error
     if has <= rank:
         return adapter, f"{adapter.name} has rank {has}: nothing is truncated"
     layout = layout_of(adapter.file)
@@ -30,6 +32,7 @@ def truncate_to_rank(adapter: Export, rank: int) -> tuple[Export, str]:
         "truncated_from_rank": has,
         "truncation_relative_error": truncated.relative_error,
     }
-    what = f"{adapter.name} is truncated from rank {has} to {rank}"
-    text = f"{what}: it differs from the whole by {truncated.relative_error:.2%}"
+    text = (
+        f"{adapter.name}: truncated from rank {has} to {rank}, relative error {truncated.relative_error:.2%}"
+    )
     return replace(adapter, file=bytes(truncated.buffer.file), config=config, info=info), text

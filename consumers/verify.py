@@ -19,8 +19,8 @@ from fedmoe.staleness import staleness_of
 class Replay:
     """The outcome: `weights` recomputed at `version`, or why the log cannot be replayed.
 
-    `since` is the version it began at, and `begin` why not at 0: it was written back by an aggregator after Redis had
-    lost the expert, or older kept updates were removed.
+    `since` is the version it began at, and `begin` why not at 0: the log before it was lost, or older kept updates
+    were removed.
     """
 
     version: int
@@ -90,10 +90,11 @@ def _begin(
     line = history[written_back]
     _check(
         "weights" in line,
-        f"an aggregator that kept no updates wrote version {since} back to an emptied Redis",
+        f"the log was lost before version {since}, and the weights of that version were not kept, so a replay cannot "
+        "start there: give every aggregator --keep-updates",
     )
     buffer.load(archive.load_weights(line["weights"]))
-    return since, "written back to an emptied Redis", rest
+    return since, "the log before it was lost", rest
 
 
 def _follows(line: Mapping[str, str], version: int) -> bool:

@@ -29,7 +29,8 @@ def aggregator() -> None:
     "--targets", default="all-linear", show_default=True, help="Modules with an adapter, comma separated."
 )
 @click.option("--chat-template", type=click.Path(path_type=Path), metavar="FILE",
-              help="Jinja template that all workers write rows with.  [default: the base model's own]")  # fmt: skip
+              help="Jinja chat template that all workers format their rows with.  "
+                   "[default: the base model's own]")  # fmt: skip
 @click.option("--lr", type=float, default=1.0, show_default=True, help="Expert += lr × decay × Δ.")
 @click.option("--decay", type=click.Choice(["constant", "polynomial", "hinge"]), default="polynomial",
               show_default=True, help="How much a stale update weighs.")  # fmt: skip
@@ -37,7 +38,8 @@ def aggregator() -> None:
 @click.option(
     "--decay-b", type=float, default=4.0, show_default=True, help="Hinge: full weight up to this τ."
 )
-@click.option("--max-staleness", type=int, help="Refuse updates since whose base more updates than this were applied.  "
+@click.option("--max-staleness", type=int, help="Refuse an update if more than this many others were applied since "
+              "the version it started from.  "
               "[default: 256, or four times the workers if that is more]")  # fmt: skip
 @click.option("--max-norm", type=float, default=0.0, help="Longer updates are refused.  "
               "[default: ten times the initial adapter's norm]")  # fmt: skip
@@ -74,8 +76,8 @@ def aggregator() -> None:
 @click.option("--keep-updates-for", type=Duration(), metavar="TIME",
               help="Time after which kept updates are removed, like 7d, 12h or 30m; `fedmoe verify` then replays from "
                    "the weights of a later version.  [default: they are kept for ever]")  # fmt: skip
-@click.option("--new-lineage", is_flag=True, help="Begin experts anew that Redis has lost while workers train them: "
-              "what these trained before is forgotten.")  # fmt: skip
+@click.option("--new-lineage", is_flag=True, help="Create experts from zero that Redis has lost or an operator "
+              "removed: what their workers trained before is forgotten.")  # fmt: skip
 @click.option("--burst", is_flag=True, help="End when nothing is waiting.")
 @click.option("--max-updates", type=int, default=0, help="End after so many decided updates.")
 @click.option("--no-wait", is_flag=True, help="Fail if Redis cannot be reached, instead of waiting for it.")
@@ -184,7 +186,10 @@ def _run(ctx: click.Context, stop: "Stop", options: dict[str, Any]) -> None:
     daemon = Aggregator(redis, list(weights), settings, gateway, holder=holder_name())
     stop.when_out_of_patience.append(daemon.cut_off)
     stop.patience_s, stop.end_s = 2.0, 1.5  # a commit that is under way may come to its end
-    stop.last_words = lambda: ("stopped; what was read and not committed waits in Redis for an aggregator", 0)
+    stop.last_words = lambda: (
+        "stopped; updates that were read but not applied stay in Redis for the next aggregator",
+        0,
+    )
     daemon.run(stop)
 
 

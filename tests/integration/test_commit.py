@@ -132,8 +132,8 @@ def poisoned(value: float) -> tuple[bytes, ...]:
     ("changes", "reason"),
     [
         ({"spec": "0" * 16}, "made for spec"),
-        ({"base_fingerprint": "f" * 16}, "another base model"),
-        ({"tokenizer": "template:ff added:1a"}, "another base model: its tokenizer differs from"),
+        ({"base_fingerprint": "f" * 16}, "another base model, tokenizer or chat template: its weights"),
+        ({"tokenizer": "template:ff added:1a"}, "or chat template: its tokenizer differs from"),
         ({"wire_format": "int8"}, "encoded as 'int8'"),
         ({"parts": (Part(10, b"0" * 32), Part(10, b"0" * 32))}, "2 parts"),
         ({"parts": (Part(2**20, b"0" * 32),)}, "at most"),
@@ -188,7 +188,7 @@ def test_forged_counts_are_clamped_and_said(connection: Connection, caplog: pyte
     assert (meta.n_examples, meta.n_tokens) == (most, most * expert.spec.training.max_length)
     ((_, line),) = connection.client.xrange(expert.store.keys.log)
     assert (int(line[b"n_examples"]), int(line[b"claimed_examples"])) == (most, 2**53)
-    assert f"alice claims {2**53} rows" in caplog.text
+    assert f"worker alice claims {2**53} rows" in caplog.text
     worker.pull()
     worker.push(1.0)
     assert serve(expert) == ["applied"]
@@ -252,9 +252,8 @@ def test_staleness_bound_grows_alike_in_every_batching(connection: Connection, b
         worker.push(1.0, base_version=0)
     assert read_all(expert, batch) == ["refused", "applied", "applied"]
     loaded = expert.store.load()
-    assert loaded.decided["x"].reason.endswith(
-        "257 updates were applied since its base, at most 256 are allowed"
-    )
+    assert loaded.decided["x"].reason.startswith("too stale: 257 updates were applied since the version it ")
+    assert "at most 256 are allowed" in loaded.decided["x"].reason
     weights = start_weights()
     for staleness in (257, 258):
         fold(weights, torch.ones(LAYOUT.numel), 1 / (1 + staleness))

@@ -192,7 +192,7 @@ def test_base_without_template_is_said(
 ) -> None:
     """Whoever creates the expert can give one now; else the first worker has to."""
     ensure_experts(connection, {"a": 1.0}, request(without_template(tiny_model_dir, tmp_path / "bare")))
-    assert "bare has no chat template: give --chat-template FILE here" in caplog.text
+    assert "bare has no chat template: start the first worker with --chat-template FILE" in caplog.text
 
 
 @pytest.mark.parametrize("texts", [["gateway"], ["a:b"], ["a=x"], ["a=-1"], ["a=inf"], [""], ["a" * 65]])

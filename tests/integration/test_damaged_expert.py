@@ -122,7 +122,7 @@ def test_memory_mends_it(
         server._connection.client.connection_pool.disconnect()  # so that it looks again
         eventually("all parts", lambda: not expert.store.condition().damage, timeout_s=10)
         assert weights(connection) == before
-        assert "written back from memory, version 2" in caplog.text
+        assert "wrote it back from memory at version 2" in caplog.text
         for worker in (alice, bob):
             assert not worker.pull().resent
             worker.push(1.0)
@@ -166,7 +166,7 @@ def test_part_that_goes_while_it_is_served_is_noticed(
         eventually("version 1", lambda: expert.store.load().meta.version == 1)
         connection.client.delete(expert.store.keys.decided)
         eventually("all parts", lambda: not expert.store.condition().damage, timeout_s=10)
-    assert "written back from memory, version 1" in caplog.text
+    assert "wrote it back from memory at version 1" in caplog.text
 
 
 def test_what_can_be_derived_is_begun_again(
@@ -186,7 +186,7 @@ def test_what_can_be_derived_is_begun_again(
         worker.pull()
         worker.push(1.0)
         eventually("version 2", lambda: expert.store.load().meta.version == 2)
-    assert "the packed weights and the log did not belong to version 1" in caplog.text
+    assert "the packed weights and the log did not match version 1" in caplog.text
     meta, file, lines = GatewayStore(connection).history(NAME)
     done = replay(expert.spec, lines, Archive(tmp_path / NAME), upto=meta.version)
     assert (done.problem, done.since, done.version) == ("", 1, 2)

@@ -138,7 +138,7 @@ def test_rest_of_another_history_is_not_overwritten(
     server._expert = expert
     with caplog.at_level("WARNING"):
         server.run(StoppedAfter(10))
-    assert "this aggregator remembers another history of it" in caplog.text
+    assert "this aggregator retains another history in memory" in caplog.text
     assert "fedmoe restore --replace" in caplog.text
     assert client.get(keys.weights) == weights
     assert server._expert is expert

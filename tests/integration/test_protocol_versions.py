@@ -64,8 +64,8 @@ def test_header_of_another_format_is_undecidable_and_said_once(
     assert connection.client.xlen(expert.store.keys.dead) == 0
     (record,) = caplog.records
     assert record.getMessage() == (
-        f"sql_expert: alice's updates cannot be decided: its header has format {form}, the aggregator reads format 1: "
-        f"upgrade {who} FedMoE"
+        f"sql_expert: updates of worker alice cannot be read: its header has format {form}, the aggregator reads "
+        f"format 1: upgrade {who} FedMoE"
     )
     assert serve(expert) == ["applied"]
     assert (expert.meta.undecidable, expert.meta.garbage, expert.meta.refused) == (3, 0, 0)

@@ -68,7 +68,9 @@ def test_older_state_is_written_over_by_memory(
         eventually("version 5", lambda: expert.store.load().meta.version == 5, timeout_s=10)
         assert weights(connection) == before
         assert expert.store.load().decided == decided
-    assert "Redis went back from version 5 to version 1; written back from memory" in caplog.text
+    assert (
+        "an older state of the expert (version 1, in memory 5); this aggregator wrote it back" in caplog.text
+    )
     meta, file, lines = GatewayStore(connection).history(NAME)
     assert [line["version"] for line in lines] == ["1", "2", "3", "4", "5"]
     assert connection.client.xlen(expert.store.keys.dead) == 1
@@ -91,7 +93,7 @@ def test_standby_waits_for_whoever_remembers_more(
     expert.store.claim("another", 1)
     worker.publish()
     with serving(connect(), "standby"):
-        eventually("the sentence", lambda: "another aggregator remembers version 1" in caplog.text)
+        eventually("the sentence", lambda: "another aggregator retains version 1" in caplog.text)
         assert expert.store.load().meta.version == 0
         assert expert.write_back(on=expert.store.load().meta.commit)
         eventually("the duplicate", lambda: expert.store.load().meta.duplicate == 1, timeout_s=10)
@@ -167,8 +169,8 @@ def test_kept_updates_are_announced_again_if_somebody_committed_first(
     with serving(connect(), "one", keep_updates=tmp_path, memory=expert):
         eventually("version 5", lambda: other.store.load().meta.version == 5, timeout_s=10)
         eventually("an empty stream", lambda: not connection.client.xlen(other.store.keys.updates))
-    assert "version 4 was in memory here, and Redis is at version 2, last committed by other" in caplog.text
-    assert "3 updates are undone, of which 3 are announced again" in caplog.text
+    assert "version 4 in memory, version 2 in Redis, last committed by other" in caplog.text
+    assert "3 updates are missing, 3 of them are sent again" in caplog.text
     meta, file, lines = GatewayStore(connection).history(NAME)
     assert sorted((line["worker"], line["seq"]) for line in lines) == [
         ("alice", "1"), ("alice", "2"), ("alice", "3"), ("bob", "1"), ("carol", "1"),
@@ -185,7 +187,7 @@ def test_undone_updates_are_counted_where_nobody_kept_them(
     """Their workers send again what they still have."""
     expert, other, (alice, *_) = forked(connection, None)
     with serving(connect(), "one", memory=expert):
-        eventually("the sentence", lambda: "3 updates are undone, of which 0 are announced" in caplog.text)
+        eventually("the sentence", lambda: "3 updates are missing, 0 of them are sent again" in caplog.text)
         assert len(alice.pull().resent) == 2
         alice.publish()
         eventually("version 3", lambda: other.store.load().meta.version == 3, timeout_s=10)
@@ -229,7 +231,7 @@ def test_full_redis_is_written_back_to(
     with serving(connect(), "one", memory=expert):
         eventually("version 1", lambda: expert.store.load().meta.version == 1)
     connection.client.config_set("maxmemory", 0)
-    assert "written back from memory, version 1" in caplog.text
+    assert "wrote it back from memory at version 1" in caplog.text
 
 
 def test_damage_is_not_taken_for_another_history(
@@ -239,7 +241,7 @@ def test_damage_is_not_taken_for_another_history(
     expert, _, _ = forked(connection, tmp_path)
     connection.client.delete(expert.store.keys.decided)
     with serving(connect(), "one", keep_updates=tmp_path, memory=expert) as (server, _):
-        eventually("the sentence", lambda: "remembers another history" in caplog.text)
+        eventually("the sentence", lambda: "retains another history" in caplog.text)
         assert server._expert is expert
     assert connection.client.xlen(expert.store.keys.updates) == 0
 
@@ -259,7 +261,7 @@ def test_both_versions_are_told_without_anything_kept(
     with serving(connect(), "again", memory=again):
         eventually(
             "the sentence",
-            lambda: "Redis went back: version 1 was in memory here, and Redis is at version 0" in caplog.text,
+            lambda: "Redis has an older state: version 1 in memory, version 0 in Redis" in caplog.text,
         )
 
 
@@ -307,7 +309,9 @@ def test_restore_is_not_undone(
         eventually("version 1", lambda: expert.store.load().meta.version == 1)
         restore(BackupStore(connection), Backup(tmp_path / "backup"), replace=True)
         connection.client.client_kill_filter(_type="normal", skipme=True)
-        eventually("the sentence", lambda: "an operator replaced it; going on from version 0" in caplog.text)
+        eventually(
+            "the sentence", lambda: "an operator replaced the expert; going on from version 0" in caplog.text
+        )
         eventually("it serves", lambda: server._loaded)
         assert expert.store.load().meta.version == 0
         assert len(worker.pull().resent) == 0  # nothing was decided that it knows of

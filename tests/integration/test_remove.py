@@ -160,7 +160,7 @@ def test_what_is_only_missing_from_the_list_is_listed_again(
     with caplog.at_level(logging.WARNING):
         gateway.refresh()
     assert connection.client.hgetall("fedmoe:experts") == {b"a": b"1", b"b": b"1"}
-    assert "b was not listed in fedmoe:experts, but is there: listed again" in caplog.text
+    assert "expert b was missing from the list fedmoe:experts, this aggregator added it again" in caplog.text
     remove_expert(connection, "b")
     assert Inspector(connection).federation().problems == (
         "expert b was removed, and worker w ends at its next sync: nothing to do",

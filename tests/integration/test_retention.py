@@ -163,7 +163,7 @@ def test_little_is_removed_at_a_time_and_a_full_disk_stops_nobody(
         Archive, "keep_weights", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left"))
     )
     kept.retention.tend(kept.expert)
-    assert "cannot be tidied up in" in caplog.text
+    assert "cannot remove old updates or write weights in" in caplog.text
     before = kept.count("")
     kept.now += 61
     kept.retention.tend(kept.expert)

@@ -197,7 +197,7 @@ def test_non_finite_values_are_refused(wire_format: str, poison: float, place: i
     space = Workspace(torch.zeros(SMALL), torch.empty(SMALL), torch.empty(SMALL))
     verdict = judge_payload(update.header, Admission(), update.parts, spec, space)
     assert verdict.outcome is Outcome.REFUSED
-    assert "not finite (NaN or infinity)" in verdict.reason
+    assert "NaN or infinity" in verdict.reason
 
 
 @given(st.sampled_from([torch.nan, torch.inf, -torch.inf]), st.integers(0, 3), seeds, coded)

@@ -21,7 +21,7 @@ from itertools import accumulate, pairwise
 import torch
 
 from fedmoe.codec import EXACT, decode, encode, part_lengths
-from fedmoe.errors import UpdateError
+from fedmoe.errors import SettingsError, UpdateError
 from fedmoe.layout import Layout, values_of
 from fedmoe.lora_init import initial_weights
 from fedmoe.spec import Spec
@@ -100,15 +100,16 @@ def unpack_again(content: Sequence[bytes], spec: Spec) -> torch.Tensor:
     """The weights that `unpack` made of these bytes before, bit for bit.
 
     Raises:
-        UpdateError: if this torch draws other initial weights than the one did that unpacked them, or they are damaged.
+        UpdateError: if they are damaged.
+        SettingsError: if this torch makes other initial weights than the one that unpacked them before.
     """
     preamble, *parts = content or (b"",)
     _, digest = _initial(spec.layout, spec.init_seed)
     if not preamble.startswith(_WHAT) or len(preamble) != PREAMBLE_BYTES:
         raise UpdateError("the packed weights do not begin as they must")
     if not preamble.endswith(digest):
-        raise UpdateError(
-            f"this torch ({torch.__version__}) draws other initial weights than the one that wrote it: use that one"
+        raise SettingsError(
+            f"it needs other initial weights than torch {torch.__version__} makes: use the torch version that wrote it"
         )
     return _decode(parts, spec)
 

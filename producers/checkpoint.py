@@ -202,7 +202,7 @@ class StateDir:
         """The last checkpoint, None if there is none.
 
         Raises:
-            SettingsError: if it is damaged, cannot be read, or is that of another expert or worker.
+            SettingsError: if it is damaged, cannot be read, or is that of another expert, worker, FedMoE or torch.
         """
         try:
             if not self.file.exists():
@@ -214,8 +214,12 @@ class StateDir:
             checkpoint = self._restore(info, tensors, spec, now)
         except OSError as error:
             raise SettingsError(
-                f"the checkpoint {self.file} cannot be read ({error.strerror or error}): mend that, then start this "
-                "worker again"
+                f"the checkpoint {self.file} cannot be read ({error.strerror or error}): check the disk and the file's "
+                "permissions, then start this worker again"
+            ) from error
+        except SettingsError as error:  # it is whole
+            raise SettingsError(
+                f"the checkpoint {self.file} cannot be used: {error}, or move it away to start a new run"
             ) from error
         except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise SettingsError(
@@ -232,7 +236,10 @@ class StateDir:
         self, info: dict[str, Any], tensors: dict[str, torch.Tensor], spec: Spec, now: float
     ) -> Checkpoint:
         if info["format"] not in _FORMATS:
-            raise ValueError(f"its format is {info['format']}, this FedMoE reads {' and '.join(_FORMATS)}")
+            raise SettingsError(
+                f"it has format {info['format']}, this FedMoE reads {' and '.join(_FORMATS)}: use the FedMoE that "
+                "wrote it"
+            )
         packed = tuple(_blobs("packed", tensors))
         ledger = Ledger(
             base=unpack_again(packed, spec) if packed else tensors["base"],

@@ -48,7 +48,7 @@ def claim_name(
     until = clock() + patience_s
     while clock() < until:
         if stop.wait(0.25):
-            raise StoppedError("stopped before it had joined")
+            raise StoppedError("stopped before the training began")
         beat = store.heartbeat()
         if not beat:
             return

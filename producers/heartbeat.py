@@ -38,7 +38,7 @@ class SyncStatus:
         if self.problem or not self.undecided:
             return self.problem or "is an aggregator running?"
         return (
-            f"it was taken off the stream without a decision {self.undecided} times: see the aggregator's log"
+            f"an aggregator read it {self.undecided} times, but neither applied nor refused it: see its log"
         )
 
 

@@ -62,7 +62,7 @@ class Joining:
             else:
                 backoff.ok()
                 return result
-        raise StoppedError("stopped before it had joined")
+        raise StoppedError("stopped before the training began")
 
     def check_rights(self) -> None:
         """Raise RedisUnfitError, with all that is lacking, unless this user may train the expert under this name."""

@@ -46,7 +46,7 @@ class Saver:
         began = time.monotonic()
         while not job.wait(LOOK_S):
             if time.monotonic() - began > SLOW_S:
-                self._failed(f"the disk has not taken it for more than {SLOW_S:g} s")
+                self._failed(f"the write has not ended after {SLOW_S:g} s")
             meanwhile()
         if isinstance(job.error, OSError):
             self._failed(job.error.strerror or str(job.error))
@@ -60,7 +60,7 @@ class Saver:
     def _failed(self, why: str) -> None:
         self.problem = (
             f"cannot write the checkpoint to {self._state_dir.path} ({why}): training goes on, but no new update is "
-            "published before it can be written; make room or mend the disk"
+            "published until it is written: free disk space or repair the disk"
         )
         self._backoff.failed(OSError(self.problem))
         self._retry_at = self._clock() + RETRY_S

@@ -59,7 +59,7 @@ class WorkerSettings:
                 raise SettingsError(f"{what} must be a number of at least 0, not {getattr(self, what)!r}")
         if not 1 <= self.checkpoint_interval_s < float("inf"):
             raise SettingsError(
-                f"the checkpoint interval must be a number of at least 1 s, not {self.checkpoint_interval_s!r}"
+                f"--checkpoint-interval must be a number of at least 1 (seconds), not {self.checkpoint_interval_s!r}"
             )
 
     @property

@@ -153,7 +153,7 @@ class Sync:
                 return
             except UnknownExpertError as error:
                 self._entry = None  # it is gone, too
-                self._heart.hasten()  # whoever would begin it anew shall see that somebody knows it
+                self._heart.hasten()  # whoever would create it again shall see that somebody knows it
                 wait_s = self._failed(backoff, error)
             except (RedisUnavailableError, SpecError) as error:
                 wait_s = self._failed(backoff, error)
@@ -353,7 +353,7 @@ class Sync:
         """Raise RefusedError if every further update would be refused."""
         if meta.spec != self._spec.digest:
             raise RefusedError(
-                f"expert {self._store.expert!r} was made anew with another spec: restart this worker"
+                f"expert {self._store.expert!r} was created again with another spec: restart this worker"
             )
         if refusal := self._base.refusal(meta, self._store.expert):
             raise RefusedError(refusal)
@@ -374,12 +374,12 @@ class Sync:
             )
         if change.resent:
             logger.warning(
-                "Redis went back from version %d to version %d: %d decided updates are sent again",
+                "Redis has an older state: version %d before, version %d now; %d updates are sent again, nothing to do",
                 status.version, self.ledger.meta.version, len(change.resent),
             )  # fmt: skip
         if change.lost:
             logger.warning(
-                "Redis went back further than what is kept here: the updates %s are lost", change.lost
+                "Redis has an older state than this worker can repair: the updates %s are lost", change.lost
             )
         if change.replace:
             logger.warning(
@@ -387,7 +387,7 @@ class Sync:
                 "dropped, going on from its current weights",
                 "this worker was restored from an old checkpoint"
                 if change.position
-                else "an operator began the expert anew",
+                else "an operator created the expert from zero",
                 len(change.dropped),
                 steps,
             )

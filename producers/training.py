@@ -130,8 +130,13 @@ class Training:
         except Exception as error:
             if is_out_of_memory(error) and not isinstance(error, FedMoEError):
                 why = str(error).strip().partition("\n")[0]
-                error = TooLittleMemoryError(f"the training ran out of memory ({why}): free memory there")
-            logger.warning("the training cannot go on; what was trained is published first (%s)", error)
+                error = TooLittleMemoryError(
+                    f"the training ran out of memory ({why}): free memory on the device, or give another --device"
+                )
+            logger.warning(
+                "the training cannot go on (%s): what was trained so far is published, then this worker ends",
+                error,
+            )
             self._failure = error
 
     def _pass_boundary(self) -> None:
@@ -172,7 +177,7 @@ class Training:
         """How it ended, as a sentence; raise if something that was trained is lost."""
         sync, settings, status = self._sync, self._settings, self._sync.status
         if isinstance(sync.failure, ProtocolError):
-            kept = f"what is not decided yet is kept in {settings.state_dir}" if sync.saved else self._lost()
+            kept = self._kept() if sync.saved else self._lost()
             raise ProtocolError(f"{sync.failure}; {kept}")
         if sync.failure is not None:
             raise sync.failure
@@ -183,16 +188,19 @@ class Training:
         if not sync.ledger.queue and not left:
             return f"done: {text}"
         if sync.saved:
-            return f"done: {text}; what is not decided yet is kept in {settings.state_dir}"
+            return f"done: {text}; {self._kept()}"
         if sync.in_redis and not left:
             return f"done: {text}; the last one waits in Redis for an aggregator"
         remedy = "start this worker again to go on from there"
         if not settings.state_dir:
-            remedy = "a --state-dir that can be written keeps all"
+            remedy = "give --state-dir DIR to lose nothing next time"
         raise FedMoEError(
-            f"{text}; {self._lost()}: nobody decided what was trained within {settings.drain_s:g} s "
-            f"({status.why_undecided}); {remedy}"
+            f"{text}; {self._lost()}: no aggregator applied or refused the last update within "
+            f"{settings.drain_s:g} s ({status.why_undecided}); {remedy}"
         )
+
+    def _kept(self) -> str:
+        return f"what has no answer yet is kept in {self._settings.state_dir}, and the next start sends it"
 
     def _lost(self) -> str:
         """What is lost if the worker ends now and its last checkpoint does not hold all."""

@@ -91,7 +91,7 @@ class Worker:
             FedMoEError: one sentence for whatever makes this worker useless: wrong data, stream, base model, name.
         """
         stop = self._stop
-        stop.last_words = lambda: ("stopped before it had joined: nothing was trained yet", 0)
+        stop.last_words = lambda: ("stopped before the training began: nothing was trained yet", 0)
         stop.when_out_of_patience.append(self._store.connection.cut_off)
         how, reason = "failed", ""
         try:
@@ -122,7 +122,7 @@ class Worker:
 
     def _run(self) -> None:
         settings = self._settings
-        self._report(f"worker {settings.worker!r} of expert {settings.stream!r} (name: {self._why})")
+        self._report(f"worker {settings.worker!r} of expert {settings.stream!r} (name from {self._why})")
         bad_rows = BadRows(report=self._report, file=settings.bad_rows, fail=settings.on_bad_row == "fail")
         data = open_data(settings.data, bad_rows, stopped=self._stop.is_set)
         with closing(StateDir(settings.state_dir)) if settings.state_dir else nullcontext() as state_dir:
@@ -184,8 +184,8 @@ class Worker:
                 trainer.position = saved.position
             else:
                 self._report(
-                    f"{settings.data} does not give the examples of the checkpoint (the file, the chat template, "
-                    "--learn or the expert's max_length is another): starting at the first one"
+                    f"the examples of {settings.data} differ from those of the checkpoint (other file, chat template, "
+                    "--learn or max_length): starting at the first one"
                 )
                 state.pop(TOO_LARGE, None)
             trainer.load_state(state)
@@ -198,7 +198,7 @@ class Worker:
         pulled = self._joining.patiently(lambda: self._store.pull(spec, known=""))
         base = pulled.weights
         if base is None:
-            raise RefusedError(f"expert {settings.stream!r} was just made anew: start this worker again")
+            raise RefusedError(f"expert {settings.stream!r} was just created again: start this worker again")
         with torch.no_grad():
             trainer.flat.copy_(base)
         start = pulled.decided.id if pulled.decided else None
@@ -209,8 +209,8 @@ class Worker:
 def _named(settings: WorkerSettings) -> tuple[WorkerSettings, str]:
     """Settings with a name, and why this one: a restart on the same state directory goes on under the same name."""
     if settings.state_dir and (name := name_in(settings.state_dir)):
-        why = f"that of the checkpoint in {settings.state_dir}"
+        why = f"the checkpoint in {settings.state_dir}"
         if name != settings.worker:
-            why += f", not this host's {settings.worker!r}; for another worker give --name and another --state-dir"
+            why += f", not this host, {settings.worker!r}; for another worker give --name and another --state-dir"
         return replace(settings, name=name), why
-    return replace(settings, name=settings.worker), "this host's; --name gives another one"
+    return replace(settings, name=settings.worker), "this host; --name gives another one"

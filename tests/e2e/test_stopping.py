@@ -158,7 +158,7 @@ def test_while_the_base_model_loads(tmp_path: Path, worker: list[str]) -> None:
     finally:
         process.kill()
         process.wait()
-    assert last_line(tmp_path / "log") == "stopped before it had joined: nothing was trained yet"
+    assert last_line(tmp_path / "log") == "stopped before the training began: nothing was trained yet"
 
 
 def test_worker_that_joins_a_frozen_redis(tmp_path: Path, redis: EmbeddedRedis, worker: list[str]) -> None:
@@ -178,7 +178,7 @@ def test_worker_whose_redis_is_frozen_keeps_all(
     with until_said(tmp_path / "log", "step 5", worker + state) as process:
         freeze(redis)
         assert stopped(process) == 0
-    assert "what is not decided yet is kept in" in last_line(tmp_path / "log")
+    assert "what has no answer yet is kept in" in last_line(tmp_path / "log")
     steps = [
         line.split()[1] for line in (tmp_path / "log").read_text().splitlines() if line.startswith("step")
     ]

@@ -141,7 +141,7 @@ def test_template_of_a_base_without_one(
         with monkeypatch.context() as patch:
             patch.setattr("producers.material.load_base", lambda *_, **__: pytest.fail("weights were loaded"))
             refused = complaint(capsys, monkeypatch, *worker)
-        assert "has no chat template, nor has expert 'a': give" in refused
+        assert "nor expert 'a' has a chat template: give" in refused
         brought = fedmoe(*worker, "--chat-template", str(template))
         assert brought.returncode == 0, brought.stderr
         assert store.meta("a").chat_template == template.read_text()
@@ -170,7 +170,7 @@ def test_worker_of_an_earlier_protocol_ends_and_goes_on_when_it_was_upgraded(
     text = log.read_text()
     assert text.splitlines()[-1].endswith(
         f"speaks protocol {PROTOCOL + 1} and the FedMoE on this machine protocol {PROTOCOL}: upgrade the FedMoE on "
-        f"this machine; what is not decided yet is kept in {tmp_path / 'state'}"
+        f"this machine; what has no answer yet is kept in {tmp_path / 'state'}, and the next start sends it"
     )
     assert "Traceback" not in text
     assert fedmoe(*command).returncode == 2

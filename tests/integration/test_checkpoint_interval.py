@@ -93,6 +93,6 @@ def test_cut_that_comes_due_while_a_checkpoint_waits_for_the_training(
 
 def test_impossible_interval_is_refused() -> None:
     with pytest.raises(
-        SettingsError, match=r"checkpoint interval must be a number of at least 1 s, not 0\.5"
+        SettingsError, match=r"--checkpoint-interval must be a number of at least 1 .seconds., not 0\.5"
     ):
         WorkerSettings(stream="a", data=Path("d"), checkpoint_interval_s=0.5)

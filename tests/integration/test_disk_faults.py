@@ -181,6 +181,6 @@ def test_disk_that_does_not_answer(tmp_path: Path, trial: Start, monkeypatch: py
     answers = threading.Event()
     with monkeypatch.context() as broken:
         broken.setattr(checkpoint, "to_disk", lambda _: answers.wait())
-        worker.expect_life("the disk has not taken it for")
+        worker.expect_life("the write has not ended after")
     answers.set()
     worker.expect_recovery()

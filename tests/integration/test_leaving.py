@@ -62,7 +62,7 @@ def test_a_worker_that_ended_well_says_which_way(connection: Connection, tmp_pat
         return gone.how
 
     make_expert(connection)
-    run(connection, tmp_path, raises(StoppedError("stopped before it had joined")))
+    run(connection, tmp_path, raises(StoppedError("stopped before the training began")))
     assert how() == "stopped"
     run(connection, tmp_path, lambda worker: None)
     assert how() == "stopped"

@@ -16,7 +16,7 @@ from producers.worker import Worker
 from tests.federation import make_expert, serving
 from tests.tiny import tiny_config
 
-OTHER_EXAMPLES = "does not give the examples of the checkpoint"
+OTHER_EXAMPLES = "differ from those of the checkpoint"
 
 
 def spec_of(base_model: Path) -> Spec:

@@ -65,7 +65,7 @@ def make_training(connection: Connection, error: Exception, said: list[str], *, 
         (
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore"),
             TooLittleMemoryError,
-            r"^the training ran out of memory \(CUDA out of memory. Tried to allocate 2 GiB\): free memory there$",
+            r"allocate 2 GiB\): free memory on the device, or give another --device$",
         ),
         (ZeroDivisionError("a mistake in the program"), ZeroDivisionError, "mistake"),
     ],

@@ -39,12 +39,14 @@ def test_new_container_on_the_same_state_directory_goes_on(
 ) -> None:
     """Another host name, no --name: the name in the state directory is taken, and that is said."""
     monkeypatch.setattr("socket.gethostname", lambda: "container-1")
-    assert work()[0] == "worker 'container-1' of expert 'tiny' (name: this host's; --name gives another one)"
+    assert (
+        work()[0] == "worker 'container-1' of expert 'tiny' (name from this host; --name gives another one)"
+    )
     monkeypatch.setattr("socket.gethostname", lambda: "container-2")
     said = work()
-    assert said[0].startswith("worker 'container-1' of expert 'tiny' (name: that of the checkpoint in ")
+    assert said[0].startswith("worker 'container-1' of expert 'tiny' (name from the checkpoint in ")
     assert said[0].endswith(
-        "not this host's 'container-2'; for another worker give --name and another --state-dir)"
+        "not this host, 'container-2'; for another worker give --name and another --state-dir)"
     )
     assert any("resuming run" in line for line in said)
     assert connection.client.hkeys(connection.keys.expert("tiny").decided) == [b"container-1"]

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 import producers.checkpoint
+from fedmoe.errors import SettingsError
 from fedmoe.layout import Layout
 from fedmoe.lora_init import initial_weights
 from fedmoe.packed import chunks, pack, unpack
@@ -229,6 +230,29 @@ def test_checkpoint_of_the_format_before_is_read(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "worker.safetensors", metadata={"fedmoe": json.dumps(info)})
     ledger.packed = ()  # which it did not hold
     assert content(load(tmp_path, spec)) == content(new)
+
+
+@pytest.mark.parametrize(
+    ("other", "sentence"),
+    [
+        ("format", r"it has format 9, this FedMoE reads .*: use the FedMoE that wrote it"),
+        ("torch", r"it needs other initial weights than torch .* makes: use the torch version that wrote it"),
+    ],
+)
+def test_checkpoint_of_another_version_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str, sentence: str
+) -> None:
+    """It is whole, and the version that wrote it goes on with it."""
+    spec = small_spec(layout=LAYOUT, wire_format="int4")
+    with monkeypatch.context() as patch:
+        if other == "format":
+            patch.setattr(producers.checkpoint, "_FORMAT", "9")
+        StateDir(tmp_path).save(checkpoint_of(make_ledger(spec), 7))
+    with pytest.raises(
+        SettingsError, match=rf"cannot be used: {sentence}, or move it away to start a new run$"
+    ):
+        # Another seed stands for another torch: either makes other initial weights.
+        load(tmp_path, replace(spec, init_seed=1) if other == "torch" else spec)
 
 
 def _inside(name: str, update: Outgoing) -> dict[str, torch.Tensor]:

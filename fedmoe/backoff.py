@@ -16,7 +16,7 @@ REPEAT_UNFIT_S = 60.0
 class Backoff:
     """Waits that double from 0.1 s to 1 s, with jitter; a problem is said when it begins, every 30 s, and when it ends.
 
-    One that only a person can mend (RedisUnfitError) is said once a minute.
+    One that only a person can repair (RedisUnfitError) is said once a minute.
 
     Args:
         what: names the thing in messages.

@@ -25,9 +25,9 @@ COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 @redis_options
 @click.option("--no-redis", is_flag=True, help="Check this installation only.")
 @click.option("--role", type=click.Choice(ROLES), default=None,
-              help="Role that this Redis user must be allowed to play; else it fails.")  # fmt: skip
+              help="Fail unless this Redis user has all rights of this role.")  # fmt: skip
 @click.option("--acl", type=click.Choice(ROLES), default=None,
-              help="Role whose ACL line (Redis 7.0, Valkey) to print; nothing is checked.")  # fmt: skip
+              help="Print the ACL line (Redis 7.0, Valkey) of a user with this role, and check nothing.")  # fmt: skip
 @click.option(
     "--stream", default="", metavar="EXPERT", help="A worker's expert.  [default: the first there is]"
 )
@@ -46,7 +46,7 @@ def doctor(
     name: str,
     base_model: str,
 ) -> None:
-    """Check this installation and the Redis; exits 1 if something must be mended first.
+    """Check this installation and the Redis; exits 1 if something must be repaired first.
 
     A line for each thing that is ok, that you may want to change (warn), or that will not work (fail).
     """
@@ -79,7 +79,7 @@ def acl_line(settings: "RedisSettings", role: str, *, stream: str, worker: str) 
     from fedmoe.store.permissions import ANY, ROLES, acl_rules
 
     if role == "worker" and not stream:
-        raise SettingsError("a worker's rights are those on one expert: name it by --stream")
+        raise SettingsError("--acl worker prints the rights for one expert: give --stream EXPERT")
     rights = ROLES[role].rights(Keys(settings.prefix), stream or ANY, worker)
     user = worker if role == "worker" else role
     database = Connection(settings).client.get_connection_kwargs().get("db") or 0

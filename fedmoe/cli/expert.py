@@ -14,12 +14,12 @@ LOOK_EVERY_S = 0.5
 
 @click.group()
 def expert() -> None:
-    """Look after single experts."""
+    """Manage single experts."""
 
 
 @expert.command()
 @redis_options
-@click.option("--yes", is_flag=True, help="Answer to the question whether it shall be removed.")
+@click.option("--yes", is_flag=True, help="Remove without asking.")
 @click.argument("name")
 def remove(redis: str, prefix: str, redis_timeout: float, yes: bool, name: str) -> None:
     """Remove the expert NAME for good, also while it is served and trained.
@@ -38,8 +38,10 @@ def remove(redis: str, prefix: str, redis_timeout: float, yes: bool, name: str) 
     what = f"{name} (version {printable(there.version)}, workers running: {len(there.workers)}{served})"
     if not yes:
         if not sys.stdin.isatty():
-            raise SettingsError(f"nobody is there to ask whether to remove {what}: say --yes")
-        click.confirm(f"Remove {what} for good? (`fedmoe backup` keeps a copy)", abort=True)
+            raise SettingsError(
+                f"cannot ask whether to remove {what}, because stdin is not a terminal: give --yes"
+            )
+        click.confirm(f"Remove {what} for good? (to keep a copy, run `fedmoe backup` first)", abort=True)
     remove_expert(connection, name)
     click.echo(f"removed {what}")
     until = time.monotonic() + NOTICE_S
@@ -51,6 +53,4 @@ def remove(redis: str, prefix: str, redis_timeout: float, yes: bool, name: str) 
         left = sweep(connection, name)
     if left:
         names = ", ".join(map(printable, left[:10]))
-        click.echo(
-            f"still running: {names}; each ends when it looks at Redis next (once in its sync interval)"
-        )
+        click.echo(f"workers still running: {names}; each ends by itself at its next sync, nothing to do")

@@ -18,8 +18,8 @@ def gateway() -> None:
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory to write.")
 @click.option("--expert", metavar="NAME", help="Export this expert instead of the gateway.")
 @click.option("--rank", type=click.IntRange(min=1), metavar="N",
-              help="Rank to truncate the adapter to, if it has a higher one; what that loses is printed.  "
-                   "[default: as it is]")  # fmt: skip
+              help="Truncate the adapter to this rank if its own is higher, and print the relative error.  "
+                   "[default: keep its rank]")  # fmt: skip
 @click.option("--force", is_flag=True, help="Also into a directory that holds something else.")
 def export(
     redis: str,

@@ -66,7 +66,7 @@ def bad_rows_option(command: Callable[..., Any]) -> Callable[..., Any]:
         "--bad-rows",
         type=click.Path(path_type=Path),
         metavar="FILE",
-        help="JSONL file to list the rows in that cannot be used: file, line, reason and text.",
+        help="JSONL file for a list of the rows that cannot be used: file, line, reason and text.",
     )(command)
 
 
@@ -77,7 +77,7 @@ def learn_option(command: Callable[..., Any]) -> Callable[..., Any]:
         type=click.Choice(["all", "last"]),
         default="all",
         show_default=True,
-        help="Answers of a conversation that the loss is on.",
+        help="Which answers of a conversation count in the loss.",
     )(command)
 
 

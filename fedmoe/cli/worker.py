@@ -46,7 +46,7 @@ def worker() -> None:
     "--drain", type=float, default=30.0, show_default=True, help="Seconds to wait for the last decision."
 )
 @click.option("--on-bad-row", type=click.Choice(["skip", "fail"]), default="skip", show_default=True,
-              help="What a row that cannot be used does.")  # fmt: skip
+              help="What to do with a row that cannot be used.")  # fmt: skip
 @learn_option
 @bad_rows_option
 @click.option("--no-wait", is_flag=True, help="Fail if Redis or the expert is not there yet.")
@@ -54,7 +54,7 @@ def worker() -> None:
     "--log-interval", type=float, default=5.0, show_default=True, help="Seconds between progress lines."
 )
 def run(**options: Any) -> None:
-    """Train and publish until stopped; SIGTERM, SIGHUP or Ctrl-C publishes what is trained first.
+    """Train and publish until stopped; after SIGTERM, SIGHUP or Ctrl-C, publish what is trained, then end.
 
     Rows are {"prompt", "completion"} or {"messages": […]}; the loss is on the answers only.
     """

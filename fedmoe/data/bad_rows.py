@@ -67,7 +67,7 @@ class BadRows:
             DataError: if bad rows are fatal.
         """
         if self.fail:
-            raise DataError(f"{problem}; mend it, or have bad rows skipped")
+            raise DataError(f"{problem}; correct the row, or give --on-bad-row skip")
 
     def report(self, path: Path, problems: Sequence[Problem]) -> None:
         """Name the first ten bad rows of the data file `path`, and write all to the file."""
@@ -75,8 +75,13 @@ class BadRows:
             self._report(str(problem))
         more = len(problems) - N_NAMED
         if more > 0:
-            where = f"are in {shown(self._file)}" if self._file else "are listed with --bad-rows FILE"
-            self._report(f"{shown(path)}: {more} more rows cannot be used; all {len(problems)} {where}")
+            n = len(problems)
+            where = (
+                f"all {n} are in {shown(self._file)}"
+                if self._file
+                else f"give --bad-rows FILE for a list of all {n}"
+            )
+            self._report(f"{shown(path)}: {more} more rows cannot be used; {where}")
         if problems and self._file:
             self._write(self._file, path, {problem.number: problem for problem in problems})
 

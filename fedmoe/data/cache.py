@@ -70,7 +70,7 @@ class RowCache:
             except OSError as error:
                 why = error.strerror or error
                 self._report(
-                    f"tokenized rows are not kept for the next start ({why}); it will tokenize again"
+                    f"cannot write {shown(self._file)} ({why}): the next start tokenizes the rows again"
                 )
         return made
 

@@ -33,7 +33,9 @@ class Encoder:
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         if not tokenizer.chat_template:  # fedmoe.model.tokenizer.use_template asks for one, in time
-            raise DataError("the base model has no chat template to write rows with, nor has the expert")
+            raise DataError(
+                "neither the base model nor the expert has a chat template: start a worker with --chat-template FILE"
+            )
         self._tokenizer = tokenizer
         self._template = ChatTemplate(tokenizer)
         self._control = ControlTokens(tokenizer, self._template)
@@ -63,19 +65,19 @@ class Encoder:
         if not text.strip():
             raise AnswerError("its answer is empty")
         if turns[-1].reasoning and THOUGHT in text:
-            raise RowError("it has reasoning in its answer and beside it")
+            raise RowError("it has reasoning both in its answer (</think>) and in a field or part of its own")
         prompt, lead, end = self._template.write(turns, tools)
         answer = _join_reasoning(prompt, lead, text) + end
         prompt_ids = first_tokens(self._ids, prompt, max_length)
         if len(prompt_ids) >= max_length:
-            raise NoRoomError(f"its prompt fills max_length {max_length}")
+            raise NoRoomError(f"its prompt leaves no room for the answer (max_length {max_length} tokens)")
         both = first_tokens(self._ids, prompt + answer, max_length)
         # The joint text first, because some tokenizers put a space in front of whatever they are given. But a
         # token across the border does not exist when the model is asked: then the answer is taken alone.
         joint = both[: len(prompt_ids)] == prompt_ids
         answer_ids = both[len(prompt_ids) :] if joint else first_tokens(self._ids, answer, max_length)
         if not prompt_ids or not answer_ids:
-            raise RowError("it has no tokens")
+            raise RowError("its prompt or its answer has no tokens")
         return prompt_ids, answer_ids
 
     def _ids(self, text: str) -> list[int]:

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAX_EARLIER_ANSWERS = 16  # of a prompt that is taken apart
-ENDS_TAKEN_OFF = "control tokens at the end of answers are taken off"
-UNWRAPPED = "prompts that hold the chat template's text already are taken apart into turns"
+ENDS_TAKEN_OFF = "control tokens at the end of answers were removed"
+UNWRAPPED = "prompts that already contain chat template markup were split into turns"
 # Reasoning is written into answers with these, whether they are control tokens or not.
 NOT_STRUCTURE = ("<think>", "</think>")
 # Of well-known chat templates; text to every other tokenizer.
@@ -75,7 +75,8 @@ class ControlTokens:
         self._check(json.dumps(tools, ensure_ascii=False), "its tools")
         foreign = {found for turn in bare for found in self._foreign.findall(turn.content)}
         notes += [
-            f"{name!r} is learnt as text, being no control token of this model" for name in sorted(foreign)
+            f"{name!r} is trained on as plain text, because it is no control token of this model"
+            for name in sorted(foreign)
         ]
         return Prepared(tuple(bare), tuple(notes))
 
@@ -89,7 +90,7 @@ class ControlTokens:
     def _check(self, text: str, where: str) -> None:
         if found := self._structure.search(text):
             raise RowError(
-                "it holds a control token", f": {found[0]!r} in {where}, where it would begin or end a turn"
+                "it holds a control token", f": {found[0]!r} in {where} would begin or end a turn, remove it"
             )
 
     def _unwrap(self, turns: Sequence[Turn]) -> list[Turn] | None:

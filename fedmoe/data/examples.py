@@ -90,7 +90,7 @@ class Examples:
         if self.unused:
             names = [f"{what} ({count} rows)" for what, count in Counter(self.unused).most_common(MAX_NAMED)]
             more = f" and {len(self.unused) - MAX_NAMED} more" if len(self.unused) > MAX_NAMED else ""
-            parts.append(f"not used: {', '.join(names)}{more}")
+            parts.append(f"ignored parts of rows: {', '.join(names)}{more}")
         parts += [f"{note} ({count} rows)" for note, count in Counter(self.notes).most_common()]
         return "; ".join(parts)
 
@@ -194,7 +194,7 @@ def make_examples(
     used.report(data.path, bad_rows)
     if not examples:
         too_long = any("max_length" in problem.kind for problem in problems)
-        advice = f"{'raise max_length or ' if too_long else ''}mend the file"
+        advice = f"{'create the expert with a larger --max-length, or ' if too_long else ''}correct the file"
         raise DataError(f"nothing to train on in {shown(data.path)}: {used.summary()}; {advice}")
     return used
 

@@ -155,7 +155,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(content) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise RowError("it has a field twice", f": its field {twice[:40]!r} stands there twice")
+        raise RowError("it has a field twice", f": {twice[:40]!r}")
     return content
 
 

@@ -97,13 +97,19 @@ def _start(job: Job, count: int) -> list["_Process"]:
     try:
         packed = ForkingPickler.dumps(job)
     except Exception as error:  # a tokenizer whose code comes from a hub may raise anything
-        logger.warning("the tokenizer cannot be handed to other processes (%s): encoding in this one", error)
+        logger.warning(
+            "the tokenizer cannot run in other processes (%s): tokenizing in this one, which is only slower",
+            error,
+        )
         return started
     try:
         for _ in range(count):
             started.append(_Process(packed))  # noqa: PERF401  # those that were started before an error count
     except OSError as error:
-        logger.warning("rows are encoded in %d processes instead of %d (%s)", len(started), count, error)
+        logger.warning(
+            "only %d of %d processes for tokenizing could be started (%s): it takes longer, nothing else changes",
+            len(started), count, error,
+        )  # fmt: skip
     return started
 
 
@@ -193,7 +199,9 @@ class _Pool:
             process = None
             if self._ended:
                 return []
-            logger.warning("a process that encoded rows has died (is memory short?): going on without it")
+            logger.warning(
+                "a process for tokenizing has died (out of memory?): its rows are tokenized here, none is lost"
+            )
         finally:
             self._idle.put(process)
         with self._here:  # a tokenizer is not made for several threads

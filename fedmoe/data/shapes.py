@@ -158,7 +158,7 @@ def _weighed(turns: list[Turn], fields: _Fields) -> list[Turn]:
 def _question_and_answer(fields: _Fields) -> list[Turn]:
     question, answer = fields.pick(QUESTIONS), fields.pick(ANSWERS)
     if question is None or answer is None:
-        wanted = f": its fields are {fields.names()}; wanted are 'prompt' and 'completion', or 'messages'"
+        wanted = f": its fields are {fields.names()}; it needs 'prompt' and 'completion', or 'messages'"
         raise RowError("it has no question and answer", wanted)
     asked = _one_or_more(fields, question, "user")
     for name in CONTEXTS:

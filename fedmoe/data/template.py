@@ -74,15 +74,17 @@ class ChatTemplate:
         else:
             raise refusal
         if tools and asked == self._without_tools(prompt):
-            raise RowError("the chat template does not show its tools")
+            raise RowError("the chat template leaves its tools out of the prompt")
         if MARKER not in answered:
             raise RowError("the chat template drops its answer")
         before, _, tail = answered.rpartition(MARKER)
         lead = before.removeprefix(asked) if before.startswith(asked) else ""
         if not self._shows_reasoning and any(turn.reasoning for turn in turns):
-            raise RowError("the chat template does not show its reasoning")
+            raise RowError("the chat template leaves its reasoning out")
         if turns[-1].reasoning.strip() not in lead:
-            raise RowError("the generation prompt of the chat template leaves no room for its reasoning")
+            raise RowError(
+                "the chat template ends its prompt after the place for reasoning: the row's cannot be used"
+            )
         return Written(asked, lead, self._end_of_turn(tail))
 
     @cached_property

@@ -78,7 +78,9 @@ def _turn(message: object, where: str) -> Turn:
     role = message.get("role", message.get("from"))
     known = ROLES.get(role.strip().lower()) if isinstance(role, str) else None
     if known is None:
-        wanted = f": its {where} has the role {reprlib.repr(role)}; wanted is system, user, assistant or tool"
+        wanted = (
+            f": its {where} has the role {reprlib.repr(role)}; it must be system, user, assistant or tool"
+        )
         raise RowError("it has a turn of an unknown role", wanted)
     content = message.get("content", message.get("value"))
     reasoning = ""
@@ -111,7 +113,7 @@ def read_weight(value: object, where: str) -> float:
         return 1.0
     if isinstance(value, (bool, int, float)) and 0 <= value <= 1:
         return float(value)
-    wanted = f": its {where} is {reprlib.repr(value)}; wanted is a number from 0 to 1, or true or false"
+    wanted = f": its {where} is {reprlib.repr(value)}; it must be a number from 0 to 1, or true or false"
     raise RowError("it has a weight that cannot be used", wanted)
 
 

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 REMEDY = (
-    "use the tokenizer that was published with the base model, or a base model that was resized for this one"
+    "use the tokenizer that was published with the base model, or a base model whose embeddings were resized to this "
+    "tokenizer"
 )
 
 
@@ -90,5 +91,5 @@ def check_examples(
         index = int((lengths > limit).int().argmax())
         raise DataError(
             f"{path} line {examples.arrays['lines'][index]}: it has {int(lengths[index])} tokens, the base model has "
-            f"{limit} positions: begin an expert with --max-length {limit} or less"
+            f"{limit} positions: shorten the row, or create the expert with --max-length {limit} or less"
         )

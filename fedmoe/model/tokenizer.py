@@ -80,7 +80,7 @@ def use_template(
     """
     if own and expert_template and own != expert_template:
         raise SettingsError(
-            f"--chat-template is not the template that expert {expert!r} is trained with: leave the option away"
+            f"--chat-template is not the template that expert {expert!r} is trained with: start without this option"
         )
     if own:
         check_template(own)
@@ -88,8 +88,8 @@ def use_template(
         tokenizer.chat_template = expert_template or own
     if not tokenizer.chat_template:
         raise SettingsError(
-            f"the base model {base_model} has no chat template, nor has expert {expert!r}: give the template "
-            "that the model shall be asked with (--chat-template FILE, Jinja); it becomes the expert's"
+            f"neither the base model {base_model} nor expert {expert!r} has a chat template: give the Jinja template "
+            "used at inference (--chat-template FILE); it becomes the expert's"
         )
 
 
@@ -105,8 +105,10 @@ def check_template(template: str) -> None:
     except TEMPLATE_ERRORS as error:
         words = " ".join(str(error).split())[:200] or type(error).__name__
         raise SettingsError(
-            f"the chat template cannot render a question and its answer ({words}): mend the file"
+            f"the chat template cannot render a question and its answer ({words}): correct the --chat-template file"
         ) from error
     for turn in _TRIAL:
         if turn["content"] not in rendered[0]:
-            raise SettingsError(f"the chat template leaves out the {turn['role']}'s turn: mend the file")
+            raise SettingsError(
+                f"the chat template drops the {turn['role']}'s turn: correct the --chat-template file"
+            )

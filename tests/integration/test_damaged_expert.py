@@ -1,4 +1,4 @@
-"""A part of an expert in Redis is missing or is another one: it is recognised, named, not served, and mended."""
+"""A part of an expert in Redis is missing or is another one: it is recognised, named, not served, and repaired."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -177,7 +177,8 @@ def test_the_command_asks_and_says_what_it_did(connection: Connection) -> None:
     arguments = ("expert", "remove", "--redis", connection.settings.url)
     asked = fedmoe(*arguments, "sql_expert")
     assert (asked.returncode, asked.stdout) == (2, "")
-    assert "whether to remove sql_expert (version 0, workers running: 0): say --yes" in asked.stderr
+    assert "cannot ask whether to remove sql_expert (version 0, workers running: 0)" in asked.stderr
+    assert "give --yes" in asked.stderr
     done = fedmoe(*arguments, "sql_expert", "--yes")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "removed sql_expert (version 0, workers running: 0)\n"

@@ -1,6 +1,7 @@
 """Rows that cannot be used: ten named, all counted, all kept where that is wanted."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ TURN = json.dumps({"messages": [{"role": "narrator", "content": "a"}]})
 BROKEN = '{"prompt": "caf\u00e9", "compl'
 KINDS = {
     NO_ANSWER: "its answer is empty",
-    LONG: "its prompt fills max_length 64",
+    LONG: "its prompt leaves no room for the answer (max_length 64 tokens)",
     TURN: "it has a turn of an unknown role",
     BROKEN: "it is not JSON",
 }
@@ -46,7 +47,7 @@ def test_the_first_ten_are_named_and_all_are_counted_by_kind(tmp_path: Path) -> 
         assert line.startswith(f"{path} line {number + 2}: {kind}")
     assert "'narrator'" in said[2]
     assert "(character 20)" in said[3]
-    assert said[-1] == f"{path}: 2 more rows cannot be used; all 12 are listed with --bad-rows FILE"
+    assert said[-1] == f"{path}: 2 more rows cannot be used; give --bad-rows FILE for a list of all 12"
 
 
 def test_all_are_kept_in_a_file_as_they_stand_there(tmp_path: Path) -> None:
@@ -88,7 +89,7 @@ def test_a_file_without_a_usable_row_lists_them_all_the_same(tmp_path: Path, row
 def test_the_first_one_is_fatal_where_that_is_wanted(tmp_path: Path, row: str) -> None:
     """By line, whichever kind it is."""
     path = write(tmp_path / "rows.jsonl", GOOD, row, row)
-    with pytest.raises(DataError, match=rf"rows\.jsonl line 2: {KINDS[row]}.*; mend it"):
+    with pytest.raises(DataError, match=rf"rows\.jsonl line 2: {re.escape(KINDS[row])}.*; correct the row"):
         read(path, [], fail=True)
 
 

@@ -80,13 +80,13 @@ def test_rows_that_were_templated_already(tmp_path: Path) -> None:
     whole = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>"
     assert texts == [whole, whole, whole, whole.replace("a<", "a</s><")]
     assert [(problem.line, problem.reason) for problem in made.problems] == [
-        (4, "it holds a control token: '<|im_end|>' in its user turn, where it would begin or end a turn"),
+        (4, "it holds a control token: '<|im_end|>' in its user turn would begin or end a turn, remove it"),
         (5, "its answer is empty"),
     ]
     assert made.summary() == (
         "6 rows: 4 used, 2 dropped (1 × it holds a control token; 1 × its answer is empty); "
         f"{ENDS_TAKEN_OFF} (3 rows); {UNWRAPPED} (1 rows); "
-        "'</s>' is learnt as text, being no control token of this model (1 rows)"
+        "'</s>' is trained on as plain text, because it is no control token of this model (1 rows)"
     )
 
 

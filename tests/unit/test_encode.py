@@ -130,7 +130,7 @@ def test_answers_beyond_max_length_are_left_out_and_said() -> None:
     assert labels(example) == [("FIRST<|im_end|>", 1.0), ("SE", 1.0)]
     assert (len(example.input_ids), made.truncated) == (second.start + 2, 1)
     assert [(p.line, p.reason) for p in made.left_out] == [
-        (7, f"{LEFT_OUT}its prompt fills max_length {second.start + 2}")
+        (7, f"{LEFT_OUT}its prompt leaves no room for the answer (max_length {second.start + 2} tokens)")
     ]
 
 
@@ -175,10 +175,10 @@ def test_a_row_is_left_out_whole_if_the_template_drops_a_part_of_it() -> None:
     tools = [{"type": "function", "function": {"name": "get_weather", "parameters": {}}}]
     problem = encode(turns("weather?", "sunny") | {"tools": tools, "parallel_tool_calls": False})
     assert isinstance(problem, Problem)
-    assert str(problem) == "rows.jsonl line 7: the chat template does not show its tools"
+    assert str(problem) == "rows.jsonl line 7: the chat template leaves its tools out of the prompt"
     problem = encode(turns("2+2?", "4", "3+3?", "6", reasoning_content="three and three"))
     assert isinstance(problem, Problem)
-    assert str(problem) == "rows.jsonl line 7: the chat template does not show its reasoning"
+    assert str(problem) == "rows.jsonl line 7: the chat template leaves its reasoning out"
 
 
 def test_what_a_tool_returned_is_in_the_prompt(monkeypatch: pytest.MonkeyPatch) -> None:

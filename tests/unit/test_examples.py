@@ -65,9 +65,12 @@ def test_too_long_an_answer_is_cut_and_has_no_end(rows: MakeRows) -> None:
 
 def test_a_prompt_without_room_for_an_answer_drops_the_row(rows: MakeRows) -> None:
     """A row without labels would give a loss of 0/0."""
-    reason = r"1 rows: 0 used, 1 dropped \(1 × its prompt fills max_length 20\)"
+    reason = (
+        r"1 rows: 0 used, 1 dropped \(1 × its prompt leaves no room for the answer \(max_length 20 tokens\)\)"
+    )
     with pytest.raises(
-        DataError, match=rf"nothing to train on in .*rows.jsonl: {reason}; raise max_length or mend"
+        DataError,
+        match=rf"nothing to train on in .*rows.jsonl: {reason}; create the expert with a larger --max-length, or",
     ):
         make_examples(rows("abc"), tiny_tokenizer(), PROMPT_TOKENS, BAD_ROWS)
 
@@ -80,7 +83,7 @@ def test_rows_of_weight_0_are_nothing_to_train_on(tmp_path: Path) -> None:
     path.write_text(undesired)
     with pytest.raises(
         DataError,
-        match=r"1 rows: 0 used, 1 of weight 0, 0 dropped; 1 answers have weight 0 and are not learnt; mend the",
+        match=r"1 rows: 0 used, 1 of weight 0, 0 dropped; 1 answers have weight 0 and are not learnt; correct the",
     ):
         make_examples(open_data(path, strict), tiny_tokenizer(), 512, strict)
     path.write_text(undesired + '\n{"prompt": "q", "completion": "GOOD", "label": true}')
@@ -110,7 +113,9 @@ def test_what_no_rule_uses_is_counted_in_the_summary(tmp_path: Path) -> None:
     rows = [good | {f"field {i}": 1 for i in range(n)} for n in (10, 9, 8)]
     path.write_text("\n".join(map(json.dumps, rows)))
     summary = make_examples(open_data(path, BAD_ROWS), tiny_tokenizer(), 512, BAD_ROWS).summary()
-    assert summary.startswith("3 rows: 3 used, 0 dropped; not used: 'field 0' (3 rows), 'field 1' (3 rows), ")
+    assert summary.startswith(
+        "3 rows: 3 used, 0 dropped; ignored parts of rows: 'field 0' (3 rows), 'field 1' (3 rows), "
+    )
     assert summary.endswith("'field 7' (3 rows) and 2 more")
 
 

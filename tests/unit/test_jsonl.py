@@ -129,10 +129,10 @@ BAD = {
     "deep": (b'{"a": ' + b"[" * 100_000, "nested too deeply"),
     "deep object": (b'{"a":' * 100_000, "nested too deeply"),
     "digits": (b'{"prompt": ' + b"9" * 5000 + b"}", "too many digits"),
-    "twice": (b'{"prompt": "q", "completion": "a", "prompt": "r"}', "its field 'prompt' stands there twice"),
-    "no fields": (b"{}", "its fields are none; wanted are 'prompt' and 'completion'"),
-    "other fields": (b'{"text": "t", "meta": 1}', "its fields are 'text', 'meta'; wanted"),
-    "no answer": (b'{"prompt": "q"}', "its fields are 'prompt'; wanted"),
+    "twice": (b'{"prompt": "q", "completion": "a", "prompt": "r"}', "it has a field twice: 'prompt'"),
+    "no fields": (b"{}", "its fields are none; it needs 'prompt' and 'completion'"),
+    "other fields": (b'{"text": "t", "meta": 1}', "its fields are 'text', 'meta'; it needs"),
+    "no answer": (b'{"prompt": "q"}', "its fields are 'prompt'; it needs"),
     "null answer": (b'{"prompt": "q", "completion": null}', "its completion is missing or null, not text"),
     "number answer": (b'{"prompt": "q", "completion": 7}', "its completion is a number, not text"),
     "NaN answer": (b'{"prompt": "q", "completion": NaN}', "its completion is a number, not text"),
@@ -141,8 +141,11 @@ BAD = {
     "no messages": (b'{"messages": []}', "no assistant turn"),
     "text messages": (b'{"messages": "hi"}', "its messages is text, not a list of messages"),
     "text message": (b'{"messages": ["hi"]}', "its messages[0] is text, not an object with role and content"),
-    "no role": (b'{"messages": [{"content": "a"}]}', "its messages[0] has the role None; wanted is system"),
-    "odd role": (b'{"messages": [{"role": "narrator", "content": "a"}]}', "has the role 'narrator'; wanted"),
+    "no role": (b'{"messages": [{"content": "a"}]}', "its messages[0] has the role None; it must be system"),
+    "odd role": (
+        b'{"messages": [{"role": "narrator", "content": "a"}]}',
+        "has the role 'narrator'; it must be",
+    ),
     "no content": (b'{"messages": [{"role": "user"}]}', "its messages[0].content is missing or null"),
     "only questions": (b'{"messages": [{"role": "user", "content": "q"}]}', "no assistant turn"),
     "only an answer": (
@@ -163,10 +166,10 @@ BAD = {
     ),
     "weight": (
         b'{"messages": [{"role": "assistant", "content": "a", "weight": 2}]}',
-        "its messages[0].weight is 2; wanted is a number from 0 to 1, or true or false",
+        "its messages[0].weight is 2; it must be a number from 0 to 1, or true or false",
     ),
-    "NaN weight": (b'{"prompt": "q", "completion": "a", "weight": NaN}', "its weight is nan; wanted is"),
-    "text weight": (b'{"prompt": "q", "completion": "a", "weight": "0"}', "its weight is '0'; wanted is"),
+    "NaN weight": (b'{"prompt": "q", "completion": "a", "weight": NaN}', "its weight is nan; it must be"),
+    "text weight": (b'{"prompt": "q", "completion": "a", "weight": "0"}', "its weight is '0'; it must be"),
     "tools": (b'{"prompt": "q", "completion": "a", "tools": ["w"]}', "its tools are not a list of objects"),
     "tools that are no JSON": (b'{"prompt": "q", "completion": "a", "tools": "{"}', "its tools are not JSON"),
     "tools in Latin-1": (
@@ -197,7 +200,7 @@ def test_a_bad_row_is_named_by_file_line_and_reason(tmp_path: Path, line: bytes,
     assert str(problem).startswith(f"{path} line 2: it")
     assert reason in str(problem)
     str(problem).encode()  # can be printed
-    with pytest.raises(DataError, match=r"rows\.jsonl line 2: .*; mend it"):
+    with pytest.raises(DataError, match=r"rows\.jsonl line 2: .*; correct the row"):
         read_rows(path, fail=True)
     with pytest.raises(DataError, match=r"rows\.jsonl has no usable row; \d+ bad, the first in line 1: "):
         read_rows(write(tmp_path, line))

@@ -51,8 +51,8 @@ def test_a_file_that_is_none_is_named(tmp_path: Path, content: bytes | None, wor
     [
         ("{% for m in messages %}", "cannot render a question and its answer"),
         ("{{ raise_exception('no') }}", r"cannot render a question and its answer \(no\)"),
-        ("{{ messages[0].content }}", "leaves out the assistant's turn"),
-        ("hello", "leaves out the user's turn"),
+        ("{{ messages[0].content }}", "drops the assistant's turn"),
+        ("hello", "drops the user's turn"),
     ],
 )
 def test_a_template_is_tried_first(template: str, words: str) -> None:
@@ -108,7 +108,7 @@ def test_whose_template_it_is() -> None:
     assert used(CHAT_TEMPLATE, expert=mine) == mine
     assert used(None, worker=mine) == mine
     assert used(None, expert=mine, worker=mine) == mine
-    with pytest.raises(SettingsError, match=r"org/tiny has no chat template, nor has expert 'sql_expert'"):
+    with pytest.raises(SettingsError, match=r"org/tiny nor expert 'sql_expert' has a chat template"):
         used(None)
     with pytest.raises(SettingsError, match="is not the template that expert 'sql_expert' is trained with"):
         used(None, expert=mine, worker=CHAT_TEMPLATE)

@@ -18,7 +18,6 @@ from consumers.gateway import GatewayBuilder, GatewaySettings
 from consumers.history import History
 from consumers.recovery import CLAIM_WAIT_S, Recovery
 from consumers.retention import Retention
-from fedmoe import records
 from fedmoe.archive import Archive
 from fedmoe.backoff import Backoff
 from fedmoe.errors import (
@@ -265,8 +264,8 @@ class ExpertServer:
         )  # fmt: skip
         loaded = expert.load()
         self._wait_for_claims(loaded)
-        if expert.meta.protocol < records.PROTOCOL:
-            expert.process(())  # from now on, workers of an earlier protocol are told to upgrade
+        if expert.is_behind:
+            expert.process(())  # from now on, workers see what this aggregator speaks and knows
         self._expert, self._loaded = expert, True
         logger.info("%s: serving from version %d", self.name, expert.meta.version)
         if rebuilt := expert.rebuild(loaded):

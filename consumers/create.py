@@ -28,11 +28,13 @@ from fedmoe.errors import (
     SpecError,
     StoppedError,
 )
+from fedmoe.features import features_text
 from fedmoe.identity import BaseIdentity
 from fedmoe.layout import AdapterBuffer, Layout
 from fedmoe.lora_init import initial_weights
 from fedmoe.names import check_expert
 from fedmoe.records import Meta, reach_text
+from fedmoe.software import software
 from fedmoe.spec import (
     DEFAULT_BASE_MODEL,
     DEFAULT_WIRE_FORMAT,
@@ -296,6 +298,8 @@ def _first_meta(spec: Spec, described: Mapping[str, Any]) -> Meta:
         reach=described["reach"],
         not_reached=described["not_reached"],
         protocol=records.PROTOCOL,
+        software=software(),
+        knows=features_text(),
         created_at=now,
         updated_at=now,
     )

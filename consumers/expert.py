@@ -13,17 +13,20 @@ from dataclasses import replace
 import torch
 
 from consumers.decide import Admission, Outcome, Verdict, Workspace, counts_of, judge_header, judge_payload
-from consumers.doorbell import Doorbell, Garbage, Join, parse_entry
 from consumers.history import History
 from fedmoe import records
 from fedmoe.archive import Archive
 from fedmoe.codec import EXACT, scratch_values
+from fedmoe.doorbell import Doorbell, Garbage, Join, parse_entry
 from fedmoe.errors import SettingsError, StaleStateError, UpdateError
+from fedmoe.features import features_text
 from fedmoe.identity import BEAT_FIELDS, BaseIdentity
 from fedmoe.integrity import restamp
 from fedmoe.layout import AdapterBuffer
+from fedmoe.lines import AnchorLine, AppliedLine, DeadLetter
 from fedmoe.packed import pack
 from fedmoe.records import Decided, Entry, Meta
+from fedmoe.software import software
 from fedmoe.spec import Spec
 from fedmoe.store.expert import Commit, ExpertStore, Loaded
 from fedmoe.store.lifecycle import Line, new_id
@@ -110,6 +113,11 @@ class Expert:
             self.spec, meta, self.buffer.file, on=on, decided=self.decided, log=log, dead=dead
         )
 
+    @property
+    def is_behind(self) -> bool:
+        """True if meta does not say yet what this aggregator speaks and knows: a commit will."""
+        return self.meta.protocol < records.PROTOCOL or self.meta.knows != features_text()
+
     def rebuild(self, loaded: Loaded) -> str:
         """Rebuild the packed weights, and begin the log again, if they are not of this version; "" if both are.
 
@@ -127,20 +135,20 @@ class Expert:
             self._send(commit, self._next_meta(new_id()))
         return " and ".join(lost)
 
-    def _anchor(self, why: str) -> dict[str, str | int]:
+    def _anchor(self, why: str) -> Line:
         """A line of the log from which a replay can begin, if the weights can be kept."""
-        line: dict[str, str | int] = {"version": self.meta.version, "restored": why}
+        weights = ""
         if self._archive is not None:
             self.buffer.stamp(self.meta.weights_commit)  # each try keeps the same bytes, so the same file
             try:
-                line["weights"] = self._archive.keep_weights(self.buffer.file)
+                weights = self._archive.keep_weights(self.buffer.file)
             except OSError as error:
                 logger.warning(
                     "%s cannot be replayed from here on: its weights cannot be kept (%s)",
                     self.store.name,
                     error,
                 )
-        return line
+        return AnchorLine(version=self.meta.version, restored=why, weights=weights).to_fields()
 
     def _next_meta(self, commit: str, *, weights_commit: str = "") -> Meta:
         return replace(
@@ -150,6 +158,8 @@ class Expert:
             updated_at=self._clock(),
             aggregator=self._aggregator,
             protocol=records.PROTOCOL,
+            software=software(),
+            knows=features_text(),
         )
 
     def _send(self, commit: Commit, meta: Meta) -> None:
@@ -188,7 +198,7 @@ class Expert:
         while entries:
             verdicts += self._decide_all(entries, commit)
             entries = more() if self._folded is not self.buffer else ()
-        if commit.entries or self.meta.protocol < records.PROTOCOL:
+        if commit.entries or self.is_behind:
             self._commit(commit)
         return verdicts
 
@@ -205,8 +215,8 @@ class Expert:
                     case Garbage(reason=reason):
                         self._garbage(entry, reason, commit)
                     case Join(worker=worker):
-                        beat = self.store.heartbeat_fields(worker, ("protocol", *BEAT_FIELDS))
-                        if self._speaks_our_protocol(worker, beat["protocol"]):
+                        beat = self.store.heartbeat(worker, ("protocol", *BEAT_FIELDS))
+                        if self._speaks_our_protocol(worker, beat.protocol):
                             self._pin(BaseIdentity.from_beat(beat), worker)
                     case Doorbell() as bell:
                         if verdict := self._decide(bell, headers[bell], entry, commit):
@@ -310,29 +320,30 @@ class Expert:
             n_tokens=meta.n_tokens + counts.n_tokens,
         )
         self._pin(BaseIdentity(fingerprint=header.base_fingerprint, tokenizer=header.tokenizer), worker)
-        line: dict[str, str | int | float] = {
-            "version": self.meta.version,
-            "worker": worker,
-            "run": header.run,
-            "seq": header.seq,
-            "base_version": header.base_version,
-            "staleness": verdict.staleness,
-            "factor": repr(verdict.factor),
-            "norm": f"{verdict.norm:.6g}",
-            "loss": f"{header.loss:.6g}",
-            "n_examples": counts.n_examples,
-            "prev": str(header.prev or ""),
-        }
-        if counts != (header.n_examples, header.n_tokens):
-            line |= {"claimed_examples": header.n_examples, "claimed_tokens": header.n_tokens}
+        is_clamped = counts != (header.n_examples, header.n_tokens)
+        line = AppliedLine(
+            version=self.meta.version,
+            worker=worker,
+            run=header.run,
+            seq=header.seq,
+            base_version=header.base_version,
+            staleness=verdict.staleness,
+            factor=verdict.factor,
+            norm=verdict.norm,
+            loss=header.loss,
+            n_examples=counts.n_examples,
+            prev=str(header.prev or ""),
+            claimed_examples=header.n_examples if is_clamped else None,
+            claimed_tokens=header.n_tokens if is_clamped else None,
+            update=kept,
+        )
+        if is_clamped:
             logger.warning(
                 "%s: worker %s claims %d rows and %d tokens in one update; it is applied, but counts as only %d rows "
                 "and %d tokens: check that worker",
                 self.store.name, worker, header.n_examples, header.n_tokens, *counts,
             )  # fmt: skip
-        if kept:
-            line["update"] = kept
-        commit.log.append(line)
+        commit.log.append(line.to_fields())
 
     def _keep(self, header: Header, parts: list[bytes]) -> str:
         """Keep an update that is about to be applied; its digest."""
@@ -346,16 +357,11 @@ class Expert:
 
     def _refuse(self, worker: str, header: Header, verdict: Verdict, commit: Commit) -> None:
         self.meta = replace(self.meta, refused=self.meta.refused + 1)
-        commit.dead.append(
-            {
-                "worker": worker,
-                "run": header.run,
-                "seq": header.seq,
-                "reason": verdict.reason,
-                "loss": f"{header.loss:.6g}",
-                "n_examples": header.n_examples,
-            }
-        )
+        letter = DeadLetter(
+            reason=verdict.reason, worker=worker, run=header.run, seq=header.seq, loss=header.loss,
+            n_examples=header.n_examples,
+        )  # fmt: skip
+        commit.dead.append(letter.to_fields())
         logger.warning("%s refused %s seq %d: %s", self.store.name, worker, header.seq, verdict.reason)
 
     def _undecidable(self, bell: Doorbell, verdict: Verdict) -> Verdict:
@@ -369,12 +375,11 @@ class Expert:
     def _garbage(self, entry: Entry, reason: str, commit: Commit) -> None:
         self.meta = replace(self.meta, garbage=self.meta.garbage + 1)
         fields = ", ".join(f"{k}={v}"[:80] for k, v in list(entry.fields.items())[:8])
-        commit.dead.append({"entry": entry.id, "reason": reason, "fields": fields[:400]})
+        commit.dead.append(DeadLetter(reason=reason, entry=entry.id, fields=fields[:400]).to_fields())
         logger.warning("%s took garbage off its stream (%s): %s", self.store.name, reason, fields[:200])
 
     def _speaks_our_protocol(self, worker: str, named: str) -> bool:
         """False, and said, if the heartbeat of a worker that joins names another protocol."""
-        named = named or str(records.FIRST_PROTOCOL)
         if named == str(records.PROTOCOL):
             return True
         is_later = named.isdecimal() and len(named) < 10 and int(named) > records.PROTOCOL

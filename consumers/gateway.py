@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from consumers import merge
 from fedmoe.backoff import Backoff
 from fedmoe.errors import FedMoEError, RedisUnavailableError, SettingsError, SpecError
+from fedmoe.gateway import BuiltFrom, GatewayMeta, built_from_text
 from fedmoe.layout import values_of
 from fedmoe.lora_init import initial_weights
 from fedmoe.records import Meta
+from fedmoe.software import software
 from fedmoe.spec import Spec
 from fedmoe.store.connection import MAX_SECONDS, Connection
-from fedmoe.store.gateway import GatewayRecord, GatewayStore
+from fedmoe.store.gateway import GatewayStore
 from fedmoe.store.lease import Lease
 from fedmoe.store.problems import Problems
 
@@ -140,9 +142,9 @@ class GatewayBuilder:
         if not weights:
             return False
         present = {name: self._store.meta(name).weights_commit for name in weights}
-        record = self._store.record()
-        built = {name: part["weights_commit"] for name, part in record.built_from.items()} if record else None
-        if record and built == present and record.fields.get("settings") == self._settings_text(weights):
+        gateway = self._store.gateway()
+        built = {name: one.weights_commit for name, one in gateway.experts.items()} if gateway else None
+        if gateway and built == present and gateway.settings == self._settings_text(weights):
             return False
         self._build(weights)
         return True
@@ -177,11 +179,11 @@ class GatewayBuilder:
     def _build(self, weights: dict[str, float]) -> None:
         started = self._clock()
         specs = {name: self._store.spec(name) for name in weights}
-        parts: dict[str, dict[str, str | int]] = {}
+        parts: dict[str, BuiltFrom] = {}
         experts = []
         for name, weight in weights.items():
             meta, file = self._store.read(name)
-            parts[name] = {"version": meta.version, "weights_commit": meta.weights_commit}
+            parts[name] = BuiltFrom(meta.version, meta.weights_commit)
             experts.append(self._expert(specs[name], file, self._weight(weight, meta)))
         if sum(expert.weight for expert in experts) == 0:
             raise SpecError("every expert's gateway weight is 0: nothing to merge yet")
@@ -195,18 +197,19 @@ class GatewayBuilder:
             init=initial_weights(first.layout, first.init_seed) if needs_init else None,
         )
         config = first.adapter_config(rank=merged.rank) | {"lora_alpha": merged.scaling * merged.rank}
-        fields = {
-            "method": self._settings.method,
-            "settings": self._settings_text(weights),
-            "rank": str(merged.rank),
-            "adapter_config": json.dumps(config),
-            "updated_at": f"{self._clock():.3f}",
-            "build_s": f"{self._clock() - started:.3f}",
-        }
-        if merged.relative_error is not None:
-            fields["relative_error"] = f"{merged.relative_error:.6g}"
-        self._store.write(GatewayRecord(parts, fields), merged.buffer.file)
-        logger.info("gateway: rebuilt from %s", ", ".join(f"{n} v{p['version']}" for n, p in parts.items()))
+        gateway = GatewayMeta(
+            built_from=built_from_text(parts),
+            adapter_config=json.dumps(config),
+            method=self._settings.method,
+            settings=self._settings_text(weights),
+            rank=merged.rank,
+            relative_error=merged.relative_error,
+            updated_at=round(self._clock(), 3),
+            build_s=round(self._clock() - started, 3),
+            software=software(),
+        )
+        self._store.write(gateway, merged.buffer.file)
+        logger.info("gateway: rebuilt from %s", ", ".join(f"{n} v{p.version}" for n, p in parts.items()))
 
     def _weight(self, configured: float, meta: Meta) -> float:
         match self._settings.weighting:

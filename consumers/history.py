@@ -6,7 +6,7 @@ import msgpack
 
 LENGTH = 10_000  # commits; at one a second, those of nearly three hours
 LINES_BYTES = 16 * 1024 * 1024  # of all their lines together
-Line = Mapping[str, str | int | float]
+Line = Mapping[str, str]
 
 
 class History:

@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from consumers.expert import Expert
 from fedmoe.archive import Archive
 from fedmoe.errors import DamagedExpertError, StaleStateError, UnknownExpertError, UpdateError
+from fedmoe.lines import AnchorLine, AppliedLine, read_line
 from fedmoe.records import Decided, Meta
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.lifecycle import Condition, Line
@@ -33,7 +34,9 @@ CLAIM_WAIT_S = 2.0  # in which every aggregator finds out what Redis lost, and c
 Update = tuple[Header, list[bytes]]
 
 
-def undone(lines: Sequence[Line], mine: Mapping[str, Decided], theirs: Mapping[str, Decided]) -> list[Line]:
+def undone(
+    lines: Sequence[Line], mine: Mapping[str, Decided], theirs: Mapping[str, Decided]
+) -> list[AppliedLine]:
     """The lines of applied updates that Redis lacks: it holds an earlier update of their workers as the last decided.
 
     Args:
@@ -43,18 +46,17 @@ def undone(lines: Sequence[Line], mine: Mapping[str, Decided], theirs: Mapping[s
     """
     heads = {worker: theirs[worker].id if worker in theirs else None for worker in mine}
     behind = {worker for worker, head in heads.items() if _is_before(head, mine[worker].id)}
-    lost = []
-    for line in reversed(lines):
-        worker = str(line.get("worker", ""))
-        if worker not in behind:
+    lost: list[AppliedLine] = []
+    for line in map(read_line, reversed(lines)):
+        if isinstance(line, AnchorLine) or line.worker not in behind:
             continue
-        head = heads[worker]
-        if head is not None and (line["run"], line["seq"]) == head:
-            behind.discard(worker)
+        head = heads[line.worker]
+        if head is not None and (line.run, line.seq) == head:
+            behind.discard(line.worker)
             continue
         lost.append(line)
-        if line.get("prev") == str(head or ""):
-            behind.discard(worker)
+        if line.prev == str(head or ""):
+            behind.discard(line.worker)
     return lost[::-1]
 
 
@@ -163,7 +165,7 @@ class Recovery:
             self._announce(lost, theirs.version + expert.spec.aggregation.staleness_bound(0)),
         )  # fmt: skip
 
-    def _announce(self, lines: Sequence[Line], latest: int) -> int:
+    def _announce(self, lines: Sequence[AppliedLine], latest: int) -> int:
         """Announce the kept updates of these lines again, with bases of at most version `latest`.
 
         Returns how many; they are fewer than are kept if Redis is full.
@@ -172,17 +174,17 @@ class Recovery:
         for line in lines:
             if update := self._load(line):
                 header, parts = update
-                if not self._store.announce(str(line["worker"]), header.at_most(latest), parts):
+                if not self._store.announce(line.worker, header.at_most(latest), parts):
                     break
                 announced += 1
         return announced
 
-    def _load(self, line: Line) -> Update | None:
+    def _load(self, line: AppliedLine) -> Update | None:
         """The kept update of a log line, None if it was not kept."""
-        if self._archive is None or "update" not in line:
+        if self._archive is None or not line.update:
             return None
         try:
-            return self._archive.load(str(line["update"]))
+            return self._archive.load(line.update)
         except UpdateError as error:
             logger.warning("%s: %s", self._store.name, error)
             return None

@@ -10,6 +10,7 @@ from fedmoe.archive import Anchor, Archive
 from fedmoe.codec import decode
 from fedmoe.errors import UpdateError
 from fedmoe.layout import AdapterBuffer
+from fedmoe.lines import AnchorLine, AppliedLine, LogLine, read_line
 from fedmoe.lora_init import initial_weights
 from fedmoe.spec import Spec
 from fedmoe.staleness import staleness_of
@@ -41,11 +42,10 @@ def replay(
     any more, at the first anchor of this `lineage` in the archive.
     """
     buffer = AdapterBuffer(spec.layout)
-    history = list(lines)
     version = 0
     try:
         version, begin, history = _begin(
-            history, archive, upto=upto, lineage=lineage, buffer=buffer, spec=spec
+            [read_line(line) for line in lines], archive, upto=upto, lineage=lineage, buffer=buffer, spec=spec
         )
     except (UpdateError, KeyError, ValueError) as error:
         return Replay(version, buffer, str(error))
@@ -64,61 +64,65 @@ def replay(
 
 
 def _begin(
-    history: list[Mapping[str, str]],
+    history: list[LogLine],
     archive: Archive,
     *,
     upto: int,
     lineage: str,
     buffer: AdapterBuffer,
     spec: Spec,
-) -> tuple[int, str, list[Mapping[str, str]]]:
+) -> tuple[int, str, list[AppliedLine]]:
     """Fill `buffer` with the weights to begin with; their version, why that one, and the lines to replay."""
-    written_back = max((number for number, line in enumerate(history) if "restored" in line), default=None)
-    since = 0 if written_back is None else int(history[written_back]["version"])
-    rest = history if written_back is None else history[written_back + 1 :]
+    written_back: AnchorLine | None = None
+    rest: list[AppliedLine] = []
+    for line in history:
+        if isinstance(line, AnchorLine):
+            written_back, rest = line, []
+        else:
+            rest.append(line)
+    since = written_back.version if written_back else 0
     for anchor in archive.anchors().values():
         if not (anchor.lineage == lineage and since < anchor.version <= upto and _is_of(anchor, rest)):
             continue
         if not _are_kept(rest, since, anchor.version, archive):
             buffer.load(archive.load_weights(anchor.weights))
-            later = [line for line in rest if int(line["version"]) > anchor.version]
+            later = [line for line in rest if line.version > anchor.version]
             return anchor.version, "older kept updates were removed", later
         break
     if written_back is None:
         buffer.flat.copy_(initial_weights(spec.layout, spec.init_seed))
         return 0, "", rest
-    line = history[written_back]
     _check(
-        "weights" in line,
+        bool(written_back.weights),
         f"the log was lost before version {since}, and the weights of that version were not kept, so a replay cannot "
         "start there: give every aggregator --keep-updates",
     )
-    buffer.load(archive.load_weights(line["weights"]))
+    buffer.load(archive.load_weights(written_back.weights))
     return since, "the log before it was lost", rest
 
 
-def _follows(line: Mapping[str, str], version: int) -> bool:
-    return int(line["version"]) == version + 1
+def _follows(line: AppliedLine, version: int) -> bool:
+    return line.version == version + 1
 
 
-def _are_kept(lines: Iterable[Mapping[str, str]], after: int, upto: int, archive: Archive) -> bool:
+def _are_kept(lines: Iterable[AppliedLine], after: int, upto: int, archive: Archive) -> bool:
     """True if the log and the archive hold every update from version `after` to `upto`."""
-    kept = {int(line["version"]) for line in lines if archive.holds(line.get("update", ""))}
+    kept = {line.version for line in lines if archive.holds(line.update)}
     return kept.issuperset(range(after + 1, upto + 1))
 
 
-def _is_of(anchor: Anchor, lines: Iterable[Mapping[str, str]]) -> bool:
+def _is_of(anchor: Anchor, lines: Iterable[AppliedLine]) -> bool:
     """True if an anchor is of the history that the lines tell, not of one that a failover undid."""
     for line in lines:
-        if int(line["version"]) == anchor.version:
-            return (line["run"], line["seq"]) == (anchor.run, str(anchor.seq))
-        if int(line["version"]) > anchor.version:
+        if line.version == anchor.version:
+            return (line.run, line.seq) == (anchor.run, anchor.seq)
+        if line.version > anchor.version:
             return _follows(line, anchor.version)  # its own line was cut off the log
     return False
 
 
 def _fold_line(
-    line: Mapping[str, str],
+    line: AppliedLine,
     version: int,
     spec: Spec,
     archive: Archive,
@@ -128,14 +132,14 @@ def _fold_line(
     """Hold a line of the log against its kept update, and fold that into the weights of `version`."""
     _check(
         _follows(line, version),
-        f"the log goes from version {version} to {line['version']}: what lies between is gone from Redis",
+        f"the log goes from version {version} to {line.version}: what lies between is gone from Redis",
     )
-    header, parts = archive.load(line.get("update", ""))
-    _check(f"{header.run}:{header.seq}" == f"{line['run']}:{line['seq']}", "the kept update is another one")
+    header, parts = archive.load(line.update)
+    _check((header.run, header.seq) == (line.run, line.seq), "the kept update is another one")
     staleness = staleness_of(version, header.base_version)
     factor = spec.aggregation.lr * spec.aggregation.decay(staleness)
-    _check(int(line["staleness"]) == staleness, f"staleness {line['staleness']}, should be {staleness}")
-    _check(float(line["factor"]) == factor, f"factor {line['factor']}, should be {factor!r}")
+    _check(line.staleness == staleness, f"staleness {line.staleness}, should be {staleness}")
+    _check(line.factor == factor, f"factor {line.factor!r}, should be {factor!r}")
     decode(parts, spec.wire_format, delta)
     fold(buffer.flat, delta, factor)
 

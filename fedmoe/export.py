@@ -112,20 +112,16 @@ def read_gateway(store: GatewayStore) -> Export:
     federation = Inspector(store.connection).federation()
     if loaded is None:
         raise UnknownExpertError(_why_no_gateway(federation))
-    record, file = loaded
-    try:
-        config = json.loads(record.fields["adapter_config"])
-        built_from: dict[str, dict[str, str | int]] = {
-            name: {"version": int(part["version"]), "weights_commit": str(part["weights_commit"])}
-            for name, part in record.built_from.items()
-        }
-        info = {
-            "base_model": str(config["base_model_name_or_path"]),
-            "updated_at": float(record.fields["updated_at"]),
-            "settings": record.fields["settings"],
-        }
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise SpecError("the gateway's meta hash is malformed; was it edited by hand?") from error
+    gateway, file = loaded
+    config = gateway.config
+    if "base_model_name_or_path" not in config or gateway.updated_at is None:
+        raise SpecError("the gateway's meta hash is malformed; was it edited by hand?")
+    built_from: dict[str, dict[str, str | int]] = {n: one._asdict() for n, one in gateway.experts.items()}
+    info = {
+        "base_model": str(config["base_model_name_or_path"]),
+        "updated_at": gateway.updated_at,
+        "settings": gateway.settings,
+    }
     metas = {expert.name: expert.meta for expert in federation.experts if expert.meta}
     commits = {name: part["weights_commit"] for name, part in built_from.items()}
     prints = {meta.base_fingerprint for meta in metas.values()}

@@ -26,6 +26,7 @@ class WorkerView:
         last_seen_s: seconds since the heartbeat, by the key's expiry, so that no two clocks are compared.
         since: when the worker began, by its own clock (seconds since 1970).
         base_version: of the expert, as the worker last pulled it; behind: updates applied since.
+        software: the releases it runs on.
         staleness: of its last decided update.
         in_flight: number of its undecided update, 0 for none.
     """
@@ -37,6 +38,7 @@ class WorkerView:
     run: str = ""
     host: str = ""
     pid: int | None = None
+    software: str = ""
     step: int | None = None
     loss: float | None = None
     tokens_per_s: float | None = None
@@ -66,7 +68,7 @@ class GoneWorker:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DeadLetter:
+class DeadLetterView:
     """A refused update, or garbage (then `worker` is empty), and why."""
 
     id: str
@@ -100,7 +102,7 @@ class ExpertView:
     left: tuple[GoneWorker, ...] = ()
     last_update_s: float | None = None
     dead: int | None = None
-    last_dead: tuple[DeadLetter, ...] = ()
+    last_dead: tuple[DeadLetterView, ...] = ()
     log: tuple[dict[str, str], ...] = ()
     problems: tuple[str, ...] = ()
 

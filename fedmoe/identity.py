@@ -7,7 +7,9 @@ the first worker, through its heartbeat. All others are compared with what is pi
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
+from fedmoe.beat import Beat
 from fedmoe.records import Meta
 from fedmoe.spec import Spec
 from fedmoe.template_file import MAX_TEMPLATE_CHARS, template_digest
@@ -55,12 +57,13 @@ class BaseIdentity:
     chat_template: str = ""
 
     @classmethod
-    def from_beat(cls, fields: Mapping[str, str]) -> "BaseIdentity":
+    def from_beat(cls, beat: Beat) -> "BaseIdentity":
         """What a heartbeat tells; anybody may have written it."""
-        fingerprint, tokenizer, chat_template = (fields[name] for name in BEAT_FIELDS)
-        return cls(fingerprint=fingerprint, tokenizer=tokenizer, chat_template=chat_template)
+        return cls(
+            fingerprint=beat.base_fingerprint, tokenizer=beat.tokenizer, chat_template=beat.chat_template
+        )
 
-    def beat_fields(self, meta: Meta | None = None) -> dict[str, str]:
+    def beat_fields(self, meta: Meta | None = None) -> dict[str, Any]:
         """Its part of a heartbeat; a template that `meta` holds already is left out."""
         fields = {"base_fingerprint": self.fingerprint, "tokenizer": self.tokenizer}
         if self.chat_template and not (meta and meta.chat_template):

@@ -22,7 +22,7 @@ def restamp(stamp: str, worker: str, old: Decided | None, new: Decided | None) -
     value = int(stamp, 16)
     for decided in (old, new):
         if decided is not None:
-            record = f"{worker}\0{decided.to_json()}".encode()
+            record = f"{worker}\0{decided.to_json(canonical=True)}".encode()
             value ^= int.from_bytes(hashlib.sha256(record).digest()[:_BYTES])
     return f"{value:0{2 * _BYTES}x}"
 

@@ -2,10 +2,11 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 from fedmoe.errors import ProtocolError, RemovedExpertError, SpecError
+from fedmoe.features import check_requires
+from fedmoe.fields import from_text, optional, to_text
 from fedmoe.update import UpdateId
 
 NO_DECISIONS = "0" * 16  # the stamp of no decided updates, see fedmoe/integrity.py
@@ -39,12 +40,6 @@ def read_protocol(raw: bytes | None) -> int:
             "FedMoE on this machine"
         )
     return protocol
-
-
-def known_fields(record: type, content: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the fields that the record has; a later FedMoE may have written more."""
-    names = {f.name for f in fields(record)}
-    return {name: value for name, value in content.items() if name in names}
 
 
 def grave(name: str, commit: str, when: str) -> dict[str, str]:
@@ -83,6 +78,9 @@ class Meta:
         n_examples, n_tokens: trained on, all applied updates together.
         updated_at: clock of the aggregator at the last commit (seconds since 1970); for people only.
         protocol: what whoever writes to this expert has to speak.
+        software: releases that its last aggregator ran on (see `fedmoe.software`); for people only.
+        knows: the features that its aggregators know, which an update may need (see `fedmoe.fields`).
+        requires: the features that whoever reads this expert must know.
     """
 
     lineage: str
@@ -112,7 +110,10 @@ class Meta:
     chat_template: str = ""
     reach: float = 0.0
     not_reached: str = ""
-    protocol: int = FIRST_PROTOCOL
+    protocol: int = optional(FIRST_PROTOCOL)
+    software: str = optional("")
+    knows: str = optional("")
+    requires: str = optional("")
 
     @property
     def mean_staleness(self) -> float:
@@ -121,12 +122,11 @@ class Meta:
 
     def to_hash(self) -> dict[str, str]:
         """The fields as Redis stores them."""
-        content = {f.name: _text(getattr(self, f.name)) for f in fields(self)}
-        return content | {"mean_staleness": _text(self.mean_staleness)}
+        return to_text(self) | {"mean_staleness": f"{self.mean_staleness:.6g}"}
 
     @classmethod
     def from_hash(cls, raw: Mapping[bytes, bytes]) -> "Meta":
-        """Parse what HGETALL gave. Unknown fields are left alone; the later ones of ours may be missing.
+        """Parse what HGETALL gave.
 
         Raises:
             ProtocolError: if this FedMoE is too old for it.
@@ -135,18 +135,13 @@ class Meta:
         """
         check_not_removed(raw)
         read_protocol(raw.get(b"protocol"))
+        check_requires(raw.get(b"requires", b"").decode(errors="replace"), "the expert")
         try:
-            present = [f for f in fields(cls) if f.name not in _ADDED_LATER or f.name.encode() in raw]
-            return cls(**{f.name: _PARSERS[f.type](raw[f.name.encode()].decode()) for f in present})
+            return from_text(cls, raw)
         except (KeyError, ValueError, TypeError) as error:
             raise SpecError(
                 f"the expert's meta hash is malformed ({error!r}); was it edited by hand?"
             ) from error
-
-
-# Absent in what an earlier FedMoE wrote; the default stands for them.
-_ADDED_LATER = frozenset({"tokenizer", "tokenizer_by", "chat_template", "reach", "not_reached", "protocol"})
-_PARSERS: dict[Any, Any] = {str: str, int: int, float: float}
 
 
 def reach_text(reach: float, not_reached: str) -> str:
@@ -155,13 +150,13 @@ def reach_text(reach: float, not_reached: str) -> str:
     return f"{reach:.0%} of the weights, embeddings not counted{rest}"
 
 
-def _text(value: Any) -> str:
-    return f"{value:.6g}" if isinstance(value, float) and abs(value) < 1e6 else str(value)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decided:
-    """A worker's last decided update, as `fedmoe:{E}:decided` holds it: the head of the worker's chain."""
+    """A worker's last decided update, as `fedmoe:{E}:decided` holds it: the head of the worker's chain.
+
+    The stamp in meta covers it. So write a field that is added here only if it says something, and what a later FedMoE
+    added is kept in `unknown` (JSON): then every release gives a record the same stamp.
+    """
 
     id: UpdateId
     how: str  # "applied" or "refused"
@@ -169,12 +164,13 @@ class Decided:
     staleness: int = 0
     reason: str = ""
     position: str = ""
+    unknown: str = ""
 
-    def to_json(self) -> str:
-        """The record as Redis stores it."""
+    def to_json(self, *, canonical: bool = False) -> str:
+        """The record as Redis stores it; canonical: with sorted fields, the same text whoever wrote it."""
         content = {"run": self.id.run, "seq": self.id.seq, "how": self.how, "version": self.version}
         content |= {"staleness": self.staleness, "reason": self.reason, "position": self.position}
-        return json.dumps(content)
+        return json.dumps(content | json.loads(self.unknown or "{}"), sort_keys=canonical)
 
     @classmethod
     def from_json(cls, text: bytes) -> "Decided":
@@ -185,7 +181,13 @@ class Decided:
         """
         try:
             content = json.loads(text)
-            return cls(id=UpdateId(content["run"], content["seq"]), **known_fields(cls, content))
+            ours = {"how", "version", "staleness", "reason", "position"}
+            unknown = {name: value for name, value in content.items() if name not in ours | {"run", "seq"}}
+            return cls(
+                id=UpdateId(content["run"], content["seq"]),
+                unknown=json.dumps(unknown, sort_keys=True) if unknown else "",
+                **{name: value for name, value in content.items() if name in ours},
+            )
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise SpecError(f"an entry of the decided hash is malformed ({error!r})") from error
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from fedmoe.codec import FORMATS
 from fedmoe.errors import FedMoEError, ProtocolError, SettingsError, SpecError
+from fedmoe.features import check_requires
 from fedmoe.layout import MAX_STRING_BYTES, Layout
 from fedmoe.staleness import Decay
 from fedmoe.template_file import MAX_TEMPLATE_CHARS
@@ -126,6 +127,19 @@ class TrainingSettings:
         _require_whole(self, "max_length", minimum=8)
 
 
+_SECTIONS: dict[str, type] = {
+    "lora": LoraSettings,
+    "aggregation": AggregationRules,
+    "training": TrainingSettings,
+}
+
+
+def _take_unknown(record: type, content: dict[str, Any]) -> dict[str, Any]:
+    """Take out of a JSON object, and return, what a later FedMoE wrote."""
+    known = {one.name for one in fields(record)} - {"unknown"}
+    return {name: content.pop(name) for name in sorted(content.keys() - known)}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Spec:
     """Everything the parties of an expert agree on.
@@ -139,6 +153,8 @@ class Spec:
         sync_interval_s: a worker publishes this often.
         towers: parts of the base model that no text goes through, and that have no adapter.
         chat_template: that rows are written with (Jinja); "" is the base model's own, else the first worker's.
+        requires: the features that whoever trains or serves the expert must know (see `fedmoe.features`).
+        unknown: JSON of the fields that a later FedMoE wrote; kept, because the digest covers them.
     """
 
     base_model: str
@@ -152,6 +168,8 @@ class Spec:
     init_seed: int = 0
     chat_template: str = ""
     towers: tuple[str, ...] = ()
+    requires: str = ""
+    unknown: str = ""
 
     def __post_init__(self) -> None:
         _require(
@@ -177,14 +195,18 @@ class Spec:
     def to_json(self) -> str:
         """Canonical JSON: the same spec gives the same text on every machine."""
         content = {"spec_format": SPEC_FORMAT} | {
-            f.name: getattr(self, f.name) for f in fields(self) if f.name != "layout"
+            f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("layout", "unknown")
         }
-        for name in ("lora", "aggregation", "training"):
+        for name in _SECTIONS:
             content[name] = asdict(content[name])
-        for name in ("chat_template", "towers"):
+        for name in ("chat_template", "towers", "requires"):
             if not content[name]:  # else the digest of a spec that an earlier FedMoE wrote would be another
                 del content[name]
         content["layout"] = [[name, list(shape)] for name, shape in self.layout.tensors]
+        unknown = json.loads(self.unknown or "{}")
+        for name in _SECTIONS:
+            content[name] |= unknown.pop(name, {})
+        content |= unknown
         return json.dumps(content, sort_keys=True, separators=(",", ":"))
 
     @classmethod
@@ -208,15 +230,20 @@ class Spec:
                         else "serve the expert with the FedMoE that made it, or remove it (fedmoe expert remove)"
                     )
                 )
-            aggregation = content.pop("aggregation")
-            lora = content.pop("lora")
+            check_requires(str(content.get("requires", "")), "the expert")
+            unknown = _take_unknown(cls, content)
+            for name, section in _SECTIONS.items():
+                if odd := _take_unknown(section, content[name]):
+                    unknown[name] = odd
+            aggregation, lora, training = (content.pop(name) for name in ("aggregation", "lora", "training"))
             towers = tuple(content.pop("towers", ()))
             return cls(
                 layout=Layout(tuple((name, tuple(shape)) for name, shape in content.pop("layout"))),
                 aggregation=AggregationRules(**aggregation | {"decay": Decay(**aggregation["decay"])}),
                 lora=LoraSettings(**lora | {"targets": tuple(lora["targets"])}),
-                training=TrainingSettings(**content.pop("training")),
+                training=TrainingSettings(**training),
                 towers=towers,
+                unknown=json.dumps(unknown, sort_keys=True) if unknown else "",
                 **content,
             )
         except FedMoEError:

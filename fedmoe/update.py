@@ -7,12 +7,14 @@ incarnation grows with each new run of a worker, the nonce tells two processes o
 
 import hashlib
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import Field, asdict, dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import msgpack
 
 from fedmoe.errors import UpdateError
+from fedmoe.features import lacking
+from fedmoe.fields import optional
 
 HEADER_FORMAT = 1
 MAX_HEADER_BYTES = 256 * 1024
@@ -85,6 +87,8 @@ class Header:
         n_examples, n_tokens, steps: what it was trained on; loss: mean over these steps.
         position: the worker's data position after it, as JSON.
         parts: length and digest of each part.
+        requires: the features that whoever decides it must know (see `fedmoe.fields`).
+        unknown: msgpack of the fields that a later FedMoE wrote, kept as they are; b"" for none.
     """
 
     lineage: str
@@ -101,7 +105,9 @@ class Header:
     loss: float
     position: str
     parts: tuple[Part, ...]
-    tokenizer: str = ""
+    tokenizer: str = optional("")
+    requires: str = optional("")
+    unknown: bytes = b""
 
     @property
     def id(self) -> UpdateId:
@@ -120,27 +126,14 @@ class Header:
         """
         return replace(self, base_version=min(self.base_version, base_version))
 
-    def entry(self, worker: str) -> dict[str, str | int]:
-        """The entry of the updates stream that announces it; it is for people, but for worker, run and seq."""
-        return {
-            "worker": worker,
-            "run": self.run,
-            "seq": self.seq,
-            "base_version": self.base_version,
-            "format": self.wire_format,
-            "parts": len(self.parts),
-            "bytes": self.payload_bytes,
-            "n_examples": self.n_examples,
-            "steps": self.steps,
-            "loss": f"{self.loss:.4f}",
-        }
-
     def pack(self) -> bytes:
         """The header as msgpack."""
         content = asdict(self)
         content["prev"] = list(self.prev) if self.prev else None
         content["parts"] = [[part.length, part.digest] for part in self.parts]
-        return bytes(msgpack.packb({"header_format": HEADER_FORMAT} | content))
+        unknown = content.pop("unknown")
+        later = msgpack.unpackb(unknown) if unknown else {}
+        return bytes(msgpack.packb({"header_format": HEADER_FORMAT} | content | later))
 
     @classmethod
     def unpack(cls, data: bytes) -> "Header":
@@ -167,14 +160,26 @@ class Header:
             raise ForeignHeaderError(
                 f"its header has format {form}, the aggregator reads format {HEADER_FORMAT}: upgrade {who}'s FedMoE"
             )
-        content.setdefault("tokenizer", "")  # an earlier FedMoE does not name it
-        if content.keys() != cls.__dataclass_fields__.keys():
-            odd = sorted(str(name)[:40] for name in content.keys() ^ cls.__dataclass_fields__.keys())
-            raise UpdateError(f"the header lacks or adds the fields {', '.join(odd[:5])}")
+        known = {one.name: one for one in fields(cls) if one.name != "unknown"}
+        unknown = {name: value for name, value in content.items() if name not in known}
+        content = {
+            n: content.get(n, one.default) for n, one in known.items() if n in content or _is_optional(one)
+        }
+        if missing := sorted(known.keys() - content.keys()):
+            raise UpdateError(f"the header lacks the fields {', '.join(missing[:5])}")
         content["prev"] = _parse_id(content["prev"])
         content["parts"] = _parse_parts(content["parts"])
         _check_fields(content)
-        return cls(**content)
+        if odd := lacking(content["requires"]):
+            raise ForeignHeaderError(
+                f"its header needs {', '.join(odd)}, which the aggregator does not know: upgrade the FedMoE of the "
+                "aggregator"
+            )
+        return cls(**content, unknown=msgpack.packb(unknown) if unknown else b"")
+
+
+def _is_optional(one: "Field[Any]") -> bool:
+    return bool(one.metadata.get("optional"))
 
 
 def _is_count(value: object) -> bool:
@@ -207,7 +212,16 @@ def _parse_parts(value: Any) -> tuple[Part, ...]:
 
 
 def _check_fields(content: dict[str, Any]) -> None:
-    for name in ("lineage", "spec", "run", "wire_format", "base_fingerprint", "position", "tokenizer"):
+    for name in (
+        "lineage",
+        "spec",
+        "run",
+        "wire_format",
+        "base_fingerprint",
+        "position",
+        "tokenizer",
+        "requires",
+    ):
         if not isinstance(content[name], str) or len(content[name]) > MAX_TEXT_CHARS:
             raise UpdateError(f"the header's {name} is not a short text")
     for name in ("seq", "base_version", "n_examples", "n_tokens", "steps"):

@@ -26,9 +26,11 @@ from safetensors.torch import save_file
 from fedmoe.archive import Archive
 from fedmoe.codec import scratch_values
 from fedmoe.disk import to_disk, write_whole
-from fedmoe.errors import SettingsError
+from fedmoe.errors import ProtocolError, SettingsError
+from fedmoe.features import check_requires
+from fedmoe.fields import known_fields
 from fedmoe.packed import unpack_again
-from fedmoe.records import Meta, known_fields
+from fedmoe.records import Meta
 from fedmoe.spec import Spec
 from fedmoe.update import Header, UpdateId
 from producers.ledger import Ledger, Outgoing, Trained
@@ -202,6 +204,7 @@ class StateDir:
         """The last checkpoint, None if there is none.
 
         Raises:
+            ProtocolError: if it needs something that this FedMoE does not know.
             SettingsError: if it is damaged, cannot be read, or is that of another expert, worker, FedMoE or torch.
         """
         try:
@@ -212,6 +215,8 @@ class StateDir:
                 # Copied: what safetensors gives lies in the file, and a disk that fails would kill whoever reads it.
                 tensors = {name: handle.get_tensor(name).clone() for name in handle.keys()}  # noqa: SIM118  # not a dict
             checkpoint = self._restore(info, tensors, spec, now)
+        except ProtocolError:
+            raise
         except OSError as error:
             raise SettingsError(
                 f"the checkpoint {self.file} cannot be read ({error.strerror or error}): check the disk and the file's "
@@ -240,6 +245,7 @@ class StateDir:
                 f"it has format {info['format']}, this FedMoE reads {' and '.join(_FORMATS)}: use the FedMoE that "
                 "wrote it"
             )
+        check_requires(str(info.get("requires", "")), f"the checkpoint {self.file}")
         packed = tuple(_blobs("packed", tensors))
         ledger = Ledger(
             base=unpack_again(packed, spec) if packed else tensors["base"],
@@ -264,7 +270,7 @@ class StateDir:
                 for name, t in tensors.items()
                 if name.startswith("optimizer.")
             },
-            trained=Trained(**info["trained"]),
+            trained=Trained(**known_fields(Trained, info["trained"])),
             position=info["position"],
             data=info["data"],
             expert=info["expert"],

@@ -10,12 +10,14 @@ import threading
 import time
 from collections.abc import Callable
 
+from fedmoe.beat import Beat
 from fedmoe.errors import NameTakenError, StoppedError
 from fedmoe.store.worker import WorkerStore
 
 logger = logging.getLogger(__name__)
 
 JOINING = "joining"  # what a heartbeat says for its run until the training begins
+LATEST_S = 10**11  # later is no time of this millennium
 JOIN_TTL_S = 60.0  # of that heartbeat, which beats once: attaching the adapter may take a while
 
 
@@ -37,9 +39,9 @@ def claim_name(
         StoppedError: if told to stop meanwhile.
     """
     first = store.heartbeat()
-    if not first or (state_id and first.get("state_id") == state_id):
+    if not first or (state_id and first.state_id == state_id):
         return
-    if first.get("run") == JOINING:
+    if first.run == JOINING:
         patience_s = JOIN_TTL_S
     logger.warning(
         "a worker named %r (%s) was alive a moment ago; watching up to %.0f s whether it still is",
@@ -52,19 +54,15 @@ def claim_name(
         beat = store.heartbeat()
         if not beat:
             return
-        if beat.get("beat") != first.get("beat") or beat.get("run") != first.get("run"):
+        if (beat.beat, beat.run) != (first.beat, first.run):
             raise NameTakenError(
                 f"the name {store.worker!r} is taken: a worker of expert {store.expert!r} with this name is running "
                 f"({_who(beat)}); stop that one, or start this one with another --name"
             )
 
 
-def _who(beat: dict[str, str]) -> str:
+def _who(beat: Beat) -> str:
     """Which process wrote a heartbeat, for a person who wants to find it."""
-    since = beat.get("since", "")
-    started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(int(since))) if _is_time(since) else "?"
-    return f"pid {beat.get('pid', '?')} on host {beat.get('host', '?')}, started {started}"
-
-
-def _is_time(text: str) -> bool:
-    return text.isascii() and text.isdecimal() and len(text) <= 11
+    is_time = beat.since is not None and 0 <= beat.since < LATEST_S
+    started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(beat.since)) if is_time else "?"
+    return f"pid {beat.pid or '?'} on host {beat.host or '?'}, started {started}"

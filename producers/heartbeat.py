@@ -5,17 +5,21 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from fedmoe import records
+from fedmoe.beat import Beat
+from fedmoe.features import features_text
 from fedmoe.identity import BaseIdentity
 from fedmoe.records import HEARTBEAT_TTL_S
+from fedmoe.software import software
 from fedmoe.store.worker import WorkerStore
 from producers.ledger import Ledger
 
 HEARTBEAT_INTERVAL_S = 5.0
 _AGAIN_S = 1.0  # after a heartbeat that Redis did not take
 
-Fields = Mapping[str, str | int | float]
+Fields = Mapping[str, Any]  # of a `Beat`
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +44,20 @@ class SyncStatus:
         return (
             f"an aggregator read it {self.undecided} times, but neither applied nor refused it: see its log"
         )
+
+
+def this_process(state_id: str, *, since: float) -> dict[str, Any]:
+    """What a heartbeat tells of the process that writes it, which began at `since` (seconds since 1970)."""
+    return {
+        "state_id": state_id,
+        "protocol": str(records.PROTOCOL),
+        "software": software(),
+        "knows": features_text(),
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "since": round(since),
+        "seen": round(time.time()),
+    }
 
 
 class Heartbeat:
@@ -90,24 +108,20 @@ class Heartbeat:
         self._beats += 1
         self.is_refused = True
         self.next_at = now + _AGAIN_S  # a full Redis takes no heartbeat, but answers a poll: go on to that
-        fields: dict[str, str | int | float] = {
-            "run": ledger.run,
-            "state_id": self._state_id,
-            "protocol": records.PROTOCOL,
-            "lineage": ledger.meta.lineage,
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "since": f"{self._started_at:.0f}",
-            "beat": self._beats,
-            "seen": f"{time.time():.0f}",
-            "base_version": ledger.meta.version,
-            "in_flight": status.in_flight,
-            "staleness": status.staleness,
-            "published": status.published,
-            "refused": status.refused,
-            "problem": status.problem,
-        }
-        fields |= self._base.beat_fields(ledger.meta)
-        self._store.beat(fields | dict(self._training_fields()), ttl_s=HEARTBEAT_TTL_S)
+        beat = Beat(
+            run=ledger.run,
+            beat=str(self._beats),
+            lineage=ledger.meta.lineage,
+            base_version=ledger.meta.version,
+            in_flight=status.in_flight,
+            staleness=status.staleness,
+            published=status.published,
+            refused=status.refused,
+            problem=status.problem,
+            **this_process(self._state_id, since=self._started_at),
+            **self._base.beat_fields(ledger.meta),
+            **self._training_fields(),
+        )
+        self._store.beat(beat, ttl_s=HEARTBEAT_TTL_S)
         self.is_refused = False
         self.next_at = now + HEARTBEAT_INTERVAL_S

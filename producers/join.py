@@ -4,16 +4,14 @@ All of it happens before the first step, and is tried again while Redis is away.
 """
 
 import logging
-import os
 import secrets
-import socket
 import threading
 import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from fedmoe import records
 from fedmoe.backoff import Backoff
+from fedmoe.beat import Beat
 from fedmoe.errors import BaseModelError, RedisUnavailableError, RedisUnfitError, StoppedError
 from fedmoe.identity import BaseIdentity
 from fedmoe.records import Meta
@@ -22,6 +20,7 @@ from fedmoe.store.permissions import WORKER
 from fedmoe.store.rights import require
 from fedmoe.store.worker import NoExpertsError, WorkerStore
 from producers.claim import JOIN_TTL_S, JOINING
+from producers.heartbeat import this_process
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +86,7 @@ class Joining:
 
     def pin_base(self, base: BaseIdentity, *, state_id: str) -> None:
         """If a component of the base model is not pinned yet, have the aggregator pin this one, and look again."""
-        beat = _first_beat(state_id) | base.beat_fields()
+        beat = _first_beat(state_id, base)
         self.patiently(lambda: self._store.beat(beat, ttl_s=JOIN_TTL_S))
         if base.is_pinned(self.meta()):
             return
@@ -101,14 +100,6 @@ class Joining:
         logger.warning("no aggregator has pinned the base model yet; training on without")
 
 
-def _first_beat(state_id: str) -> dict[str, str | int | float]:
-    return {
-        "run": JOINING,
-        "protocol": records.PROTOCOL,
-        "state_id": state_id,
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "since": f"{time.time():.0f}",
-        "seen": f"{time.time():.0f}",
-        "beat": secrets.token_hex(4),
-    }
+def _first_beat(state_id: str, base: BaseIdentity) -> Beat:
+    process = this_process(state_id, since=time.time())
+    return Beat(run=JOINING, beat=secrets.token_hex(4), **process, **base.beat_fields())

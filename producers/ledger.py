@@ -23,6 +23,7 @@ from enum import Enum, auto
 
 import torch
 
+from fedmoe import features
 from fedmoe.codec import decoded, encode, scratch_values
 from fedmoe.errors import NameTakenError
 from fedmoe.records import Decided, Meta
@@ -214,6 +215,7 @@ class Ledger:
             loss=trained.loss,
             position=trained.position,
             parts=tuple(Part.of(part) for part in parts),
+            requires=features.UPDATES_REQUIRE,
         )
         self.queue.append(Outgoing(header, parts))
         return self.queue[-1]

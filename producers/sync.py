@@ -32,7 +32,7 @@ from fedmoe.store.worker import Poll, WorkerStore
 from fedmoe.update import UpdateId
 from producers.checkpoint import Checkpoint, StateDir
 from producers.exchange import Exchange, TrainingState
-from producers.heartbeat import Heartbeat, SyncStatus
+from producers.heartbeat import Fields, Heartbeat, SyncStatus
 from producers.ledger import Change, Ledger, Trained
 from producers.pace import Pace
 from producers.saver import RETRY_S, Saver
@@ -70,7 +70,7 @@ class Sync:
         base: BaseIdentity,
         state_dir: StateDir | None,
         data: str,
-        training_fields: Callable[[], dict[str, str | int | float]] = dict,
+        training_fields: Callable[[], Fields] = dict,
         must_pull: bool = False,
         checkpoint_interval_s: float = 60.0,
         clock: Callable[[], float] = time.monotonic,

@@ -44,10 +44,10 @@ class Progress:
             f"version {status.version}  staleness {status.staleness}  {flight}{problem}"
         )
 
-    def fields(self) -> dict[str, str | int | float]:
+    def fields(self) -> dict[str, int | float | None]:
         """The training's part of the heartbeat."""
-        loss = f"{self.last.loss:.4f}" if self.last else ""
-        return {"step": self.steps, "loss": loss, "tokens_per_s": f"{self._rate.value:.1f}"}
+        loss = round(self.last.loss, 4) if self.last else None
+        return {"step": self.steps, "loss": loss, "tokens_per_s": round(self._rate.value, 1)}
 
 
 class Training:

@@ -14,6 +14,7 @@ from typing import Any
 
 import redis
 
+from fedmoe.beat import Beat
 from fedmoe.errors import DamagedExpertError, LostExpertError, SpecError, StaleStateError
 from fedmoe.keys import GROUP
 from fedmoe.layout import STAMPED_BYTES, stamp_of
@@ -240,7 +241,7 @@ class ExpertStore(ExpertLifecycle):
         with self.connection.errors():
             for key in self._redis.scan_iter(match=f"{prefix}*", count=1000):
                 worker = key.decode(errors="backslashreplace").removeprefix(prefix)
-                lineage = self.heartbeat_fields(worker, ["lineage"])["lineage"]
+                lineage = self.heartbeat(worker, ["lineage"]).lineage
                 if _LINEAGE.fullmatch(lineage):
                     found[worker] = lineage
         return found
@@ -254,14 +255,13 @@ class ExpertStore(ExpertLifecycle):
                 pipe.getrange(self.keys.header(*update), 0, MAX_HEADER_BYTES)
             return [_absent_if_wrong_type(reply) for reply in pipe.execute(raise_on_error=False)]
 
-    def heartbeat_fields(self, worker: str, names: Sequence[str]) -> dict[str, str]:
-        """These fields of a worker's heartbeat, "" for each that is not there."""
+    def heartbeat(self, worker: str, names: Sequence[str]) -> Beat:
+        """A worker's heartbeat, of which only these fields are read."""
         with self.connection.errors(), self._redis.pipeline(transaction=False) as pipe:
             for name in names:
                 pipe.hget(self.keys.worker(worker), name)
-            values = [_absent_if_wrong_type(reply) or b"" for reply in pipe.execute(raise_on_error=False)]
-        texts = [value.decode(errors="backslashreplace") for value in values]
-        return dict(zip(names, texts, strict=True))
+            values = [_absent_if_wrong_type(reply) or None for reply in pipe.execute(raise_on_error=False)]
+        return Beat.read(dict(zip(names, values, strict=True)))
 
     def parts(self, worker: str, run: str, seq: int, parts: Sequence[Part]) -> Generator[bytes, None, None]:
         """The payload, part by part: b"" for one that is missing, never more than announced + 1 byte.

@@ -1,24 +1,15 @@
 """Redis commands for the gateway: read every expert, write their merge."""
 
-import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from fedmoe.errors import DamagedExpertError, SpecError, UnknownExpertError
+from fedmoe.gateway import GatewayMeta
 from fedmoe.records import Entry, Meta
 from fedmoe.spec import Spec
 from fedmoe.store.connection import Connection
 from fedmoe.store.full import read_together
 from fedmoe.store.lifecycle import examine
-
-
-@dataclass(frozen=True, slots=True)
-class GatewayRecord:
-    """What stands in the gateway's meta hash: what it was built from, how, and the shape of the adapter."""
-
-    built_from: dict[str, dict[str, str | int]]  # expert -> its version and weights_commit
-    fields: dict[str, str]
 
 
 class GatewayStore:
@@ -113,25 +104,25 @@ class GatewayStore:
             raise DamagedExpertError(expert, condition.damage)
         return condition.meta, weights, replies
 
-    def record(self) -> GatewayRecord | None:
-        """What the stored gateway was built from; None if there is none."""
+    def gateway(self) -> GatewayMeta | None:
+        """The gateway's meta; None if there is no gateway yet, or its meta is damaged: then it is built again."""
         with self.connection.errors():
             raw = self._redis.hgetall(self.keys.meta)
-        return self._record(raw)
+        return _built(raw)
 
-    def load(self) -> tuple[GatewayRecord, bytes] | None:
-        """The gateway's record and its safetensors file, in one MULTI; None if there is none yet."""
+    def load(self) -> tuple[GatewayMeta, bytes] | None:
+        """The gateway's meta and its safetensors file, in one MULTI; None if there is none yet."""
         with self.connection.errors():
             raw, weights = read_together(self._redis, ("hgetall", self.keys.meta), ("get", self.keys.weights))
-        record = self._record(raw)
-        return (record, weights) if record and weights is not None else None
+        meta = _built(raw)
+        return (meta, weights) if meta and weights is not None else None
 
-    def write(self, record: GatewayRecord, weights: memoryview) -> None:
+    def write(self, meta: GatewayMeta, weights: memoryview) -> None:
         """Replace the gateway."""
         with self.connection.errors(), self._redis.pipeline(transaction=True) as pipe:
             pipe.set(self.keys.weights, weights)
             pipe.delete(self.keys.meta)
-            pipe.hset(self.keys.meta, mapping=record.fields | {"built_from": json.dumps(record.built_from)})
+            pipe.hset(self.keys.meta, mapping=meta.to_fields())
             pipe.execute()
 
     def complain(self, reason: str) -> None:
@@ -139,12 +130,11 @@ class GatewayStore:
         with self.connection.errors():
             self._redis.hset(self.keys.meta, "error", reason)
 
-    @staticmethod
-    def _record(raw: Mapping[bytes, bytes]) -> GatewayRecord | None:
-        fields = {k.decode(): v.decode(errors="backslashreplace") for k, v in raw.items()}
-        try:
-            built_from = json.loads(fields.pop("built_from"))
-            parts = {name: {**part, "version": int(part["version"])} for name, part in built_from.items()}
-            return GatewayRecord(parts, fields)
-        except (KeyError, ValueError, TypeError, AttributeError):
-            return None  # none yet, or damaged: it is a view, and is built anew
+
+def _built(raw: Mapping[bytes, bytes]) -> GatewayMeta | None:
+    """The meta of a gateway that was built, None if none was or what it was built from cannot be read."""
+    meta = GatewayMeta.read(raw)
+    try:
+        return meta if meta.experts else None
+    except SpecError:
+        return None

@@ -4,7 +4,6 @@ Whatever is missing, of the wrong type, malformed or not this user's to read is 
 to; all the rest is shown. Never KEYS but one SCAN for all workers (members.py).
 """
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,14 +11,17 @@ from typing import Any
 
 from redis.exceptions import NoPermissionError
 
-from fedmoe.errors import RemovedExpertError, SpecError
-from fedmoe.federation import DeadLetter, ExpertView, Federation, GatewayView, ServerView, WorkerView
+from fedmoe.errors import ProtocolError, RemovedExpertError, SpecError
+from fedmoe.federation import DeadLetterView, ExpertView, Federation, GatewayView, ServerView, WorkerView
+from fedmoe.fields import number
+from fedmoe.gateway import BuiltFrom, GatewayMeta
 from fedmoe.keys import GROUP
+from fedmoe.lines import DeadLetter
 from fedmoe.names import RESERVED_EXPERTS, is_name
 from fedmoe.records import Meta
 from fedmoe.store.connection import Connection
 from fedmoe.store.members import Members, read_members
-from fedmoe.store.reading import Command, ask, number, printable, texts, whole, why
+from fedmoe.store.reading import Command, ask, printable, texts, why
 
 SHOWN_DEAD, SHOWN_LOG = 3, 5
 _KEY_OF = {"groups": "updates", "last_dead": "dead", "lease_ms": "lease"}
@@ -186,13 +188,13 @@ def _lease(replies: Mapping[str, Any]) -> str | None:
     return "" if replies["lease_ms"] == -2 else "?"
 
 
-def _dead_letter(entry: tuple[bytes, Mapping[bytes, bytes]]) -> DeadLetter:
-    fields = texts(entry[1])
-    return DeadLetter(
+def _dead_letter(entry: tuple[bytes, Mapping[bytes, bytes]]) -> DeadLetterView:
+    letter = DeadLetter.read(entry[1])
+    return DeadLetterView(
         id=printable(entry[0]),
-        worker=fields.get("worker", ""),
-        seq=fields.get("seq", ""),
-        reason=fields.get("reason", "no reason is given"),
+        worker=printable(letter.worker),
+        seq="" if letter.seq is None else str(letter.seq),
+        reason=printable(letter.reason or "no reason is given"),
     )
 
 
@@ -225,29 +227,30 @@ def _of_aggregators(replies: Mapping[str, Any]) -> list[str]:
 def _gateway(replies: dict[str, Any], experts: Sequence[ExpertView]) -> GatewayView:
     problems = _refused(replies)
     problems += _of_aggregators(replies)
-    meta = texts(replies["meta"] or {})
-    built_from: dict[str, int] = {}
-    commits: dict[str, str] = {}
-    if text := (replies["meta"] or {}).get(b"built_from"):
-        try:
-            for name, part in json.loads(text).items():
-                built_from[printable(name)] = int(part["version"])
-                commits[printable(name)] = printable(part["weights_commit"])
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            problems.append("its meta is malformed: was it edited by hand?")
+    meta = GatewayMeta()
+    experts_in: Mapping[str, BuiltFrom] = {}
+    try:
+        meta = GatewayMeta.read(replies["meta"] or {})
+        experts_in = meta.experts if meta.built_from else {}
+    except ProtocolError as error:
+        problems.append(printable(str(error)))
+    except SpecError:
+        problems.append("its meta is malformed: was it edited by hand?")
+    built_from = {printable(name): one.version for name, one in experts_in.items()}
+    commits = {printable(name): printable(one.weights_commit) for name, one in experts_in.items()}
     present = {expert.name: expert.meta for expert in experts if expert.meta}
     exists = bool(commits) and replies["weights"] != 0
     return GatewayView(
         exists=exists,
-        method=meta.get("method", ""),
-        rank=whole(meta.get("rank")),
-        updated_at=number(meta.get("updated_at")),
-        relative_error=number(meta.get("relative_error")),
+        method=printable(meta.method),
+        rank=meta.rank,
+        updated_at=meta.updated_at,
+        relative_error=meta.relative_error,
         built_from=built_from,
         present={name: expert.version for name, expert in present.items()},
         outdated=tuple(n for n, expert in present.items() if commits.get(n) != expert.weights_commit),
         lease=_lease(replies),
-        error=meta.get("error", ""),
+        error=printable(meta.error),
         problems=tuple(problems),
     )
 

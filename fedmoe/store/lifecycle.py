@@ -10,7 +10,9 @@ from typing import Any
 
 import redis
 
+from fedmoe.doorbell import Doorbell
 from fedmoe.errors import ProtocolError, SpecError
+from fedmoe.features import check_requires
 from fedmoe.integrity import damage
 from fedmoe.layout import STAMPED_BYTES, stamp_of, stamped
 from fedmoe.packed import pack_file
@@ -23,7 +25,7 @@ from fedmoe.update import PAYLOAD_TTL_S, Header
 CLAIM_MS = (
     10_000  # claims to write an expert back are forgotten together, so those of dead aggregators are, too
 )
-Line = Mapping[str, str | int | float]
+Line = Mapping[str, str]
 _CLAIM = """#!lua flags=allow-oom
 local is_new = redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
 redis.call('PEXPIRE', KEYS[1], ARGV[3], 'NX')
@@ -126,9 +128,12 @@ class ExpertLifecycle:
             return bool(self._redis.exists(self.keys.meta))
 
     def check_protocol(self) -> None:
-        """Raise ProtocolError if the expert is one of a later FedMoE."""
+        """Raise ProtocolError if the expert is one of a later FedMoE, or needs a feature that is not known here."""
         with self.connection.errors():
-            read_protocol(self._redis.hget(self.keys.meta, "protocol"))
+            protocol = self._redis.hget(self.keys.meta, "protocol")
+            requires = self._redis.hget(self.keys.meta, "requires")
+        read_protocol(protocol)
+        check_requires((requires or b"").decode(errors="replace"), f"expert {self.name!r}")
 
     def condition(self) -> Condition:
         """What is left of the expert, as of one moment."""
@@ -311,7 +316,7 @@ class ExpertLifecycle:
             for index, part in enumerate(parts):
                 pipe.set(keys.part(worker, run, seq, index), part, ex=PAYLOAD_TTL_S)
             pipe.set(keys.header(worker, run, seq), header.pack(), ex=PAYLOAD_TTL_S)
-            pipe.xadd(keys.updates, header.entry(worker))
+            pipe.xadd(keys.updates, Doorbell.of(header, worker).to_fields())
             try:
                 pipe.execute()
             except redis.RedisError as error:

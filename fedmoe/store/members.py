@@ -12,18 +12,15 @@ from typing import Any
 import redis
 from redis.exceptions import NoPermissionError
 
+from fedmoe.beat import SHORT_FIELDS, Beat
 from fedmoe.errors import create_from_zero
 from fedmoe.federation import GoneWorker, WorkerView
 from fedmoe.names import MAX_NAME_LENGTH
 from fedmoe.records import HEARTBEAT_TTL_S, TRACE_TTL_S, VANISHED
 from fedmoe.store.connection import Connection
-from fedmoe.store.reading import Command, ask, number, printable, whole, why
+from fedmoe.store.reading import Command, ask, printable, why
 
 SHOWN_WORKERS = 1000
-_BEAT = (
-    "run", "host", "pid", "since", "step", "loss", "tokens_per_s", "base_version", "staleness", "in_flight",
-    "published", "refused", "problem",
-)  # fmt: skip
 _TRACE = ("how", "reason", "host")
 _HEARTBEAT_KEY = re.compile(rb"[^{]*\{([^}]*)\}:worker:(.+)", re.DOTALL)
 _TRACE_KEY = re.compile(rb"[^{]*\{([^}]*)\}:payload:([^:]+):trace", re.DOTALL)
@@ -52,7 +49,7 @@ def read_members(connection: Connection, experts: Sequence[str], problems: list[
         if len(found) > SHOWN_WORKERS:
             problems.append(f"there are {len(found)} {what}, of which only {SHOWN_WORKERS} are shown")
     members: dict[str, Members] = {name: Members() for name in experts}
-    for key, beat, ttl_ms in _read(connection, alive, _BEAT):
+    for key, beat, ttl_ms in _read(connection, alive, SHORT_FIELDS):
         expert, name = alive[key]
         if isinstance(beat, redis.ResponseError):
             problems.append(f"{expert}: the heartbeat of {name} cannot be read: {why(beat)}")
@@ -147,22 +144,23 @@ def _gone(name: str, trace: Sequence[bytes | None], ttl_ms: int | Exception) -> 
 
 
 def _worker(expert: str, name: str, beat: Sequence[bytes | None], ttl_ms: int | Exception) -> WorkerView:
-    said = dict(zip(_BEAT, beat, strict=True))
+    said = Beat.read(dict(zip(SHORT_FIELDS, beat, strict=True)))
     return WorkerView(
         expert=expert,
         name=name,
         last_seen_s=_ago(ttl_ms, HEARTBEAT_TTL_S),
-        since=number(said["since"]),
-        run=printable(said["run"] or b"", MAX_NAME_LENGTH),
-        host=printable(said["host"] or b"", MAX_NAME_LENGTH),
-        pid=whole(said["pid"]),
-        step=whole(said["step"]),
-        loss=number(said["loss"]),
-        tokens_per_s=number(said["tokens_per_s"]),
-        base_version=whole(said["base_version"]),
-        staleness=whole(said["staleness"]),
-        in_flight=whole(said["in_flight"]),
-        published=whole(said["published"]),
-        refused=whole(said["refused"]),
-        problem=printable(said["problem"] or b""),
+        since=said.since,
+        run=printable(said.run, MAX_NAME_LENGTH),
+        host=printable(said.host, MAX_NAME_LENGTH),
+        pid=said.pid,
+        software=printable(said.software),
+        step=said.step,
+        loss=said.loss,
+        tokens_per_s=said.tokens_per_s,
+        base_version=said.base_version,
+        staleness=said.staleness,
+        in_flight=said.in_flight,
+        published=said.published,
+        refused=said.refused,
+        problem=printable(said.problem),
     )

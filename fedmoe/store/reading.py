@@ -1,6 +1,5 @@
-"""What anybody may have written to Redis, read as texts and numbers that are safe to show."""
+"""What anybody may have written to Redis, read as texts that are safe to show."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,21 +33,6 @@ def printable(raw: bytes | str, limit: int = MAX_TEXT_CHARS) -> str:
 def texts(fields: Mapping[bytes, bytes]) -> dict[str, str]:
     """A hash or the fields of an entry, as `printable` texts."""
     return {printable(key): printable(value) for key, value in fields.items()}
-
-
-def number(raw: bytes | str | None) -> float | None:
-    """A finite number, or None."""
-    try:
-        value = float(raw or "")
-    except ValueError:
-        return None
-    return value if math.isfinite(value) else None
-
-
-def whole(raw: bytes | str | None) -> int | None:
-    """A number that an int can hold exactly, clamped to one; or None."""
-    value = number(raw)
-    return None if value is None or abs(value) > 2**53 else int(value)
 
 
 def why(error: Exception) -> str:

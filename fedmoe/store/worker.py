@@ -11,8 +11,10 @@ from typing import Any
 import redis
 import torch
 
-from fedmoe import records
+from fedmoe import features, records
+from fedmoe.beat import Beat
 from fedmoe.codec import EXACT
+from fedmoe.doorbell import Doorbell, Join
 from fedmoe.errors import (
     DamagedExpertError,
     LostExpertError,
@@ -23,6 +25,7 @@ from fedmoe.errors import (
 )
 from fedmoe.packed import chunks, unpack
 from fedmoe.records import TRACE_TTL_S, Decided, Meta, check_not_removed, read_protocol
+from fedmoe.software import software
 from fedmoe.spec import Spec
 from fedmoe.store.chunks import weights_of, weights_reads
 from fedmoe.store.connection import Connection
@@ -99,15 +102,20 @@ class WorkerStore:
         if not raw:
             raise LostExpertError(self.expert)
         meta = Meta.from_hash(raw)
-        self._check_protocol(meta.protocol)
+        self._check_aggregators(meta.protocol, meta.knows)
         return meta
 
-    def _check_protocol(self, protocol: int) -> None:
-        """Raise ProtocolError if the aggregators are too old; a later protocol was refused when it was read."""
+    def _check_aggregators(self, protocol: int, knows: str) -> None:
+        """Raise ProtocolError if the aggregators are too old for this worker; the reverse was found in reading."""
         if protocol < records.PROTOCOL:
             raise ProtocolError(
                 f"the aggregators of expert {self.expert!r} speak protocol {protocol} and this worker protocol "
                 f"{records.PROTOCOL}: upgrade the FedMoE of the aggregators first"
+            )
+        if odd := features.lacking(features.UPDATES_REQUIRE, knows):
+            raise ProtocolError(
+                f"this worker's updates need {', '.join(odd)}, which the aggregators of expert {self.expert!r} do not "
+                "know: upgrade the FedMoE of the aggregators first"
             )
 
     def pull(self, spec: Spec, *, known: str) -> Pulled:
@@ -167,9 +175,13 @@ class WorkerStore:
     def poll(self, entry_id: str, header: Header) -> Poll:
         """What became of the update that `entry_id` announced; raises ProtocolError as `pull` does."""
         with self.connection.errors():
-            (lineage, weights_commit, protocol, removed), decided, entries = read_together(
+            (lineage, weights_commit, protocol, requires, knows, removed), decided, entries = read_together(
                 self._redis,
-                ("hmget", self.keys.meta, ["lineage", "weights_commit", "protocol", "removed"]),
+                (
+                    "hmget",
+                    self.keys.meta,
+                    ["lineage", "weights_commit", "protocol", "requires", "knows", "removed"],
+                ),
                 ("hget", self.keys.decided, self.worker),
                 ("xrange", self.keys.updates, entry_id, entry_id),
             )
@@ -177,7 +189,9 @@ class WorkerStore:
             raise RemovedExpertError(self.expert, removed.decode(errors="replace"))
         if lineage is None or weights_commit is None:
             raise LostExpertError(self.expert)
-        self._check_protocol(read_protocol(protocol))
+        number = read_protocol(protocol)
+        features.check_requires((requires or b"").decode(errors="replace"), "the expert")
+        self._check_aggregators(number, (knows or b"").decode(errors="replace"))
         # After a failover another worker's entry may bear this id.
         waits = any(
             fields.get(b"worker") == self.worker.encode()
@@ -216,7 +230,7 @@ class WorkerStore:
                     pipe.set(
                         self.keys.incarnation(self.worker), header.id.incarnation, ex=PAYLOAD_TTL_S, nx=True
                     )
-                    pipe.xadd(self.keys.updates, header.entry(self.worker))
+                    pipe.xadd(self.keys.updates, Doorbell.of(header, self.worker).to_fields())
                     *replies, entry_id = pipe.execute()
             except redis.RedisError as error:
                 if is_full(error) and not again:
@@ -257,24 +271,24 @@ class WorkerStore:
     def join(self) -> None:
         """Ask the aggregator to look at this worker's heartbeat (it pins the base model's fingerprint there)."""
         with self.connection.errors():
-            self._redis.xadd(self.keys.updates, {"worker": self.worker, "join": "1"})
+            self._redis.xadd(self.keys.updates, Join(worker=self.worker, software=software()).to_fields())
 
-    def beat(self, fields: Mapping[str, str | int | float], *, ttl_s: float) -> None:
+    def beat(self, beat: Beat, *, ttl_s: float) -> None:
         """Write the heartbeat, which vanishes after ttl_s, and a trace that tells later when it was last seen."""
         key, trace = self.keys.worker(self.worker), self.keys.trace(self.worker)
         with self.connection.errors(), self._redis.pipeline(transaction=True) as pipe:
             pipe.delete(key, trace)
-            pipe.hset(key, mapping=dict(fields))
+            pipe.hset(key, mapping=beat.to_fields())
             pipe.pexpire(key, int(ttl_s * 1000))
-            pipe.hset(trace, "host", fields.get("host", ""))
+            pipe.hset(trace, "host", beat.host)
             pipe.pexpire(trace, int(TRACE_TTL_S * 1000))
             pipe.execute()
 
-    def heartbeat(self) -> dict[str, str]:
-        """The heartbeat under this worker's name, empty if there is none."""
+    def heartbeat(self) -> Beat | None:
+        """The heartbeat under this worker's name, None if there is none."""
         with self.connection.errors():
             raw = self._redis.hgetall(self.keys.worker(self.worker))
-        return {k.decode(errors="replace"): v.decode(errors="replace") for k, v in raw.items()}
+        return Beat.read(raw) if raw else None
 
     def is_served(self) -> bool | None:
         """True if an aggregator holds the expert's lease, False if none does; None if this user may not look."""

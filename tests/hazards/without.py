@@ -14,9 +14,9 @@ import redis.client
 
 import consumers.expert
 from consumers.decide import Admission, Outcome, Verdict, judge_header
-from consumers.doorbell import Doorbell
 from consumers.expert import Expert
 from consumers.gateway import GatewayBuilder
+from fedmoe.doorbell import Doorbell
 from fedmoe.errors import RedisUnavailableError, SpecError
 from fedmoe.keys import GROUP
 from fedmoe.records import Decided, Entry, Meta
@@ -157,9 +157,9 @@ class GatewayByVersion(GatewayBuilder):
     """Experts of the same versions are taken for the same experts."""
 
     def refresh(self) -> bool:
-        record = self._store.record()
+        gateway = self._store.gateway()
         present = {name: self._store.meta(name).version for name in self._store.experts()}
-        if record and present == {name: part["version"] for name, part in record.built_from.items()}:
+        if gateway and present == {name: one.version for name, one in gateway.experts.items()}:
             return False
         return super().refresh()
 

@@ -112,13 +112,13 @@ def test_whole_daemon_builds_the_gateway(connection: Connection, connect: Connec
         time.sleep(0.4)
         assert store.load() == first
         ScriptedWorker(connection, spec, "w", "a").push(1.0)
-        eventually("a second one", lambda: store.record().built_from["a"]["version"] == 1)  # type: ignore[union-attr]
+        eventually("a second one", lambda: store.gateway().experts["a"].version == 1)  # type: ignore[union-attr]
         commit = experts["a"].store.load().meta.weights_commit
-        assert store.record().built_from["a"]["weights_commit"] == commit  # type: ignore[union-attr]
+        assert store.gateway().experts["a"].weights_commit == commit  # type: ignore[union-attr]
     finally:
         stop.set()
         thread.join()
-    assert store.record().fields["rank"] == "4"  # type: ignore[union-attr]
+    assert store.gateway().rank == 4  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from fedmoe.beat import Beat
 from fedmoe.errors import NameTakenError
 from fedmoe.store.connection import Connection
 from fedmoe.store.worker import WorkerStore
@@ -44,8 +45,10 @@ def store(connection: Connection) -> WorkerStore:
 
 def beat(store: WorkerStore, number: int, *, state_id: str = "", run: str = "1-00000001") -> None:
     """A heartbeat of a process that seems to be this very one: the same host name and process id."""
-    fields = {"run": run, "state_id": state_id, "host": socket.gethostname(), "pid": os.getpid()}
-    store.beat(fields | {"since": "1769860800", "beat": number}, ttl_s=600)
+    said = Beat(
+        run=run, beat=str(number), state_id=state_id, host=socket.gethostname(), pid=os.getpid(), since=1769860800
+    )  # fmt: skip
+    store.beat(said, ttl_s=600)
 
 
 def test_living_worker_of_the_same_host_name_and_process_id_keeps_its_name(store: WorkerStore) -> None:

@@ -11,6 +11,7 @@ import torch
 from consumers.decide import COUNTED_STEPS
 from consumers.expert import Expert
 from consumers.fold import fold
+from fedmoe.beat import Beat
 from fedmoe.codec import encode
 from fedmoe.errors import StaleStateError, UnknownExpertError
 from fedmoe.identity import BaseIdentity, tokenizer_text
@@ -314,7 +315,7 @@ def test_fingerprint_is_pinned_by_the_first_worker_that_joins(connection: Connec
     """Without the base's weights at the aggregator, the first worker's fingerprint counts, and meta says whose."""
     expert = make_expert(connection, base_fingerprint="")
     worker = ScriptedWorker(connection, expert.spec)
-    worker.store.beat({"base_fingerprint": "abcdef", "protocol": PROTOCOL}, ttl_s=5)
+    worker.store.beat(Beat(base_fingerprint="abcdef", protocol=str(PROTOCOL)), ttl_s=5)
     worker.store.join()
     ScriptedWorker(connection, expert.spec, "bob").store.join()  # has no heartbeat: changes nothing
     serve(expert)
@@ -329,7 +330,7 @@ def test_template_that_the_first_worker_brings_becomes_the_experts(connection: C
         worker = ScriptedWorker(connection, expert.spec, name)
         tokenizer = tokenizer_text({"template": template_digest(template)})
         base = BaseIdentity(fingerprint=FINGERPRINT, tokenizer=tokenizer, chat_template=template)
-        worker.store.beat({"protocol": PROTOCOL} | base.beat_fields(), ttl_s=5)
+        worker.store.beat(Beat(protocol=str(PROTOCOL), **base.beat_fields()), ttl_s=5)
         worker.store.join()
     serve(expert)
     meta = expert.store.load().meta

@@ -79,7 +79,9 @@ class Trial:
     def expect_recovery(self) -> None:
         """What was trained meanwhile arrives, once, and the problem is over."""
         eventually("the end of the problem", lambda: "checkpoint" not in self.run.sync.status.problem)
-        eventually("no problem in the heartbeat", lambda: b"checkpoint" not in self.beat()[b"problem"])
+        eventually(
+            "no problem in the heartbeat", lambda: b"checkpoint" not in self.beat().get(b"problem", b"")
+        )
         self.finish()
         assert self.run.sync.failure is None
         assert self.expert.store.load().meta.n_examples == self.run.steps

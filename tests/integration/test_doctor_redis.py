@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from fedmoe.beat import Beat
 from fedmoe.cli.main import cli
 from fedmoe.doctor import FAIL, OK, WARN
 from fedmoe.embedded import EmbeddedRedis
@@ -61,7 +62,7 @@ def test_a_user_without_limits_may_do_everything_and_nothing_is_changed(connecti
     alice.push(0.5)
     serve(expert)
     alice.push(0.5)
-    WorkerStore(connection, "sql_expert", "alice").beat({"run": "1-00000000"}, ttl_s=60)
+    WorkerStore(connection, "sql_expert", "alice").beat(Beat(run="1-00000000"), ttl_s=60)
     before = {key: connection.client.dump(key) for key in connection.client.scan_iter()}
     assert len(before) == 12
     assert told(connection) == [(level, text.format("sql_expert")) for level, text in expected]

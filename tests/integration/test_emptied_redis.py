@@ -15,6 +15,7 @@ from consumers.expert import Expert
 from consumers.gateway import GatewayBuilder, GatewaySettings
 from consumers.verify import replay
 from fedmoe.archive import Archive
+from fedmoe.beat import Beat
 from fedmoe.errors import LostExpertError, RedisUnavailableError
 from fedmoe.federation import findings
 from fedmoe.layout import AdapterBuffer, stamped
@@ -312,7 +313,7 @@ def test_expert_that_workers_know_is_not_begun_anew_unasked(
     store = ExpertStore(connection, "sql_expert")
     worker = ScriptedWorker(connection, store.spec(), fingerprint=store.load().meta.base_fingerprint)
     connection.client.flushall()
-    worker.store.beat({"run": worker.ledger.run, "lineage": worker.ledger.meta.lineage}, ttl_s=60)
+    worker.store.beat(Beat(run=worker.ledger.run, lineage=worker.ledger.meta.lineage), ttl_s=60)
     assert ensure_experts(connection, {"sql_expert": 1.0}, request) == []
     assert f"but worker alice trains on (lineage {worker.ledger.meta.lineage})" in caplog.text
     worker.store.leave()  # the operator stops the workers to think about it
@@ -334,7 +335,7 @@ def test_status_tells_of_an_expert_that_only_workers_know(connection: Connection
     expert = make_expert(connection)
     worker = ScriptedWorker(connection, expert.spec)
     connection.client.flushall()
-    worker.store.beat({"run": worker.ledger.run}, ttl_s=60)
+    worker.store.beat(Beat(run=worker.ledger.run), ttl_s=60)
     told = list(findings(Inspector(connection).federation()))
     assert any("sql_expert is not in Redis, but worker alice trains it" in line for line in told)
     assert not any("start `fedmoe aggregator run`" in line for line in told)
@@ -352,7 +353,7 @@ def test_command_waits_until_the_operator_decides(
     remembered = Expert(store, store.spec(), aggregator="test")
     remembered.load()
     connection.client.flushall()
-    worker.store.beat({"run": worker.ledger.run, "lineage": worker.ledger.meta.lineage}, ttl_s=60)
+    worker.store.beat(Beat(run=worker.ledger.run, lineage=worker.ledger.meta.lineage), ttl_s=60)
     log = tmp_path / "log"
     with running(
         log, "aggregator", "run", "--redis", redis_url, "--expert", "sql_expert",

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from fedmoe.beat import Beat
 from fedmoe.errors import FedMoEError, NameTakenError, RefusedError, StoppedError
 from fedmoe.stopping import Stop
 from fedmoe.store.connection import Connection
@@ -22,7 +23,7 @@ def run(connection: Connection, tmp_path: Path, work: Callable[[Worker], None]) 
 
     def trained() -> None:
         worker._has_joined = True
-        WorkerStore(connection, "sql_expert", "ann").beat({"run": "1-00000000"}, ttl_s=60)
+        WorkerStore(connection, "sql_expert", "ann").beat(Beat(run="1-00000000"), ttl_s=60)
         work(worker)
 
     worker._run = trained  # type: ignore[method-assign]  # all but the end is replaced

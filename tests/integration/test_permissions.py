@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from consumers.aggregator import Aggregator, AggregatorSettings
 from consumers.create import SpecRequest, ensure_experts
 from consumers.gateway import GatewayBuilder, GatewaySettings
+from fedmoe.beat import Beat
 from fedmoe.cli.main import cli
 from fedmoe.embedded import EmbeddedRedis
 from fedmoe.errors import RedisUnavailableError, RedisUnfitError, RemovedExpertError, UnknownExpertError
@@ -128,7 +129,7 @@ def test_what_real_runs_send_is_what_is_listed(
         assert store.meta(EXPERT).applied
         guarded.admin.client.xadd(f"fedmoe:{{{EXPERT}}}:updates", {"garbage": "1"})
         eventually("a dead letter", lambda: store.meta(EXPERT).garbage)
-        eventually("the gateway", lambda: store.record().built_from[EXPERT]["version"])  # type: ignore[union-attr]
+        eventually("the gateway", lambda: store.gateway().experts[EXPERT].version)  # type: ignore[union-attr]
         guarded.admin.client.hset(f"fedmoe:{{{EXPERT}}}:worker:another", "run", "1-00000000")
         guarded.fedmoe(MONITOR, "status")
         guarded.fedmoe(MONITOR, "gateway", "show")
@@ -242,7 +243,7 @@ def an_emptied_redis(guarded: Guarded) -> None:
     store.mark_lost({NAME: "0123456789abcdef"})
     assert store.lost() == {NAME: "0123456789abcdef"}
     worker = WorkerStore(guarded.connection(WORKER), EXPERT, NAME)
-    worker.beat({"lineage": "0123456789abcdef"}, ttl_s=15)
+    worker.beat(Beat(lineage="0123456789abcdef"), ttl_s=15)
     assert store.lineages() == store.lost()
     with pytest.raises(UnknownExpertError):
         worker.spec()
@@ -253,7 +254,7 @@ def a_removed_expert(guarded: Guarded) -> None:
     guarded.admin.client.flushall()
     expert = make_expert(guarded.connection(AGGREGATOR))
     worker = ScriptedWorker(guarded.connection(WORKER), small_spec(), NAME)
-    worker.store.beat({"run": "1-00000000"}, ttl_s=15)
+    worker.store.beat(Beat(run="1-00000000"), ttl_s=15)
     worker.push(0.1)
     operator = guarded.connection(OPERATOR)
     assert look_at_expert(operator, EXPERT).workers == (NAME,)

@@ -1,6 +1,7 @@
 """Workers and aggregators of different protocols: each says which side to upgrade, and nothing trained is lost."""
 
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -14,14 +15,18 @@ import torch
 
 from consumers.create import SpecRequest, ensure_experts
 from consumers.expert import Expert
-from fedmoe import records
+from fedmoe import features, records
+from fedmoe.beat import Beat
 from fedmoe.errors import ProtocolError
 from fedmoe.identity import BaseIdentity
+from fedmoe.software import software
 from fedmoe.store.connection import Connection
+from fedmoe.store.inspect import Inspector
 from fedmoe.store.lease import Lease
 from fedmoe.store.worker import WorkerStore
 from producers.checkpoint import StateDir
 from producers.exchange import Exchange
+from producers.heartbeat import Heartbeat, SyncStatus
 from producers.join import Joining
 from producers.ledger import Trained
 from producers.sync import Sync
@@ -42,6 +47,13 @@ def raise_protocol(expert: Expert) -> None:
     """As a later FedMoE's aggregator does it: in a commit."""
     expert.store.connection.client.hset(
         expert.store.keys.meta, mapping={"protocol": records.PROTOCOL + 1, "commit": "later", "seats": "4"}
+    )
+
+
+def require_signing(expert: Expert) -> None:
+    """As an aggregator of a later release and the same protocol does it."""
+    expert.store.connection.client.hset(
+        expert.store.keys.meta, mapping={"requires": "signing", "commit": "later"}
     )
 
 
@@ -82,7 +94,7 @@ def test_joining_worker_of_another_protocol_pins_nothing_and_is_said_once(
     expert = make_expert(connection, base_fingerprint="")
     worker = ScriptedWorker(connection, expert.spec)
     for _ in range(2):
-        worker.store.beat({"base_fingerprint": "abcdef", "protocol": named}, ttl_s=5)
+        worker.store.beat(Beat(base_fingerprint="abcdef", protocol=named), ttl_s=5)
         worker.store.join()
         serve(expert)
     assert expert.meta.base_fingerprint == ""
@@ -130,12 +142,56 @@ def test_aggregator_of_a_later_protocol_raises_the_experts(
     assert (after.version, after.weights_commit) == (before.version, before.weights_commit)
 
 
-def test_aggregator_starts_with_no_expert_of_a_later_protocol(expert: Expert, connection: Connection) -> None:
+@pytest.mark.parametrize("raises", [raise_protocol, require_signing])
+def test_aggregator_starts_with_no_expert_of_a_later_protocol(
+    expert: Expert, connection: Connection, raises: Callable[[Expert], None]
+) -> None:
     """Its start fails, with the exit code of an error that trying again does not change."""
-    raise_protocol(expert)
+    raises(expert)
     with pytest.raises(ProtocolError, match="upgrade the FedMoE on this machine") as error:
         ensure_experts(connection, {"sql_expert": 1.0}, SpecRequest())
     assert error.value.exit_code == 2
+
+
+# ---- what one side must know, within a protocol ----
+
+
+def test_update_that_needs_more_waits_until_its_aggregators_know_it(
+    expert: Expert, connection: Connection, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Undecidable until then; its worker is told at its next look, and goes on after the upgrade."""
+    worker = ScriptedWorker(connection, SPEC)
+    monkeypatch.setattr(features, "UPDATES_REQUIRE", "signing")
+    update = worker.push(1.0)
+    assert serve(expert) == ["undecidable"]
+    for look in (worker.store.meta, lambda: worker.store.poll("0-1", update.header), worker.pull):
+        with pytest.raises(
+            ProtocolError, match="updates need signing, which the aggregators of expert 'sql_expert' do not"
+        ):
+            look()
+    monkeypatch.setattr(features, "FEATURES", frozenset({"signing"}))
+    with serving(connect()):
+        eventually("an aggregator that knows it", lambda: expert.store.load().meta.knows == "signing")
+        worker.publish(update)
+        eventually("version 1", lambda: expert.store.load().meta.version == 1)
+    assert worker.pull().decided == (update.id,)
+
+
+def test_who_runs_on_what_is_told(expert: Expert, connection: Connection, connect: Connect) -> None:
+    """In the expert's meta, in the heartbeat and where a worker joins."""
+    worker = ScriptedWorker(connection, SPEC)
+    worker.store.join()
+    ((_, entry),) = connection.client.xrange(expert.store.keys.updates)
+    assert entry[b"software"].decode() == software()
+    assert re.fullmatch(r"fedmoe \S+, torch \S+, transformers \S+, peft \S+", software())
+    serve(expert)
+    assert expert.store.load().meta.software == software()
+    heart = Heartbeat(
+        worker.store, BaseIdentity(fingerprint="f"), state_id="", training_fields=dict, clock=lambda: 1.0
+    )
+    heart.beat(worker.ledger, SyncStatus())
+    (view,) = Inspector(connection).federation().workers
+    assert view.software == software()
 
 
 # ---- the worker ----
@@ -196,9 +252,15 @@ class Run:
         assert done()
 
 
+@pytest.mark.parametrize("raises", [raise_protocol, require_signing])
 @pytest.mark.parametrize("trains", [True, False])
 def test_worker_ends_and_keeps_all_when_the_protocol_is_raised(
-    expert: Expert, connection: Connection, connect: Connect, tmp_path: Path, trains: bool
+    expert: Expert,
+    connection: Connection,
+    connect: Connect,
+    tmp_path: Path,
+    trains: bool,
+    raises: Callable[[Expert], None],
 ) -> None:
     """A poll sees it while an update waits, and else a pull; the checkpoint holds every step."""
     state_dir = StateDir(tmp_path)
@@ -207,7 +269,7 @@ def test_worker_ends_and_keeps_all_when_the_protocol_is_raised(
     thread.start()
     if trains:
         run.go_until(lambda: connection.client.xlen(expert.store.keys.updates))
-    raise_protocol(expert)
+    raises(expert)
     run.go_until(lambda: not thread.is_alive(), trains=trains)
     assert isinstance(run.sync.failure, ProtocolError)
     assert run.sync.saved

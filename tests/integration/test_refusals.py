@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from fedmoe.beat import Beat
 from fedmoe.embedded import EmbeddedRedis
 from fedmoe.errors import RedisUnavailableError, RedisUnfitError
 from fedmoe.store.connection import Connection, RedisSettings
@@ -88,7 +89,7 @@ def test_a_refused_command_or_key_is_named(connection: Connection) -> None:
 
 
 def _beat(connection: Connection) -> None:
-    WorkerStore(connection, EXPERT, "alice").beat({"run": "1-00000000"}, ttl_s=15)
+    WorkerStore(connection, EXPERT, "alice").beat(Beat(run="1-00000000"), ttl_s=15)
 
 
 def test_a_key_that_somebody_overwrote_is_named_until_it_is_moved_away(

@@ -10,6 +10,7 @@ from consumers.create import SpecRequest, ensure_experts
 from consumers.expert import Expert
 from consumers.gateway import GatewayBuilder, GatewaySettings
 from fedmoe.backup import restore
+from fedmoe.beat import Beat
 from fedmoe.errors import RemovedExpertError
 from fedmoe.identity import BaseIdentity
 from fedmoe.store.backup import BackupStore
@@ -152,7 +153,7 @@ def test_what_is_only_missing_from_the_list_is_listed_again(
     gateway = builder(connection)
     gateway.refresh()
     connection.client.hdel("fedmoe:experts", "b")
-    WorkerStore(connection, "b", "w").beat({"run": "1-00000000"}, ttl_s=60)
+    WorkerStore(connection, "b", "w").beat(Beat(run="1-00000000"), ttl_s=60)
     told = Inspector(connection).federation().problems
     assert told[0].startswith(
         "expert b is in Redis and not listed in fedmoe:experts: an aggregator that serves it lists"

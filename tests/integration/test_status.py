@@ -15,6 +15,7 @@ import pytest
 from rich.console import Console
 
 from consumers.gateway import GatewayBuilder, GatewaySettings
+from fedmoe.beat import Beat
 from fedmoe.cli.status import plain, render
 from fedmoe.cli.status import screen as status_screen
 from fedmoe.embedded import EmbeddedRedis
@@ -28,10 +29,10 @@ from fedmoe.store.worker import WorkerStore
 from tests.federation import ScriptedWorker, make_expert, serve, serving, small_spec
 from tests.processes import environment, eventually, fedmoe
 
-BEAT = {
-    "run": "1-00000000", "host": "lab", "pid": 7, "since": "1700000000", "step": 12, "loss": "1.2500",
-    "tokens_per_s": "310.5", "base_version": 1, "staleness": 0, "in_flight": 3, "published": 3, "refused": 1,
-}  # fmt: skip
+BEAT = Beat(
+    run="1-00000000", host="lab", pid=7, since=1700000000, step=12, loss=1.25, tokens_per_s=310.5, base_version=1,
+    staleness=0, in_flight=3, published=3, refused=1,
+)  # fmt: skip
 
 
 def look(connection: Connection) -> Federation:
@@ -142,7 +143,7 @@ def test_what_is_broken_is_said_for_its_expert_and_the_rest_is_shown(connection:
     )
     said = "\n".join(findings(seen))
     for sentence in (
-        "c: the expert's meta hash is malformed (KeyError(b'version'))",
+        "c: the expert's meta hash is malformed (KeyError('version'))",
         "e: the expert's meta hash is malformed (ValueError(",
         "d: the heartbeat of x cannot be read: the key is of the wrong type",
         "e: its gateway weight is 'heavy', not a number",

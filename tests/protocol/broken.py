@@ -10,8 +10,8 @@ import consumers.decide
 import consumers.expert
 import consumers.recovery
 from consumers.decide import Admission, Outcome, Verdict, judge_header, judge_payload
-from consumers.doorbell import Doorbell
 from consumers.expert import Expert
+from fedmoe.doorbell import Doorbell
 from fedmoe.layout import values_of
 from fedmoe.records import Decided, Entry, Meta
 from fedmoe.spec import Spec

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from fedmoe.identity import BEAT_FIELDS, BaseIdentity, expert_template, tokenizer_text
+from fedmoe.beat import Beat
+from fedmoe.identity import BaseIdentity, expert_template, tokenizer_text
 from fedmoe.records import Meta
 from fedmoe.template_file import MAX_TEMPLATE_CHARS, template_digest
 from tests.federation import first_meta, small_spec
@@ -15,8 +16,7 @@ FRESH = first_meta(SPEC, base_fingerprint="")
 
 def beaten(base: BaseIdentity, meta: Meta | None = None) -> BaseIdentity:
     """The identity as the aggregator reads it out of a heartbeat."""
-    fields = base.beat_fields(meta)
-    return BaseIdentity.from_beat({name: fields.get(name, "") for name in BEAT_FIELDS})
+    return BaseIdentity.from_beat(Beat(**base.beat_fields(meta)))
 
 
 COMPONENTS = {"template": "0a", "added": "1a", "special": "2a", "vocabulary": "259-3a"}
@@ -105,11 +105,3 @@ def test_the_spec_comes_before_the_meta() -> None:
     assert expert_template(SPEC, meta) == "{{ worker }}"
     assert expert_template(replace(SPEC, chat_template="{{ operator }}"), meta) == "{{ operator }}"
     assert expert_template(SPEC, FRESH) == ""
-
-
-def test_a_meta_of_before_is_read() -> None:
-    """What an earlier FedMoE wrote has neither tokenizer nor template."""
-    raw = {key.encode(): value.encode() for key, value in FRESH.to_hash().items()}
-    for name in (b"chat_template", b"tokenizer", b"tokenizer_by"):
-        del raw[name]
-    assert Meta.from_hash(raw).to_hash() == FRESH.to_hash()

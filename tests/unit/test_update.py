@@ -97,7 +97,6 @@ def test_a_damaged_header_never_raises_anything_else(header: Header, seed: int, 
         ),
         ({"header_format": 0, "new field": 0}, "has format 0, .* upgrade the worker's FedMoE"),
         ({"header_format": "2"}, "has no format number"),
-        ({"x" * 1000: 0}, "lacks or adds the fields x+$"),
         ({"seq": 0}, "run and seq"),
         ({"seq": True}, "seq is not a count"),
         ({"seq": 2**53 + 1}, "seq is not a count"),
@@ -135,12 +134,12 @@ def test_a_header_of_before_is_read() -> None:
     assert Header.unpack(msgpack.packb(content)) == PLAIN
 
 
-@pytest.mark.parametrize("missing", sorted(set(FIELDS) - {"tokenizer"}))
+@pytest.mark.parametrize("missing", sorted(set(FIELDS) - {"tokenizer", "requires", "unknown"}))
 def test_every_field_is_needed(missing: str) -> None:
     """A header without one of its fields is refused, and the message names it."""
     content = msgpack.unpackb(PLAIN.pack())
     del content[missing]
-    refuse(msgpack.packb(content), f"lacks or adds the fields {missing}")
+    refuse(msgpack.packb(content), f"lacks the fields {missing}")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,120 @@
+"""Records that can grow: the class that writes a record also reads it, whichever release wrote it. Pure.
+
+A record is a frozen dataclass of texts and numbers. When it is read,
+
+    a field                       must be there, whatever default it has for whoever makes a record
+    a field that is `optional`    may be missing: an earlier release did not write it, or there was nothing to write
+    a field that the class lacks  was written by a later release, and is left alone
+    `requires`                    names what a reader must know to read the record right (see `fedmoe.features`)
+
+So a release adds an optional field, and names a feature in `requires` only if an earlier release would misread the
+record without it.
+"""
+
+import math
+import types
+from collections.abc import Mapping
+from dataclasses import Field, field, fields
+from typing import Any, TypeVar, Union, get_args, get_origin
+
+Record = TypeVar("Record")
+
+
+def optional(default: Any) -> Any:
+    """A field that may be missing."""
+    return field(default=default, metadata={"optional": True})
+
+
+def exact() -> Any:
+    """A field for a float that is written with all its digits; others are written with six."""
+    return field(metadata={"exact": True})
+
+
+def to_text(record: Any, *, sparse: bool = False) -> dict[str, str]:
+    """The fields of a record as Redis stores them, without those that are None; sparse: nor empty optional ones."""
+    return {
+        one.name: _text(value, one)
+        for one in fields(record)
+        if (value := getattr(record, one.name)) is not None
+        and not (sparse and one.metadata.get("optional") and value == one.default)
+    }
+
+
+def from_text(record: type[Record], raw: Mapping[Any, bytes | str]) -> Record:
+    """Read what `to_text` wrote.
+
+    Raises:
+        KeyError: if a field that is not optional is missing.
+        ValueError: if a value is not of its field's type.
+    """
+    found = _by_name(raw)
+    return record(
+        **{
+            one.name: _parse(one, found[one.name])
+            for one in fields(record)  # type: ignore[arg-type]  # every record is a dataclass
+            if one.name in found or not one.metadata.get("optional")
+        }
+    )
+
+
+def from_untrusted(record: type[Record], raw: Mapping[Any, bytes | str | None]) -> Record:
+    """Read what anybody may have written: a value that is not of its field's type counts as missing.
+
+    All fields of `record` need a default.
+    """
+    content: dict[str, Any] = {}
+    found = _by_name({name: value for name, value in raw.items() if value is not None})
+    for one in fields(record):  # type: ignore[arg-type]  # every record is a dataclass
+        if one.name in found:
+            try:
+                content[one.name] = _parse(one, found[one.name])
+            except ValueError:
+                continue
+    return record(**content)
+
+
+def known_fields(record: type, content: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a JSON object's fields that the record has; a later release may have written more."""
+    names = {one.name for one in fields(record)}
+    return {name: value for name, value in content.items() if name in names}
+
+
+def number(raw: bytes | str | None) -> float | None:
+    """A finite number, or None."""
+    try:
+        value = float(raw or "")
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def whole(raw: bytes | str | None) -> int | None:
+    """A number that an int can hold exactly, clamped to one; or None."""
+    value = number(raw)
+    return None if value is None or abs(value) > 2**53 else int(value)
+
+
+def _by_name(raw: Mapping[Any, Any]) -> dict[str, str]:
+    return {_decoded(name): _decoded(value) for name, value in raw.items()}
+
+
+def _decoded(raw: bytes | str) -> str:
+    return raw.decode(errors="backslashreplace") if isinstance(raw, bytes) else str(raw)
+
+
+def _text(value: Any, one: "Field[Any]") -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return repr(value) if one.metadata.get("exact") or abs(value) >= 1e6 else f"{value:.6g}"
+
+
+def _parse(one: "Field[Any]", text: str) -> Any:
+    """The value of a field; what may be missing (`int | None`) is a finite number that fits, or ValueError."""
+    kind = one.type
+    if get_origin(kind) in (Union, types.UnionType):
+        number_of = whole if int in get_args(kind) else number
+        if (value := number_of(text)) is None:
+            raise ValueError(f"{one.name} is {text!r}")
+        return value
+    assert kind in (str, int, float), kind
+    return kind(text)

@@ -1,0 +1,80 @@
+"""What stands in the gateway's meta hash: what it was built from, how, and the shape of its adapter. Pure."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from fedmoe.errors import SpecError
+from fedmoe.features import check_requires
+from fedmoe.fields import from_untrusted, optional, to_text
+
+
+class BuiltFrom(NamedTuple):
+    """An expert's state that is in the gateway."""
+
+    version: int
+    weights_commit: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewayMeta:
+    """`fedmoe:{gateway}:meta`; a view that is built again at any time, so every field may be missing.
+
+    Args:
+        built_from: JSON, see `experts`; adapter_config: JSON, see `config`.
+        method, rank, relative_error: of the merge (see `consumers.merge`).
+        settings: of the merge and the experts' weights, as text; another text means: build again.
+        updated_at: seconds since 1970; build_s: seconds that it took.
+        error: why it cannot be built now; the one before stays.
+        software: releases that it was built with.
+        requires: what whoever serves or exports it must know (see `fedmoe.fields`).
+    """
+
+    built_from: str = optional("")
+    adapter_config: str = optional("")
+    method: str = optional("")
+    settings: str = optional("")
+    rank: int | None = optional(None)
+    relative_error: float | None = optional(None)
+    updated_at: float | None = optional(None)
+    build_s: float | None = optional(None)
+    error: str = optional("")
+    software: str = optional("")
+    requires: str = optional("")
+
+    @property
+    def experts(self) -> dict[str, BuiltFrom]:
+        """Expert -> what of it is in the gateway. Raises SpecError if that is malformed."""
+        try:
+            content = json.loads(self.built_from)
+            return {n: BuiltFrom(int(p["version"]), str(p["weights_commit"])) for n, p in content.items()}
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise SpecError("the gateway's meta hash is malformed; was it edited by hand?") from error
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Content of PEFT's adapter_config.json. Raises SpecError if it is malformed."""
+        try:
+            content = json.loads(self.adapter_config)
+        except (ValueError, RecursionError) as error:
+            raise SpecError("the gateway's meta hash is malformed; was it edited by hand?") from error
+        if not isinstance(content, dict):
+            raise SpecError("the gateway's meta hash is malformed; was it edited by hand?")
+        return content
+
+    def to_fields(self) -> dict[str, str]:
+        """The fields as Redis stores them."""
+        return to_text(self, sparse=True)
+
+    @classmethod
+    def read(cls, raw: Mapping[Any, bytes | str]) -> "GatewayMeta":
+        """Parse a stored hash, as far as it can be parsed. Raises ProtocolError if this FedMoE is too old for it."""
+        meta = from_untrusted(cls, raw)
+        check_requires(meta.requires, "the gateway")
+        return meta
+
+
+def built_from_text(experts: Mapping[str, BuiltFrom]) -> str:
+    """`GatewayMeta.built_from` of these."""
+    return json.dumps({name: one._asdict() for name, one in experts.items()})

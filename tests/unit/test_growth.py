@@ -1,0 +1,95 @@
+"""Records that grow: what the next release adds and what the last one did not write yet harms no reader."""
+
+import dataclasses
+import json
+from typing import Any
+
+import msgpack
+import pytest
+
+from fedmoe import features
+from fedmoe.beat import Beat
+from fedmoe.errors import ProtocolError
+from fedmoe.integrity import restamp
+from fedmoe.records import NO_DECISIONS, Decided
+from fedmoe.spec import Spec
+from fedmoe.update import Header
+from tests.record_cases import CASES, DECIDED, HEADER, SPEC
+
+
+def without_unknown(record: Any) -> Any:
+    """The record as this release knows it."""
+    names = {one.name for one in dataclasses.fields(record)}
+    if "unknown" not in names:
+        return record
+    return dataclasses.replace(record, unknown=type(record.unknown)())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_written_is_read(name: str) -> None:
+    """Every field, by the class that wrote it."""
+    case = CASES[name]
+    assert case.read(case.stored) == case.record
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_field_of_the_next_release_is_left_alone(name: str) -> None:
+    """It changes nothing for a reader of this one."""
+    case = CASES[name]
+    read = case.read({**case.stored, "added_later": "x"})
+    assert without_unknown(read) == case.record
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_field_that_the_last_release_did_not_write_has_its_default(name: str) -> None:
+    """One after the other, of those that may be missing."""
+    case = CASES[name]
+    optional = [one for one in dataclasses.fields(case.record) if one.metadata.get("optional")]
+    for one in optional:
+        read = case.read({key: value for key, value in case.stored.items() if key != one.name})
+        assert read == dataclasses.replace(case.record, **{one.name: one.default})
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.refusal])
+def test_record_that_needs_more_is_refused_with_what_to_do(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And read by the release that knows it."""
+    case = CASES[name]
+    content = {**case.stored, "requires": "signing"}
+    assert case.refusal is not None
+    with pytest.raises(case.refusal, match=r"needs signing, which the .* does not know: upgrade the FedMoE"):
+        case.read(content)
+    monkeypatch.setattr(features, "FEATURES", frozenset({"signing"}))
+    assert case.read(content) == dataclasses.replace(case.record, requires="signing")
+
+
+def test_what_is_not_known_keeps_its_digest() -> None:
+    """Of a spec, a decided update and a header: whoever reads one and writes it again changes nothing."""
+    content = json.loads(SPEC.to_json())
+    content["added_later"] = {"x": [1]}
+    content["training"]["added_later"] = 2
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    assert Spec.from_json(text).to_json() == text
+    assert Spec.from_json(text).digest != SPEC.digest
+    later = json.dumps({"added_later": 1, **json.loads(DECIDED.to_json())})
+    read = Decided.from_json(later.encode())
+    assert json.loads(read.to_json()) == json.loads(later)
+    other = json.dumps(dict(reversed(json.loads(later).items())))  # as another release orders it
+    stamps = {restamp(NO_DECISIONS, "w", None, Decided.from_json(text.encode())) for text in (later, other)}
+    assert len(stamps) == 1
+    header = msgpack.packb({**msgpack.unpackb(HEADER.pack()), "added_later": [1, b"x"]})
+    assert msgpack.unpackb(Header.unpack(header).pack()) == msgpack.unpackb(header)
+
+
+def test_names_of_features_are_safe_to_show() -> None:
+    """Anybody may have written them."""
+    with pytest.raises(ProtocolError, match=r"^the expert needs \\x1b\[2J, a, b, c, d, which") as caught:
+        features.check_requires("a b c d e f \x1b[2J" + " g" * 1000, "the expert")
+    assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "x", "", "1e999", "9" * 99])
+def test_heartbeat_with_no_number_where_one_belongs_says_nothing(value: str) -> None:
+    """Anybody may have written it; the rest is read."""
+    assert Beat.read({"pid": value, "run": "1-0123abcd"}) == Beat(run="1-0123abcd")

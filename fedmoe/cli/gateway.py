@@ -70,9 +70,7 @@ def show(redis: str, prefix: str, redis_timeout: float, as_json: bool) -> None:
         return
     click.echo(gateway_line(federation.gateway))
     if federation.gateway.relative_error is not None:
-        click.echo(
-            f"truncated to this rank it differs from the exact merge by {federation.gateway.relative_error:.2%}"
-        )
+        click.echo(f"truncated to this rank, relative error {federation.gateway.relative_error:.2%}")
     for line in findings(federation):
         if line.startswith("gateway: "):
             click.echo(f"! {line}")

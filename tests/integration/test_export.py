@@ -273,7 +273,7 @@ def test_show_tells_versions_and_what_is_wrong(connection: Connection) -> None:
     GatewayStore(connection).complain("no luck")
     line, error, problem = fedmoe("gateway", "show", "--redis", url).stdout.splitlines()
     assert line == "gateway: svd, rank 2, built from sql_expert v0 (now v1)"
-    assert error.startswith("truncated to this rank it differs from the exact merge by 0.0")
+    assert error.startswith("truncated to this rank, relative error 0.0")
     assert problem == "! gateway: cannot be built: no luck"
     shown = json.loads(fedmoe("gateway", "show", "--redis", url, "--json").stdout)
     assert (shown["built_from"], shown["outdated"]) == ({"sql_expert": 0}, ["sql_expert"])

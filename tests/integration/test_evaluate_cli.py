@@ -166,7 +166,7 @@ def test_another_base_model_is_refused(
     make_federation(connection, tiny_model_dir)
     other = save_tiny_model(tmp_path / "other", seed=1)
     with pytest.raises(
-        BaseModelError, match="not the one that 'blue' is trained on: the weights' fingerprint"
+        BaseModelError, match="does not match expert 'blue': its weights have fingerprint"
     ):
         run(connection, str(data), base_model=str(other))
     config = json.loads((other / "config.json").read_text())

@@ -3,6 +3,7 @@
 #
 #     bash ops/test.sh
 #     bash ops/test.sh tests/unit -k codec     what follows is for pytest; the linters always run, they are quick
+#     TEST_PROCESSES=1 bash ops/test.sh        one test after the other; else two at a time
 #
 # Stops at the first that fails. Paths are relative to the root of the repository.
 set -euo pipefail
@@ -23,4 +24,4 @@ run ruff format --check
 run mypy
 run mypy --config-file ops/mypy-tests.ini tests ops/bench
 run lint-imports --no-logo
-run pytest "$@" # exits with 5, which is a failure, if it finds no test to run
+run pytest -n "${TEST_PROCESSES:-2}" "$@" # exits with 5, which is a failure, if it finds no test to run

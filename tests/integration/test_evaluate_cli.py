@@ -165,9 +165,7 @@ def test_another_base_model_is_refused(
     """Other weights by their fingerprint, another architecture by its config."""
     make_federation(connection, tiny_model_dir)
     other = save_tiny_model(tmp_path / "other", seed=1)
-    with pytest.raises(
-        BaseModelError, match="does not match expert 'blue': its weights have fingerprint"
-    ):
+    with pytest.raises(BaseModelError, match="does not match expert 'blue': its weights have fingerprint"):
         run(connection, str(data), base_model=str(other))
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"intermediate_size": 256}))

@@ -30,7 +30,7 @@ from fedmoe.export import CONFIG_FILE, WEIGHTS_FILE
 from fedmoe.names import check_expert
 from fedmoe.store.backup import BackupStore, ExpertState, Line
 
-FORMAT = 1
+FORMAT = 2  # 2: `decided` has that name
 MANIFEST, STATE_FILE = "manifest.json", "expert.json"
 FILES = (WEIGHTS_FILE, CONFIG_FILE, STATE_FILE)
 
@@ -183,9 +183,12 @@ class Backup:
         content = self._read_json(self.directory / MANIFEST)
         try:
             made_by_format = int(content["format"])
-            if made_by_format > FORMAT:
+            if made_by_format != FORMAT:
+                remedy = (
+                    "upgrade it" if made_by_format > FORMAT else "restore it with the FedMoE that made it"
+                )
                 raise BackupError(
-                    f"the backup {directory} has format {made_by_format}, this FedMoE reads {FORMAT}: upgrade it"
+                    f"the backup {directory} has format {made_by_format}, this FedMoE reads {FORMAT}: {remedy}"
                 )
             self.prefix = str(content["prefix"])
             self.experts = {check_expert(name): Saved(**saved) for name, saved in content["experts"].items()}

@@ -49,7 +49,8 @@ def test_damage_is_one_sentence_and_nothing_is_written(
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"format": 2}, "has format 2, this FedMoE reads 1: upgrade it"),
+        ({"format": 3}, "has format 3, this FedMoE reads 2: upgrade it"),
+        ({"format": 1}, "has format 1, this FedMoE reads 2: restore it with the FedMoE that made it"),
         ({"format": None}, "is damaged or not of a FedMoE backup"),
         ({"experts": {}}, "there are no experts in the backup"),
         ({"experts": []}, "is damaged"),

@@ -303,8 +303,8 @@ def _first_meta(spec: Spec, described: Mapping[str, Any]) -> Meta:
         created_at=now,
         updated_at=now,
     )
-    base = BaseIdentity(fingerprint=described["fingerprint"], tokenizer=described["tokenizer"])
-    return base.pin(meta, "aggregator")
+    identity = BaseIdentity(fingerprint=described["fingerprint"], tokenizer=described["tokenizer"])
+    return identity.pin(meta, "aggregator")
 
 
 def check_unchanged(name: str, spec: Spec, request: SpecRequest) -> None:

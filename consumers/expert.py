@@ -395,6 +395,6 @@ class Expert:
             self._warned.add(text)
             logger.warning("%s: %s", self.store.name, text)
 
-    def _pin(self, base: BaseIdentity, worker: str) -> None:
+    def _pin(self, identity: BaseIdentity, worker: str) -> None:
         """Pin what nobody has pinned yet of the base model."""
-        self.meta = base.pin(self.meta, f"worker {worker}")
+        self.meta = identity.pin(self.meta, f"worker {worker}")

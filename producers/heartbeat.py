@@ -64,7 +64,7 @@ class Heartbeat:
     """Writes a worker's heartbeat when it is due.
 
     Args:
-        base: of the base model that is trained. state_id: of the state directory, "" without one.
+        identity: of the base model that is trained. state_id: of the state directory, "" without one.
         training_fields: the training's part of it.
         clock: seconds, monotonic.
 
@@ -76,7 +76,7 @@ class Heartbeat:
     def __init__(
         self,
         store: WorkerStore,
-        base: BaseIdentity,
+        identity: BaseIdentity,
         *,
         state_id: str,
         training_fields: Callable[[], Fields],
@@ -85,7 +85,7 @@ class Heartbeat:
         self.next_at = 0.0
         self.is_refused = False
         self._store = store
-        self._base = base
+        self._identity = identity
         self._state_id = state_id
         self._training_fields = training_fields
         self._clock = clock
@@ -119,7 +119,7 @@ class Heartbeat:
             refused=status.refused,
             problem=status.problem,
             **this_process(self._state_id, since=self._started_at),
-            **self._base.beat_fields(ledger.meta),
+            **self._identity.beat_fields(ledger.meta),
             **self._training_fields(),
         )
         self._store.beat(beat, ttl_s=HEARTBEAT_TTL_S)

@@ -76,30 +76,30 @@ class Joining:
         """The expert's meta; ProtocolError, saying which side to upgrade, if its aggregators speak another protocol."""
         return self.patiently(self._store.meta)
 
-    def check_base(self, base: BaseIdentity) -> None:
+    def check_base(self, identity: BaseIdentity) -> None:
         """Raise BaseModelError if somebody pinned another base model."""
-        self._compare(base, self.meta())
+        self._compare(identity, self.meta())
 
-    def _compare(self, base: BaseIdentity, meta: Meta) -> None:
-        if refusal := base.refusal(meta, self._store.expert):
+    def _compare(self, identity: BaseIdentity, meta: Meta) -> None:
+        if refusal := identity.refusal(meta, self._store.expert):
             raise BaseModelError(refusal)
 
-    def pin_base(self, base: BaseIdentity, *, state_id: str) -> None:
+    def pin_base(self, identity: BaseIdentity, *, state_id: str) -> None:
         """If a component of the base model is not pinned yet, have the aggregator pin this one, and look again."""
-        beat = _first_beat(state_id, base)
+        beat = _first_beat(state_id, identity)
         self.patiently(lambda: self._store.beat(beat, ttl_s=JOIN_TTL_S))
-        if base.is_pinned(self.meta()):
+        if identity.is_pinned(self.meta()):
             return
         self.patiently(self._store.join)
         until = time.monotonic() + PIN_WAIT_S
         while time.monotonic() < until and not self._stop.wait(0.1):
             meta = self.meta()
-            if base.is_pinned(meta):
-                self._compare(base, meta)
+            if identity.is_pinned(meta):
+                self._compare(identity, meta)
                 return
         logger.warning("no aggregator has pinned the base model yet; training on without")
 
 
-def _first_beat(state_id: str, base: BaseIdentity) -> Beat:
+def _first_beat(state_id: str, identity: BaseIdentity) -> Beat:
     process = this_process(state_id, since=time.time())
-    return Beat(run=JOINING, beat=secrets.token_hex(4), **process, **base.beat_fields())
+    return Beat(run=JOINING, beat=secrets.token_hex(4), **process, **identity.beat_fields())

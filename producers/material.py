@@ -37,7 +37,7 @@ from producers.trainer import Trainer
 class Material:
     """What is trained, on how many examples, with their digest. The trainer is made once the worker has joined."""
 
-    base: BaseIdentity
+    identity: BaseIdentity
     n_examples: int
     data: str
     make_trainer: Callable[[], Any]
@@ -68,8 +68,8 @@ def prepare(
     use_template(
         tokenizer, expert=settings.stream, expert_template=expert_template(spec, meta), own=own, base_model=base_model
     )  # fmt: skip
-    base = BaseIdentity(fingerprint=meta.base_fingerprint, tokenizer=tokenizer_fingerprint(tokenizer))
-    if refusal := base.refusal(meta, settings.stream):
+    identity = BaseIdentity(fingerprint=meta.base_fingerprint, tokenizer=tokenizer_fingerprint(tokenizer))
+    if refusal := identity.refusal(meta, settings.stream):
         raise BaseModelError(refusal)
     check_padding(tokenizer, config, base_model)
     device = choose_device(settings.device)
@@ -98,8 +98,8 @@ def prepare(
 
     # A template that the spec has is the operator's; any other one is this worker's to bring.
     brought = "" if spec.chat_template else own
-    base = replace(base, fingerprint=fingerprint(model), chat_template=brought)
-    return Material(base, len(examples.examples), examples.digest(), make_trainer)
+    identity = replace(identity, fingerprint=fingerprint(model), chat_template=brought)
+    return Material(identity, len(examples.examples), examples.digest(), make_trainer)
 
 
 def _training(settings: WorkerSettings, spec: Spec) -> TrainingSettings:

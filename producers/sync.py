@@ -51,7 +51,7 @@ class Sync:
 
     Args:
         store: of this thread alone.
-        base: the base model here, for the heartbeat and to compare with what the expert has pinned.
+        identity: of the base model here, for the heartbeat and to compare with what the expert has pinned.
         ledger, exchange: the books, and the meeting point with the training.
         state_dir: where to write a checkpoint before each publication, or None.
         data: digest of the examples.
@@ -67,7 +67,7 @@ class Sync:
         exchange: Exchange,
         spec: Spec,
         *,
-        base: BaseIdentity,
+        identity: BaseIdentity,
         state_dir: StateDir | None,
         data: str,
         training_fields: Callable[[], Fields] = dict,
@@ -85,13 +85,15 @@ class Sync:
             store.announced = ledger.queue[0].id
         self._exchange = exchange
         self._spec = spec
-        self._base = base
+        self._identity = identity
         self._state_dir = state_dir
         self._saver = Saver(state_dir, clock) if state_dir else None
         self._watch = AggregatorWatch(store, clock)
         self._data = data
         state_id = state_dir.id if state_dir else ""
-        self._heart = Heartbeat(store, base, state_id=state_id, training_fields=training_fields, clock=clock)
+        self._heart = Heartbeat(
+            store, identity, state_id=state_id, training_fields=training_fields, clock=clock
+        )
         self._must_pull = must_pull
         self._clock = clock
         self._wake = threading.Event()
@@ -228,7 +230,7 @@ class Sync:
                 return True
             update = self.ledger.make_update(
                 progress, state.trained, wire_format=self._spec.wire_format,
-                fingerprint=self._base.fingerprint, tokenizer=self._base.tokenizer,
+                fingerprint=self._identity.fingerprint, tokenizer=self._identity.tokenizer,
             )  # fmt: skip
             self.status = replace(self.status, in_flight=update.header.seq, in_flight_since=now)
             self._unsaved = replace(state, trained=Trained()) if self._state_dir else None
@@ -355,7 +357,7 @@ class Sync:
             raise RefusedError(
                 f"expert {self._store.expert!r} was created again with another spec: restart this worker"
             )
-        if refusal := self._base.refusal(meta, self._store.expert):
+        if refusal := self._identity.refusal(meta, self._store.expert):
             raise RefusedError(refusal)
 
     def _tell(self, change: Change, steps: int) -> None:

@@ -133,20 +133,20 @@ class Worker:
         self._joining.check_rights()
         spec = self._joining.spec()
         material = self._prepare(spec, data, bad_rows, state_dir)
-        self._joining.check_base(material.base)
+        self._joining.check_base(material.identity)
         state_id = state_dir.id if state_dir else ""
         patience_s = HEARTBEAT_INTERVAL_S * 1.5
         claim = partial(claim_name, self._store, state_id=state_id, patience_s=patience_s, stop=self._stop)
         self._joining.patiently(claim)
         self._has_joined = True
-        self._joining.pin_base(material.base, state_id=state_id)
+        self._joining.pin_base(material.identity, state_id=state_id)
         trainer = material.make_trainer()
         ledger, trained = self._open_books(state_dir, trainer, spec, material.data)
         progress = Progress()
         exchange = Exchange(trainer, with_optimizer=state_dir is not None, trained=trained)
         sync = Sync(
             self._store, ledger, exchange, spec,
-            base=material.base, state_dir=state_dir, data=material.data, training_fields=progress.fields,
+            identity=material.identity, state_dir=state_dir, data=material.data, training_fields=progress.fields,
             must_pull=bool(ledger.seq), checkpoint_interval_s=settings.checkpoint_interval_s,
         )  # fmt: skip
         training = Training(

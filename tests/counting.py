@@ -90,7 +90,7 @@ class CountingWorker:
             joined.ledger,
             self.exchange,
             spec,
-            base=BaseIdentity(fingerprint=FINGERPRINT),
+            identity=BaseIdentity(fingerprint=FINGERPRINT),
             state_dir=None,
             data="d",
         )

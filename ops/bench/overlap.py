@@ -103,8 +103,8 @@ def train(pipe: Any, url: str, expert: str, hidden: int, state_dir: Path) -> Non
             continue
         ahead_s = 0.0
         sync = Sync(
-            store, ledger, exchange, spec, base=BaseIdentity(fingerprint=FINGERPRINT), state_dir=state, data="bench",
-            clock=lambda: time.monotonic() + ahead_s,  # noqa: B023 - the change below is meant
+            store, ledger, exchange, spec, identity=BaseIdentity(fingerprint=FINGERPRINT), state_dir=state,
+            data="bench", clock=lambda: time.monotonic() + ahead_s,  # noqa: B023 - the change below is meant
         )  # fmt: skip
         ahead_s = spec.sync_interval_s / 2
         thread = threading.Thread(target=sync.run, daemon=True)

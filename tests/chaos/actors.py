@@ -157,9 +157,12 @@ class CountingWorker(Worker):
 
     def _prepare(self, spec: Spec, data: DataFile, *_: object) -> Material:
         name = self._settings.worker
-        base = BaseIdentity(fingerprint=FINGERPRINT)
+        identity = BaseIdentity(fingerprint=FINGERPRINT)
         return Material(
-            base, len(data.path.read_text().splitlines()), data.digest, lambda: CountingTrainer(name, spec)
+            identity,
+            len(data.path.read_text().splitlines()),
+            data.digest,
+            lambda: CountingTrainer(name, spec),
         )
 
 

@@ -139,7 +139,7 @@ class WorkerProcess:
         self.exchange = OneThread(self.training, with_optimizer=state is not None, trained=trained)
         self.sync = producers.worker.Sync(
             self.store, ledger, self.exchange, world.spec,
-            base=BaseIdentity(fingerprint=FINGERPRINT), state_dir=self._state_dir,
+            identity=BaseIdentity(fingerprint=FINGERPRINT), state_dir=self._state_dir,
             data="data", must_pull=bool(ledger.seq), clock=lambda: self.now,
         )  # fmt: skip
         self.sync._wake = _Wake()  # type: ignore[assignment]

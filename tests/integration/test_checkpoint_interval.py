@@ -72,7 +72,7 @@ def test_cut_that_comes_due_while_a_checkpoint_waits_for_the_training(
     exchange = Exchange(Counter(joined.local), with_optimizer=True)
     now = 0.0
     sync = Sync(
-        joined.store, joined.ledger, exchange, spec, base=BaseIdentity(fingerprint=FINGERPRINT),
+        joined.store, joined.ledger, exchange, spec, identity=BaseIdentity(fingerprint=FINGERPRINT),
         state_dir=StateDir(tmp_path), data="d", checkpoint_interval_s=60.0, clock=lambda: now,
     )  # fmt: skip
     for _ in range(3):

@@ -329,8 +329,8 @@ def test_template_that_the_first_worker_brings_becomes_the_experts(connection: C
     for name, template in (("alice", "{{ messages }}\n{# é #}"), ("bob", "{{ other }}")):
         worker = ScriptedWorker(connection, expert.spec, name)
         tokenizer = tokenizer_text({"template": template_digest(template)})
-        base = BaseIdentity(fingerprint=FINGERPRINT, tokenizer=tokenizer, chat_template=template)
-        worker.store.beat(Beat(protocol=str(PROTOCOL), **base.beat_fields()), ttl_s=5)
+        identity = BaseIdentity(fingerprint=FINGERPRINT, tokenizer=tokenizer, chat_template=template)
+        worker.store.beat(Beat(protocol=str(PROTOCOL), **identity.beat_fields()), ttl_s=5)
         worker.store.join()
     serve(expert)
     meta = expert.store.load().meta

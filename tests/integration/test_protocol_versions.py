@@ -235,7 +235,7 @@ class Run:
             scripted.ledger,
             self.exchange,
             SPEC,
-            base=BaseIdentity(fingerprint=FINGERPRINT),
+            identity=BaseIdentity(fingerprint=FINGERPRINT),
             state_dir=state_dir,
             data="d",
             clock=clock,

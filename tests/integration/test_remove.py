@@ -101,9 +101,10 @@ def test_a_worker_in_training_ends(expert: Expert, connect: Connect) -> None:
     """At its next look: the reason is the sync's failure, which the command prints."""
     scripted = ScriptedWorker(connect(), small_spec())
     exchange = Exchange(Counter(scripted.local), with_optimizer=False)
-    base = BaseIdentity(fingerprint=FINGERPRINT)
+    identity = BaseIdentity(fingerprint=FINGERPRINT)
     sync = Sync(
-        scripted.store, scripted.ledger, exchange, small_spec(), base=base, state_dir=None, data="d", must_pull=True
+        scripted.store, scripted.ledger, exchange, small_spec(), identity=identity, state_dir=None, data="d",
+        must_pull=True,
     )  # fmt: skip
     remove_expert(expert.store.connection, "sql_expert")
     sync.run()

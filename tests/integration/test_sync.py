@@ -48,7 +48,7 @@ class Run:
             scripted.ledger,
             self.exchange,
             spec,
-            base=BaseIdentity(fingerprint=FINGERPRINT, tokenizer=tokenizer),
+            identity=BaseIdentity(fingerprint=FINGERPRINT, tokenizer=tokenizer),
             state_dir=state_dir,
             data="d",
         )

@@ -45,7 +45,7 @@ def make_training(connection: Connection, error: Exception, said: list[str], *, 
     progress = Progress()
     exchange = Exchange(trainer, with_optimizer=False)
     sync = Sync(
-        scripted.store, scripted.ledger, exchange, SPEC, base=BaseIdentity(fingerprint=FINGERPRINT),
+        scripted.store, scripted.ledger, exchange, SPEC, identity=BaseIdentity(fingerprint=FINGERPRINT),
         state_dir=None, data="d", training_fields=progress.fields,
     )  # fmt: skip
     settings = WorkerSettings(stream="sql_expert", data=Path("rows.jsonl"), drain_s=drain_s)

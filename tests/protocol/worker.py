@@ -225,7 +225,7 @@ class Worker:
         exchange = _Exchange(trainer, memory.trained, ledger)
         disk = _Disk(memory.disk, self._rules.saves_before) if self._has_disk else None
         sync = Sync(
-            store, ledger, exchange, self._spec, base=BaseIdentity(fingerprint="f"), state_dir=disk, data="d",  # type: ignore[arg-type]
+            store, ledger, exchange, self._spec, identity=BaseIdentity(fingerprint="f"), state_dir=disk, data="d",  # type: ignore[arg-type]
             must_pull=memory.must_pull, clock=lambda: 0.0,
         )  # fmt: skip
         sync._saver = disk  # type: ignore[assignment]

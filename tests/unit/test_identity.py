@@ -14,9 +14,9 @@ SPEC = small_spec()
 FRESH = first_meta(SPEC, base_fingerprint="")
 
 
-def beaten(base: BaseIdentity, meta: Meta | None = None) -> BaseIdentity:
+def beaten(identity: BaseIdentity, meta: Meta | None = None) -> BaseIdentity:
     """The identity as the aggregator reads it out of a heartbeat."""
-    return BaseIdentity.from_beat(Beat(**base.beat_fields(meta)))
+    return BaseIdentity.from_beat(Beat(**identity.beat_fields(meta)))
 
 
 COMPONENTS = {"template": "0a", "added": "1a", "special": "2a", "vocabulary": "259-3a"}

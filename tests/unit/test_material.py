@@ -36,9 +36,9 @@ ROWS = '{"prompt": "a", "completion": "b"}\n{"prompt": "what is <|extra|>?", "co
 def test_what_a_worker_brings(tmp_path: Path) -> None:
     """The weights' fingerprint and the tokenizer's are of what lies there."""
     material = prepared(save_tiny_model(tmp_path), ROWS)
-    assert material.base.fingerprint == fingerprint(tiny_model())
-    assert material.base.tokenizer == tokenizer_fingerprint(tiny_tokenizer())
-    assert (material.n_examples, material.base.chat_template) == (2, "")
+    assert material.identity.fingerprint == fingerprint(tiny_model())
+    assert material.identity.tokenizer == tokenizer_fingerprint(tiny_tokenizer())
+    assert (material.n_examples, material.identity.chat_template) == (2, "")
 
 
 def test_a_token_that_the_model_does_not_have(tmp_path: Path) -> None:

@@ -18,12 +18,15 @@ from fedmoe.gateway import BuiltFrom, GatewayMeta
 from fedmoe.keys import GROUP
 from fedmoe.lines import DeadLetter
 from fedmoe.names import RESERVED_EXPERTS, is_name
-from fedmoe.records import Meta
+from fedmoe.records import NO_DECISIONS, Meta
 from fedmoe.store.connection import Connection
 from fedmoe.store.members import Members, read_members
 from fedmoe.store.reading import Command, ask, printable, texts, why
 
 SHOWN_DEAD, SHOWN_LOG = 3, 5
+REPAIR = (
+    "was the key deleted? An aggregator that retains it repairs it, else restore a backup (fedmoe restore)"
+)
 _KEY_OF = {"groups": "updates", "last_dead": "dead", "lease_ms": "lease"}
 
 
@@ -102,6 +105,7 @@ class Inspector:
             "last_dead": ("XREVRANGE", keys.dead, "+", "-", "COUNT", SHOWN_DEAD),
             "log": ("XREVRANGE", keys.log, "+", "-", "COUNT", SHOWN_LOG),
             "decided": ("HKEYS", keys.decided),
+            "spec": ("STRLEN", keys.spec),
         }
 
     def _expert(
@@ -109,8 +113,7 @@ class Inspector:
     ) -> ExpertView:
         problems = _refused(replies)
         meta = _meta(replies["meta"], problems)
-        if replies["weights"] == 0:
-            problems.append("its weights are missing: was the key deleted?")
+        problems += _missing(replies, meta)
         waiting = replies["updates"]
         pending, lag = _group(replies["groups"], waiting)
         problems += _of_aggregators(replies)
@@ -155,13 +158,23 @@ def _meta(raw: Mapping[bytes, bytes] | None, problems: list[str]) -> Meta | None
     if raw is None:
         return None
     if not raw:
-        problems.append("its meta is missing: was the key deleted?")
+        problems.append(f"its meta is missing: {REPAIR}")
         return None
     try:
         return Meta.from_hash({key: printable(value).encode() for key, value in raw.items()})
     except (SpecError, RemovedExpertError) as error:
         problems.append(printable(str(error)))
         return None
+
+
+def _missing(replies: Mapping[str, Any], meta: Meta | None) -> list[str]:
+    """What of an expert is not there; whether the parts belong together is for who loads them in one moment."""
+    missing = [what for what in ("weights", "spec") if replies[what] == 0]
+    sentences = [f"its {what} {'is' if what == 'spec' else 'are'} missing" for what in missing]
+    # Read after meta, so a commit between the two adds to what is there.
+    if meta and meta.decided_stamp != NO_DECISIONS and replies["decided"] == []:
+        sentences.append("its decided updates are missing")
+    return [f"{sentence}: {REPAIR}" for sentence in sentences]
 
 
 def _group(groups: Sequence[Mapping[str, Any]] | None, waiting: int | None) -> tuple[int | None, int | None]:

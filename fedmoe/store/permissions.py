@@ -162,7 +162,7 @@ def _monitor(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
     leases = (keys.lease, gateway.lease)
     return (
         *_on(all_keys.experts, keys.meta, gateway.meta, may="HGETALL"),
-        *_on(keys.weights, gateway.weights, may="STRLEN"),
+        *_on(keys.weights, keys.spec, gateway.weights, may="STRLEN"),
         *_on(keys.updates, may="XLEN, XINFO GROUPS"),
         *_on(keys.dead, may="XLEN, XREVRANGE"),
         *_on(keys.log, may="XREVRANGE"),

@@ -22,7 +22,7 @@ from fedmoe.embedded import EmbeddedRedis
 from fedmoe.federation import Federation, duration, findings
 from fedmoe.records import HEARTBEAT_TTL_S, TRACE_TTL_S
 from fedmoe.store.connection import Connection, RedisSettings
-from fedmoe.store.inspect import Inspector
+from fedmoe.store.inspect import REPAIR, Inspector
 from fedmoe.store.lease import Lease
 from fedmoe.store.reading import printable
 from fedmoe.store.worker import WorkerStore
@@ -135,8 +135,7 @@ def test_what_is_broken_is_said_for_its_expert_and_the_rest_is_shown(connection:
     seen = look(connection)
     a, b, _, d, _ = seen.experts
     assert (a.problems, a.meta and a.meta.version) == ((), 0)
-    deleted = "missing: was the key deleted?"
-    assert b.problems == (f"its meta is {deleted}", f"its weights are {deleted}")
+    assert b.problems == (f"its meta is missing: {REPAIR}", f"its weights are missing: {REPAIR}")
     assert (b.waiting, b.pending, b.lag) == (0, 0, 0)
     assert d.problems == (
         "weights, updates, decided cannot be read: the key is of the wrong type: was it written by something else?",
@@ -155,6 +154,19 @@ def test_what_is_broken_is_said_for_its_expert_and_the_rest_is_shown(connection:
     done = fedmoe("status", "--redis", connection.settings.url)
     assert (done.returncode, done.stderr) == (0, "")
     assert "d: the heartbeat of x" in done.stdout
+
+
+def test_part_that_is_gone_is_said_before_anybody_loads_it(connection: Connection) -> None:
+    """Spec and decided updates, beside weights and meta; an expert without any update has none decided."""
+    expert = make_expert(connection)
+    assert look(connection).experts[0].problems == ()
+    ScriptedWorker(connection, expert.spec).push(1.0)
+    serve(expert)
+    assert look(connection).experts[0].problems == ()
+    connection.client.delete(expert.store.keys.spec, expert.store.keys.decided)
+    assert look(connection).experts[0].problems == (
+        f"its spec is missing: {REPAIR}", f"its decided updates are missing: {REPAIR}",
+    )  # fmt: skip
 
 
 def test_the_experts_key_itself_may_be_foreign(connection: Connection) -> None:
@@ -238,7 +250,7 @@ def test_what_a_user_may_not_read_is_said_in_one_line(connection: Connection, vi
     (shown,) = seen.experts
     assert shown.meta is not None
     assert shown.problems == (
-        "weights, lease, problem, updates, dead, log, decided cannot be read: this user may not",
+        "weights, lease, problem, updates, dead, log, decided, spec cannot be read: this user may not",
     )
     assert seen.problems == ("the workers cannot be read: this user may not SCAN",)
     assert (

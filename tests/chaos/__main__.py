@@ -28,7 +28,8 @@ def main() -> int:
                         help="do without a rule of the protocol, to see what happens")  # fmt: skip
     options = parser.parse_args()
 
-    from tests.chaos.actors import Place
+    from tests.chaos.actors import AGGREGATORS, WORKERS, Place
+    from tests.chaos.announced import announced
     from tests.chaos.ledger import settle
     from tests.chaos.scheduler import Chaos
     from tests.proxy import Proxy
@@ -61,6 +62,7 @@ def main() -> int:
             run.close()
         books = settle(run.connection, place)
     print(run.report())
+    print(announced(place.log(name) for name in (*AGGREGATORS, *WORKERS)))
     print(f"{run.kills} kills in {time.monotonic() - began:.0f} s")
     for problem in (*run.failures, *books.problems):
         print(f"! {problem}")

@@ -1,7 +1,7 @@
 """Fixtures of the whole suite: real servers, one federation for each test, a tiny model.
 
-Integration tests run once on each server there is: Redis on PATH and the Valkey of the wheel. A machine without any
-fails the suite in CI and skips these tests elsewhere.
+Integration tests run once on each server there is: Redis on PATH and the Valkey of the wheel. Those that are marked
+`one_server` run on one of them. A machine without any fails the suite in CI and skips these tests elsewhere.
 """
 
 import os
@@ -22,6 +22,21 @@ torch.set_num_threads(1)
 def _servers() -> dict[str, str]:
     found = {"redis": shutil.which("redis-server"), "valkey": wheel_server()}
     return {name: path for name, path in found.items() if path}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What is marked `one_server` runs on the first server that there is."""
+    first = next(iter(_servers()), "redis")
+
+    def again(item: pytest.Item) -> bool:
+        params = getattr(item, "callspec", None)
+        return bool(
+            item.get_closest_marker("one_server") and params and params.params.get("server", first) != first
+        )
+
+    if dropped := [item for item in items if again(item)]:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = [item for item in items if not again(item)]
 
 
 @pytest.fixture(scope="session", params=["redis", "valkey"])

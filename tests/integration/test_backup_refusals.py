@@ -20,6 +20,8 @@ from tests.backups import NAME, backed_up, content, make
 from tests.federation import small_spec
 from tests.processes import environment, eventually
 
+pytestmark = pytest.mark.one_server
+
 Connect = Callable[[], Connection]
 
 

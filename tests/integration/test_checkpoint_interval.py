@@ -17,6 +17,8 @@ from tests.counting import Counter, counting_spec, create_expert
 from tests.federation import FINGERPRINT, ScriptedWorker
 from tests.hazards.world import World
 
+pytestmark = pytest.mark.one_server
+
 
 def test_undecided_update_is_not_written_again_and_again(
     redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -15,6 +15,8 @@ from fedmoe.store.worker import WorkerStore
 from producers.checkpoint import StateDir
 from producers.claim import JOIN_TTL_S, claim_name
 
+pytestmark = pytest.mark.one_server
+
 PATIENCE_S = 7.5
 
 

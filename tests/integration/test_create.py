@@ -22,6 +22,8 @@ from fedmoe.store.gateway import GatewayStore
 from fedmoe.template_file import template_digest
 from tests.tiny import CHAT_TEMPLATE
 
+pytestmark = pytest.mark.one_server
+
 
 def request(base: Path, **changes: object) -> SpecRequest:
     return SpecRequest(base_model=str(base), lora=LoraSettings(rank=2), **changes)  # type: ignore[arg-type]

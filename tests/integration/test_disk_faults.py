@@ -19,6 +19,8 @@ from tests.federation import make_expert, serving
 from tests.integration.test_sync import SPEC, Run
 from tests.processes import eventually
 
+pytestmark = pytest.mark.one_server
+
 Connect = Callable[[], Connection]
 
 

@@ -32,6 +32,8 @@ from tests.processes import fedmoe
 from tests.strategies import randn
 from tests.tiny import save_tiny_model, tiny_config, tiny_model, tiny_tokenizer
 
+pytestmark = pytest.mark.one_server
+
 
 def make_federation(connection: Connection, base: Path, names: Sequence[str] = ("red", "blue")) -> None:
     """Experts of the tiny model with random weights, and a gateway."""

@@ -15,6 +15,8 @@ from producers.settings import WorkerSettings
 from producers.worker import Worker
 from tests.federation import make_expert
 
+pytestmark = pytest.mark.one_server
+
 
 def run(connection: Connection, tmp_path: Path, work: Callable[[Worker], None]) -> None:
     """A worker that has joined, and then does `work` instead of training."""

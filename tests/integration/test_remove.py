@@ -27,6 +27,8 @@ from tests.counting import Counter
 from tests.federation import FINGERPRINT, ScriptedWorker, make_expert, serve, serving, small_spec
 from tests.processes import eventually, fedmoe
 
+pytestmark = pytest.mark.one_server
+
 Connect = Callable[[], Connection]
 META = "fedmoe:{sql_expert}:meta"
 

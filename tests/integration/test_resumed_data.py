@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from fedmoe.model.adapter import adapter_layout
 from fedmoe.model.base import structure
 from fedmoe.spec import LoraSettings, Spec, TrainingSettings
@@ -15,6 +17,8 @@ from producers.settings import WorkerSettings
 from producers.worker import Worker
 from tests.federation import make_expert, serving
 from tests.tiny import tiny_config
+
+pytestmark = pytest.mark.one_server
 
 OTHER_EXAMPLES = "differ from those of the checkpoint"
 

@@ -20,6 +20,8 @@ from fedmoe.store.gateway import GatewayStore
 from tests.federation import ScriptedWorker, first_meta, serve, small_spec
 from tests.processes import fedmoe
 
+pytestmark = pytest.mark.one_server
+
 DAY = 86_400.0
 NOW = 1_700_000_000.0  # in the past: a file that was just written is not old
 

@@ -19,6 +19,8 @@ from producers.training import Progress, Training
 from tests.counting import Counter, Step
 from tests.federation import FINGERPRINT, ScriptedWorker, make_expert, serving, small_spec
 
+pytestmark = pytest.mark.one_server
+
 Connect = Callable[[], Connection]
 SPEC = replace(small_spec(aggregation=AggregationRules(max_norm=1e4)), sync_interval_s=60.0)
 

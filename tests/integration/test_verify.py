@@ -18,6 +18,8 @@ from fedmoe.store.connection import Connection
 from fedmoe.store.expert import ExpertStore
 from tests.federation import LAYOUT, ScriptedWorker, first_meta, serve, small_spec
 
+pytestmark = pytest.mark.one_server
+
 
 @pytest.fixture
 def expert(connection: Connection, tmp_path: Path) -> Expert:

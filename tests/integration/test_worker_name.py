@@ -12,6 +12,8 @@ from producers.settings import WorkerSettings
 from tests.chaos.actors import EXPERTS, CountingWorker
 from tests.federation import make_expert, serving
 
+pytestmark = pytest.mark.one_server
+
 Work = Callable[..., list[str]]
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from consumers import merge
 from fedmoe.backoff import Backoff
-from fedmoe.errors import FedMoEError, RedisUnavailableError, SettingsError, SpecError
+from fedmoe.errors import FedMoEError, ProtocolError, RedisUnavailableError, SettingsError, SpecError
 from fedmoe.gateway import BuiltFrom, GatewayMeta, built_from_text
 from fedmoe.layout import values_of
 from fedmoe.lora_init import initial_weights
@@ -87,6 +87,7 @@ class GatewayBuilder:
         self._known: dict[
             str, float
         ] = {}  # the experts that were ever listed, and their last gateway weights
+        self._lease_s = lease_s
         self._lease = Lease(
             connection,
             self._store.keys.lease,
@@ -116,6 +117,10 @@ class GatewayBuilder:
                 else:
                     self._problems.report(str(error))
                     stop.wait(backoff.failed(error))
+            except ProtocolError as error:  # to an aggregator that can read what is there
+                self._problems.report(str(error))
+                self._release()
+                stop.wait(backoff.failed(error) + self._lease_s / 4)
             except FedMoEError as error:
                 backoff.failed(error)
                 self._complain(str(error))
@@ -125,6 +130,9 @@ class GatewayBuilder:
                     f"unexpected error, see the traceback in this aggregator's log: {error!r}"
                 )
                 stop.wait(backoff.failed(error))
+        self._release()
+
+    def _release(self) -> None:
         try:
             self._lease.release()
         except RedisUnavailableError:

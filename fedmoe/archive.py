@@ -15,8 +15,9 @@ from pathlib import Path
 import msgpack
 
 from fedmoe.disk import write_whole
-from fedmoe.errors import SettingsError, UpdateError
-from fedmoe.update import Header
+from fedmoe.errors import ProtocolError, SettingsError, UpdateError
+from fedmoe.fields import known_fields
+from fedmoe.update import ForeignHeaderError, Header
 
 SUFFIX = ".update"
 WEIGHTS_SUFFIX = ".weights"
@@ -117,8 +118,8 @@ class Archive:
         found = {}
         for file in self.directory.glob("*" + ANCHOR_SUFFIX):
             try:
-                found[file] = Anchor(**json.loads(file.read_bytes()))
-            except (OSError, ValueError, TypeError):
+                found[file] = Anchor(**known_fields(Anchor, json.loads(file.read_bytes())))
+            except (OSError, ValueError, TypeError, AttributeError):
                 continue
         return dict(sorted(found.items(), key=lambda item: (item[1].at, item[1].version)))
 
@@ -138,10 +139,17 @@ class Archive:
         """The update of that digest.
 
         Raises:
+            ProtocolError: if it needs something that this FedMoE does not know.
             UpdateError: if it is not there, or not what its name says.
         """
         record = msgpack.unpackb(self._read(digest, SUFFIX, "update"))
-        return Header.unpack(record["header"]), record["parts"]
+        try:
+            return Header.unpack(record["header"]), record["parts"]
+        except ForeignHeaderError as error:
+            raise ProtocolError(
+                f"the update {digest[:16]}… in {self.directory} needs {error.needs}, which the FedMoE on this machine "
+                "does not know: upgrade the FedMoE on this machine"
+            ) from error
 
     def load_weights(self, digest: str) -> bytes:
         """The weights of that digest, a safetensors file.

@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,6 @@ from fedmoe.errors import SettingsError, SpecError, UnknownExpertError
 from fedmoe.federation import Federation
 from fedmoe.identity import expert_template
 from fedmoe.names import check_expert
-from fedmoe.records import Meta
 from fedmoe.store.gateway import GatewayStore
 from fedmoe.store.inspect import Inspector
 from fedmoe.versions import HOME, replace_together
@@ -114,7 +113,7 @@ def read_gateway(store: GatewayStore) -> Export:
         raise UnknownExpertError(_why_no_gateway(federation))
     gateway, file = loaded
     config = gateway.config
-    if "base_model_name_or_path" not in config or gateway.updated_at is None:
+    if not {"base_model_name_or_path", "r"} <= config.keys() or gateway.updated_at is None:
         raise SpecError("the gateway's meta hash is malformed; was it edited by hand?")
     built_from: dict[str, dict[str, str | int]] = {n: one._asdict() for n, one in gateway.experts.items()}
     info = {
@@ -132,13 +131,14 @@ def read_gateway(store: GatewayStore) -> Export:
         built_from=built_from,
         behind={n: meta.version for n, meta in metas.items() if meta.weights_commit != commits.get(n)},
         info=info | {"base_fingerprint": prints.pop() if len(prints) == 1 else ""},
-        chat_template=_common_template(store, metas),
+        chat_template=_common_template(store, metas.keys()),
     )
 
 
-def _common_template(store: GatewayStore, metas: Mapping[str, Meta]) -> str:
+def _common_template(store: GatewayStore, experts: Iterable[str]) -> str:
     """The template that all experts bring, "" if they do not agree."""
-    templates = {expert_template(store.spec(name), meta) for name, meta in metas.items()}
+    # Read again: what is read to be shown is shortened and escaped.
+    templates = {expert_template(store.spec(name), store.meta(name)) for name in experts}
     return templates.pop() if len(templates) == 1 else ""
 
 

@@ -45,9 +45,9 @@ def from_text(record: type[Record], raw: Mapping[Any, bytes | str]) -> Record:
 
     Raises:
         KeyError: if a field that is not optional is missing.
-        ValueError: if a value is not of its field's type.
+        ValueError: if a value is not of its field's type, or no UTF-8.
     """
-    found = _by_name(raw)
+    found = _by_name(raw, errors="strict")
     return record(
         **{
             one.name: _parse(one, found[one.name])
@@ -63,7 +63,7 @@ def from_untrusted(record: type[Record], raw: Mapping[Any, bytes | str | None]) 
     All fields of `record` need a default.
     """
     content: dict[str, Any] = {}
-    found = _by_name({name: value for name, value in raw.items() if value is not None})
+    found = _by_name({n: value for n, value in raw.items() if value is not None}, errors="backslashreplace")
     for one in fields(record):  # type: ignore[arg-type]  # every record is a dataclass
         if one.name in found:
             try:
@@ -94,12 +94,11 @@ def whole(raw: bytes | str | None) -> int | None:
     return None if value is None or abs(value) > 2**53 else int(value)
 
 
-def _by_name(raw: Mapping[Any, Any]) -> dict[str, str]:
-    return {_decoded(name): _decoded(value) for name, value in raw.items()}
+def _by_name(raw: Mapping[Any, Any], *, errors: str) -> dict[str, str]:
+    def decoded(text: bytes | str) -> str:
+        return text.decode(errors=errors) if isinstance(text, bytes) else str(text)
 
-
-def _decoded(raw: bytes | str) -> str:
-    return raw.decode(errors="backslashreplace") if isinstance(raw, bytes) else str(raw)
+    return {decoded(name): decoded(value) for name, value in raw.items()}
 
 
 def _text(value: Any, one: "Field[Any]") -> str:

@@ -28,7 +28,7 @@ class GatewayMeta:
         updated_at: seconds since 1970; build_s: seconds that it took.
         error: why it cannot be built now; the one before stays.
         software: releases that it was built with.
-        requires: what whoever serves or exports it must know (see `fedmoe.fields`).
+        requires: what whoever serves or exports it must know (see `fedmoe.features`).
     """
 
     built_from: str = optional("")
@@ -49,7 +49,7 @@ class GatewayMeta:
         try:
             content = json.loads(self.built_from)
             return {n: BuiltFrom(int(p["version"]), str(p["weights_commit"])) for n, p in content.items()}
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             raise SpecError("the gateway's meta hash is malformed; was it edited by hand?") from error
 
     @property

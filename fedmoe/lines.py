@@ -75,12 +75,13 @@ def read_line(raw: Mapping[Any, bytes | str]) -> LogLine:
         ProtocolError: if it needs something that this FedMoE does not know.
         UpdateError: if it is malformed.
     """
+    requires = raw.get("requires") or raw.get(b"requires") or ""
+    check_requires(requires.decode(errors="replace") if isinstance(requires, bytes) else requires, "the log")
     is_anchor = bool({"restored", b"restored"} & raw.keys())
     try:
         line: LogLine = from_text(AnchorLine, raw) if is_anchor else from_text(AppliedLine, raw)
     except (KeyError, ValueError) as error:
         raise UpdateError(f"a line of the log is malformed ({error!r}); was it edited by hand?") from error
-    check_requires(line.requires, "the log")
     return line
 
 

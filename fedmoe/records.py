@@ -79,7 +79,7 @@ class Meta:
         updated_at: clock of the aggregator at the last commit (seconds since 1970); for people only.
         protocol: what whoever writes to this expert has to speak.
         software: releases that its last aggregator ran on (see `fedmoe.software`); for people only.
-        knows: the features that its aggregators know, which an update may need (see `fedmoe.fields`).
+        knows: the features that its aggregators know, which an update may need (see `fedmoe.features`).
         requires: the features that whoever reads this expert must know.
     """
 
@@ -188,7 +188,7 @@ class Decided:
                 unknown=json.dumps(unknown, sort_keys=True) if unknown else "",
                 **{name: value for name, value in content.items() if name in ours},
             )
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise SpecError(f"an entry of the decided hash is malformed ({error!r})") from error
 
 

@@ -18,6 +18,8 @@ from fedmoe.fields import optional
 
 HEADER_FORMAT = 1
 MAX_HEADER_BYTES = 256 * 1024
+SPARE_BYTES = 256  # more than what optional fields add, when a header without them is written again
+MAX_FIELDS = 64  # with that of the format
 PART_BYTES = 1024 * 1024  # a payload part is at most this long
 MAX_PARTS = 1024  # an adapter is at most 512 MiB, the most a Redis string can hold
 MAX_TEXT_CHARS = 1024
@@ -27,7 +29,15 @@ _MAX_INT = 2**53
 
 
 class ForeignHeaderError(UpdateError):
-    """A header of another format: not malformed, but this FedMoE cannot read it."""
+    """A header of another release: not malformed, but this FedMoE cannot read it.
+
+    Args:
+        needs: what a reader must know.
+    """
+
+    def __init__(self, message: str, needs: str) -> None:
+        super().__init__(message)
+        self.needs = needs
 
 
 class UpdateId(NamedTuple):
@@ -87,7 +97,7 @@ class Header:
         n_examples, n_tokens, steps: what it was trained on; loss: mean over these steps.
         position: the worker's data position after it, as JSON.
         parts: length and digest of each part.
-        requires: the features that whoever decides it must know (see `fedmoe.fields`).
+        requires: the features that whoever decides it must know (see `fedmoe.features`).
         unknown: msgpack of the fields that a later FedMoE wrote, kept as they are; b"" for none.
     """
 
@@ -147,7 +157,7 @@ class Header:
             raise UpdateError(f"the header has {len(data)} bytes, allowed are {MAX_HEADER_BYTES}")
         try:
             # The limits keep nested containers from taking a hundred times the header's size.
-            content = msgpack.unpackb(data, max_array_len=MAX_PARTS, max_map_len=64)
+            content = msgpack.unpackb(data, max_array_len=MAX_PARTS, max_map_len=MAX_FIELDS)
         except Exception as error:  # msgpack raises half a dozen unrelated types on garbage
             raise UpdateError(f"the header is not msgpack ({type(error).__name__})") from error
         if not isinstance(content, dict):
@@ -158,7 +168,15 @@ class Header:
         if form != HEADER_FORMAT:
             who = "the aggregator" if form > HEADER_FORMAT else "the worker"
             raise ForeignHeaderError(
-                f"its header has format {form}, the aggregator reads format {HEADER_FORMAT}: upgrade {who}'s FedMoE"
+                f"its header has format {form}, the aggregator reads format {HEADER_FORMAT}: upgrade {who}'s FedMoE",
+                needs=f"format {form} of headers",
+            )
+        requires = content.get("requires", "")
+        if isinstance(requires, str) and (odd := lacking(requires)):
+            raise ForeignHeaderError(
+                f"its header needs {', '.join(odd)}, which the aggregator does not know: upgrade the FedMoE of the "
+                "aggregator",
+                needs=", ".join(odd),
             )
         known = {one.name: one for one in fields(cls) if one.name != "unknown"}
         unknown = {name: value for name, value in content.items() if name not in known}
@@ -170,12 +188,16 @@ class Header:
         content["prev"] = _parse_id(content["prev"])
         content["parts"] = _parse_parts(content["parts"])
         _check_fields(content)
-        if odd := lacking(content["requires"]):
-            raise ForeignHeaderError(
-                f"its header needs {', '.join(odd)}, which the aggregator does not know: upgrade the FedMoE of the "
-                "aggregator"
+        if len(content) + len(unknown) >= MAX_FIELDS:
+            raise UpdateError(
+                f"the header has {len(content) + len(unknown)} fields, allowed are {MAX_FIELDS - 1}"
             )
-        return cls(**content, unknown=msgpack.packb(unknown) if unknown else b"")
+        header = cls(**content, unknown=msgpack.packb(unknown) if unknown else b"")
+        if len(data) > MAX_HEADER_BYTES - SPARE_BYTES and (n_bytes := len(header.pack())) > MAX_HEADER_BYTES:
+            raise UpdateError(
+                f"the header has {n_bytes} bytes with all its fields, allowed are {MAX_HEADER_BYTES}"
+            )
+        return header
 
 
 def _is_optional(one: "Field[Any]") -> bool:

@@ -15,7 +15,7 @@ import secrets
 import socket
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -226,7 +226,7 @@ class StateDir:
             raise SettingsError(
                 f"the checkpoint {self.file} cannot be used: {error}, or move it away to start a new run"
             ) from error
-        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise SettingsError(
                 f"the checkpoint {self.file} is damaged ({error}): move it away to start a new run"
             ) from error
@@ -250,7 +250,7 @@ class StateDir:
         ledger = Ledger(
             base=unpack_again(packed, spec) if packed else tensors["base"],
             packed=packed,
-            meta=Meta(**known_fields(Meta, info["meta"])),
+            meta=_meta(info["meta"]),
             run=info["run"],
             seq=info["seq"],
             start=UpdateId(*info["start"]) if info["start"] else None,
@@ -297,6 +297,13 @@ def name_in(path: Path) -> str:
             return str(json.loads((handle.metadata() or {})["fedmoe"])["worker"])
     except (OSError, SafetensorError, ValueError, KeyError, TypeError):
         return ""  # `load` will say what is wrong with it
+
+
+def _meta(content: dict[str, Any]) -> Meta:
+    needed = {one.name for one in fields(Meta) if not one.metadata.get("optional")}
+    if missing := sorted(needed - content.keys()):
+        raise ValueError(f"its meta lacks {missing[0]}")
+    return Meta(**known_fields(Meta, content))
 
 
 def _as_tensor(blob: bytes) -> torch.Tensor:

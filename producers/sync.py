@@ -330,9 +330,9 @@ class Sync:
         return self._pace.undecided()
 
     def _moved(self, poll: Poll) -> bool:
-        """True if Redis knows another head or lineage than the books."""
-        head = poll.decided.id if poll.decided else None
-        return head != self.ledger.head or poll.lineage != self.ledger.meta.lineage
+        """True if Redis knows another head or lineage than the books, or went back."""
+        head, meta = poll.decided.id if poll.decided else None, self.ledger.meta
+        return head != self.ledger.head or poll.lineage != meta.lineage or poll.version < meta.version
 
     def _pull(self, seen: str = "") -> None:
         """Read the expert and one's own decision, settle the books, hand the correction to the training.
@@ -380,9 +380,7 @@ class Sync:
                 status.version, self.ledger.meta.version, len(change.resent),
             )  # fmt: skip
         if change.lost:
-            logger.warning(
-                "Redis has an older state than this worker can repair: the updates %s are lost", change.lost
-            )
+            logger.warning("Redis has an older state than kept here: the updates %s are lost", change.lost)
         if change.replace:
             logger.warning(
                 "the expert's history is not the one known here (%s): %d undecided updates and %d steps since are "

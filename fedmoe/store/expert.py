@@ -15,7 +15,7 @@ from typing import Any
 import redis
 
 from fedmoe.beat import Beat
-from fedmoe.errors import DamagedExpertError, LostExpertError, SpecError, StaleStateError
+from fedmoe.errors import DamagedExpertError, LostExpertError, ProtocolError, SpecError, StaleStateError
 from fedmoe.keys import GROUP
 from fedmoe.layout import STAMPED_BYTES, stamp_of
 from fedmoe.packed import PREAMBLE_BYTES, packed_commit
@@ -113,6 +113,8 @@ class ExpertStore(ExpertLifecycle):
             raise LostExpertError(self.name)
         try:
             return Spec.from_json(text)
+        except ProtocolError:
+            raise
         except SpecError as error:
             raise DamagedExpertError(self.name, f"its spec cannot be read ({error})") from error
 
@@ -308,7 +310,7 @@ class ExpertStore(ExpertLifecycle):
         written = (keys.meta, keys.decided, keys.log, keys.dead, keys.weights, keys.packed)
         pipe.watch(*written)
         head, types, lengths = pipe.eval(_LOOK, len(written), *written)
-        if head is None or head.decode() != commit.on:
+        if head is None or head != commit.on.encode():
             raise StaleStateError(f"{self.name}: another aggregator committed meanwhile")
         self._check_types(types[: len(_TYPES)])
         if self.connection.generation != commit.generation:

@@ -92,6 +92,8 @@ def examine(
         root = Meta.from_hash(meta) if meta else None
         if root is None:
             found.append("its meta is missing")
+    except ProtocolError:  # it needs something that is not known here, and is no damage
+        raise
     except SpecError:
         found.append(
             "its meta lacks a field or is malformed (an earlier FedMoE wrote it, or it was edited by hand)"

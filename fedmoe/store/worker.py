@@ -56,10 +56,11 @@ class Pulled:
 
 @dataclass(frozen=True, slots=True)
 class Poll:
-    """Has anything changed? One's own last decided update, the weights' commit, and whether the entry still waits."""
+    """Has anything changed? One's own last decided update, the expert's state, and whether the entry still waits."""
 
     decided: Decided | None
     lineage: str
+    version: int
     weights_commit: str
     entry_waits: bool
 
@@ -175,20 +176,24 @@ class WorkerStore:
     def poll(self, entry_id: str, header: Header) -> Poll:
         """What became of the update that `entry_id` announced; raises ProtocolError as `pull` does."""
         with self.connection.errors():
-            (lineage, weights_commit, protocol, requires, knows, removed), decided, entries = read_together(
-                self._redis,
-                (
-                    "hmget",
-                    self.keys.meta,
-                    ["lineage", "weights_commit", "protocol", "requires", "knows", "removed"],
-                ),
-                ("hget", self.keys.decided, self.worker),
-                ("xrange", self.keys.updates, entry_id, entry_id),
+            (lineage, version, weights_commit, protocol, requires, knows, removed), decided, entries = (
+                read_together(
+                    self._redis,
+                    (
+                        "hmget",
+                        self.keys.meta,
+                        ["lineage", "version", "weights_commit", "protocol", "requires", "knows", "removed"],
+                    ),
+                    ("hget", self.keys.decided, self.worker),
+                    ("xrange", self.keys.updates, entry_id, entry_id),
+                )
             )
         if removed is not None:
             raise RemovedExpertError(self.expert, removed.decode(errors="replace"))
         if lineage is None or weights_commit is None:
             raise LostExpertError(self.expert)
+        if version is None or not version.isdigit():
+            raise DamagedExpertError(self.expert, "its version is missing or no number")
         number = read_protocol(protocol)
         features.check_requires((requires or b"").decode(errors="replace"), "the expert")
         self._check_aggregators(number, (knows or b"").decode(errors="replace"))
@@ -200,7 +205,11 @@ class WorkerStore:
             for _, fields in entries
         )
         return Poll(
-            Decided.from_json(decided) if decided else None, lineage.decode(), weights_commit.decode(), waits
+            Decided.from_json(decided) if decided else None,
+            lineage.decode(),
+            int(version),
+            weights_commit.decode(),
+            waits,
         )
 
     def publish(self, header: Header, parts: Sequence[bytes]) -> str:

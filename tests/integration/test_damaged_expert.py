@@ -113,13 +113,13 @@ def test_memory_mends_it(
     """The aggregator that served it writes back what was lost, and what waits is decided, once."""
     expert = make_expert(connection)
     alice, bob = (ScriptedWorker(connection, expert.spec, name) for name in ("alice", "bob"))
-    with serving(connect(), "one") as (server, _):
+    with serving(connect(), "one"):
         alice.push(1.0)
         bob.push(2.0)
         eventually("version 2", lambda: expert.store.load().meta.version == 2)
         before = weights(connection)
         DAMAGES[damage][0](connection.client, expert.store.keys)
-        server._connection.client.connection_pool.disconnect()  # so that it looks again
+        connection.client.client_kill_filter(_type="normal", skipme=True)  # so that it looks again
         eventually("all parts", lambda: not expert.store.condition().damage, timeout_s=10)
         assert weights(connection) == before
         assert "wrote it back from memory at version 2" in caplog.text

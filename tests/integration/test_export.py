@@ -31,6 +31,8 @@ from tests.processes import fedmoe
 from tests.strategies import randn
 from tests.tiny import tiny_config, tiny_model
 
+pytestmark = pytest.mark.one_server
+
 FILES = [".fedmoe", "README.md", "adapter_config.json", "adapter_model.safetensors", "fedmoe.json"]
 
 
@@ -339,13 +341,16 @@ def test_vllm_takes_only_certain_ranks(rank: int, said: str) -> None:
 
 def test_a_template_that_the_expert_brings_goes_with_it(connection: Connection, tmp_path: Path) -> None:
     """Also with the gateway, if all experts bring the same; a later export without one leaves none behind."""
-    spec = replace(small_spec(), chat_template="{{ messages }}")
+    template = (
+        "{% for m in messages %}\n" + "é" * 400 + "{% endfor %}"
+    )  # as it is: not escaped, not shortened
+    spec = replace(small_spec(), chat_template=template)
     make_expert(connection, "a", spec)
-    make_expert(connection, "b", small_spec(), chat_template="{{ messages }}")
+    make_expert(connection, "b", small_spec(), chat_template=template)
     build_gateway(connection)
     for export in (read_expert(GatewayStore(connection), "a"), read_gateway(GatewayStore(connection))):
         write(tmp_path / export.name, export)
-        assert (tmp_path / export.name / "chat_template.jinja").read_text() == "{{ messages }}"
+        assert (tmp_path / export.name / "chat_template.jinja").read_text() == template
     make_expert(connection, "c", small_spec())
     build_gateway(connection)
     write(tmp_path / "gateway", read_gateway(GatewayStore(connection)))

@@ -1,5 +1,6 @@
 """Workers and aggregators of different protocols: each says which side to upgrade, and nothing trained is lost."""
 
+import json
 import logging
 import re
 import threading
@@ -15,6 +16,7 @@ import torch
 
 from consumers.create import SpecRequest, ensure_experts
 from consumers.expert import Expert
+from consumers.gateway import GatewayBuilder, GatewaySettings
 from fedmoe import features, records
 from fedmoe.beat import Beat
 from fedmoe.errors import ProtocolError
@@ -33,6 +35,8 @@ from producers.sync import Sync
 from tests.counting import Counter
 from tests.federation import FINGERPRINT, LAYOUT, ScriptedWorker, make_expert, serve, serving, small_spec
 from tests.processes import eventually
+
+pytestmark = pytest.mark.one_server
 
 Connect = Callable[[], Connection]
 SPEC = replace(small_spec(), sync_interval_s=0.05)
@@ -55,6 +59,15 @@ def require_signing(expert: Expert) -> None:
     expert.store.connection.client.hset(
         expert.store.keys.meta, mapping={"requires": "signing", "commit": "later"}
     )
+
+
+def require_signing_in_spec(expert: Expert) -> None:
+    """The same, for whoever trains or serves the expert at all."""
+    content = json.loads(expert.spec.to_json()) | {"requires": "signing"}
+    expert.store.connection.client.set(expert.store.keys.spec, json.dumps(content))
+
+
+LATER = [raise_protocol, require_signing, require_signing_in_spec]
 
 
 # ---- the aggregator ----
@@ -112,14 +125,20 @@ def test_warnings_that_are_said_once_are_bounded(connection: Connection, expert:
     assert len(expert._warned) < 300
 
 
-def test_aggregator_does_not_serve_an_expert_of_a_later_protocol(
-    expert: Expert, connection: Connection, connect: Connect, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("raises", LATER)
+def test_aggregator_does_not_serve_an_expert_of_a_later_release(
+    expert: Expert,
+    connection: Connection,
+    connect: Connect,
+    caplog: pytest.LogCaptureFixture,
+    raises: Callable[[Expert], None],
 ) -> None:
     """A rolling upgrade: it changes nothing more, says what to upgrade, and leaves the lease to whoever can serve."""
     keys = expert.store.keys
     with caplog.at_level(logging.WARNING), serving(connect(), lease_s=0.4):
         eventually("the lease", lambda: connection.client.get(keys.lease))
-        raise_protocol(expert)
+        raises(expert)
+        connection.client.hset(keys.meta, mapping={"commit": "later", "seats": "4"})
         connection.client.xadd(keys.updates, {"hello": "world"})
         eventually("the sentence", lambda: "upgrade the FedMoE on this machine" in caplog.text)
         other = Lease(connect(), keys.lease, holder="later", ttl_ms=5000)
@@ -142,7 +161,7 @@ def test_aggregator_of_a_later_protocol_raises_the_experts(
     assert (after.version, after.weights_commit) == (before.version, before.weights_commit)
 
 
-@pytest.mark.parametrize("raises", [raise_protocol, require_signing])
+@pytest.mark.parametrize("raises", LATER)
 def test_aggregator_starts_with_no_expert_of_a_later_protocol(
     expert: Expert, connection: Connection, raises: Callable[[Expert], None]
 ) -> None:
@@ -151,6 +170,27 @@ def test_aggregator_starts_with_no_expert_of_a_later_protocol(
     with pytest.raises(ProtocolError, match="upgrade the FedMoE on this machine") as error:
         ensure_experts(connection, {"sql_expert": 1.0}, SpecRequest())
     assert error.value.exit_code == 2
+
+
+def test_gateway_that_needs_more_is_left_to_whoever_knows_it(
+    expert: Expert, connection: Connection, connect: Connect
+) -> None:
+    """Its lease is given up, and the sentence stands under this aggregator's name, not in the gateway's meta."""
+    keys = connection.keys.gateway
+    builder = GatewayBuilder(connect(), GatewaySettings(interval_s=0.1), holder="old", lease_s=0.5)
+    assert builder.refresh()
+    connection.client.hset(keys.meta, "requires", "signing")
+    stop = threading.Event()
+    thread = threading.Thread(target=builder.run, args=(stop,))
+    thread.start()
+    try:
+        eventually("the sentence", lambda: b"needs signing" in connection.client.hget(keys.problem, "old"))
+        other = Lease(connect(), keys.lease, holder="later", ttl_ms=5000)
+        eventually("the lease for another", other.hold)
+    finally:
+        stop.set()
+        thread.join()
+    assert connection.client.hget(keys.meta, "error") is None
 
 
 # ---- what one side must know, within a protocol ----

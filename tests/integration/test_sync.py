@@ -24,6 +24,8 @@ from tests.federation import FINGERPRINT, LAYOUT, ScriptedWorker, make_expert, s
 from tests.processes import eventually
 from tests.rollback import Snapshot
 
+pytestmark = pytest.mark.one_server
+
 Connect = Callable[[], Connection]
 SPEC = replace(small_spec(aggregation=AggregationRules(max_norm=1e4)), sync_interval_s=0.1)
 
@@ -112,6 +114,27 @@ def test_what_is_sent_again_is_not_too_far_ahead(
     snapshot.bring_back(connection)
     with serving(connect(), block_ms=20):
         run.train(20)
+        run.finish(10.0)
+    meta = expert.store.load().meta
+    assert (meta.refused, meta.n_examples) == (0, run.steps)
+
+
+def test_update_whose_base_is_undone_is_sent_again_from_the_version_there_is(
+    connection: Connection, connect: Connect
+) -> None:
+    """Redis went back over another worker's updates while this one's first waited: its own books did not move."""
+    spec = replace(SPEC, aggregation=replace(SPEC.aggregation, max_staleness=2))
+    expert = make_expert(connection, spec=spec)
+    bob = ScriptedWorker(connection, spec, "bob")
+    snapshot = Snapshot.take(connection)
+    for _ in range(6):
+        bob.push(0.0)
+        assert serve(expert) == ["applied"]
+        bob.pull()
+    run = Run(connect(), spec=spec)
+    eventually("an update", lambda: run.train(1) or run.sync.status.published)
+    snapshot.bring_back(connection)
+    with serving(connect(), block_ms=20):
         run.finish(10.0)
     meta = expert.store.load().meta
     assert (meta.refused, meta.n_examples) == (0, run.steps)

@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from fedmoe import features
 from fedmoe.errors import ProtocolError
 from fedmoe.spec import Spec
 from producers.checkpoint import FILE_NAME, StateDir
@@ -93,3 +94,20 @@ def test_checkpoint_that_needs_more_is_not_called_damaged(tmp_path: Path) -> Non
     ):
         state_dir.load(expert="sql_expert", worker=CHECKPOINT_WORKER, spec=SPEC, now=7.0)
     assert (tmp_path / FILE_NAME).exists()
+
+
+def test_checkpoint_with_an_update_that_needs_more_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that goes back one release keeps what the later one had trained."""
+    with monkeypatch.context() as later:
+        later.setattr(features, "UPDATES_REQUIRE", "signing")
+        later.setattr(features, "FEATURES", frozenset({"signing"}))
+        make_checkpoint(tmp_path)
+    with (
+        closing(StateDir(tmp_path)) as state_dir,
+        pytest.raises(
+            ProtocolError, match=r"^the update .* needs signing, .*: upgrade the FedMoE on this machine$"
+        ),
+    ):
+        state_dir.load(expert="sql_expert", worker=CHECKPOINT_WORKER, spec=SPEC, now=7.0)

@@ -2,18 +2,22 @@
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import msgpack
 import pytest
 
 from fedmoe import features
+from fedmoe.archive import Anchor, Archive
 from fedmoe.beat import Beat
-from fedmoe.errors import ProtocolError
+from fedmoe.errors import ProtocolError, SpecError
+from fedmoe.gateway import GatewayMeta
 from fedmoe.integrity import restamp
-from fedmoe.records import NO_DECISIONS, Decided
+from fedmoe.lines import read_line
+from fedmoe.records import NO_DECISIONS, Decided, Meta
 from fedmoe.spec import Spec
-from fedmoe.update import Header
+from fedmoe.update import HEADER_FORMAT, ForeignHeaderError, Header
 from tests.record_cases import CASES, DECIDED, HEADER, SPEC
 
 
@@ -93,3 +97,36 @@ def test_names_of_features_are_safe_to_show() -> None:
 def test_heartbeat_with_no_number_where_one_belongs_says_nothing(value: str) -> None:
     """Anybody may have written it; the rest is read."""
     assert Beat.read({"pid": value, "run": "1-0123abcd"}) == Beat(run="1-0123abcd")
+
+
+@pytest.mark.parametrize("name", ["chat_template", "commit", "version"])
+def test_meta_that_is_no_text_is_malformed(name: str) -> None:
+    """It is not taken for another text, with which workers would train and which the next commit would keep."""
+    raw = {key.encode(): value.encode() for key, value in CASES["meta"].stored.items()}
+    with pytest.raises(SpecError, match="malformed"):
+        Meta.from_hash(raw | {name.encode(): b"a\xffb"})
+
+
+def test_what_a_record_requires_is_looked_at_first() -> None:
+    """A later release may write another kind of line or header altogether."""
+    with pytest.raises(ProtocolError, match="the log needs rules"):
+        read_line({"version": "3", "rules": "2", "requires": "rules"})
+    with pytest.raises(ForeignHeaderError, match="needs rules"):
+        Header.unpack(msgpack.packb({"header_format": HEADER_FORMAT, "requires": "rules"}))
+
+
+@pytest.mark.parametrize("version", ["Infinity", "[]", '"x"'])
+def test_gateway_built_from_nonsense_is_said(version: str) -> None:
+    """Whoever edited it by hand."""
+    meta = GatewayMeta(built_from='{"a": {"version": ' + version + ', "weights_commit": "c"}}')
+    with pytest.raises(SpecError, match="malformed"):
+        assert meta.experts
+
+
+def test_anchor_of_the_next_release_is_used(tmp_path: Path) -> None:
+    """A replay begins there."""
+    archive = Archive(tmp_path)
+    archive.keep_anchor(Anchor(version=1, lineage="l", run="r", seq=1, weights="w" * 64, at=1.0))
+    (file,) = archive.anchors()
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"added_later": 1}))
+    assert list(archive.anchors()) == [file]

@@ -176,3 +176,21 @@ def test_a_part_matches_only_its_own_bytes(data: bytes, other: bytes) -> None:
     """Length and digest recognise the part, and nothing else."""
     assert Part.of(data).matches(data)
     assert Part.of(data).matches(other) == (data == other)
+
+
+@pytest.mark.parametrize("missing", [(), ("tokenizer", "requires")])
+def test_header_that_is_accepted_can_be_written_and_read_again(missing: tuple[str, ...]) -> None:
+    """With as many fields, or as large, as can be: it is kept, and announced again."""
+    content = {key: value for key, value in msgpack.unpackb(PLAIN.pack()).items() if key not in missing}
+    fitting = 0
+    for extra in range(70):
+        many = msgpack.packb(content | {f"x{n}": 0 for n in range(extra)})
+        large = msgpack.packb(content | {"x": "y" * (MAX_HEADER_BYTES - 60 * extra)})
+        for data in (many, large):
+            try:
+                header = Header.unpack(data)
+            except UpdateError:
+                continue
+            fitting += 1
+            assert Header.unpack(header.pack()) == header
+    assert fitting > 70

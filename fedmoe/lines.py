@@ -89,10 +89,10 @@ def read_line(raw: Mapping[Any, bytes | str]) -> LogLine:
 class DeadLetter:
     """An update that was refused, or an entry that was garbage (`entry` is its id, `fields` its beginning), and why."""
 
-    reason: str = ""
     worker: str = optional("")
     run: str = optional("")
     seq: int | None = optional(None)
+    reason: str = ""
     loss: float | None = optional(None)
     n_examples: int | None = optional(None)
     entry: str = optional("")

@@ -140,6 +140,15 @@ def _take_unknown(record: type, content: dict[str, Any]) -> dict[str, Any]:
     return {name: content.pop(name) for name in sorted(content.keys() - known)}
 
 
+def _merge(content: dict[str, Any], more: dict[str, Any]) -> None:
+    """Put back what was taken out."""
+    for name, value in more.items():
+        if name in content:
+            _merge(content[name], value)
+        else:
+            content[name] = value
+
+
 @dataclass(frozen=True, kw_only=True)
 class Spec:
     """Everything the parties of an expert agree on.
@@ -203,10 +212,7 @@ class Spec:
             if not content[name]:  # else the digest of a spec that an earlier FedMoE wrote would be another
                 del content[name]
         content["layout"] = [[name, list(shape)] for name, shape in self.layout.tensors]
-        unknown = json.loads(self.unknown or "{}")
-        for name in _SECTIONS:
-            content[name] |= unknown.pop(name, {})
-        content |= unknown
+        _merge(content, json.loads(self.unknown or "{}"))
         return json.dumps(content, sort_keys=True, separators=(",", ":"))
 
     @classmethod
@@ -235,6 +241,8 @@ class Spec:
             for name, section in _SECTIONS.items():
                 if odd := _take_unknown(section, content[name]):
                     unknown[name] = odd
+            if odd := _take_unknown(Decay, content["aggregation"]["decay"]):
+                unknown.setdefault("aggregation", {})["decay"] = odd
             aggregation, lora, training = (content.pop(name) for name in ("aggregation", "lora", "training"))
             towers = tuple(content.pop("towers", ()))
             return cls(

@@ -73,6 +73,7 @@ def test_what_is_not_known_keeps_its_digest() -> None:
     content = json.loads(SPEC.to_json())
     content["added_later"] = {"x": [1]}
     content["training"]["added_later"] = 2
+    content["aggregation"]["decay"]["added_later"] = 3
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     assert Spec.from_json(text).to_json() == text
     assert Spec.from_json(text).digest != SPEC.digest

@@ -47,10 +47,10 @@ def from_text(record: type[Record], raw: Mapping[Any, bytes | str]) -> Record:
         KeyError: if a field that is not optional is missing.
         ValueError: if a value is not of its field's type, or no UTF-8.
     """
-    found = _by_name(raw, errors="strict")
+    found = _by_name(raw)
     return record(
         **{
-            one.name: _parse(one, found[one.name])
+            one.name: _parse(one, _decoded(found[one.name], errors="strict"))
             for one in fields(record)  # type: ignore[arg-type]  # every record is a dataclass
             if one.name in found or not one.metadata.get("optional")
         }
@@ -63,11 +63,11 @@ def from_untrusted(record: type[Record], raw: Mapping[Any, bytes | str | None]) 
     All fields of `record` need a default.
     """
     content: dict[str, Any] = {}
-    found = _by_name({n: value for n, value in raw.items() if value is not None}, errors="backslashreplace")
+    found = _by_name({name: value for name, value in raw.items() if value is not None})
     for one in fields(record):  # type: ignore[arg-type]  # every record is a dataclass
         if one.name in found:
             try:
-                content[one.name] = _parse(one, found[one.name])
+                content[one.name] = _parse(one, _decoded(found[one.name], errors="backslashreplace"))
             except ValueError:
                 continue
     return record(**content)
@@ -94,11 +94,12 @@ def whole(raw: bytes | str | None) -> int | None:
     return None if value is None or abs(value) > 2**53 else int(value)
 
 
-def _by_name(raw: Mapping[Any, Any], *, errors: str) -> dict[str, str]:
-    def decoded(text: bytes | str) -> str:
-        return text.decode(errors=errors) if isinstance(text, bytes) else str(text)
+def _by_name(raw: Mapping[Any, Any]) -> dict[str, Any]:
+    return {_decoded(name, errors="backslashreplace"): value for name, value in raw.items()}
 
-    return {decoded(name): decoded(value) for name, value in raw.items()}
+
+def _decoded(text: bytes | str, *, errors: str) -> str:
+    return text.decode(errors=errors) if isinstance(text, bytes) else str(text)
 
 
 def _text(value: Any, one: "Field[Any]") -> str:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from consumers.expert import Expert
 from fedmoe.archive import Archive
-from fedmoe.errors import DamagedExpertError, StaleStateError, UnknownExpertError, UpdateError
+from fedmoe.errors import DamagedExpertError, ProtocolError, StaleStateError, UnknownExpertError, UpdateError
 from fedmoe.lines import AnchorLine, AppliedLine, read_line
 from fedmoe.records import Decided, Meta
 from fedmoe.store.expert import ExpertStore
@@ -185,7 +185,7 @@ class Recovery:
             return None
         try:
             return self._archive.load(line.update)
-        except UpdateError as error:
+        except (UpdateError, ProtocolError) as error:  # the others can still be sent again
             logger.warning("%s: %s", self._store.name, error)
             return None
 

@@ -11,6 +11,7 @@ import torch
 from consumers.aggregator import AggregatorSettings, ExpertServer
 from consumers.expert import Expert
 from consumers.verify import replay
+from fedmoe import features
 from fedmoe.archive import Archive
 from fedmoe.backup import Backup, back_up, restore
 from fedmoe.errors import NameTakenError
@@ -20,6 +21,7 @@ from fedmoe.spec import AggregationRules, Spec
 from fedmoe.store.backup import BackupStore
 from fedmoe.store.connection import Connection
 from fedmoe.store.gateway import GatewayStore
+from fedmoe.store.worker import WorkerStore
 from tests.federation import LAYOUT, ScriptedWorker, make_expert, serve, serving, small_spec
 from tests.processes import eventually
 from tests.rollback import Snapshot
@@ -179,6 +181,34 @@ def test_kept_updates_are_announced_again_if_somebody_committed_first(
     assert not done.problem
     assert done.weights.same_values(file)
     assert not alice.pull().resent
+
+
+def test_kept_updates_of_a_later_release_stop_nobody(
+    connection: Connection,
+    connect: Connect,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An aggregator went back one release: it names what it cannot send again, and serves on."""
+    with monkeypatch.context() as later:
+        later.setattr(features, "UPDATES_REQUIRE", "signing")
+        later.setattr(features, "FEATURES", frozenset({"signing"}))
+        later.setattr(
+            WorkerStore, "_check_aggregators", lambda *_: None
+        )  # before the first commit says what is known
+        expert, other, _ = forked(connection, tmp_path)
+    with serving(connect(), "one", keep_updates=tmp_path, memory=expert):
+        eventually(
+            "the count",
+            lambda: "3 updates are missing, 0 of them are sent again" in caplog.text,
+            timeout_s=10,
+        )
+        ScriptedWorker(connection, expert.spec, "dan").push(1.0)
+        eventually(
+            "dan's update", lambda: connection.client.hexists(other.store.keys.decided, "dan"), timeout_s=10
+        )
+    assert "needs signing, which the FedMoE on this machine does not know" in caplog.text
 
 
 def test_undone_updates_are_counted_where_nobody_kept_them(

@@ -1,14 +1,14 @@
 """What a reader must know beyond the protocol, by name, so that releases of one protocol can still differ. Pure.
 
 A record names in its field `requires` what its reader must know. An expert's meta and a worker's heartbeat name in
-`knows` what their writer knows. All are names separated by spaces. Whoever lacks one says so in one sentence, before it
-trains or commits anything.
+`knows` what their writer knows. All are names separated by spaces. A reader that lacks one says so in one sentence,
+before it trains or commits.
 """
 
 from fedmoe.errors import ProtocolError
 
 FEATURES: frozenset[str] = frozenset()  # what this FedMoE knows
-UPDATES_REQUIRE = ""  # what whoever decides the updates of this FedMoE must know
+UPDATES_REQUIRE = ""  # what an aggregator must know to decide the updates of this FedMoE
 MAX_FEATURE_CHARS = 32
 SHOWN_FEATURES = 5
 

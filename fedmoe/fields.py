@@ -2,7 +2,7 @@
 
 A record is a frozen dataclass of texts and numbers. When it is read,
 
-    a field                       must be there, whatever default it has for whoever makes a record
+    a field                       must be there; its default is only for code that makes a record
     a field that is `optional`    may be missing: an earlier release did not write it, or there was nothing to write
     a field that the class lacks  was written by a later release, and is left alone
     `requires`                    names what a reader must know to read the record right (see `fedmoe.features`)
@@ -89,7 +89,7 @@ def number(raw: bytes | str | None) -> float | None:
 
 
 def whole(raw: bytes | str | None) -> int | None:
-    """A number that an int can hold exactly, clamped to one; or None."""
+    """A number of at most 2^53 without its fraction, or None."""
     value = number(raw)
     return None if value is None or abs(value) > 2**53 else int(value)
 
@@ -109,7 +109,7 @@ def _text(value: Any, one: "Field[Any]") -> str:
 
 
 def _parse(one: "Field[Any]", text: str) -> Any:
-    """The value of a field; what may be missing (`int | None`) is a finite number that fits, or ValueError."""
+    """The value of a field. `int | None` and `float | None` take only a finite number that fits, else ValueError."""
     kind = one.type
     if get_origin(kind) in (Union, types.UnionType):
         number_of = whole if int in get_args(kind) else number

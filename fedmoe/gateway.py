@@ -28,7 +28,7 @@ class GatewayMeta:
         updated_at: seconds since 1970; build_s: seconds that it took.
         error: why it cannot be built now; the one before stays.
         software: releases that it was built with.
-        requires: what whoever serves or exports it must know (see `fedmoe.features`).
+        requires: what a reader must know to serve or export it (see `fedmoe.features`).
     """
 
     built_from: str = optional("")

@@ -80,7 +80,7 @@ class Meta:
         protocol: what whoever writes to this expert has to speak.
         software: releases that its last aggregator ran on (see `fedmoe.software`); for people only.
         knows: the features that its aggregators know, which an update may need (see `fedmoe.features`).
-        requires: the features that whoever reads this expert must know.
+        requires: the features that a reader of this expert must know.
     """
 
     lineage: str
@@ -167,7 +167,7 @@ class Decided:
     unknown: str = ""
 
     def to_json(self, *, canonical: bool = False) -> str:
-        """The record as Redis stores it; canonical: with sorted fields, the same text whoever wrote it."""
+        """The record as Redis stores it; canonical: with sorted fields, so that every release writes the same."""
         content = {"run": self.id.run, "seq": self.id.seq, "how": self.how, "version": self.version}
         content |= {"staleness": self.staleness, "reason": self.reason, "position": self.position}
         return json.dumps(content | json.loads(self.unknown or "{}"), sort_keys=canonical)

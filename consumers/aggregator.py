@@ -1,8 +1,4 @@
-"""The aggregator daemon: one thread for each expert, one for the gateway.
-
-Each expert is a chain of commits of its own, in its own Cluster slot, so its thread shares nothing with the others,
-and what goes wrong with one stops no other.
-"""
+"""Serves one expert: the loop that holds the lease, loads, reads, decides and commits."""
 
 import logging
 import math
@@ -14,7 +10,6 @@ from pathlib import Path
 
 from consumers.decide import Outcome
 from consumers.expert import Expert
-from consumers.gateway import GatewayBuilder, GatewaySettings
 from consumers.history import History
 from consumers.recovery import CLAIM_WAIT_S, Recovery
 from consumers.retention import Retention
@@ -30,7 +25,7 @@ from fedmoe.errors import (
     UnknownExpertError,
 )
 from fedmoe.records import Entry
-from fedmoe.store.connection import MAX_SECONDS, Connection, RedisSettings
+from fedmoe.store.connection import MAX_SECONDS, Connection
 from fedmoe.store.expert import BLOCKING_MS, ExpertStore, Loaded
 from fedmoe.store.lease import Lease
 from fedmoe.store.problems import Problems
@@ -267,7 +262,8 @@ class ExpertServer:
         if expert.is_behind:
             expert.process(())  # from now on, workers see what this aggregator speaks and knows
         self._expert, self._loaded = expert, True
-        logger.info("%s: serving from version %d", self.name, expert.meta.version)
+        meta = expert.meta
+        logger.info("%s: serving from version %d, under rules %d", self.name, meta.version, meta.rules.number)
         if rebuilt := expert.rebuild(loaded):
             logger.warning(
                 "%s: in Redis, %s did not match version %d; repaired from that version on, nothing to do",
@@ -301,72 +297,13 @@ class ExpertServer:
         self._reclaimed_at = self._clock()
         expert = self._expert
         assert expert is not None
-        if not self._store.is_whole(weights_commit=expert.meta.weights_commit, n_decided=len(expert.decided)):
-            raise StaleStateError(
-                f"{self.name}: its weights or decided updates in Redis differ from those in memory"
-            )
+        meta, n_decided = expert.meta, len(expert.decided)
+        if not self._store.is_unchanged(
+            commit=meta.commit, weights_commit=meta.weights_commit, n_decided=n_decided
+        ):
+            raise StaleStateError(f"{self.name}: Redis holds another state than this aggregator retains")
         if self._store.mend():
             logger.warning(
                 "%s: an entry with the highest id blocked its stream; repaired, nothing to do", self.name
             )
         return self._store.reclaim()
-
-
-class Aggregator:
-    """All experts of a federation and the gateway, each served by a thread with a connection of its own."""
-
-    def __init__(
-        self,
-        redis: RedisSettings,
-        experts: Sequence[str],
-        settings: AggregatorSettings,
-        gateway: GatewaySettings,
-        *,
-        holder: str,
-    ) -> None:
-        self._settings = settings
-        self._left = settings.max_updates
-        self._enough = threading.Event()
-        self._lock = threading.Lock()
-        self._connections = [Connection(redis) for _ in (*experts, "gateway")]
-        self._servers = [
-            ExpertServer(connection, name, settings, holder=holder, decided=self._count)
-            for connection, name in zip(self._connections, experts, strict=False)
-        ]
-        self._gateway = GatewayBuilder(
-            self._connections[-1], gateway, holder=holder, lease_s=settings.lease_s
-        )
-
-    def _count(self, decided: int) -> None:
-        if not self._settings.max_updates:
-            return
-        with self._lock:
-            self._left -= decided
-            if self._left <= 0:
-                self._enough.set()
-
-    def cut_off(self) -> None:
-        """From another thread, after a stop: what waits for Redis fails now. What is not committed stays there."""
-        for connection in self._connections:
-            connection.cut_off()
-
-    def run(self, stop: threading.Event) -> None:
-        """Serve until `stop` is set; the gateway is built a last time when the experts have ended."""
-        ending = threading.Event()
-        threads = [
-            threading.Thread(target=server.run, args=(ending,), name=server.name, daemon=True)
-            for server in self._servers
-        ]
-        gateway_stop = threading.Event()
-        gateway = threading.Thread(
-            target=self._gateway.run, args=(gateway_stop,), name="gateway", daemon=True
-        )
-        for thread in (*threads, gateway):
-            thread.start()
-        while any(thread.is_alive() for thread in threads):
-            if stop.wait(0.1) or self._enough.is_set():
-                ending.set()
-                for thread in threads:
-                    thread.join()
-        gateway_stop.set()
-        gateway.join()

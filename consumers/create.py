@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,15 +34,9 @@ from fedmoe.layout import AdapterBuffer, Layout
 from fedmoe.lora_init import initial_weights
 from fedmoe.names import check_expert
 from fedmoe.records import Meta, reach_text
+from fedmoe.rules import AggregationRules, RuleSet, TrainingSettings
 from fedmoe.software import software
-from fedmoe.spec import (
-    DEFAULT_BASE_MODEL,
-    DEFAULT_WIRE_FORMAT,
-    AggregationRules,
-    LoraSettings,
-    Spec,
-    TrainingSettings,
-)
+from fedmoe.spec import DEFAULT_BASE_MODEL, DEFAULT_WIRE_FORMAT, LoraSettings, Spec
 from fedmoe.staleness import Decay
 from fedmoe.store.connection import Connection
 from fedmoe.store.expert import ExpertStore
@@ -63,9 +57,10 @@ NORM_BOUND = 10.0  # an update may be this many times as long as the initial ada
 class SpecRequest:
     """What the operator asks new experts to be. `max_norm` 0 means: ten times the initial adapter's norm.
 
-    `explicit` names the settings the operator typed: an expert that exists and differs in one of them is an error,
-    while a mere default never is. `weighted` names the experts whose gateway weight was typed. With `new_lineage` an
-    expert is created from zero although workers still train an earlier one of its name.
+    `explicit` names the settings that the operator typed. If an expert that exists differs in one of them, that is an
+    error (of what it is), or said (of its rules); a mere default never is. `weighted` names the experts whose gateway
+    weight was typed. With `new_lineage` an expert is created from zero although workers still train an earlier one of
+    its name.
     """
 
     base_model: str = DEFAULT_BASE_MODEL
@@ -102,8 +97,8 @@ def ensure_experts(
     marked as lost, until somebody writes it back or asks for `new_lineage`.
 
     Raises:
-        SpecError: if an expert exists with other settings than those explicitly asked for, or the federation's
-            experts have another base model.
+        SpecError: if an expert is another one than explicitly asked for, or the federation's experts have another
+            base model.
         BaseModelError: if the base model's config cannot be read.
         StoppedError: if `stop` is set meanwhile.
     """
@@ -119,7 +114,9 @@ def ensure_experts(
             continue
         try:
             store.check_protocol()
-            check_unchanged(name, store.spec(), request)
+            check_identity(name, store.spec(), request)
+            if meta := store.condition().meta:
+                compare_rules(name, meta.rules, request)
             store.register(weights[name], overwrite=name in request.weighted)
         except DamagedExpertError as error:  # an aggregator may repair it; the others are served meanwhile
             logger.warning("%s", error)
@@ -132,6 +129,7 @@ def ensure_experts(
         return []
     described = _described.get(request) or _look_at_base(request, stop)
     spec = make_spec(request, described)
+    rules = make_rules(request, spec)
     _check_federation(GatewayStore(connection), spec)
     buffer = AdapterBuffer(spec.layout)
     buffer.flat.copy_(initial_weights(spec.layout, spec.init_seed))
@@ -147,14 +145,13 @@ def ensure_experts(
         if _was_lost(store, known.get(name) or anybody):  # an emptied Redis has lost all of them
             continue
         if not store.create(
-            spec, _first_meta(spec, described), buffer.file,
+            spec, _first_meta(spec, rules, described), buffer.file,
             gateway_weight=weights[name], though_removed=request.new_lineage,
         ):  # fmt: skip
             if not store.exists():
-                keys = store.keys
                 raise SpecError(
-                    f"expert {name!r} is in Redis only in part: restore a backup (fedmoe restore --replace), or delete "
-                    f"the part to create it from zero (redis-cli UNLINK '{keys.weights}' '{keys.decided}')"
+                    f"expert {name!r} is in Redis only in part: restore a backup (fedmoe restore --replace), or remove "
+                    f"the rest (fedmoe expert remove {name}) and create it from zero (fedmoe expert add {name})"
                 )
             store.register(weights[name])  # somebody else was first
         else:
@@ -205,30 +202,33 @@ def _tell(request: SpecRequest, described: Mapping[str, Any]) -> None:
 
 def make_spec(request: SpecRequest, described: Mapping[str, Any]) -> Spec:
     """The spec that a request leads to, with a base model that `describe` has looked at."""
-    layout = Layout(tuple((name, tuple(shape)) for name, shape in described["layout"]))
-    aggregation = AggregationRules(
-        lr=request.lr,
-        decay=request.decay,
-        max_staleness=request.max_staleness,
-        max_norm=round(request.max_norm, 3) if request.max_norm else 1.0,
-    )
-    spec = Spec(  # refuses an adapter that is too large, before memory is taken for it
+    return Spec(  # refuses an adapter that is too large, before memory is taken for it
         base_model=request.base_model,
         base_config=described["base_config"],
-        layout=layout,
+        layout=Layout(tuple((name, tuple(shape)) for name, shape in described["layout"])),
         lora=request.lora,
-        aggregation=aggregation,
-        training=request.training,
         wire_format=request.wire_format,
-        sync_interval_s=request.sync_interval_s,
         init_seed=request.seed,
         chat_template=request.chat_template,
         towers=tuple(described["towers"]),
     )
-    if not request.max_norm:
-        norm = float(torch.linalg.vector_norm(initial_weights(layout, request.seed)))
-        spec = replace(spec, aggregation=replace(aggregation, max_norm=round(NORM_BOUND * norm, 3)))
-    return spec
+
+
+def make_rules(request: SpecRequest, spec: Spec) -> RuleSet:
+    """The first rule set that a request leads to."""
+    max_norm = request.max_norm
+    if not max_norm:
+        max_norm = NORM_BOUND * float(torch.linalg.vector_norm(initial_weights(spec.layout, spec.init_seed)))
+    return RuleSet(
+        aggregation=AggregationRules(
+            lr=request.lr,
+            decay=request.decay,
+            max_staleness=request.max_staleness,
+            max_norm=round(max_norm, 3),
+        ),
+        training=request.training,
+        sync_interval_s=request.sync_interval_s,
+    )
 
 
 def describe(request: SpecRequest, stop: threading.Event) -> dict[str, Any]:
@@ -287,58 +287,75 @@ def _ask(
                 raise StoppedError(STOPPED)
 
 
-def _first_meta(spec: Spec, described: Mapping[str, Any]) -> Meta:
+def first_meta(spec: Spec, rules: RuleSet, *, reach: float, not_reached: str) -> Meta:
+    """Meta of a new expert: version 0, and nothing of the base model pinned."""
     commit, now = new_id(), time.time()
-    meta = Meta(
+    return Meta(
         lineage=new_id(),
         commit=commit,
         weights_commit=commit,
         spec=spec.digest,
+        rules=rules,
         base_model=spec.base_model,
-        reach=described["reach"],
-        not_reached=described["not_reached"],
+        reach=reach,
+        not_reached=not_reached,
         protocol=records.PROTOCOL,
         software=software(),
         knows=features_text(),
         created_at=now,
         updated_at=now,
     )
+
+
+def _first_meta(spec: Spec, rules: RuleSet, described: Mapping[str, Any]) -> Meta:
+    meta = first_meta(spec, rules, reach=described["reach"], not_reached=described["not_reached"])
     identity = BaseIdentity(fingerprint=described["fingerprint"], tokenizer=described["tokenizer"])
     return identity.pin(meta, "aggregator")
 
 
-def check_unchanged(name: str, spec: Spec, request: SpecRequest) -> None:
-    """Raise SpecError if an explicit setting of the request is not what the existing expert has."""
-    asked: dict[str, tuple[object, object]] = {
+def check_identity(name: str, spec: Spec, request: SpecRequest) -> None:
+    """Raise SpecError if the existing expert is not what an explicit setting of the request says."""
+    for key, (wanted, has) in _identity(request, spec).items():
+        if key in request.explicit and wanted != has:
+            raise SpecError(
+                f"expert {name!r} exists with {key} {has!r}, not {wanted!r}: what an expert is never changes, so start "
+                "without this option, or choose another expert name or --prefix"
+            )
+
+
+def compare_rules(name: str, rules: RuleSet, request: SpecRequest) -> None:
+    """Say which explicit settings of the request are not the rules in force; those stay, an operator chose them."""
+    asked, present = _asked(request), rules.settings()
+    odd = [name for name in present if name in request.explicit and asked[name] != present[name]]
+    if odd:
+        logger.warning(
+            "%s: rules %d are in force, and stay so: %s; to have what is asked for here: fedmoe expert set %s %s",
+            name, rules.number, ", ".join(f"{one} {present[one]}" for one in odd),
+            name, " ".join(f"--{one.replace('_', '-')} {asked[one]}" for one in odd),
+        )  # fmt: skip
+
+
+def _identity(request: SpecRequest, spec: Spec) -> dict[str, tuple[object, object]]:
+    return {
         "base_model": (request.base_model, spec.base_model),
         "rank": (request.lora.rank, spec.lora.rank),
         "alpha": (request.lora.alpha, spec.lora.alpha),
         "targets": (request.lora.targets, spec.lora.targets),
-        "lr": (request.lr, spec.aggregation.lr),
-        "decay": (request.decay.kind, spec.aggregation.decay.kind),
-        "decay_a": (request.decay.a, spec.aggregation.decay.a),
-        "decay_b": (request.decay.b, spec.aggregation.decay.b),
-        "max_staleness": (
-            request.max_staleness,
-            "automatic" if spec.aggregation.max_staleness is None else spec.aggregation.max_staleness,
-        ),
-        "max_norm": (request.max_norm, spec.aggregation.max_norm),
         "wire_format": (request.wire_format, spec.wire_format),
-        "sync_interval": (request.sync_interval_s, spec.sync_interval_s),
         "seed": (request.seed, spec.init_seed),
         "chat_template": (template_digest(request.chat_template), template_digest(spec.chat_template)),
     }
-    asked |= {
-        key: (getattr(request.training, key), getattr(spec.training, key))
-        for key in TrainingSettings.__dataclass_fields__
-    }
-    for key in sorted(request.explicit & asked.keys()):
-        wanted, has = asked[key]
-        if wanted != has:
-            raise SpecError(
-                f"expert {name!r} exists with {key} {has!r}, not {wanted!r}: a spec never changes, so start "
-                "without this option, or choose another expert name or --prefix"
-            )
+
+
+def _asked(request: SpecRequest) -> dict[str, Any]:
+    """The request's rules by the names of their options."""
+    aggregation = AggregationRules(
+        lr=request.lr, decay=request.decay, max_staleness=request.max_staleness, max_norm=request.max_norm or 1.0
+    )  # fmt: skip
+    rules = RuleSet(
+        aggregation=aggregation, training=request.training, sync_interval_s=request.sync_interval_s
+    )
+    return rules.settings() | {"max_norm": request.max_norm}
 
 
 def _check_federation(gateway: GatewayStore, spec: Spec) -> None:

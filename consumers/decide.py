@@ -2,7 +2,7 @@
 
     duplicate    its (run, seq) is the worker's last decided update: changes nothing
     undecidable  not this lineage, not the head's successor, or not whole: changes nothing, its worker sends it again
-    refused      breaks a rule of the spec: becomes the head, with the reason
+    refused      breaks a rule: becomes the head, with the reason
     applied      becomes part of the expert and the head
 
 Redis is the truth about what is decided, the worker about what is not. So what cannot be decided decides nothing.
@@ -22,6 +22,7 @@ from fedmoe.errors import UpdateError
 from fedmoe.identity import BaseIdentity
 from fedmoe.layout import FLOAT_BYTES
 from fedmoe.records import Decided, Meta
+from fedmoe.rules import TrainingSettings
 from fedmoe.spec import Spec
 from fedmoe.staleness import staleness_of
 from fedmoe.update import Header, Part
@@ -52,10 +53,16 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """What a header says that nothing is wrong with: the staleness and factor of an update whose payload comes next."""
+    """What a header says that nothing is wrong with, and what its payload, which comes next, must not exceed.
+
+    Args:
+        staleness, factor: of the update.
+        max_norm: the largest Euclidean norm that its payload may have.
+    """
 
     staleness: int = 0
     factor: float = 1.0
+    max_norm: float = math.inf
 
 
 class Counts(NamedTuple):
@@ -65,19 +72,19 @@ class Counts(NamedTuple):
     n_tokens: int
 
 
-def counts_of(header: Header, spec: Spec) -> Counts:
-    """What the header claims, but no more than COUNTED_STEPS steps of the spec's batch can hold.
+def counts_of(header: Header, training: TrainingSettings) -> Counts:
+    """What the header claims, but no more than COUNTED_STEPS steps of the rules' batch can hold.
 
     A worker may claim any number. The bound uses nothing else that it claims, so a replay counts alike.
     """
-    most = COUNTED_STEPS * spec.training.batch_size * spec.training.accumulate
-    return Counts(min(header.n_examples, most), min(header.n_tokens, most * spec.training.max_length))
+    most = COUNTED_STEPS * training.batch_size * training.accumulate
+    return Counts(min(header.n_examples, most), min(header.n_tokens, most * training.max_length))
 
 
 def judge_header(
     header: Header, head: Decided | None, meta: Meta, spec: Spec, workers: int
 ) -> Verdict | Admission:
-    """Judge by the header alone: a verdict, or the admission of its payload.
+    """Judge by the header alone, under the rules in force: a verdict, or the admission of its payload.
 
     `workers` counts those that ever had an update decided (the fields of `decided`).
     Nothing of the payload need be read for the other outcomes: an update that is too large is never fetched.
@@ -94,10 +101,11 @@ def judge_header(
             f"follows update {header.prev}, the last decided is {head.id if head else None}",
         )
     staleness = staleness_of(meta.version, header.base_version)
-    bound = spec.aggregation.staleness_bound(workers)
+    rules = meta.rules.aggregation
+    bound = rules.staleness_bound(workers)
     if reason := _breach(header, meta, spec) or _too_far(header, staleness, meta, bound):
         return Verdict(Outcome.REFUSED, reason, staleness)
-    return Admission(staleness, spec.aggregation.lr * spec.aggregation.decay(staleness))
+    return Admission(staleness, rules.lr * rules.decay(staleness), rules.max_norm)
 
 
 def _breach(header: Header, meta: Meta, spec: Spec) -> str:
@@ -183,10 +191,10 @@ def judge_payload(
             "--precision"
         )
         return Verdict(Outcome.REFUSED, reason, admission.staleness)
-    if norm > spec.aggregation.max_norm:
+    if norm > admission.max_norm:
         reason = (
-            f"its norm {norm:.4g} is above max_norm {spec.aggregation.max_norm:.4g}, largest in tensor "
-            f"{_largest(spec, space)!r}: check that worker's data, or create the expert with a larger --max-norm"
+            f"its norm {norm:.4g} is above max_norm {admission.max_norm:.4g}, largest in tensor "
+            f"{_largest(spec, space)!r}: check that worker's data, or raise the bound (fedmoe expert set --max-norm)"
         )
         return Verdict(Outcome.REFUSED, reason, admission.staleness)
     return Verdict(Outcome.APPLIED, "", admission.staleness, admission.factor, norm)

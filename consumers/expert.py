@@ -1,7 +1,7 @@
 """One expert as an aggregator retains it: decide a batch of entries, fold, and say what to commit.
 
-Knows the store only to read headers and parts. After any error, and after a refused commit, the retained state is that
-of the last load or commit, and Redis may be elsewhere: load again.
+Knows the store only to read headers and parts. After any error or refused commit, the retained state is that of the
+last load or commit, and Redis may be elsewhere: load again.
 """
 
 import logging
@@ -309,7 +309,7 @@ class Expert:
         return verdict, kept
 
     def _apply(self, worker: str, header: Header, verdict: Verdict, kept: str, commit: Commit) -> None:
-        meta, counts = self.meta, counts_of(header, self.spec)
+        meta, counts = self.meta, counts_of(header, self.meta.rules.training)
         self.meta = replace(
             meta,
             version=meta.version + 1,
@@ -332,6 +332,7 @@ class Expert:
             norm=verdict.norm,
             loss=header.loss,
             n_examples=counts.n_examples,
+            rules=meta.rules.number,
             prev=str(header.prev or ""),
             claimed_examples=header.n_examples if is_clamped else None,
             claimed_tokens=header.n_tokens if is_clamped else None,
@@ -395,6 +396,5 @@ class Expert:
             self._warned.add(text)
             logger.warning("%s: %s", self.store.name, text)
 
-    def _pin(self, identity: BaseIdentity, worker: str) -> None:
-        """Pin what nobody has pinned yet of the base model."""
+    def _pin(self, identity: BaseIdentity, worker: str) -> None:  # what nobody has pinned yet
         self.meta = identity.pin(self.meta, f"worker {worker}")

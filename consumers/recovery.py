@@ -9,6 +9,7 @@ than the aggregator that served the expert. Before an aggregator drops its retai
     Redis holds a commit that was never seen here      somebody else committed, or an operator restored a backup:
                                                        Redis is right. Kept updates that it lacks are announced
                                                        again; `prev` keeps them from counting twice
+    Redis holds the retained state under later rules   an operator changed them: a commit of this history
 
 *Earlier commit of this history* means: a commit that this retained state passed through. To compare versions would not
 do: it would undo `fedmoe restore --replace`.
@@ -17,11 +18,12 @@ do: it would undo `fedmoe restore --replace`.
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from consumers.expert import Expert
 from fedmoe.archive import Archive
 from fedmoe.errors import DamagedExpertError, ProtocolError, StaleStateError, UnknownExpertError, UpdateError
-from fedmoe.lines import AnchorLine, AppliedLine, read_line
+from fedmoe.lines import AppliedLine, RulesLine, read_line
 from fedmoe.records import Decided, Meta
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.lifecycle import Condition, Line
@@ -48,7 +50,7 @@ def undone(
     behind = {worker for worker, head in heads.items() if _is_before(head, mine[worker].id)}
     lost: list[AppliedLine] = []
     for line in map(read_line, reversed(lines)):
-        if isinstance(line, AnchorLine) or line.worker not in behind:
+        if not isinstance(line, AppliedLine) or line.worker not in behind:
             continue
         head = heads[line.worker]
         if head is not None and (line.run, line.seq) == head:
@@ -65,6 +67,13 @@ def _is_before(head: UpdateId | None, last: UpdateId) -> bool:
     if head is None:
         return True
     return head.seq < last.seq if head.run == last.run else head.incarnation < last.incarnation
+
+
+def is_change_of_rules(mine: Meta, theirs: Meta) -> bool:
+    """True if the state in Redis is the retained one under rules of a later number: only an operator's commit is."""
+    same = replace(theirs, commit=mine.commit, rules=mine.rules, updated_at=mine.updated_at)
+    # As Redis has them: it holds numbers with fewer digits.
+    return theirs.rules.number > mine.rules.number and same.to_hash() == mine.to_hash()
 
 
 class Recovery:
@@ -148,12 +157,21 @@ class Recovery:
                 self._store.name,
                 f"{found.damage} (this aggregator retains another history in memory and cannot repair it)",
             )
+        if expert.history.last == mine.commit and is_change_of_rules(mine, theirs):
+            self._follow_rules(expert, theirs)
+            return
         if theirs.lineage != mine.lineage or theirs.restored not in ("", mine.restored):
             logger.warning(
                 "%s: an operator replaced the expert; going on from version %d, not from the version %d in memory",
                 self._store.name, theirs.version, mine.version,
             )  # fmt: skip
             return
+        if theirs.rules.number < mine.rules.number:
+            logger.warning(
+                "%s: Redis has an older state, before an operator changed the rules (%s): rules %d are in force again; "
+                "change them again with `fedmoe expert set`",
+                self._store.name, theirs.rules.differences(mine.rules), theirs.rules.number,
+            )  # fmt: skip
         lost = undone(expert.history.since("")[0], expert.decided, found.decided)
         if not lost and theirs.version >= mine.version:
             return
@@ -162,7 +180,18 @@ class Recovery:
             "are missing, %d of them are sent again from --keep-updates; workers that still have the others send those "
             "again",
             self._store.name, mine.version, theirs.version, theirs.aggregator or "nobody", len(lost),
-            self._announce(lost, theirs.version + expert.spec.aggregation.staleness_bound(0)),
+            self._announce(lost, theirs.version + theirs.rules.aggregation.staleness_bound(0)),
+        )  # fmt: skip
+
+    def _follow_rules(self, expert: Expert, theirs: Meta) -> None:
+        """An operator's commit on the retained one: go on from it, with it in the history."""
+        mine = expert.meta
+        changed = mine.rules.differences(theirs.rules)
+        line = RulesLine(version=mine.version, changed=changed, ended=mine.rules)
+        expert.history.attempt(theirs.commit, [line.to_fields()])
+        logger.info(
+            "%s: an operator changed the rules: %s (rules %d from version %d on)",
+            self._store.name, changed, theirs.rules.number, theirs.version,
         )  # fmt: skip
 
     def _announce(self, lines: Sequence[AppliedLine], latest: int) -> int:

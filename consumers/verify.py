@@ -10,8 +10,10 @@ from fedmoe.archive import Anchor, Archive
 from fedmoe.codec import decode
 from fedmoe.errors import UpdateError
 from fedmoe.layout import AdapterBuffer
-from fedmoe.lines import AnchorLine, AppliedLine, LogLine, read_line
+from fedmoe.lines import AnchorLine, AppliedLine, RulesLine, read_line
 from fedmoe.lora_init import initial_weights
+from fedmoe.records import Meta
+from fedmoe.rules import RuleSet
 from fedmoe.spec import Spec
 from fedmoe.staleness import staleness_of
 
@@ -31,31 +33,34 @@ class Replay:
     begin: str = ""
 
 
-def replay(
-    spec: Spec, lines: Iterable[Mapping[str, str]], archive: Archive, *, upto: int, lineage: str = ""
-) -> Replay:
-    """Recompute the weights at version `upto` from the log's lines (oldest first) and the kept updates.
+def replay(spec: Spec, meta: Meta, lines: Iterable[Mapping[str, str]], archive: Archive) -> Replay:
+    """Recompute the weights at meta's version from the log's lines (oldest first) and the kept updates.
 
-    Each line is held against its update: the version it made, the staleness and the factor that follow from the
-    spec. A line that does not fit ends the replay with the problem. It begins at version 0; or at the last line that an
-    aggregator wrote when it gave an expert back to a Redis that had lost it; or, if the updates after that are not kept
-    any more, at the first anchor of this `lineage` in the archive.
+    Each line is held against its update: the version it made, the staleness, and the factor that follows from the
+    rules in force then. A line that does not fit ends the replay with the problem. It begins at version 0; or at the
+    last line that an aggregator wrote when it gave an expert back to a Redis that had lost it; or, if the updates after
+    that are not kept any more, at the first anchor of this lineage in the archive.
     """
+    upto = meta.version
     buffer = AdapterBuffer(spec.layout)
     version = 0
     try:
-        version, begin, history = _begin(
-            [read_line(line) for line in lines], archive, upto=upto, lineage=lineage, buffer=buffer, spec=spec
-        )
+        history = [read_line(line) for line in lines]
+        changes = [line for line in history if isinstance(line, RulesLine)]
+        rule_sets = {one.number: one for one in (*(line.ended for line in changes), meta.rules)}
+        version, begin, applied = _begin(
+            [line for line in history if not isinstance(line, RulesLine)],
+            archive, upto=upto, lineage=meta.lineage, buffer=buffer, spec=spec,
+        )  # fmt: skip
     except (UpdateError, KeyError, ValueError) as error:
         return Replay(version, buffer, str(error))
     since = version
     delta = torch.empty(spec.layout.numel)
-    for line in history:
+    for line in applied:
         if version == upto:
             break
         try:
-            _fold_line(line, version, spec, archive, delta, buffer)
+            _fold_line(line, version, spec, rule_sets, archive, delta, buffer)
         except (UpdateError, KeyError, ValueError) as error:
             return Replay(version, buffer, f"version {version + 1}: {error}", since, begin)
         version += 1
@@ -64,7 +69,7 @@ def replay(
 
 
 def _begin(
-    history: list[LogLine],
+    history: Iterable[AppliedLine | AnchorLine],
     archive: Archive,
     *,
     upto: int,
@@ -125,6 +130,7 @@ def _fold_line(
     line: AppliedLine,
     version: int,
     spec: Spec,
+    rule_sets: Mapping[int, RuleSet],
     archive: Archive,
     delta: torch.Tensor,
     buffer: AdapterBuffer,
@@ -136,8 +142,9 @@ def _fold_line(
     )
     header, parts = archive.load(line.update)
     _check((header.run, header.seq) == (line.run, line.seq), "the kept update is another one")
-    staleness = staleness_of(version, header.base_version)
-    factor = spec.aggregation.lr * spec.aggregation.decay(staleness)
+    _check(line.rules in rule_sets, f"it was decided under rules {line.rules}, which are not in the log")
+    rules, staleness = rule_sets[line.rules].aggregation, staleness_of(version, header.base_version)
+    factor = rules.lr * rules.decay(staleness)
     _check(line.staleness == staleness, f"staleness {line.staleness}, should be {staleness}")
     _check(line.factor == factor, f"factor {line.factor!r}, should be {factor!r}")
     decode(parts, spec.wire_format, delta)

@@ -79,6 +79,21 @@ def known_fields(record: type, content: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in content.items() if name in names}
 
 
+def take_unknown(record: type, content: dict[str, Any]) -> dict[str, Any]:
+    """Take out of a JSON object, and return, what a later FedMoE wrote: fields that the record lacks."""
+    names = {one.name for one in fields(record)} - {"unknown"}
+    return {name: content.pop(name) for name in sorted(content.keys() - names)}
+
+
+def put_back(content: dict[str, Any], more: dict[str, Any]) -> None:
+    """Put back into a JSON object what `take_unknown` took out, also of the objects in it."""
+    for name, value in more.items():
+        if name in content:
+            put_back(content[name], value)
+        else:
+            content[name] = value
+
+
 def number(raw: bytes | str | None) -> float | None:
     """A finite number, or None."""
     try:
@@ -103,6 +118,8 @@ def _decoded(text: bytes | str, *, errors: str) -> str:
 
 
 def _text(value: Any, one: "Field[Any]") -> str:
+    if hasattr(value, "to_json"):
+        return str(value.to_json())
     if not isinstance(value, float):
         return str(value)
     return repr(value) if one.metadata.get("exact") or abs(value) >= 1e6 else f"{value:.6g}"
@@ -116,5 +133,7 @@ def _parse(one: "Field[Any]", text: str) -> Any:
         if (value := number_of(text)) is None:
             raise ValueError(f"{one.name} is {text!r}")
         return value
+    if hasattr(kind, "from_json"):
+        return kind.from_json(text)
     assert kind in (str, int, float), kind
     return kind(text)

@@ -189,7 +189,7 @@ def measure(store: GatewayStore, settings: HeldOutSettings, *, report: Callable[
     tokenizer = load_tokenizer(base_model)
     model = load_base(base_model, device=device, dtype=dtype)
     print_of_base = fingerprint(model)
-    max_length = max(spec.training.max_length for spec in specs.values())
+    max_length = max(store.meta(name).rules.training.max_length for name in specs)
     templates = {name: exports[name].chat_template for name in specs}
     _check_base(store, print_of_base, tokenizer, templates)
     check_padding(tokenizer, config, base_model)

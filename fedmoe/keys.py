@@ -12,12 +12,12 @@ transaction. `fedmoe` is the prefix, a setting, so that several federations can 
     fedmoe:{E}:payload:<worker>:trial:<name>        hash    of `fedmoe doctor`, while it tries transactions; expires
     fedmoe:{E}:weights                              string  the expert, a safetensors file
     fedmoe:{E}:packed                               string  as workers pull it (packed.py); none in format fp32
-    fedmoe:{E}:meta                                 hash    version, lineage, commit, weights_commit, counters; readable
+    fedmoe:{E}:meta                                 hash    version, lineage, commit, rules in force, counters; readable
                                                             (of a removed expert: when, and a last commit)
-    fedmoe:{E}:spec                                 string  JSON: base model, LoRA, layout, rules; never changes
+    fedmoe:{E}:spec                                 string  JSON: base model, LoRA, layout; never changes
     fedmoe:{E}:decided                              hash    worker -> its last decided update and how (JSON)
     fedmoe:{E}:worker:<worker>                      hash    heartbeat; expires
-    fedmoe:{E}:log                                  stream  one line per applied update; capped
+    fedmoe:{E}:log                                  stream  one line per applied update or change of rules; capped
     fedmoe:{E}:dead                                 stream  refused updates and garbage, with the reason; capped
     fedmoe:{E}:lease                                string  the aggregator that serves this expert; expires
     fedmoe:{E}:lost                                 hash    worker -> lineage it knew, when the expert was found gone

@@ -1,12 +1,13 @@
-"""The lines of an expert's two streams: what was applied (`log`), and what was not taken (`dead`). Pure."""
+"""The lines of an expert's two streams: what changed it (`log`), and what was not taken (`dead`). Pure."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fedmoe.errors import UpdateError
+from fedmoe.errors import SpecError, UpdateError
 from fedmoe.features import check_requires
 from fedmoe.fields import exact, from_text, from_untrusted, optional, to_text
+from fedmoe.rules import RuleSet
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,6 +19,7 @@ class AppliedLine:
         worker, run, seq, prev: the update, and the one before it in its worker's chain ("" for the first).
         base_version, staleness: of the update; factor: what it was multiplied with; norm: Euclidean, before that.
         loss: training loss that the worker reported.
+        rules: number of the rule set that it was decided under.
         n_examples: rows that it counts for; claimed_examples, claimed_tokens: what it claimed, if that was more.
         update: digest under which it was kept, "" if it was not (`--keep-updates`).
         requires: what a replay must know.
@@ -33,6 +35,7 @@ class AppliedLine:
     norm: float
     loss: float
     n_examples: int
+    rules: int
     prev: str = optional("")
     claimed_examples: int | None = optional(None)
     claimed_tokens: int | None = optional(None)
@@ -65,7 +68,28 @@ class AnchorLine:
         return to_text(self, sparse=True)
 
 
-LogLine = AppliedLine | AnchorLine
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RulesLine:
+    """A line of the log: an operator changed the rules.
+
+    Args:
+        version: of the expert then.
+        changed: what, for people: `lr 1 -> 0.5`.
+        ended: the rule set that was in force until then. The new one stands in `meta`, or in the next such line.
+        requires: what a replay must know.
+    """
+
+    version: int
+    changed: str
+    ended: RuleSet
+    requires: str = optional("")
+
+    def to_fields(self) -> dict[str, str]:
+        """The line as Redis stores it."""
+        return to_text(self, sparse=True)
+
+
+LogLine = AppliedLine | AnchorLine | RulesLine
 
 
 def read_line(raw: Mapping[Any, bytes | str]) -> LogLine:
@@ -77,12 +101,13 @@ def read_line(raw: Mapping[Any, bytes | str]) -> LogLine:
     """
     requires = raw.get("requires") or raw.get(b"requires") or ""
     check_requires(requires.decode(errors="replace") if isinstance(requires, bytes) else requires, "the log")
-    is_anchor = bool({"restored", b"restored"} & raw.keys())
+    names = {name.decode(errors="replace") if isinstance(name, bytes) else name for name in raw}
     try:
-        line: LogLine = from_text(AnchorLine, raw) if is_anchor else from_text(AppliedLine, raw)
-    except (KeyError, ValueError) as error:
+        if "restored" in names:
+            return from_text(AnchorLine, raw)
+        return from_text(RulesLine, raw) if "ended" in names else from_text(AppliedLine, raw)
+    except (KeyError, ValueError, SpecError) as error:
         raise UpdateError(f"a line of the log is malformed ({error!r}); was it edited by hand?") from error
-    return line
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,6 +18,11 @@ def is_name(name: str) -> bool:
     return 0 < len(name) <= MAX_NAME_LENGTH and _NAME.fullmatch(name) is not None
 
 
+def is_expert(name: str) -> bool:
+    """True if an expert may be called so."""
+    return is_name(name) and name not in RESERVED_EXPERTS
+
+
 def check_name(what: str, name: str) -> str:
     """Return `name`, or raise SettingsError that says what a name of this kind may look like."""
     if not is_name(name):

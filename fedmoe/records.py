@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fedmoe.errors import ProtocolError, RemovedExpertError, SpecError
 from fedmoe.features import check_requires
 from fedmoe.fields import from_text, optional, to_text
+from fedmoe.rules import RuleSet
 from fedmoe.update import UpdateId
 
 NO_DECISIONS = "0" * 16  # the stamp of no decided updates, see fedmoe/integrity.py
@@ -14,7 +15,8 @@ NO_DECISIONS = "0" * 16  # the stamp of no decided updates, see fedmoe/integrity
 # also with the formats of header and spec; not for a field of `meta` that an earlier one can leave alone.
 # 2: headers name the tokenizer, specs may hold a chat template and towers, parts are stamped.
 # 3: the keys and fields `decided`, `header`, `incarnation` and `aggregation` have these names.
-PROTOCOL = 3
+# 4: the rules stand in `meta` under a number, no longer in the spec.
+PROTOCOL = 4
 FIRST_PROTOCOL = 1  # what is spoken where none is named, as before there was a name for it
 HEARTBEAT_TTL_S = 15.0  # a worker whose heartbeat has expired is gone
 TRACE_TTL_S = 7 * 24 * 3600.0  # so long it is told how a worker left
@@ -64,6 +66,7 @@ class Meta:
         commit: random id of the transaction that made this state, the head of the expert's history.
         weights_commit: the last commit that changed the weights.
         spec: digest of the spec.
+        rules: in force, as JSON with their number (see `fedmoe.rules`).
         decided_stamp: of all workers' last decided updates, which must be those that are there (integrity.py).
         restored: commit of the last `fedmoe restore`; "" if there was none.
         base_fingerprint: of the base model's weights; empty until somebody pinned it (base_fingerprint_by).
@@ -87,6 +90,7 @@ class Meta:
     commit: str
     weights_commit: str
     spec: str
+    rules: RuleSet = field(default_factory=RuleSet)
     decided_stamp: str = NO_DECISIONS
     restored: str = ""
     version: int = 0

@@ -31,6 +31,7 @@ from fedmoe.features import check_requires
 from fedmoe.fields import known_fields
 from fedmoe.packed import unpack_again
 from fedmoe.records import Meta
+from fedmoe.rules import RuleSet
 from fedmoe.spec import Spec
 from fedmoe.update import Header, UpdateId
 from producers.ledger import Ledger, Outgoing, Trained
@@ -163,7 +164,7 @@ class StateDir:
             "run": ledger.run,
             "seq": ledger.seq,
             "start": list(ledger.start) if ledger.start else None,
-            "meta": asdict(ledger.meta),
+            "meta": asdict(ledger.meta) | {"rules": ledger.meta.rules.to_json()},
             "trained": asdict(checkpoint.trained),
             "position": checkpoint.position,
             "data": checkpoint.data,
@@ -303,7 +304,7 @@ def _meta(content: dict[str, Any]) -> Meta:
     needed = {one.name for one in fields(Meta) if not one.metadata.get("optional")}
     if missing := sorted(needed - content.keys()):
         raise ValueError(f"its meta lacks {missing[0]}")
-    return Meta(**known_fields(Meta, content))
+    return Meta(**known_fields(Meta, content) | {"rules": RuleSet.from_json(content["rules"])})
 
 
 def _as_tensor(blob: bytes) -> torch.Tensor:

@@ -12,6 +12,7 @@ from typing import Protocol, TypeVar
 
 import torch
 
+from fedmoe.rules import TrainingSettings
 from producers.ledger import Change, Trained
 
 
@@ -52,6 +53,10 @@ class Trains(Protocol):
         """A copy on the CPU of the optimizer's state."""
         ...
 
+    def adopt(self, settings: TrainingSettings) -> None:
+        """Train by these settings from the next step on."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingState:
@@ -77,6 +82,7 @@ class Exchange:
         self._with_optimizer = with_optimizer
         self._lock = threading.Lock()
         self._changes: deque[Change] = deque()
+        self._settings: TrainingSettings | None = None  # to be taken over at the next boundary
         self._trained = trained or Trained()
         self._wanted = False
         self._consume = False
@@ -115,8 +121,11 @@ class Exchange:
         )
 
     def boundary(self) -> None:
-        """Training thread, between two steps: apply corrections, then copy if a copy is wanted."""
+        """Training thread, between two steps: apply corrections and new settings, then copy if a copy is wanted."""
         with self._lock:
+            if self._settings is not None:
+                self._trainer.adopt(self._settings)
+                self._settings = None
             while self._changes:
                 self._apply(self._changes[0])  # stays, if the memory for it is not there
                 self._changes.popleft()
@@ -159,6 +168,11 @@ class Exchange:
         if change.correction is not None or change.replace:
             with self._lock:
                 self._changes.append(change)
+
+    def adopt(self, settings: TrainingSettings) -> None:
+        """Sync thread: have the training go by these settings from the next boundary on."""
+        with self._lock:
+            self._settings = settings
 
     def request(self, *, consume: bool) -> None:
         """Sync thread: ask for a copy at the next boundary; corrections given before are in it.

@@ -27,7 +27,6 @@ from fedmoe import features
 from fedmoe.codec import decoded, encode, scratch_values
 from fedmoe.errors import NameTakenError
 from fedmoe.records import Decided, Meta
-from fedmoe.spec import AggregationRules
 from fedmoe.update import Header, Part, UpdateId
 
 
@@ -220,9 +219,9 @@ class Ledger:
         self.queue.append(Outgoing(header, parts))
         return self.queue[-1]
 
-    def to_send(self, rules: AggregationRules) -> tuple[Header, tuple[bytes, ...]]:
+    def to_send(self) -> tuple[Header, tuple[bytes, ...]]:
         """Header and parts of the first undecided update; its base is no further ahead than the rules allow."""
-        update = self.queue[0]
+        update, rules = self.queue[0], self.meta.rules.aggregation
         return update.header.at_most(self.meta.version + rules.staleness_bound(0)), update.parts
 
     def _chain(self) -> list[Outgoing]:

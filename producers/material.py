@@ -27,7 +27,7 @@ from fedmoe.model.base import (
 from fedmoe.model.bounds import check_examples, check_padding
 from fedmoe.model.tokenizer import load_tokenizer, tokenizer_fingerprint, use_template
 from fedmoe.records import Meta
-from fedmoe.spec import Spec, TrainingSettings
+from fedmoe.spec import Spec
 from fedmoe.template_file import read_template
 from producers.settings import WorkerSettings
 from producers.trainer import Trainer
@@ -78,7 +78,7 @@ def prepare(
     model = load_base(base_model, device=device, dtype=autocast if device.type != "cpu" else torch.float32)
     make = RowCache(cache, report=report).examples if cache else partial(make_examples, report=report)
     examples = make(
-        data, tokenizer, spec.training.max_length, bad_rows, learn=settings.learn, stopped=stopped
+        data, tokenizer, meta.rules.training.max_length, bad_rows, learn=settings.learn, stopped=stopped
     )
     report(f"{settings.data}: {examples.summary()}")
     check_examples(examples.examples, settings.data, tokenizer, config)
@@ -90,7 +90,9 @@ def prepare(
             flat=flat,
             examples=examples.examples,
             pad_id=padding_id(tokenizer),
-            settings=_training(settings, spec),
+            settings=meta.rules.training,
+            batch_size=settings.batch_size,
+            accumulate=settings.accumulate,
             seed=spec.init_seed + _seed_of(settings.worker),
             device=device,
             autocast=autocast,
@@ -100,16 +102,6 @@ def prepare(
     brought = "" if spec.chat_template else own
     identity = replace(identity, fingerprint=fingerprint(model), chat_template=brought)
     return Material(identity, len(examples.examples), examples.digest(), make_trainer)
-
-
-def _training(settings: WorkerSettings, spec: Spec) -> TrainingSettings:
-    """The spec's, with what this worker has of its own."""
-    training = spec.training
-    if settings.batch_size:
-        training = replace(training, batch_size=settings.batch_size)
-    if settings.accumulate:
-        training = replace(training, accumulate=settings.accumulate)
-    return training
 
 
 def _seed_of(name: str) -> int:

@@ -27,6 +27,7 @@ from fedmoe.errors import (
 )
 from fedmoe.identity import BaseIdentity
 from fedmoe.records import Meta
+from fedmoe.rules import RuleSet
 from fedmoe.spec import Spec
 from fedmoe.store.worker import Poll, WorkerStore
 from fedmoe.update import UpdateId
@@ -34,6 +35,7 @@ from producers.checkpoint import Checkpoint, StateDir
 from producers.exchange import Exchange, TrainingState
 from producers.heartbeat import Fields, Heartbeat, SyncStatus
 from producers.ledger import Change, Ledger, Trained
+from producers.news import change_of_rules, told
 from producers.pace import Pace
 from producers.saver import RETRY_S, Saver
 from producers.watch import LOOK_S, AggregatorWatch
@@ -102,7 +104,7 @@ class Sync:
         self._problems: dict[str, str] = {}
         self._ended = False
         self._checkpoint_interval_s = checkpoint_interval_s
-        self._next_update_at = clock() + spec.sync_interval_s
+        self._next_update_at = clock() + ledger.meta.rules.sync_interval_s
         self._next_save = clock() + checkpoint_interval_s
         self._waiting_for_state = self._checkpointing = False
         self._unsaved: TrainingState | None = None
@@ -222,7 +224,7 @@ class Sync:
         state = self._copy(consume=True)
         if state is None:
             return False
-        self._next_update_at = now + self._spec.sync_interval_s
+        self._next_update_at = now + self.ledger.meta.rules.sync_interval_s
         self._next_save = now + self._checkpoint_interval_s
         if state.trained.steps:
             progress = self.ledger.progress(state.local)
@@ -255,13 +257,13 @@ class Sync:
 
         It must not be published: taken off again after the refusal, numbers that large leave nothing of the rest.
         """
-        norm = float(torch.linalg.vector_norm(progress))
-        if norm <= self._spec.aggregation.max_norm:
+        norm, bound = float(torch.linalg.vector_norm(progress)), self.ledger.meta.rules.aggregation.max_norm
+        if norm <= bound:
             return False
         logger.warning(
             "the training diverged: %d steps changed the adapter by a norm of %.3g, the bound is %.4g; they are "
             "dropped, going on from the expert's weights (is the learning rate too high?)",
-            steps, norm, self._spec.aggregation.max_norm,
+            steps, norm, bound,
         )  # fmt: skip
         self._exchange.correct(Change(correction=self.ledger.base + self.ledger.pending(), replace=True))
         return True
@@ -313,7 +315,7 @@ class Sync:
                 self._pull(poll.weights_commit)
                 return 0.0
             self._sent = update.id
-            self._entry = self._store.publish(*self.ledger.to_send(self._spec.aggregation))
+            self._entry = self._store.publish(*self.ledger.to_send())
             self.status = replace(self.status, published=self.status.published + 1)
             return self._pace.sent()
         poll = self._store.poll(self._entry, update.header)
@@ -339,7 +341,7 @@ class Sync:
 
         `seen` is the weights' commit that a poll has just shown, "" if nobody has looked.
         """
-        mine = self.ledger.meta.weights_commit
+        mine, rules = self.ledger.meta.weights_commit, self.ledger.meta.rules
         pulled = self._store.pull(self._spec, known=mine if seen in ("", mine) else "")
         self._check_still_welcome(pulled.meta)
         change = self.ledger.observe(
@@ -349,7 +351,8 @@ class Sync:
         self._exchange.correct(change)
         self._entry = None  # of another update, or of a history that is no longer so
         self._pace.moved_on()
-        self._tell(change, steps)
+        self.status = told(self.status, change, self.ledger, steps)
+        self._follow_rules(rules)
 
     def _check_still_welcome(self, meta: Meta) -> None:
         """Raise RefusedError if every further update would be refused."""
@@ -360,41 +363,14 @@ class Sync:
         if refusal := self._identity.refusal(meta, self._store.expert):
             raise RefusedError(refusal)
 
-    def _tell(self, change: Change, steps: int) -> None:
-        """Say what happened, and bring the status up to date; `steps` were in no update yet."""
-        status = self.status
-        if change.how is not None:
-            refused = change.how.how == "refused"
-            if refused:
-                logger.warning("update %s was refused: %s", change.how.id, change.how.reason)
-            status = replace(
-                status,
-                undecided=0,
-                staleness=change.how.staleness,
-                applied=status.applied + len(change.decided) - refused,
-                refused=status.refused + refused,
-            )
-        if change.resent:
-            logger.warning(
-                "Redis has an older state: version %d before, version %d now; %d updates are sent again, nothing to do",
-                status.version, self.ledger.meta.version, len(change.resent),
-            )  # fmt: skip
-        if change.lost:
-            logger.warning("Redis has an older state than kept here: the updates %s are lost", change.lost)
-        if change.replace:
-            logger.warning(
-                "the expert's history is not the one known here (%s): %d undecided updates and %d steps since are "
-                "dropped, going on from its current weights",
-                "this worker was restored from an old checkpoint"
-                if change.position
-                else "an operator created the expert from zero",
-                len(change.dropped),
-                steps,
-            )
-        queue = self.ledger.queue
-        self.status = replace(
-            status, version=self.ledger.meta.version, in_flight=queue[0].header.seq if queue else 0
-        )
+    def _follow_rules(self, before: RuleSet) -> None:
+        """Take over what an operator has changed since the last pull, and say so."""
+        rules = self.ledger.meta.rules
+        if rules == before:
+            return
+        self._next_update_at = min(self._next_update_at, self._clock() + rules.sync_interval_s)
+        self._exchange.adopt(rules.training)
+        logger.info("%s", change_of_rules(before, rules))
 
     def _beat(self) -> None:
         self._heart.beat(self.ledger, self.status)

@@ -6,7 +6,7 @@ What comes from elsewhere (a pull) is added to `flat` between two steps, and the
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ from fedmoe.data.encode import Example
 from fedmoe.data.examples import collate, indices
 from fedmoe.errors import TooLittleMemoryError
 from fedmoe.model.loss import completion_loss
-from fedmoe.spec import TrainingSettings
+from fedmoe.rules import TrainingSettings
 
 MICRO_BATCH, TOO_LARGE = "micro_batch", "too_large"  # in the state
 MOST_MISSES = 8  # so many examples in a row that do not fit alone: then it is not they that are too large
@@ -65,6 +65,8 @@ class Trainer:
 
     Args:
         model: on `device`, with exactly the views of `flat` (numel,) fp32 as its trainable parameters.
+        settings: of the expert's rules.
+        batch_size, accumulate: this worker's own, which go before those of the settings; 0 for none.
         seed: of the data order.
         autocast: dtype to compute in; float32 means no autocast.
         position: examples consumed so far.
@@ -82,6 +84,8 @@ class Trainer:
         device: torch.device,
         autocast: torch.dtype = torch.float32,
         position: int = 0,
+        batch_size: int = 0,
+        accumulate: int = 0,
     ) -> None:
         self.flat = flat
         self.position = position
@@ -89,11 +93,13 @@ class Trainer:
         self._model = model
         self._examples = examples
         self._pad_id = pad_id
-        self._settings = settings
+        own = {"batch_size": batch_size, "accumulate": accumulate}
+        self._own = {name: value for name, value in own.items() if value}
+        self._settings = replace(settings, **self._own)
         self._seed = seed
         self._device = device
         self._autocast = autocast
-        self._micro_batch = settings.batch_size
+        self._micro_batch = self._settings.batch_size
         self._too_large: set[int] = set()  # examples that do not fit even alone
         self._misses: list[int] = []  # those of them since something fitted last
         self._grad = _flat_gradient(model, flat)
@@ -107,6 +113,18 @@ class Trainer:
             "exp_avg_sq": torch.zeros_like(flat),
         }
         self._optimizer.state[parameter] = self._moments
+
+    def adopt(self, settings: TrainingSettings) -> None:
+        """Train by other settings from the next step on; optimizer moments, position and what did not fit stay."""
+        for name, value in self._own.items():
+            if getattr(settings, name) != value:
+                log.info("this worker keeps its own --%s %d", name.replace("_", "-"), value)
+        before, self._settings = self._settings, replace(settings, **self._own)
+        fitted = self._micro_batch == before.batch_size
+        largest = self._settings.batch_size
+        self._micro_batch = largest if fitted else min(self._micro_batch, largest)
+        for group in self._optimizer.param_groups:
+            group["weight_decay"] = settings.weight_decay
 
     def step(self) -> StepResult:
         """`compute` and `apply`."""

@@ -142,6 +142,7 @@ class Worker:
         self._joining.pin_base(material.identity, state_id=state_id)
         trainer = material.make_trainer()
         ledger, trained = self._open_books(state_dir, trainer, spec, material.data)
+        trainer.adopt(ledger.meta.rules.training)  # until the next pull
         progress = Progress()
         exchange = Exchange(trainer, with_optimizer=state_dir is not None, trained=trained)
         sync = Sync(

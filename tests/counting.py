@@ -6,7 +6,7 @@ So after any fault the books are checked with whole numbers: the weights must eq
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
@@ -18,7 +18,8 @@ from fedmoe.identity import BaseIdentity
 from fedmoe.keys import GROUP
 from fedmoe.layout import AdapterBuffer, Layout, values_of
 from fedmoe.lora_init import initial_weights
-from fedmoe.spec import AggregationRules, Spec
+from fedmoe.rules import AggregationRules, RuleSet, TrainingSettings
+from fedmoe.spec import Spec
 from fedmoe.staleness import Decay
 from fedmoe.store.connection import Connection
 from fedmoe.store.expert import ExpertStore
@@ -30,19 +31,22 @@ from tests.federation import FINGERPRINT, ScriptedWorker, first_meta, small_spec
 EXPERT = "sql_expert"
 
 
-def counting_spec(n_values: int = 12, *, sync_interval_s: float = 0.05) -> Spec:
+def counting_spec(n_values: int = 12) -> Spec:
     """A spec whose only tensor (n_values, an even number) is a LoRA B, which begins at 0."""
     layout = Layout.of([("base_model.model.layers.0.q_proj.lora_B.weight", (n_values // 2, 2))])
-    rules = AggregationRules(decay=Decay(kind="constant"), max_norm=1e9)
-    return replace(small_spec(layout=layout, aggregation=rules), sync_interval_s=sync_interval_s)
+    return small_spec(layout=layout)
 
 
-def create_expert(connection: Connection, spec: Spec, name: str = EXPERT) -> ExpertStore:
-    """Create the expert at its real version 0."""
+def create_expert(
+    connection: Connection, spec: Spec, name: str = EXPERT, *, sync_interval_s: float = 0.05
+) -> ExpertStore:
+    """Create the expert at its real version 0, under rules that count."""
+    aggregation = AggregationRules(decay=Decay(kind="constant"), max_norm=1e9)
+    rules = RuleSet(aggregation=aggregation, sync_interval_s=sync_interval_s)
     buffer = AdapterBuffer(spec.layout)
     buffer.flat.copy_(initial_weights(spec.layout, spec.init_seed))
     store = ExpertStore(connection, name)
-    assert store.create(spec, first_meta(spec), buffer.file, gateway_weight=1.0)
+    assert store.create(spec, first_meta(spec, rules=rules), buffer.file, gateway_weight=1.0)
     return store
 
 
@@ -66,6 +70,9 @@ class Counter:
     def state(self) -> Mapping[str, torch.Tensor]:
         """There is no optimizer."""
         return {}
+
+    def adopt(self, settings: TrainingSettings) -> None:
+        """It counts under any rules."""
 
     def step(self) -> Step:
         """Add 1 to every value."""
@@ -149,7 +156,7 @@ def assert_settled(
         total += worker.steps
     assert (meta.n_examples, meta.refused) == (total, 0)
     assert torch.equal(values_of(spec.layout, weights), torch.full((spec.layout.numel,), float(total)))
-    done = replay(spec, lines, Archive(archive / EXPERT), upto=meta.version)
+    done = replay(spec, meta, lines, Archive(archive / EXPERT))
     assert done.problem == ""
     assert done.weights.same_values(weights)
     newest = [worker for worker in workers if worker.sync.ledger.meta.version == meta.version]

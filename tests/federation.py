@@ -15,7 +15,8 @@ from consumers.expert import Expert
 from fedmoe.codec import decode
 from fedmoe.layout import AdapterBuffer, Layout
 from fedmoe.records import PROTOCOL, Meta
-from fedmoe.spec import AggregationRules, LoraSettings, Spec
+from fedmoe.rules import AggregationRules, RuleSet
+from fedmoe.spec import LoraSettings, Spec
 from fedmoe.store.connection import Connection
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.lifecycle import new_id
@@ -32,18 +33,20 @@ LAYOUT = Layout.of(
 FINGERPRINT = "0123456789abcdef"
 
 
-def small_spec(
-    *, layout: Layout = LAYOUT, aggregation: AggregationRules | None = None, wire_format: str = "fp32"
-) -> Spec:
+def small_spec(*, layout: Layout = LAYOUT, wire_format: str = "fp32") -> Spec:
     """A spec without a model behind it."""
     return Spec(
         base_model="tiny",
         base_config={"hidden_size": 8},
         layout=layout,
         lora=LoraSettings(rank=2, alpha=4.0),
-        aggregation=aggregation or AggregationRules(),
         wire_format=wire_format,
     )
+
+
+def aggregating(**rules: object) -> RuleSet:
+    """A rule set that aggregates so."""
+    return RuleSet(aggregation=AggregationRules(**rules))  # type: ignore[arg-type]
 
 
 def first_meta(spec: Spec, **changes: object) -> Meta:

@@ -13,8 +13,9 @@ from fedmoe.beat import Beat
 from fedmoe.doorbell import Doorbell, Join, parse_entry
 from fedmoe.errors import ProtocolError
 from fedmoe.gateway import BuiltFrom, GatewayMeta, built_from_text
-from fedmoe.lines import AnchorLine, AppliedLine, DeadLetter, read_line
+from fedmoe.lines import AnchorLine, AppliedLine, DeadLetter, RulesLine, read_line
 from fedmoe.records import Decided, Entry, Meta
+from fedmoe.rules import AggregationRules, RuleSet
 from fedmoe.spec import Spec
 from fedmoe.update import ForeignHeaderError, Header, Part, UpdateId
 from producers.checkpoint import Checkpoint, StateDir
@@ -22,6 +23,7 @@ from producers.ledger import Ledger, Trained
 from tests.federation import first_meta, small_spec
 
 SPEC = small_spec()
+RULES = RuleSet(number=2, aggregation=AggregationRules(lr=0.5, max_staleness=7), sync_interval_s=30.0)
 HEADER = Header(
     lineage="l", spec="s", run="1-0123abcd", seq=2, prev=UpdateId("1-0123abcd", 1), base_version=3, wire_format="fp32",
     base_fingerprint="f", n_examples=4, n_tokens=5, steps=6, loss=0.5, position="7", parts=(Part(1, bytes(32)),),
@@ -29,7 +31,7 @@ HEADER = Header(
 )  # fmt: skip
 APPLIED = AppliedLine(
     version=1, worker="w", run="1-0123abcd", seq=1, base_version=0, staleness=0, factor=0.1 + 0.2, norm=1.5, loss=2.5,
-    n_examples=4, prev="1-0123abcd:1", claimed_examples=9, claimed_tokens=9, update="digest",
+    n_examples=4, rules=2, prev="1-0123abcd:1", claimed_examples=9, claimed_tokens=9, update="digest",
 )  # fmt: skip
 DECIDED = Decided(
     id=UpdateId("1-0123abcd", 1), how="refused", version=3, staleness=1, reason="r", position="4"
@@ -63,11 +65,11 @@ def _beginning(content: Mapping[str, Any]) -> dict[bytes, bytes]:
 
 
 META = first_meta(
-    SPEC, lineage="1" * 16, commit="2" * 16, weights_commit="3" * 16, decided_stamp="4" * 16, restored="5" * 16,
-    version=7, base_model="base", base_fingerprint="f", base_fingerprint_by="worker w", applied=7, duplicate=1,
-    refused=2, undecidable=3, garbage=4, staleness_sum=9, loss=1.5, n_examples=40, n_tokens=400, created_at=1.5,
-    updated_at=2.5, aggregator="a", tokenizer="template:ab", tokenizer_by="worker w", chat_template="{{ m }}",
-    reach=0.5, not_reached="mlp", software="fedmoe 1", knows="a b",
+    SPEC, rules=RULES, lineage="1" * 16, commit="2" * 16, weights_commit="3" * 16, decided_stamp="4" * 16,
+    restored="5" * 16, version=7, base_model="base", base_fingerprint="f", base_fingerprint_by="worker w", applied=7,
+    duplicate=1, refused=2, undecidable=3, garbage=4, staleness_sum=9, loss=1.5, n_examples=40, n_tokens=400,
+    created_at=1.5, updated_at=2.5, aggregator="a", tokenizer="template:ab", tokenizer_by="worker w",
+    chat_template="{{ m }}", reach=0.5, not_reached="mlp", software="fedmoe 1", knows="a b",
 )  # fmt: skip
 CASES = {
     "header": Case(HEADER, msgpack.unpackb(HEADER.pack()), _unpacked, ForeignHeaderError),
@@ -79,6 +81,12 @@ CASES = {
     "applied": Case(APPLIED, APPLIED.to_fields(), read_line),
     "anchor": Case(
         anchor := AnchorLine(version=3, restored="why", weights="digest"), anchor.to_fields(), read_line
+    ),
+    "rules": Case(
+        change := RulesLine(version=3, changed="lr 1 -> 0.5", ended=RULES), change.to_fields(), read_line
+    ),
+    "rule set": Case(
+        RULES, json.loads(RULES.to_json()), lambda content: RuleSet.from_json(json.dumps(content))
     ),
     "dead letter": Case(
         letter := DeadLetter(reason="r", worker="w", run="1-0123abcd", seq=1, loss=0.5, n_examples=4),

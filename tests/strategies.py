@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from consumers.merge import MergeInput
 from fedmoe.codec import FORMATS
 from fedmoe.layout import Layout
-from fedmoe.spec import ALL_LINEAR, AggregationRules, LoraSettings, Spec, TrainingSettings
+from fedmoe.rules import AggregationRules, RuleSet, TrainingSettings
+from fedmoe.spec import ALL_LINEAR, LoraSettings, Spec
 from fedmoe.staleness import KINDS, Decay
 from fedmoe.update import Header, Part, UpdateId, make_run
 
@@ -114,6 +115,18 @@ def specs() -> st.SearchStrategy[Spec]:
             alpha=positive,
             targets=st.sampled_from([(ALL_LINEAR,), ("q_proj", "v_proj")]),
         ),
+        wire_format=wire_formats,
+        init_seed=seeds,
+    )
+
+
+def rule_sets() -> st.SearchStrategy[RuleSet]:
+    """Rule sets of any valid settings."""
+    positive = st.floats(1e-6, 1e6)
+    count = st.integers(1, 1000)
+    return st.builds(
+        RuleSet,
+        number=count,
         aggregation=st.builds(
             AggregationRules,
             lr=positive,
@@ -124,9 +137,7 @@ def specs() -> st.SearchStrategy[Spec]:
         training=st.builds(
             TrainingSettings, learning_rate=positive, batch_size=count, max_length=st.integers(8, 999)
         ),
-        wire_format=wire_formats,
         sync_interval_s=positive,
-        init_seed=seeds,
     )
 
 

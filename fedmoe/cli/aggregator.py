@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fedmoe.cli.options import Duration, redis_options, redis_settings
+from fedmoe.cli.rules import rules_options
 
 if TYPE_CHECKING:
     from fedmoe.stopping import Stop
@@ -19,7 +20,8 @@ def aggregator() -> None:
 @aggregator.command()
 @redis_options
 @click.option("--expert", "experts", multiple=True, metavar="NAME[=WEIGHT]", envvar="FEDMOE_AGGREGATOR_RUN_EXPERT",
-              help="An expert to create and serve, with its weight in the gateway; repeatable.  "
+              help="An expert to create if need be, with its weight in the gateway; repeatable. All experts of the "
+                   "federation are served, also those added later.  "
                    "[default: python_expert, sql_expert, docs_expert]")  # fmt: skip
 @click.option("--base-model", default="Qwen/Qwen2.5-0.5B-Instruct", show_default=True,
               help="Hub id or directory; only its config is needed here.")  # fmt: skip
@@ -31,30 +33,9 @@ def aggregator() -> None:
 @click.option("--chat-template", type=click.Path(path_type=Path), metavar="FILE",
               help="Jinja chat template that all workers format their rows with.  "
                    "[default: the base model's own]")  # fmt: skip
-@click.option("--lr", type=float, default=1.0, show_default=True, help="Expert += lr × decay × Δ.")
-@click.option("--decay", type=click.Choice(["constant", "polynomial", "hinge"]), default="polynomial",
-              show_default=True, help="How much a stale update weighs.")  # fmt: skip
-@click.option("--decay-a", type=float, default=1.0, show_default=True, help="(1+τ)^-a; hinge: its slope.")
-@click.option(
-    "--decay-b", type=float, default=4.0, show_default=True, help="Hinge: full weight up to this τ."
-)
-@click.option("--max-staleness", type=int, help="Refuse an update if more than this many others were applied since "
-              "the version it started from.  "
-              "[default: 256, or four times the workers if that is more]")  # fmt: skip
-@click.option("--max-norm", type=float, default=0.0, help="Longer updates are refused.  "
-              "[default: ten times the initial adapter's norm]")  # fmt: skip
 @click.option("--wire-format", type=click.Choice(["fp32", "bf16", "int8", "int4"]), default="int4", show_default=True,
               help="How updates and pulls travel.")  # fmt: skip
-@click.option(
-    "--sync-interval", type=float, default=10.0, show_default=True, help="Seconds between publications."
-)
-@click.option("--learning-rate", type=float, default=2e-4, show_default=True, help="Workers: AdamW's.")
-@click.option("--weight-decay", type=float, default=0.0, show_default=True, help="Workers: AdamW's.")
-@click.option("--batch-size", type=int, default=4, show_default=True, help="Workers: rows a micro-batch.")
-@click.option("--accumulate", type=int, default=1, show_default=True, help="Workers: micro-batches a step.")
-@click.option("--max-length", type=int, default=512, show_default=True, help="Workers: tokens a row.")
-@click.option("--warmup-steps", type=int, default=10, show_default=True, help="Workers: steps.")
-@click.option("--clip-norm", type=float, default=1.0, show_default=True, help="Workers: of the gradient.")
+@rules_options()
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the experts' common initialisation.")
 @click.option("--gateway-method", type=click.Choice(["cat", "svd", "average", "ties", "dare"]), default="cat",
               show_default=True, help="How the experts are merged.")  # fmt: skip
@@ -98,13 +79,15 @@ def _run(ctx: click.Context, stop: "Stop", options: dict[str, Any]) -> None:
 
     import torch
 
-    from consumers.aggregator import Aggregator, AggregatorSettings
+    from consumers.aggregator import AggregatorSettings
     from consumers.create import STOPPED, SpecRequest, ensure_experts, parse_experts
+    from consumers.daemon import Aggregator
     from consumers.gateway import GatewaySettings
     from fedmoe.backoff import Backoff
     from fedmoe.errors import RedisUnavailableError, RedisUnfitError, StoppedError
     from fedmoe.memory import keep_freed
-    from fedmoe.spec import LoraSettings, TrainingSettings
+    from fedmoe.rules import AUTO, TrainingSettings
+    from fedmoe.spec import LoraSettings
     from fedmoe.staleness import Decay
     from fedmoe.store.connection import Connection
     from fedmoe.store.permissions import AGGREGATOR
@@ -123,7 +106,7 @@ def _run(ctx: click.Context, stop: "Stop", options: dict[str, Any]) -> None:
         training=TrainingSettings(**{key: options[key] for key in TrainingSettings.__dataclass_fields__}),
         lr=options["lr"],
         decay=Decay(kind=options["decay"], a=options["decay_a"], b=options["decay_b"]),
-        max_staleness=options["max_staleness"],
+        max_staleness=None if options["max_staleness"] == AUTO else options["max_staleness"],
         max_norm=options["max_norm"],
         wire_format=options["wire_format"],
         sync_interval_s=options["sync_interval"],

@@ -1,11 +1,15 @@
-"""`fedmoe expert remove`."""
+"""`fedmoe expert list | show | set | add | remove | weight`: what an operator looks at and changes, while all runs."""
 
+import json
 import sys
 import time
+from typing import Any
 
 import click
 
 from fedmoe.cli.options import redis_options, redis_settings
+from fedmoe.cli.rules import given_rules, rules_options
+from fedmoe.cli.status import cell, table
 from fedmoe.text import printable
 
 NOTICE_S = 20.0  # in which workers see it that look at Redis every ten seconds
@@ -14,7 +18,148 @@ LOOK_EVERY_S = 0.5
 
 @click.group()
 def expert() -> None:
-    """Manage single experts."""
+    """List, show, change, add and remove experts, also while they are served and trained."""
+
+
+@expert.command("list")
+@redis_options
+def list_experts(redis: str, prefix: str, redis_timeout: float) -> None:
+    """List the experts of the federation.
+
+    Exit code 1 if something is wrong with one; then `fedmoe status` says what.
+    """
+    from fedmoe.errors import FedMoEError
+    from fedmoe.store.connection import Connection
+    from fedmoe.store.inspect import Inspector
+
+    federation = Inspector(Connection(redis_settings(redis, prefix, redis_timeout))).federation()
+    if not federation.experts:
+        click.echo("there are no experts yet: start `fedmoe aggregator run`")
+        return
+    rows = [
+        [
+            one.name,
+            cell(one.gateway_weight, "g"),
+            cell(one.meta.version if one.meta else None),
+            cell(one.meta.rules.number if one.meta else None),
+            str(len(one.workers)),
+            one.lease or "nobody",
+            printable(one.meta.base_model) if one.meta else "-",
+        ]
+        for one in federation.experts
+    ]
+    titles = ("expert", "gateway weight", "version", "rules", "workers", "served by", "base model")
+    for line in table(titles, rows):
+        click.echo(line)
+    if damaged := [one.name for one in federation.experts if one.problems]:
+        raise FedMoEError(f"something is wrong with {', '.join(damaged)}: see `fedmoe status`")
+
+
+@expert.command()
+@redis_options
+@click.option("--json", "as_json", is_flag=True, help="As JSON: name, identity and rules.")
+@click.argument("name")
+def show(redis: str, prefix: str, redis_timeout: float, as_json: bool, name: str) -> None:
+    """Show what makes the expert NAME itself, and the rules in force."""
+    from fedmoe.names import check_expert
+    from fedmoe.store.connection import Connection
+    from fedmoe.store.gateway import GatewayStore
+
+    store = GatewayStore(Connection(redis_settings(redis, prefix, redis_timeout)))
+    spec, meta = store.spec(check_expert(name)), store.meta(name)
+    template = "the operator's" if spec.chat_template else "the base model's, or the first worker's"
+    identity = {
+        "spec": spec.digest,
+        "base_model": meta.base_model or spec.base_model,
+        "base_fingerprint": meta.base_fingerprint or "not pinned yet",
+        "rank": spec.lora.rank,
+        "alpha": spec.lora.alpha,
+        "targets": ", ".join(spec.lora.targets),
+        "adapter_mib": round(spec.layout.file_bytes / 2**20, 2),
+        "wire_format": spec.wire_format,
+        "seed": spec.init_seed,
+        "chat_template": template,
+    }
+    if as_json:
+        content = {"name": name, "version": meta.version, "lineage": meta.lineage, "identity": identity}
+        click.echo(
+            json.dumps(content | {"rules": {"number": meta.rules.number} | meta.rules.settings()}, indent=2)
+        )
+        return
+    click.echo(f"{name}: version {meta.version}")
+    click.echo("\nidentity, which never changes:")
+    _show(identity)
+    click.echo(f"\nrules {meta.rules.number}, which `fedmoe expert set {name}` changes:")
+    _show(meta.rules.settings())
+
+
+def _show(values: dict[str, Any]) -> None:
+    width = max(map(len, values))
+    for name, value in values.items():
+        click.echo(f"  {name:{width}}  {printable(f'{value:g}' if isinstance(value, float) else str(value))}")
+
+
+@expert.command("set")
+@redis_options
+@rules_options(unless_given="as it is")
+@click.argument("name")
+def set_rules(redis: str, prefix: str, redis_timeout: float, name: str, **options: Any) -> None:
+    """Change rules of the expert NAME, while it is served and trained.
+
+    An update is decided under the rules in force when it is applied. Workers take over what concerns them when they
+    next pull, and say so.
+    """
+    from fedmoe.errors import SettingsError
+    from fedmoe.names import check_expert
+    from fedmoe.store.change import change_rules_soon
+    from fedmoe.store.connection import Connection
+    from fedmoe.store.expert import ExpertStore
+
+    if not (wanted := given_rules(options)):
+        raise SettingsError(
+            f"nothing to change: name a rule, for example --lr 0.5; `fedmoe expert show {name}` shows those in force"
+        )
+    store = ExpertStore(Connection(redis_settings(redis, prefix, redis_timeout)), check_expert(name))
+    before, after = change_rules_soon(store, wanted)
+    if after == before:
+        click.echo(f"{name}: nothing to change, rules {before.number} say so already")
+        return
+    click.echo(f"{name}: rules {after.number} are in force: {before.differences(after)}")
+
+
+@expert.command()
+@redis_options
+@click.option("--like", default="", metavar="NAME",
+              help="Expert whose base model, adapter and rules it gets.  [default: the first by name]")  # fmt: skip
+@click.option("--weight", type=float, default=1.0, show_default=True, help="Weight in the gateway.")
+@rules_options(unless_given="as that expert's")
+@click.argument("name")
+def add(
+    redis: str, prefix: str, redis_timeout: float, like: str, weight: float, name: str, **options: Any
+) -> None:
+    """Add the expert NAME to a federation that runs. Its aggregators serve it within seconds."""
+    from consumers.add import add_expert
+    from fedmoe.store.connection import Connection
+
+    connection = Connection(redis_settings(redis, prefix, redis_timeout))
+    taken = add_expert(connection, name, like=like, gateway_weight=weight, settings=given_rules(options))
+    click.echo(f"added {name}, with base model, adapter and rules of {taken}")
+    click.echo(f"train it: fedmoe worker run --stream {name} --data FILE")
+
+
+@expert.command("weight")
+@redis_options
+@click.argument("name")
+@click.argument("weight", type=float)
+def set_weight(redis: str, prefix: str, redis_timeout: float, name: str, weight: float) -> None:
+    """Give the expert NAME the WEIGHT in the gateway; 0 leaves it out."""
+    from fedmoe.names import check_expert
+    from fedmoe.store.change import set_gateway_weight
+    from fedmoe.store.connection import Connection
+
+    connection = Connection(redis_settings(redis, prefix, redis_timeout))
+    before = set_gateway_weight(connection, check_expert(name), weight)
+    click.echo(f"{name}: gateway weight {printable(before) or 'none'} -> {weight:g}")
 
 
 @expert.command()

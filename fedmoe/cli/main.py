@@ -22,7 +22,7 @@ COMMANDS = {
     "aggregator": ("fedmoe.cli.aggregator", "aggregator", "Apply what workers publish to the experts."),
     "worker": ("fedmoe.cli.worker", "worker", "Fine-tune an expert on private data."),
     "status": ("fedmoe.cli.status", "status", "Show experts, workers and what is waiting."),
-    "expert": ("fedmoe.cli.expert", "expert", "Remove an expert for good."),
+    "expert": ("fedmoe.cli.expert", "expert", "List, show, change, add and remove experts."),
     "gateway": ("fedmoe.cli.gateway", "gateway", "Export the model that knows all domains."),
     "evaluate": ("fedmoe.cli.evaluate", "evaluate", "Held-out loss of base, experts and gateway."),
     "verify": ("fedmoe.cli.verify", "verify", "Recompute experts from their logs, and compare."),

@@ -26,7 +26,9 @@ WORKER_COLUMNS = (
     "worker", "expert", "host", "last seen", "step", "loss", "tokens/s", "version", "behind", "staleness",
     "in flight", "refused",
 )  # fmt: skip
-TEXT_COLUMNS = frozenset({"expert", "worker", "host", "served by"})  # the others are numbers, on the right
+TEXT_COLUMNS = frozenset(
+    {"expert", "worker", "host", "served by", "base model"}
+)  # the others are numbers, on the right
 DROP_FIRST = ("host", "tokens/s", "staleness", "applied", "pending", "in flight", "served by")
 SHOWN_WORKERS = 50
 WIDE_REACH = 0.9  # an adapter that reaches less of its base model is worth a line

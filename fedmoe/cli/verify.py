@@ -43,9 +43,7 @@ def verify(redis: str, prefix: str, redis_timeout: float, experts: Sequence[str]
             click.echo(str(error))
             wrong.append(name)
             continue
-        done = replay(
-            spec, lines, Archive(directory / name, read_only=True), upto=meta.version, lineage=meta.lineage
-        )
+        done = replay(spec, meta, lines, Archive(directory / name, read_only=True))
         equal = not done.problem and done.weights.same_values(weights)
         verdict = "equal" if equal else "differs: other weights than in Redis"
         if done.problem:

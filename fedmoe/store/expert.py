@@ -118,18 +118,20 @@ class ExpertStore(ExpertLifecycle):
         except SpecError as error:
             raise DamagedExpertError(self.name, f"its spec cannot be read ({error})") from error
 
-    def is_whole(self, *, weights_commit: str, n_decided: int) -> bool:
-        """True if all parts are there: the weights of this commit, and the decided updates of so many workers."""
+    def is_unchanged(self, *, commit: str, weights_commit: str, n_decided: int) -> bool:
+        """True if it is at this commit and all parts are there: its weights, the decided updates of so many workers."""
         keys = self.keys
         with self.connection.errors():
-            n_there, n_workers, begin = read_together(
+            head, n_there, n_workers, begin = read_together(
                 self._redis,
+                ("hget", keys.meta, "commit"),
                 ("exists", keys.meta, keys.spec),
                 ("hlen", keys.decided),
                 ("getrange", keys.weights, 0, STAMPED_BYTES - 1),
                 wrong_type_is_none=True,
             )
-        return (n_there, n_workers, stamp_of(begin or b"")) == (2, n_decided, weights_commit)
+        found = ((head or b"").decode(errors="replace"), n_there, n_workers, stamp_of(begin or b""))
+        return found == (commit, 2, n_decided, weights_commit)
 
     def load(self) -> Loaded:
         """Read the expert as of one moment, and make sure that the consumer group is there, from 0.

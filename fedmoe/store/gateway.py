@@ -29,7 +29,7 @@ class GatewayStore:
         except ValueError as error:
             raise SpecError(
                 f"a gateway weight in {self.connection.keys.experts} is not a number: "
-                f"set it with `redis-cli HSET {self.connection.keys.experts} <expert> 1`"
+                "set it (fedmoe expert weight NAME 1)"
             ) from error
 
     def compare(self, names: Iterable[str]) -> tuple[set[str], set[str]]:

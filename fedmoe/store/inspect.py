@@ -17,7 +17,7 @@ from fedmoe.fields import number
 from fedmoe.gateway import BuiltFrom, GatewayMeta
 from fedmoe.keys import GROUP
 from fedmoe.lines import DeadLetter
-from fedmoe.names import RESERVED_EXPERTS, is_name
+from fedmoe.names import is_expert
 from fedmoe.records import NO_DECISIONS, Meta
 from fedmoe.store.connection import Connection
 from fedmoe.store.members import Members, read_members
@@ -79,7 +79,7 @@ class Inspector:
             raw = {}
         found: dict[str, float | None] = {}
         for name, weight in sorted(raw.items()):
-            if not is_name(printable(name)) or printable(name) in RESERVED_EXPERTS:
+            if not is_expert(printable(name)):
                 problems.append(f"{self.keys.experts} lists {printable(name)!r}, which is no expert's name")
                 continue
             found[name.decode()] = number(weight)

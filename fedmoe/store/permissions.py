@@ -132,6 +132,7 @@ def _aggregator(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
 def _operator(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
     keys, gateway = all_keys.expert(expert), all_keys.gateway
     written = (keys.meta, keys.spec, keys.weights, keys.decided, keys.log, keys.dead)
+    changes, adds = "it changes the rules of an expert", "it adds an expert"
     return (
         *_on(all_keys.experts, may="HGETALL, HGET, HSET"),
         *_on(keys.spec, keys.weights, may="GET, SET"),
@@ -151,6 +152,13 @@ def _operator(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
             may="UNLINK",
             when="it removes an expert",
         ),
+        *_on(keys.meta, may="EVAL", when=changes),
+        *_on(keys.decided, keys.log, keys.dead, keys.weights, keys.packed, may="EVAL, TYPE", when=changes),
+        *_on(keys.packed, may="WATCH, STRLEN", when=changes),
+        *_on(keys.weights, may="GETRANGE", when=changes),
+        *_on(all_keys.experts, may="HSETNX", when=adds),
+        *_on(keys.lost, may="HGETALL", when=adds),
+        *_on(keys.worker(ANY), may="HGET", when=adds),
         *_on(may="MULTI, EXEC"),
         *_on(may="UNWATCH", when="Redis is full"),
         *_monitor(all_keys, expert, worker),
@@ -179,7 +187,9 @@ def _monitor(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
 
 AGGREGATOR = Role(name="aggregator", does="serve experts", rights=_aggregator)
 WORKER = Role(name="worker", does="train", rights=_worker)
-OPERATOR = Role(name="operator", does="back up, restore, remove, verify and export", rights=_operator)
+OPERATOR = Role(
+    name="operator", does="back up, restore, change, add, remove, verify and export", rights=_operator
+)
 MONITOR = Role(name="monitor", does="read the status", rights=_monitor)
 ROLES = {role.name: role for role in (AGGREGATOR, WORKER, OPERATOR, MONITOR)}
 

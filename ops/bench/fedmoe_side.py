@@ -16,7 +16,8 @@ import torch
 from fedmoe.layout import AdapterBuffer, Layout
 from fedmoe.lora_init import initial_weights
 from fedmoe.records import PROTOCOL, Meta
-from fedmoe.spec import AggregationRules, LoraSettings, Spec
+from fedmoe.rules import AggregationRules, RuleSet
+from fedmoe.spec import LoraSettings, Spec
 from fedmoe.store.connection import Connection, RedisSettings
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.lifecycle import new_id
@@ -30,6 +31,7 @@ from producers.pace import Pace
 FINGERPRINT = "0123456789abcdef"
 DEFAULT_FORMAT: str = Spec.__dataclass_fields__["wire_format"].default
 KEPT = 6  # decided updates that a worker keeps for a failover, if it syncs every 10 s
+RULES = RuleSet(aggregation=AggregationRules(max_norm=1e9, max_staleness=1_000_000))
 STEP = 1e-4  # standard deviation of what a client adds to each value of its adapter
 
 
@@ -41,13 +43,14 @@ def make_spec(layout: Layout, wire_format: str, **changes: object) -> Spec:
         base_config={"hidden_size": first[-1]},
         layout=layout,
         lora=LoraSettings(rank=min(first), alpha=2.0 * min(first)),
-        aggregation=AggregationRules(max_norm=1e9, max_staleness=1_000_000),
         wire_format=wire_format,
     )
     return replace(spec, **changes)  # type: ignore[arg-type]  # whoever names a field gives its type
 
 
-def create_expert(url: str, name: str, spec: Spec, *, fingerprint: str = FINGERPRINT) -> None:
+def create_expert(
+    url: str, name: str, spec: Spec, *, rules: RuleSet = RULES, fingerprint: str = FINGERPRINT
+) -> None:
     """Write a new expert, as an aggregator does that finds its base model."""
     connection = Connection(RedisSettings(url=url))
     buffer = AdapterBuffer(spec.layout)
@@ -58,6 +61,7 @@ def create_expert(url: str, name: str, spec: Spec, *, fingerprint: str = FINGERP
         commit=commit,
         weights_commit=commit,
         spec=spec.digest,
+        rules=rules,
         protocol=PROTOCOL,
         base_fingerprint=fingerprint,
     )
@@ -195,6 +199,7 @@ class FedMoE(Contestant):
     ) -> None:
         super().__init__(name, n_clients=min(n_clients, workers))
         self.spec = make_spec(layout, wire_format)
+        self.rules = RULES
         self.aof = aof
         self.experts = [f"expert{number}" for number in range(experts)]
         self.workers = [(self.experts[n % experts], f"worker{n}") for n in range(workers)]
@@ -202,7 +207,7 @@ class FedMoE(Contestant):
     def _start(self) -> None:
         url = self.processes.redis(aof=self.aof)
         for name in self.experts:
-            create_expert(url, name, self.spec)
+            create_expert(url, name, self.spec, rules=self.rules)
         self.processes.command("aggregator", *aggregator_command(url, self.experts))
         for index in range(self.n_clients):
             mine = self.workers[index :: self.n_clients]

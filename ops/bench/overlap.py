@@ -24,11 +24,19 @@ from fedmoe.data.encode import Answer, Example
 from fedmoe.identity import BaseIdentity
 from fedmoe.model.adapter import adapter_layout, attach_adapter
 from fedmoe.model.base import structure
-from fedmoe.spec import LoraSettings, Spec, TrainingSettings
+from fedmoe.rules import TrainingSettings
+from fedmoe.spec import LoraSettings, Spec
 from fedmoe.store.connection import Connection, RedisSettings
 from fedmoe.store.worker import WorkerStore
 from fedmoe.update import make_run
-from ops.bench.fedmoe_side import DEFAULT_FORMAT, FINGERPRINT, aggregator_command, create_expert, make_spec
+from ops.bench.fedmoe_side import (
+    DEFAULT_FORMAT,
+    FINGERPRINT,
+    RULES,
+    aggregator_command,
+    create_expert,
+    make_spec,
+)
 from ops.bench.plan import Plan
 from ops.bench.processes import CONTEXT, BenchError, Processes
 from ops.bench.result import Result, figure, ratio
@@ -61,7 +69,7 @@ def model_config(hidden: int) -> Qwen2Config:
     )  # fmt: skip
 
 
-def overlap_spec(hidden: int, interval_s: float) -> Spec:
+def overlap_spec(hidden: int) -> Spec:
     """Rank 48: at a hidden size of 512 about 9 MiB."""
     config = model_config(hidden)
     lora = LoraSettings(rank=48, alpha=96.0)
@@ -70,8 +78,6 @@ def overlap_spec(hidden: int, interval_s: float) -> Spec:
         DEFAULT_FORMAT,
         base_config=structure(config),
         lora=lora,
-        training=TrainingSettings(batch_size=1, learning_rate=1e-5),
-        sync_interval_s=interval_s,
     )
 
 
@@ -89,7 +95,7 @@ def train(pipe: Any, url: str, expert: str, hidden: int, state_dir: Path) -> Non
     adapted, flat = attach_adapter(model, spec)
     row = Example(array("i", range(1, ROW_TOKENS + 1)), (Answer(1, ROW_TOKENS, 1.0),))
     trainer = Trainer(
-        model=adapted, flat=flat, examples=[row] * 8, pad_id=0, settings=spec.training, seed=0,
+        model=adapted, flat=flat, examples=[row] * 8, pad_id=0, settings=pulled.meta.rules.training, seed=0,
         device=torch.device("cpu"),
     )  # fmt: skip
     exchange = Exchange(trainer, with_optimizer=True)
@@ -106,7 +112,7 @@ def train(pipe: Any, url: str, expert: str, hidden: int, state_dir: Path) -> Non
             store, ledger, exchange, spec, identity=BaseIdentity(fingerprint=FINGERPRINT), state_dir=state,
             data="bench", clock=lambda: time.monotonic() + ahead_s,  # noqa: B023 - the change below is meant
         )  # fmt: skip
-        ahead_s = spec.sync_interval_s / 2
+        ahead_s = ledger.meta.rules.sync_interval_s / 2
         thread = threading.Thread(target=sync.run, daemon=True)
         thread.start()
         window = _train_for(trainer, exchange, seconds)
@@ -157,17 +163,22 @@ class Worker:
 def run(plan: Plan) -> Iterator[Result]:
     """Each interval: the ratio of a round's two rates."""
     hidden = plan.overlap_hidden
-    specs = {f"every{n}": overlap_spec(hidden, o.interval_s) for n, o in enumerate(plan.overlap)}
+    spec = overlap_spec(hidden)
+    training = TrainingSettings(batch_size=1, learning_rate=1e-5)
+    rules = {
+        f"every{n}": replace(RULES, training=training, sync_interval_s=o.interval_s)
+        for n, o in enumerate(plan.overlap)
+    }
     with ExitStack() as stack:
         processes = stack.enter_context(Processes("overlap"))
         url = processes.redis()
-        for name, spec in specs.items():
-            create_expert(url, name, spec)
-        processes.command("aggregator", *aggregator_command(url, list(specs)))
-        workers = [Worker(processes, url, name, hidden) for name in specs]
+        for name, those in rules.items():
+            create_expert(url, name, spec, rules=those)
+        processes.command("aggregator", *aggregator_command(url, list(rules)))
+        workers = [Worker(processes, url, name, hidden) for name in rules]
         for worker in workers:
             worker.answer()
-        yield figure("overlap_adapter_mib", [specs["every0"].layout.file_bytes / 2**20], "MiB")
+        yield figure("overlap_adapter_mib", [spec.layout.file_bytes / 2**20], "MiB")
         for worker, overlap in zip(workers, plan.overlap, strict=True):
             rounds = [_round(worker, overlap.window_s) for _ in range(overlap.rounds)]
             yield from _describe(f"overlap_{overlap.interval_s:g}s", rounds)

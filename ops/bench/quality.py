@@ -25,10 +25,11 @@ from fedmoe.evaluate import mean_loss
 from fedmoe.model.adapter import adapter_layout, attach_adapter
 from fedmoe.model.base import load_base, load_config
 from fedmoe.model.tokenizer import load_tokenizer
-from fedmoe.spec import LoraSettings, Spec, TrainingSettings
+from fedmoe.rules import TrainingSettings
+from fedmoe.spec import LoraSettings, Spec
 from fedmoe.store.connection import Connection, RedisSettings
 from fedmoe.store.expert import ExpertStore
-from ops.bench.fedmoe_side import DEFAULT_FORMAT, Client, create_expert, make_spec
+from ops.bench.fedmoe_side import DEFAULT_FORMAT, RULES, Client, create_expert, make_spec
 from ops.bench.plan import Plan, Quality
 from ops.bench.processes import BenchError, Processes
 from ops.bench.result import Result, figure, ratio
@@ -61,7 +62,7 @@ def run(plan: Plan) -> Iterator[Result]:
     torch.set_num_threads(2)
     model_dir = str(ensure_demo_model(cache_dir(), report=print))
     data = find_data(None, cache_dir() / "bench-data")
-    spec = make_spec(adapter_layout(load_config(model_dir), LORA), "fp32", lora=LORA, training=TRAINING)
+    spec = make_spec(adapter_layout(load_config(model_dir), LORA), "fp32", lora=LORA)
     models = []
     for _ in range(N_WORKERS):
         model = load_base(model_dir, device=CPU, dtype=torch.float32)
@@ -106,7 +107,7 @@ def _train(
     """The expert's weights (numel,) fp32 before and after a training in this format."""
     with Processes(f"quality_{spec.wire_format}") as processes:
         url = processes.redis()
-        create_expert(url, "expert", spec)
+        create_expert(url, "expert", spec, rules=replace(RULES, training=TRAINING))
         expert = Expert(ExpertStore(Connection(RedisSettings(url=url)), "expert"), spec, aggregator="bench")
         expert.load()
         before = expert.buffer.flat.clone()

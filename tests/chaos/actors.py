@@ -15,11 +15,12 @@ import torch
 
 import fedmoe.cli.aggregator  # imported once, before the processes are forked
 import fedmoe.cli.main
-from consumers.aggregator import Aggregator  # noqa: F401  # imported before the fork, for the command to find
+from consumers.daemon import Aggregator  # noqa: F401  # imported before the fork, for the command to find
 from fedmoe.data.jsonl import DataFile
 from fedmoe.identity import BaseIdentity
 from fedmoe.layout import Layout
-from fedmoe.spec import AggregationRules, LoraSettings, Spec
+from fedmoe.rules import AggregationRules, RuleSet, TrainingSettings
+from fedmoe.spec import LoraSettings, Spec
 from fedmoe.stopping import Stop, stop_on_signals
 from fedmoe.store.connection import RedisSettings
 from fedmoe.store.worker import WorkerStore
@@ -37,7 +38,7 @@ STEP_S = 0.02
 NORM = 0.01  # of what one step changes
 
 
-def make_spec(rank: int, width: int, wire_format: str, sync_interval_s: float, max_staleness: int) -> Spec:
+def make_spec(rank: int, width: int, wire_format: str) -> Spec:
     """Two tensors of rank × width values."""
     layout = Layout.of(
         [
@@ -50,17 +51,19 @@ def make_spec(rank: int, width: int, wire_format: str, sync_interval_s: float, m
         base_config={"hidden_size": width},
         layout=layout,
         lora=LoraSettings(rank=rank, alpha=2.0 * rank),
-        aggregation=AggregationRules(max_norm=1e6, max_staleness=max_staleness),
         wire_format=wire_format,
-        sync_interval_s=sync_interval_s,
     )
 
 
+def make_rules(sync_interval_s: float, max_staleness: int) -> RuleSet:
+    """Rules that the operator of the run changes now and then."""
+    aggregation = AggregationRules(max_norm=1e6, max_staleness=max_staleness)
+    return RuleSet(aggregation=aggregation, sync_interval_s=sync_interval_s)
+
+
 # Payloads of 1 KiB, and of 2.4 million values (SmolLM2-135M with rank 8) as int8 in three parts.
-EXPERTS = {
-    "tiny": make_spec(2, 64, "fp32", 0.3, 10),
-    "real": make_spec(16, 75_000, "int8", 4.0, 256),
-}
+EXPERTS = {"tiny": make_spec(2, 64, "fp32"), "real": make_spec(16, 75_000, "int8")}
+RULES = {"tiny": make_rules(0.3, 10), "real": make_rules(4.0, 256)}
 WORKERS = {"t1": "tiny", "t2": "tiny", "t3": "tiny", "t4": "tiny", "r1": "real", "r2": "real"}
 AGGREGATORS = ("a1", "a2")
 
@@ -150,6 +153,9 @@ class CountingTrainer:
 
     def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
         """Nothing to take over."""
+
+    def adopt(self, settings: TrainingSettings) -> None:
+        """It trains in one way only."""
 
 
 class CountingWorker(Worker):

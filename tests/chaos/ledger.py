@@ -64,18 +64,19 @@ def settle(connection: Connection, place: Place) -> Books:
             {k.decode(): v.decode() for k, v in fields.items()}
             for _, fields in connection.client.xrange(keys.dead)
         ]
-        for line in [*log, *dead]:
+        applied = [line for line in log if "ended" not in line]  # the others tell of a change of the rules
+        for line in [*applied, *dead]:
             if "seq" not in line:
                 books.problems.append(f"{name}: a dead letter is no update: {line}")
                 continue
             decided[line["worker"], line["run"], int(line["seq"])] += 1
             examples[line["worker"]] += int(line["n_examples"])
-        books.applied += len(log)
+        books.applied += len(applied)
         books.refused += sum("seq" in line for line in dead)
         books.duplicate += meta.duplicate
-        if meta.version != len(log):
-            books.problems.append(f"{name} is at version {meta.version}, its log has {len(log)} lines")
-        done = replay(spec, log, Archive(place.kept / name), upto=meta.version)
+        if meta.version != len(applied):
+            books.problems.append(f"{name} is at version {meta.version}, its log has {len(applied)} updates")
+        done = replay(spec, meta, log, Archive(place.kept / name))
         if done.problem:
             books.problems.append(f"{name} cannot be replayed: {done.problem}")
         books.equal &= not done.problem and done.weights.same_values(weights)

@@ -15,11 +15,22 @@ from typing import Any
 import redis
 
 from fedmoe.embedded import EmbeddedRedis
+from fedmoe.errors import FedMoEError
 from fedmoe.layout import AdapterBuffer
 from fedmoe.lora_init import initial_weights
+from fedmoe.store.change import change_rules_soon
 from fedmoe.store.connection import Connection, RedisSettings
 from fedmoe.store.expert import ExpertStore
-from tests.chaos.actors import AGGREGATORS, EXPERTS, LEASE_S, WORKERS, Place, run_aggregator, run_worker
+from tests.chaos.actors import (
+    AGGREGATORS,
+    EXPERTS,
+    LEASE_S,
+    RULES,
+    WORKERS,
+    Place,
+    run_aggregator,
+    run_worker,
+)
 from tests.chaos.failpoints import AGGREGATOR, WORKER, Arm
 from tests.chaos.files import RedisFiles
 from tests.federation import first_meta
@@ -85,6 +96,7 @@ class Chaos:
         self.killed: Counter[str] = Counter()  # by kind of process
         self.faults: Counter[str] = Counter()  # what the scheduler did
         self.failpoints: Counter[str] = Counter()  # what processes did to themselves, and where
+        self.changes = 0  # of rules
         self.failures: list[str] = []
         self.takeovers = Recoveries("aggregator killed until the next commit")
         self.restarts = Recoveries("Redis answers again until the next commit")
@@ -111,7 +123,7 @@ class Chaos:
         for name, spec in EXPERTS.items():
             buffer = AdapterBuffer(spec.layout)
             buffer.flat.copy_(initial_weights(spec.layout, spec.init_seed))
-            meta = first_meta(spec, base_model=spec.base_model)
+            meta = first_meta(spec, base_model=spec.base_model, rules=RULES[name])
             ExpertStore(self.connection, name).create(spec, meta, buffer.file, gateway_weight=1.0)
 
     def _start(self, name: str) -> None:
@@ -259,11 +271,19 @@ class Chaos:
             "cut in a payload": (6, self._cut_bytes),
             "lose a reply": (10, self._lose_reply),
             "freeze the network": (3, self._freeze),
+            "change the rules": (8, self._change_rules),
         }
         name = self._dice.choices(list(faults), [weight for weight, _ in faults.values()])[0]
         self.faults[name] += 1
         with suppress(redis.RedisError):
             faults[name][1]()
+
+    def _change_rules(self) -> None:
+        """What `fedmoe expert set` does."""
+        store = ExpertStore(self.connection, self._dice.choice(list(EXPERTS)))
+        with suppress(FedMoEError):  # Redis is away
+            before, after = change_rules_soon(store, {"lr": self._dice.choice((1.0, 0.5, 0.25))})
+            self.changes += after != before
 
     def _commit(self) -> bytes | None:
         with suppress(redis.RedisError):
@@ -302,6 +322,7 @@ class Chaos:
                 + (", ".join(f"{age:.0f}" for age in self.ages_s) or "-"),
                 f"of these at failpoints: {points['kill']}; stopped there {points['stop']}, cut there {points['cut']}",
                 f"at {len(places)} points: {', '.join(places)}",
+                f"rules changed: {self.changes} times",
                 "faults: " + ", ".join(f"{name} {count}" for name, count in sorted(self.faults.items())),
                 "connections: "
                 + ", ".join(f"{how} {count}" for how, count in sorted(self._proxy.hits.items())),

@@ -26,7 +26,8 @@ from fedmoe.layout import AdapterBuffer
 from fedmoe.lora_init import initial_weights
 from fedmoe.model.adapter import adapter_layout
 from fedmoe.model.base import fingerprint, load_base, load_config, structure
-from fedmoe.spec import AggregationRules, LoraSettings, Spec
+from fedmoe.rules import RuleSet
+from fedmoe.spec import LoraSettings, Spec
 from fedmoe.store.connection import Connection, RedisSettings
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore
@@ -79,13 +80,12 @@ def expert(store: GatewayStore, tiny_model_dir: Path) -> None:
         base_config=structure(config),
         layout=adapter_layout(config, lora),
         lora=lora,
-        aggregation=AggregationRules(max_norm=1e3),
-        sync_interval_s=0.3,
     )
     buffer = AdapterBuffer(spec.layout)
     buffer.flat.copy_(initial_weights(spec.layout, spec.init_seed))
     model = load_base(base, device=torch.device("cpu"))
-    meta = first_meta(spec, base_fingerprint=fingerprint(model))
+    rules = RuleSet(sync_interval_s=0.3)
+    meta = first_meta(spec, base_fingerprint=fingerprint(model), rules=rules)
     ExpertStore(store.connection, "a").create(spec, meta, buffer.file, gateway_weight=1.0)
 
 

@@ -19,8 +19,9 @@ import torch
 
 from fedmoe.embedded import EmbeddedRedis
 from fedmoe.errors import RedisUnavailableError
+from tests.hazards.hazard import Hazard, Patch
 from tests.hazards.play import play, unexpected_errors
-from tests.hazards.table import HAZARDS, Hazard, Patch
+from tests.hazards.table import HAZARDS
 from tests.hazards.world import HazardError, World
 
 

@@ -77,6 +77,48 @@ def h01_rival_between_check_and_exec(world: World) -> None:
     world.expect_expert(alice=[1], bob=[1])
 
 
+def h23_rules_changed_between_two_updates(world: World) -> None:
+    """One batch of two: the first is folded when the operator halves the weight of updates; both come under that."""
+    world.create()
+    alice, bob = world.worker("alice"), world.worker("bob")
+    a0 = world.aggregator()
+    a0.turn()
+    alice.push()
+    bob.push()
+    decided = 0
+
+    def change_before_the_second() -> None:
+        nonlocal decided
+        decided += 1
+        if decided == 2:
+            world.change_rules(lr=0.5)
+
+    expert = a0.server._expert
+    assert expert
+    expert._before_each = change_before_the_second
+    a0.turn(3)
+    expect(world.meta.rules.number == 2, "the operator's change was overwritten")
+    world.settle(a0, alice, bob)
+    rules = [line[b"rules"] for _, line in world.redis.xrange(world.keys.log) if b"worker" in line]
+    expect(rules == [b"2", b"2"], f"the log names rules {rules}")
+    world.expect_expert(alice=[0.5], bob=[0.5])
+    alice.look()
+    assert alice.sync.ledger.meta.rules.number == 2
+
+
+def h23_update_before_the_change(world: World) -> None:
+    """Alice's update is applied, the rules are changed, then bob's is applied: each under its own."""
+    world.create()
+    alice, bob = world.worker("alice"), world.worker("bob")
+    a0 = world.aggregator()
+    alice.push()
+    a0.turn(2)
+    world.change_rules(lr=0.5, max_norm=100.0)
+    bob.push()
+    world.settle(a0, alice, bob)
+    world.expect_expert(alice=[1], bob=[0.5])
+
+
 def h03_read_after_the_lease_was_lost(world: World) -> None:
     """A0 pauses before XREADGROUP; A1 takes the lease and reclaims; A0 wakes, reads n, commits nothing, stands by."""
     world.create()

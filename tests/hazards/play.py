@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from tests.hazards.table import Hazard
+from tests.hazards.hazard import Hazard
 from tests.hazards.world import World
 
 

@@ -2,7 +2,7 @@
 
 from fedmoe.store.backup import BackupStore
 from fedmoe.store.connection import Connection
-from tests.hazards.world import EXPERT, AggregatorProcess, WorkerProcess, World
+from tests.hazards.world import EXPERT, AggregatorProcess, WorkerProcess, World, expect
 
 
 def _later(aggregator: AggregatorProcess, *workers: WorkerProcess) -> None:
@@ -76,6 +76,25 @@ def h20_committed_meanwhile(world: World) -> None:
     _later(a0)
     world.settle(a0, bob)
     world.expect_expert(alice=[1], bob=[1])
+
+
+def h20_rules_in_an_older_file(world: World) -> None:
+    """An operator changes the rules, and the aggregator goes on under them; Redis comes back from before that."""
+    world.create()
+    alice = world.worker("alice")
+    a0 = world.aggregator()
+    a0.turn()
+    older = world.snapshot()
+    world.change_rules(lr=0.5)
+    alice.push()
+    a0.turn(3)
+    alice.turn()
+    world.fail_over(older)
+    _later(a0, alice)
+    rules = world.meta.rules
+    expect(rules.number == 2, f"the operator's change is lost: rules {rules.number} are in force")
+    world.settle(a0, alice)
+    world.expect_expert(alice=[0.5])
 
 
 def h21_restored_backup(world: World) -> None:

@@ -27,6 +27,7 @@ H19  a part of an expert is removed
 H20  Redis comes back from an older file, and an aggregator retains more
 H21  an operator restores a backup, and an aggregator retains more
 H22  a worker is started while Redis is behind
+H23  an operator changes the rules between two updates
 """
 
 from collections.abc import Iterator

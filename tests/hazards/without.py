@@ -305,3 +305,14 @@ def locate_by_seq(
 def one_run(incarnation: int, nonce: str) -> str:
     """Every start of a worker has the same run."""
     return "1-00000000"
+
+
+class NoLine:
+    """A change of the rules leaves a line that says nothing of them."""
+
+    def __init__(self, *, version: int, changed: str, ended: object) -> None:
+        self._fields = {"version": str(version), "restored": changed}
+
+    def to_fields(self) -> dict[str, str]:
+        """As an odd anchor."""
+        return self._fields

@@ -21,9 +21,11 @@ from fedmoe.identity import BaseIdentity
 from fedmoe.layout import AdapterBuffer, Layout, values_of
 from fedmoe.lora_init import initial_weights
 from fedmoe.records import PROTOCOL, Decided, Entry, Meta
-from fedmoe.spec import AggregationRules, LoraSettings, Spec
+from fedmoe.rules import AggregationRules, RuleSet, TrainingSettings
+from fedmoe.spec import LoraSettings, Spec
 from fedmoe.staleness import Decay
 from fedmoe.stopping import Stop
+from fedmoe.store import change
 from fedmoe.store.connection import Connection, RedisSettings
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore
@@ -89,6 +91,9 @@ class Training:
 
     def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
         assert not state
+
+    def adopt(self, settings: TrainingSettings) -> None:
+        """It counts under any rules."""
 
     def step(self) -> _Step:
         self.flat[self._offset + self.position] += 1
@@ -160,7 +165,7 @@ class WorkerProcess:
 
     def update_is_due(self) -> None:
         """The sync interval is over."""
-        self.now += self.world.spec.sync_interval_s
+        self.now += self.sync.ledger.meta.rules.sync_interval_s
 
     def push(self, steps: int = 1) -> None:
         """Train, and take turns until the update is published (a lost reply, and it only believes that it is not)."""
@@ -249,6 +254,7 @@ class World:
     url: str
     directory: Path
     spec: Spec = field(init=False)
+    _rules: RuleSet = field(init=False)
     _open: list[Connection] = field(default_factory=list)
     _workers: list[WorkerProcess] = field(default_factory=list)
     _steppers: list[Stepper] = field(default_factory=list)
@@ -274,13 +280,14 @@ class World:
 
     def create(self, *, max_staleness: int = 100, decay: str = "constant") -> None:
         """Create the expert as version 0."""
-        aggregation = AggregationRules(decay=Decay(kind=decay), max_staleness=max_staleness)
+        self._rules = RuleSet(
+            aggregation=AggregationRules(decay=Decay(kind=decay), max_staleness=max_staleness)
+        )
         self.spec = Spec(
             base_model="tiny",
             base_config={},
             layout=LAYOUT,
             lora=LoraSettings(rank=2, alpha=4.0),
-            aggregation=aggregation,
             wire_format="fp32",  # units are counted to the bit
         )
         self._write_expert()
@@ -288,7 +295,7 @@ class World:
     def _write_expert(self) -> None:
         commit = new_id()
         meta = Meta(
-            lineage=new_id(), commit=commit, weights_commit=commit, spec=self.spec.digest,
+            lineage=new_id(), commit=commit, weights_commit=commit, spec=self.spec.digest, rules=self._rules,
             protocol=PROTOCOL, base_fingerprint=FINGERPRINT,
         )  # fmt: skip
         buffer = AdapterBuffer(LAYOUT)
@@ -299,6 +306,10 @@ class World:
         """What an operator does who begins the expert anew: nothing of before counts any more."""
         self.redis.delete(self.keys.meta, self.keys.weights, self.keys.decided, self.keys.log)
         self._write_expert()
+
+    def change_rules(self, **settings: object) -> None:
+        """What `fedmoe expert set` does."""
+        change.change_rules(ExpertStore(self._operator, EXPERT), settings)
 
     def aggregator(self, holder: str = "A0") -> AggregatorProcess:
         """Start an aggregator."""
@@ -396,8 +407,6 @@ class World:
     def expect_replay(self) -> None:
         """Assert that the weights are, byte for byte, those of a sequential run over the log."""
         meta, weights, lines = GatewayStore(self._operator).history(EXPERT)
-        found = consumers.verify.replay(
-            self.spec, lines, Archive(self.directory / "kept" / EXPERT), upto=meta.version
-        )
+        found = consumers.verify.replay(self.spec, meta, lines, Archive(self.directory / "kept" / EXPERT))
         expect(not found.problem, f"the log cannot be replayed: {found.problem}")
         expect(found.weights.same_values(weights), "the weights are not those of the log")

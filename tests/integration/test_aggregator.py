@@ -7,7 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from consumers.aggregator import Aggregator, AggregatorSettings, ExpertServer
+from consumers.aggregator import AggregatorSettings, ExpertServer
+from consumers.daemon import Aggregator
 from consumers.expert import Expert
 from consumers.gateway import GatewaySettings
 from fedmoe.errors import SettingsError, SpecError
@@ -189,7 +190,7 @@ def test_long_batch_keeps_its_lease(connection: Connection) -> None:
         left.append(connection.client.pttl(keys.lease))
         connection.client.pexpire(keys.lease, 10)  # as good as over
         if len(left) == 3 and thief:
-            connection.client.set(keys.lease, "thief")
+            connection.client.set(keys.lease, "thief", px=60_000)
         return decide(self, *rest)  # type: ignore[arg-type]
 
     thief = False

@@ -110,7 +110,7 @@ def check_history(state: ExpertState, kept: Path) -> list[tuple[str, str, int]]:
     """The weights are the replay of the log, byte for byte, and each worker's head is its last line; the log's ids."""
     spec, meta = state.check(NAME)
     lines = [{k.decode(): v.decode() for k, v in fields.items()} for _, fields in state.log]
-    done = replay(spec, lines, Archive(kept / NAME), upto=meta.version)
+    done = replay(spec, meta, lines, Archive(kept / NAME))
     assert done.problem == ""
     assert done.weights.same_values(state.weights)
     assert len(lines) == meta.version

@@ -10,10 +10,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fedmoe.spec import AggregationRules
+from fedmoe.rules import AggregationRules, RuleSet
 from ops.bench.adapters import LAYOUTS, fp32_bytes
 from ops.bench.contest import Contestant, Sample, Seats, take_turns
-from ops.bench.fedmoe_side import FedMoE, make_spec
+from ops.bench.fedmoe_side import FedMoE
 from ops.bench.processes import BenchError
 from ops.bench.result import BARS, figure, ratio
 from tests.processes import environment
@@ -181,7 +181,7 @@ def test_an_aggregator_that_dies_ends_it() -> None:
 def test_refused_updates_are_no_updates() -> None:
     """However fast they are refused."""
     contestant = FedMoE("fedmoe", SMALL, "fp32")
-    contestant.spec = make_spec(SMALL, "fp32", aggregation=AggregationRules(max_norm=1e-6))
+    contestant.rules = RuleSet(aggregation=AggregationRules(max_norm=1e-6))
     with pytest.raises(BenchError, match=r"BenchError: update .* was refused: its norm"):
         contestant.__enter__()
     assert not contestant.processes._all

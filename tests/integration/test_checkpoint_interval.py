@@ -1,6 +1,5 @@
 """How often a worker writes a checkpoint: with each update, and else once in --checkpoint-interval."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +67,8 @@ def test_cut_that_comes_due_while_a_checkpoint_waits_for_the_training(
     connection: Connection, tmp_path: Path
 ) -> None:
     """A long step: the copy that was asked for is the checkpoint's; the update counts each step once."""
-    spec = replace(counting_spec(), sync_interval_s=100.0)
-    create_expert(connection, spec)
+    spec = counting_spec()
+    create_expert(connection, spec, sync_interval_s=100.0)
     joined = ScriptedWorker(connection, spec)
     exchange = Exchange(Counter(joined.local), with_optimizer=True)
     now = 0.0

@@ -19,12 +19,11 @@ from fedmoe.integrity import stamp_decided
 from fedmoe.keys import GROUP
 from fedmoe.layout import AdapterBuffer, stamped
 from fedmoe.records import PROTOCOL, Decided
-from fedmoe.spec import AggregationRules
 from fedmoe.store.connection import Connection
 from fedmoe.template_file import template_digest
 from fedmoe.update import Part, UpdateId, make_run
 from producers.ledger import Outgoing
-from tests.federation import FINGERPRINT, LAYOUT, ScriptedWorker, make_expert, serve, small_spec
+from tests.federation import FINGERPRINT, LAYOUT, ScriptedWorker, aggregating, make_expert, serve, small_spec
 from tests.hazards.stepping import Killed, Stepper
 
 Connect = Callable[[], Connection]
@@ -185,8 +184,8 @@ def test_forged_counts_are_clamped_and_said(connection: Connection, caplog: pyte
     worker.push(1.0, n_examples=2**53, n_tokens=2**53, steps=2**53)
     assert serve(expert) == ["applied"]
     meta = expert.store.load().meta
-    most = COUNTED_STEPS * expert.spec.training.batch_size
-    assert (meta.n_examples, meta.n_tokens) == (most, most * expert.spec.training.max_length)
+    most = COUNTED_STEPS * expert.meta.rules.training.batch_size
+    assert (meta.n_examples, meta.n_tokens) == (most, most * expert.meta.rules.training.max_length)
     ((_, line),) = connection.client.xrange(expert.store.keys.log)
     assert (int(line[b"n_examples"]), int(line[b"claimed_examples"])) == (most, 2**53)
     assert f"worker alice claims {2**53} rows" in caplog.text
@@ -198,8 +197,8 @@ def test_forged_counts_are_clamped_and_said(connection: Connection, caplog: pyte
 
 def test_too_stale_is_refused_and_told(connection: Connection) -> None:
     """The staleness bound, by versions and never by a clock."""
-    spec = small_spec(aggregation=AggregationRules(max_staleness=1))
-    expert = make_expert(connection, spec=spec)
+    spec = small_spec()
+    expert = make_expert(connection, spec=spec, rules=aggregating(max_staleness=1))
     late = ScriptedWorker(connection, spec, "late")
     busy = ScriptedWorker(connection, spec, "busy")
     for _ in range(2):
@@ -263,8 +262,8 @@ def test_staleness_bound_grows_alike_in_every_batching(connection: Connection, b
 
 def test_staleness_bound_that_the_operator_chose_stays(connection: Connection) -> None:
     """However many workers there are."""
-    spec = small_spec(aggregation=AggregationRules(max_staleness=1))
-    expert = make_expert(connection, spec=spec)
+    spec = small_spec()
+    expert = make_expert(connection, spec=spec, rules=aggregating(max_staleness=1))
     for number in range(3):
         ScriptedWorker(connection, spec, f"w{number}").push(1.0, base_version=0)
     assert read_all(expert, 64) == ["applied", "applied", "refused"]
@@ -399,7 +398,7 @@ def test_expert_made_anew_with_another_spec_is_noticed(connection: Connection) -
     """An aggregator that still holds the old spec loads nothing."""
     expert = make_expert(connection)
     connection.client.flushdb()
-    make_expert(connection, spec=small_spec(aggregation=AggregationRules(lr=0.5)))
+    make_expert(connection, spec=small_spec(wire_format="int4"))
     with pytest.raises(StaleStateError, match="another spec"):
         expert.load()
 

@@ -154,8 +154,8 @@ def test_idle_connections_are_dropped(
     connection: Connection, reach: Reach, near: dict[str, Proxy], tmp_path: Path
 ) -> None:
     """A NAT that forgets the worker between two publications: each finds a dead connection."""
-    spec = counting_spec(sync_interval_s=0.5)
-    store = create_expert(connection, spec)
+    spec = counting_spec()
+    store = create_expert(connection, spec, sync_interval_s=0.5)
     near["worker"].idle_timeout_s = 0.15
     with (
         serving(reach(near["aggregator"].url), keep_updates=tmp_path),

@@ -44,7 +44,7 @@ def test_experts_share_one_initialisation(connection: Connection, tiny_model_dir
     buffer.load(first)
     for name, tensor in spec.layout.views(buffer.flat).items():
         assert bool(tensor.any()) == ("lora_A" in name)
-    assert spec.aggregation.max_norm == pytest.approx(
+    assert meta.rules.aggregation.max_norm == pytest.approx(
         10 * float(torch.linalg.vector_norm(buffer.flat)), abs=1e-3
     )
 

@@ -188,7 +188,7 @@ def test_what_can_be_derived_is_begun_again(
         eventually("version 2", lambda: expert.store.load().meta.version == 2)
     assert "the packed weights and the log did not match version 1" in caplog.text
     meta, file, lines = GatewayStore(connection).history(NAME)
-    done = replay(expert.spec, lines, Archive(tmp_path / NAME), upto=meta.version)
+    done = replay(expert.spec, meta, lines, Archive(tmp_path / NAME))
     assert (done.problem, done.since, done.version) == ("", 1, 2)
     assert done.weights.same_values(file)
 

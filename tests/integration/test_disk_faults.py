@@ -16,7 +16,7 @@ from fedmoe.store.connection import Connection
 from producers import checkpoint, heartbeat, saver, sync
 from producers.checkpoint import StateDir
 from tests.federation import make_expert, serving
-from tests.integration.test_sync import SPEC, Run
+from tests.integration.test_sync import RULES, SPEC, Run
 from tests.processes import eventually
 
 pytestmark = pytest.mark.one_server
@@ -29,7 +29,7 @@ def expert(connection: Connection, monkeypatch: pytest.MonkeyPatch) -> Expert:
     monkeypatch.setattr(heartbeat, "HEARTBEAT_INTERVAL_S", 0.1)
     monkeypatch.setattr(saver, "RETRY_S", 0.2)
     monkeypatch.setattr(sync, "RETRY_S", 0.2)
-    return make_expert(connection, spec=SPEC)
+    return make_expert(connection, spec=SPEC, rules=RULES)
 
 
 @pytest.fixture

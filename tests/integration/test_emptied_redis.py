@@ -1,5 +1,6 @@
 """Redis comes back empty: whoever holds an expert writes it back; if nobody does, all wait for an operator."""
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -9,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from consumers.aggregator import Aggregator, AggregatorSettings, ExpertServer
+from consumers.aggregator import AggregatorSettings, ExpertServer
 from consumers.create import SpecRequest, ensure_experts
+from consumers.daemon import Aggregator
 from consumers.expert import Expert
 from consumers.gateway import GatewayBuilder, GatewaySettings
 from consumers.verify import replay
@@ -246,13 +248,13 @@ def test_replay_goes_on_from_what_was_written_back(
         worker.push(0.3)
         eventually("version 2", lambda: expert.store.load().meta.version == 2)
     meta, weights, lines = GatewayStore(connection).history("sql_expert")
-    done = replay(expert.spec, lines, Archive(tmp_path / "sql_expert"), upto=meta.version)
+    done = replay(expert.spec, meta, lines, Archive(tmp_path / "sql_expert"))
     assert (done.problem, done.since, done.version) == ("", 1, 2)
     assert done.weights.same_values(weights)
 
 
 def test_whole_daemon_writes_back_experts_and_gateway(
-    connection: Connection, connect: Connect, redis_url: str
+    connection: Connection, connect: Connect, redis_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Every expert, their list with the gateway weights, and the gateway."""
     for name, weight in (("a", 2.0), ("b", 1.0)):
@@ -263,11 +265,12 @@ def test_whole_daemon_writes_back_experts_and_gateway(
     )  # fmt: skip
     stop = threading.Event()
     thread = threading.Thread(target=daemon.run, args=(stop,))
+    caplog.set_level(logging.INFO)
     thread.start()
     store = GatewayStore(connect())
     try:
         eventually("a gateway", store.load)
-        eventually("both experts in memory", lambda: all(s._loaded for s in daemon._servers))
+        eventually("both experts in memory", lambda: caplog.text.count(": serving from version") == 2)
         connection.client.flushall()
         eventually("the list", lambda: store.experts() == {"a": 2.0, "b": 1.0}, timeout_s=10)
         eventually("the gateway", store.load, timeout_s=10)

@@ -6,7 +6,6 @@ import re
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from fedmoe import features, records
 from fedmoe.beat import Beat
 from fedmoe.errors import ProtocolError
 from fedmoe.identity import BaseIdentity
+from fedmoe.rules import RuleSet
 from fedmoe.software import software
 from fedmoe.store.connection import Connection
 from fedmoe.store.inspect import Inspector
@@ -39,12 +39,13 @@ from tests.processes import eventually
 pytestmark = pytest.mark.one_server
 
 Connect = Callable[[], Connection]
-SPEC = replace(small_spec(), sync_interval_s=0.05)
+SPEC = small_spec()
+RULES = RuleSet(sync_interval_s=0.05)
 
 
 @pytest.fixture
 def expert(connection: Connection) -> Expert:
-    return make_expert(connection, spec=SPEC)
+    return make_expert(connection, spec=SPEC, rules=RULES)
 
 
 def raise_protocol(expert: Expert) -> None:

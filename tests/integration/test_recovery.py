@@ -17,12 +17,12 @@ from fedmoe.backup import Backup, back_up, restore
 from fedmoe.errors import NameTakenError
 from fedmoe.layout import stamped
 from fedmoe.lora_init import initial_weights
-from fedmoe.spec import AggregationRules, Spec
+from fedmoe.spec import Spec
 from fedmoe.store.backup import BackupStore
 from fedmoe.store.connection import Connection
 from fedmoe.store.gateway import GatewayStore
 from fedmoe.store.worker import WorkerStore
-from tests.federation import LAYOUT, ScriptedWorker, make_expert, serve, serving, small_spec
+from tests.federation import LAYOUT, ScriptedWorker, aggregating, make_expert, serve, serving, small_spec
 from tests.processes import eventually
 from tests.rollback import Snapshot
 
@@ -42,9 +42,10 @@ def weights(connection: Connection) -> bytes:
     return stamped(GatewayStore(connection).history(NAME)[1], "")
 
 
-def fresh_expert(connection: Connection, spec: Spec) -> Expert:
+def fresh_expert(connection: Connection, spec: Spec, **meta: object) -> Expert:
     """One whose replay begins at version 0."""
-    return make_expert(connection, spec=spec, weights=initial_weights(spec.layout, spec.init_seed))
+    weights = initial_weights(spec.layout, spec.init_seed)
+    return make_expert(connection, spec=spec, weights=weights, **meta)
 
 
 def test_older_state_is_written_over_by_memory(
@@ -76,7 +77,7 @@ def test_older_state_is_written_over_by_memory(
     meta, file, lines = GatewayStore(connection).history(NAME)
     assert [line["version"] for line in lines] == ["1", "2", "3", "4", "5"]
     assert connection.client.xlen(expert.store.keys.dead) == 1
-    done = replay(expert.spec, lines, Archive(tmp_path / NAME), upto=meta.version)
+    done = replay(expert.spec, meta, lines, Archive(tmp_path / NAME))
     assert (done.problem, done.since) == ("", 0)
     assert done.weights.same_values(file)
     assert not worker.pull().resent
@@ -177,7 +178,7 @@ def test_kept_updates_are_announced_again_if_somebody_committed_first(
     assert sorted((line["worker"], line["seq"]) for line in lines) == [
         ("alice", "1"), ("alice", "2"), ("alice", "3"), ("bob", "1"), ("carol", "1"),
     ]  # fmt: skip
-    done = replay(expert.spec, lines, Archive(tmp_path / NAME), upto=meta.version)
+    done = replay(expert.spec, meta, lines, Archive(tmp_path / NAME))
     assert not done.problem
     assert done.weights.same_values(file)
     assert not alice.pull().resent
@@ -227,7 +228,7 @@ def test_kept_update_far_ahead_of_an_expert_that_went_back_is_applied(
     connection: Connection, connect: Connect, tmp_path: Path
 ) -> None:
     """What came before it was not kept here: its base is further ahead than an update may be."""
-    expert = fresh_expert(connection, small_spec(aggregation=AggregationRules(max_staleness=3)))
+    expert = fresh_expert(connection, small_spec(), rules=aggregating(max_staleness=3))
     snapshot = Snapshot.take(connection)
     alice, carol = (ScriptedWorker(connection, expert.spec, name) for name in ("alice", "carol"))
     for _ in range(6):

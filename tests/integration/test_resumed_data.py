@@ -10,7 +10,8 @@ import pytest
 
 from fedmoe.model.adapter import adapter_layout
 from fedmoe.model.base import structure
-from fedmoe.spec import LoraSettings, Spec, TrainingSettings
+from fedmoe.rules import RuleSet, TrainingSettings
+from fedmoe.spec import LoraSettings, Spec
 from fedmoe.stopping import Stop
 from fedmoe.store.connection import Connection
 from producers.settings import WorkerSettings
@@ -30,7 +31,6 @@ def spec_of(base_model: Path) -> Spec:
         base_config=structure(config),
         layout=adapter_layout(config, lora),
         lora=lora,
-        training=TrainingSettings(batch_size=2),
     )
 
 
@@ -38,7 +38,8 @@ def test_other_examples_begin_at_the_first(
     connection: Connection, connect: Callable[[], Connection], tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     """With the same rows, `--learn` makes other examples of them; the same examples go on where they were."""
-    make_expert(connection, "tiny", spec_of(tiny_model_dir), base_fingerprint="")
+    rules = RuleSet(training=TrainingSettings(batch_size=2))
+    make_expert(connection, "tiny", spec_of(tiny_model_dir), base_fingerprint="", rules=rules)
     rows = tmp_path / "rows.jsonl"
     turns = [{"role": role, "content": "x"} for role in ("user", "assistant") * 2]
     rows.write_text("\n".join([json.dumps({"messages": turns})] * 3))

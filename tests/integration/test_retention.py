@@ -65,9 +65,7 @@ class Kept:
     def replay(self) -> Replay:
         store = GatewayStore(self.expert.store.connection)
         meta, weights, lines = store.history("sql_expert")
-        done = replay(
-            self.expert.spec, lines, Archive(self.directory, read_only=True), upto=meta.version, lineage=meta.lineage
-        )  # fmt: skip
+        done = replay(self.expert.spec, meta, lines, Archive(self.directory, read_only=True))
         assert done.problem or done.weights.same_values(weights)
         return done
 

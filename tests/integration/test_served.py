@@ -9,7 +9,7 @@ from fedmoe.store.worker import WorkerStore
 from producers import heartbeat, watch
 from producers.watch import AggregatorWatch
 from tests.federation import make_expert, serving
-from tests.integration.test_sync import SPEC, Run
+from tests.integration.test_sync import RULES, SPEC, Run
 from tests.processes import eventually
 
 pytestmark = pytest.mark.one_server
@@ -29,7 +29,7 @@ def test_said_in_log_status_and_heartbeat(
     """While nobody serves it, and no longer once somebody does; nothing that was trained meanwhile is lost."""
     monkeypatch.setattr(watch, "LOOK_S", 0.05)
     monkeypatch.setattr(heartbeat, "HEARTBEAT_INTERVAL_S", 0.1)
-    expert = make_expert(connection, spec=SPEC)
+    expert = make_expert(connection, spec=SPEC, rules=RULES)
     run = Run(connect())
     key = expert.store.keys.worker("alice")
 

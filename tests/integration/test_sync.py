@@ -13,7 +13,8 @@ from consumers.expert import Expert
 from fedmoe.errors import RefusedError
 from fedmoe.identity import BaseIdentity
 from fedmoe.layout import Layout
-from fedmoe.spec import AggregationRules, Spec
+from fedmoe.rules import AggregationRules, RuleSet
+from fedmoe.spec import Spec
 from fedmoe.store.connection import Connection
 from producers import heartbeat
 from producers.checkpoint import StateDir
@@ -27,7 +28,9 @@ from tests.rollback import Snapshot
 pytestmark = pytest.mark.one_server
 
 Connect = Callable[[], Connection]
-SPEC = replace(small_spec(aggregation=AggregationRules(max_norm=1e4)), sync_interval_s=0.1)
+SPEC = small_spec()
+RULES = RuleSet(aggregation=AggregationRules(max_norm=1e4), sync_interval_s=0.1)
+STRICT = replace(RULES, aggregation=replace(RULES.aggregation, max_staleness=2))
 
 
 class Run:
@@ -75,7 +78,7 @@ class Run:
 
 @pytest.fixture
 def expert(connection: Connection) -> Expert:
-    return make_expert(connection, spec=SPEC)
+    return make_expert(connection, spec=SPEC, rules=RULES)
 
 
 def test_every_step_arrives_once(expert: Expert, connect: Connect) -> None:
@@ -99,11 +102,10 @@ def test_what_is_sent_again_is_not_too_far_ahead(
     connection: Connection, expert: Expert, connect: Connect
 ) -> None:
     """Redis went back, nobody remembers, another worker's updates are lost: one's own count again, each once."""
-    spec = replace(SPEC, aggregation=replace(SPEC.aggregation, max_staleness=2))
     connection.client.flushdb()
-    expert = make_expert(connection, spec=spec)
+    expert = make_expert(connection, spec=SPEC, rules=STRICT)
     snapshot = Snapshot.take(connection)
-    gone, run = ScriptedWorker(connection, spec, "gone"), Run(connect(), spec=spec)
+    gone, run = ScriptedWorker(connection, SPEC, "gone"), Run(connect())
     with serving(connect(), block_ms=20):
         for version in range(1, 7):
             gone.push(0.0)
@@ -123,15 +125,14 @@ def test_update_whose_base_is_undone_is_sent_again_from_the_version_there_is(
     connection: Connection, connect: Connect
 ) -> None:
     """Redis went back over another worker's updates while this one's first waited: its own books did not move."""
-    spec = replace(SPEC, aggregation=replace(SPEC.aggregation, max_staleness=2))
-    expert = make_expert(connection, spec=spec)
-    bob = ScriptedWorker(connection, spec, "bob")
+    expert = make_expert(connection, spec=SPEC, rules=STRICT)
+    bob = ScriptedWorker(connection, SPEC, "bob")
     snapshot = Snapshot.take(connection)
     for _ in range(6):
         bob.push(0.0)
         assert serve(expert) == ["applied"]
         bob.pull()
-    run = Run(connect(), spec=spec)
+    run = Run(connect())
     eventually("an update", lambda: run.train(1) or run.sync.status.published)
     snapshot.bring_back(connection)
     with serving(connect(), block_ms=20):

@@ -1,7 +1,6 @@
 """producers.training: what was trained is published, however the training ends."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,7 @@ import torch
 
 from fedmoe.errors import FedMoEError, StoppedError, TooLittleMemoryError
 from fedmoe.identity import BaseIdentity
-from fedmoe.spec import AggregationRules
+from fedmoe.rules import AggregationRules, RuleSet
 from fedmoe.stopping import Stop
 from fedmoe.store.connection import Connection
 from producers.exchange import Exchange
@@ -22,7 +21,8 @@ from tests.federation import FINGERPRINT, ScriptedWorker, make_expert, serving, 
 pytestmark = pytest.mark.one_server
 
 Connect = Callable[[], Connection]
-SPEC = replace(small_spec(aggregation=AggregationRules(max_norm=1e4)), sync_interval_s=60.0)
+SPEC = small_spec()
+RULES = RuleSet(aggregation=AggregationRules(max_norm=1e4), sync_interval_s=60.0)
 
 
 class Failing(Counter):
@@ -76,7 +76,7 @@ def test_what_was_trained_is_published_before_it_ends(
     connect: Connect, error: Exception, raised: type[Exception], sentence: str
 ) -> None:
     """The expert has every step from before the failure, long before the sync interval is over."""
-    expert = make_expert(connect(), spec=SPEC)
+    expert = make_expert(connect(), spec=SPEC, rules=RULES)
     said: list[str] = []
     with serving(connect(), block_ms=20), pytest.raises(raised, match=sentence):
         make_training(connect(), error, said, drain_s=30.0).run()
@@ -86,7 +86,7 @@ def test_what_was_trained_is_published_before_it_ends(
 
 def test_stop_before_the_first_step_ends_at_once(connect: Connect) -> None:
     """The stop gave joining half a second and then cuts the connection off: nothing is waited for on that."""
-    make_expert(connect(), spec=SPEC)
+    make_expert(connect(), spec=SPEC, rules=RULES)
     said: list[str] = []
     training = make_training(connect(), TooLittleMemoryError("unused"), said, drain_s=30.0)
     training._stop.set()
@@ -98,7 +98,7 @@ def test_stop_before_the_first_step_ends_at_once(connect: Connect) -> None:
 
 def test_what_is_lost_is_said_beside_the_failure(connect: Connect) -> None:
     """Nobody decides it: one sentence has both, why the training ended and what is not in the expert."""
-    make_expert(connect(), spec=SPEC)
+    make_expert(connect(), spec=SPEC, rules=RULES)
     connection = connect()
     training = make_training(connection, TooLittleMemoryError("no memory"), [], drain_s=0.0)
     connection.cut_off()

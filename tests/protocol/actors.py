@@ -15,49 +15,64 @@ from unittest.mock import patch
 
 import consumers.aggregator
 import consumers.expert
+import fedmoe.store.change
 from consumers.aggregator import AggregatorSettings, ExpertServer
 from consumers.expert import Expert
 from consumers.history import History
+from fedmoe.errors import FedMoEError
 from fedmoe.keys import Keys
 from fedmoe.layout import Layout, stamped
 from fedmoe.records import PROTOCOL, Decided, Meta
-from fedmoe.spec import AggregationRules, Spec
+from fedmoe.rules import AggregationRules, RuleSet
+from fedmoe.spec import Spec
 from fedmoe.staleness import Decay
+from fedmoe.store.change import change_rules
 from fedmoe.store.connection import Command, Connection, RedisSettings
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.worker import WorkerStore
 from tests.protocol.client import Client, Port
 from tests.protocol.world import FOR_PEOPLE, KEYS, NAME, Db, Reply, Request, Suspended
 
+NEW_LR = 0.5  # what the operator sets; then an update weighs half
 NEW_ID = Request((("NEWID",),))  # answered by the search: an id that occurs nowhere
 HISTORY = 4  # commits that an aggregator remembers: more make more states, and nothing new
 Values = tuple[float, ...]
 
 
-def make_spec(workers: int, units: int, max_staleness: int, max_norm: float) -> Spec:
-    """One value for each (worker, unit of training); every applied update weighs 1, so values stay whole."""
+def make_spec(workers: int, units: int) -> Spec:
+    """One value for each (worker, unit of training)."""
+    layout = Layout.of([("x", (workers * units,))])
+    return Spec(base_model="m", base_config={}, layout=layout, wire_format="fp32")
+
+
+def first_rules(max_staleness: int, max_norm: float) -> RuleSet:
+    """Every applied update weighs 1."""
     aggregation = AggregationRules(
         decay=Decay(kind="constant"), max_staleness=max_staleness, max_norm=max_norm
     )
-    layout = Layout.of([("x", (workers * units,))])
-    return Spec(base_model="m", base_config={}, layout=layout, aggregation=aggregation, wire_format="fp32")
+    return RuleSet(aggregation=aggregation)
 
 
-def first_db(spec: Spec) -> Db:
+def first_file(spec: Spec) -> bytes:
+    """Weights of zeros."""
+    return stamped(spec.layout.header + bytes(4 * spec.layout.numel), "c0")
+
+
+def first_db(spec: Spec, rules: RuleSet) -> Db:
     """A new expert of zeros."""
-    file = stamped(spec.layout.header + bytes(4 * spec.layout.numel), "c0")
     meta = Meta(
         lineage="L",
         commit="c0",
         weights_commit="c0",
         spec=spec.digest,
+        rules=rules,
         protocol=PROTOCOL,
         base_fingerprint="f",
         loss=0.0,
         reach=1.0,
     )
     return Db(
-        strings=((KEYS.spec, spec.to_json().encode()), (KEYS.weights, file)),
+        strings=((KEYS.spec, spec.to_json().encode()), (KEYS.weights, first_file(spec))),
         hashes=((KEYS.meta, tuple(sorted(meta.to_hash().items()))),),
     )
 
@@ -126,6 +141,7 @@ class Rules:
     new_run_at_start: bool = True
     server: type[ExpertServer] = ExpertServer
     keep_decided_s: float = 60.0
+    change: Callable[..., Any] = change_rules
     history: int = HISTORY
 
 
@@ -271,3 +287,38 @@ class Aggregator:
         finally:
             for one in patches:
                 one.stop()
+
+
+class Operator:
+    """An operator who, once told to, changes the rules until it is done: IDLE, then WANTS, then DONE."""
+
+    IDLE, WANTS, DONE = "idle", "wants to change the rules", "has changed the rules"
+
+    def __init__(self, rules: Rules) -> None:
+        self.name = "operator"
+        self.first = self.IDLE
+        self._rules = rules
+
+    def choices(self, memory: str, db: Db) -> tuple[int, ...]:
+        """Nothing but to go on with a change."""
+        return (0,) if memory == self.WANTS else ()
+
+    def fair_choice(self, memory: str) -> int:
+        return 0
+
+    def check(self, memory: str) -> str:
+        """An operator knows nothing that could be wrong."""
+        return ""
+
+    def turn(self, memory: str, replies: Sequence[Reply], choice: int) -> str:
+        """`fedmoe expert set`, tried once."""
+        if memory != self.WANTS:
+            return memory
+        port = Port(replies)
+        store = self._rules.expert_store(ModelConnection(Client(port)), NAME)
+        with patch.object(fedmoe.store.change, "new_id", lambda: str(port.ask(NEW_ID)[0])):
+            try:
+                self._rules.change(store, {"lr": NEW_LR}, clock=lambda: 0.0)
+            except FedMoEError:
+                return memory  # and the operator types it again
+        return self.DONE

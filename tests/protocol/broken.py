@@ -3,6 +3,7 @@
 What is replaced is the project's own code, by a subclass or a patch of a few lines; all else stays real.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -48,7 +49,7 @@ class AckFirst(ExpertStore):
 class NeverCompares(ExpertStore):
     """Whether memory is still that of Redis is not looked at between two commits, which would end a stale memory."""
 
-    def is_whole(self, **_: Any) -> bool:
+    def is_unchanged(self, **_: Any) -> bool:
         return self.exists()
 
 
@@ -141,6 +142,22 @@ def _any_lineage(
     header: Header, head: Decided | None, meta: Meta, spec: Spec, workers: int
 ) -> Verdict | Admission:
     return judge_header(replace(header, lineage=meta.lineage), head, meta, spec, workers)
+
+
+def _first_rules_judge(
+    header: Header, head: Decided | None, meta: Meta, spec: Spec, workers: int
+) -> Verdict | Admission:
+    judged = judge_header(header, head, meta, spec, workers)
+    return replace(judged, factor=1.0) if isinstance(judged, Admission) else judged
+
+
+def change_in_place(store: ExpertStore, settings: Mapping[str, Any], *, clock: object = None) -> None:
+    """The new rules, and the old commit id."""
+    meta = store.condition().meta
+    assert meta is not None
+    pipe = store._redis.pipeline(transaction=True)
+    pipe.hset(store.keys.meta, mapping={"rules": meta.rules.changed(settings).to_json()})
+    pipe.execute()
 
 
 def _missing_is_refused(*args: Any) -> Verdict:
@@ -260,6 +277,18 @@ BROKEN = {
         rules=Rules(patches=((consumers.expert, "judge_header", _any_lineage),)),
         scope=Scope(units=1, faults={"new_lineage": 1}),
         symptom="another lineage",
+    ),
+    "H23_rules_changed_without_a_commit": Broken(
+        what="the operator writes the new rules into meta without a new commit id",
+        rules=Rules(change=change_in_place),
+        scope=Scope(units=1, faults={"rules": 1}),
+        symptom="taken back",
+    ),
+    "H23_decided_under_the_first_rules": Broken(
+        what="an aggregator decides under the rules that the expert was created with",
+        rules=Rules(patches=((consumers.expert, "judge_header", _first_rules_judge),)),
+        scope=Scope(units=1, faults={"rules": 1}),
+        symptom="replay",
     ),
     "acknowledged_before_commit": Broken(
         what="entries are acknowledged and deleted when they are read",

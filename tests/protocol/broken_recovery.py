@@ -59,7 +59,7 @@ class BeginsAnew(ExpertServer):
         try:
             return super()._load()
         except LostExpertError:
-            spec = make_spec(workers=1, units=1, max_staleness=9, max_norm=9.0)
+            spec = make_spec(workers=1, units=1)
             buffer = AdapterBuffer(spec.layout)
             meta = Meta(
                 lineage="another", commit="c98", weights_commit="c98", spec=spec.digest, protocol=PROTOCOL

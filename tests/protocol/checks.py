@@ -6,7 +6,7 @@ from fedmoe.codec import decode
 from fedmoe.layout import values_of
 from fedmoe.spec import Spec
 from fedmoe.update import Header
-from tests.protocol.actors import Values, first_db
+from tests.protocol.actors import NEW_LR, Values, first_file
 from tests.protocol.world import KEYS, OVERWRITTEN, TWO_CONTENTS, Db
 
 LINEAGES = ("L", "M")  # the one of the beginning, and the one that an operator begins
@@ -30,26 +30,29 @@ def check_db(db: Db, spec: Spec, *, refuses_nothing: bool) -> str:
         return f"nobody asked for the new lineage {meta['lineage']}"
     if db.base == OVERWRITTEN:
         return "an expert was written back over one that was there"
-    decided = db.log + db.refused
+    decided = tuple(line[:3] for line in db.log) + db.refused
     twice = [name for n, name in enumerate(decided) if name in decided[:n]]
     if twice:
         return f"update {twice[0]} is twice in the history"
     if db.refused and refuses_nothing:
         return f"update {db.refused[0]} was refused without cause"
-    since, file = db.base or (0, first_db(spec).string(KEYS.weights))
+    since, file = db.base or (0, first_file(spec))
     weights, replay = weights_of(db, spec), values_of(spec.layout, file).tolist()
     written = dict(db.written)
     if TWO_CONTENTS in written.values():
         return "one name of an update has two contents"
-    for worker, run, seq in db.log:
+    if db.rules_went_back:
+        return "the operator's rules were taken back"
+    for worker, run, seq, rules in db.log:
         lineage = Header.unpack(written[KEYS.header(worker, run, seq)]).lineage
         if lineage != meta["lineage"]:
             return f"an update of another lineage, {lineage}, is in the history"
         delta = _decoded(written[KEYS.part(worker, run, seq, 0)], len(replay))
-        replay = [a + b for a, b in zip(replay, delta, strict=True)]
+        factor = 1.0 if rules == 1 else NEW_LR
+        replay = [a + factor * b for a, b in zip(replay, delta, strict=True)]
     if list(weights) != replay:
         return f"the weights are {weights}, a replay of the log gives {tuple(replay)}"
-    if any(value not in (0.0, 1.0) for value in weights):
+    if any(value not in (0.0, NEW_LR, 1.0) for value in weights):
         return f"a unit of training counts twice: {weights}"
     if int(meta["version"]) != since + len(db.log):
         return "the version is not the number of updates in the log"

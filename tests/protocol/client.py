@@ -81,6 +81,10 @@ class Client:
     def exists(self, *keys: str) -> int:
         return self._one("EXISTS", *keys)
 
+    def hkeys(self, key: str) -> list[bytes]:
+        """The list of experts, for a sentence."""
+        return []
+
     def info(self, section: str) -> dict[str, int]:
         """A server without a memory limit."""
         return {}

@@ -8,7 +8,17 @@ memory, request and list of replies is kept once, and what follows from it is co
 from collections.abc import Hashable, Iterator
 from typing import Any
 
-from tests.protocol.actors import NEW_ID, Aggregator, Rules, Served, first_db, make_spec
+from tests.protocol.actors import (
+    NEW_ID,
+    Aggregator,
+    Operator,
+    Rules,
+    Served,
+    first_db,
+    first_file,
+    first_rules,
+    make_spec,
+)
 from tests.protocol.checks import check_db, weights_of
 from tests.protocol.state import (
     BROKEN,
@@ -34,7 +44,7 @@ class Model:
 
     def __init__(self, scope: Scope, rules: Rules | None = None) -> None:
         rules = rules or Rules()
-        spec = make_spec(scope.workers, scope.units, scope.max_staleness, scope.max_norm)
+        spec = make_spec(scope.workers, scope.units)
         self.scope = scope
         self._spec = spec
         self.aggregators = [Aggregator(f"aggregator {i}", spec, rules) for i in range(scope.aggregators)]
@@ -45,7 +55,8 @@ class Model:
             )
             for i in range(scope.workers)
         ]  # fmt: skip
-        self.actors: list[Any] = [*self.aggregators, *self.workers]
+        operators = [Operator(rules)] if scope.faults.get("rules") else []
+        self.actors: list[Any] = [*self.aggregators, *self.workers, *operators]
         self._dbs, self._memories, self._replies, self._requests = Table(), Table(), Table(), Table()
         assert self._replies(()) == NO_REPLIES
         self._single_replies = Table()
@@ -62,7 +73,8 @@ class Model:
         """A new expert; nobody has begun, but an aggregator that was paused."""
         slots = tuple(self._fresh(actor.first) for actor in self.actors)
         budget = tuple(self.scope.faults.get(name, 0) for name in FAULTS)
-        state = State(self._dbs(first_db(self._spec)), -1, 0, slots, (), budget)
+        rules = first_rules(self.scope.max_staleness, self.scope.max_norm)
+        state = State(self._dbs(first_db(self._spec, rules)), -1, 0, slots, (), budget)
         if self.scope.paused:
             state = self._do(self._whole_turn(state, 0, []), ("UNLINK", KEYS.lease))
         return state
@@ -249,6 +261,8 @@ class Model:
             begins = slot.replies == NO_REPLIES
             for choice in actor.choices(memory, db) if begins else (slot.choice,):
                 yield from self._steps(state, i, choice)
+            if isinstance(actor, Operator):
+                continue
             fault = "kill_aggregator" if i < len(self.aggregators) else "kill_worker"
             if (spent := self.spend(state, fault)) and (memory != actor.first or not begins):
                 owed = tuple(debtor for debtor in state.owed if debtor != i)
@@ -324,8 +338,14 @@ class Model:
         if db.stream and (spent := self.spend(state, "trim")):
             yield Label(what="somebody empties the stream"), self._do(spent, ("XTRIM", KEYS.updates))
         if not db.gone and (spent := self.spend(state, "new_lineage")):
-            zeros = first_db(self._spec).string(KEYS.weights)
+            zeros = first_file(self._spec)
             yield Label(what="an operator begins a new lineage"), self._do(spent, ("RELINEAGE", zeros))
+        if spent := self.spend(state, "rules"):
+            operator = len(self.actors) - 1
+            yield (
+                Label(operator, what=Operator.WANTS),
+                _with(spent, operator, self._fresh(Operator.WANTS, state.slots[operator].connection)),
+            )
         if spent := self.spend(state, "forge"):
             for fields in [(), *(_forged(key) for key, _ in db.written if key.endswith(":0"))]:
                 yield (
@@ -426,7 +446,7 @@ class Model:
         if db.stream or db.pending:
             return f"entries stay for ever: stream {[i for i, _ in db.stream]}, pending {list(db.pending)}"
         weights = weights_of(db, self._spec)
-        for worker, slot in zip(self.workers, state.slots[len(self.aggregators) :], strict=True):
+        for worker, slot in zip(self.workers, state.slots[len(self.aggregators) :], strict=False):
             if wrong := worker.check_rest(self._memories.values[slot.memory], weights):
                 return wrong
         return ""

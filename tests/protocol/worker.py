@@ -17,6 +17,7 @@ import producers.sync
 from fedmoe.errors import UnknownExpertError
 from fedmoe.identity import BaseIdentity
 from fedmoe.records import Meta
+from fedmoe.rules import TrainingSettings
 from fedmoe.spec import Spec
 from fedmoe.store.worker import WorkerStore
 from fedmoe.update import UpdateId, make_run
@@ -26,6 +27,7 @@ from producers.ledger import Change, Ledger, Outgoing, Trained
 from producers.sync import Sync
 from tests.federation import delta_of
 from tests.protocol.actors import (
+    NEW_LR,
     ModelConnection,
     OneWait,
     Rules,
@@ -107,6 +109,9 @@ class _Trainer:
 
     def state(self) -> Mapping[str, torch.Tensor]:
         return {}
+
+    def adopt(self, settings: TrainingSettings) -> None:
+        """It counts under any rules."""
 
 
 @dataclass(frozen=True)
@@ -320,7 +325,7 @@ class Worker:
         mine = memory.local[self.offset : self.offset + self.units]
         for unit, value in enumerate(mine):
             once = memory.began <= unit < memory.position and unit not in memory.told
-            if value not in ((1.0,) if once else (0.0, 1.0)):
+            if value not in ((NEW_LR, 1.0) if once else (0.0, NEW_LR, 1.0)):
                 return f"worker {self.name}: unit {unit} is {value:g} times in local"
         return ""
 

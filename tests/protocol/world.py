@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from fedmoe.keys import Keys
 from fedmoe.layout import stamped
 from fedmoe.records import NO_DECISIONS
+from fedmoe.rules import RuleSet
 
 NAME = "e"
 KEYS = Keys().expert(NAME)
@@ -85,10 +86,11 @@ class Db(NamedTuple):
     last_id: int = 0
     delivered: int | None = None  # None: there is no consumer group
     pending: tuple[int, ...] = ()
-    log: tuple[tuple[str, str, int], ...] = ()
+    log: tuple[tuple[str, str, int, int], ...] = ()
     refused: tuple[tuple[str, str, int], ...] = ()
     written: tuple[tuple[str, bytes], ...] = ()
     base: tuple[int, bytes] | None = None
+    rules_went_back: bool = False
 
     @property
     def gone(self) -> bool:
@@ -125,7 +127,7 @@ class _Server:
         self.pending = set(db.pending)
         self.written = dict(db.written)
         self.last_id, self.delivered, self.log, self.refused = db.last_id, db.delivered, db.log, db.refused
-        self.base = db.base
+        self.base, self.rules_went_back = db.base, db.rules_went_back
 
     def freeze(self) -> Db:
         return Db(
@@ -139,6 +141,7 @@ class _Server:
             refused=self.refused,
             written=tuple(sorted(self.written.items())),
             base=self.base,
+            rules_went_back=self.rules_went_back,
         )
 
     def get(self, key: str) -> bytes | None:
@@ -208,6 +211,9 @@ class _Server:
         return tuple(self.hget(key, field) for field in fields)
 
     def hset(self, key: str, mapping: Pairs) -> int:
+        before = self.hashes.get(key, {})
+        if key == KEYS.meta and "rules" in before:
+            self.rules_went_back |= _number_of(dict(mapping)["rules"]) < _number_of(before["rules"])
         self.hashes.setdefault(key, {}).update(mapping)
         if key == KEYS.meta:
             self.hashes[key] |= dict.fromkeys(FOR_PEOPLE, "0")
@@ -230,7 +236,7 @@ class _Server:
         elif key in (KEYS.log, KEYS.dead) and "seq" in content:
             line = (content["worker"], content["run"], int(content["seq"]))
             if key == KEYS.log:
-                self.log += (line,)
+                self.log += ((*line, int(content["rules"])),)
             else:
                 self.refused += (line,)
         elif key == KEYS.updates:
@@ -280,6 +286,10 @@ class _Server:
             return NO_GROUP
         self.pending &= self.stream.keys()
         return tuple((f"{i}-0", self.stream[i]) for i in sorted(self.pending))
+
+
+def _number_of(rules: str) -> int:
+    return RuleSet.from_json(rules).number
 
 
 def _number(entry_id: str) -> int:

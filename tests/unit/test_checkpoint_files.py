@@ -223,8 +223,9 @@ def test_checkpoint_of_the_format_before_is_read(tmp_path: Path) -> None:
     for group, updates in (("queue", ledger.queue), ("kept", ledger.kept)):
         for number, update in enumerate(updates):
             tensors |= _inside(f"{group}.{number:04d}", update)
+    meta = asdict(ledger.meta) | {"rules": ledger.meta.rules.to_json()}
     info = {
-        "format": "1", "run": ledger.run, "seq": ledger.seq, "start": None, "meta": asdict(ledger.meta),
+        "format": "1", "run": ledger.run, "seq": ledger.seq, "start": None, "meta": meta,
         "trained": asdict(new.trained), "position": 7, "data": "d", "expert": "sql_expert", "worker": "alice",
     }  # fmt: skip
     save_file(tensors, tmp_path / "worker.safetensors", metadata={"fedmoe": json.dumps(info)})

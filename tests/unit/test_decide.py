@@ -19,20 +19,20 @@ from consumers.decide import (
 from consumers.fold import fold
 from fedmoe.codec import FORMATS, decode, scratch_values
 from fedmoe.layout import Layout
-from fedmoe.spec import AggregationRules, Spec, TrainingSettings
+from fedmoe.rules import TrainingSettings
+from fedmoe.spec import Spec
 from fedmoe.update import Part, make_run
 from producers.ledger import Ledger, Outgoing, Trained
-from tests.federation import FINGERPRINT, first_meta, small_spec
+from tests.federation import FINGERPRINT, aggregating, first_meta, small_spec
 from tests.strategies import randn
 
 FACTOR = 0.3217
-ADMISSION = Admission(factor=FACTOR)
+ADMISSION = Admission(factor=FACTOR, max_norm=1e9)
 
 
 def update_of(delta: torch.Tensor, wire_format: str, layout: Layout | None = None) -> tuple[Spec, Outgoing]:
     spec = small_spec(
         layout=layout or Layout.of([("a", (len(delta),))]),
-        aggregation=AggregationRules(max_norm=1e9),
         wire_format=wire_format,
     )
     ledger = Ledger(base=torch.zeros(len(delta)), meta=first_meta(spec), run=make_run(1, "00000001"))
@@ -155,12 +155,12 @@ def test_tensor_that_is_not_finite_is_named(value: float) -> None:
 def test_an_update_counts_for_a_bounded_number_of_rows(
     claimed: tuple[int, int], counted: tuple[int, int]
 ) -> None:
-    """The bound is the spec's batch times a constant: claiming more steps changes nothing."""
-    spec = replace(small_spec(), training=TrainingSettings(batch_size=3, accumulate=2, max_length=32))
+    """The bound is the rules' batch times a constant: claiming more steps changes nothing."""
+    training = TrainingSettings(batch_size=3, accumulate=2, max_length=32)
     _, update = update_of(torch.ones(4), "fp32")
     for steps in (1, 2**53):
         header = replace(update.header, n_examples=claimed[0], n_tokens=claimed[1], steps=steps)
-        assert counts_of(header, spec) == counted
+        assert counts_of(header, training) == counted
 
 
 @pytest.mark.parametrize(
@@ -169,8 +169,8 @@ def test_an_update_counts_for_a_bounded_number_of_rows(
 )
 def test_base_may_be_as_far_ahead_as_behind(base_version: int, admitted: bool) -> None:
     """Expert at version 10, bound 3. After a failover, what is sent again is ahead; it has staleness 0."""
-    spec = small_spec(aggregation=AggregationRules(max_staleness=3))
-    meta = first_meta(spec, version=10)
+    spec = small_spec()
+    meta = first_meta(spec, version=10, rules=aggregating(max_staleness=3))
     ledger = Ledger(base=torch.zeros(spec.layout.numel), meta=meta, run=make_run(1, "00000001"))
     update = ledger.make_update(
         torch.ones(spec.layout.numel), Trained(), wire_format="fp32", fingerprint=FINGERPRINT

@@ -1,5 +1,6 @@
 """producers.trainer: a step is what it should be, and a trainer can be stopped and moved between two."""
 
+import logging
 from array import array
 from dataclasses import replace
 from typing import Any
@@ -15,7 +16,8 @@ from fedmoe.errors import TooLittleMemoryError
 from fedmoe.model.adapter import adapter_layout, attach_adapter
 from fedmoe.model.base import structure
 from fedmoe.model.loss import completion_loss
-from fedmoe.spec import LoraSettings, Spec, TrainingSettings
+from fedmoe.rules import TrainingSettings
+from fedmoe.spec import LoraSettings, Spec
 from producers.trainer import Trainer, is_out_of_memory
 from tests.strategies import randn
 from tests.tiny import tiny_config
@@ -33,6 +35,7 @@ def make_trainer(
     examples: list[Example] = EXAMPLES,
     autocast: torch.dtype = torch.float32,
     position: int = 0,
+    **own: int,
 ) -> Trainer:
     config = config or tiny_config()
     config.initializer_range = 0.2  # at the usual 0.02 a frozen random head cannot get far from uniform
@@ -54,6 +57,7 @@ def make_trainer(
         device=CPU,
         autocast=autocast,
         position=position,
+        **own,
     )
 
 
@@ -343,3 +347,44 @@ def test_another_error_is_not_taken_for_it(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(RuntimeError, match="must match"):
         make_trainer().step()
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
+
+
+def test_trainer_that_adopts_settings_is_one_that_was_made_with_them() -> None:
+    """Of every setting but the length of rows, which are tokenized already."""
+    other = TrainingSettings(
+        learning_rate=1e-3, weight_decay=0.1, batch_size=3, accumulate=2, warmup_steps=6, clip_norm=0.1
+    )
+    changed = make_trainer()
+    train(changed, 3)
+    made = make_trainer(settings=other)
+    made.flat.copy_(changed.flat)
+    made.load_state(changed.state())
+    made.position = changed.position
+    made.adopt(other)  # a checkpoint does not tell why its micro-batch was smaller
+    changed.adopt(other)
+    assert train(changed, 3) == pytest.approx(train(made, 3))
+    torch.testing.assert_close(changed.flat, made.flat)
+    assert changed.position == made.position == 3 * 2 + 3 * 6
+
+
+def test_own_batch_size_goes_before_the_rules(caplog: pytest.LogCaptureFixture) -> None:
+    """A worker with a smaller GPU keeps it, and says so."""
+    caplog.set_level(logging.INFO)
+    trainer = make_trainer(batch_size=1)
+    assert trainer.step().n_examples == 1
+    trainer.adopt(TrainingSettings(batch_size=5, accumulate=3))
+    assert trainer.step().n_examples == 3
+    assert caplog.messages == ["this worker keeps its own --batch-size 1"]
+
+
+def test_micro_batch_that_did_not_fit_stays_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the rules say; one that fits is as large as they say."""
+    memory = SmallMemory(monkeypatch, rows=3)
+    trainer = make_trainer(settings=TrainingSettings(batch_size=4))
+    trainer.step()
+    assert memory.failures == 1
+    trainer.adopt(TrainingSettings(batch_size=8))
+    trainer.step()
+    assert memory.failures == 1
+    trainer.adopt(TrainingSettings(batch_size=1))
+    assert trainer.step().n_examples == 1

@@ -1,0 +1,84 @@
+"""Add an expert to a federation that runs: of the same base model, adapter and rules as one that is there."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from consumers.create import first_meta
+from fedmoe.errors import (
+    DamagedExpertError,
+    LostExpertError,
+    RemovedExpertError,
+    SettingsError,
+)
+from fedmoe.layout import AdapterBuffer
+from fedmoe.lora_init import initial_weights
+from fedmoe.names import check_expert
+from fedmoe.records import Meta
+from fedmoe.spec import Spec
+from fedmoe.store.change import check_weight, unknown
+from fedmoe.store.connection import Connection
+from fedmoe.store.expert import ExpertStore
+from fedmoe.store.gateway import GatewayStore
+
+PINNED = ("base_fingerprint", "base_fingerprint_by", "tokenizer", "tokenizer_by", "chat_template")
+
+
+def add_expert(
+    connection: Connection, name: str, *, like: str, gateway_weight: float, settings: Mapping[str, Any]
+) -> str:
+    """Create an expert at version 0; the name of the expert that it took after.
+
+    Its spec, and what is pinned of the base model, are those of the expert `like` ("": the first one by name). So are
+    its rules, but for `settings` (named as in `RuleSet.settings`). The base model itself is not needed here. The
+    aggregators that run serve it within seconds.
+
+    Raises:
+        SettingsError: if there is an expert of this name, none to take after, or a value breaks its bound.
+        DamagedExpertError: if the one to take after is damaged; LostExpertError if Redis lost the one to be added.
+    """
+    gateway, store = GatewayStore(connection), ExpertStore(connection, check_expert(name))
+    listed = gateway.experts()
+    check_weight(gateway_weight)
+    _check_absent(store, name, is_listed=name in listed)
+    like = like or next(iter(listed), "")
+    if not like:
+        raise SettingsError(
+            f"there are no experts at {connection.settings.shown} yet to take base model and adapter from: "
+            f"create the first one with `fedmoe aggregator run --expert {name}`"
+        )
+    spec, meta = _read(connection, like)
+    rules = replace(meta.rules.changed(settings), number=1)
+    pinned = {field: getattr(meta, field) for field in PINNED}
+    new = first_meta(spec, rules, reach=meta.reach, not_reached=meta.not_reached)
+    buffer = AdapterBuffer(spec.layout)
+    buffer.flat.copy_(initial_weights(spec.layout, spec.init_seed))
+    if not store.create(
+        spec, replace(new, **pinned), buffer.file, gateway_weight=gateway_weight, though_removed=True
+    ):
+        raise SettingsError(f"somebody else has just created expert {name!r}")
+    return like
+
+
+def _check_absent(store: ExpertStore, name: str, *, is_listed: bool) -> None:
+    try:
+        found = store.condition()
+    except RemovedExpertError:
+        return
+    if found.meta is not None or found.weights_commit:
+        raise SettingsError(f"expert {name!r} is there already: see `fedmoe expert show {name}`")
+    if is_listed or store.lost():
+        raise LostExpertError(name)
+    if known := store.lineages():
+        worker, lineage = next(iter(known.items()))
+        raise LostExpertError(name, f", but worker {worker} trains on (lineage {lineage})")
+
+
+def _read(connection: Connection, name: str) -> tuple[Spec, Meta]:
+    store = ExpertStore(connection, name)
+    found = store.condition()
+    if found.meta is None and not found.weights_commit:
+        raise SettingsError(unknown(connection, name))
+    if found.meta is None or found.damage:
+        raise DamagedExpertError(name, found.damage)
+    return store.spec(), found.meta

@@ -1,0 +1,122 @@
+"""The aggregator daemon: one thread for each expert, one for the gateway, one that looks for experts to serve.
+
+Each expert is a chain of commits of its own, in its own Cluster slot, so its thread shares nothing with the others,
+and what goes wrong with one stops no other.
+"""
+
+import logging
+import threading
+from collections.abc import Sequence
+
+from consumers.aggregator import AggregatorSettings, ExpertServer
+from consumers.gateway import GatewayBuilder, GatewaySettings
+from fedmoe.errors import FedMoEError
+from fedmoe.names import is_expert
+from fedmoe.store.connection import Connection, RedisSettings
+from fedmoe.store.gateway import GatewayStore
+
+logger = logging.getLogger(__name__)
+
+LOOK_FOR_ADDED_S = 2.0
+
+
+class Aggregator:
+    """All experts of a federation and the gateway, each served by a thread with a connection of its own.
+
+    Experts that are added to the federation while it runs are served, too.
+
+    Args:
+        experts: to begin with.
+        holder: name of this process, unique.
+    """
+
+    def __init__(
+        self,
+        redis: RedisSettings,
+        experts: Sequence[str],
+        settings: AggregatorSettings,
+        gateway: GatewaySettings,
+        *,
+        holder: str,
+    ) -> None:
+        self._redis = redis
+        self._settings = settings
+        self._holder = holder
+        self._left = settings.max_updates
+        self._enough = threading.Event()
+        self._ending = threading.Event()
+        self._lock = threading.Lock()
+        self._connections: dict[str, Connection] = {}
+        self._threads: dict[str, threading.Thread] = {}  # of the experts
+        self._experts = list(experts)
+        self._list = GatewayStore(self._connect("list of experts"))
+        self._gateway = GatewayBuilder(
+            self._connect("gateway"), gateway, holder=holder, lease_s=settings.lease_s
+        )
+
+    def _connect(self, whose: str) -> Connection:
+        self._connections[whose] = Connection(self._redis)
+        return self._connections[whose]
+
+    def _count(self, decided: int) -> None:
+        if not self._settings.max_updates:
+            return
+        with self._lock:
+            self._left -= decided
+            if self._left <= 0:
+                self._enough.set()
+
+    def cut_off(self) -> None:
+        """From another thread, after a stop: what waits for Redis fails now. What is not committed stays there."""
+        for connection in list(self._connections.values()):
+            connection.cut_off()
+
+    def _serve(self, name: str) -> None:
+        connection = self._connect(f"expert {name}")
+        server = ExpertServer(connection, name, self._settings, holder=self._holder, decided=self._count)
+        self._threads[name] = threading.Thread(
+            target=server.run, args=(self._ending,), name=name, daemon=True
+        )
+        self._threads[name].start()
+
+    def _watch_list(self) -> None:
+        """Serve whatever is listed and not served, until it is time to end."""
+        while not self._ending.wait(LOOK_FOR_ADDED_S):
+            try:
+                listed = self._list.experts()
+            except FedMoEError as error:  # the experts' own threads and the gateway's say what is wrong
+                logger.debug("the list of experts cannot be read: %s", error)
+                continue
+            for name in listed:
+                if is_expert(name) and not self._is_served(name):
+                    logger.info("%s: another expert of the federation, serving it, too", name)
+                    self._serve(name)
+
+    def _is_served(self, name: str) -> bool:
+        return name in self._threads and self._threads[name].is_alive()
+
+    def run(self, stop: threading.Event) -> None:
+        """Serve until `stop` is set; the gateway is built a last time when the experts have ended."""
+        gateway_stop = threading.Event()
+        gateway = threading.Thread(
+            target=self._gateway.run, args=(gateway_stop,), name="gateway", daemon=True
+        )
+        watch = threading.Thread(target=self._watch_list, name="list of experts", daemon=True)
+        for name in self._experts:
+            self._serve(name)
+        gateway.start()
+        if not self._settings.burst:
+            watch.start()
+        while any(self._is_served(name) for name in list(self._threads)):
+            if stop.wait(0.1) or self._enough.is_set():
+                self._end(watch)
+        self._end(watch)
+        gateway_stop.set()
+        gateway.join()
+
+    def _end(self, watch: threading.Thread) -> None:
+        self._ending.set()
+        if watch.ident is not None:
+            watch.join()
+        for thread in self._threads.values():
+            thread.join()

@@ -1,0 +1,98 @@
+"""What an operator changes of an expert while it is served and trained: its rules, and its weight in the gateway."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from fedmoe.errors import DamagedExpertError, SettingsError, StaleStateError
+from fedmoe.lines import RulesLine
+from fedmoe.records import check_not_removed
+from fedmoe.rules import RuleSet
+from fedmoe.store.connection import Connection
+from fedmoe.store.expert import Commit, ExpertStore
+from fedmoe.store.lifecycle import new_id
+
+PATIENCE_S = 20.0  # in which a change finds a moment between two commits of a busy aggregator
+PAUSE_S = 0.01
+
+
+def change_rules(
+    store: ExpertStore, settings: Mapping[str, Any], *, clock: Callable[[], float] = time.time
+) -> tuple[RuleSet, RuleSet]:
+    """Change some rules (named as in `RuleSet.settings`), in one commit on the expert's chain; those before and after.
+
+    Whoever serves the expert is then refused its next commit, loads again, and decides what it had read under the new
+    rules. If nothing differs, nothing is written.
+
+    Raises:
+        SettingsError: if a value breaks its bound, or there is no such expert.
+        DamagedExpertError: if it is damaged; RemovedExpertError if it was removed.
+        StaleStateError: if somebody committed meanwhile; nothing was changed, try again.
+    """
+    found = store.condition()
+    meta = found.meta
+    if meta is None and not found.commit and not found.weights_commit:
+        raise SettingsError(unknown(store.connection, store.name))
+    if meta is None or found.damage:
+        raise DamagedExpertError(store.name, found.damage)
+    before, after = meta.rules, meta.rules.changed(settings)
+    if after != before:
+        line = RulesLine(version=meta.version, changed=before.differences(after), ended=before)
+        store.commit(
+            Commit(
+                on=meta.commit,
+                generation=store.connection.generation,
+                meta=replace(meta, commit=new_id(), rules=after, updated_at=clock()),
+                log=[line.to_fields()],
+            )
+        )
+    return before, after
+
+
+def change_rules_soon(store: ExpertStore, settings: Mapping[str, Any]) -> tuple[RuleSet, RuleSet]:
+    """`change_rules`, tried again for at most PATIENCE_S while an aggregator commits. Raises what that raises."""
+    until = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            return change_rules(store, settings)
+        except StaleStateError as error:
+            if time.monotonic() > until:
+                raise StaleStateError(
+                    f"{store.name} was committed to all the time for {PATIENCE_S:g} s: nothing was changed, try again"
+                ) from error
+            time.sleep(PAUSE_S)
+
+
+def check_weight(weight: float) -> None:
+    """Raise SettingsError unless it is a weight that an expert can have in the gateway."""
+    if not 0 <= weight < float("inf"):
+        raise SettingsError(f"the gateway weight must be a number of at least 0, not {weight!r}")
+
+
+def set_gateway_weight(connection: Connection, name: str, weight: float) -> str:
+    """Give an expert another weight in the gateway; the one it had, as Redis has it ("" if it was not listed).
+
+    Raises:
+        SettingsError: if the weight is no number of at least 0, or there is no such expert.
+        RemovedExpertError: if it was removed.
+    """
+    check_weight(weight)
+    key, meta = connection.keys.experts, connection.keys.expert(name).meta
+    with connection.errors():
+        raw, listed = connection.client.hgetall(meta), connection.client.hget(key, name)
+    check_not_removed(raw)
+    if listed is None and not raw:
+        raise SettingsError(unknown(connection, name))
+    with connection.errors():
+        connection.client.hset(key, name, f"{weight:g}")
+    return (listed or b"").decode(errors="backslashreplace")
+
+
+def unknown(connection: Connection, name: str) -> str:
+    """The sentence that there is no expert of this name, with those there are."""
+    with connection.errors():
+        names = sorted(
+            one.decode(errors="replace") for one in connection.client.hkeys(connection.keys.experts)
+        )
+    return f"there is no expert {name!r} at {connection.settings.shown}; there are: {', '.join(names) or 'none yet'}"

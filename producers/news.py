@@ -1,0 +1,53 @@
+"""What a pull has brought, in words: for the log, and in the status that progress line and heartbeat show."""
+
+import logging
+from dataclasses import replace
+
+from fedmoe.rules import RuleSet
+from producers.heartbeat import SyncStatus
+from producers.ledger import Change, Ledger
+
+logger = logging.getLogger(__name__)
+
+
+def told(status: SyncStatus, change: Change, ledger: Ledger, steps: int) -> SyncStatus:
+    """Log what a change means; the status after it. `steps` were in no update yet before it."""
+    if change.how is not None:
+        refused = change.how.how == "refused"
+        if refused:
+            logger.warning("update %s was refused: %s", change.how.id, change.how.reason)
+        status = replace(
+            status,
+            undecided=0,
+            staleness=change.how.staleness,
+            applied=status.applied + len(change.decided) - refused,
+            refused=status.refused + refused,
+        )
+    if change.resent:
+        logger.warning(
+            "Redis has an older state: version %d before, version %d now; %d updates are sent again, nothing to do",
+            status.version, ledger.meta.version, len(change.resent),
+        )  # fmt: skip
+    if change.lost:
+        logger.warning("Redis has an older state than kept here: the updates %s are lost", change.lost)
+    if change.replace:
+        logger.warning(
+            "the expert's history is not the one known here (%s): %d undecided updates and %d steps since are "
+            "dropped, going on from its current weights",
+            "this worker was restored from an old checkpoint"
+            if change.position
+            else "an operator created the expert from zero",
+            len(change.dropped),
+            steps,
+        )
+    queue = ledger.queue
+    return replace(status, version=ledger.meta.version, in_flight=queue[0].header.seq if queue else 0)
+
+
+def change_of_rules(before: RuleSet, now: RuleSet) -> str:
+    """The sentence for a worker that takes over other rules."""
+    changed = before.differences(now) or "nothing that this FedMoE knows"
+    text = f"rules {now.number} are in force, they were {before.number}: {changed}"
+    if now.training.max_length != before.training.max_length:
+        text += "; max_length takes effect when this worker is started again, because its rows are tokenized"
+    return text

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -34,10 +34,9 @@ from fedmoe.layout import AdapterBuffer, Layout
 from fedmoe.lora_init import initial_weights
 from fedmoe.names import check_expert
 from fedmoe.records import Meta, reach_text
-from fedmoe.rules import AggregationRules, RuleSet, TrainingSettings
+from fedmoe.rules import RuleSet
 from fedmoe.software import software
 from fedmoe.spec import DEFAULT_BASE_MODEL, DEFAULT_WIRE_FORMAT, LoraSettings, Spec
-from fedmoe.staleness import Decay
 from fedmoe.store.connection import Connection
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore
@@ -55,23 +54,18 @@ NORM_BOUND = 10.0  # an update may be this many times as long as the initial ada
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpecRequest:
-    """What the operator asks new experts to be. `max_norm` 0 means: ten times the initial adapter's norm.
+    """What the operator asks new experts to be.
 
     `explicit` names the settings that the operator typed. If an expert that exists differs in one of them, that is an
-    error (of what it is), or said (of its rules); a mere default never is. `weighted` names the experts whose gateway
-    weight was typed. With `new_lineage` an expert is created from zero although workers still train an earlier one of
-    its name.
+    error (of what it is), or said (of its rules); a mere default never is. A max_norm that was not typed is ten times
+    the norm of the initial adapter. `weighted` names the experts whose gateway weight was typed. With `new_lineage` an
+    expert is created from zero although workers still train an earlier one of its name.
     """
 
     base_model: str = DEFAULT_BASE_MODEL
     lora: LoraSettings = field(default_factory=LoraSettings)
-    training: TrainingSettings = field(default_factory=TrainingSettings)
-    lr: float = 1.0
-    decay: Decay = field(default_factory=Decay)
-    max_staleness: int | None = None
-    max_norm: float = 0.0
+    rules: RuleSet = field(default_factory=RuleSet)
     wire_format: str = DEFAULT_WIRE_FORMAT
-    sync_interval_s: float = 10.0
     seed: int = 0
     chat_template: str = ""
     explicit: frozenset[str] = frozenset()
@@ -216,19 +210,11 @@ def make_spec(request: SpecRequest, described: Mapping[str, Any]) -> Spec:
 
 def make_rules(request: SpecRequest, spec: Spec) -> RuleSet:
     """The first rule set that a request leads to."""
-    max_norm = request.max_norm
-    if not max_norm:
-        max_norm = NORM_BOUND * float(torch.linalg.vector_norm(initial_weights(spec.layout, spec.init_seed)))
-    return RuleSet(
-        aggregation=AggregationRules(
-            lr=request.lr,
-            decay=request.decay,
-            max_staleness=request.max_staleness,
-            max_norm=round(max_norm, 3),
-        ),
-        training=request.training,
-        sync_interval_s=request.sync_interval_s,
-    )
+    rules = replace(request.rules, number=1)
+    if "max_norm" in request.explicit:
+        return rules
+    norm = float(torch.linalg.vector_norm(initial_weights(spec.layout, spec.init_seed)))
+    return replace(rules, aggregation=replace(rules.aggregation, max_norm=round(NORM_BOUND * norm, 3)))
 
 
 def describe(request: SpecRequest, stop: threading.Event) -> dict[str, Any]:
@@ -264,7 +250,7 @@ def _ask(
         "alpha": request.lora.alpha,
         "targets": list(request.lora.targets),
         "chat_template": request.chat_template,
-        "max_length": request.training.max_length,
+        "max_length": request.rules.training.max_length,
         "read_weights": read_weights,
     }
     with subprocess.Popen(
@@ -325,7 +311,7 @@ def check_identity(name: str, spec: Spec, request: SpecRequest) -> None:
 
 def compare_rules(name: str, rules: RuleSet, request: SpecRequest) -> None:
     """Say which explicit settings of the request are not the rules in force; those stay, an operator chose them."""
-    asked, present = _asked(request), rules.settings()
+    asked, present = request.rules.settings(), rules.settings()
     odd = [name for name in present if name in request.explicit and asked[name] != present[name]]
     if odd:
         logger.warning(
@@ -345,17 +331,6 @@ def _identity(request: SpecRequest, spec: Spec) -> dict[str, tuple[object, objec
         "seed": (request.seed, spec.init_seed),
         "chat_template": (template_digest(request.chat_template), template_digest(spec.chat_template)),
     }
-
-
-def _asked(request: SpecRequest) -> dict[str, Any]:
-    """The request's rules by the names of their options."""
-    aggregation = AggregationRules(
-        lr=request.lr, decay=request.decay, max_staleness=request.max_staleness, max_norm=request.max_norm or 1.0
-    )  # fmt: skip
-    rules = RuleSet(
-        aggregation=aggregation, training=request.training, sync_interval_s=request.sync_interval_s
-    )
-    return rules.settings() | {"max_norm": request.max_norm}
 
 
 def _check_federation(gateway: GatewayStore, spec: Spec) -> None:

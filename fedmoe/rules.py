@@ -10,14 +10,15 @@ every rule set that a line names: further down in the log, or in `meta`.
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
 from fedmoe.errors import FedMoEError, SettingsError, SpecError
 from fedmoe.features import check_requires
 from fedmoe.fields import put_back, take_unknown
-from fedmoe.require import require, require_positive, require_whole
+from fedmoe.require import require_whole
+from fedmoe.setting import changed, check, setting, values
 from fedmoe.staleness import Decay
 
 LEAST_STALENESS_BOUND = 256
@@ -27,24 +28,22 @@ AUTO = "auto"  # of max_staleness: the bound grows with the workers
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AggregationRules:
-    """How updates become part of the expert: `weights += lr × decay(staleness) × Δ`, and what is refused.
+    """How updates become part of the expert: `weights += lr × decay(staleness) × Δ`, and what is refused."""
 
-    Args:
-        lr: the aggregator's step; 1 makes one lone worker's model the expert.
-        decay: the staleness decay.
-        max_staleness: an update staler than this (in updates) is refused; None: see `staleness_bound`.
-        max_norm: an update whose Euclidean norm (all tensors together) is above this is refused.
-    """
-
-    lr: float = 1.0
+    lr: float = setting(1.0, "Aggregator's step: expert += lr × decay × Δ; 1 makes one lone worker's model the expert.",
+                        above=0)  # fmt: skip
     decay: Decay = field(default_factory=Decay)
-    max_staleness: int | None = None
-    max_norm: float = 1000.0
+    max_staleness: int | None = setting(
+        None, "Refuse an update if more than this many others were applied since its base; auto: 256, or 4 per worker.",
+        at_least=0, none=AUTO, unit="updates",
+    )  # fmt: skip
+    max_norm: float = setting(
+        1000.0, "Refuse an update whose L2 norm, of all tensors together, exceeds this.", above=0,
+        words="ten times the initial adapter's norm",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
-        require_positive(self, "lr", "max_norm")
-        if self.max_staleness is not None:
-            require_whole(self, "max_staleness", minimum=0)
+        check(self)
 
     def staleness_bound(self, workers: int) -> int:
         """The largest staleness (in updates) that is not refused, if so many workers ever had an update decided.
@@ -59,25 +58,20 @@ class AggregationRules:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingSettings:
-    """How every worker of the expert fine-tunes. Tokens, rows and steps; learning_rate is AdamW's."""
+    """How every worker of the expert fine-tunes."""
 
-    learning_rate: float = 2e-4
-    weight_decay: float = 0.0
-    batch_size: int = 4
-    accumulate: int = 1
-    max_length: int = 512
-    warmup_steps: int = 10
-    clip_norm: float = 1.0
+    learning_rate: float = setting(2e-4, "Workers' learning rate (AdamW).", above=0)
+    weight_decay: float = setting(0.0, "Workers' weight decay (AdamW).", at_least=0)
+    batch_size: int = setting(4, "Rows in a worker's micro-batch.", at_least=1, unit="rows")
+    accumulate: int = setting(1, "Micro-batches in a worker's step.", at_least=1)
+    max_length: int = setting(512, "Tokens of a row that workers train on.", at_least=8, unit="tokens")
+    warmup_steps: int = setting(10, "Steps in which a worker's learning rate rises to its value.", at_least=0)
+    clip_norm: float = setting(
+        1.0, "Largest L2 norm of a worker's gradient; a larger one is scaled down.", above=0
+    )
 
     def __post_init__(self) -> None:
-        require_positive(self, "learning_rate", "clip_norm")
-        require(
-            0 <= self.weight_decay < float("inf"),
-            f"weight_decay must be a number of at least 0, not {self.weight_decay!r}",
-        )
-        require_whole(self, "batch_size", "accumulate")
-        require_whole(self, "warmup_steps", minimum=0)
-        require_whole(self, "max_length", minimum=8)
+        check(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,14 +89,15 @@ class RuleSet:
 
     number: int = 1
     aggregation: AggregationRules = field(default_factory=AggregationRules)
+    sync_interval_s: float = setting(10.0, "Seconds between publications of a worker.", option="sync_interval", above=0,
+                                     unit="s")  # fmt: skip
     training: TrainingSettings = field(default_factory=TrainingSettings)
-    sync_interval_s: float = 10.0
     requires: str = ""
     unknown: str = ""
 
     def __post_init__(self) -> None:
         require_whole(self, "number")
-        require_positive(self, "sync_interval_s")
+        check(self)
 
     def to_json(self) -> str:
         """Canonical JSON: the same rules give the same text on every machine."""
@@ -125,16 +120,7 @@ class RuleSet:
 
     def settings(self) -> dict[str, Any]:
         """Every rule by the name of its option: lr, decay, decay_a, …, learning_rate, …; seconds, rows, tokens."""
-        aggregation = self.aggregation
-        return {
-            "lr": aggregation.lr,
-            "decay": aggregation.decay.kind,
-            "decay_a": aggregation.decay.a,
-            "decay_b": aggregation.decay.b,
-            "max_staleness": AUTO if aggregation.max_staleness is None else aggregation.max_staleness,
-            "max_norm": aggregation.max_norm,
-            "sync_interval": self.sync_interval_s,
-        } | asdict(self.training)
+        return values(self)
 
     def changed(self, settings: Mapping[str, Any]) -> "RuleSet":
         """The rules after a change of some, named as in `settings`; with the next number, if any of them differs.
@@ -145,25 +131,8 @@ class RuleSet:
         present = self.settings()
         if odd := sorted(settings.keys() - present.keys()):
             raise SettingsError(f"there is no rule {odd[0]!r}; there are: {', '.join(present)}")
-        if all(present[name] == value for name, value in settings.items()):
-            return self
-        wanted = present | dict(settings)
-        bound = wanted["max_staleness"]
-        aggregation = replace(
-            self.aggregation,
-            lr=wanted["lr"],
-            decay=Decay(kind=wanted["decay"], a=wanted["decay_a"], b=wanted["decay_b"]),
-            max_staleness=None if bound == AUTO else bound,
-            max_norm=wanted["max_norm"],
-        )
-        names = [one.name for one in fields(TrainingSettings)]
-        return replace(
-            self,
-            number=self.number + 1,
-            aggregation=aggregation,
-            training=TrainingSettings(**{name: wanted[name] for name in names}),
-            sync_interval_s=wanted["sync_interval"],
-        )
+        after = changed(self, settings)
+        return self if after == self else replace(after, number=self.number + 1)
 
     def differences(self, after: "RuleSet") -> str:
         """What another rule set changes, for people: `lr 1 -> 0.5, sync_interval 10 -> 30`."""

@@ -7,10 +7,9 @@ Why `(1+τ)^-1` is the default: M equal workers in rotation have τ = M−1, so 
 the one of these that is stable for every constant delay (linear analysis; see the README).
 """
 
-import math
 from dataclasses import dataclass
 
-from fedmoe.errors import SettingsError
+from fedmoe.setting import check, setting
 
 KINDS = ("constant", "polynomial", "hinge")
 
@@ -28,16 +27,14 @@ class Decay:
         SettingsError: for an unknown kind, or a or b that is negative or not finite.
     """
 
-    kind: str = "polynomial"
-    a: float = 1.0
-    b: float = 4.0
+    kind: str = setting("polynomial", "How much a stale update weighs.", option="decay", choices=KINDS)
+    a: float = setting(1.0, "Exponent of polynomial decay, (1+τ)^-a; slope of hinge decay.", option="decay_a",
+                       at_least=0)  # fmt: skip
+    b: float = setting(4.0, "Staleness τ up to which hinge decay gives full weight.", option="decay_b", at_least=0,
+                       unit="updates")  # fmt: skip
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise SettingsError(f"decay must be one of {', '.join(KINDS)}, not {self.kind!r}")
-        for name, value in (("a", self.a), ("b", self.b)):
-            if not math.isfinite(value) or value < 0:
-                raise SettingsError(f"decay's {name} must be a number of at least 0, not {value!r}")
+        check(self)
 
     def __call__(self, staleness: int) -> float:
         """The factor for an update of this staleness (in updates, not negative)."""

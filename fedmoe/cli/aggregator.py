@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fedmoe.cli.options import Duration, redis_options, redis_settings
-from fedmoe.cli.rules import rules_options
+from fedmoe.cli.rules import given_rules, rules_options
 
 if TYPE_CHECKING:
     from fedmoe.stopping import Stop
@@ -35,7 +35,7 @@ def aggregator() -> None:
                    "[default: the base model's own]")  # fmt: skip
 @click.option("--wire-format", type=click.Choice(["fp32", "bf16", "int8", "int4"]), default="int4", show_default=True,
               help="How updates and pulls travel.")  # fmt: skip
-@rules_options()
+@rules_options(show_defaults=True)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the experts' common initialisation.")
 @click.option("--gateway-method", type=click.Choice(["cat", "svd", "average", "ties", "dare"]), default="cat",
               show_default=True, help="How the experts are merged.")  # fmt: skip
@@ -86,9 +86,8 @@ def _run(ctx: click.Context, stop: "Stop", options: dict[str, Any]) -> None:
     from fedmoe.backoff import Backoff
     from fedmoe.errors import RedisUnavailableError, RedisUnfitError, StoppedError
     from fedmoe.memory import keep_freed
-    from fedmoe.rules import AUTO, TrainingSettings
+    from fedmoe.rules import RuleSet
     from fedmoe.spec import LoraSettings
-    from fedmoe.staleness import Decay
     from fedmoe.store.connection import Connection
     from fedmoe.store.permissions import AGGREGATOR
     from fedmoe.store.probe import eviction_warning
@@ -96,6 +95,7 @@ def _run(ctx: click.Context, stop: "Stop", options: dict[str, Any]) -> None:
     from fedmoe.template_file import read_template
 
     redis = redis_settings(options["redis"], options["prefix"], options["redis_timeout"])
+    typed = given_rules(options)
     request = SpecRequest(
         base_model=options["base_model"],
         lora=LoraSettings(
@@ -103,22 +103,18 @@ def _run(ctx: click.Context, stop: "Stop", options: dict[str, Any]) -> None:
             alpha=options["alpha"],
             targets=tuple(t.strip() for t in options["targets"].split(",") if t.strip()),
         ),
-        training=TrainingSettings(**{key: options[key] for key in TrainingSettings.__dataclass_fields__}),
-        lr=options["lr"],
-        decay=Decay(kind=options["decay"], a=options["decay_a"], b=options["decay_b"]),
-        max_staleness=None if options["max_staleness"] == AUTO else options["max_staleness"],
-        max_norm=options["max_norm"],
+        rules=RuleSet().changed(typed),
         wire_format=options["wire_format"],
-        sync_interval_s=options["sync_interval"],
         seed=options["seed"],
         chat_template=read_template(options["chat_template"]) if options["chat_template"] else "",
         new_lineage=options["new_lineage"],
         weighted=frozenset(text.partition("=")[0] for text in options["experts"] if "=" in text),
-        explicit=frozenset(
+        explicit=frozenset(typed)
+        | {
             name
             for name in options
             if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
-        ),
+        },
     )
     settings = AggregatorSettings(
         lease_s=options["lease"],

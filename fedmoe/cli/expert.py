@@ -101,10 +101,10 @@ def _show(values: dict[str, Any]) -> None:
 
 @expert.command("set")
 @redis_options
-@rules_options(unless_given="as it is")
+@rules_options(show_defaults=False)
 @click.argument("name")
 def set_rules(redis: str, prefix: str, redis_timeout: float, name: str, **options: Any) -> None:
-    """Change rules of the expert NAME, while it is served and trained.
+    """Change rules of the expert NAME, while it is served and trained; a rule that is not named stays as it is.
 
     An update is decided under the rules in force when it is applied. Workers take over what concerns them when they
     next pull, and say so.
@@ -132,7 +132,7 @@ def set_rules(redis: str, prefix: str, redis_timeout: float, name: str, **option
 @click.option("--like", default="", metavar="NAME",
               help="Expert whose base model, adapter and rules it gets.  [default: the first by name]")  # fmt: skip
 @click.option("--weight", type=float, default=1.0, show_default=True, help="Weight in the gateway.")
-@rules_options(unless_given="as that expert's")
+@rules_options(show_defaults=False)
 @click.argument("name")
 def add(
     redis: str, prefix: str, redis_timeout: float, like: str, weight: float, name: str, **options: Any

@@ -13,6 +13,7 @@ from consumers.create import SpecRequest, ensure_experts
 from fedmoe.cli.main import main
 from fedmoe.embedded import EmbeddedRedis
 from fedmoe.records import PROTOCOL
+from fedmoe.rules import RuleSet
 from fedmoe.spec import LoraSettings
 from fedmoe.store.connection import Connection, RedisSettings
 from fedmoe.store.gateway import GatewayStore
@@ -189,7 +190,9 @@ def test_stopped_worker_publishes_what_it_trained(
     tmp_path: Path, redis_url: str, connection: Connection, tiny_model_dir: Path, rows: Path
 ) -> None:
     """A worker that ends long before its sync interval has passed still gets its work into the expert."""
-    request = SpecRequest(base_model=str(tiny_model_dir), lora=LoraSettings(rank=2), sync_interval_s=600.0)
+    request = SpecRequest(
+        base_model=str(tiny_model_dir), lora=LoraSettings(rank=2), rules=RuleSet(sync_interval_s=600.0)
+    )
     ensure_experts(connection, {"b": 1.0}, request)
     command = ["worker", "run", "--redis", redis_url, "--stream", "b", "--data", str(rows), "--name", "ben"]
     with running(tmp_path / "aggregator.log", "aggregator", "run", "--redis", redis_url, "--expert", "b"):
@@ -205,7 +208,9 @@ def test_what_nobody_decides_is_kept_or_said_to_be_lost(
     tmp_path: Path, redis_url: str, connection: Connection, tiny_model_dir: Path, rows: Path
 ) -> None:
     """No aggregator at the end: with --state-dir a later run brings it in, without it exit 1 and a sentence."""
-    request = SpecRequest(base_model=str(tiny_model_dir), lora=LoraSettings(rank=2), sync_interval_s=0.05)
+    request = SpecRequest(
+        base_model=str(tiny_model_dir), lora=LoraSettings(rank=2), rules=RuleSet(sync_interval_s=0.05)
+    )
     ensure_experts(connection, {"a": 1.0}, request)
     command = ["worker", "run", "--redis", redis_url, "--stream", "a", "--data", str(rows), "--drain", "1"]
     lost = fedmoe(*command, "--name", "ben", "--max-steps", "100")

@@ -169,8 +169,11 @@ def test_worker_takes_over_what_concerns_it(
         ),
         (["sql_expert", "--lr", "0"], "lr must be a number above 0, not 0.0$"),
         (["sql_expert", "--lr", "nan"], "lr must be a number above 0, not nan$"),
-        (["sql_expert", "--batch-size", "0"], "batch_size must be a whole number of at least 1, not 0$"),
-        (["sql_expert", "--decay-a", "-1"], "decay's a must be a number of at least 0, not -1.0$"),
+        (
+            ["sql_expert", "--batch-size", "0"],
+            "batch_size must be a whole number of at least 1 \\(rows\\), not 0$",
+        ),
+        (["sql_expert", "--decay-a", "-1"], "decay_a must be a number of at least 0, not -1.0$"),
     ],
 )
 def test_change_that_cannot_be_is_a_sentence(
@@ -188,9 +191,11 @@ def test_change_that_cannot_be_is_a_sentence(
 
 def test_bound_that_is_no_number_is_a_sentence(expert: Expert, expert_command: Command) -> None:
     """A number, or auto."""
-    done = expert_command("set", "sql_expert", "--max-staleness", "-1")
+    done = expert_command("set", "sql_expert", "--max-staleness", "many")
     assert done.exit_code == 2
-    assert "'-1' must be a whole number of at least 0, or auto" in done.output
+    assert "'many' must be a number, or auto" in done.output
+    done = expert_command("set", "sql_expert", "--max-staleness", "-1")
+    assert str(done.exception) == "max_staleness must be a whole number of at least 0 (updates), not -1"
     assert expert_command("set", "sql_expert", "--max-staleness", "7").exit_code == 0
     said = expert_command("set", "sql_expert", "--max-staleness", "auto")
     assert said.output == "sql_expert: rules 3 are in force: max_staleness 7 -> auto\n"

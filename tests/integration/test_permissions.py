@@ -18,6 +18,7 @@ from fedmoe.cli.main import cli
 from fedmoe.embedded import EmbeddedRedis
 from fedmoe.errors import RedisUnavailableError, RedisUnfitError, RemovedExpertError, UnknownExpertError
 from fedmoe.keys import Keys
+from fedmoe.rules import RuleSet
 from fedmoe.spec import LoraSettings
 from fedmoe.stopping import Stop
 from fedmoe.store.backup import BackupStore
@@ -116,7 +117,9 @@ def test_what_real_runs_send_is_what_is_listed(
     guarded: Guarded, tmp_path: Path, tiny_model_dir: Path
 ) -> None:
     """Aggregator, worker, and all commands, each as its own user: nothing is refused, and nothing listed is unused."""
-    request = SpecRequest(base_model=str(tiny_model_dir), lora=LoraSettings(rank=2), sync_interval_s=0.3)
+    request = SpecRequest(
+        base_model=str(tiny_model_dir), lora=LoraSettings(rank=2), rules=RuleSet(sync_interval_s=0.3)
+    )
     store, kept = GatewayStore(guarded.admin), tmp_path / "kept"
     with ExitStack() as stack:
         require(guarded.connection(AGGREGATOR), AGGREGATOR, [EXPERT])

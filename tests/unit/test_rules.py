@@ -5,12 +5,15 @@ import dataclasses
 import json
 from typing import Any
 
+import click
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from fedmoe.cli import aggregator, expert
 from fedmoe.errors import FedMoEError, ProtocolError, SettingsError, SpecError
 from fedmoe.rules import AggregationRules, RuleSet, TrainingSettings
+from fedmoe.setting import declared
 from fedmoe.staleness import Decay
 from tests.strategies import rule_sets
 
@@ -67,9 +70,9 @@ def test_change_keeps_what_a_later_release_wrote() -> None:
     [
         ({"lr": 0.0}, "lr must be a number above 0, not 0.0"),
         ({"decay": "linear"}, "decay must be one of"),
-        ({"decay_a": -1.0}, "decay's a must be"),
+        ({"decay_a": -1.0}, "decay_a must be"),
         ({"max_staleness": -1}, "max_staleness must be a whole number of at least 0"),
-        ({"sync_interval": float("nan")}, "sync_interval_s must be a number above 0"),
+        ({"sync_interval": float("nan")}, "sync_interval must be a number above 0"),
         ({"batch_size": 0}, "batch_size must be a whole number of at least 1"),
         ({"weight_decay": float("inf")}, "weight_decay must be a number of at least 0"),
         ({"weight_decay": float("nan")}, "weight_decay must be a number of at least 0"),
@@ -121,7 +124,7 @@ def test_rules_that_need_more_are_refused_with_what_to_do() -> None:
         (TrainingSettings, {"max_length": 7}, "max_length must be a whole number of at least 8"),
         (TrainingSettings, {"weight_decay": -0.1}, "weight_decay must be a number of at least 0"),
         (TrainingSettings, {"learning_rate": 0.0}, "learning_rate must be a number above 0"),
-        (RuleSet, {"sync_interval_s": 0.0}, "sync_interval_s must be a number above 0"),
+        (RuleSet, {"sync_interval_s": 0.0}, "sync_interval must be a number above 0"),
         (RuleSet, {"number": 0}, "number must be a whole number of at least 1"),
     ],
 )
@@ -148,3 +151,22 @@ def test_staleness_bound_grows_with_the_workers_unless_it_was_chosen(
 ) -> None:
     """The larger of 256 and four times the workers."""
     assert AggregationRules(max_staleness=chosen).staleness_bound(workers) == bound
+
+
+@pytest.mark.parametrize("command", [aggregator.run, expert.set_rules, expert.add])
+def test_every_rule_is_an_option(command: click.Command) -> None:
+    """Of whatever creates or changes an expert, with the help and the name under which it is shown."""
+    options = {option.name: option for option in command.params if isinstance(option, click.Option)}
+    for rule in declared(RuleSet):
+        assert str(options[rule.name].help).startswith(rule.said.help)
+    assert list(RuleSet().settings()) == [rule.name for rule in declared(RuleSet)]
+
+
+def test_defaults_of_a_new_expert_are_said() -> None:
+    """In the words of a person, where the value does not tell."""
+    shown = {
+        option.name: str(option.help) for option in aggregator.run.params if isinstance(option, click.Option)
+    }
+    assert shown["lr"].endswith("[default: 1.0]")
+    assert shown["max_staleness"].endswith("[default: auto]")
+    assert shown["max_norm"].endswith("[default: ten times the initial adapter's norm]")

@@ -1,0 +1,161 @@
+"""How a setting is declared: one line that says all there is to know of it. Pure.
+
+    lr: float = setting(1.0, "Aggregator's step: expert += lr × decay × Δ.", above=0)
+
+is a field of a frozen dataclass. From it come the command-line option, the key of the TOML file, the environment
+variable, the check of the value, and what `fedmoe expert show` and `set` call it. The rules of an expert are declared
+so (`fedmoe.rules`).
+"""
+
+import math
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar, Union, get_args, get_origin
+
+from fedmoe.errors import SettingsError
+
+T = TypeVar("T")
+UNITS = {"s": "seconds", "ms": "milliseconds"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What is said of a setting beside its name, type and default.
+
+    Args:
+        help: one sentence that begins with a noun or a verb.
+        unit: of a number: s, ms, updates, rows, tokens, steps.
+        option: name of the option, if it is not the field's: `decay_a` of the field `a`.
+        above, at_least, at_most: bounds of a number.
+        choices: of a text.
+        none: what stands for None, like `auto`.
+        default: what holds without it, in words, if the value does not tell.
+        metavar: what an option's value is called.
+    """
+
+    help: str
+    unit: str = ""
+    option: str = ""
+    above: float | None = None
+    at_least: float | None = None
+    at_most: float | None = None
+    choices: tuple[str, ...] = ()
+    none: str = ""
+    default: str = ""
+    metavar: str = ""
+
+
+def setting(value: Any, text: str, *, words: str = "", **more: Any) -> Any:
+    """A field whose default is `value` (`...` for none) and which is described by `text`.
+
+    `words` says what holds by default if the value does not tell; for `more` see `Setting`.
+    """
+    said = Setting(help=text, default=words, **more)
+    return (
+        field(metadata={"setting": said})
+        if value is ...
+        else field(default=value, metadata={"setting": said})
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Declared:
+    """A setting of a class: name of its option, type, default (MISSING for none), and what is said of it."""
+
+    name: str
+    kind: Any
+    default: Any
+    said: Setting
+
+    @property
+    def is_required(self) -> bool:
+        """True if there is no default."""
+        return self.default is MISSING
+
+    @property
+    def number(self) -> type | None:
+        """Int or float, if it is a number."""
+        kinds = get_args(self.kind) if get_origin(self.kind) in (Union, types.UnionType) else (self.kind,)
+        return next((kind for kind in (float, int) if kind in kinds), None)
+
+    @property
+    def is_path(self) -> bool:
+        """True for a file or a directory."""
+        return Path in (self.kind, *get_args(self.kind))
+
+
+def declared(owner: Any) -> Iterator[Declared]:
+    """The settings of a class, those of the classes in it among them, in the order in which they are declared."""
+    for one in fields(owner):
+        if (said := one.metadata.get("setting")) is not None:
+            yield Declared(said.option or one.name, one.type, one.default, said)
+        elif is_dataclass(one.type):
+            yield from declared(one.type)
+
+
+def values(owner: Any) -> dict[str, Any]:
+    """The values of an instance by the names of their options; what stands for None in its place."""
+    found: dict[str, Any] = {}
+    for one in fields(owner):
+        value = getattr(owner, one.name)
+        if (said := one.metadata.get("setting")) is not None:
+            found[said.option or one.name] = said.none if value is None and said.none else value
+        elif is_dataclass(value):
+            found |= values(value)
+    return found
+
+
+def changed(owner: T, wanted: Mapping[str, Any]) -> T:
+    """The instance with other values, named as in `values`; names that it does not have are left alone."""
+    new: dict[str, Any] = {}
+    for one in fields(owner):  # type: ignore[arg-type]  # an instance of a dataclass
+        value = getattr(owner, one.name)
+        said = one.metadata.get("setting")
+        if said is None:
+            if is_dataclass(value):
+                new[one.name] = changed(value, wanted)
+        elif (name := said.option or one.name) in wanted:
+            new[one.name] = None if said.none and wanted[name] == said.none else wanted[name]
+    return replace(owner, **new)  # type: ignore[type-var]
+
+
+def check(owner: Any) -> None:
+    """Raise SettingsError, with the name, the bound and what came, for the first value that breaks its bound."""
+    for one in fields(owner):
+        said: Setting | None = one.metadata.get("setting")
+        value = getattr(owner, one.name)
+        if said is None or (value is None and one.default is None):
+            continue
+        which = Declared(said.option or one.name, one.type, one.default, said)
+        if said.choices and value not in said.choices:
+            raise SettingsError(f"{which.name} must be one of {', '.join(said.choices)}, not {value!r}")
+        if which.number and not _is_within(value, which):
+            raise SettingsError(f"{which.name} must be {bounds(which)}, not {value!r}")
+
+
+def _is_within(value: Any, which: Declared) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int if which.number is int else int | float):
+        return False
+    said = which.said
+    return (
+        math.isfinite(value)
+        and (said.above is None or value > said.above)
+        and (said.at_least is None or value >= said.at_least)
+        and (said.at_most is None or value <= said.at_most)
+    )
+
+
+def bounds(which: Declared) -> str:
+    """What a number must be, for people: `a whole number of at least 1`."""
+    said = which.said
+    text = "a whole number" if which.number is int else "a number"
+    if said.above is not None:
+        text += f" above {said.above:g}"
+    if said.at_least is not None:
+        text += f" of at least {said.at_least:g}"
+    if said.at_most is not None:
+        text += f"{' and' if said.above is not None or said.at_least is not None else ' of'} at most {said.at_most:g}"
+    unit = UNITS.get(said.unit, said.unit)
+    return f"{text} ({unit})" if unit else text

@@ -1,6 +1,6 @@
 """Add an expert to a federation that runs: of the same base model, adapter and rules as one that is there."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,13 +10,14 @@ from fedmoe.errors import (
     LostExpertError,
     RemovedExpertError,
     SettingsError,
+    create_from_zero,
 )
 from fedmoe.layout import AdapterBuffer
 from fedmoe.lora_init import initial_weights
 from fedmoe.names import check_expert
 from fedmoe.records import Meta
 from fedmoe.spec import Spec
-from fedmoe.store.change import check_weight, unknown
+from fedmoe.store.change import check_weight, whole_expert
 from fedmoe.store.connection import Connection
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore
@@ -29,9 +30,9 @@ def add_expert(
 ) -> str:
     """Create an expert at version 0; the name of the expert that it took after.
 
-    Its spec, and what is pinned of the base model, are those of the expert `like` ("": the first one by name). So are
-    its rules, but for `settings` (named as in `RuleSet.settings`). The base model itself is not needed here. The
-    aggregators that run serve it within seconds.
+    Its spec, and what is pinned of the base model, are those of the expert `like` ("": the first one by name that is
+    whole). So are its rules, but for `settings` (named as in `RuleSet.settings`). The base model itself is not needed
+    here. The aggregators that run serve it within seconds.
 
     Raises:
         SettingsError: if there is an expert of this name, none to take after, or a value breaks its bound.
@@ -41,13 +42,12 @@ def add_expert(
     listed = gateway.experts()
     check_weight(gateway_weight)
     _check_absent(store, name, is_listed=name in listed)
-    like = like or next(iter(listed), "")
-    if not like:
+    if not (like or listed):
         raise SettingsError(
             f"there are no experts at {connection.settings.shown} yet to take base model and adapter from: "
-            f"create the first one with `fedmoe aggregator run --expert {name}`"
+            f"create the first one with `{create_from_zero(name)}`"
         )
-    spec, meta = _read(connection, like)
+    like, spec, meta = _whole(connection, [like] if like else list(listed))
     rules = replace(meta.rules.changed(settings), number=1)
     pinned = {field: getattr(meta, field) for field in PINNED}
     new = first_meta(spec, rules, reach=meta.reach, not_reached=meta.not_reached)
@@ -74,11 +74,15 @@ def _check_absent(store: ExpertStore, name: str, *, is_listed: bool) -> None:
         raise LostExpertError(name, f", but worker {worker} trains on (lineage {lineage})")
 
 
-def _read(connection: Connection, name: str) -> tuple[Spec, Meta]:
-    store = ExpertStore(connection, name)
-    found = store.condition()
-    if found.meta is None and not found.weights_commit:
-        raise SettingsError(unknown(connection, name))
-    if found.meta is None or found.damage:
-        raise DamagedExpertError(name, found.damage)
-    return store.spec(), found.meta
+def _whole(connection: Connection, names: Sequence[str]) -> tuple[str, Spec, Meta]:
+    """The first of these experts that is whole; raises what is wrong with the last one if none is."""
+    for name in names:
+        store = ExpertStore(connection, name)
+        try:
+            meta, _ = whole_expert(store)
+        except (DamagedExpertError, RemovedExpertError):
+            if name == names[-1]:
+                raise
+        else:
+            return name, store.spec(), meta
+    raise AssertionError("there are names")

@@ -80,17 +80,23 @@ class Aggregator:
         self._threads[name].start()
 
     def _watch_list(self) -> None:
-        """Serve whatever is listed and not served, until it is time to end."""
         while not self._ending.wait(LOOK_FOR_ADDED_S):
-            try:
-                listed = self._list.experts()
-            except FedMoEError as error:  # the experts' own threads and the gateway's say what is wrong
-                logger.debug("the list of experts cannot be read: %s", error)
-                continue
-            for name in listed:
-                if is_expert(name) and not self._is_served(name):
-                    logger.info("%s: another expert of the federation, serving it, too", name)
-                    self._serve(name)
+            self._serve_listed()
+
+    def _serve_listed(self) -> None:
+        """Serve whatever is listed and not served: other experts, those added, those removed and there again."""
+        try:
+            listed = self._list.experts()
+        except FedMoEError as error:  # the experts' own threads and the gateway's say what is wrong
+            logger.debug("the list of experts cannot be read: %s", error)
+            return
+        for name in listed:
+            if is_expert(name) and not self._is_served(name):
+                logger.info("%s: another expert of the federation, serving it, too", name)
+                self._serve(name)
+
+    def _is_burst_over(self) -> bool:
+        return self._settings.burst and not any(self._is_served(name) for name in self._threads)
 
     def _is_served(self, name: str) -> bool:
         return name in self._threads and self._threads[name].is_alive()
@@ -104,12 +110,12 @@ class Aggregator:
         watch = threading.Thread(target=self._watch_list, name="list of experts", daemon=True)
         for name in self._experts:
             self._serve(name)
+        self._serve_listed()
         gateway.start()
         if not self._settings.burst:
             watch.start()
-        while any(self._is_served(name) for name in list(self._threads)):
-            if stop.wait(0.1) or self._enough.is_set():
-                self._end(watch)
+        while not (stop.wait(0.1) or self._enough.is_set() or self._is_burst_over()):
+            pass
         self._end(watch)
         gateway_stop.set()
         gateway.join()

@@ -168,9 +168,9 @@ class Recovery:
             return
         if theirs.rules.number < mine.rules.number:
             logger.warning(
-                "%s: Redis has an older state, before an operator changed the rules (%s): rules %d are in force again; "
-                "change them again with `fedmoe expert set`",
-                self._store.name, theirs.rules.differences(mine.rules), theirs.rules.number,
+                "%s: Redis has an older state, and rules %d are in force, in memory were rules %d (the change: %s): "
+                "check them with `fedmoe expert show`",
+                self._store.name, theirs.rules.number, mine.rules.number, theirs.rules.differences(mine.rules),
             )  # fmt: skip
         lost = undone(expert.history.since("")[0], expert.decided, found.decided)
         if not lost and theirs.version >= mine.version:

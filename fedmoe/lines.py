@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fedmoe.errors import SpecError, UpdateError
+from fedmoe.errors import ProtocolError, UpdateError
 from fedmoe.features import check_requires
 from fedmoe.fields import exact, from_text, from_untrusted, optional, to_text
 from fedmoe.rules import RuleSet
@@ -106,7 +106,9 @@ def read_line(raw: Mapping[Any, bytes | str]) -> LogLine:
         if "restored" in names:
             return from_text(AnchorLine, raw)
         return from_text(RulesLine, raw) if "ended" in names else from_text(AppliedLine, raw)
-    except (KeyError, ValueError, SpecError) as error:
+    except ProtocolError:
+        raise
+    except (KeyError, ValueError) as error:
         raise UpdateError(f"a line of the log is malformed ({error!r}); was it edited by hand?") from error
 
 

@@ -17,6 +17,7 @@ NO_DECISIONS = "0" * 16  # the stamp of no decided updates, see fedmoe/integrity
 # 3: the keys and fields `decided`, `header`, `incarnation` and `aggregation` have these names.
 # 4: the rules stand in `meta` under a number, no longer in the spec.
 PROTOCOL = 4
+FIRST_WITH_RULES = 4  # in meta
 FIRST_PROTOCOL = 1  # what is spoken where none is named, as before there was a name for it
 HEARTBEAT_TTL_S = 15.0  # a worker whose heartbeat has expired is gone
 TRACE_TTL_S = 7 * 24 * 3600.0  # so long it is told how a worker left
@@ -138,11 +139,18 @@ class Meta:
             RemovedExpertError: if an operator removed the expert.
         """
         check_not_removed(raw)
-        read_protocol(raw.get(b"protocol"))
+        protocol = read_protocol(raw.get(b"protocol"))
         check_requires(raw.get(b"requires", b"").decode(errors="replace"), "the expert")
         try:
             return from_text(cls, raw)
+        except ProtocolError:
+            raise
         except (KeyError, ValueError, TypeError) as error:
+            if protocol < FIRST_WITH_RULES:
+                raise ProtocolError(
+                    f"the expert has protocol {protocol}, the FedMoE on this machine reads protocol {PROTOCOL}: serve "
+                    "it with the FedMoE that made it, or remove it (fedmoe expert remove)"
+                ) from error
             raise SpecError(
                 f"the expert's meta hash is malformed ({error!r}); was it edited by hand?"
             ) from error

@@ -23,6 +23,8 @@ from fedmoe.staleness import Decay
 
 LEAST_STALENESS_BOUND = 256
 STALENESS_PER_WORKER = 4
+# So that no update can bring a weight beyond what fp32 holds (3e38), and no number is a slip of the keyboard.
+MAX_LR, MAX_NORM, MAX_WHOLE = 1000, 1e9, 10**9
 AUTO = "auto"  # of max_staleness: the bound grows with the workers
 
 
@@ -31,14 +33,15 @@ class AggregationRules:
     """How updates become part of the expert: `weights += lr × decay(staleness) × Δ`, and what is refused."""
 
     lr: float = setting(1.0, "Aggregator's step: expert += lr × decay × Δ; 1 makes one lone worker's model the expert.",
-                        above=0)  # fmt: skip
+                        above=0, at_most=MAX_LR)  # fmt: skip
     decay: Decay = field(default_factory=Decay)
     max_staleness: int | None = setting(
-        None, "Refuse an update if more than this many others were applied since its base; auto: 256, or 4 per worker.",
-        at_least=0, none=AUTO, unit="updates",
+        None,
+        "Refuse an update if more than this many others were applied since its base; auto: 256, or 4 a worker if more.",
+        at_least=0, at_most=MAX_WHOLE, none=AUTO, unit="updates",
     )  # fmt: skip
     max_norm: float = setting(
-        1000.0, "Refuse an update whose L2 norm, of all tensors together, exceeds this.", above=0,
+        1000.0, "Refuse an update whose L2 norm, of all tensors together, exceeds this.", above=0, at_most=MAX_NORM,
         words="ten times the initial adapter's norm",
     )  # fmt: skip
 
@@ -60,14 +63,20 @@ class AggregationRules:
 class TrainingSettings:
     """How every worker of the expert fine-tunes."""
 
-    learning_rate: float = setting(2e-4, "Workers' learning rate (AdamW).", above=0)
-    weight_decay: float = setting(0.0, "Workers' weight decay (AdamW).", at_least=0)
-    batch_size: int = setting(4, "Rows in a worker's micro-batch.", at_least=1, unit="rows")
-    accumulate: int = setting(1, "Micro-batches in a worker's step.", at_least=1)
-    max_length: int = setting(512, "Tokens of a row that workers train on.", at_least=8, unit="tokens")
-    warmup_steps: int = setting(10, "Steps in which a worker's learning rate rises to its value.", at_least=0)
+    learning_rate: float = setting(2e-4, "Workers' learning rate (AdamW).", above=0, at_most=MAX_LR)
+    weight_decay: float = setting(0.0, "Workers' weight decay (AdamW).", at_least=0, at_most=MAX_LR)
+    batch_size: int = setting(
+        4, "Rows in a worker's micro-batch.", at_least=1, at_most=MAX_WHOLE, unit="rows"
+    )
+    accumulate: int = setting(1, "Micro-batches in a worker's step.", at_least=1, at_most=MAX_WHOLE)
+    max_length: int = setting(
+        512, "Tokens of a row that workers train on.", at_least=8, at_most=MAX_WHOLE, unit="tokens"
+    )
+    warmup_steps: int = setting(
+        10, "Steps in which a worker's learning rate rises to its value.", at_least=0, at_most=MAX_WHOLE
+    )
     clip_norm: float = setting(
-        1.0, "Largest L2 norm of a worker's gradient; a larger one is scaled down.", above=0
+        1.0, "Largest L2 norm of a worker's gradient; a larger one is scaled down.", above=0, at_most=MAX_NORM
     )
 
     def __post_init__(self) -> None:
@@ -90,7 +99,7 @@ class RuleSet:
     number: int = 1
     aggregation: AggregationRules = field(default_factory=AggregationRules)
     sync_interval_s: float = setting(10.0, "Seconds between publications of a worker.", option="sync_interval", above=0,
-                                     unit="s")  # fmt: skip
+                                     at_most=86_400, unit="s")  # fmt: skip
     training: TrainingSettings = field(default_factory=TrainingSettings)
     requires: str = ""
     unknown: str = ""

@@ -140,7 +140,7 @@ def _is_within(value: Any, which: Declared) -> bool:
         return False
     said = which.said
     return (
-        math.isfinite(value)
+        (isinstance(value, int) or math.isfinite(value))
         and (said.above is None or value > said.above)
         and (said.at_least is None or value >= said.at_least)
         and (said.at_most is None or value <= said.at_most)
@@ -148,14 +148,13 @@ def _is_within(value: Any, which: Declared) -> bool:
 
 
 def bounds(which: Declared) -> str:
-    """What a number must be, for people: `a whole number of at least 1`."""
+    """What a number must be, for people: `a whole number of at least 1 and at most 9 (rows)`."""
     said = which.said
+    limits = [
+        f"{word} {limit:,g}" if limit < 1e6 else f"{word} {limit:,.0f}"
+        for word, limit in (("above", said.above), ("of at least", said.at_least), ("at most", said.at_most))
+        if limit is not None
+    ]
     text = "a whole number" if which.number is int else "a number"
-    if said.above is not None:
-        text += f" above {said.above:g}"
-    if said.at_least is not None:
-        text += f" of at least {said.at_least:g}"
-    if said.at_most is not None:
-        text += f"{' and' if said.above is not None or said.at_least is not None else ' of'} at most {said.at_most:g}"
-    unit = UNITS.get(said.unit, said.unit)
-    return f"{text} ({unit})" if unit else text
+    unit = f" ({UNITS.get(said.unit, said.unit)})" if said.unit else ""
+    return f"{text} {' and '.join(limits)}".strip() + unit

@@ -29,9 +29,9 @@ class Decay:
 
     kind: str = setting("polynomial", "How much a stale update weighs.", option="decay", choices=KINDS)
     a: float = setting(1.0, "Exponent of polynomial decay, (1+τ)^-a; slope of hinge decay.", option="decay_a",
-                       at_least=0)  # fmt: skip
-    b: float = setting(4.0, "Staleness τ up to which hinge decay gives full weight.", option="decay_b", at_least=0,
-                       unit="updates")  # fmt: skip
+                       at_least=0, at_most=1e9)  # fmt: skip
+    b: float = setting(4.0, "Staleness τ up to which hinge decay gives full weight.", option="decay_b",
+                       at_least=0, at_most=1e9, unit="updates")  # fmt: skip
 
     def __post_init__(self) -> None:
         check(self)

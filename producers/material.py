@@ -35,11 +35,15 @@ from producers.trainer import Trainer
 
 @dataclass(frozen=True, slots=True)
 class Material:
-    """What is trained, on how many examples, with their digest. The trainer is made once the worker has joined."""
+    """What is trained, on how many examples, with their digest. The trainer is made once the worker has joined.
+
+    `max_length` is what the examples were truncated to (tokens).
+    """
 
     identity: BaseIdentity
     n_examples: int
     data: str
+    max_length: int
     make_trainer: Callable[[], Any]
 
 
@@ -76,10 +80,9 @@ def prepare(
     autocast = choose_precision(settings.precision, device)
     report(f"loading {base_model} on {device} ({str(autocast).removeprefix('torch.')})")
     model = load_base(base_model, device=device, dtype=autocast if device.type != "cpu" else torch.float32)
+    max_length = meta.rules.training.max_length
     make = RowCache(cache, report=report).examples if cache else partial(make_examples, report=report)
-    examples = make(
-        data, tokenizer, meta.rules.training.max_length, bad_rows, learn=settings.learn, stopped=stopped
-    )
+    examples = make(data, tokenizer, max_length, bad_rows, learn=settings.learn, stopped=stopped)
     report(f"{settings.data}: {examples.summary()}")
     check_examples(examples.examples, settings.data, tokenizer, config)
 
@@ -101,7 +104,7 @@ def prepare(
     # A template that the spec has is the operator's; any other one is this worker's to bring.
     brought = "" if spec.chat_template else own
     identity = replace(identity, fingerprint=fingerprint(model), chat_template=brought)
-    return Material(identity, len(examples.examples), examples.digest(), make_trainer)
+    return Material(identity, len(examples.examples), examples.digest(), max_length, make_trainer)
 
 
 def _seed_of(name: str) -> int:

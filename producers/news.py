@@ -44,10 +44,10 @@ def told(status: SyncStatus, change: Change, ledger: Ledger, steps: int) -> Sync
     return replace(status, version=ledger.meta.version, in_flight=queue[0].header.seq if queue else 0)
 
 
-def change_of_rules(before: RuleSet, now: RuleSet) -> str:
-    """The sentence for a worker that takes over other rules."""
+def change_of_rules(before: RuleSet, now: RuleSet, tokenized_to: int) -> str:
+    """The sentence for a worker that takes over other rules; its rows were truncated to so many tokens."""
     changed = before.differences(now) or "nothing that this FedMoE knows"
     text = f"rules {now.number} are in force, they were {before.number}: {changed}"
-    if now.training.max_length != before.training.max_length:
+    if now.training.max_length != tokenized_to:
         text += "; max_length takes effect when this worker is started again, because its rows are tokenized"
     return text

@@ -1,4 +1,4 @@
-"""What a worker's own command line says; all else comes from the expert's spec."""
+"""What a worker's own command line says; all else comes from the expert's spec and rules."""
 
 import socket
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from fedmoe.names import check_name, clean_name
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerSettings:
-    """What is a worker's own; all else comes from the expert's spec.
+    """What is a worker's own; all else comes from the expert's spec and rules.
 
     Args:
         stream: the expert. data: the JSONL file.
@@ -20,7 +20,7 @@ class WorkerSettings:
         base_model: where the base model lies here, "" for what the spec says.
         chat_template: file with the template of an expert whose base model has none.
         state_dir: makes the worker resumable.
-        batch_size, accumulate: instead of the spec's (0: the spec's), for a smaller GPU.
+        batch_size, accumulate: instead of the rules' (0: the rules'), for a smaller GPU.
         max_steps, max_epochs: end by itself after so many (0: never).
         checkpoint_interval_s: write a checkpoint after so long without a new update.
         drain_s: how long to wait for the last decision when stopped.

@@ -45,6 +45,7 @@ logger = logging.getLogger(__name__)
 AT_THE_END_S = (
     5.0  # of the drain (but at most half of it), in which the end of a step is not waited for any more
 )
+LOOK_FOR_RULES_S = 10.0
 NO_ENTRY = "0-1"  # an id that no entry has
 
 
@@ -58,6 +59,7 @@ class Sync:
         state_dir: where to write a checkpoint before each publication, or None.
         data: digest of the examples.
         training_fields: the training's part of the heartbeat.
+        max_length: that the examples were truncated to (tokens); None: that of the ledger's rules.
         must_pull: look at Redis before the first update (a resumed worker).
         checkpoint_interval_s: write a checkpoint after so long without a new update, whose checkpoint comes first.
     """
@@ -73,6 +75,7 @@ class Sync:
         state_dir: StateDir | None,
         data: str,
         training_fields: Callable[[], Fields] = dict,
+        max_length: int | None = None,
         must_pull: bool = False,
         checkpoint_interval_s: float = 60.0,
         clock: Callable[[], float] = time.monotonic,
@@ -96,6 +99,7 @@ class Sync:
         self._heart = Heartbeat(
             store, identity, state_id=state_id, training_fields=training_fields, clock=clock
         )
+        self._max_length = max_length or ledger.meta.rules.training.max_length
         self._must_pull = must_pull
         self._clock = clock
         self._wake = threading.Event()
@@ -106,6 +110,7 @@ class Sync:
         self._checkpoint_interval_s = checkpoint_interval_s
         self._next_update_at = clock() + ledger.meta.rules.sync_interval_s
         self._next_save = clock() + checkpoint_interval_s
+        self._next_look = clock() + LOOK_FOR_RULES_S
         self._waiting_for_state = self._checkpointing = False
         self._unsaved: TrainingState | None = None
         self._entry: str | None = None
@@ -206,6 +211,7 @@ class Sync:
             return RETRY_S if self._problems.get("disk") else 0.0
         if self.ledger.queue:
             return self._follow()
+        self._look_for_rules(now)
         return min(self._next_update_at - now, LOOK_S) if self._deadline is None else 0.0
 
     def _copy(self, *, consume: bool) -> TrainingState | None:
@@ -363,6 +369,13 @@ class Sync:
         if refusal := self._identity.refusal(meta, self._store.expert):
             raise RefusedError(refusal)
 
+    def _look_for_rules(self, now: float) -> None:
+        """Pull if an operator has changed the rules: with a long sync interval, the next pull is far away."""
+        if self._deadline is None and now >= self._next_look:
+            self._next_look = now + LOOK_FOR_RULES_S
+            if self._store.rules() not in (None, self.ledger.meta.rules):
+                self._pull()
+
     def _follow_rules(self, before: RuleSet) -> None:
         """Take over what an operator has changed since the last pull, and say so."""
         rules = self.ledger.meta.rules
@@ -370,7 +383,7 @@ class Sync:
             return
         self._next_update_at = min(self._next_update_at, self._clock() + rules.sync_interval_s)
         self._exchange.adopt(rules.training)
-        logger.info("%s", change_of_rules(before, rules))
+        logger.info("%s", change_of_rules(before, rules, self._max_length))
 
     def _beat(self) -> None:
         self._heart.beat(self.ledger, self.status)

@@ -95,7 +95,7 @@ class Trainer:
         self._pad_id = pad_id
         own = {"batch_size": batch_size, "accumulate": accumulate}
         self._own = {name: value for name, value in own.items() if value}
-        self._settings = replace(settings, **self._own)
+        self._rules, self._settings = settings, replace(settings, **self._own)
         self._seed = seed
         self._device = device
         self._autocast = autocast
@@ -117,9 +117,10 @@ class Trainer:
     def adopt(self, settings: TrainingSettings) -> None:
         """Train by other settings from the next step on; optimizer moments, position and what did not fit stay."""
         for name, value in self._own.items():
-            if getattr(settings, name) != value:
+            if getattr(settings, name) not in (value, getattr(self._rules, name)):
                 log.info("this worker keeps its own --%s %d", name.replace("_", "-"), value)
-        before, self._settings = self._settings, replace(settings, **self._own)
+        before = self._settings
+        self._rules, self._settings = settings, replace(settings, **self._own)
         fitted = self._micro_batch == before.batch_size
         largest = self._settings.batch_size
         self._micro_batch = largest if fitted else min(self._micro_batch, largest)

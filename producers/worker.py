@@ -142,13 +142,19 @@ class Worker:
         self._joining.pin_base(material.identity, state_id=state_id)
         trainer = material.make_trainer()
         ledger, trained = self._open_books(state_dir, trainer, spec, material.data)
-        trainer.adopt(ledger.meta.rules.training)  # until the next pull
+        rules = ledger.meta.rules
+        trainer.adopt(rules.training)  # until the next pull
+        if not ledger.seq and rules.training.max_length != material.max_length:
+            logger.info(
+                "rows have %d tokens at most, because the rules changed just now", material.max_length
+            )
         progress = Progress()
         exchange = Exchange(trainer, with_optimizer=state_dir is not None, trained=trained)
         sync = Sync(
             self._store, ledger, exchange, spec,
             identity=material.identity, state_dir=state_dir, data=material.data, training_fields=progress.fields,
-            must_pull=bool(ledger.seq), checkpoint_interval_s=settings.checkpoint_interval_s,
+            max_length=material.max_length, must_pull=bool(ledger.seq),
+            checkpoint_interval_s=settings.checkpoint_interval_s,
         )  # fmt: skip
         training = Training(
             trainer, exchange, sync, settings,

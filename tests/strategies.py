@@ -129,15 +129,18 @@ def rule_sets() -> st.SearchStrategy[RuleSet]:
         number=count,
         aggregation=st.builds(
             AggregationRules,
-            lr=positive,
+            lr=st.floats(1e-6, 1e3),
             decay=decays(),
             max_staleness=st.none() | st.integers(0, 1000),
             max_norm=positive,
         ),
         training=st.builds(
-            TrainingSettings, learning_rate=positive, batch_size=count, max_length=st.integers(8, 999)
+            TrainingSettings,
+            learning_rate=st.floats(1e-6, 1e3),
+            batch_size=count,
+            max_length=st.integers(8, 999),
         ),
-        sync_interval_s=positive,
+        sync_interval_s=st.floats(1e-6, 86_400),
     )
 
 

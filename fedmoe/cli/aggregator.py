@@ -64,7 +64,7 @@ def aggregator() -> None:
 @click.option("--no-wait", is_flag=True, help="Fail if Redis cannot be reached, instead of waiting for it.")
 @click.pass_context
 def run(ctx: click.Context, /, **options: Any) -> None:
-    """Create the experts that do not exist yet, then serve them until stopped.
+    """Create the experts that do not exist yet, then serve all experts of the federation until stopped.
 
     A second aggregator on the same Redis is a hot standby.
     """

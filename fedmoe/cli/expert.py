@@ -33,6 +33,8 @@ def list_experts(redis: str, prefix: str, redis_timeout: float) -> None:
     from fedmoe.store.inspect import Inspector
 
     federation = Inspector(Connection(redis_settings(redis, prefix, redis_timeout))).federation()
+    if federation.problems:
+        raise FedMoEError("; ".join(federation.problems))
     if not federation.experts:
         click.echo("there are no experts yet: start `fedmoe aggregator run`")
         return
@@ -62,11 +64,12 @@ def list_experts(redis: str, prefix: str, redis_timeout: float) -> None:
 def show(redis: str, prefix: str, redis_timeout: float, as_json: bool, name: str) -> None:
     """Show what makes the expert NAME itself, and the rules in force."""
     from fedmoe.names import check_expert
+    from fedmoe.store.change import whole_expert
     from fedmoe.store.connection import Connection
-    from fedmoe.store.gateway import GatewayStore
+    from fedmoe.store.expert import ExpertStore
 
-    store = GatewayStore(Connection(redis_settings(redis, prefix, redis_timeout)))
-    spec, meta = store.spec(check_expert(name)), store.meta(name)
+    store = ExpertStore(Connection(redis_settings(redis, prefix, redis_timeout)), check_expert(name))
+    (meta, _), spec = whole_expert(store), store.spec()
     template = "the operator's" if spec.chat_template else "the base model's, or the first worker's"
     identity = {
         "spec": spec.digest,
@@ -103,7 +106,10 @@ def _show(values: dict[str, Any]) -> None:
 @redis_options
 @rules_options(show_defaults=False)
 @click.argument("name")
-def set_rules(redis: str, prefix: str, redis_timeout: float, name: str, **options: Any) -> None:
+@click.pass_context
+def set_rules(
+    ctx: click.Context, /, redis: str, prefix: str, redis_timeout: float, name: str, **options: Any
+) -> None:
     """Change rules of the expert NAME, while it is served and trained; a rule that is not named stays as it is.
 
     An update is decided under the rules in force when it is applied. Workers take over what concerns them when they
@@ -115,7 +121,14 @@ def set_rules(redis: str, prefix: str, redis_timeout: float, name: str, **option
     from fedmoe.store.connection import Connection
     from fedmoe.store.expert import ExpertStore
 
-    if not (wanted := given_rules(options)):
+    wanted = given_rules(options)
+    for rule in wanted:
+        if ctx.get_parameter_source(rule) is not click.core.ParameterSource.COMMANDLINE:
+            raise SettingsError(
+                f"{rule} comes from the environment or the configuration file: name the rules to change on the command "
+                "line, else each change would change that one, too"
+            )
+    if not wanted:
         raise SettingsError(
             f"nothing to change: name a rule, for example --lr 0.5; `fedmoe expert show {name}` shows those in force"
         )

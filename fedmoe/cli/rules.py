@@ -44,6 +44,7 @@ def rules_options(*, show_defaults: bool) -> Callable[[Command], Command]:
             command = click.option(
                 f"--{rule.name.replace('_', '-')}",
                 type=_type(rule),
+                metavar=_type(rule).name if rule.said.none else None,
                 default=None,
                 help=rule.said.help + said,
             )(command)

@@ -38,8 +38,10 @@ def worker() -> None:
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, …")
 @click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", show_default=True,
               help="auto: bf16 where the hardware has it.")  # fmt: skip
-@click.option("--batch-size", type=int, default=0, help="Rows a micro-batch.  [default: the spec's]")
-@click.option("--accumulate", type=int, default=0, help="Micro-batches a step.  [default: the spec's]")
+@click.option("--batch-size", type=int, default=0, help="Rows in a micro-batch.  [default: as the rules say]")
+@click.option(
+    "--accumulate", type=int, default=0, help="Micro-batches in a step.  [default: as the rules say]"
+)
 @click.option("--max-steps", type=int, default=0, help="End after so many steps of this run.")
 @click.option("--max-epochs", type=float, default=0.0, help="End after so many passes over the data.")
 @click.option(

@@ -7,7 +7,7 @@ from typing import Any
 
 from fedmoe.errors import DamagedExpertError, SettingsError, StaleStateError
 from fedmoe.lines import RulesLine
-from fedmoe.records import check_not_removed
+from fedmoe.records import Meta, check_not_removed
 from fedmoe.rules import RuleSet
 from fedmoe.store.connection import Connection
 from fedmoe.store.expert import Commit, ExpertStore
@@ -15,6 +15,21 @@ from fedmoe.store.lifecycle import new_id
 
 PATIENCE_S = 20.0  # in which a change finds a moment between two commits of a busy aggregator
 PAUSE_S = 0.01
+
+
+def whole_expert(store: ExpertStore) -> tuple[Meta, int]:
+    """The meta of an expert, and the version that the last line of its log tells (-1 if there is none).
+
+    Raises:
+        SettingsError: if there is no such expert.
+        DamagedExpertError: if it is damaged; RemovedExpertError if it was removed.
+    """
+    found = store.condition()
+    if found.meta is None and not found.commit and not found.weights_commit:
+        raise SettingsError(no_such_expert(store.connection, store.name))
+    if found.meta is None or found.damage:
+        raise DamagedExpertError(store.name, found.damage)
+    return found.meta, found.logged_version
 
 
 def change_rules(
@@ -30,15 +45,18 @@ def change_rules(
         DamagedExpertError: if it is damaged; RemovedExpertError if it was removed.
         StaleStateError: if somebody committed meanwhile; nothing was changed, try again.
     """
-    found = store.condition()
-    meta = found.meta
-    if meta is None and not found.commit and not found.weights_commit:
-        raise SettingsError(unknown(store.connection, store.name))
-    if meta is None or found.damage:
-        raise DamagedExpertError(store.name, found.damage)
+    meta, logged = whole_expert(store)
+    newest = max(store.claimed().values(), default=0)
+    if newest > meta.version:
+        raise StaleStateError(
+            f"Redis has an older state of {store.name} (version {meta.version}), and an aggregator retains version "
+            f"{newest}: it writes that back first"
+        )
     before, after = meta.rules, meta.rules.changed(settings)
     if after != before:
-        line = RulesLine(version=meta.version, changed=before.differences(after), ended=before)
+        # A log that was lost is begun again by the next aggregator that serves the expert: this line must not hide it.
+        version = meta.version if meta.version == 0 else logged
+        line = RulesLine(version=version, changed=before.differences(after), ended=before)
         store.commit(
             Commit(
                 on=meta.commit,
@@ -58,9 +76,7 @@ def change_rules_soon(store: ExpertStore, settings: Mapping[str, Any]) -> tuple[
             return change_rules(store, settings)
         except StaleStateError as error:
             if time.monotonic() > until:
-                raise StaleStateError(
-                    f"{store.name} was committed to all the time for {PATIENCE_S:g} s: nothing was changed, try again"
-                ) from error
+                raise StaleStateError(f"nothing was changed, try again ({error})") from error
             time.sleep(PAUSE_S)
 
 
@@ -83,13 +99,13 @@ def set_gateway_weight(connection: Connection, name: str, weight: float) -> str:
         raw, listed = connection.client.hgetall(meta), connection.client.hget(key, name)
     check_not_removed(raw)
     if listed is None and not raw:
-        raise SettingsError(unknown(connection, name))
+        raise SettingsError(no_such_expert(connection, name))
     with connection.errors():
         connection.client.hset(key, name, f"{weight:g}")
     return (listed or b"").decode(errors="backslashreplace")
 
 
-def unknown(connection: Connection, name: str) -> str:
+def no_such_expert(connection: Connection, name: str) -> str:
     """The sentence that there is no expert of this name, with those there are."""
     with connection.errors():
         names = sorted(

@@ -303,7 +303,7 @@ class ExpertStore(ExpertLifecycle):
                     raise
                 done = self._commit_to_full(pipe, commit)
             if not done:
-                raise StaleStateError(f"{self.name}: another aggregator committed meanwhile")
+                raise StaleStateError(f"{self.name}: somebody else committed meanwhile")
 
     def _check_head(self, pipe: Any, commit: Commit) -> dict[str, int]:
         """WATCH what a commit writes to, check head and types; returns the bytes of what it may write in place."""
@@ -313,7 +313,7 @@ class ExpertStore(ExpertLifecycle):
         pipe.watch(*written)
         head, types, lengths = pipe.eval(_LOOK, len(written), *written)
         if head is None or head != commit.on.encode():
-            raise StaleStateError(f"{self.name}: another aggregator committed meanwhile")
+            raise StaleStateError(f"{self.name}: somebody else committed meanwhile")
         self._check_types(types[: len(_TYPES)])
         if self.connection.generation != commit.generation:
             raise StaleStateError(f"{self.name}: the connection to Redis was opened again")

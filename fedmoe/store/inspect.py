@@ -21,9 +21,10 @@ from fedmoe.names import is_expert
 from fedmoe.records import NO_DECISIONS, Meta
 from fedmoe.store.connection import Connection
 from fedmoe.store.members import Members, read_members
-from fedmoe.store.reading import Command, ask, printable, texts, why
+from fedmoe.store.reading import MAX_TEXT_CHARS, Command, ask, printable, texts, why
 
 SHOWN_DEAD, SHOWN_LOG = 3, 5
+MAX_RULES_CHARS = 65_536  # they are parsed, not shown
 REPAIR = (
     "was the key deleted? An aggregator that retains it repairs it, else restore a backup (fedmoe restore)"
 )
@@ -161,7 +162,12 @@ def _meta(raw: Mapping[bytes, bytes] | None, problems: list[str]) -> Meta | None
         problems.append(f"its meta is missing: {REPAIR}")
         return None
     try:
-        return Meta.from_hash({key: printable(value).encode() for key, value in raw.items()})
+        return Meta.from_hash(
+            {
+                key: printable(value, MAX_RULES_CHARS if key == b"rules" else MAX_TEXT_CHARS).encode()
+                for key, value in raw.items()
+            }
+        )
     except (SpecError, RemovedExpertError) as error:
         problems.append(printable(str(error)))
         return None

@@ -21,10 +21,12 @@ from fedmoe.errors import (
     ProtocolError,
     RedisUnavailableError,
     RemovedExpertError,
+    SpecError,
     UnknownExpertError,
 )
 from fedmoe.packed import chunks, unpack
 from fedmoe.records import TRACE_TTL_S, Decided, Meta, check_not_removed, read_protocol
+from fedmoe.rules import RuleSet
 from fedmoe.software import software
 from fedmoe.spec import Spec
 from fedmoe.store.chunks import weights_of, weights_reads
@@ -98,6 +100,15 @@ class WorkerStore:
         with self.connection.errors():
             raw = self._redis.hgetall(self.keys.meta)
         return self._meta(raw)
+
+    def rules(self) -> RuleSet | None:
+        """The rules in force; None if they cannot be read, which the next pull will say."""
+        with self.connection.errors():
+            (text,) = self._redis.hmget(self.keys.meta, ["rules"])
+        try:
+            return RuleSet.from_json(text.decode()) if text else None
+        except (SpecError, UnicodeDecodeError):
+            return None
 
     def _meta(self, raw: Mapping[bytes, bytes]) -> Meta:
         if not raw:

@@ -168,6 +168,7 @@ class CountingWorker(Worker):
             identity,
             len(data.path.read_text().splitlines()),
             data.digest,
+            512,
             lambda: CountingTrainer(name, spec),
         )
 

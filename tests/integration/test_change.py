@@ -1,9 +1,7 @@
-"""`fedmoe expert set | weight | add | list | show`: what an operator changes while all runs."""
+"""`fedmoe expert set`: an operator changes the rules while all runs."""
 
-import json
 import logging
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,28 +9,24 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from consumers.aggregator import AggregatorSettings
 from consumers.create import SpecRequest, ensure_experts
-from consumers.daemon import Aggregator
 from consumers.expert import Expert
-from consumers.gateway import GatewayBuilder, GatewaySettings
 from consumers.verify import replay
 from fedmoe.archive import Archive
-from fedmoe.beat import Beat
 from fedmoe.cli.main import cli
-from fedmoe.errors import FedMoEError, StaleStateError
+from fedmoe.errors import FedMoEError, ProtocolError, SettingsError, StaleStateError
 from fedmoe.lora_init import initial_weights
-from fedmoe.rules import AggregationRules, RuleSet, TrainingSettings
+from fedmoe.rules import RuleSet, TrainingSettings
 from fedmoe.spec import LoraSettings
 from fedmoe.store import change
-from fedmoe.store.connection import Connection, RedisSettings
+from fedmoe.store.connection import Connection
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore
-from fedmoe.store.remove import remove_expert
-from fedmoe.store.worker import WorkerStore
+from producers import sync
 from tests.counting import CountingWorker, counting_spec, create_expert
 from tests.federation import ScriptedWorker, make_expert, serve, serving, small_spec
 from tests.processes import eventually
+from tests.rollback import Snapshot
 
 pytestmark = pytest.mark.one_server
 
@@ -93,6 +87,18 @@ def test_updates_weigh_what_the_rules_of_their_application_say(
     text = [{k.decode(): v.decode() for k, v in line.items()} for line in lines]
     done = replay(small_spec(), meta, text, Archive(tmp_path / "sql_expert", read_only=True))
     assert done.problem == "version 1: it was decided under rules 1, which are not in the log"
+
+
+def test_idle_aggregator_notices_a_change(
+    expert: Expert, connection: Connection, connect: Connect, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Within a lease, although nothing waits: what it retains, and would write back, is under the rules in force."""
+    caplog.set_level(logging.INFO)
+    with serving(connect(), lease_s=0.5):
+        eventually("it serves", lambda: ": serving from version 0, under rules 1" in caplog.text)
+        change.change_rules_soon(ExpertStore(connection, "sql_expert"), {"lr": 0.5})
+        eventually("it has noticed", lambda: ": serving from version 0, under rules 2" in caplog.text)
+    assert "an operator changed the rules: lr 1 -> 0.5 (rules 2 from version 0 on)" in caplog.text
 
 
 def test_many_changes_under_load(
@@ -167,13 +173,16 @@ def test_worker_takes_over_what_concerns_it(
             ["sql_expert"],
             "nothing to change: name a rule, for example --lr 0.5; `fedmoe expert show sql_expert`",
         ),
-        (["sql_expert", "--lr", "0"], "lr must be a number above 0, not 0.0$"),
-        (["sql_expert", "--lr", "nan"], "lr must be a number above 0, not nan$"),
+        (["sql_expert", "--lr", "0"], "lr must be a number above 0 and at most 1,000, not 0.0$"),
+        (["sql_expert", "--lr", "nan"], "lr must be a number above 0 and at most 1,000, not nan$"),
         (
             ["sql_expert", "--batch-size", "0"],
-            "batch_size must be a whole number of at least 1 \\(rows\\), not 0$",
+            "batch_size must be a whole number of at least 1 and at most 1,000,000,000 \\(rows\\), not 0$",
         ),
-        (["sql_expert", "--decay-a", "-1"], "decay_a must be a number of at least 0, not -1.0$"),
+        (
+            ["sql_expert", "--decay-a", "-1"],
+            "decay_a must be a number of at least 0 and at most 1,000,000,000, not -1.0$",
+        ),
     ],
 )
 def test_change_that_cannot_be_is_a_sentence(
@@ -195,10 +204,109 @@ def test_bound_that_is_no_number_is_a_sentence(expert: Expert, expert_command: C
     assert done.exit_code == 2
     assert "'many' must be a number, or auto" in done.output
     done = expert_command("set", "sql_expert", "--max-staleness", "-1")
-    assert str(done.exception) == "max_staleness must be a whole number of at least 0 (updates), not -1"
+    assert (
+        str(done.exception)
+        == "max_staleness must be a whole number of at least 0 and at most 1,000,000,000 (updates), not -1"
+    )
     assert expert_command("set", "sql_expert", "--max-staleness", "7").exit_code == 0
     said = expert_command("set", "sql_expert", "--max-staleness", "auto")
     assert said.output == "sql_expert: rules 3 are in force: max_staleness 7 -> auto\n"
+
+
+def test_environment_and_configuration_change_no_rules(
+    expert: Expert, connection: Connection, redis_url: str, tmp_path: Path
+) -> None:
+    """What stands there would change a rule beside each change of another one: it is said, and nothing is done."""
+    config = tmp_path / "fedmoe.toml"
+    config.write_text("[expert.set]\nlr = 0.25\n")
+    before = meta_of(connection)
+    words = ["expert", "set", "--redis", redis_url, "sql_expert", "--sync-interval", "20"]
+    for command, environment in (
+        (["--config", str(config), *words], {}),
+        (words, {"FEDMOE_EXPERT_SET_LR": "0.25"}),
+    ):
+        done = CliRunner(env=environment).invoke(cli, command, auto_envvar_prefix="FEDMOE")
+        assert str(done.exception).startswith(
+            "lr comes from the environment or the configuration file: name the rules"
+        )
+        assert isinstance(done.exception, SettingsError)
+    assert meta_of(connection) == before
+
+
+def test_change_waits_for_what_an_aggregator_writes_back(expert: Expert, connection: Connection) -> None:
+    """Redis came back older: a change on top of that would keep the newer state from being written back."""
+    snapshot = Snapshot.take(connection)
+    worker = ScriptedWorker(connection, expert.spec)
+    worker.push(0.1)
+    assert serve(expert) == ["applied"]
+    snapshot.bring_back(connection)
+    expert.store.claim("one", 1)
+    with pytest.raises(StaleStateError, match="and an aggregator retains version 1: it writes that back"):
+        change.change_rules(expert.store, {"lr": 0.5})
+    assert expert.write_back(on=expert.store.condition().commit)
+    assert change.change_rules(expert.store, {"lr": 0.5})[1].number == 2
+
+
+def test_change_does_not_hide_that_the_log_was_lost(
+    expert: Expert, connection: Connection, connect: Connect, tmp_path: Path
+) -> None:
+    """The next aggregator begins it again, with weights that a replay can begin with."""
+    worker = ScriptedWorker(connection, expert.spec)
+    with serving(connect(), keep_updates=tmp_path):
+        worker.push(0.1)
+        eventually("version 1", lambda: expert.store.load().meta.version == 1)
+        worker.pull()
+    connection.client.delete(expert.store.keys.log)
+    change.change_rules(expert.store, {"lr": 0.5})
+    with serving(connect(), keep_updates=tmp_path):
+        worker.push(0.1)
+        eventually("version 2", lambda: expert.store.load().meta.version == 2)
+    assert_replay_is_equal(connection, tmp_path)
+
+
+def test_rules_that_need_more_are_no_damage(expert: Expert, connection: Connection) -> None:
+    """Whoever reads them is told to upgrade, not to restore a backup."""
+    needs = replace(expert.meta.rules, requires="momentum").to_json()
+    connection.client.hset(expert.store.keys.meta, "rules", needs)
+    for read in (expert.load, lambda: change.change_rules(expert.store, {"lr": 0.5})):
+        with pytest.raises(
+            ProtocolError, match=r"needs momentum, which .*: upgrade the FedMoE on this machine"
+        ):
+            read()
+
+
+def test_expert_of_the_protocol_before_is_no_damage(expert: Expert, connection: Connection) -> None:
+    """Its rules stood in its spec."""
+    connection.client.hset(expert.store.keys.meta, "protocol", "3")
+    connection.client.hdel(expert.store.keys.meta, "rules")
+    with pytest.raises(
+        ProtocolError, match=r"the expert has protocol 3, .*: serve it with the FedMoE that made it"
+    ):
+        expert.load()
+
+
+def test_rules_of_any_length_are_shown(
+    expert: Expert, connection: Connection, expert_command: Command
+) -> None:
+    """Other texts of meta are cut short for people; these are read."""
+    longest = {name: value for name, value in RuleSet().settings().items() if isinstance(value, float)}
+    change.change_rules(expert.store, dict.fromkeys(longest, 1 / 3))
+    assert len(expert.load().meta.rules.to_json()) > 300
+    assert expert_command("list").exit_code == 0
+
+
+def test_idle_worker_notices_a_shorter_interval(
+    connection: Connection, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It looks now and then, although its next update is an hour away."""
+    monkeypatch.setattr(sync, "LOOK_FOR_RULES_S", 0.1)
+    spec = counting_spec()
+    store = create_expert(connection, spec, sync_interval_s=3600.0)
+    with serving(connect()), CountingWorker(connect(), spec) as worker:
+        eventually("some steps", lambda: worker.steps > 3)
+        assert worker.sync.status.published == 0
+        change.change_rules_soon(store, {"sync_interval": 0.05})
+        eventually("updates", lambda: worker.sync.status.published > 3, timeout_s=10)
 
 
 def test_nothing_is_committed_if_nothing_differs(
@@ -273,107 +381,3 @@ def test_explicit_option_that_rules_contradict_is_said(
         "fedmoe expert set a --max-staleness auto --sync-interval 10.0"
     )
     assert GatewayStore(connection).meta("a").rules.number == 2
-
-
-def test_weight_moves_the_gateway(connection: Connection, expert_command: Command) -> None:
-    """At the builder's next look; 0 leaves an expert out."""
-    a = make_expert(connection, "a", weights=torch.zeros(small_spec().layout.numel))
-    b = make_expert(connection, "b")
-    builder = GatewayBuilder(connection, GatewaySettings(method="average"), holder="one", lease_s=5.0)
-    builder.refresh()
-    said = expert_command("weight", "b", "0")
-    assert said.output == "b: gateway weight 1 -> 0\n"
-    assert builder.refresh()
-    loaded = GatewayStore(connection).load()
-    assert loaded is not None
-    assert GatewayStore(connection).experts() == {"a": 1.0, "b": 0.0}
-    for words, sentence in (
-        (("weight", "b", "-1"), "No such option"),
-        (("weight", "b", "nan"), "the gateway weight must be a number of at least 0, not nan"),
-        (("weight", "c", "1"), "there is no expert 'c' at "),
-    ):
-        done = expert_command(*words)
-        assert sentence in (str(done.exception) + done.output)
-        assert done.exit_code != 0
-    assert a.store.exists()
-    assert b.store.exists()
-
-
-@pytest.fixture
-def daemon(redis_url: str) -> Iterator[Aggregator]:
-    """An aggregator of whatever experts there are."""
-    made = Aggregator(
-        RedisSettings(url=redis_url), ["sql_expert"], AggregatorSettings(block_ms=20, lease_s=1.0),
-        GatewaySettings(interval_s=0.1), holder="one",
-    )  # fmt: skip
-    stop = threading.Event()
-    thread = threading.Thread(target=made.run, args=(stop,))
-    thread.start()
-    yield made
-    stop.set()
-    thread.join()
-
-
-def test_added_expert_is_served_while_the_aggregator_runs(
-    expert: Expert, connection: Connection, daemon: Aggregator, expert_command: Command
-) -> None:
-    """Of the same base model, pinned, with the rules asked for; removed and added once more, it is served again."""
-    expert_command("set", "sql_expert", "--lr", "0.5")
-    said = expert_command("add", "docs_expert", "--weight", "2", "--sync-interval", "3")
-    assert said.output == (
-        "added docs_expert, with base model, adapter and rules of sql_expert\n"
-        "train it: fedmoe worker run --stream docs_expert --data FILE\n"
-    )
-    store = GatewayStore(connection)
-    assert store.experts() == {"docs_expert": 2.0, "sql_expert": 1.0}
-    assert store.spec("docs_expert") == expert.spec
-    meta, old = store.meta("docs_expert"), store.meta("sql_expert")
-    assert (meta.base_fingerprint, meta.lineage != old.lineage, meta.version) == (
-        old.base_fingerprint,
-        True,
-        0,
-    )
-    assert meta.rules == RuleSet(aggregation=AggregationRules(lr=0.5), sync_interval_s=3.0)
-    for _ in range(2):
-        worker = ScriptedWorker(connection, expert.spec, expert="docs_expert")
-        worker.push(0.1)
-        eventually("version 1", lambda: meta_of(connection, "docs_expert")[b"version"] == b"1", timeout_s=15)
-        remove_expert(connection, "docs_expert")
-        assert expert_command("add", "docs_expert").exit_code == 0
-
-
-def test_expert_that_cannot_be_added_is_a_sentence(connection: Connection, expert_command: Command) -> None:
-    """One that is there, one that Redis lost, and one that takes after none."""
-    done = expert_command("add", "a")
-    assert "there are no experts at " in str(done.exception)
-    make_expert(connection, "a")
-    done = expert_command("add", "a")
-    assert str(done.exception) == "expert 'a' is there already: see `fedmoe expert show a`"
-    assert done.exit_code != 0
-    done = expert_command("add", "b", "--like", "c")
-    assert "there is no expert 'c' at " in str(done.exception)
-    done = expert_command("add", "b", "--weight", "-1")
-    assert "the gateway weight must be" in str(done.exception)
-    WorkerStore(connection, "lost", "alice").beat(Beat(lineage="0123456789abcdef"), ttl_s=15)
-    done = expert_command("add", "lost")
-    assert "expert 'lost' is gone from Redis, but worker alice trains on" in str(done.exception)
-    connection.client.hset("fedmoe:experts", "listed", "1")
-    assert "expert 'listed' is gone from Redis" in str(expert_command("add", "listed").exception)
-    assert set(GatewayStore(connection).experts()) == {"a", "listed"}
-
-
-def test_list_and_show(expert: Expert, connection: Connection, expert_command: Command) -> None:
-    """What is where, and under which rules."""
-    expert_command("set", "sql_expert", "--max-norm", "7")
-    heads, row = expert_command("list").output.splitlines()
-    assert heads.split()[:4] == ["expert", "gateway", "weight", "version"]
-    assert row.split() == ["sql_expert", "1", "0", "2", "0", "nobody"]
-    shown = json.loads(expert_command("show", "sql_expert", "--json").output)
-    assert shown["identity"]["spec"] == expert.spec.digest
-    assert (shown["rules"]["number"], shown["rules"]["max_norm"]) == (2, 7.0)
-    text = expert_command("show", "sql_expert").output
-    assert "rules 2, which `fedmoe expert set sql_expert` changes:" in text
-    assert any(line.split() == ["max_norm", "7"] for line in text.splitlines())
-    connection.client.delete(expert.store.keys.weights)
-    done = expert_command("list")
-    assert str(done.exception) == "something is wrong with sql_expert: see `fedmoe status`"

@@ -189,7 +189,7 @@ def test_slow_redis_and_two_aggregators(
         slow.delay_s = 0.15
         eventually(
             "a lost race",
-            lambda: "another aggregator committed meanwhile; loading again" in caplog.text,
+            lambda: "somebody else committed meanwhile; loading again" in caplog.text,
             timeout_s=30,
         )
         more(store, 5)

@@ -22,7 +22,7 @@ from tests.processes import fedmoe
 
 MAY_SERVE = "this user may serve experts"
 MAY_TRAIN = "this user may train {} as alice"
-MAY_OPERATE = "this user may back up, restore, remove, verify and export"
+MAY_OPERATE = "this user may back up, restore, change, add, remove, verify and export"
 MAY_LOOK = "this user may read the status"
 
 

@@ -236,6 +236,7 @@ class Worker:
         sync._saver = disk  # type: ignore[assignment]
         sync._next_update_at, sync._heart.next_at, sync._watch.next_at = 0.0, math.inf, math.inf
         sync._next_save = 0.0 if choice else math.inf
+        sync._next_look = math.inf
         sync._entry, sync._sent = memory.entry, memory.sent
         sync._diverged = lambda *_: False  # type: ignore[method-assign]  # else nothing too large is ever refused
         if memory.unsaved:

@@ -15,7 +15,7 @@ from fedmoe import features
 from fedmoe.errors import ProtocolError
 from fedmoe.spec import Spec
 from producers.checkpoint import FILE_NAME, StateDir
-from tests.record_cases import CASES, CHECKPOINT_WORKER, SPEC, make_checkpoint
+from tests.record_cases import CASES, CHECKPOINT_WORKER, META, SPEC, make_checkpoint
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 RELEASES = sorted(GOLDEN.glob("records-*"))
@@ -82,6 +82,7 @@ def test_checkpoint_of_the_next_release_is_resumed(tmp_path: Path) -> None:
         loaded = state_dir.load(expert="sql_expert", worker=CHECKPOINT_WORKER, spec=SPEC, now=7.0)
     assert loaded is not None
     assert loaded.trained.steps == 3
+    assert loaded.ledger.meta == META
 
 
 def test_checkpoint_that_needs_more_is_not_called_damaged(tmp_path: Path) -> None:

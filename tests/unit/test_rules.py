@@ -68,14 +68,20 @@ def test_change_keeps_what_a_later_release_wrote() -> None:
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"lr": 0.0}, "lr must be a number above 0, not 0.0"),
+        ({"lr": 0.0}, "lr must be a number above 0 and at most 1,000, not 0.0"),
         ({"decay": "linear"}, "decay must be one of"),
         ({"decay_a": -1.0}, "decay_a must be"),
         ({"max_staleness": -1}, "max_staleness must be a whole number of at least 0"),
         ({"sync_interval": float("nan")}, "sync_interval must be a number above 0"),
         ({"batch_size": 0}, "batch_size must be a whole number of at least 1"),
-        ({"weight_decay": float("inf")}, "weight_decay must be a number of at least 0"),
-        ({"weight_decay": float("nan")}, "weight_decay must be a number of at least 0"),
+        ({"weight_decay": float("inf")}, "weight_decay must be a number of at least 0 and at most 1,000"),
+        ({"weight_decay": float("nan")}, "weight_decay must be a number of at least 0 and at most 1,000"),
+        ({"lr": 1e39}, "lr must be a number above 0 and at most 1,000, not 1e\\+39"),
+        (
+            {"max_length": 10**400},
+            "max_length must be a whole number of at least 8 and at most 1,000,000,000",
+        ),
+        ({"batch_size": True}, "batch_size must be a whole number of at least 1 and at most 1,000,000,000"),
         ({"rank": 8}, "there is no rule 'rank'; there are: lr, decay, "),
     ],
 )
@@ -95,6 +101,9 @@ def test_garbage_is_a_spec_error(text: str) -> None:
 
 
 @given(st.sampled_from(sorted(json.loads(RuleSet().to_json()))), json_values)
+@example("sync_interval_s", 10**400)
+@example("aggregation", json.loads(RuleSet().to_json())["aggregation"] | {"lr": 10**400})
+@example("aggregation", {"decay": {"kind": "hinge", "a": 10**400, "b": True}})
 def test_odd_field_is_refused_or_harmless(field: str, value: object) -> None:
     """Whatever stands in a field: rules that can be used, or one of FedMoE's own errors."""
     content = json.loads(RuleSet().to_json()) | {field: value}
@@ -122,7 +131,11 @@ def test_rules_that_need_more_are_refused_with_what_to_do() -> None:
         (TrainingSettings, {"accumulate": 0}, "accumulate must be a whole number"),
         (TrainingSettings, {"warmup_steps": -1}, "warmup_steps must be a whole number of at least 0"),
         (TrainingSettings, {"max_length": 7}, "max_length must be a whole number of at least 8"),
-        (TrainingSettings, {"weight_decay": -0.1}, "weight_decay must be a number of at least 0"),
+        (
+            TrainingSettings,
+            {"weight_decay": -0.1},
+            "weight_decay must be a number of at least 0 and at most 1,000",
+        ),
         (TrainingSettings, {"learning_rate": 0.0}, "learning_rate must be a number above 0"),
         (RuleSet, {"sync_interval_s": 0.0}, "sync_interval must be a number above 0"),
         (RuleSet, {"number": 0}, "number must be a whole number of at least 1"),

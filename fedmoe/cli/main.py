@@ -6,15 +6,14 @@ import logging
 import os
 import sys
 import time
-import tomllib
 import warnings
 from pathlib import Path
-from typing import Any
 
 import click
 
 from fedmoe import __version__
-from fedmoe.errors import FedMoEError, SettingsError
+from fedmoe.cli.config import read_config
+from fedmoe.errors import FedMoEError
 from fedmoe.text import printable
 
 # name -> (module, attribute, help); a module is imported only when its command is used.
@@ -29,6 +28,7 @@ COMMANDS = {
     "backup": ("fedmoe.cli.backup", "backup", "Write all experts to a directory, also while they train."),
     "restore": ("fedmoe.cli.backup", "restore", "Put the experts of a backup into a Redis."),
     "demo": ("fedmoe.cli.demo", "demo", "The whole thing on this machine, on a real model and real data."),
+    "config": ("fedmoe.cli.config", "config", "Show settings and their sources, check a configuration file."),
     "doctor": ("fedmoe.cli.doctor", "doctor", "Check this installation and the Redis."),
 }
 
@@ -90,55 +90,6 @@ def cli(ctx: click.Context, config: Path | None, verbose: bool) -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     if config is not None:
         ctx.default_map = read_config(config, ctx)
-
-
-def read_config(path: Path, ctx: click.Context) -> dict[str, Any]:
-    """The file as click's default_map; unknown keys are errors, since click would ignore them silently.
-
-    Raises:
-        SettingsError: naming the key that no option has.
-    """
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise SettingsError(f"cannot read the configuration {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SettingsError(f"the configuration {path} is not TOML: {error}") from error
-    shared = {key: value for key, value in content.items() if not isinstance(value, dict)}
-    if odd := sorted(shared.keys() - {"redis", "prefix"}):
-        raise SettingsError(f"{path}: unknown key {odd[0]!r} (at the top only redis and prefix)")
-    root = ctx.command
-    assert isinstance(root, click.Group)
-    return _defaults(root, ctx, content, shared, str(path))
-
-
-def _defaults(
-    group: click.Group, ctx: click.Context, content: dict[str, Any], shared: dict[str, Any], where: str
-) -> dict[str, Any]:
-    """Check the sections of a group and add the shared keys to each command that has them."""
-    defaults: dict[str, Any] = {}
-    sections = {key: value for key, value in content.items() if isinstance(value, dict)}
-    if odd := sorted(sections.keys() - set(group.list_commands(ctx))):
-        raise SettingsError(f"{where}: there is no command for the section {odd[0]!r}")
-    for name in group.list_commands(ctx):
-        command = group.get_command(ctx, name)
-        if isinstance(command, click.Group):
-            defaults[name] = _defaults(command, ctx, sections.get(name, {}), shared, f"{where} [{name}]")
-        elif command is not None:
-            known = {str(p.name) for p in command.params}
-            names = {
-                spelling.lstrip("-").replace("-", "_"): str(parameter.name)
-                for parameter in command.params
-                for spelling in parameter.opts
-            }
-            given = {key.replace("-", "_"): value for key, value in sections.get(name, {}).items()}
-            section: dict[str, Any] = {names.get(key, key): value for key, value in given.items()}
-            if odd := sorted(section.keys() - known):
-                raise SettingsError(
-                    f"{where} [{name}]: unknown key {odd[0]!r}; there are {', '.join(sorted(known))}"
-                )
-            defaults[name] = {key: value for key, value in shared.items() if key in known} | section
-    return defaults
 
 
 def main() -> None:

@@ -16,16 +16,16 @@ class NumberOrWord(click.ParamType[Any]):
 
     def __init__(self, kind: type, word: str) -> None:
         self.name = f"{'N' if kind is int else 'X'}|{word}"
-        self._kind, self._word = kind, word
+        self._kind, self.word = kind, word
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """The number, or the word."""
-        if value == self._word:
+        if value == self.word:
             return value
         try:
             return self._kind(value)
         except ValueError:
-            return self.fail(f"{value!r} must be a number, or {self._word}", param, ctx)
+            return self.fail(f"{value!r} must be a number, or {self.word}", param, ctx)
 
 
 def _type(rule: Declared) -> Any:

@@ -1,0 +1,101 @@
+"""`fedmoe config`, the file that it checks, and the page that lists every setting."""
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from fedmoe.cli.main import cli
+from fedmoe.cli.page import page
+from fedmoe.errors import SettingsError
+
+PAGE = Path(__file__).parent.parent.parent / "docs" / "settings.md"
+
+
+def fedmoe(*words: str, **environment: str) -> Result:
+    return CliRunner(env=environment).invoke(cli, words, auto_envvar_prefix="FEDMOE")
+
+
+def test_page_lists_every_setting_as_it_is() -> None:
+    """After a change of an option: `python -m fedmoe.cli.page > docs/settings.md`."""
+    assert PAGE.read_text() == page()
+
+
+def test_show_tells_where_a_value_comes_from(tmp_path: Path) -> None:
+    """The environment goes before the file, the file before the default; a password is not shown."""
+    file = tmp_path / "fedmoe.toml"
+    file.write_text("redis = 'redis://me:secret@host:1'\n[worker.run]\ndrain = 7\nmax-steps = 3\n")
+    done = fedmoe("--config", str(file), "config", "show", "worker", "run", FEDMOE_WORKER_RUN_DRAIN="9")
+    assert done.exit_code == 0, done.output
+    lines = done.output.splitlines()
+    assert lines[0] == "[worker.run]"
+    rows = {line.split()[0]: " ".join(line.split()[1:]) for line in lines[1:]}
+    assert rows["redis"] == "redis://host:1 configuration file"
+    assert rows["drain"] == "9 environment FEDMOE_WORKER_RUN_DRAIN"
+    assert rows["max_steps"] == "3 configuration file"
+    assert rows["batch_size"] == "as the rules say default"
+    assert "secret" not in done.output
+
+
+def test_show_has_every_command() -> None:
+    """And says if there is none of that name."""
+    text = fedmoe("config", "show").output
+    for section in ("[aggregator.run]", "[worker.run]", "[expert.set]", "[status]"):
+        assert section in text
+    done = fedmoe("config", "show", "agregator")
+    assert isinstance(done.exception, SettingsError)
+    assert str(done.exception) == "there is no command 'agregator': see `fedmoe --help`"
+
+
+def test_value_of_the_environment_that_is_no_number_is_a_sentence() -> None:
+    """When it is shown, as when it is used."""
+    done = fedmoe("config", "show", "worker", "run", FEDMOE_WORKER_RUN_DRAIN="soon")
+    assert done.exit_code == 2
+    assert "'soon' is not a valid float" in done.output
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("[aggregator.run]\nrank = 4.5", r"\[aggregator\] \[run\]: rank must be a whole number, not 4.5$"),
+        ("[aggregator.run]\nrank = true", r"rank must be a whole number, not True$"),
+        ("[aggregator.run]\nrank = '4'", r"rank must be a whole number, not '4'$"),
+        ("[aggregator.run]\nlr = true", r"lr must be a number, not True$"),
+        ("[aggregator.run]\nmax-staleness = true", r"max_staleness must be a number or a word, not True$"),
+        ("[aggregator.run]\nmax-staleness = 'some'", r"max_staleness: 'some' must be a number, or auto$"),
+        ("[aggregator.run]\ndecay = 'linear'", r"decay: 'linear' is not one of"),
+        ("[aggregator.run]\nburst = 1", r"burst must be true or false, not 1$"),
+        ("[aggregator.run]\nexpert = 'a'", r"expert must be a list, like \['a'\], not 'a'$"),
+        ("[aggregator.run]\nkeep-updates = 3", r"keep_updates must be a text in quotes, not 3$"),
+        ("[aggregator]\nrank = 4", r"there is no command for the section or key 'rank'$"),
+        ("aggregator = 4", r"unknown key 'aggregator'"),
+        ("[aggregator]\nrun = 4", r"'run' is a command: its settings are a section of their own$"),
+        ("redis = 3", r"redis must be a text in quotes, not 3$"),
+        ("[expert.set]\nname = 'a'", r"unknown key 'name'"),
+    ],
+)
+def test_mistakes_of_names_and_types_are_named(tmp_path: Path, text: str, sentence: str) -> None:
+    """Click would take true for 1, and 2.7 for 2; also when the file is used."""
+    file = tmp_path / "fedmoe.toml"
+    file.write_text(text)
+    for words in (("config", "check", str(file)), ("--config", str(file), "config", "show")):
+        done = fedmoe(*words)
+        assert isinstance(done.exception, SettingsError), done.output
+        with pytest.raises(SettingsError, match=sentence):
+            raise done.exception
+
+
+def test_file_that_is_right_passes_and_is_used(tmp_path: Path) -> None:
+    """Both spellings of a name, whole numbers where any number may be, lists, words."""
+    file = tmp_path / "fedmoe.toml"
+    file.write_text(
+        "redis = 'redis://h'\nprefix = 'p'\n[aggregator.run]\nlr = 1\nsync-interval = 30\nmax_staleness = 'auto'\n"
+        "expert = ['a', 'b=2']\nburst = true\nkeep-updates-for = '7d'\n[worker.run]\nstream = 'a'\n"
+    )
+    done = fedmoe("config", "check", str(file))
+    assert done.output == f"{file}: all names and types are right\n"
+    text = fedmoe("--config", str(file), "config", "show", "aggregator", "run").output
+    rows = {line.split()[0]: " ".join(line.split()[1:]) for line in text.splitlines()}
+    assert rows["expert"] == "a b=2 configuration file"
+    assert rows["sync_interval"] == "30 configuration file"
+    assert rows["keep_updates_for"] == "7d configuration file"

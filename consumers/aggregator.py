@@ -5,8 +5,6 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 from consumers.decide import Outcome
 from consumers.expert import Expert
@@ -20,12 +18,12 @@ from fedmoe.errors import (
     ProtocolError,
     RedisUnavailableError,
     RemovedExpertError,
-    SettingsError,
     StaleStateError,
     UnknownExpertError,
 )
 from fedmoe.records import Entry
-from fedmoe.store.connection import MAX_SECONDS, Connection
+from fedmoe.settings import AggregatorSettings
+from fedmoe.store.connection import Connection
 from fedmoe.store.expert import BLOCKING_MS, ExpertStore, Loaded
 from fedmoe.store.lease import Lease
 from fedmoe.store.problems import Problems
@@ -33,47 +31,6 @@ from fedmoe.store.problems import Problems
 logger = logging.getLogger(__name__)
 
 LONGEST_CLAIM_S = 30.0  # an older claim is ignored: its aggregator cannot write
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AggregatorSettings:
-    """How the daemon runs.
-
-    Args:
-        lease_s: a standby takes over so long after an aggregator died (seconds).
-        block_ms: a read waits so long for the first entry; also how long a stop may take.
-        batch: entries that one commit takes at most.
-        keep_updates: directory where applied updates are kept (`fedmoe verify`), None for nowhere.
-        keep_updates_for_s: so long at least (seconds); 0 is for ever.
-        burst: end as soon as nothing is waiting, instead of waiting for more.
-        max_updates: end after so many decided updates of all experts together; 0 is no bound.
-    """
-
-    lease_s: float = 5.0
-    block_ms: int = 500
-    batch: int = 64
-    keep_updates: Path | None = None
-    keep_updates_for_s: float = 0.0
-    burst: bool = False
-    max_updates: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0.2 <= self.lease_s <= MAX_SECONDS:
-            raise SettingsError(f"the lease must be 0.2 to {MAX_SECONDS} s, not {self.lease_s!r}")
-        if not 0 < self.block_ms <= 1000:
-            raise SettingsError(
-                f"block_ms must be 1 to 1000, not {self.block_ms!r}: a blocked read must end before the lease "
-                "and the socket's timeout do"
-            )
-        if not 0 < self.batch <= 1024:
-            raise SettingsError(f"batch must be 1 to 1024 entries, not {self.batch!r}")
-        if self.keep_updates_for_s and self.keep_updates is None:
-            raise SettingsError("--keep-updates-for needs --keep-updates: nothing is kept without it")
-        if self.block_ms > self.lease_s * 500:
-            raise SettingsError(
-                f"block_ms ({self.block_ms}) must be at most half the lease ({self.lease_s * 1000:.0f} ms), "
-                "else it expires while its holder waits"
-            )
 
 
 class ExpertServer:

@@ -8,10 +8,11 @@ import logging
 import threading
 from collections.abc import Sequence
 
-from consumers.aggregator import AggregatorSettings, ExpertServer
-from consumers.gateway import GatewayBuilder, GatewaySettings
+from consumers.aggregator import ExpertServer
+from consumers.gateway import GatewayBuilder
 from fedmoe.errors import FedMoEError
 from fedmoe.names import is_expert
+from fedmoe.settings import AggregatorSettings, GatewaySettings
 from fedmoe.store.connection import Connection, RedisSettings
 from fedmoe.store.gateway import GatewayStore
 

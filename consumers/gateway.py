@@ -6,66 +6,26 @@ was built from, and it is rebuilt until those are the present ones.
 
 import json
 import logging
-import math
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from consumers import merge
 from fedmoe.backoff import Backoff
-from fedmoe.errors import FedMoEError, ProtocolError, RedisUnavailableError, SettingsError, SpecError
+from fedmoe.errors import FedMoEError, ProtocolError, RedisUnavailableError, SpecError
 from fedmoe.gateway import BuiltFrom, GatewayMeta, built_from_text
 from fedmoe.layout import values_of
 from fedmoe.lora_init import initial_weights
 from fedmoe.records import Meta
+from fedmoe.settings import GatewaySettings
 from fedmoe.software import software
 from fedmoe.spec import Spec
-from fedmoe.store.connection import MAX_SECONDS, Connection
+from fedmoe.store.connection import Connection
 from fedmoe.store.gateway import GatewayStore
 from fedmoe.store.lease import Lease
 from fedmoe.store.problems import Problems
 
 logger = logging.getLogger(__name__)
-
-WEIGHTINGS = ("config", "examples", "updates")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GatewaySettings:
-    """How the experts become the gateway: scale · Σ wᵢ ΔWᵢ / Σ wᵢ.
-
-    Args:
-        method: one of consumers.merge.METHODS.
-        scale: what the normalised weights sum to; 1 is the average.
-        weighting: wᵢ from the experts hash ("config"), or by examples or updates applied.
-        rank: of the result, for the method svd; 0 is the experts' own.
-        interval_s: rebuilt at most this often.
-    """
-
-    method: str = "cat"
-    scale: float = 1.0
-    weighting: str = "config"
-    rank: int = 0
-    interval_s: float = 2.0
-
-    def __post_init__(self) -> None:
-        if self.method not in merge.METHODS:
-            raise SettingsError(
-                f"the gateway's method must be one of {', '.join(merge.METHODS)}, not {self.method!r}"
-            )
-        if self.weighting not in WEIGHTINGS:
-            raise SettingsError(f"gateway weights must be by {', '.join(WEIGHTINGS)}, not {self.weighting!r}")
-        if not (math.isfinite(self.scale) and self.scale > 0):
-            raise SettingsError(f"the gateway's scale must be a number above 0, not {self.scale!r}")
-        if self.rank < 0:
-            raise SettingsError(f"the gateway's rank must be at least 0, not {self.rank!r}")
-        if self.rank and self.method != "svd":
-            raise SettingsError(f"only the method svd has a rank of its own, {self.method!r} has not")
-        if not 0 < self.interval_s <= MAX_SECONDS:
-            raise SettingsError(
-                f"the gateway's interval must be above 0 and at most {MAX_SECONDS} s, not {self.interval_s!r}"
-            )
 
 
 class GatewayBuilder:

@@ -3,8 +3,8 @@
     lr: float = setting(1.0, "Aggregator's step: expert += lr × decay × Δ.", above=0)
 
 is a field of a frozen dataclass. From it come the command-line option, the key of the TOML file, the environment
-variable, the check of the value, and what `fedmoe expert show` and `set` call it. The rules of an expert are declared
-so (`fedmoe.rules`).
+variable, the check of the value, and its line of docs/settings.md. The rules of an expert are declared
+so (`fedmoe.rules`), and all else in `fedmoe.settings`.
 """
 
 import math
@@ -33,6 +33,7 @@ class Setting:
         none: what stands for None, like `auto`.
         default: what holds without it, in words, if the value does not tell.
         metavar: what an option's value is called.
+        is_duration: typed with its unit, like 30m.
     """
 
     help: str
@@ -45,6 +46,7 @@ class Setting:
     none: str = ""
     default: str = ""
     metavar: str = ""
+    is_duration: bool = False
 
 
 def setting(value: Any, text: str, *, words: str = "", **more: Any) -> Any:

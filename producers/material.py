@@ -27,9 +27,9 @@ from fedmoe.model.base import (
 from fedmoe.model.bounds import check_examples, check_padding
 from fedmoe.model.tokenizer import load_tokenizer, tokenizer_fingerprint, use_template
 from fedmoe.records import Meta
+from fedmoe.settings import WorkerSettings
 from fedmoe.spec import Spec
 from fedmoe.template_file import read_template
-from producers.settings import WorkerSettings
 from producers.trainer import Trainer
 
 

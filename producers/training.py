@@ -8,10 +8,10 @@ from functools import partial
 from typing import Any
 
 from fedmoe.errors import FedMoEError, ProtocolError, StoppedError, TooLittleMemoryError
+from fedmoe.settings import WorkerSettings
 from fedmoe.stopping import Stop
 from producers.exchange import Exchange
 from producers.heartbeat import SyncStatus
-from producers.settings import WorkerSettings
 from producers.sync import Sync
 from producers.trainer import StepResult, is_out_of_memory
 

@@ -23,6 +23,7 @@ from fedmoe.errors import (
     SettingsError,
     StoppedError,
 )
+from fedmoe.settings import WorkerSettings
 from fedmoe.spec import Spec
 from fedmoe.stopping import Stop
 from fedmoe.store.connection import Connection, RedisSettings
@@ -36,7 +37,6 @@ from producers.heartbeat import HEARTBEAT_INTERVAL_S
 from producers.join import Joining
 from producers.ledger import Ledger, Trained
 from producers.material import Material, prepare
-from producers.settings import WorkerSettings
 from producers.sync import Sync
 from producers.trainer import TOO_LARGE
 from producers.training import Progress, Training

@@ -10,12 +10,13 @@ from typing import NamedTuple
 
 import torch
 
-from consumers.aggregator import AggregatorSettings, ExpertServer
+from consumers.aggregator import ExpertServer
 from consumers.expert import Expert
 from fedmoe.codec import decode
 from fedmoe.layout import AdapterBuffer, Layout
 from fedmoe.records import PROTOCOL, Meta
 from fedmoe.rules import AggregationRules, RuleSet
+from fedmoe.settings import AggregatorSettings
 from fedmoe.spec import LoraSettings, Spec
 from fedmoe.store.connection import Connection
 from fedmoe.store.expert import ExpertStore

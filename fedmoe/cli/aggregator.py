@@ -5,8 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fedmoe.cli.options import Duration, redis_options, redis_settings
-from fedmoe.cli.rules import given_rules, rules_options
+from fedmoe.cli.declared import given, made, options
+from fedmoe.cli.options import redis_options, redis_settings
+from fedmoe.rules import RuleSet
+from fedmoe.settings import AggregatorSettings, GatewaySettings
 
 if TYPE_CHECKING:
     from fedmoe.stopping import Stop
@@ -35,35 +37,15 @@ def aggregator() -> None:
                    "[default: the base model's own]")  # fmt: skip
 @click.option("--wire-format", type=click.Choice(["fp32", "bf16", "int8", "int4"]), default="int4", show_default=True,
               help="How updates and pulls travel.")  # fmt: skip
-@rules_options(show_defaults=True)
+@options(RuleSet)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the experts' common initialisation.")
-@click.option("--gateway-method", type=click.Choice(["cat", "svd", "average", "ties", "dare"]), default="cat",
-              show_default=True, help="How the experts are merged.")  # fmt: skip
-@click.option("--gateway-scale", type=float, default=1.0, show_default=True, help="Sum of the merge weights.")
-@click.option("--gateway-weights", type=click.Choice(["config", "examples", "updates"]), default="config",
-              show_default=True, help="What an expert weighs.")  # fmt: skip
-@click.option("--gateway-rank", type=int, default=0, help="Of the svd merge.  [default: the experts' rank]")
-@click.option(
-    "--gateway-interval", type=float, default=2.0, show_default=True, help="Seconds between rebuilds."
-)
-@click.option(
-    "--lease", type=float, default=5.0, show_default=True, help="Seconds until a standby takes over."
-)
-@click.option("--block-ms", type=int, default=500, show_default=True, help="Longest wait of a read.")
-@click.option("--batch", type=int, default=64, show_default=True, help="Updates a commit takes at most.")
-@click.option(
-    "--keep-updates", type=click.Path(path_type=Path), help="Keep applied updates here, for `fedmoe verify`."
-)
-@click.option("--keep-updates-for", type=Duration(), metavar="TIME",
-              help="Time after which kept updates are removed, like 7d, 12h or 30m; `fedmoe verify` then replays from "
-                   "the weights of a later version.  [default: they are kept for ever]")  # fmt: skip
+@options(GatewaySettings)
+@options(AggregatorSettings)
 @click.option("--new-lineage", is_flag=True, help="Create experts from zero that Redis has lost or an operator "
               "removed: what their workers trained before is forgotten.")  # fmt: skip
-@click.option("--burst", is_flag=True, help="End when nothing is waiting.")
-@click.option("--max-updates", type=int, default=0, help="End after so many decided updates.")
 @click.option("--no-wait", is_flag=True, help="Fail if Redis cannot be reached, instead of waiting for it.")
 @click.pass_context
-def run(ctx: click.Context, /, **options: Any) -> None:
+def run(ctx: click.Context, /, **values: Any) -> None:
     """Create the experts that do not exist yet, then serve all experts of the federation until stopped.
 
     A second aggregator on the same Redis is a hot standby.
@@ -71,22 +53,19 @@ def run(ctx: click.Context, /, **options: Any) -> None:
     from fedmoe.stopping import Stop, stop_on_signals
 
     with stop_on_signals(stop := Stop()):
-        _run(ctx, stop, options)
+        _run(ctx, stop, values)
 
 
-def _run(ctx: click.Context, stop: "Stop", options: dict[str, Any]) -> None:
+def _run(ctx: click.Context, stop: "Stop", values: dict[str, Any]) -> None:
     import logging
 
     import torch
 
-    from consumers.aggregator import AggregatorSettings
     from consumers.create import STOPPED, SpecRequest, ensure_experts, parse_experts
     from consumers.daemon import Aggregator
-    from consumers.gateway import GatewaySettings
     from fedmoe.backoff import Backoff
     from fedmoe.errors import RedisUnavailableError, RedisUnfitError, StoppedError
     from fedmoe.memory import keep_freed
-    from fedmoe.rules import RuleSet
     from fedmoe.spec import LoraSettings
     from fedmoe.store.connection import Connection
     from fedmoe.store.permissions import AGGREGATOR
@@ -94,45 +73,30 @@ def _run(ctx: click.Context, stop: "Stop", options: dict[str, Any]) -> None:
     from fedmoe.store.rights import require
     from fedmoe.template_file import read_template
 
-    redis = redis_settings(options["redis"], options["prefix"], options["redis_timeout"])
-    typed = given_rules(options)
+    redis = redis_settings(values["redis"], values["prefix"], values["redis_timeout"])
+    typed = given(RuleSet, values)
     request = SpecRequest(
-        base_model=options["base_model"],
+        base_model=values["base_model"],
         lora=LoraSettings(
-            rank=options["rank"],
-            alpha=options["alpha"],
-            targets=tuple(t.strip() for t in options["targets"].split(",") if t.strip()),
+            rank=values["rank"],
+            alpha=values["alpha"],
+            targets=tuple(t.strip() for t in values["targets"].split(",") if t.strip()),
         ),
         rules=RuleSet().changed(typed),
-        wire_format=options["wire_format"],
-        seed=options["seed"],
-        chat_template=read_template(options["chat_template"]) if options["chat_template"] else "",
-        new_lineage=options["new_lineage"],
-        weighted=frozenset(text.partition("=")[0] for text in options["experts"] if "=" in text),
+        wire_format=values["wire_format"],
+        seed=values["seed"],
+        chat_template=read_template(values["chat_template"]) if values["chat_template"] else "",
+        new_lineage=values["new_lineage"],
+        weighted=frozenset(text.partition("=")[0] for text in values["experts"] if "=" in text),
         explicit=frozenset(typed)
         | {
             name
-            for name in options
+            for name in values
             if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
         },
     )
-    settings = AggregatorSettings(
-        lease_s=options["lease"],
-        block_ms=options["block_ms"],
-        batch=options["batch"],
-        keep_updates=options["keep_updates"],
-        keep_updates_for_s=options["keep_updates_for"] or 0.0,
-        burst=options["burst"],
-        max_updates=options["max_updates"],
-    )
-    gateway = GatewaySettings(
-        method=options["gateway_method"],
-        scale=options["gateway_scale"],
-        weighting=options["gateway_weights"],
-        rank=options["gateway_rank"],
-        interval_s=options["gateway_interval"],
-    )
-    weights = parse_experts(options["experts"])
+    settings, gateway = made(AggregatorSettings, values), made(GatewaySettings, values)
+    weights = parse_experts(values["experts"])
     torch.set_num_threads(
         1
     )  # a fold takes a millisecond; threads that spin in wait for the next take whole cores
@@ -157,7 +121,7 @@ def _run(ctx: click.Context, stop: "Stop", options: dict[str, Any]) -> None:
         except RedisUnavailableError as error:
             if stop.is_set():
                 return
-            if options["no_wait"] or isinstance(error, RedisUnfitError):
+            if values["no_wait"] or isinstance(error, RedisUnfitError):
                 raise
             stop.wait(backoff.failed(error))
     if stop.is_set():

@@ -7,9 +7,10 @@ from typing import Any
 
 import click
 
+from fedmoe.cli.declared import given, options
 from fedmoe.cli.options import redis_options, redis_settings
-from fedmoe.cli.rules import given_rules, rules_options
 from fedmoe.cli.status import cell, table
+from fedmoe.rules import RuleSet
 from fedmoe.text import printable
 
 NOTICE_S = 20.0  # in which workers see it that look at Redis every ten seconds
@@ -104,11 +105,11 @@ def _show(values: dict[str, Any]) -> None:
 
 @expert.command("set")
 @redis_options
-@rules_options(show_defaults=False)
+@options(RuleSet, show_defaults=False)
 @click.argument("name")
 @click.pass_context
 def set_rules(
-    ctx: click.Context, /, redis: str, prefix: str, redis_timeout: float, name: str, **options: Any
+    ctx: click.Context, /, redis: str, prefix: str, redis_timeout: float, name: str, **rules: Any
 ) -> None:
     """Change rules of the expert NAME, while it is served and trained; a rule that is not named stays as it is.
 
@@ -121,7 +122,7 @@ def set_rules(
     from fedmoe.store.connection import Connection
     from fedmoe.store.expert import ExpertStore
 
-    wanted = given_rules(options)
+    wanted = given(RuleSet, rules)
     for rule in wanted:
         if ctx.get_parameter_source(rule) is not click.core.ParameterSource.COMMANDLINE:
             raise SettingsError(
@@ -145,17 +146,17 @@ def set_rules(
 @click.option("--like", default="", metavar="NAME",
               help="Expert whose base model, adapter and rules it gets.  [default: the first by name]")  # fmt: skip
 @click.option("--weight", type=float, default=1.0, show_default=True, help="Weight in the gateway.")
-@rules_options(show_defaults=False)
+@options(RuleSet, show_defaults=False)
 @click.argument("name")
 def add(
-    redis: str, prefix: str, redis_timeout: float, like: str, weight: float, name: str, **options: Any
+    redis: str, prefix: str, redis_timeout: float, like: str, weight: float, name: str, **rules: Any
 ) -> None:
     """Add the expert NAME to a federation that runs. Its aggregators serve it within seconds."""
     from consumers.add import add_expert
     from fedmoe.store.connection import Connection
 
     connection = Connection(redis_settings(redis, prefix, redis_timeout))
-    taken = add_expert(connection, name, like=like, gateway_weight=weight, settings=given_rules(options))
+    taken = add_expert(connection, name, like=like, gateway_weight=weight, settings=given(RuleSet, rules))
     click.echo(f"added {name}, with base model, adapter and rules of {taken}")
     click.echo(f"train it: fedmoe worker run --stream {name} --data FILE")
 

@@ -20,6 +20,7 @@ from redis.retry import Retry
 
 from fedmoe.errors import FedMoEError, RedisUnavailableError, SettingsError
 from fedmoe.keys import DEFAULT_PREFIX, Keys
+from fedmoe.settings import MAX_SECONDS
 from fedmoe.store.client import Client, asked, note, noting
 from fedmoe.store.limits import too_large
 from fedmoe.store.refusals import explain, is_broken
@@ -30,7 +31,6 @@ CONNECT_S = (
     4.0  # a connection that takes longer is begun anew; also, how long a stop may have to wait for one
 )
 _BUFFER_CUTOFF = 6000  # bytes; smaller parts of a command are joined before they are sent
-MAX_SECONDS = 86_400
 Command = Sequence[str | int]
 
 logger = logging.getLogger(__name__)

@@ -20,6 +20,7 @@ from fedmoe.data.jsonl import DataFile
 from fedmoe.identity import BaseIdentity
 from fedmoe.layout import Layout
 from fedmoe.rules import AggregationRules, RuleSet, TrainingSettings
+from fedmoe.settings import WorkerSettings
 from fedmoe.spec import LoraSettings, Spec
 from fedmoe.stopping import Stop, stop_on_signals
 from fedmoe.store.connection import RedisSettings
@@ -27,7 +28,6 @@ from fedmoe.store.worker import WorkerStore
 from fedmoe.update import Header
 from producers.checkpoint import name_in
 from producers.material import Material
-from producers.settings import WorkerSettings
 from producers.worker import Worker
 from tests.chaos.failpoints import Arm, Failpoints
 from tests.federation import FINGERPRINT

@@ -8,15 +8,15 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from consumers.aggregator import AggregatorSettings
 from consumers.daemon import Aggregator
 from consumers.expert import Expert
-from consumers.gateway import GatewayBuilder, GatewaySettings
+from consumers.gateway import GatewayBuilder
 from fedmoe.beat import Beat
 from fedmoe.cli.main import cli
 from fedmoe.layout import values_of
 from fedmoe.lora_init import initial_weights
 from fedmoe.rules import AggregationRules, RuleSet
+from fedmoe.settings import AggregatorSettings, GatewaySettings
 from fedmoe.store.connection import Connection, RedisSettings
 from fedmoe.store.gateway import GatewayStore
 from fedmoe.store.remove import remove_expert

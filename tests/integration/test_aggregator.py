@@ -7,12 +7,12 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from consumers.aggregator import AggregatorSettings, ExpertServer
+from consumers.aggregator import ExpertServer
 from consumers.daemon import Aggregator
 from consumers.expert import Expert
-from consumers.gateway import GatewaySettings
 from fedmoe.errors import SettingsError, SpecError
 from fedmoe.layout import AdapterBuffer
+from fedmoe.settings import AggregatorSettings, GatewaySettings
 from fedmoe.store.connection import Connection
 from fedmoe.store.gateway import GatewayStore
 from fedmoe.store.lease import Lease

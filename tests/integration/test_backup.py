@@ -11,13 +11,14 @@ import pytest
 import torch
 from peft import PeftModel
 
-from consumers.gateway import GatewayBuilder, GatewaySettings
+from consumers.gateway import GatewayBuilder
 from fedmoe.backup import restore
 from fedmoe.cli.main import main
 from fedmoe.errors import BackupError, StaleStateError
 from fedmoe.layout import AdapterBuffer
 from fedmoe.model.adapter import adapter_layout
 from fedmoe.model.base import structure
+from fedmoe.settings import GatewaySettings
 from fedmoe.spec import LoraSettings, Spec
 from fedmoe.store import backup as store_module
 from fedmoe.store.backup import BackupStore, ExpertState

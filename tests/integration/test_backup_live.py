@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from consumers.aggregator import AggregatorSettings, ExpertServer
+from consumers.aggregator import ExpertServer
 from consumers.verify import replay
 from fedmoe.archive import Archive
 from fedmoe.backup import Backup, back_up, restore
@@ -19,6 +19,7 @@ from fedmoe.errors import RedisUnavailableError, UnknownExpertError
 from fedmoe.layout import AdapterBuffer
 from fedmoe.lora_init import initial_weights
 from fedmoe.records import Decided
+from fedmoe.settings import AggregatorSettings
 from fedmoe.store.backup import BackupStore, ExpertState
 from fedmoe.store.connection import Connection
 from fedmoe.store.expert import ExpertStore

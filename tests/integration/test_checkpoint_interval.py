@@ -7,11 +7,11 @@ import pytest
 
 from fedmoe.errors import SettingsError
 from fedmoe.identity import BaseIdentity
+from fedmoe.settings import WorkerSettings
 from fedmoe.store.connection import Connection
 from producers.checkpoint import StateDir
 from producers.exchange import Exchange
 from producers.sync import Sync
-from producers.worker import WorkerSettings
 from tests.counting import Counter, counting_spec, create_expert
 from tests.federation import FINGERPRINT, ScriptedWorker
 from tests.hazards.world import World
@@ -94,6 +94,6 @@ def test_cut_that_comes_due_while_a_checkpoint_waits_for_the_training(
 
 def test_impossible_interval_is_refused() -> None:
     with pytest.raises(
-        SettingsError, match=r"--checkpoint-interval must be a number of at least 1 .seconds., not 0\.5"
+        SettingsError, match=r"checkpoint_interval must be a number of at least 1 .seconds., not 0\.5"
     ):
         WorkerSettings(stream="a", data=Path("d"), checkpoint_interval_s=0.5)

@@ -10,17 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from consumers.aggregator import AggregatorSettings, ExpertServer
+from consumers.aggregator import ExpertServer
 from consumers.create import SpecRequest, ensure_experts
 from consumers.daemon import Aggregator
 from consumers.expert import Expert
-from consumers.gateway import GatewayBuilder, GatewaySettings
+from consumers.gateway import GatewayBuilder
 from consumers.verify import replay
 from fedmoe.archive import Archive
 from fedmoe.beat import Beat
 from fedmoe.errors import LostExpertError, RedisUnavailableError
 from fedmoe.federation import findings
 from fedmoe.layout import AdapterBuffer, stamped
+from fedmoe.settings import AggregatorSettings, GatewaySettings
 from fedmoe.spec import LoraSettings
 from fedmoe.store.connection import Connection, RedisSettings
 from fedmoe.store.expert import ExpertStore

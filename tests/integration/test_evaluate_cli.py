@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from consumers.gateway import GatewayBuilder, GatewaySettings
+from consumers.gateway import GatewayBuilder
 from fedmoe.data.bad_rows import BadRows
 from fedmoe.data.encode import Learn
 from fedmoe.data.examples import make_examples, padding_id
@@ -23,6 +23,7 @@ from fedmoe.layout import AdapterBuffer
 from fedmoe.lora_init import initial_weights
 from fedmoe.model.adapter import adapter_layout
 from fedmoe.model.base import fingerprint, structure
+from fedmoe.settings import GatewaySettings
 from fedmoe.spec import LoraSettings, Spec
 from fedmoe.store.connection import Connection
 from fedmoe.store.expert import ExpertStore

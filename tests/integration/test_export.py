@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from consumers.gateway import GatewayBuilder, GatewaySettings
+from consumers.gateway import GatewayBuilder
 from fedmoe.errors import DamagedExpertError, FedMoEError, SettingsError, SpecError, UnknownExpertError
 from fedmoe.export import Export, read_expert, read_gateway, vllm_hint, write
 from fedmoe.layout import AdapterBuffer
@@ -22,6 +22,7 @@ from fedmoe.lora_init import initial_weights
 from fedmoe.model.adapter import adapter_layout
 from fedmoe.model.base import structure
 from fedmoe.records import Meta
+from fedmoe.settings import GatewaySettings
 from fedmoe.spec import LoraSettings, Spec
 from fedmoe.store.connection import Connection
 from fedmoe.store.expert import ExpertStore

@@ -7,11 +7,11 @@ import pytest
 
 from fedmoe.beat import Beat
 from fedmoe.errors import FedMoEError, NameTakenError, RefusedError, StoppedError
+from fedmoe.settings import WorkerSettings
 from fedmoe.stopping import Stop
 from fedmoe.store.connection import Connection
 from fedmoe.store.inspect import Inspector
 from fedmoe.store.worker import WorkerStore
-from producers.settings import WorkerSettings
 from producers.worker import Worker
 from tests.federation import make_expert
 

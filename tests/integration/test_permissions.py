@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from consumers.aggregator import AggregatorSettings
 from consumers.create import SpecRequest, ensure_experts
 from consumers.daemon import Aggregator
-from consumers.gateway import GatewayBuilder, GatewaySettings
+from consumers.gateway import GatewayBuilder
 from fedmoe.beat import Beat
 from fedmoe.cli.main import cli
 from fedmoe.embedded import EmbeddedRedis
 from fedmoe.errors import RedisUnavailableError, RedisUnfitError, RemovedExpertError, UnknownExpertError
 from fedmoe.keys import Keys
 from fedmoe.rules import RuleSet
+from fedmoe.settings import AggregatorSettings, GatewaySettings, WorkerSettings
 from fedmoe.spec import LoraSettings
 from fedmoe.stopping import Stop
 from fedmoe.store.backup import BackupStore
@@ -32,7 +32,7 @@ from fedmoe.store.problems import Problems
 from fedmoe.store.remove import look_at_expert, remove_expert
 from fedmoe.store.rights import require
 from fedmoe.store.worker import WorkerStore
-from producers.worker import Worker, WorkerSettings
+from producers.worker import Worker
 from tests.federation import ScriptedWorker, make_expert, serve, serving, small_spec
 from tests.processes import eventually
 from tests.proxy import Proxy

@@ -15,12 +15,13 @@ import torch
 
 from consumers.create import SpecRequest, ensure_experts
 from consumers.expert import Expert
-from consumers.gateway import GatewayBuilder, GatewaySettings
+from consumers.gateway import GatewayBuilder
 from fedmoe import features, records
 from fedmoe.beat import Beat
 from fedmoe.errors import ProtocolError
 from fedmoe.identity import BaseIdentity
 from fedmoe.rules import RuleSet
+from fedmoe.settings import GatewaySettings
 from fedmoe.software import software
 from fedmoe.store.connection import Connection
 from fedmoe.store.inspect import Inspector

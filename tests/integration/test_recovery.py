@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from consumers.aggregator import AggregatorSettings, ExpertServer
+from consumers.aggregator import ExpertServer
 from consumers.expert import Expert
 from consumers.verify import replay
 from fedmoe import features
@@ -17,6 +17,7 @@ from fedmoe.backup import Backup, back_up, restore
 from fedmoe.errors import NameTakenError
 from fedmoe.layout import stamped
 from fedmoe.lora_init import initial_weights
+from fedmoe.settings import AggregatorSettings
 from fedmoe.spec import Spec
 from fedmoe.store.backup import BackupStore
 from fedmoe.store.connection import Connection

@@ -8,11 +8,12 @@ import pytest
 
 from consumers.create import SpecRequest, ensure_experts
 from consumers.expert import Expert
-from consumers.gateway import GatewayBuilder, GatewaySettings
+from consumers.gateway import GatewayBuilder
 from fedmoe.backup import restore
 from fedmoe.beat import Beat
 from fedmoe.errors import RemovedExpertError
 from fedmoe.identity import BaseIdentity
+from fedmoe.settings import GatewaySettings
 from fedmoe.store.backup import BackupStore
 from fedmoe.store.connection import Connection
 from fedmoe.store.expert import ExpertStore

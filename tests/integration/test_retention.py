@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from consumers.aggregator import AggregatorSettings
 from consumers.expert import Expert
 from consumers.retention import AT_ONCE, Retention
 from consumers.verify import Replay, replay
@@ -14,6 +13,7 @@ from fedmoe.cli.options import Duration
 from fedmoe.errors import SettingsError
 from fedmoe.layout import AdapterBuffer
 from fedmoe.lora_init import initial_weights
+from fedmoe.settings import AggregatorSettings
 from fedmoe.store.connection import Connection
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore

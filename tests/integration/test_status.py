@@ -14,13 +14,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from consumers.gateway import GatewayBuilder, GatewaySettings
+from consumers.gateway import GatewayBuilder
 from fedmoe.beat import Beat
 from fedmoe.cli.status import plain, render
 from fedmoe.cli.status import screen as status_screen
 from fedmoe.embedded import EmbeddedRedis
 from fedmoe.federation import Federation, duration, findings
 from fedmoe.records import HEARTBEAT_TTL_S, TRACE_TTL_S
+from fedmoe.settings import GatewaySettings
 from fedmoe.store.connection import Connection, RedisSettings
 from fedmoe.store.inspect import REPAIR, Inspector
 from fedmoe.store.lease import Lease

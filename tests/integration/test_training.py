@@ -9,10 +9,10 @@ import torch
 from fedmoe.errors import FedMoEError, StoppedError, TooLittleMemoryError
 from fedmoe.identity import BaseIdentity
 from fedmoe.rules import AggregationRules, RuleSet
+from fedmoe.settings import WorkerSettings
 from fedmoe.stopping import Stop
 from fedmoe.store.connection import Connection
 from producers.exchange import Exchange
-from producers.settings import WorkerSettings
 from producers.sync import Sync
 from producers.training import Progress, Training
 from tests.counting import Counter, Step

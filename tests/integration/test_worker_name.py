@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from fedmoe.errors import SettingsError
+from fedmoe.settings import WorkerSettings
 from fedmoe.stopping import Stop
 from fedmoe.store.connection import Connection
-from producers.settings import WorkerSettings
 from tests.chaos.actors import EXPERTS, CountingWorker
 from tests.federation import make_expert, serving
 

@@ -16,7 +16,7 @@ from unittest.mock import patch
 import consumers.aggregator
 import consumers.expert
 import fedmoe.store.change
-from consumers.aggregator import AggregatorSettings, ExpertServer
+from consumers.aggregator import ExpertServer
 from consumers.expert import Expert
 from consumers.history import History
 from fedmoe.errors import FedMoEError
@@ -24,6 +24,7 @@ from fedmoe.keys import Keys
 from fedmoe.layout import Layout, stamped
 from fedmoe.records import PROTOCOL, Decided, Meta
 from fedmoe.rules import AggregationRules, RuleSet
+from fedmoe.settings import AggregatorSettings
 from fedmoe.spec import Spec
 from fedmoe.staleness import Decay
 from fedmoe.store.change import change_rules

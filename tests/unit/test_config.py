@@ -1,13 +1,21 @@
 """`fedmoe config`, the file that it checks, and the page that lists every setting."""
 
+import math
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
+from consumers import merge
+from fedmoe.cli.declared import key, made
 from fedmoe.cli.main import cli
 from fedmoe.cli.page import page
 from fedmoe.errors import SettingsError
+from fedmoe.setting import declared
+from fedmoe.settings import METHODS, AggregatorSettings, GatewaySettings, WorkerSettings
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "settings.md"
 
@@ -99,3 +107,62 @@ def test_file_that_is_right_passes_and_is_used(tmp_path: Path) -> None:
     assert rows["expert"] == "a b=2 configuration file"
     assert rows["sync_interval"] == "30 configuration file"
     assert rows["keep_updates_for"] == "7d configuration file"
+
+
+def test_every_method_of_the_merge_can_be_chosen() -> None:
+    """The settings know no torch, so they name the methods."""
+    assert set(METHODS) == set(merge.METHODS)
+
+
+def test_settings_import_nothing_heavy() -> None:
+    """Whoever only asks for help or shows settings waits for no torch."""
+    code = "import sys, fedmoe.settings, fedmoe.rules, fedmoe.cli.worker, fedmoe.cli.aggregator; "
+    code += "print([n for n in ('torch', 'redis', 'transformers', 'peft') if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("kind", "bad", "sentence"),
+    [
+        (
+            AggregatorSettings,
+            {"lease_s": 0.1},
+            r"^lease must be a number of at least 0.2 and at most 86,400 ",
+        ),
+        (
+            AggregatorSettings,
+            {"batch": 0},
+            "^batch must be a whole number of at least 1 and at most 1,024, not 0$",
+        ),
+        (AggregatorSettings, {"block_ms": 400, "lease_s": 0.5}, "must be at most half the lease"),
+        (AggregatorSettings, {"keep_updates_for_s": 60.0}, "--keep-updates-for needs --keep-updates"),
+        (
+            GatewaySettings,
+            {"method": "mean"},
+            "^gateway_method must be one of cat, svd, .*, not 'mean'$",
+        ),
+        (GatewaySettings, {"scale": math.inf}, "^gateway_scale must be a number above 0, not inf$"),
+        (GatewaySettings, {"rank": 4}, "only the method svd has a rank"),
+        (
+            WorkerSettings,
+            {"drain_s": math.nan},
+            r"^drain must be a number of at least 0 \(seconds\), not nan$",
+        ),
+        (WorkerSettings, {"precision": "fp8"}, "^precision must be one of auto, fp32, bf16, not 'fp8'$"),
+        (WorkerSettings, {"name": "a:b"}, "worker name 'a:b' cannot be used"),
+    ],
+)
+def test_settings_that_cannot_work_are_a_sentence(kind: Any, bad: dict[str, Any], sentence: str) -> None:
+    """With the option's name, its bound, its unit and what came."""
+    needed = {"stream": "a", "data": Path("x")} if kind is WorkerSettings else {}
+    with pytest.raises(SettingsError, match=sentence):
+        kind(**needed, **bad)
+
+
+def test_options_make_the_settings() -> None:
+    """Those that are given, negated flags among them; the others are the class's."""
+    values = {key(one): None for one in declared(WorkerSettings)}
+    values |= {"stream": "a", "data": Path("x"), "drain": 3.0, "no_wait": True}
+    made_of = made(WorkerSettings, values)
+    assert made_of == WorkerSettings(stream="a", data=Path("x"), drain_s=3.0, wait=False)

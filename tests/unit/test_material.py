@@ -10,9 +10,9 @@ from fedmoe.errors import BaseModelError, DataError
 from fedmoe.model.adapter import adapter_layout
 from fedmoe.model.base import fingerprint, structure
 from fedmoe.model.tokenizer import tokenizer_fingerprint
+from fedmoe.settings import WorkerSettings
 from fedmoe.spec import LoraSettings, Spec
 from producers.material import Material, prepare
-from producers.settings import WorkerSettings
 from tests.federation import first_meta
 from tests.tiny import save_tiny_model, tiny_config, tiny_model, tiny_tokenizer
 

@@ -1,0 +1,101 @@
+"""Command-line options from declared settings (`fedmoe.setting`), and settings from what was given."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from fedmoe.cli.options import Duration
+from fedmoe.setting import Declared, declared
+
+Command = Callable[..., Any]
+T = TypeVar("T")
+
+
+class NumberOrWord(click.ParamType[Any]):
+    """A number, or a word that stands for none."""
+
+    def __init__(self, kind: type, word: str) -> None:
+        self.name = f"{'N' if kind is int else 'X'}|{word}"
+        self._kind, self.word = kind, word
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The number, or the word."""
+        if value == self.word:
+            return value
+        try:
+            return self._kind(value)
+        except ValueError:
+            return self.fail(f"{value!r} must be a number, or {self.word}", param, ctx)
+
+
+def options(owner: type, *, show_defaults: bool = True) -> Callable[[Command], Command]:
+    """Add an option for each setting of a class, with its default in its help, or not.
+
+    An option that is not given is None, so that the default stands in one place.
+    """
+
+    def decorate(command: Command) -> Command:
+        for one in reversed(list(declared(owner))):
+            command = click.option(_flag(one), **_parameters(one, show_default=show_defaults))(command)
+        return command
+
+    return decorate
+
+
+def key(one: Declared) -> str:
+    """The name of the option's parameter; what is on by default is turned off by --no-NAME."""
+    return f"no_{one.name}" if one.default is True else one.name
+
+
+def _flag(one: Declared) -> str:
+    return f"--{key(one).replace('_', '-')}"
+
+
+def _parameters(one: Declared, *, show_default: bool) -> dict[str, Any]:
+    said = one.said
+    if one.kind is bool:
+        return {"is_flag": True, "default": None, "help": said.help}
+    kind: Any = str
+    if said.choices:
+        kind = click.Choice(said.choices)
+    elif said.none and one.number:
+        kind = NumberOrWord(one.number, said.none)
+    elif said.is_duration:
+        kind = Duration()
+    elif one.number:
+        kind = one.number
+    elif one.is_path:
+        kind = click.Path(path_type=Path)
+    shown = said.default or (
+        said.none if one.default is None else "" if one.is_required else str(one.default)
+    )
+    return {
+        "type": kind,
+        "default": None,
+        "required": one.is_required,
+        "metavar": said.metavar or ("TIME" if said.is_duration else kind.name if said.none else None),
+        "help": said.help + (f"  [default: {shown}]" if show_default and shown else ""),
+    }
+
+
+def given(owner: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the class's settings that were given, by the names of their options."""
+    return {one.name: values[one.name] for one in declared(owner) if values[key(one)] is not None}
+
+
+def made(owner: type[T], values: Mapping[str, Any]) -> T:
+    """The settings that were given, with the defaults of the others.
+
+    Raises:
+        SettingsError: if a value breaks its bound.
+    """
+    assert is_dataclass(owner)
+    found: dict[str, Any] = {}
+    for field, one in zip(fields(owner), declared(owner), strict=True):
+        value = values[key(one)]
+        if value is not None:
+            found[field.name] = not value if one.default is True else value
+    return owner(**found)

@@ -100,9 +100,11 @@ class WorkerSettings:
     precision: str = setting(
         "auto", "auto: bf16 where the hardware has it.", choices=("auto", "fp32", "bf16")
     )
-    batch_size: int = setting(0, "Rows in a micro-batch, for a smaller GPU.", at_least=0,
+    batch_size: int = setting(0, "Rows in a micro-batch, for a smaller GPU.", at_least=0, at_most=10**9,
                               words="as the rules say")  # fmt: skip
-    accumulate: int = setting(0, "Micro-batches in a step.", at_least=0, words="as the rules say")
+    accumulate: int = setting(
+        0, "Micro-batches in a step.", at_least=0, at_most=10**9, words="as the rules say"
+    )
     max_steps: int = setting(0, "End after so many steps of this run.", at_least=0, words="never")
     max_epochs: float = setting(0.0, "End after so many passes over the data.", at_least=0, words="never")
     drain_s: float = setting(30.0, "Seconds to wait for the last decision when stopped.", option="drain", at_least=0,

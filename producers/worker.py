@@ -146,7 +146,9 @@ class Worker:
         trainer.adopt(rules.training)  # until the next pull
         if not ledger.seq and rules.training.max_length != material.max_length:
             logger.info(
-                "rows have %d tokens at most, because the rules changed just now", material.max_length
+                "rows are truncated to %d tokens; the rules in force say %d, which takes effect at the next start",
+                material.max_length,
+                rules.training.max_length,
             )
         progress = Progress()
         exchange = Exchange(trainer, with_optimizer=state_dir is not None, trained=trained)

@@ -1,5 +1,6 @@
 """The configuration file, and `fedmoe config show | check`: every setting, its value, and where that came from."""
 
+import os
 import re
 import tomllib
 from collections.abc import Iterator, Sequence
@@ -26,14 +27,14 @@ def read_config(path: Path, ctx: click.Context) -> Section:
         content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise SettingsError(f"cannot read the configuration {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also a number of five thousand digits
         raise SettingsError(f"the configuration {path} is not TOML: {error}") from error
     shared = {key: value for key, value in content.items() if not isinstance(value, dict)}
     if odd := sorted(shared.keys() - set(SHARED)):
         raise SettingsError(f"{path}: unknown key {odd[0]!r} (at the top only {' and '.join(SHARED)})")
     for key, value in shared.items():
         if not isinstance(value, str):
-            raise SettingsError(f"{path}: {key} must be a text in quotes, not {value!r}")
+            raise SettingsError(f"{path}: {key} must be a text in quotes")  # it may hold a password
     root = ctx.find_root().command
     assert isinstance(root, click.Group)
     sections = {key: value for key, value in content.items() if isinstance(value, dict)}
@@ -57,6 +58,8 @@ def _defaults(
         elif command is not None:
             options = {spelling(one): one for one in command.params if isinstance(one, click.Option)}
             given = {key.replace("-", "_"): value for key, value in section.items()}
+            if len(given) < len(section):
+                raise SettingsError(f"{here}: a key is there twice, with - and with _")
             if odd := sorted(given.keys() - options.keys()):
                 raise SettingsError(f"{here}: unknown key {odd[0]!r}; there are {', '.join(sorted(options))}")
             for key, value in given.items():
@@ -87,20 +90,26 @@ def _check_type(option: click.Option, value: Any, ctx: click.Context, where: str
         if isinstance(option.type, click.types.IntParamType):
             is_right, what = isinstance(one, int) and not isinstance(one, bool), "a whole number"
         elif isinstance(option.type, click.types.FloatParamType):
-            is_right, what = isinstance(one, int | float) and not isinstance(one, bool), "a number"
+            is_right, what = _is_number(one), "a number"
         elif hasattr(option.type, "word"):
-            is_right, what = (
-                isinstance(one, int | float | str) and not isinstance(one, bool),
-                "a number or a word",
-            )
+            is_right, what = _is_number(one) or isinstance(one, str), "a number or a word"
         else:
             is_right, what = isinstance(one, str), "a text in quotes"
         if not is_right:
-            raise SettingsError(f"{where} must be {what}, not {one!r}")
+            came = "" if option.name == "redis" else f", not {one!r}"  # it may hold a password
+            raise SettingsError(f"{where} must be {what}{came}")
+        if isinstance(option.type, click.Path) and not one:
+            raise SettingsError(f"{where} must not be empty")
         try:
             option.type.convert(one, option, ctx)
         except click.BadParameter as error:
             raise SettingsError(f"{where}: {error.message}") from error
+        except OverflowError as error:
+            raise SettingsError(f"{where} is a number that is too large") from error
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @click.group()
@@ -178,7 +187,7 @@ def _effective(option: click.Option, ctx: click.Context) -> tuple[str, str]:
                 option.type_cast_value(ctx, value)  # says what is wrong with it
             names = [option.envvar] if isinstance(option.envvar, str) else list(option.envvar or ())
             names.append(f"{ctx.auto_envvar_prefix}_{option.name}".upper())
-            where = f"environment {names[0]}"
+            where = f"environment {next((name for name in names if os.environ.get(name)), names[0])}"
         case click.core.ParameterSource.DEFAULT_MAP:
             where = "configuration file"
         case _:

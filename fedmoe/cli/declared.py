@@ -26,9 +26,13 @@ class NumberOrWord(click.ParamType[Any]):
         if value == self.word:
             return value
         try:
-            return self._kind(value)
-        except ValueError:
-            return self.fail(f"{value!r} must be a number, or {self.word}", param, ctx)
+            number = self._kind(value)
+            if number == float(value):
+                return number
+        except (ValueError, OverflowError):
+            pass
+        what = "a whole number" if self._kind is int else "a number"
+        return self.fail(f"{value!r} must be {what}, or {self.word}", param, ctx)
 
 
 def options(owner: type, *, show_defaults: bool = True) -> Callable[[Command], Command]:
@@ -83,7 +87,13 @@ def _parameters(one: Declared, *, show_default: bool) -> dict[str, Any]:
 
 def given(owner: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """Those of the class's settings that were given, by the names of their options."""
-    return {one.name: values[one.name] for one in declared(owner) if values[key(one)] is not None}
+    found = {one.name: _value(one, values) for one in declared(owner)}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _value(one: Declared, values: Mapping[str, Any]) -> Any:
+    value = values[key(one)]
+    return not value if one.default is True and value is not None else value
 
 
 def made(owner: type[T], values: Mapping[str, Any]) -> T:
@@ -93,9 +103,6 @@ def made(owner: type[T], values: Mapping[str, Any]) -> T:
         SettingsError: if a value breaks its bound.
     """
     assert is_dataclass(owner)
-    found: dict[str, Any] = {}
-    for field, one in zip(fields(owner), declared(owner), strict=True):
-        value = values[key(one)]
-        if value is not None:
-            found[field.name] = not value if one.default is True else value
-    return owner(**found)
+    pairs = zip(fields(owner), declared(owner), strict=True)
+    found = {field.name: _value(one, values) for field, one in pairs}
+    return owner(**{name: value for name, value in found.items() if value is not None})

@@ -46,11 +46,10 @@ def change_rules(
         StaleStateError: if somebody committed meanwhile; nothing was changed, try again.
     """
     meta, logged = whole_expert(store)
-    newest = max(store.claimed().values(), default=0)
-    if newest > meta.version:
+    if store.is_claimed():
         raise StaleStateError(
-            f"Redis has an older state of {store.name} (version {meta.version}), and an aggregator retains version "
-            f"{newest}: it writes that back first"
+            f"Redis has an older state of {store.name} (version {meta.version}) than an aggregator retains, which "
+            "writes that back first"
         )
     before, after = meta.rules, meta.rules.changed(settings)
     if after != before:

@@ -21,10 +21,9 @@ from fedmoe.names import is_expert
 from fedmoe.records import NO_DECISIONS, Meta
 from fedmoe.store.connection import Connection
 from fedmoe.store.members import Members, read_members
-from fedmoe.store.reading import MAX_TEXT_CHARS, Command, ask, printable, texts, why
+from fedmoe.store.reading import Command, ask, printable, texts, why
 
 SHOWN_DEAD, SHOWN_LOG = 3, 5
-MAX_RULES_CHARS = 65_536  # they are parsed, not shown
 REPAIR = (
     "was the key deleted? An aggregator that retains it repairs it, else restore a backup (fedmoe restore)"
 )
@@ -164,7 +163,7 @@ def _meta(raw: Mapping[bytes, bytes] | None, problems: list[str]) -> Meta | None
     try:
         return Meta.from_hash(
             {
-                key: printable(value, MAX_RULES_CHARS if key == b"rules" else MAX_TEXT_CHARS).encode()
+                key: value if key == b"rules" else printable(value).encode()  # which are parsed, not shown
                 for key, value in raw.items()
             }
         )

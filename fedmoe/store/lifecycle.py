@@ -176,11 +176,10 @@ class ExpertLifecycle:
                 claims = dict(zip(pairs[::2], pairs[1::2], strict=True))
         return bool(is_new), max(claims, key=lambda name: (int(claims[name]), name)).decode()
 
-    def claimed(self) -> dict[str, int]:
-        """Versions that aggregators retain and Redis has lost, as far as they claim them: aggregator -> version."""
+    def is_claimed(self) -> bool:
+        """True if an aggregator is about to write back what it retains, because Redis has lost it."""
         with self.connection.errors():
-            raw = self._redis.hgetall(self.keys.claims)
-        return {who.decode(): int(version) for who, version in raw.items()}
+            return bool(self._redis.exists(self.keys.claims))
 
     def lost(self) -> dict[str, str]:
         """Who knew this expert when it was found to be gone: worker -> lineage; empty unless it was."""

@@ -158,7 +158,7 @@ def _operator(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
         *_on(keys.weights, may="GETRANGE", when=changes),
         *_on(all_keys.experts, may="HSETNX", when=adds),
         *_on(keys.lost, may="HGETALL", when=adds),
-        *_on(keys.claims, may="HGETALL", when=changes),
+        *_on(keys.claims, may="EXISTS", when=changes),
         *_on(keys.worker(ANY), may="HGET", when=adds),
         *_on(may="MULTI, EXEC"),
         *_on(may="UNWATCH", when="Redis is full"),

@@ -272,6 +272,9 @@ def test_a_server_that_runs_full_is_said(connection: Connection) -> None:
     """Above 80 % of maxmemory, and whenever it may throw keys away."""
     make_expert(connection)
     hold(connection)
+    connection.client.set(
+        "ballast", bytes(32 * 1024 * 1024)
+    )  # beside it, what a connection needs does not count
     used = connection.client.info("memory")["used_memory"]
     connection.client.config_set("maxmemory", used * 2)
     try:

@@ -45,6 +45,13 @@ def test_show_tells_where_a_value_comes_from(tmp_path: Path) -> None:
     assert "secret" not in done.output
 
 
+def test_variable_that_is_set_is_named() -> None:
+    """Of the two that a shared setting has."""
+    text = fedmoe("config", "show", "status", FEDMOE_STATUS_REDIS="redis://x:1").output
+    assert "redis://x:1" in text
+    assert "environment FEDMOE_STATUS_REDIS" in text
+
+
 def test_show_has_every_command() -> None:
     """And says if there is none of that name."""
     text = fedmoe("config", "show").output
@@ -70,7 +77,10 @@ def test_value_of_the_environment_that_is_no_number_is_a_sentence() -> None:
         ("[aggregator.run]\nrank = '4'", r"rank must be a whole number, not '4'$"),
         ("[aggregator.run]\nlr = true", r"lr must be a number, not True$"),
         ("[aggregator.run]\nmax-staleness = true", r"max_staleness must be a number or a word, not True$"),
-        ("[aggregator.run]\nmax-staleness = 'some'", r"max_staleness: 'some' must be a number, or auto$"),
+        (
+            "[aggregator.run]\nmax-staleness = 'some'",
+            r"max_staleness: 'some' must be a whole number, or auto$",
+        ),
         ("[aggregator.run]\ndecay = 'linear'", r"decay: 'linear' is not one of"),
         ("[aggregator.run]\nburst = 1", r"burst must be true or false, not 1$"),
         ("[aggregator.run]\nexpert = 'a'", r"expert must be a list, like \['a'\], not 'a'$"),
@@ -78,7 +88,15 @@ def test_value_of_the_environment_that_is_no_number_is_a_sentence() -> None:
         ("[aggregator]\nrank = 4", r"there is no command for the section or key 'rank'$"),
         ("aggregator = 4", r"unknown key 'aggregator'"),
         ("[aggregator]\nrun = 4", r"'run' is a command: its settings are a section of their own$"),
-        ("redis = 3", r"redis must be a text in quotes, not 3$"),
+        ("redis = ['redis://u:secret@h']", r"redis must be a text in quotes$"),
+        ("[status]\nredis = ['redis://u:secret@h']", r"redis must be a text in quotes$"),
+        ("[aggregator.run]\nmax-staleness = inf", r"max_staleness: inf must be a whole number, or auto$"),
+        ("[aggregator.run]\nmax-staleness = 2.7", r"max_staleness: 2.7 must be a whole number, or auto$"),
+        ("[aggregator.run]\nlr = 1" + 400 * "0", r"lr is a number that is too large$"),
+        ("[aggregator.run]\nrank = 1" + 5000 * "0", r"is not TOML: Exceeds the limit"),
+        ("x = " + 3000 * "[", r"is not TOML: "),
+        ("[worker.run]\ndata = ''", r"data must not be empty$"),
+        ("[worker.run]\nno-wait = true\nno_wait = false", r"a key is there twice, with - and with _$"),
         ("[expert.set]\nname = 'a'", r"unknown key 'name'"),
     ],
 )

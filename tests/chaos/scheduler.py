@@ -271,7 +271,7 @@ class Chaos:
             "cut in a payload": (6, self._cut_bytes),
             "lose a reply": (10, self._lose_reply),
             "freeze the network": (3, self._freeze),
-            "change the rules": (8, self._change_rules),
+            "change the rules": (16, self._change_rules),
         }
         name = self._dice.choices(list(faults), [weight for weight, _ in faults.values()])[0]
         self.faults[name] += 1
@@ -282,7 +282,7 @@ class Chaos:
         """What `fedmoe expert set` does."""
         store = ExpertStore(self.connection, self._dice.choice(list(EXPERTS)))
         with suppress(FedMoEError):  # Redis is away
-            before, after = change_rules_soon(store, {"lr": self._dice.choice((1.0, 0.5, 0.25))})
+            before, after = change_rules_soon(store, {"lr": round(self._dice.uniform(0.2, 1.0), 3)})
             self.changes += after != before
 
     def _commit(self) -> bytes | None:

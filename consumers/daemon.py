@@ -56,6 +56,8 @@ class Aggregator:
         )
 
     def _connect(self, whose: str) -> Connection:
+        if before := self._connections.get(whose):  # of an expert that was removed and is there again
+            before.close()
         self._connections[whose] = Connection(self._redis)
         return self._connections[whose]
 

@@ -4,8 +4,8 @@ The spec says what an expert is, and never changes. Rules may change while the e
 (`fedmoe expert set`). Each change is a commit on the expert's chain and gives the rule set the next number. An update
 is decided under the rules in force when it is applied, and its line of the log names them.
 
-`meta` holds the rule set in force. At a change, the log keeps the one that ended. So whoever replays the log finds
-every rule set that a line names: further down in the log, or in `meta`.
+`meta` holds the rule set in force. The line of the log that tells of a change holds the rule set before it. So a replay
+finds every rule set that a line names: in a later line, or in `meta`.
 """
 
 import json
@@ -92,7 +92,7 @@ class RuleSet:
         aggregation: how updates become part of the expert.
         training: how its workers train.
         sync_interval_s: a worker publishes this often (seconds).
-        requires: the features that whoever goes by these rules must know (see `fedmoe.features`).
+        requires: the features that a reader of these rules must know (see `fedmoe.features`).
         unknown: JSON of the fields that a later FedMoE wrote; kept, so that a change drops none of them.
     """
 

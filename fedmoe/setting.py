@@ -22,7 +22,7 @@ UNITS = {"s": "seconds", "ms": "milliseconds"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """What is said of a setting beside its name, type and default.
+    """The description of a setting: all but its name, type and default.
 
     Args:
         help: one sentence that begins with a noun or a verb.
@@ -64,7 +64,7 @@ def setting(value: Any, text: str, *, words: str = "", **more: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Declared:
-    """A setting of a class: name of its option, type, default (MISSING for none), and what is said of it."""
+    """A setting as its class declares it: option name, type, default (MISSING: required) and description."""
 
     name: str
     kind: Any
@@ -120,7 +120,7 @@ def changed(owner: T, wanted: Mapping[str, Any]) -> T:
                 new[one.name] = changed(value, wanted)
         elif (name := said.option or one.name) in wanted:
             new[one.name] = None if said.none and wanted[name] == said.none else wanted[name]
-    return replace(owner, **new)  # type: ignore[type-var]
+    return replace(owner, **new)  # type: ignore[type-var]  # an instance of a dataclass
 
 
 def check(owner: Any) -> None:

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import redis
 import torch
+from click.testing import CliRunner, Result
 
+from fedmoe.cli.main import cli
 from fedmoe.embedded import EmbeddedRedis, wheel_server
 from fedmoe.store.connection import Connection, RedisSettings
 
@@ -93,3 +95,13 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny import save_tiny_model
 
     return save_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture
+def expert_command(redis_url: str) -> Callable[..., Result]:
+    """`fedmoe expert …` on the test's server; an error as the person sees it."""
+
+    def run(*words: str) -> Result:
+        return CliRunner().invoke(cli, ["expert", words[0], "--redis", redis_url, *words[1:]])
+
+    return run

@@ -64,6 +64,11 @@ def first_meta(spec: Spec, **changes: object) -> Meta:
     return replace(meta, **changes)  # type: ignore[arg-type]
 
 
+def meta_of(connection: Connection, name: str = "sql_expert") -> dict[bytes, bytes]:
+    """An expert's meta as Redis has it."""
+    return dict(connection.client.hgetall(connection.keys.expert(name).meta))
+
+
 def delta_of(update: Outgoing, numel: int) -> torch.Tensor:
     """Δ (numel,) fp32 as the aggregator decodes it."""
     delta = torch.empty(numel)

@@ -174,9 +174,7 @@ def default_of(option: click.Option) -> str:
     value = option.default
     if option.is_flag:
         return "on" if value is True else "off"
-    if value is None or value in ("", (), 0, 0.0) or callable(value) or repr(value).startswith("Sentinel"):
-        return "" if value in (None, "", ()) or not isinstance(value, int | float) else f"{value:g}"
-    return str(value)
+    return str(value) if isinstance(value, str | int | float | Path) else ""
 
 
 def _effective(option: click.Option, ctx: click.Context) -> tuple[str, str]:

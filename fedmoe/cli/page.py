@@ -1,6 +1,7 @@
 """Renders docs/settings.md from the commands themselves: `python -m fedmoe.cli.page > docs/settings.md`."""
 
 import re
+from typing import Any
 
 import click
 
@@ -20,7 +21,8 @@ Every option can be given on the command line, by environment variable, or in a 
 | environment | `FEDMOE_AGGREGATOR_RUN_MAX_NORM=50` |
 | file | `max_norm = 50` in the section `[aggregator.run]` |
 
-`FEDMOE_REDIS` and `FEDMOE_PREFIX` are for all commands, and so are `redis` and `prefix` at the top of the file.
+`FEDMOE_REDIS` and `FEDMOE_PREFIX` are for all commands that have these options, and so are `redis` and `prefix` at the
+top of the file. The rules that `fedmoe expert set` changes are named on the command line only.
 `fedmoe config show` prints every setting, its value and its source; `fedmoe config check FILE` checks the names and the
 types in a file.
 """
@@ -51,7 +53,7 @@ def _spelled(option: click.Option) -> str:
     return f"`{name} {option.metavar or _metavar(option.type)}`".replace("|", "\\|")
 
 
-def _metavar(kind: click.ParamType) -> str:  # type: ignore[type-arg]  # of whatever value
+def _metavar(kind: click.ParamType[Any]) -> str:
     if isinstance(kind, click.types.IntParamType | click.types.FloatParamType):
         return "N"
     return "PATH" if isinstance(kind, click.Path) else "TEXT"

@@ -37,8 +37,8 @@ def change_rules(
 ) -> tuple[RuleSet, RuleSet]:
     """Change some rules (named as in `RuleSet.settings`), in one commit on the expert's chain; those before and after.
 
-    Whoever serves the expert is then refused its next commit, loads again, and decides what it had read under the new
-    rules. If nothing differs, nothing is written.
+    The next commit of the lease holder then fails. It loads the expert again, and decides under the new rules what it
+    had read. If nothing differs, nothing is written.
 
     Raises:
         SettingsError: if a value breaks its bound, or there is no such expert.

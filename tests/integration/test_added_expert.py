@@ -6,13 +6,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import Result
 
 from consumers.daemon import Aggregator
 from consumers.expert import Expert
 from consumers.gateway import GatewayBuilder
 from fedmoe.beat import Beat
-from fedmoe.cli.main import cli
 from fedmoe.layout import values_of
 from fedmoe.lora_init import initial_weights
 from fedmoe.rules import AggregationRules, RuleSet
@@ -21,7 +20,7 @@ from fedmoe.store.connection import Connection, RedisSettings
 from fedmoe.store.gateway import GatewayStore
 from fedmoe.store.remove import remove_expert
 from fedmoe.store.worker import WorkerStore
-from tests.federation import ScriptedWorker, make_expert, small_spec
+from tests.federation import ScriptedWorker, make_expert, meta_of, small_spec
 from tests.processes import eventually
 
 pytestmark = pytest.mark.one_server
@@ -31,23 +30,9 @@ Command = Callable[..., Result]
 
 
 @pytest.fixture
-def expert_command(redis_url: str) -> Command:
-    """`fedmoe expert …` on the test's server; an error as the person sees it."""
-
-    def run(*words: str) -> Result:
-        return CliRunner().invoke(cli, ["expert", words[0], "--redis", redis_url, *words[1:]])
-
-    return run
-
-
-@pytest.fixture
 def expert(connection: Connection) -> Expert:
     spec = small_spec()
     return make_expert(connection, spec=spec, weights=initial_weights(spec.layout, spec.init_seed))
-
-
-def meta_of(connection: Connection, name: str = "sql_expert") -> dict[bytes, bytes]:
-    return dict(connection.client.hgetall(f"fedmoe:{{{name}}}:meta"))
 
 
 def test_weight_moves_the_gateway(connection: Connection, expert_command: Command) -> None:

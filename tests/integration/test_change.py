@@ -24,7 +24,7 @@ from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore
 from producers import sync
 from tests.counting import CountingWorker, counting_spec, create_expert
-from tests.federation import ScriptedWorker, make_expert, serve, serving, small_spec
+from tests.federation import ScriptedWorker, make_expert, meta_of, serve, serving, small_spec
 from tests.processes import eventually
 from tests.rollback import Snapshot
 
@@ -35,23 +35,9 @@ Command = Callable[..., Result]
 
 
 @pytest.fixture
-def expert_command(redis_url: str) -> Command:
-    """`fedmoe expert …` on the test's server; an error as the person sees it."""
-
-    def run(*words: str) -> Result:
-        return CliRunner().invoke(cli, ["expert", words[0], "--redis", redis_url, *words[1:]])
-
-    return run
-
-
-@pytest.fixture
 def expert(connection: Connection) -> Expert:
     spec = small_spec()
     return make_expert(connection, spec=spec, weights=initial_weights(spec.layout, spec.init_seed))
-
-
-def meta_of(connection: Connection, name: str = "sql_expert") -> dict[bytes, bytes]:
-    return dict(connection.client.hgetall(f"fedmoe:{{{name}}}:meta"))
 
 
 def assert_replay_is_equal(connection: Connection, archive: Path) -> None:
@@ -216,7 +202,7 @@ def test_bound_that_is_no_number_is_a_sentence(expert: Expert, expert_command: C
 def test_environment_and_configuration_change_no_rules(
     expert: Expert, connection: Connection, redis_url: str, tmp_path: Path
 ) -> None:
-    """What stands there would change a rule beside each change of another one: it is said, and nothing is done."""
+    """A rule that stands there would change with each change of another rule: the command refuses it."""
     config = tmp_path / "fedmoe.toml"
     config.write_text("[expert.set]\nlr = 0.25\n")
     before = meta_of(connection)
@@ -265,7 +251,7 @@ def test_change_does_not_hide_that_the_log_was_lost(
 
 
 def test_rules_that_need_more_are_no_damage(expert: Expert, connection: Connection) -> None:
-    """Whoever reads them is told to upgrade, not to restore a backup."""
+    """The sentence says to upgrade, not to restore a backup."""
     needs = replace(expert.meta.rules, requires="momentum").to_json()
     connection.client.hset(expert.store.keys.meta, "rules", needs)
     for read in (expert.load, lambda: change.change_rules(expert.store, {"lr": 0.5})):
@@ -312,7 +298,7 @@ def test_idle_worker_notices_a_shorter_interval(
 def test_nothing_is_committed_if_nothing_differs(
     expert: Expert, connection: Connection, expert_command: Command
 ) -> None:
-    """Whoever types it twice is told."""
+    """The second of two equal commands says so and writes nothing."""
     assert expert_command("set", "sql_expert", "--lr", "0.5").exit_code == 0
     before = meta_of(connection)
     said = expert_command("set", "sql_expert", "--lr", "0.5")
@@ -324,7 +310,7 @@ def test_nothing_is_committed_if_nothing_differs(
 def test_damaged_expert_is_not_changed(
     expert: Expert, connection: Connection, expert_command: Command, part: str
 ) -> None:
-    """It is said what is wrong."""
+    """The sentence names the damage."""
     worker = ScriptedWorker(connection, expert.spec)
     worker.push(0.1)
     serve(expert)

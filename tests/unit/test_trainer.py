@@ -350,7 +350,10 @@ def test_another_error_is_not_taken_for_it(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_trainer_that_adopts_settings_is_one_that_was_made_with_them() -> None:
-    """Of every setting but the length of rows, which are tokenized already."""
+    """Of every setting but the length of rows, which are tokenized already.
+
+    Not to the bit: the other one has the smaller micro-batch of the checkpoint, so it adds up in another order.
+    """
     other = TrainingSettings(
         learning_rate=1e-3, weight_decay=0.1, batch_size=3, accumulate=2, warmup_steps=6, clip_norm=0.1
     )
@@ -360,7 +363,6 @@ def test_trainer_that_adopts_settings_is_one_that_was_made_with_them() -> None:
     made.flat.copy_(changed.flat)
     made.load_state(changed.state())
     made.position = changed.position
-    made.adopt(other)  # a checkpoint does not tell why its micro-batch was smaller
     changed.adopt(other)
     assert train(changed, 3) == pytest.approx(train(made, 3))
     torch.testing.assert_close(changed.flat, made.flat)

@@ -12,11 +12,11 @@ from fedmoe.errors import (
     SettingsError,
     create_from_zero,
 )
-from fedmoe.layout import AdapterBuffer
-from fedmoe.lora_init import initial_weights
-from fedmoe.names import check_expert
-from fedmoe.records import Meta
-from fedmoe.spec import Spec
+from fedmoe.protocol.layout import AdapterBuffer
+from fedmoe.protocol.lora_init import initial_weights
+from fedmoe.protocol.names import check_expert
+from fedmoe.protocol.records import Meta
+from fedmoe.protocol.spec import Spec
 from fedmoe.store.change import check_weight, whole_expert
 from fedmoe.store.connection import Connection
 from fedmoe.store.expert import ExpertStore

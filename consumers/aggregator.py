@@ -11,8 +11,6 @@ from consumers.expert import Expert
 from consumers.history import History
 from consumers.recovery import CLAIM_WAIT_S, Recovery
 from consumers.retention import Retention
-from fedmoe.archive import Archive
-from fedmoe.backoff import Backoff
 from fedmoe.errors import (
     FedMoEError,
     ProtocolError,
@@ -21,12 +19,14 @@ from fedmoe.errors import (
     StaleStateError,
     UnknownExpertError,
 )
-from fedmoe.records import Entry
+from fedmoe.protocol.records import Entry
 from fedmoe.settings import AggregatorSettings
+from fedmoe.store.archive import Archive
 from fedmoe.store.connection import Connection
 from fedmoe.store.expert import BLOCKING_MS, ExpertStore, Loaded
 from fedmoe.store.lease import Lease
 from fedmoe.store.problems import Problems
+from fedmoe.util.backoff import Backoff
 
 logger = logging.getLogger(__name__)
 

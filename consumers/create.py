@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from fedmoe import records
 from fedmoe.errors import (
     BaseModelError,
     DamagedExpertError,
@@ -28,20 +27,21 @@ from fedmoe.errors import (
     SpecError,
     StoppedError,
 )
-from fedmoe.features import features_text
-from fedmoe.identity import BaseIdentity
-from fedmoe.layout import AdapterBuffer, Layout
-from fedmoe.lora_init import initial_weights
-from fedmoe.names import check_expert
-from fedmoe.records import Meta, reach_text
-from fedmoe.rules import RuleSet
-from fedmoe.software import software
-from fedmoe.spec import DEFAULT_BASE_MODEL, DEFAULT_WIRE_FORMAT, LoraSettings, Spec
+from fedmoe.protocol import records
+from fedmoe.protocol.features import features_text
+from fedmoe.protocol.identity import BaseIdentity
+from fedmoe.protocol.layout import AdapterBuffer, Layout
+from fedmoe.protocol.lora_init import initial_weights
+from fedmoe.protocol.names import check_expert
+from fedmoe.protocol.records import Meta, reach_text
+from fedmoe.protocol.rules import RuleSet
+from fedmoe.protocol.spec import DEFAULT_BASE_MODEL, DEFAULT_WIRE_FORMAT, LoraSettings, Spec
 from fedmoe.store.connection import Connection
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore
 from fedmoe.store.lifecycle import new_id
-from fedmoe.template_file import template_digest
+from fedmoe.util.software import software
+from fedmoe.util.template_file import template_digest
 
 logger = logging.getLogger(__name__)
 

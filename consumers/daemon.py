@@ -9,9 +9,9 @@ import threading
 from collections.abc import Sequence
 
 from consumers.aggregator import ExpertServer
-from consumers.gateway import GatewayBuilder
+from consumers.gateway.builder import GatewayBuilder
 from fedmoe.errors import FedMoEError
-from fedmoe.names import is_expert
+from fedmoe.protocol.names import is_expert
 from fedmoe.settings import AggregatorSettings, GatewaySettings
 from fedmoe.store.connection import Connection, RedisSettings
 from fedmoe.store.gateway import GatewayStore

@@ -17,15 +17,15 @@ from typing import NamedTuple
 import torch
 
 from consumers.fold import fold
-from fedmoe.codec import FORMATS, FRAME_BYTES, decoded, part_count
 from fedmoe.errors import UpdateError
-from fedmoe.identity import BaseIdentity
-from fedmoe.layout import FLOAT_BYTES
-from fedmoe.records import Decided, Meta
-from fedmoe.rules import TrainingSettings
-from fedmoe.spec import Spec
-from fedmoe.staleness import staleness_of
-from fedmoe.update import Header, Part
+from fedmoe.protocol.codec import FORMATS, FRAME_BYTES, decoded, part_count
+from fedmoe.protocol.identity import BaseIdentity
+from fedmoe.protocol.layout import FLOAT_BYTES
+from fedmoe.protocol.records import Decided, Meta
+from fedmoe.protocol.rules import TrainingSettings
+from fedmoe.protocol.spec import Spec
+from fedmoe.protocol.staleness import staleness_of
+from fedmoe.protocol.update import Header, Part
 
 # Steps that one update counts for at most: 80 minutes of training at 2 steps a second, as after a long outage.
 COUNTED_STEPS = 10_000

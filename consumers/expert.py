@@ -14,23 +14,23 @@ import torch
 
 from consumers.decide import Admission, Outcome, Verdict, Workspace, counts_of, judge_header, judge_payload
 from consumers.history import History
-from fedmoe import records
-from fedmoe.archive import Archive
-from fedmoe.codec import EXACT, scratch_values
-from fedmoe.doorbell import Doorbell, Garbage, Join, parse_entry
 from fedmoe.errors import SettingsError, StaleStateError, UpdateError
-from fedmoe.features import features_text
-from fedmoe.identity import BEAT_FIELDS, BaseIdentity
-from fedmoe.integrity import restamp
-from fedmoe.layout import AdapterBuffer
-from fedmoe.lines import AnchorLine, AppliedLine, DeadLetter
-from fedmoe.packed import pack
-from fedmoe.records import Decided, Entry, Meta
-from fedmoe.software import software
-from fedmoe.spec import Spec
+from fedmoe.protocol import records
+from fedmoe.protocol.codec import EXACT, scratch_values
+from fedmoe.protocol.doorbell import Doorbell, Garbage, Join, parse_entry
+from fedmoe.protocol.features import features_text
+from fedmoe.protocol.identity import BEAT_FIELDS, BaseIdentity
+from fedmoe.protocol.integrity import restamp
+from fedmoe.protocol.layout import AdapterBuffer
+from fedmoe.protocol.lines import AnchorLine, AppliedLine, DeadLetter
+from fedmoe.protocol.packed import pack
+from fedmoe.protocol.records import Decided, Entry, Meta
+from fedmoe.protocol.spec import Spec
+from fedmoe.protocol.update import ForeignHeaderError, Header
+from fedmoe.store.archive import Archive
 from fedmoe.store.expert import Commit, ExpertStore, Loaded
 from fedmoe.store.lifecycle import Line, new_id
-from fedmoe.update import ForeignHeaderError, Header
+from fedmoe.util.software import software
 
 logger = logging.getLogger(__name__)
 

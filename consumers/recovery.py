@@ -21,13 +21,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from consumers.expert import Expert
-from fedmoe.archive import Archive
 from fedmoe.errors import DamagedExpertError, ProtocolError, StaleStateError, UnknownExpertError, UpdateError
-from fedmoe.lines import AppliedLine, RulesLine, read_line
-from fedmoe.records import Decided, Meta
+from fedmoe.protocol.lines import AppliedLine, RulesLine, read_line
+from fedmoe.protocol.records import Decided, Meta
+from fedmoe.protocol.update import Header, UpdateId
+from fedmoe.store.archive import Archive
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.lifecycle import Condition, Line
-from fedmoe.update import Header, UpdateId
 
 logger = logging.getLogger(__name__)
 

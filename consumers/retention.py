@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from consumers.expert import Expert
-from fedmoe.archive import WEIGHTS_SUFFIX, Anchor, Archive
+from fedmoe.store.archive import WEIGHTS_SUFFIX, Anchor, Archive
 
 logger = logging.getLogger(__name__)
 

@@ -6,16 +6,16 @@ from dataclasses import dataclass
 import torch
 
 from consumers.fold import fold
-from fedmoe.archive import Anchor, Archive
-from fedmoe.codec import decode
 from fedmoe.errors import UpdateError
-from fedmoe.layout import AdapterBuffer
-from fedmoe.lines import AnchorLine, AppliedLine, RulesLine, read_line
-from fedmoe.lora_init import initial_weights
-from fedmoe.records import Meta
-from fedmoe.rules import RuleSet
-from fedmoe.spec import Spec
-from fedmoe.staleness import staleness_of
+from fedmoe.protocol.codec import decode
+from fedmoe.protocol.layout import AdapterBuffer
+from fedmoe.protocol.lines import AnchorLine, AppliedLine, RulesLine, read_line
+from fedmoe.protocol.lora_init import initial_weights
+from fedmoe.protocol.records import Meta
+from fedmoe.protocol.rules import RuleSet
+from fedmoe.protocol.spec import Spec
+from fedmoe.protocol.staleness import staleness_of
+from fedmoe.store.archive import Anchor, Archive
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
-"""The settings of the processes that run for long, each declared once (see `fedmoe.setting`). Free of torch.
+"""The settings of the processes that run for long, each declared once (see `fedmoe.util.setting`). Free of torch.
 
 Command-line options, keys of the TOML file, environment variables, checks and docs/settings.md come from here. The
-rules of an expert are declared in `fedmoe.rules`, in the same way.
+rules of an expert are declared in `fedmoe.protocol.rules`, in the same way.
 """
 
 import socket
@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Literal
 
 from fedmoe.errors import SettingsError
-from fedmoe.names import check_name, clean_name
-from fedmoe.setting import check, setting
+from fedmoe.protocol.names import check_name, clean_name
+from fedmoe.util.setting import check, setting
 
 MAX_SECONDS = 86_400
 METHODS = ("cat", "svd", "average", "ties", "dare")

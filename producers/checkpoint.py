@@ -23,17 +23,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from fedmoe.archive import Archive
-from fedmoe.codec import scratch_values
-from fedmoe.disk import to_disk, write_whole
 from fedmoe.errors import ProtocolError, SettingsError
-from fedmoe.features import check_requires
-from fedmoe.fields import known_fields
-from fedmoe.packed import unpack_again
-from fedmoe.records import Meta
-from fedmoe.rules import RuleSet
-from fedmoe.spec import Spec
-from fedmoe.update import Header, UpdateId
+from fedmoe.protocol.codec import scratch_values
+from fedmoe.protocol.features import check_requires
+from fedmoe.protocol.fields import known_fields
+from fedmoe.protocol.packed import unpack_again
+from fedmoe.protocol.records import Meta
+from fedmoe.protocol.rules import RuleSet
+from fedmoe.protocol.spec import Spec
+from fedmoe.protocol.update import Header, UpdateId
+from fedmoe.store.archive import Archive
+from fedmoe.util.disk import to_disk, write_whole
 from producers.ledger import Ledger, Outgoing, Trained
 
 FILE_NAME = "worker.safetensors"

@@ -10,8 +10,8 @@ import threading
 import time
 from collections.abc import Callable
 
-from fedmoe.beat import Beat
 from fedmoe.errors import NameTakenError, StoppedError
+from fedmoe.protocol.beat import Beat
 from fedmoe.store.worker import WorkerStore
 
 logger = logging.getLogger(__name__)

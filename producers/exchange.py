@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from fedmoe.rules import TrainingSettings
+from fedmoe.protocol.rules import TrainingSettings
 from producers.ledger import Change, Trained
 
 

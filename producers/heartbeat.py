@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fedmoe import records
-from fedmoe.beat import Beat
-from fedmoe.features import features_text
-from fedmoe.identity import BaseIdentity
-from fedmoe.records import HEARTBEAT_TTL_S
-from fedmoe.software import software
+from fedmoe.protocol import records
+from fedmoe.protocol.beat import Beat
+from fedmoe.protocol.features import features_text
+from fedmoe.protocol.identity import BaseIdentity
+from fedmoe.protocol.records import HEARTBEAT_TTL_S
 from fedmoe.store.worker import WorkerStore
+from fedmoe.util.software import software
 from producers.ledger import Ledger
 
 HEARTBEAT_INTERVAL_S = 5.0

@@ -10,15 +10,15 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from fedmoe.backoff import Backoff
-from fedmoe.beat import Beat
 from fedmoe.errors import BaseModelError, RedisUnavailableError, RedisUnfitError, StoppedError
-from fedmoe.identity import BaseIdentity
-from fedmoe.records import Meta
-from fedmoe.spec import Spec
+from fedmoe.protocol.beat import Beat
+from fedmoe.protocol.identity import BaseIdentity
+from fedmoe.protocol.records import Meta
+from fedmoe.protocol.spec import Spec
 from fedmoe.store.permissions import WORKER
 from fedmoe.store.rights import require
 from fedmoe.store.worker import NoExpertsError, WorkerStore
+from fedmoe.util.backoff import Backoff
 from producers.claim import JOIN_TTL_S, JOINING
 from producers.heartbeat import this_process
 

@@ -23,11 +23,11 @@ from enum import Enum, auto
 
 import torch
 
-from fedmoe import features
-from fedmoe.codec import decoded, encode, scratch_values
 from fedmoe.errors import NameTakenError
-from fedmoe.records import Decided, Meta
-from fedmoe.update import Header, Part, UpdateId
+from fedmoe.protocol import features
+from fedmoe.protocol.codec import decoded, encode, scratch_values
+from fedmoe.protocol.records import Decided, Meta
+from fedmoe.protocol.update import Header, Part, UpdateId
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,6 @@ from fedmoe.data.cache import RowCache
 from fedmoe.data.examples import make_examples, padding_id
 from fedmoe.data.jsonl import DataFile
 from fedmoe.errors import BaseModelError
-from fedmoe.identity import BaseIdentity, expert_template
 from fedmoe.model.adapter import attach_adapter
 from fedmoe.model.base import (
     check_structure,
@@ -26,10 +25,11 @@ from fedmoe.model.base import (
 )
 from fedmoe.model.bounds import check_examples, check_padding
 from fedmoe.model.tokenizer import load_tokenizer, tokenizer_fingerprint, use_template
-from fedmoe.records import Meta
+from fedmoe.protocol.identity import BaseIdentity, expert_template
+from fedmoe.protocol.records import Meta
+from fedmoe.protocol.spec import Spec
 from fedmoe.settings import WorkerSettings
-from fedmoe.spec import Spec
-from fedmoe.template_file import read_template
+from fedmoe.util.template_file import read_template
 from producers.trainer import Trainer
 
 

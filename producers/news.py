@@ -3,7 +3,7 @@
 import logging
 from dataclasses import replace
 
-from fedmoe.rules import RuleSet
+from fedmoe.protocol.rules import RuleSet
 from producers.heartbeat import SyncStatus
 from producers.ledger import Change, Ledger
 

@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from fedmoe.backoff import Backoff
+from fedmoe.util.backoff import Backoff
 from producers.checkpoint import Checkpoint, StateDir
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,6 @@ from dataclasses import replace
 
 import torch
 
-from fedmoe.backoff import Backoff
 from fedmoe.errors import (
     FedMoEError,
     NameTakenError,
@@ -25,12 +24,13 @@ from fedmoe.errors import (
     SpecError,
     UnknownExpertError,
 )
-from fedmoe.identity import BaseIdentity
-from fedmoe.records import Meta
-from fedmoe.rules import RuleSet
-from fedmoe.spec import Spec
+from fedmoe.protocol.identity import BaseIdentity
+from fedmoe.protocol.records import Meta
+from fedmoe.protocol.rules import RuleSet
+from fedmoe.protocol.spec import Spec
+from fedmoe.protocol.update import UpdateId
 from fedmoe.store.worker import Poll, WorkerStore
-from fedmoe.update import UpdateId
+from fedmoe.util.backoff import Backoff
 from producers.checkpoint import Checkpoint, StateDir
 from producers.exchange import Exchange, TrainingState
 from producers.heartbeat import Fields, Heartbeat, SyncStatus

@@ -15,7 +15,7 @@ from fedmoe.data.encode import Example
 from fedmoe.data.examples import collate, indices
 from fedmoe.errors import TooLittleMemoryError
 from fedmoe.model.loss import completion_loss
-from fedmoe.rules import TrainingSettings
+from fedmoe.protocol.rules import TrainingSettings
 
 MICRO_BATCH, TOO_LARGE = "micro_batch", "too_large"  # in the state
 MOST_MISSES = 8  # so many examples in a row that do not fit alone: then it is not they that are too large

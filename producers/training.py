@@ -9,7 +9,7 @@ from typing import Any
 
 from fedmoe.errors import FedMoEError, ProtocolError, StoppedError, TooLittleMemoryError
 from fedmoe.settings import WorkerSettings
-from fedmoe.stopping import Stop
+from fedmoe.util.stopping import Stop
 from producers.exchange import Exchange
 from producers.heartbeat import SyncStatus
 from producers.sync import Sync

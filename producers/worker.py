@@ -23,13 +23,13 @@ from fedmoe.errors import (
     SettingsError,
     StoppedError,
 )
+from fedmoe.protocol.spec import Spec
+from fedmoe.protocol.update import make_run
 from fedmoe.settings import WorkerSettings
-from fedmoe.spec import Spec
-from fedmoe.stopping import Stop
 from fedmoe.store.connection import Connection, RedisSettings
 from fedmoe.store.worker import WorkerStore
-from fedmoe.text import printable
-from fedmoe.update import make_run
+from fedmoe.util.stopping import Stop
+from fedmoe.util.text import printable
 from producers.checkpoint import StateDir, name_in
 from producers.claim import claim_name
 from producers.exchange import Exchange

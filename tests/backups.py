@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from fedmoe.backup import Backup, back_up
-from fedmoe.layout import stamped
+from fedmoe.protocol.layout import stamped
 from fedmoe.store.backup import BackupStore
 from fedmoe.store.connection import Connection
+from fedmoe.tools.backup import Backup, back_up
 from tests.federation import ScriptedWorker, make_expert, serve
 
 NAME = "sql_expert"

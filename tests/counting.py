@@ -13,14 +13,14 @@ from typing import Self
 import torch
 
 from consumers.verify import replay
-from fedmoe.archive import Archive
-from fedmoe.identity import BaseIdentity
-from fedmoe.keys import GROUP
-from fedmoe.layout import AdapterBuffer, Layout, values_of
-from fedmoe.lora_init import initial_weights
-from fedmoe.rules import AggregationRules, RuleSet, TrainingSettings
-from fedmoe.spec import Spec
-from fedmoe.staleness import Decay
+from fedmoe.protocol.identity import BaseIdentity
+from fedmoe.protocol.keys import GROUP
+from fedmoe.protocol.layout import AdapterBuffer, Layout, values_of
+from fedmoe.protocol.lora_init import initial_weights
+from fedmoe.protocol.rules import AggregationRules, RuleSet, TrainingSettings
+from fedmoe.protocol.spec import Spec
+from fedmoe.protocol.staleness import Decay
+from fedmoe.store.archive import Archive
 from fedmoe.store.connection import Connection
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore

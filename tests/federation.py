@@ -12,17 +12,17 @@ import torch
 
 from consumers.aggregator import ExpertServer
 from consumers.expert import Expert
-from fedmoe.codec import decode
-from fedmoe.layout import AdapterBuffer, Layout
-from fedmoe.records import PROTOCOL, Meta
-from fedmoe.rules import AggregationRules, RuleSet
+from fedmoe.protocol.codec import decode
+from fedmoe.protocol.layout import AdapterBuffer, Layout
+from fedmoe.protocol.records import PROTOCOL, Meta
+from fedmoe.protocol.rules import AggregationRules, RuleSet
+from fedmoe.protocol.spec import LoraSettings, Spec
+from fedmoe.protocol.update import make_run
 from fedmoe.settings import AggregatorSettings
-from fedmoe.spec import LoraSettings, Spec
 from fedmoe.store.connection import Connection
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.lifecycle import new_id
 from fedmoe.store.worker import WorkerStore
-from fedmoe.update import make_run
 from producers.ledger import Change, Ledger, Outgoing, Trained
 
 LAYOUT = Layout.of(

@@ -9,15 +9,15 @@ from typing import Any
 import msgpack
 import torch
 
-from fedmoe.beat import Beat
-from fedmoe.doorbell import Doorbell, Join, parse_entry
 from fedmoe.errors import ProtocolError
-from fedmoe.gateway import BuiltFrom, GatewayMeta, built_from_text
-from fedmoe.lines import AnchorLine, AppliedLine, DeadLetter, RulesLine, read_line
-from fedmoe.records import Decided, Entry, Meta
-from fedmoe.rules import AggregationRules, RuleSet
-from fedmoe.spec import Spec
-from fedmoe.update import ForeignHeaderError, Header, Part, UpdateId
+from fedmoe.protocol.beat import Beat
+from fedmoe.protocol.doorbell import Doorbell, Join, parse_entry
+from fedmoe.protocol.gateway import BuiltFrom, GatewayMeta, built_from_text
+from fedmoe.protocol.lines import AnchorLine, AppliedLine, DeadLetter, RulesLine, read_line
+from fedmoe.protocol.records import Decided, Entry, Meta
+from fedmoe.protocol.rules import AggregationRules, RuleSet
+from fedmoe.protocol.spec import Spec
+from fedmoe.protocol.update import ForeignHeaderError, Header, Part, UpdateId
 from producers.checkpoint import Checkpoint, StateDir
 from producers.ledger import Ledger, Trained
 from tests.federation import first_meta, small_spec

@@ -8,13 +8,13 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from consumers.merge import MergeInput
-from fedmoe.codec import FORMATS
-from fedmoe.layout import Layout
-from fedmoe.rules import AggregationRules, RuleSet, TrainingSettings
-from fedmoe.spec import ALL_LINEAR, LoraSettings, Spec
-from fedmoe.staleness import KINDS, Decay
-from fedmoe.update import Header, Part, UpdateId, make_run
+from consumers.gateway.merge import MergeInput
+from fedmoe.protocol.codec import FORMATS
+from fedmoe.protocol.layout import Layout
+from fedmoe.protocol.rules import AggregationRules, RuleSet, TrainingSettings
+from fedmoe.protocol.spec import ALL_LINEAR, LoraSettings, Spec
+from fedmoe.protocol.staleness import KINDS, Decay
+from fedmoe.protocol.update import Header, Part, UpdateId, make_run
 
 # How long one example takes says nothing on a shared machine; pytest's own timeout bounds each test.
 settings.register_profile("fedmoe", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -7,11 +7,11 @@ import click
 
 from fedmoe.cli.declared import given, made, options
 from fedmoe.cli.options import redis_options, redis_settings
-from fedmoe.rules import RuleSet
+from fedmoe.protocol.rules import RuleSet
 from fedmoe.settings import AggregatorSettings, GatewaySettings
 
 if TYPE_CHECKING:
-    from fedmoe.stopping import Stop
+    from fedmoe.util.stopping import Stop
 
 
 @click.group()
@@ -50,7 +50,7 @@ def run(ctx: click.Context, /, **values: Any) -> None:
 
     A second aggregator on the same Redis is a hot standby.
     """
-    from fedmoe.stopping import Stop, stop_on_signals
+    from fedmoe.util.stopping import Stop, stop_on_signals
 
     with stop_on_signals(stop := Stop()):
         _run(ctx, stop, values)
@@ -63,15 +63,15 @@ def _run(ctx: click.Context, stop: "Stop", values: dict[str, Any]) -> None:
 
     from consumers.create import STOPPED, SpecRequest, ensure_experts, parse_experts
     from consumers.daemon import Aggregator
-    from fedmoe.backoff import Backoff
     from fedmoe.errors import RedisUnavailableError, RedisUnfitError, StoppedError
-    from fedmoe.memory import keep_freed
-    from fedmoe.spec import LoraSettings
+    from fedmoe.protocol.spec import LoraSettings
     from fedmoe.store.connection import Connection
     from fedmoe.store.permissions import AGGREGATOR
     from fedmoe.store.probe import eviction_warning
     from fedmoe.store.rights import require
-    from fedmoe.template_file import read_template
+    from fedmoe.util.backoff import Backoff
+    from fedmoe.util.memory import keep_freed
+    from fedmoe.util.template_file import read_template
 
     redis = redis_settings(values["redis"], values["prefix"], values["redis_timeout"])
     typed = given(RuleSet, values)

@@ -9,7 +9,7 @@ import click
 from fedmoe.cli.options import redis_options, redis_settings
 
 if TYPE_CHECKING:
-    from fedmoe.backup import Saved
+    from fedmoe.tools.backup import Saved
 
 
 def _expert_option(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -28,10 +28,10 @@ def backup(redis: str, prefix: str, redis_timeout: float, expert: Sequence[str],
     The federation may run: of each expert weights, history and decisions are those of one moment. Each is also an
     adapter that PeftModel.from_pretrained loads, from DIR/EXPERT.
     """
-    from fedmoe.backup import back_up
-    from fedmoe.stopping import end_like_ctrl_c
     from fedmoe.store.backup import BackupStore
     from fedmoe.store.connection import Connection
+    from fedmoe.tools.backup import back_up
+    from fedmoe.util.stopping import end_like_ctrl_c
 
     def report(name: str, saved: "Saved") -> None:
         click.echo(f"{name}: version {saved.version}, commit {saved.commit}")
@@ -57,10 +57,10 @@ def restore(
     Only where nothing is, unless --replace is given. Aggregators and workers may run and notice by themselves: what
     workers still keep (what was decided in the last minute) is sent again.
     """
-    from fedmoe.backup import Backup
-    from fedmoe.backup import restore as put
     from fedmoe.store.backup import BackupStore
     from fedmoe.store.connection import Connection
+    from fedmoe.tools.backup import Backup
+    from fedmoe.tools.backup import restore as put
 
     def report(name: str, saved: "Saved", replaced: str | None) -> None:
         where = "" if replaced is None else f" in place of version {replaced}"

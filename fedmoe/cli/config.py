@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from fedmoe.errors import SettingsError
-from fedmoe.text import printable
+from fedmoe.util.text import printable
 
 SHARED = ("redis", "prefix")  # at the top of the file, for all commands
 _DEFAULT = re.compile(r"\s*\[default: (.*)\]$")

@@ -1,4 +1,4 @@
-"""Command-line options from declared settings (`fedmoe.setting`), and settings from what was given."""
+"""Command-line options from declared settings (`fedmoe.util.setting`), and settings from what was given."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import click
 
 from fedmoe.cli.options import Duration
-from fedmoe.setting import Declared, declared
+from fedmoe.util.setting import Declared, declared
 
 Command = Callable[..., Any]
 T = TypeVar("T")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from fedmoe.federation import Federation
+    from fedmoe.protocol.federation import Federation
 
 
 def cache_dir() -> Path:
@@ -37,7 +37,7 @@ def demo(redis: str, prefix: str, model: str, data: Path | None, out: Path, seco
     Starts a private Redis, an aggregator and three workers, shows them at work, and prints the held-out losses.
     """
     from fedmoe.demo.run import Demo, DemoSettings
-    from fedmoe.stopping import end_like_ctrl_c
+    from fedmoe.util.stopping import end_like_ctrl_c
 
     settings = DemoSettings(
         out=out, cache=cache_dir(), redis=redis, prefix=prefix, model=model, data=data, train_s=seconds, rows=rows,

@@ -9,8 +9,8 @@ import click
 from fedmoe.cli.options import redis_options, redis_settings
 
 if TYPE_CHECKING:
-    from fedmoe.doctor import Check
     from fedmoe.store.connection import RedisSettings
+    from fedmoe.util.check import Check
 
 ROLES = (
     "aggregator",
@@ -50,8 +50,8 @@ def doctor(
 
     A line for each thing that is ok, that you may want to change (warn), or that will not work (fail).
     """
-    from fedmoe.doctor import FAIL
-    from fedmoe.names import check_expert, check_name, clean_name
+    from fedmoe.protocol.names import check_expert, check_name, clean_name
+    from fedmoe.util.check import FAIL
 
     settings = None if no_redis else redis_settings(redis, prefix, redis_timeout)
     worker = check_name("worker name", name) if name else clean_name(socket.gethostname())
@@ -74,7 +74,7 @@ def doctor(
 def acl_line(settings: "RedisSettings", role: str, *, stream: str, worker: str) -> str:
     """A line of an ACL file: a user with exactly the rights of a role, whose password is still to be written."""
     from fedmoe.errors import SettingsError
-    from fedmoe.keys import Keys
+    from fedmoe.protocol.keys import Keys
     from fedmoe.store.connection import Connection
     from fedmoe.store.permissions import ANY, ROLES, acl_rules
 
@@ -90,7 +90,8 @@ def run_checks(
     settings: "RedisSettings | None", *, role: str, stream: str, worker: str, base_model: str
 ) -> Iterator["Check"]:
     """All checks, each as soon as it is done; `settings` None leaves Redis out."""
-    from fedmoe import doctor as checks
+    from fedmoe.tools import doctor as checks
+    from fedmoe.util.check import FAIL
 
     yield checks.check_python()
     yield checks.check_places()
@@ -104,8 +105,8 @@ def run_checks(
         found, spec_base = check_server_and_user(settings, role=role, stream=stream, worker=worker)
         yield from found
         base_model = base_model or spec_base
-    if torch.level != checks.FAIL:
-        from fedmoe.spec import DEFAULT_BASE_MODEL
+    if torch.level != FAIL:
+        from fedmoe.protocol.spec import DEFAULT_BASE_MODEL
 
         yield checks.check_base_model(base_model or DEFAULT_BASE_MODEL)
 
@@ -114,10 +115,10 @@ def check_server_and_user(
     settings: "RedisSettings", *, role: str, stream: str, worker: str
 ) -> tuple[list["Check"], str]:
     """What check_redis gives, or the one line that Redis cannot be reached."""
-    from fedmoe.doctor import FAIL, Check
     from fedmoe.errors import RedisUnavailableError
     from fedmoe.store.connection import Connection
     from fedmoe.store.probe import check_redis
+    from fedmoe.util.check import FAIL, Check
 
     try:
         return check_redis(Connection(settings), stream=stream, worker=worker, role=role)

@@ -68,11 +68,11 @@ def evaluate(
     extra = dict(map(_parse_adapter, adapters))
     if json_file not in (None, "-"):
         _check_writable(Path(json_file))
-    from fedmoe.evaluate import format_table
-    from fedmoe.federation import plain_json
-    from fedmoe.heldout import HeldOutSettings, measure
+    from fedmoe.protocol.federation import plain_json
     from fedmoe.store.connection import Connection
     from fedmoe.store.gateway import GatewayStore
+    from fedmoe.tools.evaluate import format_table
+    from fedmoe.tools.heldout import HeldOutSettings, measure
 
     wanted = HeldOutSettings(
         data=data,
@@ -98,7 +98,7 @@ def evaluate(
 
 def _parse_adapter(text: str) -> tuple[str, Path]:
     from fedmoe.errors import SettingsError
-    from fedmoe.names import check_name
+    from fedmoe.protocol.names import check_name
 
     name, equals, directory = text.partition("=")
     if not equals:

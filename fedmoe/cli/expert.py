@@ -10,8 +10,8 @@ import click
 from fedmoe.cli.declared import given, options
 from fedmoe.cli.options import redis_options, redis_settings
 from fedmoe.cli.status import cell, table
-from fedmoe.rules import RuleSet
-from fedmoe.text import printable
+from fedmoe.protocol.rules import RuleSet
+from fedmoe.util.text import printable
 
 NOTICE_S = 20.0  # in which workers see it that look at Redis every ten seconds
 LOOK_EVERY_S = 0.5
@@ -64,7 +64,7 @@ def list_experts(redis: str, prefix: str, redis_timeout: float) -> None:
 @click.argument("name")
 def show(redis: str, prefix: str, redis_timeout: float, as_json: bool, name: str) -> None:
     """Show what makes the expert NAME itself, and the rules in force."""
-    from fedmoe.names import check_expert
+    from fedmoe.protocol.names import check_expert
     from fedmoe.store.change import whole_expert
     from fedmoe.store.connection import Connection
     from fedmoe.store.expert import ExpertStore
@@ -117,7 +117,7 @@ def set_rules(
     next pull, and say so.
     """
     from fedmoe.errors import SettingsError
-    from fedmoe.names import check_expert
+    from fedmoe.protocol.names import check_expert
     from fedmoe.store.change import change_rules_soon
     from fedmoe.store.connection import Connection
     from fedmoe.store.expert import ExpertStore
@@ -167,7 +167,7 @@ def add(
 @click.argument("weight", type=float)
 def set_weight(redis: str, prefix: str, redis_timeout: float, name: str, weight: float) -> None:
     """Give the expert NAME the WEIGHT in the gateway; 0 leaves it out."""
-    from fedmoe.names import check_expert
+    from fedmoe.protocol.names import check_expert
     from fedmoe.store.change import set_gateway_weight
     from fedmoe.store.connection import Connection
 
@@ -187,7 +187,7 @@ def remove(redis: str, prefix: str, redis_timeout: float, yes: bool, name: str) 
     later.
     """
     from fedmoe.errors import SettingsError
-    from fedmoe.names import check_expert
+    from fedmoe.protocol.names import check_expert
     from fedmoe.store.connection import Connection
     from fedmoe.store.remove import look_at_expert, remove_expert, sweep
 

@@ -31,14 +31,14 @@ def export(
     force: bool,
 ) -> None:
     """Write the gateway, or one expert, as an adapter that PeftModel.from_pretrained loads."""
-    from fedmoe.export import read_expert, read_gateway, vllm_hint, write
     from fedmoe.store.connection import Connection
     from fedmoe.store.gateway import GatewayStore
+    from fedmoe.tools.export import read_expert, read_gateway, vllm_hint, write
 
     store = GatewayStore(Connection(redis_settings(redis, prefix, redis_timeout)))
     adapter = read_expert(store, expert) if expert else read_gateway(store)
     if rank is not None:
-        from consumers.truncate import truncate_to_rank
+        from consumers.gateway.truncate import truncate_to_rank
 
         adapter, text = truncate_to_rank(adapter, rank)
         click.echo(text)
@@ -60,7 +60,7 @@ def export(
 def show(redis: str, prefix: str, redis_timeout: float, as_json: bool) -> None:
     """Tell how the gateway was built, and from which versions."""
     from fedmoe.cli.status import gateway_line
-    from fedmoe.federation import findings
+    from fedmoe.protocol.federation import findings
     from fedmoe.store.connection import Connection
     from fedmoe.store.inspect import Inspector
 

@@ -14,7 +14,7 @@ import click
 from fedmoe import __version__
 from fedmoe.cli.config import read_config
 from fedmoe.errors import FedMoEError
-from fedmoe.text import printable
+from fedmoe.util.text import printable
 
 # name -> (module, attribute, help); a module is imported only when its command is used.
 COMMANDS = {

@@ -15,7 +15,7 @@ from fedmoe.cli.options import redis_options, redis_settings
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from fedmoe.federation import ExpertView, Federation, GatewayView, ServerView, WorkerView
+    from fedmoe.protocol.federation import ExpertView, Federation, GatewayView, ServerView, WorkerView
     from fedmoe.store.inspect import Inspector
 
 EXPERT_COLUMNS = (
@@ -67,7 +67,7 @@ def status(redis: str, prefix: str, redis_timeout: float, watch: float | None, a
         else:
             click.echo(plain(federation))
         return
-    from fedmoe.stopping import end_like_ctrl_c
+    from fedmoe.util.stopping import end_like_ctrl_c
 
     end_like_ctrl_c()  # so that the terminal gets its own screen back
     try:
@@ -102,7 +102,7 @@ def watch_on(inspector: "Inspector", interval_s: float, *, as_json: bool) -> Non
 
 def screen(federation: "Federation", *, width: int | None = None) -> Iterator[tuple[str, str]]:
     """The lines of the screen, each with its style: title, warning, dim or none; `width` in columns, None is wide."""
-    from fedmoe.federation import findings
+    from fedmoe.protocol.federation import findings
 
     yield server_line(federation.server), "dim"
     for columns, rows in (
@@ -161,7 +161,7 @@ def expert_rows(federation: "Federation") -> list[list[str]]:
 
 
 def _expert_row(expert: "ExpertView") -> list[str]:
-    from fedmoe.federation import duration
+    from fedmoe.protocol.federation import duration
 
     meta = expert.meta
     lease = {None: NONE, "": "nobody", "?": "somebody"}.get(expert.lease, expert.lease)
@@ -204,8 +204,8 @@ def _worker_row(worker: "WorkerView") -> list[str]:
 
 def more_lines(federation: "Federation") -> list[str]:
     """What fits no table: workers that are not shown, workers that left, the gateway."""
-    from fedmoe.federation import duration
-    from fedmoe.records import reach_text
+    from fedmoe.protocol.federation import duration
+    from fedmoe.protocol.records import reach_text
 
     lines = []
     if len(federation.workers) > SHOWN_WORKERS:

@@ -21,8 +21,8 @@ def verify(redis: str, prefix: str, redis_timeout: float, experts: Sequence[str]
     Exit code 0 if all are equal, 1 if one differs or cannot be replayed.
     """
     from consumers.verify import replay
-    from fedmoe.archive import Archive
     from fedmoe.errors import DamagedExpertError, FedMoEError, SettingsError
+    from fedmoe.store.archive import Archive
     from fedmoe.store.connection import Connection
     from fedmoe.store.gateway import GatewayStore
 

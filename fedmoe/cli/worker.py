@@ -9,7 +9,7 @@ from fedmoe.cli.options import redis_options, redis_settings
 from fedmoe.settings import WorkerSettings
 
 if TYPE_CHECKING:
-    from fedmoe.stopping import Stop
+    from fedmoe.util.stopping import Stop
 
 
 @click.group()
@@ -25,7 +25,7 @@ def run(**values: Any) -> None:
 
     Rows are {"prompt", "completion"} or {"messages": […]}; the loss is on the answers only.
     """
-    from fedmoe.stopping import Stop, stop_on_signals
+    from fedmoe.util.stopping import Stop, stop_on_signals
 
     with stop_on_signals(stop := Stop()):
         _run(stop, values)
@@ -33,7 +33,7 @@ def run(**values: Any) -> None:
 
 def _run(stop: "Stop", values: dict[str, Any]) -> None:
     redis = redis_settings(values["redis"], values["prefix"], values["redis_timeout"])
-    from fedmoe.memory import keep_freed
+    from fedmoe.util.memory import keep_freed
     from producers.worker import Worker
 
     keep_freed(blocks_mib=32, free_mib=64)  # copies of the adapter come and go with every sync

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fedmoe.data.records import records
 from fedmoe.errors import DataError, RowError, SettingsError
-from fedmoe.text import shown
+from fedmoe.util.text import shown
 
 N_NAMED = 10  # of each data file
 FIELDS = ("file", "line", "reason", "text")  # of a line of --bad-rows

@@ -24,7 +24,7 @@ from fedmoe.data.encode import Learn
 from fedmoe.data.examples import Examples, make_examples
 from fedmoe.data.flat import TYPES, FlatExamples
 from fedmoe.data.jsonl import DataFile
-from fedmoe.text import shown
+from fedmoe.util.text import shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -20,7 +20,7 @@ from fedmoe.data.parallel import Job, encode_rows, n_processes
 from fedmoe.data.progress import Progress
 from fedmoe.data.records import records
 from fedmoe.errors import DataError
-from fedmoe.text import shown
+from fedmoe.util.text import shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

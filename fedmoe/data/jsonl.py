@@ -16,7 +16,7 @@ from fedmoe.data.records import GZIP_MAGIC, MAX_ROW_CHARS, Record, reading, reco
 from fedmoe.data.shapes import read_conversation
 from fedmoe.data.turns import Turn
 from fedmoe.errors import DataError, RowError, StoppedError
-from fedmoe.text import shown
+from fedmoe.util.text import shown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

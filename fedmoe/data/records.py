@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple, TextIO, cast
 
 from fedmoe.errors import DataError
-from fedmoe.text import shown
+from fedmoe.util.text import shown
 
 MAX_ROW_CHARS = 4 * 2**20
 GZIP_MAGIC = b"\x1f\x8b"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from fedmoe.demo.corpus import build_corpus
 from fedmoe.errors import DataError
-from fedmoe.names import clean_name
+from fedmoe.protocol.names import clean_name
 
 HELD_OUT = 10  # every tenth row of a file of one's own is held out
 

@@ -17,10 +17,10 @@ from fedmoe.demo.datasets import DemoData, find_data
 from fedmoe.demo.pretrained import ensure_demo_model
 from fedmoe.demo.processes import Child, Children
 from fedmoe.demo.report import plot, process_table, write_results
-from fedmoe.embedded import EmbeddedRedis
 from fedmoe.errors import SettingsError
-from fedmoe.federation import Federation
+from fedmoe.protocol.federation import Federation
 from fedmoe.store.connection import Connection, RedisSettings
+from fedmoe.store.embedded import EmbeddedRedis
 from fedmoe.store.inspect import Inspector
 from fedmoe.store.remove import remove_federation
 

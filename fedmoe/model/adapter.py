@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fedmoe.errors import SettingsError, SpecError
-from fedmoe.layout import Layout
-from fedmoe.lora_init import initial_weights
 from fedmoe.model.reach import Reach, other_towers, reach_of
-from fedmoe.spec import ALL_LINEAR, LoraSettings, Spec, beneath
+from fedmoe.protocol.layout import Layout
+from fedmoe.protocol.lora_init import initial_weights
+from fedmoe.protocol.spec import ALL_LINEAR, LoraSettings, Spec, beneath
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

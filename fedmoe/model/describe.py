@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 from fedmoe.errors import FedMoEError, SettingsError
-from fedmoe.spec import LoraSettings
+from fedmoe.protocol.spec import LoraSettings
 
 
 def describe(
@@ -21,7 +21,6 @@ def describe(
     are here.
     `template_missing` is true if it is here, and neither it nor the request has a chat template.
     """
-    from fedmoe.identity import tokenizer_text
     from fedmoe.model.adapter import plan_adapter
     from fedmoe.model.base import fingerprint, has_weights, load_base, load_config, structure
     from fedmoe.model.bounds import check_max_length, check_padding
@@ -31,7 +30,8 @@ def describe(
         load_tokenizer,
         tokenizer_fingerprint,
     )
-    from fedmoe.template_file import template_digest
+    from fedmoe.protocol.identity import tokenizer_text
+    from fedmoe.util.template_file import template_digest
 
     if chat_template:
         check_template(chat_template)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-from fedmoe.layout import Layout
+from fedmoe.protocol.layout import Layout
 
 NAMED_FROM = 0.01  # of the weights: what is smaller (norms, biases) is not named
 MAX_NAMED = 6

@@ -9,9 +9,9 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from fedmoe.data.template import TEMPLATE_ERRORS
 from fedmoe.errors import BaseModelError, SettingsError
-from fedmoe.identity import tokenizer_text
 from fedmoe.model.base import local_file, why_not
-from fedmoe.template_file import template_digest
+from fedmoe.protocol.identity import tokenizer_text
+from fedmoe.util.template_file import template_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,7 +46,7 @@ def load_tokenizer(base_model: str) -> "PreTrainedTokenizerBase":
 
 
 def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """What of a tokenizer makes other tokens of the same rows, each component on its own (see `fedmoe.identity`).
+    """What of a tokenizer makes other tokens of the same rows, component by component.
 
     A template that is missing is no component: somebody else may bring one.
     """

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedmoe.errors import BackupError, FedMoEError, UnknownExpertError
-from fedmoe.layout import stamped, values_of
-from fedmoe.names import check_expert
-from fedmoe.packed import pack_file
-from fedmoe.records import Meta
-from fedmoe.spec import Spec
+from fedmoe.protocol.layout import stamped, values_of
+from fedmoe.protocol.names import check_expert
+from fedmoe.protocol.packed import pack_file
+from fedmoe.protocol.records import Meta
+from fedmoe.protocol.spec import Spec
 from fedmoe.store.connection import Connection, execute
 from fedmoe.store.full import read_together
 from fedmoe.store.lifecycle import examine, new_id

@@ -6,9 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 from fedmoe.errors import DamagedExpertError, SettingsError, StaleStateError
-from fedmoe.lines import RulesLine
-from fedmoe.records import Meta, check_not_removed
-from fedmoe.rules import RuleSet
+from fedmoe.protocol.lines import RulesLine
+from fedmoe.protocol.records import Meta, check_not_removed
+from fedmoe.protocol.rules import RuleSet
 from fedmoe.store.connection import Connection
 from fedmoe.store.expert import Commit, ExpertStore
 from fedmoe.store.lifecycle import new_id

@@ -4,7 +4,7 @@ Redis's allocator, jemalloc, gives every block above 8 MiB back to the system at
 each SET of larger weights, and each answer to a GET of them, goes to fresh pages, and that costs more than its bytes.
 Chunks are smaller than that, and SETRANGE writes them over the old value in place. `ops/bench.sh --only machine`
 measures the difference. (What is read seldom is read whole: all that an aggregator loads. Packed weights have parts
-of their own, see fedmoe/packed.py.)
+of their own, see fedmoe/protocol/packed.py.)
 
 A SET that is too long for the server fails before its MULTI does; a SETRANGE that ends beyond `proto-max-bulk-len`
 fails in the middle of it. Hence `places`, which tries that on the last byte.
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fedmoe.layout import Layout, check_file, stamp_of
+from fedmoe.protocol.layout import Layout, check_file, stamp_of
 
 CHUNK_BYTES = 1024 * 1024
 # Shorter values are written whole; far enough from 8 MiB for any allocator's rounding.

@@ -19,7 +19,7 @@ from redis.connection import PythonRespSerializer
 from redis.retry import Retry
 
 from fedmoe.errors import FedMoEError, RedisUnavailableError, SettingsError
-from fedmoe.keys import DEFAULT_PREFIX, Keys
+from fedmoe.protocol.keys import DEFAULT_PREFIX, Keys
 from fedmoe.settings import MAX_SECONDS
 from fedmoe.store.client import Client, asked, note, noting
 from fedmoe.store.limits import too_large

@@ -12,13 +12,20 @@ from typing import Any
 from redis.exceptions import NoPermissionError
 
 from fedmoe.errors import ProtocolError, RemovedExpertError, SpecError
-from fedmoe.federation import DeadLetterView, ExpertView, Federation, GatewayView, ServerView, WorkerView
-from fedmoe.fields import number
-from fedmoe.gateway import BuiltFrom, GatewayMeta
-from fedmoe.keys import GROUP
-from fedmoe.lines import DeadLetter
-from fedmoe.names import is_expert
-from fedmoe.records import NO_DECISIONS, Meta
+from fedmoe.protocol.federation import (
+    DeadLetterView,
+    ExpertView,
+    Federation,
+    GatewayView,
+    ServerView,
+    WorkerView,
+)
+from fedmoe.protocol.fields import number
+from fedmoe.protocol.gateway import BuiltFrom, GatewayMeta
+from fedmoe.protocol.keys import GROUP
+from fedmoe.protocol.lines import DeadLetter
+from fedmoe.protocol.names import is_expert
+from fedmoe.protocol.records import NO_DECISIONS, Meta
 from fedmoe.store.connection import Connection
 from fedmoe.store.members import Members, read_members
 from fedmoe.store.reading import Command, ask, printable, texts, why

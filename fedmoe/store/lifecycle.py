@@ -10,17 +10,17 @@ from typing import Any
 
 import redis
 
-from fedmoe.doorbell import Doorbell
 from fedmoe.errors import ProtocolError, SpecError
-from fedmoe.features import check_requires
-from fedmoe.integrity import damage
-from fedmoe.layout import STAMPED_BYTES, stamp_of, stamped
-from fedmoe.packed import pack_file
-from fedmoe.records import Decided, Meta, read_protocol
-from fedmoe.spec import Spec
+from fedmoe.protocol.doorbell import Doorbell
+from fedmoe.protocol.features import check_requires
+from fedmoe.protocol.integrity import damage
+from fedmoe.protocol.layout import STAMPED_BYTES, stamp_of, stamped
+from fedmoe.protocol.packed import pack_file
+from fedmoe.protocol.records import Decided, Meta, read_protocol
+from fedmoe.protocol.spec import Spec
+from fedmoe.protocol.update import PAYLOAD_TTL_S, Header
 from fedmoe.store.connection import Connection, execute
 from fedmoe.store.full import is_full, read_together, transact
-from fedmoe.update import PAYLOAD_TTL_S, Header
 
 CLAIM_MS = (
     10_000  # claims to write an expert back are forgotten together, so those of dead aggregators are, too

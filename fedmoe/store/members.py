@@ -12,11 +12,11 @@ from typing import Any
 import redis
 from redis.exceptions import NoPermissionError
 
-from fedmoe.beat import SHORT_FIELDS, Beat
 from fedmoe.errors import create_from_zero
-from fedmoe.federation import GoneWorker, WorkerView
-from fedmoe.names import MAX_NAME_LENGTH
-from fedmoe.records import HEARTBEAT_TTL_S, TRACE_TTL_S, VANISHED
+from fedmoe.protocol.beat import SHORT_FIELDS, Beat
+from fedmoe.protocol.federation import GoneWorker, WorkerView
+from fedmoe.protocol.names import MAX_NAME_LENGTH
+from fedmoe.protocol.records import HEARTBEAT_TTL_S, TRACE_TTL_S, VANISHED
 from fedmoe.store.connection import Connection
 from fedmoe.store.reading import Command, ask, printable, why
 

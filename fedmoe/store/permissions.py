@@ -6,7 +6,7 @@ A right is a command on some keys. `tests/integration/test_permissions.py` recor
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from fedmoe.keys import Keys
+from fedmoe.protocol.keys import Keys
 
 ANY = "*"  # as the name of an expert or a worker: whichever
 READS = frozenset({

@@ -5,14 +5,14 @@ from typing import Any
 
 from redis.exceptions import NoPermissionError, ResponseError
 
-from fedmoe.doctor import FAIL, OK, WARN, Check
 from fedmoe.errors import RedisUnavailableError
-from fedmoe.eviction import eviction_threat
-from fedmoe.federation import MEMORY_ALARM, ExpertView
+from fedmoe.protocol.eviction import eviction_threat
+from fedmoe.protocol.federation import MEMORY_ALARM, ExpertView
 from fedmoe.store.connection import Connection
 from fedmoe.store.inspect import Inspector
 from fedmoe.store.permissions import AGGREGATOR, ROLES, WORKER, Role
 from fedmoe.store.rights import Lack, lacking, try_transactions
+from fedmoe.util.check import FAIL, OK, WARN, Check
 
 OLDEST = (7, 0)
 EXAMPLE_EXPERT = "python_expert"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import redis
 
 from fedmoe.errors import UnknownExpertError
-from fedmoe.records import check_not_removed, grave
+from fedmoe.protocol.records import check_not_removed, grave
 from fedmoe.store.connection import Connection
 from fedmoe.store.lifecycle import new_id
 

@@ -13,7 +13,7 @@ from typing import Any
 import redis
 
 from fedmoe.errors import RedisUnfitError
-from fedmoe.keys import GROUP
+from fedmoe.protocol.keys import GROUP
 from fedmoe.store.client import Words
 from fedmoe.store.connection import Connection, execute
 from fedmoe.store.full import transact

@@ -11,10 +11,6 @@ from typing import Any
 import redis
 import torch
 
-from fedmoe import features, records
-from fedmoe.beat import Beat
-from fedmoe.codec import EXACT
-from fedmoe.doorbell import Doorbell, Join
 from fedmoe.errors import (
     DamagedExpertError,
     LostExpertError,
@@ -24,15 +20,19 @@ from fedmoe.errors import (
     SpecError,
     UnknownExpertError,
 )
-from fedmoe.packed import chunks, unpack
-from fedmoe.records import TRACE_TTL_S, Decided, Meta, check_not_removed, read_protocol
-from fedmoe.rules import RuleSet
-from fedmoe.software import software
-from fedmoe.spec import Spec
+from fedmoe.protocol import features, records
+from fedmoe.protocol.beat import Beat
+from fedmoe.protocol.codec import EXACT
+from fedmoe.protocol.doorbell import Doorbell, Join
+from fedmoe.protocol.packed import chunks, unpack
+from fedmoe.protocol.records import TRACE_TTL_S, Decided, Meta, check_not_removed, read_protocol
+from fedmoe.protocol.rules import RuleSet
+from fedmoe.protocol.spec import Spec
+from fedmoe.protocol.update import PAYLOAD_TTL_S, Header, UpdateId
 from fedmoe.store.chunks import weights_of, weights_reads
 from fedmoe.store.connection import Connection
 from fedmoe.store.full import is_full, read_together
-from fedmoe.update import PAYLOAD_TTL_S, Header, UpdateId
+from fedmoe.util.software import software
 
 HALF_WRITTEN_TTL_S = 3600  # of what is not announced yet: its worker may die while it writes
 NEARLY_FULL = 0.9  # of maxmemory

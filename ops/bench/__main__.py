@@ -45,8 +45,8 @@ def main() -> int:
 
     import redis
 
-    from fedmoe.embedded import find_server
     from fedmoe.errors import FedMoEError
+    from fedmoe.store.embedded import find_server
     from ops.bench import plan as plans
     from ops.bench.fedmoe_side import DEFAULT_FORMAT
     from ops.bench.processes import BenchError

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from fedmoe.layout import FLOAT_BYTES, Layout
+from fedmoe.protocol.layout import FLOAT_BYTES, Layout
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,14 +15,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from consumers.decide import Admission, Workspace, judge_payload
-from fedmoe.codec import EXACT, scratch_values
-from fedmoe.layout import AdapterBuffer, Layout
-from fedmoe.lora_init import initial_weights
-from fedmoe.memory import keep_freed
-from fedmoe.packed import chunks, pack, unpack
-from fedmoe.records import Decided, Meta
+from fedmoe.protocol.codec import EXACT, scratch_values
+from fedmoe.protocol.layout import AdapterBuffer, Layout
+from fedmoe.protocol.lora_init import initial_weights
+from fedmoe.protocol.packed import chunks, pack, unpack
+from fedmoe.protocol.records import Decided, Meta
+from fedmoe.protocol.update import make_run
 from fedmoe.store.chunks import weights_of, weights_reads
-from fedmoe.update import make_run
+from fedmoe.util.memory import keep_freed
 from ops.bench.adapters import LAYOUTS, fp32_bytes
 from ops.bench.fedmoe_side import FINGERPRINT, STEP, make_spec
 from ops.bench.plan import Plan

@@ -13,16 +13,16 @@ from dataclasses import replace
 
 import torch
 
-from fedmoe.layout import AdapterBuffer, Layout
-from fedmoe.lora_init import initial_weights
-from fedmoe.records import PROTOCOL, Meta
-from fedmoe.rules import AggregationRules, RuleSet
-from fedmoe.spec import LoraSettings, Spec
+from fedmoe.protocol.layout import AdapterBuffer, Layout
+from fedmoe.protocol.lora_init import initial_weights
+from fedmoe.protocol.records import PROTOCOL, Meta
+from fedmoe.protocol.rules import AggregationRules, RuleSet
+from fedmoe.protocol.spec import LoraSettings, Spec
+from fedmoe.protocol.update import UpdateId, make_run
 from fedmoe.store.connection import Connection, RedisSettings
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.lifecycle import new_id
 from fedmoe.store.worker import WorkerStore
-from fedmoe.update import UpdateId, make_run
 from ops.bench.contest import Contestant, Seats
 from ops.bench.processes import BenchError
 from producers.ledger import Ledger, Outgoing, Trained

@@ -15,7 +15,7 @@ from typing import Self
 
 import psutil
 
-from fedmoe.layout import Layout
+from fedmoe.protocol.layout import Layout
 from ops.bench.adapters import LAYOUTS
 from ops.bench.contest import Sample, take_turns
 from ops.bench.fedmoe_side import DEFAULT_FORMAT, FedMoE

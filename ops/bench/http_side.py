@@ -15,8 +15,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import torch
 
-from fedmoe.layout import Layout
-from fedmoe.lora_init import initial_weights
+from fedmoe.protocol.layout import Layout
+from fedmoe.protocol.lora_init import initial_weights
 from ops.bench.contest import Contestant, Seats
 from ops.bench.processes import BenchError, free_port
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any, Self
 
-from fedmoe.layout import Layout
+from fedmoe.protocol.layout import Layout
 from fedmoe.store.connection import Connection, RedisSettings
 from fedmoe.store.worker import WorkerStore
 from ops.bench.adapters import LAYOUTS

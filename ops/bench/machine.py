@@ -9,7 +9,7 @@ from contextlib import ExitStack
 
 import torch
 
-from fedmoe.layout import FLOAT_BYTES, AdapterBuffer, Layout, values_of
+from fedmoe.protocol.layout import FLOAT_BYTES, AdapterBuffer, Layout, values_of
 from fedmoe.store.chunks import put, weights_of, weights_reads
 from fedmoe.store.connection import Connection, RedisSettings
 from fedmoe.store.full import read_together

@@ -21,14 +21,14 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from fedmoe.data.encode import Answer, Example
-from fedmoe.identity import BaseIdentity
 from fedmoe.model.adapter import adapter_layout, attach_adapter
 from fedmoe.model.base import structure
-from fedmoe.rules import TrainingSettings
-from fedmoe.spec import LoraSettings, Spec
+from fedmoe.protocol.identity import BaseIdentity
+from fedmoe.protocol.rules import TrainingSettings
+from fedmoe.protocol.spec import LoraSettings, Spec
+from fedmoe.protocol.update import make_run
 from fedmoe.store.connection import Connection, RedisSettings
 from fedmoe.store.worker import WorkerStore
-from fedmoe.update import make_run
 from ops.bench.fedmoe_side import (
     DEFAULT_FORMAT,
     FINGERPRINT,

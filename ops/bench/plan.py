@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from fedmoe.codec import FORMATS
+from fedmoe.protocol.codec import FORMATS
 from ops.bench.fedmoe_side import DEFAULT_FORMAT
 
 

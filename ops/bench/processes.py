@@ -20,8 +20,8 @@ from typing import Any, Self
 import psutil
 import torch
 
-from fedmoe.embedded import EmbeddedRedis
-from fedmoe.memory import keep_freed
+from fedmoe.store.embedded import EmbeddedRedis
+from fedmoe.util.memory import keep_freed
 
 # Children are forked off a process that has imported torch and done nothing else: no second of imports for each.
 CONTEXT = multiprocessing.get_context("forkserver")

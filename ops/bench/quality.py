@@ -14,21 +14,21 @@ import torch
 
 from consumers.expert import Expert
 from fedmoe.cli.demo import cache_dir
-from fedmoe.codec import FORMATS
 from fedmoe.data.bad_rows import BadRows
 from fedmoe.data.encode import Example
 from fedmoe.data.examples import make_examples, padding_id
 from fedmoe.data.jsonl import open_data
 from fedmoe.demo.datasets import find_data
 from fedmoe.demo.pretrained import ensure_demo_model
-from fedmoe.evaluate import mean_loss
 from fedmoe.model.adapter import adapter_layout, attach_adapter
 from fedmoe.model.base import load_base, load_config
 from fedmoe.model.tokenizer import load_tokenizer
-from fedmoe.rules import TrainingSettings
-from fedmoe.spec import LoraSettings, Spec
+from fedmoe.protocol.codec import FORMATS
+from fedmoe.protocol.rules import TrainingSettings
+from fedmoe.protocol.spec import LoraSettings, Spec
 from fedmoe.store.connection import Connection, RedisSettings
 from fedmoe.store.expert import ExpertStore
+from fedmoe.tools.evaluate import mean_loss
 from ops.bench.fedmoe_side import DEFAULT_FORMAT, RULES, Client, create_expert, make_spec
 from ops.bench.plan import Plan, Quality
 from ops.bench.processes import BenchError, Processes

@@ -8,9 +8,9 @@ the weights. So as many bytes move in both directions as with FedMoE, and nobody
 import os
 import time
 
+from fedmoe.protocol.update import PART_BYTES
 from fedmoe.store.chunks import CHUNK_BYTES, put
 from fedmoe.store.connection import Connection, RedisSettings
-from fedmoe.update import PART_BYTES
 from ops.bench.contest import Contestant, Seats
 
 STREAM, GROUP, WEIGHTS = "updates", "aggregator", "weights"

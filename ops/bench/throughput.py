@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 
-from fedmoe.codec import EXACT, part_lengths
-from fedmoe.layout import Layout
+from fedmoe.protocol.codec import EXACT, part_lengths
+from fedmoe.protocol.layout import Layout
 from ops.bench.adapters import LAYOUTS, fp32_bytes
 from ops.bench.contest import Contestant, Sample, take_turns
 from ops.bench.fedmoe_side import DEFAULT_FORMAT, FedMoE

@@ -3,7 +3,7 @@
 import subprocess
 from collections.abc import Callable, Iterator
 
-from fedmoe.codec import FORMATS
+from fedmoe.protocol.codec import FORMATS
 from fedmoe.store.connection import Connection, RedisSettings
 from ops.bench.adapters import LAYOUTS, fp32_bytes
 from ops.bench.fedmoe_side import DEFAULT_FORMAT, Client, aggregator_command, create_expert, make_spec

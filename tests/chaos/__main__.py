@@ -9,7 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from fedmoe.embedded import EmbeddedRedis
+from fedmoe.store.embedded import EmbeddedRedis
 
 
 def _count(text: str) -> int:

@@ -17,15 +17,15 @@ import fedmoe.cli.aggregator  # imported once, before the processes are forked
 import fedmoe.cli.main
 from consumers.daemon import Aggregator  # noqa: F401  # imported before the fork, for the command to find
 from fedmoe.data.jsonl import DataFile
-from fedmoe.identity import BaseIdentity
-from fedmoe.layout import Layout
-from fedmoe.rules import AggregationRules, RuleSet, TrainingSettings
+from fedmoe.protocol.identity import BaseIdentity
+from fedmoe.protocol.layout import Layout
+from fedmoe.protocol.rules import AggregationRules, RuleSet, TrainingSettings
+from fedmoe.protocol.spec import LoraSettings, Spec
+from fedmoe.protocol.update import Header
 from fedmoe.settings import WorkerSettings
-from fedmoe.spec import LoraSettings, Spec
-from fedmoe.stopping import Stop, stop_on_signals
 from fedmoe.store.connection import RedisSettings
 from fedmoe.store.worker import WorkerStore
-from fedmoe.update import Header
+from fedmoe.util.stopping import Stop, stop_on_signals
 from producers.checkpoint import name_in
 from producers.material import Material
 from producers.worker import Worker

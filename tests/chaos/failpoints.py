@@ -18,7 +18,7 @@ import redis
 from redis.connection import AbstractConnection
 
 Action = Literal["kill", "stop", "cut"]
-WHERE = ("/fedmoe/store/", "/fedmoe/archive.py", "/producers/checkpoint.py")
+WHERE = ("/fedmoe/store/", "/fedmoe/store/archive.py", "/producers/checkpoint.py")
 # Method -> about how many points one call passes; a process dies within its first few calls.
 WORKER = {
     "WorkerStore.publish": 20, "WorkerStore.pull": 12, "WorkerStore.poll": 8, "StateDir.save": 16,

@@ -4,8 +4,8 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
 from consumers.verify import replay
-from fedmoe.archive import Archive
-from fedmoe.keys import GROUP
+from fedmoe.protocol.keys import GROUP
+from fedmoe.store.archive import Archive
 from fedmoe.store.connection import Connection
 from fedmoe.store.gateway import GatewayStore
 from producers.checkpoint import StateDir

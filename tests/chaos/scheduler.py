@@ -14,12 +14,12 @@ from typing import Any
 
 import redis
 
-from fedmoe.embedded import EmbeddedRedis
 from fedmoe.errors import FedMoEError
-from fedmoe.layout import AdapterBuffer
-from fedmoe.lora_init import initial_weights
+from fedmoe.protocol.layout import AdapterBuffer
+from fedmoe.protocol.lora_init import initial_weights
 from fedmoe.store.change import change_rules_soon
 from fedmoe.store.connection import Connection, RedisSettings
+from fedmoe.store.embedded import EmbeddedRedis
 from fedmoe.store.expert import ExpertStore
 from tests.chaos.actors import (
     AGGREGATORS,

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from fedmoe.embedded import EmbeddedRedis
+from fedmoe.store.embedded import EmbeddedRedis
 
 
 @pytest.fixture(scope="session")

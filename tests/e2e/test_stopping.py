@@ -21,14 +21,14 @@ import psutil
 import pytest
 import torch
 
-from fedmoe.embedded import EmbeddedRedis
-from fedmoe.layout import AdapterBuffer
-from fedmoe.lora_init import initial_weights
 from fedmoe.model.adapter import adapter_layout
 from fedmoe.model.base import fingerprint, load_base, load_config, structure
-from fedmoe.rules import RuleSet
-from fedmoe.spec import LoraSettings, Spec
+from fedmoe.protocol.layout import AdapterBuffer
+from fedmoe.protocol.lora_init import initial_weights
+from fedmoe.protocol.rules import RuleSet
+from fedmoe.protocol.spec import LoraSettings, Spec
 from fedmoe.store.connection import Connection, RedisSettings
+from fedmoe.store.embedded import EmbeddedRedis
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore
 from tests.federation import first_meta

@@ -10,8 +10,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from fedmoe.layout import AdapterBuffer
-from fedmoe.spec import Spec
+from fedmoe.protocol.layout import AdapterBuffer
+from fedmoe.protocol.spec import Spec
 from fedmoe.store.connection import Connection
 from fedmoe.store.gateway import GatewayStore
 from tests.processes import eventually, fedmoe, running, terminate

@@ -17,8 +17,8 @@ from unittest.mock import patch
 import redis
 import torch
 
-from fedmoe.embedded import EmbeddedRedis
 from fedmoe.errors import RedisUnavailableError
+from fedmoe.store.embedded import EmbeddedRedis
 from tests.hazards.hazard import Hazard, Patch
 from tests.hazards.play import play, unexpected_errors
 from tests.hazards.table import HAZARDS

@@ -6,8 +6,8 @@ from unittest.mock import patch
 
 from consumers.expert import Expert
 from fedmoe.errors import StaleStateError
-from fedmoe.keys import GROUP, Keys
-from fedmoe.records import Entry
+from fedmoe.protocol.keys import GROUP, Keys
+from fedmoe.protocol.records import Entry
 from tests.hazards.world import EXPERT, AggregatorProcess, World, expect
 
 _META = Keys().expert(EXPERT).meta

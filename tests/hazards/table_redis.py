@@ -3,7 +3,7 @@
 import redis.client
 
 import consumers.aggregator as aggregator
-import consumers.gateway as gateway
+import consumers.gateway.builder as gateway
 import consumers.recovery
 from fedmoe.store import change, lifecycle
 from fedmoe.store.expert import ExpertStore

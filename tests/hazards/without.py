@@ -15,16 +15,16 @@ import redis.client
 import consumers.expert
 from consumers.decide import Admission, Outcome, Verdict, judge_header
 from consumers.expert import Expert
-from consumers.gateway import GatewayBuilder
-from fedmoe.doorbell import Doorbell
+from consumers.gateway.builder import GatewayBuilder
 from fedmoe.errors import RedisUnavailableError, SpecError
-from fedmoe.keys import GROUP
-from fedmoe.records import Decided, Entry, Meta
-from fedmoe.spec import Spec
+from fedmoe.protocol.doorbell import Doorbell
+from fedmoe.protocol.keys import GROUP
+from fedmoe.protocol.records import Decided, Entry, Meta
+from fedmoe.protocol.spec import Spec
+from fedmoe.protocol.update import Header, UpdateId, make_run
 from fedmoe.store.connection import Connection
 from fedmoe.store.expert import CONSUMER, Commit, ExpertStore, Loaded
 from fedmoe.store.worker import Pulled, WorkerStore
-from fedmoe.update import Header, UpdateId, make_run
 from producers import ledger as ledger_module
 from producers.checkpoint import Checkpoint, StateDir
 from producers.exchange import TrainingState

@@ -12,24 +12,24 @@ from pathlib import Path
 import torch
 
 import consumers.aggregator
-import consumers.gateway
+import consumers.gateway.builder
 import consumers.verify
 import producers.worker
-from fedmoe.archive import Archive
 from fedmoe.errors import NameTakenError
-from fedmoe.identity import BaseIdentity
-from fedmoe.layout import AdapterBuffer, Layout, values_of
-from fedmoe.lora_init import initial_weights
-from fedmoe.records import PROTOCOL, Decided, Entry, Meta
-from fedmoe.rules import AggregationRules, RuleSet, TrainingSettings
-from fedmoe.spec import LoraSettings, Spec
-from fedmoe.staleness import Decay
-from fedmoe.stopping import Stop
+from fedmoe.protocol.identity import BaseIdentity
+from fedmoe.protocol.layout import AdapterBuffer, Layout, values_of
+from fedmoe.protocol.lora_init import initial_weights
+from fedmoe.protocol.records import PROTOCOL, Decided, Entry, Meta
+from fedmoe.protocol.rules import AggregationRules, RuleSet, TrainingSettings
+from fedmoe.protocol.spec import LoraSettings, Spec
+from fedmoe.protocol.staleness import Decay
 from fedmoe.store import change
+from fedmoe.store.archive import Archive
 from fedmoe.store.connection import Connection, RedisSettings
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore
 from fedmoe.store.lifecycle import new_id
+from fedmoe.util.stopping import Stop
 from producers.checkpoint import StateDir
 from producers.exchange import Exchange, TrainingState
 from producers.ledger import Change, Trained
@@ -320,12 +320,14 @@ class World:
         self._workers.append(WorkerProcess(self, name, self.directory / name if state else None, at))
         return self._workers[-1]
 
-    def builder(self, holder: str) -> tuple[consumers.gateway.GatewayBuilder, Stepper]:
+    def builder(self, holder: str) -> tuple[consumers.gateway.builder.GatewayBuilder, Stepper]:
         """A builder of the gateway."""
         connection = self.connect()
-        settings = consumers.gateway.GatewaySettings(method="average")
+        settings = consumers.gateway.builder.GatewaySettings(method="average")
         steps = self.step(connection)
-        return consumers.gateway.GatewayBuilder(connection, settings, holder=holder, lease_s=1.0), steps
+        return consumers.gateway.builder.GatewayBuilder(
+            connection, settings, holder=holder, lease_s=1.0
+        ), steps
 
     def step(self, connection: Connection) -> Stepper:
         """Step the client of a connection."""

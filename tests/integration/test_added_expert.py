@@ -10,11 +10,11 @@ from click.testing import Result
 
 from consumers.daemon import Aggregator
 from consumers.expert import Expert
-from consumers.gateway import GatewayBuilder
-from fedmoe.beat import Beat
-from fedmoe.layout import values_of
-from fedmoe.lora_init import initial_weights
-from fedmoe.rules import AggregationRules, RuleSet
+from consumers.gateway.builder import GatewayBuilder
+from fedmoe.protocol.beat import Beat
+from fedmoe.protocol.layout import values_of
+from fedmoe.protocol.lora_init import initial_weights
+from fedmoe.protocol.rules import AggregationRules, RuleSet
 from fedmoe.settings import AggregatorSettings, GatewaySettings
 from fedmoe.store.connection import Connection, RedisSettings
 from fedmoe.store.gateway import GatewayStore

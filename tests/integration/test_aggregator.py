@@ -11,7 +11,7 @@ from consumers.aggregator import ExpertServer
 from consumers.daemon import Aggregator
 from consumers.expert import Expert
 from fedmoe.errors import SettingsError, SpecError
-from fedmoe.layout import AdapterBuffer
+from fedmoe.protocol.layout import AdapterBuffer
 from fedmoe.settings import AggregatorSettings, GatewaySettings
 from fedmoe.store.connection import Connection
 from fedmoe.store.gateway import GatewayStore

@@ -11,20 +11,20 @@ import pytest
 import torch
 from peft import PeftModel
 
-from consumers.gateway import GatewayBuilder
-from fedmoe.backup import restore
+from consumers.gateway.builder import GatewayBuilder
 from fedmoe.cli.main import main
 from fedmoe.errors import BackupError, StaleStateError
-from fedmoe.layout import AdapterBuffer
 from fedmoe.model.adapter import adapter_layout
 from fedmoe.model.base import structure
+from fedmoe.protocol.layout import AdapterBuffer
+from fedmoe.protocol.spec import LoraSettings, Spec
 from fedmoe.settings import GatewaySettings
-from fedmoe.spec import LoraSettings, Spec
 from fedmoe.store import backup as store_module
 from fedmoe.store.backup import BackupStore, ExpertState
 from fedmoe.store.connection import Connection, RedisSettings
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore
+from fedmoe.tools.backup import restore
 from tests.backups import NAME, backed_up, content, make
 from tests.federation import ScriptedWorker, first_meta, make_expert, serve
 from tests.tiny import tiny_config, tiny_model

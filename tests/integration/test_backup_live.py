@@ -13,16 +13,16 @@ import torch
 
 from consumers.aggregator import ExpertServer
 from consumers.verify import replay
-from fedmoe.archive import Archive
-from fedmoe.backup import Backup, back_up, restore
 from fedmoe.errors import RedisUnavailableError, UnknownExpertError
-from fedmoe.layout import AdapterBuffer
-from fedmoe.lora_init import initial_weights
-from fedmoe.records import Decided
+from fedmoe.protocol.layout import AdapterBuffer
+from fedmoe.protocol.lora_init import initial_weights
+from fedmoe.protocol.records import Decided
 from fedmoe.settings import AggregatorSettings
+from fedmoe.store.archive import Archive
 from fedmoe.store.backup import BackupStore, ExpertState
 from fedmoe.store.connection import Connection
 from fedmoe.store.expert import ExpertStore
+from fedmoe.tools.backup import Backup, back_up, restore
 from producers.ledger import Change
 from tests.federation import LAYOUT, ScriptedWorker, first_meta, small_spec
 from tests.processes import eventually

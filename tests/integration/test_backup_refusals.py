@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from fedmoe.backup import Backup, back_up, restore
 from fedmoe.errors import BackupError, FedMoEError, RedisUnavailableError, UnknownExpertError
 from fedmoe.store.backup import BackupStore, ExpertState
 from fedmoe.store.connection import Connection, RedisSettings
+from fedmoe.tools.backup import Backup, back_up, restore
 from tests.backups import NAME, backed_up, content, make
 from tests.federation import small_spec
 from tests.processes import environment, eventually

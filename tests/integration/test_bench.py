@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fedmoe.rules import AggregationRules, RuleSet
+from fedmoe.protocol.rules import AggregationRules, RuleSet
 from ops.bench.adapters import LAYOUTS, fp32_bytes
 from ops.bench.contest import Contestant, Sample, Seats, take_turns
 from ops.bench.fedmoe_side import FedMoE

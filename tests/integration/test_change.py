@@ -12,13 +12,13 @@ from click.testing import CliRunner, Result
 from consumers.create import SpecRequest, ensure_experts
 from consumers.expert import Expert
 from consumers.verify import replay
-from fedmoe.archive import Archive
 from fedmoe.cli.main import cli
 from fedmoe.errors import FedMoEError, ProtocolError, SettingsError, StaleStateError
-from fedmoe.lora_init import initial_weights
-from fedmoe.rules import RuleSet, TrainingSettings
-from fedmoe.spec import LoraSettings
+from fedmoe.protocol.lora_init import initial_weights
+from fedmoe.protocol.rules import RuleSet, TrainingSettings
+from fedmoe.protocol.spec import LoraSettings
 from fedmoe.store import change
+from fedmoe.store.archive import Archive
 from fedmoe.store.connection import Connection
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore

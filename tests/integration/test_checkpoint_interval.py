@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from fedmoe.errors import SettingsError
-from fedmoe.identity import BaseIdentity
+from fedmoe.protocol.identity import BaseIdentity
 from fedmoe.settings import WorkerSettings
 from fedmoe.store.connection import Connection
 from producers.checkpoint import StateDir

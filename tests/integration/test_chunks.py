@@ -5,7 +5,7 @@ import torch
 
 import fedmoe.store.chunks
 from fedmoe.errors import RedisUnavailableError, SpecError, StaleStateError, UnknownExpertError
-from fedmoe.layout import Layout, values_of
+from fedmoe.protocol.layout import Layout, values_of
 from fedmoe.store.connection import Connection
 from tests.federation import LAYOUT, ScriptedWorker, make_expert, serve, small_spec
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fedmoe.beat import Beat
 from fedmoe.errors import NameTakenError
+from fedmoe.protocol.beat import Beat
 from fedmoe.store.connection import Connection
 from fedmoe.store.worker import WorkerStore
 from producers.checkpoint import StateDir

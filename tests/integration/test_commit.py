@@ -11,17 +11,17 @@ import torch
 from consumers.decide import COUNTED_STEPS
 from consumers.expert import Expert
 from consumers.fold import fold
-from fedmoe.beat import Beat
-from fedmoe.codec import encode
 from fedmoe.errors import StaleStateError, UnknownExpertError
-from fedmoe.identity import BaseIdentity, tokenizer_text
-from fedmoe.integrity import stamp_decided
-from fedmoe.keys import GROUP
-from fedmoe.layout import AdapterBuffer, stamped
-from fedmoe.records import PROTOCOL, Decided
+from fedmoe.protocol.beat import Beat
+from fedmoe.protocol.codec import encode
+from fedmoe.protocol.identity import BaseIdentity, tokenizer_text
+from fedmoe.protocol.integrity import stamp_decided
+from fedmoe.protocol.keys import GROUP
+from fedmoe.protocol.layout import AdapterBuffer, stamped
+from fedmoe.protocol.records import PROTOCOL, Decided
+from fedmoe.protocol.update import Part, UpdateId, make_run
 from fedmoe.store.connection import Connection
-from fedmoe.template_file import template_digest
-from fedmoe.update import Part, UpdateId, make_run
+from fedmoe.util.template_file import template_digest
 from producers.ledger import Outgoing
 from tests.federation import FINGERPRINT, LAYOUT, ScriptedWorker, aggregating, make_expert, serve, small_spec
 from tests.hazards.stepping import Killed, Stepper

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from fedmoe.backup import Backup, restore
-from fedmoe.embedded import EmbeddedRedis
 from fedmoe.errors import RedisUnavailableError
-from fedmoe.layout import AdapterBuffer
+from fedmoe.protocol.layout import AdapterBuffer
 from fedmoe.store.backup import BackupStore
 from fedmoe.store.connection import Connection, RedisSettings
+from fedmoe.store.embedded import EmbeddedRedis
 from fedmoe.store.expert import ExpertStore
+from fedmoe.tools.backup import Backup, restore
 from tests.backups import backed_up
 from tests.counting import EXPERT, CountingWorker, assert_settled, counting_spec, create_expert
 from tests.federation import first_meta, serving

@@ -10,16 +10,16 @@ import pytest
 import torch
 
 import consumers.create
-import fedmoe.spec
+import fedmoe.protocol.spec
 from consumers.create import SpecRequest, ensure_experts, parse_experts
 from fedmoe.errors import BaseModelError, RedisUnavailableError, SettingsError, SpecError
-from fedmoe.layout import AdapterBuffer, stamped
 from fedmoe.model.tokenizer import load_tokenizer, tokenizer_fingerprint
-from fedmoe.spec import LoraSettings
+from fedmoe.protocol.layout import AdapterBuffer, stamped
+from fedmoe.protocol.spec import LoraSettings
 from fedmoe.store.connection import Connection
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore
-from fedmoe.template_file import template_digest
+from fedmoe.util.template_file import template_digest
 from tests.tiny import CHAT_TEMPLATE
 
 pytestmark = pytest.mark.one_server
@@ -208,7 +208,7 @@ def test_adapter_that_is_too_large_is_refused_before_it_is_made(
     connection: Connection, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its initial weights, of which the default bound of norms is made, would take all memory first."""
-    monkeypatch.setattr(fedmoe.spec, "MAX_STRING_BYTES", 1000)
+    monkeypatch.setattr(fedmoe.protocol.spec, "MAX_STRING_BYTES", 1000)
     monkeypatch.setattr(consumers.create, "initial_weights", lambda *_: pytest.fail("it was made"))
     with pytest.raises(SettingsError, match="MiB does not fit into one Redis string"):
         ensure_experts(connection, {"a": 1.0}, request(tiny_model_dir))

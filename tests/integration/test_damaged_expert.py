@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from consumers.verify import replay
-from fedmoe.archive import Archive
-from fedmoe.backup import Backup, back_up, restore
 from fedmoe.errors import DamagedExpertError, FedMoEError
-from fedmoe.layout import stamped
+from fedmoe.protocol.layout import stamped
+from fedmoe.store.archive import Archive
 from fedmoe.store.backup import BackupStore
 from fedmoe.store.connection import Connection
 from fedmoe.store.gateway import GatewayStore
+from fedmoe.tools.backup import Backup, back_up, restore
 from tests.federation import ScriptedWorker, make_expert, serve, serving, small_spec
 from tests.processes import eventually, fedmoe
 

@@ -6,17 +6,17 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from fedmoe.beat import Beat
 from fedmoe.cli.main import cli
-from fedmoe.doctor import FAIL, OK, WARN
-from fedmoe.embedded import EmbeddedRedis
 from fedmoe.errors import RedisUnfitError, SettingsError
-from fedmoe.keys import Keys
+from fedmoe.protocol.beat import Beat
+from fedmoe.protocol.keys import Keys
 from fedmoe.store.connection import Connection, RedisSettings
+from fedmoe.store.embedded import EmbeddedRedis
 from fedmoe.store.permissions import AGGREGATOR, ANY, MONITOR, ROLES, WORKER, Role, acl_rules
 from fedmoe.store.probe import check_redis, eviction_warning
 from fedmoe.store.rights import try_transactions
 from fedmoe.store.worker import WorkerStore
+from fedmoe.util.check import FAIL, OK, WARN
 from tests.federation import ScriptedWorker, make_expert, serve, small_spec
 from tests.processes import fedmoe
 

@@ -14,15 +14,15 @@ from consumers.aggregator import ExpertServer
 from consumers.create import SpecRequest, ensure_experts
 from consumers.daemon import Aggregator
 from consumers.expert import Expert
-from consumers.gateway import GatewayBuilder
+from consumers.gateway.builder import GatewayBuilder
 from consumers.verify import replay
-from fedmoe.archive import Archive
-from fedmoe.beat import Beat
 from fedmoe.errors import LostExpertError, RedisUnavailableError
-from fedmoe.federation import findings
-from fedmoe.layout import AdapterBuffer, stamped
+from fedmoe.protocol.beat import Beat
+from fedmoe.protocol.federation import findings
+from fedmoe.protocol.layout import AdapterBuffer, stamped
+from fedmoe.protocol.spec import LoraSettings
 from fedmoe.settings import AggregatorSettings, GatewaySettings
-from fedmoe.spec import LoraSettings
+from fedmoe.store.archive import Archive
 from fedmoe.store.connection import Connection, RedisSettings
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore

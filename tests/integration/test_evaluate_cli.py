@@ -10,24 +10,24 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from consumers.gateway import GatewayBuilder
+from consumers.gateway.builder import GatewayBuilder
 from fedmoe.data.bad_rows import BadRows
 from fedmoe.data.encode import Learn
 from fedmoe.data.examples import make_examples, padding_id
 from fedmoe.data.jsonl import open_data
 from fedmoe.errors import BaseModelError, DataError, SettingsError, SpecError, UnknownExpertError
-from fedmoe.evaluate import mean_loss
-from fedmoe.export import read_expert, write
-from fedmoe.heldout import HeldOut, HeldOutSettings, find_files, measure, read_directory
-from fedmoe.layout import AdapterBuffer
-from fedmoe.lora_init import initial_weights
 from fedmoe.model.adapter import adapter_layout
 from fedmoe.model.base import fingerprint, structure
+from fedmoe.protocol.layout import AdapterBuffer
+from fedmoe.protocol.lora_init import initial_weights
+from fedmoe.protocol.spec import LoraSettings, Spec
 from fedmoe.settings import GatewaySettings
-from fedmoe.spec import LoraSettings, Spec
 from fedmoe.store.connection import Connection
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore
+from fedmoe.tools.evaluate import mean_loss
+from fedmoe.tools.export import read_expert, write
+from fedmoe.tools.heldout import HeldOut, HeldOutSettings, find_files, measure, read_directory
 from tests.federation import first_meta
 from tests.processes import fedmoe
 from tests.strategies import randn

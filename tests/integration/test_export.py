@@ -14,19 +14,19 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from consumers.gateway import GatewayBuilder
+from consumers.gateway.builder import GatewayBuilder
 from fedmoe.errors import DamagedExpertError, FedMoEError, SettingsError, SpecError, UnknownExpertError
-from fedmoe.export import Export, read_expert, read_gateway, vllm_hint, write
-from fedmoe.layout import AdapterBuffer
-from fedmoe.lora_init import initial_weights
 from fedmoe.model.adapter import adapter_layout
 from fedmoe.model.base import structure
-from fedmoe.records import Meta
+from fedmoe.protocol.layout import AdapterBuffer
+from fedmoe.protocol.lora_init import initial_weights
+from fedmoe.protocol.records import Meta
+from fedmoe.protocol.spec import LoraSettings, Spec
 from fedmoe.settings import GatewaySettings
-from fedmoe.spec import LoraSettings, Spec
 from fedmoe.store.connection import Connection
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore
+from fedmoe.tools.export import Export, read_expert, read_gateway, vllm_hint, write
 from tests.federation import LAYOUT, ScriptedWorker, first_meta, make_expert, serve, small_spec
 from tests.processes import fedmoe
 from tests.strategies import randn
@@ -360,6 +360,6 @@ def test_a_template_that_the_expert_brings_goes_with_it(connection: Connection, 
 
 def test_exporting_imports_neither_peft_nor_transformers() -> None:
     """It must work on a machine that only looks after Redis."""
-    code = "import sys, fedmoe.export; print({'peft', 'transformers'} & set(sys.modules))"
+    code = "import sys, fedmoe.tools.export; print({'peft', 'transformers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"

@@ -15,10 +15,10 @@ from peft import PeftConfig
 from peft.utils.save_and_load import load_peft_weights
 
 from fedmoe.errors import SettingsError
-from fedmoe.export import FILES, Export, write
-from fedmoe.heldout import read_directory
-from fedmoe.layout import AdapterBuffer, Layout
-from fedmoe.versions import CURRENT, HOME, KEEP_S, version_of
+from fedmoe.protocol.layout import AdapterBuffer, Layout
+from fedmoe.tools.export import FILES, Export, write
+from fedmoe.tools.heldout import read_directory
+from fedmoe.util.versions import CURRENT, HOME, KEEP_S, version_of
 
 OLD, NEW = 2, 3
 

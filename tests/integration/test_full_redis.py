@@ -11,11 +11,11 @@ import fedmoe.store.chunks
 from consumers.aggregator import ExpertServer
 from consumers.create import SpecRequest, ensure_experts
 from consumers.expert import Expert
-from fedmoe.embedded import EmbeddedRedis
 from fedmoe.errors import RedisUnavailableError, StaleStateError
-from fedmoe.layout import Layout
+from fedmoe.protocol.layout import Layout
 from fedmoe.settings import AggregatorSettings
 from fedmoe.store.connection import Connection, RedisSettings
+from fedmoe.store.embedded import EmbeddedRedis
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.full import read_together
 from fedmoe.store.lease import Lease

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from fedmoe.beat import Beat
 from fedmoe.errors import FedMoEError, NameTakenError, RefusedError, StoppedError
+from fedmoe.protocol.beat import Beat
 from fedmoe.settings import WorkerSettings
-from fedmoe.stopping import Stop
 from fedmoe.store.connection import Connection
 from fedmoe.store.inspect import Inspector
 from fedmoe.store.worker import WorkerStore
+from fedmoe.util.stopping import Stop
 from producers.worker import Worker
 from tests.federation import make_expert
 

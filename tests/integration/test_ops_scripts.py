@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import redis
 
-from fedmoe.embedded import EmbeddedRedis, wheel_server
+from fedmoe.store.embedded import EmbeddedRedis, wheel_server
 
 ROOT = Path(__file__).parents[2]
 OPS = ROOT / "ops"

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from consumers.expert import Expert
-from fedmoe.backup import restore
-from fedmoe.codec import FORMATS, Format
-from fedmoe.layout import Layout, values_of
-from fedmoe.lora_init import initial_weights
-from fedmoe.packed import pack
+from fedmoe.protocol.codec import FORMATS, Format
+from fedmoe.protocol.layout import Layout, values_of
+from fedmoe.protocol.lora_init import initial_weights
+from fedmoe.protocol.packed import pack
 from fedmoe.store.backup import BackupStore
 from fedmoe.store.connection import Connection
+from fedmoe.tools.backup import restore
 from tests.backups import backed_up
 from tests.federation import LAYOUT, ScriptedWorker, delta_of, make_expert, serve, small_spec
 from tests.strategies import randn

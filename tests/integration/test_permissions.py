@@ -11,18 +11,17 @@ from click.testing import CliRunner
 
 from consumers.create import SpecRequest, ensure_experts
 from consumers.daemon import Aggregator
-from consumers.gateway import GatewayBuilder
-from fedmoe.beat import Beat
+from consumers.gateway.builder import GatewayBuilder
 from fedmoe.cli.main import cli
-from fedmoe.embedded import EmbeddedRedis
 from fedmoe.errors import RedisUnavailableError, RedisUnfitError, RemovedExpertError, UnknownExpertError
-from fedmoe.keys import Keys
-from fedmoe.rules import RuleSet
+from fedmoe.protocol.beat import Beat
+from fedmoe.protocol.keys import Keys
+from fedmoe.protocol.rules import RuleSet
+from fedmoe.protocol.spec import LoraSettings
 from fedmoe.settings import AggregatorSettings, GatewaySettings, WorkerSettings
-from fedmoe.spec import LoraSettings
-from fedmoe.stopping import Stop
 from fedmoe.store.backup import BackupStore
 from fedmoe.store.connection import Connection, RedisSettings
+from fedmoe.store.embedded import EmbeddedRedis
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore
 from fedmoe.store.lease import Lease
@@ -32,6 +31,7 @@ from fedmoe.store.problems import Problems
 from fedmoe.store.remove import look_at_expert, remove_expert
 from fedmoe.store.rights import require
 from fedmoe.store.worker import WorkerStore
+from fedmoe.util.stopping import Stop
 from producers.worker import Worker
 from tests.federation import ScriptedWorker, make_expert, serve, serving, small_spec
 from tests.processes import eventually

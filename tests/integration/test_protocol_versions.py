@@ -15,18 +15,18 @@ import torch
 
 from consumers.create import SpecRequest, ensure_experts
 from consumers.expert import Expert
-from consumers.gateway import GatewayBuilder
-from fedmoe import features, records
-from fedmoe.beat import Beat
+from consumers.gateway.builder import GatewayBuilder
 from fedmoe.errors import ProtocolError
-from fedmoe.identity import BaseIdentity
-from fedmoe.rules import RuleSet
+from fedmoe.protocol import features, records
+from fedmoe.protocol.beat import Beat
+from fedmoe.protocol.identity import BaseIdentity
+from fedmoe.protocol.rules import RuleSet
 from fedmoe.settings import GatewaySettings
-from fedmoe.software import software
 from fedmoe.store.connection import Connection
 from fedmoe.store.inspect import Inspector
 from fedmoe.store.lease import Lease
 from fedmoe.store.worker import WorkerStore
+from fedmoe.util.software import software
 from producers.checkpoint import StateDir
 from producers.exchange import Exchange
 from producers.heartbeat import Heartbeat, SyncStatus

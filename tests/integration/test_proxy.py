@@ -10,7 +10,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from fedmoe.embedded import EmbeddedRedis
+from fedmoe.store.embedded import EmbeddedRedis
 from tests.processes import eventually
 from tests.proxy import Action, Direction, Proxy
 

@@ -11,18 +11,18 @@ import torch
 from consumers.aggregator import ExpertServer
 from consumers.expert import Expert
 from consumers.verify import replay
-from fedmoe import features
-from fedmoe.archive import Archive
-from fedmoe.backup import Backup, back_up, restore
 from fedmoe.errors import NameTakenError
-from fedmoe.layout import stamped
-from fedmoe.lora_init import initial_weights
+from fedmoe.protocol import features
+from fedmoe.protocol.layout import stamped
+from fedmoe.protocol.lora_init import initial_weights
+from fedmoe.protocol.spec import Spec
 from fedmoe.settings import AggregatorSettings
-from fedmoe.spec import Spec
+from fedmoe.store.archive import Archive
 from fedmoe.store.backup import BackupStore
 from fedmoe.store.connection import Connection
 from fedmoe.store.gateway import GatewayStore
 from fedmoe.store.worker import WorkerStore
+from fedmoe.tools.backup import Backup, back_up, restore
 from tests.federation import LAYOUT, ScriptedWorker, aggregating, make_expert, serve, serving, small_spec
 from tests.processes import eventually
 from tests.rollback import Snapshot

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from fedmoe.beat import Beat
-from fedmoe.embedded import EmbeddedRedis
 from fedmoe.errors import RedisUnavailableError, RedisUnfitError
+from fedmoe.protocol.beat import Beat
 from fedmoe.store.connection import Connection, RedisSettings
+from fedmoe.store.embedded import EmbeddedRedis
 from fedmoe.store.expert import _LOOK, ExpertStore
 from fedmoe.store.worker import WorkerStore
 from tests.counting import EXPERT, CountingWorker, counting_spec, create_expert

@@ -8,11 +8,10 @@ import pytest
 
 from consumers.create import SpecRequest, ensure_experts
 from consumers.expert import Expert
-from consumers.gateway import GatewayBuilder
-from fedmoe.backup import restore
-from fedmoe.beat import Beat
+from consumers.gateway.builder import GatewayBuilder
 from fedmoe.errors import RemovedExpertError
-from fedmoe.identity import BaseIdentity
+from fedmoe.protocol.beat import Beat
+from fedmoe.protocol.identity import BaseIdentity
 from fedmoe.settings import GatewaySettings
 from fedmoe.store.backup import BackupStore
 from fedmoe.store.connection import Connection
@@ -21,6 +20,7 @@ from fedmoe.store.inspect import Inspector
 from fedmoe.store.lifecycle import Condition
 from fedmoe.store.remove import remove_expert, sweep
 from fedmoe.store.worker import WorkerStore
+from fedmoe.tools.backup import restore
 from producers.exchange import Exchange
 from producers.sync import Sync
 from tests.backups import backed_up

@@ -10,11 +10,11 @@ import pytest
 
 from fedmoe.model.adapter import adapter_layout
 from fedmoe.model.base import structure
-from fedmoe.rules import RuleSet, TrainingSettings
+from fedmoe.protocol.rules import RuleSet, TrainingSettings
+from fedmoe.protocol.spec import LoraSettings, Spec
 from fedmoe.settings import WorkerSettings
-from fedmoe.spec import LoraSettings, Spec
-from fedmoe.stopping import Stop
 from fedmoe.store.connection import Connection
+from fedmoe.util.stopping import Stop
 from producers.worker import Worker
 from tests.federation import make_expert, serving
 from tests.tiny import tiny_config

@@ -8,12 +8,12 @@ import pytest
 from consumers.expert import Expert
 from consumers.retention import AT_ONCE, Retention
 from consumers.verify import Replay, replay
-from fedmoe.archive import ANCHOR_SUFFIX, SUFFIX, WEIGHTS_SUFFIX, Archive
 from fedmoe.cli.options import Duration
 from fedmoe.errors import SettingsError
-from fedmoe.layout import AdapterBuffer
-from fedmoe.lora_init import initial_weights
+from fedmoe.protocol.layout import AdapterBuffer
+from fedmoe.protocol.lora_init import initial_weights
 from fedmoe.settings import AggregatorSettings
+from fedmoe.store.archive import ANCHOR_SUFFIX, SUFFIX, WEIGHTS_SUFFIX, Archive
 from fedmoe.store.connection import Connection
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore

@@ -17,10 +17,10 @@ import redis
 from click.testing import CliRunner
 
 from fedmoe.cli.main import cli
-from fedmoe.embedded import EmbeddedRedis
 from fedmoe.errors import RedisUnavailableError
-from fedmoe.spec import Spec
+from fedmoe.protocol.spec import Spec
 from fedmoe.store.connection import Connection, RedisSettings
+from fedmoe.store.embedded import EmbeddedRedis
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore
 from fedmoe.store.sentinel import QUESTION_TIMEOUT_S

@@ -14,15 +14,15 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from consumers.gateway import GatewayBuilder
-from fedmoe.beat import Beat
+from consumers.gateway.builder import GatewayBuilder
 from fedmoe.cli.status import plain, render
 from fedmoe.cli.status import screen as status_screen
-from fedmoe.embedded import EmbeddedRedis
-from fedmoe.federation import Federation, duration, findings
-from fedmoe.records import HEARTBEAT_TTL_S, TRACE_TTL_S
+from fedmoe.protocol.beat import Beat
+from fedmoe.protocol.federation import Federation, duration, findings
+from fedmoe.protocol.records import HEARTBEAT_TTL_S, TRACE_TTL_S
 from fedmoe.settings import GatewaySettings
 from fedmoe.store.connection import Connection, RedisSettings
+from fedmoe.store.embedded import EmbeddedRedis
 from fedmoe.store.inspect import REPAIR, Inspector
 from fedmoe.store.lease import Lease
 from fedmoe.store.reading import printable

@@ -11,10 +11,10 @@ import torch
 
 from consumers.expert import Expert
 from fedmoe.errors import RefusedError
-from fedmoe.identity import BaseIdentity
-from fedmoe.layout import Layout
-from fedmoe.rules import AggregationRules, RuleSet
-from fedmoe.spec import Spec
+from fedmoe.protocol.identity import BaseIdentity
+from fedmoe.protocol.layout import Layout
+from fedmoe.protocol.rules import AggregationRules, RuleSet
+from fedmoe.protocol.spec import Spec
 from fedmoe.store.connection import Connection
 from producers import heartbeat
 from producers.checkpoint import StateDir

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from fedmoe.errors import FedMoEError, StoppedError, TooLittleMemoryError
-from fedmoe.identity import BaseIdentity
-from fedmoe.rules import AggregationRules, RuleSet
+from fedmoe.protocol.identity import BaseIdentity
+from fedmoe.protocol.rules import AggregationRules, RuleSet
 from fedmoe.settings import WorkerSettings
-from fedmoe.stopping import Stop
 from fedmoe.store.connection import Connection
+from fedmoe.util.stopping import Stop
 from producers.exchange import Exchange
 from producers.sync import Sync
 from producers.training import Progress, Training

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from consumers.expert import Expert
-from fedmoe.archive import WEIGHTS_SUFFIX, Archive
 from fedmoe.cli.main import main
 from fedmoe.errors import SettingsError
-from fedmoe.layout import AdapterBuffer
-from fedmoe.lora_init import initial_weights
+from fedmoe.protocol.layout import AdapterBuffer
+from fedmoe.protocol.lora_init import initial_weights
+from fedmoe.store.archive import WEIGHTS_SUFFIX, Archive
 from fedmoe.store.connection import Connection
 from fedmoe.store.expert import ExpertStore
 from tests.federation import LAYOUT, ScriptedWorker, first_meta, serve, small_spec

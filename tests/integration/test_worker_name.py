@@ -7,8 +7,8 @@ import pytest
 
 from fedmoe.errors import SettingsError
 from fedmoe.settings import WorkerSettings
-from fedmoe.stopping import Stop
 from fedmoe.store.connection import Connection
+from fedmoe.util.stopping import Stop
 from tests.chaos.actors import EXPERTS, CountingWorker
 from tests.federation import make_expert, serving
 

@@ -20,13 +20,13 @@ from consumers.aggregator import ExpertServer
 from consumers.expert import Expert
 from consumers.history import History
 from fedmoe.errors import FedMoEError
-from fedmoe.keys import Keys
-from fedmoe.layout import Layout, stamped
-from fedmoe.records import PROTOCOL, Decided, Meta
-from fedmoe.rules import AggregationRules, RuleSet
+from fedmoe.protocol.keys import Keys
+from fedmoe.protocol.layout import Layout, stamped
+from fedmoe.protocol.records import PROTOCOL, Decided, Meta
+from fedmoe.protocol.rules import AggregationRules, RuleSet
+from fedmoe.protocol.spec import Spec
+from fedmoe.protocol.staleness import Decay
 from fedmoe.settings import AggregatorSettings
-from fedmoe.spec import Spec
-from fedmoe.staleness import Decay
 from fedmoe.store.change import change_rules
 from fedmoe.store.connection import Command, Connection, RedisSettings
 from fedmoe.store.expert import ExpertStore

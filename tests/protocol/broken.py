@@ -12,13 +12,13 @@ import consumers.expert
 import consumers.recovery
 from consumers.decide import Admission, Outcome, Verdict, judge_header, judge_payload
 from consumers.expert import Expert
-from fedmoe.doorbell import Doorbell
-from fedmoe.layout import values_of
-from fedmoe.records import Decided, Entry, Meta
-from fedmoe.spec import Spec
+from fedmoe.protocol.doorbell import Doorbell
+from fedmoe.protocol.layout import values_of
+from fedmoe.protocol.records import Decided, Entry, Meta
+from fedmoe.protocol.spec import Spec
+from fedmoe.protocol.update import Header
 from fedmoe.store.expert import Commit, ExpertStore, Loaded
 from fedmoe.store.worker import Poll, Pulled, WorkerStore
-from fedmoe.update import Header
 from tests.protocol.actors import Rules
 from tests.protocol.state import Scope
 

@@ -9,13 +9,13 @@ import producers.ledger
 from consumers.aggregator import ExpertServer
 from consumers.expert import Expert
 from fedmoe.errors import LostExpertError, RefusedError
-from fedmoe.layout import AdapterBuffer
-from fedmoe.records import NO_DECISIONS, PROTOCOL, Entry, Meta
-from fedmoe.spec import Spec
+from fedmoe.protocol.layout import AdapterBuffer
+from fedmoe.protocol.records import NO_DECISIONS, PROTOCOL, Entry, Meta
+from fedmoe.protocol.spec import Spec
+from fedmoe.protocol.update import Header, UpdateId
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.lifecycle import Condition
 from fedmoe.store.worker import Poll, WorkerStore
-from fedmoe.update import Header, UpdateId
 from producers.ledger import HeadPlace, locate
 from tests.protocol.actors import Rules, make_spec
 from tests.protocol.broken import Broken

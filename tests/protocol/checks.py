@@ -2,10 +2,10 @@
 
 import torch
 
-from fedmoe.codec import decode
-from fedmoe.layout import values_of
-from fedmoe.spec import Spec
-from fedmoe.update import Header
+from fedmoe.protocol.codec import decode
+from fedmoe.protocol.layout import values_of
+from fedmoe.protocol.spec import Spec
+from fedmoe.protocol.update import Header
 from tests.protocol.actors import NEW_LR, Values, first_file
 from tests.protocol.world import KEYS, OVERWRITTEN, TWO_CONTENTS, Db
 

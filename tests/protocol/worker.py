@@ -15,12 +15,12 @@ import torch
 
 import producers.sync
 from fedmoe.errors import UnknownExpertError
-from fedmoe.identity import BaseIdentity
-from fedmoe.records import Meta
-from fedmoe.rules import TrainingSettings
-from fedmoe.spec import Spec
+from fedmoe.protocol.identity import BaseIdentity
+from fedmoe.protocol.records import Meta
+from fedmoe.protocol.rules import TrainingSettings
+from fedmoe.protocol.spec import Spec
+from fedmoe.protocol.update import UpdateId, make_run
 from fedmoe.store.worker import WorkerStore
-from fedmoe.update import UpdateId, make_run
 from producers.checkpoint import Checkpoint
 from producers.exchange import Exchange, TrainingState
 from producers.ledger import Change, Ledger, Outgoing, Trained

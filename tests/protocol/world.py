@@ -10,10 +10,10 @@ people read stay 0, else a harmless loop would make states without end.
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from fedmoe.keys import Keys
-from fedmoe.layout import stamped
-from fedmoe.records import NO_DECISIONS
-from fedmoe.rules import RuleSet
+from fedmoe.protocol.keys import Keys
+from fedmoe.protocol.layout import stamped
+from fedmoe.protocol.records import NO_DECISIONS
+from fedmoe.protocol.rules import RuleSet
 
 NAME = "e"
 KEYS = Keys().expert(NAME)

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from fedmoe.errors import SettingsError
-from fedmoe.spec import Spec
-from fedmoe.update import Part, make_run
+from fedmoe.protocol.spec import Spec
+from fedmoe.protocol.update import Part, make_run
 from producers.checkpoint import Checkpoint, StateDir
 from producers.ledger import Ledger, Trained
 from tests.federation import LAYOUT, first_meta, small_spec

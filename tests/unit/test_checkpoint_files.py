@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 
 import producers.checkpoint
 from fedmoe.errors import SettingsError
-from fedmoe.layout import Layout
-from fedmoe.lora_init import initial_weights
-from fedmoe.packed import chunks, pack, unpack
-from fedmoe.spec import Spec
-from fedmoe.update import UpdateId, make_run
+from fedmoe.protocol.layout import Layout
+from fedmoe.protocol.lora_init import initial_weights
+from fedmoe.protocol.packed import chunks, pack, unpack
+from fedmoe.protocol.spec import Spec
+from fedmoe.protocol.update import UpdateId, make_run
 from producers.checkpoint import Checkpoint, StateDir
 from producers.ledger import Ledger, Outgoing, Trained
 from tests.federation import first_meta, small_spec

@@ -1,4 +1,4 @@
-"""fedmoe.codec: what an update loses on the wire, and that garbage of any kind is refused by one error."""
+"""fedmoe.protocol.codec: what an update loses on the wire, and that garbage of any kind is refused by one error."""
 
 import json
 import re
@@ -13,11 +13,19 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from consumers.decide import Admission, Outcome, Workspace, judge_payload
-from fedmoe.codec import BLOCK, FORMATS, MAX_VALUES_PER_PART, decode, encode, part_count, part_lengths
 from fedmoe.errors import UpdateError
-from fedmoe.layout import Layout
-from fedmoe.records import Decided
-from fedmoe.update import PART_BYTES, make_run
+from fedmoe.protocol.codec import (
+    BLOCK,
+    FORMATS,
+    MAX_VALUES_PER_PART,
+    decode,
+    encode,
+    part_count,
+    part_lengths,
+)
+from fedmoe.protocol.layout import Layout
+from fedmoe.protocol.records import Decided
+from fedmoe.protocol.update import PART_BYTES, make_run
 from producers.ledger import Ledger, Trained
 from tests.federation import delta_of, first_meta, small_spec
 from tests.strategies import flats, flip_bytes, oddities, randn, seeds, wire_formats

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from consumers import merge
+from consumers.gateway import merge
 from fedmoe.cli.declared import key, made
 from fedmoe.cli.main import cli
 from fedmoe.cli.page import page
 from fedmoe.errors import SettingsError
-from fedmoe.setting import declared
 from fedmoe.settings import METHODS, AggregatorSettings, GatewaySettings, WorkerSettings
+from fedmoe.util.setting import declared
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "settings.md"
 
@@ -134,7 +134,7 @@ def test_every_method_of_the_merge_can_be_chosen() -> None:
 
 def test_settings_import_nothing_heavy() -> None:
     """Whoever only asks for help or shows settings waits for no torch."""
-    code = "import sys, fedmoe.settings, fedmoe.rules, fedmoe.cli.worker, fedmoe.cli.aggregator; "
+    code = "import sys, fedmoe.settings, fedmoe.protocol.rules, fedmoe.cli.worker, fedmoe.cli.aggregator; "
     code += "print([n for n in ('torch', 'redis', 'transformers', 'peft') if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

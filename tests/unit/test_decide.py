@@ -17,11 +17,11 @@ from consumers.decide import (
     judge_payload,
 )
 from consumers.fold import fold
-from fedmoe.codec import FORMATS, decode, scratch_values
-from fedmoe.layout import Layout
-from fedmoe.rules import TrainingSettings
-from fedmoe.spec import Spec
-from fedmoe.update import Part, make_run
+from fedmoe.protocol.codec import FORMATS, decode, scratch_values
+from fedmoe.protocol.layout import Layout
+from fedmoe.protocol.rules import TrainingSettings
+from fedmoe.protocol.spec import Spec
+from fedmoe.protocol.update import Part, make_run
 from producers.ledger import Ledger, Outgoing, Trained
 from tests.federation import FINGERPRINT, aggregating, first_meta, small_spec
 from tests.strategies import randn

@@ -1,4 +1,4 @@
-"""fedmoe.doctor and the pure part of fedmoe.store.probe: each thing that is wrong is one line with what to do."""
+"""fedmoe.tools.doctor and the pure part of fedmoe.store.probe: each thing that is wrong is one line with what to do."""
 
 import importlib.metadata
 import subprocess
@@ -9,22 +9,19 @@ from typing import Any
 
 import pytest
 
-from fedmoe.doctor import (
-    FAIL,
-    OK,
+from fedmoe.protocol.eviction import eviction_threat
+from fedmoe.store.permissions import Right
+from fedmoe.store.probe import permission_checks, server_checks
+from fedmoe.store.rights import Lack
+from fedmoe.tools.doctor import (
     ROOMS,
-    WARN,
-    Check,
     check_base_model,
     check_libraries,
     check_places,
     check_python,
     check_stranger,
 )  # fmt: skip
-from fedmoe.eviction import eviction_threat
-from fedmoe.store.permissions import Right
-from fedmoe.store.probe import permission_checks, server_checks
-from fedmoe.store.rights import Lack
+from fedmoe.util.check import FAIL, OK, WARN, Check
 from tests.tiny import save_tiny_model
 
 INFO: dict[str, Any] = {
@@ -198,7 +195,7 @@ def test_a_broken_torch_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "torch" / "__init__.py").write_text(
         "raise OSError('libcudart.so.13: cannot open shared object file')"
     )
-    code = "from fedmoe.doctor import check_torch; print(check_torch())"
+    code = "from fedmoe.tools.doctor import check_torch; print(check_torch())"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={"PYTHONPATH": str(tmp_path)},

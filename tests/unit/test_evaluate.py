@@ -1,4 +1,4 @@
-"""fedmoe.evaluate and fedmoe.model.loss: the loss is that of the answers, each adapter's its own."""
+"""fedmoe.tools.evaluate and fedmoe.model.loss: the loss is that of the answers, each adapter's its own."""
 
 import math
 from array import array
@@ -12,12 +12,12 @@ from torch import nn
 from fedmoe.data.encode import Answer, Example
 from fedmoe.data.examples import collate
 from fedmoe.errors import SpecError
-from fedmoe.evaluate import MEAN, Adapter, evaluate, format_table, mean_loss
-from fedmoe.layout import AdapterBuffer
 from fedmoe.model.adapter import adapter_layout, attach_adapter
 from fedmoe.model.base import structure
 from fedmoe.model.loss import completion_loss
-from fedmoe.spec import LoraSettings, Spec
+from fedmoe.protocol.layout import AdapterBuffer
+from fedmoe.protocol.spec import LoraSettings, Spec
+from fedmoe.tools.evaluate import MEAN, Adapter, evaluate, format_table, mean_loss
 from tests.strategies import randn
 from tests.tiny import tiny_config, tiny_model
 

@@ -11,9 +11,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from fedmoe import features
 from fedmoe.errors import ProtocolError
-from fedmoe.spec import Spec
+from fedmoe.protocol import features
+from fedmoe.protocol.spec import Spec
 from producers.checkpoint import FILE_NAME, StateDir
 from tests.record_cases import CASES, CHECKPOINT_WORKER, META, SPEC, make_checkpoint
 

@@ -8,16 +8,16 @@ from typing import Any
 import msgpack
 import pytest
 
-from fedmoe import features
-from fedmoe.archive import Anchor, Archive
-from fedmoe.beat import Beat
 from fedmoe.errors import ProtocolError, SpecError
-from fedmoe.gateway import GatewayMeta
-from fedmoe.integrity import restamp
-from fedmoe.lines import read_line
-from fedmoe.records import NO_DECISIONS, Decided, Meta
-from fedmoe.spec import Spec
-from fedmoe.update import HEADER_FORMAT, ForeignHeaderError, Header
+from fedmoe.protocol import features
+from fedmoe.protocol.beat import Beat
+from fedmoe.protocol.gateway import GatewayMeta
+from fedmoe.protocol.integrity import restamp
+from fedmoe.protocol.lines import read_line
+from fedmoe.protocol.records import NO_DECISIONS, Decided, Meta
+from fedmoe.protocol.spec import Spec
+from fedmoe.protocol.update import HEADER_FORMAT, ForeignHeaderError, Header
+from fedmoe.store.archive import Anchor, Archive
 from tests.record_cases import CASES, DECIDED, HEADER, SPEC
 
 

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from fedmoe.beat import Beat
-from fedmoe.identity import BaseIdentity, expert_template, tokenizer_text
-from fedmoe.records import Meta
-from fedmoe.template_file import MAX_TEMPLATE_CHARS, template_digest
+from fedmoe.protocol.beat import Beat
+from fedmoe.protocol.identity import BaseIdentity, expert_template, tokenizer_text
+from fedmoe.protocol.records import Meta
+from fedmoe.util.template_file import MAX_TEMPLATE_CHARS, template_digest
 from tests.federation import first_meta, small_spec
 
 SPEC = small_spec()

@@ -1,4 +1,4 @@
-"""fedmoe.layout: one flat vector, its tensors, and the safetensors file around it."""
+"""fedmoe.protocol.layout: one flat vector, its tensors, and the safetensors file around it."""
 
 import tracemalloc
 
@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 
 from fedmoe.errors import SpecError
-from fedmoe.layout import AdapterBuffer, Layout
+from fedmoe.protocol.layout import AdapterBuffer, Layout
 from tests.strategies import layouts, randn, seeds
 
 PAIR = Layout.of([("b", (2,)), ("a", (2, 3))])

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from fedmoe.errors import NameTakenError, UpdateError
-from fedmoe.records import Decided, Meta
-from fedmoe.update import UpdateId, make_run
+from fedmoe.protocol.records import Decided, Meta
+from fedmoe.protocol.update import UpdateId, make_run
 from producers.ledger import HeadPlace, Ledger, Trained, locate
 from tests.federation import delta_of
 

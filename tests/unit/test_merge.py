@@ -1,4 +1,4 @@
-"""consumers.merge: every method against the dense matrices it stands for."""
+"""consumers.gateway.merge: every method against the dense matrices it stands for."""
 
 import dataclasses
 import json
@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from consumers.merge import LORA_A, LORA_B, METHODS, Merged, MergeInput, merge
+from consumers.gateway.merge import LORA_A, LORA_B, METHODS, Merged, MergeInput, merge
 from fedmoe.errors import SettingsError, SpecError
-from fedmoe.layout import Layout
-from fedmoe.spec import LoraSettings, Spec
+from fedmoe.protocol.layout import Layout
+from fedmoe.protocol.spec import LoraSettings, Spec
 from tests.strategies import families, lora_layout, random_expert
 
 Q, V = "base_model.model.layers.0.q_proj", "base_model.model.layers.0.v_proj"

@@ -1,4 +1,4 @@
-"""fedmoe.model and fedmoe.lora_init: a wrong base is told from the right one; the adapter is one vector."""
+"""fedmoe.model and fedmoe.protocol.lora_init: a wrong base is told from the right one; the adapter is one vector."""
 
 import json
 import shutil
@@ -20,8 +20,6 @@ from transformers import (
 )
 
 from fedmoe.errors import BaseModelError, SettingsError, SpecError
-from fedmoe.layout import AdapterBuffer, Layout
-from fedmoe.lora_init import initial_weights
 from fedmoe.model.adapter import adapter_layout, adapter_loaded, attach_adapter
 from fedmoe.model.base import (
     check_structure,
@@ -34,7 +32,9 @@ from fedmoe.model.base import (
     structure,
 )
 from fedmoe.model.tokenizer import has_tokenizer, load_tokenizer
-from fedmoe.spec import LoraSettings, Spec
+from fedmoe.protocol.layout import AdapterBuffer, Layout
+from fedmoe.protocol.lora_init import initial_weights
+from fedmoe.protocol.spec import LoraSettings, Spec
 from tests.strategies import randn
 from tests.tiny import save_tiny_model, tiny_config, tiny_model
 

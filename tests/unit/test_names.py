@@ -1,11 +1,11 @@
-"""fedmoe.names: what may stand in a key."""
+"""fedmoe.protocol.names: what may stand in a key."""
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fedmoe.errors import SettingsError
-from fedmoe.names import RESERVED_EXPERTS, check_expert, check_name, clean_name, is_name
+from fedmoe.protocol.names import RESERVED_EXPERTS, check_expert, check_name, clean_name, is_name
 from tests.strategies import names
 
 

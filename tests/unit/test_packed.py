@@ -1,4 +1,4 @@
-"""fedmoe.packed: what a worker's base loses, and that whatever else lies under that key is told from it."""
+"""fedmoe.protocol.packed: what a worker's base loses, and that whatever else lies under that key is told from it."""
 
 import msgpack
 import pytest
@@ -6,10 +6,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmoe.codec import BLOCK, decode, encode
-from fedmoe.layout import Layout
-from fedmoe.lora_init import initial_weights
-from fedmoe.packed import chunks, pack, unpack
+from fedmoe.protocol.codec import BLOCK, decode, encode
+from fedmoe.protocol.layout import Layout
+from fedmoe.protocol.lora_init import initial_weights
+from fedmoe.protocol.packed import chunks, pack, unpack
 from tests.federation import small_spec
 from tests.strategies import flip_bytes, oddities, randn, seeds
 

@@ -20,11 +20,11 @@ from transformers import (
 )
 
 from fedmoe.errors import SettingsError
-from fedmoe.export import Export, write
-from fedmoe.layout import AdapterBuffer
 from fedmoe.model.adapter import adapter_loaded, attach_adapter, plan_adapter
 from fedmoe.model.base import structure
-from fedmoe.spec import LoraSettings, Spec
+from fedmoe.protocol.layout import AdapterBuffer
+from fedmoe.protocol.spec import LoraSettings, Spec
+from fedmoe.tools.export import Export, write
 from tests.tiny import tiny_config
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")

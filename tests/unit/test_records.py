@@ -1,14 +1,14 @@
-"""fedmoe.records: what a later or an earlier FedMoE wrote is read as far as it can be, and else named."""
+"""fedmoe.protocol.records: what a later or an earlier FedMoE wrote is read as far as it can be, and else named."""
 
 import json
 from dataclasses import fields, replace
 
 import pytest
 
-from fedmoe import records
 from fedmoe.errors import ProtocolError, SpecError
-from fedmoe.records import Decided, Meta, read_protocol
-from fedmoe.update import UpdateId
+from fedmoe.protocol import records
+from fedmoe.protocol.records import Decided, Meta, read_protocol
+from fedmoe.protocol.update import UpdateId
 from tests.federation import first_meta, small_spec
 
 META = first_meta(small_spec(), version=7, loss=1.5, reach=1.0)

@@ -8,10 +8,10 @@ import redis
 from redis._parsers.base import BaseParser
 from redis.sentinel import MasterNotFoundError
 
-from fedmoe.backoff import Backoff
 from fedmoe.errors import RedisUnavailableError, RedisUnfitError
 from fedmoe.store.client import note
 from fedmoe.store.refusals import explain, is_broken
+from fedmoe.util.backoff import Backoff
 
 META = "fedmoe:{sql_expert}:meta"
 

@@ -1,4 +1,4 @@
-"""fedmoe.rules: a rule set survives its JSON, refuses what cannot work, and changes by the names of its options."""
+"""protocol.rules: a rule set survives its JSON, refuses what cannot work, and changes by the names of its options."""
 
 import contextlib
 import dataclasses
@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from fedmoe.cli import aggregator, expert
 from fedmoe.errors import FedMoEError, ProtocolError, SettingsError, SpecError
-from fedmoe.rules import AggregationRules, RuleSet, TrainingSettings
-from fedmoe.setting import declared
-from fedmoe.staleness import Decay
+from fedmoe.protocol.rules import AggregationRules, RuleSet, TrainingSettings
+from fedmoe.protocol.staleness import Decay
+from fedmoe.util.setting import declared
 from tests.strategies import rule_sets
 
 json_values = st.recursive(

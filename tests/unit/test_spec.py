@@ -1,4 +1,4 @@
-"""fedmoe.spec: the spec survives its JSON, names itself by a digest, and refuses what cannot work."""
+"""fedmoe.protocol.spec: the spec survives its JSON, names itself by a digest, and refuses what cannot work."""
 
 import contextlib
 import dataclasses
@@ -10,8 +10,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fedmoe.errors import FedMoEError, ProtocolError, SettingsError, SpecError
-from fedmoe.layout import Layout
-from fedmoe.spec import SPEC_FORMAT, LoraSettings, Spec
+from fedmoe.protocol.layout import Layout
+from fedmoe.protocol.spec import SPEC_FORMAT, LoraSettings, Spec
 from tests.strategies import lora_layout, specs
 
 Q, V = "base_model.model.layers.0.q_proj", "base_model.model.layers.0.v_proj"

@@ -1,4 +1,4 @@
-"""fedmoe.staleness: the decay functions, and the two reasons for the default."""
+"""fedmoe.protocol.staleness: the decay functions, and the two reasons for the default."""
 
 import json
 import math
@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedmoe.errors import SettingsError
-from fedmoe.staleness import KINDS, Decay, staleness_of
+from fedmoe.protocol.staleness import KINDS, Decay, staleness_of
 from tests.strategies import MAX_COUNT, decays
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "decay.json").read_text())

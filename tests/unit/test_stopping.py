@@ -1,4 +1,4 @@
-"""fedmoe.stopping: a process that was asked to stop has ended soon after, whatever it does."""
+"""fedmoe.util.stopping: a process that was asked to stop has ended soon after, whatever it does."""
 
 import signal
 import subprocess
@@ -9,11 +9,11 @@ from contextlib import contextmanager
 
 import pytest
 
-from fedmoe.stopping import Stop, stop_on_signals
+from fedmoe.util.stopping import Stop, stop_on_signals
 
 BEGIN = """
 import logging, signal, sys, time
-from fedmoe.stopping import Stop, end_like_ctrl_c, stop_on_signals
+from fedmoe.util.stopping import Stop, end_like_ctrl_c, stop_on_signals
 logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
 """
 STUCK = """

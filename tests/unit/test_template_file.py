@@ -9,10 +9,10 @@ from tokenizers import normalizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from fedmoe.errors import SettingsError
-from fedmoe.identity import TOKENIZER_COMPONENTS, tokenizer_components
 from fedmoe.model.tokenizer import check_template, tokenizer_fingerprint, use_template
-from fedmoe.spec import Spec
-from fedmoe.template_file import MAX_TEMPLATE_CHARS, read_template, template_digest
+from fedmoe.protocol.identity import TOKENIZER_COMPONENTS, tokenizer_components
+from fedmoe.protocol.spec import Spec
+from fedmoe.util.template_file import MAX_TEMPLATE_CHARS, read_template, template_digest
 from tests.federation import small_spec
 from tests.tiny import CHAT_TEMPLATE, END, PAD, START, tiny_tokenizer
 

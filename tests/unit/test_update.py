@@ -1,4 +1,4 @@
-"""fedmoe.update: a header survives its journey, and one from anybody is accepted whole or refused."""
+"""fedmoe.protocol.update: a header survives its journey, and one from anybody is accepted whole or refused."""
 
 import dataclasses
 import re
@@ -11,7 +11,16 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fedmoe.errors import UpdateError
-from fedmoe.update import MAX_HEADER_BYTES, MAX_PARTS, PART_BYTES, Header, Part, UpdateId, is_run, make_run
+from fedmoe.protocol.update import (
+    MAX_HEADER_BYTES,
+    MAX_PARTS,
+    PART_BYTES,
+    Header,
+    Part,
+    UpdateId,
+    is_run,
+    make_run,
+)
 from tests.strategies import flip_bytes, headers, oddities, seeds
 
 PLAIN = Header(

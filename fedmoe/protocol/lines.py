@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedmoe.errors import ProtocolError, UpdateError
-from fedmoe.features import check_requires
-from fedmoe.fields import exact, from_text, from_untrusted, optional, to_text
-from fedmoe.rules import RuleSet
+from fedmoe.protocol.features import check_requires
+from fedmoe.protocol.fields import exact, from_text, from_untrusted, optional, to_text
+from fedmoe.protocol.rules import RuleSet
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from fedmoe.disk import to_disk
+from fedmoe.util.disk import to_disk
 
 HOME, CURRENT = ".fedmoe", "current"
 KEEP_S = 120.0  # in which a reader that has followed the link opens its last file

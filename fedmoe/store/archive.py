@@ -14,10 +14,10 @@ from pathlib import Path
 
 import msgpack
 
-from fedmoe.disk import write_whole
 from fedmoe.errors import ProtocolError, SettingsError, UpdateError
-from fedmoe.fields import known_fields
-from fedmoe.update import ForeignHeaderError, Header
+from fedmoe.protocol.fields import known_fields
+from fedmoe.protocol.update import ForeignHeaderError, Header
+from fedmoe.util.disk import write_whole
 
 SUFFIX = ".update"
 WEIGHTS_SUFFIX = ".weights"

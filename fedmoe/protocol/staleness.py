@@ -9,7 +9,7 @@ the one of these that is stable for every constant delay (linear analysis; see t
 
 from dataclasses import dataclass
 
-from fedmoe.setting import check, setting
+from fedmoe.util.setting import check, setting
 
 KINDS = ("constant", "polynomial", "hinge")
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fedmoe.errors import SettingsError, SpecError
-from fedmoe.layout import MAX_STRING_BYTES, AdapterBuffer, Layout
+from fedmoe.protocol.layout import MAX_STRING_BYTES, AdapterBuffer, Layout
 
 METHODS = ("cat", "svd", "average", "ties", "dare")
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"

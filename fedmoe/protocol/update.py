@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import msgpack
 
 from fedmoe.errors import UpdateError
-from fedmoe.features import lacking
-from fedmoe.fields import optional
+from fedmoe.protocol.features import lacking
+from fedmoe.protocol.fields import optional
 
 HEADER_FORMAT = 1
 MAX_HEADER_BYTES = 256 * 1024
@@ -97,7 +97,7 @@ class Header:
         n_examples, n_tokens, steps: what it was trained on; loss: mean over these steps.
         position: the worker's data position after it, as JSON.
         parts: length and digest of each part.
-        requires: the features that whoever decides it must know (see `fedmoe.features`).
+        requires: the features that whoever decides it must know (see `fedmoe.protocol.features`).
         unknown: msgpack of the fields that a later FedMoE wrote, kept as they are; b"" for none.
     """
 

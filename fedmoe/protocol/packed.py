@@ -20,11 +20,11 @@ from itertools import accumulate, pairwise
 
 import torch
 
-from fedmoe.codec import EXACT, decode, encode, part_lengths
 from fedmoe.errors import SettingsError, UpdateError
-from fedmoe.layout import Layout, values_of
-from fedmoe.lora_init import initial_weights
-from fedmoe.spec import Spec
+from fedmoe.protocol.codec import EXACT, decode, encode, part_lengths
+from fedmoe.protocol.layout import Layout, values_of
+from fedmoe.protocol.lora_init import initial_weights
+from fedmoe.protocol.spec import Spec
 
 _WHAT = b"fedmoe packed 1 "
 _ID_BYTES = 16  # of a commit id, and of the digest of W⁰, both in hex

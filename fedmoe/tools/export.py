@@ -6,7 +6,7 @@ fedmoe.json                 the versions and commits it was built from
 chat_template.jinja         if the expert brings a template of its own
 README.md                   a model card
 
-They are links, which an export moves all at once (fedmoe/versions.py).
+They are links, which an export moves all at once (fedmoe/util/versions.py).
 """
 
 import errno
@@ -24,12 +24,12 @@ from safetensors import SafetensorError, safe_open
 
 from fedmoe import __version__
 from fedmoe.errors import SettingsError, SpecError, UnknownExpertError
-from fedmoe.federation import Federation
-from fedmoe.identity import expert_template
-from fedmoe.names import check_expert
+from fedmoe.protocol.federation import Federation
+from fedmoe.protocol.identity import expert_template
+from fedmoe.protocol.names import check_expert
 from fedmoe.store.gateway import GatewayStore
 from fedmoe.store.inspect import Inspector
-from fedmoe.versions import HOME, replace_together
+from fedmoe.util.versions import HOME, replace_together
 
 WEIGHTS_FILE, CONFIG_FILE, INFO_FILE, CARD_FILE, TEMPLATE_FILE = (
     "adapter_model.safetensors", "adapter_config.json", "fedmoe.json", "README.md", "chat_template.jinja",

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fedmoe.beat import Beat
-from fedmoe.records import Meta
-from fedmoe.spec import Spec
-from fedmoe.template_file import MAX_TEMPLATE_CHARS, template_digest
+from fedmoe.protocol.beat import Beat
+from fedmoe.protocol.records import Meta
+from fedmoe.protocol.spec import Spec
+from fedmoe.util.template_file import MAX_TEMPLATE_CHARS, template_digest
 
 MAX_FINGERPRINT_CHARS = 64
 BEAT_FIELDS = ("base_fingerprint", "tokenizer", "chat_template")  # of a heartbeat

@@ -5,10 +5,10 @@ import importlib.util
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-OK, WARN, FAIL = "ok", "warn", "fail"
+from fedmoe.util.check import FAIL, OK, WARN, Check
+
 ROOMS = {
     "fedmoe": "fedmoe/cli/main.py",
     "consumers": "consumers/aggregator.py",
@@ -16,15 +16,6 @@ ROOMS = {
 }
 OLDEST_PYTHON, NEWEST_PYTHON = (3, 11), (3, 13)
 LIBRARIES = ("click", "jinja2", "msgpack", "peft", "redis", "rich", "safetensors", "torch", "transformers")
-
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    """One line: `level` is ok, warn or fail, `what` the thing, `text` what is so or what to do."""
-
-    level: str
-    what: str
-    text: str
 
 
 def find_package(name: str) -> Path | None:
@@ -135,8 +126,8 @@ def check_torch() -> Check:
 
 def check_server() -> Check:
     """Is there a server program for `fedmoe demo` and the tests?"""
-    from fedmoe.embedded import find_server
     from fedmoe.errors import FedMoEError
+    from fedmoe.store.embedded import find_server
 
     try:
         return Check(OK, "server", f"{find_server()} (for fedmoe demo; not needed with --redis)")

@@ -15,11 +15,11 @@ from functools import lru_cache
 from typing import Any
 
 from fedmoe.errors import FedMoEError, SettingsError, SpecError
-from fedmoe.features import check_requires
-from fedmoe.fields import put_back, take_unknown
-from fedmoe.require import require_whole
-from fedmoe.setting import changed, check, setting, values
-from fedmoe.staleness import Decay
+from fedmoe.protocol.features import check_requires
+from fedmoe.protocol.fields import put_back, take_unknown
+from fedmoe.protocol.staleness import Decay
+from fedmoe.util.require import require_whole
+from fedmoe.util.setting import changed, check, setting, values
 
 LEAST_STALENESS_BOUND = 256
 STALENESS_PER_WORKER = 4
@@ -92,7 +92,7 @@ class RuleSet:
         aggregation: how updates become part of the expert.
         training: how its workers train.
         sync_interval_s: a worker publishes this often (seconds).
-        requires: the features that a reader of these rules must know (see `fedmoe.features`).
+        requires: the features that a reader of these rules must know (see `fedmoe.protocol.features`).
         unknown: JSON of the fields that a later FedMoE wrote; kept, so that a change drops none of them.
     """
 

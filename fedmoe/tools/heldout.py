@@ -14,9 +14,6 @@ from fedmoe.data.encode import Learn
 from fedmoe.data.examples import make_examples, padding_id
 from fedmoe.data.jsonl import open_data
 from fedmoe.errors import BaseModelError, DataError, SettingsError, SpecError, UnknownExpertError
-from fedmoe.evaluate import MEAN, Adapter, Matrix, evaluate
-from fedmoe.export import CONFIG_FILE, WEIGHTS_FILE, Export, read_expert, read_gateway
-from fedmoe.identity import BaseIdentity
 from fedmoe.model.base import (
     check_structure,
     choose_device,
@@ -27,10 +24,13 @@ from fedmoe.model.base import (
 )
 from fedmoe.model.bounds import check_examples, check_padding
 from fedmoe.model.tokenizer import load_tokenizer, tokenizer_fingerprint
-from fedmoe.names import check_name
-from fedmoe.spec import Spec
+from fedmoe.protocol.identity import BaseIdentity
+from fedmoe.protocol.names import check_name
+from fedmoe.protocol.spec import Spec
 from fedmoe.store.gateway import GatewayStore
-from fedmoe.versions import version_of
+from fedmoe.tools.evaluate import MEAN, Adapter, Matrix, evaluate
+from fedmoe.tools.export import CONFIG_FILE, WEIGHTS_FILE, Export, read_expert, read_gateway
+from fedmoe.util.versions import version_of
 
 BASE, GATEWAY = "base", "gateway"
 

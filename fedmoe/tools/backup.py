@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from fedmoe import __version__
-from fedmoe.disk import to_disk
 from fedmoe.errors import BackupError, FedMoEError, UnknownExpertError
-from fedmoe.export import CONFIG_FILE, WEIGHTS_FILE
-from fedmoe.names import check_expert
+from fedmoe.protocol.names import check_expert
 from fedmoe.store.backup import BackupStore, ExpertState, Line
+from fedmoe.tools.export import CONFIG_FILE, WEIGHTS_FILE
+from fedmoe.util.disk import to_disk
 
 FORMAT = 2  # 2: `decided` has that name
 MANIFEST, STATE_FILE = "manifest.json", "expert.json"

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from fedmoe.fields import optional, to_text
-from fedmoe.names import is_name
-from fedmoe.records import Entry
-from fedmoe.update import Header, is_run
+from fedmoe.protocol.fields import optional, to_text
+from fedmoe.protocol.names import is_name
+from fedmoe.protocol.records import Entry
+from fedmoe.protocol.update import Header, is_run
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,10 +2,10 @@
 
 from dataclasses import replace
 
-from consumers.merge import MergeInput, merge
+from consumers.gateway.merge import MergeInput, merge
 from fedmoe.errors import SpecError
-from fedmoe.export import Export
-from fedmoe.layout import layout_of, values_of
+from fedmoe.protocol.layout import layout_of, values_of
+from fedmoe.tools.export import Export
 
 
 def truncate_to_rank(adapter: Export, rank: int) -> tuple[Export, str]:

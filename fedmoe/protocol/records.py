@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fedmoe.errors import ProtocolError, RemovedExpertError, SpecError
-from fedmoe.features import check_requires
-from fedmoe.fields import from_text, optional, to_text
-from fedmoe.rules import RuleSet
-from fedmoe.update import UpdateId
+from fedmoe.protocol.features import check_requires
+from fedmoe.protocol.fields import from_text, optional, to_text
+from fedmoe.protocol.rules import RuleSet
+from fedmoe.protocol.update import UpdateId
 
-NO_DECISIONS = "0" * 16  # the stamp of no decided updates, see fedmoe/integrity.py
+NO_DECISIONS = "0" * 16  # the stamp of no decided updates, see fedmoe/protocol/integrity.py
 # What this FedMoE speaks. Raise it whenever an earlier worker or aggregator would misread what a later one writes, so
 # also with the formats of header and spec; not for a field of `meta` that an earlier one can leave alone.
 # 2: headers name the tokenizer, specs may hold a chat template and towers, parts are stamped.
@@ -67,14 +67,14 @@ class Meta:
         commit: random id of the transaction that made this state, the head of the expert's history.
         weights_commit: the last commit that changed the weights.
         spec: digest of the spec.
-        rules: in force, as JSON with their number (see `fedmoe.rules`).
+        rules: in force, as JSON with their number (see `fedmoe.protocol.rules`).
         decided_stamp: of all workers' last decided updates, which must be those that are there (integrity.py).
         restored: commit of the last `fedmoe restore`; "" if there was none.
         base_fingerprint: of the base model's weights; empty until somebody pinned it (base_fingerprint_by).
         applied, duplicate, refused, undecidable, garbage: how often an entry was decided which way.
         staleness_sum: over the applied updates; mean_staleness is derived from it.
         tokenizer: fingerprint of the base model's tokenizer and chat template, component by component (see
-            `fedmoe.identity`); a component that is not there was not pinned yet. tokenizer_by: who pinned them.
+            `protocol.identity`); a component that is not there was not pinned yet. tokenizer_by: who pinned them.
         chat_template: brought by the first worker, if neither spec nor base model have one (Jinja).
         reach: share of the base model's weights beside its embeddings that the adapter is on, 0 if nobody knows;
             not_reached: the largest parts of the rest.
@@ -82,8 +82,8 @@ class Meta:
         n_examples, n_tokens: trained on, all applied updates together.
         updated_at: clock of the aggregator at the last commit (seconds since 1970); for people only.
         protocol: what whoever writes to this expert has to speak.
-        software: releases that its last aggregator ran on (see `fedmoe.software`); for people only.
-        knows: the features that its aggregators know, which an update may need (see `fedmoe.features`).
+        software: releases that its last aggregator ran on (see `fedmoe.util.software`); for people only.
+        knows: the features that its aggregators know, which an update may need (see `fedmoe.protocol.features`).
         requires: the features that a reader of this expert must know.
     """
 

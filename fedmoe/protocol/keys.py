@@ -31,7 +31,7 @@ aggregators'.
 
 from dataclasses import dataclass
 
-from fedmoe.names import check_name
+from fedmoe.protocol.names import check_name
 
 DEFAULT_PREFIX = "fedmoe"
 GROUP = "aggregator"

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any
 
-from fedmoe.eviction import eviction_threat
-from fedmoe.records import Meta
+from fedmoe.protocol.eviction import eviction_threat
+from fedmoe.protocol.records import Meta
 
 # Three heartbeats; then the key expires and the worker is gone.
 QUIET_AFTER_S = 10.0

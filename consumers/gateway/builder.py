@@ -10,20 +10,20 @@ import threading
 import time
 from collections.abc import Callable
 
-from consumers import merge
-from fedmoe.backoff import Backoff
+from consumers.gateway import merge
 from fedmoe.errors import FedMoEError, ProtocolError, RedisUnavailableError, SpecError
-from fedmoe.gateway import BuiltFrom, GatewayMeta, built_from_text
-from fedmoe.layout import values_of
-from fedmoe.lora_init import initial_weights
-from fedmoe.records import Meta
+from fedmoe.protocol.gateway import BuiltFrom, GatewayMeta, built_from_text
+from fedmoe.protocol.layout import values_of
+from fedmoe.protocol.lora_init import initial_weights
+from fedmoe.protocol.records import Meta
+from fedmoe.protocol.spec import Spec
 from fedmoe.settings import GatewaySettings
-from fedmoe.software import software
-from fedmoe.spec import Spec
 from fedmoe.store.connection import Connection
 from fedmoe.store.gateway import GatewayStore
 from fedmoe.store.lease import Lease
 from fedmoe.store.problems import Problems
+from fedmoe.util.backoff import Backoff
+from fedmoe.util.software import software
 
 logger = logging.getLogger(__name__)
 

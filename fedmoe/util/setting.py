@@ -4,7 +4,7 @@
 
 is a field of a frozen dataclass. From it come the command-line option, the key of the TOML file, the environment
 variable, the check of the value, and its line of docs/settings.md. The rules of an expert are declared
-so (`fedmoe.rules`), and all else in `fedmoe.settings`.
+so (`fedmoe.protocol.rules`), and all else in `fedmoe.settings`.
 """
 
 import math

@@ -29,7 +29,7 @@ import msgpack
 import torch
 
 from fedmoe.errors import UpdateError
-from fedmoe.update import PART_BYTES
+from fedmoe.protocol.update import PART_BYTES
 
 EXACT = "fp32"  # loses nothing: the values need no decoding
 FRAME_BYTES = 256  # room for the frame around the values

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from fedmoe.fields import from_untrusted, optional, to_text
-from fedmoe.records import FIRST_PROTOCOL
+from fedmoe.protocol.fields import from_untrusted, optional, to_text
+from fedmoe.protocol.records import FIRST_PROTOCOL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,7 +21,7 @@ class Beat:
         in_flight: seq of its undecided update, 0 for none; staleness: of its last decided one.
         published, refused: how many of its updates were; problem: what hinders it now.
         step, loss, tokens_per_s: of the training.
-        base_fingerprint, tokenizer, chat_template: of its base model (see `fedmoe.identity`).
+        base_fingerprint, tokenizer, chat_template: of its base model (see `fedmoe.protocol.identity`).
     """
 
     run: str = optional("")

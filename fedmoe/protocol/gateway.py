@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from fedmoe.errors import SpecError
-from fedmoe.features import check_requires
-from fedmoe.fields import from_untrusted, optional, to_text
+from fedmoe.protocol.features import check_requires
+from fedmoe.protocol.fields import from_untrusted, optional, to_text
 
 
 class BuiltFrom(NamedTuple):
@@ -23,12 +23,12 @@ class GatewayMeta:
 
     Args:
         built_from: JSON, see `experts`; adapter_config: JSON, see `config`.
-        method, rank, relative_error: of the merge (see `consumers.merge`).
+        method, rank, relative_error: of the merge (see `consumers.gateway.merge`).
         settings: of the merge and the experts' weights, as text; another text means: build again.
         updated_at: seconds since 1970; build_s: seconds that it took.
         error: why it cannot be built now; the one before stays.
         software: releases that it was built with.
-        requires: what a reader must know to serve or export it (see `fedmoe.features`).
+        requires: what a reader must know to serve or export it (see `fedmoe.protocol.features`).
     """
 
     built_from: str = optional("")

@@ -11,8 +11,8 @@ time that its own updates take, however many workers there are.
 import hashlib
 from collections.abc import Mapping
 
-from fedmoe.layout import stamp_of
-from fedmoe.records import NO_DECISIONS, Decided, Meta
+from fedmoe.protocol.layout import stamp_of
+from fedmoe.protocol.records import NO_DECISIONS, Decided, Meta
 
 _BYTES = len(NO_DECISIONS) // 2
 

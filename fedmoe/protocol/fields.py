@@ -5,7 +5,7 @@ A record is a frozen dataclass of texts and numbers. When it is read,
     a field                       must be there; its default is only for code that makes a record
     a field that is `optional`    may be missing: an earlier release did not write it, or there was nothing to write
     a field that the class lacks  was written by a later release, and is left alone
-    `requires`                    names what a reader must know to read the record right (see `fedmoe.features`)
+    `requires`                    names what a reader must know to read the record right (see `protocol.features`)
 
 So a release adds an optional field, and names a feature in `requires` only if an earlier release would misread the
 record without it.

@@ -7,7 +7,7 @@ import hashlib
 
 import torch
 
-from fedmoe.layout import Layout
+from fedmoe.protocol.layout import Layout
 
 
 def initial_weights(layout: Layout, seed: int) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """The spec: what makes an expert itself, written once when it is created; it never changes.
 
 Its digest is what headers, checkpoints and `meta` compare. How the expert is aggregated and trained may change: that
-is its rule set (see `fedmoe.rules`). A worker needs only a stream name, its data and a Redis URL, because everything
-else stands in these two.
+is its rule set (see `fedmoe.protocol.rules`). A worker needs only a stream name, its data and a Redis URL, because
+everything else stands in these two.
 """
 
 import hashlib
@@ -13,13 +13,13 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
-from fedmoe.codec import FORMATS
 from fedmoe.errors import FedMoEError, ProtocolError, SpecError
-from fedmoe.features import check_requires
-from fedmoe.fields import put_back, take_unknown
-from fedmoe.layout import MAX_STRING_BYTES, Layout
-from fedmoe.require import require, require_positive, require_whole
-from fedmoe.template_file import MAX_TEMPLATE_CHARS
+from fedmoe.protocol.codec import FORMATS
+from fedmoe.protocol.features import check_requires
+from fedmoe.protocol.fields import put_back, take_unknown
+from fedmoe.protocol.layout import MAX_STRING_BYTES, Layout
+from fedmoe.util.require import require, require_positive, require_whole
+from fedmoe.util.template_file import MAX_TEMPLATE_CHARS
 
 SPEC_FORMAT = 3  # 3: it holds no rules
 DEFAULT_WIRE_FORMAT = "int4"
@@ -61,10 +61,10 @@ class Spec:
         base_config: the numbers of its config that make it that architecture (see `fedmoe.model.base`).
         layout: the adapter's tensors.
         init_seed: seed of the one LoRA initialisation that all experts of the base share.
-        wire_format: how updates are encoded (see `fedmoe.codec`).
+        wire_format: how updates are encoded (see `fedmoe.protocol.codec`).
         towers: parts of the base model that no text goes through, and that have no adapter.
         chat_template: that rows are written with (Jinja); "" is the base model's own, else the first worker's.
-        requires: the features that whoever trains or serves the expert must know (see `fedmoe.features`).
+        requires: the features that whoever trains or serves the expert must know (see `fedmoe.protocol.features`).
         unknown: JSON of the fields that a later FedMoE wrote; kept, because the digest covers them.
     """
 

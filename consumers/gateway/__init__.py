@@ -1,0 +1,1 @@
+"""The gateway: the experts merged into one adapter that knows all domains."""

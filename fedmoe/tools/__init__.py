@@ -1,0 +1,1 @@
+"""Operators' jobs: export, evaluate, back up, keep updates, look at an installation."""

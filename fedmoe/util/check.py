@@ -1,0 +1,14 @@
+"""What `fedmoe doctor` found of one thing, as a line that says what to do."""
+
+from dataclasses import dataclass
+
+OK, WARN, FAIL = "ok", "warn", "fail"
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One line: `level` is ok, warn or fail, `what` the thing, `text` what is so or what to do."""
+
+    level: str
+    what: str
+    text: str

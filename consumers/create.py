@@ -31,11 +31,12 @@ from fedmoe.protocol import records
 from fedmoe.protocol.features import features_text
 from fedmoe.protocol.identity import BaseIdentity
 from fedmoe.protocol.layout import AdapterBuffer, Layout
+from fedmoe.protocol.lora import DEFAULT_BASE_MODEL, DEFAULT_WIRE_FORMAT, LoraSettings
 from fedmoe.protocol.lora_init import initial_weights
 from fedmoe.protocol.names import check_expert
 from fedmoe.protocol.records import Meta, reach_text
 from fedmoe.protocol.rules import RuleSet
-from fedmoe.protocol.spec import DEFAULT_BASE_MODEL, DEFAULT_WIRE_FORMAT, LoraSettings, Spec
+from fedmoe.protocol.spec import Spec
 from fedmoe.store.connection import Connection
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore

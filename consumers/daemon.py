@@ -12,8 +12,8 @@ from consumers.aggregator import ExpertServer
 from consumers.gateway.builder import GatewayBuilder
 from fedmoe.errors import FedMoEError
 from fedmoe.protocol.names import is_expert
-from fedmoe.settings import AggregatorSettings, GatewaySettings
-from fedmoe.store.connection import Connection, RedisSettings
+from fedmoe.settings import AggregatorSettings, GatewaySettings, RedisSettings
+from fedmoe.store.connection import Connection
 from fedmoe.store.gateway import GatewayStore
 
 logger = logging.getLogger(__name__)

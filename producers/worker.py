@@ -25,8 +25,8 @@ from fedmoe.errors import (
 )
 from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.update import make_run
-from fedmoe.settings import WorkerSettings
-from fedmoe.store.connection import Connection, RedisSettings
+from fedmoe.settings import RedisSettings, WorkerSettings
+from fedmoe.store.connection import Connection
 from fedmoe.store.worker import WorkerStore
 from fedmoe.util.stopping import Stop
 from fedmoe.util.text import printable

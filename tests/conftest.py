@@ -15,7 +15,8 @@ import torch
 from click.testing import CliRunner, Result
 
 from fedmoe.cli.main import cli
-from fedmoe.store.connection import Connection, RedisSettings
+from fedmoe.settings import RedisSettings
+from fedmoe.store.connection import Connection
 from fedmoe.store.embedded import EmbeddedRedis, wheel_server
 
 torch.set_num_threads(1)

@@ -14,9 +14,10 @@ from consumers.aggregator import ExpertServer
 from consumers.expert import Expert
 from fedmoe.protocol.codec import decode
 from fedmoe.protocol.layout import AdapterBuffer, Layout
+from fedmoe.protocol.lora import LoraSettings
 from fedmoe.protocol.records import PROTOCOL, Meta
 from fedmoe.protocol.rules import AggregationRules, RuleSet
-from fedmoe.protocol.spec import LoraSettings, Spec
+from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.update import make_run
 from fedmoe.settings import AggregatorSettings
 from fedmoe.store.connection import Connection

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from consumers.gateway.merge import MergeInput
 from fedmoe.protocol.codec import FORMATS
 from fedmoe.protocol.layout import Layout
+from fedmoe.protocol.lora import ALL_LINEAR, LoraSettings
 from fedmoe.protocol.rules import AggregationRules, RuleSet, TrainingSettings
-from fedmoe.protocol.spec import ALL_LINEAR, LoraSettings, Spec
+from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.staleness import KINDS, Decay
 from fedmoe.protocol.update import Header, Part, UpdateId, make_run
 

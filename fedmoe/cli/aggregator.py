@@ -1,14 +1,12 @@
 """`fedmoe aggregator run`."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from fedmoe.cli.declared import given, made, options
-from fedmoe.cli.options import redis_options, redis_settings
+from fedmoe.cli.declared import given, made, options, redis_options
 from fedmoe.protocol.rules import RuleSet
-from fedmoe.settings import AggregatorSettings, GatewaySettings
+from fedmoe.settings import AggregatorSettings, GatewaySettings, IdentitySettings, RedisSettings
 
 if TYPE_CHECKING:
     from fedmoe.util.stopping import Stop
@@ -25,27 +23,12 @@ def aggregator() -> None:
               help="An expert to create if need be, with its weight in the gateway; repeatable. All experts of the "
                    "federation are served, also those added later.  "
                    "[default: python_expert, sql_expert, docs_expert]")  # fmt: skip
-@click.option("--base-model", default="Qwen/Qwen2.5-0.5B-Instruct", show_default=True,
-              help="Hub id or directory; only its config is needed here.")  # fmt: skip
-@click.option("--rank", type=int, default=16, show_default=True, help="LoRA rank.")
-@click.option("--alpha", type=float, default=32.0, show_default=True, help="LoRA alpha.")
-@click.option(
-    "--targets", default="all-linear", show_default=True, help="Modules with an adapter, comma separated."
-)
-@click.option("--chat-template", type=click.Path(path_type=Path), metavar="FILE",
-              help="Jinja chat template that all workers format their rows with.  "
-                   "[default: the base model's own]")  # fmt: skip
-@click.option("--wire-format", type=click.Choice(["fp32", "bf16", "int8", "int4"]), default="int4", show_default=True,
-              help="How updates and pulls travel.")  # fmt: skip
+@options(IdentitySettings)
 @options(RuleSet)
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the experts' common initialisation.")
 @options(GatewaySettings)
 @options(AggregatorSettings)
-@click.option("--new-lineage", is_flag=True, help="Create experts from zero that Redis has lost or an operator "
-              "removed: what their workers trained before is forgotten.")  # fmt: skip
-@click.option("--no-wait", is_flag=True, help="Fail if Redis cannot be reached, instead of waiting for it.")
 @click.pass_context
-def run(ctx: click.Context, /, **values: Any) -> None:
+def run(ctx: click.Context, /, redis: RedisSettings, **values: Any) -> None:
     """Create the experts that do not exist yet, then serve all experts of the federation until stopped.
 
     A second aggregator on the same Redis is a hot standby.
@@ -53,10 +36,10 @@ def run(ctx: click.Context, /, **values: Any) -> None:
     from fedmoe.util.stopping import Stop, stop_on_signals
 
     with stop_on_signals(stop := Stop()):
-        _run(ctx, stop, values)
+        _run(ctx, stop, redis, values)
 
 
-def _run(ctx: click.Context, stop: "Stop", values: dict[str, Any]) -> None:
+def _run(ctx: click.Context, stop: "Stop", redis: RedisSettings, values: dict[str, Any]) -> None:
     import logging
 
     import torch
@@ -64,7 +47,6 @@ def _run(ctx: click.Context, stop: "Stop", values: dict[str, Any]) -> None:
     from consumers.create import STOPPED, SpecRequest, ensure_experts, parse_experts
     from consumers.daemon import Aggregator
     from fedmoe.errors import RedisUnavailableError, RedisUnfitError, StoppedError
-    from fedmoe.protocol.spec import LoraSettings
     from fedmoe.store.connection import Connection
     from fedmoe.store.permissions import AGGREGATOR
     from fedmoe.store.probe import eviction_warning
@@ -73,20 +55,16 @@ def _run(ctx: click.Context, stop: "Stop", values: dict[str, Any]) -> None:
     from fedmoe.util.memory import keep_freed
     from fedmoe.util.template_file import read_template
 
-    redis = redis_settings(values["redis"], values["prefix"], values["redis_timeout"])
-    typed = given(RuleSet, values)
+    identity, typed = made(IdentitySettings, values), given(RuleSet, values)
+    settings, gateway = made(AggregatorSettings, values), made(GatewaySettings, values)
     request = SpecRequest(
-        base_model=values["base_model"],
-        lora=LoraSettings(
-            rank=values["rank"],
-            alpha=values["alpha"],
-            targets=tuple(t.strip() for t in values["targets"].split(",") if t.strip()),
-        ),
+        base_model=identity.base_model,
+        lora=identity.lora,
         rules=RuleSet().changed(typed),
-        wire_format=values["wire_format"],
-        seed=values["seed"],
-        chat_template=read_template(values["chat_template"]) if values["chat_template"] else "",
-        new_lineage=values["new_lineage"],
+        wire_format=identity.wire_format,
+        seed=identity.seed,
+        chat_template=read_template(identity.chat_template) if identity.chat_template else "",
+        new_lineage=settings.new_lineage,
         weighted=frozenset(text.partition("=")[0] for text in values["experts"] if "=" in text),
         explicit=frozenset(typed)
         | {
@@ -95,7 +73,6 @@ def _run(ctx: click.Context, stop: "Stop", values: dict[str, Any]) -> None:
             if ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
         },
     )
-    settings, gateway = made(AggregatorSettings, values), made(GatewaySettings, values)
     weights = parse_experts(values["experts"])
     torch.set_num_threads(
         1
@@ -121,7 +98,7 @@ def _run(ctx: click.Context, stop: "Stop", values: dict[str, Any]) -> None:
         except RedisUnavailableError as error:
             if stop.is_set():
                 return
-            if values["no_wait"] or isinstance(error, RedisUnfitError):
+            if not settings.wait or isinstance(error, RedisUnfitError):
                 raise
             stop.wait(backoff.failed(error))
     if stop.is_set():

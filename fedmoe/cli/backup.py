@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fedmoe.cli.options import redis_options, redis_settings
+from fedmoe.cli.declared import redis_options
+from fedmoe.settings import RedisSettings
 
 if TYPE_CHECKING:
     from fedmoe.tools.backup import Saved
@@ -22,7 +23,7 @@ def _expert_option(command: Callable[..., Any]) -> Callable[..., Any]:
 @redis_options
 @_expert_option
 @click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
-def backup(redis: str, prefix: str, redis_timeout: float, expert: Sequence[str], directory: Path) -> None:
+def backup(redis: RedisSettings, expert: Sequence[str], directory: Path) -> None:
     """Write all experts to the new directory DIR, whole or not at all.
 
     The federation may run: of each expert weights, history and decisions are those of one moment. Each is also an
@@ -37,7 +38,7 @@ def backup(redis: str, prefix: str, redis_timeout: float, expert: Sequence[str],
         click.echo(f"{name}: version {saved.version}, commit {saved.commit}")
 
     end_like_ctrl_c()  # what is half written goes away
-    store = BackupStore(Connection(redis_settings(redis, prefix, redis_timeout)))
+    store = BackupStore(Connection(redis))
     back_up(store, directory, list(dict.fromkeys(expert)), report=report)
     click.echo(f"written to {directory}")
 
@@ -49,9 +50,7 @@ def backup(redis: str, prefix: str, redis_timeout: float, expert: Sequence[str],
     "--replace", is_flag=True, help="Also experts that are in Redis; what was applied since is undone."
 )
 @click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
-def restore(
-    redis: str, prefix: str, redis_timeout: float, expert: Sequence[str], replace: bool, directory: Path
-) -> None:
+def restore(redis: RedisSettings, expert: Sequence[str], replace: bool, directory: Path) -> None:
     """Put the experts of the backup DIR into Redis, each whole or not at all.
 
     Only where nothing is, unless --replace is given. Aggregators and workers may run and notice by themselves: what
@@ -67,7 +66,7 @@ def restore(
         click.echo(f"{name}: restored at version {saved.version}{where}")
 
     source = Backup(directory)
-    store = BackupStore(Connection(redis_settings(redis, prefix, redis_timeout)))
+    store = BackupStore(Connection(redis))
     put(store, source, list(dict.fromkeys(expert)), replace=replace, report=report)
-    if source.prefix != prefix:
-        click.echo(f"under the prefix {prefix!r}; the backup is of {source.prefix!r}")
+    if source.prefix != redis.prefix:
+        click.echo(f"under the prefix {redis.prefix!r}; the backup is of {source.prefix!r}")

@@ -1,5 +1,6 @@
 """Command-line options from declared settings (`fedmoe.util.setting`), and settings from what was given."""
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from fedmoe.cli.options import Duration
+from fedmoe.settings import RedisSettings
 from fedmoe.util.setting import Declared, declared
 
 Command = Callable[..., Any]
@@ -33,6 +35,20 @@ class NumberOrWord(click.ParamType[Any]):
             pass
         what = "a whole number" if self._kind is int else "a number"
         return self.fail(f"{value!r} must be {what}, or {self.word}", param, ctx)
+
+
+class Names(click.ParamType[tuple[str, ...]]):
+    """Several names with commas between, as a tuple."""
+
+    name = "names"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, ...]:
+        """The names, without the spaces around them."""
+        if isinstance(value, tuple):
+            return value
+        return tuple(name.strip() for name in str(value).split(",") if name.strip())
 
 
 def options(owner: type, *, show_defaults: bool = True) -> Callable[[Command], Command]:
@@ -73,16 +89,26 @@ def _parameters(one: Declared, *, show_default: bool) -> dict[str, Any]:
         kind = one.number
     elif one.is_path:
         kind = click.Path(path_type=Path)
-    shown = said.default or (
-        said.none if one.default is None else "" if one.is_required else str(one.default)
-    )
+    elif one.is_list:
+        kind = Names()
     return {
+        "envvar": said.variable or None,
+        "show_envvar": bool(said.variable),
         "type": kind,
         "default": None,
         "required": one.is_required,
         "metavar": said.metavar or ("TIME" if said.is_duration else kind.name if said.none else None),
-        "help": said.help + (f"  [default: {shown}]" if show_default and shown else ""),
+        "help": said.help + (f"  [default: {shown}]" if show_default and (shown := _default(one)) else ""),
     }
+
+
+def _default(one: Declared) -> str:
+    """The default, for people."""
+    if one.said.default or one.is_required:
+        return one.said.default
+    if one.default is None:
+        return one.said.none
+    return ", ".join(one.default) if one.is_list else str(one.default)
 
 
 def given(owner: type, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,13 +122,31 @@ def _value(one: Declared, values: Mapping[str, Any]) -> Any:
     return not value if one.default is True and value is not None else value
 
 
-def made(owner: type[T], values: Mapping[str, Any]) -> T:
-    """The settings that were given, with the defaults of the others.
+def made(owner: type[T], values: Mapping[str, Any], **more: Any) -> T:
+    """The settings that were given, with the defaults of the others; `more` are fields that are no settings.
 
     Raises:
         SettingsError: if a value breaks its bound.
     """
     assert is_dataclass(owner)
-    pairs = zip(fields(owner), declared(owner), strict=True)
-    found = {field.name: _value(one, values) for field, one in pairs}
-    return owner(**{name: value for name, value in found.items() if value is not None})
+    found = dict(more)
+    for one in fields(owner):
+        if (said := one.metadata.get("setting")) is not None:
+            value = _value(Declared(said.option or one.name, one.type, one.default, said), values)
+            if value is not None:
+                found[one.name] = value
+        elif isinstance(one.type, type) and is_dataclass(one.type):
+            found[one.name] = made(one.type, values)
+    return owner(**found)
+
+
+def redis_options(command: Command) -> Command:
+    """Add the options of `RedisSettings`; the command gets them as one argument, `redis`."""
+
+    @functools.wraps(command)
+    def with_settings(*args: Any, **values: Any) -> Any:
+        names = {key(one) for one in declared(RedisSettings)}
+        redis = made(RedisSettings, values)
+        return command(*args, redis=redis, **{k: v for k, v in values.items() if k not in names})
+
+    return options(RedisSettings)(with_settings)

@@ -2,14 +2,14 @@
 
 import socket
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from fedmoe.cli.options import redis_options, redis_settings
+from fedmoe.cli.declared import made, options
+from fedmoe.settings import RedisSettings
 
 if TYPE_CHECKING:
-    from fedmoe.store.connection import RedisSettings
     from fedmoe.util.check import Check
 
 ROLES = (
@@ -22,7 +22,7 @@ COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 
 @click.command()
-@redis_options
+@options(RedisSettings)
 @click.option("--no-redis", is_flag=True, help="Check this installation only.")
 @click.option("--role", type=click.Choice(ROLES), default=None,
               help="Fail unless this Redis user has all rights of this role.")  # fmt: skip
@@ -36,15 +36,14 @@ COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 @click.pass_context
 def doctor(
     ctx: click.Context,
-    redis: str,
-    prefix: str,
-    redis_timeout: float,
+    /,
     no_redis: bool,
     role: str | None,
     acl: str | None,
     stream: str,
     name: str,
     base_model: str,
+    **redis: Any,
 ) -> None:
     """Check this installation and the Redis; exits 1 if something must be repaired first.
 
@@ -53,14 +52,12 @@ def doctor(
     from fedmoe.protocol.names import check_expert, check_name, clean_name
     from fedmoe.util.check import FAIL
 
-    settings = None if no_redis else redis_settings(redis, prefix, redis_timeout)
+    settings = None if no_redis else made(RedisSettings, redis)
     worker = check_name("worker name", name) if name else clean_name(socket.gethostname())
     if stream:
         check_expert(stream)
     if acl:
-        from fedmoe.store.connection import RedisSettings
-
-        click.echo(acl_line(settings or RedisSettings(prefix=prefix), acl, stream=stream, worker=worker))
+        click.echo(acl_line(settings or RedisSettings(), acl, stream=stream, worker=worker))
         return
     failed = False
     for check in run_checks(settings, role=role or "", stream=stream, worker=worker, base_model=base_model):
@@ -106,7 +103,7 @@ def run_checks(
         yield from found
         base_model = base_model or spec_base
     if torch.level != FAIL:
-        from fedmoe.protocol.spec import DEFAULT_BASE_MODEL
+        from fedmoe.protocol.lora import DEFAULT_BASE_MODEL
 
         yield checks.check_base_model(base_model or DEFAULT_BASE_MODEL)
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import click
 
-from fedmoe.cli.declared import given, options
-from fedmoe.cli.options import redis_options, redis_settings
+from fedmoe.cli.declared import given, options, redis_options
 from fedmoe.cli.status import cell, table
 from fedmoe.protocol.rules import RuleSet
+from fedmoe.settings import RedisSettings
 from fedmoe.util.text import printable
 
 NOTICE_S = 20.0  # in which workers see it that look at Redis every ten seconds
@@ -24,7 +24,7 @@ def expert() -> None:
 
 @expert.command("list")
 @redis_options
-def list_experts(redis: str, prefix: str, redis_timeout: float) -> None:
+def list_experts(redis: RedisSettings) -> None:
     """List the experts of the federation.
 
     Exit code 1 if something is wrong with one; then `fedmoe status` says what.
@@ -33,7 +33,7 @@ def list_experts(redis: str, prefix: str, redis_timeout: float) -> None:
     from fedmoe.store.connection import Connection
     from fedmoe.store.inspect import Inspector
 
-    federation = Inspector(Connection(redis_settings(redis, prefix, redis_timeout))).federation()
+    federation = Inspector(Connection(redis)).federation()
     if federation.problems:
         raise FedMoEError("; ".join(federation.problems))
     if not federation.experts:
@@ -62,14 +62,14 @@ def list_experts(redis: str, prefix: str, redis_timeout: float) -> None:
 @redis_options
 @click.option("--json", "as_json", is_flag=True, help="As JSON: name, identity and rules.")
 @click.argument("name")
-def show(redis: str, prefix: str, redis_timeout: float, as_json: bool, name: str) -> None:
+def show(redis: RedisSettings, as_json: bool, name: str) -> None:
     """Show what makes the expert NAME itself, and the rules in force."""
     from fedmoe.protocol.names import check_expert
     from fedmoe.store.change import whole_expert
     from fedmoe.store.connection import Connection
     from fedmoe.store.expert import ExpertStore
 
-    store = ExpertStore(Connection(redis_settings(redis, prefix, redis_timeout)), check_expert(name))
+    store = ExpertStore(Connection(redis), check_expert(name))
     (meta, _), spec = whole_expert(store), store.spec()
     template = "the operator's" if spec.chat_template else "the base model's, or the first worker's"
     identity = {
@@ -108,9 +108,7 @@ def _show(values: dict[str, Any]) -> None:
 @options(RuleSet, show_defaults=False)
 @click.argument("name")
 @click.pass_context
-def set_rules(
-    ctx: click.Context, /, redis: str, prefix: str, redis_timeout: float, name: str, **rules: Any
-) -> None:
+def set_rules(ctx: click.Context, /, redis: RedisSettings, name: str, **rules: Any) -> None:
     """Change rules of the expert NAME, while it is served and trained; a rule that is not named stays as it is.
 
     An update is decided under the rules in force when it is applied. Workers take over what concerns them when they
@@ -133,7 +131,7 @@ def set_rules(
         raise SettingsError(
             f"nothing to change: name a rule, for example --lr 0.5; `fedmoe expert show {name}` shows those in force"
         )
-    store = ExpertStore(Connection(redis_settings(redis, prefix, redis_timeout)), check_expert(name))
+    store = ExpertStore(Connection(redis), check_expert(name))
     before, after = change_rules_soon(store, wanted)
     if after == before:
         click.echo(f"{name}: nothing to change, rules {before.number} say so already")
@@ -148,14 +146,12 @@ def set_rules(
 @click.option("--weight", type=float, default=1.0, show_default=True, help="Weight in the gateway.")
 @options(RuleSet, show_defaults=False)
 @click.argument("name")
-def add(
-    redis: str, prefix: str, redis_timeout: float, like: str, weight: float, name: str, **rules: Any
-) -> None:
+def add(redis: RedisSettings, like: str, weight: float, name: str, **rules: Any) -> None:
     """Add the expert NAME to a federation that runs. Its aggregators serve it within seconds."""
     from consumers.add import add_expert
     from fedmoe.store.connection import Connection
 
-    connection = Connection(redis_settings(redis, prefix, redis_timeout))
+    connection = Connection(redis)
     taken = add_expert(connection, name, like=like, gateway_weight=weight, settings=given(RuleSet, rules))
     click.echo(f"added {name}, with base model, adapter and rules of {taken}")
     click.echo(f"train it: fedmoe worker run --stream {name} --data FILE")
@@ -165,13 +161,13 @@ def add(
 @redis_options
 @click.argument("name")
 @click.argument("weight", type=float)
-def set_weight(redis: str, prefix: str, redis_timeout: float, name: str, weight: float) -> None:
+def set_weight(redis: RedisSettings, name: str, weight: float) -> None:
     """Give the expert NAME the WEIGHT in the gateway; 0 leaves it out."""
     from fedmoe.protocol.names import check_expert
     from fedmoe.store.change import set_gateway_weight
     from fedmoe.store.connection import Connection
 
-    connection = Connection(redis_settings(redis, prefix, redis_timeout))
+    connection = Connection(redis)
     before = set_gateway_weight(connection, check_expert(name), weight)
     click.echo(f"{name}: gateway weight {printable(before) or 'none'} -> {weight:g}")
 
@@ -180,7 +176,7 @@ def set_weight(redis: str, prefix: str, redis_timeout: float, name: str, weight:
 @redis_options
 @click.option("--yes", is_flag=True, help="Remove without asking.")
 @click.argument("name")
-def remove(redis: str, prefix: str, redis_timeout: float, yes: bool, name: str) -> None:
+def remove(redis: RedisSettings, yes: bool, name: str) -> None:
     """Remove the expert NAME for good, also while it is served and trained.
 
     Its aggregators stop serving it, its workers end, and the gateway is built without it. A backup can be restored
@@ -191,7 +187,7 @@ def remove(redis: str, prefix: str, redis_timeout: float, yes: bool, name: str) 
     from fedmoe.store.connection import Connection
     from fedmoe.store.remove import look_at_expert, remove_expert, sweep
 
-    connection = Connection(redis_settings(redis, prefix, redis_timeout))
+    connection = Connection(redis)
     there = look_at_expert(connection, check_expert(name))
     served = f", served by {printable(there.lease)}" if there.lease else ""
     what = f"{name} (version {printable(there.version)}, workers running: {len(there.workers)}{served})"

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import click
 
-from fedmoe.cli.options import redis_options, redis_settings
+from fedmoe.cli.declared import redis_options
+from fedmoe.settings import RedisSettings
 
 
 @click.group()
@@ -22,9 +23,7 @@ def gateway() -> None:
                    "[default: keep its rank]")  # fmt: skip
 @click.option("--force", is_flag=True, help="Also into a directory that holds something else.")
 def export(
-    redis: str,
-    prefix: str,
-    redis_timeout: float,
+    redis: RedisSettings,
     out: Path,
     expert: str | None,
     rank: int | None,
@@ -35,7 +34,7 @@ def export(
     from fedmoe.store.gateway import GatewayStore
     from fedmoe.tools.export import read_expert, read_gateway, vllm_hint, write
 
-    store = GatewayStore(Connection(redis_settings(redis, prefix, redis_timeout)))
+    store = GatewayStore(Connection(redis))
     adapter = read_expert(store, expert) if expert else read_gateway(store)
     if rank is not None:
         from consumers.gateway.truncate import truncate_to_rank
@@ -57,14 +56,14 @@ def export(
 @gateway.command()
 @redis_options
 @click.option("--json", "as_json", is_flag=True, envvar="FEDMOE_GATEWAY_SHOW_JSON", help="For a program.")
-def show(redis: str, prefix: str, redis_timeout: float, as_json: bool) -> None:
+def show(redis: RedisSettings, as_json: bool) -> None:
     """Tell how the gateway was built, and from which versions."""
     from fedmoe.cli.status import gateway_line
     from fedmoe.protocol.federation import findings
     from fedmoe.store.connection import Connection
     from fedmoe.store.inspect import Inspector
 
-    federation = Inspector(Connection(redis_settings(redis, prefix, redis_timeout))).federation()
+    federation = Inspector(Connection(redis)).federation()
     if as_json:
         click.echo(json.dumps(federation.to_dict()["gateway"], indent=2))
         return

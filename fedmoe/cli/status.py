@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fedmoe.cli.options import redis_options, redis_settings
+from fedmoe.cli.declared import redis_options
+from fedmoe.settings import RedisSettings
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -46,7 +47,7 @@ NONE = "-"  # not known, or not there yet
     envvar="FEDMOE_STATUS_JSON",
     help="For a program; with --watch one line each time.",
 )
-def status(redis: str, prefix: str, redis_timeout: float, watch: float | None, as_json: bool) -> None:
+def status(redis: RedisSettings, watch: float | None, as_json: bool) -> None:
     """Show experts, workers and what is waiting; only reads, so any monitoring user will do.
 
     Exits 0 if Redis answers, whatever is found.
@@ -54,7 +55,7 @@ def status(redis: str, prefix: str, redis_timeout: float, watch: float | None, a
     from fedmoe.store.connection import Connection
     from fedmoe.store.inspect import Inspector
 
-    inspector = Inspector(Connection(redis_settings(redis, prefix, redis_timeout)))
+    inspector = Inspector(Connection(redis))
     if watch is None:
         federation = inspector.federation()
         if as_json:

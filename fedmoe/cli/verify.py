@@ -5,7 +5,8 @@ from pathlib import Path
 
 import click
 
-from fedmoe.cli.options import redis_options, redis_settings
+from fedmoe.cli.declared import redis_options
+from fedmoe.settings import RedisSettings
 
 
 @click.command()
@@ -15,7 +16,7 @@ from fedmoe.cli.options import redis_options, redis_settings
 )
 @click.option("--keep-updates", "directory", required=True, type=click.Path(path_type=Path),
               help="Where `fedmoe aggregator run --keep-updates` keeps the updates.")  # fmt: skip
-def verify(redis: str, prefix: str, redis_timeout: float, experts: Sequence[str], directory: Path) -> None:
+def verify(redis: RedisSettings, experts: Sequence[str], directory: Path) -> None:
     """Recompute experts from their log and the kept updates, and compare with Redis byte for byte.
 
     Exit code 0 if all are equal, 1 if one differs or cannot be replayed.
@@ -30,7 +31,7 @@ def verify(redis: str, prefix: str, redis_timeout: float, experts: Sequence[str]
         raise SettingsError(
             f"{directory} is not a directory: give the one that the aggregator keeps updates in"
         )
-    store = GatewayStore(Connection(redis_settings(redis, prefix, redis_timeout)))
+    store = GatewayStore(Connection(redis))
     wrong = []
     names = list(experts) or list(store.experts())
     if not names:

@@ -19,7 +19,8 @@ from fedmoe.demo.processes import Child, Children
 from fedmoe.demo.report import plot, process_table, write_results
 from fedmoe.errors import SettingsError
 from fedmoe.protocol.federation import Federation
-from fedmoe.store.connection import Connection, RedisSettings
+from fedmoe.settings import RedisSettings
+from fedmoe.store.connection import Connection
 from fedmoe.store.embedded import EmbeddedRedis
 from fedmoe.store.inspect import Inspector
 from fedmoe.store.remove import remove_federation

@@ -20,8 +20,9 @@ from transformers.pytorch_utils import Conv1D
 from fedmoe.errors import SettingsError, SpecError
 from fedmoe.model.reach import Reach, other_towers, reach_of
 from fedmoe.protocol.layout import Layout
+from fedmoe.protocol.lora import ALL_LINEAR, LoraSettings
 from fedmoe.protocol.lora_init import initial_weights
-from fedmoe.protocol.spec import ALL_LINEAR, LoraSettings, Spec, beneath
+from fedmoe.protocol.spec import Spec, beneath
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

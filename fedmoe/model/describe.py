@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 from fedmoe.errors import FedMoEError, SettingsError
-from fedmoe.protocol.spec import LoraSettings
+from fedmoe.protocol.lora import LoraSettings
 
 
 def describe(

@@ -18,8 +18,7 @@ from fedmoe.errors import FedMoEError, SettingsError, SpecError
 from fedmoe.protocol.features import check_requires
 from fedmoe.protocol.fields import put_back, take_unknown
 from fedmoe.protocol.staleness import Decay
-from fedmoe.util.require import require_whole
-from fedmoe.util.setting import changed, check, setting, values
+from fedmoe.util.setting import changed, check, check_whole, setting, values
 
 LEAST_STALENESS_BOUND = 256
 STALENESS_PER_WORKER = 4
@@ -105,7 +104,7 @@ class RuleSet:
     unknown: str = ""
 
     def __post_init__(self) -> None:
-        require_whole(self, "number")
+        check_whole("number", self.number, at_least=1)
         check(self)
 
     def to_json(self) -> str:

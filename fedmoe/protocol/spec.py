@@ -13,43 +13,21 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
-from fedmoe.errors import FedMoEError, ProtocolError, SpecError
+from fedmoe.errors import FedMoEError, ProtocolError, SettingsError, SpecError
 from fedmoe.protocol.codec import FORMATS
 from fedmoe.protocol.features import check_requires
 from fedmoe.protocol.fields import put_back, take_unknown
 from fedmoe.protocol.layout import MAX_STRING_BYTES, Layout
-from fedmoe.util.require import require, require_positive, require_whole
+from fedmoe.protocol.lora import DEFAULT_WIRE_FORMAT, LoraSettings
+from fedmoe.util.setting import check_whole
 from fedmoe.util.template_file import MAX_TEMPLATE_CHARS
 
 SPEC_FORMAT = 3  # 3: it holds no rules
-DEFAULT_WIRE_FORMAT = "int4"
-DEFAULT_BASE_MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
-ALL_LINEAR = "all-linear"
 
 
 def beneath(towers: Sequence[str]) -> str:
     """PEFT's `exclude_modules` for all modules in these parts of a model."""
     return f"({'|'.join(map(re.escape, towers))})\\..*"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoraSettings:
-    """Shape of the adapter: ΔW = (alpha / rank) · B A. Source: LoRA, arXiv 2106.09685."""
-
-    rank: int = 16
-    alpha: float = 32.0
-    targets: tuple[str, ...] = (ALL_LINEAR,)
-
-    def __post_init__(self) -> None:
-        require_whole(self, "rank")
-        require_positive(self, "alpha")
-        require(self.rank <= 4096, f"rank must be at most 4096, not {self.rank!r}")
-        require(len(self.targets) > 0, "targets must name at least one module, for example q_proj")
-
-    @property
-    def scaling(self) -> float:
-        """The factor in front of B A."""
-        return self.alpha / self.rank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,24 +58,18 @@ class Spec:
     unknown: str = ""
 
     def __post_init__(self) -> None:
-        require(
-            isinstance(self.base_model, str) and bool(self.base_model),
-            "base_model must be a name or a directory",
-        )
-        require(
-            self.wire_format in FORMATS,
-            f"wire format must be one of {', '.join(FORMATS)}, not {self.wire_format!r}",
-        )
-        require_whole(self, "init_seed", minimum=0)
-        require(
-            isinstance(self.chat_template, str) and len(self.chat_template) <= MAX_TEMPLATE_CHARS,
-            f"chat_template must be text of at most {MAX_TEMPLATE_CHARS} characters",
-        )
-        require(
-            self.layout.file_bytes <= MAX_STRING_BYTES,
-            f"an adapter of {self.layout.file_bytes / 2**20:.0f} MiB does not fit into one Redis string "
-            "(512 MiB): choose a smaller rank or fewer targets",
-        )
+        if not (isinstance(self.base_model, str) and self.base_model):
+            raise SettingsError("base_model must be a name or a directory")
+        if self.wire_format not in FORMATS:
+            raise SettingsError(f"wire_format must be one of {', '.join(FORMATS)}, not {self.wire_format!r}")
+        check_whole("init_seed", self.init_seed, at_least=0)
+        if not (isinstance(self.chat_template, str) and len(self.chat_template) <= MAX_TEMPLATE_CHARS):
+            raise SettingsError(f"chat_template must be text of at most {MAX_TEMPLATE_CHARS} characters")
+        if self.layout.file_bytes > MAX_STRING_BYTES:
+            raise SettingsError(
+                f"an adapter of {self.layout.file_bytes / 2**20:.0f} MiB does not fit into one Redis string "
+                "(512 MiB): choose a smaller rank or fewer targets"
+            )
 
     def to_json(self) -> str:
         """Canonical JSON: the same spec gives the same text on every machine."""

@@ -9,7 +9,6 @@ import logging
 import socket
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from typing import Any
 
 import redis
@@ -18,14 +17,14 @@ from redis.backoff import NoBackoff
 from redis.connection import PythonRespSerializer
 from redis.retry import Retry
 
-from fedmoe.errors import FedMoEError, RedisUnavailableError, SettingsError
-from fedmoe.protocol.keys import DEFAULT_PREFIX, Keys
-from fedmoe.settings import MAX_SECONDS
+from fedmoe.errors import FedMoEError, RedisUnavailableError
+from fedmoe.protocol.keys import Keys
+from fedmoe.settings import RedisSettings
 from fedmoe.store.client import Client, asked, note, noting
 from fedmoe.store.limits import too_large
 from fedmoe.store.refusals import explain, is_broken
 from fedmoe.store.sentinel import master_client
-from fedmoe.store.url import DEFAULT_URL, SentinelURL, check, shown, unusable
+from fedmoe.store.url import SentinelURL, unusable
 
 CONNECT_S = (
     4.0  # a connection that takes longer is begun anew; also, how long a stop may have to wait for one
@@ -34,35 +33,6 @@ _BUFFER_CUTOFF = 6000  # bytes; smaller parts of a command are joined before the
 Command = Sequence[str | int]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RedisSettings:
-    """Where Redis is.
-
-    Args:
-        url: redis://, rediss:// (TLS), unix:// or sentinel:// URL (see store/url.py); may carry user and password.
-        prefix: first part of every key, so that several federations can share a server.
-        timeout_s: a command without an answer for so long has failed; above every blocking read (1 s).
-
-    Raises:
-        SettingsError: for another scheme or an impossible value.
-    """
-
-    url: str = DEFAULT_URL
-    prefix: str = DEFAULT_PREFIX
-    timeout_s: float = 10.0
-
-    def __post_init__(self) -> None:
-        check(self.url)
-        if not 2 <= self.timeout_s <= MAX_SECONDS:
-            raise SettingsError(f"the Redis timeout must be 2 to {MAX_SECONDS} s, not {self.timeout_s!r}")
-        Keys(self.prefix)
-
-    @property
-    def shown(self) -> str:
-        """The URL without login and options, for messages."""
-        return shown(self.url)
 
 
 class Connection:

@@ -18,8 +18,8 @@ from urllib.parse import unquote, urlsplit
 from redis.connection import URL_QUERY_ARGUMENT_PARSERS, SSLConnection
 
 from fedmoe.errors import SettingsError
+from fedmoe.settings import DEFAULT_URL
 
-DEFAULT_URL = "redis://127.0.0.1:6379/0"
 SENTINEL_PORT = 26379
 SENTINEL_FORM = "sentinel://HOST[:PORT][,HOST[:PORT]...]/MASTER"
 _ESCAPE = "write / # ? @ in a password as %2F %23 %3F %40"

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,7 +10,6 @@ from peft import PeftConfig, PeftType
 from transformers import PreTrainedTokenizerBase
 
 from fedmoe.data.bad_rows import BadRows
-from fedmoe.data.encode import Learn
 from fedmoe.data.examples import make_examples, padding_id
 from fedmoe.data.jsonl import open_data
 from fedmoe.errors import BaseModelError, DataError, SettingsError, SpecError, UnknownExpertError
@@ -27,37 +26,13 @@ from fedmoe.model.tokenizer import load_tokenizer, tokenizer_fingerprint
 from fedmoe.protocol.identity import BaseIdentity
 from fedmoe.protocol.names import check_name
 from fedmoe.protocol.spec import Spec
+from fedmoe.settings import HeldOutSettings
 from fedmoe.store.gateway import GatewayStore
 from fedmoe.tools.evaluate import MEAN, Adapter, Matrix, evaluate
 from fedmoe.tools.export import CONFIG_FILE, WEIGHTS_FILE, Export, read_expert, read_gateway
 from fedmoe.util.versions import version_of
 
 BASE, GATEWAY = "base", "gateway"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HeldOutSettings:
-    """What to measure.
-
-    Args:
-        data: see `find_files`.
-        extra: name -> directory of an adapter that is not the federation's.
-        base_model: where the base lies here, "" for what the spec says.
-        rows: how many of each file to look at, evenly spread; 0 is all.
-        learn: measure all answers of a conversation, or its last one.
-        bad_rows: a file that lists the rows that cannot be used.
-        batch_size, device, precision: of the evaluation.
-    """
-
-    data: Sequence[str]
-    extra: Mapping[str, Path] = field(default_factory=dict)
-    base_model: str = ""
-    rows: int = 0
-    learn: Learn = "all"
-    bad_rows: Path | None = None
-    batch_size: int = 8
-    device: str = "auto"
-    precision: str = "auto"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

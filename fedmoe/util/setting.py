@@ -34,6 +34,7 @@ class Setting:
         default: what holds without it, in words, if the value does not tell.
         metavar: what an option's value is called.
         is_duration: typed with its unit, like 30m.
+        variable: environment variable of all commands that have it, if there is one.
     """
 
     help: str
@@ -47,6 +48,7 @@ class Setting:
     default: str = ""
     metavar: str = ""
     is_duration: bool = False
+    variable: str = ""
 
 
 def setting(value: Any, text: str, *, words: str = "", **more: Any) -> Any:
@@ -81,6 +83,11 @@ class Declared:
         """Int or float, if it is a number."""
         kinds = get_args(self.kind) if get_origin(self.kind) in (Union, types.UnionType) else (self.kind,)
         return next((kind for kind in (float, int) if kind in kinds), None)
+
+    @property
+    def is_list(self) -> bool:
+        """True for several texts, written with commas between."""
+        return get_origin(self.kind) is tuple
 
     @property
     def is_path(self) -> bool:
@@ -135,6 +142,12 @@ def check(owner: Any) -> None:
             raise SettingsError(f"{which.name} must be one of {', '.join(said.choices)}, not {value!r}")
         if which.number and not _is_within(value, which):
             raise SettingsError(f"{which.name} must be {bounds(which)}, not {value!r}")
+
+
+def check_whole(name: str, value: object, *, at_least: int) -> None:
+    """Raise SettingsError unless the value is a whole number of at least that."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
+        raise SettingsError(f"{name} must be a whole number of at least {at_least}, not {value!r}")
 
 
 def _is_within(value: Any, which: Declared) -> bool:

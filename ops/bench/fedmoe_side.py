@@ -14,12 +14,14 @@ from dataclasses import replace
 import torch
 
 from fedmoe.protocol.layout import AdapterBuffer, Layout
+from fedmoe.protocol.lora import LoraSettings
 from fedmoe.protocol.lora_init import initial_weights
 from fedmoe.protocol.records import PROTOCOL, Meta
 from fedmoe.protocol.rules import AggregationRules, RuleSet
-from fedmoe.protocol.spec import LoraSettings, Spec
+from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.update import UpdateId, make_run
-from fedmoe.store.connection import Connection, RedisSettings
+from fedmoe.settings import RedisSettings
+from fedmoe.store.connection import Connection
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.lifecycle import new_id
 from fedmoe.store.worker import WorkerStore

@@ -9,7 +9,8 @@ from contextlib import ExitStack
 from typing import Any, Self
 
 from fedmoe.protocol.layout import Layout
-from fedmoe.store.connection import Connection, RedisSettings
+from fedmoe.settings import RedisSettings
+from fedmoe.store.connection import Connection
 from fedmoe.store.worker import WorkerStore
 from ops.bench.adapters import LAYOUTS
 from ops.bench.contest import Contestant, Seats, take_turns

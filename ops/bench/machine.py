@@ -10,8 +10,9 @@ from contextlib import ExitStack
 import torch
 
 from fedmoe.protocol.layout import FLOAT_BYTES, AdapterBuffer, Layout, values_of
+from fedmoe.settings import RedisSettings
 from fedmoe.store.chunks import put, weights_of, weights_reads
-from fedmoe.store.connection import Connection, RedisSettings
+from fedmoe.store.connection import Connection
 from fedmoe.store.full import read_together
 from ops.bench.adapters import LAYOUTS
 from ops.bench.contest import Contestant, Seats, take_turns

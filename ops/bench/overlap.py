@@ -24,10 +24,12 @@ from fedmoe.data.encode import Answer, Example
 from fedmoe.model.adapter import adapter_layout, attach_adapter
 from fedmoe.model.base import structure
 from fedmoe.protocol.identity import BaseIdentity
+from fedmoe.protocol.lora import LoraSettings
 from fedmoe.protocol.rules import TrainingSettings
-from fedmoe.protocol.spec import LoraSettings, Spec
+from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.update import make_run
-from fedmoe.store.connection import Connection, RedisSettings
+from fedmoe.settings import RedisSettings
+from fedmoe.store.connection import Connection
 from fedmoe.store.worker import WorkerStore
 from ops.bench.fedmoe_side import (
     DEFAULT_FORMAT,

@@ -24,9 +24,11 @@ from fedmoe.model.adapter import adapter_layout, attach_adapter
 from fedmoe.model.base import load_base, load_config
 from fedmoe.model.tokenizer import load_tokenizer
 from fedmoe.protocol.codec import FORMATS
+from fedmoe.protocol.lora import LoraSettings
 from fedmoe.protocol.rules import TrainingSettings
-from fedmoe.protocol.spec import LoraSettings, Spec
-from fedmoe.store.connection import Connection, RedisSettings
+from fedmoe.protocol.spec import Spec
+from fedmoe.settings import RedisSettings
+from fedmoe.store.connection import Connection
 from fedmoe.store.expert import ExpertStore
 from fedmoe.tools.evaluate import mean_loss
 from ops.bench.fedmoe_side import DEFAULT_FORMAT, RULES, Client, create_expert, make_spec

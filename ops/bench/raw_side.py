@@ -9,8 +9,9 @@ import os
 import time
 
 from fedmoe.protocol.update import PART_BYTES
+from fedmoe.settings import RedisSettings
 from fedmoe.store.chunks import CHUNK_BYTES, put
-from fedmoe.store.connection import Connection, RedisSettings
+from fedmoe.store.connection import Connection
 from ops.bench.contest import Contestant, Seats
 
 STREAM, GROUP, WEIGHTS = "updates", "aggregator", "weights"

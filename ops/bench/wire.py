@@ -4,7 +4,8 @@ import subprocess
 from collections.abc import Callable, Iterator
 
 from fedmoe.protocol.codec import FORMATS
-from fedmoe.store.connection import Connection, RedisSettings
+from fedmoe.settings import RedisSettings
+from fedmoe.store.connection import Connection
 from ops.bench.adapters import LAYOUTS, fp32_bytes
 from ops.bench.fedmoe_side import DEFAULT_FORMAT, Client, aggregator_command, create_expert, make_spec
 from ops.bench.plan import Plan

@@ -19,11 +19,11 @@ from consumers.daemon import Aggregator  # noqa: F401  # imported before the for
 from fedmoe.data.jsonl import DataFile
 from fedmoe.protocol.identity import BaseIdentity
 from fedmoe.protocol.layout import Layout
+from fedmoe.protocol.lora import LoraSettings
 from fedmoe.protocol.rules import AggregationRules, RuleSet, TrainingSettings
-from fedmoe.protocol.spec import LoraSettings, Spec
+from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.update import Header
-from fedmoe.settings import WorkerSettings
-from fedmoe.store.connection import RedisSettings
+from fedmoe.settings import RedisSettings, WorkerSettings
 from fedmoe.store.worker import WorkerStore
 from fedmoe.util.stopping import Stop, stop_on_signals
 from producers.checkpoint import name_in

@@ -17,8 +17,9 @@ import redis
 from fedmoe.errors import FedMoEError
 from fedmoe.protocol.layout import AdapterBuffer
 from fedmoe.protocol.lora_init import initial_weights
+from fedmoe.settings import RedisSettings
 from fedmoe.store.change import change_rules_soon
-from fedmoe.store.connection import Connection, RedisSettings
+from fedmoe.store.connection import Connection
 from fedmoe.store.embedded import EmbeddedRedis
 from fedmoe.store.expert import ExpertStore
 from tests.chaos.actors import (

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fedmoe.store.connection import Connection, RedisSettings
+from fedmoe.settings import RedisSettings
+from fedmoe.store.connection import Connection
 from fedmoe.store.embedded import EmbeddedRedis, wheel_server
 from fedmoe.store.expert import ExpertStore
 from tests.counting import EXPERT, CountingWorker, assert_settled, counting_spec, create_expert

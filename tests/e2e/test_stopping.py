@@ -24,10 +24,12 @@ import torch
 from fedmoe.model.adapter import adapter_layout
 from fedmoe.model.base import fingerprint, load_base, load_config, structure
 from fedmoe.protocol.layout import AdapterBuffer
+from fedmoe.protocol.lora import LoraSettings
 from fedmoe.protocol.lora_init import initial_weights
 from fedmoe.protocol.rules import RuleSet
-from fedmoe.protocol.spec import LoraSettings, Spec
-from fedmoe.store.connection import Connection, RedisSettings
+from fedmoe.protocol.spec import Spec
+from fedmoe.settings import RedisSettings
+from fedmoe.store.connection import Connection
 from fedmoe.store.embedded import EmbeddedRedis
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore

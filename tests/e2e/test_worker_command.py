@@ -11,10 +11,11 @@ import pytest
 
 from consumers.create import SpecRequest, ensure_experts
 from fedmoe.cli.main import main
+from fedmoe.protocol.lora import LoraSettings
 from fedmoe.protocol.records import PROTOCOL
 from fedmoe.protocol.rules import RuleSet
-from fedmoe.protocol.spec import LoraSettings
-from fedmoe.store.connection import Connection, RedisSettings
+from fedmoe.settings import RedisSettings
+from fedmoe.store.connection import Connection
 from fedmoe.store.embedded import EmbeddedRedis
 from fedmoe.store.gateway import GatewayStore
 from tests.processes import eventually, fedmoe, running, terminate

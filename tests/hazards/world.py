@@ -18,14 +18,16 @@ import producers.worker
 from fedmoe.errors import NameTakenError
 from fedmoe.protocol.identity import BaseIdentity
 from fedmoe.protocol.layout import AdapterBuffer, Layout, values_of
+from fedmoe.protocol.lora import LoraSettings
 from fedmoe.protocol.lora_init import initial_weights
 from fedmoe.protocol.records import PROTOCOL, Decided, Entry, Meta
 from fedmoe.protocol.rules import AggregationRules, RuleSet, TrainingSettings
-from fedmoe.protocol.spec import LoraSettings, Spec
+from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.staleness import Decay
+from fedmoe.settings import RedisSettings
 from fedmoe.store import change
 from fedmoe.store.archive import Archive
-from fedmoe.store.connection import Connection, RedisSettings
+from fedmoe.store.connection import Connection
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore
 from fedmoe.store.lifecycle import new_id

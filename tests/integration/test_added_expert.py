@@ -15,8 +15,8 @@ from fedmoe.protocol.beat import Beat
 from fedmoe.protocol.layout import values_of
 from fedmoe.protocol.lora_init import initial_weights
 from fedmoe.protocol.rules import AggregationRules, RuleSet
-from fedmoe.settings import AggregatorSettings, GatewaySettings
-from fedmoe.store.connection import Connection, RedisSettings
+from fedmoe.settings import AggregatorSettings, GatewaySettings, RedisSettings
+from fedmoe.store.connection import Connection
 from fedmoe.store.gateway import GatewayStore
 from fedmoe.store.remove import remove_expert
 from fedmoe.store.worker import WorkerStore

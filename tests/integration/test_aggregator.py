@@ -96,7 +96,7 @@ def test_overwritten_key_stops_only_its_expert(connection: Connection, connect: 
 
 def test_whole_daemon_builds_the_gateway(connection: Connection, connect: Connect, redis_url: str) -> None:
     """Experts in their threads, the gateway rebuilt when one moves and not when none does."""
-    from fedmoe.store.connection import RedisSettings
+    from fedmoe.settings import RedisSettings
 
     spec = small_spec()
     experts = {name: make_expert(connection, name, spec) for name in ("a", "b")}

@@ -17,11 +17,12 @@ from fedmoe.errors import BackupError, StaleStateError
 from fedmoe.model.adapter import adapter_layout
 from fedmoe.model.base import structure
 from fedmoe.protocol.layout import AdapterBuffer
-from fedmoe.protocol.spec import LoraSettings, Spec
-from fedmoe.settings import GatewaySettings
+from fedmoe.protocol.lora import LoraSettings
+from fedmoe.protocol.spec import Spec
+from fedmoe.settings import GatewaySettings, RedisSettings
 from fedmoe.store import backup as store_module
 from fedmoe.store.backup import BackupStore, ExpertState
-from fedmoe.store.connection import Connection, RedisSettings
+from fedmoe.store.connection import Connection
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore
 from fedmoe.tools.backup import restore

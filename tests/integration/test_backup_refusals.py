@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from fedmoe.errors import BackupError, FedMoEError, RedisUnavailableError, UnknownExpertError
+from fedmoe.settings import RedisSettings
 from fedmoe.store.backup import BackupStore, ExpertState
-from fedmoe.store.connection import Connection, RedisSettings
+from fedmoe.store.connection import Connection
 from fedmoe.tools.backup import Backup, back_up, restore
 from tests.backups import NAME, backed_up, content, make
 from tests.federation import small_spec

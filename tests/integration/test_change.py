@@ -14,9 +14,9 @@ from consumers.expert import Expert
 from consumers.verify import replay
 from fedmoe.cli.main import cli
 from fedmoe.errors import FedMoEError, ProtocolError, SettingsError, StaleStateError
+from fedmoe.protocol.lora import LoraSettings
 from fedmoe.protocol.lora_init import initial_weights
 from fedmoe.protocol.rules import RuleSet, TrainingSettings
-from fedmoe.protocol.spec import LoraSettings
 from fedmoe.store import change
 from fedmoe.store.archive import Archive
 from fedmoe.store.connection import Connection

@@ -10,8 +10,9 @@ import pytest
 
 from fedmoe.errors import RedisUnavailableError
 from fedmoe.protocol.layout import AdapterBuffer
+from fedmoe.settings import RedisSettings
 from fedmoe.store.backup import BackupStore
-from fedmoe.store.connection import Connection, RedisSettings
+from fedmoe.store.connection import Connection
 from fedmoe.store.embedded import EmbeddedRedis
 from fedmoe.store.expert import ExpertStore
 from fedmoe.tools.backup import Backup, restore

@@ -15,7 +15,7 @@ from consumers.create import SpecRequest, ensure_experts, parse_experts
 from fedmoe.errors import BaseModelError, RedisUnavailableError, SettingsError, SpecError
 from fedmoe.model.tokenizer import load_tokenizer, tokenizer_fingerprint
 from fedmoe.protocol.layout import AdapterBuffer, stamped
-from fedmoe.protocol.spec import LoraSettings
+from fedmoe.protocol.lora import LoraSettings
 from fedmoe.store.connection import Connection
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore

@@ -10,7 +10,8 @@ from fedmoe.cli.main import cli
 from fedmoe.errors import RedisUnfitError, SettingsError
 from fedmoe.protocol.beat import Beat
 from fedmoe.protocol.keys import Keys
-from fedmoe.store.connection import Connection, RedisSettings
+from fedmoe.settings import RedisSettings
+from fedmoe.store.connection import Connection
 from fedmoe.store.embedded import EmbeddedRedis
 from fedmoe.store.permissions import AGGREGATOR, ANY, MONITOR, ROLES, WORKER, Role, acl_rules
 from fedmoe.store.probe import check_redis, eviction_warning

@@ -20,10 +20,10 @@ from fedmoe.errors import LostExpertError, RedisUnavailableError
 from fedmoe.protocol.beat import Beat
 from fedmoe.protocol.federation import findings
 from fedmoe.protocol.layout import AdapterBuffer, stamped
-from fedmoe.protocol.spec import LoraSettings
-from fedmoe.settings import AggregatorSettings, GatewaySettings
+from fedmoe.protocol.lora import LoraSettings
+from fedmoe.settings import AggregatorSettings, GatewaySettings, RedisSettings
 from fedmoe.store.archive import Archive
-from fedmoe.store.connection import Connection, RedisSettings
+from fedmoe.store.connection import Connection
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore
 from fedmoe.store.inspect import Inspector

@@ -19,8 +19,9 @@ from fedmoe.errors import BaseModelError, DataError, SettingsError, SpecError, U
 from fedmoe.model.adapter import adapter_layout
 from fedmoe.model.base import fingerprint, structure
 from fedmoe.protocol.layout import AdapterBuffer
+from fedmoe.protocol.lora import LoraSettings
 from fedmoe.protocol.lora_init import initial_weights
-from fedmoe.protocol.spec import LoraSettings, Spec
+from fedmoe.protocol.spec import Spec
 from fedmoe.settings import GatewaySettings
 from fedmoe.store.connection import Connection
 from fedmoe.store.expert import ExpertStore

@@ -19,9 +19,10 @@ from fedmoe.errors import DamagedExpertError, FedMoEError, SettingsError, SpecEr
 from fedmoe.model.adapter import adapter_layout
 from fedmoe.model.base import structure
 from fedmoe.protocol.layout import AdapterBuffer
+from fedmoe.protocol.lora import LoraSettings
 from fedmoe.protocol.lora_init import initial_weights
 from fedmoe.protocol.records import Meta
-from fedmoe.protocol.spec import LoraSettings, Spec
+from fedmoe.protocol.spec import Spec
 from fedmoe.settings import GatewaySettings
 from fedmoe.store.connection import Connection
 from fedmoe.store.expert import ExpertStore

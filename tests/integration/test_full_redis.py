@@ -13,8 +13,8 @@ from consumers.create import SpecRequest, ensure_experts
 from consumers.expert import Expert
 from fedmoe.errors import RedisUnavailableError, StaleStateError
 from fedmoe.protocol.layout import Layout
-from fedmoe.settings import AggregatorSettings
-from fedmoe.store.connection import Connection, RedisSettings
+from fedmoe.settings import AggregatorSettings, RedisSettings
+from fedmoe.store.connection import Connection
 from fedmoe.store.embedded import EmbeddedRedis
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.full import read_together

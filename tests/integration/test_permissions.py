@@ -16,11 +16,11 @@ from fedmoe.cli.main import cli
 from fedmoe.errors import RedisUnavailableError, RedisUnfitError, RemovedExpertError, UnknownExpertError
 from fedmoe.protocol.beat import Beat
 from fedmoe.protocol.keys import Keys
+from fedmoe.protocol.lora import LoraSettings
 from fedmoe.protocol.rules import RuleSet
-from fedmoe.protocol.spec import LoraSettings
-from fedmoe.settings import AggregatorSettings, GatewaySettings, WorkerSettings
+from fedmoe.settings import AggregatorSettings, GatewaySettings, RedisSettings, WorkerSettings
 from fedmoe.store.backup import BackupStore
-from fedmoe.store.connection import Connection, RedisSettings
+from fedmoe.store.connection import Connection
 from fedmoe.store.embedded import EmbeddedRedis
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore

@@ -11,7 +11,8 @@ import pytest
 
 from fedmoe.errors import RedisUnavailableError, RedisUnfitError
 from fedmoe.protocol.beat import Beat
-from fedmoe.store.connection import Connection, RedisSettings
+from fedmoe.settings import RedisSettings
+from fedmoe.store.connection import Connection
 from fedmoe.store.embedded import EmbeddedRedis
 from fedmoe.store.expert import _LOOK, ExpertStore
 from fedmoe.store.worker import WorkerStore

@@ -10,8 +10,9 @@ import pytest
 
 from fedmoe.model.adapter import adapter_layout
 from fedmoe.model.base import structure
+from fedmoe.protocol.lora import LoraSettings
 from fedmoe.protocol.rules import RuleSet, TrainingSettings
-from fedmoe.protocol.spec import LoraSettings, Spec
+from fedmoe.protocol.spec import Spec
 from fedmoe.settings import WorkerSettings
 from fedmoe.store.connection import Connection
 from fedmoe.util.stopping import Stop

@@ -19,7 +19,8 @@ from click.testing import CliRunner
 from fedmoe.cli.main import cli
 from fedmoe.errors import RedisUnavailableError
 from fedmoe.protocol.spec import Spec
-from fedmoe.store.connection import Connection, RedisSettings
+from fedmoe.settings import RedisSettings
+from fedmoe.store.connection import Connection
 from fedmoe.store.embedded import EmbeddedRedis
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore

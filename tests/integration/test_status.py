@@ -20,8 +20,8 @@ from fedmoe.cli.status import screen as status_screen
 from fedmoe.protocol.beat import Beat
 from fedmoe.protocol.federation import Federation, duration, findings
 from fedmoe.protocol.records import HEARTBEAT_TTL_S, TRACE_TTL_S
-from fedmoe.settings import GatewaySettings
-from fedmoe.store.connection import Connection, RedisSettings
+from fedmoe.settings import GatewaySettings, RedisSettings
+from fedmoe.store.connection import Connection
 from fedmoe.store.embedded import EmbeddedRedis
 from fedmoe.store.inspect import REPAIR, Inspector
 from fedmoe.store.lease import Lease

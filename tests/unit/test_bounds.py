@@ -15,7 +15,7 @@ from fedmoe.data.jsonl import open_data
 from fedmoe.errors import BaseModelError, DataError, SettingsError
 from fedmoe.model.bounds import check_examples, check_max_length, check_padding, n_positions
 from fedmoe.model.describe import describe
-from fedmoe.protocol.spec import LoraSettings
+from fedmoe.protocol.lora import LoraSettings
 from tests.tiny import tiny_config, tiny_tokenizer
 
 

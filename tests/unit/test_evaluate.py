@@ -16,7 +16,8 @@ from fedmoe.model.adapter import adapter_layout, attach_adapter
 from fedmoe.model.base import structure
 from fedmoe.model.loss import completion_loss
 from fedmoe.protocol.layout import AdapterBuffer
-from fedmoe.protocol.spec import LoraSettings, Spec
+from fedmoe.protocol.lora import LoraSettings
+from fedmoe.protocol.spec import Spec
 from fedmoe.tools.evaluate import MEAN, Adapter, evaluate, format_table, mean_loss
 from tests.strategies import randn
 from tests.tiny import tiny_config, tiny_model

@@ -10,7 +10,8 @@ from fedmoe.errors import BaseModelError, DataError
 from fedmoe.model.adapter import adapter_layout
 from fedmoe.model.base import fingerprint, structure
 from fedmoe.model.tokenizer import tokenizer_fingerprint
-from fedmoe.protocol.spec import LoraSettings, Spec
+from fedmoe.protocol.lora import LoraSettings
+from fedmoe.protocol.spec import Spec
 from fedmoe.settings import WorkerSettings
 from producers.material import Material, prepare
 from tests.federation import first_meta

@@ -15,7 +15,8 @@ from torch import Tensor
 from consumers.gateway.merge import LORA_A, LORA_B, METHODS, Merged, MergeInput, merge
 from fedmoe.errors import SettingsError, SpecError
 from fedmoe.protocol.layout import Layout
-from fedmoe.protocol.spec import LoraSettings, Spec
+from fedmoe.protocol.lora import LoraSettings
+from fedmoe.protocol.spec import Spec
 from tests.strategies import families, lora_layout, random_expert
 
 Q, V = "base_model.model.layers.0.q_proj", "base_model.model.layers.0.v_proj"

@@ -33,8 +33,9 @@ from fedmoe.model.base import (
 )
 from fedmoe.model.tokenizer import has_tokenizer, load_tokenizer
 from fedmoe.protocol.layout import AdapterBuffer, Layout
+from fedmoe.protocol.lora import LoraSettings
 from fedmoe.protocol.lora_init import initial_weights
-from fedmoe.protocol.spec import LoraSettings, Spec
+from fedmoe.protocol.spec import Spec
 from tests.strategies import randn
 from tests.tiny import save_tiny_model, tiny_config, tiny_model
 

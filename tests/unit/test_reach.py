@@ -23,7 +23,8 @@ from fedmoe.errors import SettingsError
 from fedmoe.model.adapter import adapter_loaded, attach_adapter, plan_adapter
 from fedmoe.model.base import structure
 from fedmoe.protocol.layout import AdapterBuffer
-from fedmoe.protocol.spec import LoraSettings, Spec
+from fedmoe.protocol.lora import LoraSettings
+from fedmoe.protocol.spec import Spec
 from fedmoe.tools.export import Export, write
 from tests.tiny import tiny_config
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from fedmoe.errors import FedMoEError, ProtocolError, SettingsError, SpecError
 from fedmoe.protocol.layout import Layout
-from fedmoe.protocol.spec import SPEC_FORMAT, LoraSettings, Spec
+from fedmoe.protocol.lora import LoraSettings
+from fedmoe.protocol.spec import SPEC_FORMAT, Spec
 from tests.strategies import lora_layout, specs
 
 Q, V = "base_model.model.layers.0.q_proj", "base_model.model.layers.0.v_proj"

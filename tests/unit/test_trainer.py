@@ -16,8 +16,9 @@ from fedmoe.errors import TooLittleMemoryError
 from fedmoe.model.adapter import adapter_layout, attach_adapter
 from fedmoe.model.base import structure
 from fedmoe.model.loss import completion_loss
+from fedmoe.protocol.lora import LoraSettings
 from fedmoe.protocol.rules import TrainingSettings
-from fedmoe.protocol.spec import LoraSettings, Spec
+from fedmoe.protocol.spec import Spec
 from producers.trainer import Trainer, is_out_of_memory
 from tests.strategies import randn
 from tests.tiny import tiny_config

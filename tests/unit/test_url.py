@@ -5,7 +5,8 @@ import ssl
 import pytest
 
 from fedmoe.errors import RedisUnavailableError, SettingsError
-from fedmoe.store.connection import Connection, RedisSettings
+from fedmoe.settings import RedisSettings
+from fedmoe.store.connection import Connection
 from fedmoe.store.sentinel import QUESTION_TIMEOUT_S
 from fedmoe.store.url import SentinelURL, shown
 

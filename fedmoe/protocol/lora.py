@@ -1,0 +1,32 @@
+"""The shape of the LoRA adapter, and what an expert is unless its operator says otherwise. Free of torch. Pure."""
+
+from dataclasses import dataclass
+
+from fedmoe.errors import SettingsError
+from fedmoe.util.setting import check, setting
+
+DEFAULT_BASE_MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
+DEFAULT_WIRE_FORMAT = "int4"
+WIRE_FORMATS = ("fp32", "bf16", "int8", "int4")
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraSettings:
+    """Shape of the adapter: ΔW = (alpha / rank) · B A. Source: LoRA, arXiv 2106.09685."""
+
+    rank: int = setting(16, "LoRA rank.", at_least=1, at_most=4096)
+    alpha: float = setting(32.0, "LoRA alpha; the adapter is scaled by alpha / rank.", above=0)
+    targets: tuple[str, ...] = setting(
+        (ALL_LINEAR,), "Modules with an adapter, comma separated.", metavar="NAMES"
+    )
+
+    def __post_init__(self) -> None:
+        check(self)
+        if not self.targets:
+            raise SettingsError("targets must name at least one module, for example q_proj")
+
+    @property
+    def scaling(self) -> float:
+        """The factor in front of B A."""
+        return self.alpha / self.rank

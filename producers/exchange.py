@@ -91,6 +91,11 @@ class Exchange:
         self._state: TrainingState | None = None
 
     @property
+    def trained(self) -> Trained:
+        """What is in no copy yet that became an update."""
+        return self._trained
+
+    @property
     def steps_left(self) -> int:
         """Steps that are in no update yet, those of a copy that nobody has taken included."""
         return self._trained.steps + (self._state.trained.steps if self._state and self._consume else 0)

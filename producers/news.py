@@ -3,6 +3,8 @@
 import logging
 from dataclasses import replace
 
+import torch
+
 from fedmoe.protocol.rules import RuleSet
 from producers.heartbeat import SyncStatus
 from producers.ledger import Change, Ledger
@@ -51,3 +53,16 @@ def change_of_rules(before: RuleSet, now: RuleSet, tokenized_to: int) -> str:
     if now.training.max_length != tokenized_to:
         text += "; max_length takes effect when this worker is started again, because its rows are tokenized"
     return text
+
+
+def has_diverged(progress: torch.Tensor, steps: int, bound: float) -> bool:
+    """True, and said, if so many steps changed the adapter by more than the L2 norm that updates may have."""
+    norm = float(torch.linalg.vector_norm(progress))
+    if norm <= bound:
+        return False
+    logger.warning(
+        "the training diverged: %d steps changed the adapter by a norm of %.3g, the bound is %.4g; they are "
+        "dropped, going on from the expert's weights (is the learning rate too high?)",
+        steps, norm, bound,
+    )  # fmt: skip
+    return True

@@ -1,13 +1,16 @@
-"""How long a worker waits before it looks again for the decision of the update it has published."""
+"""When a worker's sync does what, and how long it waits for the decision of an update."""
 
+import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 FIRST_POLL_S = 0.01
 LONGEST_POLL_S = 1.0
 LONGEST_RESEND_S = (
     5.0  # until an update is sent again that is taken off the stream without a decision each time
 )
+AT_THE_END_S = 5.0  # of the drain, at most half of it: the end of a step is not waited for any more
 USUAL_S = 0.25  # a decision that takes longer is not waited for in one go
 
 
@@ -57,3 +60,31 @@ class Pace:
     def moved_on(self) -> None:
         """What is published next has not been taken off the stream yet."""
         self._resend_s, self._resend_at = FIRST_POLL_S, 0.0
+
+
+@dataclass(slots=True, kw_only=True)
+class Timetable:
+    """When the sync does what, in seconds of its clock; `inf` is never.
+
+    Args:
+        update_at: make the next update. save_at: write a checkpoint between two updates.
+        rules_at: look for other rules.
+        hurry_at: do not wait for the end of a step any more. end_at: end, whatever is undecided.
+    """
+
+    update_at: float = 0.0
+    save_at: float = math.inf
+    rules_at: float = math.inf
+    hurry_at: float = math.inf
+    end_at: float = math.inf
+
+    @property
+    def is_ending(self) -> bool:
+        """True once somebody wants the sync to end."""
+        return self.end_at < math.inf
+
+    def end_within(self, timeout_s: float, now: float) -> None:
+        """End in so many seconds at most; the first call counts."""
+        if not self.is_ending:
+            self.hurry_at = now + max(timeout_s / 2, timeout_s - AT_THE_END_S)
+            self.end_at = now + timeout_s

@@ -5,7 +5,7 @@ What comes from elsewhere (a pull) is added to `flat` between two steps, and the
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -226,13 +226,13 @@ class Trainer:
             state[TOO_LARGE] = torch.tensor(sorted(self._too_large))
         return state
 
-    def load_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Take over what `state` returned."""
+    def load_state(self, state: Mapping[str, torch.Tensor], *, same_data: bool = True) -> None:
+        """Take over what `state` returned; with other examples, not which of them do not fit."""
         for name, tensor in self._moments.items():
             tensor.copy_(state[name])
         if MICRO_BATCH in state:  # older checkpoints have none
             self._micro_batch = min(self._micro_batch, int(state[MICRO_BATCH]))
-        if TOO_LARGE in state:
+        if TOO_LARGE in state and same_data:
             self._too_large = set(state[TOO_LARGE].tolist())
 
     def _apply(self, loss: float) -> bool:

@@ -1,18 +1,17 @@
 """The worker's training, from the first step to the last words: what the main thread does beside the sync."""
 
 import logging
-import threading
+import math
 import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from fedmoe.errors import FedMoEError, ProtocolError, StoppedError, TooLittleMemoryError
+from fedmoe.errors import FedMoEError, StoppedError, TooLittleMemoryError
 from fedmoe.settings import WorkerSettings
 from fedmoe.util.stopping import Stop
-from producers.exchange import Exchange
 from producers.heartbeat import SyncStatus
-from producers.sync import Sync
+from producers.membership import Membership
 from producers.trainer import StepResult, is_out_of_memory
 
 logger = logging.getLogger(__name__)
@@ -46,7 +45,7 @@ class Progress:
 
     def fields(self) -> dict[str, int | float | None]:
         """The training's part of the heartbeat."""
-        loss = round(self.last.loss, 4) if self.last else None
+        loss = round(self.last.loss, 4) if self.last and math.isfinite(self.last.loss) else None
         return {"step": self.steps, "loss": loss, "tokens_per_s": round(self._rate.value, 1)}
 
 
@@ -54,6 +53,7 @@ class Training:
     """Trains until it is stopped, done, or cannot go on; then has the sync publish the rest.
 
     Args:
+        member: that has begun.
         progress: the one that the sync's heartbeat reports.
         n_examples: of one epoch.
         stop: set when the training has ended, too.
@@ -63,8 +63,7 @@ class Training:
     def __init__(
         self,
         trainer: Any,
-        exchange: Exchange,
-        sync: Sync,
+        member: Membership,
         settings: WorkerSettings,
         *,
         progress: Progress,
@@ -72,10 +71,9 @@ class Training:
         stop: Stop,
         report: Callable[[str], None],
     ) -> None:
-        self.is_done = False  # has trained as much as it was asked to
         self._trainer = trainer
-        self._exchange = exchange
-        self._sync = sync
+        self._member = member
+        self._exchange, self._sync = member.exchange, member.sync
         self._settings = settings
         self._progress = progress
         self._n_examples = n_examples
@@ -91,21 +89,16 @@ class Training:
                 may be cut off any moment, and there is nothing to lose.
             FedMoEError: one sentence, if the training could not go on or something that was trained is lost.
         """
-        thread = threading.Thread(target=self._sync.run, name="sync", daemon=True)
         self._bound_the_stop()
         if self._stop.is_set():
             raise StoppedError("stopped before the training began: nothing was trained yet")
-        thread.start()
-        self._train(thread)
+        self._member.thread.start()
+        self._train()
         self._stop.set()
         if self._progress.last:
             self._report(self._progress.line(self._sync.status))
-        self._sync.finish(self._settings.drain_s)
-        while thread.is_alive():
-            self._pass_boundary()
-            thread.join(0.02)
         try:
-            self._report(self._outcome())
+            self._report(self._member.finish(self._settings.drain_s, boundary=self._pass_boundary))
         except FedMoEError as error:
             if self._failure is None:
                 raise
@@ -113,11 +106,11 @@ class Training:
         if self._failure is not None:
             raise self._failure
 
-    def _train(self, thread: threading.Thread) -> None:
+    def _train(self) -> None:
         """Step after step; what stops it early is kept for later, because what was trained is published first."""
         said_at = time.monotonic()
         try:
-            while not self._stop.is_set() and thread.is_alive() and not self._has_done_enough():
+            while not self._stop.is_set() and self._member.thread.is_alive() and not self._has_done_enough():
                 self._exchange.boundary()
                 computed = self._trainer.compute()
                 step: StepResult | None = self._exchange.take_step(partial(self._trainer.apply, computed))
@@ -155,7 +148,7 @@ class Training:
 
         def last_words() -> tuple[str, int]:
             try:
-                return self._outcome(), 0
+                return self._member.outcome(self._settings.drain_s), 0
             except FedMoEError as error:
                 return str(error), error.exit_code
 
@@ -167,50 +160,11 @@ class Training:
     def _has_done_enough(self) -> bool:
         settings = self._settings
         epochs = self._trainer.position / self._n_examples
-        self.is_done = bool(
+        self._member.is_done = bool(
             (settings.max_steps and self._progress.steps >= settings.max_steps)
             or (settings.max_epochs and epochs >= settings.max_epochs)
         )
-        return self.is_done
-
-    def _outcome(self) -> str:
-        """How it ended, as a sentence; raise if something that was trained is lost."""
-        sync, settings, status = self._sync, self._settings, self._sync.status
-        if isinstance(sync.failure, ProtocolError):
-            kept = self._kept() if sync.saved else self._lost()
-            raise ProtocolError(f"{sync.failure}; {kept}")
-        if sync.failure is not None:
-            raise sync.failure
-        left = self._exchange.steps_left
-        text = (
-            f"{status.applied} updates applied, {status.refused} refused, expert at version {status.version}"
-        )
-        if not sync.ledger.queue and not left:
-            return f"done: {text}"
-        if sync.saved:
-            return f"done: {text}; {self._kept()}"
-        if sync.in_redis and not left:
-            return f"done: {text}; the last one waits in Redis for an aggregator"
-        remedy = "start this worker again to go on from there"
-        if not settings.state_dir:
-            remedy = "give --state-dir DIR to lose nothing next time"
-        raise FedMoEError(
-            f"{text}; {self._lost()}: no aggregator applied or refused the last update within "
-            f"{settings.drain_s:g} s ({status.why_undecided}); {remedy}"
-        )
-
-    def _kept(self) -> str:
-        return f"what has no answer yet is kept in {self._settings.state_dir}, and the next start sends it"
-
-    def _lost(self) -> str:
-        """What is lost if the worker ends now and its last checkpoint does not hold all."""
-        sync, state_dir = self._sync, self._settings.state_dir
-        steps = self._exchange.steps_left
-        if not sync.in_redis:
-            steps += sum(update.header.steps for update in sync.ledger.queue)
-        if state_dir:
-            return f"at most {steps} steps are lost, those since the last checkpoint in {state_dir}"
-        return f"{steps} steps since the last update that is in Redis are lost"
+        return self._member.is_done
 
 
 class _Rate:

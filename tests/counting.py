@@ -5,7 +5,7 @@ So after any fault the books are checked with whole numbers: the weights must eq
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -20,15 +20,18 @@ from fedmoe.protocol.lora_init import initial_weights
 from fedmoe.protocol.rules import AggregationRules, RuleSet, TrainingSettings
 from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.staleness import Decay
+from fedmoe.settings import RedisSettings
 from fedmoe.store.archive import Archive
 from fedmoe.store.connection import Connection
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore
-from producers.exchange import Exchange
-from producers.sync import Sync
-from tests.federation import FINGERPRINT, ScriptedWorker, first_meta, small_spec
+from producers.checkpoint import StateDir
+from producers.heartbeat import Fields
+from producers.membership import Membership, Resumes
+from tests.federation import FINGERPRINT, first_meta, small_spec
 
 EXPERT = "sql_expert"
+IDENTITY = BaseIdentity(fingerprint=FINGERPRINT)
 
 
 def counting_spec(n_values: int = 12) -> Spec:
@@ -71,6 +74,9 @@ class Counter:
         """There is no optimizer."""
         return {}
 
+    def load_state(self, state: Mapping[str, torch.Tensor], *, same_data: bool) -> None:
+        """There is none."""
+
     def adopt(self, settings: TrainingSettings) -> None:
         """It counts under any rules."""
 
@@ -81,29 +87,42 @@ class Counter:
         return Step()
 
 
+def join(
+    redis: RedisSettings,
+    name: str = "alice",
+    expert: str = EXPERT,
+    *,
+    trainer: Resumes | None = None,
+    state_dir: StateDir | None = None,
+    identity: BaseIdentity = IDENTITY,
+    training_fields: Callable[[], Fields] = dict,
+    checkpoint_interval_s: float = 60.0,
+    clock: Callable[[], float] = time.monotonic,
+) -> Membership:
+    """A worker that has begun, all but its thread, beside a training that counts (or another one); claims no name."""
+    member = Membership(
+        redis, expert, name, state_dir=state_dir, wait=False, checkpoint_interval_s=checkpoint_interval_s
+    )
+    spec, _ = member.look()
+    member.identity = identity
+    trainer = trainer or Counter(torch.zeros(spec.layout.numel))
+    member.begin(trainer, data="d", training_fields=training_fields, clock=clock)
+    return member
+
+
 class CountingWorker:
     """The real sync in one thread, beside a training in another that counts; a context manager."""
 
     def __init__(
         self, connection: Connection, spec: Spec, name: str = "alice", *, step_s: float = 0.002
     ) -> None:
-        joined = ScriptedWorker(connection, spec, name, EXPERT)
         self.name = name
         self.steps = 0
-        self.trainer = Counter(joined.local)
-        self.exchange = Exchange(self.trainer, with_optimizer=False)
-        self.sync = Sync(
-            joined.store,
-            joined.ledger,
-            self.exchange,
-            spec,
-            identity=BaseIdentity(fingerprint=FINGERPRINT),
-            state_dir=None,
-            data="d",
-        )
+        self.trainer = Counter(torch.zeros(spec.layout.numel))
+        member = join(connection.settings, name, trainer=self.trainer)
+        self.exchange, self.sync, self._syncing = member.exchange, member.sync, member.thread
         self._step_s = step_s
         self._enough = threading.Event()
-        self._syncing = threading.Thread(target=self.sync.run, daemon=True)
         self._training = threading.Thread(target=self._train, daemon=True)
 
     def _train(self) -> None:

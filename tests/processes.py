@@ -27,13 +27,17 @@ def fedmoe(*arguments: str, timeout_s: float = 100.0, **extra: str) -> subproces
 
 @contextmanager
 def running(
-    log: Path, *arguments: str, program: Sequence[str] = ("-m", "fedmoe.cli.main"), **extra: str
+    log: Path,
+    *arguments: str,
+    program: Sequence[str] = ("-m", "fedmoe.cli.main"),
+    cwd: Path | None = None,
+    **extra: str,
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A command in the background, its output in `log`; killed at the end if it still runs, or is stopped."""
     with log.open("wb") as out:
         process = subprocess.Popen(
             [sys.executable, *program, *arguments],
-            env=environment(**extra), stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
+            env=environment(**extra), stdout=out, stderr=subprocess.STDOUT, start_new_session=True, cwd=cwd,
         )  # fmt: skip
     try:
         yield process

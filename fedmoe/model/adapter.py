@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PeftType, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import nn
@@ -144,10 +144,10 @@ def _inject(model: PreTrainedModel, adapter_config: Mapping[str, Any]) -> PeftMo
         raise SpecError(f"the adapter does not fit the base model ({error})") from error
 
 
-def _lora_parameters(peft_model: PeftModel) -> dict[str, nn.Parameter]:
+def _lora_parameters(peft_model: nn.Module, adapter: str = "default") -> dict[str, nn.Parameter]:
     """The LoRA parameters by the names they have in adapter_model.safetensors."""
     return {
-        name.replace(".default.", "."): parameter
+        name.replace(f".{adapter}.", "."): parameter
         for name, parameter in peft_model.named_parameters()
         if ".lora_" in name
     }
@@ -166,3 +166,69 @@ def _check_tensors(have: Mapping[str, nn.Parameter], want: Mapping[str, tuple[in
                 f"tensor {name!r} has shape {list(shape)} in the adapter, "
                 f"{list(have[name].shape)} on the base model: is this the base model of the spec?"
             )
+
+
+def bind_adapter(model: nn.Module, spec: Spec) -> torch.Tensor:
+    """Make the LoRA parameters of somebody else's PEFT model views of one flat vector; their values stay.
+
+    The parameters stay the same objects, so an optimizer that has them already goes on.
+
+    Returns:
+        The flat vector (numel,) fp32 on the model's device.
+
+    Raises:
+        SettingsError: if the model trains anything but one LoRA adapter in fp32 on one device.
+        SpecError: if the adapter's tensors or its scaling are not the spec's.
+    """
+    config = _lora_config(model)
+    parameters = _lora_parameters(model, config.name)
+    others = [name for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in name]
+    if others:
+        raise SettingsError(
+            f"the model trains {len(others)} tensors beside its LoRA adapter, first {others[0]!r}: FedMoE shares an "
+            "adapter only; freeze the base model, and give no bias or modules_to_save"
+        )
+    _check_tensors(parameters, dict(spec.layout.tensors))
+    if config.scaling != spec.lora.scaling:
+        raise SpecError(
+            f"the adapter is scaled by {config.scaling:g}, the expert's by {spec.lora.scaling:g}: take its LoraConfig "
+            "from the expert (fedmoe.connect(url).expert(name).lora_config())"
+        )
+    kinds = {(parameter.dtype, parameter.device) for parameter in parameters.values()}
+    if len(kinds) > 1 or {dtype for dtype, _ in kinds} != {torch.float32}:
+        found = ", ".join(sorted(f"{str(d).removeprefix('torch.')} on {where}" for d, where in kinds))
+        raise SettingsError(
+            f"the adapter must be fp32 on one device, not {found}: load it so, and compute in bf16 by autocast"
+        )
+    ((_, device),) = kinds
+    flat = torch.empty(spec.layout.numel, device=device)
+    for name, view in spec.layout.views(flat).items():
+        view.copy_(parameters[name].data)
+        parameters[name].data = view
+        parameters[name].requires_grad_(True)
+    return flat
+
+
+@dataclass(frozen=True, slots=True)
+class _Bound:
+    name: str
+    scaling: float
+
+
+def _lora_config(model: nn.Module) -> _Bound:
+    """The name and the scaling of the model's one LoRA adapter."""
+    configs = getattr(model, "peft_config", None)
+    if not isinstance(model, PeftModel) or not configs:
+        raise SettingsError(
+            "the model has no LoRA adapter, so all its weights would be trained: put one on it "
+            "(peft_config=fedmoe.connect(url).expert(name).lora_config())"
+        )
+    if len(configs) > 1:
+        raise SettingsError(
+            f"the model has the adapters {', '.join(configs)}: FedMoE trains one, leave one on it"
+        )
+    ((name, config),) = configs.items()
+    if config.peft_type != PeftType.LORA or config.use_dora:
+        raise SettingsError(f"the adapter {name!r} is no plain LoRA: take the expert's own LoraConfig")
+    scale = config.r**0.5 if config.use_rslora else config.r
+    return _Bound(name, config.lora_alpha / scale)

@@ -10,7 +10,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from fedmoe.data.template import TEMPLATE_ERRORS
 from fedmoe.errors import BaseModelError, SettingsError
 from fedmoe.model.base import local_file, why_not
-from fedmoe.protocol.identity import tokenizer_text
+from fedmoe.protocol.identity import tokenizer_components, tokenizer_text
 from fedmoe.util.template_file import template_digest
 
 if TYPE_CHECKING:
@@ -64,6 +64,13 @@ def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
             template if isinstance(template, str) else json.dumps(template)
         )
     return tokenizer_text(components)
+
+
+def vocabulary_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Only what `tokenizer_fingerprint` says of the vocabulary: for a training that writes and pads its rows itself."""
+    return tokenizer_text(
+        {"vocabulary": tokenizer_components(tokenizer_fingerprint(tokenizer))["vocabulary"]}
+    )
 
 
 def _digest(content: object) -> str:

@@ -48,7 +48,8 @@ class BaseIdentity:
 
     Args:
         fingerprint: of its weights.
-        tokenizer: fingerprint of its tokenizer, with the template in use; "" if it is not known.
+        tokenizer: fingerprint of its tokenizer, with the template in use; "" if it is not known. One with nothing
+            but the vocabulary is that of a loop that formats and pads its rows itself; no more is compared then.
         chat_template: the template that a worker brought, "" if it uses the expert's or the base model's own.
     """
 
@@ -87,7 +88,11 @@ class BaseIdentity:
         if self.tokenizer in ("", meta.tokenizer):
             return ""
         mine, pinned = tokenizer_components(self.tokenizer), tokenizer_components(meta.tokenizer)
-        odd = [name for name in TOKENIZER_COMPONENTS if mine.get(name) != pinned.get(name, mine.get(name))]
+        odd = [
+            name
+            for name in TOKENIZER_COMPONENTS
+            if name in mine and mine[name] != pinned.get(name, mine[name])
+        ]
         if odd:
             what = " and ".join(TOKENIZER_COMPONENTS[name] for name in odd)
             remedy = f"use the tokenizer and the chat template that {meta.base_model} was published with"

@@ -45,7 +45,7 @@ from ops.bench.result import Result, figure, ratio
 from producers.checkpoint import StateDir
 from producers.exchange import Exchange
 from producers.ledger import Ledger
-from producers.sync import Sync
+from producers.membership import wire
 from producers.trainer import Trainer
 
 VOCAB = 512
@@ -110,7 +110,7 @@ def train(pipe: Any, url: str, expert: str, hidden: int, state_dir: Path) -> Non
             pipe.send(_train_for(trainer, exchange, seconds))
             continue
         ahead_s = 0.0
-        sync = Sync(
+        sync = wire(
             store, ledger, exchange, spec, identity=BaseIdentity(fingerprint=FINGERPRINT), state_dir=state,
             data="bench", clock=lambda: time.monotonic() + ahead_s,  # noqa: B023 - the change below is meant
         )  # fmt: skip

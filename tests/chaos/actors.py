@@ -20,6 +20,7 @@ from fedmoe.data.jsonl import DataFile
 from fedmoe.protocol.identity import BaseIdentity
 from fedmoe.protocol.layout import Layout
 from fedmoe.protocol.lora import LoraSettings
+from fedmoe.protocol.records import Meta
 from fedmoe.protocol.rules import AggregationRules, RuleSet, TrainingSettings
 from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.update import Header
@@ -151,26 +152,20 @@ class CountingTrainer:
     def state(self) -> Mapping[str, torch.Tensor]:
         return {"step": torch.tensor(float(self.position))}
 
-    def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
+    def load_state(self, state: Mapping[str, torch.Tensor], *, same_data: bool) -> None:
         """Nothing to take over."""
 
     def adopt(self, settings: TrainingSettings) -> None:
         """It trains in one way only."""
 
 
-class CountingWorker(Worker):
-    """The worker, all but the model."""
-
-    def _prepare(self, spec: Spec, data: DataFile, *_: object) -> Material:
-        name = self._settings.worker
-        identity = BaseIdentity(fingerprint=FINGERPRINT)
-        return Material(
-            identity,
-            len(data.path.read_text().splitlines()),
-            data.digest,
-            512,
-            lambda: CountingTrainer(name, spec),
-        )
+def prepare(
+    settings: WorkerSettings, spec: Spec, meta: Meta, data: DataFile, *_: object, **__: object
+) -> Material:
+    """All but the model."""
+    identity = BaseIdentity(fingerprint=FINGERPRINT)
+    n_examples = len(data.path.read_text().splitlines())
+    return Material(identity, n_examples, data.digest, 512, lambda: CountingTrainer(settings.worker, spec))
 
 
 def run_worker(place: Place, name: str, arm: Arm | None, without: str = "") -> None:
@@ -200,4 +195,5 @@ def run_worker(place: Place, name: str, arm: Arm | None, without: str = "") -> N
     )  # fmt: skip
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     with stop_on_signals(stop := Stop()):
-        CountingWorker(RedisSettings(url=place.url, timeout_s=TIMEOUT_S), settings, stop=stop).run()
+        redis = RedisSettings(url=place.url, timeout_s=TIMEOUT_S)
+        Worker(redis, settings, stop=stop, prepare=prepare).run()

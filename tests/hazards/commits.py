@@ -193,7 +193,7 @@ def h11_entry_id_given_twice(world: World) -> None:
     def fail_over() -> None:
         world.fail_over(replica)
         bob.push()
-        assert bob.sync._entry == alice.sync._entry
+        assert bob.sync.outbox.entry == alice.sync.outbox.entry
         bob.kill()
 
     before_commit(a0.server._expert, fail_over)

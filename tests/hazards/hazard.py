@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import consumers.aggregator as aggregator
-import producers.worker as worker
+import producers.membership as membership
 from tests.hazards.world import World
 
 Patch = tuple[Any, str, Any]  # what to replace: object, attribute, replacement
@@ -41,4 +41,4 @@ def of_expert(kind: type) -> tuple[Patch, ...]:
 
 
 def of_worker_store(kind: type) -> tuple[Patch, ...]:
-    return ((worker, "WorkerStore", kind),)
+    return ((membership, "WorkerStore", kind),)

@@ -4,7 +4,7 @@ import redis.client
 
 import consumers.aggregator as aggregator
 import producers.ledger as ledger
-import producers.worker as worker
+import producers.membership as membership
 from consumers import decide, expert, verify
 from fedmoe.store.connection import Connection
 from producers.checkpoint import StateDir
@@ -117,14 +117,14 @@ HAZARDS = {
         wrong="a killed worker cuts the same (run, seq) anew with more data: a duplicate, the extra is lost",
         rule="outbox, optimizer and data position are on disk before XADD",
         scenario=chains.h05_made_anew,
-        without=((worker, "Sync", without.SavesWhenDecided),),
+        without=((membership, "Sync", without.SavesWhenDecided),),
         symptom="alice's step 2 is lost",
     ),
     "H05b": Hazard(
         wrong="a killed worker trains the same data once more as a new run: counted twice",
         rule="outbox and data position are on disk before XADD, and the run goes on",
         scenario=chains.h05_trained_twice,
-        without=((worker, "Sync", without.SavesWhenDecided), (StateDir, "load", without.load_as_new_run)),
+        without=((membership, "Sync", without.SavesWhenDecided), (StateDir, "load", without.load_as_new_run)),
         symptom="alice's step 1 counts 2 times",
     ),
     "H05c": Hazard(
@@ -194,7 +194,7 @@ HAZARDS = {
         wrong="a worker without a state directory starts again under the same run: two contents of one (run, seq)",
         rule="a new run, <incarnation>-<nonce>, at each start without a state directory",
         scenario=chains.h07_killed_without_a_state_directory,
-        without=((worker, "make_run", without.one_run),),
+        without=((membership, "make_run", without.one_run),),
         symptom="alice's step 0 is lost",
     ),
     "H07d": Hazard(
@@ -271,7 +271,7 @@ HAZARDS = {
         wrong="a worker left when its last update was published, and a failover drops that: lost",
         rule="a worker leaves when its last update is decided",
         scenario=updates.h11_left_before_the_decision,
-        without=((worker, "Sync", without.LeavesOncePublished),),
+        without=((membership, "Sync", without.LeavesOncePublished),),
         symptom="the expert: bob's step 0 is lost",
     ),
     "H12": Hazard(

@@ -162,7 +162,7 @@ def h11_left_before_the_decision(world: World) -> None:
     for _ in range(8):
         bob.turn()
         a0.turn()
-    expect(bob.sync._ended, "bob never ends")
+    expect(bob.sync.has_ended, "bob never ends")
     world.expect_expert(bob=[1])
 
 

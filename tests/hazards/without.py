@@ -207,9 +207,9 @@ class PublishesUnchecked(WorkerStore):
 class LeavesOncePublished(Sync):
     """A worker that shall end does not wait for the decision."""
 
-    def _follow(self) -> float:
-        wait_s = super()._follow()
-        self._ended = self._deadline is not None and self.in_redis
+    def attempt(self) -> float:
+        wait_s = super().attempt()
+        self.has_ended |= self.times.is_ending and self.in_redis
         return wait_s
 
 
@@ -221,7 +221,7 @@ class SavesWhenDecided(Sync):
 
     def _pull(self, seen: str = "") -> None:
         super()._pull(seen)
-        if self._state_dir and not self.ledger.queue and (state := self._copy(consume=False)):
+        if self._saver and not self.ledger.queue and (state := self._copy(consume=False)):
             self._save(state)
 
 

@@ -14,7 +14,7 @@ import torch
 import consumers.aggregator
 import consumers.gateway.builder
 import consumers.verify
-import producers.worker
+import producers.membership
 from fedmoe.errors import NameTakenError
 from fedmoe.protocol.identity import BaseIdentity
 from fedmoe.protocol.layout import AdapterBuffer, Layout, values_of
@@ -31,7 +31,6 @@ from fedmoe.store.connection import Connection
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore
 from fedmoe.store.lifecycle import new_id
-from fedmoe.util.stopping import Stop
 from producers.checkpoint import StateDir
 from producers.exchange import Exchange, TrainingState
 from producers.ledger import Change, Trained
@@ -91,7 +90,7 @@ class Training:
     def state(self) -> Mapping[str, torch.Tensor]:
         return {}
 
-    def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
+    def load_state(self, state: Mapping[str, torch.Tensor], *, same_data: bool) -> None:
         assert not state
 
     def adopt(self, settings: TrainingSettings) -> None:
@@ -119,44 +118,30 @@ class OneThread(Exchange):
         super().correct(change)
 
 
-class _Wake(OneTurn):
-    """Stands for the event that the sync's loop waits on: ends each turn."""
-
-    def wait(self, timeout: float) -> bool:
-        raise TurnOver
-
-    def set(self) -> None:
-        """Nobody waits."""
-
-
 class WorkerProcess:
     """A worker from its start on; without a state directory its data begins at step `at`."""
 
     def __init__(self, world: "World", name: str, state: Path | None, at: int) -> None:
-        settings = producers.worker.WorkerSettings(
-            stream=EXPERT, data=Path("rows.jsonl"), name=name, state_dir=state, wait=False
+        self.state_dir = StateDir(state) if state else None
+        member = producers.membership.Membership(
+            world.settings, EXPERT, name, state_dir=self.state_dir, wait=False
         )
-        worker = producers.worker.Worker(world.settings, settings, stop=Stop(), report=lambda _: None)
+        member.spec, member.identity = world.spec, BaseIdentity(fingerprint=FINGERPRINT)
         self.world, self.name, self.now = world, name, 0.0
-        self.store = worker._store
+        self.store = member.store
         self.steps = world.step(self.store.connection)
         self.training = Training(name, at)
-        self._state_dir = StateDir(state) if state else None
-        ledger, trained = worker._open_books(self._state_dir, self.training, world.spec, "data")  # type: ignore[arg-type]
-        self.exchange = OneThread(self.training, with_optimizer=state is not None, trained=trained)
-        self.sync = producers.worker.Sync(
-            self.store, ledger, self.exchange, world.spec,
-            identity=BaseIdentity(fingerprint=FINGERPRINT), state_dir=self._state_dir,
-            data="data", must_pull=bool(ledger.seq), clock=lambda: self.now,
-        )  # fmt: skip
-        self.sync._wake = _Wake()  # type: ignore[assignment]
+        member.begin(self.training, data="data", clock=lambda: self.now, exchange=OneThread)
+        self.sync = member.sync
+        assert isinstance(member.exchange, OneThread)
+        self.exchange = member.exchange
 
     def turn(self, turns: int = 1) -> None:
         """So many turns of the sync's loop; training takes up what they brought."""
         for _ in range(turns):
-            self.sync._pace.moved_on()  # nobody waits
-            with suppress(TurnOver):
-                self.sync._serve()
+            self.sync.pace.moved_on()  # nobody waits
+            if not (self.sync.failure or self.sync.has_ended):
+                self.sync.attempt()
             self.exchange.boundary()
 
     def train(self, steps: int = 1) -> None:
@@ -176,7 +161,7 @@ class WorkerProcess:
         for _ in range(3):
             self.turn()
             queue = self.sync.ledger.queue
-            if queue and self.sync._sent == queue[-1].id:
+            if queue and self.sync.outbox.sent == queue[-1].id:
                 return
 
     def look(self) -> None:
@@ -187,8 +172,8 @@ class WorkerProcess:
     def kill(self) -> None:
         """Kill -9: only the state directory is left."""
         self.store.connection.close()
-        if self._state_dir:
-            self._state_dir.close()
+        if self.state_dir:
+            self.state_dir.close()
 
     def expect_local(self, **wanted: Sequence[float]) -> None:
         """Assert what the local adapter is made of."""

@@ -4,16 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fedmoe.errors import SettingsError
-from fedmoe.protocol.identity import BaseIdentity
 from fedmoe.settings import WorkerSettings
 from fedmoe.store.connection import Connection
 from producers.checkpoint import StateDir
-from producers.exchange import Exchange
-from producers.sync import Sync
-from tests.counting import Counter, counting_spec, create_expert
-from tests.federation import FINGERPRINT, ScriptedWorker
+from tests.counting import Counter, counting_spec, create_expert, join
 from tests.hazards.world import World
 
 pytestmark = pytest.mark.one_server
@@ -50,7 +47,7 @@ def test_interval_shorter_than_the_sync_interval(
     world = World(redis_url, tmp_path)
     world.create()
     alice = world.worker("alice", state=True)
-    alice.sync._next_save, alice.sync._next_update_at = 60.0, 600.0
+    alice.sync.times.save_at, alice.sync.times.update_at = 60.0, 600.0
     alice.train(2)
     alice.now = 60.0
     alice.turn()
@@ -69,25 +66,22 @@ def test_cut_that_comes_due_while_a_checkpoint_waits_for_the_training(
     """A long step: the copy that was asked for is the checkpoint's; the update counts each step once."""
     spec = counting_spec()
     create_expert(connection, spec, sync_interval_s=100.0)
-    joined = ScriptedWorker(connection, spec)
-    exchange = Exchange(Counter(joined.local), with_optimizer=True)
     now = 0.0
-    sync = Sync(
-        joined.store, joined.ledger, exchange, spec, identity=BaseIdentity(fingerprint=FINGERPRINT),
-        state_dir=StateDir(tmp_path), data="d", checkpoint_interval_s=60.0, clock=lambda: now,
-    )  # fmt: skip
+    trainer = Counter(torch.zeros(spec.layout.numel))
+    member = join(connection.settings, trainer=trainer, state_dir=StateDir(tmp_path), clock=lambda: now)
+    exchange, sync = member.exchange, member.sync
     for _ in range(3):
-        exchange.record(exchange._trainer.step())  # type: ignore[attr-defined]
+        exchange.record(trainer.step())
     now = 99.0
-    sync._turn()  # asks for a copy, which does not come in time
+    sync.attempt()  # asks for a copy, which does not come in time
     now = 101.0
     exchange.boundary()
-    sync._turn()
+    sync.attempt()
     assert sync.ledger.queue == []
     assert exchange.steps_left == 3
-    sync._turn()
+    sync.attempt()
     exchange.boundary()
-    sync._turn()
+    sync.attempt()
     assert [update.header.steps for update in sync.ledger.queue] == [3]
     assert exchange.steps_left == 0
 

@@ -28,12 +28,10 @@ from fedmoe.store.lease import Lease
 from fedmoe.store.worker import WorkerStore
 from fedmoe.util.software import software
 from producers.checkpoint import StateDir
-from producers.exchange import Exchange
 from producers.heartbeat import Heartbeat, SyncStatus
 from producers.join import Joining
 from producers.ledger import Trained
-from producers.sync import Sync
-from tests.counting import Counter
+from tests.counting import Counter, join
 from tests.federation import FINGERPRINT, LAYOUT, ScriptedWorker, make_expert, serve, serving, small_spec
 from tests.processes import eventually
 
@@ -269,19 +267,9 @@ class Run:
         state_dir: StateDir | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        scripted = ScriptedWorker(connection, SPEC)
-        self.trainer = Counter(scripted.local)
-        self.exchange = Exchange(self.trainer, with_optimizer=False)
-        self.sync = Sync(
-            scripted.store,
-            scripted.ledger,
-            self.exchange,
-            SPEC,
-            identity=BaseIdentity(fingerprint=FINGERPRINT),
-            state_dir=state_dir,
-            data="d",
-            clock=clock,
-        )
+        self.trainer = Counter(torch.zeros(SPEC.layout.numel))
+        member = join(connection.settings, trainer=self.trainer, state_dir=state_dir, clock=clock)
+        self.exchange, self.sync = member.exchange, member.sync
 
     def go_until(self, done: Callable[[], object], *, trains: bool = True) -> None:
         """Pass step boundaries, with or without training between them."""
@@ -333,7 +321,7 @@ def test_undecided_update_is_sent_again_more_and_more_seldom(expert: Expert, con
     sent = []
     while now < 60:
         before = run.sync.status.published
-        run.sync._turn()
+        run.sync.attempt()
         if run.sync.status.published > before:
             sent.append(now)
             connection.client.delete(expert.store.keys.header("alice", run.sync.ledger.run, 1))

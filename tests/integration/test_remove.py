@@ -11,7 +11,6 @@ from consumers.expert import Expert
 from consumers.gateway.builder import GatewayBuilder
 from fedmoe.errors import RemovedExpertError
 from fedmoe.protocol.beat import Beat
-from fedmoe.protocol.identity import BaseIdentity
 from fedmoe.settings import GatewaySettings
 from fedmoe.store.backup import BackupStore
 from fedmoe.store.connection import Connection
@@ -21,10 +20,9 @@ from fedmoe.store.lifecycle import Condition
 from fedmoe.store.remove import remove_expert, sweep
 from fedmoe.store.worker import WorkerStore
 from fedmoe.tools.backup import restore
-from producers.exchange import Exchange
-from producers.sync import Sync
+from producers.outbox import Outbox
 from tests.backups import backed_up
-from tests.counting import Counter
+from tests.counting import join
 from tests.federation import FINGERPRINT, ScriptedWorker, make_expert, serve, serving, small_spec
 from tests.processes import eventually, fedmoe
 
@@ -102,13 +100,8 @@ def test_its_workers_end_with_one_sentence(expert: Expert, connect: Connect) -> 
 
 def test_a_worker_in_training_ends(expert: Expert, connect: Connect) -> None:
     """At its next look: the reason is the sync's failure, which the command prints."""
-    scripted = ScriptedWorker(connect(), small_spec())
-    exchange = Exchange(Counter(scripted.local), with_optimizer=False)
-    identity = BaseIdentity(fingerprint=FINGERPRINT)
-    sync = Sync(
-        scripted.store, scripted.ledger, exchange, small_spec(), identity=identity, state_dir=None, data="d",
-        must_pull=True,
-    )  # fmt: skip
+    sync = join(connect().settings).sync
+    sync.outbox = Outbox(must_pull=True)
     remove_expert(expert.store.connection, "sql_expert")
     sync.run()
     assert isinstance(sync.failure, RemovedExpertError)

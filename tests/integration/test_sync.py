@@ -18,9 +18,7 @@ from fedmoe.protocol.spec import Spec
 from fedmoe.store.connection import Connection
 from producers import heartbeat
 from producers.checkpoint import StateDir
-from producers.exchange import Exchange
-from producers.sync import Sync
-from tests.counting import Counter
+from tests.counting import Counter, join
 from tests.federation import FINGERPRINT, LAYOUT, ScriptedWorker, make_expert, serve, serving, small_spec
 from tests.processes import eventually
 from tests.rollback import Snapshot
@@ -45,19 +43,12 @@ class Run:
         tokenizer: str = "",
         spec: Spec = SPEC,
     ) -> None:
-        scripted = ScriptedWorker(connection, spec, name)  # joins as a worker does
-        self.trainer = Counter(scripted.local)
-        self.exchange = Exchange(self.trainer, with_optimizer=state_dir is not None)
-        self.sync = Sync(
-            scripted.store,
-            scripted.ledger,
-            self.exchange,
-            spec,
+        self.trainer = Counter(torch.zeros(spec.layout.numel))
+        member = join(
+            connection.settings, name, trainer=self.trainer, state_dir=state_dir,
             identity=BaseIdentity(fingerprint=FINGERPRINT, tokenizer=tokenizer),
-            state_dir=state_dir,
-            data="d",
-        )
-        self.thread = threading.Thread(target=self.sync.run, daemon=True)
+        )  # fmt: skip
+        self.exchange, self.sync, self.thread = member.exchange, member.sync, member.thread
         self.thread.start()
         self.steps = 0
 

@@ -7,16 +7,13 @@ import pytest
 import torch
 
 from fedmoe.errors import FedMoEError, StoppedError, TooLittleMemoryError
-from fedmoe.protocol.identity import BaseIdentity
 from fedmoe.protocol.rules import AggregationRules, RuleSet
 from fedmoe.settings import WorkerSettings
 from fedmoe.store.connection import Connection
 from fedmoe.util.stopping import Stop
-from producers.exchange import Exchange
-from producers.sync import Sync
 from producers.training import Progress, Training
-from tests.counting import Counter, Step
-from tests.federation import FINGERPRINT, ScriptedWorker, make_expert, serving, small_spec
+from tests.counting import Counter, Step, join
+from tests.federation import make_expert, serving, small_spec
 
 pytestmark = pytest.mark.one_server
 
@@ -41,18 +38,15 @@ class Failing(Counter):
         return self.step()
 
 
-def make_training(connection: Connection, error: Exception, said: list[str], *, drain_s: float) -> Training:
-    scripted = ScriptedWorker(connection, SPEC)
-    trainer = Failing(scripted.local, 7, error)
+def make_training(
+    connection: Connection, error: Exception, said: list[str], *, drain_s: float, stop: Stop | None = None
+) -> Training:
     progress = Progress()
-    exchange = Exchange(trainer, with_optimizer=False)
-    sync = Sync(
-        scripted.store, scripted.ledger, exchange, SPEC, identity=BaseIdentity(fingerprint=FINGERPRINT),
-        state_dir=None, data="d", training_fields=progress.fields,
-    )  # fmt: skip
+    trainer = Failing(torch.zeros(SPEC.layout.numel), 7, error)
+    member = join(connection.settings, trainer=trainer, training_fields=progress.fields)
     settings = WorkerSettings(stream="sql_expert", data=Path("rows.jsonl"), drain_s=drain_s)
     return Training(
-        trainer, exchange, sync, settings, progress=progress, n_examples=100, stop=Stop(), report=said.append
+        trainer, member, settings, progress=progress, n_examples=100, stop=stop or Stop(), report=said.append
     )
 
 
@@ -88,12 +82,12 @@ def test_stop_before_the_first_step_ends_at_once(connect: Connect) -> None:
     """The stop gave joining half a second and then cuts the connection off: nothing is waited for on that."""
     make_expert(connect(), spec=SPEC, rules=RULES)
     said: list[str] = []
-    training = make_training(connect(), TooLittleMemoryError("unused"), said, drain_s=30.0)
-    training._stop.set()
+    stop = Stop()
+    training = make_training(connect(), TooLittleMemoryError("unused"), said, drain_s=30.0, stop=stop)
+    stop.set()
     with pytest.raises(StoppedError, match="nothing was trained"):
         training.run()
     assert not said
-    assert training._sync.status.published == 0
 
 
 def test_what_is_lost_is_said_beside_the_failure(connect: Connect) -> None:

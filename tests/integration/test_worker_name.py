@@ -9,7 +9,8 @@ from fedmoe.errors import SettingsError
 from fedmoe.settings import WorkerSettings
 from fedmoe.store.connection import Connection
 from fedmoe.util.stopping import Stop
-from tests.chaos.actors import EXPERTS, CountingWorker
+from producers.worker import Worker
+from tests.chaos.actors import EXPERTS, prepare
 from tests.federation import make_expert, serving
 
 pytestmark = pytest.mark.one_server
@@ -30,7 +31,7 @@ def work(connection: Connection, connect: Callable[[], Connection], tmp_path: Pa
             stream="tiny", data=rows, name=name, state_dir=tmp_path / "state", max_steps=3, wait=False
         )
         with serving(connect(), expert="tiny"):
-            CountingWorker(connection.settings, settings, stop=Stop(), report=said.append).run()
+            Worker(connection.settings, settings, stop=Stop(), report=said.append, prepare=prepare).run()
         return said
 
     return run

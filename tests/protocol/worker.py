@@ -1,7 +1,7 @@
 """A worker as a step machine: the real Sync, Ledger and Exchange, and a disk (see `actors`).
 
-Only the start of a worker is a copy: `producers.worker` needs a model for it. Step k of a worker's training adds 1 to
-its value k, so in any weights a 0 is a step lost and a 2 a step doubled.
+Only the start of a worker is a copy: `Membership.open_books` goes on from a file. Step k of a worker's training
+adds 1 to its value k, so in any weights a 0 is a step lost and a 2 a step doubled.
 """
 
 import math
@@ -23,15 +23,16 @@ from fedmoe.protocol.update import UpdateId, make_run
 from fedmoe.store.worker import WorkerStore
 from producers.checkpoint import Checkpoint
 from producers.exchange import Exchange, TrainingState
+from producers.heartbeat import SyncStatus
 from producers.ledger import Change, Ledger, Outgoing, Trained
+from producers.outbox import Outbox
+from producers.pace import Timetable
 from producers.sync import Sync
 from tests.federation import delta_of
 from tests.protocol.actors import (
     NEW_LR,
     ModelConnection,
-    OneWait,
     Rules,
-    TurnOver,
     Unexpected,
     Values,
     raise_unexpected,
@@ -82,9 +83,7 @@ class Working(NamedTuple):
     local: Values = ()
     trained: Trained = Trained()
     position: int = 0
-    entry: str | None = None
-    sent: UpdateId | None = None
-    must_pull: bool = False
+    outbox: Outbox = Outbox()
     unsaved: tuple[Values, int] | None = None
     disk: Saved | None = None
     told: frozenset[int] = frozenset()
@@ -161,6 +160,22 @@ class _Disk:
         return True
 
 
+class _Silent:
+    """Neither a heartbeat nor a look for an aggregator."""
+
+    is_refused = False
+
+    def beat(self, ledger: Ledger, status: SyncStatus) -> None:
+        """Nobody listens."""
+
+    def hasten(self) -> None:
+        """It never beats."""
+
+    def look(self) -> str:
+        """All is well."""
+        return ""
+
+
 class Worker:
     """A worker that trains `units` steps and publishes each; a choice of 1 means: write a checkpoint meanwhile.
 
@@ -181,7 +196,7 @@ class Worker:
 
     def choices(self, memory: Working, db: Db) -> tuple[int, ...]:
         """A checkpoint while an update is in flight."""
-        worth = memory.books and memory.books.queue and not memory.unsaved and not memory.must_pull
+        worth = memory.books and memory.books.queue and not memory.unsaved and not memory.outbox.must_pull
         return (0, 1) if worth and self._checkpoints and self._has_disk else (0,)
 
     def fair_choice(self, memory: Working) -> int:
@@ -198,7 +213,13 @@ class Worker:
     def left(self, memory: Working) -> Working | None:
         """The worker after it left, because all is trained and its last update waits in Redis; None if it is not so."""
         books = memory.books
-        if not books or memory.left or len(books.queue) != 1 or memory.entry is None or memory.trained.steps:
+        if (
+            not books
+            or memory.left
+            or len(books.queue) != 1
+            or memory.outbox.entry is None
+            or memory.trained.steps
+        ):
             return None
         return memory._replace(left=True)
 
@@ -230,27 +251,20 @@ class Worker:
         exchange = _Exchange(trainer, memory.trained, ledger)
         disk = _Disk(memory.disk, self._rules.saves_before) if self._has_disk else None
         sync = Sync(
-            store, ledger, exchange, self._spec, identity=BaseIdentity(fingerprint="f"), state_dir=disk, data="d",  # type: ignore[arg-type]
-            must_pull=memory.must_pull, clock=lambda: 0.0,
+            store, ledger, exchange, self._spec, identity=BaseIdentity(fingerprint="f"), data="d",
+            heart=_Silent(), watch=_Silent(), saver=disk, outbox=memory.outbox, clock=lambda: 0.0,
+            drops_diverged=False,  # else nothing too large is ever refused
         )  # fmt: skip
-        sync._saver = disk  # type: ignore[assignment]
-        sync._next_update_at, sync._heart.next_at, sync._watch.next_at = 0.0, math.inf, math.inf
-        sync._next_save = 0.0 if choice else math.inf
-        sync._next_look = math.inf
-        sync._entry, sync._sent = memory.entry, memory.sent
-        sync._diverged = lambda *_: False  # type: ignore[method-assign]  # else nothing too large is ever refused
+        sync.times = Timetable(save_at=0.0 if choice else math.inf)
         if memory.unsaved:
             local, position = memory.unsaved
-            sync._unsaved = TrainingState(local=torch.tensor(local), trained=Trained(), position=position)
-        sync._wake = OneWait()  # type: ignore[assignment]
+            sync.unsaved = TrainingState(local=torch.tensor(local), trained=Trained(), position=position)
         failure = ""
         try:
             with patch.object(producers.sync.logger, "exception", raise_unexpected):
-                sync._serve()
+                sync.attempt()
         except Unexpected as error:
             failure = f"worker {self.name}: {error}"
-        except TurnOver:
-            pass
         exchange.boundary()
         told = {
             unit
@@ -259,10 +273,8 @@ class Worker:
             for unit in self._units(delta_of(u, len(ledger.base)))
         }
         memory = memory._replace(
-            entry=sync._entry,
-            sent=sync._sent,
-            must_pull=sync._must_pull,
-            unsaved=(_values(sync._unsaved.local), sync._unsaved.position) if sync._unsaved else None,
+            outbox=sync.outbox,
+            unsaved=(_values(sync.unsaved.local), sync.unsaved.position) if sync.unsaved else None,
             disk=disk.saved if disk else None,
             told=memory.told | told,
             failure=failure or str(sync.failure or ""),
@@ -273,12 +285,13 @@ class Worker:
         return self._train(memory, ledger, trainer, exchange)
 
     def _start(self, memory: Working, store: WorkerStore) -> Working:
-        """As producers.worker.Worker._open_books does."""
+        """As producers.membership.Membership.open_books does."""
         if memory.disk:
             books, local, trained, position = memory.disk
             return memory._replace(
-                books=books, local=local, trained=trained, position=position, must_pull=bool(books.seq)
-            )
+                books=books, local=local, trained=trained, position=position,
+                outbox=Outbox(must_pull=bool(books.seq)),
+            )  # fmt: skip
         pulled = store.pull(self._spec, known="")
         assert pulled.weights is not None
         base = _values(pulled.weights)
@@ -294,7 +307,7 @@ class Worker:
 
     def _train(self, memory: Working, ledger: Ledger, trainer: _Trainer, exchange: Exchange) -> Working:
         if self._has_disk and not self._rules.saves_before and not ledger.queue:
-            saved = Saved(Books.of(ledger), _values(trainer.flat), exchange._trained, trainer.position)
+            saved = Saved(Books.of(ledger), _values(trainer.flat), exchange.trained, trainer.position)
             memory = memory._replace(disk=saved)
         # A worker that was started again trains more for an update than the first time.
         while exchange.steps_left < min(memory.starts, 2) and trainer.position < self.units:
@@ -304,7 +317,7 @@ class Worker:
         return memory._replace(
             books=Books.of(ledger),
             local=_values(trainer.flat),
-            trained=exchange._trained,
+            trained=exchange.trained,
             position=trainer.position,
         )
 

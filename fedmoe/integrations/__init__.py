@@ -1,0 +1,1 @@
+"""Training libraries that become workers."""

@@ -1,0 +1,129 @@
+"""A `transformers.Trainer`, and so TRL's `SFTTrainer`, as a worker.
+
+    trainer = SFTTrainer(model, args, train_dataset=rows, peft_config=…, callbacks=[FedMoECallback(url, "sql_expert")])
+    trainer.train()
+
+It joins when the training begins, goes along with each optimizer step, and leaves when the training ends.
+"""
+
+import atexit
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+import fedmoe
+from fedmoe.errors import SettingsError
+from fedmoe.settings import RedisSettings
+
+logger = logging.getLogger(__name__)
+
+
+class FedMoECallback(TrainerCallback):  # type: ignore[misc]  # checkers do not read transformers
+    """Makes the Trainer that it is given to a worker of one expert.
+
+    Args:
+        redis: URL of the federation's Redis, or its settings.
+        expert: to train; the model must bear its adapter: `peft_config=connect(url).expert(name).lora_config()`.
+        name, state_dir, drain_s, wait: see `fedmoe.join`.
+
+    Attributes:
+        member: of the training that runs; None before and after it.
+
+    Raises:
+        SettingsError: when the training begins, if the Trainer trains full weights, several adapters, or in several
+            processes, or takes back what it trained (load_best_model_at_end).
+    """
+
+    def __init__(
+        self,
+        redis: str | RedisSettings,
+        expert: str,
+        *,
+        name: str = "",
+        state_dir: str | Path | None = None,
+        drain_s: float = 30.0,
+        wait: bool = True,
+    ) -> None:
+        self.member: fedmoe.Member | None = None
+        self._redis, self._expert = redis, expert
+        self._options: dict[str, Any] = {
+            "name": name,
+            "state_dir": state_dir,
+            "drain_s": drain_s,
+            "wait": wait,
+        }
+        self._rows = self._tokens = 0
+        self._loss = float("nan")
+        self._hook: torch.utils.hooks.RemovableHandle | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Join: the expert's present weights are then in the adapter."""
+        if args.load_best_model_at_end:
+            raise SettingsError(
+                "load_best_model_at_end would put an older adapter over what was published: set it to False"
+            )
+        if args.world_size > 1 or args.n_gpu > 1:
+            raise SettingsError(
+                "the training is spread over several devices: start one worker on each GPU, each with a name of its own"
+            )
+        model: nn.Module = kwargs["model"]
+        self.member = fedmoe.join(
+            self._redis,
+            {self._expert: model},
+            optimizer=kwargs.get("optimizer"),
+            tokenizer=kwargs.get("processing_class"),
+            **self._options,
+        )
+        self._hook = model.register_forward_pre_hook(self._count, with_kwargs=True)
+        atexit.register(self._end)  # a training that fails has no other end
+
+    def _count(self, model: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
+        """Before each forward pass: the rows and the labels of the step under way."""
+        ids, labels = inputs.get("input_ids"), inputs.get("labels")
+        if not model.training or ids is None:
+            return
+        positions = inputs.get("position_ids")
+        # Without padding, all rows stand in one, and each begins at position 0.
+        self._rows += int((positions == 0).sum()) if positions is not None and len(ids) == 1 else len(ids)
+        self._tokens += int((labels[..., 1:] != -100).sum()) if labels is not None else ids.numel()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Tell of the step. Raises FedMoEError if this worker has become useless."""
+        assert self.member is not None
+        rows = self._rows or args.train_batch_size * args.gradient_accumulation_steps
+        tokens, self._rows, self._tokens = self._tokens, 0, 0
+        self.member.step(n_examples=rows, n_tokens=tokens, loss=self._loss)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """The last loss that the Trainer has logged is the one that `fedmoe status` shows."""
+        self._loss = float((logs or {}).get("loss", self._loss))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Publish the rest, wait for the decision, and leave. Raises FedMoEError if something trained is lost."""
+        self._end()
+
+    def _end(self) -> None:
+        atexit.unregister(self._end)
+        if self._hook is not None:
+            self._hook.remove()
+        member, self.member, self._hook = self.member, None, None
+        if member is not None:
+            for name, sentence in member.leave().items():
+                logger.info("%s: %s", name, sentence)

@@ -1,0 +1,143 @@
+"""The reading side of the Python API: `fedmoe.connect`.
+
+    federation = fedmoe.connect("redis://…")
+    expert = federation.expert("sql_expert")
+    expert.weights()                         # {tensor name: tensor}, as PEFT names them
+    for update in expert.updates(): …        # what was applied, oldest first
+    federation.gateway().save("gw")          # PeftModel.from_pretrained(base, "gw")
+
+Each call reads Redis anew; nothing here writes to it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load
+
+from fedmoe.protocol import federation
+from fedmoe.protocol.lines import AppliedLine, read_line
+from fedmoe.protocol.names import check_expert
+from fedmoe.protocol.records import Meta
+from fedmoe.protocol.rules import RuleSet
+from fedmoe.protocol.spec import Spec
+from fedmoe.settings import RedisSettings
+from fedmoe.store.connection import Connection
+from fedmoe.store.gateway import GatewayStore
+from fedmoe.store.inspect import Inspector
+from fedmoe.tools.export import Export, read_expert, read_gateway, write
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """An expert or the gateway, as it was when it was read."""
+
+    _export: Export
+
+    @property
+    def versions(self) -> dict[str, int]:
+        """By expert, the version that it is, or was built from."""
+        return {name: int(part["version"]) for name, part in self._export.built_from.items()}
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Content of PEFT's adapter_config.json."""
+        return dict(self._export.config)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The tensors, fp32 on the CPU, by the names that they have in adapter_model.safetensors."""
+        return load(self._export.file)
+
+    def save(self, directory: str | Path, *, force: bool = False) -> None:
+        """Write it so that `PeftModel.from_pretrained` loads it; see `fedmoe gateway export`.
+
+        Raises:
+            SettingsError: if something else lies there, unless `force`.
+        """
+        write(directory, self._export, force=force)
+
+
+class Expert:
+    """One expert of a federation."""
+
+    def __init__(self, store: GatewayStore, name: str) -> None:
+        self.name = check_expert(name)
+        self._store = store
+
+    @property
+    def spec(self) -> Spec:
+        """What makes it itself; it never changes. Raises UnknownExpertError, naming the experts there are."""
+        return self._store.spec(self.name)
+
+    @property
+    def meta(self) -> Meta:
+        """Its state: version, commit, counters, rules."""
+        return self._store.meta(self.name)
+
+    @property
+    def rules(self) -> RuleSet:
+        """The rules in force: how it is aggregated and trained."""
+        return self.meta.rules
+
+    def lora_config(self) -> "LoraConfig":
+        """The LoraConfig of an adapter that trains it (see `fedmoe.join`)."""
+        from peft import LoraConfig
+
+        skipped = ("peft_type", "base_model_name_or_path", "inference_mode", "fan_in_fan_out")
+        options = {name: value for name, value in self.spec.adapter_config().items() if name not in skipped}
+        return LoraConfig(**options)
+
+    def adapter(self) -> Adapter:
+        """Its weights and configuration, of one moment."""
+        return Adapter(read_expert(self._store, self.name))
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Its tensors, fp32 on the CPU, by the names that they have in adapter_model.safetensors."""
+        return self.adapter().weights()
+
+    def updates(self) -> Iterator[AppliedLine]:
+        """The updates that were applied, oldest first, as far back as its log reaches."""
+        _, _, lines = self._store.history(self.name)
+        for line in map(read_line, lines):
+            if isinstance(line, AppliedLine):
+                yield line
+
+
+class FederationReader:
+    """A federation, to be read. Made by `connect`."""
+
+    def __init__(self, redis: RedisSettings) -> None:
+        self._store = GatewayStore(Connection(redis))
+
+    def experts(self) -> dict[str, float]:
+        """The experts and their gateway weights, by name."""
+        return self._store.experts()
+
+    def expert(self, name: str) -> Expert:
+        """One expert, whether it is there yet or not."""
+        return Expert(self._store, name)
+
+    def gateway(self) -> Adapter:
+        """The gateway as it was built last. Raises UnknownExpertError, saying why, if there is none yet."""
+        return Adapter(read_gateway(self._store))
+
+    def view(self) -> federation.Federation:
+        """All that `fedmoe status` shows: experts, workers, what waits, what was refused."""
+        return Inspector(self._store.connection).federation()
+
+
+def connect(redis: str | RedisSettings) -> FederationReader:
+    """A federation, to be read; needs the rights of a monitor, and of an operator for weights.
+
+    Args:
+        redis: URL of its Redis, or its settings. Nothing is asked of it yet.
+
+    Raises:
+        SettingsError: if the URL cannot work.
+    """
+    return FederationReader(RedisSettings(url=redis) if isinstance(redis, str) else redis)

@@ -1,0 +1,329 @@
+"""One worker of one expert, from joining to leaving, whatever trains; below `fedmoe worker run` and `fedmoe.join`.
+
+    with Membership(redis, "sql_expert", "alice", state_dir=…) as member:
+        spec, meta = member.look()           # what is to be trained
+        member.claim(identity)               # this base model, under this name
+        member.begin(trainer, data=…)        # resumes, or pulls the expert into the trainer
+        while …:
+            member.exchange.boundary()       # corrections in, a copy out
+            member.exchange.record(trainer.step())
+        print(member.finish(drain_s))
+
+Everything before `begin` waits for Redis; nothing after it does.
+"""
+
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import TracebackType
+from typing import Protocol, Self
+
+import torch
+
+from fedmoe.errors import (
+    FedMoEError,
+    NameTakenError,
+    ProtocolError,
+    RedisUnavailableError,
+    RefusedError,
+    SettingsError,
+    StoppedError,
+)
+from fedmoe.protocol.identity import BaseIdentity
+from fedmoe.protocol.records import Meta
+from fedmoe.protocol.spec import Spec
+from fedmoe.protocol.update import make_run
+from fedmoe.settings import RedisSettings
+from fedmoe.store.connection import Connection
+from fedmoe.store.worker import WorkerStore
+from producers.checkpoint import StateDir
+from producers.claim import claim_name
+from producers.exchange import Exchange, Trains
+from producers.heartbeat import HEARTBEAT_INTERVAL_S, Fields, Heartbeat
+from producers.join import Joining
+from producers.ledger import Ledger, Trained
+from producers.outbox import Outbox
+from producers.saver import Saver
+from producers.sync import Sync
+from producers.watch import AggregatorWatch
+
+logger = logging.getLogger(__name__)
+
+
+class Resumes(Trains, Protocol):
+    """A trainer that can go on from a checkpoint."""
+
+    def load_state(self, state: Mapping[str, torch.Tensor], *, same_data: bool) -> None:
+        """Take over what `state` returned, in an earlier process; with other data, not what is about the data."""
+        ...
+
+
+class Membership:
+    """One worker of one expert; a context manager that takes leave at the end.
+
+    Args:
+        expert, worker: whose update it is, and from whom; a worker's name is unique on its expert.
+        state_dir: for checkpoints, so that the next process goes on, and closed at the end; None: what is not decided
+            is lost with the process.
+        wait: try again while Redis cannot be reached or has no experts at all, instead of failing.
+        stop: ends the waiting.
+        checkpoint_interval_s: longest time between two checkpoints.
+        report: where lines for people go.
+
+    Attributes:
+        spec, identity: what is trained, once it is known. exchange, sync, thread: once it has begun.
+        is_done: the training has come to its end, which others may be told.
+    """
+
+    exchange: Exchange
+    sync: Sync
+    thread: threading.Thread
+
+    def __init__(
+        self,
+        redis: RedisSettings,
+        expert: str,
+        worker: str,
+        *,
+        state_dir: StateDir | None = None,
+        wait: bool = True,
+        stop: threading.Event | None = None,
+        checkpoint_interval_s: float = 60.0,
+        report: Callable[[str], None] = logger.info,
+    ) -> None:
+        self.store = WorkerStore(Connection(redis), expert, worker)
+        self.is_done = False
+        self._stop = stop or threading.Event()
+        self._joining = Joining(self.store, wait=wait, stop=self._stop)
+        self._state_dir = state_dir
+        self._checkpoint_interval_s = checkpoint_interval_s
+        self._report = report
+        self.spec: Spec | None = None
+        self.identity: BaseIdentity | None = None
+        self._has_joined = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Take the heartbeat away and leave word how it ended, for `fedmoe status`."""
+        if self._has_joined and not isinstance(error, NameTakenError):  # else the heartbeat is another's
+            how, reason = "finished" if self.is_done else "stopped", ""
+            if error is not None and not isinstance(error, StoppedError):
+                how = "refused" if isinstance(error, RefusedError) else "failed"
+                reason = str(error) or repr(error)
+            try:
+                self.store.leave(how, reason)
+            except RedisUnavailableError:
+                logger.debug("the heartbeat could not be taken away, it expires by itself")
+        if self._state_dir:
+            self._state_dir.close()
+
+    def look(self) -> tuple[Spec, Meta]:
+        """What the expert is, and its state, once this user is known to have all rights of a worker.
+
+        Raises:
+            RedisUnfitError: naming all rights that are lacking.
+            UnknownExpertError: naming the experts there are.
+            ProtocolError: saying which side to upgrade.
+        """
+        self._joining.check_rights()
+        self.spec = self._joining.spec()
+        return self.spec, self._joining.meta()
+
+    def claim(self, identity: BaseIdentity) -> None:
+        """Take the name, with this base model.
+
+        Raises:
+            BaseModelError: if the expert's base model is another one.
+            NameTakenError: if a worker of this name runs already.
+        """
+        self.identity = identity
+        state_id = self._state_dir.id if self._state_dir else ""
+        self._joining.check_base(identity)
+        patience_s = HEARTBEAT_INTERVAL_S * 1.5
+        self._joining.patiently(
+            partial(claim_name, self.store, state_id=state_id, patience_s=patience_s, stop=self._stop)
+        )
+        self._has_joined = True
+        self._joining.pin_base(identity, state_id=state_id)
+
+    def begin(
+        self,
+        trainer: Resumes,
+        *,
+        data: str,
+        source: str = "the data",
+        training_fields: Callable[[], Fields] = dict,
+        max_length: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        exchange: type[Exchange] = Exchange,
+    ) -> None:
+        """Put the checkpoint's adapter into the trainer, else the expert's; then sync and training can start.
+
+        Args:
+            trainer: whose adapter it is.
+            data: digest of the examples, so that a position in others is not gone on from.
+            source: what to call them.
+            training_fields: the training's part of the heartbeat.
+            max_length: that the examples were truncated to (tokens).
+            clock: seconds, monotonic.
+            exchange: where training and sync meet.
+
+        Raises:
+            SettingsError: if the checkpoint is damaged, or another worker's.
+        """
+        assert self.spec is not None
+        assert self.identity is not None
+        ledger, trained = self.open_books(trainer, self.spec, data, source)
+        trainer.adopt(ledger.meta.rules.training)  # until the next pull
+        state_dir = self._state_dir
+        self.exchange = exchange(trainer, with_optimizer=state_dir is not None, trained=trained)
+        self.sync = wire(
+            self.store, ledger, self.exchange, self.spec,
+            identity=self.identity, data=data, state_dir=state_dir, training_fields=training_fields,
+            max_length=max_length, checkpoint_interval_s=self._checkpoint_interval_s, clock=clock,
+        )  # fmt: skip
+        self.thread = threading.Thread(target=self.sync.run, name="sync", daemon=True)
+
+    def open_books(
+        self, trainer: Resumes, spec: Spec, data: str, source: str = "the data"
+    ) -> tuple[Ledger, Trained | None]:
+        """The ledger of the checkpoint if there is one, else a new run on the expert's present weights."""
+        if saved := self._resume(trainer, spec, data, source):
+            return saved
+        # Before the pull: an update of an earlier run that is decided after it then is of an earlier incarnation.
+        incarnation = self._joining.patiently(self.store.next_incarnation)
+        pulled = self._joining.patiently(lambda: self.store.pull(spec, known=""))
+        base = pulled.weights
+        if base is None:
+            raise RefusedError(
+                f"expert {self.store.expert!r} was just created again: start this worker again"
+            )
+        with torch.no_grad():
+            trainer.flat.copy_(base)
+        start = pulled.decided.id if pulled.decided else None
+        run = make_run(max(incarnation, start.incarnation + 1 if start else 1), secrets.token_hex(4))
+        return Ledger(base=base, packed=pulled.packed, meta=pulled.meta, run=run, start=start), None
+
+    def _resume(self, trainer: Resumes, spec: Spec, data: str, source: str) -> tuple[Ledger, Trained] | None:
+        if self._state_dir is None:
+            return None
+        expert, worker = self.store.expert, self.store.worker
+        saved = self._state_dir.load(expert=expert, worker=worker, spec=spec, now=time.monotonic())
+        if saved is None:
+            return None
+        if saved.local.shape != trainer.flat.shape:
+            raise SettingsError(
+                f"the checkpoint in {self._state_dir.path} is of an adapter of {saved.local.numel()} values, the "
+                f"expert's has {trainer.flat.numel()}: move it away to start a new run"
+            )
+        with torch.no_grad():
+            trainer.flat.copy_(saved.local)
+        same_data = saved.data == data
+        if same_data:
+            trainer.position = saved.position
+        else:
+            self._report(
+                f"the examples of {source} differ from those of the checkpoint (other file, chat template, "
+                "--learn or max_length): starting at the first one"
+            )
+        trainer.load_state(saved.optimizer, same_data=same_data)
+        self._report(
+            f"resuming run {saved.ledger.run} after update {saved.ledger.seq}, example {trainer.position}"
+        )
+        return saved.ledger, saved.trained
+
+    def finish(self, drain_s: float, *, boundary: Callable[[], None] | None = None) -> str:
+        """Publish what is trained, wait at most drain_s for the decision, and say how it ended; from the training.
+
+        Args:
+            drain_s: seconds.
+            boundary: called while it waits, instead of the exchange's.
+
+        Raises:
+            FedMoEError: one sentence, if something that was trained is lost.
+        """
+        self.sync.finish(drain_s)
+        while self.thread.is_alive():
+            (boundary or self.exchange.boundary)()
+            self.thread.join(0.02)
+        return self.outcome(drain_s)
+
+    def outcome(self, drain_s: float) -> str:
+        """How it ended, as a sentence.
+
+        Raises:
+            FedMoEError: if something that was trained is lost.
+        """
+        sync, status = self.sync, self.sync.status
+        if isinstance(sync.failure, ProtocolError):
+            kept = self._kept() if sync.saved else self._lost()
+            raise ProtocolError(f"{sync.failure}; {kept}")
+        if sync.failure is not None:
+            raise sync.failure
+        left = self.exchange.steps_left
+        text = (
+            f"{status.applied} updates applied, {status.refused} refused, expert at version {status.version}"
+        )
+        if not sync.ledger.queue and not left:
+            return f"done: {text}"
+        if sync.saved:
+            return f"done: {text}; {self._kept()}"
+        if sync.in_redis and not left:
+            return f"done: {text}; the last one waits in Redis for an aggregator"
+        remedy = "start this worker again to go on from there"
+        if not self._state_dir:
+            remedy = "give --state-dir DIR to lose nothing next time"
+        raise FedMoEError(
+            f"{text}; {self._lost()}: no aggregator applied or refused the last update within "
+            f"{drain_s:g} s ({status.why_undecided}); {remedy}"
+        )
+
+    def _kept(self) -> str:
+        assert self._state_dir is not None
+        return f"what has no answer yet is kept in {self._state_dir.path}, and the next start sends it"
+
+    def _lost(self) -> str:
+        """What is lost if the worker ends now and its last checkpoint does not hold all."""
+        sync = self.sync
+        steps = self.exchange.steps_left
+        if not sync.in_redis:
+            steps += sum(update.header.steps for update in sync.ledger.queue)
+        if self._state_dir:
+            return (
+                f"at most {steps} steps are lost, those since the last checkpoint in {self._state_dir.path}"
+            )
+        return f"{steps} steps since the last update that is in Redis are lost"
+
+
+def wire(
+    store: WorkerStore,
+    ledger: Ledger,
+    exchange: Exchange,
+    spec: Spec,
+    *,
+    identity: BaseIdentity,
+    data: str,
+    state_dir: StateDir | None = None,
+    training_fields: Callable[[], Fields] = dict,
+    max_length: int | None = None,
+    checkpoint_interval_s: float = 60.0,
+    clock: Callable[[], float] = time.monotonic,
+) -> Sync:
+    """The sync of a worker whose books are open, with its heartbeat and, if there is a state directory, checkpoints."""
+    state_id = state_dir.id if state_dir else ""
+    return Sync(
+        store, ledger, exchange, spec,
+        identity=identity, data=data,
+        heart=Heartbeat(store, identity, state_id=state_id, training_fields=training_fields, clock=clock),
+        watch=AggregatorWatch(store, clock),
+        saver=Saver(state_dir, clock) if state_dir else None,
+        outbox=Outbox(must_pull=bool(ledger.seq)),  # a resumed worker looks first
+        max_length=max_length, checkpoint_interval_s=checkpoint_interval_s, clock=clock,
+    )  # fmt: skip

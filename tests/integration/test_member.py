@@ -1,0 +1,292 @@
+"""`fedmoe.join`: a training loop of one's own as a worker, on a real Redis and a tiny model."""
+
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+import fedmoe
+from fedmoe.errors import BaseModelError, RemovedExpertError, SettingsError, SpecError, UnknownExpertError
+from fedmoe.model.adapter import adapter_layout
+from fedmoe.model.base import fingerprint, structure
+from fedmoe.protocol.layout import values_of
+from fedmoe.protocol.lora import LoraSettings
+from fedmoe.protocol.rules import AggregationRules, RuleSet
+from fedmoe.protocol.spec import Spec
+from fedmoe.store.connection import Connection
+from fedmoe.store.gateway import GatewayStore
+from fedmoe.store.remove import remove_expert
+from tests.federation import make_expert, serving
+from tests.processes import eventually
+from tests.tiny import tiny_config, tiny_model, tiny_tokenizer
+
+pytestmark = pytest.mark.one_server
+
+Connect = Callable[[], Connection]
+LORA = LoraSettings(rank=2, alpha=4.0)
+RULES = RuleSet(aggregation=AggregationRules(max_norm=1e4), sync_interval_s=0.1)
+NAME = "sql_expert"
+
+
+def tiny_spec(wire_format: str = "fp32") -> Spec:
+    config = tiny_config()
+    return Spec(
+        base_model="tiny", base_config=structure(config), layout=adapter_layout(config, LORA), lora=LORA,
+        wire_format=wire_format,
+    )  # fmt: skip
+
+
+def make_tiny(connection: Connection, name: str = NAME) -> None:
+    """An expert of the tiny model whose weights are small and not zero."""
+    spec = tiny_spec()
+    weights = torch.linspace(-0.01, 0.01, spec.layout.numel)
+    make_expert(connection, name, spec, weights, base_fingerprint=fingerprint(tiny_model()), rules=RULES)
+
+
+def adapted(connection: Connection, *, seed: int = 0, expert: str = NAME) -> PeftModel:
+    config = fedmoe.connect(connection.settings).expert(expert).lora_config()
+    return get_peft_model(tiny_model(seed=seed), config)
+
+
+def train(member: fedmoe.Member, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
+    for number in range(steps):
+        ids = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(number))
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        member.step(n_examples=2, n_tokens=22, loss=loss.item())
+
+
+def adam(model: nn.Module, lr: float = 1e-3) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+
+
+def values(model: PeftModel, spec: Spec) -> torch.Tensor:
+    """The adapter's values in the order of the layout."""
+    named = {name.replace(".default.", "."): p.detach().flatten() for name, p in model.named_parameters()}
+    return torch.cat([named[name] for name, _ in spec.layout.tensors])
+
+
+def weights_in_redis(connection: Connection, name: str = NAME) -> torch.Tensor:
+    return values_of(tiny_spec().layout, GatewayStore(connection).read(name)[1])
+
+
+def test_what_a_loop_trains_becomes_the_expert(connection: Connection, connect: Connect) -> None:
+    """It begins at the expert's weights; at the end expert and adapter are the same, and every row counts once."""
+    make_tiny(connection)
+    model = adapted(connection)
+    begin = weights_in_redis(connection)
+    with (
+        serving(connect(), block_ms=20),
+        fedmoe.join(connection.settings, {NAME: model}, name="own") as member,
+    ):
+        assert torch.equal(values(model, tiny_spec()), begin)
+        train(member, model, adam(model), 20)
+        assert member.position == 40
+    meta = GatewayStore(connection).meta(NAME)
+    assert meta.n_examples == 40
+    assert meta.refused == 0
+    assert member.status[NAME].applied == meta.version
+    assert torch.allclose(values(model, tiny_spec()), weights_in_redis(connection), atol=1e-7)
+    assert not torch.allclose(weights_in_redis(connection), begin, atol=1e-4)
+
+
+def test_two_loops_learn_from_each_other(connection: Connection, connect: Connect) -> None:
+    """What one has trained is in the other's adapter, between two of its steps."""
+    make_tiny(connection)
+    models = [adapted(connection) for _ in range(2)]
+    with serving(connect(), block_ms=20):
+        ann, ben = (
+            fedmoe.join(connection.settings, {NAME: model}, name=name)
+            for name, model in zip(("ann", "ben"), models, strict=True)
+        )
+        with ann, ben:
+            train(ann, models[0], adam(models[0], 1e-2), 10)
+            eventually("ann's update", lambda: GatewayStore(connection).meta(NAME).version)
+            before = values(models[1], tiny_spec())
+
+            def has_moved() -> bool:
+                ben.step(n_examples=0)  # nothing was trained: what moves came from elsewhere
+                return bool((values(models[1], tiny_spec()) - before).norm() > 0.01)
+
+            eventually("ben to learn", has_moved)
+    assert GatewayStore(connection).meta(NAME).n_examples == 20
+
+
+def test_restart_goes_on_with_optimizer_and_position(
+    connection: Connection, connect: Connect, tmp_path: Path
+) -> None:
+    """A loop that fails: the next process begins where it was; with other data, not at its position."""
+    make_tiny(connection)
+    model = adapted(connection)
+    optimizer = adam(model)
+    with serving(connect(), block_ms=20):
+        with (
+            suppress(ZeroDivisionError),
+            fedmoe.join(
+                connection.settings,
+                {NAME: model},
+                name="own",
+                state_dir=tmp_path,
+                optimizer=optimizer,
+                data="d",
+            ) as member,
+        ):
+            train(member, model, optimizer, 7)
+            raise ZeroDivisionError
+        (left,) = fedmoe.connect(connection.settings).view().experts[0].left
+        assert (left.name, left.how) == ("own", "failed")
+        again = adapted(connection)
+        restored = adam(again)
+        with fedmoe.join(
+            connection.settings, {NAME: again}, state_dir=tmp_path, optimizer=restored, data="d"
+        ) as member:
+            assert member.position == 14
+            moments = [state["exp_avg"] for state in optimizer.state.values()]
+            assert moments
+            for mine, theirs in zip(restored.state.values(), moments, strict=True):
+                assert torch.equal(mine["exp_avg"], theirs)
+            assert torch.allclose(values(again, tiny_spec()), values(model, tiny_spec()), atol=1e-7)
+            train(member, again, restored, 1)
+        with fedmoe.join(connection.settings, {NAME: again}, state_dir=tmp_path, data="other") as member:
+            assert member.position == 0
+    assert GatewayStore(connection).meta(NAME).n_examples == 16
+
+
+def test_two_experts_in_one_loop(connection: Connection, connect: Connect, tmp_path: Path) -> None:
+    """One call a step; each expert gets what its own adapter learned, and has a checkpoint of its own."""
+    for name in ("one", "two"):
+        make_tiny(connection, name)
+    models = {name: adapted(connection, expert=name) for name in ("one", "two")}
+    with (
+        serving(connect(), expert="one", block_ms=20),
+        serving(connect(), expert="two", block_ms=20),
+        fedmoe.join(connection.settings, models, name="own", state_dir=tmp_path) as member,
+    ):
+        train(member, models["one"], adam(models["one"], 1e-2), 5)
+    for name, model in models.items():
+        assert GatewayStore(connection).meta(name).n_examples == 10
+        assert torch.allclose(values(model, tiny_spec()), weights_in_redis(connection, name), atol=1e-7)
+        assert (tmp_path / name / "worker.safetensors").exists()
+    assert not torch.allclose(
+        weights_in_redis(connection, "one"), weights_in_redis(connection, "two"), atol=1e-3
+    )
+
+
+def full(connection: Connection) -> nn.Module:
+    return tiny_model()
+
+
+def other_rank(connection: Connection) -> nn.Module:
+    return get_peft_model(tiny_model(), LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]))
+
+
+def other_scaling(connection: Connection) -> nn.Module:
+    config = fedmoe.connect(connection.settings).expert(NAME).lora_config()
+    config.lora_alpha = 16
+    return get_peft_model(tiny_model(), config)
+
+
+def with_bias(connection: Connection) -> nn.Module:
+    model = adapted(connection)
+    model.get_input_embeddings().weight.requires_grad_(True)
+    return model
+
+
+def in_bf16(connection: Connection) -> nn.Module:
+    return adapted(connection).to(torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "sentence"),
+    [
+        (full, SettingsError, "has no LoRA adapter, so all its weights would be trained"),
+        (other_rank, SpecError, "has no tensor"),
+        (other_scaling, SpecError, "scaled by 8, the expert's by 2"),
+        (with_bias, SettingsError, "trains 1 tensors beside its LoRA adapter"),
+        (in_bf16, SettingsError, "must be fp32 on one device, not bfloat16 on cpu"),
+    ],
+)
+def test_a_model_that_is_not_the_experts_is_refused(
+    connection: Connection, make: Callable[[Connection], nn.Module], error: type[Exception], sentence: str
+) -> None:
+    """Before it has a name: no heartbeat, nothing published."""
+    make_tiny(connection)
+    with pytest.raises(error, match=sentence):
+        fedmoe.join(connection.settings, {NAME: make(connection)}, name="own")
+    (expert,) = fedmoe.connect(connection.settings).view().experts
+    assert (expert.workers, expert.left) == ((), ())
+
+
+def test_another_base_model_is_refused(connection: Connection, connect: Connect) -> None:
+    """Same config, other weights, or another tokenizer: somebody else has pinned theirs."""
+    make_tiny(connection)
+    with serving(connect(), block_ms=20):
+        with fedmoe.join(
+            connection.settings, {NAME: adapted(connection)}, name="a", tokenizer=tiny_tokenizer()
+        ):
+            pass
+        with pytest.raises(BaseModelError, match="fingerprint"):
+            fedmoe.join(connection.settings, {NAME: adapted(connection, seed=1)}, name="b")
+        other = tiny_tokenizer()
+        other.add_tokens(["<tool>"])
+        with pytest.raises(BaseModelError, match="vocabulary"):
+            fedmoe.join(connection.settings, {NAME: adapted(connection)}, name="c", tokenizer=other)
+
+
+def test_unknown_expert_is_named_with_those_there_are(connection: Connection) -> None:
+    make_tiny(connection)
+    with pytest.raises(UnknownExpertError, match="there are sql_expert"):
+        fedmoe.join(connection.settings, {"docs_expert": adapted(connection)}, wait=False)
+    with pytest.raises(SettingsError, match="name the expert"):
+        fedmoe.join(connection.settings, {})
+
+
+@pytest.mark.parametrize(
+    "counts", [{"n_examples": -1}, {"n_examples": 1.5}, {"n_examples": 1, "n_tokens": True}]
+)
+def test_counts_must_be_counts(connection: Connection, counts: Mapping[str, object]) -> None:
+    """Nothing is noted of such a step; the member trains on."""
+    make_tiny(connection)
+    member = fedmoe.join(connection.settings, {NAME: adapted(connection)}, name="own", drain_s=0.0)
+    with pytest.raises(SettingsError, match="must be a whole number of at least 0"):
+        member.step(**counts)  # type: ignore[arg-type]
+    assert member.steps == 0
+    member.leave()
+    with pytest.raises(SettingsError, match="has left the federation"):
+        member.step(n_examples=1)
+
+
+def test_a_loop_hears_of_its_experts_end(connection: Connection, connect: Connect) -> None:
+    """An operator removes the expert: the next steps raise, and the worker has left."""
+    make_tiny(connection)
+    model = adapted(connection)
+    with serving(connect(), block_ms=20):
+        member = fedmoe.join(connection.settings, {NAME: model}, name="own", drain_s=1.0)
+        train(member, model, adam(model), 3)
+        remove_expert(connection, NAME)
+
+        def go_on() -> None:
+            with member:
+                train(member, model, adam(model), 100_000)
+
+        with pytest.raises(RemovedExpertError):
+            go_on()
+
+
+def test_what_nobody_decides_is_said(
+    connection: Connection, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without an aggregator: it is kept in the state directory, and the last sentence says so."""
+    make_tiny(connection)
+    model = adapted(connection)
+    member = fedmoe.join(connection.settings, {NAME: model}, name="own", state_dir=tmp_path, drain_s=0.5)
+    with caplog.at_level(logging.INFO), member:
+        train(member, model, adam(model), 3)
+    assert f"is kept in {tmp_path}" in caplog.text

@@ -10,7 +10,8 @@ import threading
 import time
 from collections.abc import Callable
 
-from consumers.gateway import merge
+from consumers.gateway.merge import MergeInput, merge
+from consumers.gateway.methods import METHODS
 from fedmoe.errors import FedMoEError, ProtocolError, RedisUnavailableError, SpecError
 from fedmoe.protocol.gateway import BuiltFrom, GatewayMeta, built_from_text
 from fedmoe.protocol.layout import values_of
@@ -156,8 +157,8 @@ class GatewayBuilder:
         if sum(expert.weight for expert in experts) == 0:
             raise SpecError("every expert's gateway weight is 0: nothing to merge yet")
         first = next(iter(specs.values()))
-        needs_init = self._settings.method in ("ties", "dare")
-        merged = merge.merge(
+        needs_init = METHODS[self._settings.method].needs_init
+        merged = merge(
             experts,
             method=self._settings.method,
             scale=self._settings.scale,
@@ -188,6 +189,6 @@ class GatewayBuilder:
         return configured
 
     @staticmethod
-    def _expert(spec: Spec, file: bytes, weight: float) -> merge.MergeInput:
+    def _expert(spec: Spec, file: bytes, weight: float) -> MergeInput:
         flat = values_of(spec.layout, file)
-        return merge.MergeInput(layout=spec.layout, flat=flat, scaling=spec.lora.scaling, weight=weight)
+        return MergeInput(layout=spec.layout, flat=flat, scaling=spec.lora.scaling, weight=weight)

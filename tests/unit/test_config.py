@@ -3,13 +3,14 @@
 import math
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
-from consumers.gateway import merge
+from consumers.gateway import methods
 from fedmoe.cli.declared import key, made
 from fedmoe.cli.main import cli
 from fedmoe.cli.page import page
@@ -128,8 +129,12 @@ def test_file_that_is_right_passes_and_is_used(tmp_path: Path) -> None:
 
 
 def test_every_method_of_the_merge_can_be_chosen() -> None:
-    """The settings know no torch, so they name the methods."""
-    assert set(METHODS) == set(merge.METHODS)
+    """The settings know no torch, so they name the methods, and that which takes a rank."""
+    assert tuple(methods.METHODS) == METHODS
+    for name, method in methods.METHODS.items():
+        takes_rank = method.rank is methods.Rank.CHOSEN
+        with nullcontext() if takes_rank else pytest.raises(SettingsError, match="rank"):
+            GatewaySettings(method=name, rank=3)
 
 
 def test_settings_import_nothing_heavy() -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from consumers.gateway.merge import MergeInput, merge
 from consumers.gateway.methods import METHODS
+from consumers.recovery.listing import ExpertList
 from fedmoe.errors import FedMoEError, ProtocolError, RedisUnavailableError, SpecError
 from fedmoe.protocol.gateway import BuiltFrom, GatewayMeta, built_from_text
 from fedmoe.protocol.layout import values_of
@@ -45,9 +46,7 @@ class GatewayBuilder:
         self._settings = settings
         self._clock = clock
         self._problems = Problems(connection, self._store.keys.problem, holder=holder)
-        self._known: dict[
-            str, float
-        ] = {}  # the experts that were ever listed, and their last gateway weights
+        self._experts = ExpertList(self._store)
         self._lease_s = lease_s
         self._lease = Lease(
             connection,
@@ -66,7 +65,7 @@ class GatewayBuilder:
                 if self._lease.hold():
                     self.refresh()
                 else:
-                    self._experts()
+                    self._experts.reconcile()
                 backoff.ok()
                 self._problems.solved()
             except RedisUnavailableError as error:
@@ -107,7 +106,7 @@ class GatewayBuilder:
 
     def refresh(self) -> bool:
         """Rebuild if an expert moved, or one came, or the settings are others; True if it did."""
-        weights = self._experts()
+        weights = self._experts.reconcile()
         if not weights:
             return False
         present = {name: self._store.meta(name).weights_commit for name in weights}
@@ -117,28 +116,6 @@ class GatewayBuilder:
             return False
         self._build(weights)
         return True
-
-    def _experts(self) -> dict[str, float]:
-        """The experts and their gateway weights, after the list was brought in line with what Redis holds.
-
-        One that is there and not listed (Redis was emptied, or somebody took it off) is listed again. One that an
-        operator removed is taken off, if somebody has listed it meanwhile.
-        """
-        listed = self._store.experts()
-        there, removed = self._store.compare(self._known | listed)
-        self._known |= listed
-        for name in listed.keys() & removed:
-            self._store.unregister(name)
-            del listed[name]
-        for name in sorted((self._known.keys() & there) - listed.keys()):
-            logger.warning(
-                "gateway: expert %s was missing from the list %s, this aggregator added it again (to remove it for "
-                "good: fedmoe expert remove)",
-                name, self._store.connection.keys.experts,
-            )  # fmt: skip
-            self._store.register(name, self._known[name])
-            listed[name] = self._known[name]
-        return dict(sorted(listed.items()))
 
     def _settings_text(self, weights: dict[str, float]) -> str:
         s = self._settings

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedmoe.errors import BackupError, FedMoEError, UnknownExpertError
+from fedmoe.protocol.condition import examine
 from fedmoe.protocol.layout import stamped, values_of
 from fedmoe.protocol.names import check_expert
 from fedmoe.protocol.packed import pack_file
@@ -17,7 +18,7 @@ from fedmoe.protocol.records import Meta
 from fedmoe.protocol.spec import Spec
 from fedmoe.store.connection import Connection, execute
 from fedmoe.store.full import read_together
-from fedmoe.store.lifecycle import examine, new_id
+from fedmoe.store.lifecycle import new_id
 
 Line = tuple[bytes, Mapping[bytes, bytes]]  # id and fields of a stream's entry
 

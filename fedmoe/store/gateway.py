@@ -4,12 +4,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fedmoe.errors import DamagedExpertError, SpecError, UnknownExpertError
+from fedmoe.protocol.condition import examine
 from fedmoe.protocol.gateway import GatewayMeta
 from fedmoe.protocol.records import Entry, Meta
 from fedmoe.protocol.spec import Spec
 from fedmoe.store.connection import Connection
 from fedmoe.store.full import read_together
-from fedmoe.store.lifecycle import examine
 
 
 class GatewayStore:

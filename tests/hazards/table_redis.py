@@ -4,7 +4,7 @@ import redis.client
 
 import consumers.aggregator as aggregator
 import consumers.gateway.builder as gateway
-import consumers.recovery
+import consumers.recovery.settle
 from fedmoe.store import change, lifecycle
 from fedmoe.store.expert import ExpertStore
 from tests.hazards import commits, recovery, updates, without
@@ -114,7 +114,7 @@ OF_REDIS = {
         wrong="Redis comes back from before a change of the rules, and the change is lost though an aggregator knew it",
         rule="the operator's commit becomes part of the retained history, like any other",
         scenario=recovery.h20_rules_in_an_older_file,
-        without=((consumers.recovery, "is_change_of_rules", lambda *_: False),),
+        without=((consumers.recovery.settle, "is_change_of_rules", lambda *_: False),),
         symptom="the operator's change is lost: rules 1 are in force",
     ),
     "H23a": Hazard(

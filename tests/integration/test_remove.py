@@ -9,15 +9,16 @@ import pytest
 from consumers.create import SpecRequest, ensure_experts
 from consumers.expert import Expert
 from consumers.gateway.builder import GatewayBuilder
+from consumers.recovery.write_back import write_back
 from fedmoe.errors import RemovedExpertError
 from fedmoe.protocol.beat import Beat
+from fedmoe.protocol.condition import Condition
 from fedmoe.protocol.identity import BaseIdentity
 from fedmoe.settings import GatewaySettings
 from fedmoe.store.backup import BackupStore
 from fedmoe.store.connection import Connection
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.inspect import Inspector
-from fedmoe.store.lifecycle import Condition
 from fedmoe.store.remove import remove_expert, sweep
 from fedmoe.store.worker import WorkerStore
 from fedmoe.tools.backup import restore
@@ -65,7 +66,7 @@ def test_memory_is_not_written_back_on_top_of_a_removal(expert: Expert) -> None:
     entries = store.read(block_ms=1, count=1)
     seen = Condition(commit="", meta=None, damage="", weights_commit="", decided={}, logged_version=-1)
     remove_expert(connection, "sql_expert")
-    assert not expert.write_back(on=seen.commit)
+    assert not write_back(expert, on=seen.commit)
     assert not store.create(expert.spec, expert.meta, expert.buffer.file)
     with pytest.raises(Exception, match="somebody else committed meanwhile"):
         expert.process(entries)

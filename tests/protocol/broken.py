@@ -9,7 +9,6 @@ from typing import Any
 
 import consumers.decide
 import consumers.expert
-import consumers.recovery
 from consumers.decide import Admission, Outcome, Verdict, judge_header, judge_payload
 from consumers.expert import Expert
 from fedmoe.protocol.doorbell import Doorbell

@@ -33,7 +33,6 @@ from fedmoe.store.expert import ExpertStore, Loaded
 logger = logging.getLogger(__name__)
 
 CLAIM_WAIT_S = 2.0  # in which every aggregator finds out what Redis lost, and claims what it retains
-PATIENCE_S = CLAIM_WAIT_S  # of an aggregator that retains nothing
 LONGEST_CLAIM_S = 30.0  # an older claim is ignored: its aggregator cannot write
 
 Update = tuple[Header, list[bytes]]
@@ -86,13 +85,13 @@ class Recovery:
         self._generation, self._patient_until = self._store.connection.generation, 0.0
 
     def may_have_gone_back(self) -> bool:
-        """True for PATIENCE_S after a reconnect of an aggregator that retains nothing.
+        """True for CLAIM_WAIT_S after a reconnect of an aggregator that retains nothing.
 
         Redis may have come back from an older file. An aggregator that retains more needs this time to claim it.
         """
         now, generation = self._clock(), self._store.connection.generation
         if self._generation not in (0, generation):
-            self._patient_until = now + PATIENCE_S
+            self._patient_until = now + CLAIM_WAIT_S
         self._generation = generation
         return now < self._patient_until
 

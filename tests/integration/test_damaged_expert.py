@@ -26,7 +26,6 @@ NAME = "sql_expert"
 def _short_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there is one aggregator, nobody else has to be waited for."""
     monkeypatch.setattr("consumers.recovery.settle.CLAIM_WAIT_S", 0.1)
-    monkeypatch.setattr("consumers.aggregator.CLAIM_WAIT_S", 0.1)
 
 
 def weights(connection: Connection) -> bytes:

@@ -36,7 +36,6 @@ NAME = "sql_expert"
 def _short_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there is one aggregator, nobody else has to be waited for."""
     monkeypatch.setattr("consumers.recovery.settle.CLAIM_WAIT_S", 0.1)
-    monkeypatch.setattr("consumers.aggregator.CLAIM_WAIT_S", 0.1)
 
 
 def weights(connection: Connection) -> bytes:
@@ -109,7 +108,7 @@ def test_standby_gives_others_time_to_claim(
     connection: Connection, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its connection broke, and it holds the lease at once: perhaps Redis went back, and somebody remembers more."""
-    monkeypatch.setattr("consumers.aggregator.CLAIM_WAIT_S", 2.0)
+    monkeypatch.setattr("consumers.recovery.settle.CLAIM_WAIT_S", 2.0)
     make_expert(connection)
     now, stop = [0.0], threading.Event()
     standby = ExpertServer(connect(), NAME, AggregatorSettings(), holder="standby", clock=lambda: now[0])

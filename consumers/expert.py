@@ -12,8 +12,9 @@ from dataclasses import replace
 
 import torch
 
-from consumers.decide import Admission, Outcome, Verdict, Workspace, counts_of, judge_header, judge_payload
+from consumers.decide import Admission, Outcome, Verdict, counts_of, judge_header
 from consumers.history import History
+from consumers.payload import Workspace, fold_payload
 from fedmoe.errors import SettingsError, StaleStateError, UpdateError
 from fedmoe.protocol import records
 from fedmoe.protocol.codec import EXACT, scratch_values
@@ -245,7 +246,7 @@ class Expert:
         space = Workspace(self._folded.flat, out.flat, self._scratch)
         with closing(self.store.parts(bell.worker, bell.run, bell.seq, header.parts)) as stream:
             parts = stream if self.archive is None else list(stream)
-            verdict = judge_payload(header, admission, parts, self.spec, space)
+            verdict = fold_payload(header, admission, parts, self.spec, space)
         if verdict.outcome is not Outcome.APPLIED:
             return verdict, ""
         kept = self._keep(header, list(parts)) if self.archive is not None else ""

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from consumers.decide import Admission, Workspace, judge_payload
+from consumers.decide import Admission
+from consumers.payload import Workspace, fold_payload
 from fedmoe.protocol.codec import EXACT, scratch_values
 from fedmoe.protocol.layout import AdapterBuffer, Layout
 from fedmoe.protocol.lora_init import initial_weights
@@ -104,7 +105,7 @@ def _steps(layout: Layout, form: str) -> dict[str, Callable[[], object]]:
     )
 
     def fold() -> object:
-        return judge_payload(update.header, admission, update.parts, spec, space)
+        return fold_payload(update.header, admission, update.parts, spec, space)
 
     fold()
     whole = b"" if form == EXACT else pack(folded.flat, spec, COMMIT)

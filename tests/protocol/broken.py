@@ -9,8 +9,9 @@ from typing import Any
 
 import consumers.decide
 import consumers.expert
-from consumers.decide import Admission, Outcome, Verdict, judge_header, judge_payload
+from consumers.decide import Admission, Outcome, Verdict, judge_header
 from consumers.expert import Expert
+from consumers.payload import fold_payload
 from fedmoe.protocol.doorbell import Doorbell
 from fedmoe.protocol.layout import values_of
 from fedmoe.protocol.records import Decided, Entry, Meta
@@ -160,7 +161,7 @@ def change_in_place(store: ExpertStore, settings: Mapping[str, Any], *, clock: o
 
 
 def _missing_is_refused(*args: Any) -> Verdict:
-    verdict = judge_payload(*args)
+    verdict = fold_payload(*args)
     return replace(verdict, outcome=Outcome.REFUSED) if verdict.outcome is Outcome.UNDECIDABLE else verdict
 
 
@@ -231,7 +232,7 @@ BROKEN = {
     ),
     "H8_missing_part_is_refused": Broken(
         what="an update with a missing part is refused",
-        rules=Rules(patches=((consumers.expert, "judge_payload", _missing_is_refused),)),
+        rules=Rules(patches=((consumers.expert, "fold_payload", _missing_is_refused),)),
         scope=Scope(units=1, faults={"expire": 1}),
         symptom="refused without cause",
     ),

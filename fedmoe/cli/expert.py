@@ -152,7 +152,7 @@ def add(
     redis: str, prefix: str, redis_timeout: float, like: str, weight: float, name: str, **rules: Any
 ) -> None:
     """Add the expert NAME to a federation that runs. Its aggregators serve it within seconds."""
-    from consumers.add import add_expert
+    from consumers.create.add import add_expert
     from fedmoe.store.connection import Connection
 
     connection = Connection(redis_settings(redis, prefix, redis_timeout))

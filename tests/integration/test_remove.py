@@ -120,9 +120,8 @@ def test_it_is_begun_anew_only_when_told(
 ) -> None:
     """The next start of its aggregator makes it again only with --new-lineage; others are made as ever."""
     base = {"fingerprint": FINGERPRINT, "tokenizer": "", "reach": float("nan"), "not_reached": ""}
-    monkeypatch.setattr("consumers.create.describe", lambda request, stop: base)
-    monkeypatch.setattr("consumers.create._tell", lambda request, described: None)
-    monkeypatch.setattr("consumers.create.make_spec", lambda request, described: small_spec())
+    monkeypatch.setattr("consumers.create.ensure.look_at_base", lambda request, stop: base)
+    monkeypatch.setattr("consumers.create.ensure.make_spec", lambda request, described: small_spec())
     request = SpecRequest()
     ensure_experts(connection, {"sql_expert": 1.0}, request)
     remove_expert(connection, "sql_expert")

@@ -37,6 +37,7 @@ from producers.heartbeat import Fields, Heartbeat, SyncStatus
 from producers.ledger import Change, Ledger, Trained
 from producers.news import change_of_rules, told
 from producers.pace import Pace
+from producers.pull import pull
 from producers.saver import RETRY_S, Saver
 from producers.watch import LOOK_S, AggregatorWatch
 
@@ -348,7 +349,7 @@ class Sync:
         `seen` is the weights' commit that a poll has just shown, "" if nobody has looked.
         """
         mine, rules = self.ledger.meta.weights_commit, self.ledger.meta.rules
-        pulled = self._store.pull(self._spec, known=mine if seen in ("", mine) else "")
+        pulled = pull(self._store, self._spec, known=mine if seen in ("", mine) else "")
         self._check_still_welcome(pulled.meta)
         change = self.ledger.observe(
             pulled.meta, pulled.weights, pulled.decided, now=self._clock(), packed=pulled.packed

@@ -37,6 +37,7 @@ from producers.heartbeat import HEARTBEAT_INTERVAL_S
 from producers.join import Joining
 from producers.ledger import Ledger, Trained
 from producers.material import Material, prepare
+from producers.pull import pull
 from producers.sync import Sync
 from producers.trainer import TOO_LARGE
 from producers.training import Progress, Training
@@ -204,7 +205,7 @@ class Worker:
             return saved.ledger, saved.trained
         # Before the pull: an update of an earlier run that is decided after it then is of an earlier incarnation.
         incarnation = self._joining.patiently(self._store.next_incarnation)
-        pulled = self._joining.patiently(lambda: self._store.pull(spec, known=""))
+        pulled = self._joining.patiently(lambda: pull(self._store, spec, known=""))
         base = pulled.weights
         if base is None:
             raise RefusedError(f"expert {settings.stream!r} was just created again: start this worker again")

@@ -43,6 +43,7 @@ from ops.bench.result import Result, figure, ratio
 from producers.checkpoint import StateDir
 from producers.exchange import Exchange
 from producers.ledger import Ledger
+from producers.pull import pull
 from producers.sync import Sync
 from producers.trainer import Trainer
 
@@ -86,7 +87,7 @@ def train(pipe: Any, url: str, expert: str, hidden: int, state_dir: Path) -> Non
     state = StateDir(state_dir)
     store = WorkerStore(Connection(RedisSettings(url=url)), expert, "worker")
     spec = store.spec()
-    pulled = store.pull(spec, known="")
+    pulled = pull(store, spec, known="")
     base = pulled.weights
     assert base is not None
     ledger = Ledger(base=base, meta=pulled.meta, run=make_run(store.next_incarnation(), secrets.token_hex(4)))

@@ -24,6 +24,7 @@ from fedmoe.store.worker import WorkerStore
 from producers.checkpoint import Checkpoint
 from producers.exchange import Exchange, TrainingState
 from producers.ledger import Change, Ledger, Outgoing, Trained
+from producers.pull import pull
 from producers.sync import Sync
 from tests.federation import delta_of
 from tests.protocol.actors import (
@@ -279,7 +280,7 @@ class Worker:
             return memory._replace(
                 books=books, local=local, trained=trained, position=position, must_pull=bool(books.seq)
             )
-        pulled = store.pull(self._spec, known="")
+        pulled = pull(store, self._spec, known="")
         assert pulled.weights is not None
         base = _values(pulled.weights)
         start = pulled.decided.id if pulled.decided else None

@@ -5,7 +5,8 @@ import redis.client
 import consumers.aggregator as aggregator
 import consumers.gateway.builder as gateway
 import consumers.recovery.settle
-from fedmoe.store import change, lifecycle
+from fedmoe.protocol import condition
+from fedmoe.store import change
 from fedmoe.store.expert import ExpertStore
 from tests.hazards import commits, recovery, updates, without
 from tests.hazards.hazard import Hazard, of_store
@@ -72,7 +73,7 @@ OF_REDIS = {
         wrong="somebody removes what was decided: workers send it again, and it is applied a second time",
         rule="meta knows the decided updates by a stamp; what is not what meta knows is not served",
         scenario=recovery.h19_decisions_are_gone,
-        without=((lifecycle, "damage", lambda *_, **__: ""),),
+        without=((condition, "damage", lambda *_, **__: ""),),
         symptom="alice's step 0 counts 2 times",
     ),
     "H20a": Hazard(

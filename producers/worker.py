@@ -29,7 +29,7 @@ from fedmoe.settings import WorkerSettings
 from fedmoe.store.connection import Connection, RedisSettings
 from fedmoe.store.worker import WorkerStore
 from fedmoe.util.stopping import Stop
-from fedmoe.util.text import printable
+from fedmoe.util.text import printable_lines
 from producers.checkpoint import StateDir, name_in
 from producers.claim import claim_name
 from producers.exchange import Exchange
@@ -77,7 +77,7 @@ class Worker:
     def _report(self, line: str) -> None:
         """Print a line; a full disk or a reader that has gone must not end the training."""
         try:
-            self._print(printable(line))
+            self._print(printable_lines(line))
         except OSError as error:
             if not self._mute:
                 logger.warning(

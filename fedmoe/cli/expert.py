@@ -11,7 +11,7 @@ from fedmoe.cli.declared import given, options
 from fedmoe.cli.options import redis_options, redis_settings
 from fedmoe.cli.status import cell, table
 from fedmoe.protocol.rules import RuleSet
-from fedmoe.util.text import printable
+from fedmoe.util.text import printable, printable_lines
 
 NOTICE_S = 20.0  # in which workers see it that look at Redis every ten seconds
 LOOK_EVERY_S = 0.5
@@ -100,7 +100,9 @@ def show(redis: str, prefix: str, redis_timeout: float, as_json: bool, name: str
 def _show(values: dict[str, Any]) -> None:
     width = max(map(len, values))
     for name, value in values.items():
-        click.echo(f"  {name:{width}}  {printable(f'{value:g}' if isinstance(value, float) else str(value))}")
+        click.echo(
+            f"  {name:{width}}  {printable_lines(f'{value:g}' if isinstance(value, float) else str(value))}"
+        )
 
 
 @expert.command("set")

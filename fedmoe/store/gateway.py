@@ -1,9 +1,10 @@
 """Redis commands for the gateway: read every expert, write their merge."""
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
-from fedmoe.errors import DamagedExpertError, SpecError, UnknownExpertError
+from fedmoe.errors import DamagedExpertError, RemovedExpertError, SpecError, UnknownExpertError
 from fedmoe.protocol.condition import examine
 from fedmoe.protocol.gateway import GatewayMeta
 from fedmoe.protocol.records import Entry, Meta
@@ -70,6 +71,23 @@ class GatewayStore:
         if not raw:
             raise UnknownExpertError(f"expert {expert!r} is gone from Redis")
         return Meta.from_hash(raw)
+
+    def metas(self) -> dict[str, Meta]:
+        """The meta hashes of the listed experts, by name; one that is gone, removed or malformed is left out."""
+        with self.connection.errors():
+            names = sorted(
+                name.decode(errors="replace") for name in self._redis.hkeys(self.connection.keys.experts)
+            )
+            with self._redis.pipeline(transaction=False) as pipe:
+                for name in names:
+                    pipe.hgetall(self.connection.keys.expert(name).meta)
+                replies = pipe.execute(raise_on_error=False)
+        found = {}
+        for name, raw in zip(names, replies, strict=True):
+            if raw and not isinstance(raw, Exception):
+                with suppress(SpecError, RemovedExpertError):
+                    found[name] = Meta.from_hash(raw)
+        return found
 
     def read(self, expert: str) -> tuple[Meta, bytes]:
         """An expert's meta and weights, in one MULTI.

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import redis
-from redis._parsers import Encoder
 from redis.backoff import NoBackoff
 from redis.connection import PythonRespSerializer
 from redis.retry import Retry
@@ -23,6 +22,7 @@ from fedmoe.protocol.keys import DEFAULT_PREFIX, Keys
 from fedmoe.settings import MAX_SECONDS
 from fedmoe.store.client import Client, asked, note, noting
 from fedmoe.store.limits import too_large
+from fedmoe.store.redis_private import Encoder, socket_of
 from fedmoe.store.refusals import explain, is_broken
 from fedmoe.store.sentinel import master_client
 from fedmoe.store.url import DEFAULT_URL, SentinelURL, check, shown, unusable
@@ -98,7 +98,7 @@ class Connection:
         """From another thread: the command that waits for its answer fails now, and so does every later one."""
         self._is_cut_off = True
         for connection in self._made:
-            if (used := connection._sock) is not None:
+            if (used := socket_of(connection)) is not None:
                 with suppress(OSError):  # closed meanwhile
                     socket.socket.shutdown(
                         used, socket.SHUT_RDWR

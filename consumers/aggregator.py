@@ -15,7 +15,6 @@ from consumers.retention import Retention
 from fedmoe.errors import (
     FedMoEError,
     ProtocolError,
-    RedisUnavailableError,
     RemovedExpertError,
     StaleStateError,
 )
@@ -90,7 +89,7 @@ class ExpertServer:
                 self._loaded = False
             except ProtocolError as error:
                 self._loaded = False
-                self._release()  # to an aggregator that speaks it
+                self._lease.give_up()  # to an aggregator that speaks it
                 stop.wait(backoff.failed(error) + self._settings.lease_s / 4)
             except RemovedExpertError as error:
                 logger.warning("%s", error)
@@ -110,13 +109,7 @@ class ExpertServer:
                     f"unexpected error, see the traceback in this aggregator's log: {error!r}"
                 )
                 stop.wait(backoff.failed(error))
-        self._release()
-
-    def _release(self) -> None:
-        try:
-            self._lease.release()
-        except RedisUnavailableError:
-            logger.debug("%s: could not give up the lease, it expires by itself", self.name)
+        self._lease.give_up()
 
     def _turn(self, stop: threading.Event) -> bool:
         """One read and its commit; True if nothing was waiting."""

@@ -107,8 +107,7 @@ def _breach(header: Header, meta: Meta, spec: Spec) -> str:
     """The rule that the header breaks, as a sentence, or nothing."""
     if header.spec != meta.spec:
         return f"made for spec {header.spec}, the expert's is {meta.spec}: restart the worker"
-    identity = BaseIdentity(fingerprint=header.base_fingerprint, tokenizer=header.tokenizer)
-    if difference := identity.difference(meta):
+    if difference := BaseIdentity.from_header(header).difference(meta):
         return f"trained with another base model, tokenizer or chat template: {difference}"
     if header.wire_format != spec.wire_format:
         return f"encoded as {header.wire_format!r}, the spec says {spec.wire_format!r}"

@@ -267,7 +267,7 @@ class Expert:
             n_examples=meta.n_examples + counts.n_examples,
             n_tokens=meta.n_tokens + counts.n_tokens,
         )
-        self._pin(BaseIdentity(fingerprint=header.base_fingerprint, tokenizer=header.tokenizer), worker)
+        self._pin(BaseIdentity.from_header(header), worker)
         is_clamped = counts != (header.n_examples, header.n_tokens)
         line = AppliedLine(
             version=self.meta.version,

@@ -79,7 +79,7 @@ class GatewayBuilder:
                     stop.wait(backoff.failed(error))
             except ProtocolError as error:  # to an aggregator that can read what is there
                 self._problems.report(str(error))
-                self._release()
+                self._lease.give_up()
                 stop.wait(backoff.failed(error) + self._lease_s / 4)
             except FedMoEError as error:
                 backoff.failed(error)
@@ -90,13 +90,7 @@ class GatewayBuilder:
                     f"unexpected error, see the traceback in this aggregator's log: {error!r}"
                 )
                 stop.wait(backoff.failed(error))
-        self._release()
-
-    def _release(self) -> None:
-        try:
-            self._lease.release()
-        except RedisUnavailableError:
-            logger.debug("gateway: could not give up the lease, it expires by itself")
+        self._lease.give_up()
 
     def _complain(self, reason: str) -> None:
         try:

@@ -205,7 +205,7 @@ class Expert:
         head = self.decided.get(bell.worker)
         judged = judge_header(header, head, self.meta, self.spec, len(self.decided))
         verdict, kept = (
-            self._judge_payload(bell, header, judged) if isinstance(judged, Admission) else (judged, "")
+            self._fold_payload(bell, header, judged) if isinstance(judged, Admission) else (judged, "")
         )
         match verdict.outcome:
             case Outcome.DUPLICATE:
@@ -237,7 +237,7 @@ class Expert:
         commit.unlink += self.store.payload_keys(bell.worker, bell.run, bell.seq, len(header.parts))
         return verdict
 
-    def _judge_payload(self, bell: Doorbell, header: Header, admission: Admission) -> tuple[Verdict, str]:
+    def _fold_payload(self, bell: Doorbell, header: Header, admission: Admission) -> tuple[Verdict, str]:
         """The verdict, with an applied payload folded; and the digest under which it was kept, if it was.
 
         It is folded as it comes, into memory that nobody needs if it turns out to be refused.

@@ -1,6 +1,7 @@
 """`fedmoe config`, the file that it checks, and the page that lists every setting."""
 
 import math
+import pkgutil
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+import fedmoe.cli as fedmoe_cli
 from consumers.gateway import methods
 from fedmoe.cli.declared import key, made
 from fedmoe.cli.main import cli
@@ -137,9 +139,11 @@ def test_every_method_of_the_merge_can_be_chosen() -> None:
             GatewaySettings(method=name, rank=3)
 
 
-def test_settings_import_nothing_heavy() -> None:
+def test_settings_and_commands_import_nothing_heavy() -> None:
     """Whoever only asks for help or shows settings waits for no torch."""
-    code = "import sys, fedmoe.settings, fedmoe.protocol.rules, fedmoe.cli.worker, fedmoe.cli.aggregator; "
+    modules = [f"fedmoe.cli.{module.name}" for module in pkgutil.iter_modules(fedmoe_cli.__path__)]
+    assert "fedmoe.cli.worker" in modules
+    code = f"import sys, fedmoe.settings, fedmoe.protocol.rules, {', '.join(modules)}; "
     code += "print([n for n in ('torch', 'redis', 'transformers', 'peft') if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

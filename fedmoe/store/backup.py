@@ -11,7 +11,7 @@ from typing import Any
 
 from fedmoe.errors import BackupError, FedMoEError, UnknownExpertError
 from fedmoe.protocol.condition import examine
-from fedmoe.protocol.layout import stamped, values_of
+from fedmoe.protocol.layout import check_file, stamped
 from fedmoe.protocol.names import check_expert
 from fedmoe.protocol.packed import pack_file
 from fedmoe.protocol.records import Meta
@@ -52,7 +52,7 @@ class ExpertState:
         """
         try:
             spec, meta = Spec.from_json(self.spec), Meta.from_hash(self.meta)
-            values_of(spec.layout, self.weights)
+            check_file(spec.layout, len(self.weights), self.weights[: len(spec.layout.header)])
         except FedMoEError as error:
             raise BackupError(f"{name}: {error}") from error
         if wrong := examine(self.spec, self.weights, self.meta, self.decided).damage:

@@ -7,6 +7,7 @@ from typing import Any
 from fedmoe.errors import DamagedExpertError, RemovedExpertError, SpecError, UnknownExpertError
 from fedmoe.protocol.condition import examine
 from fedmoe.protocol.gateway import GatewayMeta
+from fedmoe.protocol.names import is_expert
 from fedmoe.protocol.records import Entry, Meta
 from fedmoe.protocol.spec import Spec
 from fedmoe.store.connection import Connection
@@ -75,16 +76,21 @@ class GatewayStore:
     def metas(self) -> dict[str, Meta]:
         """The meta hashes of the listed experts, by name; one that is gone, removed or malformed is left out."""
         with self.connection.errors():
-            names = sorted(
-                name.decode(errors="replace") for name in self._redis.hkeys(self.connection.keys.experts)
-            )
+            listed = self._redis.hgetall(self.connection.keys.experts)
+            names = [
+                name for name in sorted(key.decode(errors="replace") for key in listed) if is_expert(name)
+            ]
             with self._redis.pipeline(transaction=False) as pipe:
                 for name in names:
                     pipe.hgetall(self.connection.keys.expert(name).meta)
                 replies = pipe.execute(raise_on_error=False)
         found = {}
         for name, raw in zip(names, replies, strict=True):
-            if raw and not isinstance(raw, Exception):
+            if isinstance(raw, Exception):
+                if "WRONGTYPE" not in str(raw):
+                    with self.connection.errors():
+                        raise raw
+            elif raw:
                 with suppress(SpecError, RemovedExpertError):
                     found[name] = Meta.from_hash(raw)
         return found

@@ -9,28 +9,25 @@ from collections.abc import Callable, Sequence
 from consumers.decide import Outcome
 from consumers.expert import Expert
 from consumers.history import History
-from consumers.recovery import CLAIM_WAIT_S, Recovery
+from consumers.recovery.settle import Recovery
+from consumers.recovery.write_back import rebuild
 from consumers.retention import Retention
 from fedmoe.errors import (
     FedMoEError,
     ProtocolError,
-    RedisUnavailableError,
     RemovedExpertError,
     StaleStateError,
-    UnknownExpertError,
 )
 from fedmoe.protocol.records import Entry
 from fedmoe.settings import AggregatorSettings
 from fedmoe.store.archive import Archive
 from fedmoe.store.connection import Connection
-from fedmoe.store.expert import BLOCKING_MS, ExpertStore, Loaded
+from fedmoe.store.expert import BLOCKING_MS, ExpertStore
 from fedmoe.store.lease import Lease
 from fedmoe.store.problems import Problems
 from fedmoe.util.backoff import Backoff
 
 logger = logging.getLogger(__name__)
-
-LONGEST_CLAIM_S = 30.0  # an older claim is ignored: its aggregator cannot write
 
 
 class ExpertServer:
@@ -76,9 +73,6 @@ class ExpertServer:
         self._held_at = 0.0
         self._history = History()
         self._recovery = Recovery(self._store, holder=holder, archive=self._archive, clock=clock)
-        self._generation = 0
-        self._patient_until = 0.0
-        self._waits_since: float | None = None  # for another aggregator to write back what it claims
 
     def run(self, stop: threading.Event) -> None:
         """Serve until `stop` is set, or in burst mode until nothing is waiting."""
@@ -95,7 +89,7 @@ class ExpertServer:
                 self._loaded = False
             except ProtocolError as error:
                 self._loaded = False
-                self._release()  # to an aggregator that speaks it
+                self._lease.give_up()  # to an aggregator that speaks it
                 stop.wait(backoff.failed(error) + self._settings.lease_s / 4)
             except RemovedExpertError as error:
                 logger.warning("%s", error)
@@ -115,19 +109,13 @@ class ExpertServer:
                     f"unexpected error, see the traceback in this aggregator's log: {error!r}"
                 )
                 stop.wait(backoff.failed(error))
-        self._release()
-
-    def _release(self) -> None:
-        try:
-            self._lease.release()
-        except RedisUnavailableError:
-            logger.debug("%s: could not give up the lease, it expires by itself", self.name)
+        self._lease.give_up()
 
     def _turn(self, stop: threading.Event) -> bool:
         """One read and its commit; True if nothing was waiting."""
         if not self._loaded and self._expert is not None:
             self._rescue(self._expert)
-        is_holder, may_have_gone_back = self._hold(), self._may_have_gone_back()
+        is_holder, may_have_gone_back = self._hold(), self._recovery.may_have_gone_back()
         if not is_holder:
             if not self._standing_by:
                 logger.info("%s: standing by, another aggregator serves it", self.name)
@@ -155,17 +143,6 @@ class ExpertServer:
                 self._retention.tend(self._expert)
             self._decided(sum(v.outcome in (Outcome.APPLIED, Outcome.REFUSED) for v in verdicts))
         return not entries
-
-    def _may_have_gone_back(self) -> bool:
-        """True for CLAIM_WAIT_S after a reconnect of an aggregator that retains nothing.
-
-        Redis may have come back from an older file. An aggregator that retains more needs this time to claim it.
-        """
-        now, generation = self._clock(), self._connection.generation
-        if self._generation not in (0, generation):
-            self._patient_until = now + CLAIM_WAIT_S
-        self._generation = generation
-        return now < self._patient_until
 
     def _hold(self) -> bool:
         self._held_at = self._clock()
@@ -205,8 +182,6 @@ class ExpertServer:
         """Before the retained state is dropped: is it needed, because Redis lost it?"""
         self._recovery.settle(expert)
         self._expert = None
-        # What Redis holds is known: nobody has to be waited for.
-        self._generation, self._patient_until = self._connection.generation, 0.0
 
     def _load(self) -> list[Entry]:
         # Anew each time: whoever emptied Redis may have made an expert of this name with another spec.
@@ -215,13 +190,13 @@ class ExpertServer:
             history=self._history, before_each=self._keep_lease,
         )  # fmt: skip
         loaded = expert.load()
-        self._wait_for_claims(loaded)
+        self._recovery.wait_for_claims(loaded)
         if expert.is_behind:
             expert.process(())  # from now on, workers see what this aggregator speaks and knows
         self._expert, self._loaded = expert, True
         meta = expert.meta
         logger.info("%s: serving from version %d, under rules %d", self.name, meta.version, meta.rules.number)
-        if rebuilt := expert.rebuild(loaded):
+        if rebuilt := rebuild(expert, loaded):
             logger.warning(
                 "%s: in Redis, %s did not match version %d; repaired from that version on, nothing to do",
                 self.name,
@@ -229,21 +204,6 @@ class ExpertServer:
                 loaded.meta.version,
             )
         return self._reclaim()
-
-    def _wait_for_claims(self, loaded: Loaded) -> None:
-        """Raise UnknownExpertError while another aggregator claims a later version, which it will write back."""
-        others = {who: version for who, version in loaded.claims.items() if who != self._holder}
-        newest = max(others.values(), default=0)
-        if newest <= loaded.meta.version:
-            self._waits_since = None
-            return
-        self._waits_since = self._clock() if self._waits_since is None else self._waits_since
-        if self._clock() - self._waits_since < LONGEST_CLAIM_S:
-            raise UnknownExpertError(
-                f"Redis has an older state of expert {self.name!r} (version {loaded.meta.version}), but another "
-                f"aggregator retains version {newest} in memory: waiting at most {LONGEST_CLAIM_S:g} s until that one "
-                "has written it back"
-            )
 
     def _is_time_to_reclaim(self) -> bool:
         """Once in the time of a lease, so that no update waits longer than it does when an aggregator dies."""

@@ -9,23 +9,18 @@ Redis is the truth about what is decided, the worker about what is not. So what 
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
-import torch
-
-from consumers.fold import fold
-from fedmoe.errors import UpdateError
-from fedmoe.protocol.codec import FORMATS, FRAME_BYTES, decoded, part_count
+from fedmoe.protocol.codec import FORMATS, FRAME_BYTES, part_count
 from fedmoe.protocol.identity import BaseIdentity
 from fedmoe.protocol.layout import FLOAT_BYTES
 from fedmoe.protocol.records import Decided, Meta
 from fedmoe.protocol.rules import TrainingSettings
 from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.staleness import staleness_of
-from fedmoe.protocol.update import Header, Part
+from fedmoe.protocol.update import Header
 
 # Steps that one update counts for at most: 80 minutes of training at 2 steps a second, as after a long outage.
 COUNTED_STEPS = 10_000
@@ -112,8 +107,7 @@ def _breach(header: Header, meta: Meta, spec: Spec) -> str:
     """The rule that the header breaks, as a sentence, or nothing."""
     if header.spec != meta.spec:
         return f"made for spec {header.spec}, the expert's is {meta.spec}: restart the worker"
-    identity = BaseIdentity(fingerprint=header.base_fingerprint, tokenizer=header.tokenizer)
-    if difference := identity.difference(meta):
+    if difference := BaseIdentity.from_header(header).difference(meta):
         return f"trained with another base model, tokenizer or chat template: {difference}"
     if header.wire_format != spec.wire_format:
         return f"encoded as {header.wire_format!r}, the spec says {spec.wire_format!r}"
@@ -145,73 +139,38 @@ def _too_far(header: Header, staleness: int, meta: Meta, bound: int) -> str:
     return ""
 
 
-class _NotWholeError(Exception):
-    """A part is not the one that its header names."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Payload:
+    """What a payload turned out to be: not whole, malformed (each with the reason), or of this norm.
 
-
-def _whole(announced: Sequence[Part], parts: Iterable[bytes]) -> Iterator[bytes]:
-    for index, (part, data) in enumerate(zip(announced, parts, strict=True)):
-        if not part.matches(data):
-            raise _NotWholeError(f"part {index} of {len(announced)} {'is damaged' if data else 'is missing'}")
-        yield data
-
-
-@dataclass(frozen=True, slots=True)
-class Workspace:
-    """Memory in which an update is folded from `weights` into `out`, (numel,) fp32; for `scratch` see codec.decoded."""
-
-    weights: torch.Tensor
-    out: torch.Tensor
-    scratch: torch.Tensor
-
-
-def judge_payload(
-    header: Header, admission: Admission, parts: Iterable[bytes], spec: Spec, space: Workspace
-) -> Verdict:
-    """Check and fold the parts of an update whose header passed, each as it comes: out = weights + factor × Δ.
-
-    Unless the verdict is APPLIED, what is in `out` means nothing.
+    Args:
+        not_whole: which part is missing or damaged.
+        malformed: which part is not what the format and the layout call for.
+        norm: Euclidean; not finite if a value is not.
+        largest: the tensor that it changes most, or with a value that is not finite; "" if the norm is admitted.
     """
-    squares = 0.0
-    try:
-        for first, values in decoded(
-            _whole(header.parts, parts), spec.wire_format, len(space.weights), space.scratch
-        ):
-            squares += _norm(values) ** 2
-            here = slice(first, first + len(values))
-            fold(space.weights[here], values, admission.factor, out=space.out[here])
-    except _NotWholeError as error:
-        return Verdict(Outcome.UNDECIDABLE, str(error))
-    except UpdateError as error:
-        return Verdict(Outcome.REFUSED, str(error), admission.staleness)
-    norm = math.sqrt(squares)
-    if not math.isfinite(norm):
+
+    not_whole: str = ""
+    malformed: str = ""
+    norm: float = 0.0
+    largest: str = ""
+
+
+def judge_payload(admission: Admission, payload: Payload) -> Verdict:
+    """Judge an update whose header passed by what its payload is."""
+    if payload.not_whole:
+        return Verdict(Outcome.UNDECIDABLE, payload.not_whole)
+    norm, reason = payload.norm, payload.malformed
+    if not reason and not math.isfinite(norm):
         reason = (
-            f"holds NaN or infinity, first in tensor {_largest(spec, space)!r}: check that worker's loss, data and "
+            f"holds NaN or infinity, first in tensor {payload.largest!r}: check that worker's loss, data and "
             "--precision"
         )
-        return Verdict(Outcome.REFUSED, reason, admission.staleness)
-    if norm > admission.max_norm:
+    if not reason and norm > admission.max_norm:
         reason = (
             f"its norm {norm:.4g} is above max_norm {admission.max_norm:.4g}, largest in tensor "
-            f"{_largest(spec, space)!r}: check that worker's data, or raise the bound (fedmoe expert set --max-norm)"
+            f"{payload.largest!r}: check that worker's data, or raise the bound (fedmoe expert set --max-norm)"
         )
+    if reason:
         return Verdict(Outcome.REFUSED, reason, admission.staleness)
     return Verdict(Outcome.APPLIED, "", admission.staleness, admission.factor, norm)
-
-
-def _norm(values: torch.Tensor) -> float:
-    """The Euclidean norm of fp32 values; infinite or NaN only if a value is, though fp32 cannot hold that of 1e30."""
-    norm = float(torch.linalg.vector_norm(values))
-    return norm if math.isfinite(norm) else float(torch.linalg.vector_norm(values, dtype=torch.float64))
-
-
-def _largest(spec: Spec, space: Workspace) -> str:
-    """The tensor that an update changed most: the first one with a value that is not finite, if there is one.
-
-    By what was folded, because the parts are gone. Only for a refusal: asking this of every update costs too much.
-    """
-    before, after = spec.layout.views(space.weights), spec.layout.views(space.out)
-    norms = {name: _norm(after[name] - before[name]) for name in after}
-    odd = [name for name, norm in norms.items() if not math.isfinite(norm)]
-    return odd[0] if odd else max(norms, key=norms.__getitem__)

@@ -12,8 +12,9 @@ from dataclasses import replace
 
 import torch
 
-from consumers.decide import Admission, Outcome, Verdict, Workspace, counts_of, judge_header, judge_payload
+from consumers.decide import Admission, Outcome, Verdict, counts_of, judge_header
 from consumers.history import History
+from consumers.payload import Workspace, fold_payload
 from fedmoe.errors import SettingsError, StaleStateError, UpdateError
 from fedmoe.protocol import records
 from fedmoe.protocol.codec import EXACT, scratch_values
@@ -22,14 +23,14 @@ from fedmoe.protocol.features import features_text
 from fedmoe.protocol.identity import BEAT_FIELDS, BaseIdentity
 from fedmoe.protocol.integrity import restamp
 from fedmoe.protocol.layout import AdapterBuffer
-from fedmoe.protocol.lines import AnchorLine, AppliedLine, DeadLetter
+from fedmoe.protocol.lines import AppliedLine, DeadLetter
 from fedmoe.protocol.packed import pack
 from fedmoe.protocol.records import Decided, Entry, Meta
 from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.update import ForeignHeaderError, Header
 from fedmoe.store.archive import Archive
 from fedmoe.store.expert import Commit, ExpertStore, Loaded
-from fedmoe.store.lifecycle import Line, new_id
+from fedmoe.store.lifecycle import new_id
 from fedmoe.util.software import software
 
 logger = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ class Expert:
         self.store = store
         self.spec = spec
         self._aggregator = aggregator
-        self._archive = archive
+        self.archive = archive
         self.history = history or History()
         self._before_each = before_each
         self._clock = clock
@@ -90,71 +91,18 @@ class Expert:
         self.history.arrive(self.meta.commit)
         return loaded
 
-    def write_back(self, *, on: str, anchor: bool = True) -> bool:
-        """Write the expert back whole, on top of what Redis has left of it; True if this did it.
-
-        The same lineage, a new commit id, the state of the last load or commit: for workers a failover like any other.
-
-        Args:
-            on: the commit that Redis holds, one of `history`; "" if it holds none.
-            anchor: if it holds none, the log lacks lines too: begin it again.
-        """
-        commit = new_id()
-        meta = self._next_meta(commit, weights_commit=commit)
-        log: list[Line] = []
-        dead: list[Line] = []
-        if on:
-            log, dead = self.history.since(on)
-        elif anchor:
-            log = [self._anchor("written back from memory")]
-        self.buffer.stamp(commit)
-        self.history.attempt(commit)
-        return self.store.write_back(
-            self.spec, meta, self.buffer.file, on=on, decided=self.decided, log=log, dead=dead
-        )
-
     @property
     def is_behind(self) -> bool:
         """True if meta does not say yet what this aggregator speaks and knows: a commit will."""
         return self.meta.protocol < records.PROTOCOL or self.meta.knows != features_text()
 
-    def rebuild(self, loaded: Loaded) -> str:
-        """Rebuild the packed weights, and begin the log again, if they are not of this version; "" if both are.
-
-        Raises StaleStateError if somebody else has committed since `loaded`.
-        """
-        commit = Commit(on=self.meta.commit, generation=self.generation, meta=self.meta)
-        lost = []
-        if self.spec.wire_format != EXACT and loaded.packed_commit != self.meta.weights_commit:
-            lost.append("the packed weights")
-            commit.packed = pack(self.buffer.flat, self.spec, self.meta.weights_commit)
-        if loaded.logged_version != self.meta.version and self.meta.version:
-            lost.append("the log")
-            commit.log.append(self._anchor("the log before was lost"))
-        if lost:
-            self._send(commit, self._next_meta(new_id()))
-        return " and ".join(lost)
-
-    def _anchor(self, why: str) -> Line:
-        """A line of the log from which a replay can begin, if the weights can be kept."""
-        weights = ""
-        if self._archive is not None:
-            self.buffer.stamp(self.meta.weights_commit)  # each try keeps the same bytes, so the same file
-            try:
-                weights = self._archive.keep_weights(self.buffer.file)
-            except OSError as error:
-                logger.warning(
-                    "%s cannot be replayed from here on: its weights cannot be kept (%s)",
-                    self.store.name,
-                    error,
-                )
-        return AnchorLine(version=self.meta.version, restored=why, weights=weights).to_fields()
-
-    def _next_meta(self, commit: str, *, weights_commit: str = "") -> Meta:
+    def next_meta(self, *, new_weights: bool = False) -> Meta:
+        """The present meta under a new commit id, which is also that of the weights if they are new."""
+        commit = new_id()
         return replace(
             self.meta,
             commit=commit,
-            weights_commit=weights_commit or self.meta.weights_commit,
+            weights_commit=commit if new_weights else self.meta.weights_commit,
             updated_at=self._clock(),
             aggregator=self._aggregator,
             protocol=records.PROTOCOL,
@@ -162,7 +110,8 @@ class Expert:
             knows=features_text(),
         )
 
-    def _send(self, commit: Commit, meta: Meta) -> None:
+    def send(self, commit: Commit, meta: Meta) -> None:
+        """Make a commit; with it `meta` becomes the present one. Raises what ExpertStore.commit raises."""
         commit.meta = meta
         self.history.attempt(meta.commit, commit.log, commit.dead)
         self.store.commit(commit)
@@ -224,15 +173,14 @@ class Expert:
         return verdicts
 
     def _commit(self, commit: Commit) -> None:
-        commit_id = new_id()
-        weights_commit = ""
-        if self._folded is not self.buffer:
-            weights_commit = commit_id
-            self._folded.stamp(commit_id)
+        is_new = self._folded is not self.buffer
+        meta = self.next_meta(new_weights=is_new)
+        if is_new:
+            self._folded.stamp(meta.commit)
             commit.weights = self._folded.file
             if self.spec.wire_format != EXACT:
-                commit.packed = pack(self._folded.flat, self.spec, commit_id)
-        self._send(commit, self._next_meta(commit_id, weights_commit=weights_commit))
+                commit.packed = pack(self._folded.flat, self.spec, meta.commit)
+        self.send(commit, meta)
         for line in commit.log:
             logger.info(
                 "%s version %s: %s seq %s, staleness %s, factor %.3g, norm %s, loss %s", self.store.name,
@@ -257,7 +205,7 @@ class Expert:
         head = self.decided.get(bell.worker)
         judged = judge_header(header, head, self.meta, self.spec, len(self.decided))
         verdict, kept = (
-            self._judge_payload(bell, header, judged) if isinstance(judged, Admission) else (judged, "")
+            self._fold_payload(bell, header, judged) if isinstance(judged, Admission) else (judged, "")
         )
         match verdict.outcome:
             case Outcome.DUPLICATE:
@@ -289,7 +237,7 @@ class Expert:
         commit.unlink += self.store.payload_keys(bell.worker, bell.run, bell.seq, len(header.parts))
         return verdict
 
-    def _judge_payload(self, bell: Doorbell, header: Header, admission: Admission) -> tuple[Verdict, str]:
+    def _fold_payload(self, bell: Doorbell, header: Header, admission: Admission) -> tuple[Verdict, str]:
         """The verdict, with an applied payload folded; and the digest under which it was kept, if it was.
 
         It is folded as it comes, into memory that nobody needs if it turns out to be refused.
@@ -297,11 +245,11 @@ class Expert:
         out = self._spares[-1]
         space = Workspace(self._folded.flat, out.flat, self._scratch)
         with closing(self.store.parts(bell.worker, bell.run, bell.seq, header.parts)) as stream:
-            parts = stream if self._archive is None else list(stream)
-            verdict = judge_payload(header, admission, parts, self.spec, space)
+            parts = stream if self.archive is None else list(stream)
+            verdict = fold_payload(header, admission, parts, self.spec, space)
         if verdict.outcome is not Outcome.APPLIED:
             return verdict, ""
-        kept = self._keep(header, list(parts)) if self._archive is not None else ""
+        kept = self._keep(header, list(parts)) if self.archive is not None else ""
         self._spares.pop()
         if self._folded is not self.buffer:
             self._spares.append(self._folded)
@@ -319,7 +267,7 @@ class Expert:
             n_examples=meta.n_examples + counts.n_examples,
             n_tokens=meta.n_tokens + counts.n_tokens,
         )
-        self._pin(BaseIdentity(fingerprint=header.base_fingerprint, tokenizer=header.tokenizer), worker)
+        self._pin(BaseIdentity.from_header(header), worker)
         is_clamped = counts != (header.n_examples, header.n_tokens)
         line = AppliedLine(
             version=self.meta.version,
@@ -348,12 +296,12 @@ class Expert:
 
     def _keep(self, header: Header, parts: list[bytes]) -> str:
         """Keep an update that is about to be applied; its digest."""
-        assert self._archive is not None
+        assert self.archive is not None
         try:
-            return self._archive.keep(header, parts)
+            return self.archive.keep(header, parts)
         except OSError as error:
             raise SettingsError(
-                f"updates cannot be kept in {self._archive.directory} ({error.strerror}), so none is applied: make room"
+                f"updates cannot be kept in {self.archive.directory} ({error.strerror}), so none is applied: make room"
             ) from error
 
     def _refuse(self, worker: str, header: Header, verdict: Verdict, commit: Commit) -> None:

@@ -1,12 +1,13 @@
 """The commits that the retained state of one expert passed through, and the lines that each of them wrote. Pure."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import msgpack
 
+from fedmoe.protocol.lines import Line
+
 LENGTH = 10_000  # commits; at one a second, those of nearly three hours
 LINES_BYTES = 16 * 1024 * 1024  # of all their lines together
-Line = Mapping[str, str]
 
 
 class History:

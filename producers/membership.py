@@ -46,6 +46,7 @@ from producers.heartbeat import HEARTBEAT_INTERVAL_S, Fields, Heartbeat
 from producers.join import Joining
 from producers.ledger import Ledger, Trained
 from producers.outbox import Outbox
+from producers.pull import pull
 from producers.saver import Saver
 from producers.sync import Sync
 from producers.watch import AggregatorWatch
@@ -199,7 +200,7 @@ class Membership:
             return saved
         # Before the pull: an update of an earlier run that is decided after it then is of an earlier incarnation.
         incarnation = self._joining.patiently(self.store.next_incarnation)
-        pulled = self._joining.patiently(lambda: self.store.pull(spec, known=""))
+        pulled = self._joining.patiently(lambda: pull(self.store, spec, known=""))
         base = pulled.weights
         if base is None:
             raise RefusedError(

@@ -38,6 +38,7 @@ from producers.news import change_of_rules, has_diverged, told
 from producers.outbox import Outbox, Prepare, Talk
 from producers.pace import Pace, Timetable
 from producers.ports import Heart, Saves, Watch
+from producers.pull import pull
 from producers.saver import RETRY_S
 from producers.watch import LOOK_S
 
@@ -91,8 +92,8 @@ class Sync:
         self.failure: FedMoEError | None = None
         self.saved = self.is_saving = self.has_ended = False
         self.ledger = ledger
-        self.outbox = outbox or Outbox()
         self.unsaved: TrainingState | None = None
+        self.outbox = outbox or Outbox()
         self.pace = Pace(clock)
         self.times = Timetable(
             update_at=clock() + ledger.meta.rules.sync_interval_s,
@@ -127,16 +128,11 @@ class Sync:
         self.times.end_within(timeout_s, self._clock())
         self._wake.set()
 
-    @property
-    def _is_late(self) -> bool:
-        """True when the time that `finish` gave is up."""
-        return self._clock() >= self.times.end_at
-
     def run(self) -> None:
         """The thread's body; ends after `finish`, or with `failure` set."""
         while not self.has_ended:
             wait_s = self.attempt()
-            if self.failure or self._is_late:
+            if self.failure or self._clock() >= self.times.end_at:
                 break
             self._wake.wait(wait_s)
             if not self.times.is_ending:
@@ -172,16 +168,15 @@ class Sync:
             self.outbox = self.outbox.lost_sight()  # the entry is gone, too
             self._heart.hasten()  # whoever would create it again shall see that somebody knows it
             return self._failed(error)
-        except (RedisUnavailableError, SpecError) as error:
-            return self._failed(error)
         except Exception as error:
-            logger.exception("sync: unexpected error")
+            if not isinstance(error, RedisUnavailableError | SpecError):
+                logger.exception("sync: unexpected error")
             return self._failed(error)
         return wait_s
 
     def _failed(self, error: Exception) -> float:
         self._note("sync", str(error))
-        return 0.0 if self._is_late else self._backoff.failed(error)
+        return 0.0 if self._clock() >= self.times.end_at else self._backoff.failed(error)
 
     def _note(self, source: str, problem: str) -> None:
         """Note what is wrong with one thing that the worker needs; "" means: it is well (again)."""
@@ -365,7 +360,7 @@ class Sync:
         `seen` is the weights' commit that a poll has just shown, "" if nobody has looked.
         """
         mine, rules = self.ledger.meta.weights_commit, self.ledger.meta.rules
-        pulled = self._store.pull(self._spec, known=mine if seen in ("", mine) else "")
+        pulled = pull(self._store, self._spec, known=mine if seen in ("", mine) else "")
         self._check_still_welcome(pulled.meta)
         change = self.ledger.observe(
             pulled.meta, pulled.weights, pulled.decided, now=self._clock(), packed=pulled.packed

@@ -12,7 +12,7 @@ from fedmoe.data.jsonl import DataFile, open_data
 from fedmoe.errors import StoppedError
 from fedmoe.settings import RedisSettings, WorkerSettings
 from fedmoe.util.stopping import Stop
-from fedmoe.util.text import printable
+from fedmoe.util.text import printable_lines
 from producers.checkpoint import StateDir, name_in
 from producers.material import Material, prepare
 from producers.membership import Membership
@@ -50,7 +50,7 @@ class Worker:
     def _report(self, line: str) -> None:
         """Print a line; a full disk or a reader that has gone must not end the training."""
         try:
-            self._print(printable(line))
+            self._print(printable_lines(line))
         except OSError as error:
             if not self._mute:
                 logger.warning(

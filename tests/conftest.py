@@ -57,7 +57,7 @@ def server(request: pytest.FixtureRequest) -> Iterator[EmbeddedRedis]:
 @pytest.fixture(autouse=True)
 def _no_workers_to_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """No worker of an earlier life is about to write its heartbeat."""
-    monkeypatch.setattr("consumers.create.HEARD_WITHIN_S", 0.0)
+    monkeypatch.setattr("consumers.recovery.creation.HEARD_WITHIN_S", 0.0)
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ from fedmoe.store.expert import ExpertStore
 from fedmoe.store.lifecycle import new_id
 from fedmoe.store.worker import WorkerStore
 from producers.ledger import Change, Ledger, Outgoing, Trained
+from producers.pull import pull
 
 LAYOUT = Layout.of(
     [
@@ -108,7 +109,7 @@ class ScriptedWorker:
     ) -> None:
         self.store = WorkerStore(connection, expert, name)
         self.spec = spec
-        pulled = self.store.pull(spec, known="")
+        pulled = pull(self.store, spec, known="")
         assert pulled.weights is not None
         self.local = pulled.weights.clone()
         start = pulled.decided.id if pulled.decided else None
@@ -150,7 +151,7 @@ class ScriptedWorker:
     def pull(self) -> Change:
         """Pull and settle."""
         self.now += 1.0
-        pulled = self.store.pull(self.spec, known=self.ledger.meta.weights_commit)
+        pulled = pull(self.store, self.spec, known=self.ledger.meta.weights_commit)
         change = self.ledger.observe(pulled.meta, pulled.weights, pulled.decided, now=self.now)
         if change.correction is not None:
             self.local = change.correction.clone() if change.replace else self.local + change.correction

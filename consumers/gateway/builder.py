@@ -10,7 +10,9 @@ import threading
 import time
 from collections.abc import Callable
 
-from consumers.gateway import merge
+from consumers.gateway.merge import MergeInput, merge
+from consumers.gateway.methods import METHODS
+from consumers.recovery.listing import ExpertList
 from fedmoe.errors import FedMoEError, ProtocolError, RedisUnavailableError, SpecError
 from fedmoe.protocol.gateway import BuiltFrom, GatewayMeta, built_from_text
 from fedmoe.protocol.layout import values_of
@@ -44,9 +46,7 @@ class GatewayBuilder:
         self._settings = settings
         self._clock = clock
         self._problems = Problems(connection, self._store.keys.problem, holder=holder)
-        self._known: dict[
-            str, float
-        ] = {}  # the experts that were ever listed, and their last gateway weights
+        self._experts = ExpertList(self._store)
         self._lease_s = lease_s
         self._lease = Lease(
             connection,
@@ -65,7 +65,7 @@ class GatewayBuilder:
                 if self._lease.hold():
                     self.refresh()
                 else:
-                    self._experts()
+                    self._experts.reconcile()
                 backoff.ok()
                 self._problems.solved()
             except RedisUnavailableError as error:
@@ -79,7 +79,7 @@ class GatewayBuilder:
                     stop.wait(backoff.failed(error))
             except ProtocolError as error:  # to an aggregator that can read what is there
                 self._problems.report(str(error))
-                self._release()
+                self._lease.give_up()
                 stop.wait(backoff.failed(error) + self._lease_s / 4)
             except FedMoEError as error:
                 backoff.failed(error)
@@ -90,13 +90,7 @@ class GatewayBuilder:
                     f"unexpected error, see the traceback in this aggregator's log: {error!r}"
                 )
                 stop.wait(backoff.failed(error))
-        self._release()
-
-    def _release(self) -> None:
-        try:
-            self._lease.release()
-        except RedisUnavailableError:
-            logger.debug("gateway: could not give up the lease, it expires by itself")
+        self._lease.give_up()
 
     def _complain(self, reason: str) -> None:
         try:
@@ -106,7 +100,7 @@ class GatewayBuilder:
 
     def refresh(self) -> bool:
         """Rebuild if an expert moved, or one came, or the settings are others; True if it did."""
-        weights = self._experts()
+        weights = self._experts.reconcile()
         if not weights:
             return False
         present = {name: self._store.meta(name).weights_commit for name in weights}
@@ -116,28 +110,6 @@ class GatewayBuilder:
             return False
         self._build(weights)
         return True
-
-    def _experts(self) -> dict[str, float]:
-        """The experts and their gateway weights, after the list was brought in line with what Redis holds.
-
-        One that is there and not listed (Redis was emptied, or somebody took it off) is listed again. One that an
-        operator removed is taken off, if somebody has listed it meanwhile.
-        """
-        listed = self._store.experts()
-        there, removed = self._store.compare(self._known | listed)
-        self._known |= listed
-        for name in listed.keys() & removed:
-            self._store.unregister(name)
-            del listed[name]
-        for name in sorted((self._known.keys() & there) - listed.keys()):
-            logger.warning(
-                "gateway: expert %s was missing from the list %s, this aggregator added it again (to remove it for "
-                "good: fedmoe expert remove)",
-                name, self._store.connection.keys.experts,
-            )  # fmt: skip
-            self._store.register(name, self._known[name])
-            listed[name] = self._known[name]
-        return dict(sorted(listed.items()))
 
     def _settings_text(self, weights: dict[str, float]) -> str:
         s = self._settings
@@ -156,8 +128,8 @@ class GatewayBuilder:
         if sum(expert.weight for expert in experts) == 0:
             raise SpecError("every expert's gateway weight is 0: nothing to merge yet")
         first = next(iter(specs.values()))
-        needs_init = self._settings.method in ("ties", "dare")
-        merged = merge.merge(
+        needs_init = METHODS[self._settings.method].needs_init
+        merged = merge(
             experts,
             method=self._settings.method,
             scale=self._settings.scale,
@@ -188,6 +160,6 @@ class GatewayBuilder:
         return configured
 
     @staticmethod
-    def _expert(spec: Spec, file: bytes, weight: float) -> merge.MergeInput:
+    def _expert(spec: Spec, file: bytes, weight: float) -> MergeInput:
         flat = values_of(spec.layout, file)
-        return merge.MergeInput(layout=spec.layout, flat=flat, scaling=spec.lora.scaling, weight=weight)
+        return MergeInput(layout=spec.layout, flat=flat, scaling=spec.lora.scaling, weight=weight)

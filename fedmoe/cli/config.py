@@ -197,5 +197,5 @@ def _shown(option: click.Option, value: Any) -> str:
     if option.name == "redis":
         from fedmoe.store.url import shown
 
-        return printable(shown(str(value)))
-    return printable(" ".join(map(str, value)) if isinstance(value, list | tuple) else str(value))
+        return printable(shown(str(value)), None)
+    return printable(" ".join(map(str, value)) if isinstance(value, list | tuple) else str(value), None)

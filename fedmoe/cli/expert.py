@@ -11,7 +11,7 @@ from fedmoe.cli.declared import given, options, redis_options
 from fedmoe.cli.status import cell, table
 from fedmoe.protocol.rules import RuleSet
 from fedmoe.settings import RedisSettings
-from fedmoe.util.text import printable
+from fedmoe.util.text import printable, printable_lines
 
 NOTICE_S = 20.0  # in which workers see it that look at Redis every ten seconds
 LOOK_EVERY_S = 0.5
@@ -100,7 +100,9 @@ def show(redis: RedisSettings, as_json: bool, name: str) -> None:
 def _show(values: dict[str, Any]) -> None:
     width = max(map(len, values))
     for name, value in values.items():
-        click.echo(f"  {name:{width}}  {printable(f'{value:g}' if isinstance(value, float) else str(value))}")
+        click.echo(
+            f"  {name:{width}}  {printable_lines(f'{value:g}' if isinstance(value, float) else str(value))}"
+        )
 
 
 @expert.command("set")
@@ -148,7 +150,7 @@ def set_rules(ctx: click.Context, /, redis: RedisSettings, name: str, **rules: A
 @click.argument("name")
 def add(redis: RedisSettings, like: str, weight: float, name: str, **rules: Any) -> None:
     """Add the expert NAME to a federation that runs. Its aggregators serve it within seconds."""
-    from consumers.add import add_expert
+    from consumers.create.add import add_expert
     from fedmoe.store.connection import Connection
 
     connection = Connection(redis)

@@ -14,7 +14,7 @@ import click
 from fedmoe import __version__
 from fedmoe.cli.config import read_config
 from fedmoe.errors import FedMoEError
-from fedmoe.util.text import printable
+from fedmoe.util.text import printable_lines
 
 # name -> (module, attribute, help); a module is imported only when its command is used.
 COMMANDS = {
@@ -45,7 +45,7 @@ class SafeFormatter(logging.Formatter):
         super().__init__("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # logging's name
-        record.message = printable(record.message)
+        record.message = printable_lines(record.message)
         return super().formatMessage(record)
 
 

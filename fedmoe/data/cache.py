@@ -24,6 +24,7 @@ from fedmoe.data.encode import Learn
 from fedmoe.data.examples import Examples, make_examples
 from fedmoe.data.flat import TYPES, FlatExamples
 from fedmoe.data.jsonl import DataFile
+from fedmoe.util.disk import put_in_place, to_disk
 from fedmoe.util.text import shown
 
 if TYPE_CHECKING:
@@ -104,7 +105,8 @@ class RowCache:
             os.close(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600))
             save_file(tensors, fresh, metadata={"key": key, "digest": _digest(tensors)})
             fresh.chmod(0o600)
-            fresh.replace(self._file)
+            to_disk(fresh)
+            put_in_place(fresh, self._file)
         except SafetensorError as error:
             raise OSError(str(error)) from error
         finally:

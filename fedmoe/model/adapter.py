@@ -75,7 +75,7 @@ def attach_adapter(model: PreTrainedModel, spec: Spec) -> tuple[PeftModel, torch
     peft_model = _inject(model, spec.adapter_config() | {"inference_mode": False})
     parameters = _lora_parameters(peft_model)
     _check_tensors(parameters, dict(spec.layout.tensors))
-    flat = initial_weights(spec.layout, spec.init_seed).to(model.device)
+    flat = initial_weights(spec.layout, spec.init_seed).to(model.device, copy=True)
     for name, view in spec.layout.views(flat).items():
         parameters[name].data = view
     return peft_model, flat

@@ -23,7 +23,7 @@ class GatewayMeta:
 
     Args:
         built_from: JSON, see `experts`; adapter_config: JSON, see `config`.
-        method, rank, relative_error: of the merge (see `consumers.gateway.merge`).
+        method, rank, relative_error: of the merge (see `consumers.gateway.methods`).
         settings: of the merge and the experts' weights, as text; another text means: build again.
         updated_at: seconds since 1970; build_s: seconds that it took.
         error: why it cannot be built now; the one before stays.

@@ -12,6 +12,7 @@ from typing import Any
 from fedmoe.protocol.beat import Beat
 from fedmoe.protocol.records import Meta
 from fedmoe.protocol.spec import Spec
+from fedmoe.protocol.update import Header
 from fedmoe.util.template_file import MAX_TEMPLATE_CHARS, template_digest
 
 MAX_FINGERPRINT_CHARS = 64
@@ -63,6 +64,11 @@ class BaseIdentity:
         return cls(
             fingerprint=beat.base_fingerprint, tokenizer=beat.tokenizer, chat_template=beat.chat_template
         )
+
+    @classmethod
+    def from_header(cls, header: Header) -> "BaseIdentity":
+        """What an update's header tells."""
+        return cls(fingerprint=header.base_fingerprint, tokenizer=header.tokenizer)
 
     def beat_fields(self, meta: Meta | None = None) -> dict[str, Any]:
         """Its part of a heartbeat; a template that `meta` holds already is left out."""

@@ -91,26 +91,6 @@ class Layout:
             offset += size
         return views
 
-    def flatten(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The flat fp32 vector (numel,) of named tensors.
-
-        Raises:
-            SpecError: if a tensor is missing, too many, or of another shape; the message names it.
-        """
-        flat = torch.empty(self.numel, dtype=torch.float32)
-        for name, view in self.views(flat).items():
-            if name not in tensors:
-                raise SpecError(f"tensor {name!r} is missing")
-            if tensors[name].shape != view.shape:
-                raise SpecError(
-                    f"tensor {name!r} has shape {list(tensors[name].shape)}, expected {list(view.shape)}"
-                )
-            view.copy_(tensors[name])
-        extra = sorted(tensors.keys() - dict(self.tensors).keys())
-        if extra:
-            raise SpecError(f"tensor {extra[0]!r} is not part of the adapter (and {len(extra) - 1} more)")
-        return flat
-
 
 def layout_of(file: bytes | memoryview) -> Layout:
     """The layout of an adapter's safetensors file, in the order in which the tensors lie in it.
@@ -174,6 +154,16 @@ def values_of(layout: Layout, file: bytes | memoryview) -> torch.Tensor:
     n_bytes = len(layout.header)
     check_file(layout, len(file), bytes(file[:n_bytes]))
     return torch.frombuffer(file, dtype=torch.float32, offset=n_bytes, count=layout.numel)
+
+
+def values_of_chunks(layout: Layout, chunks: Iterable[bytes]) -> torch.Tensor:
+    """The values (numel,) fp32 whose bytes these are, in memory of their own; each chunk holds whole values."""
+    values, at = torch.empty(layout.numel), 0
+    for chunk in chunks:
+        part = torch.frombuffer(chunk, dtype=torch.float32)
+        values[at : at + len(part)].copy_(part)
+        at += len(part)
+    return values
 
 
 class AdapterBuffer:

@@ -9,6 +9,8 @@ from fedmoe.protocol.features import check_requires
 from fedmoe.protocol.fields import exact, from_text, from_untrusted, optional, to_text
 from fedmoe.protocol.rules import RuleSet
 
+Line = Mapping[str, str]  # as it is written
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AppliedLine:

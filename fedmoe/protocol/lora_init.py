@@ -4,17 +4,21 @@ Averaging factors errs by Σ wᵢ (Bᵢ−B̄)(Aᵢ−Ā), nothing as long as th
 """
 
 import hashlib
+from functools import lru_cache
 
 import torch
 
-from fedmoe.protocol.layout import Layout
+from fedmoe.protocol.layout import AdapterBuffer, Layout
 
 
+@lru_cache(maxsize=64)  # one for each base model and LoRA shape that a process serves
 def initial_weights(layout: Layout, seed: int) -> torch.Tensor:
     """The flat vector (numel,) fp32 of an untrained adapter: B = 0, A uniform in ±1/√in, as peft has it.
 
     A tensor depends on the seed, its name and its shape only. What is drawn are multiples of 2⁻²⁴, which are
     rounded once, so that every machine gets the same bits. Source: arXiv 1502.01852 (Kaiming, with a = √5).
+
+    It is drawn once, and all callers share it: copy it before you change it.
     """
     flat = torch.zeros(layout.numel)
     for name, view in layout.views(flat).items():
@@ -23,6 +27,13 @@ def initial_weights(layout: Layout, seed: int) -> torch.Tensor:
             torch.rand(view.shape, generator=generator, out=view)
             view.mul_(2).sub_(1).mul_(view.shape[1] ** -0.5)
     return flat
+
+
+def initial_adapter(layout: Layout, seed: int) -> AdapterBuffer:
+    """An untrained adapter in memory of its own."""
+    buffer = AdapterBuffer(layout)
+    buffer.flat.copy_(initial_weights(layout, seed))
+    return buffer
 
 
 def _tensor_seed(seed: int, name: str) -> int:

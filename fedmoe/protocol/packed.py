@@ -33,11 +33,10 @@ PREAMBLE_BYTES = len(_WHAT) + _ID_BYTES + 1 + _ID_BYTES
 logger = logging.getLogger(__name__)
 
 
-@lru_cache(maxsize=64)  # one for each base model and LoRA shape that a process serves
-def _initial(layout: Layout, seed: int) -> tuple[torch.Tensor, bytes]:
-    """W⁰ and its digest, so that a party whose random numbers are others is noticed."""
-    weights = initial_weights(layout, seed)
-    return weights, hashlib.sha256(weights.numpy().data).hexdigest()[:_ID_BYTES].encode()
+@lru_cache(maxsize=64)  # as many as there are initial weights
+def _digest(layout: Layout, seed: int) -> bytes:
+    """The digest of W⁰, so that a party whose random numbers are others is noticed."""
+    return hashlib.sha256(initial_weights(layout, seed).numpy().data).hexdigest()[:_ID_BYTES].encode()
 
 
 def _preamble(commit: str, digest: bytes) -> bytes:
@@ -53,8 +52,13 @@ def packed_commit(preamble: bytes) -> str:
 
 def pack(weights: torch.Tensor, spec: Spec, commit: str) -> bytes:
     """Encode an expert's weights (numel,) fp32 of this `weights_commit`."""
-    initial, digest = _initial(spec.layout, spec.init_seed)
-    return b"".join((_preamble(commit, digest), *encode(weights, spec.wire_format, minus=initial)))
+    initial = initial_weights(spec.layout, spec.init_seed)
+    return b"".join(
+        (
+            _preamble(commit, _digest(spec.layout, spec.init_seed)),
+            *encode(weights, spec.wire_format, minus=initial),
+        )
+    )
 
 
 def pack_file(file: bytes | memoryview, spec: Spec, commit: str) -> bytes | None:
@@ -77,7 +81,7 @@ def unpack(content: Sequence[bytes], spec: Spec, commit: str) -> torch.Tensor | 
     preamble, *parts = content
     if not preamble:
         return None  # somebody took it away
-    _, digest = _initial(spec.layout, spec.init_seed)
+    digest = _digest(spec.layout, spec.init_seed)
     try:
         if not preamble.startswith(_WHAT):
             raise UpdateError(f"they begin with {reprlib.repr(preamble)}")
@@ -104,7 +108,7 @@ def unpack_again(content: Sequence[bytes], spec: Spec) -> torch.Tensor:
         SettingsError: if this torch makes other initial weights than the one that unpacked them before.
     """
     preamble, *parts = content or (b"",)
-    _, digest = _initial(spec.layout, spec.init_seed)
+    digest = _digest(spec.layout, spec.init_seed)
     if not preamble.startswith(_WHAT) or len(preamble) != PREAMBLE_BYTES:
         raise UpdateError("the packed weights do not begin as they must")
     if not preamble.endswith(digest):
@@ -115,7 +119,7 @@ def unpack_again(content: Sequence[bytes], spec: Spec) -> torch.Tensor:
 
 
 def _decode(parts: Sequence[bytes], spec: Spec) -> torch.Tensor:
-    initial, _ = _initial(spec.layout, spec.init_seed)
+    initial = initial_weights(spec.layout, spec.init_seed)
     weights = torch.empty(spec.layout.numel)
     decode(parts, spec.wire_format, weights, plus=initial)
     return weights

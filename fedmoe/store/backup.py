@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedmoe.errors import BackupError, FedMoEError, UnknownExpertError
-from fedmoe.protocol.layout import stamped, values_of
+from fedmoe.protocol.condition import examine
+from fedmoe.protocol.layout import check_file, stamped
 from fedmoe.protocol.names import check_expert
 from fedmoe.protocol.packed import pack_file
 from fedmoe.protocol.records import Meta
 from fedmoe.protocol.spec import Spec
 from fedmoe.store.connection import Connection, execute
 from fedmoe.store.full import read_together
-from fedmoe.store.lifecycle import examine, new_id
+from fedmoe.store.lifecycle import new_id
 
 Line = tuple[bytes, Mapping[bytes, bytes]]  # id and fields of a stream's entry
 
@@ -51,7 +52,7 @@ class ExpertState:
         """
         try:
             spec, meta = Spec.from_json(self.spec), Meta.from_hash(self.meta)
-            values_of(spec.layout, self.weights)
+            check_file(spec.layout, len(self.weights), self.weights[: len(spec.layout.header)])
         except FedMoEError as error:
             raise BackupError(f"{name}: {error}") from error
         if wrong := examine(self.spec, self.weights, self.meta, self.decided).damage:

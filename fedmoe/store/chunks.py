@@ -13,8 +13,6 @@ fails in the middle of it. Hence `places`, which tries that on the last byte.
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
-
 from fedmoe.protocol.layout import Layout, check_file, stamp_of
 
 CHUNK_BYTES = 1024 * 1024
@@ -64,20 +62,14 @@ def weights_reads(key: str, layout: Layout) -> Iterator[tuple[Any, ...]]:
         yield "getrange", key, first, min(first + CHUNK_BYTES, layout.file_bytes) - 1
 
 
-def weights_of(layout: Layout, replies: Sequence[Any]) -> tuple[torch.Tensor, str] | None:
-    """Values (numel,) fp32 and stamp of the file whose `weights_reads` were answered so; None if there is none.
+def values_and_stamp(layout: Layout, replies: Sequence[Any]) -> tuple[Sequence[bytes], str] | None:
+    """Values, chunk by chunk, and stamp of the file whose `weights_reads` were answered so; None if there is none.
 
     Raises:
         SpecError: if it is not a file of that layout.
     """
-    length, header, *chunks = replies
+    length, header, *values = replies
     if not length:
         return None
     check_file(layout, length, header)
-    weights = torch.empty(layout.numel)
-    at = 0
-    for chunk in chunks:
-        values = torch.frombuffer(chunk, dtype=torch.float32)
-        weights[at : at + len(values)].copy_(values)
-        at += len(values)
-    return weights, stamp_of(header)
+    return values, stamp_of(header)

@@ -12,7 +12,6 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import redis
-from redis._parsers import Encoder
 from redis.backoff import NoBackoff
 from redis.connection import PythonRespSerializer
 from redis.retry import Retry
@@ -22,6 +21,7 @@ from fedmoe.protocol.keys import Keys
 from fedmoe.settings import RedisSettings
 from fedmoe.store.client import Client, asked, note, noting
 from fedmoe.store.limits import too_large
+from fedmoe.store.redis_private import Encoder, socket_of
 from fedmoe.store.refusals import explain, is_broken
 from fedmoe.store.sentinel import master_client
 from fedmoe.store.url import SentinelURL, unusable
@@ -68,7 +68,7 @@ class Connection:
         """From another thread: the command that waits for its answer fails now, and so does every later one."""
         self._is_cut_off = True
         for connection in self._made:
-            if (used := connection._sock) is not None:
+            if (used := socket_of(connection)) is not None:
                 with suppress(OSError):  # closed meanwhile
                     socket.socket.shutdown(
                         used, socket.SHUT_RDWR

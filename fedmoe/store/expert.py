@@ -16,8 +16,10 @@ import redis
 
 from fedmoe.errors import DamagedExpertError, LostExpertError, ProtocolError, SpecError, StaleStateError
 from fedmoe.protocol.beat import Beat
+from fedmoe.protocol.condition import examine, version_of
 from fedmoe.protocol.keys import GROUP
 from fedmoe.protocol.layout import STAMPED_BYTES, stamp_of
+from fedmoe.protocol.lines import Line
 from fedmoe.protocol.packed import PREAMBLE_BYTES, packed_commit
 from fedmoe.protocol.records import Decided, Entry, Meta, check_not_removed
 from fedmoe.protocol.spec import Spec
@@ -25,7 +27,7 @@ from fedmoe.protocol.update import MAX_HEADER_BYTES, Part
 from fedmoe.store.chunks import places, put
 from fedmoe.store.connection import execute
 from fedmoe.store.full import is_full, read_together, transact
-from fedmoe.store.lifecycle import ExpertLifecycle, Line, examine, version_of
+from fedmoe.store.lifecycle import ExpertLifecycle
 
 # Every aggregator reads under one consumer name: whichever holds the lease owns the whole pending list, and no list
 # of dead consumers grows with each restart.

@@ -1,15 +1,17 @@
 """Redis commands for the gateway: read every expert, write their merge."""
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
-from fedmoe.errors import DamagedExpertError, SpecError, UnknownExpertError
+from fedmoe.errors import DamagedExpertError, RemovedExpertError, SpecError, UnknownExpertError
+from fedmoe.protocol.condition import examine
 from fedmoe.protocol.gateway import GatewayMeta
+from fedmoe.protocol.names import is_expert
 from fedmoe.protocol.records import Entry, Meta
 from fedmoe.protocol.spec import Spec
 from fedmoe.store.connection import Connection
 from fedmoe.store.full import read_together
-from fedmoe.store.lifecycle import examine
 
 
 class GatewayStore:
@@ -70,6 +72,28 @@ class GatewayStore:
         if not raw:
             raise UnknownExpertError(f"expert {expert!r} is gone from Redis")
         return Meta.from_hash(raw)
+
+    def metas(self) -> dict[str, Meta]:
+        """The meta hashes of the listed experts, by name; one that is gone, removed or malformed is left out."""
+        with self.connection.errors():
+            listed = self._redis.hgetall(self.connection.keys.experts)
+            names = [
+                name for name in sorted(key.decode(errors="replace") for key in listed) if is_expert(name)
+            ]
+            with self._redis.pipeline(transaction=False) as pipe:
+                for name in names:
+                    pipe.hgetall(self.connection.keys.expert(name).meta)
+                replies = pipe.execute(raise_on_error=False)
+        found = {}
+        for name, raw in zip(names, replies, strict=True):
+            if isinstance(raw, Exception):
+                if "WRONGTYPE" not in str(raw):
+                    with self.connection.errors():
+                        raise raw
+            elif raw:
+                with suppress(SpecError, RemovedExpertError):
+                    found[name] = Meta.from_hash(raw)
+        return found
 
     def read(self, expert: str) -> tuple[Meta, bytes]:
         """An expert's meta and weights, in one MULTI.

@@ -28,7 +28,8 @@ from fedmoe.protocol.names import is_expert
 from fedmoe.protocol.records import NO_DECISIONS, Meta
 from fedmoe.store.connection import Connection
 from fedmoe.store.members import Members, read_members
-from fedmoe.store.reading import Command, ask, printable, texts, why
+from fedmoe.store.reading import Command, ask, texts, why
+from fedmoe.util.text import printable
 
 SHOWN_DEAD, SHOWN_LOG = 3, 5
 REPAIR = (

@@ -1,6 +1,11 @@
 """The lease: keeps two aggregators from doing the same work. Nothing depends on it; safety is the commit's check."""
 
+import logging
+
+from fedmoe.errors import RedisUnavailableError
 from fedmoe.store.connection import Connection
+
+logger = logging.getLogger(__name__)
 
 # Taken on a full Redis too: only who serves the expert can free memory. A lease without an expiry was set by hand, and
 # one that lasts too long means that the server's clock was set back: both get a new one.
@@ -37,6 +42,13 @@ class Lease:
         """Take or renew the lease; False while somebody else has it."""
         with self._connection.errors():
             return bool(self._hold(keys=[self._key], args=[self._holder, self._ttl_ms]))
+
+    def give_up(self) -> None:
+        """Release it if Redis can be reached; else it expires by itself."""
+        try:
+            self.release()
+        except RedisUnavailableError:
+            logger.debug("the lease %s could not be given up, it expires by itself", self._key)
 
     def release(self) -> None:
         """Give it up, so that a standby need not wait for the expiry."""

@@ -18,7 +18,8 @@ from fedmoe.protocol.federation import GoneWorker, WorkerView
 from fedmoe.protocol.names import MAX_NAME_LENGTH
 from fedmoe.protocol.records import HEARTBEAT_TTL_S, TRACE_TTL_S, VANISHED
 from fedmoe.store.connection import Connection
-from fedmoe.store.reading import Command, ask, printable, why
+from fedmoe.store.reading import Command, ask, why
+from fedmoe.util.text import printable
 
 SHOWN_WORKERS = 1000
 _TRACE = ("how", "reason", "host")

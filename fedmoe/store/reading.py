@@ -6,8 +6,8 @@ from typing import Any
 from redis.exceptions import NoPermissionError
 
 from fedmoe.store.connection import Connection
+from fedmoe.util.text import printable
 
-MAX_TEXT_CHARS = 300
 DENIED = "this user may not"
 
 Command = tuple[str | bytes | int, ...]
@@ -21,13 +21,6 @@ def ask(connection: Connection, commands: Mapping[Any, Command]) -> dict[Any, An
         for command in commands.values():
             pipe.execute_command(*command)
         return dict(zip(commands, pipe.execute(raise_on_error=False), strict=True))
-
-
-def printable(raw: bytes | str, limit: int = MAX_TEXT_CHARS) -> str:
-    """What anybody may have written, safe for a terminal: what is not printable is escaped, and it is truncated."""
-    text = raw.decode(errors="backslashreplace") if isinstance(raw, bytes) else raw
-    safe = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:limit])
-    return safe if len(safe) <= limit and len(text) <= limit else safe[:limit] + "..."
 
 
 def texts(fields: Mapping[bytes, bytes]) -> dict[str, str]:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import redis
-import torch
 
 from fedmoe.errors import (
     DamagedExpertError,
@@ -24,12 +23,12 @@ from fedmoe.protocol import features, records
 from fedmoe.protocol.beat import Beat
 from fedmoe.protocol.codec import EXACT
 from fedmoe.protocol.doorbell import Doorbell, Join
-from fedmoe.protocol.packed import chunks, unpack
+from fedmoe.protocol.packed import chunks
 from fedmoe.protocol.records import TRACE_TTL_S, Decided, Meta, check_not_removed, read_protocol
 from fedmoe.protocol.rules import RuleSet
 from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.update import PAYLOAD_TTL_S, Header, UpdateId
-from fedmoe.store.chunks import weights_of, weights_reads
+from fedmoe.store.chunks import values_and_stamp, weights_reads
 from fedmoe.store.connection import Connection
 from fedmoe.store.full import is_full, read_together
 from fedmoe.util.software import software
@@ -42,18 +41,20 @@ class NoExpertsError(UnknownExpertError):
     """There is no expert at all yet; an aggregator will make some."""
 
 
-@dataclass(frozen=True, slots=True)
-class Pulled:
-    """An expert and one's own last decided update, read in one MULTI.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pull:
+    """An expert and one's own last decided update, read in one MULTI; the weights as bytes.
 
-    `weights` (numel,) fp32, in memory of their own; None if they are those the caller has already. `packed`: the bytes
-    that they were unpacked from, () if they are the exact ones.
+    Args:
+        packed: the packed weights, chunk by chunk, with the preamble first.
+        exact: the values of the exact weights, chunk by chunk; () as `packed` is, if the caller has these weights
+            already, or the expert was created again with another spec.
     """
 
     meta: Meta
     decided: Decided | None
-    weights: torch.Tensor | None
     packed: tuple[bytes, ...] = ()
+    exact: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,45 +131,55 @@ class WorkerStore:
                 "know: upgrade the FedMoE of the aggregators first"
             )
 
-    def pull(self, spec: Spec, *, known: str) -> Pulled:
+    def pull(self, spec: Spec, *, known: str) -> Pull:
         """Read meta and one's own decision, with the weights if their commit is not `known`, in one MULTI.
 
         With `known` "" they are read at once: by whoever has none, or has seen that they moved.
         Without weights, too, if the expert was created again with another spec: whoever sees that in meta has to stop.
+        They are the packed ones, if the spec has them; if these cannot be used, `pull_exact` reads the others.
 
         Raises:
             ProtocolError: if worker and aggregators speak another protocol.
-            SpecError: if the weights are not those of an adapter of `spec`.
+            SpecError: if the exact weights are not those of an adapter of `spec`.
         """
-        reads = (("hgetall", self.keys.meta), ("hget", self.keys.decided, self.worker))
-        with self.connection.errors():
-            if known:
+        reads = self._reads
+        if known:
+            with self.connection.errors():
                 raw, decided = read_together(self._redis, *reads)
-                if self._meta(raw).weights_commit == known:
-                    return self._snapshot(raw, decided, None)
-            if spec.wire_format != EXACT:
-                raw, decided, *packed = self._read_packed(reads, spec)
-                meta = self._meta(raw)
-                if meta.spec != spec.digest:
-                    return self._snapshot(raw, decided, None)
-                weights = unpack(packed, spec, meta.weights_commit)
-                if weights is not None:
-                    return replace(self._snapshot(raw, decided, weights), packed=tuple(packed))
-            # Exact weights are wanted, or somebody overwrote the packed ones, or drew other initial weights.
+            if self._meta(raw).weights_commit == known:
+                return self._pulled(raw, decided)
+        if spec.wire_format == EXACT:
+            return self.pull_exact(spec)
+        with self.connection.errors():
+            raw, decided, *packed = self._read_packed(reads, spec)
+        pulled = self._pulled(raw, decided)
+        return replace(pulled, packed=tuple(packed)) if pulled.meta.spec == spec.digest else pulled
+
+    def pull_exact(self, spec: Spec) -> Pull:
+        """The same, always with the exact weights."""
+        with self.connection.errors():
             raw, decided, *file = read_together(
-                self._redis, *reads, *weights_reads(self.keys.weights, spec.layout)
+                self._redis, *self._reads, *weights_reads(self.keys.weights, spec.layout)
             )
-        if self._meta(raw).spec != spec.digest:
-            return self._snapshot(raw, decided, None)
-        found = weights_of(spec.layout, file)
+        pulled = self._pulled(raw, decided)
+        if pulled.meta.spec != spec.digest:
+            return pulled
+        found = values_and_stamp(spec.layout, file)
         if found is None:
             raise DamagedExpertError(self.expert, "its weights are missing")
-        weights, commit = found
-        if commit != self._meta(raw).weights_commit:
+        values, commit = found
+        if commit != pulled.meta.weights_commit:
             raise DamagedExpertError(
                 self.expert, f"its weights belong to another commit ({commit}) than its meta expects"
             )
-        return self._snapshot(raw, decided, weights)
+        return replace(pulled, exact=tuple(values))
+
+    @property
+    def _reads(self) -> tuple[tuple[str, ...], ...]:
+        return ("hgetall", self.keys.meta), ("hget", self.keys.decided, self.worker)
+
+    def _pulled(self, raw: Mapping[bytes, bytes], decided: bytes | None) -> Pull:
+        return Pull(meta=self._meta(raw), decided=Decided.from_json(decided) if decided else None)
 
     def _read_packed(self, reads: Sequence[tuple[str, ...]], spec: Spec) -> list[Any]:
         packed = [("getrange", self.keys.packed, *place) for place in chunks(spec)]
@@ -178,11 +189,6 @@ class WorkerStore:
             if "WRONGTYPE" not in str(error):
                 raise
         return [*read_together(self._redis, *reads), b""]  # somebody overwrote it; the exact weights serve
-
-    def _snapshot(
-        self, raw: Mapping[bytes, bytes], decided: bytes | None, weights: torch.Tensor | None
-    ) -> Pulled:
-        return Pulled(self._meta(raw), Decided.from_json(decided) if decided else None, weights)
 
     def poll(self, entry_id: str, header: Header) -> Poll:
         """What became of the update that `entry_id` announced; raises ProtocolError as `pull` does."""

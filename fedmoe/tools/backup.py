@@ -14,7 +14,6 @@ import errno
 import hashlib
 import json
 import math
-import os
 import secrets
 import shutil
 import time
@@ -28,7 +27,7 @@ from fedmoe.errors import BackupError, FedMoEError, UnknownExpertError
 from fedmoe.protocol.names import check_expert
 from fedmoe.store.backup import BackupStore, ExpertState, Line
 from fedmoe.tools.export import CONFIG_FILE, WEIGHTS_FILE
-from fedmoe.util.disk import to_disk
+from fedmoe.util.disk import put_in_place, to_disk, write_file
 
 FORMAT = 2  # 2: `decided` has that name
 MANIFEST, STATE_FILE = "manifest.json", "expert.json"
@@ -85,8 +84,7 @@ def back_up(
         try:
             staging.mkdir()
             _write_backup(staging, store, weights, report)
-            staging.rename(target)
-            to_disk(target.parent)
+            put_in_place(staging, target)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
     except FedMoEError:
@@ -280,12 +278,13 @@ def restore(
 def _write(path: Path, chunks: Iterable[bytes]) -> str:
     """Write a file to disk; its SHA-256 (64 hex digits)."""
     digest = hashlib.sha256()
-    with path.open("xb") as file:
+
+    def digested() -> Iterator[bytes]:
         for chunk in chunks:
-            file.write(chunk)
             digest.update(chunk)
-        file.flush()
-        os.fsync(file.fileno())
+            yield chunk
+
+    write_file(path, digested())
     return digest.hexdigest()
 
 

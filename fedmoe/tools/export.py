@@ -11,11 +11,10 @@ They are links, which an export moves all at once (fedmoe/util/versions.py).
 
 import errno
 import json
-import os
 import re
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +26,10 @@ from fedmoe.errors import SettingsError, SpecError, UnknownExpertError
 from fedmoe.protocol.federation import Federation
 from fedmoe.protocol.identity import expert_template
 from fedmoe.protocol.names import check_expert
+from fedmoe.protocol.records import Meta
 from fedmoe.store.gateway import GatewayStore
 from fedmoe.store.inspect import Inspector
+from fedmoe.util.disk import write_file
 from fedmoe.util.versions import HOME, replace_together
 
 WEIGHTS_FILE, CONFIG_FILE, INFO_FILE, CARD_FILE, TEMPLATE_FILE = (
@@ -108,9 +109,8 @@ def read_gateway(store: GatewayStore) -> Export:
         SpecError: if its meta is malformed.
     """
     loaded = store.load()
-    federation = Inspector(store.connection).federation()
     if loaded is None:
-        raise UnknownExpertError(_why_no_gateway(federation))
+        raise UnknownExpertError(_why_no_gateway(Inspector(store.connection).federation()))
     gateway, file = loaded
     config = gateway.config
     if not {"base_model_name_or_path", "r"} <= config.keys() or gateway.updated_at is None:
@@ -121,7 +121,7 @@ def read_gateway(store: GatewayStore) -> Export:
         "updated_at": gateway.updated_at,
         "settings": gateway.settings,
     }
-    metas = {expert.name: expert.meta for expert in federation.experts if expert.meta}
+    metas = store.metas()
     commits = {name: part["weights_commit"] for name, part in built_from.items()}
     prints = {meta.base_fingerprint for meta in metas.values()}
     return Export(
@@ -131,14 +131,13 @@ def read_gateway(store: GatewayStore) -> Export:
         built_from=built_from,
         behind={n: meta.version for n, meta in metas.items() if meta.weights_commit != commits.get(n)},
         info=info | {"base_fingerprint": prints.pop() if len(prints) == 1 else ""},
-        chat_template=_common_template(store, metas.keys()),
+        chat_template=_common_template(store, metas),
     )
 
 
-def _common_template(store: GatewayStore, experts: Iterable[str]) -> str:
+def _common_template(store: GatewayStore, metas: Mapping[str, Meta]) -> str:
     """The template that all experts bring, "" if they do not agree."""
-    # Read again: what is read to be shown is shortened and escaped.
-    templates = {expert_template(store.spec(name), store.meta(name)) for name in experts}
+    templates = {expert_template(store.spec(name), meta) for name, meta in metas.items()}
     return templates.pop() if len(templates) == 1 else ""
 
 
@@ -272,10 +271,7 @@ def _write_files(directory: Path, export: Export) -> None:
         (CARD_FILE, _card(export).encode()),
         *([(TEMPLATE_FILE, export.chat_template.encode())] if export.chat_template else []),
     ):
-        with (directory / name).open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        write_file(directory / name, [content])
     try:
         with safe_open(directory / WEIGHTS_FILE, framework="np"):
             pass  # opening reads the header and checks the length

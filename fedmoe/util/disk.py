@@ -2,6 +2,7 @@
 
 import os
 import secrets
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -18,6 +19,30 @@ def to_disk(path: Path) -> None:
         os.close(opened)
 
 
+def write_file(file: Path, chunks: Iterable[bytes | memoryview]) -> None:
+    """Write a file that is not there yet, and wait until its bytes have reached the disk.
+
+    That it is in its directory is known after `to_disk` of that.
+
+    Raises:
+        OSError: if the disk is full or gone.
+    """
+    with file.open("xb") as out:
+        out.writelines(chunks)
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def put_in_place(fresh: Path, file: Path) -> None:
+    """Give a file that is on disk the name of another one, in its place, and wait until that is on disk, too.
+
+    Raises:
+        OSError: if the disk is full or gone; before the new name is there, the old file is.
+    """
+    fresh.replace(file)
+    to_disk(file.parent)
+
+
 def write_whole(file: Path, content: bytes | memoryview) -> None:
     """Write a file so that after a crash at any moment either the old or the new one is there.
 
@@ -26,11 +51,7 @@ def write_whole(file: Path, content: bytes | memoryview) -> None:
     """
     fresh = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
     try:
-        with fresh.open("wb") as out:
-            out.write(content)
-            out.flush()
-            os.fsync(out.fileno())
-        fresh.replace(file)
-        to_disk(file.parent)
+        write_file(fresh, [content])
+        put_in_place(fresh, file)
     finally:
         fresh.unlink(missing_ok=True)

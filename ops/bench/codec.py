@@ -14,14 +14,15 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from consumers.decide import Admission, Workspace, judge_payload
+from consumers.decide import Admission
+from consumers.payload import Workspace, fold_payload
 from fedmoe.protocol.codec import EXACT, scratch_values
-from fedmoe.protocol.layout import AdapterBuffer, Layout
+from fedmoe.protocol.layout import AdapterBuffer, Layout, values_of_chunks
 from fedmoe.protocol.lora_init import initial_weights
 from fedmoe.protocol.packed import chunks, pack, unpack
 from fedmoe.protocol.records import Decided, Meta
 from fedmoe.protocol.update import make_run
-from fedmoe.store.chunks import weights_of, weights_reads
+from fedmoe.store.chunks import values_and_stamp, weights_reads
 from fedmoe.util.memory import keep_freed
 from ops.bench.adapters import LAYOUTS, fp32_bytes
 from ops.bench.fedmoe_side import FINGERPRINT, STEP, make_spec
@@ -104,7 +105,7 @@ def _steps(layout: Layout, form: str) -> dict[str, Callable[[], object]]:
     )
 
     def fold() -> object:
-        return judge_payload(update.header, admission, update.parts, spec, space)
+        return fold_payload(update.header, admission, update.parts, spec, space)
 
     fold()
     whole = b"" if form == EXACT else pack(folded.flat, spec, COMMIT)
@@ -115,7 +116,11 @@ def _steps(layout: Layout, form: str) -> dict[str, Callable[[], object]]:
     ]
 
     def pull() -> None:
-        pulled = weights_of(layout, replies)[0] if form == EXACT else unpack(packed, spec, COMMIT)
+        if form == EXACT:
+            found = values_and_stamp(layout, replies)
+            pulled = values_of_chunks(layout, found[0] if found else ())
+        else:
+            pulled = unpack(packed, spec, COMMIT)
         ledger.start, ledger.kept, ledger.queue = None, [], [update]
         change = ledger.observe(meta, pulled, Decided(id=update.id, how="applied", version=1), now=0.0)
         local.add_(change.correction)

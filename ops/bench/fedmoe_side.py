@@ -29,6 +29,7 @@ from ops.bench.contest import Contestant, Seats
 from ops.bench.processes import BenchError
 from producers.ledger import Ledger, Outgoing, Trained
 from producers.pace import Pace
+from producers.pull import pull
 
 FINGERPRINT = "0123456789abcdef"
 DEFAULT_FORMAT: str = Spec.__dataclass_fields__["wire_format"].default
@@ -84,7 +85,7 @@ class Client:
     def __init__(self, url: str, expert: str, name: str) -> None:
         self.store = WorkerStore(Connection(RedisSettings(url=url)), expert, name)
         self.spec = self.store.spec()
-        pulled = self.store.pull(self.spec, known="")
+        pulled = pull(self.store, self.spec, known="")
         base = pulled.weights
         assert base is not None
         run = make_run(self.store.next_incarnation(), secrets.token_hex(4))
@@ -150,7 +151,7 @@ class Client:
     def pull(self, seen: str = "") -> int:
         """Read the expert, settle the books, correct the adapter; returns how many updates were applied."""
         mine = self.ledger.meta.weights_commit
-        pulled = self.store.pull(self.spec, known=mine if seen == mine else "")
+        pulled = pull(self.store, self.spec, known=mine if seen == mine else "")
         change = self.ledger.observe(pulled.meta, pulled.weights, pulled.decided, now=time.monotonic())
         if change.how is not None and change.how.how != "applied":
             raise BenchError(f"update {change.how.id} was {change.how.how}: {change.how.reason}")

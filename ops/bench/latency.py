@@ -18,6 +18,7 @@ from ops.bench.fedmoe_side import DEFAULT_FORMAT, Client, aggregator_command, cr
 from ops.bench.plan import Plan
 from ops.bench.processes import CONTEXT, BenchError
 from ops.bench.result import Result, percentiles
+from producers.pull import pull
 
 EXPERT = "expert"
 POLL_S = 0.002
@@ -51,7 +52,7 @@ def observe(seats: Seats, url: str, times: Any) -> None:
             seats.wait_for_go(1)
             known = store.meta().weights_commit  # what was published in the pause was not waited for
         looked = time.monotonic()
-        pulled = store.pull(spec, known=known)
+        pulled = pull(store, spec, known=known)
         if pulled.weights is None:
             time.sleep(POLL_S)
             continue

@@ -9,9 +9,9 @@ from contextlib import ExitStack
 
 import torch
 
-from fedmoe.protocol.layout import FLOAT_BYTES, AdapterBuffer, Layout, values_of
+from fedmoe.protocol.layout import FLOAT_BYTES, AdapterBuffer, Layout, values_of, values_of_chunks
 from fedmoe.settings import RedisSettings
-from fedmoe.store.chunks import put, weights_of, weights_reads
+from fedmoe.store.chunks import put, values_and_stamp, weights_reads
 from fedmoe.store.connection import Connection
 from fedmoe.store.full import read_together
 from ops.bench.adapters import LAYOUTS
@@ -65,7 +65,8 @@ def write_and_read(seats: Seats, url: str, layout: Layout, in_chunks: bool) -> N
             put(pipe, "weights", file, len(file) if in_chunks else 0)
             pipe.execute()
         if in_chunks:
-            weights_of(layout, read_together(redis, *weights_reads("weights", layout)))
+            found = values_and_stamp(layout, read_together(redis, *weights_reads("weights", layout)))
+            values_of_chunks(layout, found[0] if found else ())
         else:
             values_of(layout, redis.get("weights"))
         seats.count(0)

@@ -46,6 +46,7 @@ from producers.checkpoint import StateDir
 from producers.exchange import Exchange
 from producers.ledger import Ledger
 from producers.membership import wire
+from producers.pull import pull
 from producers.trainer import Trainer
 
 VOCAB = 512
@@ -88,7 +89,7 @@ def train(pipe: Any, url: str, expert: str, hidden: int, state_dir: Path) -> Non
     state = StateDir(state_dir)
     store = WorkerStore(Connection(RedisSettings(url=url)), expert, "worker")
     spec = store.spec()
-    pulled = store.pull(spec, known="")
+    pulled = pull(store, spec, known="")
     base = pulled.weights
     assert base is not None
     ledger = Ledger(base=base, meta=pulled.meta, run=make_run(store.next_incarnation(), secrets.token_hex(4)))

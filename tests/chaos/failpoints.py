@@ -17,6 +17,8 @@ from typing import Any, Literal
 import redis
 from redis.connection import AbstractConnection
 
+from fedmoe.store.redis_private import socket_of
+
 Action = Literal["kill", "stop", "cut"]
 WHERE = ("/fedmoe/store/", "/fedmoe/store/archive.py", "/producers/checkpoint.py")
 # Method -> about how many points one call passes; a process dies within its first few calls.
@@ -70,16 +72,17 @@ class Failpoints:
 
         def send_packed_command(connection: Any, command: Any, check_health: bool = True) -> None:
             method = self._method()
-            if method is None or connection._sock is None:
+            used = socket_of(connection)
+            if method is None or used is None:
                 send(connection, command, check_health)
                 return
             self._pass(method, "before", connection)
             chunks = [command] if isinstance(command, bytes | str) else list(command)
             if self._comes_next(method):
                 data = b"".join(bytes(c) if not isinstance(c, str) else c.encode() for c in chunks)
-                connection._sock.sendall(data[: len(data) // 2])
+                used.sendall(data[: len(data) // 2])
                 self._pass(method, "half", connection)
-                connection._sock.sendall(data[len(data) // 2 :])
+                used.sendall(data[len(data) // 2 :])
             else:
                 self._pass(method, "half", connection)
                 send(connection, chunks, check_health)

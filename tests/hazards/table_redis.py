@@ -4,8 +4,9 @@ import redis.client
 
 import consumers.aggregator as aggregator
 import consumers.gateway.builder as gateway
-import consumers.recovery
-from fedmoe.store import change, lifecycle
+import consumers.recovery.settle
+from fedmoe.protocol import condition
+from fedmoe.store import change
 from fedmoe.store.expert import ExpertStore
 from tests.hazards import commits, recovery, updates, without
 from tests.hazards.hazard import Hazard, of_store
@@ -72,7 +73,7 @@ OF_REDIS = {
         wrong="somebody removes what was decided: workers send it again, and it is applied a second time",
         rule="meta knows the decided updates by a stamp; what is not what meta knows is not served",
         scenario=recovery.h19_decisions_are_gone,
-        without=((lifecycle, "damage", lambda *_, **__: ""),),
+        without=((condition, "damage", lambda *_, **__: ""),),
         symptom="alice's step 0 counts 2 times",
     ),
     "H20a": Hazard(
@@ -114,7 +115,7 @@ OF_REDIS = {
         wrong="Redis comes back from before a change of the rules, and the change is lost though an aggregator knew it",
         rule="the operator's commit becomes part of the retained history, like any other",
         scenario=recovery.h20_rules_in_an_older_file,
-        without=((consumers.recovery, "is_change_of_rules", lambda *_: False),),
+        without=((consumers.recovery.settle, "is_change_of_rules", lambda *_: False),),
         symptom="the operator's change is lost: rules 1 are in force",
     ),
     "H23a": Hazard(

@@ -24,11 +24,12 @@ from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.update import Header, UpdateId, make_run
 from fedmoe.store.connection import Connection
 from fedmoe.store.expert import CONSUMER, Commit, ExpertStore, Loaded
-from fedmoe.store.worker import Pulled, WorkerStore
+from fedmoe.store.worker import WorkerStore
 from producers import ledger as ledger_module
 from producers.checkpoint import Checkpoint, StateDir
 from producers.exchange import TrainingState
 from producers.ledger import Change, HeadPlace, Ledger
+from producers.pull import Pulled, pull
 from producers.sync import Sync
 
 # ---- the aggregator ----
@@ -180,15 +181,13 @@ class GatewayByMemory(GatewayBuilder):
 # ---- the worker ----
 
 
-class PullsIfNewer(WorkerStore):
+def pull_if_newer(store: WorkerStore, spec: Spec, *, known: str) -> Pulled:
     """Weights are pulled when their version is higher than the base's."""
-
-    def pull(self, spec: Spec, *, known: str) -> Pulled:
-        pulled = super().pull(spec, known="")
-        version = pulled.meta.version
-        newer = not known or version > int(known.removeprefix("version "))
-        meta = replace(pulled.meta, weights_commit=f"version {version}")
-        return replace(pulled, meta=meta, weights=pulled.weights if newer else None)
+    pulled = pull(store, spec, known="")
+    version = pulled.meta.version
+    newer = not known or version > int(known.removeprefix("version "))
+    meta = replace(pulled.meta, weights_commit=f"version {version}")
+    return replace(pulled, meta=meta, weights=pulled.weights if newer else None)
 
 
 class PublishesUnchecked(WorkerStore):

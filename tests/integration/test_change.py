@@ -11,6 +11,7 @@ from click.testing import CliRunner, Result
 
 from consumers.create import SpecRequest, ensure_experts
 from consumers.expert import Expert
+from consumers.recovery.write_back import write_back
 from consumers.verify import replay
 from fedmoe.cli.main import cli
 from fedmoe.errors import FedMoEError, ProtocolError, SettingsError, StaleStateError
@@ -229,7 +230,7 @@ def test_change_waits_for_what_an_aggregator_writes_back(expert: Expert, connect
     expert.store.claim("one", 1)
     with pytest.raises(StaleStateError, match="than an aggregator retains, which"):
         change.change_rules(expert.store, {"lr": 0.5})
-    assert expert.write_back(on=expert.store.condition().commit)
+    assert write_back(expert, on=expert.store.condition().commit)
     assert change.change_rules(expert.store, {"lr": 0.5})[1].number == 2
 
 

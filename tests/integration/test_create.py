@@ -9,9 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-import consumers.create
 import fedmoe.protocol.spec
-from consumers.create import SpecRequest, ensure_experts, parse_experts
+from consumers.create import SpecRequest, base_model, beginning, ensure_experts, parse_experts
 from fedmoe.errors import BaseModelError, RedisUnavailableError, SettingsError, SpecError
 from fedmoe.model.tokenizer import load_tokenizer, tokenizer_fingerprint
 from fedmoe.protocol.layout import AdapterBuffer, stamped
@@ -117,14 +116,14 @@ def test_base_that_is_none_is_one_sentence(
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """For each look at a base model, whether its weights were to be read; nothing is known from other tests."""
     looks: list[bool] = []
-    ask = consumers.create._ask
+    ask = base_model.ask
 
     def counted(*arguments: Any, read_weights: bool, **options: Any) -> Any:
         looks.append(read_weights)
         return ask(*arguments, read_weights=read_weights, **options)
 
-    monkeypatch.setattr(consumers.create, "_ask", counted)
-    monkeypatch.setattr(consumers.create, "_described", {})
+    monkeypatch.setattr(base_model, "ask", counted)
+    monkeypatch.setattr(base_model, "described", {})
     return looks
 
 
@@ -209,7 +208,7 @@ def test_adapter_that_is_too_large_is_refused_before_it_is_made(
 ) -> None:
     """Its initial weights, of which the default bound of norms is made, would take all memory first."""
     monkeypatch.setattr(fedmoe.protocol.spec, "MAX_STRING_BYTES", 1000)
-    monkeypatch.setattr(consumers.create, "initial_weights", lambda *_: pytest.fail("it was made"))
+    monkeypatch.setattr(beginning, "initial_weights", lambda *_: pytest.fail("it was made"))
     with pytest.raises(SettingsError, match="MiB does not fit into one Redis string"):
         ensure_experts(connection, {"a": 1.0}, request(tiny_model_dir))
     assert not connection.client.keys()

@@ -25,8 +25,7 @@ NAME = "sql_expert"
 @pytest.fixture(autouse=True)
 def _short_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there is one aggregator, nobody else has to be waited for."""
-    monkeypatch.setattr("consumers.recovery.CLAIM_WAIT_S", 0.1)
-    monkeypatch.setattr("consumers.aggregator.CLAIM_WAIT_S", 0.1)
+    monkeypatch.setattr("consumers.recovery.settle.CLAIM_WAIT_S", 0.1)
 
 
 def weights(connection: Connection) -> bytes:

@@ -15,6 +15,7 @@ from consumers.create import SpecRequest, ensure_experts
 from consumers.daemon import Aggregator
 from consumers.expert import Expert
 from consumers.gateway.builder import GatewayBuilder
+from consumers.recovery.write_back import write_back
 from consumers.verify import replay
 from fedmoe.errors import LostExpertError, RedisUnavailableError
 from fedmoe.protocol.beat import Beat
@@ -36,7 +37,7 @@ Connect = Callable[[], Connection]
 @pytest.fixture(autouse=True)
 def _short_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there is one aggregator, nobody else has to be waited for."""
-    monkeypatch.setattr("consumers.recovery.CLAIM_WAIT_S", 0.2)
+    monkeypatch.setattr("consumers.recovery.settle.CLAIM_WAIT_S", 0.2)
 
 
 def weights_of(expert: Expert) -> torch.Tensor:
@@ -104,7 +105,7 @@ def test_batch_that_was_not_committed_is_not_written_back(connection: Connection
     expert.store.commit = emptied  # type: ignore[method-assign, assignment]
     with pytest.raises(RuntimeError):
         expert.process(entries)
-    assert expert.write_back(on="")
+    assert write_back(expert, on="")
     assert torch.equal(weights_of(expert), torch.arange(LAYOUT.numel) * 1.0)
     assert not worker.pull().decided
     expert.store.commit = commit  # type: ignore[method-assign]
@@ -119,13 +120,13 @@ def test_nothing_is_overwritten(connection: Connection, connect: Connect) -> Non
     """Only on top of what was looked at: an expert that is there by then stays as it is."""
     expert = make_expert(connection)
     client, keys = connection.client, expert.store.keys
-    assert not expert.write_back(on="")
+    assert not write_back(expert, on="")
     client.delete(keys.meta)
     weights = client.get(keys.weights)
-    assert not expert.write_back(on=expert.meta.commit)
+    assert not write_back(expert, on=expert.meta.commit)
     assert client.get(keys.weights) == weights
     assert not expert.store.exists()
-    assert expert.write_back(on="")
+    assert write_back(expert, on="")
     assert expert.store.condition().damage == ""
 
 
@@ -190,7 +191,7 @@ def test_who_remembers_most_writes_back(
     connection: Connection, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that was cut off long ago and one that served until the end: the old memory does not win."""
-    monkeypatch.setattr("consumers.recovery.CLAIM_WAIT_S", 2.0)
+    monkeypatch.setattr("consumers.recovery.settle.CLAIM_WAIT_S", 2.0)
     expert = make_expert(connection)
     worker = ScriptedWorker(connection, expert.spec)
     old = Expert(ExpertStore(connect(), "sql_expert"), expert.spec, aggregator="z-old")
@@ -286,10 +287,10 @@ def test_list_of_experts_comes_back_whole(connection: Connection, connect: Conne
     builder = GatewayBuilder(connect(), GatewaySettings(), holder="one", lease_s=1.0)
     builder.refresh()
     connection.client.flushall()
-    assert a.write_back(on="")
+    assert write_back(a, on="")
     builder.refresh()
     assert set(GatewayStore(connection).experts()) == {"a"}
-    assert b.write_back(on="")
+    assert write_back(b, on="")
     builder.refresh()
     assert set(GatewayStore(connection).experts()) == {"a", "b"}
 
@@ -365,7 +366,7 @@ def test_command_waits_until_the_operator_decides(
     ) as process:  # fmt: skip
         eventually("the sentence", lambda: "gone from Redis, but worker alice trains on" in log.read_text())
         assert process.poll() is None
-        assert remembered.write_back(on="")
+        assert write_back(remembered, on="")
         worker.push(0.1)
         eventually("version 1", lambda: store.load().meta.version == 1)
     assert "Traceback" not in log.read_text()

@@ -217,6 +217,22 @@ def test_a_gateway_older_than_its_experts_is_exported_and_said(
     assert json.loads((tmp_path / "out" / "fedmoe.json").read_text())["behind"] == {"sql_expert": 1}
 
 
+def test_experts_that_moved_are_told_by_their_meta_alone(connection: Connection) -> None:
+    """No inspection of the whole federation: no SCAN, no INFO; whoever cannot be read is left out."""
+    expert = make_expert(connection)
+    build_gateway(connection)
+    ScriptedWorker(connection, small_spec()).push(0.5)
+    serve(expert)
+    for name, fields in (("malformed", {"version": "x"}), ("removed", {"removed": "yesterday"})):
+        connection.client.hset("fedmoe:experts", name, 1)
+        connection.client.hset(connection.keys.expert(name).meta, mapping=fields)
+    connection.client.hset("fedmoe:experts", "overwritten", "no number")
+    connection.client.set(connection.keys.expert("overwritten").meta, "a string")
+    connection.client.config_resetstat()
+    assert read_gateway(GatewayStore(connection)).behind == {"sql_expert": 1}
+    assert not {"cmdstat_scan", "cmdstat_info"} & connection.client.info("commandstats").keys()
+
+
 @pytest.mark.parametrize("field", ["built_from", "adapter_config"])
 @pytest.mark.parametrize("junk", ["[1]", "{", '{"a": 1}', '{"a": {"version": "x"}}'])
 def test_a_damaged_gateway_is_one_sentence(connection: Connection, field: str, junk: str) -> None:

@@ -15,6 +15,7 @@ from fedmoe.protocol.packed import pack
 from fedmoe.store.backup import BackupStore
 from fedmoe.store.connection import Connection
 from fedmoe.tools.backup import restore
+from producers.pull import pull
 from tests.backups import backed_up
 from tests.federation import LAYOUT, ScriptedWorker, delta_of, make_expert, serve, small_spec
 from tests.strategies import randn
@@ -97,7 +98,7 @@ def test_new_and_restored_experts_are_pulled_packed(
     for backup, base in ((fresh, initial_weights(LAYOUT, 0)), (trained, worker.ledger.base)):
         restore(BackupStore(connection), backup, replace=True)
         connection.client.delete(keys.weights)  # nobody needs them
-        snapshot = worker.store.pull(expert.spec, known="")
+        snapshot = pull(worker.store, expert.spec, known="")
         assert snapshot.weights is not None
         assert torch.equal(snapshot.weights, base)
         assert snapshot.meta.weights_commit != expert.meta.weights_commit
@@ -168,7 +169,7 @@ def test_expert_made_anew_with_another_shape_has_no_weights_for_a_worker(
     anew = make_expert(connection, spec=other)
     ScriptedWorker(connection, other, "bob").push(0.1)
     serve(anew)
-    snapshot = alice.store.pull(alice.spec, known=alice.ledger.meta.weights_commit)
+    snapshot = pull(alice.store, alice.spec, known=alice.ledger.meta.weights_commit)
     assert snapshot.weights is None
     assert snapshot.meta.spec == other.digest
 

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from consumers.create import SpecRequest, ensure_experts
 from consumers.daemon import Aggregator
 from consumers.gateway.builder import GatewayBuilder
+from consumers.recovery.write_back import write_back
 from fedmoe.cli.main import cli
 from fedmoe.errors import RedisUnavailableError, RedisUnfitError, RemovedExpertError, UnknownExpertError
 from fedmoe.protocol.beat import Beat
@@ -159,7 +160,7 @@ def test_what_is_listed_for_rarer_situations_is_sent_in_them(
 ) -> None:
     """Large weights, a full Redis, an emptied one, a standby, a blocked stream: nothing is refused then either."""
     monkeypatch.setattr("fedmoe.store.chunks.IN_PLACE_BYTES", 1)  # all weights are large
-    monkeypatch.setattr("consumers.recovery.CLAIM_WAIT_S", 0.1)
+    monkeypatch.setattr("consumers.recovery.settle.CLAIM_WAIT_S", 0.1)
     for wire_format in ("fp32", "int8"):
         commit_and_pull(guarded, wire_format)
     a_standby_and_a_lease_for_ever(guarded)
@@ -203,7 +204,7 @@ def commit_and_pull(guarded: Guarded, wire_format: str) -> None:
     admin.delete(expert.store.keys.updates)
     expert.load()
     assert expert.store.claim("one", 1) == (True, "one")
-    assert expert.write_back(on=expert.meta.commit)
+    assert write_back(expert, on=expert.meta.commit)
     expert.load()
     backups = BackupStore(guarded.connection(OPERATOR))
     backups.read(EXPERT)

@@ -11,6 +11,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from fedmoe.store.embedded import EmbeddedRedis
+from fedmoe.store.redis_private import socket_of
 from tests.processes import eventually
 from tests.proxy import Action, Direction, Proxy
 
@@ -72,10 +73,11 @@ def test_needle_that_spans_two_chunks_is_found(proxy: Proxy) -> None:
     mine = client(proxy.url)
     fired = proxy.on(b"INCR", "cut_before")
     mine.ping()
-    (connection,) = mine.connection_pool._available_connections
+    used = socket_of(mine.connection_pool.get_connection())
+    assert used is not None
     for byte in b"*2\r\n$4\r\nINCR\r\n$1\r\nn\r\n":
         try:
-            connection._sock.sendall(bytes([byte]))
+            used.sendall(bytes([byte]))
         except OSError:
             break
         time.sleep(0.002)

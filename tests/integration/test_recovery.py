@@ -10,6 +10,7 @@ import torch
 
 from consumers.aggregator import ExpertServer
 from consumers.expert import Expert
+from consumers.recovery.write_back import write_back
 from consumers.verify import replay
 from fedmoe.errors import NameTakenError
 from fedmoe.protocol import features
@@ -34,8 +35,7 @@ NAME = "sql_expert"
 @pytest.fixture(autouse=True)
 def _short_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there is one aggregator, nobody else has to be waited for."""
-    monkeypatch.setattr("consumers.recovery.CLAIM_WAIT_S", 0.1)
-    monkeypatch.setattr("consumers.aggregator.CLAIM_WAIT_S", 0.1)
+    monkeypatch.setattr("consumers.recovery.settle.CLAIM_WAIT_S", 0.1)
 
 
 def weights(connection: Connection) -> bytes:
@@ -99,7 +99,7 @@ def test_standby_waits_for_whoever_remembers_more(
     with serving(connect(), "standby"):
         eventually("the sentence", lambda: "another aggregator retains version 1" in caplog.text)
         assert expert.store.load().meta.version == 0
-        assert expert.write_back(on=expert.store.load().meta.commit)
+        assert write_back(expert, on=expert.store.load().meta.commit)
         eventually("the duplicate", lambda: expert.store.load().meta.duplicate == 1, timeout_s=10)
     assert expert.store.load().meta.version == 1
 
@@ -108,7 +108,7 @@ def test_standby_gives_others_time_to_claim(
     connection: Connection, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its connection broke, and it holds the lease at once: perhaps Redis went back, and somebody remembers more."""
-    monkeypatch.setattr("consumers.aggregator.CLAIM_WAIT_S", 2.0)
+    monkeypatch.setattr("consumers.recovery.settle.CLAIM_WAIT_S", 2.0)
     make_expert(connection)
     now, stop = [0.0], threading.Event()
     standby = ExpertServer(connect(), NAME, AggregatorSettings(), holder="standby", clock=lambda: now[0])
@@ -144,7 +144,7 @@ def test_dead_claim_is_forgotten(
 def forked(connection: Connection, keep: Path | None) -> tuple[Any, Any, list[ScriptedWorker]]:
     """An aggregator that remembers version 4, and a Redis that went back and was committed to by somebody else."""
     expert = fresh_expert(connection, small_spec())
-    expert._archive = Archive(keep / NAME) if keep else None
+    expert.archive = Archive(keep / NAME) if keep else None
     alice, bob, carol = (ScriptedWorker(connection, expert.spec, name) for name in ("alice", "bob", "carol"))
     alice.push(1.0)
     serve(expert)
@@ -157,7 +157,7 @@ def forked(connection: Connection, keep: Path | None) -> tuple[Any, Any, list[Sc
     bob.push(2.0)
     serve(expert)
     snapshot.bring_back(connection)
-    other = type(expert)(expert.store, expert.spec, aggregator="other", archive=expert._archive)
+    other = type(expert)(expert.store, expert.spec, aggregator="other", archive=expert.archive)
     other.load()
     carol.push(4.0)
     assert serve(other) == ["applied"]
@@ -236,7 +236,7 @@ def test_kept_update_far_ahead_of_an_expert_that_went_back_is_applied(
         alice.push(1.0)
         serve(expert)
         alice.pull()
-    expert._archive = Archive(tmp_path / NAME)
+    expert.archive = Archive(tmp_path / NAME)
     ScriptedWorker(connection, expert.spec, "bob").push(2.0)
     serve(expert)
     snapshot.bring_back(connection)
@@ -325,7 +325,7 @@ def test_next_run_has_a_number_of_its_own_after_a_write_back(connection: Connect
     old.push(1.0)
     serve(expert)
     snapshot.bring_back(connection)
-    assert expert.write_back(on=expert.store.condition().commit)
+    assert write_back(expert, on=expert.store.condition().commit)
     assert old.store.next_incarnation() == 2
 
 
@@ -364,7 +364,7 @@ def test_worker_started_while_redis_was_behind_goes_on(connection: Connection) -
     new = ScriptedWorker(connection, expert.spec)
     new.push(2.0)
     assert new.ledger.run.split("-")[0] == old.ledger.run.split("-")[0]
-    assert expert.write_back(on=expert.store.condition().commit)
+    assert write_back(expert, on=expert.store.condition().commit)
     expert.load()
     assert serve(expert) == ["undecidable"]
     assert not new.pull().lost

@@ -9,14 +9,15 @@ import pytest
 from consumers.create import SpecRequest, ensure_experts
 from consumers.expert import Expert
 from consumers.gateway.builder import GatewayBuilder
+from consumers.recovery.write_back import write_back
 from fedmoe.errors import RemovedExpertError
 from fedmoe.protocol.beat import Beat
+from fedmoe.protocol.condition import Condition
 from fedmoe.settings import GatewaySettings
 from fedmoe.store.backup import BackupStore
 from fedmoe.store.connection import Connection
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.inspect import Inspector
-from fedmoe.store.lifecycle import Condition
 from fedmoe.store.remove import remove_expert, sweep
 from fedmoe.store.worker import WorkerStore
 from fedmoe.tools.backup import restore
@@ -63,7 +64,7 @@ def test_memory_is_not_written_back_on_top_of_a_removal(expert: Expert) -> None:
     entries = store.read(block_ms=1, count=1)
     seen = Condition(commit="", meta=None, damage="", weights_commit="", decided={}, logged_version=-1)
     remove_expert(connection, "sql_expert")
-    assert not expert.write_back(on=seen.commit)
+    assert not write_back(expert, on=seen.commit)
     assert not store.create(expert.spec, expert.meta, expert.buffer.file)
     with pytest.raises(Exception, match="somebody else committed meanwhile"):
         expert.process(entries)
@@ -112,9 +113,8 @@ def test_it_is_begun_anew_only_when_told(
 ) -> None:
     """The next start of its aggregator makes it again only with --new-lineage; others are made as ever."""
     base = {"fingerprint": FINGERPRINT, "tokenizer": "", "reach": float("nan"), "not_reached": ""}
-    monkeypatch.setattr("consumers.create.describe", lambda request, stop: base)
-    monkeypatch.setattr("consumers.create._tell", lambda request, described: None)
-    monkeypatch.setattr("consumers.create.make_spec", lambda request, described: small_spec())
+    monkeypatch.setattr("consumers.create.ensure.look_at_base", lambda request, stop: base)
+    monkeypatch.setattr("consumers.create.ensure.make_spec", lambda request, described: small_spec())
     request = SpecRequest()
     ensure_experts(connection, {"sql_expert": 1.0}, request)
     remove_expert(connection, "sql_expert")

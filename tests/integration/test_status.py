@@ -25,8 +25,8 @@ from fedmoe.store.connection import Connection
 from fedmoe.store.embedded import EmbeddedRedis
 from fedmoe.store.inspect import REPAIR, Inspector
 from fedmoe.store.lease import Lease
-from fedmoe.store.reading import printable
 from fedmoe.store.worker import WorkerStore
+from fedmoe.util.text import printable
 from tests.federation import ScriptedWorker, make_expert, serve, serving, small_spec
 from tests.processes import environment, eventually, fedmoe
 

@@ -3,22 +3,26 @@
 What is replaced is the project's own code, by a subclass or a patch of a few lines; all else stays real.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import consumers.decide
 import consumers.expert
-import consumers.recovery
-from consumers.decide import Admission, Outcome, Verdict, judge_header, judge_payload
+import producers.sync
+import producers.worker
+import tests.protocol.worker
+from consumers.decide import Admission, Outcome, Verdict, judge_header
 from consumers.expert import Expert
+from consumers.payload import fold_payload
 from fedmoe.protocol.doorbell import Doorbell
 from fedmoe.protocol.layout import values_of
 from fedmoe.protocol.records import Decided, Entry, Meta
 from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.update import Header
 from fedmoe.store.expert import Commit, ExpertStore, Loaded
-from fedmoe.store.worker import Poll, Pulled, WorkerStore
+from fedmoe.store.worker import Poll, WorkerStore
+from producers.pull import Pulled, pull
 from tests.protocol.actors import Rules
 from tests.protocol.state import Scope
 
@@ -103,24 +107,25 @@ class DuplicateDecides(Expert):
         return verdict
 
 
-class TornPull(WorkerStore):
+def _torn_pull(store: WorkerStore, spec: Spec, *, known: str) -> Pulled:
     """Weights and one's own decision are read one after the other."""
-
-    def pull(self, spec: Spec, *, known: str) -> Pulled:
-        weights = values_of(spec.layout, self._redis.get(self.keys.weights)).clone()
-        snapshot = super().pull(spec, known=known)
-        return replace(snapshot, weights=weights if snapshot.weights is not None else None)
+    weights = values_of(spec.layout, store._redis.get(store.keys.weights)).clone()
+    pulled = pull(store, spec, known=known)
+    return replace(pulled, weights=weights if pulled.weights is not None else None)
 
 
-class PullByVersion(WorkerStore):
+def _pull_by_version(store: WorkerStore, spec: Spec, *, known: str) -> Pulled:
     """Equal version numbers are taken for equal weights."""
+    pulled = pull(store, spec, known="")
+    meta = replace(pulled.meta, weights_commit=f"version {pulled.meta.version}")
+    return replace(pulled, meta=meta, weights=None if meta.weights_commit == known else pulled.weights)
 
-    def pull(self, spec: Spec, *, known: str) -> Pulled:
-        snapshot = super().pull(spec, known="")
-        meta = replace(snapshot.meta, weights_commit=f"version {snapshot.meta.version}")
-        return replace(
-            snapshot, meta=meta, weights=None if meta.weights_commit == known else snapshot.weights
-        )
+
+def pulling(instead: Callable[..., Pulled]) -> tuple[tuple[Any, str, Any], ...]:
+    """The patches that have a worker pull otherwise."""
+    return tuple(
+        (where, "pull", instead) for where in (producers.sync, producers.worker, tests.protocol.worker)
+    )
 
 
 class NoResending(WorkerStore):
@@ -161,7 +166,7 @@ def change_in_place(store: ExpertStore, settings: Mapping[str, Any], *, clock: o
 
 
 def _missing_is_refused(*args: Any) -> Verdict:
-    verdict = judge_payload(*args)
+    verdict = fold_payload(*args)
     return replace(verdict, outcome=Outcome.REFUSED) if verdict.outcome is Outcome.UNDECIDABLE else verdict
 
 
@@ -214,13 +219,13 @@ BROKEN = {
     ),
     "H6_pull_by_version": Broken(
         what="a worker compares versions instead of commit ids when it pulls",
-        rules=Rules(worker_store=PullByVersion, history=1),
+        rules=Rules(patches=pulling(_pull_by_version), history=1),
         scope=Scope(workers=2, units=1, lag=3, faults={"failover": 1}),
         symptom="times in local",
     ),
     "H6_pull_as_two_reads": Broken(
         what="a worker reads the weights, then its own decision",
-        rules=Rules(worker_store=TornPull),
+        rules=Rules(patches=pulling(_torn_pull)),
         scope=Scope(workers=2, units=1),
         symptom="local is not the expert's weights",
     ),
@@ -232,7 +237,7 @@ BROKEN = {
     ),
     "H8_missing_part_is_refused": Broken(
         what="an update with a missing part is refused",
-        rules=Rules(patches=((consumers.expert, "judge_payload", _missing_is_refused),)),
+        rules=Rules(patches=((consumers.expert, "fold_payload", _missing_is_refused),)),
         scope=Scope(units=1, faults={"expire": 1}),
         symptom="refused without cause",
     ),

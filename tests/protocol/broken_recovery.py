@@ -4,17 +4,19 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import consumers.recovery
+import consumers.recovery.settle
 import producers.ledger
 from consumers.aggregator import ExpertServer
 from consumers.expert import Expert
+from consumers.history import History
+from consumers.recovery.write_back import write_back
 from fedmoe.errors import LostExpertError, RefusedError
+from fedmoe.protocol.condition import Condition
 from fedmoe.protocol.layout import AdapterBuffer
 from fedmoe.protocol.records import NO_DECISIONS, PROTOCOL, Entry, Meta
 from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.update import Header, UpdateId
 from fedmoe.store.expert import ExpertStore
-from fedmoe.store.lifecycle import Condition
 from fedmoe.store.worker import Poll, WorkerStore
 from producers.ledger import HeadPlace, locate
 from tests.protocol.actors import Rules, make_spec
@@ -93,16 +95,14 @@ class ForgetsTheLine(ExpertStore):
         return super().write_back(*expert, **(more | {"log": []}))
 
 
-class BeginsLineage(Expert):
+def _begins_lineage(expert: Expert, *, on: str, anchor: bool = True) -> bool:
     """An expert that is written back counts as a new one."""
-
-    def write_back(self, *, on: str, anchor: bool = True) -> bool:
-        self.meta = replace(self.meta, lineage="of its own")
-        return super().write_back(on=on, anchor=anchor)
+    expert.meta = replace(expert.meta, lineage="of its own")
+    return write_back(expert, on=on, anchor=anchor)
 
 
-def _is_older(expert: Expert, found: Condition) -> bool:
-    return found.meta is None or found.meta.version <= expert.meta.version
+def _is_older(history: History, mine: Meta, found: Condition) -> bool:
+    return found.meta is None or found.meta.version <= mine.version
 
 
 def _number_of_a_run_counts(
@@ -144,7 +144,7 @@ BROKEN_RECOVERY = {
     ),
     "E5_written_back_as_a_new_lineage": Broken(
         what="an expert that is written back gets a new lineage",
-        rules=Rules(expert=BeginsLineage),
+        rules=Rules(patches=((consumers.recovery.settle, "write_back", _begins_lineage),)),
         scope=Scope(units=1, faults={"empty": 1}),
         symptom="nobody asked for the new lineage",
     ),
@@ -168,7 +168,7 @@ BROKEN_RECOVERY = {
     ),
     "E9_older_version_is_written_over": Broken(
         what="an aggregator writes over whatever is of an earlier version than it retains",
-        rules=Rules(patches=((consumers.recovery.Recovery, "_is_of_this_history", staticmethod(_is_older)),)),
+        rules=Rules(patches=((consumers.recovery.settle, "is_of_this_history", _is_older),)),
         scope=Scope(aggregators=2, units=1, max_norm=0.5, lag=1, faults={"lease": 1, "failover": 1}),
         symptom="is twice in the history",
     ),

@@ -27,6 +27,7 @@ from producers.heartbeat import SyncStatus
 from producers.ledger import Change, Ledger, Outgoing, Trained
 from producers.outbox import Outbox
 from producers.pace import Timetable
+from producers.pull import pull
 from producers.sync import Sync
 from tests.federation import delta_of
 from tests.protocol.actors import (
@@ -292,7 +293,7 @@ class Worker:
                 books=books, local=local, trained=trained, position=position,
                 outbox=Outbox(must_pull=bool(books.seq)),
             )  # fmt: skip
-        pulled = store.pull(self._spec, known="")
+        pulled = pull(store, self._spec, known="")
         assert pulled.weights is not None
         base = _values(pulled.weights)
         start = pulled.decided.id if pulled.decided else None

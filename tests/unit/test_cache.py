@@ -1,6 +1,7 @@
 """Encoded rows that are kept: taken if they are the same that would be made, and only then."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -61,6 +62,19 @@ def encodings(monkeypatch: pytest.MonkeyPatch) -> list[None]:
 
     monkeypatch.setattr(examples, "encode_rows", counted)
     return made
+
+
+def test_what_is_kept_is_on_disk(data: Path, state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file before its name, its name at last."""
+    synced, sync = [], os.fsync
+
+    def note(descriptor: int) -> None:
+        synced.append(os.fstat(descriptor).st_ino)
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    read(data, state)
+    assert synced[-2:] == [(state / FILE_NAME).stat().st_ino, state.stat().st_ino]
 
 
 def test_the_second_start_takes_what_the_first_one_made(

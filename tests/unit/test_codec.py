@@ -12,7 +12,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from consumers.decide import Admission, Outcome, Workspace, judge_payload
+from consumers.decide import Admission, Outcome
+from consumers.payload import Workspace, fold_payload
 from fedmoe.errors import UpdateError
 from fedmoe.protocol.codec import (
     BLOCK,
@@ -203,7 +204,7 @@ def test_non_finite_values_are_refused(wire_format: str, poison: float, place: i
         ledger.progress(flat), Trained(steps=1), wire_format=wire_format, fingerprint="f"
     )
     space = Workspace(torch.zeros(SMALL), torch.empty(SMALL), torch.empty(SMALL))
-    verdict = judge_payload(update.header, Admission(), update.parts, spec, space)
+    verdict = fold_payload(update.header, Admission(), update.parts, spec, space)
     assert verdict.outcome is Outcome.REFUSED
     assert "NaN or infinity" in verdict.reason
 

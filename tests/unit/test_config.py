@@ -1,15 +1,18 @@
 """`fedmoe config`, the file that it checks, and the page that lists every setting."""
 
 import math
+import pkgutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
-from consumers.gateway import merge
+import fedmoe.cli as fedmoe_cli
+from consumers.gateway import methods
 from fedmoe.cli.declared import key, made
 from fedmoe.cli.main import cli
 from fedmoe.cli.page import page
@@ -128,13 +131,19 @@ def test_file_that_is_right_passes_and_is_used(tmp_path: Path) -> None:
 
 
 def test_every_method_of_the_merge_can_be_chosen() -> None:
-    """The settings know no torch, so they name the methods."""
-    assert set(METHODS) == set(merge.METHODS)
+    """The settings know no torch, so they name the methods, and that which takes a rank."""
+    assert tuple(methods.METHODS) == METHODS
+    for name, method in methods.METHODS.items():
+        takes_rank = method.rank is methods.Rank.CHOSEN
+        with nullcontext() if takes_rank else pytest.raises(SettingsError, match="rank"):
+            GatewaySettings(method=name, rank=3)
 
 
-def test_settings_import_nothing_heavy() -> None:
+def test_settings_and_commands_import_nothing_heavy() -> None:
     """Whoever only asks for help or shows settings waits for no torch."""
-    code = "import sys, fedmoe.settings, fedmoe.protocol.rules, fedmoe.cli.worker, fedmoe.cli.aggregator; "
+    modules = [f"fedmoe.cli.{module.name}" for module in pkgutil.iter_modules(fedmoe_cli.__path__)]
+    assert "fedmoe.cli.worker" in modules
+    code = f"import sys, fedmoe.settings, fedmoe.protocol.rules, {', '.join(modules)}; "
     code += "print([n for n in ('torch', 'redis', 'transformers', 'peft') if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -11,12 +11,13 @@ from consumers.decide import (
     COUNTED_STEPS,
     Admission,
     Outcome,
-    Workspace,
+    Payload,
     counts_of,
     judge_header,
     judge_payload,
 )
 from consumers.fold import fold
+from consumers.payload import Workspace, fold_payload
 from fedmoe.protocol.codec import FORMATS, decode, scratch_values
 from fedmoe.protocol.layout import Layout
 from fedmoe.protocol.rules import TrainingSettings
@@ -54,7 +55,7 @@ def test_parts_give_the_same_bits_as_the_whole(wire_format: str) -> None:
     spec, update = update_of(delta, wire_format)
     assert len(update.parts) == 3
     space = space_for(weights.clone())
-    verdict = judge_payload(update.header, ADMISSION, iter(update.parts), spec, space)
+    verdict = fold_payload(update.header, ADMISSION, iter(update.parts), spec, space)
     assert verdict.outcome is Outcome.APPLIED
     assert torch.equal(space.weights, weights)
     decode(update.parts, wire_format, delta)
@@ -78,7 +79,7 @@ def test_no_more_than_one_part_is_asked_for_at_a_time() -> None:
             assert space.out[done:].isnan().all()
             yield part
 
-    assert judge_payload(update.header, ADMISSION, parts(), spec, space).outcome is Outcome.APPLIED
+    assert fold_payload(update.header, ADMISSION, parts(), spec, space).outcome is Outcome.APPLIED
 
 
 @pytest.mark.parametrize(
@@ -97,7 +98,7 @@ def test_update_that_is_not_whole_is_undecidable(
     spec, update = update_of(torch.ones(numel), "fp32")
     parts = list(update.parts)
     parts[number] = damage
-    verdict = judge_payload(update.header, ADMISSION, parts, spec, space_for(torch.zeros(numel)))
+    verdict = fold_payload(update.header, ADMISSION, parts, spec, space_for(torch.zeros(numel)))
     assert (verdict.outcome, verdict.reason) == (outcome, reason)
 
 
@@ -107,7 +108,7 @@ def test_part_that_its_header_names_and_the_layout_does_not_is_refused() -> None
     spec, update = update_of(torch.ones(numel), "fp32")
     parts = [update.parts[1], update.parts[0], update.parts[2]]
     header = replace(update.header, parts=tuple(Part.of(part) for part in parts))
-    verdict = judge_payload(header, ADMISSION, parts, spec, space_for(torch.zeros(numel)))
+    verdict = fold_payload(header, ADMISSION, parts, spec, space_for(torch.zeros(numel)))
     assert verdict.outcome is Outcome.REFUSED
     assert "part 0 says first" in verdict.reason
 
@@ -123,7 +124,7 @@ def test_enormous_update_breaks_the_norm_bound(wire_format: str, value: float) -
     """Its norm, or the square of it, is beyond fp32; every value is finite, so that is not what the reason says."""
     spec, update = update_of(torch.full((TENSORS.numel,), value), wire_format, TENSORS)
     space = space_for(torch.zeros(TENSORS.numel))
-    verdict = judge_payload(update.header, ADMISSION, update.parts, spec, space)
+    verdict = fold_payload(update.header, ADMISSION, update.parts, spec, space)
     assert verdict.outcome is Outcome.REFUSED
     assert "is above max_norm 1e+09, largest in tensor 'b': check" in verdict.reason
     norm = float(verdict.reason.split()[2])
@@ -136,7 +137,7 @@ def test_tensor_that_is_not_finite_is_named(value: float) -> None:
     delta = torch.full((TENSORS.numel,), 1e30)
     delta[-1] = value
     spec, update = update_of(delta, "fp32", TENSORS)
-    verdict = judge_payload(
+    verdict = fold_payload(
         update.header, ADMISSION, update.parts, spec, space_for(torch.zeros(TENSORS.numel))
     )
     assert verdict.outcome is Outcome.REFUSED
@@ -184,3 +185,25 @@ def test_base_may_be_as_far_ahead_as_behind(base_version: int, admitted: bool) -
         assert judged.reason.startswith(
             f"it started from version {base_version}, but the expert is at version 10"
         )
+
+
+@pytest.mark.parametrize(
+    ("payload", "outcome"),
+    [
+        (Payload(norm=2.0), Outcome.APPLIED),
+        (Payload(norm=2.5, largest="a"), Outcome.REFUSED),
+        (Payload(norm=math.inf, largest="a"), Outcome.REFUSED),
+        (Payload(norm=math.nan, largest="a"), Outcome.REFUSED),
+        (Payload(malformed="part 0 says count 1, expected 2"), Outcome.REFUSED),
+        (Payload(not_whole="part 0 of 1 is missing"), Outcome.UNDECIDABLE),
+    ],
+)
+def test_payload_is_judged_by_what_it_turned_out_to_be(payload: Payload, outcome: Outcome) -> None:
+    """Only what is not whole is its worker's to send again; a refusal keeps the staleness, and names its reason."""
+    verdict = judge_payload(Admission(staleness=3, factor=0.5, max_norm=2.0), payload)
+    assert verdict.outcome is outcome
+    assert payload.not_whole in verdict.reason
+    assert payload.malformed in verdict.reason
+    assert payload.largest in verdict.reason
+    assert verdict.staleness == (0 if outcome is Outcome.UNDECIDABLE else 3)
+    assert verdict.factor == (0.5 if outcome is Outcome.APPLIED else 0.0)

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from consumers.gateway.merge import LORA_A, LORA_B, METHODS, Merged, MergeInput, merge
+from consumers.gateway.merge import LORA_A, LORA_B, Merged, MergeInput, merge
+from consumers.gateway.methods import METHODS
 from fedmoe.errors import SettingsError, SpecError
 from fedmoe.protocol.layout import Layout
 from fedmoe.protocol.lora import LoraSettings

@@ -340,7 +340,11 @@ def test_the_attached_adapter_is_version_0_in_fp32_also_on_a_bf16_base() -> None
     """The flat vector is the shared initialisation, and the only thing that trains."""
     spec = make_spec(tiny_config())
     peft_model, flat = attach_adapter(random_model(tiny_config()).to(torch.bfloat16), spec)
-    assert torch.equal(flat, initial_weights(spec.layout, spec.init_seed))
+    begun = initial_weights(spec.layout, spec.init_seed).clone()
+    assert torch.equal(flat, begun)
+    flat.add_(1.0)
+    assert torch.equal(initial_weights(spec.layout, spec.init_seed), begun), "training changed what all share"
+    flat.copy_(begun)
     trained = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
     assert {parameter.dtype for parameter in trained} == {torch.float32}
     assert sum(parameter.numel() for parameter in trained) == flat.numel()

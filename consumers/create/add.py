@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from consumers.create import first_meta
+from consumers.create.beginning import first_meta
+from consumers.recovery.creation import check_never_there
 from fedmoe.errors import (
     DamagedExpertError,
     LostExpertError,
@@ -12,8 +13,7 @@ from fedmoe.errors import (
     SettingsError,
     create_from_zero,
 )
-from fedmoe.protocol.layout import AdapterBuffer
-from fedmoe.protocol.lora_init import initial_weights
+from fedmoe.protocol.lora_init import initial_adapter
 from fedmoe.protocol.names import check_expert
 from fedmoe.protocol.records import Meta
 from fedmoe.protocol.spec import Spec
@@ -51,10 +51,9 @@ def add_expert(
     rules = replace(meta.rules.changed(settings), number=1)
     pinned = {field: getattr(meta, field) for field in PINNED}
     new = first_meta(spec, rules, reach=meta.reach, not_reached=meta.not_reached)
-    buffer = AdapterBuffer(spec.layout)
-    buffer.flat.copy_(initial_weights(spec.layout, spec.init_seed))
+    weights = initial_adapter(spec.layout, spec.init_seed).file
     if not store.create(
-        spec, replace(new, **pinned), buffer.file, gateway_weight=gateway_weight, though_removed=True
+        spec, replace(new, **pinned), weights, gateway_weight=gateway_weight, though_removed=True
     ):
         raise SettingsError(f"somebody else has just created expert {name!r}")
     return like
@@ -67,11 +66,9 @@ def _check_absent(store: ExpertStore, name: str, *, is_listed: bool) -> None:
         return
     if found.meta is not None or found.weights_commit:
         raise SettingsError(f"expert {name!r} is there already: see `fedmoe expert show {name}`")
-    if is_listed or store.lost():
+    if is_listed:
         raise LostExpertError(name)
-    if known := store.lineages():
-        worker, lineage = next(iter(known.items()))
-        raise LostExpertError(name, f", but worker {worker} trains on (lineage {lineage})")
+    check_never_there(store)
 
 
 def _whole(connection: Connection, names: Sequence[str]) -> tuple[str, Spec, Meta]:

@@ -11,73 +11,35 @@ than the aggregator that served the expert. Before an aggregator drops its retai
                                                        again; `prev` keeps them from counting twice
     Redis holds the retained state under later rules   an operator changed them: a commit of this history
 
-*Earlier commit of this history* means: a commit that this retained state passed through. To compare versions would not
-do: it would undo `fedmoe restore --replace`.
+`consumers.recovery.compare` says which of these it is. And before an aggregator that retains nothing serves an expert,
+it gives those that retain more the time to claim it.
 """
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 
 from consumers.expert import Expert
+from consumers.recovery.compare import is_change_of_rules, is_of_this_history, undone, what_was_lost
+from consumers.recovery.write_back import write_back
 from fedmoe.errors import DamagedExpertError, ProtocolError, StaleStateError, UnknownExpertError, UpdateError
-from fedmoe.protocol.lines import AppliedLine, RulesLine, read_line
-from fedmoe.protocol.records import Decided, Meta
-from fedmoe.protocol.update import Header, UpdateId
+from fedmoe.protocol.condition import Condition
+from fedmoe.protocol.lines import AppliedLine, RulesLine
+from fedmoe.protocol.records import Meta
+from fedmoe.protocol.update import Header
 from fedmoe.store.archive import Archive
-from fedmoe.store.expert import ExpertStore
-from fedmoe.store.lifecycle import Condition, Line
+from fedmoe.store.expert import ExpertStore, Loaded
 
 logger = logging.getLogger(__name__)
 
 CLAIM_WAIT_S = 2.0  # in which every aggregator finds out what Redis lost, and claims what it retains
+LONGEST_CLAIM_S = 30.0  # an older claim is ignored: its aggregator cannot write
 
 Update = tuple[Header, list[bytes]]
 
 
-def undone(
-    lines: Sequence[Line], mine: Mapping[str, Decided], theirs: Mapping[str, Decided]
-) -> list[AppliedLine]:
-    """The lines of applied updates that Redis lacks: it holds an earlier update of their workers as the last decided.
-
-    Args:
-        lines: of the retained log, oldest first.
-        mine: the last decided update of each worker, as retained.
-        theirs: the last decided update of each worker in Redis.
-    """
-    heads = {worker: theirs[worker].id if worker in theirs else None for worker in mine}
-    behind = {worker for worker, head in heads.items() if _is_before(head, mine[worker].id)}
-    lost: list[AppliedLine] = []
-    for line in map(read_line, reversed(lines)):
-        if not isinstance(line, AppliedLine) or line.worker not in behind:
-            continue
-        head = heads[line.worker]
-        if head is not None and (line.run, line.seq) == head:
-            behind.discard(line.worker)
-            continue
-        lost.append(line)
-        if line.prev == str(head or ""):
-            behind.discard(line.worker)
-    return lost[::-1]
-
-
-def _is_before(head: UpdateId | None, last: UpdateId) -> bool:
-    """True if a worker's update comes before another one of its life; one of a run of the same number does not."""
-    if head is None:
-        return True
-    return head.seq < last.seq if head.run == last.run else head.incarnation < last.incarnation
-
-
-def is_change_of_rules(mine: Meta, theirs: Meta) -> bool:
-    """True if the state in Redis is the retained one under rules of a later number: only an operator's commit is."""
-    same = replace(theirs, commit=mine.commit, rules=mine.rules, updated_at=mine.updated_at)
-    # As Redis has them: it holds numbers with fewer digits.
-    return theirs.rules.number > mine.rules.number and same.to_hash() == mine.to_hash()
-
-
 class Recovery:
-    """Compares what an aggregator retains of one expert with what Redis holds.
+    """Sees to it that one expert goes on from the newest state that any aggregator retains or Redis holds.
 
     Args:
         store: of this expert.
@@ -95,6 +57,9 @@ class Recovery:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.claimed_at: float | None = None  # since when the other aggregators can see this one's claim
+        self._generation = 0  # of the connection over which it is known what Redis holds
+        self._patient_until = 0.0
+        self._waits_since: float | None = None  # for another aggregator to write back what it claims
         self._store = store
         self._holder = holder
         self._archive = archive
@@ -110,32 +75,50 @@ class Recovery:
             StaleStateError: if somebody else has just written to it.
         """
         found = self._store.condition()
-        is_known = self._is_of_this_history(expert, found)
+        is_known = is_of_this_history(expert.history, expert.meta, found)
         if is_known and (found.commit != expert.meta.commit or found.damage):
             self._write_back(expert, found)
         elif not is_known:
             self._give_way(expert, found)
         self.claimed_at = None
+        # What Redis holds is known: nobody has to be waited for.
+        self._generation, self._patient_until = self._store.connection.generation, 0.0
 
-    @staticmethod
-    def _is_of_this_history(expert: Expert, found: Condition) -> bool:
-        """True if the retained state passed through the commit in Redis; without meta, that of the weights counts."""
-        if expert.history.last != expert.meta.commit:
-            return False
-        if found.commit:
-            return found.commit in expert.history
-        known = found.weights_commit in expert.history or found.weights_commit == expert.meta.weights_commit
-        return known or not found.weights_commit
+    def may_have_gone_back(self) -> bool:
+        """True for CLAIM_WAIT_S after a reconnect of an aggregator that retains nothing.
+
+        Redis may have come back from an older file. An aggregator that retains more needs this time to claim it.
+        """
+        now, generation = self._clock(), self._store.connection.generation
+        if self._generation not in (0, generation):
+            self._patient_until = now + CLAIM_WAIT_S
+        self._generation = generation
+        return now < self._patient_until
+
+    def wait_for_claims(self, loaded: Loaded) -> None:
+        """Raise UnknownExpertError while another aggregator claims a later version, which it will write back."""
+        others = {who: version for who, version in loaded.claims.items() if who != self._holder}
+        newest = max(others.values(), default=0)
+        if newest <= loaded.meta.version:
+            self._waits_since = None
+            return
+        self._waits_since = self._clock() if self._waits_since is None else self._waits_since
+        if self._clock() - self._waits_since < LONGEST_CLAIM_S:
+            raise UnknownExpertError(
+                f"Redis has an older state of expert {self._store.name!r} (version {loaded.meta.version}), but another "
+                f"aggregator retains version {newest} in memory: waiting at most {LONGEST_CLAIM_S:g} s until that one "
+                "has written it back"
+            )
 
     def _write_back(self, expert: Expert, found: Condition) -> None:
         version = expert.meta.version
-        what = _what_was_lost(expert.meta, found)
+        what = what_was_lost(expert.meta, found)
         if not self._has_newest_claim(version):
             raise UnknownExpertError(
                 f"{what}; this aggregator retains version {version} in memory and writes it back in {CLAIM_WAIT_S:g} "
                 "s, unless another one has a later version"
             )
-        if not expert.write_back(on=found.commit, anchor=found.logged_version != version):
+        if not write_back(expert, on=found.commit, anchor=found.logged_version != version):
             raise StaleStateError(f"{self._store.name}: another process has just written the expert to Redis")
         logger.warning(
             "%s: %s; this aggregator wrote it back from memory at version %d, nothing to do",
@@ -217,12 +200,3 @@ class Recovery:
         except (UpdateError, ProtocolError) as error:  # the others can still be sent again
             logger.warning("%s: %s", self._store.name, error)
             return None
-
-
-def _what_was_lost(mine: Meta, found: Condition) -> str:
-    if not found.commit and not found.weights_commit:
-        return "the expert was missing from Redis"
-    if found.damage:
-        return f"the expert was damaged in Redis ({found.damage})"
-    assert found.meta is not None
-    return f"Redis had an older state of the expert (version {found.meta.version}, in memory {mine.version})"

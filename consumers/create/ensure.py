@@ -1,0 +1,122 @@
+"""Create the experts that do not exist yet, when an aggregator starts."""
+
+import logging
+import threading
+import time
+from collections.abc import Mapping, Sequence
+
+from consumers.create.base_model import STOPPED, look_at_base
+from consumers.create.beginning import make_rules, make_spec, pinned_meta
+from consumers.create.request import SpecRequest, check_identity, compare_rules
+from consumers.recovery.creation import without_lost, without_trained
+from fedmoe.errors import DamagedExpertError, FedMoEError, RemovedExpertError, SpecError, StoppedError
+from fedmoe.protocol.lora_init import initial_adapter
+from fedmoe.protocol.names import check_expert
+from fedmoe.protocol.spec import Spec
+from fedmoe.store.connection import Connection
+from fedmoe.store.expert import ExpertStore
+from fedmoe.store.gateway import GatewayStore
+from fedmoe.util.template_file import template_digest
+
+logger = logging.getLogger(__name__)
+
+
+def ensure_experts(
+    connection: Connection,
+    weights: Mapping[str, float],
+    request: SpecRequest,
+    *,
+    stop: threading.Event | None = None,
+) -> list[str]:
+    """Create the experts of `weights` (name -> gateway weight) that do not exist yet; returns the new ones' names.
+
+    One that workers train already, or that was found to be gone before, is not created: Redis was emptied. It is
+    marked as lost, until somebody writes it back or asks for `new_lineage`.
+
+    Raises:
+        SpecError: if an expert is another one than explicitly asked for, or the federation's experts have another
+            base model.
+        BaseModelError: if the base model's config cannot be read.
+        StoppedError: if `stop` is set meanwhile.
+    """
+    stop = stop or threading.Event()
+    looked_at = time.monotonic()
+    for name in weights:
+        check_expert(name)
+    missing = _missing([ExpertStore(connection, name) for name in weights], weights, request)
+    if not request.new_lineage:
+        missing = without_lost(missing)
+    if not missing:
+        return []
+    described = look_at_base(request, stop)
+    spec = make_spec(request, described)
+    rules = make_rules(request, spec)
+    _check_federation(GatewayStore(connection), spec)
+    weights_file = initial_adapter(spec.layout, spec.init_seed).file
+    if not request.new_lineage:
+        missing = without_trained(missing, since=looked_at, stop=stop)
+    created = []
+    for store in missing:
+        if stop.is_set():
+            raise StoppedError(STOPPED)
+        if store.create(
+            spec, pinned_meta(spec, rules, described), weights_file,
+            gateway_weight=weights[store.name], though_removed=request.new_lineage,
+        ):  # fmt: skip
+            created.append(store.name)
+            logger.info(
+                "created %s: %s, rank %d, %.1f MiB", store.name, spec.base_model, spec.lora.rank,
+                spec.layout.file_bytes / 2**20,
+            )  # fmt: skip
+        elif store.exists():
+            store.register(weights[store.name])  # somebody else was first
+        else:
+            raise SpecError(
+                f"expert {store.name!r} is in Redis only in part: restore a backup (fedmoe restore --replace), or "
+                f"remove the rest (fedmoe expert remove {store.name}) and create it from zero (fedmoe expert add "
+                f"{store.name})"
+            )
+    return created
+
+
+def _missing(
+    stores: Sequence[ExpertStore], weights: Mapping[str, float], request: SpecRequest
+) -> list[ExpertStore]:
+    """Those that are not there; the others are held against the request, and listed."""
+    missing = []
+    for store in stores:
+        if not store.exists():
+            missing.append(store)
+            continue
+        try:
+            store.check_protocol()
+            check_identity(store.name, store.spec(), request)
+            if meta := store.condition().meta:
+                compare_rules(store.name, meta.rules, request)
+            store.register(weights[store.name], overwrite=store.name in request.weighted)
+        except DamagedExpertError as error:  # an aggregator may repair it; the others are served meanwhile
+            logger.warning("%s", error)
+        except RemovedExpertError:  # its ExpertServer reports it
+            if request.new_lineage:
+                missing.append(store)
+    return missing
+
+
+def _check_federation(gateway: GatewayStore, spec: Spec) -> None:
+    """All experts of a federation share base model and initialisation, else there is no gateway."""
+    for name in gateway.experts():
+        try:
+            other = gateway.spec(name)
+        except FedMoEError:
+            continue
+        for what, new, old in (
+            ("base model", spec.base_config, other.base_config),
+            ("LoRA settings", spec.lora, other.lora),
+            ("seed", spec.init_seed, other.init_seed),
+            ("chat template", template_digest(spec.chat_template), template_digest(other.chat_template)),
+        ):
+            if new != old:
+                raise SpecError(
+                    f"the new experts would have another {what} ({new}) than expert {name!r} ({old}): experts of "
+                    "different bases have no common gateway, use another --prefix"
+                )

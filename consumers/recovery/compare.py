@@ -1,0 +1,74 @@
+"""What a Redis lacks of an expert that an aggregator retains. Pure.
+
+*Earlier commit of this history* means: a commit that the retained state passed through. To compare versions would not
+do: it would undo `fedmoe restore --replace`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from consumers.history import History
+from fedmoe.protocol.condition import Condition
+from fedmoe.protocol.lines import AppliedLine, Line, read_line
+from fedmoe.protocol.records import Decided, Meta
+from fedmoe.protocol.update import UpdateId
+
+
+def is_of_this_history(history: History, mine: Meta, found: Condition) -> bool:
+    """True if the retained state passed through the commit in Redis; without meta, that of the weights counts."""
+    if history.last != mine.commit:
+        return False
+    if found.commit:
+        return found.commit in history
+    known = found.weights_commit in history or found.weights_commit == mine.weights_commit
+    return known or not found.weights_commit
+
+
+def undone(
+    lines: Sequence[Line], mine: Mapping[str, Decided], theirs: Mapping[str, Decided]
+) -> list[AppliedLine]:
+    """The lines of applied updates that Redis lacks: it holds an earlier update of their workers as the last decided.
+
+    Args:
+        lines: of the retained log, oldest first.
+        mine: the last decided update of each worker, as retained.
+        theirs: the last decided update of each worker in Redis.
+    """
+    heads = {worker: theirs[worker].id if worker in theirs else None for worker in mine}
+    behind = {worker for worker, head in heads.items() if _is_before(head, mine[worker].id)}
+    lost: list[AppliedLine] = []
+    for line in map(read_line, reversed(lines)):
+        if not isinstance(line, AppliedLine) or line.worker not in behind:
+            continue
+        head = heads[line.worker]
+        if head is not None and (line.run, line.seq) == head:
+            behind.discard(line.worker)
+            continue
+        lost.append(line)
+        if line.prev == str(head or ""):
+            behind.discard(line.worker)
+    return lost[::-1]
+
+
+def _is_before(head: UpdateId | None, last: UpdateId) -> bool:
+    """True if a worker's update comes before another one of its life; one of a run of the same number does not."""
+    if head is None:
+        return True
+    return head.seq < last.seq if head.run == last.run else head.incarnation < last.incarnation
+
+
+def is_change_of_rules(mine: Meta, theirs: Meta) -> bool:
+    """True if the state in Redis is the retained one under rules of a later number: only an operator's commit is."""
+    same = replace(theirs, commit=mine.commit, rules=mine.rules, updated_at=mine.updated_at)
+    # As Redis has them: it holds numbers with fewer digits.
+    return theirs.rules.number > mine.rules.number and same.to_hash() == mine.to_hash()
+
+
+def what_was_lost(mine: Meta, found: Condition) -> str:
+    """What Redis lost, as the beginning of a sentence."""
+    if not found.commit and not found.weights_commit:
+        return "the expert was missing from Redis"
+    if found.damage:
+        return f"the expert was damaged in Redis ({found.damage})"
+    assert found.meta is not None
+    return f"Redis had an older state of the expert (version {found.meta.version}, in memory {mine.version})"

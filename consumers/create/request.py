@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from fedmoe.errors import SettingsError, SpecError
-from fedmoe.protocol.lora import DEFAULT_BASE_MODEL, DEFAULT_WIRE_FORMAT, LoraSettings, Spec
+from fedmoe.protocol.lora import DEFAULT_BASE_MODEL, DEFAULT_WIRE_FORMAT, LoraSettings
 from fedmoe.protocol.names import check_expert
 from fedmoe.protocol.rules import RuleSet
+from fedmoe.protocol.spec import Spec
 from fedmoe.util.template_file import template_digest
 
 logger = logging.getLogger(__name__)

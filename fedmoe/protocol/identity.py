@@ -94,11 +94,8 @@ class BaseIdentity:
         if self.tokenizer in ("", meta.tokenizer):
             return ""
         mine, pinned = tokenizer_components(self.tokenizer), tokenizer_components(meta.tokenizer)
-        odd = [
-            name
-            for name in TOKENIZER_COMPONENTS
-            if name in mine and mine[name] != pinned.get(name, mine[name])
-        ]
+        compared = [name for name in pinned if name in mine or "vocabulary" not in mine]
+        odd = [name for name in TOKENIZER_COMPONENTS if name in compared and mine.get(name) != pinned[name]]
         if odd:
             what = " and ".join(TOKENIZER_COMPONENTS[name] for name in odd)
             remedy = f"use the tokenizer and the chat template that {meta.base_model} was published with"

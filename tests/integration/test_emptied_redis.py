@@ -15,6 +15,7 @@ from consumers.create import SpecRequest, ensure_experts
 from consumers.daemon import Aggregator
 from consumers.expert import Expert
 from consumers.gateway.builder import GatewayBuilder
+from consumers.recovery.creation import without_lost, without_trained
 from consumers.recovery.write_back import write_back
 from consumers.verify import replay
 from fedmoe.errors import LostExpertError, RedisUnavailableError
@@ -28,6 +29,7 @@ from fedmoe.store.connection import Connection
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore
 from fedmoe.store.inspect import Inspector
+from fedmoe.store.worker import WorkerStore
 from tests.federation import LAYOUT, ScriptedWorker, make_expert, serve, serving
 from tests.processes import eventually, running
 
@@ -333,6 +335,15 @@ def test_expert_that_workers_know_is_not_begun_anew_unasked(
     expert = Expert(store, store.spec(), aggregator="test")
     expert.load()
     assert serve(expert) == ["applied"]
+
+
+def test_emptied_redis_has_lost_all_experts(connection: Connection) -> None:
+    """Also the one that no worker trains at present: a worker of another one is heard of."""
+    stores = [ExpertStore(connection, name) for name in ("docs_expert", "sql_expert")]
+    WorkerStore(connection, "sql_expert", "alice").beat(Beat(lineage="0123456789abcdef"), ttl_s=60)
+    assert without_trained(stores, since=0.0, stop=threading.Event()) == []
+    assert [store.lost() for store in stores] == [{"alice": "0123456789abcdef"}] * 2
+    assert without_lost(stores) == []
 
 
 def test_status_tells_of_an_expert_that_only_workers_know(connection: Connection) -> None:

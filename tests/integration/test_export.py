@@ -15,10 +15,11 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from consumers.gateway.builder import GatewayBuilder
+from consumers.gateway.methods import METHODS
 from fedmoe.errors import DamagedExpertError, FedMoEError, SettingsError, SpecError, UnknownExpertError
 from fedmoe.model.adapter import adapter_layout
 from fedmoe.model.base import structure
-from fedmoe.protocol.layout import AdapterBuffer
+from fedmoe.protocol.layout import AdapterBuffer, values_of
 from fedmoe.protocol.lora import LoraSettings
 from fedmoe.protocol.lora_init import initial_weights
 from fedmoe.protocol.records import Meta
@@ -341,6 +342,19 @@ def test_export_says_what_vllm_needs_and_truncates_the_rank(connection: Connecti
     assert (tmp_path / "a" / "adapter_model.safetensors").read_bytes() == connection.client.get(
         "fedmoe:{a}:weights"
     )
+
+
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.needs_init])
+def test_method_that_needs_the_initialisation_gets_it(connection: Connection, method: str) -> None:
+    """Experts that have learned nothing make a gateway that is the initialisation, of which nothing is dropped."""
+    spec = tiny_spec()
+    begun = initial_weights(spec.layout, spec.init_seed)
+    for name in ("a_expert", "b_expert"):
+        make_expert(connection, name, spec=spec, weights=begun)
+    build_gateway(connection, method)
+    loaded = GatewayStore(connection).load()
+    assert loaded is not None
+    assert torch.equal(values_of(spec.layout, loaded[1]), begun)
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,16 @@ import re
 import tomllib
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 
+from fedmoe.cli.config import commands as settings
 from fedmoe.cli.main import cli
 from tests.documents import PAGES, ROOT, broken_link, links, mentions, misfit, name_of
 from tests.hazards.page import page as hazards_page
 
+ELSEWHERE = {"--config", "--quick", "--only", "--without", "--max-lora-rank"}  # of all, benchmark, chaos run, vLLM
 EXAMPLE = ROOT / "examples" / "fedmoe.toml"
 
 
@@ -60,6 +63,19 @@ def test_commands_exist(page: Path) -> None:
 def test_a_command_that_does_not_exist_is_found(text: str, wrong: str) -> None:
     """Else the test above would show nothing."""
     assert misfit(text) == wrong
+
+
+def test_options_and_variables_exist() -> None:
+    """Those that a sentence names alone, and the environment variables."""
+    options, variables = set(ELSEWHERE), {"FEDMOE_CONFIG", "FEDMOE_RUN_DIR"}
+    for words, context in settings(click.Context(cli, info_name="fedmoe", auto_envvar_prefix="FEDMOE")):
+        for option in context.command.params:
+            options |= {*option.opts, *option.secondary_opts}
+            variables |= {"_".join(("fedmoe", *words, str(option.name))).upper(), str(option.envvar)}
+    for page in PAGES:
+        text = page.read_text()
+        assert set(re.findall(r"`(--[a-z][\w-]*)", text)) <= options, name_of(page)
+        assert set(re.findall(r"FEDMOE_[A-Z_]*[A-Z]", text)) <= variables, name_of(page)
 
 
 def test_page_of_hazards_is_that_of_the_table() -> None:

@@ -13,7 +13,8 @@ from fedmoe.cli.main import cli
 from tests.documents import PAGES, ROOT, broken_link, links, mentions, misfit, name_of
 from tests.hazards.page import page as hazards_page
 
-ELSEWHERE = {"--config", "--quick", "--only", "--without", "--max-lora-rank"}  # of all, benchmark, chaos run, vLLM
+# Of all commands, the benchmark, the chaos run and vLLM.
+ELSEWHERE = {"--config", "--quick", "--only", "--without", "--max-lora-rank"}
 EXAMPLE = ROOT / "examples" / "fedmoe.toml"
 
 

@@ -20,7 +20,8 @@ from pathlib import Path
 import pytest
 
 from fedmoe.demo.datasets import HELD_OUT
-from fedmoe.store.connection import Connection, RedisSettings
+from fedmoe.settings import RedisSettings
+from fedmoe.store.connection import Connection
 from fedmoe.store.embedded import find_server
 from fedmoe.store.gateway import GatewayStore
 from tests.documents import PAGES, ROOT, Command, commands, mentions, name_of

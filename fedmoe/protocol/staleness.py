@@ -4,7 +4,7 @@ Staleness τ is the number of updates applied since the version the update was t
 no clock and no batch border enters, so a replay of the log gives the same factors.
 
 Why `(1+τ)^-1` is the default: M equal workers in rotation have τ = M−1, so each then weighs 1/M, and it is
-the one of these that is stable for every constant delay (linear analysis; see the README).
+the one of these that is stable for every constant delay (linear analysis; see docs/protocol.md).
 """
 
 from dataclasses import dataclass

@@ -13,6 +13,7 @@ import torch
 from consumers.aggregator import ExpertServer
 from consumers.expert import Expert
 from fedmoe.protocol.codec import decode
+from fedmoe.protocol.keys import GROUP
 from fedmoe.protocol.layout import AdapterBuffer, Layout
 from fedmoe.protocol.records import PROTOCOL, Meta
 from fedmoe.protocol.rules import AggregationRules, RuleSet
@@ -154,6 +155,24 @@ class ScriptedWorker:
         if change.correction is not None:
             self.local = change.correction.clone() if change.replace else self.local + change.correction
         return change
+
+
+def start_weights() -> torch.Tensor:
+    """The weights that `make_expert` gives an expert of `LAYOUT`."""
+    return torch.arange(LAYOUT.numel, dtype=torch.float32)
+
+
+def stored(expert: Expert) -> torch.Tensor:
+    """The weights as Redis holds them."""
+    buffer = AdapterBuffer(expert.spec.layout)
+    buffer.load(expert.store.load().weights)
+    return buffer.flat
+
+
+def waiting(expert: Expert) -> tuple[int, int]:
+    """Entries in the stream, and of these pending."""
+    redis, key = expert.store.connection.client, expert.store.keys.updates
+    return redis.xlen(key), redis.xpending(key, GROUP)["pending"]
 
 
 class Served(NamedTuple):

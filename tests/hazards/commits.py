@@ -8,7 +8,8 @@ from consumers.expert import Expert
 from fedmoe.errors import StaleStateError
 from fedmoe.protocol.keys import GROUP, Keys
 from fedmoe.protocol.records import Entry
-from tests.hazards.world import EXPERT, AggregatorProcess, World, expect
+from tests.hazards.units import expect
+from tests.hazards.world import EXPERT, AggregatorProcess, World
 
 _META = Keys().expert(EXPERT).meta
 COMMIT_BEGINS = f"WATCH\r\n${len(_META)}\r\n{_META}".encode()  # its first request

@@ -132,6 +132,7 @@ def test_memory_mends_it(
     assert torch.equal(alice.local, bob.local)
 
 
+@pytest.mark.one_server
 def test_operator_mends_it_by_a_backup(connection: Connection, connect: Connect, tmp_path: Path) -> None:
     """What was decided since the backup and is still kept by workers counts once."""
     expert = make_expert(connection)
@@ -193,6 +194,7 @@ def test_what_can_be_derived_is_begun_again(
     assert done.weights.same_values(file)
 
 
+@pytest.mark.one_server
 def test_verify_says_that_an_expert_is_damaged(
     connection: Connection, redis_url: str, tmp_path: Path
 ) -> None:

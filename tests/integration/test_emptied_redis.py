@@ -30,6 +30,8 @@ from fedmoe.store.inspect import Inspector
 from tests.federation import LAYOUT, ScriptedWorker, make_expert, serve, serving
 from tests.processes import eventually, running
 
+pytestmark = pytest.mark.one_server
+
 Connect = Callable[[], Connection]
 
 

@@ -14,6 +14,8 @@ from fedmoe.store.embedded import EmbeddedRedis
 from tests.processes import eventually
 from tests.proxy import Action, Direction, Proxy
 
+pytestmark = pytest.mark.one_server
+
 LOST = (redis.ConnectionError, redis.TimeoutError)
 
 

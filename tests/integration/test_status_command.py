@@ -21,6 +21,8 @@ from tests.federation import ScriptedWorker, make_expert, serve, small_spec
 from tests.looking import BEAT, build_gateway, look
 from tests.processes import environment, fedmoe
 
+pytestmark = pytest.mark.one_server
+
 
 def test_junk_of_others_is_shown_escaped(connection: Connection) -> None:
     """Terminal escapes, markup, bytes that are no text and endless texts change nothing on the screen."""

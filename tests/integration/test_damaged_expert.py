@@ -16,7 +16,7 @@ from fedmoe.store.connection import Connection
 from fedmoe.store.gateway import GatewayStore
 from fedmoe.tools.backup import Backup, back_up, restore
 from tests.federation import ScriptedWorker, make_expert, serve, serving, small_spec
-from tests.processes import eventually, fedmoe
+from tests.processes import eventually, fedmoe_here
 
 Connect = Callable[[], Connection]
 NAME = "sql_expert"
@@ -204,7 +204,7 @@ def test_verify_says_that_an_expert_is_damaged(
     worker.push(1.0)
     serve(expert)
     connection.client.delete(expert.store.keys.decided)
-    done = fedmoe("verify", "--redis", redis_url, "--keep-updates", str(tmp_path))
+    done = fedmoe_here("verify", "--redis", redis_url, "--keep-updates", str(tmp_path))
     assert done.returncode == 1
     assert "its decided updates are missing" in done.stdout
     assert "not verified: sql_expert" in done.stderr

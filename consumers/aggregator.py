@@ -39,6 +39,7 @@ class ExpertServer:
     Args:
         connection: of this thread alone.
         holder: name of this process, unique.
+        retained: the state that it retains from before, as if it had served until now.
         decided: told how many updates each commit decided.
     """
 
@@ -49,6 +50,7 @@ class ExpertServer:
         settings: AggregatorSettings,
         *,
         holder: str,
+        retained: Expert | None = None,
         decided: Callable[[int], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -69,7 +71,7 @@ class ExpertServer:
             connection, self._store.keys.lease, holder=holder, ttl_ms=int(settings.lease_s * 1000)
         )
         self._problems = Problems(connection, self._store.keys.problem, holder=holder, clock=clock)
-        self._expert: Expert | None = None
+        self._expert = retained
         self._loaded = False
         self._standing_by = False
         self._reclaimed_at = 0.0
@@ -80,12 +82,22 @@ class ExpertServer:
         self._patient_until = 0.0
         self._waits_since: float | None = None  # for another aggregator to write back what it claims
 
+    @property
+    def retained(self) -> Expert | None:
+        """The state that it retains, None if it has not loaded one or has forgotten it."""
+        return self._expert
+
+    @property
+    def is_serving(self) -> bool:
+        """True while its retained state is that of Redis, as far as it knows."""
+        return self._loaded
+
     def run(self, stop: threading.Event) -> None:
         """Serve until `stop` is set, or in burst mode until nothing is waiting."""
         backoff = Backoff(self.name, logger)
         while not stop.is_set():
             try:
-                done = self._turn(stop)
+                done = self.turn(stop)
                 backoff.ok()
                 self._problems.solved()
                 if done and self._settings.burst:
@@ -123,7 +135,7 @@ class ExpertServer:
         except RedisUnavailableError:
             logger.debug("%s: could not give up the lease, it expires by itself", self.name)
 
-    def _turn(self, stop: threading.Event) -> bool:
+    def turn(self, stop: threading.Event) -> bool:
         """One read and its commit; True if nothing was waiting."""
         if not self._loaded and self._expert is not None:
             self._rescue(self._expert)

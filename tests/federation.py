@@ -20,6 +20,7 @@ from fedmoe.protocol.rules import AggregationRules, RuleSet
 from fedmoe.protocol.spec import LoraSettings, Spec
 from fedmoe.protocol.update import make_run
 from fedmoe.settings import AggregatorSettings
+from fedmoe.store.archive import Archive
 from fedmoe.store.connection import Connection
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.lifecycle import new_id
@@ -82,6 +83,7 @@ def make_expert(
     name: str = "sql_expert",
     spec: Spec | None = None,
     weights: torch.Tensor | None = None,
+    archive: Archive | None = None,
     **meta: object,
 ) -> Expert:
     """Create an expert with weights 0, 1, 2, … (or others) and load it."""
@@ -90,7 +92,7 @@ def make_expert(
     buffer = AdapterBuffer(spec.layout)
     buffer.flat.copy_(torch.arange(spec.layout.numel) if weights is None else weights)
     store.create(spec, first_meta(spec, **meta), buffer.file, gateway_weight=1.0)
-    expert = Expert(store, spec, aggregator="test")
+    expert = Expert(store, spec, aggregator="test", archive=archive)
     expert.load()
     return expert
 
@@ -200,8 +202,7 @@ def serving(
     With `memory` it remembers that, as if it had served until now.
     """
     settings = AggregatorSettings(lease_s=lease_s, block_ms=block_ms, keep_updates=keep_updates, burst=burst)
-    server = ExpertServer(connection, expert, settings, holder=holder)
-    server._expert = memory
+    server = ExpertServer(connection, expert, settings, holder=holder, retained=memory)
     if not release:
         server._lease.release = lambda: None  # type: ignore[method-assign]
     stop = threading.Event()

@@ -206,12 +206,12 @@ class AggregatorProcess:
 
     def read(self) -> list[Entry]:
         """XREADGROUP, and pause before deciding."""
-        return self.server._store.read(block_ms=1, count=10)
+        return ExpertStore(self.connection, EXPERT).read(block_ms=1, count=10)
 
     def decide(self, entries: Sequence[Entry]) -> None:
         """Go on after the pause; the commit may raise StaleStateError."""
-        assert self.server._expert
-        self.server._expert.process(entries)
+        assert self.server.retained
+        self.server.retained.process(entries)
 
     def time_passes(self) -> None:
         """Long enough for whatever it does now and then."""

@@ -36,6 +36,7 @@ class ExpertServer:
     Args:
         connection: of this thread alone.
         holder: name of this process, unique.
+        retained: the state that it retains from before, as if it had served until now.
         decided: told how many updates each commit decided.
     """
 
@@ -46,6 +47,7 @@ class ExpertServer:
         settings: AggregatorSettings,
         *,
         holder: str,
+        retained: Expert | None = None,
         decided: Callable[[int], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -66,7 +68,7 @@ class ExpertServer:
             connection, self._store.keys.lease, holder=holder, ttl_ms=int(settings.lease_s * 1000)
         )
         self._problems = Problems(connection, self._store.keys.problem, holder=holder, clock=clock)
-        self._expert: Expert | None = None
+        self._expert = retained
         self._loaded = False
         self._standing_by = False
         self._reclaimed_at = 0.0
@@ -74,12 +76,22 @@ class ExpertServer:
         self._history = History()
         self._recovery = Recovery(self._store, holder=holder, archive=self._archive, clock=clock)
 
+    @property
+    def retained(self) -> Expert | None:
+        """The state that it retains, None if it has not loaded one or has forgotten it."""
+        return self._expert
+
+    @property
+    def is_serving(self) -> bool:
+        """True while its retained state is that of Redis, as far as it knows."""
+        return self._loaded
+
     def run(self, stop: threading.Event) -> None:
         """Serve until `stop` is set, or in burst mode until nothing is waiting."""
         backoff = Backoff(self.name, logger)
         while not stop.is_set():
             try:
-                done = self._turn(stop)
+                done = self.turn(stop)
                 backoff.ok()
                 self._problems.solved()
                 if done and self._settings.burst:
@@ -111,7 +123,7 @@ class ExpertServer:
                 stop.wait(backoff.failed(error))
         self._lease.give_up()
 
-    def _turn(self, stop: threading.Event) -> bool:
+    def turn(self, stop: threading.Event) -> bool:
         """One read and its commit; True if nothing was waiting."""
         if not self._loaded and self._expert is not None:
             self._rescue(self._expert)

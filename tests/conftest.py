@@ -1,7 +1,8 @@
 """Fixtures of the whole suite: real servers, one federation for each test, a tiny model.
 
 Integration tests run once on each server there is: Redis on PATH and the Valkey of the wheel. Those that are marked
-`one_server` run on one of them. A machine without any fails the suite in CI and skips these tests elsewhere.
+`one_server`, or all with `--one-server`, run on one of them. A machine without any fails the suite in CI and skips
+these tests elsewhere.
 """
 
 import os
@@ -27,14 +28,21 @@ def _servers() -> dict[str, str]:
     return {name: path for name, path in found.items() if path}
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--one-server", action="store_true", help="Run every test on one server only.")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What is marked `one_server` runs on the first server that there is."""
+    """What is marked `one_server` runs on the first server that there is; all does, if asked for."""
     first = next(iter(_servers()), "redis")
+    everything = config.getoption("--one-server")
 
     def again(item: pytest.Item) -> bool:
         params = getattr(item, "callspec", None)
         return bool(
-            item.get_closest_marker("one_server") and params and params.params.get("server", first) != first
+            (everything or item.get_closest_marker("one_server"))
+            and params
+            and params.params.get("server", first) != first
         )
 
     if dropped := [item for item in items if again(item)]:

@@ -13,6 +13,7 @@ import torch
 from consumers.aggregator import ExpertServer
 from consumers.expert import Expert
 from fedmoe.protocol.codec import decode
+from fedmoe.protocol.keys import GROUP
 from fedmoe.protocol.layout import AdapterBuffer, Layout
 from fedmoe.protocol.lora import LoraSettings
 from fedmoe.protocol.records import PROTOCOL, Meta
@@ -20,6 +21,7 @@ from fedmoe.protocol.rules import AggregationRules, RuleSet
 from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.update import make_run
 from fedmoe.settings import AggregatorSettings
+from fedmoe.store.archive import Archive
 from fedmoe.store.connection import Connection
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.lifecycle import new_id
@@ -83,6 +85,7 @@ def make_expert(
     name: str = "sql_expert",
     spec: Spec | None = None,
     weights: torch.Tensor | None = None,
+    archive: Archive | None = None,
     **meta: object,
 ) -> Expert:
     """Create an expert with weights 0, 1, 2, … (or others) and load it."""
@@ -91,7 +94,7 @@ def make_expert(
     buffer = AdapterBuffer(spec.layout)
     buffer.flat.copy_(torch.arange(spec.layout.numel) if weights is None else weights)
     store.create(spec, first_meta(spec, **meta), buffer.file, gateway_weight=1.0)
-    expert = Expert(store, spec, aggregator="test")
+    expert = Expert(store, spec, aggregator="test", archive=archive)
     expert.load()
     return expert
 
@@ -158,6 +161,24 @@ class ScriptedWorker:
         return change
 
 
+def start_weights() -> torch.Tensor:
+    """The weights that `make_expert` gives an expert of `LAYOUT`."""
+    return torch.arange(LAYOUT.numel, dtype=torch.float32)
+
+
+def stored(expert: Expert) -> torch.Tensor:
+    """The weights as Redis holds them."""
+    buffer = AdapterBuffer(expert.spec.layout)
+    buffer.load(expert.store.load().weights)
+    return buffer.flat
+
+
+def waiting(expert: Expert) -> tuple[int, int]:
+    """Entries in the stream, and of these pending."""
+    redis, key = expert.store.connection.client, expert.store.keys.updates
+    return redis.xlen(key), redis.xpending(key, GROUP)["pending"]
+
+
 class Served(NamedTuple):
     """An aggregator's server of one expert, and the thread that it runs in."""
 
@@ -183,8 +204,7 @@ def serving(
     With `memory` it remembers that, as if it had served until now.
     """
     settings = AggregatorSettings(lease_s=lease_s, block_ms=block_ms, keep_updates=keep_updates, burst=burst)
-    server = ExpertServer(connection, expert, settings, holder=holder)
-    server._expert = memory
+    server = ExpertServer(connection, expert, settings, holder=holder, retained=memory)
     if not release:
         server._lease.release = lambda: None  # type: ignore[method-assign]
     stop = threading.Event()

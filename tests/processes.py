@@ -1,14 +1,17 @@
 """Real `fedmoe` processes for tests: start, read what they print, wait for something, end."""
 
+import io
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
+
+from fedmoe.cli.main import main
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -23,6 +26,20 @@ def fedmoe(*arguments: str, timeout_s: float = 100.0, **extra: str) -> subproces
         [sys.executable, "-m", "fedmoe.cli.main", *arguments],
         env=environment(**extra), capture_output=True, text=True, timeout=timeout_s, check=False,
     )  # fmt: skip
+
+
+def fedmoe_here(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end in this process, which need not import transformers for 5 s; stderr lacks its log."""
+    before, code = sys.argv, 0
+    sys.argv = ["fedmoe", *arguments]
+    try:
+        with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+            main()
+    except SystemExit as end:
+        code = int(end.code or 0)
+    finally:
+        sys.argv = before
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
 @contextmanager

@@ -66,12 +66,12 @@ def _describe(request: SpecRequest, stop: threading.Event) -> dict[str, Any]:
     first worker that joins pins the fingerprint.
     """
     logger.info("looking at the base model %s", request.base_model)
-    process = ask(request, read_weights=True, stop=stop)
+    process = ask_process(_question(request, read_weights=True), stop)
     if process.returncode == -signal.SIGKILL:
         logger.warning(
             "the weights of %s do not fit into memory here; going on by its config", request.base_model
         )
-        process = ask(request, read_weights=False, stop=stop)
+        process = ask_process(_question(request, read_weights=False), stop)
     try:
         answer = json.loads(process.stdout.strip().rpartition("\n")[2])
     except ValueError as error:
@@ -83,11 +83,8 @@ def _describe(request: SpecRequest, stop: threading.Event) -> dict[str, Any]:
     return dict(answer)
 
 
-def ask(
-    request: SpecRequest, *, read_weights: bool, stop: threading.Event
-) -> "subprocess.CompletedProcess[str]":
-    """Run the process that looks at a base model, and wait for its answer."""
-    question = {
+def _question(request: SpecRequest, *, read_weights: bool) -> dict[str, Any]:
+    return {
         "base_model": request.base_model,
         "rank": request.lora.rank,
         "alpha": request.lora.alpha,
@@ -96,6 +93,10 @@ def ask(
         "max_length": request.rules.training.max_length,
         "read_weights": read_weights,
     }
+
+
+def ask_process(question: Mapping[str, Any], stop: threading.Event) -> "subprocess.CompletedProcess[str]":
+    """Put a question to `fedmoe.model.describe`, in a process of its own; StoppedError once `stop` is set."""
     with subprocess.Popen(
         [sys.executable, "-m", "fedmoe.model.describe"],
         stdin=subprocess.PIPE,

@@ -22,7 +22,8 @@ from fedmoe.store.embedded import EmbeddedRedis
 from tests.hazards.hazard import Hazard, Patch
 from tests.hazards.play import play, unexpected_errors
 from tests.hazards.table import HAZARDS
-from tests.hazards.world import HazardError, World
+from tests.hazards.units import HazardError
+from tests.hazards.world import World
 
 
 def outcome(hazard: Hazard, url: str, *, without: bool) -> tuple[str, set[str]]:

@@ -1,6 +1,7 @@
 """What may happen to a worker's chain of updates: rollbacks, restarts, restored checkpoints, twins of one name."""
 
-from tests.hazards.world import World, expect
+from tests.hazards.units import expect
+from tests.hazards.world import World
 
 
 def h02_decision_lost_in_a_failover(world: World) -> None:

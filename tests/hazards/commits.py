@@ -8,7 +8,8 @@ from consumers.expert import Expert
 from fedmoe.errors import StaleStateError
 from fedmoe.protocol.keys import GROUP, Keys
 from fedmoe.protocol.records import Entry
-from tests.hazards.world import EXPERT, AggregatorProcess, World, expect
+from tests.hazards.units import expect
+from tests.hazards.world import EXPERT, AggregatorProcess, World
 
 _META = Keys().expert(EXPERT).meta
 COMMIT_BEGINS = f"WATCH\r\n${len(_META)}\r\n{_META}".encode()  # its first request
@@ -28,7 +29,7 @@ def h01_refused_twice(world: World) -> None:
         a1.turn()
         assert world.meta.refused == 1
 
-    before_commit(a0.server._expert, rival)
+    before_commit(a0.server.retained, rival)
     a0.turn()
     letters = world.redis.xlen(world.keys.dead)
     expect(letters == 1, f"bob's update is decided {letters} times")
@@ -93,7 +94,7 @@ def h23_rules_changed_between_two_updates(world: World) -> None:
         if decided == 2:
             world.change_rules(lr=0.5)
 
-    expert = a0.server._expert
+    expert = a0.server.retained
     assert expert
     expert._before_each = change_before_the_second
     a0.turn(3)
@@ -196,7 +197,7 @@ def h11_entry_id_given_twice(world: World) -> None:
         assert bob.sync.outbox.entry == alice.sync.outbox.entry
         bob.kill()
 
-    before_commit(a0.server._expert, fail_over)
+    before_commit(a0.server.retained, fail_over)
     a0.turn()
     world.settle(a0, alice)
     world.expect_expert(alice=[1], bob=[1])

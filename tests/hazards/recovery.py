@@ -2,7 +2,8 @@
 
 from fedmoe.store.backup import BackupStore
 from fedmoe.store.connection import Connection
-from tests.hazards.world import EXPERT, AggregatorProcess, WorkerProcess, World, expect
+from tests.hazards.units import expect
+from tests.hazards.world import EXPERT, AggregatorProcess, WorkerProcess, World
 
 
 def _later(aggregator: AggregatorProcess, *workers: WorkerProcess) -> None:

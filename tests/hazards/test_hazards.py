@@ -39,7 +39,8 @@ import redis
 from fedmoe.store.connection import Connection
 from tests.hazards.play import play, unexpected_errors
 from tests.hazards.table import HAZARDS
-from tests.hazards.world import HazardError, World
+from tests.hazards.units import HazardError
+from tests.hazards.world import World
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """What may happen to one update on its way: expired, forged, trimmed, sent twice, stale, of another history."""
 
-from tests.hazards.world import WorkerProcess, World, expect
+from tests.hazards.units import expect
+from tests.hazards.world import WorkerProcess, World
 
 
 def payload_key(world: World, worker: WorkerProcess, last: str) -> str:

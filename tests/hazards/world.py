@@ -17,7 +17,7 @@ import consumers.verify
 import producers.membership
 from fedmoe.errors import NameTakenError
 from fedmoe.protocol.identity import BaseIdentity
-from fedmoe.protocol.layout import AdapterBuffer, Layout, values_of
+from fedmoe.protocol.layout import AdapterBuffer, values_of
 from fedmoe.protocol.lora import LoraSettings
 from fedmoe.protocol.lora_init import initial_weights
 from fedmoe.protocol.records import PROTOCOL, Decided, Entry, Meta
@@ -35,40 +35,16 @@ from producers.checkpoint import StateDir
 from producers.exchange import Exchange, TrainingState
 from producers.ledger import Change, Trained
 from tests.hazards.stepping import Killed, Stepper
+from tests.hazards.units import FINGERPRINT, LAYOUT, OFFSETS, expect, expect_units
 from tests.protocol.actors import OneTurn, TurnOver
 
 EXPERT = "sql_expert"
-FINGERPRINT = "0123456789abcdef"
-UNITS = 20
-OFFSETS = {"alice": 10, "bob": 10 + UNITS, "carol": 10 + 2 * UNITS}  # in B, which begins as zeros
-LAYOUT = Layout.of(
-    [
-        ("base_model.model.layers.0.q_proj.lora_A.weight", (2, 5)),
-        ("base_model.model.layers.0.q_proj.lora_B.weight", (30, 2)),
-    ]
-)
+
+
 ROUNDS = 15
 
+
 Snapshot = Mapping[bytes, tuple[bytes, int]]
-
-
-class HazardError(AssertionError):
-    """A scenario's own assertion failed: the sentence says what went wrong."""
-
-
-def expect(true: object, symptom: str) -> None:
-    """Assert, with what is wrong if it does not hold."""
-    if not true:
-        raise HazardError(symptom)
-
-
-def expect_units(where: str, name: str, flat: torch.Tensor, wanted: Sequence[float]) -> None:
-    """Assert how often each step of a worker is in `flat`; all later steps must not be there."""
-    found = flat[OFFSETS[name] : OFFSETS[name] + UNITS].tolist()
-    for unit, value in enumerate(found):
-        right = wanted[unit] if unit < len(wanted) else 0.0
-        what = f"counts {value:g} times" if value else "is lost"
-        expect(value == right, f"{where}: {name}'s step {unit} {what}")
 
 
 @dataclass(frozen=True)
@@ -217,12 +193,12 @@ class AggregatorProcess:
 
     def read(self) -> list[Entry]:
         """XREADGROUP, and pause before deciding."""
-        return self.server._store.read(block_ms=1, count=10)
+        return ExpertStore(self.connection, EXPERT).read(block_ms=1, count=10)
 
     def decide(self, entries: Sequence[Entry]) -> None:
         """Go on after the pause; the commit may raise StaleStateError."""
-        assert self.server._expert
-        self.server._expert.process(entries)
+        assert self.server.retained
+        self.server.retained.process(entries)
 
     def time_passes(self) -> None:
         """Long enough for whatever it does now and then."""

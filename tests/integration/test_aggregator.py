@@ -196,7 +196,7 @@ def test_long_batch_keeps_its_lease(connection: Connection) -> None:
     thief = False
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Expert, "_decide", slowly)
-        server._turn(stop)
+        server.turn(stop)
         assert connection.client.hget(keys.meta, "version") == b"3"
         assert min(left[1:]) > ttl / 2
         for worker in workers:
@@ -205,8 +205,8 @@ def test_long_batch_keeps_its_lease(connection: Connection) -> None:
         workers[0].publish()
         left.clear()
         thief = True
-        server._turn(stop)
+        server.turn(stop)
     assert connection.client.hget(keys.meta, "version") == b"6"
     assert connection.client.get(keys.lease) == b"thief"
-    server._turn(stop)
-    assert server._standing_by
+    server.turn(stop)
+    assert not server.is_serving

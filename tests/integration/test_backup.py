@@ -113,6 +113,7 @@ def test_lines_written_after_a_restore_follow_though_the_clock_is_behind(
     ]
 
 
+@pytest.mark.one_server
 def test_peft_loads_each_expert_of_a_backup(connection: Connection, tmp_path: Path) -> None:
     """DIR/EXPERT is an adapter."""
     lora, config = LoraSettings(rank=4), tiny_config()
@@ -127,6 +128,7 @@ def test_peft_loads_each_expert_of_a_backup(connection: Connection, tmp_path: Pa
     assert torch.equal(loaded, spec.layout.views(buffer.flat)[name])
 
 
+@pytest.mark.one_server
 def test_the_commands_tell_what_they_did(
     connection: Connection,
     tmp_path: Path,

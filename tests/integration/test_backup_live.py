@@ -27,6 +27,8 @@ from producers.ledger import Change
 from tests.federation import LAYOUT, ScriptedWorker, first_meta, small_spec
 from tests.processes import eventually
 
+pytestmark = pytest.mark.one_server
+
 Connect = Callable[[], Connection]
 NAME = "sql_expert"
 SPEC = small_spec()

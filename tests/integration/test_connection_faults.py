@@ -151,6 +151,7 @@ def test_connection_breaks_in_a_blocked_read(
     assert_settled(connection, spec, [worker], tmp_path)
 
 
+@pytest.mark.one_server
 def test_idle_connections_are_dropped(
     connection: Connection, reach: Reach, near: dict[str, Proxy], tmp_path: Path
 ) -> None:
@@ -168,6 +169,7 @@ def test_idle_connections_are_dropped(
     assert_settled(connection, spec, [worker], tmp_path)
 
 
+@pytest.mark.one_server
 def test_slow_redis_and_two_aggregators(
     connection: Connection,
     reach: Reach,
@@ -201,6 +203,7 @@ def test_slow_redis_and_two_aggregators(
     assert_settled(connection, spec, workers, tmp_path)
 
 
+@pytest.mark.one_server
 def test_frozen_redis(connection: Connection, reach: Reach, near: dict[str, Proxy], tmp_path: Path) -> None:
     """No byte moves until all have timed out; then their old commands arrive after all, beside the new ones."""
     spec = counting_spec()

@@ -2,13 +2,19 @@
 
 import json
 import shutil
-from collections.abc import Callable
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import fedmoe.model.describe
 import fedmoe.protocol.spec
 from consumers.create import SpecRequest, base_model, beginning, ensure_experts, parse_experts
 from fedmoe.errors import BaseModelError, RedisUnavailableError, SettingsError, SpecError
@@ -22,6 +28,22 @@ from fedmoe.util.template_file import template_digest
 from tests.tiny import CHAT_TEMPLATE
 
 pytestmark = pytest.mark.one_server
+
+
+@pytest.fixture
+def described_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The base model is looked at in this process, by the same program: a process of its own takes 5 s to start."""
+
+    def ask(question: Mapping[str, Any], stop: object) -> "subprocess.CompletedProcess[str]":
+        with monkeypatch.context() as standard, redirect_stdout(StringIO()) as out:
+            standard.setattr(sys, "stdin", StringIO(json.dumps(question)))
+            fedmoe.model.describe.main()
+        return subprocess.CompletedProcess([], 0, out.getvalue(), "")
+
+    monkeypatch.setattr(base_model, "ask_process", ask)
+
+
+here = pytest.mark.usefixtures("described_here")
 
 
 def request(base: Path, **changes: object) -> SpecRequest:
@@ -48,6 +70,7 @@ def test_experts_share_one_initialisation(connection: Connection, tiny_model_dir
     )
 
 
+@here
 def test_config_alone_is_enough(connection: Connection, tiny_model_dir: Path, tmp_path: Path) -> None:
     """The aggregator's machine need not have the weights; then nobody has pinned the fingerprint yet."""
     (tmp_path / "config.json").write_bytes((tiny_model_dir / "config.json").read_bytes())
@@ -71,6 +94,7 @@ def test_existing_experts_are_left_alone(connection: Connection, tiny_model_dir:
         ensure_experts(connection, {"a": 1.0}, typed)
 
 
+@here
 def test_one_federation_has_one_base(connection: Connection, tiny_model_dir: Path) -> None:
     """An expert with another adapter shape has no place in the same gateway."""
     ensure_experts(connection, {"a": 1.0}, request(tiny_model_dir))
@@ -92,6 +116,7 @@ def test_creation_is_whole_or_not_at_all(
     assert GatewayStore(connection).experts() == {"a": 1.0}
 
 
+@here
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
@@ -113,16 +138,16 @@ def test_base_that_is_none_is_one_sentence(
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+def asked(described_here: None, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """For each look at a base model, whether its weights were to be read; nothing is known from other tests."""
     looks: list[bool] = []
-    ask = base_model.ask
+    ask = base_model.ask_process
 
-    def counted(*arguments: Any, read_weights: bool, **options: Any) -> Any:
-        looks.append(read_weights)
-        return ask(*arguments, read_weights=read_weights, **options)
+    def counted(question: Mapping[str, Any], stop: threading.Event) -> Any:
+        looks.append(question["read_weights"])
+        return ask(question, stop)
 
-    monkeypatch.setattr(base_model, "ask", counted)
+    monkeypatch.setattr(base_model, "ask_process", counted)
     monkeypatch.setattr(base_model, "described", {})
     return looks
 
@@ -155,6 +180,7 @@ def test_base_model_that_was_put_right_is_looked_at_again(
     assert len(asked) == 2
 
 
+@here
 def test_unknown_target_is_named(connection: Connection, tiny_model_dir: Path) -> None:
     """LoRA targets that the model does not have."""
     wrong = SpecRequest(base_model=str(tiny_model_dir), lora=LoraSettings(rank=2, targets=("q_proj", "wq")))
@@ -168,6 +194,7 @@ def without_template(base: Path, copy: Path) -> Path:
     return copy
 
 
+@here
 def test_template_is_the_experts(connection: Connection, tiny_model_dir: Path, tmp_path: Path) -> None:
     """In the spec; a later start with another one typed is refused, and so is an expert beside it without."""
     base = without_template(tiny_model_dir, tmp_path / "bare")
@@ -181,6 +208,7 @@ def test_template_is_the_experts(connection: Connection, tiny_model_dir: Path, t
         ensure_experts(connection, {"b": 1.0}, request(base))
 
 
+@here
 def test_template_that_fails_is_refused(connection: Connection, tiny_model_dir: Path) -> None:
     """Before the expert is there, in a sentence about the setting."""
     with pytest.raises(SettingsError, match="chat template cannot render a question and its answer"):
@@ -188,6 +216,7 @@ def test_template_that_fails_is_refused(connection: Connection, tiny_model_dir: 
     assert not ExpertStore(connection, "a").exists()
 
 
+@here
 def test_base_without_template_is_said(
     connection: Connection, tiny_model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

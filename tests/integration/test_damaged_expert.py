@@ -16,7 +16,7 @@ from fedmoe.store.connection import Connection
 from fedmoe.store.gateway import GatewayStore
 from fedmoe.tools.backup import Backup, back_up, restore
 from tests.federation import ScriptedWorker, make_expert, serve, serving, small_spec
-from tests.processes import eventually, fedmoe
+from tests.processes import eventually, fedmoe_here
 
 Connect = Callable[[], Connection]
 NAME = "sql_expert"
@@ -131,6 +131,7 @@ def test_memory_mends_it(
     assert torch.equal(alice.local, bob.local)
 
 
+@pytest.mark.one_server
 def test_operator_mends_it_by_a_backup(connection: Connection, connect: Connect, tmp_path: Path) -> None:
     """What was decided since the backup and is still kept by workers counts once."""
     expert = make_expert(connection)
@@ -192,6 +193,7 @@ def test_what_can_be_derived_is_begun_again(
     assert done.weights.same_values(file)
 
 
+@pytest.mark.one_server
 def test_verify_says_that_an_expert_is_damaged(
     connection: Connection, redis_url: str, tmp_path: Path
 ) -> None:
@@ -201,7 +203,7 @@ def test_verify_says_that_an_expert_is_damaged(
     worker.push(1.0)
     serve(expert)
     connection.client.delete(expert.store.keys.decided)
-    done = fedmoe("verify", "--redis", redis_url, "--keep-updates", str(tmp_path))
+    done = fedmoe_here("verify", "--redis", redis_url, "--keep-updates", str(tmp_path))
     assert done.returncode == 1
     assert "its decided updates are missing" in done.stdout
     assert "not verified: sql_expert" in done.stderr

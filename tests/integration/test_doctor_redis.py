@@ -19,7 +19,7 @@ from fedmoe.store.rights import try_transactions
 from fedmoe.store.worker import WorkerStore
 from fedmoe.util.check import FAIL, OK, WARN
 from tests.federation import ScriptedWorker, make_expert, serve, small_spec
-from tests.processes import fedmoe
+from tests.processes import fedmoe, fedmoe_here
 
 MAY_SERVE = "this user may serve experts"
 MAY_TRAIN = "this user may train {} as alice"
@@ -120,7 +120,7 @@ def test_a_monitor_may_look(connection: Connection, user: As) -> None:
     monitor = user(*rules(MONITOR))
     assert told(monitor, role="monitor") == [(OK, MAY_LOOK)]
     url = connection.settings.url.replace("unix://", "unix://someone:pw@")
-    done = fedmoe("doctor", "--redis", url, "--role", "monitor")
+    done = fedmoe_here("doctor", "--redis", url, "--role", "monitor")
     assert (done.returncode, done.stderr) == (0, "")
     assert "org/tiny is not in the hub cache" in done.stdout
     ((level, text),) = told(user(*rules(MONITOR, "-info")), role="monitor")
@@ -236,9 +236,9 @@ def test_the_command_prints_a_line_each_and_its_exit_code() -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert [line.split()[0] for line in done.stdout.splitlines()[:4]] == [OK] * 4
     assert "Qwen/Qwen2.5-0.5B-Instruct" in done.stdout
-    done = fedmoe("doctor", "--redis", "redis://me:secret@127.0.0.1:1")
+    done = fedmoe_here("doctor", "--redis", "redis://me:secret@127.0.0.1:1")
     assert (done.returncode, done.stderr) == (1, "")
     (failed,) = (line for line in done.stdout.splitlines() if line.startswith(FAIL))
     assert "cannot be reached" in failed
     assert "secret" not in done.stdout
-    assert fedmoe("doctor", "--no-redis", "--name", "a:b").returncode == 2
+    assert fedmoe_here("doctor", "--no-redis", "--name", "a:b").returncode == 2

@@ -33,6 +33,8 @@ from fedmoe.store.worker import WorkerStore
 from tests.federation import LAYOUT, ScriptedWorker, make_expert, serve, serving
 from tests.processes import eventually, running
 
+pytestmark = pytest.mark.one_server
+
 Connect = Callable[[], Connection]
 
 
@@ -80,7 +82,7 @@ def test_what_was_on_its_way_is_sent_again(connection: Connection, connect: Conn
     expert = make_expert(connection)
     worker = ScriptedWorker(connection, expert.spec)
     with serving(connect(), "one") as (server, _):
-        eventually("the expert in memory", lambda: server._loaded)
+        eventually("the expert in memory", lambda: server.is_serving)
         worker.train(1.0)
         update = worker.make_update()
         connection.client.flushall()
@@ -141,14 +143,13 @@ def test_rest_of_another_history_is_not_overwritten(
     weights = stamped(client.get(keys.weights), "of-somebody-else")
     client.set(keys.weights, weights)
     client.delete(keys.meta)
-    server = ExpertServer(connect(), "sql_expert", AggregatorSettings(), holder="one")
-    server._expert = expert
+    server = ExpertServer(connect(), "sql_expert", AggregatorSettings(), holder="one", retained=expert)
     with caplog.at_level("WARNING"):
         server.run(StoppedAfter(10))
     assert "this aggregator retains another history in memory" in caplog.text
     assert "fedmoe restore --replace" in caplog.text
     assert client.get(keys.weights) == weights
-    assert server._expert is expert
+    assert server.retained is expert
 
 
 class StoppedAfter(threading.Event):
@@ -174,9 +175,9 @@ def test_of_two_aggregators_one_writes_back(connection: Connection, connect: Con
     with serving(connect(), "one") as (one, _), serving(connect(), "two") as (two, _):
         worker.push(1.0)
         eventually("version 1", lambda: expert.store.load().meta.version == 1)
-        serving_now = eventually("one that serves", lambda: [s for s in (one, two) if s._loaded])
+        serving_now = eventually("one that serves", lambda: [s for s in (one, two) if s.is_serving])
         assert len(serving_now) == 1
-        eventually("a standby without memory", lambda: [s for s in (one, two) if s._expert is None])
+        eventually("a standby without memory", lambda: [s for s in (one, two) if s.retained is None])
         holder = connection.client.get(expert.store.keys.lease).decode()
         pipe = connection.client.pipeline(transaction=True)
         pipe.flushall()
@@ -207,9 +208,12 @@ def test_who_remembers_most_writes_back(
     threads = []
     for memory, holder in ((old, "z-old"), (expert, "a-new")):
         server = ExpertServer(
-            connect(), "sql_expert", AggregatorSettings(lease_s=1.0, block_ms=50), holder=holder
+            connect(),
+            "sql_expert",
+            AggregatorSettings(lease_s=1.0, block_ms=50),
+            holder=holder,
+            retained=memory,
         )
-        server._store, server._expert = memory.store, memory
         threads.append(threading.Thread(target=server.run, args=(stop,)))
     for thread in threads:
         thread.start()
@@ -230,9 +234,9 @@ def test_memory_of_one_who_no_longer_serves_is_not_written_back(
     """A standby that served before forgets, so that no old version comes back."""
     expert = make_expert(connection)
     with serving(connect(), "one") as (one, _):
-        eventually("the expert in memory", lambda: one._expert is not None)
+        eventually("the expert in memory", lambda: one.retained is not None)
         connection.client.set(expert.store.keys.lease, "two", px=60_000)
-        eventually("it forgot", lambda: one._expert is None)
+        eventually("it forgot", lambda: one.retained is None)
         connection.client.delete(expert.store.keys.meta, expert.store.keys.weights)
     assert not expert.store.exists()
 
@@ -387,8 +391,7 @@ def test_redis_that_is_away_is_not_taken_for_empty(connection: Connection) -> No
     """No answer is no emptiness."""
     expert = make_expert(connection)
     nowhere = Connection(RedisSettings(url="redis://127.0.0.1:1"))
-    server = ExpertServer(nowhere, "sql_expert", AggregatorSettings(), holder="one")
-    server._expert = expert
+    server = ExpertServer(nowhere, "sql_expert", AggregatorSettings(), holder="one", retained=expert)
     with pytest.raises(RedisUnavailableError):
-        server._turn(threading.Event())
-    assert server._expert is expert
+        server.turn(threading.Event())
+    assert server.retained is expert

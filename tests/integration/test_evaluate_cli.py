@@ -30,7 +30,7 @@ from fedmoe.tools.evaluate import mean_loss
 from fedmoe.tools.export import read_expert, write
 from fedmoe.tools.heldout import HeldOut, HeldOutSettings, find_files, measure, read_directory
 from tests.federation import first_meta
-from tests.processes import fedmoe
+from tests.processes import fedmoe, fedmoe_here
 from tests.strategies import randn
 from tests.tiny import save_tiny_model, tiny_config, tiny_model, tiny_tokenizer
 
@@ -110,7 +110,7 @@ def test_the_command_prints_the_matrix_and_writes_it(
         "red": 3,
         "blue": 4,
     }
-    done = fedmoe(
+    done = fedmoe_here(
         "evaluate", "--redis", connection.settings.url, "--data", f"red={data / 'red.test.jsonl'}", "--json", "-",
         "--rows", "2",
     )  # fmt: skip
@@ -126,7 +126,7 @@ def test_rows_that_cannot_be_used_are_named(
         file = data / f"{name}.jsonl"
         file.write_text(file.read_text() + row + "\n")
     listed = tmp_path / "bad.jsonl"
-    done = fedmoe(
+    done = fedmoe_here(
         "evaluate", "--redis", connection.settings.url, "--data", str(data), "--bad-rows", str(listed),
         "--device", "cpu",
     )  # fmt: skip
@@ -252,6 +252,6 @@ def test_a_result_that_could_not_be_kept_is_not_computed(tmp_path: Path) -> None
         (("--json", str(tmp_path / "no" / "x.json")), "cannot be written"),
         (("--adapter", "x"), "fedmoe: --adapter 'x' must be name=directory"),
     ):
-        done = fedmoe(*arguments, *more)
+        done = fedmoe_here(*arguments, *more)
         assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
         assert message in done.stderr

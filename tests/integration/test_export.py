@@ -30,7 +30,7 @@ from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore
 from fedmoe.tools.export import Export, read_expert, read_gateway, vllm_hint, write
 from tests.federation import LAYOUT, ScriptedWorker, first_meta, make_expert, serve, small_spec
-from tests.processes import fedmoe
+from tests.processes import fedmoe, fedmoe_here
 from tests.strategies import randn
 from tests.tiny import tiny_config, tiny_model
 
@@ -211,7 +211,9 @@ def test_a_gateway_older_than_its_experts_is_exported_and_said(
     ScriptedWorker(connection, small_spec()).push(0.5)
     serve(expert)
     connection.client.hset("fedmoe:experts", "lost_expert", 1)
-    done = fedmoe("gateway", "export", "--redis", connection.settings.url, "--out", str(tmp_path / "out"))
+    done = fedmoe_here(
+        "gateway", "export", "--redis", connection.settings.url, "--out", str(tmp_path / "out")
+    )
     assert done.returncode == 0
     assert "built from sql_expert v0" in done.stdout
     assert "not the newest: sql_expert is at v1; export again" in done.stderr
@@ -275,7 +277,7 @@ def test_an_unknown_expert_lists_those_there_are(connection: Connection, tmp_pat
         str(tmp_path / "out"),
         "--expert",
     )
-    done = fedmoe(*arguments, "sqlexpert")
+    done = fedmoe_here(*arguments, "sqlexpert")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "fedmoe: there is no expert 'sqlexpert'; there are: sql_expert\n"
     with pytest.raises(FedMoEError, match="cannot be used"):
@@ -287,16 +289,16 @@ def test_show_tells_versions_and_what_is_wrong(connection: Connection) -> None:
     """Text and JSON, of a gateway truncated to a rank."""
     expert = make_expert(connection)
     url = connection.settings.url
-    assert fedmoe("gateway", "show", "--redis", url).stdout == "gateway: none yet\n"
+    assert fedmoe_here("gateway", "show", "--redis", url).stdout == "gateway: none yet\n"
     build_gateway(connection, "svd")
     ScriptedWorker(connection, small_spec()).push(0.5)
     serve(expert)
     GatewayStore(connection).complain("no luck")
-    line, error, problem = fedmoe("gateway", "show", "--redis", url).stdout.splitlines()
+    line, error, problem = fedmoe_here("gateway", "show", "--redis", url).stdout.splitlines()
     assert line == "gateway: svd, rank 2, built from sql_expert v0 (now v1)"
     assert error.startswith("truncated to this rank, relative error 0.0")
     assert problem == "! gateway: cannot be built: no luck"
-    shown = json.loads(fedmoe("gateway", "show", "--redis", url, "--json").stdout)
+    shown = json.loads(fedmoe_here("gateway", "show", "--redis", url, "--json").stdout)
     assert (shown["built_from"], shown["outdated"]) == ({"sql_expert": 0}, ["sql_expert"])
 
 
@@ -306,12 +308,12 @@ def test_export_says_what_vllm_needs_and_truncates_the_rank(connection: Connecti
         trained_expert(connection, name, seed, rank=16)
     build_gateway(connection)
     url = ("--redis", connection.settings.url)
-    whole = fedmoe("gateway", "export", *url, "--out", str(tmp_path / "whole"))
+    whole = fedmoe_here("gateway", "export", *url, "--out", str(tmp_path / "whole"))
     assert (
         "vLLM needs --max-lora-rank 64 to serve it; `fedmoe gateway export --rank 32` cuts its rank"
         in whole.stdout
     )
-    truncated = fedmoe("gateway", "export", *url, "--out", str(tmp_path / "cut"), "--rank", "32")
+    truncated = fedmoe_here("gateway", "export", *url, "--out", str(tmp_path / "cut"), "--rank", "32")
     told = re.search(r"gateway: truncated from rank 48 to 32, relative error (.*)%", truncated.stdout)
     assert (truncated.returncode, told is not None) == (0, True), truncated.stderr
     assert "vLLM needs --max-lora-rank 32" in truncated.stdout
@@ -336,7 +338,9 @@ def test_export_says_what_vllm_needs_and_truncates_the_rank(connection: Connecti
     assert 0 < error < 1
     assert json.loads((tmp_path / "cut" / "fedmoe.json").read_text())["truncated_from_rank"] == 48
     assert logits(tmp_path / "cut").isfinite().all()
-    one = fedmoe("gateway", "export", *url, "--out", str(tmp_path / "a"), "--expert", "a", "--rank", "32")
+    one = fedmoe_here(
+        "gateway", "export", *url, "--out", str(tmp_path / "a"), "--expert", "a", "--rank", "32"
+    )
     assert "a has rank 16: nothing is truncated" in one.stdout
     assert "vLLM" not in one.stdout
     assert (tmp_path / "a" / "adapter_model.safetensors").read_bytes() == connection.client.get(

@@ -20,6 +20,8 @@ from fedmoe.tools.export import FILES, Export, write
 from fedmoe.tools.heldout import read_directory
 from fedmoe.util.versions import CURRENT, HOME, KEEP_S, version_of
 
+pytestmark = pytest.mark.one_server
+
 OLD, NEW = 2, 3
 
 

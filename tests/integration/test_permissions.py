@@ -246,7 +246,7 @@ def an_emptied_redis(guarded: Guarded) -> None:
     """The aggregator writes back what it remembers; a worker of an expert that is gone is told so."""
     store = ExpertStore(guarded.connection(AGGREGATOR), EXPERT)
     with serving(guarded.connection(AGGREGATOR)) as served:
-        eventually("the expert in memory", lambda: served.server._loaded)
+        eventually("the expert in memory", lambda: served.server.is_serving)
         guarded.admin.client.flushall()
         eventually("the expert", lambda: guarded.admin.client.exists(store.keys.meta))
     guarded.admin.client.flushall()

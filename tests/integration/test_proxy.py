@@ -15,6 +15,8 @@ from fedmoe.store.redis_private import socket_of
 from tests.processes import eventually
 from tests.proxy import Action, Direction, Proxy
 
+pytestmark = pytest.mark.one_server
+
 LOST = (redis.ConnectionError, redis.TimeoutError)
 
 

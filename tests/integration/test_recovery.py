@@ -43,10 +43,12 @@ def weights(connection: Connection) -> bytes:
     return stamped(GatewayStore(connection).history(NAME)[1], "")
 
 
-def fresh_expert(connection: Connection, spec: Spec, **meta: object) -> Expert:
+def fresh_expert(
+    connection: Connection, spec: Spec, archive: Archive | None = None, **meta: object
+) -> Expert:
     """One whose replay begins at version 0."""
     weights = initial_weights(spec.layout, spec.init_seed)
-    return make_expert(connection, spec=spec, weights=weights, **meta)
+    return make_expert(connection, spec=spec, weights=weights, archive=archive, **meta)
 
 
 def test_older_state_is_written_over_by_memory(
@@ -111,18 +113,19 @@ def test_standby_gives_others_time_to_claim(
     monkeypatch.setattr("consumers.recovery.settle.CLAIM_WAIT_S", 2.0)
     make_expert(connection)
     now, stop = [0.0], threading.Event()
-    standby = ExpertServer(connect(), NAME, AggregatorSettings(), holder="standby", clock=lambda: now[0])
+    its_own = connect()
+    standby = ExpertServer(its_own, NAME, AggregatorSettings(), holder="standby", clock=lambda: now[0])
     lease = connection.keys.expert(NAME).lease
     connection.client.set(lease, "another")
-    standby._turn(stop)
-    standby._connection.client.connection_pool.disconnect()
-    standby._turn(stop)
+    standby.turn(stop)
+    its_own.client.connection_pool.disconnect()
+    standby.turn(stop)
     connection.client.delete(lease)
-    standby._turn(stop)
-    assert not standby._loaded
+    standby.turn(stop)
+    assert not standby.is_serving
     now[0] = 2.5
-    standby._turn(stop)
-    assert standby._loaded
+    standby.turn(stop)
+    assert standby.is_serving
 
 
 def test_dead_claim_is_forgotten(
@@ -133,7 +136,7 @@ def test_dead_claim_is_forgotten(
     expert = make_expert(connection)
     worker = ScriptedWorker(connection, expert.spec)
     with serving(connect(), "one") as (server, _):
-        eventually("the expert in memory", lambda: server._loaded)
+        eventually("the expert in memory", lambda: server.is_serving)
         connection.client.flushdb()
         expert.store.claim("dead", 99)
         eventually("the expert", expert.store.exists)
@@ -143,8 +146,8 @@ def test_dead_claim_is_forgotten(
 
 def forked(connection: Connection, keep: Path | None) -> tuple[Any, Any, list[ScriptedWorker]]:
     """An aggregator that remembers version 4, and a Redis that went back and was committed to by somebody else."""
-    expert = fresh_expert(connection, small_spec())
-    expert.archive = Archive(keep / NAME) if keep else None
+    archive = Archive(keep / NAME) if keep else None
+    expert = fresh_expert(connection, small_spec(), archive)
     alice, bob, carol = (ScriptedWorker(connection, expert.spec, name) for name in ("alice", "bob", "carol"))
     alice.push(1.0)
     serve(expert)
@@ -157,7 +160,7 @@ def forked(connection: Connection, keep: Path | None) -> tuple[Any, Any, list[Sc
     bob.push(2.0)
     serve(expert)
     snapshot.bring_back(connection)
-    other = type(expert)(expert.store, expert.spec, aggregator="other", archive=expert.archive)
+    other = type(expert)(expert.store, expert.spec, aggregator="other", archive=archive)
     other.load()
     carol.push(4.0)
     assert serve(other) == ["applied"]
@@ -236,7 +239,8 @@ def test_kept_update_far_ahead_of_an_expert_that_went_back_is_applied(
         alice.push(1.0)
         serve(expert)
         alice.pull()
-    expert.archive = Archive(tmp_path / NAME)
+    expert = Expert(expert.store, expert.spec, aggregator="test", archive=Archive(tmp_path / NAME))
+    expert.load()
     ScriptedWorker(connection, expert.spec, "bob").push(2.0)
     serve(expert)
     snapshot.bring_back(connection)
@@ -274,7 +278,7 @@ def test_damage_is_not_taken_for_another_history(
     connection.client.delete(expert.store.keys.decided)
     with serving(connect(), "one", keep_updates=tmp_path, memory=expert) as (server, _):
         eventually("the sentence", lambda: "retains another history" in caplog.text)
-        assert server._expert is expert
+        assert server.retained is expert
     assert connection.client.xlen(expert.store.keys.updates) == 0
 
 
@@ -344,7 +348,7 @@ def test_restore_is_not_undone(
         eventually(
             "the sentence", lambda: "an operator replaced the expert; going on from version 0" in caplog.text
         )
-        eventually("it serves", lambda: server._loaded)
+        eventually("it serves", lambda: server.is_serving)
         assert expert.store.load().meta.version == 0
         assert len(worker.pull().resent) == 0  # nothing was decided that it knows of
         worker.publish()

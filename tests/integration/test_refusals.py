@@ -16,6 +16,7 @@ from fedmoe.store.connection import Connection
 from fedmoe.store.embedded import EmbeddedRedis
 from fedmoe.store.expert import _LOOK, ExpertStore
 from fedmoe.store.worker import WorkerStore
+from producers import heartbeat
 from tests.counting import EXPERT, CountingWorker, counting_spec, create_expert
 from tests.federation import ScriptedWorker, make_expert, serving, small_spec
 from tests.processes import eventually
@@ -183,9 +184,10 @@ def test_a_node_of_a_cluster_is_told(start: Start) -> None:
 
 
 def test_a_disk_that_is_full_is_one_sentence_for_a_worker_too(
-    server: EmbeddedRedis, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    server: EmbeddedRedis, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Said once for many failed heartbeats, though polls work between them; without the bytes of a payload."""
+    monkeypatch.setattr(heartbeat, "HEARTBEAT_INTERVAL_S", 0.2)
     directory = tmp_path / "redis"
     directory.mkdir()
     options = ("--appendonly", "no", "--save", "3600 1")

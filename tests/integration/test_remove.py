@@ -25,7 +25,7 @@ from producers.outbox import Outbox
 from tests.backups import backed_up
 from tests.counting import join
 from tests.federation import FINGERPRINT, ScriptedWorker, make_expert, serve, serving, small_spec
-from tests.processes import eventually, fedmoe
+from tests.processes import eventually, fedmoe, fedmoe_here
 
 pytestmark = pytest.mark.one_server
 
@@ -177,13 +177,13 @@ def test_the_command_asks_and_says_what_it_did(connection: Connection) -> None:
     assert (asked.returncode, asked.stdout) == (2, "")
     assert "cannot ask whether to remove sql_expert (version 0, workers running: 0)" in asked.stderr
     assert "give --yes" in asked.stderr
-    done = fedmoe(*arguments, "sql_expert", "--yes")
+    done = fedmoe_here(*arguments, "sql_expert", "--yes")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "removed sql_expert (version 0, workers running: 0)\n"
-    again = fedmoe(*arguments, "sql_expert", "--yes")
+    again = fedmoe_here(*arguments, "sql_expert", "--yes")
     assert again.returncode == 1
     assert "fedmoe: expert 'sql_expert' was removed by an operator at " in again.stderr
-    unknown = fedmoe(*arguments, "sqlexpert", "--yes")
+    unknown = fedmoe_here(*arguments, "sqlexpert", "--yes")
     assert (unknown.returncode, unknown.stderr) == (
         1,
         "fedmoe: there is no expert 'sqlexpert'; there are: none\n",

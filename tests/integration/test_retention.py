@@ -18,7 +18,7 @@ from fedmoe.store.connection import Connection
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore
 from tests.federation import ScriptedWorker, first_meta, serve, small_spec
-from tests.processes import fedmoe
+from tests.processes import fedmoe_here
 
 pytestmark = pytest.mark.one_server
 
@@ -89,7 +89,7 @@ def test_old_updates_go_and_the_rest_replays_from_kept_weights(kept: Kept, redis
     done = kept.replay()
     assert (done.version, done.problem) == (27, "")
     assert 17 <= done.since <= 20
-    told = fedmoe("verify", "--redis", redis_url, "--keep-updates", str(kept.directory.parent))
+    told = fedmoe_here("verify", "--redis", redis_url, "--keep-updates", str(kept.directory.parent))
     since = f"from version {done.since} (older kept updates were removed)"
     said = f"sql_expert: replayed {27 - done.since} of 27 updates {since}, equal\n"
     assert (told.returncode, told.stdout) == (0, said)
@@ -187,7 +187,7 @@ def test_a_time_has_a_unit(text: str, seconds: float | None) -> None:
     if seconds is not None:
         assert Duration().convert(text, None, None) == seconds
         return
-    done = fedmoe("aggregator", "run", "--keep-updates-for", text)
+    done = fedmoe_here("aggregator", "run", "--keep-updates-for", text)
     assert done.returncode == 2
     assert "must be a number above 0 with its unit, like 7d" in done.stderr
 

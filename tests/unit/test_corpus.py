@@ -16,6 +16,7 @@ from fedmoe.demo.corpus_rows import Row, split_by_source
 from fedmoe.demo.corpus_sql import databases, in_words
 from fedmoe.errors import DataError
 
+pytestmark = pytest.mark.slow  # it reads all of Python's library
 DOMAINS = ("python_expert", "sql_expert", "docs_expert")
 
 

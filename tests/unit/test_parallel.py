@@ -24,7 +24,7 @@ from fedmoe.errors import StoppedError
 from tests.processes import eventually
 from tests.tiny import tiny_tokenizer
 
-pytestmark = pytest.mark.timeout(240)  # each process imports transformers
+pytestmark = [pytest.mark.timeout(240), pytest.mark.slow]  # each process imports transformers
 N_ROWS = 400
 
 

@@ -142,6 +142,7 @@ def test_what_real_runs_send_is_what_is_listed(
         guarded.admin.client.hset(f"fedmoe:{{{EXPERT}}}:worker:another", "run", "1-00000000")
         guarded.fedmoe(MONITOR, "status")
         guarded.fedmoe(MONITOR, "gateway", "show")
+        guarded.fedmoe(OPERATOR, "status")
         guarded.fedmoe(OPERATOR, "backup", str(tmp_path / "backup"))
         guarded.fedmoe(OPERATOR, "verify", "--keep-updates", str(kept))
         guarded.fedmoe(OPERATOR, "gateway", "export", "--out", str(tmp_path / "gateway"))

@@ -90,7 +90,7 @@ def test_stop_before_the_first_step_ends_at_once(connect: Connect) -> None:
     said: list[str] = []
     training = make_training(connect(), TooLittleMemoryError("unused"), said, drain_s=30.0)
     training._stop.set()
-    with pytest.raises(StoppedError, match="nothing was trained"):
+    with pytest.raises(StoppedError):
         training.run()
     assert not said
     assert training._sync.status.published == 0

@@ -31,6 +31,7 @@ def fedmoe(*arguments: str, timeout_s: float = 100.0, **extra: str) -> subproces
 def fedmoe_here(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run a command to its end in this process, which need not import transformers for 5 s; stderr lacks its log."""
     before, code = sys.argv, 0
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     sys.argv = ["fedmoe", *arguments]
     try:
         with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
@@ -39,6 +40,8 @@ def fedmoe_here(*arguments: str) -> subprocess.CompletedProcess[str]:
         code = int(end.code or 0)
     finally:
         sys.argv = before
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 

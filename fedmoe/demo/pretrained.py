@@ -41,7 +41,7 @@ def ensure_demo_model(cache_dir: Path, *, report: Callable[[str], None]) -> Path
         cache_dir.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=".converting-", dir=cache_dir) as temporary:
             fresh = Path(temporary, MODEL_NAME)
-            _convert_in_child(gguf, fresh)
+            convert_in_child(gguf, fresh)
             _write_record(fresh, gguf)
             if target.exists():
                 target.rename(Path(temporary, "damaged"))
@@ -95,9 +95,11 @@ def convert(gguf: Path, out_dir: Path) -> None:
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(out_dir)
 
 
-def _convert_in_child(gguf: Path, out_dir: Path) -> None:
-    # In a process of its own: its 1.3 GB go back to the machine before the workers start, and its progress
-    # bars stay off the screen. An interrupt kills it: subprocess.run does.
+def convert_in_child(gguf: Path, out_dir: Path) -> None:
+    """Convert in a process of its own: its 1.3 GB go back to the machine before the workers start.
+
+    And its progress bars stay off the screen. An interrupt kills it: subprocess.run does.
+    """
     child = subprocess.run(
         [sys.executable, "-m", "fedmoe.demo.pretrained", gguf, out_dir],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},

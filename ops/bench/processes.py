@@ -37,7 +37,9 @@ class BenchError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class _Watched:
+class Watched:
+    """One process of a contestant, and how to end it."""
+
     role: str
     pid: int
     exit_code: Callable[[], int | None]
@@ -50,7 +52,7 @@ class Processes:
     """The processes of one contestant, by role; several of one role (clients) count together. A context manager."""
 
     name: str
-    _all: list[_Watched] = field(default_factory=list)
+    started: list[Watched] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._temporary = tempfile.TemporaryDirectory(prefix="fedmoe-bench-")
@@ -60,13 +62,13 @@ class Processes:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for process in reversed(self._all):
+        for process in reversed(self.started):
             process.kill()
-        self._all.clear()
+        self.started.clear()
         self._temporary.cleanup()
 
     def _log(self, role: str) -> Path:
-        return self.directory / f"{len(self._all)}-{role}.log"
+        return self.directory / f"{len(self.started)}-{role}.log"
 
     def call(self, role: str, target: Callable[..., object], *arguments: Any) -> None:
         """Run `target(*arguments)` in a process of its own; it must not return before it is killed."""
@@ -79,7 +81,7 @@ class Processes:
             process.kill()
             process.join()
 
-        self._all.append(_Watched(role, process.pid, lambda: process.exitcode, kill, log))
+        self.started.append(Watched(role, process.pid, lambda: process.exitcode, kill, log))
 
     def command(self, role: str, *arguments: str, **environment: str) -> None:
         """Run a command in a session of its own."""
@@ -102,7 +104,7 @@ class Processes:
                         child.kill()
             process.wait()
 
-        self._all.append(_Watched(role, process.pid, process.poll, kill, log))
+        self.started.append(Watched(role, process.pid, process.poll, kill, log))
 
     def redis(self, *, aof: bool = False) -> str:
         """Start a private server on loopback TCP and return its URL; with `aof`, append-only file everysec."""
@@ -117,12 +119,12 @@ class Processes:
         process = server.process
         assert process is not None
         log = server.directory / "redis.log"
-        self._all.append(_Watched("redis", process.pid, process.poll, server.stop, log))
+        self.started.append(Watched("redis", process.pid, process.poll, server.stop, log))
         return f"redis://127.0.0.1:{port}/0"
 
     def check(self) -> None:
         """Raise BenchError if a process has ended."""
-        for process in self._all:
+        for process in self.started:
             code = process.exit_code()
             if code is not None:
                 words = process.log.read_text(errors="replace").split("\n") if process.log.exists() else []
@@ -153,12 +155,12 @@ class Processes:
     @property
     def pids(self) -> list[int]:
         """Of all processes."""
-        return [process.pid for process in self._all]
+        return [process.pid for process in self.started]
 
     def _by_role(self, measure: Callable[[int], float]) -> dict[str, float]:
         self.check()
         total: dict[str, float] = {}
-        for process in self._all:
+        for process in self.started:
             try:
                 total[process.role] = total.get(process.role, 0.0) + measure(process.pid)
             except (psutil.Error, OSError):

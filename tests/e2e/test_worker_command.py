@@ -18,7 +18,7 @@ from fedmoe.settings import RedisSettings
 from fedmoe.store.connection import Connection
 from fedmoe.store.embedded import EmbeddedRedis
 from fedmoe.store.gateway import GatewayStore
-from tests.processes import eventually, fedmoe, running, terminate
+from tests.processes import eventually, fedmoe, fedmoe_here, running, terminate
 from tests.tiny import save_tiny_model
 
 
@@ -144,10 +144,10 @@ def test_template_of_a_base_without_one(
             patch.setattr("producers.material.load_base", lambda *_, **__: pytest.fail("weights were loaded"))
             refused = complaint(capsys, monkeypatch, *worker)
         assert "nor expert 'a' has a chat template: give" in refused
-        brought = fedmoe(*worker, "--chat-template", str(template))
+        brought = fedmoe_here(*worker, "--chat-template", str(template))
         assert brought.returncode == 0, brought.stderr
         assert store.meta("a").chat_template == template.read_text()
-        joined = fedmoe(*worker)
+        joined = fedmoe_here(*worker)
         assert joined.returncode == 0, joined.stderr
     template.write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     other = complaint(capsys, monkeypatch, *worker, "--chat-template", str(template))
@@ -175,7 +175,7 @@ def test_worker_of_an_earlier_protocol_ends_and_goes_on_when_it_was_upgraded(
         f"this machine; what has no answer yet is kept in {tmp_path / 'state'}, and the next start sends it"
     )
     assert "Traceback" not in text
-    assert fedmoe(*command).returncode == 2
+    assert fedmoe_here(*command).returncode == 2
     before = int(redis.hget(meta, "version"))
     redis.hset(meta, "protocol", PROTOCOL)
     with running(tmp_path / "second.log", *command) as second:
@@ -214,15 +214,15 @@ def test_what_nobody_decides_is_kept_or_said_to_be_lost(
     )
     ensure_experts(connection, {"a": 1.0}, request)
     command = ["worker", "run", "--redis", redis_url, "--stream", "a", "--data", str(rows), "--drain", "1"]
-    lost = fedmoe(*command, "--name", "ben", "--max-steps", "100")
+    lost = fedmoe_here(*command, "--name", "ben", "--max-steps", "100")
     assert lost.returncode == 1
     assert "steps since the last update that is in Redis are lost" in lost.stderr.strip().splitlines()[-1]
     state = ("--name", "anna", "--state-dir", str(tmp_path / "state"))
-    kept = fedmoe(*command, *state, "--max-steps", "100")
+    kept = fedmoe_here(*command, *state, "--max-steps", "100")
     assert kept.returncode == 0, kept.stderr
     assert "kept in" in kept.stdout
     with running(tmp_path / "log", "aggregator", "run", "--redis", redis_url, "--expert", "a"):
-        resumed = fedmoe(*command[:-1], "30", *state, "--max-steps", "1")
+        resumed = fedmoe_here(*command[:-1], "30", *state, "--max-steps", "1")
     assert resumed.returncode == 0, resumed.stderr
     log = [line for _, line in connection.client.xrange("fedmoe:{a}:log") if line[b"worker"] == b"anna"]
     assert sum(int(line[b"n_examples"]) for line in log) == 101 * 4
@@ -234,7 +234,7 @@ def test_one_name_runs_once(tmp_path: Path, redis_url: str, aggregator: GatewayS
     command = ["worker", "run", "--redis", redis_url, "--stream", "a", "--data", str(rows), "--name", "anna"]
     with running(tmp_path / "first.log", *command) as first:
         eventually("an update", lambda: aggregator.meta("a").version >= 1)
-        second = fedmoe(*command)
+        second = fedmoe_here(*command)
         assert second.returncode == 1
         assert "Traceback" not in second.stderr
         assert "is running" in second.stderr.strip().splitlines()[-1]

@@ -149,7 +149,7 @@ def lives(pid: int) -> bool:
 
 
 def pids(contestant: Contestant) -> dict[str, int]:
-    return {process.role: process.pid for process in contestant.processes._all}
+    return {process.role: process.pid for process in contestant.processes.started}
 
 
 def test_a_client_that_breaks_ends_it_with_its_own_words() -> None:
@@ -184,4 +184,4 @@ def test_refused_updates_are_no_updates() -> None:
     contestant.rules = RuleSet(aggregation=AggregationRules(max_norm=1e-6))
     with pytest.raises(BenchError, match=r"BenchError: update .* was refused: its norm"):
         contestant.__enter__()
-    assert not contestant.processes._all
+    assert not contestant.processes.started

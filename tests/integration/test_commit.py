@@ -7,7 +7,7 @@ import torch
 
 from consumers.expert import Expert
 from consumers.fold import fold
-from fedmoe.errors import StaleStateError, UnknownExpertError
+from fedmoe.errors import DamagedExpertError, LostExpertError, StaleStateError
 from fedmoe.protocol.beat import Beat
 from fedmoe.protocol.identity import BaseIdentity, tokenizer_text
 from fedmoe.protocol.integrity import stamp_decided
@@ -202,7 +202,7 @@ def test_emptied_redis_is_said(connection: Connection) -> None:
     """Nothing is invented when the expert is gone."""
     expert = make_expert(connection)
     connection.client.flushdb()
-    with pytest.raises(UnknownExpertError, match="gone from Redis"):
+    with pytest.raises(LostExpertError):
         expert.load()
 
 
@@ -214,7 +214,7 @@ def test_missing_weights_are_said_and_change_no_books(connection: Connection) ->
     serve(expert)
     weights = connection.client.get(expert.store.keys.weights)
     connection.client.delete(expert.store.keys.weights)
-    with pytest.raises(UnknownExpertError, match="its weights are missing"):
+    with pytest.raises(DamagedExpertError):
         worker.pull()
     connection.client.set(expert.store.keys.weights, weights)
     worker.pull()
@@ -226,7 +226,7 @@ def test_expert_made_anew_with_another_spec_is_noticed(connection: Connection) -
     expert = make_expert(connection)
     connection.client.flushdb()
     make_expert(connection, spec=small_spec(wire_format="int4"))
-    with pytest.raises(StaleStateError, match="another spec"):
+    with pytest.raises(StaleStateError):
         expert.load()
 
 

@@ -83,6 +83,7 @@ def test_config_alone_is_enough(connection: Connection, tiny_model_dir: Path, tm
     assert GatewayStore(connection).meta("a").tokenizer == f"template:{template_digest(template)}"
 
 
+@here
 def test_existing_experts_are_left_alone(connection: Connection, tiny_model_dir: Path) -> None:
     """A second start changes nothing, needs no model, and names a setting that was typed and differs."""
     ensure_experts(connection, {"a": 1.0}, request(tiny_model_dir))
@@ -104,6 +105,7 @@ def test_one_federation_has_one_base(connection: Connection, tiny_model_dir: Pat
     assert not ExpertStore(connection, "b").exists()
 
 
+@here
 def test_creation_is_whole_or_not_at_all(
     connection: Connection, connect: Callable[[], Connection], tiny_model_dir: Path
 ) -> None:
@@ -232,6 +234,7 @@ def test_expert_names_and_weights_are_checked(texts: list[str]) -> None:
         parse_experts(texts)
 
 
+@here
 def test_adapter_that_is_too_large_is_refused_before_it_is_made(
     connection: Connection, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

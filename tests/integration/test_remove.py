@@ -89,7 +89,7 @@ def test_its_workers_end_with_one_sentence(expert: Expert, connect: Connect) -> 
         scripted.store.meta,
         lambda: scripted.store.pull(small_spec(), known=""),
     ):
-        with pytest.raises(RemovedExpertError, match="was removed by an operator"):
+        with pytest.raises(RemovedExpertError):
             fails()
     scripted.push(0.5)
     with pytest.raises(RemovedExpertError):

@@ -41,19 +41,17 @@ def poisoned(value: float) -> tuple[bytes, ...]:
 
 
 @pytest.mark.parametrize(
-    ("changes", "reason"),
+    "changes",
     [
-        ({"spec": "0" * 16}, "made for spec"),
-        ({"base_fingerprint": "f" * 16}, "another base model, tokenizer or chat template: its weights"),
-        ({"tokenizer": "template:ff added:1a"}, "or chat template: its tokenizer differs from"),
-        ({"wire_format": "int8"}, "encoded as 'int8'"),
-        ({"parts": (Part(10, b"0" * 32), Part(10, b"0" * 32))}, "2 parts"),
-        ({"parts": (Part(2**20, b"0" * 32),)}, "at most"),
+        {"spec": "0" * 16},
+        {"base_fingerprint": "f" * 16},
+        {"tokenizer": "template:ff added:1a"},
+        {"wire_format": "int8"},
+        {"parts": (Part(10, b"0" * 32), Part(10, b"0" * 32))},
+        {"parts": (Part(2**20, b"0" * 32),)},
     ],
 )
-def test_header_that_breaks_the_spec_is_refused(
-    connection: Connection, changes: dict[str, object], reason: str
-) -> None:
+def test_header_that_breaks_the_spec_is_refused(connection: Connection, changes: dict[str, object]) -> None:
     """Refused by the header alone: the worker is told why, a dead letter is kept, the weights stay."""
     expert = make_expert(connection, tokenizer="template:00 added:1a", tokenizer_by="worker zoe")
     worker = ScriptedWorker(connection, expert.spec)
@@ -64,7 +62,7 @@ def test_header_that_breaks_the_spec_is_refused(
     assert serve(expert) == ["refused"]
     change = worker.pull()
     assert change.how is not None
-    assert reason in change.how.reason
+    assert change.how.reason  # which: test_judge_header
     ((_, letter),) = connection.client.xrange(expert.store.keys.dead)
     assert letter[b"reason"].decode() == change.how.reason
     assert torch.equal(stored(expert), start_weights())

@@ -9,8 +9,8 @@ from typing import Any
 
 import consumers.decide
 import consumers.expert
+import producers.membership
 import producers.sync
-import producers.worker
 import tests.protocol.worker
 from consumers.decide import Admission, Outcome, Verdict, judge_header
 from consumers.expert import Expert
@@ -124,7 +124,7 @@ def _pull_by_version(store: WorkerStore, spec: Spec, *, known: str) -> Pulled:
 def pulling(instead: Callable[..., Pulled]) -> tuple[tuple[Any, str, Any], ...]:
     """The patches that have a worker pull otherwise."""
     return tuple(
-        (where, "pull", instead) for where in (producers.sync, producers.worker, tests.protocol.worker)
+        (where, "pull", instead) for where in (producers.membership, producers.sync, tests.protocol.worker)
     )
 
 

@@ -102,7 +102,7 @@ def test_every_row_is_accounted_for_with_its_reason(rows: MakeRows) -> None:
 def test_tokenizing_can_be_stopped(rows: MakeRows) -> None:
     """Told to stop after some rows, it does not go on to the last."""
     asked = iter([False, False, True])
-    with pytest.raises(StoppedError, match="nothing was trained yet"):
+    with pytest.raises(StoppedError):
         make_examples(rows(*"abcdef"), tiny_tokenizer(), 512, BAD_ROWS, stopped=lambda: next(asked))
 
 

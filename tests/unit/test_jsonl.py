@@ -291,7 +291,7 @@ def test_no_bytes_are_fatal_but_by_a_sentence(tmp_path: Path, data: st.DataObjec
 def test_reading_can_be_stopped(tmp_path: Path) -> None:
     """Told to stop after some rows, it does not go on to the last."""
     asked = iter([False, False, True])
-    with pytest.raises(StoppedError, match="nothing was trained yet"):
+    with pytest.raises(StoppedError):
         open_data(
             write(tmp_path, lines(*[GOOD] * 6)), BadRows(report=print, fail=True), stopped=lambda: next(asked)
         )

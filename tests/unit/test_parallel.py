@@ -99,7 +99,7 @@ def test_what_a_killed_process_had_is_encoded_here(path: Path, caplog: pytest.Lo
 
 def test_whoever_is_told_to_stop_leaves_no_process(path: Path) -> None:
     """While they still start, and while rows are under way."""
-    with pytest.raises(StoppedError, match="nothing was trained yet"):
+    with pytest.raises(StoppedError):
         encoded(path, processes=2, stopped=lambda: True)
     assert children() == []
     stop: list[None] = []

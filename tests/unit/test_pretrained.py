@@ -21,7 +21,7 @@ def conversions(monkeypatch, tmp_path) -> list[Path]:
         (out_dir / "config.json").write_text("{}")
         (out_dir / "model.safetensors").write_bytes(b"weights" * 1000)
 
-    monkeypatch.setattr(pretrained, "_convert_in_child", convert)
+    monkeypatch.setattr(pretrained, "convert_in_child", convert)
     monkeypatch.setattr(pretrained, "find_gguf", lambda: tmp_path / "model.gguf")
     return done
 
@@ -83,7 +83,7 @@ def test_interrupted_conversion_leaves_nothing(conversions, monkeypatch, tmp_pat
         (out_dir / "config.json").write_text("{")
         raise error
 
-    monkeypatch.setattr(pretrained, "_convert_in_child", convert)
+    monkeypatch.setattr(pretrained, "convert_in_child", convert)
     with pytest.raises((KeyboardInterrupt, BaseModelError)):
         ensure(tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
@@ -106,7 +106,7 @@ def test_failed_conversion_gives_its_reason(monkeypatch, tmp_path):
     python.chmod(0o755)
     monkeypatch.setattr(pretrained.sys, "executable", str(python))
     with pytest.raises(BaseModelError) as caught:
-        pretrained._convert_in_child(tmp_path / "broken.gguf", tmp_path / "out")
+        pretrained.convert_in_child(tmp_path / "broken.gguf", tmp_path / "out")
     assert str(caught.value) == "broken.gguf could not be converted to safetensors: ValueError: not a GGUF"
 
 

@@ -1,20 +1,24 @@
 """`fedmoe.connect`: reading a federation from Python."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
+from transformers import Trainer, TrainingArguments
 
 import fedmoe
 from consumers.gateway.builder import GatewayBuilder
 from fedmoe.errors import SettingsError, UnknownExpertError
 from fedmoe.settings import GatewaySettings
 from fedmoe.store.connection import Connection
-from tests.federation import LAYOUT, ScriptedWorker, make_expert, serve, small_spec
+from tests.federation import LAYOUT, ScriptedWorker, make_expert, serve, serving, small_spec
 from tests.integration.test_member import NAME, adapted, make_tiny, tiny_spec, values, weights_in_redis
 from tests.tiny import tiny_model
+
+PAGE = Path(__file__).parent.parent.parent / "docs" / "python.md"
 
 pytestmark = pytest.mark.one_server
 
@@ -69,3 +73,28 @@ def test_bad_url_and_unknown_expert_are_sentences(connection: Connection) -> Non
         fedmoe.connect("http://here")
     with pytest.raises(UnknownExpertError, match="there are: sql_expert"):
         fedmoe.connect(connection.settings).expert("docs_expert").weights()
+
+
+def test_the_pages_python_runs(
+    connection: Connection, connect: Callable[[], Connection], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every block of docs/python.md, in order, as a reader would run it."""
+    make_tiny(connection)
+    monkeypatch.chdir(tmp_path)
+    ids = torch.arange(24).reshape(2, 12)
+    arguments = TrainingArguments(
+        output_dir="out", max_steps=2, use_cpu=True, report_to="none", save_strategy="no"
+    )
+    names = {
+        "url": connection.settings.url, "base": tiny_model(), "get_peft_model": get_peft_model, "torch": torch,
+        "batches": [{"input_ids": ids, "labels": ids}] * 3, "Trainer": Trainer, "arguments": arguments,
+        "rows": [{"input_ids": row, "labels": row} for row in ids] * 8,
+    }  # fmt: skip
+    blocks = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), flags=re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 3
+    with serving(connect(), block_ms=20):
+        for block in blocks:
+            exec(block, names)  # noqa: S102  # that is the test
+    updates = list(fedmoe.connect(connection.settings).expert(NAME).updates())
+    assert {update.worker for update in updates} == {"own", "hf"}
+    assert (tmp_path / "sql" / "adapter_model.safetensors").exists()

@@ -6,7 +6,7 @@ The rows here are {"text": …}, one per line; the loss is on every token.
 """
 
 import json
-import os
+import sys
 from pathlib import Path
 
 import click
@@ -19,15 +19,17 @@ import fedmoe
 
 @click.command()
 @click.option(
+    "--redis", default="redis://127.0.0.1:6379/0", envvar="FEDMOE_REDIS", help="URL of the federation."
+)
+@click.option(
     "--data", required=True, type=click.Path(path_type=Path), help="JSONL file; never leaves this machine."
 )
 @click.option("--expert", default="sql_expert", show_default=True, help="Expert to train.")
 @click.option("--base-model", required=True, help="The expert's base model: hub id or directory.")
-@click.option("--name", default="", help="This worker's name.  [default: the host's]")
+@click.option("--name", default="own", help="This worker's name.")
 @click.option("--steps", default=100, show_default=True, help="Optimizer steps.")
-def main(data: Path, expert: str, base_model: str, name: str, steps: int) -> None:
+def main(redis: str, data: Path, expert: str, base_model: str, name: str, steps: int) -> None:
     """Train an expert with a loop of your own."""
-    redis = os.environ.get("FEDMOE_REDIS", "redis://127.0.0.1:6379/0")
     rows = [json.loads(line)["text"] for line in data.read_text().splitlines()]
     tokenizer = AutoTokenizer.from_pretrained(base_model)
     base = AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.float32)
@@ -37,7 +39,7 @@ def main(data: Path, expert: str, base_model: str, name: str, steps: int) -> Non
 
     # From here on the adapter holds the expert's present weights; or those of the checkpoint, after a restart.
     with fedmoe.join(
-        redis, {expert: model}, name=name, state_dir=f"fedmoe-state-{name or 'own'}", optimizer=optimizer,
+        redis, {expert: model}, name=name, state_dir=f"fedmoe-state-{name}", optimizer=optimizer,
         tokenizer=tokenizer, data=str(data),
     ) as member:  # fmt: skip
         for _ in range(steps):
@@ -53,4 +55,8 @@ def main(data: Path, expert: str, base_model: str, name: str, steps: int) -> Non
     print(f"{expert} is at version {member.status[expert].version}")
 
 
-main()
+try:
+    main()
+except fedmoe.FedMoEError as error:
+    click.echo(error, err=True)
+    sys.exit(error.exit_code)

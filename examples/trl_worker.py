@@ -1,11 +1,4 @@
-"""TRL's SFTTrainer as a worker, beside any other workers of the same expert.
-
-    python examples/trl_worker.py --data rows.jsonl --expert sql_expert --base-model DIR_OR_HUB_ID
-
-Rows are what SFTTrainer takes: {"prompt", "completion"}, {"messages": […]} or {"text"}.
-"""
-
-import os
+"""TRL's SFTTrainer as a worker: python examples/trl_worker.py --data rows.jsonl --base-model DIR_OR_HUB_ID."""
 
 import click
 from datasets import load_dataset
@@ -16,14 +9,16 @@ from fedmoe.integrations.transformers import FedMoECallback
 
 
 @click.command()
+@click.option(
+    "--redis", default="redis://127.0.0.1:6379/0", envvar="FEDMOE_REDIS", help="URL of the federation."
+)
 @click.option("--data", required=True, help="JSONL file; never leaves this machine.")
-@click.option("--expert", default="sql_expert", show_default=True, help="Expert to train.")
+@click.option("--expert", default="sql_expert", help="Expert to train.")
 @click.option("--base-model", required=True, help="The expert's base model: hub id or directory.")
-@click.option("--name", default="", help="This worker's name.  [default: the host's]")
-@click.option("--steps", default=100, show_default=True, help="Optimizer steps.")
-def main(data: str, expert: str, base_model: str, name: str, steps: int) -> None:
+@click.option("--name", default="trl", help="This worker's name.")
+@click.option("--steps", default=100, help="Optimizer steps.")
+def main(redis: str, data: str, expert: str, base_model: str, name: str, steps: int) -> None:
     """Train an expert with SFTTrainer."""
-    redis = os.environ.get("FEDMOE_REDIS", "redis://127.0.0.1:6379/0")
     trainer = SFTTrainer(
         model=base_model,
         args=SFTConfig(
@@ -31,9 +26,13 @@ def main(data: str, expert: str, base_model: str, name: str, steps: int) -> None
         ),
         train_dataset=load_dataset("json", data_files=data, split="train"),
         peft_config=fedmoe.connect(redis).expert(expert).lora_config(),
-        callbacks=[FedMoECallback(redis, expert, name=name, state_dir=f"fedmoe-state-{name or 'trl'}")],
+        callbacks=[FedMoECallback(redis, expert, name=name, state_dir=f"fedmoe-state-{name}")],
     )
     trainer.train()
 
 
-main()
+try:
+    main()
+except fedmoe.FedMoEError as error:
+    click.echo(error, err=True)
+    raise SystemExit(error.exit_code) from None

@@ -10,6 +10,7 @@ expert, if that is there, and copies the adapter when it is time to publish. All
 """
 
 import logging
+import operator
 import socket
 import time
 from collections.abc import Iterator, Mapping
@@ -134,8 +135,7 @@ class Member:
                 is too old). What has no answer yet is kept in the state directory.
             SettingsError: if n_examples or n_tokens is no count.
         """
-        check_whole("n_examples", n_examples, at_least=0)
-        check_whole("n_tokens", n_tokens, at_least=0)
+        n_examples, n_tokens = _count("n_examples", n_examples), _count("n_tokens", n_tokens)
         if self._has_left:
             raise SettingsError("this worker has left the federation: join again to train on")
         position = self.position + n_examples
@@ -210,6 +210,14 @@ class Member:
                     logger.warning("%s", lost)
             is_stop = isinstance(error, KeyboardInterrupt)
             self._stack.__exit__(*((None, None, None) if is_stop else (kind, error, trace)))
+
+
+def _count(name: str, value: object) -> int:
+    """A count of any integer type, numpy's and torch's among them, as an int."""
+    if hasattr(value, "__index__") and not isinstance(value, bool):
+        value = operator.index(value)
+    check_whole(name, value, at_least=0)
+    return int(value)  # type: ignore[call-overload, no-any-return]  # it is one
 
 
 def join(

@@ -70,7 +70,8 @@ class FedMoECallback(TrainerCallback):  # type: ignore[misc]  # checkers do not 
             )
         if args.world_size > 1 or args.n_gpu > 1:
             raise SettingsError(
-                "the training is spread over several devices: start one worker on each GPU, each with a name of its own"
+                "the training is spread over several devices: start one worker on each GPU (CUDA_VISIBLE_DEVICES=0), "
+                "each with a name of its own"
             )
         model: nn.Module = kwargs["model"]
         self.member = fedmoe.join(

@@ -74,6 +74,11 @@ def test_script_trains_beside_a_worker(
                 assert process.wait(100) == 0, log.read_text()
         assert terminate(worker) == 0
     assert is_in_the_log("script")
+    with running(log, *arguments, "--expert", "other", program=[str(EXAMPLES / script)], FEDMOE_REDIS=redis_url,
+                 cwd=tmp_path) as process:  # fmt: skip
+        assert process.wait(100) == 2
+    assert "there is no expert 'other'; there are: sql_expert" in log.read_text()
+    assert "Traceback" not in log.read_text()
     assert store.meta("sql_expert").refused == 0
     lines = [line for line in store.history("sql_expert")[2] if line.get("worker") == "script"]
     assert len({line["run"] for line in lines}) == 1

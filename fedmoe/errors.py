@@ -59,6 +59,8 @@ class BackupError(FedMoEError, ValueError):
 class UnknownExpertError(FedMoEError, LookupError):
     """No expert of that name; the message lists those there are."""
 
+    exit_code = 2
+
 
 def create_from_zero(name: str) -> str:
     """The command that creates an expert again after it was lost or removed."""
@@ -67,6 +69,8 @@ def create_from_zero(name: str) -> str:
 
 class LostExpertError(UnknownExpertError):
     """An expert that was there is gone: Redis was emptied. Only an operator creates it from zero; all others wait."""
+
+    exit_code = 1
 
     def __init__(self, name: str, known: str = "") -> None:
         super().__init__(
@@ -91,6 +95,8 @@ class RefusedError(FedMoEError, RuntimeError):
 
 class RemovedExpertError(RefusedError, LookupError):
     """An expert that an operator took away for good: whoever serves or trains it ends, and nobody writes it back."""
+
+    exit_code = 1
 
     def __init__(self, name: str, when: str) -> None:
         super().__init__(

@@ -24,6 +24,8 @@ from fedmoe.protocol.lora import ALL_LINEAR, LoraSettings
 from fedmoe.protocol.lora_init import initial_weights
 from fedmoe.protocol.spec import Spec, beneath
 
+TAKE_CONFIG = "Take the LoraConfig of the expert: fedmoe.connect(url).expert(name).lora_config()"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterPlan:
@@ -177,8 +179,8 @@ def bind_adapter(model: nn.Module, spec: Spec) -> torch.Tensor:
         The flat vector (numel,) fp32 on the model's device.
 
     Raises:
-        SettingsError: if the model trains anything but one LoRA adapter in fp32 on one device.
-        SpecError: if the adapter's tensors or its scaling are not the spec's.
+        SettingsError: if the model trains anything but one LoRA adapter in fp32 on one device, with the spec's tensors
+            and scaling.
     """
     config = _lora_config(model)
     parameters = _lora_parameters(model, config.name)
@@ -188,11 +190,13 @@ def bind_adapter(model: nn.Module, spec: Spec) -> torch.Tensor:
             f"the model trains {len(others)} tensors beside its LoRA adapter, first {others[0]!r}: FedMoE shares an "
             "adapter only; freeze the base model, and give no bias or modules_to_save"
         )
-    _check_tensors(parameters, dict(spec.layout.tensors))
+    try:
+        _check_tensors(parameters, dict(spec.layout.tensors))
+    except SpecError as error:
+        raise SettingsError(f"{error} {TAKE_CONFIG}") from error
     if config.scaling != spec.lora.scaling:
-        raise SpecError(
-            f"the adapter is scaled by {config.scaling:g}, the expert's by {spec.lora.scaling:g}: take its LoraConfig "
-            "from the expert (fedmoe.connect(url).expert(name).lora_config())"
+        raise SettingsError(
+            f"the adapter is scaled by {config.scaling:g}, the expert's by {spec.lora.scaling:g}. {TAKE_CONFIG}"
         )
     kinds = {(parameter.dtype, parameter.device) for parameter in parameters.values()}
     if len(kinds) > 1 or {dtype for dtype, _ in kinds} != {torch.float32}:
@@ -229,6 +233,6 @@ def _lora_config(model: nn.Module) -> _Bound:
         )
     ((name, config),) = configs.items()
     if config.peft_type != PeftType.LORA or config.use_dora:
-        raise SettingsError(f"the adapter {name!r} is no plain LoRA: take the expert's own LoraConfig")
+        raise SettingsError(f"the adapter {name!r} is no plain LoRA. {TAKE_CONFIG}")
     scale = config.r**0.5 if config.use_rslora else config.r
     return _Bound(name, config.lora_alpha / scale)

@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 import fedmoe
-from fedmoe.errors import BaseModelError, RemovedExpertError, SettingsError, SpecError, UnknownExpertError
+from fedmoe.errors import BaseModelError, RemovedExpertError, SettingsError, UnknownExpertError
 from fedmoe.model.adapter import adapter_layout
 from fedmoe.model.base import fingerprint, structure
 from fedmoe.protocol.layout import values_of
@@ -207,8 +207,8 @@ def in_bf16(connection: Connection) -> nn.Module:
     ("make", "error", "sentence"),
     [
         (full, SettingsError, "has no LoRA adapter, so all its weights would be trained"),
-        (other_rank, SpecError, "has no tensor"),
-        (other_scaling, SpecError, "scaled by 8, the expert's by 2"),
+        (other_rank, SettingsError, "has no tensor"),
+        (other_scaling, SettingsError, "scaled by 8, the expert's by 2"),
         (with_bias, SettingsError, "trains 1 tensors beside its LoRA adapter"),
         (in_bf16, SettingsError, "must be fp32 on one device, not bfloat16 on cpu"),
     ],

@@ -103,9 +103,8 @@ def join(
     member = Membership(
         redis, expert, name, state_dir=state_dir, wait=False, checkpoint_interval_s=checkpoint_interval_s
     )
-    spec, _ = member.look()
-    member.identity = identity
-    trainer = trainer or Counter(torch.zeros(spec.layout.numel))
+    member.spec, member.identity = member.store.spec(), identity  # its rights are not looked at
+    trainer = trainer or Counter(torch.zeros(member.spec.layout.numel))
     member.begin(trainer, data="d", training_fields=training_fields, clock=clock)
     return member
 

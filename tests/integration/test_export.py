@@ -278,7 +278,7 @@ def test_an_unknown_expert_lists_those_there_are(connection: Connection, tmp_pat
         "--expert",
     )
     done = fedmoe_here(*arguments, "sqlexpert")
-    assert (done.returncode, done.stdout) == (1, "")
+    assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "fedmoe: there is no expert 'sqlexpert'; there are: sql_expert\n"
     with pytest.raises(FedMoEError, match="cannot be used"):
         read_expert(GatewayStore(connection), "a:b")

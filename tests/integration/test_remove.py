@@ -185,6 +185,6 @@ def test_the_command_asks_and_says_what_it_did(connection: Connection) -> None:
     assert "fedmoe: expert 'sql_expert' was removed by an operator at " in again.stderr
     unknown = fedmoe_here(*arguments, "sqlexpert", "--yes")
     assert (unknown.returncode, unknown.stderr) == (
-        1,
+        2,
         "fedmoe: there is no expert 'sqlexpert'; there are: none\n",
     )

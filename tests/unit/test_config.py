@@ -17,6 +17,8 @@ from fedmoe.cli.declared import key, made
 from fedmoe.cli.main import cli
 from fedmoe.cli.page import page
 from fedmoe.errors import SettingsError
+from fedmoe.protocol.codec import FORMATS
+from fedmoe.protocol.lora import WIRE_FORMATS
 from fedmoe.settings import METHODS, AggregatorSettings, GatewaySettings, WorkerSettings
 from fedmoe.util.setting import declared
 
@@ -137,6 +139,11 @@ def test_every_method_of_the_merge_can_be_chosen() -> None:
         takes_rank = method.rank is methods.Rank.CHOSEN
         with nullcontext() if takes_rank else pytest.raises(SettingsError, match="rank"):
             GatewaySettings(method=name, rank=3)
+
+
+def test_wire_formats_are_those_of_the_codec() -> None:
+    """The settings name them without importing torch."""
+    assert tuple(FORMATS) == WIRE_FORMATS
 
 
 def test_settings_and_commands_import_nothing_heavy() -> None:

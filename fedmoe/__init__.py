@@ -28,13 +28,14 @@ _HOME = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    """A public name, imported when it is first used."""
-    if name not in _HOME:
-        raise AttributeError(f"module 'fedmoe' has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(_HOME[name]), name)
-    return value
+if not TYPE_CHECKING:  # a type checker shall find misspelled names
 
+    def __getattr__(name: str) -> Any:
+        """A public name, imported when it is first used."""
+        if name not in _HOME:
+            raise AttributeError(f"module 'fedmoe' has no attribute {name!r}")
+        value = globals()[name] = getattr(importlib.import_module(_HOME[name]), name)
+        return value
 
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

@@ -107,14 +107,16 @@ class StateDir:
         except BlockingIOError as error:
             lock.close()
             raise BlockingIOError(error.errno, "another worker uses it") from error
-        self._lock = lock
+        self.lock = lock
         for left in self.path.glob(_HALF_WRITTEN):
             left.unlink(missing_ok=True)
         self.id = self._read_id() or self._write_id(self.id or secrets.token_hex(16))
 
     def close(self) -> None:
-        """Let others have the directory."""
-        self._lock.close()
+        """Let others have the directory, also if a child process has inherited the lock."""
+        if not self.lock.closed:
+            fcntl.flock(self.lock, fcntl.LOCK_UN)
+        self.lock.close()
 
     def _holds(self) -> bool:
         """False if somebody removed the directory or its lock."""
@@ -122,12 +124,12 @@ class StateDir:
             there = (self.path / "lock").stat()
         except (FileNotFoundError, NotADirectoryError):
             return False
-        return os.path.samestat(there, os.fstat(self._lock.fileno()))
+        return os.path.samestat(there, os.fstat(self.lock.fileno()))
 
     @property
     def _place(self) -> str:
         """What a copy of the directory has otherwise."""
-        return str(os.fstat(self._lock.fileno()).st_ino)
+        return str(os.fstat(self.lock.fileno()).st_ino)
 
     def _read_id(self) -> str:
         """The id that was given to this directory, "" if there is none."""

@@ -75,9 +75,12 @@ class Exchange:
         trainer: whose adapter it is.
         with_optimizer: copy the optimizer's state too (for a checkpoint).
         trained: what a resumed worker had trained since its last update.
+        abandons: at the end, a step that is under way may be abandoned: the training takes its steps by `take_step`.
     """
 
-    def __init__(self, trainer: Trains, *, with_optimizer: bool, trained: Trained | None = None) -> None:
+    def __init__(
+        self, trainer: Trains, *, with_optimizer: bool, trained: Trained | None = None, abandons: bool = True
+    ) -> None:
         self._trainer = trainer
         self._with_optimizer = with_optimizer
         self._lock = threading.Lock()
@@ -86,7 +89,7 @@ class Exchange:
         self._trained = trained or Trained()
         self._wanted = False
         self._consume = False
-        self._abandoned = False
+        self._abandons, self._abandoned = abandons, False
         self._ready = threading.Event()
         self._state: TrainingState | None = None
 
@@ -198,8 +201,12 @@ class Exchange:
     def take_now(self) -> TrainingState | None:
         """Sync thread, when it is time to end: the copy asked for, without waiting for the end of a step.
 
-        The step under way is abandoned: it is not in the copy, and will not be applied.
+        The step under way is abandoned: it is not in the copy, and will not be applied. If steps cannot be abandoned,
+        it is waited for.
         """
+        while not self._abandons:
+            if (state := self.take(1.0)) is not None:
+                return state
         with self._lock:
             self._abandoned = True
             self._copy_if_wanted()

@@ -9,15 +9,18 @@
 expert, if that is there, and copies the adapter when it is time to publish. All else is `producers.membership`.
 """
 
+import atexit
 import logging
+import math
 import operator
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 from torch import nn
@@ -25,15 +28,17 @@ from torch.optim import Optimizer
 from transformers import PretrainedConfig
 
 from fedmoe.errors import FedMoEError, SettingsError
-from fedmoe.model.adapter import bind_adapter
+from fedmoe.model.adapter import BoundAdapter, bind_adapter
 from fedmoe.model.base import check_structure, fingerprint
 from fedmoe.model.tokenizer import vocabulary_fingerprint
 from fedmoe.protocol.identity import BaseIdentity
-from fedmoe.protocol.names import check_name, clean_name
+from fedmoe.protocol.names import clean_name
 from fedmoe.protocol.rules import RuleSet, TrainingSettings
-from fedmoe.settings import RedisSettings
+from fedmoe.settings import RedisSettings, WorkerSettings
 from fedmoe.util.setting import check_whole
+from fedmoe.util.stopping import without_interrupt
 from producers.checkpoint import StateDir, name_in
+from producers.exchange import Exchange
 from producers.heartbeat import SyncStatus
 from producers.membership import Membership
 from producers.trainer import StepResult
@@ -48,45 +53,62 @@ logger = logging.getLogger(__name__)
 class _Adapter:
     """Somebody else's training, as the exchange sees it: the adapter, its optimizer, and how far it is in the data."""
 
-    def __init__(self, flat: torch.Tensor, optimizer: Optimizer | None) -> None:
-        self.flat = flat
+    def __init__(self, bound: BoundAdapter, optimizer: Optimizer | None) -> None:
+        self.flat = bound.flat
         self.position = 0
-        self._optimizer = optimizer
+        self.check = bound.check
+        self._bound = bound
+        # accelerate puts its own around the optimizer.
+        self._optimizer = getattr(optimizer, "optimizer", optimizer)
 
     def adopt(self, settings: TrainingSettings) -> None:
         """Following the rules for training is up to the loop."""
 
     def state(self) -> Mapping[str, torch.Tensor]:
-        """A copy on the CPU of the optimizer's tensors for this adapter, by parameter and name."""
+        """A copy on the CPU of the optimizer's state of this adapter, by tensor and name, marked with the optimizer.
+
+        Nothing, if it holds anything but tensors and numbers.
+        """
         if self._optimizer is None:
             return {}
-        states = self._optimizer.state
-        return {
-            f"{number}.{name}": value.detach().to("cpu", copy=True)
-            for number, parameter in self._parameters()
-            for name, value in states.get(parameter, {}).items()
-            if isinstance(value, torch.Tensor)
-        }
+        state = {self._mark(): torch.tensor(0)}
+        for name, parameter in self._bound.parameters().items():
+            for key, value in self._optimizer.state.get(parameter, {}).items():
+                if isinstance(value, torch.Tensor):
+                    state[f"{name}|{key}"] = value.detach().to("cpu", copy=True)
+                elif isinstance(value, int | float):
+                    state[f"{name}|{key}|{type(value).__name__}"] = torch.tensor(value)
+                elif value is not None:
+                    return {}
+        return state
 
     def load_state(self, state: Mapping[str, torch.Tensor], *, same_data: bool) -> None:
-        """Take over what `state` returned."""
+        """Take over what `state` returned; the state of another optimizer is left alone, and that is said."""
         if self._optimizer is None or not state:
             return
+        if self._mark() not in state:
+            logger.warning("the checkpoint's optimizer is another one: the optimizer begins anew")
+            return
+        found: dict[str, dict[str, Any]] = {}
+        for full, value in state.items():
+            name, *rest = full.split("|")
+            if rest:
+                found.setdefault(name, {})[rest[0]] = value.item() if len(rest) > 1 else value
+        numbers = {
+            id(one): number
+            for number, one in enumerate(p for group in self._optimizer.param_groups for p in group["params"])
+        }
         whole = self._optimizer.state_dict()
-        for number, _ in self._parameters():
-            prefix = f"{number}."
-            if mine := {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}:
-                whole["state"][number] = mine
+        for name, parameter in self._bound.parameters().items():
+            if name in found and id(parameter) in numbers:
+                whole["state"][numbers[id(parameter)]] = found[name]
         self._optimizer.load_state_dict(whole)
 
-    def _parameters(self) -> Iterator[tuple[int, torch.Tensor]]:
-        """The optimizer's parameters that lie in this adapter, each with its number there."""
+    def _mark(self) -> str:
+        """What tells this kind of optimizer from others, whose state is made of other things."""
         assert self._optimizer is not None
-        mine = self.flat.untyped_storage().data_ptr()
-        parameters = (p for group in self._optimizer.param_groups for p in group["params"])
-        for number, parameter in enumerate(parameters):
-            if parameter.untyped_storage().data_ptr() == mine:
-                yield number, parameter
+        switches = sorted(name for name, value in self._optimizer.defaults.items() if value is True)
+        return "|".join(["", type(self._optimizer).__qualname__, *switches])
 
 
 class _Chain(NamedTuple):
@@ -95,14 +117,20 @@ class _Chain(NamedTuple):
     membership: Membership
     adapter: _Adapter
 
-    def step(self, done: StepResult) -> None:
-        """Note a step, then take in what is there."""
+    def note(self, done: StepResult) -> None:
+        """Note a step."""
         self.adapter.position += done.n_examples
         self.membership.exchange.record(done)
-        self.membership.exchange.boundary()
-        failure = self.membership.sync.failure
-        if failure is not None and not self.membership.thread.is_alive():
-            raise failure
+
+    def pass_boundary(self) -> None:
+        """Take in what is there; raise what made this worker useless, once all is kept that can be."""
+        member = self.membership
+        member.exchange.boundary()
+        if member.sync.failure is not None:
+            while member.thread.is_alive():
+                member.exchange.boundary()
+                member.thread.join(0.02)
+            raise member.sync.failure
 
 
 class Member:
@@ -121,8 +149,9 @@ class Member:
         self._drain_s = drain_s
         self._progress = progress
         self._has_left = False
+        atexit.register(self._leave_at_exit)
 
-    def step(self, *, n_examples: int, n_tokens: int = 0, loss: float = float("nan")) -> None:
+    def step(self, *, n_examples: int, n_tokens: int = 0, loss: float | None = None) -> None:
         """Tell of one optimizer step that was just taken, and take in what others have learnt.
 
         Args:
@@ -133,19 +162,24 @@ class Member:
         Raises:
             FedMoEError: if this worker has become useless (refused, its name taken, its expert removed, a release that
                 is too old). What has no answer yet is kept in the state directory.
-            SettingsError: if n_examples or n_tokens is no count.
+            SettingsError: if n_examples or n_tokens is no count, or the adapter was replaced after joining.
         """
         n_examples, n_tokens = _count("n_examples", n_examples), _count("n_tokens", n_tokens)
         if self._has_left:
             raise SettingsError("this worker has left the federation: join again to train on")
-        position = self.position + n_examples
-        done = StepResult(
-            loss=float(loss), n_examples=n_examples, n_tokens=n_tokens, position=position, applied=True
-        )
-        self.steps += 1
-        self._progress.add(done)
         for chain in self._chains.values():
-            chain.step(done)
+            chain.adapter.check()
+        done = StepResult(
+            loss=math.nan if loss is None else float(loss), n_examples=n_examples, n_tokens=n_tokens,
+            position=self.position + n_examples, applied=True,
+        )  # fmt: skip
+        with without_interrupt():  # half a boundary would count a correction twice
+            self.steps += 1
+            self._progress.add(done)
+            for chain in self._chains.values():
+                chain.note(done)
+            for chain in self._chains.values():
+                chain.pass_boundary()
 
     @property
     def status(self) -> dict[str, SyncStatus]:
@@ -179,16 +213,39 @@ class Member:
     def _drain(self) -> None:
         """Publish what is trained, and wait for the decisions, of all experts side by side."""
         self._has_left = True
+        atexit.unregister(self._leave_at_exit)
         members = [chain.membership for chain in self._chains.values()]
         for member in members:
             member.sync.finish(self._drain_s)
         while any(member.thread.is_alive() for member in members):
-            for member in members:
-                member.exchange.boundary()
+            with without_interrupt():
+                for member in members:
+                    member.exchange.boundary()
             time.sleep(0.02)
 
     def _outcomes(self) -> dict[str, str]:
-        return {name: chain.membership.outcome(self._drain_s) for name, chain in self._chains.items()}
+        """By expert, how it ended; raises the first error, once all others are said."""
+        said, errors = {}, []
+        for name, chain in self._chains.items():
+            try:
+                said[name] = chain.membership.outcome(self._drain_s)
+            except FedMoEError as error:
+                errors.append(error)
+        for other in errors[1:]:
+            logger.warning("%s", other)
+        if errors:
+            for name, sentence in said.items():
+                logger.info("%s: %s", name, sentence)
+            raise errors[0]
+        return said
+
+    def _leave_at_exit(self) -> None:
+        """The process ends, and nobody has left: what was trained is published all the same."""
+        try:
+            for name, sentence in self.leave(is_done=False).items():
+                logger.warning("the program ended without leaving the federation; %s: %s", name, sentence)
+        except FedMoEError as error:
+            logger.warning("the program ended without leaving the federation: %s", error)
 
     def __enter__(self) -> Self:
         return self
@@ -201,15 +258,23 @@ class Member:
             for name, sentence in self.leave().items():
                 logger.info("%s: %s", name, sentence)
         elif not self._has_left:
-            self._drain()
+            is_stop = isinstance(error, KeyboardInterrupt) or (
+                isinstance(error, SystemExit) and error.code in (0, None)
+            )
             try:
+                self._drain()
                 for name, sentence in self._outcomes().items():
                     logger.info("%s: %s", name, sentence)
             except FedMoEError as lost:
                 if lost is not error:
                     logger.warning("%s", lost)
-            is_stop = isinstance(error, KeyboardInterrupt)
-            self._stack.__exit__(*((None, None, None) if is_stop else (kind, error, trace)))
+            finally:
+                self._stack.__exit__(*((None, None, None) if is_stop else (kind, error, trace)))
+
+
+MOST = 2**53
+# A step of somebody else's loop cannot be abandoned.
+_exchange = partial(Exchange, abandons=False)
 
 
 def _count(name: str, value: object) -> int:
@@ -217,6 +282,8 @@ def _count(name: str, value: object) -> int:
     if hasattr(value, "__index__") and not isinstance(value, bool):
         value = operator.index(value)
     check_whole(name, value, at_least=0)
+    if value > MOST:  # type: ignore[operator]  # it is a whole number
+        raise SettingsError(f"{name} must be at most 2^53, not {value!r}")
     return int(value)  # type: ignore[call-overload, no-any-return]  # it is one
 
 
@@ -254,22 +321,42 @@ def join(
             another adapter, a name that is taken, a full fine-tuning.
     """
     settings = RedisSettings(url=redis) if isinstance(redis, str) else redis
-    if not adapters:
+    if not isinstance(settings, RedisSettings):
+        raise SettingsError(f"the first argument must be a Redis URL, or RedisSettings, not {redis!r}")
+    if not isinstance(adapters, Mapping) or not adapters:
         raise SettingsError('name the expert to train: join(url, {"sql_expert": model})')
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if len({id(model) for model in adapters.values()}) < len(adapters):
         raise SettingsError(
-            "the training is spread over several processes: FedMoE trains an adapter in one process; start one worker "
-            "on each GPU, each with a name of its own"
+            "one model is given for two experts: give each expert a model with its own adapter"
+        )
+    is_spread = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if is_spread and torch.distributed.get_world_size() > 1:
+        raise SettingsError(
+            "the training is spread over several processes: FedMoE trains an adapter in one process; start one "
+            "worker on each GPU, each with a name of its own"
+        )
+    root = Path(state_dir) if state_dir else None
+    if root and len(adapters) > 1 and name_in(root):
+        raise SettingsError(
+            f"{root} holds the checkpoint of one expert; several experts have a directory each in it: give another one"
         )
     words = vocabulary_fingerprint(tokenizer) if tokenizer is not None else ""
     progress = Progress()
     chains = {}
     with ExitStack() as stack:
-        for expert, model in adapters.items():
-            place = None if state_dir is None else Path(state_dir) / (expert if len(adapters) > 1 else "")
+        for expert, given in adapters.items():
+            model = getattr(given, "_orig_mod", given)  # what torch.compile was given
+            place = root and (root / expert if len(adapters) > 1 else root)
             worker = name or (name_in(place) if place else "") or clean_name(socket.gethostname())
+            WorkerSettings(  # checks them
+                stream=expert,
+                data=Path(),
+                name=worker,
+                drain_s=drain_s,
+                checkpoint_interval_s=checkpoint_interval_s,
+            )
             member = Membership(
-                settings, check_name("expert", expert), check_name("worker name", worker),
+                settings, expert, worker,
                 state_dir=StateDir(place) if place else None, wait=wait,
                 checkpoint_interval_s=checkpoint_interval_s,
             )  # fmt: skip
@@ -279,7 +366,7 @@ def join(
                 check_structure(config, spec.base_config)
             adapter = _Adapter(bind_adapter(model, spec), optimizer)
             member.claim(BaseIdentity(fingerprint=fingerprint(model), tokenizer=words))
-            member.begin(adapter, data=data, training_fields=progress.fields)
+            member.begin(adapter, data=data, training_fields=progress.fields, exchange=_exchange)
             chains[expert] = _Chain(member, adapter)
         for chain in chains.values():
             chain.membership.thread.start()

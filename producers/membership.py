@@ -163,7 +163,7 @@ class Membership:
         training_fields: Callable[[], Fields] = dict,
         max_length: int | None = None,
         clock: Callable[[], float] = time.monotonic,
-        exchange: type[Exchange] = Exchange,
+        exchange: Callable[..., Exchange] = Exchange,
     ) -> None:
         """Put the checkpoint's adapter into the trainer, else the expert's; then sync and training can start.
 
@@ -280,7 +280,7 @@ class Membership:
             return f"done: {text}; the last one waits in Redis for an aggregator"
         remedy = "start this worker again to go on from there"
         if not self._state_dir:
-            remedy = "give --state-dir DIR to lose nothing next time"
+            remedy = "give it a state directory (--state-dir DIR) to lose nothing next time"
         raise FedMoEError(
             f"{text}; {self._lost()}: no aggregator applied or refused the last update within "
             f"{drain_s:g} s ({status.why_undecided}); {remedy}"

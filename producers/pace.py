@@ -70,6 +70,7 @@ class Timetable:
         update_at: make the next update. save_at: write a checkpoint between two updates.
         rules_at: look for other rules.
         hurry_at: do not wait for the end of a step any more. end_at: end, whatever is undecided.
+        is_ending: somebody wants the sync to end.
     """
 
     update_at: float = 0.0
@@ -77,14 +78,11 @@ class Timetable:
     rules_at: float = math.inf
     hurry_at: float = math.inf
     end_at: float = math.inf
-
-    @property
-    def is_ending(self) -> bool:
-        """True once somebody wants the sync to end."""
-        return self.end_at < math.inf
+    is_ending: bool = False
 
     def end_within(self, timeout_s: float, now: float) -> None:
         """End in so many seconds at most; the first call counts."""
         if not self.is_ending:
             self.hurry_at = now + max(timeout_s / 2, timeout_s - AT_THE_END_S)
             self.end_at = now + timeout_s
+            self.is_ending = True

@@ -228,8 +228,13 @@ class Trainer:
 
     def load_state(self, state: Mapping[str, torch.Tensor], *, same_data: bool = True) -> None:
         """Take over what `state` returned; with other examples, not which of them do not fit."""
-        for name, tensor in self._moments.items():
-            tensor.copy_(state[name])
+        if self._moments.keys() <= state.keys():
+            for name, tensor in self._moments.items():
+                tensor.copy_(state[name])
+        else:
+            log.warning(
+                "the checkpoint has no state of this optimizer (another training wrote it): it begins anew"
+            )
         if MICRO_BATCH in state:  # older checkpoints have none
             self._micro_batch = min(self._micro_batch, int(state[MICRO_BATCH]))
         if TOO_LARGE in state and same_data:

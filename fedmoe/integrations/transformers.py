@@ -6,7 +6,6 @@
 It joins when the training begins, goes along with each optimizer step, and leaves when the training ends.
 """
 
-import atexit
 import logging
 from pathlib import Path
 from typing import Any
@@ -64,6 +63,13 @@ class FedMoECallback(TrainerCallback):  # type: ignore[misc]  # checkers do not 
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Join: the expert's present weights are then in the adapter."""
+        if self.member is not None:  # the training before failed
+            logger.info("leaving the federation for the training before, which did not end")
+            try:
+                self._end(is_done=False)
+            except fedmoe.FedMoEError as lost:
+                logger.warning("%s", lost)
+        self._rows, self._tokens, self._loss = 0, 0, float("nan")
         if args.load_best_model_at_end:
             raise SettingsError(
                 "load_best_model_at_end would put an older adapter over what was published: set it to False"
@@ -82,7 +88,6 @@ class FedMoECallback(TrainerCallback):  # type: ignore[misc]  # checkers do not 
             **self._options,
         )
         self._hook = model.register_forward_pre_hook(self._count, with_kwargs=True)
-        atexit.register(self._end)  # a training that fails has no other end
 
     def _count(self, model: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
         """Before each forward pass: the rows and the labels of the step under way."""
@@ -118,13 +123,19 @@ class FedMoECallback(TrainerCallback):  # type: ignore[misc]  # checkers do not 
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Publish the rest, wait for the decision, and leave. Raises FedMoEError if something trained is lost."""
-        self._end()
+        self._end(is_done=True)
 
-    def _end(self) -> None:
-        atexit.unregister(self._end)
+    def leave(self) -> None:
+        """Leave after a training that failed or was interrupted; at the end of one, the callback leaves by itself.
+
+        Else it leaves when the program ends, or when the callback's next training begins.
+        """
+        self._end(is_done=False)
+
+    def _end(self, *, is_done: bool) -> None:
         if self._hook is not None:
             self._hook.remove()
         member, self.member, self._hook = self.member, None, None
         if member is not None:
-            for name, sentence in member.leave().items():
+            for name, sentence in member.leave(is_done=is_done).items():
                 logger.info("%s: %s", name, sentence)

@@ -3,6 +3,7 @@
 Training, publishing and pulling all work on that one vector: a pull is one `add_`, the optimizer one pass.
 """
 
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -149,10 +150,15 @@ def _inject(model: PreTrainedModel, adapter_config: Mapping[str, Any]) -> PeftMo
 def _lora_parameters(peft_model: nn.Module, adapter: str = "default") -> dict[str, nn.Parameter]:
     """The LoRA parameters by the names they have in adapter_model.safetensors."""
     return {
-        name.replace(f".{adapter}.", "."): parameter
+        _saved_name(name, adapter): parameter
         for name, parameter in peft_model.named_parameters()
         if ".lora_" in name
     }
+
+
+def _saved_name(name: str, adapter: str) -> str:
+    """A parameter's name in adapter_model.safetensors: without the adapter's, which follows `lora_A` or `lora_B`."""
+    return re.sub(rf"(\.lora_\w+)\.{re.escape(adapter)}(?=\.|$)", r"\1", name)
 
 
 def _check_tensors(have: Mapping[str, nn.Parameter], want: Mapping[str, tuple[int, ...]]) -> None:
@@ -170,13 +176,35 @@ def _check_tensors(have: Mapping[str, nn.Parameter], want: Mapping[str, tuple[in
             )
 
 
-def bind_adapter(model: nn.Module, spec: Spec) -> torch.Tensor:
+@dataclass(frozen=True, slots=True)
+class BoundAdapter:
+    """A LoRA adapter whose parameters are views of one flat vector (numel,) fp32.
+
+    `places`: by the tensor's name, the module that has it, the name it has there, and the address of its values.
+    """
+
+    flat: torch.Tensor
+    places: Mapping[str, tuple[nn.Module, str, int]]
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The model's parameters now, by the tensor's name."""
+        return {name: getattr(module, leaf) for name, (module, leaf, _) in self.places.items()}
+
+    def check(self) -> None:
+        """Raise SettingsError if the model's parameters are no longer those views."""
+        for name, (module, leaf, address) in self.places.items():
+            parameter = getattr(module, leaf)
+            if parameter.data_ptr() != address or parameter.dtype != torch.float32:
+                raise SettingsError(
+                    f"the adapter's tensor {name!r} was replaced after joining (the model was moved, converted, loaded "
+                    "again or joined again), so what it learns would reach nobody: do that first, then join"
+                )
+
+
+def bind_adapter(model: nn.Module, spec: Spec) -> BoundAdapter:
     """Make the LoRA parameters of somebody else's PEFT model views of one flat vector; their values stay.
 
     The parameters stay the same objects, so an optimizer that has them already goes on.
-
-    Returns:
-        The flat vector (numel,) fp32 on the model's device.
 
     Raises:
         SettingsError: if the model trains anything but one LoRA adapter in fp32 on one device, with the spec's tensors
@@ -194,9 +222,9 @@ def bind_adapter(model: nn.Module, spec: Spec) -> torch.Tensor:
         _check_tensors(parameters, dict(spec.layout.tensors))
     except SpecError as error:
         raise SettingsError(f"{error} {TAKE_CONFIG}") from error
-    if config.scaling != spec.lora.scaling:
+    if odd := config.scalings - {spec.lora.scaling}:
         raise SettingsError(
-            f"the adapter is scaled by {config.scaling:g}, the expert's by {spec.lora.scaling:g}. {TAKE_CONFIG}"
+            f"the adapter is scaled by {min(odd):g}, the expert's by {spec.lora.scaling:g}. {TAKE_CONFIG}"
         )
     kinds = {(parameter.dtype, parameter.device) for parameter in parameters.values()}
     if len(kinds) > 1 or {dtype for dtype, _ in kinds} != {torch.float32}:
@@ -210,17 +238,22 @@ def bind_adapter(model: nn.Module, spec: Spec) -> torch.Tensor:
         view.copy_(parameters[name].data)
         parameters[name].data = view
         parameters[name].requires_grad_(True)
-    return flat
+    places = {}
+    for full, parameter in model.named_parameters():
+        if ".lora_" in full:
+            module, _, leaf = full.rpartition(".")
+            places[_saved_name(full, config.name)] = (model.get_submodule(module), leaf, parameter.data_ptr())
+    return BoundAdapter(flat, places)
 
 
 @dataclass(frozen=True, slots=True)
 class _Bound:
     name: str
-    scaling: float
+    scalings: frozenset[float]
 
 
 def _lora_config(model: nn.Module) -> _Bound:
-    """The name and the scaling of the model's one LoRA adapter."""
+    """The name and the scalings of the model's one LoRA adapter, which are one unless it has a pattern of them."""
     configs = getattr(model, "peft_config", None)
     if not isinstance(model, PeftModel) or not configs:
         raise SettingsError(
@@ -234,5 +267,5 @@ def _lora_config(model: nn.Module) -> _Bound:
     ((name, config),) = configs.items()
     if config.peft_type != PeftType.LORA or config.use_dora:
         raise SettingsError(f"the adapter {name!r} is no plain LoRA. {TAKE_CONFIG}")
-    scale = config.r**0.5 if config.use_rslora else config.r
-    return _Bound(name, config.lora_alpha / scale)
+    found = (getattr(module, "scaling", None) for module in model.modules())
+    return _Bound(name, frozenset(one[name] for one in found if isinstance(one, dict) and name in one))

@@ -159,3 +159,20 @@ def _end(words: str, code: int) -> None:
         # Not by sys.stdout: the thread that is stuck may hold its lock.
         os.write(2 if code else 1, text.encode(errors="backslashreplace"))
     os._exit(code)
+
+
+@contextmanager
+def without_interrupt() -> Iterator[None]:
+    """Ctrl-C waits for the end of the block; else Python raises KeyboardInterrupt anywhere in the main thread."""
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    came: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda *what: came.append(what))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if came:
+            handler(*came[0])

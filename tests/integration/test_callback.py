@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import fedmoe
 from fedmoe.errors import SettingsError
@@ -146,3 +146,31 @@ def test_sft_trainer_is_a_worker(
     assert torch.allclose(values(model, tiny_spec()), weights_in_redis(connection), atol=1e-7)
     assert base.exists()
     assert json.loads((base / "config.json").read_text())["model_type"] == "qwen2"
+
+
+def test_training_that_failed_can_be_tried_again(
+    connection: Connection, connect: Connect, tmp_path: Path
+) -> None:
+    """In a notebook: the same callback, the same state directory; the rows of the failed step do not count."""
+    make_tiny(connection)
+
+    class Fails(TrainerCallback):
+        fails = True
+
+        def on_substep_end(self, *_: Any, **__: Any) -> None:
+            if self.fails:
+                raise ZeroDivisionError
+
+    fails = Fails()
+    callback = FedMoECallback(connection.settings, NAME, name="hf", state_dir=tmp_path / "state")
+    trainer = Trainer(
+        model=adapted(connection), args=TrainingArguments(**arguments(tmp_path)), train_dataset=Rows(),
+        callbacks=[callback, fails],
+    )  # fmt: skip
+    with serving(connect(), block_ms=20):
+        with pytest.raises(ZeroDivisionError):
+            trainer.train()
+        fails.fails = False
+        trainer.train()
+        callback.leave()
+    assert GatewayStore(connection).meta(NAME).n_examples == 24

@@ -108,7 +108,12 @@ def test_two_loops_learn_from_each_other(connection: Connection, connect: Connec
         )
         with ann, ben:
             train(ann, models[0], adam(models[0], 1e-2), 10)
-            eventually("ann's update", lambda: GatewayStore(connection).meta(NAME).version)
+
+            def is_applied() -> int:
+                ann.step(n_examples=0)  # a copy is made at a boundary
+                return GatewayStore(connection).meta(NAME).version
+
+            eventually("ann's update", is_applied)
             before = values(models[1], tiny_spec())
 
             def has_moved() -> bool:

@@ -1,0 +1,287 @@
+"""What goes wrong in other people's training loops: nothing is lost or counted twice without a word."""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+from torch.optim import Optimizer
+
+import fedmoe
+import producers.sync
+from fedmoe.errors import ProtocolError, SettingsError
+from fedmoe.settings import WorkerSettings
+from fedmoe.store.connection import Connection
+from fedmoe.store.gateway import GatewayStore
+from fedmoe.util.stopping import Stop
+from producers.checkpoint import StateDir
+from producers.exchange import Exchange
+from producers.ledger import Change
+from producers.worker import Worker
+from tests.counting import Counter
+from tests.federation import serving
+from tests.integration.test_member import (
+    NAME,
+    adam,
+    adapted,
+    make_tiny,
+    tiny_spec,
+    train,
+    values,
+    weights_in_redis,
+)
+from tests.processes import environment
+from tests.tiny import save_tiny_model, tiny_model
+
+pytestmark = pytest.mark.one_server
+
+Connect = Callable[[], Connection]
+
+
+@pytest.fixture
+def served(connection: Connection, connect: Connect) -> Iterator[Connection]:
+    """A tiny expert that is served."""
+    make_tiny(connection)
+    with serving(connect(), block_ms=20):
+        yield connection
+
+
+@pytest.mark.parametrize(
+    "replaces",
+    [
+        lambda model: model.to(torch.float64),
+        lambda model: model.half().float(),
+        lambda model: model.load_state_dict(
+            {k: v.clone() for k, v in model.state_dict().items()}, assign=True
+        ),
+    ],
+    ids=["to", "half", "load"],
+)
+def test_adapter_that_is_replaced_after_joining(
+    served: Connection, replaces: Callable[[nn.Module], object]
+) -> None:
+    """What it learned would reach nobody, and nobody's work would reach it: the next step says so."""
+    model = adapted(served)
+    member = fedmoe.join(served.settings, {NAME: model}, name="own")
+    train(member, model, adam(model), 2)
+    replaces(model)
+    with pytest.raises(SettingsError, match="was replaced after joining"):
+        member.step(n_examples=1)
+    member.leave()
+    assert GatewayStore(served).meta(NAME).n_examples == 4
+
+
+def test_one_adapter_is_trained_for_one_expert_by_one_member(
+    served: Connection, connection: Connection
+) -> None:
+    make_tiny(connection, "other")
+    model = adapted(served)
+    with pytest.raises(SettingsError, match="one model is given for two experts"):
+        fedmoe.join(served.settings, {NAME: model, "other": model})
+    first = fedmoe.join(served.settings, {NAME: model}, name="one")
+    with fedmoe.join(served.settings, {NAME: model}, name="two") as second:
+        second.step(n_examples=1)
+        with pytest.raises(SettingsError, match="joined again"):
+            first.step(n_examples=1)
+    first.leave()
+
+
+def test_scaling_of_each_module_counts(served: Connection) -> None:
+    config = fedmoe.connect(served.settings).expert(NAME).lora_config()
+    config.alpha_pattern = {"q_proj": 64}
+    with pytest.raises(SettingsError, match="scaled by 32, the expert's by 2"):
+        fedmoe.join(served.settings, {NAME: get_peft_model(tiny_model(), config)})
+
+
+@pytest.mark.parametrize("adapter", ["default", "q_proj", "model", "0"])
+def test_adapter_of_any_name(served: Connection, adapter: str) -> None:
+    config = fedmoe.connect(served.settings).expert(NAME).lora_config()
+    model = get_peft_model(tiny_model(), config, adapter_name=adapter)
+    with fedmoe.join(served.settings, {NAME: torch.compile(model)}, name="own") as member:
+        assert member.position == 0
+
+
+OTHERS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+    "amsgrad": lambda p: torch.optim.AdamW(p, amsgrad=True),
+    "adafactor": torch.optim.Adafactor,
+    "reversed": lambda p: torch.optim.AdamW(p[::-1]),
+}
+
+
+@pytest.mark.parametrize("first", ["adam", *OTHERS])
+@pytest.mark.parametrize("second", ["adam", *OTHERS])
+def test_another_optimizer_begins_anew(served: Connection, tmp_path: Path, first: str, second: str) -> None:
+    """The same one goes on, whatever the order of its parameters; and training goes on in any case."""
+    for name in (first, second):
+        model = adapted(served)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        optimizer = OTHERS[name](parameters) if name in OTHERS else torch.optim.AdamW(parameters)
+        with fedmoe.join(
+            served.settings, {NAME: model}, name="own", state_dir=tmp_path, optimizer=optimizer
+        ) as member:
+            kind = {"adam": "reversed"}.get(first, first), {"adam": "reversed"}.get(second, second)
+            if name == second and member.position:
+                assert bool(optimizer.state) == (kind[0] == kind[1])
+            train(member, model, optimizer, 2)
+    assert GatewayStore(served).meta(NAME).n_examples == 8
+
+
+def test_worker_command_goes_on_from_a_loops_state(served: Connection, tmp_path: Path) -> None:
+    """Run, undecided updates and adapter; the optimizer's moments begin anew."""
+    model = adapted(served)
+    with fedmoe.join(
+        served.settings, {NAME: model}, name="own", state_dir=tmp_path / "state", optimizer=adam(model)
+    ) as member:
+        train(member, model, adam(model), 2)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n' * 8)
+    settings = WorkerSettings(
+        stream=NAME, data=rows, state_dir=tmp_path / "state", max_steps=2, wait=False,
+        base_model=str(save_tiny_model(tmp_path / "base")),
+    )  # fmt: skip
+    said: list[str] = []
+    Worker(served.settings, settings, stop=Stop(), report=said.append).run()
+    assert any(line.startswith("resuming run") for line in said)
+    assert said[-1].startswith("done: ")
+
+
+def test_failure_waits_for_the_step_and_keeps_all(
+    served: Connection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A record of a later release: the loop is held up until all that it trained is on disk."""
+    model = adapted(served)
+    member = fedmoe.join(served.settings, {NAME: model}, name="own", state_dir=tmp_path, drain_s=5.0)
+    steps = 0
+
+    def refuse(*_: object, **__: object) -> None:
+        raise ProtocolError("an update needs protocol 99")
+
+    def go_on() -> None:
+        nonlocal steps
+        optimizer = adam(model)
+        while True:
+            train(member, model, optimizer, 1)
+            steps += 1
+            if steps == 5:
+                monkeypatch.setattr(producers.sync, "pull", refuse)
+
+    with pytest.raises(ProtocolError, match="protocol 99"):
+        go_on()
+    with suppress(ProtocolError):
+        member.leave()
+    state = StateDir(tmp_path)
+    saved = state.load(expert=NAME, worker="own", spec=tiny_spec(), now=0.0)
+    state.close()
+    assert saved is not None
+    assert saved.position == 2 * member.steps
+    assert torch.equal(saved.local, values(model, tiny_spec()))
+
+
+def test_interrupt_waits_for_the_end_of_a_boundary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while a correction is added: it is added once."""
+    trainer = Counter(torch.zeros(4))
+    exchange = Exchange(trainer, with_optimizer=False, abandons=False)
+    exchange.correct(Change(correction=torch.ones(4)))
+    apply = Exchange._apply
+
+    def interrupted(self: Exchange, change: Change) -> None:
+        apply(self, change)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Exchange, "_apply", interrupted)
+    monkeypatch.setattr(signal, "getsignal", lambda _: signal.default_int_handler)
+    from fedmoe.util.stopping import without_interrupt
+
+    def boundary() -> None:
+        with without_interrupt():
+            exchange.boundary()
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            boundary()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    monkeypatch.setattr(Exchange, "_apply", apply)
+    exchange.boundary()
+    assert torch.equal(trainer.flat, torch.ones(4))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"drain_s": float("inf")}, {"drain_s": "x"}, {"checkpoint_interval_s": -1.0}]
+)
+def test_numbers_are_checked_before_anything_is_trained(
+    served: Connection, wrong: Mapping[str, object]
+) -> None:
+    with pytest.raises(SettingsError, match="must be a number"):
+        fedmoe.join(served.settings, {NAME: adapted(served)}, **wrong)  # type: ignore[arg-type]
+
+
+def test_what_is_no_url_or_mapping_is_a_sentence(served: Connection) -> None:
+    with pytest.raises(SettingsError, match="must be a Redis URL"):
+        fedmoe.join(None, {NAME: adapted(served)})  # type: ignore[arg-type]
+    with pytest.raises(SettingsError, match="name the expert"):
+        fedmoe.join(served.settings, adapted(served))  # type: ignore[arg-type]
+
+
+def test_forked_children_do_not_hold_the_state_directory(tmp_path: Path) -> None:
+    """Workers of a DataLoader that live on inherit the lock."""
+    state = StateDir(tmp_path)
+    with subprocess.Popen(["sleep", "30"], close_fds=False) as child:
+        os.set_inheritable(state.lock.fileno(), True)
+        with subprocess.Popen(["sleep", "30"], close_fds=False) as heir:
+            state.close()
+            StateDir(tmp_path).close()
+            heir.kill()
+        child.kill()
+
+
+SCRIPT = """
+import sys, torch, fedmoe
+from tests.integration.test_member import adapted, adam, train, NAME
+from fedmoe.store.connection import Connection
+redis = fedmoe.RedisSettings(url=sys.argv[1], prefix=sys.argv[2])
+model = adapted(Connection(redis))
+member = fedmoe.join(redis, {NAME: model}, name="own")
+if sys.argv[3] == "never left":
+    train(member, model, adam(model), 3)
+else:
+    with member:
+        train(member, model, adam(model), 3)
+        raise SystemExit(0) if sys.argv[3] == "exit" else KeyboardInterrupt
+"""
+
+
+@pytest.mark.parametrize("how", ["never left", "exit", "interrupt"])
+def test_programs_that_end_otherwise_publish_what_they_trained(served: Connection, how: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, served.settings.url, served.settings.prefix, how],
+        env=environment(), capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+    assert GatewayStore(served).meta(NAME).n_examples == 6, done.stderr
+    (left,) = fedmoe.connect(served.settings).view().experts[0].left
+    assert (left.name, left.how) == ("own", "stopped")
+    assert ("without leaving the federation" in done.stderr) == (how == "never left")
+
+
+def test_loss_may_be_unknown(served: Connection, caplog: pytest.LogCaptureFixture) -> None:
+    with (
+        caplog.at_level(logging.ERROR),
+        fedmoe.join(served.settings, {NAME: adapted(served)}, name="own") as member,
+    ):
+        member.step(n_examples=1, loss=None)
+        with pytest.raises(SettingsError, match=r"at most 2\^53"):
+            member.step(n_examples=1, n_tokens=2**65)
+        member.step(n_examples=torch.tensor(2), loss=float("inf"))  # type: ignore[arg-type]  # an index
+    assert not caplog.records
+    assert GatewayStore(served).meta(NAME).n_examples == 3
+    assert weights_in_redis(served).isfinite().all()

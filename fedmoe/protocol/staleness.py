@@ -1,10 +1,10 @@
-"""How much an update weighs that was trained on an old version.
+"""Decay: how much an update counts that was trained on an old version.
 
-Staleness τ is the number of updates applied since the version the update was trained on. Pure functions of τ:
-no clock and no batch border enters, so a replay of the log gives the same factors.
+Staleness τ is the number of updates applied since the version the update was trained on. These are pure functions of τ,
+independent of clock and batch boundaries, so a replay of the log gives the same factors.
 
-Why `(1+τ)^-1` is the default: M equal workers in rotation have τ = M−1, so each then weighs 1/M, and it is
-the one of these that is stable for every constant delay (linear analysis; see docs/protocol.md).
+Why `(1+τ)^-1` is the default: M equal workers in rotation have τ = M−1, so each update counts 1/M, and it is the only
+one of these functions that is stable for every constant delay (linear analysis; see docs/protocol.md).
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ KINDS = ("constant", "polynomial", "hinge")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decay:
-    """A decay function s(τ) with s(0) = 1 and values in [0, 1], never rising.
+    """A non-increasing decay function s(τ) with s(0) = 1 and values in [0, 1].
 
     constant: 1.  polynomial: (1+τ)^-a.  hinge: 1 up to τ = b, then 1 / (a·(τ−b) + 1).
 
@@ -48,5 +48,5 @@ class Decay:
 
 
 def staleness_of(version: int, base_version: int) -> int:
-    """Updates applied since the base; 0 if the base is newer, as after a failover to an older replica."""
+    """Updates applied since the base version; 0 if the base is newer, as after a failover to an older replica."""
     return max(0, version - base_version)

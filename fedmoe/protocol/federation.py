@@ -11,7 +11,7 @@ from typing import Any
 from fedmoe.protocol.eviction import eviction_threat
 from fedmoe.protocol.records import Meta
 
-# Three missed heartbeats; after HEARTBEAT_TTL_S the key expires and the worker is gone.
+# Two missed heartbeats; after HEARTBEAT_TTL_S the key expires and the worker is gone.
 QUIET_AFTER_S = 10.0
 STILL_AFTER_S = 600.0  # no update for this long, although workers run, is a finding
 NEWS_FOR_S = 24 * 3600.0  # a vanished or failed worker stays a finding for this long

@@ -94,8 +94,8 @@ def unpack(content: Sequence[bytes], spec: Spec, commit: str) -> torch.Tensor | 
         return _decode(parts, spec)
     except UpdateError as error:
         logger.warning(
-            "this FedMoE cannot read the packed weights (%s): another version wrote them, or the key was overwritten; "
-            "pulling the exact weights", error,
+            "the packed weights are not what this FedMoE writes (%s): another version wrote them, or the key was "
+            "overwritten; pulling the exact weights", error,
         )  # fmt: skip
         return None
 
@@ -113,7 +113,7 @@ def unpack_again(content: Sequence[bytes], spec: Spec) -> torch.Tensor:
         raise UpdateError("the packed weights do not begin with their preamble")
     if not preamble.endswith(digest):
         raise SettingsError(
-            f"it needs other initial weights than torch {torch.__version__} draws: use the torch version that wrote it"
+            f"it needs other initial weights than torch {torch.__version__} makes: use the torch version that wrote it"
         )
     return _decode(parts, spec)
 

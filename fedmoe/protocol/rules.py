@@ -31,7 +31,7 @@ AUTO = "auto"  # of max_staleness: the bound grows with the workers
 class AggregationRules:
     """How updates become part of the expert: `weights += lr × decay(staleness) × Δ`, and which are refused."""
 
-    lr: float = setting(1.0, "Aggregator's step: expert += lr × decay × Δ; 1 makes one lone worker's model the expert.",
+    lr: float = setting(1.0, "Aggregator's step size: expert += lr × decay × Δ; 1 gives a lone worker its own adapter.",
                         above=0, at_most=MAX_LR)  # fmt: skip
     decay: Decay = field(default_factory=Decay)
     max_staleness: int | None = setting(

@@ -27,7 +27,7 @@ class Decay:
         SettingsError: for an unknown kind, or a or b that is negative or not finite.
     """
 
-    kind: str = setting("polynomial", "How much a stale update weighs.", option="decay", choices=KINDS)
+    kind: str = setting("polynomial", "Decay function for stale updates.", option="decay", choices=KINDS)
     a: float = setting(1.0, "Exponent of polynomial decay, (1+τ)^-a; slope of hinge decay.", option="decay_a",
                        at_least=0, at_most=1e9)  # fmt: skip
     b: float = setting(4.0, "Staleness τ up to which hinge decay gives full weight.", option="decay_b",

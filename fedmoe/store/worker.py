@@ -274,7 +274,7 @@ class WorkerStore:
         return str(entry_id.decode())
 
     def _hold_back_if_nearly_full(self, n_bytes: int) -> None:
-        """Back-pressure: raise RedisUnavailableError if n_bytes more nearly fill Redis and updates wait in the stream.
+        """Back-pressure: raise RedisUnavailableError if n_bytes more nearly fill Redis while updates wait.
 
         Their commit will free memory. If no updates wait, holding back does not help: the worker tries to write.
         """

@@ -70,7 +70,7 @@ class Aggregator:
                 self._enough.set()
 
     def cut_off(self) -> None:
-        """Called from another thread after a stop: commands that wait for Redis fail; uncommitted entries stay there."""
+        """Called from another thread after a stop: commands that wait for Redis fail. Uncommitted entries stay."""
         for connection in list(self._connections.values()):
             connection.cut_off()
 

@@ -301,7 +301,7 @@ class Expert:
             return self.archive.keep(header, parts)
         except OSError as error:
             raise SettingsError(
-                f"updates cannot be kept in {self.archive.directory} ({error.strerror}), so no update is applied: make room"
+                f"updates cannot be kept in {self.archive.directory} ({error.strerror}), so none is applied: make room"
             ) from error
 
     def _refuse(self, worker: str, header: Header, verdict: Verdict, commit: Commit) -> None:

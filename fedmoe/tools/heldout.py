@@ -1,4 +1,4 @@
-"""Held-out loss of a federation: evaluates its experts and gateway, read from Redis, on rows outside the training data."""
+"""Held-out loss of a federation: evaluates experts and gateway from Redis on rows outside the training data."""
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy

@@ -170,10 +170,10 @@ class ExpertServer:
 
     def _look_for_block(self, entries: Sequence[Entry]) -> None:
         if any(entry.ms >= BLOCKING_MS for entry in entries):
-            self._reclaimed_at = -math.inf  # check for a blocked stream as soon as no entry is left
+            self._reclaimed_at = -math.inf  # check for a blocked stream at the next turn
 
     def _more(self, room: int) -> Callable[[], Sequence[Entry]]:
-        """Returns a function that reads new entries without waiting, at most `room` in all.
+        """Return a function that reads new entries without waiting, at most `room` in all.
 
         It stops after a quarter of the lease, so that the first worker of the batch does not wait too long.
         """

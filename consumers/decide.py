@@ -61,7 +61,7 @@ class Admission:
 
 
 class Counts(NamedTuple):
-    """Rows and label tokens that an applied update adds to the expert's totals, and so to its gateway weight."""
+    """Rows and label tokens that an applied update adds to the expert's totals; the rows may be its gateway weight."""
 
     n_examples: int
     n_tokens: int

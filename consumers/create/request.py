@@ -21,9 +21,9 @@ class SpecRequest:
     """The operator's request for new experts.
 
     `explicit` names the settings that the operator typed. If an existing expert differs in one of them, that is an
-    error (spec) or a warning (rules); differences from defaults are ignored. An untyped max_norm is ten times the norm
-    of the initial adapter. `weighted` names the experts whose gateway weight was typed. With `new_lineage` an expert is
-    created from zero although workers still train an earlier lineage.
+    error (spec) or a warning (rules); differences from defaults are ignored. Unless max_norm was typed, it is ten times
+    the norm of the initial adapter. `weighted` names the experts whose gateway weight was typed. With `new_lineage` an
+    expert is created from zero although workers still train an earlier lineage.
     """
 
     base_model: str = DEFAULT_BASE_MODEL

@@ -33,7 +33,7 @@ from fedmoe.store.expert import ExpertStore, Loaded
 logger = logging.getLogger(__name__)
 
 CLAIM_WAIT_S = 2.0  # enough for every aggregator to notice a loss and claim its retained version
-LONGEST_CLAIM_S = 30.0  # longer than this no claim is waited for: its aggregator cannot write
+LONGEST_CLAIM_S = 30.0  # after this wait a claim is ignored: its aggregator cannot write
 
 Update = tuple[Header, list[bytes]]
 

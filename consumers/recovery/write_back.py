@@ -58,9 +58,7 @@ def _anchor(expert: Expert, why: str) -> Line:
     """A log line from which a replay can start, if the weights can be kept."""
     weights = ""
     if expert.archive is not None:
-        expert.buffer.stamp(
-            expert.meta.weights_commit
-        )  # every retry keeps the same bytes, hence the same file
+        expert.buffer.stamp(expert.meta.weights_commit)  # retries keep the same bytes, hence the same file
         try:
             weights = expert.archive.keep_weights(expert.buffer.file)
         except OSError as error:

@@ -1,8 +1,8 @@
 """The aggregator's side of one expert: load, read, commit.
 
 A commit is a compare-and-swap on `meta.commit`: it succeeds only on top of the loaded state, over the connection that
-loaded it. Its MULTI holds only commands that cannot fail half way. The head and the state are on keys that only
-aggregators may write.
+loaded it. Its MULTI holds only commands that cannot fail half way, and only aggregators may write the keys of the
+expert's state.
 """
 
 import logging
@@ -202,7 +202,7 @@ class ExpertStore(ExpertLifecycle):
             if kind not in (wanted, b"none"):
                 raise SpecError(
                     f"the key {getattr(self.keys, name)} is a {kind.decode()} and should be a {wanted.decode()}: "
-                    "somebody overwrote it, rename it"
+                    "another program overwrote it, rename the key"
                 )
 
     def reclaim(self) -> list[Entry]:
@@ -306,7 +306,7 @@ class ExpertStore(ExpertLifecycle):
                     raise
                 done = self._commit_to_full(pipe, commit)
             if not done:
-                raise StaleStateError(f"{self.name}: somebody else committed meanwhile")
+                raise StaleStateError(f"{self.name}: another process committed meanwhile")
 
     def _check_head(self, pipe: Any, commit: Commit) -> dict[str, int]:
         """WATCH the keys of a commit, check head and types; returns key -> bytes of values it can write in place."""
@@ -316,7 +316,7 @@ class ExpertStore(ExpertLifecycle):
         pipe.watch(*written)
         head, types, lengths = pipe.eval(_LOOK, len(written), *written)
         if head is None or head != commit.on.encode():
-            raise StaleStateError(f"{self.name}: somebody else committed meanwhile")
+            raise StaleStateError(f"{self.name}: another process committed meanwhile")
         self._check_types(types[: len(_TYPES)])
         if self.connection.generation != commit.generation:
             raise StaleStateError(f"{self.name}: the connection to Redis was opened again")

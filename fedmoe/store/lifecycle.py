@@ -122,7 +122,7 @@ class ExpertLifecycle:
         gateway_weight: float | None = None,
         though_removed: bool = False,
     ) -> bool:
-        """Write a new expert atomically; False if one exists already.
+        """Write a new expert atomically; False if any part of one exists already.
 
         With a `gateway_weight` it is added to the federation's list. An expert that an operator removed counts as
         existing, unless `though_removed`.

@@ -287,7 +287,8 @@ class WorkerStore:
             share = (memory.get("used_memory", 0) + n_bytes) / bound if bound else 0.0
             if share > NEARLY_FULL and self._redis.xrange(self.keys.updates, count=1):
                 raise RedisUnavailableError(
-                    f"Redis at {self.connection.settings.shown} is nearly full and updates wait: update held back"
+                    f"Redis at {self.connection.settings.shown} is nearly full and updates wait: "
+                    "this worker holds its update back"
                 )
 
     def next_incarnation(self) -> int:

@@ -40,7 +40,7 @@ FILES = (
     WEIGHTS_FILE,
     CARD_FILE,
     CONFIG_FILE,
-)  # the first identifies a FedMoE export; a reader looks for the last, so it is linked last
+)  # the first file marks a FedMoE export; readers look for the last file first
 _STAGING_BEFORE = re.compile(r"\.fedmoe-[0-9a-f]{8}")  # staging directories of earlier releases
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # accepted by vLLM's --max-lora-rank
 VLLM_DEFAULT_RANK = 16

@@ -1,1 +1,1 @@
-"""The aggregator side: makes updates part of experts, and experts part of the gateway."""
+"""The aggregator side: applies updates to experts, and merges experts into the gateway."""

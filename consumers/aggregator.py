@@ -31,13 +31,13 @@ logger = logging.getLogger(__name__)
 
 
 class ExpertServer:
-    """Serves one expert: holds the lease, loads, reads, commits; loads again when its retained state may be wrong.
+    """Serves one expert: holds the lease, loads, reads, commits; reloads when its retained state may be stale.
 
     Args:
-        connection: of this thread alone.
-        holder: name of this process, unique.
-        retained: the state that it retains from before, as if it had served until now.
-        decided: told how many updates each commit decided.
+        connection: used by this thread only.
+        holder: unique name of this process.
+        retained: retained state to start with, as if this server had served the expert until now.
+        decided: called with the number of updates that each commit decided.
     """
 
     def __init__(
@@ -78,16 +78,16 @@ class ExpertServer:
 
     @property
     def retained(self) -> Expert | None:
-        """The state that it retains, None if it has not loaded one or has forgotten it."""
+        """The retained state, None if none was loaded or it was dropped."""
         return self._expert
 
     @property
     def is_serving(self) -> bool:
-        """True while its retained state is that of Redis, as far as it knows."""
+        """True while the retained state equals that of Redis, as far as is known."""
         return self._loaded
 
     def run(self, stop: threading.Event) -> None:
-        """Serve until `stop` is set, or in burst mode until nothing is waiting."""
+        """Serve until `stop` is set, or in burst mode until no entry waits."""
         backoff = Backoff(self.name, logger)
         while not stop.is_set():
             try:
@@ -101,11 +101,11 @@ class ExpertServer:
                 self._loaded = False
             except ProtocolError as error:
                 self._loaded = False
-                self._lease.give_up()  # to an aggregator that speaks it
+                self._lease.give_up()  # an aggregator that speaks this protocol can take it
                 stop.wait(backoff.failed(error) + self._settings.lease_s / 4)
             except RemovedExpertError as error:
                 logger.warning("%s", error)
-                self._problems.solved()  # what came of it until that was seen
+                self._problems.solved()  # problems that the removal caused before it was noticed
                 break
             except FedMoEError as error:
                 self._loaded = False
@@ -114,7 +114,7 @@ class ExpertServer:
                     logger.warning("%s: %s", self.name, error)
                 else:
                     stop.wait(backoff.failed(error))
-            except Exception as error:  # a bug must cost one expert a few seconds, never the daemon
+            except Exception as error:  # a bug may pause one expert for seconds but must not end the daemon
                 logger.exception("%s: unexpected error", self.name)
                 self._loaded, self._expert = False, None
                 self._problems.report(
@@ -124,7 +124,7 @@ class ExpertServer:
         self._lease.give_up()
 
     def turn(self, stop: threading.Event) -> bool:
-        """One read and its commit; True if nothing was waiting."""
+        """Read once and commit; True if no entry was waiting."""
         if not self._loaded and self._expert is not None:
             self._rescue(self._expert)
         is_holder, may_have_gone_back = self._hold(), self._recovery.may_have_gone_back()
@@ -161,21 +161,21 @@ class ExpertServer:
         return self._lease.hold()
 
     def _keep_lease(self) -> None:
-        """Renew it in time: a batch of large updates takes longer, and a standby would do all of it again.
+        """Renew the lease during a batch: large updates can outlast it, and a standby would then repeat the work.
 
-        Whoever has lost it goes on all the same: if both gave up whenever the other has it, neither might ever commit.
+        Losing the lease does not abort the batch; otherwise two aggregators that alternate as holder could livelock.
         """
         if self._clock() - self._held_at > self._settings.lease_s / 4:
             self._hold()
 
     def _look_for_block(self, entries: Sequence[Entry]) -> None:
         if any(entry.ms >= BLOCKING_MS for entry in entries):
-            self._reclaimed_at = -math.inf  # look soon whether somebody blocked the stream
+            self._reclaimed_at = -math.inf  # check for a blocked stream at the next turn
 
     def _more(self, room: int) -> Callable[[], Sequence[Entry]]:
-        """Reads what has come since the last read, without waiting, `room` entries in all.
+        """Return a function that reads new entries without waiting, at most `room` in all.
 
-        Not for longer than a quarter of the lease: whoever waits for the first of them shall not wait for long.
+        It stops after a quarter of the lease, so that the first worker of the batch does not wait too long.
         """
         left, until = room, self._clock() + self._settings.lease_s / 4
 
@@ -191,12 +191,12 @@ class ExpertServer:
         return read
 
     def _rescue(self, expert: Expert) -> None:
-        """Before the retained state is dropped: is it needed, because Redis lost it?"""
+        """Drop the retained state, after writing it back if Redis lost it."""
         self._recovery.settle(expert)
         self._expert = None
 
     def _load(self) -> list[Entry]:
-        # Anew each time: whoever emptied Redis may have made an expert of this name with another spec.
+        # The spec is read each time: after Redis was emptied, an expert of this name may have another spec.
         expert = Expert(
             self._store, self._store.spec(), aggregator=self._holder, archive=self._archive,
             history=self._history, before_each=self._keep_lease,
@@ -204,13 +204,13 @@ class ExpertServer:
         loaded = expert.load()
         self._recovery.wait_for_claims(loaded)
         if expert.is_behind:
-            expert.process(())  # from now on, workers see what this aggregator speaks and knows
+            expert.process(())  # commits meta, so that workers see this aggregator's protocol and features
         self._expert, self._loaded = expert, True
         meta = expert.meta
         logger.info("%s: serving from version %d, under rules %d", self.name, meta.version, meta.rules.number)
         if rebuilt := rebuild(expert, loaded):
             logger.warning(
-                "%s: in Redis, %s did not match version %d; repaired from that version on, nothing to do",
+                "%s: in Redis, %s did not match version %d; rebuilt from that version on, nothing to do",
                 self.name,
                 rebuilt,
                 loaded.meta.version,
@@ -218,11 +218,14 @@ class ExpertServer:
         return self._reclaim()
 
     def _is_time_to_reclaim(self) -> bool:
-        """Once in the time of a lease, so that no update waits longer than it does when an aggregator dies."""
+        """Reclaim once per lease duration, so that a dead aggregator delays no update by more than that."""
         return self._clock() - self._reclaimed_at > self._settings.lease_s
 
     def _reclaim(self) -> list[Entry]:
-        """What was read and not committed, also by who has lost the lease; and a look at what no reply tells of."""
+        """Claim entries that were read but never committed, including those of a former lease holder.
+
+        First check for a changed or emptied Redis and for a blocked stream, which no reply reports.
+        """
         self._reclaimed_at = self._clock()
         expert = self._expert
         assert expert is not None

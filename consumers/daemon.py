@@ -1,7 +1,7 @@
-"""The aggregator daemon: one thread for each expert, one for the gateway, one that looks for experts to serve.
+"""The aggregator daemon: one thread per expert, one for the gateway, one that watches the list of experts.
 
-Each expert is a chain of commits of its own, in its own Cluster slot, so its thread shares nothing with the others,
-and what goes wrong with one stops no other.
+Each expert has its own chain of commits, in its own Cluster slot, so its thread shares no data with the others, and a
+problem with one expert does not stop another.
 """
 
 import logging
@@ -22,13 +22,13 @@ LOOK_FOR_ADDED_S = 2.0
 
 
 class Aggregator:
-    """All experts of a federation and the gateway, each served by a thread with a connection of its own.
+    """Serves all experts of a federation and the gateway, each with its own thread and connection.
 
-    Experts that are added to the federation while it runs are served, too.
+    It also serves experts that are added to the federation later.
 
     Args:
-        experts: to begin with.
-        holder: name of this process, unique.
+        experts: to serve first.
+        holder: unique name of this process.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Aggregator:
         )
 
     def _connect(self, whose: str) -> Connection:
-        if before := self._connections.get(whose):  # of an expert that was removed and is there again
+        if before := self._connections.get(whose):  # the expert was removed and created again
             before.close()
         self._connections[whose] = Connection(self._redis)
         return self._connections[whose]
@@ -70,7 +70,7 @@ class Aggregator:
                 self._enough.set()
 
     def cut_off(self) -> None:
-        """From another thread, after a stop: what waits for Redis fails now. What is not committed stays there."""
+        """Called from another thread after a stop: commands that wait for Redis fail. Uncommitted entries stay."""
         for connection in list(self._connections.values()):
             connection.cut_off()
 
@@ -87,15 +87,15 @@ class Aggregator:
             self._serve_listed()
 
     def _serve_listed(self) -> None:
-        """Serve whatever is listed and not served: other experts, those added, those removed and there again."""
+        """Serve every listed expert that is not served yet: one added, or one removed and created again."""
         try:
             listed = self._list.experts()
-        except FedMoEError as error:  # the experts' own threads and the gateway's say what is wrong
+        except FedMoEError as error:  # the threads of experts and gateway report the problem
             logger.debug("the list of experts cannot be read: %s", error)
             return
         for name in listed:
             if is_expert(name) and not self._is_served(name):
-                logger.info("%s: another expert of the federation, serving it, too", name)
+                logger.info("%s: found this expert in the list of experts; serving it too", name)
                 self._serve(name)
 
     def _is_burst_over(self) -> bool:
@@ -105,7 +105,7 @@ class Aggregator:
         return name in self._threads and self._threads[name].is_alive()
 
     def run(self, stop: threading.Event) -> None:
-        """Serve until `stop` is set; the gateway is built a last time when the experts have ended."""
+        """Serve until `stop` is set; the gateway is rebuilt once more after the experts' threads have ended."""
         gateway_stop = threading.Event()
         gateway = threading.Thread(
             target=self._gateway.run, args=(gateway_stop,), name="gateway", daemon=True

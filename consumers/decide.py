@@ -1,11 +1,11 @@
-"""What becomes of an update: duplicate, undecidable, refused or applied. Pure: state in, verdict out.
+"""Decides what becomes of an update: duplicate, undecidable, refused or applied. Pure: state in, verdict out.
 
-    duplicate    its (run, seq) is the worker's last decided update: changes nothing
-    undecidable  not this lineage, not the head's successor, or not whole: changes nothing, its worker sends it again
-    refused      breaks a rule: becomes the head, with the reason
-    applied      becomes part of the expert and the head
+    duplicate    it is the worker's last decided update: nothing changes
+    undecidable  it has another lineage, does not follow the head, or lacks a part: nothing changes, its worker resends
+    refused      it breaks a rule: it becomes the head, with the reason
+    applied      it becomes part of the expert, and the head
 
-Redis is the truth about what is decided, the worker about what is not. So what cannot be decided decides nothing.
+Redis knows which updates are decided; the worker keeps those that are not. So an undecidable update changes no head.
 """
 
 import math
@@ -22,7 +22,7 @@ from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.staleness import staleness_of
 from fedmoe.protocol.update import Header
 
-# Steps that one update counts for at most: 80 minutes of training at 2 steps a second, as after a long outage.
+# The most steps that one update counts for: 80 minutes of training at 2 steps per second, as after a long outage.
 COUNTED_STEPS = 10_000
 
 
@@ -37,7 +37,7 @@ class Outcome(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """An outcome, with its reason (for people), and for an applied update its staleness, factor and norm."""
+    """An outcome with its reason (for people); for an applied update, also its staleness, factor and norm."""
 
     outcome: Outcome
     reason: str = ""
@@ -48,11 +48,11 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """What a header says that nothing is wrong with, and what its payload, which comes next, must not exceed.
+    """A header that breaks no rule: its payload is read next, up to the bound `max_norm`.
 
     Args:
         staleness, factor: of the update.
-        max_norm: the largest Euclidean norm that its payload may have.
+        max_norm: largest L2 norm that its payload may have.
     """
 
     staleness: int = 0
@@ -61,16 +61,16 @@ class Admission:
 
 
 class Counts(NamedTuple):
-    """Rows and label tokens that an applied update counts for, in the expert's totals and in the gateway's weights."""
+    """Rows and label tokens that an applied update adds to the expert's totals; the rows may be its gateway weight."""
 
     n_examples: int
     n_tokens: int
 
 
 def counts_of(header: Header, training: TrainingSettings) -> Counts:
-    """What the header claims, but no more than COUNTED_STEPS steps of the rules' batch can hold.
+    """The counts that the header claims, bounded by COUNTED_STEPS steps of the rules' batch size.
 
-    A worker may claim any number. The bound uses nothing else that it claims, so a replay counts alike.
+    A worker may claim any number. The bound depends only on the rules, so a replay gives the same counts.
     """
     most = COUNTED_STEPS * training.batch_size * training.accumulate
     return Counts(min(header.n_examples, most), min(header.n_tokens, most * training.max_length))
@@ -79,10 +79,10 @@ def counts_of(header: Header, training: TrainingSettings) -> Counts:
 def judge_header(
     header: Header, head: Decided | None, meta: Meta, spec: Spec, workers: int
 ) -> Verdict | Admission:
-    """Judge by the header alone, under the rules in force: a verdict, or the admission of its payload.
+    """Judge a header under the rules in force: a verdict, or the admission of its payload.
 
-    `workers` counts those that ever had an update decided (the fields of `decided`).
-    Nothing of the payload need be read for the other outcomes: an update that is too large is never fetched.
+    `workers` is the number of workers that ever had an update decided (the fields of `decided`). The payload is read
+    only after an admission: a too large update is never fetched.
     """
     if head and header.id == head.id:
         return Verdict(Outcome.DUPLICATE)
@@ -104,7 +104,7 @@ def judge_header(
 
 
 def _breach(header: Header, meta: Meta, spec: Spec) -> str:
-    """The rule that the header breaks, as a sentence, or nothing."""
+    """The rule that the header breaks, as a sentence, or ""."""
     if header.spec != meta.spec:
         return f"made for spec {header.spec}, the expert's is {meta.spec}: restart the worker"
     if difference := BaseIdentity.from_header(header).difference(meta):
@@ -123,14 +123,14 @@ def _breach(header: Header, meta: Meta, spec: Spec) -> str:
 
 
 def _too_far(header: Header, staleness: int, meta: Meta, bound: int) -> str:
-    """Why the update's base is too far from the expert's version, as a sentence, or nothing."""
+    """Why the update's base is too far from the expert's version, as a sentence, or ""."""
     if staleness > bound:
         return (
             f"too stale: {staleness} updates were applied since the version it started from, at most {bound} are "
             "allowed (max_staleness); its worker goes on from the newest version"
         )
-    # After a failover to an older replica an update that is sent again is rightly ahead, but its sender sees to it that
-    # it is so by no more than this.
+    # After a failover to an older replica, a resent update may be ahead of the expert; its sender keeps it within this
+    # bound.
     if header.base_version - meta.version > bound:
         return (
             f"it started from version {header.base_version}, but the expert is at version {meta.version}, and at most "
@@ -141,12 +141,12 @@ def _too_far(header: Header, staleness: int, meta: Meta, bound: int) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Payload:
-    """What a payload turned out to be: not whole, malformed (each with the reason), or of this norm.
+    """The findings about a payload: not whole, malformed (each with the reason), or its norm.
 
     Args:
         not_whole: which part is missing or damaged.
-        malformed: which part is not what the format and the layout call for.
-        norm: Euclidean; not finite if a value is not.
+        malformed: which part does not match the format and the layout.
+        norm: L2 norm; not finite if a value is not.
         largest: the tensor that it changes most, or with a value that is not finite; "" if the norm is admitted.
     """
 
@@ -157,7 +157,7 @@ class Payload:
 
 
 def judge_payload(admission: Admission, payload: Payload) -> Verdict:
-    """Judge an update whose header passed by what its payload is."""
+    """Judge the payload of an admitted update."""
     if payload.not_whole:
         return Verdict(Outcome.UNDECIDABLE, payload.not_whole)
     norm, reason = payload.norm, payload.malformed

@@ -1,7 +1,7 @@
-"""One expert as an aggregator retains it: decide a batch of entries, fold, and say what to commit.
+"""One expert as an aggregator retains it: decide a batch of entries, fold updates, and commit.
 
-Knows the store only to read headers and parts. After any error or refused commit, the retained state is that of the
-last load or commit, and Redis may be elsewhere: load again.
+After any error or refused commit, the retained state is that of the last load or commit, and Redis may have another
+state: load again.
 """
 
 import logging
@@ -36,18 +36,18 @@ from fedmoe.util.software import software
 logger = logging.getLogger(__name__)
 
 More = Callable[[], Sequence[Entry]]
-MOST_WARNINGS = 256  # that are said once; anybody may write under many names
-HEADERS_AT_ONCE = 16  # each may have 256 KiB
+MOST_WARNINGS = 256  # of `_warn_once`; a bound, because entries may use any number of worker names
+HEADERS_AT_ONCE = 16  # each header may take 256 KiB
 
 
 class Expert:
-    """The working state of one expert, as of one load plus what was folded since.
+    """The retained state of one expert: the loaded state plus the updates folded since.
 
     Args:
         store: of this expert.
         spec: of this expert.
         aggregator: name of this process, for people.
-        archive: where applied updates are kept, None for nowhere.
+        archive: keeps applied updates; None: they are not kept.
         history: the commits that this state passed through; a new one by default.
         before_each: called before each entry is decided.
         clock: seconds since 1970, for people only.
@@ -71,15 +71,15 @@ class Expert:
         self.history = history or History()
         self._before_each = before_each
         self._clock = clock
-        # The state of the last load or commit, and the newest, which is the same one until an update is folded.
+        # Weights of the last load or commit, and the newest weights: the same buffer until an update is folded.
         self.buffer = self._folded = AdapterBuffer(spec.layout)
-        # Where the next update is folded to; the second spare takes memory once a batch holds more than one.
+        # Targets of the next folds; the second spare takes memory only once a batch applies more than one update.
         self._spares = [AdapterBuffer(spec.layout), AdapterBuffer(spec.layout)]
         self._scratch = torch.empty(scratch_values(spec.layout.numel))
         self._warned: set[str] = set()
 
     def load(self) -> Loaded:
-        """Take over what Redis holds. Raises what ExpertStore.load raises, SpecError for a foreign weights key."""
+        """Load the state from Redis. Raises like ExpertStore.load; SpecError if the weights do not fit the spec."""
         loaded: Loaded = self.store.load()
         if loaded.meta.spec != self.spec.digest:
             raise StaleStateError(f"{self.store.name}: the expert was created again, with another spec")
@@ -93,11 +93,11 @@ class Expert:
 
     @property
     def is_behind(self) -> bool:
-        """True if meta does not say yet what this aggregator speaks and knows: a commit will."""
+        """True if meta does not name this aggregator's protocol and features yet; the next commit writes them."""
         return self.meta.protocol < records.PROTOCOL or self.meta.knows != features_text()
 
     def next_meta(self, *, new_weights: bool = False) -> Meta:
-        """The present meta under a new commit id, which is also that of the weights if they are new."""
+        """The present meta under a new commit id, which also becomes the weights commit if `new_weights`."""
         commit = new_id()
         return replace(
             self.meta,
@@ -111,7 +111,7 @@ class Expert:
         )
 
     def send(self, commit: Commit, meta: Meta) -> None:
-        """Make a commit; with it `meta` becomes the present one. Raises what ExpertStore.commit raises."""
+        """Commit, with `meta` as the new meta. Raises like ExpertStore.commit."""
         commit.meta = meta
         self.history.attempt(meta.commit, commit.log, commit.dead)
         self.store.commit(commit)
@@ -121,9 +121,9 @@ class Expert:
     def process(self, entries: Sequence[Entry], *, more: More = lambda: ()) -> list[Verdict]:
         """Decide entries in stream order and commit them in one transaction.
 
-        Before weights are written, `more` is asked what has come meanwhile, until nothing has (or it has had enough):
-        an update on an idle stream is committed at once, and under load many share one write. If it fails, the retained
-        state is as it was before: always one that Redis has had, which may be written back to it.
+        Once an update is folded, `more` is called for new entries until it returns none: on an idle stream an update is
+        committed at once, and under load many updates share one write. After a failure the retained state is the one
+        before the call: a state that Redis has had, which may be written back.
         """
         before = self.meta, dict(self.decided)
         try:
@@ -214,7 +214,7 @@ class Expert:
                 return verdict
             case Outcome.UNDECIDABLE:
                 head = self.decided.get(bell.worker)
-                if head and header.run == head.id.run and header.seq < head.id.seq:  # nobody will decide it
+                if head and header.run == head.id.run and header.seq < head.id.seq:  # it can never be decided
                     commit.unlink += self.store.payload_keys(
                         bell.worker, bell.run, bell.seq, len(header.parts)
                     )
@@ -238,9 +238,9 @@ class Expert:
         return verdict
 
     def _fold_payload(self, bell: Doorbell, header: Header, admission: Admission) -> tuple[Verdict, str]:
-        """The verdict, with an applied payload folded; and the digest under which it was kept, if it was.
+        """Fold a payload and judge it; returns the verdict, and the digest of the kept update ("" if it was not kept).
 
-        It is folded as it comes, into memory that nobody needs if it turns out to be refused.
+        Parts are folded as they arrive, into a spare buffer; unless the update is applied, that buffer is discarded.
         """
         out = self._spares[-1]
         space = Workspace(self._folded.flat, out.flat, self._scratch)
@@ -295,7 +295,7 @@ class Expert:
         commit.log.append(line.to_fields())
 
     def _keep(self, header: Header, parts: list[bytes]) -> str:
-        """Keep an update that is about to be applied; its digest."""
+        """Keep an update that is about to be applied; returns its digest."""
         assert self.archive is not None
         try:
             return self.archive.keep(header, parts)
@@ -316,7 +316,7 @@ class Expert:
     def _undecidable(self, bell: Doorbell, verdict: Verdict) -> Verdict:
         self.meta = replace(self.meta, undecidable=self.meta.undecidable + 1)
         logger.warning(
-            "%s cannot decide %s seq %d: %s; if it is still of use, its worker sends it again",
+            "%s cannot decide %s seq %d: %s; its worker resends it if it is still needed",
             self.store.name, bell.worker, bell.seq, verdict.reason,
         )  # fmt: skip
         return verdict
@@ -325,10 +325,10 @@ class Expert:
         self.meta = replace(self.meta, garbage=self.meta.garbage + 1)
         fields = ", ".join(f"{k}={v}"[:80] for k, v in list(entry.fields.items())[:8])
         commit.dead.append(DeadLetter(reason=reason, entry=entry.id, fields=fields[:400]).to_fields())
-        logger.warning("%s took garbage off its stream (%s): %s", self.store.name, reason, fields[:200])
+        logger.warning("%s removed garbage from its stream (%s): %s", self.store.name, reason, fields[:200])
 
     def _speaks_our_protocol(self, worker: str, named: str) -> bool:
-        """False, and said, if the heartbeat of a worker that joins names another protocol."""
+        """False, with a warning, if the heartbeat of a joining worker names another protocol."""
         if named == str(records.PROTOCOL):
             return True
         is_later = named.isdecimal() and len(named) < 10 and int(named) > records.PROTOCOL
@@ -339,10 +339,10 @@ class Expert:
         return False
 
     def _warn_once(self, text: str) -> None:
-        """Warn of a worker that sends what cannot be read, but not each time it does so."""
+        """Log a warning about a worker's unreadable records, but each text only once."""
         if text not in self._warned and len(self._warned) < MOST_WARNINGS:
             self._warned.add(text)
             logger.warning("%s: %s", self.store.name, text)
 
-    def _pin(self, identity: BaseIdentity, worker: str) -> None:  # what nobody has pinned yet
+    def _pin(self, identity: BaseIdentity, worker: str) -> None:  # pins only unpinned components
         self.meta = identity.pin(self.meta, f"worker {worker}")

@@ -6,10 +6,10 @@ import torch
 def fold(
     weights: torch.Tensor, delta: torch.Tensor, factor: float, *, out: torch.Tensor | None = None
 ) -> None:
-    """Write `weights + factor × delta` to `out`, all (n,) fp32; to `weights` itself if no `out` is given.
+    """Write `weights + factor × delta` to `out` (default: `weights` itself), all (n,) fp32.
 
-    `factor` is lr × decay(staleness). Updates are folded one after the other in stream order, and each value on its
-    own: a batch gives bit for bit what the same updates give one by one, and part by part what they give whole.
+    `factor` is lr × decay(staleness). Updates are folded one after the other in stream order, and each value
+    independently: neither batching updates nor folding them part by part changes a bit of the result.
 
     Source: FedBuff, arXiv 2106.06639, with a buffer of one.
     """

@@ -1,4 +1,4 @@
-"""The commits that the retained state of one expert passed through, and the lines that each of them wrote. Pure."""
+"""The commits that the retained state of one expert passed through, with the lines that each one wrote. Pure."""
 
 from collections.abc import Sequence
 
@@ -6,19 +6,19 @@ import msgpack
 
 from fedmoe.protocol.lines import Line
 
-LENGTH = 10_000  # commits; at one a second, those of nearly three hours
-LINES_BYTES = 16 * 1024 * 1024  # of all their lines together
+LENGTH = 10_000  # commits; nearly three hours at one per second
+LINES_BYTES = 16 * 1024 * 1024  # bound for the lines of all commits together
 
 
 class History:
-    """A chain of commits, oldest first; the last is that of the retained state.
+    """A chain of commits, oldest first; the last commit made the retained state.
 
     Args:
-        length: how many commits are remembered at most.
+        length: maximum number of commits.
 
     Attributes:
-        lines: commit -> its lines of log and dead, packed, which takes a fifth of the space.
-        attempted: the commit that was sent last, with its lines, until it is known to be made.
+        lines: commit -> its lines of log and dead, packed as msgpack, in a fifth of the space.
+        attempted: the commit sent last, with its lines, until it is known to have succeeded.
     """
 
     def __init__(self, length: int = LENGTH) -> None:
@@ -36,13 +36,13 @@ class History:
         return next(reversed(self.lines), "")
 
     def attempt(self, commit: str, log: Sequence[Line] = (), dead: Sequence[Line] = ()) -> None:
-        """Note a commit that is about to be sent: if its reply is lost, it may have been made all the same."""
+        """Note a commit that is about to be sent: even if its reply is lost, it may have succeeded."""
         self.attempted = commit, _packed(log, dead)
 
     def arrive(self, commit: str) -> None:
-        """Note that the retained state is that of this commit: the last one, the attempted one, or a new beginning."""
+        """Note the commit of the retained state: the last one, the attempted one, or one that starts a new history."""
         if commit == self.last:
-            return  # and the attempted one may still come
+            return  # the attempted commit may still succeed
         attempted, self.attempted = self.attempted, None
         if attempted is not None and attempted[0] == commit:
             self.lines[commit] = attempted[1]
@@ -53,7 +53,7 @@ class History:
             self._n_bytes -= len(self.lines.pop(next(iter(self.lines))))
 
     def since(self, commit: str) -> tuple[list[Line], list[Line]]:
-        """The lines of log and dead, oldest first, that the commits after this one wrote; "" is all that are known."""
+        """The lines of log and dead, oldest first, of the commits after this one; of all commits if it is ""."""
         log: list[Line] = []
         dead: list[Line] = []
         is_later = commit == ""

@@ -1,6 +1,7 @@
-"""The payload of an update whose header passed: check, decode and fold its parts, each as it comes.
+"""The payload of an admitted update: checks, decodes and folds its parts as they arrive.
 
-It is folded before it is judged, because the parts are not kept; into memory that nobody needs if it is refused.
+A payload is folded before it is judged, because its parts are not held in memory; if it is not applied, the folded
+result is discarded.
 """
 
 import math
@@ -19,7 +20,7 @@ from fedmoe.protocol.update import Header, Part
 
 @dataclass(frozen=True, slots=True)
 class Workspace:
-    """Memory in which an update is folded from `weights` into `out`, (numel,) fp32; for `scratch` see codec.decoded."""
+    """Buffers to fold an update from `weights` into `out`, (numel,) fp32; for `scratch` see codec.decoded."""
 
     weights: torch.Tensor
     out: torch.Tensor
@@ -31,7 +32,7 @@ def fold_payload(
 ) -> Verdict:
     """Fold an update, out = weights + factor × Δ, and judge it.
 
-    Unless the verdict is APPLIED, what is in `out` means nothing.
+    Unless the verdict is APPLIED, the content of `out` is undefined.
     """
     return judge_payload(admission, _fold(header, admission, parts, spec, space))
 
@@ -56,7 +57,7 @@ def _fold(
 
 
 class _NotWholeError(Exception):
-    """A part is not the one that its header names."""
+    """A part is missing or does not match the header's length and digest."""
 
 
 def _whole(announced: Sequence[Part], parts: Iterable[bytes]) -> Iterator[bytes]:
@@ -67,15 +68,16 @@ def _whole(announced: Sequence[Part], parts: Iterable[bytes]) -> Iterator[bytes]
 
 
 def _norm(values: torch.Tensor) -> float:
-    """The Euclidean norm of fp32 values; infinite or NaN only if a value is, though fp32 cannot hold that of 1e30."""
+    """L2 norm of fp32 values; infinite or NaN only if a value is: if fp32 overflows, it is computed in fp64."""
     norm = float(torch.linalg.vector_norm(values))
     return norm if math.isfinite(norm) else float(torch.linalg.vector_norm(values, dtype=torch.float64))
 
 
 def _largest(spec: Spec, space: Workspace) -> str:
-    """The tensor that an update changed most: the first one with a value that is not finite, if there is one.
+    """The first tensor with a value that is not finite, otherwise the tensor that the update changed most.
 
-    By what was folded, because the parts are gone. Only for a refusal: asking this of every update costs too much.
+    It compares the folded result with the weights, because the parts are gone. It is too expensive to run for every
+    update, so it runs only for a refusal.
     """
     before, after = spec.layout.views(space.weights), spec.layout.views(space.out)
     norms = {name: _norm(after[name] - before[name]) for name in after}

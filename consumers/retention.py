@@ -1,4 +1,4 @@
-"""How long kept updates stay: what is older than asked for goes, and weights stay from which a replay can begin."""
+"""Retention of kept updates: old updates are removed, and weights are kept from which a replay can start."""
 
 import logging
 import time
@@ -10,17 +10,17 @@ from fedmoe.store.archive import WEIGHTS_SUFFIX, Anchor, Archive
 
 logger = logging.getLogger(__name__)
 
-ANCHORS = 7  # in the time that updates are kept; so they are kept for up to a seventh longer
-AT_ONCE = 100  # files that are removed after one commit, which must not wait for long
-MARGIN_S = 3600.0  # two aggregators may keep into one directory, and their clocks differ
+ANCHORS = 7  # per retention period; so updates are kept for up to a seventh longer
+AT_ONCE = 100  # files removed after one commit, so that the next commit is not delayed
+MARGIN_S = 3600.0  # two aggregators may share one directory, and their clocks differ
 
 
 class Retention:
-    """Tends the archive of one expert, a little after each commit.
+    """Maintains the archive of one expert, in small steps after each commit.
 
     Args:
         archive: of this expert.
-        keep_s: updates are kept for at least so long (seconds).
+        keep_s: updates are kept for at least this time (seconds).
         clock: seconds since 1970.
     """
 
@@ -32,9 +32,9 @@ class Retention:
         self._next_at = 0.0
 
     def tend(self, expert: Expert) -> None:
-        """Keep the expert's weights if it is time for it, and remove some of what has been kept for long enough.
+        """Keep the expert's weights if an anchor is due, and remove some files past their retention period.
 
-        Call it right after a commit. A disk error is logged, and serving goes on.
+        Call this right after a commit. A disk error is logged, and serving continues.
         """
         try:
             if self._doomed:
@@ -51,16 +51,16 @@ class Retention:
 
     def _look(self, expert: Expert) -> None:
         now, every = self._clock(), self._keep_s / ANCHORS
-        self._doom(now - self._keep_s)  # first: it may be what makes room for the weights
+        self._doom(now - self._keep_s)  # first, because the removals may make room for the weights
         newest = max((anchor.at for anchor in self._archive.anchors().values()), default=float("-inf"))
         if now - newest >= every:
             if not self._keep_weights(expert, now):
-                return  # at one of the next commits
+                return  # it is tried again after one of the next commits
             newest = now
         self._next_at = newest + every
 
     def _keep_weights(self, expert: Expert, now: float) -> bool:
-        """Keep the present weights as an anchor; False if the update that made them cannot be told any more."""
+        """Keep the present weights as an anchor; False if the update that made them is unknown."""
         version = expert.meta.version
         last = next(
             (
@@ -86,14 +86,14 @@ class Retention:
         return True
 
     def _doom(self, until: float) -> None:
-        """Note what a replay from the newest anchor before `until` does not need."""
+        """List for removal the files that a replay from the newest anchor before `until` does not need."""
         anchors = self._archive.anchors()
         first = next(
             (anchor for anchor in reversed(anchors.values()) if anchor.at <= until and anchor.lineage), None
         )
         if first is None:
             return
-        # A replay begins at the oldest anchor there is, so those before go before their updates.
+        # A replay starts at the oldest anchor, so earlier anchors are removed before their updates.
         self._doomed = [file for file, anchor in anchors.items() if anchor.at < first.at]
         needed = {anchor.weights + WEIGHTS_SUFFIX for anchor in anchors.values() if anchor.at >= first.at}
         old = self._archive.kept_before(first.at - min(MARGIN_S, self._keep_s / 10))

@@ -1,4 +1,4 @@
-"""Replay an expert from its log, one update at a time, and compare byte for byte."""
+"""Replays an expert from its log and kept updates, one update at a time."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -20,10 +20,10 @@ from fedmoe.store.archive import Anchor, Archive
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """The outcome: `weights` recomputed at `version`, or why the log cannot be replayed.
+    """The result: `weights` recomputed at `version`, and `problem` if the replay could not reach meta's version.
 
-    `since` is the version it began at, and `begin` why not at 0: the log before it was lost, or older kept updates
-    were removed.
+    `since` is the version where the replay started, and `begin` the reason if that is not 0: the log before was lost,
+    or older kept updates were removed.
     """
 
     version: int
@@ -36,10 +36,10 @@ class Replay:
 def replay(spec: Spec, meta: Meta, lines: Iterable[Mapping[str, str]], archive: Archive) -> Replay:
     """Recompute the weights at meta's version from the log's lines (oldest first) and the kept updates.
 
-    Each line is held against its update: the version it made, the staleness, and the factor that follows from the
-    rules in force then. A line that does not fit ends the replay with the problem. It begins at version 0; or at the
-    last line that an aggregator wrote when it gave an expert back to a Redis that had lost it; or, if the updates after
-    that are not kept any more, at the first anchor of this lineage in the archive.
+    Each line is checked against its update: version, staleness, and the factor under the rules in force then. The first
+    mismatch ends the replay with the problem. The replay starts at version 0; or at the last anchor line, which an
+    aggregator wrote because Redis had lost the log; or, if later updates are not kept any more, at the first anchor of
+    this lineage in the archive.
     """
     upto = meta.version
     buffer = AdapterBuffer(spec.layout)
@@ -77,7 +77,7 @@ def _begin(
     buffer: AdapterBuffer,
     spec: Spec,
 ) -> tuple[int, str, list[AppliedLine]]:
-    """Fill `buffer` with the weights to begin with; their version, why that one, and the lines to replay."""
+    """Fill `buffer` with the weights to start from; returns their version, the reason, and the lines to replay."""
     written_back: AnchorLine | None = None
     rest: list[AppliedLine] = []
     for line in history:
@@ -111,18 +111,18 @@ def _follows(line: AppliedLine, version: int) -> bool:
 
 
 def _are_kept(lines: Iterable[AppliedLine], after: int, upto: int, archive: Archive) -> bool:
-    """True if the log and the archive hold every update from version `after` to `upto`."""
+    """True if the log and the archive hold the update of every version after `after` up to `upto`."""
     kept = {line.version for line in lines if archive.holds(line.update)}
     return kept.issuperset(range(after + 1, upto + 1))
 
 
 def _is_of(anchor: Anchor, lines: Iterable[AppliedLine]) -> bool:
-    """True if an anchor is of the history that the lines tell, not of one that a failover undid."""
+    """True if an anchor belongs to the history in these lines, not to one that a failover undid."""
     for line in lines:
         if line.version == anchor.version:
             return (line.run, line.seq) == (anchor.run, anchor.seq)
         if line.version > anchor.version:
-            return _follows(line, anchor.version)  # its own line was cut off the log
+            return _follows(line, anchor.version)  # the anchor's own line was trimmed from the log
     return False
 
 
@@ -135,10 +135,10 @@ def _fold_line(
     delta: torch.Tensor,
     buffer: AdapterBuffer,
 ) -> None:
-    """Hold a line of the log against its kept update, and fold that into the weights of `version`."""
+    """Check a log line against its kept update, and fold the update into the weights of `version`."""
     _check(
         _follows(line, version),
-        f"the log goes from version {version} to {line.version}: what lies between is gone from Redis",
+        f"the log goes from version {version} to {line.version}: the lines between are gone from Redis",
     )
     header, parts = archive.load(line.update)
     _check((header.run, header.seq) == (line.run, line.seq), "the kept update is another one")

@@ -1,10 +1,10 @@
 """Creating experts, all of one base model and one LoRA initialisation.
 
-request     what an operator asks for, held against an expert that exists
-base_model  what must be known of the base model, found out by a process of its own
-beginning   an expert at version 0: its spec, rules, meta and weights
-ensure      create those that do not exist yet, when an aggregator starts
-add         create one more in a federation that runs
+request     the operator's request, compared with an existing expert
+base_model  facts about the base model, found by a child process
+beginning   an expert at version 0: its spec, rules and meta
+ensure      create missing experts when an aggregator starts
+add         add one expert to a running federation
 """
 
 from consumers.create.base_model import STOPPED

@@ -1,4 +1,4 @@
-"""Add an expert to a federation that runs: of the same base model, adapter and rules as one that is there."""
+"""Adds an expert to a running federation, with the base model, adapter shape and rules of an existing expert."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -28,15 +28,15 @@ PINNED = ("base_fingerprint", "base_fingerprint_by", "tokenizer", "tokenizer_by"
 def add_expert(
     connection: Connection, name: str, *, like: str, gateway_weight: float, settings: Mapping[str, Any]
 ) -> str:
-    """Create an expert at version 0; the name of the expert that it took after.
+    """Create an expert at version 0; returns the name of the expert that it was copied from.
 
-    Its spec, and what is pinned of the base model, are those of the expert `like` ("": the first one by name that is
-    whole). So are its rules, but for `settings` (named as in `RuleSet.settings`). The base model itself is not needed
-    here. The aggregators that run serve it within seconds.
+    It takes the spec, the pinned components of the base model, and the rules of the expert `like` ("": the first whole
+    expert by name); `settings` changes some rules (named as in `RuleSet.settings`). The base model need not be on this
+    machine. Running aggregators serve the new expert within seconds.
 
     Raises:
-        SettingsError: if there is an expert of this name, none to take after, or a value breaks its bound.
-        DamagedExpertError: if the one to take after is damaged; LostExpertError if Redis lost the one to be added.
+        SettingsError: if the expert exists, there is none to copy from, or a value breaks its bound.
+        DamagedExpertError: if the expert to copy from is damaged; LostExpertError if Redis lost the expert to add.
     """
     gateway, store = GatewayStore(connection), ExpertStore(connection, check_expert(name))
     listed = gateway.experts()
@@ -44,7 +44,7 @@ def add_expert(
     _check_absent(store, name, is_listed=name in listed)
     if not (like or listed):
         raise SettingsError(
-            f"there are no experts at {connection.settings.shown} yet to take base model and adapter from: "
+            f"there are no experts at {connection.settings.shown} yet to copy base model and adapter shape from: "
             f"create the first one with `{create_from_zero(name)}`"
         )
     like, spec, meta = _whole(connection, [like] if like else list(listed))
@@ -55,7 +55,9 @@ def add_expert(
     if not store.create(
         spec, replace(new, **pinned), weights, gateway_weight=gateway_weight, though_removed=True
     ):
-        raise SettingsError(f"somebody else has just created expert {name!r}")
+        raise SettingsError(
+            f"another process has just created expert {name!r}: see `fedmoe expert show {name}`"
+        )
     return like
 
 
@@ -65,14 +67,14 @@ def _check_absent(store: ExpertStore, name: str, *, is_listed: bool) -> None:
     except RemovedExpertError:
         return
     if found.meta is not None or found.weights_commit:
-        raise SettingsError(f"expert {name!r} is there already: see `fedmoe expert show {name}`")
+        raise SettingsError(f"expert {name!r} exists already: see `fedmoe expert show {name}`")
     if is_listed:
         raise LostExpertError(name)
     check_never_there(store)
 
 
 def _whole(connection: Connection, names: Sequence[str]) -> tuple[str, Spec, Meta]:
-    """The first of these experts that is whole; raises what is wrong with the last one if none is."""
+    """The first whole one of these experts; if there is none, raises the error of the last one."""
     for name in names:
         store = ExpertStore(connection, name)
         try:

@@ -1,7 +1,6 @@
-"""What must be known of a base model to create an expert: the adapter's layout, its fingerprint, its reach.
+"""The facts about a base model needed to create an expert: the adapter's layout, its reach, the model's fingerprint.
 
-Finding that out needs transformers and peft, so a process of its own does it, and the daemon's memory stays that of its
-experts.
+A child process finds them with transformers and peft, so the daemon needs memory only for its experts.
 """
 
 import json
@@ -21,16 +20,16 @@ logger = logging.getLogger(__name__)
 
 STOPPED = "stopped before it served any expert: nothing is lost"
 
-# What this process has found out about base models. Reading their weights takes long, and a creation is tried again
-# while Redis is away or full. Failures are not kept: the base model may have been put right meanwhile.
+# Facts that this process has found about base models. Reading their weights takes long, and a creation is retried while
+# Redis is away or full. Failures are not cached: the base model may have been repaired meanwhile.
 described: dict[SpecRequest, dict[str, Any]] = {}
 
 
 def look_at_base(request: SpecRequest, stop: threading.Event) -> dict[str, Any]:
-    """What is known of the base model; the first time, what an operator should know of it is logged.
+    """The facts about the base model; the first call logs those that the operator should know.
 
     Raises:
-        BaseModelError: if its config cannot be read; SettingsError if the request does not fit it.
+        BaseModelError: if its config cannot be read; SettingsError if the request does not fit the model.
         StoppedError: if `stop` is set meanwhile.
     """
     if request not in described:
@@ -41,7 +40,7 @@ def look_at_base(request: SpecRequest, stop: threading.Event) -> dict[str, Any]:
 
 
 def _tell(request: SpecRequest, described: Mapping[str, Any]) -> None:
-    """Say what an operator may not expect of this base model."""
+    """Log facts about this base model that may surprise the operator."""
     if described["template_missing"]:
         logger.warning(
             "the base model %s has no chat template: start the first worker with --chat-template FILE",
@@ -60,23 +59,24 @@ def _tell(request: SpecRequest, described: Mapping[str, Any]) -> None:
 
 
 def _describe(request: SpecRequest, stop: threading.Event) -> dict[str, Any]:
-    """Ask a process of its own for the adapter's layout and the base model's fingerprint.
+    """Ask a child process for the adapter's layout and the base model's fingerprint.
 
-    If the weights are here but too large for this machine, that process is killed; then the config has to do, and the
-    first worker that joins pins the fingerprint.
+    If the weights are too large for this machine, the system kills the child process. Then only the config is read, and
+    the first worker that joins pins the fingerprint.
     """
     logger.info("looking at the base model %s", request.base_model)
     process = ask_process(_question(request, read_weights=True), stop)
     if process.returncode == -signal.SIGKILL:
         logger.warning(
-            "the weights of %s do not fit into memory here; going on by its config", request.base_model
+            "the weights of %s do not fit into this machine's memory; using only its config",
+            request.base_model,
         )
         process = ask_process(_question(request, read_weights=False), stop)
     try:
         answer = json.loads(process.stdout.strip().rpartition("\n")[2])
     except ValueError as error:
         raise BaseModelError(
-            f"could not look at the base model {request.base_model!r}: {process.stderr.strip()[-800:]}"
+            f"could not inspect the base model {request.base_model!r}: {process.stderr.strip()[-800:]}"
         ) from error
     if "error" in answer:
         raise (SettingsError if answer["of_settings"] else BaseModelError)(answer["error"])
@@ -96,14 +96,14 @@ def _question(request: SpecRequest, *, read_weights: bool) -> dict[str, Any]:
 
 
 def ask_process(question: Mapping[str, Any], stop: threading.Event) -> "subprocess.CompletedProcess[str]":
-    """Put a question to `fedmoe.model.describe`, in a process of its own; StoppedError once `stop` is set."""
+    """Run `fedmoe.model.describe` on a question in a child process; raises StoppedError once `stop` is set."""
     with subprocess.Popen(
         [sys.executable, "-m", "fedmoe.model.describe"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        start_new_session=True,  # Ctrl-C is for the daemon, which ends this one
+        start_new_session=True,  # Ctrl-C reaches only the daemon, which then kills this process
     ) as process:
         text: str | None = json.dumps(question)
         while True:
@@ -111,7 +111,7 @@ def ask_process(question: Mapping[str, Any], stop: threading.Event) -> "subproce
                 out, err = process.communicate(text, timeout=0.1)
                 return subprocess.CompletedProcess(process.args, process.returncode, out, err)
             except subprocess.TimeoutExpired:
-                text = None  # communicate goes on with what it was given first
+                text = None  # communicate continues with the input of its first call
             if stop.is_set():
                 process.kill()
                 raise StoppedError(STOPPED)

@@ -19,12 +19,12 @@ from fedmoe.protocol.spec import Spec
 from fedmoe.store.lifecycle import new_id
 from fedmoe.util.software import software
 
-NORM_BOUND = 10.0  # an update may be this many times as long as the initial adapter
+NORM_BOUND = 10.0  # default max_norm, as a multiple of the initial adapter's L2 norm
 
 
 def make_spec(request: SpecRequest, described: Mapping[str, Any]) -> Spec:
-    """The spec that a request leads to, with a base model that `describe` has looked at."""
-    return Spec(  # refuses an adapter that is too large, before memory is taken for it
+    """The spec for a request, with the facts about the base model that `look_at_base` found."""
+    return Spec(  # refuses a too large adapter before memory is allocated for it
         base_model=request.base_model,
         base_config=described["base_config"],
         layout=Layout(tuple((name, tuple(shape)) for name, shape in described["layout"])),
@@ -37,7 +37,7 @@ def make_spec(request: SpecRequest, described: Mapping[str, Any]) -> Spec:
 
 
 def make_rules(request: SpecRequest, spec: Spec) -> RuleSet:
-    """The first rule set that a request leads to."""
+    """The first rule set for a request."""
     rules = replace(request.rules, number=1)
     if "max_norm" in request.explicit:
         return rules
@@ -46,7 +46,7 @@ def make_rules(request: SpecRequest, spec: Spec) -> RuleSet:
 
 
 def first_meta(spec: Spec, rules: RuleSet, *, reach: float, not_reached: str) -> Meta:
-    """Meta of a new expert: version 0, and nothing of the base model pinned."""
+    """Meta of a new expert: version 0, no component of the base model pinned."""
     commit, now = new_id(), time.time()
     return Meta(
         lineage=new_id(),
@@ -66,7 +66,7 @@ def first_meta(spec: Spec, rules: RuleSet, *, reach: float, not_reached: str) ->
 
 
 def pinned_meta(spec: Spec, rules: RuleSet, described: Mapping[str, Any]) -> Meta:
-    """The same, with what `look_at_base` has found pinned."""
+    """Like `first_meta`, with the components that `look_at_base` found pinned."""
     meta = first_meta(spec, rules, reach=described["reach"], not_reached=described["not_reached"])
     identity = BaseIdentity(fingerprint=described["fingerprint"], tokenizer=described["tokenizer"])
     return identity.pin(meta, "aggregator")

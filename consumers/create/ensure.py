@@ -1,4 +1,4 @@
-"""Create the experts that do not exist yet, when an aggregator starts."""
+"""Creates missing experts when an aggregator starts."""
 
 import logging
 import threading
@@ -28,14 +28,14 @@ def ensure_experts(
     *,
     stop: threading.Event | None = None,
 ) -> list[str]:
-    """Create the experts of `weights` (name -> gateway weight) that do not exist yet; returns the new ones' names.
+    """Create the missing experts of `weights` (name -> gateway weight); returns the names of the new ones.
 
-    One that workers train already, or that was found to be gone before, is not created: Redis was emptied. It is
-    marked as lost, until somebody writes it back or asks for `new_lineage`.
+    A missing expert that workers train, or that was found lost before, is not created, because Redis was emptied. It is
+    marked as lost until an aggregator writes it back or the operator asks for `new_lineage`.
 
     Raises:
-        SpecError: if an expert is another one than explicitly asked for, or the federation's experts have another
-            base model.
+        SpecError: if an expert's spec differs from an explicit setting, or the federation's experts have another base
+            model.
         BaseModelError: if the base model's config cannot be read.
         StoppedError: if `stop` is set meanwhile.
     """
@@ -69,7 +69,7 @@ def ensure_experts(
                 spec.layout.file_bytes / 2**20,
             )  # fmt: skip
         elif store.exists():
-            store.register(weights[store.name])  # somebody else was first
+            store.register(weights[store.name])  # another process created it first
         else:
             raise SpecError(
                 f"expert {store.name!r} is in Redis only in part: restore a backup (fedmoe restore --replace), or "
@@ -82,7 +82,7 @@ def ensure_experts(
 def _missing(
     stores: Sequence[ExpertStore], weights: Mapping[str, float], request: SpecRequest
 ) -> list[ExpertStore]:
-    """Those that are not there; the others are held against the request, and listed."""
+    """The experts that do not exist; existing ones are compared with the request and added to the list."""
     missing = []
     for store in stores:
         if not store.exists():
@@ -103,7 +103,10 @@ def _missing(
 
 
 def _check_federation(gateway: GatewayStore, spec: Spec) -> None:
-    """All experts of a federation share base model and initialisation, else there is no gateway."""
+    """Raise SpecError unless the federation's experts share this spec's base model and initialisation.
+
+    Without these the gateway cannot be built.
+    """
     for name in gateway.experts():
         try:
             other = gateway.spec(name)

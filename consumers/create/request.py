@@ -1,4 +1,4 @@
-"""What an operator asks experts to be, and how one that exists differs from it."""
+"""An operator's request for experts, and how an existing expert differs from it."""
 
 import logging
 from collections.abc import Sequence
@@ -18,12 +18,12 @@ DEFAULT_EXPERTS = ("python_expert", "sql_expert", "docs_expert")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpecRequest:
-    """What the operator asks new experts to be.
+    """The operator's request for new experts.
 
-    `explicit` names the settings that the operator typed. If an expert that exists differs in one of them, that is an
-    error (of what it is), or said (of its rules); a mere default never is. A max_norm that was not typed is ten times
+    `explicit` names the settings that the operator typed. If an existing expert differs in one of them, that is an
+    error (spec) or a warning (rules); differences from defaults are ignored. Unless max_norm was typed, it is ten times
     the norm of the initial adapter. `weighted` names the experts whose gateway weight was typed. With `new_lineage` an
-    expert is created from zero although workers still train an earlier one of its name.
+    expert is created from zero although workers still train an earlier lineage.
     """
 
     base_model: str = DEFAULT_BASE_MODEL
@@ -38,7 +38,7 @@ class SpecRequest:
 
 
 def parse_experts(texts: Sequence[str]) -> dict[str, float]:
-    """`sql_expert` or `sql_expert=2` (its gateway weight) -> {name: weight}."""
+    """Parse `sql_expert` or `sql_expert=2` (its gateway weight) into {name: weight}."""
     weights = {}
     for text in texts or DEFAULT_EXPERTS:
         name, _, weight = text.partition("=")
@@ -54,22 +54,22 @@ def parse_experts(texts: Sequence[str]) -> dict[str, float]:
 
 
 def check_identity(name: str, spec: Spec, request: SpecRequest) -> None:
-    """Raise SpecError if the existing expert is not what an explicit setting of the request says."""
+    """Raise SpecError if the existing expert's spec differs from an explicit setting of the request."""
     for key, (wanted, has) in _identity(request, spec).items():
         if key in request.explicit and wanted != has:
             raise SpecError(
-                f"expert {name!r} exists with {key} {has!r}, not {wanted!r}: what an expert is never changes, so start "
+                f"expert {name!r} exists with {key} {has!r}, not {wanted!r}: an expert's spec never changes, so start "
                 "without this option, or choose another expert name or --prefix"
             )
 
 
 def compare_rules(name: str, rules: RuleSet, request: SpecRequest) -> None:
-    """Say which explicit settings of the request are not the rules in force; those stay, an operator chose them."""
+    """Warn of explicit settings that differ from the rules in force, which stay because an operator chose them."""
     asked, present = request.rules.settings(), rules.settings()
     odd = [name for name in present if name in request.explicit and asked[name] != present[name]]
     if odd:
         logger.warning(
-            "%s: rules %d are in force, and stay so: %s; to have what is asked for here: fedmoe expert set %s %s",
+            "%s: rules %d stay in force: %s; to change them as requested here: fedmoe expert set %s %s",
             name, rules.number, ", ".join(f"{one} {present[one]}" for one in odd),
             name, " ".join(f"--{one.replace('_', '-')} {asked[one]}" for one in odd),
         )  # fmt: skip

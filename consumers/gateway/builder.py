@@ -1,7 +1,7 @@
-"""The gateway: the merge of all experts, rebuilt whenever one of them moved.
+"""The gateway: the merge of all experts, rebuilt whenever an expert changes.
 
-A pure function of the experts, so nothing here needs to be exactly-once: its meta names the commit of each expert it
-was built from, and it is rebuilt until those are the present ones.
+The gateway is a pure function of the experts, so building it need not be exactly-once: its meta names the weights
+commit of each expert, and it is rebuilt until these are the present ones.
 """
 
 import json
@@ -56,7 +56,7 @@ class GatewayBuilder:
         )
 
     def run(self, stop: threading.Event) -> None:
-        """Rebuild until `stop` is set, and once more then."""
+        """Rebuild until `stop` is set, then once more."""
         backoff = Backoff("gateway", logger)
         ending = False
         while not ending:
@@ -77,7 +77,7 @@ class GatewayBuilder:
                 else:
                     self._problems.report(str(error))
                     stop.wait(backoff.failed(error))
-            except ProtocolError as error:  # to an aggregator that can read what is there
+            except ProtocolError as error:  # release the lease to an aggregator that can read the records
                 self._problems.report(str(error))
                 self._lease.give_up()
                 stop.wait(backoff.failed(error) + self._lease_s / 4)
@@ -96,10 +96,10 @@ class GatewayBuilder:
         try:
             self._store.complain(reason)
         except RedisUnavailableError as error:
-            logger.debug("gateway: could not say why it is not built: %s", error)
+            logger.debug("gateway: the reason why it is not built cannot be written to Redis: %s", error)
 
     def refresh(self) -> bool:
-        """Rebuild if an expert moved, or one came, or the settings are others; True if it did."""
+        """Rebuild if an expert or the settings changed, or the list of experts did; True if it was rebuilt."""
         weights = self._experts.reconcile()
         if not weights:
             return False

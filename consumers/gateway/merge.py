@@ -1,7 +1,7 @@
 """The gateway's arithmetic: several LoRA experts of one base model become one LoRA adapter.
 
-What each method does in one module stands in `consumers.gateway.methods`; here the experts are checked, the result is
-laid out, and every module is merged. Pure: the same experts give the same bytes.
+`consumers.gateway.methods` defines how each method merges one module; this file checks the experts, lays out the result
+and merges every module. Pure: the same experts give the same bytes.
 """
 
 import math
@@ -22,7 +22,7 @@ Dims = dict[str, tuple[int, int]]  # module -> features (out, in)
 
 @dataclass(frozen=True, kw_only=True)
 class MergeInput:
-    """One adapter to merge: its values `flat` (numel,) fp32, its alpha / rank, its weight in the gateway."""
+    """One adapter to merge: values `flat` (numel,) fp32, `scaling` alpha / rank, gateway weight."""
 
     layout: Layout
     flat: Tensor
@@ -36,9 +36,9 @@ class Merged:
 
     Args:
         rank: of every module.
-        scaling: alpha / rank; that of the first expert with weight, another's is folded into its B.
-        relative_error: ‖ΔW − result‖ / ‖ΔW‖ (Frobenius, all modules together): 0 for cat, what was truncated
-            for svd, None where it is not known.
+        scaling: alpha / rank of the first expert with weight; another expert's scaling is multiplied into its B.
+        relative_error: ‖ΔW − result‖ / ‖ΔW‖ (Frobenius, all modules together): 0 for cat, the truncated part for svd,
+            None if unknown.
     """
 
     buffer: AdapterBuffer
@@ -72,16 +72,16 @@ def merge(
     Args:
         experts: one or more; their ranks may differ for cat and svd.
         method: one of METHODS.
-        scale: in front of the weighted mean; 1 is the mean.
+        scale: factor of the weighted mean; 1 gives the mean.
         rank: of svd's result; the largest of the experts' ranks by default.
-        init: the initialisation (numel,) fp32 that the experts share; some methods work on what was learned
-            since, and without it take that of A for 0.
-        density: the part of the values that ties and dare keep, between 0 and 1.
+        init: the shared initialisation (numel,) fp32; some methods merge the difference to it, and use A = 0 as
+            initialisation if it is None.
+        density: fraction of the values that ties and dare keep, between 0 and 1.
         seed: of dare's random choice.
 
     Raises:
-        SettingsError: for a setting or a weight that cannot be used.
-        SpecError: if the experts do not fit together.
+        SettingsError: if a setting or a weight is invalid.
+        SpecError: if the experts cannot be merged with each other.
     """
     _check_settings(experts, method, scale, rank, density)
     experts = [expert for expert in experts if expert.weight > 0]
@@ -99,7 +99,7 @@ def merge(
     start = experts[0].layout.views(init) if init is not None else {}
     total, scaling = sum(expert.weight for expert in experts), experts[0].scaling
     losses: list[Loss | None] = []
-    # peft draws from torch's own generator: it is seeded here and afterwards given back as it was.
+    # peft draws from torch's global generator: it is seeded here and restored afterwards.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         for module in dims:
@@ -114,7 +114,7 @@ def merge(
 
 
 def _relative_error(losses: Sequence[Loss | None]) -> float | None:
-    """What all modules together lost; None if that is not known of one."""
+    """The relative error over all modules; None if the loss of one is unknown."""
     known = [loss for loss in losses if loss is not None]
     if len(known) < len(losses):
         return None
@@ -159,7 +159,7 @@ def _check_settings(
 
 
 def _check_experts(experts: Sequence[MergeInput]) -> tuple[Dims, list[int]]:
-    """The modules that all experts share, and the experts' ranks."""
+    """Check that the experts can be merged; returns their common modules, and the experts' ranks."""
     dims, _ = _lora_dims(experts[0].layout)
     ranks = []
     for index, expert in enumerate(experts):

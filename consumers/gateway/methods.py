@@ -1,15 +1,15 @@
-"""The merge methods as one table: how each makes one pair of LoRA factors of those of all experts, in one module.
+"""The merge methods as one table: each merges the experts' LoRA factors of one module into one pair of factors.
 
-Each expert i is ΔWᵢ = sᵢ Bᵢ Aᵢ in every module, with sᵢ = alpha / rank; it began at Bᵢ = 0, so ΔWᵢ is all
-that it has learned. With shares ŵᵢ = wᵢ / Σ w the gateway wanted is
+Expert i is ΔWᵢ = sᵢ Bᵢ Aᵢ in every module, with sᵢ = alpha / rank; training started at Bᵢ = 0, so ΔWᵢ is everything
+that the expert learned. With shares ŵᵢ = wᵢ / Σ w, the ideal gateway is
 
     ΔW = scale · Σ ŵᵢ sᵢ Bᵢ Aᵢ
 
-    method   rank  what comes out
+    method   rank  result
     cat      Σ rᵢ  exactly ΔW: the factors side by side
-    svd      any   the matrix of that rank nearest to ΔW; how far it is, is reported
-    average  r     (Σ ŵᵢ Bᵢ)(Σ ŵᵢ Aᵢ): errs by Σ ŵᵢ (Bᵢ−B̄)(Aᵢ−Ā), little while the Aᵢ stay near a common start
-    ties     r     small values dropped, a sign elected for each, then averaged (arXiv 2306.01708)
+    svd      any   the matrix of that rank nearest to ΔW; its distance is reported
+    average  r     (Σ ŵᵢ Bᵢ)(Σ ŵᵢ Aᵢ): error Σ ŵᵢ (Bᵢ−B̄)(Aᵢ−Ā), small while the Aᵢ stay near a common start
+    ties     r     small values dropped, one sign elected per value, then averaged (arXiv 2306.01708)
     dare     r     values dropped at random, the rest scaled up, then averaged (arXiv 2311.03099)
 
 A new method is an entry of METHODS, and its name in `fedmoe.settings.METHODS`. Pure. Needs torch only; ties and dare
@@ -35,11 +35,11 @@ class Factors(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What some methods need beside the factors.
+    """Further inputs of some methods.
 
     Args:
-        start: the initialisation of A (r, n) in this module, None if it is not known.
-        density: the part of the values that is kept, between 0 and 1.
+        start: the initialisation of A (r, n) in this module, None if unknown.
+        density: fraction of the values that is kept, between 0 and 1.
     """
 
     start: Tensor | None
@@ -47,14 +47,14 @@ class Options(NamedTuple):
 
 
 class Loss(NamedTuple):
-    """The Frobenius norms of what a module's result lacks, and of the ΔW wanted."""
+    """Frobenius norms of a module's truncation error (`lost`) and of the ideal ΔW (`norm`)."""
 
     lost: float
     norm: float
 
 
 class Rank(Enum):
-    """The rank of the result: the sum of the experts' ranks, one that may be chosen, or the one they all have."""
+    """The rank of the result: the sum of the experts' ranks, a chosen one, or their common rank."""
 
     SUM = "sum"
     CHOSEN = "chosen"
@@ -67,8 +67,8 @@ class Method:
 
     Args:
         rank: of the result.
-        needs_init: it works on what was learned since the initialisation.
-        merge: writes the factors of one module to a (r, n) and b (m, r), which are zeros; its loss if it is known.
+        needs_init: it merges the difference to the initialisation.
+        merge: writes the factors of one module to a (r, n) and b (m, r), which are zeros; returns its loss if known.
     """
 
     rank: Rank
@@ -77,7 +77,7 @@ class Method:
 
 
 def _stack(factors: Sequence[Factors], a: Tensor, b: Tensor, _: Options) -> Loss:
-    """Write A = [A₁; A₂; …] and B = [ŵ₁B₁, ŵ₂B₂, …] straight to their place."""
+    """Write A = [A₁; A₂; …] and B = [ŵ₁B₁, ŵ₂B₂, …] (B scaled by the gains)."""
     first = 0
     for part in factors:
         rows = slice(first, first + len(part.a))
@@ -88,17 +88,17 @@ def _stack(factors: Sequence[Factors], a: Tensor, b: Tensor, _: Options) -> Loss
 
 
 def _average(factors: Sequence[Factors], a: Tensor, b: Tensor, _: Options) -> None:
-    """Add A = Σ ŵᵢ Aᵢ and B = Σ ŵᵢ Bᵢ to zeros; as Σ ŵᵢ = 1, A keeps its part of the initialisation."""
+    """Write A = Σ ŵᵢ Aᵢ and B = Σ ŵᵢ Bᵢ (B scaled by the gains); as Σ ŵᵢ = 1, A keeps the initialisation."""
     for part in factors:
         a.add_(part.a, alpha=part.share)
         b.add_(part.b, alpha=part.share * part.gain)
 
 
 def _truncate(factors: Sequence[Factors], a: Tensor, b: Tensor, _: Options) -> Loss:
-    """Write the best factors of rank len(a).
+    """Write the factors of rank len(a) nearest to ΔW.
 
-    ΔW = Q_B (R_B R_Aᵀ) Q_Aᵀ: the singular values of the core, at most Σr × Σr, are those of ΔW, which is not
-    formed. Each factor gets their square roots; where ΔW has a lower rank than a has rows, zeros stay.
+    ΔW = Q_B (R_B R_Aᵀ) Q_Aᵀ: the core, at most Σr × Σr, has the singular values of ΔW, which is never formed. Each
+    factor gets the square roots of the singular values; if ΔW has a lower rank than len(a), zeros stay.
     Source: FLoRIST, arXiv 2506.09199.
     """
     q_b, r_b = torch.linalg.qr(torch.cat([part.b * (part.share * part.gain) for part in factors], dim=1))
@@ -115,7 +115,7 @@ def _ties(factors: Sequence[Factors], a: Tensor, b: Tensor, options: Options) ->
     """Write factors merged by peft's ties."""
     from peft.utils.merge_utils import ties
 
-    # Its mean divides by the number of experts that agree on the sign: weights of 1 are the plain mean.
+    # ties divides by the number of experts that agree on the sign: with weights of 1 it gives the plain mean.
     _prune(ties, [part.share * len(factors) for part in factors], factors, a, b, options)
 
 
@@ -134,7 +134,7 @@ def _prune(
     b: Tensor,
     options: Options,
 ) -> None:
-    """Merge of A what was learned since the start, and of B all."""
+    """Merge the differences of A to its initialisation, and the whole B."""
     w = torch.tensor(weights)
     begin = torch.zeros_like(a) if options.start is None else options.start
     torch.add(begin, merger([part.a - begin for part in factors], w, options.density), out=a)
@@ -151,5 +151,5 @@ METHODS = {
 
 
 def methods_of(*ranks: Rank) -> str:
-    """The names of the methods whose result has such a rank, for a sentence: 'cat' or 'svd'."""
+    """The names of the methods with these kinds of rank, for a sentence: 'cat' or 'svd'."""
     return " or ".join(repr(name) for name, method in METHODS.items() if method.rank in ranks)

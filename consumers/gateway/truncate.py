@@ -1,4 +1,4 @@
-"""An exported adapter, truncated to a lower rank: some programs that serve adapters take only certain ranks."""
+"""Truncates an exported adapter to a lower rank: some serving programs accept only certain ranks."""
 
 from dataclasses import replace
 
@@ -9,7 +9,7 @@ from fedmoe.tools.export import Export
 
 
 def truncate_to_rank(adapter: Export, rank: int) -> tuple[Export, str]:
-    """The nearest adapter of at most that rank, at the same alpha / rank, and a sentence that says what it costs.
+    """The nearest adapter of at most that rank, with the same alpha / rank, and a sentence about its error.
 
     Raises:
         SpecError: if its file or its configuration is not that of a LoRA adapter.
@@ -26,7 +26,7 @@ def truncate_to_rank(adapter: Export, rank: int) -> tuple[Export, str]:
     layout = layout_of(adapter.file)
     whole = MergeInput(layout=layout, flat=values_of(layout, adapter.file), scaling=scaling, weight=1.0)
     truncated = merge([whole], method="svd", rank=rank)
-    assert truncated.relative_error is not None  # svd knows it
+    assert truncated.relative_error is not None  # svd always reports it
     config = dict(adapter.config) | {"r": rank, "lora_alpha": scaling * rank}
     info = dict(adapter.info) | {
         "truncated_from_rank": has,

@@ -1,11 +1,11 @@
-"""What aggregators do when Redis has lost something: it was emptied, came back from an older file, or was overwritten.
+"""Recovery after Redis lost data: it was emptied, came back from an older file, or a key was overwritten.
 
-settle      before retained state is dropped: does Redis hold it, or is it written back, or does it give way?
-compare     the decisions behind that. Pure
-write_back  the commits that give Redis back what it lost
-creation    an expert that is not there: was it never created, or is it lost? Only the first is created unasked
-listing     the list of experts, brought in line with the experts there are
+settle      before retained state is dropped: write it back if Redis lost it, or let Redis's state replace it
+compare     the decisions behind `settle`. Pure
+write_back  the commits that restore what Redis lost
+creation    tell a lost expert from one that was never created; only the latter is created automatically
+listing     reconcile the list of experts with the experts in Redis
 
-What an aggregator remembers for this while all is well is `consumers.history`; how an expert's parts are held against
-each other is `fedmoe.protocol.condition`.
+`consumers.history` records what an aggregator needs for this; `fedmoe.protocol.condition` checks that an expert's parts
+belong together.
 """

@@ -1,7 +1,7 @@
-"""What a Redis lacks of an expert that an aggregator retains. Pure.
+"""Compares the state of an expert in Redis with an aggregator's retained state. Pure.
 
-*Earlier commit of this history* means: a commit that the retained state passed through. To compare versions would not
-do: it would undo `fedmoe restore --replace`.
+*Earlier commit of this history* means a commit that the retained state passed through. Comparing versions instead would
+undo `fedmoe restore --replace`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from fedmoe.protocol.update import UpdateId
 
 
 def is_of_this_history(history: History, mine: Meta, found: Condition) -> bool:
-    """True if the retained state passed through the commit in Redis; without meta, that of the weights counts."""
+    """True if the retained state passed through the commit in Redis; without meta, through the weights commit."""
     if history.last != mine.commit:
         return False
     if found.commit:
@@ -27,7 +27,7 @@ def is_of_this_history(history: History, mine: Meta, found: Condition) -> bool:
 def undone(
     lines: Sequence[Line], mine: Mapping[str, Decided], theirs: Mapping[str, Decided]
 ) -> list[AppliedLine]:
-    """The lines of applied updates that Redis lacks: it holds an earlier update of their workers as the last decided.
+    """The log lines of applied updates that Redis lacks, because its last decided update of their worker is earlier.
 
     Args:
         lines: of the retained log, oldest first.
@@ -51,21 +51,21 @@ def undone(
 
 
 def _is_before(head: UpdateId | None, last: UpdateId) -> bool:
-    """True if a worker's update comes before another one of its life; one of a run of the same number does not."""
+    """True if `head` precedes `last` in a worker's chain; another run with the same incarnation does not precede."""
     if head is None:
         return True
     return head.seq < last.seq if head.run == last.run else head.incarnation < last.incarnation
 
 
 def is_change_of_rules(mine: Meta, theirs: Meta) -> bool:
-    """True if the state in Redis is the retained one under rules of a later number: only an operator's commit is."""
+    """True if Redis holds the retained state under a later rule set: only an operator's commit makes such a state."""
     same = replace(theirs, commit=mine.commit, rules=mine.rules, updated_at=mine.updated_at)
-    # As Redis has them: it holds numbers with fewer digits.
+    # Compared as stored text, because Redis holds floats with fewer digits.
     return theirs.rules.number > mine.rules.number and same.to_hash() == mine.to_hash()
 
 
 def what_was_lost(mine: Meta, found: Condition) -> str:
-    """What Redis lost, as the beginning of a sentence."""
+    """What Redis lost, as the start of a sentence."""
     if not found.commit and not found.weights_commit:
         return "the expert was missing from Redis"
     if found.damage:

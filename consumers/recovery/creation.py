@@ -1,7 +1,7 @@
-"""An expert that is not in Redis: was it never created, or is it lost? Only the first is created unasked.
+"""Tells whether an expert that is missing from Redis was never created or is lost; a lost one is not created again.
 
-It is lost if somebody found it so before, or if a worker trains it: every worker writes its lineage to its heartbeat,
-also to a Redis that has just been emptied.
+It is lost if an aggregator marked it so before, or if a worker trains it: every worker writes its lineage to its
+heartbeat, also to a Redis that was just emptied.
 """
 
 import logging
@@ -14,20 +14,20 @@ from fedmoe.store.expert import ExpertStore
 
 logger = logging.getLogger(__name__)
 
-HEARD_WITHIN_S = 6.5  # in which every worker writes a heartbeat; they do every 5 s
+HEARD_WITHIN_S = 6.5  # enough for a heartbeat of every worker; the interval is 5 s
 
 
 def without_lost(stores: Iterable[ExpertStore]) -> list[ExpertStore]:
-    """Those of these experts that nobody has found to be lost before."""
+    """The experts of these that are not marked as lost."""
     return [store for store in stores if not _is_lost(store, store.lost())]
 
 
 def without_trained(
     stores: Iterable[ExpertStore], *, since: float, stop: threading.Event
 ) -> list[ExpertStore]:
-    """Those of these experts that no worker trains; the others are lost, and marked so.
+    """The experts of these that no worker trains; the others are marked as lost.
 
-    Returns when every worker has had the time for a heartbeat after `since` (monotonic), or `stop` is set.
+    Returns once every worker has had time for a heartbeat after `since` (monotonic), or `stop` is set.
     """
     stores = list(stores)
     stop.wait(max(0.0, since + HEARD_WITHIN_S - time.monotonic()))
@@ -39,7 +39,7 @@ def without_trained(
 
 
 def _is_lost(store: ExpertStore, known: Mapping[str, str]) -> bool:
-    """True, and marked and said, if `known` (worker -> lineage) tells that this expert was there before."""
+    """True if `known` (worker -> lineage) shows that this expert existed; it is then marked as lost and reported."""
     if not known:
         return False
     store.mark_lost(known)
@@ -48,7 +48,7 @@ def _is_lost(store: ExpertStore, known: Mapping[str, str]) -> bool:
 
 
 def check_never_there(store: ExpertStore) -> None:
-    """Raise LostExpertError if this expert was there before: it was found to be lost, or a worker trains it."""
+    """Raise LostExpertError if this expert existed before: it is marked as lost, or a worker trains it."""
     if store.lost():
         raise LostExpertError(store.name)
     if known := store.lineages():

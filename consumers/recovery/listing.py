@@ -1,4 +1,4 @@
-"""The list of experts, brought in line with the experts there are: an emptied Redis has lost it, too."""
+"""Reconciles the list of experts with the experts in Redis: an emptied Redis has lost the list too."""
 
 import logging
 
@@ -8,19 +8,17 @@ logger = logging.getLogger(__name__)
 
 
 class ExpertList:
-    """The federation's list of experts, as an aggregator has known it since its start."""
+    """The federation's list of experts, with all that an aggregator has seen listed since its start."""
 
     def __init__(self, store: GatewayStore) -> None:
         self._store = store
-        self._known: dict[
-            str, float
-        ] = {}  # the experts that were ever listed, and their last gateway weights
+        self._known: dict[str, float] = {}  # all experts seen listed, with their last gateway weights
 
     def reconcile(self) -> dict[str, float]:
         """The experts and their gateway weights, sorted by name.
 
-        One that is there and not listed (Redis was emptied, or somebody took it off) is listed again. One that an
-        operator removed is taken off, if somebody has listed it meanwhile.
+        A known expert that exists but is not listed (Redis was emptied, or somebody deleted the field) is listed again.
+        A listed expert that an operator removed is taken off the list.
         """
         listed = self._store.experts()
         there, removed = self._store.compare(self._known | listed)

@@ -1,18 +1,18 @@
-"""What an aggregator does with its retained state when Redis has lost that.
+"""What an aggregator does with its retained state after Redis lost data.
 
-A Redis that was emptied, that came back from an older file, or in which a part of an expert was overwritten holds less
-than the aggregator that served the expert. Before an aggregator drops its retained state, `Recovery.settle` compares:
+If Redis was emptied, came back from an older file, or had a part of an expert overwritten, the aggregator that served
+the expert retains more than Redis. Before it drops its retained state, `Recovery.settle` compares:
 
     Redis holds the retained commit, whole             nothing was lost
-    Redis holds nothing, a part is missing or wrong,   Redis lost something: the aggregator that retains the newest
-    or it holds an earlier commit of this history      version writes the expert back, on top of what Redis holds
-    Redis holds a commit that was never seen here      somebody else committed, or an operator restored a backup:
-                                                       Redis is right. Kept updates that it lacks are announced
-                                                       again; `prev` keeps them from counting twice
-    Redis holds the retained state under later rules   an operator changed them: a commit of this history
+    Redis holds nothing, a part is missing or wrong,   Redis lost data: the aggregator that retains the newest version
+    or it holds an earlier commit of this history      writes the expert back, on top of what Redis holds
+    Redis holds a commit that is not in this history   another process committed, or an operator restored a backup:
+                                                       Redis is right. Kept updates that Redis lacks are resent;
+                                                       `prev` prevents counting them twice
+    Redis holds the retained state under later rules   an operator changed the rules: a commit of this history
 
-`consumers.recovery.compare` says which of these it is. And before an aggregator that retains nothing serves an expert,
-it gives those that retain more the time to claim it.
+`consumers.recovery.compare` decides which case applies. An aggregator that retains nothing waits after a reconnect, so
+that others can claim a newer version, before it serves the expert.
 """
 
 import logging
@@ -32,20 +32,20 @@ from fedmoe.store.expert import ExpertStore, Loaded
 
 logger = logging.getLogger(__name__)
 
-CLAIM_WAIT_S = 2.0  # in which every aggregator finds out what Redis lost, and claims what it retains
-LONGEST_CLAIM_S = 30.0  # an older claim is ignored: its aggregator cannot write
+CLAIM_WAIT_S = 2.0  # enough for every aggregator to notice a loss and claim its retained version
+LONGEST_CLAIM_S = 30.0  # after this wait a claim is ignored: its aggregator cannot write
 
 Update = tuple[Header, list[bytes]]
 
 
 class Recovery:
-    """Sees to it that one expert goes on from the newest state that any aggregator retains or Redis holds.
+    """Lets one expert continue from the newest state that any aggregator retains or Redis holds.
 
     Args:
         store: of this expert.
-        holder: name of this aggregator, unique.
-        archive: where applied updates are kept (`--keep-updates`), None for nowhere.
-        clock: seconds.
+        holder: unique name of this aggregator.
+        archive: keeps applied updates (`--keep-updates`); None: they are not kept.
+        clock: seconds, monotonic.
     """
 
     def __init__(
@@ -56,23 +56,23 @@ class Recovery:
         archive: Archive | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.claimed_at: float | None = None  # since when the other aggregators can see this one's claim
-        self._generation = 0  # of the connection over which it is known what Redis holds
+        self.claimed_at: float | None = None  # when other aggregators could first see this one's claim
+        self._generation = 0  # of the connection over which Redis's state was last compared
         self._patient_until = 0.0
-        self._waits_since: float | None = None  # for another aggregator to write back what it claims
+        self._waits_since: float | None = None  # start of the wait for another aggregator's write-back
         self._store = store
         self._holder = holder
         self._archive = archive
         self._clock = clock
 
     def settle(self, expert: Expert) -> None:
-        """Return when the retained state is needed no more: Redis holds it, or something that replaces it.
+        """Return once the retained state is not needed: Redis holds it, or a state that replaces it.
 
-        Needs no lease: the server lost that too, and a standby that retains nothing may have taken it.
+        This needs no lease: the server lost the lease too, and a standby that retains nothing may hold it now.
 
         Raises:
-            UnknownExpertError: while it is not settled which aggregator writes the expert back.
-            StaleStateError: if somebody else has just written to it.
+            UnknownExpertError: while it is undecided which aggregator writes the expert back.
+            StaleStateError: if another process has just written to the expert.
         """
         found = self._store.condition()
         is_known = is_of_this_history(expert.history, expert.meta, found)
@@ -81,13 +81,14 @@ class Recovery:
         elif not is_known:
             self._give_way(expert, found)
         self.claimed_at = None
-        # What Redis holds is known: nobody has to be waited for.
+        # Redis's state has been compared: there is no need to wait for other aggregators.
         self._generation, self._patient_until = self._store.connection.generation, 0.0
 
     def may_have_gone_back(self) -> bool:
         """True for CLAIM_WAIT_S after a reconnect of an aggregator that retains nothing.
 
-        Redis may have come back from an older file. An aggregator that retains more needs this time to claim it.
+        Redis may have come back from an older file. An aggregator that retains a newer version needs this time to claim
+        it.
         """
         now, generation = self._clock(), self._store.connection.generation
         if self._generation not in (0, generation):
@@ -96,7 +97,7 @@ class Recovery:
         return now < self._patient_until
 
     def wait_for_claims(self, loaded: Loaded) -> None:
-        """Raise UnknownExpertError while another aggregator claims a later version, which it will write back."""
+        """Raise UnknownExpertError while another aggregator claims a later version, for at most LONGEST_CLAIM_S."""
         others = {who: version for who, version in loaded.claims.items() if who != self._holder}
         newest = max(others.values(), default=0)
         if newest <= loaded.meta.version:
@@ -106,8 +107,8 @@ class Recovery:
         if self._clock() - self._waits_since < LONGEST_CLAIM_S:
             raise UnknownExpertError(
                 f"Redis has an older state of expert {self._store.name!r} (version {loaded.meta.version}), but another "
-                f"aggregator retains version {newest} in memory: waiting at most {LONGEST_CLAIM_S:g} s until that one "
-                "has written it back"
+                f"aggregator retains version {newest} in memory: waiting at most {LONGEST_CLAIM_S:g} s until that "
+                "aggregator has written it back"
             )
 
     def _write_back(self, expert: Expert, found: Condition) -> None:
@@ -116,7 +117,7 @@ class Recovery:
         if not self._has_newest_claim(version):
             raise UnknownExpertError(
                 f"{what}; this aggregator retains version {version} in memory and writes it back in {CLAIM_WAIT_S:g} "
-                "s, unless another one has a later version"
+                "s, unless another aggregator has a later version"
             )
         if not write_back(expert, on=found.commit, anchor=found.logged_version != version):
             raise StaleStateError(f"{self._store.name}: another process has just written the expert to Redis")
@@ -126,14 +127,14 @@ class Recovery:
         )  # fmt: skip
 
     def _has_newest_claim(self, version: int) -> bool:
-        """True if no aggregator claims a later version; all have had the time to do so."""
+        """True if no aggregator claims a later version, and all have had time to claim one."""
         is_new, newest = self._store.claim(self._holder, version)
         if is_new or self.claimed_at is None:
             self.claimed_at = self._clock()
         return self._clock() - self.claimed_at >= CLAIM_WAIT_S and newest == self._holder
 
     def _give_way(self, expert: Expert, found: Condition) -> None:
-        """Redis goes on from a commit that was never seen here: say so if it lacks what is retained."""
+        """Accept a state of Redis outside this history; report and resend the retained updates that it lacks."""
         mine, theirs = expert.meta, found.meta
         if theirs is None or found.damage:
             raise DamagedExpertError(
@@ -151,7 +152,7 @@ class Recovery:
             return
         if theirs.rules.number < mine.rules.number:
             logger.warning(
-                "%s: Redis has an older state, and rules %d are in force, in memory were rules %d (the change: %s): "
+                "%s: Redis has an older state: rules %d are in force, but rules %d were in memory (the change: %s): "
                 "check them with `fedmoe expert show`",
                 self._store.name, theirs.rules.number, mine.rules.number, theirs.rules.differences(mine.rules),
             )  # fmt: skip
@@ -160,14 +161,13 @@ class Recovery:
             return
         logger.warning(
             "%s: Redis has an older state: version %d in memory, version %d in Redis, last committed by %s; %d updates "
-            "are missing, %d of them are sent again from --keep-updates; workers that still have the others send those "
-            "again",
+            "are missing, %d of them are resent from --keep-updates; workers resend the others that they still keep",
             self._store.name, mine.version, theirs.version, theirs.aggregator or "nobody", len(lost),
             self._announce(lost, theirs.version + theirs.rules.aggregation.staleness_bound(0)),
         )  # fmt: skip
 
     def _follow_rules(self, expert: Expert, theirs: Meta) -> None:
-        """An operator's commit on the retained one: go on from it, with it in the history."""
+        """Add an operator's commit, which follows the retained one, to the history."""
         mine = expert.meta
         changed = mine.rules.differences(theirs.rules)
         line = RulesLine(version=mine.version, changed=changed, ended=mine.rules)
@@ -178,9 +178,9 @@ class Recovery:
         )  # fmt: skip
 
     def _announce(self, lines: Sequence[AppliedLine], latest: int) -> int:
-        """Announce the kept updates of these lines again, with bases of at most version `latest`.
+        """Resend the kept updates of these lines, with bases of at most version `latest`.
 
-        Returns how many; they are fewer than are kept if Redis is full.
+        Returns how many were resent; if Redis is full, fewer than are kept.
         """
         announced = 0
         for line in lines:
@@ -197,6 +197,6 @@ class Recovery:
             return None
         try:
             return self._archive.load(line.update)
-        except (UpdateError, ProtocolError) as error:  # the others can still be sent again
+        except (UpdateError, ProtocolError) as error:  # the other kept updates can still be resent
             logger.warning("%s: %s", self._store.name, error)
             return None

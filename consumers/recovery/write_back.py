@@ -1,4 +1,4 @@
-"""The commits by which an aggregator gives Redis back what it lost of an expert: all of it, or what follows from it."""
+"""The commits by which an aggregator restores what Redis lost of an expert: all of it, or only derived parts."""
 
 import logging
 
@@ -12,14 +12,15 @@ logger = logging.getLogger(__name__)
 
 
 def write_back(expert: Expert, *, on: str, anchor: bool = True) -> bool:
-    """Write the expert back whole, on top of what Redis has left of it; True if this did it.
+    """Write the whole expert back, on top of what is left in Redis; False if another process wrote to it.
 
-    The same lineage, a new commit id, the state of the last load or commit: for workers a failover like any other.
+    It writes the state of the last load or commit, with the same lineage and a new commit id: for workers this looks
+    like a failover.
 
     Args:
-        expert: as it is retained.
-        on: the commit that Redis holds, one of its history; "" if it holds none.
-        anchor: if it holds none, the log lacks lines too: begin it again.
+        expert: the retained state.
+        on: the commit in Redis, one of this history; "" if Redis has none.
+        anchor: write an anchor line if Redis has no commit, because its log lacks lines too.
     """
     meta = expert.next_meta(new_weights=True)
     log: list[Line] = []
@@ -36,9 +37,9 @@ def write_back(expert: Expert, *, on: str, anchor: bool = True) -> bool:
 
 
 def rebuild(expert: Expert, loaded: Loaded) -> str:
-    """Rebuild the packed weights, and begin the log again, if they are not of this version; "" if both are.
+    """Rebuild packed weights of another commit, and add an anchor line to a log that ends at another version.
 
-    Raises StaleStateError if somebody else has committed since `loaded`.
+    Returns what was rebuilt, "" if nothing. Raises StaleStateError if another process committed since `loaded`.
     """
     commit = Commit(on=expert.meta.commit, generation=expert.generation, meta=expert.meta)
     lost = []
@@ -54,15 +55,15 @@ def rebuild(expert: Expert, loaded: Loaded) -> str:
 
 
 def _anchor(expert: Expert, why: str) -> Line:
-    """A line of the log from which a replay can begin, if the weights can be kept."""
+    """A log line from which a replay can start, if the weights can be kept."""
     weights = ""
     if expert.archive is not None:
-        expert.buffer.stamp(expert.meta.weights_commit)  # each try keeps the same bytes, so the same file
+        expert.buffer.stamp(expert.meta.weights_commit)  # retries keep the same bytes, hence the same file
         try:
             weights = expert.archive.keep_weights(expert.buffer.file)
         except OSError as error:
             logger.warning(
-                "%s cannot be replayed from here on: its weights cannot be kept (%s)",
+                "%s cannot be replayed from this version on: its weights cannot be kept (%s)",
                 expert.store.name,
                 error,
             )

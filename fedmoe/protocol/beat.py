@@ -1,4 +1,4 @@
-"""What a worker's heartbeat says: a hash that its worker writes, or somebody in its name. Pure."""
+"""The fields of a worker's heartbeat, a hash; untrusted, because anybody may have written the key. Pure."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -10,16 +10,17 @@ from fedmoe.protocol.records import FIRST_PROTOCOL
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Beat:
-    """`fedmoe:{E}:worker:<worker>`. None or "" is what it does not say.
+    """`fedmoe:{E}:worker:<worker>`. None or "" marks a missing field.
 
     Args:
         run: of the worker; state_id: of its state directory.
-        beat: another one with each heartbeat, so that a watcher sees whether it still beats.
-        protocol, software, knows: what the worker speaks, which releases it runs on, which features it knows.
+        beat: changes with each heartbeat, so that a watcher sees whether the worker is alive.
+        protocol, software, knows: protocol version, releases and features of the worker's FedMoE.
         lineage, base_version: of the expert, as last pulled.
-        host, pid: where it runs; since, seen: when it began and when it wrote this, by its clock (seconds since 1970).
-        in_flight: seq of its undecided update, 0 for none; staleness: of its last decided one.
-        published, refused: how many of its updates were; problem: what hinders it now.
+        host, pid: of its process; since, seen: time of its start and of this heartbeat, by its clock (seconds since
+            1970).
+        in_flight: seq of its undecided update, 0 for none; staleness: of its last decided update.
+        published, refused: number of its updates; problem: what hinders it now.
         step, loss, tokens_per_s: of the training.
         base_fingerprint, tokenizer, chat_template: of its base model (see `fedmoe.protocol.identity`).
     """
@@ -54,9 +55,9 @@ class Beat:
 
     @classmethod
     def read(cls, raw: Mapping[Any, bytes | str | None]) -> "Beat":
-        """Parse what anybody may have written; what is no number where one belongs counts as not said."""
+        """Parse an untrusted heartbeat; a malformed number counts as missing."""
         return from_untrusted(cls, raw)
 
 
 FIELDS = tuple(one.name for one in fields(Beat))
-SHORT_FIELDS = tuple(name for name in FIELDS if name != "chat_template")  # without what may be 64 KiB
+SHORT_FIELDS = tuple(name for name in FIELDS if name != "chat_template")  # a template may take 64 KiB

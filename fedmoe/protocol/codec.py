@@ -1,21 +1,19 @@
-"""How the values of an update travel: parts of at most 1 MiB, each a msgpack frame that stands on its own.
+"""Wire format of an update's values: parts of at most 1 MiB, each a self-contained msgpack frame.
 
-A frame says its format, where its first value lies in the layout, how many values follow, the scales of the
-blocks and the bytes. So a part can be checked, decoded and folded without the others, and never by running
-anything.
+A frame holds its format, the index of its first value in the layout, the number of values, the scales of the blocks
+and the data. So a part can be checked, decoded and folded without the others, and decoding runs no code from it.
 
-    format  bytes a value  what is lost
+    format  bytes a value  loss
     fp32    4              nothing
     bf16    2              16 of 24 significant bits
     int8    1.0625         to 1/254 of the largest value of each block of 64
     int4    0.53125        to 1/14 of the largest value of each block of 64
 
-What a format loses is not lost to the training: it stays in the worker's progress (see producers/ledger.py).
+The training does not lose the quantisation error: it stays in the worker's progress (see producers/ledger.py).
 
-int8 and int4 write a value as a whole number of steps, its code (-127..127, -7..7); a block's scale is its step. Two
-int4 codes a and b make one signed byte a + 16 b, where a is of the first half of the part's values and b of the second
-(with an odd count the last byte of the first half has b = 0). No byte is wrong: one that no encoder writes is two
-codes of at most 8.
+int8 and int4 quantise a value to an integer code (-127..127, -7..7) times its block's scale. Two int4 codes a and b
+make one signed byte a + 16 b; a belongs to the first half of the part's values, b to the second (with an odd count,
+the last byte has b = 0). Every byte can be decoded: a byte that no encoder writes gives codes between -8 and 8.
 """
 
 import math
@@ -31,17 +29,17 @@ import torch
 from fedmoe.errors import UpdateError
 from fedmoe.protocol.update import PART_BYTES
 
-EXACT = "fp32"  # loses nothing: the values need no decoding
+EXACT = "fp32"  # lossless: the values need no decoding
 FRAME_BYTES = 256  # room for the frame around the values
 BLOCK = 64  # values that share a scale; every part but the last is a multiple of it
-# As many as fit into a part in bf16 (in fp32 it is half of them): whoever folds holds one part decoded, at most 2 MiB.
+# As many as fit into a part in bf16 (fp32: half as many): a fold holds one decoded part, at most 2 MiB.
 MAX_VALUES_PER_PART = (PART_BYTES - FRAME_BYTES) // (BLOCK * 2) * BLOCK
 _FRAME_FIELDS = frozenset({"format", "first", "count", "scales", "data"})
-# Blocks that are encoded at once: fresh memory costs more than the work in it, so a little serves for all.
+# Blocks encoded at once: allocating memory costs more than encoding, so all chunks share one small scratch tensor.
 _CHUNK = 4096
 _TINY = torch.finfo(torch.float32).tiny
 
-# Parts are decoded where they lie; torch warns that it could not stop a writer, and there is none.
+# Parts are decoded without a copy. torch warns that it cannot protect the read-only buffer; nothing writes to it.
 warnings.filterwarnings("ignore", message="The given buffer is not writable")
 
 
@@ -54,11 +52,11 @@ class Format:
     """One wire format.
 
     Args:
-        name: as the spec and the frames have it.
-        bits: of a value.
-        dtype: of the values; int8 is that of codes.
-        limit: the largest code, 0 for values that travel as they are.
-        scale: type of the blocks' scales.
+        name: in the spec and the frames.
+        bits: per value.
+        dtype: of the values; of the codes (int8) if they are quantised.
+        limit: the largest code, 0 if values are not quantised.
+        scale: dtype of the blocks' scales.
     """
 
     name: str
@@ -109,7 +107,7 @@ class Format:
         return _bytes(scales), _bytes(flat[:n])
 
     def decode(self, scales: memoryview, data: memoryview, out: torch.Tensor) -> torch.Tensor:
-        """The values (n,) fp32: decoded in `out`, or in fp32 the data as they lie; lengths were checked before.
+        """The values (n,) fp32: decoded into `out`; fp32 data as a view. The caller has checked the lengths.
 
         Raises:
             UpdateError: if a scale is not finite.
@@ -133,10 +131,10 @@ class Format:
 
 
 def _shorten(scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Leave of the scales, in place, what their type can hold.
+    """Reduce the scales, in place, to the precision of their dtype.
 
-    bf16 is truncated, not rounded, so that no step is longer than the largest value of its block asks for. Seven steps
-    of a scale of 8 bits are exact in fp32, so that what was decoded is encoded to the same bytes again.
+    bf16 scales are truncated, not rounded up, so that no scale exceeds the largest value of its block divided by 7.
+    Seven times a scale of 8 significant bits is exact in fp32, so encoding decoded values gives the same bytes again.
     """
     if dtype == torch.bfloat16:
         scales.view(torch.int32).bitwise_and_(-(2**16))
@@ -146,7 +144,7 @@ def _shorten(scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def _unpack(pairs: torch.Tensor, out: torch.Tensor) -> None:
     """Split the bytes a + 16 b (half,) int8 into the codes a and b, in `out` (n,) fp32.
 
-    Where a byte is one that no encoder writes, its sum with 8 may wrap around.
+    For a byte that no encoder writes, adding 8 may wrap around.
     """
     half = len(pairs)
     codes = torch.add(pairs, 8).bitwise_right_shift_(4)
@@ -201,7 +199,7 @@ def decode(
     """Decode the parts of one update Δ, or Δ + `plus` (n,) fp32, into `out` (n,) fp32.
 
     Raises:
-        UpdateError: if a part is not what this format and layout call for; `out` is then undefined.
+        UpdateError: if a part does not match this format and layout; `out` is then undefined.
     """
     for first, values in _decoded(parts, wire_format, len(out), lambda at, count: out[at : at + count]):
         here = slice(first, first + len(values))
@@ -214,19 +212,19 @@ def decode(
 def decoded(
     parts: Iterable[bytes], wire_format: str, numel: int, scratch: torch.Tensor
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """Decode the parts of one update of `numel` values one by one: the place of each one's first value, and its values.
+    """Decode the parts of one update of `numel` values one by one: index of a part's first value, and its values.
 
-    Every part's values, (n,) fp32, lie in `scratch`, (scratch_values(...),) fp32, until the next part is asked for; in
-    fp32 they are those in the part itself, to be read only.
+    A part's values, (n,) fp32, lie in `scratch`, (scratch_values(...),) fp32, until the next part is decoded; in
+    format fp32 they are a read-only view of the part.
 
     Raises:
-        UpdateError: if a part is not what this format and layout call for, or they are too few.
+        UpdateError: if a part does not match this format and layout, or parts are missing.
     """
     return _decoded(parts, wire_format, numel, lambda _, count: scratch[:count])
 
 
 def scratch_values(numel: int) -> int:
-    """Values in the largest part of an update of `numel` values, in whatever format."""
+    """Values in the largest part of an update of `numel` values, in any format."""
     return min(MAX_VALUES_PER_PART, numel)
 
 
@@ -250,14 +248,14 @@ def _decoded(
 
 
 def _bin_header(length: int) -> bytes:
-    """What msgpack writes before so many bytes."""
+    """The header that msgpack writes before `length` bytes."""
     if length < 2**8:
         return b"\xc4" + length.to_bytes(1)
     return b"\xc5" + length.to_bytes(2) if length < 2**16 else b"\xc6" + length.to_bytes(4)
 
 
 def _frame_around(form: Format, first: int, count: int) -> tuple[bytes, bytes]:
-    """What stands before the scales, and between them and the data, in the frame that msgpack makes of a part."""
+    """The bytes before the scales, and those between scales and data, in a part's msgpack frame."""
     fields = msgpack.packb({"format": form.name, "first": first, "count": count})
     opening = (
         bytes((fields[0] + 2,)) + fields[1:] + msgpack.packb("scales") + _bin_header(form.scale_bytes(count))
@@ -269,12 +267,12 @@ def _open(part: bytes, form: Format, first: int, count: int) -> tuple[memoryview
     """The scales and the data of a part.
 
     Raises:
-        UpdateError: if it is not the part of these values.
+        UpdateError: if the part does not hold these values.
     """
     opening, middle = _frame_around(form, first, count)
     end = len(opening) + form.scale_bytes(count)
     begin = end + len(middle)
-    # Byte for byte what `encode` writes around them: then nothing need be parsed, and nothing is copied.
+    # If the frame is byte for byte what `encode` writes, nothing is parsed or copied.
     if (
         part.startswith(opening)
         and part.startswith(middle, end)
@@ -285,7 +283,7 @@ def _open(part: bytes, form: Format, first: int, count: int) -> tuple[memoryview
     frame = _frame(part)
     for name, want in (("format", form.name), ("first", first), ("count", count)):
         if frame[name] != want:
-            # reprlib: what a worker wrote may be a megabyte long, or nested deeper than repr can follow.
+            # reprlib: a worker's value may be a megabyte long, or nested deeper than repr can follow.
             raise UpdateError(f"says {name} {reprlib.repr(frame[name])}, expected {want!r}")
     for name, length in (("scales", form.scale_bytes(count)), ("data", form.data_bytes(count))):
         if not isinstance(frame[name], bytes) or len(frame[name]) != length:

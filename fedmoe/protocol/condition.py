@@ -17,8 +17,8 @@ class Condition:
     Args:
         commit: the head of its history, "" if there is none.
         meta: None if it is missing or malformed.
-        damage: what is missing or does not belong to this meta, as the end of a sentence; "" if all is whole.
-        weights_commit: the commit that wrote the weights that are there; "" if there are none.
+        damage: what is missing or does not match this meta, as the end of a sentence; "" if the expert is whole.
+        weights_commit: the commit that wrote the present weights; "" if there are none.
         decided: the last decided update of each worker.
         logged_version: of the log's last line, -1 if there is none.
     """
@@ -42,10 +42,10 @@ def examine(
 ) -> Condition:
     """Parse the parts of an expert as Redis holds them, and compare them.
 
-    Of the weights the beginning is enough, with the `weights_bytes` of the whole.
+    The first bytes of the weights suffice if `weights_bytes` gives the length of the whole.
 
     Raises:
-        ProtocolError: if a later FedMoE wrote it. Then nothing can be said of its parts.
+        ProtocolError: if a later FedMoE wrote the expert; its parts then cannot be judged.
     """
     read_protocol(meta.get(b"protocol"))
     found = []
@@ -65,7 +65,7 @@ def examine(
         root = Meta.from_hash(meta) if meta else None
         if root is None:
             found.append("its meta is missing")
-    except ProtocolError:  # it needs something that is not known here, and is no damage
+    except ProtocolError:  # an expert that needs an unknown feature is not damaged
         raise
     except SpecError:
         found.append(
@@ -86,7 +86,7 @@ def examine(
 
 
 def version_of(lines: Sequence[tuple[bytes, Mapping[bytes, bytes]]] | None) -> int:
-    """The version that the last of these lines of a log tells, -1 if there is none."""
+    """The version in the last of these log lines, -1 if there is none."""
     try:
         return int(lines[-1][1][b"version"]) if lines else -1
     except (KeyError, ValueError):

@@ -1,4 +1,4 @@
-"""What a stream entry announces. It only rings the bell: anybody may have written it, so nothing else counts."""
+"""What a stream entry announces. An entry is an untrusted doorbell: its fields decide nothing."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from fedmoe.protocol.update import Header, is_run
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Doorbell:
-    """An update waits under the worker's own keys; all but its name is for people, and is not read."""
+    """An update waits under the worker's own keys; the fields other than its name are for people and are not read."""
 
     worker: str
     run: str
@@ -25,7 +25,7 @@ class Doorbell:
 
     @classmethod
     def of(cls, header: Header, worker: str) -> "Doorbell":
-        """The one that announces this update."""
+        """The entry that announces this update."""
         return cls(
             worker=worker,
             run=header.run,
@@ -51,7 +51,7 @@ class Doorbell:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Join:
-    """A worker joined and asks that its heartbeat be looked at; software is for people."""
+    """A worker joined: the aggregator reads its heartbeat; `software` is for people."""
 
     worker: str
     software: str = optional("")
@@ -63,13 +63,13 @@ class Join:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Garbage:
-    """Not an entry of FedMoE's."""
+    """An entry that announces nothing."""
 
     reason: str
 
 
 def parse_entry(entry: Entry) -> Doorbell | Join | Garbage:
-    """Tell what an entry announces; never raises."""
+    """Parse a stream entry; never raises."""
     worker = entry.fields.get("worker", "")
     if not is_name(worker):
         return Garbage(

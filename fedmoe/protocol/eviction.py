@@ -1,9 +1,9 @@
-"""May a full Redis evict keys, and how is that changed on this kind of server? Pure."""
+"""Whether a full Redis may evict keys, and where the operator of this kind of server changes that. Pure."""
 
 from urllib.parse import urlsplit
 
 SAFE = "noeviction"
-# Hosts of managed servers, whose settings no CONFIG SET changes.
+# Host suffixes of managed servers, on which CONFIG SET does not change settings.
 _MANAGED = {
     ".cache.amazonaws.com": "in the parameter group of its ElastiCache",
     ".amazonaws.com": "in its parameter group",
@@ -22,11 +22,11 @@ _OWN = (
 
 
 def eviction_threat(policy: str, url: str) -> str:
-    """What a server with this maxmemory-policy may evict, and where to change that; "" if nothing.
+    """What a server with this maxmemory-policy may evict, and where to change the policy; "" if nothing.
 
     Args:
-        policy: of the server, "" if it is not known.
-        url: of the server; the host's name tells who manages it.
+        policy: of the server, "" if unknown.
+        url: of the server; its host name tells the provider.
     """
     if policy in ("", SAFE):
         return ""

@@ -1,31 +1,31 @@
-"""What a reader must know beyond the protocol, by name, so that releases of one protocol can still differ. Pure.
+"""Features: named abilities beyond the protocol version, so that releases of one protocol can still differ. Pure.
 
-A record names in its field `requires` what its reader must know. An expert's meta and a worker's heartbeat name in
-`knows` what their writer knows. All are names separated by spaces. A reader that lacks one says so in one sentence,
-before it trains or commits.
+A record's field `requires` names the features its reader must know. The field `knows` of an expert's meta and of a
+worker's heartbeat names the features its writer knows. Names are separated by spaces. A reader that lacks a feature
+reports it in one sentence, before it trains or commits.
 """
 
 from fedmoe.errors import ProtocolError
 
-FEATURES: frozenset[str] = frozenset()  # what this FedMoE knows
-UPDATES_REQUIRE = ""  # what an aggregator must know to decide the updates of this FedMoE
+FEATURES: frozenset[str] = frozenset()  # those that this FedMoE knows
+UPDATES_REQUIRE = ""  # features that an aggregator must know to decide this FedMoE's updates
 MAX_FEATURE_CHARS = 32
 SHOWN_FEATURES = 5
 
 
 def features_text() -> str:
-    """What this FedMoE knows, as `requires` and `knows` spell it: names separated by spaces."""
+    """The features that this FedMoE knows, separated by spaces as in `requires` and `knows`."""
     return " ".join(sorted(FEATURES))
 
 
 def lacking(requires: str, known: str | None = None) -> list[str]:
-    """The features that `requires` names and `known` does not (None: this FedMoE), safe to show, at most five."""
+    """At most five features of `requires` that `known` lacks (None: this FedMoE's features), escaped for display."""
     odd = set(requires.split()) - (FEATURES if known is None else set(known.split()))
     return [ascii(name[:MAX_FEATURE_CHARS])[1:-1] for name in sorted(odd)[:SHOWN_FEATURES]]
 
 
 def check_requires(requires: str, what: str) -> None:
-    """Raise ProtocolError if the record needs something that this FedMoE does not know."""
+    """Raise ProtocolError if the record needs a feature that this FedMoE does not know."""
     if odd := lacking(requires):
         raise ProtocolError(
             f"{what} needs {', '.join(odd)}, which the FedMoE on this machine does not know: upgrade the FedMoE on "

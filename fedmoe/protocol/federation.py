@@ -1,6 +1,6 @@
-"""A federation at one moment, as `fedmoe status` and dashboards show it, and what is wrong with it. Pure.
+"""A federation at one moment, as `fedmoe status` and dashboards show it, with the problems found. Pure.
 
-Every text in these records is printable: what others wrote to Redis was escaped when it was read.
+Every text in these records is printable: texts from Redis are escaped when they are read.
 """
 
 import math
@@ -11,19 +11,19 @@ from typing import Any
 from fedmoe.protocol.eviction import eviction_threat
 from fedmoe.protocol.records import Meta
 
-# Three heartbeats; then the key expires and the worker is gone.
+# Two missed heartbeats; after HEARTBEAT_TTL_S the key expires and the worker is gone.
 QUIET_AFTER_S = 10.0
-STILL_AFTER_S = 600.0  # without an update, although a worker has run for so long
-NEWS_FOR_S = 24 * 3600.0  # so long it is a finding that a worker vanished or failed
+STILL_AFTER_S = 600.0  # no update for this long, although workers run, is a finding
+NEWS_FOR_S = 24 * 3600.0  # a vanished or failed worker stays a finding for this long
 MEMORY_ALARM = 0.8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerView:
-    """A worker's heartbeat; None is what it does not say.
+    """A worker's heartbeat; None marks a missing field.
 
     Args:
-        last_seen_s: seconds since the heartbeat, by the key's expiry, so that no two clocks are compared.
+        last_seen_s: seconds since the heartbeat, derived from the key's expiry, so that no two clocks are compared.
         since: when the worker began, by its own clock (seconds since 1970).
         base_version: of the expert, as the worker last pulled it; behind: updates applied since.
         software: the releases it runs on.
@@ -53,11 +53,11 @@ class WorkerView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GoneWorker:
-    """A worker that is not there any more.
+    """A worker that has left.
 
     Args:
-        how: finished, stopped, refused or failed (with the reason), vanished without a word, "" if it is not known.
-        ago_s: seconds since then (vanished: since its last heartbeat); None if that is not known.
+        how: finished, stopped, refused or failed (with the reason), vanished without notice, "" if unknown.
+        ago_s: seconds since it left (vanished: since its last heartbeat); None if unknown.
     """
 
     name: str
@@ -69,7 +69,7 @@ class GoneWorker:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeadLetterView:
-    """A refused update, or garbage (then `worker` is empty), and why."""
+    """A refused update, or garbage (`worker` is then empty), with the reason."""
 
     id: str
     worker: str
@@ -79,13 +79,13 @@ class DeadLetterView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertView:
-    """One expert; None is what could not be read, and `problems` says why.
+    """One expert; None marks a value that could not be read, and `problems` gives the reason.
 
     Args:
         waiting: entries on the stream, read or not.
-        pending: read by an aggregator, not committed yet; lag: not read yet.
-        lease: who serves it; "" if nobody does.
-        left: workers that are not there any more.
+        pending: entries that an aggregator has read but not committed; lag: entries not read yet.
+        lease: the lease holder; "" if there is none.
+        left: workers that have left.
         last_update_s: seconds since the last update was applied, by the server's clock.
         log: the last applied updates, newest first.
     """
@@ -109,7 +109,7 @@ class ExpertView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatewayView:
-    """The gateway: the versions it was `built_from`, those at `present`, and the `outdated` experts in it."""
+    """The gateway: the versions it was `built_from`, the experts' `present` versions, and the `outdated` experts."""
 
     exists: bool = False
     method: str = ""
@@ -126,7 +126,7 @@ class GatewayView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerView:
-    """The server, for example Redis 7.0.15; memory in bytes, max_memory 0 is no bound, None is unknown."""
+    """The server, for example Redis 7.0.15; memory in bytes; max_memory 0 means no bound, None means unknown."""
 
     url: str
     software: str = "Redis"
@@ -136,13 +136,13 @@ class ServerView:
 
     @property
     def memory_share(self) -> float:
-        """How much of max_memory is used, 0 if there is no bound."""
+        """Used share of max_memory, 0 if there is no bound."""
         return (self.used_memory or 0) / self.max_memory if self.max_memory else 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Federation:
-    """All that `fedmoe status` shows."""
+    """Everything that `fedmoe status` shows."""
 
     prefix: str
     server: ServerView
@@ -156,7 +156,7 @@ class Federation:
         return [worker for expert in self.experts for worker in expert.workers]
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: what is not a number is None, and what is wrong stands under `findings`."""
+        """For JSON: NaN and infinity become None, and problems are listed under `findings`."""
         content: dict[str, Any] = plain_json(self)
         for shown, expert in zip(content["experts"], self.experts, strict=True):
             shown["mean_staleness"] = expert.meta.mean_staleness if expert.meta else None
@@ -164,7 +164,7 @@ class Federation:
 
 
 def findings(federation: Federation) -> Iterator[str]:
-    """What a person should look at, a sentence each."""
+    """What the operator should look at, one sentence each."""
     yield from federation.problems
     if not federation.experts and not federation.problems:
         yield "there are no experts yet: start `fedmoe aggregator run`"
@@ -262,7 +262,7 @@ def _count(n: int, one: str, many: str) -> str:
 
 
 def plain_json(value: Any) -> Any:
-    """Dataclasses as dicts, and no nan or infinity, which JSON does not have."""
+    """Dataclasses as dicts; NaN and infinity, which JSON lacks, as None."""
     if is_dataclass(value) and not isinstance(value, type):
         value = asdict(value)
     if isinstance(value, dict):

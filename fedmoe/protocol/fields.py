@@ -1,11 +1,11 @@
-"""Records that can grow: the class that writes a record also reads it, whichever release wrote it. Pure.
+"""Records that can grow: one class writes and reads a record, whichever release wrote it. Pure.
 
 A record is a frozen dataclass of texts and numbers. When it is read,
 
-    a field                       must be there; its default is only for code that makes a record
-    a field that is `optional`    may be missing: an earlier release did not write it, or there was nothing to write
+    a field                       must be present; its default serves only code that makes a record
+    a field that is `optional`    may be missing: an earlier release did not write it, or it was empty
     a field that the class lacks  was written by a later release, and is left alone
-    `requires`                    names what a reader must know to read the record right (see `protocol.features`)
+    `requires`                    names the features needed to read the record correctly (see `protocol.features`)
 
 So a release adds an optional field, and names a feature in `requires` only if an earlier release would misread the
 record without it.
@@ -26,12 +26,12 @@ def optional(default: Any) -> Any:
 
 
 def exact() -> Any:
-    """A field for a float that is written with all its digits; others are written with six."""
+    """A float field that is written with all its digits; other floats are written with six."""
     return field(metadata={"exact": True})
 
 
 def to_text(record: Any, *, sparse: bool = False) -> dict[str, str]:
-    """The fields of a record as Redis stores them, without those that are None; sparse: nor empty optional ones."""
+    """The fields of a record as Redis stores them, without None; sparse: also without optional fields at default."""
     return {
         one.name: _text(value, one)
         for one in fields(record)
@@ -45,7 +45,7 @@ def from_text(record: type[Record], raw: Mapping[Any, bytes | str]) -> Record:
 
     Raises:
         KeyError: if a field that is not optional is missing.
-        ValueError: if a value is not of its field's type, or no UTF-8.
+        ValueError: if a value is not of its field's type, or not UTF-8.
     """
     found = _by_name(raw)
     return record(
@@ -58,9 +58,9 @@ def from_text(record: type[Record], raw: Mapping[Any, bytes | str]) -> Record:
 
 
 def from_untrusted(record: type[Record], raw: Mapping[Any, bytes | str | None]) -> Record:
-    """Read what anybody may have written: a value that is not of its field's type counts as missing.
+    """Read an untrusted record: a value that is not of its field's type counts as missing.
 
-    All fields of `record` need a default.
+    Every field of `record` needs a default.
     """
     content: dict[str, Any] = {}
     found = _by_name({name: value for name, value in raw.items() if value is not None})
@@ -74,19 +74,19 @@ def from_untrusted(record: type[Record], raw: Mapping[Any, bytes | str | None]) 
 
 
 def known_fields(record: type, content: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of a JSON object's fields that the record has; a later release may have written more."""
+    """The fields of a JSON object that the record has; a later release may have written more."""
     names = {one.name for one in fields(record)}
     return {name: value for name, value in content.items() if name in names}
 
 
 def take_unknown(record: type, content: dict[str, Any]) -> dict[str, Any]:
-    """Take out of a JSON object, and return, what a later FedMoE wrote: fields that the record lacks."""
+    """Remove the fields that the record lacks, which a later FedMoE wrote, from a JSON object, and return them."""
     names = {one.name for one in fields(record)} - {"unknown"}
     return {name: content.pop(name) for name in sorted(content.keys() - names)}
 
 
 def put_back(content: dict[str, Any], more: dict[str, Any]) -> None:
-    """Put back into a JSON object what `take_unknown` took out, also of the objects in it."""
+    """Put the fields that `take_unknown` removed back into a JSON object, also into nested objects."""
     for name, value in more.items():
         if name in content:
             put_back(content[name], value)
@@ -104,7 +104,7 @@ def number(raw: bytes | str | None) -> float | None:
 
 
 def whole(raw: bytes | str | None) -> int | None:
-    """A number of at most 2^53 without its fraction, or None."""
+    """A number of absolute value at most 2^53, truncated to an integer, or None."""
     value = number(raw)
     return None if value is None or abs(value) > 2**53 else int(value)
 

@@ -1,4 +1,4 @@
-"""What stands in the gateway's meta hash: what it was built from, how, and the shape of its adapter. Pure."""
+"""The gateway's meta hash: the versions it was built from, the merge settings, and its adapter's shape. Pure."""
 
 import json
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from fedmoe.protocol.fields import from_untrusted, optional, to_text
 
 
 class BuiltFrom(NamedTuple):
-    """An expert's state that is in the gateway."""
+    """The state of an expert that the gateway contains."""
 
     version: int
     weights_commit: str
@@ -19,16 +19,16 @@ class BuiltFrom(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatewayMeta:
-    """`fedmoe:{gateway}:meta`; a view that is built again at any time, so every field may be missing.
+    """`fedmoe:{gateway}:meta`. The gateway can be rebuilt at any time, so every field may be missing.
 
     Args:
         built_from: JSON, see `experts`; adapter_config: JSON, see `config`.
         method, rank, relative_error: of the merge (see `consumers.gateway.methods`).
-        settings: of the merge and the experts' weights, as text; another text means: build again.
-        updated_at: seconds since 1970; build_s: seconds that it took.
-        error: why it cannot be built now; the one before stays.
+        settings: of the merge, with the experts' gateway weights, as text; a different text triggers a rebuild.
+        updated_at: seconds since 1970; build_s: duration of the build in seconds.
+        error: why the last build failed; the previous gateway stays.
         software: releases that it was built with.
-        requires: what a reader must know to serve or export it (see `fedmoe.protocol.features`).
+        requires: features needed to serve or export it (see `fedmoe.protocol.features`).
     """
 
     built_from: str = optional("")
@@ -45,7 +45,7 @@ class GatewayMeta:
 
     @property
     def experts(self) -> dict[str, BuiltFrom]:
-        """Expert -> what of it is in the gateway. Raises SpecError if that is malformed."""
+        """Expert -> the state of it that the gateway contains. Raises SpecError if the field is malformed."""
         try:
             content = json.loads(self.built_from)
             return {n: BuiltFrom(int(p["version"]), str(p["weights_commit"])) for n, p in content.items()}
@@ -54,7 +54,7 @@ class GatewayMeta:
 
     @property
     def config(self) -> dict[str, Any]:
-        """Content of PEFT's adapter_config.json. Raises SpecError if it is malformed."""
+        """Content of PEFT's adapter_config.json. Raises SpecError if the field is malformed."""
         try:
             content = json.loads(self.adapter_config)
         except (ValueError, RecursionError) as error:
@@ -69,12 +69,12 @@ class GatewayMeta:
 
     @classmethod
     def read(cls, raw: Mapping[Any, bytes | str]) -> "GatewayMeta":
-        """Parse a stored hash, as far as it can be parsed. Raises ProtocolError if this FedMoE is too old for it."""
+        """Parse a stored hash; malformed fields count as missing. Raises ProtocolError if this FedMoE is too old."""
         meta = from_untrusted(cls, raw)
         check_requires(meta.requires, "the gateway")
         return meta
 
 
 def built_from_text(experts: Mapping[str, BuiltFrom]) -> str:
-    """`GatewayMeta.built_from` of these."""
+    """`GatewayMeta.built_from` as JSON."""
     return json.dumps({name: one._asdict() for name, one in experts.items()})

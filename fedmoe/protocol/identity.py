@@ -1,7 +1,7 @@
-"""What makes the base model at hand the one that an expert is trained on, beside its config. Pure.
+"""Identity of a base model beyond its config: fingerprints of its weights and its tokenizer. Pure.
 
-The first party that has a component of it pins it in the expert's meta: the aggregator when it creates the expert, else
-the first worker, through its heartbeat. All others are compared with what is pinned.
+The first party that has a component pins it in the expert's meta: the aggregator when it creates the expert, else the
+first worker, through its heartbeat. Every other party is compared with the pinned components.
 """
 
 import re
@@ -17,7 +17,7 @@ from fedmoe.util.template_file import MAX_TEMPLATE_CHARS, template_digest
 
 MAX_FINGERPRINT_CHARS = 64
 BEAT_FIELDS = ("base_fingerprint", "tokenizer", "chat_template")  # of a heartbeat
-# The components of a tokenizer, in the order in which a difference is looked for, and what a person calls them.
+# The components of a tokenizer, in the order in which they are compared, with their names in messages.
 TOKENIZER_COMPONENTS = {
     "template": "chat template",
     "added": "added tokens",
@@ -33,13 +33,13 @@ def tokenizer_text(components: Mapping[str, str]) -> str:
 
 
 def tokenizer_components(text: str) -> dict[str, str]:
-    """The components in a tokenizer's fingerprint; what is none is left out, since anybody may have written it."""
+    """The components in an untrusted tokenizer fingerprint; unknown and malformed ones are left out."""
     found = (_COMPONENT.fullmatch(part) for part in text[:1024].split())
     return {match[1]: match[2] for match in found if match and match[1] in TOKENIZER_COMPONENTS}
 
 
 def expert_template(spec: Spec, meta: Meta) -> str:
-    """The chat template that the expert brings, "" if its base model's own serves."""
+    """The expert's own chat template, "" if its base model's template is used."""
     return spec.chat_template or meta.chat_template
 
 
@@ -49,9 +49,9 @@ class BaseIdentity:
 
     Args:
         fingerprint: of its weights.
-        tokenizer: fingerprint of its tokenizer, with the template in use; "" if it is not known. One with nothing
-            but the vocabulary is that of a loop that formats and pads its rows itself; no more is compared then.
-        chat_template: the template that a worker brought, "" if it uses the expert's or the base model's own.
+        tokenizer: fingerprint of its tokenizer, with the template in use; "" if unknown. A training loop that formats
+            and pads its rows itself names only the vocabulary; then nothing else is compared.
+        chat_template: the worker's own template, "" if it uses the expert's or the base model's.
     """
 
     fingerprint: str
@@ -60,18 +60,18 @@ class BaseIdentity:
 
     @classmethod
     def from_beat(cls, beat: Beat) -> "BaseIdentity":
-        """What a heartbeat tells; anybody may have written it."""
+        """The identity in an untrusted heartbeat."""
         return cls(
             fingerprint=beat.base_fingerprint, tokenizer=beat.tokenizer, chat_template=beat.chat_template
         )
 
     @classmethod
     def from_header(cls, header: Header) -> "BaseIdentity":
-        """What an update's header tells."""
+        """The identity in an update's header."""
         return cls(fingerprint=header.base_fingerprint, tokenizer=header.tokenizer)
 
     def beat_fields(self, meta: Meta | None = None) -> dict[str, Any]:
-        """Its part of a heartbeat; a template that `meta` holds already is left out."""
+        """This identity as heartbeat fields; a template is left out if `meta` already holds one."""
         fields = {"base_fingerprint": self.fingerprint, "tokenizer": self.tokenizer}
         if self.chat_template and not (meta and meta.chat_template):
             fields["chat_template"] = self.chat_template
@@ -85,7 +85,7 @@ class BaseIdentity:
         )
 
     def difference(self, meta: Meta) -> str:
-        """How it differs from what `meta` has pinned, as a clause with what to do; "" if it does not."""
+        """How this identity differs from the one pinned in `meta`, as a clause with what to do; "" if it matches."""
         if meta.base_fingerprint not in ("", self.fingerprint):
             return (
                 f"its weights have fingerprint {self.fingerprint}, the expert's have {meta.base_fingerprint} (set by "
@@ -105,7 +105,7 @@ class BaseIdentity:
         return ""
 
     def refusal(self, meta: Meta, expert: str) -> str:
-        """Why nobody with this base model may train the expert, as a sentence with what to do; "" if he may."""
+        """Why a party with this base model may not train the expert, with what to do; "" if it may."""
         difference = self.difference(meta)
         return (
             difference
@@ -113,7 +113,7 @@ class BaseIdentity:
         )
 
     def pin(self, meta: Meta, by: str) -> Meta:
-        """`meta` with every component that nobody has pinned yet taken from here; anybody may have written it."""
+        """`meta` with every unpinned component taken from this identity, which is untrusted."""
         if self.fingerprint and not meta.base_fingerprint:
             fingerprint = self.fingerprint[:MAX_FINGERPRINT_CHARS]
             meta = replace(meta, base_fingerprint=fingerprint, base_fingerprint_by=by)
@@ -122,7 +122,7 @@ class BaseIdentity:
         if both != pinned:
             who = f"{meta.tokenizer_by} and {by}" if pinned else by
             meta = replace(meta, tokenizer=tokenizer_text(both), tokenizer_by=who)
-        # The text of a template becomes the expert's only if it is the one that is pinned.
+        # A template's text becomes the expert's only if its digest is the pinned one.
         if (
             not meta.chat_template
             and 0 < len(self.chat_template) <= MAX_TEMPLATE_CHARS

@@ -1,11 +1,11 @@
-"""Do the parts of an expert in Redis belong together? Pure.
+"""Checks whether the parts of an expert in Redis belong together. Pure.
 
 `meta` is the root: it names the spec by its digest, the weights by the commit that wrote them (a stamp in their
-header), and the decided updates of all workers by a stamp over them. So a part that is missing, or that was put there
-by somebody else, is recognised when an expert is loaded, and nobody trains on it or commits on top of it.
+header), and the decided updates of all workers by a stamp over them. So loading an expert detects a missing or foreign
+part, and nobody trains on a damaged expert or commits on top of it.
 
-The stamp of the decided updates is the XOR of one digest for each worker. So a commit brings it up to date in the
-time that its own updates take, however many workers there are.
+The stamp of the decided updates is the XOR of one digest per worker. So the cost of updating the stamp depends on the
+updates in the commit, not on the number of workers.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ _BYTES = len(NO_DECISIONS) // 2
 
 
 def restamp(stamp: str, worker: str, old: Decided | None, new: Decided | None) -> str:
-    """The stamp (16 hex digits) after the last decided update of one worker became another."""
+    """The stamp (16 hex digits) after one worker's last decided update changed from `old` to `new`."""
     value = int(stamp, 16)
     for decided in (old, new):
         if decided is not None:
@@ -38,11 +38,11 @@ def stamp_decided(decided: Mapping[str, Decided]) -> str:
 def damage(
     meta: Meta, *, spec: str | None, weights: bytes | memoryview | None, decided: Mapping[str, Decided]
 ) -> str:
-    """What is missing of an expert, or is not what its meta knows, as the end of a sentence; "" if all is whole.
+    """Which parts of an expert are missing or do not match its meta, as the end of a sentence; "" if it is whole.
 
     Args:
         meta: of the expert.
-        spec: the digest of the spec that is there, None if there is none.
+        spec: digest of the present spec, None if there is none.
         weights: the first STAMPED_BYTES of the weights' file, or all of it; None or empty if there is none.
         decided: the last decided update of each worker.
     """

@@ -1,32 +1,32 @@
-"""The complete map of Redis keys; nothing else in FedMoE spells a key.
+"""The complete map of Redis keys; no other module spells a key.
 
 All keys of one expert carry its name as a hash tag, so that they share one Cluster slot and a commit is one
-transaction. `fedmoe` is the prefix, a setting, so that several federations can share a server.
+transaction. The prefix `fedmoe` is a setting, so that several federations can share a server.
 
     fedmoe:experts                                  hash    expert -> its weight in the gateway
     fedmoe:{E}:updates                              stream  one readable entry per waiting update; a doorbell only
-    fedmoe:{E}:payload:<worker>:<run>:<seq>:header  string  header (msgpack), what counts; expires
+    fedmoe:{E}:payload:<worker>:<run>:<seq>:header  string  header (msgpack), decides; expires
     fedmoe:{E}:payload:<worker>:<run>:<seq>:<part>  string  one part (msgpack), at most 1 MiB; expires
     fedmoe:{E}:payload:<worker>:incarnation         string  counts the worker's runs; expires
-    fedmoe:{E}:payload:<worker>:trace               hash    how it left; outlives the heartbeat; expires
-    fedmoe:{E}:payload:<worker>:trial:<name>        hash    of `fedmoe doctor`, while it tries transactions; expires
+    fedmoe:{E}:payload:<worker>:trace               hash    how the worker left; outlives the heartbeat; expires
+    fedmoe:{E}:payload:<worker>:trial:<name>        hash    `fedmoe doctor` tries transactions here; expires
     fedmoe:{E}:weights                              string  the expert, a safetensors file
-    fedmoe:{E}:packed                               string  as workers pull it (packed.py); none in format fp32
+    fedmoe:{E}:packed                               string  packed weights, for pulls (packed.py); none in format fp32
     fedmoe:{E}:meta                                 hash    version, lineage, commit, rules in force, counters; readable
-                                                            (of a removed expert: when, and a last commit)
+                                                            (removed expert: time of removal, last commit)
     fedmoe:{E}:spec                                 string  JSON: base model, LoRA, layout; never changes
     fedmoe:{E}:decided                              hash    worker -> its last decided update and how (JSON)
     fedmoe:{E}:worker:<worker>                      hash    heartbeat; expires
     fedmoe:{E}:log                                  stream  one line per applied update or change of rules; capped
     fedmoe:{E}:dead                                 stream  refused updates and garbage, with the reason; capped
     fedmoe:{E}:lease                                string  the aggregator that serves this expert; expires
-    fedmoe:{E}:lost                                 hash    worker -> lineage it knew, when the expert was found gone
+    fedmoe:{E}:lost                                 hash    worker -> lineage it knew when the expert was found lost
     fedmoe:{E}:claims                               hash    aggregator -> the version it retains; expires
     fedmoe:{E}:problem                              hash    aggregator -> what it cannot do now; expires
     fedmoe:{gateway}:weights, :meta, :lease, :problem       the merge of all experts, rebuilt whenever one moves
 
-Who may write what: a worker only `payload:<itself>:*`, `worker:<itself>` and XADD to `updates`; all else is the
-aggregators'.
+Write permissions: a worker writes only `payload:<itself>:*` and `worker:<itself>`, and adds to `updates`; aggregators
+write all other keys.
 """
 
 from dataclasses import dataclass
@@ -94,7 +94,7 @@ class ExpertKeys:
 
     @property
     def members(self) -> str:
-        """Pattern of the heartbeats and the traces of all workers, and of little else."""
+        """Pattern of all workers' heartbeats and traces; it also matches payloads and a few other keys."""
         return f"{self.root}:[wp]*"
 
     def worker(self, worker: str) -> str:
@@ -110,11 +110,11 @@ class ExpertKeys:
         return f"{self.root}:payload:{worker}:trace"
 
     def payloads(self, worker: str) -> str:
-        """Pattern of all keys that a worker's updates take; `*` for all workers'."""
+        """Pattern of all keys of a worker's updates; worker `*` for those of all workers."""
         return f"{self.root}:payload:{worker}:*"
 
     def trial(self, worker: str, name: str) -> str:
-        """A key on which rights are tried."""
+        """A key on which permissions are tried."""
         return f"{self.root}:payload:{worker}:trial:{name}"
 
     def part(self, worker: str, run: str, seq: int, index: int) -> str:

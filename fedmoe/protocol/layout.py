@@ -1,12 +1,11 @@
 """One contiguous fp32 vector for a whole adapter, and the safetensors file that is that vector.
 
 A `Layout` fixes which value of the flat vector belongs to which tensor. The safetensors header of a layout
-always has the same length, so an adapter's file is `header + raw bytes of the vector`: an `AdapterBuffer` keeps both
-in one block of memory, into which updates are folded, and which is handed to Redis as it lies, without
-copying or serialising.
+always has the same length, so an adapter's file is `header + raw bytes of the vector`. An `AdapterBuffer` keeps both
+in one block of memory: updates are folded into it, and it is sent to Redis without copying or serialising.
 
-The header's metadata holds a stamp: the id of the commit that wrote these weights. So weights tell by themselves
-whether they are those that the expert's meta names.
+The header's metadata holds a stamp: the id of the commit that wrote these weights. So the file itself shows whether
+these are the weights that the expert's meta names.
 """
 
 import json
@@ -22,22 +21,22 @@ import torch
 from fedmoe.errors import SpecError
 
 FLOAT_BYTES = 4
-# `values_of` gives tensors over read-only memory; torch warns that it could not stop a writer, and there is none.
+# `values_of` returns tensors over read-only memory. torch warns that it cannot protect them; nothing writes to them.
 warnings.filterwarnings("ignore", message="The given buffer is not writable")
 
-MAX_STRING_BYTES = 512 * 1024 * 1024  # a Redis string can hold no more
-STAMP_CHARS = 16  # of a commit id in the header; a shorter one is padded with spaces
+MAX_STRING_BYTES = 512 * 1024 * 1024  # the limit of a Redis string
+STAMP_CHARS = 16  # length of the stamp in the header; a shorter commit id is padded with spaces
 _BEFORE_STAMP = b'{"__metadata__":{"commit":"'
 _STAMP_AT = slice(8 + len(_BEFORE_STAMP), 8 + len(_BEFORE_STAMP) + STAMP_CHARS)
-STAMPED_BYTES = _STAMP_AT.stop  # a file's first bytes that tell its stamp
+STAMPED_BYTES = _STAMP_AT.stop  # a file's first bytes, up to the end of its stamp
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Names and shapes of an adapter's tensors, in the order in which they lie in the flat vector.
+    """Names and shapes of an adapter's tensors, in their order in the flat vector.
 
     Raises:
-        SpecError: if a name comes twice, a dimension is not a positive integer, or there is no tensor.
+        SpecError: if a name occurs twice, a dimension is not a positive integer, or there is no tensor.
     """
 
     tensors: tuple[tuple[str, tuple[int, ...]], ...]
@@ -93,10 +92,10 @@ class Layout:
 
 
 def layout_of(file: bytes | memoryview) -> Layout:
-    """The layout of an adapter's safetensors file, in the order in which the tensors lie in it.
+    """The layout of an adapter's safetensors file, in the order of its tensors.
 
     Raises:
-        SpecError: if it is no safetensors file, or holds other values than fp32.
+        SpecError: if the file is not safetensors, or holds values other than fp32.
     """
     try:
         table = json.loads(bytes(file[8 : 8 + int.from_bytes(file[:8], "little")]))
@@ -114,7 +113,7 @@ def layout_of(file: bytes | memoryview) -> Layout:
 
 
 def check_file(layout: Layout, length: int, begin: bytes) -> None:
-    """Raise SpecError if a file of so many bytes, which begins so, is not an adapter's of this layout."""
+    """Raise SpecError if a file of `length` bytes that starts with `begin` is not an adapter of this layout."""
     at, header = _STAMP_AT, layout.header
     same = begin[: at.start] == header[: at.start] and begin[at.stop : len(header)] == header[at.stop :]
     if length != layout.file_bytes or not same:
@@ -125,7 +124,7 @@ def check_file(layout: Layout, length: int, begin: bytes) -> None:
 
 
 def stamp_of(begin: bytes | memoryview) -> str:
-    """The commit id that an adapter's file, which begins so, is stamped with; "" if it has none."""
+    """The commit id in the stamp of an adapter's file that starts with `begin`; "" if it has no stamp."""
     begin = bytes(begin[:STAMPED_BYTES])
     if not begin[8:].startswith(_BEFORE_STAMP):
         return ""
@@ -149,7 +148,7 @@ def values_of(layout: Layout, file: bytes | memoryview) -> torch.Tensor:
     """The values (numel,) fp32 of an adapter's safetensors file, read-only and not copied.
 
     Raises:
-        SpecError: if it is not a file of that layout.
+        SpecError: if the file does not have that layout.
     """
     n_bytes = len(layout.header)
     check_file(layout, len(file), bytes(file[:n_bytes]))
@@ -157,7 +156,7 @@ def values_of(layout: Layout, file: bytes | memoryview) -> torch.Tensor:
 
 
 def values_of_chunks(layout: Layout, chunks: Iterable[bytes]) -> torch.Tensor:
-    """The values (numel,) fp32 whose bytes these are, in memory of their own; each chunk holds whole values."""
+    """The values (numel,) fp32 of these bytes, copied; each chunk holds whole values."""
     values, at = torch.empty(layout.numel), 0
     for chunk in chunks:
         part = torch.frombuffer(chunk, dtype=torch.float32)
@@ -169,12 +168,12 @@ def values_of_chunks(layout: Layout, chunks: Iterable[bytes]) -> torch.Tensor:
 class AdapterBuffer:
     """An adapter as one block of memory: `file` is the safetensors file, `flat` its values (numel,) fp32.
 
-    Both are views of the same bytes: what is folded into `flat` is in `file` at once. It begins as zeros.
+    Both are views of the same bytes: a fold into `flat` shows in `file` at once. The values start as zeros.
     """
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
-        # Zeros that take no memory until they are written to, and go back to the system as a whole.
+        # Zero pages take no memory until they are written, and the block is returned to the system as a whole.
         self._block = mmap.mmap(-1, layout.file_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._block[: len(layout.header)] = layout.header
         self.flat = torch.frombuffer(
@@ -187,15 +186,15 @@ class AdapterBuffer:
         return memoryview(self._block).toreadonly()
 
     def load(self, file: bytes) -> None:
-        """Take over values and stamp of a safetensors file of the same layout; SpecError if it is not one."""
+        """Copy values and stamp from a safetensors file; SpecError if its layout differs."""
         self.flat.copy_(values_of(self.layout, file))
         self.stamp(stamp_of(file))
 
     def stamp(self, commit: str) -> None:
-        """Note in the file's header which commit these weights belong to."""
+        """Write the commit id of these weights into the file's header."""
         self._block[_STAMP_AT] = _stamp(commit)
 
     def same_values(self, file: bytes) -> bool:
-        """True if the values in a file of this layout are these, bit for bit, whatever its stamp."""
+        """True if a file of this layout holds the same values, bit for bit; the stamp is ignored."""
         first = len(self.layout.header)
         return memoryview(file)[first:] == self.file[first:]

@@ -1,4 +1,4 @@
-"""The lines of an expert's two streams: what changed it (`log`), and what was not taken (`dead`). Pure."""
+"""The lines of an expert's two streams: its changes (`log`), and refused updates and garbage (`dead`). Pure."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from fedmoe.protocol.features import check_requires
 from fedmoe.protocol.fields import exact, from_text, from_untrusted, optional, to_text
 from fedmoe.protocol.rules import RuleSet
 
-Line = Mapping[str, str]  # as it is written
+Line = Mapping[str, str]  # a line as it is written to Redis
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,12 +19,12 @@ class AppliedLine:
     Args:
         version: of the expert after it.
         worker, run, seq, prev: the update, and the one before it in its worker's chain ("" for the first).
-        base_version, staleness: of the update; factor: what it was multiplied with; norm: Euclidean, before that.
+        base_version, staleness: of the update; factor: the scale it was folded with; norm: its L2 norm before scaling.
         loss: training loss that the worker reported.
-        rules: number of the rule set that it was decided under.
-        n_examples: rows that it counts for; claimed_examples, claimed_tokens: what it claimed, if that was more.
-        update: digest under which it was kept, "" if it was not (`--keep-updates`).
-        requires: what a replay must know.
+        rules: number of the rule set it was decided under.
+        n_examples: rows counted for it; claimed_examples, claimed_tokens: what its worker claimed, if more.
+        update: digest of the kept update, "" if it was not kept (`--keep-updates`).
+        requires: features that a replay must know.
     """
 
     version: int
@@ -55,9 +55,9 @@ class AnchorLine:
 
     Args:
         version: of the expert then.
-        restored: why, for people.
-        weights: digest under which its weights were kept, "" if they were not.
-        requires: what a replay must know.
+        restored: the reason, for people.
+        weights: digest of the kept weights, "" if they were not kept.
+        requires: features that a replay must know.
     """
 
     version: int
@@ -76,9 +76,9 @@ class RulesLine:
 
     Args:
         version: of the expert then.
-        changed: what, for people: `lr 1 -> 0.5`.
-        ended: the rule set that was in force until then. The new one stands in `meta`, or in the next such line.
-        requires: what a replay must know.
+        changed: the differences, for people: `lr 1 -> 0.5`.
+        ended: the rule set in force until then. The new rule set is in `meta`, or in the next RulesLine.
+        requires: features that a replay must know.
     """
 
     version: int
@@ -98,7 +98,7 @@ def read_line(raw: Mapping[Any, bytes | str]) -> LogLine:
     """Parse a line of the log.
 
     Raises:
-        ProtocolError: if it needs something that this FedMoE does not know.
+        ProtocolError: if it needs a feature that this FedMoE does not know.
         UpdateError: if it is malformed.
     """
     requires = raw.get("requires") or raw.get(b"requires") or ""
@@ -116,7 +116,7 @@ def read_line(raw: Mapping[Any, bytes | str]) -> LogLine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeadLetter:
-    """An update that was refused, or an entry that was garbage (`entry` is its id, `fields` its beginning), and why."""
+    """A refused update, or garbage (`entry` is its id, `fields` its beginning), with the reason."""
 
     worker: str = optional("")
     run: str = optional("")
@@ -134,5 +134,5 @@ class DeadLetter:
 
     @classmethod
     def read(cls, raw: Mapping[Any, bytes | str]) -> "DeadLetter":
-        """Parse one that anybody may have edited."""
+        """Parse an untrusted dead letter."""
         return from_untrusted(cls, raw)

@@ -1,4 +1,4 @@
-"""The shape of the LoRA adapter, and what an expert is unless its operator says otherwise. Free of torch. Pure."""
+"""The shape of the LoRA adapter, and the defaults of an expert's spec. Free of torch. Pure."""
 
 from dataclasses import dataclass
 

@@ -1,6 +1,6 @@
-"""The one LoRA initialisation that all experts of a base share: version 0 of each.
+"""The LoRA initialisation that all experts of a base model share: version 0 of each.
 
-Averaging factors errs by Σ wᵢ (Bᵢ−B̄)(Aᵢ−Ā), nothing as long as the A factors agree: hence one A for all.
+Averaging LoRA factors has the error Σ wᵢ (Bᵢ−B̄)(Aᵢ−Ā), which is zero while all A are equal: hence one A for all.
 """
 
 import hashlib
@@ -13,12 +13,12 @@ from fedmoe.protocol.layout import AdapterBuffer, Layout
 
 @lru_cache(maxsize=64)  # one for each base model and LoRA shape that a process serves
 def initial_weights(layout: Layout, seed: int) -> torch.Tensor:
-    """The flat vector (numel,) fp32 of an untrained adapter: B = 0, A uniform in ±1/√in, as peft has it.
+    """The flat vector (numel,) fp32 of an untrained adapter: B = 0, A uniform in ±1/√in, as in peft.
 
-    A tensor depends on the seed, its name and its shape only. What is drawn are multiples of 2⁻²⁴, which are
-    rounded once, so that every machine gets the same bits. Source: arXiv 1502.01852 (Kaiming, with a = √5).
+    A tensor depends only on the seed, its name and its shape. The draws are multiples of 2⁻²⁴ and are rounded once, so
+    every machine gets the same bits. Source: arXiv 1502.01852 (Kaiming, with a = √5).
 
-    It is drawn once, and all callers share it: copy it before you change it.
+    The vector is cached and all callers share it: copy it before you change it.
     """
     flat = torch.zeros(layout.numel)
     for name, view in layout.views(flat).items():

@@ -1,4 +1,4 @@
-"""What a worker, an expert or a prefix may be called."""
+"""Valid names of workers, experts and prefixes."""
 
 import re
 
@@ -11,20 +11,20 @@ _NOT_ALLOWED = re.compile(r"[^A-Za-z0-9_.-]+")
 
 
 def is_name(name: str) -> bool:
-    """True if `name` may stand in a key: letters, digits, `_`, `-`, `.` in the middle; 1 to 64 characters.
+    """True if `name` may be part of a key: letters, digits, `_`, `-`, `.` in the middle; 1 to 64 characters.
 
-    A `:` would move the borders of the key's parts and a glob character those of an ACL pattern.
+    A `:` would shift the boundaries between a key's parts; a glob character would widen an ACL pattern.
     """
     return 0 < len(name) <= MAX_NAME_LENGTH and _NAME.fullmatch(name) is not None
 
 
 def is_expert(name: str) -> bool:
-    """True if an expert may be called so."""
+    """True if an expert may have this name."""
     return is_name(name) and name not in RESERVED_EXPERTS
 
 
 def check_name(what: str, name: str) -> str:
-    """Return `name`, or raise SettingsError that says what a name of this kind may look like."""
+    """Return `name`; raise SettingsError with the naming rules if it is not valid."""
     if not is_name(name):
         raise SettingsError(
             f"{what} {name!r} cannot be used: take letters, digits, '_', '-' and '.' (not first or last), "
@@ -34,12 +34,12 @@ def check_name(what: str, name: str) -> str:
 
 
 def check_expert(name: str) -> str:
-    """Like check_name, and not one of the names that the gateway's keys have."""
+    """Like check_name; also reject reserved names."""
     if name in RESERVED_EXPERTS:
         raise SettingsError(f"an expert cannot be called {name!r}: that name belongs to FedMoE's own keys")
     return check_name("expert", name)
 
 
 def clean_name(text: str) -> str:
-    """Make a valid name of a host name or the like: 'My Host.local' becomes 'My-Host.local'."""
+    """Turn a host name or similar text into a valid name: 'My Host.local' becomes 'My-Host.local'."""
     return _NOT_ALLOWED.sub("-", text)[:MAX_NAME_LENGTH].strip(".-") or "worker"

@@ -1,14 +1,14 @@
-"""The weights as workers pull them: what an expert has learned so far, W − W⁰, encoded as updates are. Pure.
+"""Packed weights, as workers pull them: W − W⁰, the training so far, encoded like an update. Pure.
 
-Encoding the weights themselves would blur the initialisation, whose values never move far; their difference to it is
-small where little was learned, and so is its error, at most half a step of each block of 64. A worker's base is then
-W⁰ + what it decoded: it trains from there, and what it publishes is relative to that. The error is neither summed up
-nor sent: the aggregator's own weights are exact, and every commit that changes them packs them anew.
+Quantising W itself would add error to the initialisation. W − W⁰ is small where little was learned, and so is its
+quantisation error, at most half a step in each block of 64. The worker's base is W⁰ plus the decoded difference: the
+worker trains from this base, and its updates are relative to it. The error neither accumulates nor travels: the
+aggregator's own weights are exact, and every commit that changes them packs them again.
 
-They are one string: a preamble that names their commit and W⁰, then the parts, each of a length that the spec gives. So
-they can be read part by part, whatever their size, as `chunks` says.
+Packed weights are one string: a preamble that names their commit and W⁰, then the parts, whose lengths follow from the
+spec. So they can be read part by part, at the offsets that `chunks` gives.
 
-In format fp32 nothing is packed: workers pull the weights themselves.
+In format fp32 nothing is packed: workers pull the exact weights.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from fedmoe.protocol.lora_init import initial_weights
 from fedmoe.protocol.spec import Spec
 
 _WHAT = b"fedmoe packed 1 "
-_ID_BYTES = 16  # of a commit id, and of the digest of W⁰, both in hex
+_ID_BYTES = 16  # length of a commit id, and of the digest of W⁰, both in hex
 PREAMBLE_BYTES = len(_WHAT) + _ID_BYTES + 1 + _ID_BYTES
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 @lru_cache(maxsize=64)  # as many as there are initial weights
 def _digest(layout: Layout, seed: int) -> bytes:
-    """The digest of W⁰, so that a party whose random numbers are others is noticed."""
+    """The digest of W⁰: it detects a party whose torch draws different initial weights."""
     return hashlib.sha256(initial_weights(layout, seed).numpy().data).hexdigest()[:_ID_BYTES].encode()
 
 
@@ -44,14 +44,14 @@ def _preamble(commit: str, digest: bytes) -> bytes:
 
 
 def packed_commit(preamble: bytes) -> str:
-    """The weights' commit that packed weights which begin so are of; "" if they are no packed weights."""
+    """The weights commit that this preamble of packed weights names; "" if it is not such a preamble."""
     if not preamble.startswith(_WHAT):
         return ""
     return preamble[len(_WHAT) : len(_WHAT) + _ID_BYTES].decode(errors="backslashreplace")
 
 
 def pack(weights: torch.Tensor, spec: Spec, commit: str) -> bytes:
-    """Encode an expert's weights (numel,) fp32 of this `weights_commit`."""
+    """Pack an expert's weights (numel,) fp32, written by this weights commit."""
     initial = initial_weights(spec.layout, spec.init_seed)
     return b"".join(
         (
@@ -62,25 +62,25 @@ def pack(weights: torch.Tensor, spec: Spec, commit: str) -> bytes:
 
 
 def pack_file(file: bytes | memoryview, spec: Spec, commit: str) -> bytes | None:
-    """The same of a safetensors file of an adapter of that spec; None if workers pull the file itself."""
+    """Pack the weights in a safetensors file of that spec; None if workers pull the file itself."""
     return None if spec.wire_format == EXACT else pack(values_of(spec.layout, file), spec, commit)
 
 
 def chunks(spec: Spec) -> list[tuple[int, int]]:
-    """First and last byte of the preamble, and of each part, of packed weights."""
+    """Offsets of the first and last byte of the preamble, and of each part, in packed weights."""
     lengths = (PREAMBLE_BYTES, *part_lengths(spec.layout.numel, spec.wire_format))
     return [(first, after - 1) for first, after in pairwise(accumulate(lengths, initial=0))]
 
 
 def unpack(content: Sequence[bytes], spec: Spec, commit: str) -> torch.Tensor | None:
-    """The weights (numel,) fp32 of this `weights_commit`, as every worker decodes them, from the bytes of `chunks`.
+    """The weights (numel,) fp32 of this weights commit, as every worker decodes them, from the bytes of `chunks`.
 
-    None if they are of another commit (the expert was restored), relative to other initial weights, or not packed
-    weights at all: the exact ones serve.
+    None if the content belongs to another commit (the expert was restored), is relative to other initial weights, or is
+    not packed weights; the caller then pulls the exact weights.
     """
     preamble, *parts = content
     if not preamble:
-        return None  # somebody took it away
+        return None  # the key is missing
     digest = _digest(spec.layout, spec.init_seed)
     try:
         if not preamble.startswith(_WHAT):
@@ -88,29 +88,29 @@ def unpack(content: Sequence[bytes], spec: Spec, commit: str) -> torch.Tensor | 
         if preamble != _preamble(commit, digest):
             if preamble[:-_ID_BYTES] == _preamble(commit, digest)[:-_ID_BYTES]:
                 logger.warning(
-                    "this torch draws other initial weights than the aggregator's: pulling the exact weights"
+                    "this torch draws other initial weights than the aggregator's torch: pulling the exact weights"
                 )
             return None
         return _decode(parts, spec)
     except UpdateError as error:
         logger.warning(
-            "the packed weights are not what this FedMoE writes (%s): another version's, or overwritten; pulling the "
-            "exact ones", error,
+            "the packed weights are not what this FedMoE writes (%s): another version wrote them, or the key was "
+            "overwritten; pulling the exact weights", error,
         )  # fmt: skip
         return None
 
 
 def unpack_again(content: Sequence[bytes], spec: Spec) -> torch.Tensor:
-    """The weights that `unpack` made of these bytes before, bit for bit.
+    """The weights that an earlier `unpack` decoded from these bytes, bit for bit.
 
     Raises:
-        UpdateError: if they are damaged.
-        SettingsError: if this torch makes other initial weights than the one that unpacked them before.
+        UpdateError: if the bytes are damaged.
+        SettingsError: if this torch draws other initial weights than the torch that unpacked them before.
     """
     preamble, *parts = content or (b"",)
     digest = _digest(spec.layout, spec.init_seed)
     if not preamble.startswith(_WHAT) or len(preamble) != PREAMBLE_BYTES:
-        raise UpdateError("the packed weights do not begin as they must")
+        raise UpdateError("the packed weights do not begin with their preamble")
     if not preamble.endswith(digest):
         raise SettingsError(
             f"it needs other initial weights than torch {torch.__version__} makes: use the torch version that wrote it"

@@ -1,4 +1,4 @@
-"""What stands in an expert's hashes, as frozen records; readable with redis-cli as it is."""
+"""The records in an expert's hashes; their fields are plain text, readable with redis-cli."""
 
 import json
 from collections.abc import Mapping
@@ -11,25 +11,25 @@ from fedmoe.protocol.rules import RuleSet
 from fedmoe.protocol.update import UpdateId
 
 NO_DECISIONS = "0" * 16  # the stamp of no decided updates, see fedmoe/protocol/integrity.py
-# What this FedMoE speaks. Raise it whenever an earlier worker or aggregator would misread what a later one writes, so
-# also with the formats of header and spec; not for a field of `meta` that an earlier one can leave alone.
+# The protocol version of this FedMoE. Raise it whenever an earlier release would misread a record of this one, also
+# with the formats of header and spec; not for a field of `meta` that an earlier release can ignore.
 # 2: headers name the tokenizer, specs may hold a chat template and towers, parts are stamped.
 # 3: the keys and fields `decided`, `header`, `incarnation` and `aggregation` have these names.
-# 4: the rules stand in `meta` under a number, no longer in the spec.
+# 4: the rules are in `meta` under a number, no longer in the spec.
 PROTOCOL = 4
 FIRST_WITH_RULES = 4  # in meta
-FIRST_PROTOCOL = 1  # what is spoken where none is named, as before there was a name for it
+FIRST_PROTOCOL = 1  # assumed where no protocol is named: the first releases wrote none
 HEARTBEAT_TTL_S = 15.0  # a worker whose heartbeat has expired is gone
-TRACE_TTL_S = 7 * 24 * 3600.0  # so long it is told how a worker left
-VANISHED = "vanished"  # of a worker that left without a word: it was killed, or its machine is cut off
+TRACE_TTL_S = 7 * 24 * 3600.0  # how long Redis keeps the trace of how a worker left
+VANISHED = "vanished"  # how a worker left without notice: it was killed, or its machine was cut off
 
 
 def read_protocol(raw: bytes | None) -> int:
     """The protocol that a stored field names.
 
     Raises:
-        ProtocolError: if it is later than this FedMoE's, which must then be upgraded.
-        SpecError: if it is no number.
+        ProtocolError: if it is later than this FedMoE's protocol: this FedMoE must be upgraded.
+        SpecError: if it is not a number.
     """
     try:
         protocol = FIRST_PROTOCOL if raw is None else int(raw)
@@ -46,12 +46,12 @@ def read_protocol(raw: bytes | None) -> int:
 
 
 def grave(name: str, commit: str, when: str) -> dict[str, str]:
-    """What stands in the meta hash of an expert that an operator removed: a last commit, on which none can follow."""
+    """The meta hash of an expert that an operator removed: a final commit, which no commit can follow."""
     return {"removed": when, "name": name, "commit": commit}
 
 
 def check_not_removed(raw: Mapping[bytes, bytes]) -> None:
-    """Raise RemovedExpertError if this meta hash is all that is left of an expert that an operator removed."""
+    """Raise RemovedExpertError if this meta hash says that an operator removed the expert."""
     if b"removed" in raw:
         name, when = (raw.get(field, b"?").decode(errors="replace") for field in (b"name", b"removed"))
         raise RemovedExpertError(name, when)
@@ -59,31 +59,31 @@ def check_not_removed(raw: Mapping[bytes, bytes]) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Meta:
-    """`fedmoe:{E}:meta`, the state of an expert in one glance.
+    """`fedmoe:{E}:meta`, the state of an expert.
 
     Args:
-        version: updates ever applied.
+        version: number of updates ever applied.
         lineage: random id given at creation.
-        commit: random id of the transaction that made this state, the head of the expert's history.
+        commit: random id of the transaction that made this state: the head of the expert's chain.
         weights_commit: the last commit that changed the weights.
         spec: digest of the spec.
-        rules: in force, as JSON with their number (see `fedmoe.protocol.rules`).
-        decided_stamp: of all workers' last decided updates, which must be those that are there (integrity.py).
+        rules: the rule set in force, as JSON with its number (see `fedmoe.protocol.rules`).
+        decided_stamp: stamp over the hash `decided`, which must match (integrity.py).
         restored: commit of the last `fedmoe restore`; "" if there was none.
-        base_fingerprint: of the base model's weights; empty until somebody pinned it (base_fingerprint_by).
-        applied, duplicate, refused, undecidable, garbage: how often an entry was decided which way.
+        base_fingerprint: of the base model's weights; "" until a party (base_fingerprint_by) has pinned it.
+        applied, duplicate, refused, undecidable, garbage: number of entries with this outcome.
         staleness_sum: over the applied updates; mean_staleness is derived from it.
-        tokenizer: fingerprint of the base model's tokenizer and chat template, component by component (see
-            `protocol.identity`); a component that is not there was not pinned yet. tokenizer_by: who pinned them.
-        chat_template: brought by the first worker, if neither spec nor base model have one (Jinja).
-        reach: share of the base model's weights beside its embeddings that the adapter is on, 0 if nobody knows;
+        tokenizer: fingerprint of the base model's tokenizer and chat template, by component (see
+            `protocol.identity`); a missing component is not pinned yet. tokenizer_by: who pinned them.
+        chat_template: the first worker's, if neither spec nor base model has one (Jinja).
+        reach: share of the base model's weights, without embeddings, that the adapter covers, 0 if unknown;
             not_reached: the largest parts of the rest.
         loss: training loss that the last applied update reported.
         n_examples, n_tokens: trained on, all applied updates together.
         updated_at: clock of the aggregator at the last commit (seconds since 1970); for people only.
-        protocol: what whoever writes to this expert has to speak.
+        protocol: version that every writer to this expert must speak.
         software: releases that its last aggregator ran on (see `fedmoe.util.software`); for people only.
-        knows: the features that its aggregators know, which an update may need (see `fedmoe.protocol.features`).
+        knows: the features that its aggregators know and an update may require (see `fedmoe.protocol.features`).
         requires: the features that a reader of this expert must know.
     """
 
@@ -166,8 +166,8 @@ def reach_text(reach: float, not_reached: str) -> str:
 class Decided:
     """A worker's last decided update, as `fedmoe:{E}:decided` holds it: the head of the worker's chain.
 
-    The stamp in meta covers it. So write a field that is added here only if it says something, and what a later FedMoE
-    added is kept in `unknown` (JSON): then every release gives a record the same stamp.
+    The stamp in meta covers this record, and every release must compute the same stamp. So a new field is written only
+    if it is not empty, and fields of a later FedMoE are kept in `unknown` (JSON).
     """
 
     id: UpdateId
@@ -179,7 +179,7 @@ class Decided:
     unknown: str = ""
 
     def to_json(self, *, canonical: bool = False) -> str:
-        """The record as Redis stores it; canonical: with sorted fields, so that every release writes the same."""
+        """The record as Redis stores it; canonical: with sorted fields, so that every release gives the same text."""
         content = {"run": self.id.run, "seq": self.id.seq, "how": self.how, "version": self.version}
         content |= {"staleness": self.staleness, "reason": self.reason, "position": self.position}
         return json.dumps(content | json.loads(self.unknown or "{}"), sort_keys=canonical)
@@ -206,19 +206,19 @@ class Decided:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One entry of the updates stream; only a doorbell, anybody may have written it."""
+    """One entry of the updates stream: an untrusted doorbell."""
 
     id: str
     fields: dict[str, str]
 
     @property
     def ms(self) -> int:
-        """The id's first half: the server's clock when it was added, or whatever its writer chose."""
+        """The id's first half: the server's clock (ms) when the entry was added, or a number its writer chose."""
         return int(self.id.partition("-")[0])
 
     @classmethod
     def of(cls, entry_id: bytes, raw: Mapping[bytes, bytes] | None) -> "Entry":
-        """Decode what Redis gave; bytes that are no text are shown escaped, a deleted entry has no fields."""
+        """Decode an entry from Redis; bytes that are not UTF-8 are escaped, a deleted entry has no fields."""
         pairs = (raw or {}).items()
         return cls(
             entry_id.decode(),

@@ -4,8 +4,8 @@ The spec says what an expert is, and never changes. Rules may change while the e
 (`fedmoe expert set`). Each change is a commit on the expert's chain and gives the rule set the next number. An update
 is decided under the rules in force when it is applied, and its line of the log names them.
 
-`meta` holds the rule set in force. The line of the log that tells of a change holds the rule set before it. So a replay
-finds every rule set that a line names: in a later line, or in `meta`.
+`meta` holds the rule set in force. The log line of a change holds the rule set that the change ended. So a replay finds
+every rule set that a line names: in a later line, or in `meta`.
 """
 
 import json
@@ -22,16 +22,16 @@ from fedmoe.util.setting import changed, check, check_whole, setting, values
 
 LEAST_STALENESS_BOUND = 256
 STALENESS_PER_WORKER = 4
-# So that no update can bring a weight beyond what fp32 holds (3e38), and no number is a slip of the keyboard.
+# These bounds keep every weight within fp32 (3e38) and catch typing errors.
 MAX_LR, MAX_NORM, MAX_WHOLE = 1000, 1e9, 10**9
 AUTO = "auto"  # of max_staleness: the bound grows with the workers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AggregationRules:
-    """How updates become part of the expert: `weights += lr × decay(staleness) × Δ`, and what is refused."""
+    """How updates become part of the expert: `weights += lr × decay(staleness) × Δ`, and which are refused."""
 
-    lr: float = setting(1.0, "Aggregator's step: expert += lr × decay × Δ; 1 makes one lone worker's model the expert.",
+    lr: float = setting(1.0, "Aggregator's step size: expert += lr × decay × Δ; 1 gives a lone worker its own adapter.",
                         above=0, at_most=MAX_LR)  # fmt: skip
     decay: Decay = field(default_factory=Decay)
     max_staleness: int | None = setting(
@@ -48,10 +48,10 @@ class AggregationRules:
         check(self)
 
     def staleness_bound(self, workers: int) -> int:
-        """The largest staleness (in updates) that is not refused, if so many workers ever had an update decided.
+        """The largest staleness (in updates) that is not refused, given the number of workers ever decided.
 
-        Workers in step are as stale as there are others, twice as stale if each has just missed a pull; so unless the
-        operator chose a bound, it grows with them.
+        The staleness of workers in step equals the number of the others, and doubles if each just missed a pull. So
+        unless the operator chose a bound, the bound grows with the workers.
         """
         if self.max_staleness is not None:
             return self.max_staleness
@@ -121,7 +121,7 @@ class RuleSet:
         """Parse a stored rule set.
 
         Raises:
-            ProtocolError: if it needs something that this FedMoE does not know.
+            ProtocolError: if it needs a feature that this FedMoE does not know.
             SpecError: if it is malformed.
         """
         return _parse(text)
@@ -131,10 +131,10 @@ class RuleSet:
         return values(self)
 
     def changed(self, settings: Mapping[str, Any]) -> "RuleSet":
-        """The rules after a change of some, named as in `settings`; with the next number, if any of them differs.
+        """The rule set with these rules changed (names as in `settings`), under the next number if any differs.
 
         Raises:
-            SettingsError: if a value breaks its bound, or there is no such rule.
+            SettingsError: if a value breaks its bound, or a rule does not exist.
         """
         present = self.settings()
         if odd := sorted(settings.keys() - present.keys()):
@@ -143,7 +143,7 @@ class RuleSet:
         return self if after == self else replace(after, number=self.number + 1)
 
     def differences(self, after: "RuleSet") -> str:
-        """What another rule set changes, for people: `lr 1 -> 0.5, sync_interval 10 -> 30`."""
+        """The changes from this rule set to `after`, for people: `lr 1 -> 0.5, sync_interval 10 -> 30`."""
         now, then = self.settings(), after.settings()
         return ", ".join(
             f"{name} {_shown(now[name])} -> {_shown(then[name])}" for name in now if now[name] != then[name]

@@ -1,8 +1,7 @@
-"""The spec: what makes an expert itself, written once when it is created; it never changes.
+"""The spec: what makes an expert itself. It is written once, at creation, and never changes.
 
-Its digest is what headers, checkpoints and `meta` compare. How the expert is aggregated and trained may change: that
-is its rule set (see `fedmoe.protocol.rules`). A worker needs only a stream name, its data and a Redis URL, because
-everything else stands in these two.
+Headers, checkpoints and `meta` carry its digest. The rules of aggregation and training may change (see
+`fedmoe.protocol.rules`). A worker needs only a stream name, its data and a Redis URL; spec and rules hold the rest.
 """
 
 import hashlib
@@ -22,11 +21,11 @@ from fedmoe.protocol.lora import DEFAULT_WIRE_FORMAT, LoraSettings
 from fedmoe.util.setting import check_whole
 from fedmoe.util.template_file import MAX_TEMPLATE_CHARS
 
-SPEC_FORMAT = 3  # 3: it holds no rules
+SPEC_FORMAT = 3  # 3: the spec holds no rules
 
 
 def beneath(towers: Sequence[str]) -> str:
-    """PEFT's `exclude_modules` for all modules in these parts of a model."""
+    """PEFT's `exclude_modules` pattern for all modules in these parts of a model."""
     return f"({'|'.join(map(re.escape, towers))})\\..*"
 
 
@@ -35,14 +34,14 @@ class Spec:
     """What makes an expert itself.
 
     Args:
-        base_model: id or directory of the base model, as the operator named it; a worker's may lie elsewhere.
-        base_config: the numbers of its config that make it that architecture (see `fedmoe.model.base`).
+        base_model: id or directory of the base model, as the operator named it; a worker may keep it elsewhere.
+        base_config: the numbers of its config that define the architecture (see `fedmoe.model.base`).
         layout: the adapter's tensors.
         init_seed: seed of the one LoRA initialisation that all experts of the base share.
         wire_format: how updates are encoded (see `fedmoe.protocol.codec`).
-        towers: parts of the base model that no text goes through, and that have no adapter.
-        chat_template: that rows are written with (Jinja); "" is the base model's own, else the first worker's.
-        requires: the features that whoever trains or serves the expert must know (see `fedmoe.protocol.features`).
+        towers: parts of the base model that process no text and have no adapter.
+        chat_template: formats the rows (Jinja); "" means the base model's template, or else the first worker's.
+        requires: features needed to train or serve the expert (see `fedmoe.protocol.features`).
         unknown: JSON of the fields that a later FedMoE wrote; kept, because the digest covers them.
     """
 
@@ -78,7 +77,7 @@ class Spec:
         }
         content["lora"] = asdict(self.lora)
         for name in ("chat_template", "towers", "requires"):
-            if not content[name]:  # else the digest of a spec that an earlier FedMoE wrote would be another
+            if not content[name]:  # an empty field would change the digest of an earlier FedMoE's spec
                 del content[name]
         content["layout"] = [[name, list(shape)] for name, shape in self.layout.tensors]
         put_back(content, json.loads(self.unknown or "{}"))
@@ -89,7 +88,7 @@ class Spec:
         """Parse a stored spec.
 
         Raises:
-            ProtocolError: if it has the format of a later or an earlier FedMoE.
+            ProtocolError: if it has the format of a later or an earlier FedMoE, or needs an unknown feature.
             SpecError: if it is malformed.
         """
         try:

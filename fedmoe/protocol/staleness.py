@@ -1,10 +1,10 @@
-"""How much an update weighs that was trained on an old version.
+"""Decay: how much an update counts that was trained on an old version.
 
-Staleness τ is the number of updates applied since the version the update was trained on. Pure functions of τ:
-no clock and no batch border enters, so a replay of the log gives the same factors.
+Staleness τ is the number of updates applied since the version the update was trained on. These are pure functions of τ,
+independent of clock and batch boundaries, so a replay of the log gives the same factors.
 
-Why `(1+τ)^-1` is the default: M equal workers in rotation have τ = M−1, so each then weighs 1/M, and it is
-the one of these that is stable for every constant delay (linear analysis; see docs/protocol.md).
+Why `(1+τ)^-1` is the default: M equal workers in rotation have τ = M−1, so each update counts 1/M, and it is the only
+one of these functions that is stable for every constant delay (linear analysis; see docs/protocol.md).
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ KINDS = ("constant", "polynomial", "hinge")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decay:
-    """A decay function s(τ) with s(0) = 1 and values in [0, 1], never rising.
+    """A non-increasing decay function s(τ) with s(0) = 1 and values in [0, 1].
 
     constant: 1.  polynomial: (1+τ)^-a.  hinge: 1 up to τ = b, then 1 / (a·(τ−b) + 1).
 
@@ -27,7 +27,7 @@ class Decay:
         SettingsError: for an unknown kind, or a or b that is negative or not finite.
     """
 
-    kind: str = setting("polynomial", "How much a stale update weighs.", option="decay", choices=KINDS)
+    kind: str = setting("polynomial", "Decay function for stale updates.", option="decay", choices=KINDS)
     a: float = setting(1.0, "Exponent of polynomial decay, (1+τ)^-a; slope of hinge decay.", option="decay_a",
                        at_least=0, at_most=1e9)  # fmt: skip
     b: float = setting(4.0, "Staleness τ up to which hinge decay gives full weight.", option="decay_b",
@@ -48,5 +48,5 @@ class Decay:
 
 
 def staleness_of(version: int, base_version: int) -> int:
-    """Updates applied since the base; 0 if the base is newer, as after a failover to an older replica."""
+    """Updates applied since the base version; 0 if the base is newer, as after a failover to an older replica."""
     return max(0, version - base_version)

@@ -1,8 +1,8 @@
-"""An update: one published LoRA delta. Its header is what counts; its stream entry only rings the bell.
+"""An update: one published LoRA delta. Only its header decides; its stream entry is a doorbell.
 
 The header names the update (run, seq) and its predecessor `prev`: a worker's updates are a chain, and an
 update may be decided only if its `prev` is the worker's last decided update. `run` is `<incarnation>-<nonce>`: the
-incarnation grows with each new run of a worker, the nonce tells two processes of one name apart.
+incarnation grows with each new run of a worker, the nonce distinguishes two processes with one name.
 """
 
 import hashlib
@@ -18,12 +18,12 @@ from fedmoe.protocol.fields import optional
 
 HEADER_FORMAT = 1
 MAX_HEADER_BYTES = 256 * 1024
-SPARE_BYTES = 256  # more than what optional fields add, when a header without them is written again
-MAX_FIELDS = 64  # with that of the format
+SPARE_BYTES = 256  # more than the optional fields add when a header without them is packed again
+MAX_FIELDS = 64  # including `header_format`
 PART_BYTES = 1024 * 1024  # a payload part is at most this long
-MAX_PARTS = 1024  # an adapter is at most 512 MiB, the most a Redis string can hold
+MAX_PARTS = 1024  # enough for an adapter of 512 MiB, the limit of a Redis string
 MAX_TEXT_CHARS = 1024
-PAYLOAD_TTL_S = 7 * 24 * 3600  # of header and parts in Redis; far longer than any outage planned for
+PAYLOAD_TTL_S = 7 * 24 * 3600  # of header and parts in Redis; far longer than any expected outage
 _RUN = re.compile(r"([0-9]{1,12})-([0-9a-f]{8})")
 _MAX_INT = 2**53
 
@@ -32,7 +32,7 @@ class ForeignHeaderError(UpdateError):
     """A header of another release: not malformed, but this FedMoE cannot read it.
 
     Args:
-        needs: what a reader must know.
+        needs: the features or header format that a reader must know.
     """
 
     def __init__(self, message: str, needs: str) -> None:
@@ -41,7 +41,7 @@ class ForeignHeaderError(UpdateError):
 
 
 class UpdateId(NamedTuple):
-    """(run, seq): the name of one update of a worker, for ever."""
+    """(run, seq): the permanent name of one of a worker's updates."""
 
     run: str
     seq: int
@@ -62,7 +62,7 @@ def make_run(incarnation: int, nonce: str) -> str:
 
 
 def is_run(text: str) -> bool:
-    """True if `text` is a run's name."""
+    """True if `text` is the name of a run."""
     return _RUN.fullmatch(text) is not None
 
 
@@ -78,27 +78,27 @@ class Part(NamedTuple):
         return cls(len(data), hashlib.sha256(data).digest())
 
     def matches(self, data: bytes) -> bool:
-        """True if `data` is that part."""
+        """True if `data` has this length and digest."""
         return len(data) == self.length and hashlib.sha256(data).digest() == self.digest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Header:
-    """All that decides about an update, under the worker's own key prefix.
+    """Everything that an update is decided by, except its values; stored under the worker's own key prefix.
 
     Args:
         lineage: of the expert the update was trained on.
         spec: digest of the spec.
         run, seq: the update's name.
-        prev: the worker's update before it, None for its first ever.
+        prev: the worker's previous update, None for its first.
         base_version: version of the expert that the worker had pulled last.
         wire_format: of the parts.
-        base_fingerprint: of the worker's base model's weights; tokenizer: of its tokenizer, "" if it does not say.
-        n_examples, n_tokens, steps: what it was trained on; loss: mean over these steps.
+        base_fingerprint: of the weights of the worker's base model; tokenizer: of its tokenizer, "" if unknown.
+        n_examples, n_tokens, steps: rows, tokens and steps it was trained on; loss: mean over these steps.
         position: the worker's data position after it, as JSON.
         parts: length and digest of each part.
-        requires: the features that whoever decides it must know (see `fedmoe.protocol.features`).
-        unknown: msgpack of the fields that a later FedMoE wrote, kept as they are; b"" for none.
+        requires: the features needed to decide it (see `fedmoe.protocol.features`).
+        unknown: msgpack of the fields that a later FedMoE wrote, kept unchanged; b"" for none.
     """
 
     lineage: str
@@ -130,9 +130,9 @@ class Header:
         return sum(part.length for part in self.parts)
 
     def at_most(self, base_version: int) -> "Header":
-        """The same update with no later base than that.
+        """The same update with `base_version` as an upper bound of its base.
 
-        If Redis went back by many updates, one that is sent again names a base which the expert has not reached again.
+        After a rollback of many updates, a resent update may name a base version that the expert has not reached again.
         """
         return replace(self, base_version=min(self.base_version, base_version))
 
@@ -147,11 +147,11 @@ class Header:
 
     @classmethod
     def unpack(cls, data: bytes) -> "Header":
-        """Parse and check a header that may have been written by anybody.
+        """Parse and check an untrusted header.
 
         Raises:
-            ForeignHeaderError: if it is one of another FedMoE's format.
-            UpdateError: with the reason.
+            ForeignHeaderError: if it has another format, or needs a feature that this FedMoE does not know.
+            UpdateError: if it is malformed, with the reason.
         """
         if len(data) > MAX_HEADER_BYTES:
             raise UpdateError(f"the header has {len(data)} bytes, allowed are {MAX_HEADER_BYTES}")

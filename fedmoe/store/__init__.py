@@ -1,1 +1,1 @@
-"""Every Redis command that FedMoE sends, and the only place that sends one."""
+"""The only package that sends Redis commands."""

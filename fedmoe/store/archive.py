@@ -1,7 +1,7 @@
-"""Applied updates, kept as files for whoever wants to recompute an expert: one file each, named by its digest.
+"""Applied updates, kept as files so that an expert can be recomputed: one file per update, named by its digest.
 
-Content-addressed, so that keeping one twice is harmless; written whole or not at all, and before the commit that
-applies it, so that no line of an expert's log is without its file.
+Files are content-addressed, so keeping an update twice is harmless. A file is written atomically, before the commit
+that applies its update, so every line of an expert's log has its file.
 """
 
 import hashlib
@@ -48,11 +48,11 @@ class Archive:
     """A directory of kept updates.
 
     Args:
-        directory: made if it is not there.
-        read_only: leave it alone, for whoever only reads.
+        directory: created if it is missing.
+        read_only: neither create nor test the directory.
 
     Raises:
-        SettingsError: if it cannot be made or written.
+        SettingsError: if the directory cannot be created or written.
     """
 
     def __init__(self, directory: Path, *, read_only: bool = False) -> None:
@@ -77,10 +77,10 @@ class Archive:
         return self._write(msgpack.packb({"header": header.pack(), "parts": list(parts)}), SUFFIX)
 
     def drop_all_but(self, digests: Collection[str]) -> None:
-        """Remove every file that is not an update of these digests; for a directory with one writer.
+        """Remove every file except the updates with these digests; for a directory with one writer.
 
         Raises:
-            OSError: if the disk is gone; nothing that is named is touched.
+            OSError: if the disk is gone; the updates with these digests stay.
         """
         wanted = {digest + SUFFIX for digest in digests}
         for file in self.directory.iterdir():
@@ -88,7 +88,7 @@ class Archive:
                 file.unlink(missing_ok=True)
 
     def keep_weights(self, file: Buffer) -> str:
-        """Write an expert's weights, from which a replay can go on when the log before them was lost; their digest.
+        """Write an expert's weights, from which a replay can start if the earlier log was lost; returns their digest.
 
         Raises:
             OSError: if the disk is full or gone; nothing was written.
@@ -99,13 +99,13 @@ class Archive:
         digest = hashlib.sha256(content).hexdigest()
         file = self.directory / (digest + suffix)
         if file.exists():
-            os.utime(file)  # it is of use from now on
+            os.utime(file)  # restarts its retention period
         else:
             write_whole(file, content)
         return digest
 
     def keep_anchor(self, anchor: Anchor) -> None:
-        """Write an anchor, whose weights are kept already.
+        """Write an anchor whose weights are already kept.
 
         Raises:
             OSError: if the disk is full or gone; nothing was written.
@@ -114,7 +114,7 @@ class Archive:
         write_whole(self.directory / name, json.dumps(asdict(anchor)).encode())
 
     def anchors(self) -> dict[Path, Anchor]:
-        """The anchors and their files, the oldest first; a damaged one is left out."""
+        """The anchors by file, oldest first; damaged anchors are left out."""
         found = {}
         for file in self.directory.glob("*" + ANCHOR_SUFFIX):
             try:
@@ -124,7 +124,7 @@ class Archive:
         return dict(sorted(found.items(), key=lambda item: (item[1].at, item[1].version)))
 
     def kept_before(self, time: float) -> Iterator[Path]:
-        """Updates, weights and half-written files that were last of use before `time` (seconds since 1970)."""
+        """Updates, weights and half-written files last used before `time` (seconds since 1970)."""
         with os.scandir(self.directory) as entries:
             for entry in entries:
                 is_ours = entry.name.endswith((SUFFIX, WEIGHTS_SUFFIX)) or entry.name.startswith(".")
@@ -132,15 +132,15 @@ class Archive:
                     yield Path(entry.path)
 
     def holds(self, digest: str) -> bool:
-        """True if the update of that digest is here."""
+        """True if the update with that digest is kept."""
         return bool(digest) and (self.directory / (digest + SUFFIX)).is_file()
 
     def load(self, digest: str) -> tuple[Header, list[bytes]]:
-        """The update of that digest.
+        """The update with that digest.
 
         Raises:
-            ProtocolError: if it needs something that this FedMoE does not know.
-            UpdateError: if it is not there, or not what its name says.
+            ProtocolError: if it needs a feature that this FedMoE does not know.
+            UpdateError: if its file is missing or damaged.
         """
         record = msgpack.unpackb(self._read(digest, SUFFIX, "update"))
         try:
@@ -152,10 +152,10 @@ class Archive:
             ) from error
 
     def load_weights(self, digest: str) -> bytes:
-        """The weights of that digest, a safetensors file.
+        """The weights with that digest, a safetensors file.
 
         Raises:
-            UpdateError: if they are not there, or not what their name says.
+            UpdateError: if their file is missing or damaged.
         """
         return self._read(digest, WEIGHTS_SUFFIX, "weights")
 

@@ -1,8 +1,7 @@
-"""Redis commands of backup and restore: all of an expert, read in one MULTI, written in one MULTI.
+"""Redis commands of backup and restore: a whole expert is read in one MULTI and written in one MULTI.
 
-A restore is to everybody else what a failover to an older replica is: the same lineage, an earlier state, and a
-commit id that no memory knows. So an aggregator can commit nothing on top of what it had loaded, and workers send
-again what they still keep.
+For all other processes, a restore looks like a failover to an older replica: the same lineage, an earlier state, and a
+new commit id. So no aggregator can commit on top of the state it had loaded, and workers resend the updates they keep.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,15 +19,15 @@ from fedmoe.store.connection import Connection, execute
 from fedmoe.store.full import read_together
 from fedmoe.store.lifecycle import new_id
 
-Line = tuple[bytes, Mapping[bytes, bytes]]  # id and fields of a stream's entry
+Line = tuple[bytes, Mapping[bytes, bytes]]  # id and fields of a stream entry
 
-ATTEMPTS = 20  # at a replacement that a busy aggregator's commits get in the way of
-MAX_ID = 2**64 - 1  # of either half of a stream's id
+ATTEMPTS = 20  # at replacing an expert, because commits of a busy aggregator abort the transaction
+MAX_ID = 2**64 - 1  # maximum of either half of a stream entry's id
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertState:
-    """All that Redis keeps of one expert, byte for byte; what still waits in its stream is its workers' own.
+    """Everything that Redis keeps of one expert, byte for byte, except the updates that wait in its stream.
 
     Args:
         spec: the JSON text.
@@ -45,10 +44,10 @@ class ExpertState:
     dead: Sequence[Line]
 
     def check(self, name: str) -> tuple[Spec, Meta]:
-        """Spec and meta of the expert `name`, if all of this fits together, so that it can be served.
+        """Check that all parts belong together, so that the expert can be served; returns its spec and meta.
 
         Raises:
-            BackupError: saying what does not fit.
+            BackupError: names the part that is damaged.
         """
         try:
             spec, meta = Spec.from_json(self.spec), Meta.from_hash(self.meta)
@@ -66,7 +65,7 @@ class ExpertState:
 
 
 def _increase(ids: Iterable[bytes]) -> bool:
-    """True if Redis takes these ids one after the other: an XADD that fails would leave a MULTI half executed."""
+    """True if Redis accepts these ids in this order: a failing XADD would leave a MULTI half executed."""
     last = (0, 0)
     for text in ids:
         ms, dash, number = text.partition(b"-")
@@ -88,20 +87,20 @@ class BackupStore:
         self._redis = connection.client
 
     def experts(self) -> dict[str, str]:
-        """The federation's experts and their gateway weights as Redis has them, sorted by name.
+        """The federation's experts and their gateway weights as stored text, sorted by name.
 
         Raises:
-            SettingsError: for a name that no expert can have.
+            SettingsError: if a name is not a valid expert name.
         """
         with self.connection.errors():
             raw = self._redis.hgetall(self.keys.experts)
         return {check_expert(_text(name)): _text(weight) for name, weight in sorted(raw.items())}
 
     def read(self, name: str) -> ExpertState:
-        """All of one expert, in one MULTI.
+        """Read a whole expert in one MULTI.
 
         Raises:
-            UnknownExpertError: if its spec, weights or meta are not there.
+            UnknownExpertError: if its spec, weights or meta are missing.
         """
         keys = self.keys.expert(name)
         with self.connection.errors():
@@ -118,51 +117,50 @@ class BackupStore:
         return ExpertState(spec=spec, weights=weights, meta=meta, decided=decided, log=log, dead=dead)
 
     def check(self, name: str, state: ExpertState, *, replace: bool) -> None:
-        """Raise what `write` would raise, before anything is written."""
+        """Raise the error that `write` would raise, before anything is written."""
         there = self._look(name)
         if not replace:
             _refuse(there, name, state)
 
     def write(self, name: str, state: ExpertState, *, gateway_weight: str, replace: bool) -> str | None:
-        """Make `state` the expert, whole or not at all, under a new commit id, and list it among the experts.
+        """Atomically write `state` as the expert, under a new commit id, and list it among the experts.
 
-        The entries of log and dead keep their ids, which tell when each was written; they come in the order in which
-        they were read, and later ones get higher ids whatever the server's clock says. What waits in the updates
-        stream stays, and is decided against the restored state.
+        Entries of log and dead keep their ids, which tell when each was written; later entries get higher ids, whatever
+        the server's clock says. Updates waiting in the stream stay and are decided against the restored state.
 
         Args:
             name: of the expert.
-            state: that has passed `check`.
-            gateway_weight: for the registry.
-            replace: also if there is one; else only where nothing is.
+            state: has passed `check`.
+            gateway_weight: for the hash of experts.
+            replace: overwrite an existing expert.
 
         Returns:
-            The version that was replaced, "?" if that cannot be told, None if there was none.
+            The version that was replaced, "?" if unknown, None if there was no expert.
 
         Raises:
-            BackupError: if there is one and `replace` is false, or commits come faster than it can be replaced.
+            BackupError: if the expert exists and `replace` is false, or concurrent commits aborted every attempt.
         """
         keys, commit = self._of(name), new_id()
         packed = pack_file(
             state.weights, Spec.from_json(state.spec), commit
-        )  # before anything is watched: it takes time
+        )  # packing takes time, so it comes before the WATCH
         for _ in range(ATTEMPTS):
             with self.connection.errors(), self._redis.pipeline(transaction=True) as pipe:
-                # Watched also to be replaced: an EXEC whose reply is lost may run late, but then not on top of
-                # what has been committed since.
+                # WATCH even if replacing: an EXEC whose reply was lost may run late; it must not overwrite commits made
+                # since.
                 pipe.watch(*keys)
-                there = self._look(name)  # by another connection: what changes after the WATCH stops the EXEC
+                there = self._look(name)  # over another connection: a change after the WATCH aborts the EXEC
                 if not replace:
                     _refuse(there, name, state)
                 pipe.multi()
-                pipe.unlink(*keys)  # also what tells that an operator removed it
+                pipe.unlink(*keys)  # also a meta hash that says that an operator removed the expert
                 self._queue(pipe, name, state, commit, packed)
                 if execute(pipe) is None:
                     continue
                 self._redis.hset(self.keys.experts, name, gateway_weight)
                 return there
         raise BackupError(
-            f"{name} is committed to faster than it can be replaced: stop its aggregator, restore, and start it again"
+            f"commits to {name} abort its replacement each time: stop its aggregator, restore, and start it again"
         )
 
     def _queue(self, pipe: Any, name: str, state: ExpertState, commit: str, packed: bytes | None) -> None:
@@ -186,12 +184,12 @@ class BackupStore:
         return [keys.meta, keys.spec, keys.weights, keys.decided, keys.log, keys.dead]
 
     def _look(self, name: str) -> str | None:
-        """The version of the expert in Redis, "?" if that cannot be told, None if nothing of it is there.
+        """The version of the expert in Redis, "?" if unknown, None if none of its keys exists.
 
-        In a MULTI, since of a user who may not MULTI Redis would execute what is meant for one command by command.
+        It uses MULTI to fail early: for a user without MULTI, Redis would execute the commands of `write` one by one.
         """
         with self.connection.errors(), self._redis.pipeline(transaction=True) as pipe:
-            pipe.hget(self.keys.experts, name)  # must be a hash, and this user's to use
+            pipe.hget(self.keys.experts, name)  # fails if the key is not a hash, or this user may not read it
             pipe.exists(*self._of(name))
             pipe.hget(self.keys.expert(name).meta, "version")
             pipe.hget(self.keys.expert(name).meta, "removed")
@@ -207,7 +205,7 @@ def _refuse(there: str | None, name: str, state: ExpertState) -> None:
     if there is not None:
         raise BackupError(
             f"{name} is in Redis already, at version {there} (the backup has version {_text(state.meta[b'version'])}): "
-            "--replace puts the backup in its place and undoes what was applied since, --expert restores others only"
+            "--replace overwrites it with the backup and undoes later updates, --expert restores only other experts"
         )
 
 

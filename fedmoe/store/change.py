@@ -1,4 +1,4 @@
-"""What an operator changes of an expert while it is served and trained: its rules, and its weight in the gateway."""
+"""Changes that an operator makes while an expert is served and trained: its rules, and its gateway weight."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -13,15 +13,15 @@ from fedmoe.store.connection import Connection
 from fedmoe.store.expert import Commit, ExpertStore
 from fedmoe.store.lifecycle import new_id
 
-PATIENCE_S = 20.0  # in which a change finds a moment between two commits of a busy aggregator
+PATIENCE_S = 20.0  # how long a change is retried while a busy aggregator commits
 PAUSE_S = 0.01
 
 
 def whole_expert(store: ExpertStore) -> tuple[Meta, int]:
-    """The meta of an expert, and the version that the last line of its log tells (-1 if there is none).
+    """The meta of an expert, and the version in the last line of its log (-1 if there is none).
 
     Raises:
-        SettingsError: if there is no such expert.
+        SettingsError: if the expert does not exist.
         DamagedExpertError: if it is damaged; RemovedExpertError if it was removed.
     """
     found = store.condition()
@@ -35,25 +35,26 @@ def whole_expert(store: ExpertStore) -> tuple[Meta, int]:
 def change_rules(
     store: ExpertStore, settings: Mapping[str, Any], *, clock: Callable[[], float] = time.time
 ) -> tuple[RuleSet, RuleSet]:
-    """Change some rules (named as in `RuleSet.settings`), in one commit on the expert's chain; those before and after.
+    """Change some rules (named as in `RuleSet.settings`) in one commit; returns the rule sets before and after.
 
-    The next commit of the lease holder then fails. It loads the expert again, and decides under the new rules what it
-    had read. If nothing differs, nothing is written.
+    The lease holder's next commit then fails: it loads the expert again and decides its batch under the new rules. If
+    no value differs, nothing is written.
 
     Raises:
-        SettingsError: if a value breaks its bound, or there is no such expert.
+        SettingsError: if a value breaks its bound, or the expert does not exist.
         DamagedExpertError: if it is damaged; RemovedExpertError if it was removed.
-        StaleStateError: if somebody committed meanwhile; nothing was changed, try again.
+        StaleStateError: if another process committed meanwhile; nothing was changed, try again.
     """
     meta, logged = whole_expert(store)
     if store.is_claimed():
         raise StaleStateError(
-            f"Redis has an older state of {store.name} (version {meta.version}) than an aggregator retains, which "
-            "writes that back first"
+            f"Redis has an older state of {store.name} (version {meta.version}) than an aggregator retains; the "
+            "aggregator writes it back first"
         )
     before, after = meta.rules, meta.rules.changed(settings)
     if after != before:
-        # A log that was lost is begun again by the next aggregator that serves the expert: this line must not hide it.
+        # If the log was lost, the next aggregator to serve the expert must notice it: so this line repeats the last
+        # logged version.
         version = meta.version if meta.version == 0 else logged
         line = RulesLine(version=version, changed=before.differences(after), ended=before)
         store.commit(
@@ -68,7 +69,7 @@ def change_rules(
 
 
 def change_rules_soon(store: ExpertStore, settings: Mapping[str, Any]) -> tuple[RuleSet, RuleSet]:
-    """`change_rules`, tried again for at most PATIENCE_S while an aggregator commits. Raises what that raises."""
+    """Retry `change_rules` for at most PATIENCE_S while an aggregator commits; raises the same errors."""
     until = time.monotonic() + PATIENCE_S
     while True:
         try:
@@ -80,16 +81,16 @@ def change_rules_soon(store: ExpertStore, settings: Mapping[str, Any]) -> tuple[
 
 
 def check_weight(weight: float) -> None:
-    """Raise SettingsError unless it is a weight that an expert can have in the gateway."""
+    """Raise SettingsError unless `weight` is a valid gateway weight."""
     if not 0 <= weight < float("inf"):
         raise SettingsError(f"the gateway weight must be a number of at least 0, not {weight!r}")
 
 
 def set_gateway_weight(connection: Connection, name: str, weight: float) -> str:
-    """Give an expert another weight in the gateway; the one it had, as Redis has it ("" if it was not listed).
+    """Set an expert's gateway weight; returns the previous weight as stored text ("" if it was not listed).
 
     Raises:
-        SettingsError: if the weight is no number of at least 0, or there is no such expert.
+        SettingsError: if the weight is not a number of at least 0, or the expert does not exist.
         RemovedExpertError: if it was removed.
     """
     check_weight(weight)
@@ -105,7 +106,7 @@ def set_gateway_weight(connection: Connection, name: str, weight: float) -> str:
 
 
 def no_such_expert(connection: Connection, name: str) -> str:
-    """The sentence that there is no expert of this name, with those there are."""
+    """The message that this expert does not exist, with the names of the existing experts."""
     with connection.errors():
         names = sorted(
             one.decode(errors="replace") for one in connection.client.hkeys(connection.keys.experts)

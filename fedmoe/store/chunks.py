@@ -1,13 +1,13 @@
 """Large weights, written in place and read in chunks of 1 MiB, inside one MULTI.
 
-Redis's allocator, jemalloc, gives every block above 8 MiB back to the system at once (its `oversize_threshold`). So
-each SET of larger weights, and each answer to a GET of them, goes to fresh pages, and that costs more than its bytes.
-Chunks are smaller than that, and SETRANGE writes them over the old value in place. `ops/bench.sh --only machine`
-measures the difference. (What is read seldom is read whole: all that an aggregator loads. Packed weights have parts
-of their own, see fedmoe/protocol/packed.py.)
+Redis's allocator, jemalloc, returns every block above 8 MiB to the system at once (its `oversize_threshold`). So each
+SET of larger weights, and each reply to a GET of them, needs fresh pages, which cost more than copying the bytes.
+Chunks stay below that limit, and SETRANGE overwrites the old value in place. `ops/bench.sh --only machine` measures
+the difference. (Values that are read rarely, such as those an aggregator loads, are read whole. Packed weights have
+parts of their own, see fedmoe/protocol/packed.py.)
 
-A SET that is too long for the server fails before its MULTI does; a SETRANGE that ends beyond `proto-max-bulk-len`
-fails in the middle of it. Hence `places`, which tries that on the last byte.
+A SET that is too long for the server fails before the MULTI executes; a SETRANGE that ends beyond `proto-max-bulk-len`
+fails in the middle of the MULTI. Hence `places` tries a SETRANGE on the last byte first.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +16,7 @@ from typing import Any
 from fedmoe.protocol.layout import Layout, check_file, stamp_of
 
 CHUNK_BYTES = 1024 * 1024
-# Shorter values are written whole; far enough from 8 MiB for any allocator's rounding.
+# Shorter values are written whole; the limit is far enough below 8 MiB for any allocator's rounding.
 IN_PLACE_BYTES = 4 * 1024 * 1024
 
 # The lengths of strings that never expire and whose last byte can be written; 0 for other values.
@@ -35,16 +35,16 @@ return lengths"""
 
 
 def places(client: Any, values: Mapping[str, memoryview | bytes | None]) -> dict[str, int]:
-    """Over which keys' values, of how many bytes, these large ones can be written in place.
+    """Keys whose present value these large values can overwrite in place, with its length in bytes (0: it cannot).
 
-    The values are written to (a byte over itself), so nobody may be watching them yet.
+    The last byte of each present value is rewritten, so call this before the WATCH.
     """
     large = [key for key, value in values.items() if value is not None and len(value) >= IN_PLACE_BYTES]
     return dict(zip(large, client.eval(_PLACE, len(large), *large), strict=True)) if large else {}
 
 
 def put(pipe: Any, key: str, value: memoryview | bytes, present: int) -> None:
-    """Queue the commands that write a value over one of `present` bytes, which is watched; 0: over nothing."""
+    """Queue the commands that write a value: in place if the watched present value has the same length, else a SET."""
     if len(value) != present:
         pipe.set(key, value)
         return
@@ -54,7 +54,7 @@ def put(pipe: Any, key: str, value: memoryview | bytes, present: int) -> None:
 
 
 def weights_reads(key: str, layout: Layout) -> Iterator[tuple[Any, ...]]:
-    """What to read of an adapter's safetensors file, for `read_together`."""
+    """The reads of an adapter's safetensors file, for `read_together`."""
     begin = len(layout.header)
     yield "strlen", key
     yield "getrange", key, 0, begin - 1
@@ -63,10 +63,10 @@ def weights_reads(key: str, layout: Layout) -> Iterator[tuple[Any, ...]]:
 
 
 def values_and_stamp(layout: Layout, replies: Sequence[Any]) -> tuple[Sequence[bytes], str] | None:
-    """Values, chunk by chunk, and stamp of the file whose `weights_reads` were answered so; None if there is none.
+    """Values (in chunks) and stamp of the file, from the replies to `weights_reads`; None if the key is missing.
 
     Raises:
-        SpecError: if it is not a file of that layout.
+        SpecError: if the file does not have that layout.
     """
     length, header, *values = replies
     if not length:

@@ -1,7 +1,7 @@
-"""redis-py's client, which notes with each error what was asked of the server.
+"""A redis-py client that attaches to each error the commands that were sent.
 
-Redis says that a key or a command is refused, but not which key. redis-py puts the words of a pipelined command before
-the error, values included; here they stand beside it, so that a sentence can name the key and the error stays whole.
+Redis reports that a key or a command is refused, but not which key. redis-py prepends a pipelined command, with its
+values, to the error text; this client stores the command beside the error, so that a message can name the key.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,25 +11,25 @@ from typing import Any
 import redis
 from redis.client import Pipeline
 
-Words = Sequence[Any]  # a command as redis-py was given it: its name, then keys and values
+Words = Sequence[Any]  # a command as passed to redis-py: its name, then keys and values
 _ASKED = "fedmoe_asked"
 
 
 def asked(error: BaseException) -> Sequence[Words]:
-    """The commands that were under way; the refused one alone if the server said which it was."""
+    """The commands that were in flight; only the refused one if the server identified it."""
     found: Sequence[Words] = getattr(error, _ASKED, ())
     return found
 
 
 def note(error: BaseException, commands: Sequence[Words]) -> None:
-    """Note what was asked, unless something more exact is known."""
+    """Attach these commands to an error that has none yet."""
     if not hasattr(error, _ASKED):
         setattr(error, _ASKED, commands)
 
 
 @contextmanager
 def noting(commands: Sequence[Words]) -> Iterator[None]:
-    """Note these commands with every error that comes."""
+    """Attach these commands to every redis-py or OS error in the block."""
     try:
         yield
     except (redis.RedisError, OSError) as error:
@@ -38,15 +38,15 @@ def noting(commands: Sequence[Words]) -> Iterator[None]:
 
 
 class Client(redis.Redis):
-    """A client whose errors are noted."""
+    """A client that attaches the sent commands to its errors."""
 
     def execute_command(self, *words: Any, **options: Any) -> Any:
-        """Send one command; its reply."""
+        """Send one command; returns its reply."""
         with noting([words]):
             return super().execute_command(*words, **options)  # type: ignore[no-untyped-call]  # redis-py's
 
     def pipeline(self, transaction: bool = True, shard_hint: Any = None) -> Pipeline:
-        """Queue commands, to be sent together."""
+        """A pipeline: commands are queued and sent together."""
         return _Pipeline(self.connection_pool, self.response_callbacks, transaction, shard_hint)
 
 

@@ -1,8 +1,8 @@
 """One connection to Redis: no hidden retries, a count of the connections made, and errors as sentences.
 
-redis-py retries silently by default, and one `xadd()` then becomes two entries; and its pool reconnects silently,
-so that a server that failed over in between is not noticed. Hence no retries here, and `generation`: whoever
-remembers something about the server compares it before relying on that memory.
+redis-py retries silently by default, so one `xadd()` can add two entries; its pool reconnects silently, so a failover
+goes unnoticed. Hence this client never retries, and counts connections in `generation`: code that remembers a state of
+the server compares `generation` before it relies on that state.
 """
 
 import logging
@@ -26,9 +26,7 @@ from fedmoe.store.refusals import explain, is_broken
 from fedmoe.store.sentinel import master_client
 from fedmoe.store.url import SentinelURL, unusable
 
-CONNECT_S = (
-    4.0  # a connection that takes longer is begun anew; also, how long a stop may have to wait for one
-)
+CONNECT_S = 4.0  # connection timeout; also, how long a stop may have to wait for a connection
 _BUFFER_CUTOFF = 6000  # bytes; smaller parts of a command are joined before they are sent
 Command = Sequence[str | int]
 
@@ -42,12 +40,12 @@ class Connection:
         self.settings = settings
         self.keys = Keys(settings.prefix)
         self.generation = 0
-        self._made: list[Any] = []  # redis-py's connections; it connects the same few again
+        self._made: list[Any] = []  # redis-py's connection objects; its pool reconnects the same few
         self._is_cut_off = False
-        # Any: redis-py types every reply as bytes or str or more, whatever was asked for.
+        # Any: redis-py types every reply as a union of many types.
         self.client: Any = _client(
             settings.url,
-            protocol=2,  # one shape of replies, whatever redis-py's default is
+            protocol=2,  # RESP2: the shape of replies does not depend on redis-py's default
             socket_timeout=settings.timeout_s,
             socket_connect_timeout=min(CONNECT_S, settings.timeout_s),
             retry=Retry(NoBackoff(), 0),
@@ -65,14 +63,14 @@ class Connection:
         self.generation += 1
 
     def cut_off(self) -> None:
-        """From another thread: the command that waits for its answer fails now, and so does every later one."""
+        """Called from another thread: fail the command that waits for its reply, and every later command."""
         self._is_cut_off = True
         for connection in self._made:
             if (used := socket_of(connection)) is not None:
-                with suppress(OSError):  # closed meanwhile
+                with suppress(OSError):  # the socket was closed meanwhile
                     socket.socket.shutdown(
                         used, socket.SHUT_RDWR
-                    )  # TLS is not to say goodbye to a frozen server
+                    )  # not TLS's own shutdown: a frozen server would not answer it
 
     def ping(self) -> None:
         """Raise RedisUnavailableError unless Redis answers."""
@@ -80,10 +78,10 @@ class Connection:
             self.client.ping()
 
     def stream(self, commands: Sequence[Command], *, ahead: int = 4) -> Generator[Any, None, None]:
-        """The replies in order, each read when it is asked for, while the next ones arrive: `ahead` in all.
+        """Yield the replies in order, with up to `ahead` commands in flight.
 
-        So the work on one overlaps with the arrival of the next, and neither side holds more than a few. Closed early,
-        it takes in what is on its way. A refused command's reply is its ResponseError.
+        So processing one reply overlaps with the arrival of the next, and neither side buffers more than a few. Closing
+        the generator early reads the replies in flight. A refused command's reply is its ResponseError.
 
         Raises:
             redis.RedisError: if the connection breaks.
@@ -115,7 +113,7 @@ class Connection:
                 next_reply()
             raise
         finally:
-            if read < sent:  # else the next command would get a reply of these
+            if read < sent:  # otherwise the next command would read one of these replies
                 connection.disconnect()
             pool.release(connection)
 
@@ -125,11 +123,11 @@ class Connection:
 
     @contextmanager
     def errors(self) -> Iterator[None]:
-        """Turn what redis-py raises into one sentence with what to do.
+        """Turn an error of redis-py into one sentence with what to do.
 
         Raises:
-            RedisUnfitError: what stays so until somebody changes something.
-            RedisUnavailableError: all else.
+            RedisUnfitError: if the error persists until somebody changes the server, the user's rights or a key.
+            RedisUnavailableError: for all other errors.
         """
         try:
             yield
@@ -148,14 +146,14 @@ class Connection:
             ) from error
 
     def _too_large(self, error: Exception) -> RedisUnavailableError | None:
-        """What to say if the server ended the connection because a value exceeds one of its limits."""
+        """The error if the server closed the connection because a value exceeds one of its limits, else None."""
         if not is_broken(error):
             return None
         return too_large(self.client, asked(error), url=self.settings.shown, prefix=self.settings.prefix)
 
 
 def _client(url: str, **arguments: Any) -> redis.Redis:
-    """redis-py's client for a URL, with these arguments for its connections."""
+    """A redis-py client for a URL, with these connection arguments."""
     if url.startswith("sentinel://"):
         return master_client(SentinelURL.parse(url), arguments)
     try:
@@ -165,13 +163,13 @@ def _client(url: str, **arguments: Any) -> redis.Redis:
 
 
 def _packer() -> PythonRespSerializer:
-    """Sends buffers as they lie in memory; hiredis' packer (the default) would copy them twice."""
+    """A packer that sends buffers without copying; hiredis' packer (the default) would copy them twice."""
     encoder = Encoder("utf-8", "strict", decode_responses=False)  # type: ignore[no-untyped-call]  # redis-py's
     return PythonRespSerializer(_BUFFER_CUTOFF, encoder.encode)
 
 
 def _keepalive(url: str) -> dict[str, Any]:
-    """TCP keep-alive every 30 s, so that a proxy does not cut a connection that is merely idle."""
+    """TCP keep-alive after 30 s, so that a proxy does not close an idle connection."""
     if url.startswith("unix://"):
         return {}
     names = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
@@ -180,9 +178,9 @@ def _keepalive(url: str) -> dict[str, Any]:
 
 
 def execute(pipe: Any) -> list[Any] | None:
-    """The replies to a transaction; None if somebody changed what it watches, and nothing was executed.
+    """The replies to a transaction; None if a watched key changed and nothing was executed.
 
-    A connection that breaks while it watches stays an error, though redis-py tells it by the same class.
+    A connection that breaks during a WATCH still raises, although redis-py uses the same class, WatchError, for it.
     """
     try:
         return list(pipe.execute())

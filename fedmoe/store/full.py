@@ -1,9 +1,9 @@
-"""What still has to work when Redis is full (`maxmemory` is reached, noeviction).
+"""Reads and transactions that still work when Redis is full (`maxmemory` is reached, noeviction).
 
-A full Redis refuses whatever could need memory, and inside MULTI it refuses everything, reads too. So the transaction
-that would free memory, a commit that removes the payloads of what it decided, is refused as well: a deadlock. Out of
-it lead a script that may exceed the limit (`allow-oom`, Redis 7), and reads that a WATCH makes consistent instead of
-a MULTI.
+A full Redis refuses every command that could need memory, and inside MULTI it refuses every command, even reads. So it
+also refuses the transaction that would free memory, a commit that removes decided payloads: a deadlock. Two means
+avoid it: a script that may exceed the limit (`allow-oom`, Redis 7), and reads made consistent by a WATCH instead of a
+MULTI.
 """
 
 from collections.abc import Sequence
@@ -16,8 +16,8 @@ from fedmoe.store.connection import execute
 
 Command = Sequence[Any]
 
-# KEYS[1] is a hash whose field `commit` must be ARGV[1], "" if there is none; then come commands, each led by the
-# number of its words.
+# KEYS[1] is a hash whose field `commit` must equal ARGV[1] ("" if it is missing). The other arguments are commands,
+# each preceded by the number of its words.
 _TRANSACTION = """#!lua flags=allow-oom
 if (redis.call('HGET', KEYS[1], 'commit') or '') ~= ARGV[1] then return 0 end
 local at = 2
@@ -43,11 +43,11 @@ def read_together(client: Any, *reads: tuple[Any, ...], wrong_type_is_none: bool
     Args:
         client: a redis client.
         reads: (method, key, further arguments), for example ("hget", key, field).
-        wrong_type_is_none: the reply of a key of another type is None, instead of an error.
+        wrong_type_is_none: None is the reply for a key of the wrong type, instead of an error.
 
     Raises:
-        RedisUnavailableError: if Redis is full and the keys change all the time.
-        redis.RedisError: what redis-py raises.
+        RedisUnavailableError: if Redis is full and the keys keep changing.
+        redis.RedisError: any other error of redis-py.
     """
 
     def ask(pipe: Any) -> list[Any]:
@@ -67,7 +67,7 @@ def read_together(client: Any, *reads: tuple[Any, ...], wrong_type_is_none: bool
             pipe.multi()
             if execute(pipe) is not None:
                 return replies
-    raise RedisUnavailableError("Redis is full, and what is read changes all the time: raise its maxmemory")
+    raise RedisUnavailableError("Redis is full, and the keys to read keep changing: raise its maxmemory")
 
 
 def _none_if_wrong_type(reply: Any) -> Any:
@@ -79,12 +79,12 @@ def _none_if_wrong_type(reply: Any) -> Any:
 
 
 def transact(pipe: Any, key: str, commit: str, commands: Sequence[Command]) -> bool:
-    """Execute commands beyond the memory limit, all or none; False if `key`'s field `commit` is another.
+    """Execute commands atomically beyond the memory limit; False if `key`'s field `commit` is not `commit`.
 
     Args:
-        pipe: a pipeline that is watching, so that the script goes over the connection that was checked.
+        pipe: a pipeline that is watching, so that the script uses the checked connection.
         key: of a hash; all keys of the commands share its Cluster slot.
-        commit: what its field `commit` must be.
+        commit: the expected value of its field `commit`.
         commands: as redis-py's pipeline holds them.
     """
     words = [word for command in commands for word in (len(command), *command)]

@@ -15,7 +15,7 @@ from fedmoe.store.full import read_together
 
 
 class GatewayStore:
-    """Redis commands of a gateway builder and of whoever exports an adapter."""
+    """Redis commands for building the gateway and for exporting adapters."""
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
@@ -35,7 +35,7 @@ class GatewayStore:
             ) from error
 
     def compare(self, names: Iterable[str]) -> tuple[set[str], set[str]]:
-        """Which of these experts are in Redis, and which an operator removed; the others are gone (for a while)."""
+        """The experts of these that are in Redis, and those that an operator removed; the rest are lost for now."""
         names = list(names)
         with self.connection.errors(), self._redis.pipeline(transaction=False) as pipe:
             for name in names:
@@ -47,12 +47,12 @@ class GatewayStore:
         return there, removed
 
     def register(self, name: str, weight: float) -> None:
-        """List an expert among the federation's, if it is not."""
+        """Add an expert to the federation's list, if it is missing there."""
         with self.connection.errors():
             self._redis.hsetnx(self.connection.keys.experts, name, f"{weight:g}")
 
     def unregister(self, name: str) -> None:
-        """Take an expert off the federation's list."""
+        """Remove an expert from the federation's list."""
         with self.connection.errors():
             self._redis.hdel(self.connection.keys.experts, name)
 
@@ -74,7 +74,7 @@ class GatewayStore:
         return Meta.from_hash(raw)
 
     def metas(self) -> dict[str, Meta]:
-        """The meta hashes of the listed experts, by name; one that is gone, removed or malformed is left out."""
+        """The meta hashes of the listed experts, by name, without lost, removed and malformed ones."""
         with self.connection.errors():
             listed = self._redis.hgetall(self.connection.keys.experts)
             names = [
@@ -114,7 +114,7 @@ class GatewayStore:
         return meta, weights, [Entry.of(*line).fields for line in log]
 
     def _parts(self, expert: str, *more: tuple[str, ...]) -> tuple[Meta, bytes, list[Any]]:
-        """Meta and weights of an expert whose parts belong together, and the replies to `more` reads."""
+        """Check that an expert's parts belong together; returns its meta and weights, and the replies to `more`."""
         keys = self.connection.keys.expert(expert)
         with self.connection.errors():
             raw, weights, decided, spec, *replies = read_together(
@@ -129,7 +129,7 @@ class GatewayStore:
         return condition.meta, weights, replies
 
     def gateway(self) -> GatewayMeta | None:
-        """The gateway's meta; None if there is no gateway yet, or its meta is damaged: then it is built again."""
+        """The gateway's meta; None if there is no gateway yet, or its meta is damaged (it is then rebuilt)."""
         with self.connection.errors():
             raw = self._redis.hgetall(self.keys.meta)
         return _built(raw)
@@ -150,13 +150,13 @@ class GatewayStore:
             pipe.execute()
 
     def complain(self, reason: str) -> None:
-        """Say in the gateway's meta why it cannot be built; the old one stays."""
+        """Write to the gateway's meta why it cannot be built; the old gateway stays."""
         with self.connection.errors():
             self._redis.hset(self.keys.meta, "error", reason)
 
 
 def _built(raw: Mapping[bytes, bytes]) -> GatewayMeta | None:
-    """The meta of a gateway that was built, None if none was or what it was built from cannot be read."""
+    """The meta of a built gateway; None if there is none, or `built_from` cannot be read."""
     meta = GatewayMeta.read(raw)
     try:
         return meta if meta.experts else None

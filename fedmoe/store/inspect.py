@@ -1,7 +1,7 @@
 """Reads a whole federation without changing anything; a read-only user (`+@read`) is enough.
 
-Whatever is missing, of the wrong type, malformed or not this user's to read is said for the expert it belongs
-to; all the rest is shown. Never KEYS but one SCAN for all workers (members.py).
+Data that is missing, malformed, of the wrong type or not readable for this user is reported with its expert; everything
+else is shown. One SCAN finds all workers (members.py); KEYS is never used.
 """
 
 import time
@@ -47,10 +47,10 @@ class Inspector:
         self._redis = connection.client
 
     def federation(self) -> Federation:
-        """The federation as it is now.
+        """Read the federation.
 
         Raises:
-            RedisUnavailableError: if Redis does not answer, or refuses to list the experts.
+            RedisUnavailableError: if Redis does not reply, or refuses to list the experts.
         """
         problems: list[str] = []
         weights = self._experts(problems)
@@ -77,7 +77,7 @@ class Inspector:
         )
 
     def _experts(self, problems: list[str]) -> dict[str, float | None]:
-        """The listed experts and their gateway weights, None for one that is not a number."""
+        """The listed experts and their gateway weights, None for a weight that is not a number."""
         raw = ask(self.connection, {"experts": ("HGETALL", self.keys.experts)})["experts"]
         if isinstance(raw, Exception):
             with self.connection.errors():
@@ -88,7 +88,9 @@ class Inspector:
         found: dict[str, float | None] = {}
         for name, weight in sorted(raw.items()):
             if not is_expert(printable(name)):
-                problems.append(f"{self.keys.experts} lists {printable(name)!r}, which is no expert's name")
+                problems.append(
+                    f"{self.keys.experts} lists {printable(name)!r}, which is not an expert's name"
+                )
                 continue
             found[name.decode()] = number(weight)
             if found[name.decode()] is None:
@@ -148,7 +150,7 @@ class Inspector:
 
 
 def _refused(replies: dict[str, Any]) -> list[str]:
-    """Sentences for the error replies, each of which becomes None."""
+    """Sentences for the error replies; each error reply is set to None."""
     reasons: dict[str, list[str]] = {}
     for what, reply in list(replies.items()):
         if not isinstance(reply, Exception):
@@ -157,7 +159,7 @@ def _refused(replies: dict[str, Any]) -> list[str]:
         if what == "groups" and "no such key" in str(reply):
             replies[what] = []
         elif what != "lease" or not isinstance(reply, NoPermissionError):
-            # Who holds the lease may be secret (-get); whether anybody does is told by its expiry.
+            # An ACL may hide the lease holder's name (-get); the key's expiry still shows whether there is one.
             reasons.setdefault(why(reply), []).append(_KEY_OF.get(what, what))
     return [f"{', '.join(dict.fromkeys(keys))} cannot be read: {reason}" for reason, keys in reasons.items()]
 
@@ -171,7 +173,7 @@ def _meta(raw: Mapping[bytes, bytes] | None, problems: list[str]) -> Meta | None
     try:
         return Meta.from_hash(
             {
-                key: value if key == b"rules" else printable(value).encode()  # which are parsed, not shown
+                key: value if key == b"rules" else printable(value).encode()  # rules are parsed, not shown
                 for key, value in raw.items()
             }
         )
@@ -181,10 +183,10 @@ def _meta(raw: Mapping[bytes, bytes] | None, problems: list[str]) -> Meta | None
 
 
 def _missing(replies: Mapping[str, Any], meta: Meta | None) -> list[str]:
-    """What of an expert is not there; whether the parts belong together is for who loads them in one moment."""
+    """Sentences for an expert's missing parts. These reads are not atomic, so it is not checked that parts match."""
     missing = [what for what in ("weights", "spec") if replies[what] == 0]
     sentences = [f"its {what} {'is' if what == 'spec' else 'are'} missing" for what in missing]
-    # Read after meta, so a commit between the two adds to what is there.
+    # `decided` is read after meta, so a commit between the two reads only adds to it.
     if meta and meta.decided_stamp != NO_DECISIONS and replies["decided"] == []:
         sentences.append("its decided updates are missing")
     return [f"{sentence}: {REPAIR}" for sentence in sentences]
@@ -193,7 +195,8 @@ def _missing(replies: Mapping[str, Any], meta: Meta | None) -> list[str]:
 def _group(groups: Sequence[Mapping[str, Any]] | None, waiting: int | None) -> tuple[int | None, int | None]:
     """Entries read but not committed, and entries not read.
 
-    Redis 6.2 tells no lag, later ones none after an unread entry was deleted: what is not pending is unread.
+    Redis 6.2 reports no lag, and later versions none after an unread entry was deleted; then the entries that are not
+    pending count as unread.
     """
     if groups is None:
         return None, None
@@ -206,7 +209,7 @@ def _group(groups: Sequence[Mapping[str, Any]] | None, waiting: int | None) -> t
 
 
 def _lease(replies: Mapping[str, Any]) -> str | None:
-    """Who holds it: "" for nobody, "?" for a name this user may not read, None if nothing is known."""
+    """The lease holder: "" for none, "?" for a name that this user may not read, None if unknown."""
     if replies["lease"]:
         return printable(replies["lease"])
     if replies["lease_ms"] is None:
@@ -231,7 +234,7 @@ def _behind(worker: WorkerView, version: int) -> WorkerView:
 
 
 def _now(info: Mapping[str, Any] | Exception) -> float:
-    """The server's clock (seconds since 1970), or this machine's if this user may not ask."""
+    """The server's clock (seconds since 1970), or this machine's if INFO does not give it."""
     microseconds = None if isinstance(info, Exception) else info.get("server_time_usec")
     return microseconds / 1e6 if isinstance(microseconds, int) else time.time()
 
@@ -245,7 +248,7 @@ def _age_of_last(log: Sequence[tuple[bytes, Mapping[bytes, bytes]]], now: float)
 
 
 def _of_aggregators(replies: Mapping[str, Any]) -> list[str]:
-    """What aggregators say that they cannot do, a sentence each."""
+    """The problems that aggregators report, one sentence each."""
     said = texts(replies["problem"] or {})
     return [f"aggregator {holder} has a problem: {problem}" for holder, problem in sorted(said.items())]
 

@@ -1,4 +1,4 @@
-"""The lease: keeps two aggregators from doing the same work. Nothing depends on it; safety is the commit's check."""
+"""The lease keeps two aggregators from doing the same work. Safety does not depend on it but on the commit's check."""
 
 import logging
 
@@ -7,8 +7,8 @@ from fedmoe.store.connection import Connection
 
 logger = logging.getLogger(__name__)
 
-# Taken on a full Redis too: only who serves the expert can free memory. A lease without an expiry was set by hand, and
-# one that lasts too long means that the server's clock was set back: both get a new one.
+# The script also works on a full Redis: only the lease holder can free memory. A lease without an expiry was set by
+# hand, and a too long expiry means that the server's clock was set back: in both cases the expiry is set again.
 _HOLD = """#!lua flags=allow-oom
 local holder = redis.call('GET', KEYS[1])
 if holder and holder ~= ARGV[1] then
@@ -26,8 +26,8 @@ class Lease:
 
     Args:
         key: of the lease.
-        holder: this process, unique.
-        ttl_ms: after so long without renewal somebody else may take it.
+        holder: unique name of this process.
+        ttl_ms: the lease expires this long after its last renewal.
     """
 
     def __init__(self, connection: Connection, key: str, *, holder: str, ttl_ms: int) -> None:
@@ -39,18 +39,18 @@ class Lease:
         self._release = connection.client.register_script(_RELEASE)
 
     def hold(self) -> bool:
-        """Take or renew the lease; False while somebody else has it."""
+        """Take or renew the lease; False while another process holds it."""
         with self._connection.errors():
             return bool(self._hold(keys=[self._key], args=[self._holder, self._ttl_ms]))
 
     def give_up(self) -> None:
-        """Release it if Redis can be reached; else it expires by itself."""
+        """Release the lease if Redis can be reached; otherwise it expires."""
         try:
             self.release()
         except RedisUnavailableError:
-            logger.debug("the lease %s could not be given up, it expires by itself", self._key)
+            logger.debug("the lease %s could not be released; it expires", self._key)
 
     def release(self) -> None:
-        """Give it up, so that a standby need not wait for the expiry."""
+        """Release the lease, so that a standby need not wait for its expiry."""
         with self._connection.errors():
             self._release(keys=[self._key], args=[self._holder])

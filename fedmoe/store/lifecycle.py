@@ -1,6 +1,6 @@
-"""An expert as a whole: create it, see what is left of it, write it back.
+"""A whole expert: create it, inspect what is left of it, write it back.
 
-Each of these is one compare-and-swap: it succeeds only on top of what was looked at.
+Each write is one compare-and-swap: it succeeds only on top of the inspected state.
 """
 
 import secrets
@@ -21,9 +21,7 @@ from fedmoe.protocol.update import PAYLOAD_TTL_S, Header
 from fedmoe.store.connection import Connection, execute
 from fedmoe.store.full import is_full, read_together, transact
 
-CLAIM_MS = (
-    10_000  # claims to write an expert back are forgotten together, so those of dead aggregators are, too
-)
+CLAIM_MS = 10_000  # all claims to write an expert back expire together, so those of dead aggregators do too
 _CLAIM = """#!lua flags=allow-oom
 local is_new = redis.call('HSET', KEYS[1], ARGV[1], ARGV[2])
 redis.call('PEXPIRE', KEYS[1], ARGV[3], 'NX')
@@ -36,7 +34,7 @@ def new_id() -> str:
 
 
 class ExpertLifecycle:
-    """The beginning and the end of an expert's data in Redis; `ExpertStore` adds what its aggregator does with it.
+    """Redis commands that create an expert and write it back; `ExpertStore` adds those that serve it.
 
     Every method may raise RedisUnavailableError.
     """
@@ -53,7 +51,7 @@ class ExpertLifecycle:
             return bool(self._redis.exists(self.keys.meta))
 
     def check_protocol(self) -> None:
-        """Raise ProtocolError if the expert is one of a later FedMoE, or needs a feature that is not known here."""
+        """Raise ProtocolError if the expert has a later protocol, or needs a feature that this FedMoE does not know."""
         with self.connection.errors():
             protocol = self._redis.hget(self.keys.meta, "protocol")
             requires = self._redis.hget(self.keys.meta, "requires")
@@ -61,7 +59,7 @@ class ExpertLifecycle:
         check_requires((requires or b"").decode(errors="replace"), f"expert {self.name!r}")
 
     def condition(self) -> Condition:
-        """What is left of the expert, as of one moment."""
+        """What is left of the expert, read atomically."""
         keys = self.keys
         with self.connection.errors():
             replies = read_together(
@@ -82,8 +80,8 @@ class ExpertLifecycle:
     def claim(self, holder: str, version: int) -> tuple[bool, str]:
         """Tell all aggregators that this one can write back a version that Redis has lost.
 
-        Returns whether this claim is new to the server, and whose claim is the newest version. All claims are
-        forgotten together 10 s after the first.
+        Returns whether this holder had no claim yet, and the aggregator that claims the newest version. All claims
+        expire together 10 s after the first.
         """
         key = self.keys.claims
         with self.connection.errors(), self._redis.pipeline(transaction=True) as pipe:
@@ -100,18 +98,18 @@ class ExpertLifecycle:
         return bool(is_new), max(claims, key=lambda name: (int(claims[name]), name)).decode()
 
     def is_claimed(self) -> bool:
-        """True if an aggregator is about to write back what it retains, because Redis has lost it."""
+        """True if an aggregator is about to write back a retained state that Redis has lost."""
         with self.connection.errors():
             return bool(self._redis.exists(self.keys.claims))
 
     def lost(self) -> dict[str, str]:
-        """Who knew this expert when it was found to be gone: worker -> lineage; empty unless it was."""
+        """The workers that knew this expert when it was found lost: worker -> lineage; empty if it was not."""
         with self.connection.errors():
             raw = self._redis.hgetall(self.keys.lost)
         return {worker.decode(): lineage.decode() for worker, lineage in raw.items()}
 
     def mark_lost(self, known: Mapping[str, str]) -> None:
-        """Note, for whoever comes when these workers are gone, that the expert was lost and not begun yet."""
+        """Record that the expert was lost and not created again, for aggregators that start after these workers end."""
         with self.connection.errors():
             self._redis.hset(self.keys.lost, mapping=dict(known))
 
@@ -124,10 +122,10 @@ class ExpertLifecycle:
         gateway_weight: float | None = None,
         though_removed: bool = False,
     ) -> bool:
-        """Write a new expert whole or not at all, where nothing is; False if something is there.
+        """Write a new expert atomically; False if any part of one exists already.
 
-        With a `gateway_weight` it is listed among the federation's. That an operator removed it counts as something,
-        unless the operator also says so (`though_removed`).
+        With a `gateway_weight` it is added to the federation's list. An expert that an operator removed counts as
+        existing, unless `though_removed`.
         """
         keys = self.keys
         parts = (keys.meta, keys.weights, keys.decided)
@@ -159,16 +157,16 @@ class ExpertLifecycle:
         log: Sequence[Line] = (),
         dead: Sequence[Line] = (),
     ) -> bool:
-        """Replace what is left of an expert by what an aggregator retains, whole or not at all.
+        """Atomically replace what is left of an expert with an aggregator's retained state.
 
         Args:
             spec: of the expert.
-            meta: of the state that is written.
+            meta: of the retained state.
             weights: stamped with meta's `weights_commit`.
-            on: the commit in Redis, "" if there is no meta; False is returned if another is there by now.
+            on: the expected commit in Redis, "" if there is no meta; the result is False if it is another one.
             decided: the last decided update of each worker.
-            log: lines that Redis lost; they are added to those that are there.
-            dead: likewise, of dead letters.
+            log: lines that Redis lost; they are appended.
+            dead: dead letters that Redis lost; they are appended.
         """
         keys = self.keys
         packed = pack_file(weights, spec, meta.weights_commit)
@@ -209,7 +207,7 @@ class ExpertLifecycle:
             return transact(pipe, keys.meta, on, [words for words, _ in queued.command_stack])
 
     def _watch(self, pipe: Any, on: str) -> list[str] | None:
-        """WATCH what is written back over: None unless its commit is `on`, else the keys of streams that are none."""
+        """WATCH the keys to replace; None unless the commit is `on`, else the log and dead keys of the wrong type."""
         keys = self.keys
         pipe.watch(keys.meta, keys.log, keys.dead)
         present = pipe.hget(keys.meta, "commit") if pipe.type(keys.meta) == b"hash" else None
@@ -218,7 +216,7 @@ class ExpertLifecycle:
         return [key for key in (keys.log, keys.dead) if pipe.type(key) not in (b"stream", b"none")]
 
     def _raised_incarnations(self, pipe: Any, decided: Mapping[str, Decided]) -> dict[str, int]:
-        """The workers whose count of runs Redis lost, and what it must be: their next run needs a number of its own."""
+        """Incarnation counters that Redis lost, with their values: a worker's next run needs a new incarnation."""
         if not decided:
             return {}
         counts = pipe.mget([self.keys.incarnation(worker) for worker in decided])
@@ -240,7 +238,7 @@ class ExpertLifecycle:
             pipe.set(keys.packed, packed)
 
     def announce(self, worker: str, header: Header, parts: Sequence[bytes]) -> bool:
-        """Publish an update again for its worker: parts, header, and its entry; False if Redis is full."""
+        """Resend an update on behalf of its worker: parts, header and entry; False if Redis is full."""
         keys, (run, seq) = self.keys, header.id
         with self.connection.errors(), self._redis.pipeline(transaction=False) as pipe:
             for index, part in enumerate(parts):
@@ -260,7 +258,7 @@ class ExpertLifecycle:
         return True
 
     def register(self, gateway_weight: float, *, overwrite: bool = False) -> None:
-        """List the expert among the federation's; one that is there keeps its weight unless told otherwise."""
+        """Add the expert to the federation's list; a listed expert keeps its weight unless `overwrite`."""
         key, weight = self.connection.keys.experts, f"{gateway_weight:g}"
         with self.connection.errors():
             listed = self._redis.hget(key, self.name)

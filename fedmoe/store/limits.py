@@ -1,6 +1,7 @@
-"""Values that are too large for the server: it ends the connection, and its client never hears why.
+"""Values that are too large for the server: it closes the connection without giving a reason.
 
-So when a connection broke over something large, its limits are asked for; a user who may not ask is told of both.
+So after a connection broke over a large value, the server's limits are read. If this user may not read them, the
+message names the limits that may be the cause.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from fedmoe.errors import RedisUnavailableError, RedisUnfitError
 from fedmoe.store.client import Words
 from fedmoe.store.refusals import keys_of
 
-LARGE_BYTES = 1024 * 1024  # the least that proto-max-bulk-len can be
+LARGE_BYTES = 1024 * 1024  # the smallest possible proto-max-bulk-len
 OUTPUT = "client-output-buffer-limit"
 INPUTS = ("proto-max-bulk-len", "client-query-buffer-limit")
 _MIB = 2**20
@@ -21,11 +22,11 @@ _MIB = 2**20
 def too_large(
     client: Any, commands: Sequence[Words], *, url: str, prefix: str
 ) -> RedisUnavailableError | None:
-    """What to say of a connection that broke over these commands; None if it was not for their size.
+    """The error for a connection that broke during these commands; None if their size was not the cause.
 
     Args:
         client: a redis client.
-        commands: that were under way.
+        commands: in flight when the connection broke.
         url: of the server, for people.
         prefix: of the federation's keys.
     """
@@ -39,7 +40,7 @@ def too_large(
             return _of_write(client, key, written[0], url)
         return _of_read(client, {key: None for words in reads for key in keys_of(words, prefix)}, url)
     except (redis.ConnectionError, redis.TimeoutError, OSError):
-        return None  # it is simply away
+        return None  # Redis cannot be reached at all
 
 
 def _longest(words: Words) -> int:
@@ -79,7 +80,7 @@ def _of_read(client: Any, keys: dict[str, None], url: str) -> RedisUnavailableEr
         )
     words = str(limits.get(OUTPUT, "normal 0 0 0")).split()
     limit = int(words[words.index("normal") + 1])
-    if not 0 < limit < n_bytes * 1.25:  # replies take a little more than their bytes
+    if not 0 < limit < n_bytes * 1.25:  # replies take a little more memory than their values
         return None
     return RedisUnfitError(
         f"{begin} keeps at most {limit / _MIB:.1f} MiB for a client ({OUTPUT}): raise that "
@@ -88,7 +89,7 @@ def _of_read(client: Any, keys: dict[str, None], url: str) -> RedisUnavailableEr
 
 
 def _limits(client: Any, *names: str) -> dict[str, str] | None:
-    """Settings of the server, None if this user may not ask."""
+    """Settings of the server, None if this user may not read them."""
     try:
         return dict(client.config_get(*names))
     except redis.ResponseError:

@@ -1,6 +1,6 @@
-"""Reads who works on each expert, and who has left it: how and when.
+"""Reads the workers of each expert: those alive, and how and when others left.
 
-One SCAN for all of them, and of a heartbeat only the known fields. How long ago something was written is told by its
+One SCAN finds them all; only known fields of a heartbeat are read. The age of a heartbeat or trace is derived from its
 key's expiry, so that no two clocks are compared.
 """
 
@@ -31,20 +31,20 @@ Found = dict[bytes, tuple[str, str]]  # key -> expert, worker
 
 @dataclass(slots=True)
 class Members:
-    """The workers of one expert: those with a heartbeat, and what the others left behind."""
+    """The workers of one expert: those with a heartbeat, and the traces of workers."""
 
     alive: list[WorkerView] = field(default_factory=list)
     traces: dict[str, GoneWorker] = field(default_factory=dict)
 
     def left(self, decided: Iterable[str]) -> tuple[GoneWorker, ...]:
-        """Those of the workers with a decided update, or with a trace, that have no heartbeat; by name."""
+        """Workers without a heartbeat that have a decided update or a trace, sorted by name."""
         here = {worker.name for worker in self.alive}
         gone = {name: GoneWorker(name=name) for name in decided} | self.traces
         return tuple(gone[name] for name in sorted(gone.keys() - here)[:SHOWN_WORKERS])
 
 
 def read_members(connection: Connection, experts: Sequence[str], problems: list[str]) -> dict[str, Members]:
-    """The workers of each of the experts; what is odd is added to `problems`."""
+    """The workers of each expert; findings are added to `problems`."""
     alive, gone = _find(connection, experts, problems)
     for what, found in (("heartbeats", alive), ("workers that left", gone)):
         if len(found) > SHOWN_WORKERS:
@@ -54,7 +54,7 @@ def read_members(connection: Connection, experts: Sequence[str], problems: list[
         expert, name = alive[key]
         if isinstance(beat, redis.ResponseError):
             problems.append(f"{expert}: the heartbeat of {name} cannot be read: {why(beat)}")
-        elif ttl_ms != -2:  # it expired while we looked
+        elif ttl_ms != -2:  # -2: the heartbeat expired after the SCAN
             members[expert].alive.append(_worker(expert, name, beat, ttl_ms))
     for key, trace, ttl_ms in _read(connection, gone, _TRACE):
         expert, name = gone[key]
@@ -64,7 +64,7 @@ def read_members(connection: Connection, experts: Sequence[str], problems: list[
 
 
 def _find(connection: Connection, experts: Sequence[str], problems: list[str]) -> tuple[Found, Found]:
-    """Keys of the heartbeats and of the traces there are, with expert and worker."""
+    """Find the keys of all heartbeats and traces, with expert and worker."""
     alive: Found = {}
     gone: Found = {}
     orphans: dict[str, str] = {}
@@ -89,7 +89,7 @@ def _find(connection: Connection, experts: Sequence[str], problems: list[str]) -
 
 
 def _of_orphans(connection: Connection, orphans: Mapping[str, str]) -> list[str]:
-    """What is wrong with experts that have a worker and are not listed."""
+    """Findings about experts that have a worker but are not listed."""
     replies = ask(
         connection,
         {name: ("HMGET", connection.keys.expert(name).meta, "version", "removed") for name in orphans},
@@ -118,7 +118,7 @@ def _of_orphans(connection: Connection, orphans: Mapping[str, str]) -> list[str]
 def _read(
     connection: Connection, found: Found, fields: Sequence[str]
 ) -> Iterable[tuple[bytes, Any, int | Exception]]:
-    """Key, fields (or the error of a foreign key) and milliseconds to its expiry of those that are shown."""
+    """For each worker shown: key, fields (an error for a key of the wrong type), milliseconds to its expiry."""
     shown = sorted(found, key=lambda key: found[key])[:SHOWN_WORKERS]
     commands: dict[tuple[bytes, str], Command] = {}
     for key in shown:
@@ -129,7 +129,7 @@ def _read(
 
 
 def _ago(ttl_ms: int | Exception, of_s: float) -> float | None:
-    """Seconds since a key was written that lives for `of_s` seconds; None if it has no expiry."""
+    """Seconds since a key with a lifetime of `of_s` seconds was written; None if it has no expiry."""
     return max(0.0, of_s - ttl_ms / 1000) if isinstance(ttl_ms, int) and ttl_ms >= 0 else None
 
 

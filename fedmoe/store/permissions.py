@@ -1,6 +1,7 @@
-"""What each role asks of Redis: the one list from which rights are checked and ACL rules are written. Pure.
+"""The rights of each role: the one list from which rights are checked and ACL rules are generated. Pure.
 
-A right is a command on some keys. `tests/integration/test_permissions.py` records what real runs send and compares.
+A right is a command on some keys. `tests/integration/test_permissions.py` compares the list with the commands of real
+runs.
 """
 
 from collections.abc import Callable, Iterator
@@ -8,7 +9,7 @@ from dataclasses import dataclass
 
 from fedmoe.protocol.keys import Keys
 
-ANY = "*"  # as the name of an expert or a worker: whichever
+ANY = "*"  # stands for any expert's or worker's name
 READS = frozenset({
     "EXISTS", "GET", "GETRANGE", "HGET", "HGETALL", "HKEYS", "HLEN", "HMGET", "MGET", "PTTL", "STRLEN",
     "TYPE", "WATCH", "XINFO GROUPS", "XINFO STREAM", "XLEN", "XRANGE", "XREVRANGE",
@@ -22,9 +23,9 @@ class Right:
     Args:
         command: as redis-py names it, for example XGROUP CREATE.
         keys: glob patterns; none for a command without keys.
-        when: the situation it is for, if an ordinary run does not send it.
-        without: what is missing without it, if the role can do without.
-        alone: an ACL gives it by a rule of its own, because the role's other commands must not work on these keys.
+        when: the situation that needs it, if an ordinary run does not send it.
+        without: the consequence of lacking it, if the right is optional for the role.
+        alone: an ACL grants it in its own selector, because the role's other commands must not work on these keys.
     """
 
     command: str
@@ -36,7 +37,7 @@ class Right:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Role:
-    """What a role does, and its rights for a federation's keys, an expert and a worker (which not all roles need)."""
+    """A role's task, and its rights as a function of the federation's keys, an expert and a worker (may be unused)."""
 
     name: str
     does: str
@@ -44,7 +45,7 @@ class Role:
 
 
 def _on(*keys: str, may: str, when: str = "") -> Iterator[Right]:
-    """Each of these commands (parted by commas) on each of these keys."""
+    """One right for each of these commands (comma separated), on these keys."""
     for command in may.split(", "):
         yield Right(command=command, keys=keys, when=when)
 
@@ -59,7 +60,7 @@ def _worker(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
         *_on(keys.packed, may="GETRANGE"),
         *_on(keys.weights, may="STRLEN, GETRANGE", when="the format is fp32, or the packed weights are damaged"),
         *_on(keys.updates, may="XRANGE"),
-        Right(command="XADD", keys=(keys.updates,), alone=True),  # else it could delete the stream
+        Right(command="XADD", keys=(keys.updates,), alone=True),  # otherwise a worker could delete the stream
         *_on(own, may="HGETALL"),
         *_on(own, keys.trace(worker), may="HSET, PEXPIRE, DEL"),
         *_on(payloads, may="SET, STRLEN, PEXPIRE, INCRBY"),
@@ -84,7 +85,7 @@ def _aggregator(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
         "Redis has lost an expert or a part of it",
         "Redis is full",
     )
-    older = "Redis came back older, and updates that are kept are announced again"
+    older = "Redis came back with an older state, and kept updates are resent"
     return (
         *_on(all_keys.experts, may="HGET, HGETALL, HSETNX"),
         *_on(all_keys.experts, may="HSET", when="--expert NAME=WEIGHT changes a weight"),
@@ -196,11 +197,11 @@ ROLES = {role.name: role for role in (AGGREGATOR, WORKER, OPERATOR, MONITOR)}
 
 
 def acl_rules(rights: tuple[Right, ...], *, database: int = 0) -> list[str]:
-    """The rules of a user with these rights and no others, for an ACL file or ACL SETUSER (Redis 7.0, Valkey).
+    """ACL rules that grant these rights and no others, for an ACL file or ACL SETUSER (Redis 7.0, Valkey).
 
     Args:
-        rights: of one role, or of several that share a user.
-        database: of the URL; another than 0 is chosen by a command, which then is allowed.
+        rights: of one role, or of several roles that share a user.
+        database: of the URL; one other than 0 needs SELECT, which is then allowed.
     """
     shared = [right for right in rights if not right.alone]
     touched = dict.fromkeys(key for right in shared for key in right.keys)

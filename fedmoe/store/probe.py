@@ -1,4 +1,4 @@
-"""Is a Redis fit for FedMoE, and what may this user do there? Nothing is changed."""
+"""Checks whether a Redis is fit for FedMoE, and what this user may do there. It changes nothing."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,7 +21,7 @@ Command = tuple[str | int, ...]
 
 
 def server_checks(info: Mapping[str, Any], url: str = "") -> list[Check]:
-    """Judge what INFO says of the server at `url`. Pure."""
+    """Judge a server by its reply to INFO. Pure."""
     name, version = (
         ("Valkey", info["valkey_version"])
         if "valkey_version" in info
@@ -34,12 +34,14 @@ def server_checks(info: Mapping[str, Any], url: str = "") -> list[Check]:
     if info.get("role") == "slave":
         checks.append(Check(FAIL, "redis", "this is a read-only replica: use the URL of the master"))
     if info.get("cluster_enabled"):
-        checks.append(Check(FAIL, "redis", "this is a node of a Redis Cluster: use a server that is none"))
+        checks.append(
+            Check(FAIL, "redis", "this is a node of a Redis Cluster: use a server without cluster mode")
+        )
     return [*checks, _memory(info, url), *_durability(info)]
 
 
 def eviction_warning(connection: Connection) -> str:
-    """A sentence if this server may throw keys away, "" if it may not, or does not tell.
+    """A sentence if this server may evict keys, "" if it may not, or its policy is unknown.
 
     Raises:
         RedisUnavailableError: if Redis cannot be reached.
@@ -56,13 +58,13 @@ def eviction_warning(connection: Connection) -> str:
 def _memory(info: Mapping[str, Any], url: str) -> Check:
     bound = info.get("maxmemory", 0)
     if threat := eviction_threat(info.get("maxmemory_policy", ""), url):
-        # Without a bound nothing is evicted yet, but the day somebody sets one, it is.
+        # Without maxmemory nothing is evicted yet; once it is set, keys are.
         return Check(FAIL if bound else WARN, "memory", threat)
     if not bound:
         return Check(
             WARN,
             "memory",
-            "no maxmemory: set it to half the machine's memory, else Redis may be killed for it",
+            "no maxmemory is set: set it to half the machine's memory, else the system may kill Redis",
         )
     share = info.get("used_memory", 0) / bound
     if share > MEMORY_ALARM:
@@ -89,20 +91,20 @@ def _durability(info: Mapping[str, Any]) -> list[Check]:
             Check(
                 WARN,
                 "durability",
-                "appendonly is off: a restart loses all since the last snapshot: appendonly yes",
+                "appendonly is off, so a restart loses all writes since the last snapshot: set appendonly yes",
             )
         ]
     return [Check(OK, "durability", "appendonly is on")]
 
 
 def check_redis(connection: Connection, *, stream: str, worker: str, role: str) -> tuple[list[Check], str]:
-    """Everything about the server and this user, and the name of the experts' base model ("" if there is none yet).
+    """All checks of the server and this user, and the name of the experts' base model ("" if there is none yet).
 
     Args:
         connection: to the Redis.
-        stream: a worker's expert, "" for the first there is.
+        stream: a worker's expert, "" for the first one found.
         worker: a worker's name.
-        role: of ROLES, which this user must be able to be, or "".
+        role: name of the role that this user must have the rights for, or "".
 
     Raises:
         RedisUnavailableError: if Redis cannot be reached.
@@ -114,7 +116,7 @@ def check_redis(connection: Connection, *, stream: str, worker: str, role: str) 
             if isinstance(info, NoPermissionError)
             else "the server does not answer INFO"
         )
-        checks = [Check(WARN, "redis", f"answers; version and memory are not checked, {why}")]
+        checks = [Check(WARN, "redis", f"answers; version and memory are not checked: {why}")]
     else:
         checks = server_checks(info, connection.settings.shown)
     experts = _look(connection)
@@ -134,7 +136,7 @@ def check_redis(connection: Connection, *, stream: str, worker: str, role: str) 
 
 
 def permission_checks(roles: Mapping[str, tuple[str, Sequence[Lack]]], *, required: str) -> list[Check]:
-    """A line for each role, {its name: (what it does, what this user lacks for it)}; `required` must be. Pure."""
+    """One check for each role {name: (task, lacking rights)}; the `required` role fails if it lacks any. Pure."""
     checks = []
     needed = {name: [lack for lack in lacks if not lack.right.without] for name, (_, lacks) in roles.items()}
     useless = all(needed.values())
@@ -148,7 +150,7 @@ def permission_checks(roles: Mapping[str, tuple[str, Sequence[Lack]]], *, requir
                     FAIL,
                     "permissions",
                     f"this user may not {does}: it lacks {', '.join(text)}; "
-                    f"`fedmoe doctor --acl {name}` prints all that it needs",
+                    f"`fedmoe doctor --acl {name}` prints all rights that it needs",
                 )
             )
         elif not required:
@@ -179,7 +181,7 @@ def _transactions(connection: Connection, role: Role, expert: str, worker: str) 
 
 
 def _try(connection: Connection, command: Command) -> Any:
-    """The reply, or the error that Redis replied."""
+    """The reply, or Redis's error reply."""
     with connection.errors():
         try:
             return connection.client.execute_command(*command)
@@ -188,7 +190,7 @@ def _try(connection: Connection, command: Command) -> Any:
 
 
 def _look(connection: Connection) -> tuple[ExpertView, ...]:
-    """The experts as this user sees them; none if it may not look."""
+    """The experts as this user sees them; none if this user may not list them."""
     try:
         return Inspector(connection).federation().experts
     except RedisUnavailableError:

@@ -1,4 +1,4 @@
-"""What an aggregator cannot do at present, where `fedmoe status` reads it; it expires by itself."""
+"""An aggregator's present problem, stored for `fedmoe status`; the entry expires."""
 
 import logging
 import time
@@ -14,7 +14,7 @@ REPEAT_S = 15.0
 
 
 class Problems:
-    """One process' entry in the hash at `key`; a Redis that does not take it is no further problem.
+    """One process's entry in the hash at `key`; a failed write is only logged.
 
     Args:
         key: of the expert's (or the gateway's) problems.
@@ -33,7 +33,7 @@ class Problems:
         self._said_at = 0.0
 
     def report(self, problem: str) -> None:
-        """Note a problem that is there now; call it again while it is."""
+        """Store a present problem; call it again while the problem lasts."""
         now = self._clock()
         if problem == self._said and now - self._said_at < REPEAT_S:
             return
@@ -47,7 +47,7 @@ class Problems:
             logger.debug("the problem cannot be written to Redis: %s", error)
 
     def solved(self) -> None:
-        """Note that all is well. Another process' problem goes, too, until that says it again."""
+        """Remove the stored problem. This also removes other processes' problems, until they report them again."""
         if not self._said:
             return
         try:
@@ -55,4 +55,4 @@ class Problems:
                 self._connection.client.unlink(self._key)
             self._said = ""
         except RedisUnavailableError as error:
-            logger.debug("the problem cannot be taken from Redis: %s", error)
+            logger.debug("the problem cannot be removed from Redis: %s", error)

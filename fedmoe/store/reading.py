@@ -1,4 +1,4 @@
-"""What anybody may have written to Redis, read as texts that are safe to show."""
+"""Reads untrusted content of Redis as text that is safe to print."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +14,7 @@ Command = tuple[str | bytes | int, ...]
 
 
 def ask(connection: Connection, commands: Mapping[Any, Command]) -> dict[Any, Any]:
-    """Send everything at once; a command that Redis refuses has its error as reply."""
+    """Send all commands in one pipeline; a refused command's reply is its error."""
     if not commands:
         return {}
     with connection.errors(), connection.client.pipeline(transaction=False) as pipe:
@@ -24,7 +24,7 @@ def ask(connection: Connection, commands: Mapping[Any, Command]) -> dict[Any, An
 
 
 def texts(fields: Mapping[bytes, bytes]) -> dict[str, str]:
-    """A hash or the fields of an entry, as `printable` texts."""
+    """The fields of a hash or an entry as `printable` texts."""
     return {printable(key): printable(value) for key, value in fields.items()}
 
 

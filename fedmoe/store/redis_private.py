@@ -1,6 +1,6 @@
-"""The parts of redis-py that it does not promise to keep, all that FedMoE uses; a test holds that they are there.
+"""All private parts of redis-py that FedMoE uses; a test checks that they still exist.
 
-For these nothing public serves: a connection's socket, to end a wait from another thread, and the encoder, to send
+redis-py has no public way to reach a connection's socket, to end a wait from another thread, or the encoder, to send
 buffers without copying them.
 """
 

@@ -1,7 +1,7 @@
-"""What Redis or redis-py said, as one sentence: what is wrong, with which key, and what to do.
+"""Turns an error of Redis or redis-py into one sentence: what is wrong, with which key, and what to do.
 
-RedisUnfitError is for what stays so until somebody changes the server's settings, this user's rights or a key; all
-else passes, and is RedisUnavailableError. Pure.
+RedisUnfitError marks errors that persist until somebody changes the server's settings, this user's rights or a key;
+RedisUnavailableError marks all others, which may pass. Pure.
 """
 
 import re
@@ -21,21 +21,21 @@ MAX_SHOWN_CHARS = 160
 
 
 def is_refusal(reply: object) -> bool:
-    """True if this user may not do that, or nobody can, because the server has no such command."""
+    """True if this user may not run the command, or the server does not have it."""
     return is_not_allowed(reply) or (
         isinstance(reply, redis.ResponseError) and bool(_UNKNOWN_COMMAND.search(str(reply)))
     )
 
 
 def is_not_allowed(reply: object) -> bool:
-    """True if this user may not do that; an EXEC is then refused by a sentence of its own."""
+    """True if this user may not run the command; the refusal of an EXEC quotes NOPERM in its text."""
     return isinstance(reply, exceptions.NoPermissionError) or (
         isinstance(reply, redis.ResponseError) and "NOPERM" in str(reply)
     )
 
 
 def is_broken(error: Exception) -> bool:
-    """True if the connection ended while something was asked or answered, not while it was made."""
+    """True if an established connection broke, not if connecting failed."""
     if isinstance(error, redis.WatchError):
         return True
     is_connection = type(error) is redis.ConnectionError or isinstance(error, OSError)
@@ -43,7 +43,7 @@ def is_broken(error: Exception) -> bool:
 
 
 def keys_of(command: Words, prefix: str) -> list[str]:
-    """The keys of a command, which are the words that begin with the federation's prefix."""
+    """The keys of a command: its words that begin with the federation's prefix."""
     words = [word.decode(errors="replace") if isinstance(word, bytes) else word for word in command[1:]]
     return [word for word in words if isinstance(word, str) and word.startswith(f"{prefix}:")]
 
@@ -55,10 +55,10 @@ def command_text(command: Words, prefix: str) -> str:
 
 
 def explain(error: Exception, url: str, prefix: str) -> RedisUnavailableError:
-    """The sentence for an error, and whether it can come right by itself.
+    """The FedMoE error for an error of redis-py: RedisUnfitError if it persists, else RedisUnavailableError.
 
     Args:
-        error: of redis-py; what was asked is noted with it (store/client.py).
+        error: of redis-py, with the sent commands attached (store/client.py).
         url: for people, without login.
         prefix: of the federation's keys.
     """
@@ -69,10 +69,10 @@ def explain(error: Exception, url: str, prefix: str) -> RedisUnavailableError:
 
 
 def _unfit(error: Exception, text: str, commands: Sequence[Words], url: str, prefix: str) -> str:
-    """The sentence for what cannot come right by itself, "" for all else."""
+    """The sentence for an error that persists until somebody acts, "" for other errors."""
     command = commands[0] if len(commands) == 1 else ()
     what = command_text(command, prefix) if command else ""
-    if isinstance(error, MasterNotFoundError):  # tells in its own words what each sentinel said
+    if isinstance(error, MasterNotFoundError):  # its message already says what each sentinel replied
         return ""
     if isinstance(error, exceptions.AuthenticationError | exceptions.AuthorizationError):
         return f"Redis at {url} refuses the login ({text}): check user and password in the URL"
@@ -97,7 +97,7 @@ def _unfit(error: Exception, text: str, commands: Sequence[Words], url: str, pre
 
 
 def _refused_right(error: Exception, text: str, what: str) -> str:
-    """The command (with its keys, if it is they that are refused) that this user may not run; "" if it may."""
+    """The command that this user may not run, with its keys if known; "" if the error is not a lacking right."""
     if "EXEC without MULTI" in text:
         return "MULTI"
     in_script = "user executing the script can't" in text
@@ -106,7 +106,7 @@ def _refused_right(error: Exception, text: str, what: str) -> str:
     found = _REFUSED_COMMAND.search(text)
     name = found[1].replace("|", " ").upper() if found else ""
     if not what.startswith(name):
-        what = name  # a transaction was sent, and EXEC is what was refused
+        what = name  # the server refused another command than the one attached, for example EXEC
     return f"{what or 'a command'}{' (a command or key inside the script)' if in_script else ''}"
 
 
@@ -127,7 +127,7 @@ def _of_a_cluster(error: Exception) -> bool:
 
 
 def _passing(error: Exception, text: str, url: str) -> str:
-    """The sentence for what may come right by itself."""
+    """The sentence for an error that may pass."""
     match error:
         case MasterNotFoundError():
             return text

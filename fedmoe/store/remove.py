@@ -1,4 +1,4 @@
-"""Take a whole expert, or a whole federation, out of Redis for good."""
+"""Permanently removes a whole expert, or a whole federation, from Redis."""
 
 import time
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from fedmoe.store.lifecycle import new_id
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Remaining:
-    """What there is of an expert: its version ("?" if it cannot be told), its living workers, who serves it."""
+    """What exists of an expert: its version ("?" if unknown), its living workers, its lease holder."""
 
     version: str
     workers: tuple[str, ...]
@@ -22,10 +22,10 @@ class Remaining:
 
 
 def look_at_expert(connection: Connection, name: str) -> Remaining:
-    """What would be removed.
+    """What `remove_expert` would remove.
 
     Raises:
-        UnknownExpertError: if there is nothing; names the experts there are.
+        UnknownExpertError: if the expert does not exist; names the existing experts.
         RemovedExpertError: if it was removed already.
     """
     keys, client = connection.keys.expert(name), connection.client
@@ -42,10 +42,10 @@ def look_at_expert(connection: Connection, name: str) -> Remaining:
 
 
 def remove_expert(connection: Connection, name: str, *, clock: Callable[[], float] = time.time) -> None:
-    """Remove an expert and take it off the list of experts, also while aggregators and workers run.
+    """Remove an expert, also from the list of experts; aggregators and workers may be running.
 
-    What stays is a meta hash that says so. It is a commit like any other: nothing that anybody retains can be
-    committed or written back on top of it, and whoever reads it ends with a sentence.
+    A meta hash that says so remains. It has a new commit id, so no retained state can be committed or written back on
+    top of it; aggregators and workers that read it stop serving or training the expert and report it.
     """
     keys, client = connection.keys.expert(name), connection.client
     when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(clock()))
@@ -62,11 +62,11 @@ def remove_expert(connection: Connection, name: str, *, clock: Callable[[], floa
 
 
 def sweep(connection: Connection, name: str) -> tuple[str, ...]:
-    """Remove what workers have written since their expert was removed; returns those that still have a heartbeat."""
+    """Remove keys that workers wrote after their expert's removal; returns the workers that still have a heartbeat."""
     keys, client = connection.keys.expert(name), connection.client
     with connection.errors():
         if client.hget(keys.meta, "removed") is None:
-            return ()  # somebody has created it from zero
+            return ()  # the expert was created again
         client.unlink(keys.updates)
         for key in client.scan_iter(match=f"{keys.root}:payload:*", count=1000):
             client.unlink(key)
@@ -80,7 +80,7 @@ def _workers(connection: Connection, name: str) -> tuple[str, ...]:
 
 
 def remove_federation(connection: Connection) -> None:
-    """Remove every key of the connection's prefix; if Redis is gone already, nothing."""
+    """Remove every key of the federation; if Redis cannot be reached, do nothing."""
     keys = connection.keys
     try:
         for pattern in (keys.experts, keys.expert("*").root + ":*"):

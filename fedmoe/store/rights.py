@@ -1,7 +1,7 @@
-"""Tries what this user may do, and whether transactions hold.
+"""Tests which rights this user has, and whether transactions are isolated.
 
-Commands are queued in a MULTI that never ends: Redis checks rights when it queues, so nothing is executed. Only
-transactions and scripts are tried for real, on a key of their own that goes away at once.
+Commands are queued in a MULTI without an EXEC: Redis checks rights when it queues, so nothing is executed. Only
+transactions and scripts are executed, on a temporary key.
 """
 
 import secrets
@@ -23,8 +23,8 @@ from fedmoe.store.refusals import is_not_allowed, is_refusal
 
 TRIAL_MS = 10_000
 _KEY = "{key}"
-_NO_NAME = "no-such-thing"  # for the wildcard of a pattern
-# The words of a command around its key, as many as it must have; of all others the key is the only one.
+_NO_NAME = "no-such-thing"  # replaces the wildcard of a pattern
+# Minimal arguments of each command; a command that is not listed takes only its key.
 _WORDS: dict[str, Words] = {
     "EVAL": ("return 1", 1, _KEY),
     "EVALSHA": ("0" * 40, 1, _KEY),
@@ -53,7 +53,7 @@ _WORDS: dict[str, Words] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lack:
-    """A right that this user lacks, on one key; `no_command` if the server has no such command for anybody."""
+    """A right that this user lacks, on one key; `no_command` if the server does not have the command."""
 
     right: Right
     no_command: bool = False
@@ -68,7 +68,7 @@ class Lack:
 
 
 def lacking(connection: Connection, rights: Sequence[Right]) -> list[Lack]:
-    """Those of these rights that this user lacks. Without MULTI, if it is among them, that alone: no more can be seen.
+    """The rights of these that this user lacks; only MULTI if MULTI is lacking, as nothing else can then be tried.
 
     Raises:
         RedisUnavailableError: if Redis cannot be reached.
@@ -96,7 +96,7 @@ def _lack(right: Right, reply: object) -> Lack:
 
 
 def _replies(connection: Connection, commands: Sequence[Words]) -> list[object]:
-    """The replies, over a connection that ends then, and with it a MULTI that was begun: nothing of it is executed."""
+    """The replies; the connection is closed afterwards, so that an open MULTI is discarded."""
     try:
         return list(connection.stream(commands, ahead=len(commands)))
     finally:
@@ -104,14 +104,14 @@ def _replies(connection: Connection, commands: Sequence[Words]) -> list[object]:
 
 
 def words(right: Right) -> Words:
-    """The command of a right with one key or none; for a key that is not there where the right names many."""
+    """The command of a right with one key or none; a key pattern becomes the name of a key that does not exist."""
     key = right.keys[0].replace("*", _NO_NAME) if right.keys else ""
     around = _WORDS.get(right.command, (_KEY,) if key else ())
     return [*right.command.split(), *(key if word == _KEY else word for word in around)]
 
 
 def require(connection: Connection, role: Role, experts: Sequence[str], worker: str = "") -> None:
-    """Raise RedisUnfitError, with all that is lacking, unless this user may be a `role` for these experts."""
+    """Raise RedisUnfitError, with all lacking rights, unless this user has a `role`'s rights for these experts."""
     rights = [right for expert in experts for right in role.rights(connection.keys, expert, worker)]
     lacks = [lack for lack in lacking(connection, rights) if not lack.right.without]
     if not lacks:
@@ -130,10 +130,10 @@ def require(connection: Connection, role: Role, experts: Sequence[str], worker: 
 
 
 def try_transactions(connection: Connection, role: Role, expert: str, worker: str) -> str:
-    """What is wrong with transactions, "" if nothing is: a compare-and-swap between two connections, for real.
+    """Run a compare-and-swap between two connections; returns what is wrong with transactions, "" if nothing is.
 
-    With scripts, if the role uses them. A proxy or a server that is not quite Redis may take all commands and still
-    not keep this promise, on which everything rests.
+    It also runs scripts, if the role uses them. A proxy or a Redis-like server may accept all commands without
+    isolating transactions, and every commit relies on that.
 
     Raises:
         RedisUnavailableError: if one of the commands is refused.
@@ -148,7 +148,7 @@ def try_transactions(connection: Connection, role: Role, expert: str, worker: st
             return wrong
     finally:
         with suppress(redis.RedisError, OSError):
-            connection.client.delete(key)  # else it expires
+            connection.client.delete(key)  # if this fails, the key expires
         other.close()
 
 

@@ -1,7 +1,7 @@
-"""Redis behind Sentinel: whichever server is the master now, asked anew for every connection.
+"""Redis behind Sentinel: every new connection asks Sentinel for the present master.
 
-A failover loses what the old master had acknowledged and not replicated yet; the two chains of the protocol
-(`meta.commit`, `decided`) turn that into work done again. Here only the master is found.
+A failover loses writes that the old master acknowledged but did not replicate; the protocol's two chains
+(`meta.commit`, `decided`) make sure that lost work is repeated. This module only finds the master.
 """
 
 from typing import Any
@@ -14,12 +14,12 @@ from redis.sentinel import MasterNotFoundError, Sentinel
 from fedmoe.store.client import Client
 from fedmoe.store.url import SentinelURL
 
-# Also for a sentinel whose machine is gone, mostly the master's own: the next one must be asked soon.
+# Short, because a sentinel may be down together with the master's machine: then the next one is asked.
 QUESTION_TIMEOUT_S = 2.0
 
 
 def master_client(url: SentinelURL, arguments: dict[str, Any]) -> Client:
-    """A client of the master, whichever it is; `arguments` are redis-py's for its connections."""
+    """A client of the present master; `arguments` are redis-py's connection arguments."""
     asking = {
         "protocol": 2,
         "socket_timeout": QUESTION_TIMEOUT_S,
@@ -32,13 +32,13 @@ def master_client(url: SentinelURL, arguments: dict[str, Any]) -> Client:
 
 
 class Sentinels(Sentinel):
-    """redis-py's, but it says in a sentence why there is no master, and keeps no connection between two questions."""
+    """redis-py's Sentinel, with a readable reason if no master is found, and without connections kept open."""
 
     def discover_master(self, service_name: str) -> tuple[str, int]:
-        """Host and port of the master that a sentinel names, the last one that answered first.
+        """Host and port of the master; the sentinel that answered last is asked first.
 
         Raises:
-            MasterNotFoundError: none does; the message is for people.
+            MasterNotFoundError: if no sentinel names a master; the message is for people.
         """
         silent: list[str] = []
         known = False

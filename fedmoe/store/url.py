@@ -1,10 +1,10 @@
-"""What a Redis URL may say, checked strictly; and how it is shown, without anything that may be secret.
+"""Redis URLs: strict checks, and a form for messages without anything that may be secret.
 
     redis://[user:password@]host[:port][/db]        rediss:// the same over TLS
     unix://[user:password@]/path[?db=0]
     sentinel://[user:password@]host[:port][,host[:port]...]/MASTER[?db=0&sentinel_password=...&ssl=true]
 
-redis-py reads the first three itself; sentinel:// is read here.
+redis-py parses the first three; this module parses sentinel://.
 """
 
 import inspect
@@ -32,10 +32,10 @@ _OPTIONS = {
     "sentinel": frozenset(("db", "ssl", "sentinel_username", "sentinel_password", *_TLS)),
 }
 _ALLOWED = {
-    "redis": "only db may stand there (rediss:// is for TLS)",
-    "rediss": "only db and ssl_... may stand there",
-    "unix": "only db may stand there",
-    "sentinel": "only db, sentinel_username, sentinel_password, ssl and ssl_... may stand there",
+    "redis": "only db is allowed (rediss:// is for TLS)",
+    "rediss": "only db and ssl_... are allowed",
+    "unix": "only db is allowed",
+    "sentinel": "only db, sentinel_username, sentinel_password, ssl and ssl_... are allowed",
 }
 
 _HOST = r"(?:\[[\w.:%]+\]|[\w.-]+)(?::\d+)?"
@@ -44,12 +44,12 @@ _WORD = re.compile(r"[\w.-]+", re.ASCII)
 
 
 def shown(url: str) -> str:
-    """The URL without login and options, for messages; what may be a part of a password is left out too."""
+    """The URL without login and options, for messages; text that may be part of a password is left out too."""
     scheme, separator, rest = url.partition("://")
     if not separator or not _WORD.fullmatch(scheme.replace("+", "")):
         return "..."
-    # By hand, since a password with / # ? or @ in it makes no URL, and must not be shown for that. An @ after a ?
-    # leaves open which of the two belongs to a password, and `redis://:secret` has a password and no host.
+    # Parsed by hand: a password with a raw / # ? or @ breaks URL parsers and must not be shown. If an @ follows a ?,
+    # either may belong to a password, and `redis://:secret` has a password but no host.
     address, _, query = rest.partition("?")
     place = address.rpartition("@")[2]
     return f"{scheme}://{place if '@' not in query and _PLACE.fullmatch(place) else '...'}"
@@ -59,7 +59,7 @@ def check(url: str) -> None:
     """Refuse a URL that cannot work.
 
     Raises:
-        SettingsError: one sentence, without any secret.
+        SettingsError: if so; the message holds no secret.
     """
     scheme, separator, _ = url.partition("://")
     if not separator or scheme not in _OPTIONS:
@@ -76,11 +76,13 @@ def check(url: str) -> None:
     except ValueError:  # its message may quote the password
         raise _wrong(url, f"cannot be read: write it like {DEFAULT_URL}, and {_ESCAPE}") from None
     if scheme != "unix" and not re.fullmatch(r"/?\d*", path, re.ASCII):
-        raise _wrong(url, f"names a database that is no number: write it like {DEFAULT_URL}, and {_ESCAPE}")
+        raise _wrong(
+            url, f"names a database that is not a number: write it like {DEFAULT_URL}, and {_ESCAPE}"
+        )
 
 
 def unusable(url: str) -> SettingsError:
-    """For a URL that redis-py cannot read after all."""
+    """The error for a URL that passed `check` but that redis-py cannot parse."""
     return _wrong(url, f"cannot be used: {_ESCAPE}")
 
 
@@ -90,7 +92,7 @@ def _wrong(url: str, why: str) -> SettingsError:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SentinelURL:
-    """A sentinel:// URL, read.
+    """A parsed sentinel:// URL.
 
     Args:
         sentinels: host and port of each sentinel.
@@ -106,7 +108,7 @@ class SentinelURL:
 
     @classmethod
     def parse(cls, url: str) -> "SentinelURL":
-        """Read a URL; raises SettingsError, one sentence without any secret."""
+        """Parse a URL; raises SettingsError, without any secret in the message."""
         options = _options(url)
         login, _, place = url.partition("://")[2].partition("?")[0].rpartition("@")
         hosts, _, master = place.partition("/")
@@ -116,7 +118,7 @@ class SentinelURL:
         if not _WORD.fullmatch(master):
             raise _wrong(
                 url,
-                "names a master with other characters than letters, digits, '.', '-' and '_' "
+                "names a master with characters other than letters, digits, '.', '-' and '_' "
                 "(a database is given as ?db=0)",
             )
         tls = {name: value for name, value in options.items() if name.startswith("ssl")}
@@ -142,10 +144,12 @@ def _address(item: str, url: str) -> tuple[str, int]:
         try:
             ipaddress.IPv6Address(host)
         except ValueError:
-            raise _wrong(url, f"has brackets around what is no IPv6 address: write {SENTINEL_FORM}") from None
+            raise _wrong(
+                url, f"has brackets around a host that is not an IPv6 address: write {SENTINEL_FORM}"
+            ) from None
     elif not _WORD.fullmatch(host):
         what = (
-            "an unreadable host (an IPv6 address stands in brackets)" if host else "a sentinel without a host"
+            "an unreadable host (write an IPv6 address in brackets)" if host else "a sentinel without a host"
         )
         raise _wrong(url, f"has {what}: write {SENTINEL_FORM}")
     if colon and not (port.isascii() and port.isdecimal() and 0 < int(port) < 2**16):
@@ -154,13 +158,13 @@ def _address(item: str, url: str) -> tuple[str, int]:
 
 
 def _options(url: str) -> dict[str, Any]:
-    """What stands behind the ?, as redis-py's arguments."""
+    """The options after the ?, as redis-py's arguments."""
     scheme, query = url.partition("://")[0], url.partition("?")[2]
     options: dict[str, Any] = {}
     for item in query.split("&") if query else ():
         name, _, text = item.partition("=")
         if name not in _OPTIONS[scheme]:
-            # Pieces of a password with a raw & or ? look like options: what may be one is not shown.
+            # Parts of a password with a raw & or ? look like options: text that may be one is not shown.
             harmless = _WORD.fullmatch(name) and "@" not in query and "password" not in query
             raise _wrong(
                 url, f"has {f'the option {name!r}' if harmless else 'a wrong option'}; {_ALLOWED[scheme]}"
@@ -174,9 +178,9 @@ def _options(url: str) -> dict[str, Any]:
 def _value(url: str, name: str, text: str) -> Any:
     """The value of one option."""
     if name == "db" and not (text.isascii() and text.isdecimal()):
-        raise _wrong(url, "names a database that is no number: write ?db=0")
+        raise _wrong(url, "names a database that is not a number: write ?db=0")
     if name == "ssl" and text != "true":
-        raise _wrong(url, "says something else than ssl=true: leave it out if there is no TLS")
+        raise _wrong(url, "has ssl with a value other than true: leave it out if there is no TLS")
     if name == "ssl_cert_reqs" and text not in ("none", "optional", "required"):
         raise _wrong(url, "must say none, optional or required for ssl_cert_reqs")
     try:

@@ -1,7 +1,7 @@
 """The worker's side of one expert: join, publish, poll, pull, heartbeat.
 
-Each method is one attempt; whoever calls it tries again. Publishing twice is harmless: (run, seq) names one content
-for ever, and the aggregator takes it once.
+Each method makes one attempt; the caller retries. Publishing twice is harmless: (run, seq) always names the same
+content, and the aggregator decides it once.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,22 +33,24 @@ from fedmoe.store.connection import Connection
 from fedmoe.store.full import is_full, read_together
 from fedmoe.util.software import software
 
-HALF_WRITTEN_TTL_S = 3600  # of what is not announced yet: its worker may die while it writes
+HALF_WRITTEN_TTL_S = 3600  # of an update that is not announced yet: its worker may die while it writes
 NEARLY_FULL = 0.9  # of maxmemory
 
 
 class NoExpertsError(UnknownExpertError):
-    """There is no expert at all yet; an aggregator will make some."""
+    """There is no expert yet; an aggregator will create some."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pull:
-    """An expert and one's own last decided update, read in one MULTI; the weights as bytes.
+    """An expert and this worker's last decided update, read in one MULTI; the weights as bytes.
+
+    `packed` and `exact` are both () if the caller has these weights already, or the expert was created again with
+    another spec.
 
     Args:
-        packed: the packed weights, chunk by chunk, with the preamble first.
-        exact: the values of the exact weights, chunk by chunk; () as `packed` is, if the caller has these weights
-            already, or the expert was created again with another spec.
+        packed: the packed weights in chunks, preamble first.
+        exact: the values of the exact weights in chunks.
     """
 
     meta: Meta
@@ -59,7 +61,7 @@ class Pull:
 
 @dataclass(frozen=True, slots=True)
 class Poll:
-    """Has anything changed? One's own last decided update, the expert's state, and whether the entry still waits."""
+    """Reply to a poll: this worker's last decided update, the expert's state, and whether the entry still waits."""
 
     decided: Decided | None
     lineage: str
@@ -77,13 +79,13 @@ class WorkerStore:
         self.worker = worker
         self.keys = connection.keys.expert(expert)
         self._redis = connection.client
-        self.announced: UpdateId | None = None  # the update whose XADD was sent, and perhaps executed
+        self.announced: UpdateId | None = None  # the update whose XADD was sent and may have been executed
 
     def spec(self) -> Spec:
         """The expert's spec.
 
         Raises:
-            UnknownExpertError: naming the experts there are.
+            UnknownExpertError: names the existing experts.
         """
         with self.connection.errors():
             text = self._redis.get(self.keys.spec)
@@ -103,7 +105,7 @@ class WorkerStore:
         return self._meta(raw)
 
     def rules(self) -> RuleSet | None:
-        """The rules in force; None if they cannot be read, which the next pull will say."""
+        """The rules in force; None if they cannot be parsed (the next pull then raises the error)."""
         with self.connection.errors():
             (text,) = self._redis.hmget(self.keys.meta, ["rules"])
         try:
@@ -119,7 +121,7 @@ class WorkerStore:
         return meta
 
     def _check_aggregators(self, protocol: int, knows: str) -> None:
-        """Raise ProtocolError if the aggregators are too old for this worker; the reverse was found in reading."""
+        """Raise ProtocolError if the aggregators are too old for this worker; parsing meta detects the reverse."""
         if protocol < records.PROTOCOL:
             raise ProtocolError(
                 f"the aggregators of expert {self.expert!r} speak protocol {protocol} and this worker protocol "
@@ -132,11 +134,11 @@ class WorkerStore:
             )
 
     def pull(self, spec: Spec, *, known: str) -> Pull:
-        """Read meta and one's own decision, with the weights if their commit is not `known`, in one MULTI.
+        """Read meta and this worker's last decision in one MULTI, with the weights if their commit is not `known`.
 
-        With `known` "" they are read at once: by whoever has none, or has seen that they moved.
-        Without weights, too, if the expert was created again with another spec: whoever sees that in meta has to stop.
-        They are the packed ones, if the spec has them; if these cannot be used, `pull_exact` reads the others.
+        `known` is "" if the worker has no weights or has seen that they changed; they are then read at once.
+        If the expert was created again with another spec, no weights are returned: the worker must stop.
+        The weights are packed, unless the format is fp32; if they cannot be used, call `pull_exact`.
 
         Raises:
             ProtocolError: if worker and aggregators speak another protocol.
@@ -156,7 +158,7 @@ class WorkerStore:
         return replace(pulled, packed=tuple(packed)) if pulled.meta.spec == spec.digest else pulled
 
     def pull_exact(self, spec: Spec) -> Pull:
-        """The same, always with the exact weights."""
+        """Like `pull`, but always with the exact weights."""
         with self.connection.errors():
             raw, decided, *file = read_together(
                 self._redis, *self._reads, *weights_reads(self.keys.weights, spec.layout)
@@ -188,10 +190,13 @@ class WorkerStore:
         except redis.ResponseError as error:
             if "WRONGTYPE" not in str(error):
                 raise
-        return [*read_together(self._redis, *reads), b""]  # somebody overwrote it; the exact weights serve
+        return [
+            *read_together(self._redis, *reads),
+            b"",
+        ]  # the key was overwritten; the worker pulls the exact weights
 
     def poll(self, entry_id: str, header: Header) -> Poll:
-        """What became of the update that `entry_id` announced; raises ProtocolError as `pull` does."""
+        """Ask what became of the update that `entry_id` announced; raises ProtocolError as `pull` does."""
         with self.connection.errors():
             (lineage, version, weights_commit, protocol, requires, knows, removed), decided, entries = (
                 read_together(
@@ -210,11 +215,11 @@ class WorkerStore:
         if lineage is None or weights_commit is None:
             raise LostExpertError(self.expert)
         if version is None or not version.isdigit():
-            raise DamagedExpertError(self.expert, "its version is missing or no number")
+            raise DamagedExpertError(self.expert, "its version is missing or not a number")
         number = read_protocol(protocol)
         features.check_requires((requires or b"").decode(errors="replace"), "the expert")
         self._check_aggregators(number, (knows or b"").decode(errors="replace"))
-        # After a failover another worker's entry may bear this id.
+        # After a failover, another worker's entry may have this id.
         waits = any(
             fields.get(b"worker") == self.worker.encode()
             and fields.get(b"run") == header.run.encode()
@@ -230,10 +235,10 @@ class WorkerStore:
         )
 
     def publish(self, header: Header, parts: Sequence[bytes]) -> str:
-        """Write parts and header, then ring the bell; returns the entry's id.
+        """Write parts and header, then add the stream entry; returns the entry's id.
 
         Raises:
-            RedisUnavailableError: also if a part is not whole on the server, or Redis is nearly full: publish again.
+            RedisUnavailableError: also if a part is incomplete on the server, or Redis is nearly full: retry.
         """
         self._hold_back_if_nearly_full(header.payload_bytes)
         again = self.announced == header.id
@@ -252,7 +257,7 @@ class WorkerStore:
                         pipe.strlen(key)
                     for key in blobs:
                         pipe.pexpire(key, PAYLOAD_TTL_S * 1000)
-                    # A server that was emptied must not give the incarnation of this run to the next one.
+                    # After the server was emptied, the worker's next run must not get this run's incarnation.
                     pipe.set(
                         self.keys.incarnation(self.worker), header.id.incarnation, ex=PAYLOAD_TTL_S, nx=True
                     )
@@ -260,33 +265,34 @@ class WorkerStore:
                     *replies, entry_id = pipe.execute()
             except redis.RedisError as error:
                 if is_full(error) and not again:
-                    # Else the halves of several updates fill Redis, and none becomes whole.
+                    # Otherwise half-written updates of several workers fill Redis, and none is completed.
                     self.announced = None
                     self._redis.delete(*blobs)
                 raise
         if replies[: len(blobs)] != [len(blob) for blob in blobs.values()]:
-            raise RedisUnavailableError("the update did not arrive whole; it is sent again")
+            raise RedisUnavailableError("the update is incomplete on the server; the worker resends it")
         return str(entry_id.decode())
 
     def _hold_back_if_nearly_full(self, n_bytes: int) -> None:
-        """Raise RedisUnavailableError if Redis has little room for n_bytes more, and will soon have more.
+        """Back-pressure: raise RedisUnavailableError if n_bytes more nearly fill Redis while updates wait.
 
-        It will if updates wait, for their commit removes them. If none do, waiting helps nobody, and Redis decides.
+        Their commit will free memory. If no updates wait, holding back does not help: the worker tries to write.
         """
         with self.connection.errors():
             try:
                 memory = self._redis.info("memory")
-            except redis.ResponseError:  # not this user's to ask, or renamed away, as managed servers do
-                return  # then only Redis itself can say that it is full
+            except redis.ResponseError:  # this user may not run INFO, or a managed server renamed it
+                return  # then only a refused write shows that Redis is full
             bound = memory.get("maxmemory", 0)
             share = (memory.get("used_memory", 0) + n_bytes) / bound if bound else 0.0
             if share > NEARLY_FULL and self._redis.xrange(self.keys.updates, count=1):
                 raise RedisUnavailableError(
-                    f"Redis at {self.connection.settings.shown} is nearly full and updates wait: holding this one back"
+                    f"Redis at {self.connection.settings.shown} is nearly full and updates wait: "
+                    "this worker holds its update back"
                 )
 
     def next_incarnation(self) -> int:
-        """A number that grows with each run of this worker, also while updates of earlier runs still wait."""
+        """A new incarnation: higher than those of this worker's earlier runs, even while their updates still wait."""
         key = self.keys.incarnation(self.worker)
         with self.connection.errors(), self._redis.pipeline(transaction=True) as pipe:
             pipe.incr(key)
@@ -295,12 +301,12 @@ class WorkerStore:
         return int(incarnation)
 
     def join(self) -> None:
-        """Ask the aggregator to look at this worker's heartbeat (it pins the base model's fingerprint there)."""
+        """Ask the aggregator to read this worker's heartbeat and pin the base model's fingerprint from it."""
         with self.connection.errors():
             self._redis.xadd(self.keys.updates, Join(worker=self.worker, software=software()).to_fields())
 
     def beat(self, beat: Beat, *, ttl_s: float) -> None:
-        """Write the heartbeat, which vanishes after ttl_s, and a trace that tells later when it was last seen."""
+        """Write the heartbeat, which expires after ttl_s, and a trace whose age later tells when it was last seen."""
         key, trace = self.keys.worker(self.worker), self.keys.trace(self.worker)
         with self.connection.errors(), self._redis.pipeline(transaction=True) as pipe:
             pipe.delete(key, trace)
@@ -317,7 +323,7 @@ class WorkerStore:
         return Beat.read(raw) if raw else None
 
     def is_served(self) -> bool | None:
-        """True if an aggregator holds the expert's lease, False if none does; None if this user may not look."""
+        """True if an aggregator holds the expert's lease, False if none does; None if this user may not read it."""
         with self.connection.errors():
             try:
                 return self._redis.get(self.keys.lease) is not None
@@ -325,7 +331,7 @@ class WorkerStore:
                 return None
 
     def leave(self, how: str = "stopped", reason: str = "") -> None:
-        """Take the heartbeat away, and leave a trace: how (finished, stopped, refused, failed), and why."""
+        """Delete the heartbeat and write a trace: how the worker left (finished, stopped, refused, failed), and why."""
         trace = self.keys.trace(self.worker)
         with self.connection.errors():
             self._redis.delete(self.keys.worker(self.worker))  # first: a full Redis takes no trace

@@ -1,1 +1,1 @@
-"""Operators' jobs: export, evaluate, back up, keep updates, look at an installation."""
+"""Operators' tools: export, evaluate, back up, restore, check an installation, and the reading Python API."""

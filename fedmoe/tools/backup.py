@@ -1,13 +1,13 @@
 """A backup on disk: a directory that holds each expert as Redis had it at one moment, and loads in PEFT.
 
-    manifest.json                     what it holds, and the SHA-256 of every file; written last
-    EXPERT/adapter_model.safetensors  the weights, the bytes that Redis held
+    manifest.json                     list of experts, and the SHA-256 of every file; written last
+    EXPERT/adapter_model.safetensors  the weights, byte for byte as in Redis
     EXPERT/adapter_config.json        for peft
-    EXPERT/expert.json                spec, meta, decided, log and dead as Redis had them
+    EXPERT/expert.json                spec, meta, decided, log and dead as in Redis
 
-Each expert is consistent in itself: every one is a chain of commits of its own. The gateway is a view of them and is
-built anew. Bytes in expert.json that are no UTF-8 stand there as Python's `surrogateescape` writes them, which gives
-the same bytes back and leaves all that is text readable.
+Each expert is consistent in itself, because each has its own chain of commits. The gateway is a view of the experts and
+is rebuilt. Bytes in expert.json that are not UTF-8 are written with Python's `surrogateescape`, which restores the same
+bytes and keeps text readable.
 """
 
 import errno
@@ -40,7 +40,7 @@ class Saved:
 
     Args:
         version, lineage, commit: of its meta.
-        gateway_weight: a number as text, as the registry had it.
+        gateway_weight: a number as text, as in the hash of experts.
         files: name -> SHA-256, 64 hex digits.
     """
 
@@ -52,7 +52,7 @@ class Saved:
 
     def __post_init__(self) -> None:
         if self.files.keys() != set(FILES) or not math.isfinite(float(self.gateway_weight)):
-            raise ValueError("not what a backup's manifest says of an expert")
+            raise ValueError("not a manifest's record of an expert")
 
 
 def back_up(
@@ -62,18 +62,18 @@ def back_up(
     *,
     report: Callable[[str, Saved], None] = lambda name, saved: None,
 ) -> None:
-    """Write experts to a new directory, whole or not at all; the federation may go on meanwhile.
+    """Atomically write experts to a new directory, while the federation keeps running.
 
     Args:
         store: of the federation.
-        directory: made by this; may be there if it is empty.
-        names: of the experts; all there are by default.
+        directory: created by this call; an empty one may exist.
+        names: of the experts; all by default.
         report: called for each expert that was read and written.
 
     Raises:
-        BackupError: if the directory holds something or cannot be written, there are no experts, or what Redis holds
-            of one does not fit together.
-        UnknownExpertError: for an expert that is not there.
+        BackupError: if the directory is not empty or cannot be written, there are no experts, or an expert's parts in
+            Redis do not belong together.
+        UnknownExpertError: if an expert does not exist.
     """
     target = Path(directory).resolve()
     try:
@@ -88,7 +88,7 @@ def back_up(
         finally:
             shutil.rmtree(staging, ignore_errors=True)
     except FedMoEError:
-        raise  # an absent Redis is an OSError too
+        raise  # RedisUnavailableError is an OSError too
     except OSError as error:
         raise BackupError(_explain(error, target)) from error
 
@@ -96,15 +96,13 @@ def back_up(
 def _check_target(target: Path) -> None:
     if target.is_dir() and any(target.iterdir()):
         dated = target.with_name(f"{target.name}-{time.strftime('%Y-%m-%d-%H%M%S')}")
-        raise BackupError(
-            f"{target} holds something already: give each backup a name of its own, like {dated}"
-        )
+        raise BackupError(f"{target} is not empty: give each backup a name of its own, like {dated}")
     if target.exists() and not target.is_dir():
         raise BackupError(f"{target} is a file: give the backup another name")
 
 
 def _choose(weights: Mapping[str, str], names: Sequence[str], *, where: str) -> dict[str, str]:
-    """Those of `weights` that are named, all if none is."""
+    """The named experts of `weights`; all of them if `names` is empty."""
     if not weights:
         raise BackupError(f"there are no experts {where}")
     for name in names:
@@ -153,7 +151,7 @@ def _write_expert(directory: Path, name: str, state: ExpertState, gateway_weight
 
 
 def _state_lines(state: ExpertState) -> Iterator[bytes]:
-    """expert.json; each entry of log and dead is a line of the file."""
+    """Content of expert.json; each entry of log and dead is one line of the file."""
     for name, value in (
         ("spec", _text(state.spec)),
         ("meta", _texts(state.meta)),
@@ -171,7 +169,7 @@ class Backup:
     """A backup on disk.
 
     Raises:
-        BackupError: if there is none, or another FedMoE made it.
+        BackupError: if the directory is not a backup, or has another format.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -206,10 +204,10 @@ class Backup:
             raise BackupError(f"{path} is damaged or not of a FedMoE backup") from error
 
     def load(self, name: str) -> ExpertState:
-        """One expert, after every file was held against its digest.
+        """Load one expert, and check every file against its digest.
 
         Raises:
-            BackupError: if anything is missing, damaged, or does not fit together.
+            BackupError: if anything is missing or damaged, or the parts do not belong together.
         """
         files = {file: self._read(name, file) for file in FILES}
         try:
@@ -228,7 +226,7 @@ class Backup:
         saved = self.experts[name]
         if (meta.version, meta.lineage, meta.commit) != (saved.version, saved.lineage, saved.commit):
             raise BackupError(
-                f"{self.directory / MANIFEST} is damaged: it tells of another {name} than is there"
+                f"{self.directory / MANIFEST} is damaged: it describes another state of {name} than the backup holds"
             )
         return state
 
@@ -240,7 +238,7 @@ class Backup:
             raise BackupError(f"the backup is damaged: cannot read {path} ({error.strerror})") from error
         if hashlib.sha256(content).hexdigest() != self.experts[name].files[file]:
             raise BackupError(
-                f"the backup is damaged: {path} is not what {MANIFEST} says; nothing was restored"
+                f"the backup is damaged: {path} does not match its digest in {MANIFEST}; nothing was restored"
             )
         return content
 
@@ -253,18 +251,18 @@ def restore(
     replace: bool = False,
     report: Callable[[str, Saved, str | None], None] = lambda name, saved, replaced: None,
 ) -> None:
-    """Put experts of a backup into Redis, each whole or not at all; all are checked before the first is written.
+    """Restore experts of a backup, each one atomically; all are checked before the first one is written.
 
     Args:
-        store: of the federation, which may be another than the backup's.
+        store: of the federation, which may differ from the backup's.
         backup: to restore from.
-        names: of the experts; all there are by default.
-        replace: also experts that are in Redis.
+        names: of the experts; all by default.
+        replace: overwrite experts that exist in Redis.
         report: called for each restored expert, with the version that was replaced (None if there was none).
 
     Raises:
-        BackupError: if the backup is damaged, or an expert is in Redis and `replace` is false.
-        UnknownExpertError: for an expert that the backup does not hold.
+        BackupError: if the backup is damaged, or an expert exists in Redis and `replace` is false.
+        UnknownExpertError: if the backup does not hold an expert.
     """
     known = {name: saved.gateway_weight for name, saved in backup.experts.items()}
     weights = _choose(known, names, where=f"in the backup {backup.directory}")
@@ -276,7 +274,7 @@ def restore(
 
 
 def _write(path: Path, chunks: Iterable[bytes]) -> str:
-    """Write a file to disk; its SHA-256 (64 hex digits)."""
+    """Write a file to disk; returns its SHA-256 (64 hex digits)."""
     digest = hashlib.sha256()
 
     def digested() -> Iterator[bytes]:
@@ -290,7 +288,7 @@ def _write(path: Path, chunks: Iterable[bytes]) -> str:
 
 def _explain(error: OSError, target: Path) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"no space left for the backup {target}: free some or choose another disk; nothing of it was left there"
+        return f"no space left for the backup {target}: free some or choose another disk; no part of it was left there"
     return f"cannot write the backup {target} ({error.strerror}): choose a new directory where you may write"
 
 

@@ -1,4 +1,4 @@
-"""What can be wrong with an installation, each as a line that says what to do. Redis is looked at by store/probe.py."""
+"""Checks of an installation, each one a line that says what to do. store/probe.py checks Redis."""
 
 import importlib.metadata
 import importlib.util
@@ -26,17 +26,19 @@ def find_package(name: str) -> Path | None:
 
 
 def check_python(version: tuple[int, ...] = sys.version_info[:3]) -> Check:
-    """Is it a Python that the tests are run on?"""
+    """Check that FedMoE is tested on this version of Python."""
     shown = ".".join(map(str, version))
     if version[:2] < OLDEST_PYTHON:
-        return Check(FAIL, "python", f"{shown} is too old: take 3.11 to 3.13")
+        return Check(FAIL, "python", f"{shown} is too old: use 3.11 to 3.13")
     if version[:2] > NEWEST_PYTHON:
-        return Check(WARN, "python", f"{shown} is newer than what FedMoE is tested on, 3.11 to 3.13")
+        return Check(
+            WARN, "python", f"{shown} is newer than the versions that FedMoE is tested on, 3.11 to 3.13"
+        )
     return Check(OK, "python", shown)
 
 
 def check_places(find: Callable[[str], Path | None] = find_package) -> Check:
-    """Do fedmoe, producers and consumers come from one place? Others have published packages of these names."""
+    """Check that fedmoe, producers and consumers come from one place: others published packages of these names."""
     roots = {}
     for name, module in ROOMS.items():
         place = find(name)
@@ -60,7 +62,7 @@ def check_places(find: Callable[[str], Path | None] = find_package) -> Check:
 
 
 def check_stranger(installed: Callable[[str], str] = importlib.metadata.version) -> Check | None:
-    """An abandoned project on PyPI is called `consumers` and overwrites files of ours, or ours of its."""
+    """Check that PyPI's abandoned project `consumers` is absent: it and FedMoE overwrite each other's files."""
     try:
         version = installed("consumers")
     except importlib.metadata.PackageNotFoundError:
@@ -76,14 +78,14 @@ def check_libraries(
     requires: Callable[[str], list[str] | None] = importlib.metadata.requires,
     installed: Callable[[str], str] = importlib.metadata.version,
 ) -> Iterator[Check]:
-    """Is every required library there, and new enough?"""
+    """Check that every required library is installed in a supported version."""
     from packaging.requirements import Requirement
 
     try:
         texts = requires("fedmoe") or []
     except importlib.metadata.PackageNotFoundError:
         yield Check(
-            WARN, "libraries", "fedmoe is not installed but run from a checkout: versions are not checked"
+            WARN, "libraries", "fedmoe runs from a checkout and is not installed: versions are not checked"
         )
         texts = list(LIBRARIES)
     found = []
@@ -96,18 +98,20 @@ def check_libraries(
             yield Check(FAIL, "libraries", f"{needed.name} is missing: pip install '{needed}'")
             continue
         if not needed.specifier.contains(version, prereleases=True):
-            yield Check(FAIL, "libraries", f"{needed.name} {version} does not do: pip install '{needed}'")
+            yield Check(
+                FAIL, "libraries", f"{needed.name} {version} is not supported: pip install '{needed}'"
+            )
         found.append(f"{needed.name} {version}")
     yield Check(OK, "libraries", ", ".join(found))
 
 
 def check_torch() -> Check:
-    """Which build of torch, on which device, in which precision?"""
+    """Check torch: its version, the device it trains on, and the precision."""
     try:
         import torch
 
         from fedmoe.model.base import choose_device, choose_precision
-    except Exception as error:  # a broken build raises whatever it likes
+    except Exception as error:  # a broken build may raise any type
         return Check(FAIL, "torch", f"torch or transformers cannot be imported ({error}): install them again")
     device = choose_device()
     name = (
@@ -125,7 +129,7 @@ def check_torch() -> Check:
 
 
 def check_server() -> Check:
-    """Is there a server program for `fedmoe demo` and the tests?"""
+    """Check for a server program, for `fedmoe demo` and the tests."""
     from fedmoe.errors import FedMoEError
     from fedmoe.store.embedded import find_server
 
@@ -136,16 +140,16 @@ def check_server() -> Check:
 
 
 def check_base_model(base_model: str) -> Check:
-    """Do the base model's weights lie here?"""
+    """Check for the base model's weights on this machine."""
     from fedmoe.model.base import has_weights
 
     if has_weights(base_model):
-        return Check(OK, "base model", f"{base_model} is here")
+        return Check(OK, "base model", f"{base_model} is on this machine")
     if base_model.startswith((".", "/", "~")):
         return Check(
             WARN,
             "base model",
-            f"{base_model} is not here: a worker needs it, by --base-model if it lies elsewhere",
+            f"{base_model} is not on this machine: a worker needs it (--base-model if it is elsewhere)",
         )
     return Check(
         WARN, "base model", f"{base_model} is not in the hub cache: a worker will download it when it starts"

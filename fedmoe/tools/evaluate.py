@@ -1,4 +1,4 @@
-"""Held-out loss: of one model on one domain, and of every adapter on every domain as a table."""
+"""Held-out loss of one model on one domain, and a table of every adapter's loss on every domain."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -21,7 +21,7 @@ Matrix = dict[str, dict[str, float]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adapter:
-    """A safetensors file and its adapter_config.json; the ranks of several may differ."""
+    """An adapter's safetensors file and the content of its adapter_config.json."""
 
     file: bytes | memoryview
     config: Mapping[str, Any]
@@ -37,8 +37,8 @@ def mean_loss(
     device: torch.device,
     autocast: torch.dtype = torch.float32,
 ) -> float:
-    """Mean cross entropy of all examples' label tokens, by their weights; nan if there are none."""
-    # Rows of like length share a batch, so that little is computed on padding.
+    """Weighted mean cross entropy of all examples' label tokens; NaN if there are none."""
+    # Rows of similar length share a batch, so that little is computed on padding.
     ordered = sorted(examples, key=lambda example: len(example.input_ids))
     total, weight = 0.0, 0.0
     for start in range(0, len(ordered), batch_size):
@@ -61,8 +61,8 @@ def evaluate(
 ) -> Matrix:
     """Held-out loss of each adapter (None: the bare base model) on each domain, and its mean over them.
 
-    Each adapter is put on `model`, the bare base, in turn and taken off again. `progress` is called with a
-    row's name before it is computed; the other options are those of `mean_loss`.
+    Each adapter in turn is loaded onto `model`, the bare base model, and unloaded. `report` is called with a row's name
+    before the row is computed; the other options are those of `mean_loss`.
 
     Raises:
         SpecError: if an adapter does not fit the model.
@@ -79,7 +79,7 @@ def evaluate(
 
 
 def format_table(matrix: Matrix) -> str:
-    """The matrix as aligned text, a line a row; the lowest loss of each column carries a star."""
+    """The matrix as aligned text, one line per row; a star marks the lowest loss of each column."""
     columns = list(next(iter(matrix.values())))
     best = {column: min(row[column] for row in matrix.values()) for column in columns}
     width = max(5, *map(len, columns))

@@ -3,10 +3,10 @@
 adapter_model.safetensors   the bytes that Redis holds
 adapter_config.json         for peft
 fedmoe.json                 the versions and commits it was built from
-chat_template.jinja         if the expert brings a template of its own
+chat_template.jinja         if the expert has its own chat template
 README.md                   a model card
 
-They are links, which an export moves all at once (fedmoe/util/versions.py).
+These files are links, and an export switches all of them at once (fedmoe/util/versions.py).
 """
 
 import errno
@@ -40,9 +40,9 @@ FILES = (
     WEIGHTS_FILE,
     CARD_FILE,
     CONFIG_FILE,
-)  # the first tells whose it is, the last that it is whole
-_STAGING_BEFORE = re.compile(r"\.fedmoe-[0-9a-f]{8}")  # of FedMoE before it kept versions
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that its --max-lora-rank takes
+)  # the first file marks a FedMoE export; readers look for the last file first
+_STAGING_BEFORE = re.compile(r"\.fedmoe-[0-9a-f]{8}")  # staging directories of earlier releases
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # accepted by vLLM's --max-lora-rank
 VLLM_DEFAULT_RANK = 16
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
@@ -56,9 +56,9 @@ class Export:
         file: the safetensors file.
         config: content of adapter_config.json.
         built_from: expert -> its version and weights_commit.
-        behind: expert -> its version now, for those that moved since the gateway was built.
-        info: what else is told of it in fedmoe.json.
-        chat_template: that its workers write rows with, "" for the base model's own.
+        behind: expert -> its present version, for experts that changed since the gateway was built.
+        info: further fields of fedmoe.json.
+        chat_template: of its workers, "" for the base model's own.
     """
 
     name: str
@@ -76,10 +76,10 @@ class Export:
 
 
 def read_expert(store: GatewayStore, name: str) -> Export:
-    """An expert as Redis holds it now.
+    """Read an expert from Redis.
 
     Raises:
-        UnknownExpertError: naming the experts there are.
+        UnknownExpertError: names the existing experts.
     """
     spec = store.spec(check_expert(name))
     meta, file = store.read(name)
@@ -102,7 +102,7 @@ def read_expert(store: GatewayStore, name: str) -> Export:
 
 
 def read_gateway(store: GatewayStore) -> Export:
-    """The gateway as Redis holds it now, also if experts have moved since it was built.
+    """Read the gateway from Redis, even if experts changed since it was built.
 
     Raises:
         UnknownExpertError: if there is none yet; says why and what to do.
@@ -136,7 +136,7 @@ def read_gateway(store: GatewayStore) -> Export:
 
 
 def _common_template(store: GatewayStore, metas: Mapping[str, Meta]) -> str:
-    """The template that all experts bring, "" if they do not agree."""
+    """The chat template that all experts share, "" if they differ."""
     templates = {expert_template(store.spec(name), meta) for name, meta in metas.items()}
     return templates.pop() if len(templates) == 1 else ""
 
@@ -144,7 +144,7 @@ def _common_template(store: GatewayStore, metas: Mapping[str, Meta]) -> str:
 def _why_no_gateway(federation: Federation) -> str:
     gateway = federation.gateway
     if gateway.error:
-        return f"there is no gateway yet, it cannot be built: {gateway.error}"
+        return f"there is no gateway yet, because it cannot be built: {gateway.error}"
     if not federation.experts:
         return "there is no gateway yet, and no expert: start `fedmoe aggregator run`"
     if gateway.lease:
@@ -153,30 +153,30 @@ def _why_no_gateway(federation: Federation) -> str:
 
 
 def vllm_hint(rank: int) -> str:
-    """What serving an adapter of this rank with vLLM takes, "" if its defaults do."""
+    """The option that vLLM needs to serve an adapter of this rank, "" if its defaults suffice."""
     if rank <= VLLM_DEFAULT_RANK:
         return ""
     fits = next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
     if fits is None:
-        return f"vLLM takes no adapter of a rank above {VLLM_RANKS[-1]}: for it, export with --rank {VLLM_RANKS[-1]}"
+        return f"vLLM serves no adapter of a rank above {VLLM_RANKS[-1]}: for vLLM, export with --rank {VLLM_RANKS[-1]}"
     smaller = max(allowed for allowed in VLLM_RANKS if allowed < rank)
-    return f"vLLM needs --max-lora-rank {fits} to serve it; `fedmoe gateway export --rank {smaller}` cuts its rank"
+    return f"vLLM needs --max-lora-rank {fits} to serve it; `fedmoe gateway export --rank {smaller}` lowers its rank"
 
 
 def write(directory: str | Path, export: Export, *, force: bool = False) -> str:
-    """Write the adapter, whole or not at all; an earlier export there is replaced at once.
+    """Write the adapter atomically; an earlier export in the directory is replaced in one step.
 
     Args:
-        directory: made if it does not exist.
-        export: what to write.
-        force: also into a directory that holds something else; only files of the same names are replaced.
+        directory: created if it does not exist.
+        export: the adapter to write.
+        force: write even if the directory holds other files; only files of the same names are replaced.
 
     Returns:
-        What programs that read the directory at this moment must know, "" if nothing.
+        A warning for programs that were reading the directory meanwhile, "" if none is needed.
 
     Raises:
-        SettingsError: if it cannot be written, or holds something else.
-        SpecError: if the weights in Redis are no safetensors file.
+        SettingsError: if the directory cannot be written, or holds other files.
+        SpecError: if the weights in Redis are not a safetensors file.
     """
     target = Path(directory).resolve()
     try:
@@ -186,7 +186,9 @@ def write(directory: str | Path, export: Export, *, force: bool = False) -> str:
             _check_replaceable(target, before, export.config)
         names = (*FILES[:-1], TEMPLATE_FILE, FILES[-1]) if export.chat_template else FILES
         replace_together(target, names, lambda version: _write_files(version, export))
-        if (template := target / TEMPLATE_FILE).is_symlink() and not template.exists():  # an earlier export's
+        if (
+            template := target / TEMPLATE_FILE
+        ).is_symlink() and not template.exists():  # of an earlier export
             template.unlink()
         _remove_staging_of_before(target)
     except OSError as error:
@@ -194,8 +196,8 @@ def write(directory: str | Path, export: Export, *, force: bool = False) -> str:
     if before in (None, export.config):
         return ""
     return (
-        f"{directory} held an adapter of another configuration: a program that was loading it at this moment may have "
-        "the old configuration with the new weights, load it again there"
+        f"{directory} held an adapter of another configuration: a program that was loading it just now may have mixed "
+        "the old configuration with the new weights, load the adapter again there"
     )
 
 
@@ -204,22 +206,22 @@ def _check_target(target: Path, *, force: bool) -> None:
         raise SettingsError(f"{target} is a file: choose a directory")
     if (
         target / "config.json"
-    ).exists():  # with force, too: nobody could load the bare model from there any more
+    ).exists():  # even with force: the bare model could no longer be loaded from this directory
         raise SettingsError(
-            f"{target} holds a model (config.json), which would be loaded with this adapter from then on: choose "
+            f"{target} holds a model (config.json), which would then always be loaded with this adapter: choose "
             "another directory"
         )
     if force or not target.is_dir() or (target / INFO_FILE).exists():
         return
     if any(path.name != HOME and not _STAGING_BEFORE.fullmatch(path.name) for path in target.iterdir()):
-        what = "an adapter" if (target / CONFIG_FILE).exists() else "something"
+        what = "an adapter" if (target / CONFIG_FILE).exists() else "files"
         raise SettingsError(
             f"{target} holds {what} that FedMoE did not export: choose another directory, or --force to write into it"
         )
 
 
 def _config_in(target: Path) -> dict[str, Any] | None:
-    """The configuration that is there; None if there is none that can be read."""
+    """The present adapter configuration; None if it is missing or cannot be read."""
     try:
         config = json.loads((target / CONFIG_FILE).read_bytes())
     except (OSError, ValueError):
@@ -228,9 +230,9 @@ def _config_in(target: Path) -> dict[str, Any] | None:
 
 
 def _check_replaceable(target: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise SettingsError if a reader could take the old configuration with the new weights without noticing.
+    """Raise SettingsError if a reader could combine the old configuration with the new weights unnoticed.
 
-    With equal configurations that is the new adapter, and with another rank the shapes do not fit and peft refuses.
+    Equal configurations do no harm, and with another rank the shapes do not fit, so peft raises an error.
     """
     old, new = _beside_rank(before), _beside_rank(now)
     if odd := sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key)):
@@ -241,7 +243,7 @@ def _check_replaceable(target: Path, before: Mapping[str, Any], now: Mapping[str
 
 
 def _beside_rank(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration with alpha / rank instead of both."""
+    """The configuration with alpha / rank in place of alpha and rank."""
     rest = {key: value for key, value in config.items() if key not in ("r", "lora_alpha")}
     try:
         return rest | {"lora_alpha / r": config["lora_alpha"] / config["r"]}
@@ -250,7 +252,7 @@ def _beside_rank(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _remove_staging_of_before(target: Path) -> None:
-    """Remove what an earlier FedMoE left, in the directory or beside it, when it was killed an hour ago or before."""
+    """Remove staging directories, in the target or beside it, that a killed earlier release left over an hour ago."""
     for path in (*target.iterdir(), *target.parent.iterdir()):
         if (
             _STAGING_BEFORE.fullmatch(path.name)
@@ -300,7 +302,7 @@ def _json(content: Mapping[str, Any]) -> bytes:
 
 
 def _card(export: Export) -> str:
-    """A model card; the hub's front matter names the base model only if it can be a hub id."""
+    """The model card; its front matter names the base model only if that may be a hub id."""
     base = export.info["base_model"]
     front = [f"base_model: {base}"] if _HUB_ID.fullmatch(base) else []
     front += ["library_name: peft", "tags:", "- lora", "- fedmoe"]

@@ -1,4 +1,4 @@
-"""Held-out loss of a federation: its experts and gateway out of Redis, on rows that none of them was trained on."""
+"""Held-out loss of a federation: evaluates experts and gateway from Redis on rows outside the training data."""
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
@@ -37,11 +37,11 @@ BASE, GATEWAY = "base", "gateway"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeldOut:
-    """What was measured.
+    """The result of an evaluation.
 
     Args:
-        base_model, base_fingerprint: of the model that all adapters were put on.
-        rows: domain -> how many rows were used.
+        base_model, base_fingerprint: of the model that all adapters were loaded onto.
+        rows: domain -> number of rows used.
         built_from: row of the matrix -> expert -> its version and weights_commit.
         loss: the matrix; cross entropy per answer token, in nats.
     """
@@ -54,10 +54,10 @@ class HeldOut:
 
 
 def find_files(texts: Sequence[str], experts: Sequence[str]) -> dict[str, Path]:
-    """`expert=file.jsonl`, or a directory with `<expert>.test.jsonl` or `<expert>.jsonl`, as {domain: file}.
+    """Resolve `expert=file.jsonl`, or a directory with `<expert>.test.jsonl` or `<expert>.jsonl`, to {domain: file}.
 
     Raises:
-        SettingsError: for a text that is neither, or a name that comes twice.
+        SettingsError: if a text is neither, or a domain occurs twice.
         DataError: if a directory has no file for any of the experts.
     """
     found: dict[str, Path] = {}
@@ -70,7 +70,7 @@ def find_files(texts: Sequence[str], experts: Sequence[str]) -> dict[str, Path]:
         else:
             raise SettingsError(f"--data {text!r} is neither a directory nor expert=file.jsonl")
         if twice := sorted(found.keys() & here.keys() | {MEAN} & here.keys()):
-            why = "is the name of the mean of all" if twice[0] == MEAN else "comes twice"
+            why = "is reserved for the mean of all domains" if twice[0] == MEAN else "occurs twice"
             raise SettingsError(f"the domain {twice[0]!r} {why}: give it another name")
         found |= here
     return found
@@ -93,10 +93,10 @@ def _in_directory(directory: Path, experts: Sequence[str]) -> dict[str, Path]:
 def read_federation(
     store: GatewayStore, report: Callable[[str], None]
 ) -> tuple[dict[str, Spec], dict[str, Export]]:
-    """The specs of the experts, and their adapters and the gateway's; what is not there is said and left out.
+    """The experts' specs, and the adapters of the experts and the gateway; unreadable ones are reported and left out.
 
     Raises:
-        UnknownExpertError: if there is no expert at all.
+        UnknownExpertError: if there is no readable expert.
     """
     specs: dict[str, Spec] = {}
     adapters: dict[str, Export] = {}
@@ -116,10 +116,10 @@ def read_federation(
 
 
 def read_directory(directory: Path) -> Adapter:
-    """A LoRA adapter that peft saved, or an export.
+    """Read a LoRA adapter that peft saved, or an export.
 
     Raises:
-        SettingsError: if it is none; says what is missing.
+        SettingsError: if the directory does not hold one; says what is missing.
     """
     version = version_of(directory)  # an export may replace the files while they are read
     for name in (CONFIG_FILE, WEIGHTS_FILE):
@@ -132,17 +132,17 @@ def read_directory(directory: Path) -> Adapter:
         raise SettingsError(f"the adapter in {directory} cannot be read ({error})") from error
     if config.peft_type != PeftType.LORA:
         raise SettingsError(f"the adapter in {directory} is {config.peft_type}, only LoRA can be evaluated")
-    # Its weights replace the initial ones at once, and some kinds of initialisation take minutes.
+    # The adapter's weights replace the initial ones, so skip special initialisations, some of which take minutes.
     return Adapter(file=file, config=config.to_dict() | {"init_lora_weights": True})
 
 
 def measure(store: GatewayStore, settings: HeldOutSettings, *, report: Callable[[str], None]) -> HeldOut:
-    """Evaluate the base, every expert, the gateway and the extra adapters on every domain.
+    """Evaluate the base model, every expert, the gateway and the extra adapters on every domain.
 
-    `report` is told what is read, left out and computed.
+    `report` is called with a line for everything that is read, left out or computed.
 
     Raises:
-        FedMoEError: a sentence for whatever does not fit.
+        FedMoEError: if settings, data, base model and adapters do not fit together.
     """
     bad_rows = BadRows(report=report, file=settings.bad_rows)
     specs, exports = read_federation(store, report)
@@ -160,7 +160,7 @@ def measure(store: GatewayStore, settings: HeldOutSettings, *, report: Callable[
     device = choose_device(settings.device)
     autocast = choose_precision(settings.precision, device)
     report(f"loading {base_model} on {device}")
-    dtype = autocast if device.type != "cpu" else torch.float32  # as a worker does
+    dtype = autocast if device.type != "cpu" else torch.float32  # like a worker
     tokenizer = load_tokenizer(base_model)
     model = load_base(base_model, device=device, dtype=dtype)
     print_of_base = fingerprint(model)
@@ -169,7 +169,7 @@ def measure(store: GatewayStore, settings: HeldOutSettings, *, report: Callable[
     _check_base(store, print_of_base, tokenizer, templates)
     check_padding(tokenizer, config, base_model)
     domains = {}
-    for name, data in files.items():  # a domain of no expert is written as the first expert's
+    for name, data in files.items():  # a domain without an expert uses the first expert's template
         with_template = _with_template(tokenizer, templates.get(name, next(iter(templates.values()))))
         made = make_examples(
             data,
@@ -209,7 +209,7 @@ def _check_base(
 
 
 def _with_template(tokenizer: PreTrainedTokenizerBase, template: str) -> PreTrainedTokenizerBase:
-    """The tokenizer, or one like it with the template that an expert brings."""
+    """The tokenizer, or a copy with the expert's own chat template."""
     if not template:
         return tokenizer
     other = copy(tokenizer)

@@ -3,10 +3,10 @@
     federation = fedmoe.connect("redis://…")
     expert = federation.expert("sql_expert")
     expert.weights()                         # {tensor name: tensor}, as PEFT names them
-    for update in expert.updates(): …        # what was applied, oldest first
+    for update in expert.updates(): …        # applied updates, oldest first
     federation.gateway().save("gw")          # PeftModel.from_pretrained(base, "gw")
 
-Each call reads Redis anew; nothing here writes to it.
+Each call reads Redis again; nothing here writes to Redis.
 """
 
 from collections.abc import Iterator
@@ -35,13 +35,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """An expert or the gateway, as it was when it was read."""
+    """An expert or the gateway at the moment it was read."""
 
     _export: Export
 
     @property
     def versions(self) -> dict[str, int]:
-        """By expert, the version that it is, or was built from."""
+        """Expert -> version: of the expert itself, or of each expert that the gateway was built from."""
         return {name: int(part["version"]) for name, part in self._export.built_from.items()}
 
     @property
@@ -50,14 +50,14 @@ class Adapter:
         return dict(self._export.config)
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """The tensors, fp32 on the CPU, by the names that they have in adapter_model.safetensors."""
+        """The tensors, fp32 on the CPU, by their names in adapter_model.safetensors."""
         return load(self._export.file)
 
     def save(self, directory: str | Path, *, force: bool = False) -> None:
-        """Write it so that `PeftModel.from_pretrained` loads it; see `fedmoe gateway export`.
+        """Write a directory that `PeftModel.from_pretrained` loads; see `fedmoe gateway export`.
 
         Raises:
-            SettingsError: if something else lies there, unless `force`.
+            SettingsError: if the directory holds other files, unless `force`.
         """
         write(directory, self._export, force=force)
 
@@ -71,21 +71,21 @@ class Expert:
 
     @property
     def spec(self) -> Spec:
-        """What makes it itself; it never changes. Raises UnknownExpertError, naming the experts there are."""
+        """The expert's spec, which never changes. Raises UnknownExpertError, which names the existing experts."""
         return self._store.spec(self.name)
 
     @property
     def meta(self) -> Meta:
-        """Its state: version, commit, counters, rules."""
+        """The expert's state: version, commit, counters, rules."""
         return self._store.meta(self.name)
 
     @property
     def rules(self) -> RuleSet:
-        """The rules in force: how it is aggregated and trained."""
+        """The rules in force: how the expert is aggregated and trained."""
         return self.meta.rules
 
     def lora_config(self) -> "LoraConfig":
-        """The LoraConfig of an adapter that trains it (see `fedmoe.join`)."""
+        """The LoraConfig for an adapter that trains this expert (see `fedmoe.join`)."""
         from peft import LoraConfig
 
         skipped = ("peft_type", "base_model_name_or_path", "inference_mode", "fan_in_fan_out")
@@ -93,15 +93,15 @@ class Expert:
         return LoraConfig(**options)
 
     def adapter(self) -> Adapter:
-        """Its weights and configuration, of one moment."""
+        """The expert's weights and configuration."""
         return Adapter(read_expert(self._store, self.name))
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """Its tensors, fp32 on the CPU, by the names that they have in adapter_model.safetensors."""
+        """The expert's tensors, fp32 on the CPU, by their names in adapter_model.safetensors."""
         return self.adapter().weights()
 
     def updates(self) -> Iterator[AppliedLine]:
-        """The updates that were applied, oldest first, as far back as its log reaches."""
+        """The applied updates, oldest first, as far back as the expert's log reaches."""
         _, _, lines = self._store.history(self.name)
         for line in map(read_line, lines):
             if isinstance(line, AppliedLine):
@@ -109,7 +109,7 @@ class Expert:
 
 
 class FederationReader:
-    """A federation, to be read. Made by `connect`."""
+    """Reads a federation. Created by `connect`."""
 
     def __init__(self, redis: RedisSettings) -> None:
         self._store = GatewayStore(Connection(redis))
@@ -119,23 +119,23 @@ class FederationReader:
         return self._store.experts()
 
     def expert(self, name: str) -> Expert:
-        """One expert, whether it is there yet or not."""
+        """One expert, even if it does not exist yet."""
         return Expert(self._store, name)
 
     def gateway(self) -> Adapter:
-        """The gateway as it was built last. Raises UnknownExpertError, saying why, if there is none yet."""
+        """The last built gateway. Raises UnknownExpertError, with the reason, if there is none yet."""
         return Adapter(read_gateway(self._store))
 
     def view(self) -> federation.Federation:
-        """All that `fedmoe status` shows: experts, workers, what waits, what was refused."""
+        """Everything that `fedmoe status` shows: experts, workers, waiting and refused updates."""
         return Inspector(self._store.connection).federation()
 
 
 def connect(redis: str | RedisSettings) -> FederationReader:
-    """A federation, to be read; needs the rights of a monitor, and of an operator for weights.
+    """A reader of a federation; it needs the rights of a monitor, and of an operator for weights.
 
     Args:
-        redis: URL of its Redis, or its settings. Nothing is asked of it yet.
+        redis: URL of the federation's Redis, or its settings. No command is sent yet.
 
     Raises:
         SettingsError: if the URL cannot work.

@@ -1,1 +1,1 @@
-"""What any program needs and no library of ours has: files written whole, stopping in time, declared settings."""
+"""General helpers that know nothing of the protocol: atomic file writes, bounded stopping, declared settings."""

@@ -1,4 +1,4 @@
-"""How long to wait before the next try, and saying so once instead of at every try."""
+"""Backoff between retries, with one log line per problem instead of one per retry."""
 
 import logging
 import random
@@ -8,19 +8,19 @@ from collections.abc import Callable
 from fedmoe.errors import RedisUnfitError
 
 FIRST_S = 0.1
-LONGEST_S = 1.0  # so that a Redis that is back is in use again within two seconds
+LONGEST_S = 1.0  # so that work resumes within two seconds after Redis is back
 REPEAT_S = 30.0
 REPEAT_UNFIT_S = 60.0
 
 
 class Backoff:
-    """Waits that double from 0.1 s to 1 s, with jitter; a problem is said when it begins, every 30 s, and when it ends.
+    """Waits that double from 0.1 s to 1 s, with jitter; a problem is logged at its start, every 30 s, and at its end.
 
-    One that only a person can repair (RedisUnfitError) is said once a minute.
+    A problem that only a person can repair (RedisUnfitError) is logged once a minute.
 
     Args:
-        what: names the thing in messages.
-        logger: where the messages go.
+        what: name of the retried thing, for messages.
+        logger: receives the messages.
         clock: seconds, monotonic.
     """
 
@@ -49,7 +49,7 @@ class Backoff:
         return wait_s * self._random.uniform(0.75, 1.0)
 
     def ok(self) -> None:
-        """Note that it works (again)."""
+        """Note a success; after failures, log that it works again."""
         if self.since is not None:
             self._logger.warning("%s: works again after %.1f s", self._what, self._clock() - self.since)
         self._wait_s, self._said, self.since = FIRST_S, "", None

@@ -1,4 +1,4 @@
-"""What `fedmoe doctor` found of one thing, as a line that says what to do."""
+"""The result of one check by `fedmoe doctor`: a line that says what to do."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ OK, WARN, FAIL = "ok", "warn", "fail"
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One line: `level` is ok, warn or fail, `what` the thing, `text` what is so or what to do."""
+    """One line: `level` is ok, warn or fail, `what` the thing checked, `text` the finding and what to do."""
 
     level: str
     what: str

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Atomic and durable file writes."""
 
 import os
 import secrets
@@ -7,10 +7,10 @@ from pathlib import Path
 
 
 def to_disk(path: Path) -> None:
-    """Wait until a file, or what a directory lists, has reached the disk.
+    """Wait until a file's content, or a directory's list of names, has reached the disk (fsync).
 
     Raises:
-        OSError: if it cannot.
+        OSError: if the fsync fails.
     """
     opened = os.open(path, os.O_RDONLY)
     try:
@@ -20,9 +20,9 @@ def to_disk(path: Path) -> None:
 
 
 def write_file(file: Path, chunks: Iterable[bytes | memoryview]) -> None:
-    """Write a file that is not there yet, and wait until its bytes have reached the disk.
+    """Write a new file, and wait until its bytes have reached the disk.
 
-    That it is in its directory is known after `to_disk` of that.
+    Its name in the directory is durable only after `to_disk` of the directory.
 
     Raises:
         OSError: if the disk is full or gone.
@@ -34,20 +34,20 @@ def write_file(file: Path, chunks: Iterable[bytes | memoryview]) -> None:
 
 
 def put_in_place(fresh: Path, file: Path) -> None:
-    """Give a file that is on disk the name of another one, in its place, and wait until that is on disk, too.
+    """Replace `file` by `fresh`, which is on disk already, and wait until the rename is on disk too.
 
     Raises:
-        OSError: if the disk is full or gone; before the new name is there, the old file is.
+        OSError: if the disk is full or gone; the old file stays until the rename.
     """
     fresh.replace(file)
     to_disk(file.parent)
 
 
 def write_whole(file: Path, content: bytes | memoryview) -> None:
-    """Write a file so that after a crash at any moment either the old or the new one is there.
+    """Write a file atomically: after a crash at any moment, either the old or the new file exists.
 
     Raises:
-        OSError: if the disk is full or gone; the old file, if there was one, is still there.
+        OSError: if the disk is full or gone; an old file stays.
     """
     fresh = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
     try:

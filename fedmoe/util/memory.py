@@ -1,8 +1,8 @@
-"""What glibc keeps of freed memory, and what it gives back.
+"""Tunes how much freed memory glibc keeps, and how much it returns to the system.
 
-Fresh pages cost more than the work in them (an update of 9.3 MiB read into fresh memory takes 18 ms, into used memory
-3), and kept ones count as the process's. By default glibc decides that as it goes: what it gives back depends on the
-largest block freed so far, and every thread fragments a heap of its own.
+Fresh pages cost more than the work on them (reading an update of 9.3 MiB takes 18 ms into fresh memory, 3 ms into used
+memory), but kept pages count as memory of the process. By default glibc adapts its limit to the largest block freed so
+far, and each thread has its own fragmented heap.
 """
 
 import ctypes
@@ -18,10 +18,10 @@ _MIB = 1024 * 1024
 
 
 def keep_freed(*, blocks_mib: int, free_mib: int, heaps: int = 0) -> None:
-    """Keep freed blocks below `blocks_mib` (at most 32) for the next use, up to `free_mib` at the end of each heap.
+    """Keep freed blocks below `blocks_mib` (at most 32) for reuse, and up to `free_mib` at the end of each heap.
 
-    Larger blocks, and what is free beyond that, go back to the system at once. All threads share so many `heaps`; 0
-    leaves their number to glibc. Another libc: no change.
+    Larger blocks, and more free memory at a heap's end, are returned to the system at once. All threads share `heaps`
+    heaps; 0 leaves the number to glibc. With another libc nothing changes.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     settings = (
@@ -30,4 +30,4 @@ def keep_freed(*, blocks_mib: int, free_mib: int, heaps: int = 0) -> None:
         (_M_ARENA_MAX, heaps),
     )
     if mallopt is None or not all(mallopt(name, value) for name, value in settings):
-        logger.debug("this libc has no mallopt; memory may grow beyond what is needed")
+        logger.debug("mallopt is missing or refused a setting; memory may grow beyond what is needed")

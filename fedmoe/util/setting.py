@@ -1,10 +1,10 @@
-"""How a setting is declared: one line that says all there is to know of it. Pure.
+"""Declares a setting completely in one line. Pure.
 
-    lr: float = setting(1.0, "Aggregator's step: expert += lr × decay × Δ.", above=0)
+    lr: float = setting(1.0, "Aggregator's step size: expert += lr × decay × Δ.", above=0)
 
-is a field of a frozen dataclass. From it come the command-line option, the key of the TOML file, the environment
-variable, the check of the value, and its line of docs/settings.md. The rules of an expert are declared
-so (`fedmoe.protocol.rules`), and all else in `fedmoe.settings`.
+is a field of a frozen dataclass. It defines the command-line option, the key of the TOML file, the environment
+variable, the check of the value, and the line in docs/settings.md. An expert's settings are declared in
+`fedmoe.protocol` (`rules`, `staleness`, `lora`), all others in `fedmoe.settings`.
 """
 
 import math
@@ -22,19 +22,19 @@ UNITS = {"s": "seconds", "ms": "milliseconds"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """The description of a setting: all but its name, type and default.
+    """The description of a setting: everything except name, type and default value.
 
     Args:
         help: one sentence that begins with a noun or a verb.
         unit: of a number: s, ms, updates, rows, tokens, steps.
-        option: name of the option, if it is not the field's: `decay_a` of the field `a`.
+        option: name of the option, if it differs from the field's: `decay_a` for the field `a`.
         above, at_least, at_most: bounds of a number.
-        choices: of a text.
-        none: what stands for None, like `auto`.
-        default: what holds without it, in words, if the value does not tell.
-        metavar: what an option's value is called.
-        is_duration: typed with its unit, like 30m.
-        variable: environment variable of all commands that have it, if there is one.
+        choices: allowed texts.
+        none: the text for None, like `auto`.
+        default: the default in words, if its value does not explain it.
+        metavar: placeholder of the option's value in help texts.
+        is_duration: the value is typed with its unit, like 30m.
+        variable: one environment variable for all commands with this setting, if there is one.
     """
 
     help: str
@@ -52,9 +52,9 @@ class Setting:
 
 
 def setting(value: Any, text: str, *, words: str = "", **more: Any) -> Any:
-    """A field whose default is `value` (`...` for none) and which is described by `text`.
+    """A dataclass field with default `value` (`...`: required) and help `text`.
 
-    `words` says what holds by default if the value does not tell; for `more` see `Setting`.
+    `words` is `Setting.default`; for `more` see `Setting`.
     """
     said = Setting(help=text, default=words, **more)
     return (
@@ -80,13 +80,13 @@ class Declared:
 
     @property
     def number(self) -> type | None:
-        """Int or float, if it is a number."""
+        """The type `int` or `float` if the setting is a number, else None."""
         kinds = get_args(self.kind) if get_origin(self.kind) in (Union, types.UnionType) else (self.kind,)
         return next((kind for kind in (float, int) if kind in kinds), None)
 
     @property
     def is_list(self) -> bool:
-        """True for several texts, written with commas between."""
+        """True for a comma-separated list of texts."""
         return get_origin(self.kind) is tuple
 
     @property
@@ -96,7 +96,7 @@ class Declared:
 
 
 def declared(owner: Any) -> Iterator[Declared]:
-    """The settings of a class, those of the classes in it among them, in the order in which they are declared."""
+    """The settings of a class and of the dataclasses nested in it, in declared order."""
     for one in fields(owner):
         if (said := one.metadata.get("setting")) is not None:
             yield Declared(said.option or one.name, one.type, one.default, said)
@@ -105,7 +105,7 @@ def declared(owner: Any) -> Iterator[Declared]:
 
 
 def values(owner: Any) -> dict[str, Any]:
-    """The values of an instance by the names of their options; what stands for None in its place."""
+    """The values of an instance by option name; None is replaced by the text for it."""
     found: dict[str, Any] = {}
     for one in fields(owner):
         value = getattr(owner, one.name)
@@ -117,7 +117,7 @@ def values(owner: Any) -> dict[str, Any]:
 
 
 def changed(owner: T, wanted: Mapping[str, Any]) -> T:
-    """The instance with other values, named as in `values`; names that it does not have are left alone."""
+    """A copy of the instance with the `wanted` values, named as in `values`; unknown names are ignored."""
     new: dict[str, Any] = {}
     for one in fields(owner):  # type: ignore[arg-type]  # an instance of a dataclass
         value = getattr(owner, one.name)
@@ -131,7 +131,7 @@ def changed(owner: T, wanted: Mapping[str, Any]) -> T:
 
 
 def check(owner: Any) -> None:
-    """Raise SettingsError, with the name, the bound and what came, for the first value that breaks its bound."""
+    """Raise SettingsError, with name, bound and value, for the first value that breaks its bound."""
     for one in fields(owner):
         said: Setting | None = one.metadata.get("setting")
         value = getattr(owner, one.name)
@@ -145,7 +145,7 @@ def check(owner: Any) -> None:
 
 
 def check_whole(name: str, value: object, *, at_least: int) -> None:
-    """Raise SettingsError unless the value is a whole number of at least that."""
+    """Raise SettingsError unless `value` is a whole number of at least `at_least`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
         raise SettingsError(f"{name} must be a whole number of at least {at_least}, not {value!r}")
 
@@ -163,7 +163,7 @@ def _is_within(value: Any, which: Declared) -> bool:
 
 
 def bounds(which: Declared) -> str:
-    """What a number must be, for people: `a whole number of at least 1 and at most 9 (rows)`."""
+    """The bounds of a number, for people: `a whole number of at least 1 and at most 9 (rows)`."""
     said = which.said
     limits = [
         f"{word} {limit:,g}" if limit < 1e6 else f"{word} {limit:,.0f}"

@@ -1,4 +1,4 @@
-"""Which releases run here, for heartbeats, experts and `fedmoe status`. Nothing is imported to find out."""
+"""The installed releases, for heartbeats, experts and `fedmoe status`. The packages are not imported."""
 
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -10,7 +10,7 @@ PACKAGES = ("torch", "transformers", "peft")
 
 @cache
 def software() -> str:
-    """For example `fedmoe 0.1.0, torch 2.13.0, transformers 5.1.0, peft 0.18.0`, without what is not installed."""
+    """For example `fedmoe 0.1.0, torch 2.13.0, transformers 5.1.0, peft 0.18.0`; missing packages are left out."""
     found = [f"fedmoe {__version__}"]
     for package in PACKAGES:
         try:

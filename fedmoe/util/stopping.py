@@ -1,13 +1,13 @@
-"""Stopping a long-running process within a bounded time, whatever it is doing when it is asked.
+"""Stops a long-running process within a bounded time, whatever it is doing.
 
-SIGTERM, Ctrl-C and SIGHUP (the terminal has gone) ask for it, and so does whoever sets the `Stop`. Then:
+SIGTERM, Ctrl-C, SIGHUP (the terminal has gone) or setting the `Stop` start it. Then:
 
-1. At once the `Stop` is set, and `when_asked` is called: loops end, the last update is published.
-2. After `patience_s` more, `when_out_of_patience` is called: it cuts off the connections to Redis, so that nothing
-   waits any longer for a server that does not answer.
-3. After `end_s` more, the process ends with its `last_words`, even if some thread of it still calculates.
+1. At once the `Stop` is set and `when_asked` is called: loops end, the last update is published.
+2. After another `patience_s`, `when_out_of_patience` is called: it cuts off the connections to Redis, so that no thread
+   waits any longer for a server that does not reply.
+3. After another `end_s`, the process ends with its `last_words`, even if a thread is still computing.
 
-A second signal ends the process at once, except SIGHUP: the kernel sends it, and the shell once more.
+A second signal ends the process at once, except SIGHUP, which both the kernel and the shell send.
 """
 
 import logging
@@ -27,18 +27,18 @@ from fedmoe.errors import FedMoEError
 logger = logging.getLogger(__name__)
 
 LONGEST_SAVE_S = 60.0
-INTERRUPTED = 130  # the exit code after a second signal, which shells also give for Ctrl-C
-_ASKED, _ENDED = 0, -1  # beside the numbers of signals
+INTERRUPTED = 130  # the exit code after a second signal; shells also use it for Ctrl-C
+_ASKED, _ENDED = 0, -1  # these differ from all signal numbers
 
 
 class Stop(threading.Event):
-    """An event that is set when the process is asked to stop, and what shall happen then.
+    """An event that is set when the process is asked to stop, with the actions to take then.
 
-    Without `stop_on_signals` around it, it is an event like any other.
+    Outside `stop_on_signals` it is an ordinary event.
 
     Args:
-        patience_s: after so many seconds `when_out_of_patience` is called.
-        end_s: after so many more the process is ended.
+        patience_s: seconds until `when_out_of_patience` is called.
+        end_s: further seconds until the process is ended.
     """
 
     def __init__(self, *, patience_s: float = 0.5, end_s: float = 2.0) -> None:
@@ -46,7 +46,9 @@ class Stop(threading.Event):
         self.patience_s = patience_s
         self.end_s = end_s
         self.last_words: Callable[[], tuple[str, int]] = lambda: ("stopped before it had begun", 0)
-        self.is_saving: Callable[[], bool] = lambda: False  # then the end waits, at most for LONGEST_SAVE_S
+        self.is_saving: Callable[[], bool] = lambda: (
+            False
+        )  # while True, the end waits for at most LONGEST_SAVE_S
         self.when_asked: list[Callable[[], None]] = []
         self.when_out_of_patience: list[Callable[[], None]] = []
         self.calls: SimpleQueue[int] = SimpleQueue()
@@ -59,15 +61,15 @@ class Stop(threading.Event):
 
 @contextmanager
 def stop_on_signals(stop: Stop) -> Iterator[None]:
-    """Have signals set `stop`, and see to it that the process has ended soon after.
+    """Let signals set `stop`, and ensure that the process ends soon after.
 
-    After a signal the process ends with this block: what Python tidies up at its end takes seconds on a busy machine.
-    SIGHUP stays ignored where it is (nohup).
+    After a signal the process ends with this block, because Python's own cleanup takes seconds on a busy machine.
+    An ignored SIGHUP stays ignored (nohup).
     """
     signalled = False
 
     def handle(number: int, frame: FrameType | None) -> None:
-        # No more than this: a handler interrupts code that may hold the lock of an Event or of a stream.
+        # Do no more here: the handler interrupts code that may hold the lock of an Event or of a stream.
         nonlocal signalled
         signalled = True
         stop.calls.put(number)
@@ -91,16 +93,16 @@ def stop_on_signals(stop: Stop) -> Iterator[None]:
         for number, handler in before.items():
             signal.signal(number, handler)
     if signalled:
-        with suppress(OSError):  # nobody reads it any more
+        with suppress(OSError):  # the reader of stdout has gone
             sys.stdout.flush()
         _end(words, code)
 
 
 def end_like_ctrl_c() -> None:
-    """Have SIGTERM and SIGHUP raise KeyboardInterrupt, so that a command tidies up as it does after Ctrl-C."""
+    """Let SIGTERM and SIGHUP raise KeyboardInterrupt, so that a command cleans up as it does after Ctrl-C."""
 
     def handle(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the kernel sends it, and the shell once more
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # both the kernel and the shell send it
         raise KeyboardInterrupt
 
     for number in (signal.SIGTERM, signal.SIGHUP):
@@ -109,7 +111,7 @@ def end_like_ctrl_c() -> None:
 
 
 def _watch(stop: Stop) -> None:
-    """The thread that waits for signals, and then for the end."""
+    """Wait for a signal, then for the end of the command (runs in its own thread)."""
     number = stop.calls.get()
     if number == _ENDED:
         return
@@ -133,12 +135,12 @@ def _call(calls: list[Callable[[], None]]) -> None:
     for call in calls:
         try:
             call()
-        except Exception:  # the process has to end all the same
+        except Exception:  # the process must end even so
             logger.exception("unexpected error while stopping")
 
 
 def _has_ended(stop: Stop, seconds: float) -> bool:
-    """Wait so long for the command to end by itself; a signal meanwhile ends the process."""
+    """Wait up to `seconds` for the command to end; another signal ends the process."""
     until = time.monotonic() + seconds
     while (left := until - time.monotonic()) > 0:
         with suppress(Empty):
@@ -151,12 +153,12 @@ def _has_ended(stop: Stop, seconds: float) -> bool:
 
 
 def _end(words: str, code: int) -> None:
-    """End the process here and now, with these words if there are any, and its children that share its work."""
+    """Kill child processes, print `words` if there are any, and end this process at once."""
     for child in multiprocessing.active_children():
         child.kill()
     text = f"fedmoe: {words}\n" if code else f"{words}\n" if words else ""
     with suppress(OSError):
-        # Not by sys.stdout: the thread that is stuck may hold its lock.
+        # os.write, because a stuck thread may hold the lock of sys.stdout.
         os.write(2 if code else 1, text.encode(errors="backslashreplace"))
     os._exit(code)
 

@@ -1,15 +1,15 @@
-"""A chat template as a text file: read, bounded and named; `fedmoe.model.tokenizer` renders it."""
+"""Reads a chat template from a text file, checks its size and gives its digest; `fedmoe.model.tokenizer` renders it."""
 
 import hashlib
 from pathlib import Path
 
 from fedmoe.errors import SettingsError
 
-MAX_TEMPLATE_CHARS = 64 * 1024  # the longest template of a known model has a third of it
+MAX_TEMPLATE_CHARS = 64 * 1024  # three times the longest template of a known model
 
 
 def read_template(path: Path) -> str:
-    """The Jinja text in `path`, without its last line feed, which Jinja leaves out, too.
+    """The Jinja text in `path`, without its last line feed, which Jinja drops too.
 
     Raises:
         SettingsError: if it cannot be read, is empty, or longer than MAX_TEMPLATE_CHARS.
@@ -34,5 +34,5 @@ def read_template(path: Path) -> str:
 
 
 def template_digest(text: str) -> str:
-    """12 hex digits that name a template; "none" for no template."""
+    """Digest of a template: 12 hex digits; "none" for no template."""
     return hashlib.sha256(text.removesuffix("\n").encode()).hexdigest()[:12] if text else "none"

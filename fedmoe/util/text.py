@@ -1,4 +1,4 @@
-"""Text that others wrote, made safe to print."""
+"""Makes untrusted text safe to print."""
 
 from pathlib import Path
 
@@ -6,9 +6,10 @@ MAX_TEXT_CHARS = 300
 
 
 def printable(raw: bytes | str, limit: int | None = MAX_TEXT_CHARS) -> str:
-    """What anybody may have written, as one line that can neither move a cursor nor colour a terminal.
+    """Untrusted text as one line that can neither move a cursor nor colour a terminal.
 
-    What is not printable is escaped, line breaks too. It is truncated to `limit` characters; None is no limit.
+    Characters that are not printable are escaped, line breaks too. The line is cut to `limit` characters; None means
+    no limit.
     """
     text = raw.decode(errors="backslashreplace") if isinstance(raw, bytes) else raw
     safe = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:limit])
@@ -16,10 +17,10 @@ def printable(raw: bytes | str, limit: int | None = MAX_TEXT_CHARS) -> str:
 
 
 def printable_lines(text: str) -> str:
-    """The same of a text of several lines, whole: a message of ours that quotes what others wrote."""
+    """Like `printable`, for a whole text of several lines: a FedMoE message that quotes untrusted text."""
     return "\n".join(printable(line, None) for line in text.split("\n"))
 
 
 def shown(name: Path | str) -> str:
-    """A path as text that can be printed: file names may be any bytes."""
+    """A path as text that can be printed: a file name may hold any bytes."""
     return str(name).encode(errors="backslashreplace").decode()

@@ -1,12 +1,12 @@
-"""A directory whose files change together, although their readers open them one by one.
+"""A directory whose files are replaced together, although readers open them one by one.
 
     OUT/NAME                     a link to .fedmoe/current/NAME, for each file
-    OUT/.fedmoe/current          a link to the version that is there now; moved by one rename
+    OUT/.fedmoe/current          a link to the present version; switched by one rename
     OUT/.fedmoe/v-0123456789ab   the files of one version, which never change
 
-OUT itself is never replaced, so it may be a mount or hold other files. A reader that opens two files under OUT/NAME
-while they are replaced can get one of each version, because the link is followed at each opening. A reader that
-follows it once (`version_of`) gets one version; a replaced one stays for KEEP_S.
+OUT itself is never replaced, so it may be a mount or hold other files. A reader that opens two files under OUT during a
+replacement can get one file of each version, because every open follows the links. A reader that resolves `current`
+once (`version_of`) gets one version; a replaced version stays for KEEP_S.
 """
 
 import contextlib
@@ -21,29 +21,29 @@ from pathlib import Path
 from fedmoe.util.disk import to_disk
 
 HOME, CURRENT = ".fedmoe", "current"
-KEEP_S = 120.0  # in which a reader that has followed the link opens its last file
+KEEP_S = 120.0  # time for a reader that has resolved the link to open its last file
 _VERSION, _UNFINISHED = "v-", "new-"
 
 
 def version_of(directory: Path) -> Path:
-    """The directory of the version that `directory` shows now; `directory` itself if it holds no versions."""
+    """The directory of the present version; `directory` itself if it holds no versions."""
     current = directory / HOME / CURRENT
     return current.resolve() if current.is_symlink() else directory
 
 
 def replace_together(directory: Path, names: Sequence[str], write: Callable[[Path], None]) -> None:
-    """Replace the files `names` of `directory`, all at once; what else is there stays.
+    """Replace the files `names` of `directory` in one step; other files stay.
 
-    Whoever is killed in the middle leaves the old files; what it leaves under .fedmoe, the next call removes. Two calls
-    at once follow each other. Plain files under these names become the first version.
+    If the process is killed, the old files stay, and the next call removes leftovers under .fedmoe. Concurrent calls
+    run one after the other. Plain files under these names become the first version.
 
     Args:
-        directory: made if it does not exist.
-        names: of the files, the one that a reader looks for first at the end.
-        write: writes these files, and no others, to the empty directory it is given.
+        directory: created if it does not exist.
+        names: of the files; the file that a reader looks for first comes last.
+        write: writes exactly these files to the empty directory that it is given.
 
     Raises:
-        OSError: if something cannot be written, or the file system knows no symbolic links.
+        OSError: if a file cannot be written, or the file system has no symbolic links.
     """
     made = not directory.exists()
     home = directory / HOME
@@ -58,7 +58,7 @@ def replace_together(directory: Path, names: Sequence[str], write: Callable[[Pat
         if not os.path.lexists(home / CURRENT):
             shutil.rmtree(home, ignore_errors=True)
         if made:
-            with contextlib.suppress(OSError):  # somebody has put something there
+            with contextlib.suppress(OSError):  # another process has written to the directory
                 directory.rmdir()
         raise
 
@@ -79,7 +79,7 @@ def _replace(directory: Path, names: Sequence[str], write: Callable[[Path], None
 
 @contextlib.contextmanager
 def _alone(home: Path) -> Iterator[None]:
-    """Wait until nobody else replaces files here. A file system without locks goes without."""
+    """Hold a lock against concurrent replacements, if the file system has locks."""
     opened = os.open(home, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):
@@ -94,7 +94,7 @@ def _unfinished(home: Path) -> Path:
 
 
 def _finish(unfinished: Path) -> Path:
-    """Give a whole version its name."""
+    """Give a complete version its final name."""
     version = unfinished.with_name(_VERSION + unfinished.name.removeprefix(_UNFINISHED))
     unfinished.rename(version)
     to_disk(version.parent)
@@ -102,15 +102,15 @@ def _finish(unfinished: Path) -> Path:
 
 
 def _point(home: Path, version: Path) -> None:
-    """Make `version` the current one, by one rename."""
+    """Make `version` the current one with one rename."""
     old = (home / CURRENT).resolve()
     if old.is_dir():
-        os.utime(old)  # so long a reader may still read it
+        os.utime(old)  # KEEP_S counts from now: a reader may still open its files
     _place_link(home, version.name, home / CURRENT)
 
 
 def _adopt_plain_files(directory: Path, names: Sequence[str]) -> None:
-    """Make a version of what plain files hold, so that from here on one rename replaces all of them."""
+    """Turn plain files into a version, so that one rename can then replace all of them."""
     plain = [
         name for name in names if (directory / name).is_file() and not _is_link_to_current(directory / name)
     ]
@@ -137,16 +137,16 @@ def _link(directory: Path, name: str) -> None:
 
 
 def _place_link(home: Path, target: str, path: Path) -> None:
-    """Put a link to `target` at `path`, in place of whatever file or link is there."""
+    """Put a link to `target` at `path`, replacing any file or link there."""
     fresh = _unfinished(home)
     fresh.symlink_to(target)
     fresh.replace(path)
 
 
 def _remove_leftovers(home: Path) -> None:
-    """Remove what killed calls left, and versions that were replaced KEEP_S ago."""
+    """Remove leftovers of killed calls, and versions that were replaced more than KEEP_S ago."""
     current = home / CURRENT
-    if not current.is_symlink() and current.exists():  # a copy that followed the links
+    if not current.is_symlink() and current.exists():  # OUT was copied with its links followed
         shutil.rmtree(current, ignore_errors=True)
     now = time.time()
     for path in home.iterdir():

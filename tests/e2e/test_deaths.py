@@ -86,7 +86,7 @@ def test_stopped_aggregator_commits_nothing_of_what_it_had_read(
         worker.pull()
         worker.push(1.0)
         eventually("version 2", lambda: version(store) == 2)
-    assert "somebody else committed meanwhile; loading again" in (tmp_path / "first").read_text()
+    assert "another process committed meanwhile; loading again" in (tmp_path / "first").read_text()
     assert str(second.pid) in store.load().meta.aggregator
     assert (tmp_path / "journal").read_text().split()[2:] == ["stop", "ExpertStore.commit", "before"]
     lines = [entry for _, entry in connection.client.xrange(store.keys.log)]

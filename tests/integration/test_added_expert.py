@@ -110,7 +110,7 @@ def test_expert_that_cannot_be_added_is_a_sentence(connection: Connection, exper
     assert "there are no experts at " in str(done.exception)
     make_expert(connection, "a")
     done = expert_command("add", "a")
-    assert str(done.exception) == "expert 'a' is there already: see `fedmoe expert show a`"
+    assert str(done.exception) == "expert 'a' exists already: see `fedmoe expert show a`"
     assert done.exit_code != 0
     done = expert_command("add", "b", "--like", "c")
     assert "there is no expert 'c' at " in str(done.exception)

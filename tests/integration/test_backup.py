@@ -160,10 +160,10 @@ def test_the_commands_tell_what_they_did(
     assert os.listdir(tmp_path) == ["b"]
     code, _, error = run("backup", out)
     assert code == 1
-    assert f"holds something already: give each backup a name of its own, like {out}-20" in error
+    assert f"is not empty: give each backup a name of its own, like {out}-20" in error
     refusal = (
-        f"fedmoe: {NAME} is in Redis already, at version 2 (the backup has version 2): --replace puts the backup in "
-        "its place and undoes what was applied since, --expert restores others only\n"
+        f"fedmoe: {NAME} is in Redis already, at version 2 (the backup has version 2): --replace overwrites it "
+        "with the backup and undoes later updates, --expert restores only other experts\n"
     )
     assert run("restore", "--expert", NAME, out) == (1, [], refusal)
     connection.client.delete("fedmoe:{a_expert}:meta")
@@ -247,6 +247,6 @@ def test_commits_that_come_faster_than_the_replacement(
     assert not GatewayStore(connection).meta(NAME).commit.startswith("other")
     monkeypatch.setattr(store_module, "ATTEMPTS", 2)
     left[0] = 5
-    with pytest.raises(BackupError, match="faster than it can be replaced: stop its aggregator"):
+    with pytest.raises(BackupError, match="abort its replacement each time: stop its aggregator"):
         restore(BackupStore(connection), backup, replace=True)
     assert GatewayStore(connection).meta(NAME).commit == "other-3"

@@ -59,7 +59,7 @@ def test_damage_is_one_sentence_and_nothing_is_written(
         ({"experts": []}, "is damaged"),
         ({"experts": {"../b/sql_expert": NAME}}, "is damaged"),
         ({"experts": {NAME: {"version": 1}}}, "is damaged"),
-        ({NAME: {"version": 3}}, "it tells of another sql_expert than is there"),
+        ({NAME: {"version": 3}}, "it describes another state of sql_expert than the backup holds"),
         ({NAME: {"gateway_weight": "nan"}}, "is damaged"),
         (
             {NAME: {"files": ["adapter_model.safetensors", "adapter_config.json", "expert.json"]}},

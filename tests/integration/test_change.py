@@ -228,7 +228,7 @@ def test_change_waits_for_what_an_aggregator_writes_back(expert: Expert, connect
     assert serve(expert) == ["applied"]
     snapshot.bring_back(connection)
     expert.store.claim("one", 1)
-    with pytest.raises(StaleStateError, match="than an aggregator retains, which"):
+    with pytest.raises(StaleStateError, match="than an aggregator retains; the"):
         change.change_rules(expert.store, {"lr": 0.5})
     assert write_back(expert, on=expert.store.condition().commit)
     assert change.change_rules(expert.store, {"lr": 0.5})[1].number == 2
@@ -364,7 +364,7 @@ def test_explicit_option_that_rules_contradict_is_said(
     assert ensure_experts(connection, {"a": 1.0}, typed) == []
     (said,) = caplog.messages
     assert said == (
-        "a: rules 2 are in force, and stay so: max_staleness 5, sync_interval 30.0; to have what is asked for here: "
+        "a: rules 2 stay in force: max_staleness 5, sync_interval 30.0; to change them as requested here: "
         "fedmoe expert set a --max-staleness auto --sync-interval 10.0"
     )
     assert GatewayStore(connection).meta("a").rules.number == 2

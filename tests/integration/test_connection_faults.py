@@ -192,7 +192,7 @@ def test_slow_redis_and_two_aggregators(
         slow.delay_s = 0.15
         eventually(
             "a lost race",
-            lambda: "somebody else committed meanwhile; loading again" in caplog.text,
+            lambda: "another process committed meanwhile; loading again" in caplog.text,
             timeout_s=30,
         )
         more(store, 5)

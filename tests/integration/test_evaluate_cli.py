@@ -233,8 +233,8 @@ def test_files_are_found_by_expert(data: Path) -> None:
     }  # fmt: skip
     assert find_files([str(data), f"other={data / 'green.jsonl'}"], ["red"]).keys() == {"red", "other"}
     for texts, message in (
-        ([str(data), f"red={data / 'red.jsonl'}"], "'red' comes twice"),
-        ([f"mean={data / 'red.jsonl'}"], "'mean' is the name of the mean of all"),
+        ([str(data), f"red={data / 'red.jsonl'}"], "'red' occurs twice"),
+        ([f"mean={data / 'red.jsonl'}"], "'mean' is reserved for the mean of all domains"),
         ([f"a:b={data}"], "domain 'a:b' cannot be used"),
         ([str(data / "nowhere")], "neither a directory nor expert=file.jsonl"),
     ):

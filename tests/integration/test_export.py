@@ -262,7 +262,7 @@ def test_no_gateway_yet_says_what_to_do(connection: Connection) -> None:
     connection.client.set("fedmoe:{gateway}:lease", "agg-1", px=5000)
     assert told() == "there is no gateway yet: the aggregator builds it in a moment, try again"
     store.complain("every weight is 0")
-    assert told() == "there is no gateway yet, it cannot be built: every weight is 0"
+    assert told() == "there is no gateway yet, because it cannot be built: every weight is 0"
 
 
 def test_an_unknown_expert_lists_those_there_are(connection: Connection, tmp_path: Path) -> None:
@@ -310,7 +310,7 @@ def test_export_says_what_vllm_needs_and_truncates_the_rank(connection: Connecti
     url = ("--redis", connection.settings.url)
     whole = fedmoe_here("gateway", "export", *url, "--out", str(tmp_path / "whole"))
     assert (
-        "vLLM needs --max-lora-rank 64 to serve it; `fedmoe gateway export --rank 32` cuts its rank"
+        "vLLM needs --max-lora-rank 64 to serve it; `fedmoe gateway export --rank 32` lowers its rank"
         in whole.stdout
     )
     truncated = fedmoe_here("gateway", "export", *url, "--out", str(tmp_path / "cut"), "--rank", "32")
@@ -366,7 +366,7 @@ def test_method_that_needs_the_initialisation_gets_it(connection: Connection, me
     [
         (1, ""), (16, ""), (17, "--max-lora-rank 32 .*--rank 16"), (64, "--max-lora-rank 64 .*--rank 32"),
         (300, "--max-lora-rank 320 .*--rank 256"), (512, "--max-lora-rank 512 .*--rank 320"),
-        (513, "no adapter of a rank above 512: for it, export with --rank 512"),
+        (513, "no adapter of a rank above 512: for vLLM, export with --rank 512"),
     ],
 )  # fmt: skip
 def test_vllm_takes_only_certain_ranks(rank: int, said: str) -> None:

@@ -170,8 +170,8 @@ def test_what_readers_could_mix_unnoticed_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"target_modules \['q'\], now \['k'\]"):
         write(tmp_path, adapter(OLD, target_modules=["k"]))
     assert loaded(tmp_path) == (OLD, OLD)
-    assert "load it again" in write(tmp_path, adapter(NEW))
-    assert "load it again" in write(tmp_path, adapter(NEW, lora_alpha=1.0), force=True)
+    assert "load the adapter again" in write(tmp_path, adapter(NEW))
+    assert "load the adapter again" in write(tmp_path, adapter(NEW, lora_alpha=1.0), force=True)
 
 
 def test_evaluate_reads_one_version(tmp_path: Path) -> None:

@@ -177,7 +177,7 @@ def test_kept_updates_are_announced_again_if_somebody_committed_first(
         eventually("version 5", lambda: other.store.load().meta.version == 5, timeout_s=10)
         eventually("an empty stream", lambda: not connection.client.xlen(other.store.keys.updates))
     assert "version 4 in memory, version 2 in Redis, last committed by other" in caplog.text
-    assert "3 updates are missing, 3 of them are sent again" in caplog.text
+    assert "3 updates are missing, 3 of them are resent" in caplog.text
     meta, file, lines = GatewayStore(connection).history(NAME)
     assert sorted((line["worker"], line["seq"]) for line in lines) == [
         ("alice", "1"), ("alice", "2"), ("alice", "3"), ("bob", "1"), ("carol", "1"),
@@ -206,7 +206,7 @@ def test_kept_updates_of_a_later_release_stop_nobody(
     with serving(connect(), "one", keep_updates=tmp_path, memory=expert):
         eventually(
             "the count",
-            lambda: "3 updates are missing, 0 of them are sent again" in caplog.text,
+            lambda: "3 updates are missing, 0 of them are resent" in caplog.text,
             timeout_s=10,
         )
         ScriptedWorker(connection, expert.spec, "dan").push(1.0)
@@ -222,7 +222,7 @@ def test_undone_updates_are_counted_where_nobody_kept_them(
     """Their workers send again what they still have."""
     expert, other, (alice, *_) = forked(connection, None)
     with serving(connect(), "one", memory=expert):
-        eventually("the sentence", lambda: "3 updates are missing, 0 of them are sent again" in caplog.text)
+        eventually("the sentence", lambda: "3 updates are missing, 0 of them are resent" in caplog.text)
         assert len(alice.pull().resent) == 2
         alice.publish()
         eventually("version 3", lambda: other.store.load().meta.version == 3, timeout_s=10)

@@ -66,7 +66,7 @@ def test_memory_is_not_written_back_on_top_of_a_removal(expert: Expert) -> None:
     remove_expert(connection, "sql_expert")
     assert not write_back(expert, on=seen.commit)
     assert not store.create(expert.spec, expert.meta, expert.buffer.file)
-    with pytest.raises(Exception, match="somebody else committed meanwhile"):
+    with pytest.raises(Exception, match="another process committed meanwhile"):
         expert.process(entries)
     for use in (store.condition, store.spec, store.load):
         with pytest.raises(RemovedExpertError, match="'sql_expert' was removed by an operator at 20"):

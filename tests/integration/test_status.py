@@ -117,8 +117,8 @@ def test_what_is_broken_is_said_for_its_expert_and_the_rest_is_shown(connection:
         "e: the expert's meta hash is malformed (ValueError(",
         "d: the heartbeat of x cannot be read: the key is of the wrong type",
         "e: its gateway weight is 'heavy', not a number",
-        "fedmoe:experts lists 'f:*', which is no expert's name",
-        "fedmoe:experts lists 'gateway', which is no expert's name",
+        "fedmoe:experts lists 'f:*', which is not an expert's name",
+        "fedmoe:experts lists 'gateway', which is not an expert's name",
         "gateway: its meta is malformed",
     ):
         assert sentence in said

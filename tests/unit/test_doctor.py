@@ -83,7 +83,7 @@ def test_a_library_that_is_missing_or_too_old_is_named_with_the_command() -> Non
 
     *wrong, last = check_libraries(lambda name: required, installed)
     assert [(check.level, check.text) for check in wrong] == [
-        (FAIL, "rich 1.0 does not do: pip install 'rich>=14.0'"),
+        (FAIL, "rich 1.0 is not supported: pip install 'rich>=14.0'"),
         (FAIL, "gone is missing: pip install 'gone>=1'"),
     ]
     assert last == Check(OK, "libraries", "click 8.5.1, torch 2.13.0+cpu, rich 1.0")

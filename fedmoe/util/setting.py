@@ -26,7 +26,7 @@ class Setting:
 
     Args:
         help: one sentence that begins with a noun or a verb.
-        unit: of a number: s, ms, updates, rows, tokens, steps.
+        unit: of a number: s, ms, updates, rows, tokens, steps, epochs, micro-batches.
         option: name of the option, if it is not the field's: `decay_a` of the field `a`.
         above, at_least, at_most: bounds of a number.
         choices: of a text.

@@ -52,7 +52,7 @@ def check_max_length(max_length: int, config: "PretrainedConfig", base_model: st
     limit = n_positions(config)
     if limit is not None and max_length > limit:
         raise SettingsError(
-            f"max_length {max_length} exceeds the {limit} positions of the base model {base_model}: "
+            f"max_length {max_length} is beyond the {limit} positions of the base model {base_model}: "
             f"give --max-length {limit} or less"
         )
 

@@ -97,5 +97,5 @@ def test_how_many_positions_a_model_has(config: Any, positions: int | None) -> N
 
 def test_an_expert_beyond_the_positions_is_not_created(tiny_model_dir: Path) -> None:
     """Nobody could train it."""
-    with pytest.raises(SettingsError, match="max_length 2048 exceeds the 1024 positions"):
+    with pytest.raises(SettingsError, match="max_length 2048 is beyond the 1024 positions"):
         describe(str(tiny_model_dir), LoraSettings(rank=2), max_length=2048, read_weights=False)

@@ -1,7 +1,7 @@
 """Every error FedMoE raises on purpose.
 
-A message names the thing, says what was wanted and what came, and what to do. The command line prints it as one
-sentence and exits with `exit_code`; a traceback is always a bug.
+A message names the field, what was wanted, what came, and what to do. The command line prints it as one sentence and
+exits with `exit_code`; a traceback is always a bug.
 """
 
 
@@ -12,13 +12,13 @@ class FedMoEError(Exception):
 
 
 class SettingsError(FedMoEError, ValueError):
-    """A setting, option or name that cannot be used."""
+    """A setting, an option or a name cannot be used."""
 
     exit_code = 2
 
 
 class SpecError(FedMoEError, ValueError):
-    """A spec that is malformed, or that another party disagrees with."""
+    """A spec, rule set or record is malformed, or differs from that of another party."""
 
 
 class ProtocolError(SpecError):
@@ -32,15 +32,15 @@ class BaseModelError(FedMoEError, ValueError):
 
 
 class DataError(FedMoEError, ValueError):
-    """A JSONL file, or a row of it, that cannot be trained on."""
+    """A JSONL file, or a row in it, cannot be trained on."""
 
 
 class RowError(DataError):
-    """A row that cannot be trained on; the message says so of "it", the row.
+    """A row cannot be trained on; the subject of the message is "it", the row.
 
     Args:
-        kind: the reason without what differs from row to row; rows are counted by it.
-        detail: what follows the kind in the message.
+        kind: the reason without details of the row; rows are counted by kind.
+        detail: the part of the message after the kind.
     """
 
     def __init__(self, kind: str, detail: str = "") -> None:
@@ -49,26 +49,26 @@ class RowError(DataError):
 
 
 class UpdateError(FedMoEError, ValueError):
-    """An update (header or part) that breaks the format; the message is the reason a person reads."""
+    """A header or a part of an update breaks the format; the message becomes the reason of the refusal."""
 
 
 class BackupError(FedMoEError, ValueError):
-    """A backup that cannot be made, is damaged, or does not fit what is in Redis."""
+    """A backup cannot be made, is damaged, or does not fit the experts in Redis."""
 
 
 class UnknownExpertError(FedMoEError, LookupError):
-    """No expert of that name; the message lists those there are."""
+    """There is no expert of that name; the message lists the experts."""
 
     exit_code = 2
 
 
 def create_from_zero(name: str) -> str:
-    """The command that creates an expert again after it was lost or removed."""
+    """The command that creates a lost or removed expert from zero."""
     return f"fedmoe aggregator run --expert {name} --new-lineage"
 
 
 class LostExpertError(UnknownExpertError):
-    """An expert that was there is gone: Redis was emptied. Only an operator creates it from zero; all others wait."""
+    """An expert is gone because Redis was emptied. Only an operator creates it from zero; every process waits."""
 
     exit_code = 1
 
@@ -80,7 +80,7 @@ class LostExpertError(UnknownExpertError):
 
 
 class DamagedExpertError(UnknownExpertError):
-    """A part of an expert is missing, or is not the part that its meta knows. Nobody serves or trains it."""
+    """A part of an expert is missing or does not match its meta. The expert is neither served nor trained."""
 
     def __init__(self, name: str, damage: str) -> None:
         super().__init__(
@@ -90,11 +90,11 @@ class DamagedExpertError(UnknownExpertError):
 
 
 class RefusedError(FedMoEError, RuntimeError):
-    """The aggregator refuses this worker's updates for a reason that trying again will not change."""
+    """The aggregator refuses this worker's updates for a reason that a retry does not change."""
 
 
 class RemovedExpertError(RefusedError, LookupError):
-    """An expert that an operator took away for good: whoever serves or trains it ends, and nobody writes it back."""
+    """An operator removed the expert for good. Its workers end, and no aggregator serves it or writes it back."""
 
     exit_code = 1
 
@@ -106,31 +106,31 @@ class RemovedExpertError(RefusedError, LookupError):
 
 
 class RedisUnavailableError(FedMoEError, ConnectionError):
-    """Redis cannot be reached, or refuses a command for a reason that may pass: try again."""
+    """Redis cannot be reached, or refuses a command for a reason that may pass; a retry may succeed."""
 
 
 class RedisUnfitError(RedisUnavailableError):
     """Redis refuses a command until somebody changes its settings, this user's rights or a key.
 
-    At the start it ends a process; while it runs, it is said once a minute, and tried again.
+    At its start a process ends with this error; while it runs, it reports the error once a minute and retries.
     """
 
     exit_code = 2
 
 
 class StaleStateError(FedMoEError, RuntimeError):
-    """Somebody else committed, or the connection was opened again: load again before deciding anything."""
+    """Another process committed, or the connection was opened again; load the expert again before deciding."""
 
 
 class NameTakenError(FedMoEError, RuntimeError):
-    """Another live process bears this worker's name."""
+    """Another live process has this worker's name."""
 
 
 class StoppedError(FedMoEError):
-    """A process was told to stop before it had begun its work."""
+    """A process was told to stop before it began its work."""
 
     exit_code = 0
 
 
 class TooLittleMemoryError(FedMoEError, MemoryError):
-    """Not even one row at a time fits into the memory of the device."""
+    """Not even one row fits into the memory of the device."""

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole of FedMoE on this machine: sets .venv up if need be, then `fedmoe demo` with what follows here.
+# Runs `fedmoe demo` with the given options on this machine; sets up .venv first if necessary.
 #
 #     bash ops/demo.sh
 #     bash ops/demo.sh --help

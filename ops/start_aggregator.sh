@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Starts `fedmoe aggregator run` with what follows here, in the background; pid file, log and settings: ops/lib.sh.
+# Starts `fedmoe aggregator run` with the given options in the background; pid file, log and settings: ops/lib.sh.
 #
 #     bash ops/start_aggregator.sh --redis redis://10.0.0.5:6379
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/lib.sh"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Tells what was started from here, then what `fedmoe status` (with what follows here) says of the whole federation.
+# Lists the daemons that were started from here, then runs `fedmoe status` with the given options.
 #
 #     bash ops/status.sh --redis redis://10.0.0.5:6379
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/lib.sh"
@@ -18,7 +18,7 @@ started_here() {
 }
 
 if [[ " $* " == *' --json '* ]]; then
-    started_here >&2 # standard output is for a program
+    started_here >&2 # standard output is JSON only
 else
     started_here
 fi

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Ends the aggregator that start_aggregator.sh started: SIGTERM, and SIGKILL if that is not enough (ops/lib.sh).
+# Ends the aggregator that start_aggregator.sh started: SIGTERM, then SIGKILL if it does not end (ops/lib.sh).
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/lib.sh"
 
 (($# == 0)) || die "takes no arguments"

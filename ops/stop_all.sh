@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Ends all that was started from here: the workers first, whose last updates the aggregator still has to decide.
+# Ends all daemons that were started from here: workers first, because the aggregator must decide their last updates.
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/lib.sh"
 
 (($# == 0)) || die "takes no arguments"

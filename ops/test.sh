@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Every check there is: linters, types, the rooms' walls, then the tests; sets .venv up if need be.
+# Runs every check: linters, types, import rules, then the tests; sets up .venv first if necessary.
 #
 #     bash ops/test.sh
-#     bash ops/test.sh tests/unit -k codec     what follows is for pytest; the linters always run, they are quick
-#     bash ops/test.sh --fast                  while you work: within a minute on two cores, once mypy has its cache
-#     TEST_PROCESSES=1 bash ops/test.sh        one test after the other; else two at a time
+#     bash ops/test.sh tests/unit -k codec     arguments are for pytest; the linters always run
+#     bash ops/test.sh --fast                  quick checks: within a minute on two cores, once mypy has its cache
+#     TEST_PROCESSES=1 bash ops/test.sh        one test after the other; the default is two at a time
 #
-# --fast runs the unit tests and each hazard once, on one server. It leaves out tests/integration, tests/e2e and
-# tests/protocol, that each hazard is found without its rule, and what is marked `slow`. So run all before a merge.
+# --fast runs the unit tests, and each hazard once on one server. It leaves out tests/integration, tests/e2e,
+# tests/protocol, the hazards without their rule, and tests marked `slow`. So run all checks before a merge.
 #
-# Stops at the first that fails. Paths are relative to the root of the repository.
+# Stops at the first check that fails. Paths are relative to the root of the repository.
 set -euo pipefail
 
 root=$(dirname "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")")
@@ -33,4 +33,4 @@ run ruff format --check
 run mypy
 run mypy --config-file ops/mypy-tests.ini tests ops/bench
 run lint-imports --no-logo
-run pytest -n "${TEST_PROCESSES:-2}" "${selection[@]}" "$@" # exits with 5, which is a failure, if it finds no test to run
+run pytest -n "${TEST_PROCESSES:-2}" "${selection[@]}" "$@" # exit code 5, a failure, if there is no test to run

@@ -1,1 +1,1 @@
-"""The worker side: fine-tunes an adapter on private rows and publishes what it learned."""
+"""The worker side: fine-tunes an adapter on private rows and publishes updates."""

@@ -1,11 +1,11 @@
-"""A worker's state on disk: a checkpoint that is replaced atomically, and beside it the updates that it names.
+"""A worker's state on disk: a checkpoint that is replaced atomically, and the files of the updates that it names.
 
-It is written before an update is published, so that a worker that dies at any moment goes on where it was: the same
-run, the same outbox, optimizer and data position.
+The checkpoint is written before an update is published. So a worker that dies at any moment resumes where it was, with
+the same run, outbox, optimizer state and data position.
 
-An update never changes, so it is written once, into a file of its own that is named by its digest: before the first
-checkpoint that names it, and removed after the first that does not. Hence, killed at any moment, the checkpoint on
-disk, old or new, finds all that it names; a file that none names is removed after the next checkpoint.
+An update never changes, so it is written once, into a file that is named by its digest. The file is written before the
+first checkpoint that names it, and removed after the first checkpoint that does not. So the checkpoint on disk, old or
+new, always finds the updates that it names. A file that no checkpoint names is removed after the next checkpoint.
 """
 
 import fcntl
@@ -41,20 +41,20 @@ ID_NAME = "id"
 UPDATES_NAME = "updates"
 _FORMAT = "2"
 _FORMATS = (_FORMAT, "1")  # 1 held the updates in the checkpoint itself
-_HALF_WRITTEN = ".tmp??????"  # what safetensors leaves of a file, if it is killed while it writes it
+_HALF_WRITTEN = ".tmp??????"  # left by safetensors if the process is killed while it writes a file
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """All that a worker needs to go on.
+    """The state that a worker needs to resume.
 
     Args:
-        ledger: base, run, queue, kept.
+        ledger: the worker's books: base, run, queue and kept updates.
         local: (numel,) fp32, the adapter at the last step boundary.
-        optimizer: the trainer's state.
-        trained: since the last update, so in no update yet.
-        position: examples consumed; data: digest of the examples that position belongs to.
-        expert, worker: whose state it is.
+        optimizer: state of the optimizer.
+        trained: counts of the training since the last update, so of what is in no update yet.
+        position: examples consumed; data: digest of the examples to which the position belongs.
+        expert, worker: names of the expert and the worker.
     """
 
     ledger: Ledger
@@ -70,18 +70,18 @@ class Checkpoint:
 class StateDir:
     """The directory of `--state-dir`.
 
-    Its `id` (32 hex digits) stays the same as long as the directory does: it tells a worker that was killed from
-    another one of the same name. A copy of the directory gets an id of its own.
+    Its `id` (32 hex digits) lasts as long as the directory. It distinguishes a worker that was killed from another one
+    of the same name. A copy of the directory gets its own id.
 
     Raises:
-        SettingsError: if it cannot be made or written.
+        SettingsError: if the directory cannot be made or written, or another worker uses it.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.file = path / FILE_NAME
         self.id = ""
-        self._updates = Archive(path / UPDATES_NAME, read_only=True)  # `save` makes it
+        self._updates = Archive(path / UPDATES_NAME, read_only=True)  # `save` creates the directory
         self._digests: dict[Header, str] = {}  # of the updates on disk
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -95,11 +95,11 @@ class StateDir:
             ) from error
         except OSError as error:
             raise SettingsError(
-                f"the state directory {path} cannot be written ({error.strerror}): give --state-dir another one"
+                f"the state directory {path} cannot be written ({error.strerror}): give --state-dir another directory"
             ) from error
 
     def _hold(self) -> None:
-        """Make the directory if it is not there, and keep others out of it."""
+        """Create the directory if it does not exist, and lock out other workers."""
         self.path.mkdir(parents=True, exist_ok=True)
         lock = (self.path / "lock").open("w")
         try:
@@ -113,13 +113,13 @@ class StateDir:
         self.id = self._read_id() or self._write_id(self.id or secrets.token_hex(16))
 
     def close(self) -> None:
-        """Let others have the directory, also if a child process has inherited the lock."""
+        """Release the directory to other workers, also if a child process inherited the lock."""
         if not self.lock.closed:
             fcntl.flock(self.lock, fcntl.LOCK_UN)
         self.lock.close()
 
     def _holds(self) -> bool:
-        """False if somebody removed the directory or its lock."""
+        """True unless somebody removed the directory or its lock."""
         try:
             there = (self.path / "lock").stat()
         except (FileNotFoundError, NotADirectoryError):
@@ -128,11 +128,11 @@ class StateDir:
 
     @property
     def _place(self) -> str:
-        """What a copy of the directory has otherwise."""
+        """The inode of the lock file, which differs in a copy of the directory."""
         return str(os.fstat(self.lock.fileno()).st_ino)
 
     def _read_id(self) -> str:
-        """The id that was given to this directory, "" if there is none."""
+        """The id of this directory, "" if it has none of its own."""
         try:
             own, _, place = (self.path / ID_NAME).read_text(errors="replace").strip().partition(" ")
         except FileNotFoundError:
@@ -144,18 +144,18 @@ class StateDir:
         return own
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Write the checkpoint; after a crash at any moment either the old or the new one is there whole.
+        """Write the checkpoint; after a crash at any moment the old or the new one is complete.
 
         Raises:
-            OSError: if the disk is full or gone; the old checkpoint is still there.
+            OSError: if the disk is full or gone; the old checkpoint stays.
         """
         ledger = checkpoint.ledger
-        if not self._holds():  # somebody may have tidied up
+        if not self._holds():  # somebody may have removed the directory
             self._hold()
         self._updates.directory.mkdir(mode=0o700, exist_ok=True)
         names = {"queue": self._keep(ledger.queue), "kept": self._keep(ledger.kept)}
         tensors = {"local": checkpoint.local}
-        if ledger.packed:  # an eighth of the base, which can be unpacked again to the same bits
+        if ledger.packed:  # an eighth of the size of the base, and unpacks to the same bits
             tensors |= {f"packed.{n:06d}": _as_tensor(blob) for n, blob in enumerate(ledger.packed)}
         else:
             tensors["base"] = ledger.base
@@ -175,7 +175,7 @@ class StateDir:
         }
         fresh = self.file.with_suffix(".new")
         try:
-            # Not `save`: that copies all of it, and the training stands still meanwhile.
+            # Not `save`: that copies all tensors, and the training waits meanwhile.
             save_file(
                 {k: v.contiguous() for k, v in tensors.items()}, fresh, metadata={"fedmoe": json.dumps(info)}
             )
@@ -187,35 +187,35 @@ class StateDir:
         self._forget({*names["queue"], *names["kept"]})
 
     def _keep(self, updates: Sequence[Outgoing]) -> list[str]:
-        """The digests of updates that are on disk now, each written once."""
+        """Write those updates that are not on disk yet; return the digests of all."""
         for update in updates:
             if not self._updates.holds(self._digests.get(update.header, "")):
                 digest = self._updates.keep(update.header, update.parts)
                 to_disk(
                     self._updates.directory
-                )  # also if the file is there, from a try that failed after that
+                )  # also if the file exists: an earlier attempt may have failed between the two
                 self._digests[update.header] = digest
         return [self._digests[update.header] for update in updates]
 
     def _forget(self, names: Collection[str]) -> None:
         """Remove the updates that the checkpoint on disk does not name."""
         self._digests = {header: name for header, name in self._digests.items() if name in names}
-        with suppress(OSError):  # what is left is removed after the next checkpoint
+        with suppress(OSError):  # remaining files are removed after the next checkpoint
             self._updates.drop_all_but(names)
 
     def load(self, *, expert: str, worker: str, spec: Spec, now: float) -> Checkpoint | None:
         """The last checkpoint, None if there is none.
 
         Raises:
-            ProtocolError: if it needs something that this FedMoE does not know.
-            SettingsError: if it is damaged, cannot be read, or is that of another expert, worker, FedMoE or torch.
+            ProtocolError: if it requires a feature that this FedMoE does not know.
+            SettingsError: if it is damaged, cannot be read, or belongs to another expert, worker, FedMoE or torch.
         """
         try:
             if not self.file.exists():
                 return None
             with safe_open(self.file, framework="pt") as handle:
                 info = json.loads((handle.metadata() or {})["fedmoe"])
-                # Copied: what safetensors gives lies in the file, and a disk that fails would kill whoever reads it.
+                # Copied: safetensors maps tensors from the file, and a failing disk would kill the process.
                 tensors = {name: handle.get_tensor(name).clone() for name in handle.keys()}  # noqa: SIM118  # not a dict
             checkpoint = self._restore(info, tensors, spec, now)
         except ProtocolError:
@@ -225,7 +225,7 @@ class StateDir:
                 f"the checkpoint {self.file} cannot be read ({error.strerror or error}): check the disk and the file's "
                 "permissions, then start this worker again"
             ) from error
-        except SettingsError as error:  # it is whole
+        except SettingsError as error:  # the file is complete, but does not fit
             raise SettingsError(
                 f"the checkpoint {self.file} cannot be used: {error}, or move it away to start a new run"
             ) from error
@@ -263,7 +263,7 @@ class StateDir:
         for update in (
             *ledger.kept,
             *ledger.queue,
-        ):  # damaged, or of a FedMoE that divides updates into other parts
+        ):  # raises if a part is damaged, or if another FedMoE divided the updates otherwise
             update.add_to(torch.zeros_like(ledger.base), torch.empty(scratch_values(len(ledger.base))))
         return Checkpoint(
             ledger=ledger,
@@ -294,12 +294,12 @@ class StateDir:
 
 
 def name_in(path: Path) -> str:
-    """The worker whose checkpoint lies in a state directory, "" if there is none that can be read."""
+    """The worker named in the checkpoint of a state directory, "" if no checkpoint can be read."""
     try:
         with safe_open(path / FILE_NAME, framework="pt") as handle:
             return str(json.loads((handle.metadata() or {})["fedmoe"])["worker"])
     except (OSError, SafetensorError, ValueError, KeyError, TypeError):
-        return ""  # `load` will say what is wrong with it
+        return ""  # `load` reports what is wrong
 
 
 def _meta(content: dict[str, Any]) -> Meta:

@@ -1,8 +1,8 @@
-"""One name runs once at a time: a second process with a live heartbeat of the same name is refused.
+"""One process per worker name: a worker is refused while another process with its name has a live heartbeat.
 
-Clocks of different machines are not compared: a heartbeat is alive if it beats while one watches. Host name and
-process id prove nothing: two containers may share both. Only the id of the state directory does, because one process
-at a time holds that directory.
+Clocks of different machines are not compared: a heartbeat is live if it changes while it is watched. Host name and
+process id identify no process, because two containers may share both. The id of the state directory does, because
+only one process at a time can lock that directory.
 """
 
 import logging
@@ -16,9 +16,9 @@ from fedmoe.store.worker import WorkerStore
 
 logger = logging.getLogger(__name__)
 
-JOINING = "joining"  # what a heartbeat says for its run until the training begins
-LATEST_S = 10**11  # later is no time of this millennium
-JOIN_TTL_S = 60.0  # of that heartbeat, which beats once: attaching the adapter may take a while
+JOINING = "joining"  # `run` of a heartbeat until the training begins
+LATEST_S = 10**11  # seconds since 1970; a later time is not believable
+JOIN_TTL_S = 60.0  # of the joining heartbeat, which is written once; attaching the adapter takes time
 
 
 def claim_name(
@@ -29,13 +29,13 @@ def claim_name(
     stop: threading.Event,
     clock: Callable[[], float] = time.monotonic,
 ) -> None:
-    """Return when the name is free: no heartbeat, or that of this worker's predecessor, or one that stands still.
+    """Return when the name is free: there is no heartbeat, or this worker's predecessor left it, or it stands still.
 
     A heartbeat with the id of this worker's state directory (`state_id`, "" without one) is its predecessor's. Any
-    other must stand still for `patience_s` seconds; that of a worker that is joining must expire.
+    other heartbeat must stay unchanged for `patience_s` seconds; that of a joining worker must expire.
 
     Raises:
-        NameTakenError: if the heartbeat beats.
+        NameTakenError: if the heartbeat changes.
         StoppedError: if told to stop meanwhile.
     """
     first = store.heartbeat()
@@ -44,7 +44,7 @@ def claim_name(
     if first.run == JOINING:
         patience_s = JOIN_TTL_S
     logger.warning(
-        "a worker named %r (%s) was alive a moment ago; watching up to %.0f s whether it still is",
+        "a worker named %r (%s) was alive a moment ago; watching its heartbeat for up to %.0f s",
         store.worker, _who(first), patience_s,
     )  # fmt: skip
     until = clock() + patience_s
@@ -62,7 +62,7 @@ def claim_name(
 
 
 def _who(beat: Beat) -> str:
-    """Which process wrote a heartbeat, for a person who wants to find it."""
+    """The process that wrote a heartbeat, for a person who wants to find it."""
     is_time = beat.since is not None and 0 <= beat.since < LATEST_S
     started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(beat.since)) if is_time else "?"
     return f"pid {beat.pid or '?'} on host {beat.host or '?'}, started {started}"

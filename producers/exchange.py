@@ -1,7 +1,7 @@
-"""Where training and sync meet: at the boundary between two optimizer steps, for the time of a memory copy.
+"""Hands corrections and copies between training and sync at a step boundary, for the duration of a memory copy.
 
-The training thread never waits for the network: it only adds a correction that is already there, and copies its
-adapter when the sync has asked for it. The sync waits for the training, never the other way round.
+The training thread never waits for the network. It adds a correction that has already arrived, and copies its adapter
+when the sync has asked for a copy. The sync waits for the training, never the other way round.
 """
 
 import threading
@@ -17,11 +17,11 @@ from producers.ledger import Change, Trained
 
 
 class Step(Protocol):
-    """What a trainer tells of one step."""
+    """The result of one optimizer step."""
 
     @property
     def loss(self) -> float:
-        """Mean loss a label token."""
+        """Mean loss per label token."""
         ...
 
     @property
@@ -31,12 +31,12 @@ class Step(Protocol):
 
     @property
     def n_examples(self) -> int:
-        """Rows."""
+        """Number of rows."""
         ...
 
     @property
     def n_tokens(self) -> int:
-        """Label tokens."""
+        """Number of label tokens."""
         ...
 
 
@@ -54,13 +54,13 @@ class Trains(Protocol):
         ...
 
     def adopt(self, settings: TrainingSettings) -> None:
-        """Train by these settings from the next step on."""
+        """Train with these settings from the next step on."""
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingState:
-    """A copy of the training's state at a step boundary, and what was trained since the update before."""
+    """A copy of the training's state at a step boundary, with counts of the training since the last update."""
 
     local: torch.Tensor
     trained: Trained
@@ -72,10 +72,10 @@ class Exchange:
     """Hands corrections to the training thread and copies of its adapter to the sync thread.
 
     Args:
-        trainer: whose adapter it is.
+        trainer: owner of the adapter.
         with_optimizer: copy the optimizer's state too (for a checkpoint).
-        trained: what a resumed worker had trained since its last update.
-        abandons: at the end, a step that is under way may be abandoned: the training takes its steps by `take_step`.
+        trained: counts of what a resumed worker had trained since its last update.
+        abandons: the current step may be abandoned at the end, because the training takes its steps by `take_step`.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Exchange:
         self._with_optimizer = with_optimizer
         self._lock = threading.Lock()
         self._changes: deque[Change] = deque()
-        self._settings: TrainingSettings | None = None  # to be taken over at the next boundary
+        self._settings: TrainingSettings | None = None  # to be adopted at the next boundary
         self._trained = trained or Trained()
         self._wanted = False
         self._consume = False
@@ -95,18 +95,18 @@ class Exchange:
 
     @property
     def trained(self) -> Trained:
-        """What is in no copy yet that became an update."""
+        """Counts of the training that is in no update yet."""
         return self._trained
 
     @property
     def steps_left(self) -> int:
-        """Steps that are in no update yet, those of a copy that nobody has taken included."""
+        """Number of steps that are in no update yet, including those of a copy that the sync has not taken."""
         return self._trained.steps + (self._state.trained.steps if self._state and self._consume else 0)
 
     def take_step(self, apply: Callable[[], S]) -> S | None:
-        """Training thread: apply a step that was computed, and record it; None if it was abandoned meanwhile.
+        """Training thread: apply a computed step and record it; return None if it was abandoned meanwhile.
 
-        `apply` alone may change adapter, optimizer and position, so that a copy is always that of whole steps.
+        Only `apply` may change adapter, optimizer and position, so that a copy always holds whole steps.
         """
         with self._lock:
             if self._abandoned:
@@ -116,7 +116,7 @@ class Exchange:
             return step
 
     def record(self, step: Step) -> None:
-        """Training thread: note what one step trained; a step that was skipped (not finite) trained nothing."""
+        """Training thread: count one step; a skipped step (not finite) trained nothing."""
         if not step.applied:
             return
         t = self._trained
@@ -129,18 +129,18 @@ class Exchange:
         )
 
     def boundary(self) -> None:
-        """Training thread, between two steps: apply corrections and new settings, then copy if a copy is wanted."""
+        """Training thread, between two steps: apply new settings and corrections, then copy if a copy is wanted."""
         with self._lock:
             if self._settings is not None:
                 self._trainer.adopt(self._settings)
                 self._settings = None
             while self._changes:
-                self._apply(self._changes[0])  # stays, if the memory for it is not there
+                self._apply(self._changes[0])  # stays in the queue if memory runs out
                 self._changes.popleft()
             self._copy_if_wanted()
 
     def _copy_if_wanted(self) -> None:
-        """With the lock. Corrections that are not applied yet (a step is under way) are added to the copy."""
+        """Copy, with the lock held. Corrections that are not applied yet (during a step) are added to the copy."""
         if not self._wanted:
             return
         self._wanted = False
@@ -178,31 +178,31 @@ class Exchange:
                 self._changes.append(change)
 
     def adopt(self, settings: TrainingSettings) -> None:
-        """Sync thread: have the training go by these settings from the next boundary on."""
+        """Sync thread: have the training use these settings from the next boundary on."""
         with self._lock:
             self._settings = settings
 
     def request(self, *, consume: bool) -> None:
-        """Sync thread: ask for a copy at the next boundary; corrections given before are in it.
+        """Sync thread: ask for a copy at the next boundary; it includes the corrections given before.
 
-        With `consume` what was trained counts as taken (it becomes an update), else it is only looked at.
+        With `consume` the copy becomes an update, and the counts of the training start again at zero.
         """
         with self._lock:
             self._ready.clear()
             self._wanted, self._consume = True, consume
 
     def take(self, timeout_s: float) -> TrainingState | None:
-        """Sync thread: the copy asked for, or None if training did not reach a boundary in time (ask on)."""
+        """Sync thread: the requested copy, or None if training reached no boundary in time (then call again)."""
         if not self._ready.wait(timeout_s):
             return None
         state, self._state = self._state, None
         return state
 
     def take_now(self) -> TrainingState | None:
-        """Sync thread, when it is time to end: the copy asked for, without waiting for the end of a step.
+        """Sync thread, at the end of the drain: the requested copy, without waiting for the end of a step.
 
-        The step under way is abandoned: it is not in the copy, and will not be applied. If steps cannot be abandoned,
-        it is waited for.
+        The current step is abandoned: it is not in the copy and will not be applied. If steps cannot be abandoned, the
+        sync waits for the end of this one.
         """
         while not self._abandons:
             if (state := self.take(1.0)) is not None:

@@ -1,4 +1,4 @@
-"""The heartbeat: a hash that expires, by which others see that a worker lives, and how."""
+"""The heartbeat: a hash that expires; it shows that a worker is alive, and its state."""
 
 import os
 import socket
@@ -17,14 +17,14 @@ from fedmoe.util.software import software
 from producers.ledger import Ledger
 
 HEARTBEAT_INTERVAL_S = 5.0
-_AGAIN_S = 1.0  # after a heartbeat that Redis did not take
+_AGAIN_S = 1.0  # until a retry, after Redis refused a heartbeat
 
 Fields = Mapping[str, Any]  # of a `Beat`
 
 
 @dataclass(frozen=True, slots=True)
 class SyncStatus:
-    """What the progress line and the heartbeat tell; replaced whole, so that any thread may read it."""
+    """The status in progress line and heartbeat; it is replaced as a whole, so that any thread may read it."""
 
     version: int = 0
     staleness: int = 0
@@ -33,12 +33,12 @@ class SyncStatus:
     refused: int = 0
     in_flight: int = 0  # seq of the update in flight, 0 for none
     in_flight_since: float = 0.0
-    undecided: int = 0  # how often the update in flight was taken off the stream without a decision
+    undecided: int = 0  # how often the entry of the update in flight was removed without a decision
     problem: str = ""
 
     @property
     def why_undecided(self) -> str:
-        """Why nobody decides the update in flight, as far as is known here."""
+        """Why the update in flight is not decided, as far as this worker knows."""
         if self.problem or not self.undecided:
             return self.problem or "is an aggregator running?"
         return (
@@ -47,7 +47,7 @@ class SyncStatus:
 
 
 def this_process(state_id: str, *, since: float) -> dict[str, Any]:
-    """What a heartbeat tells of the process that writes it, which began at `since` (seconds since 1970)."""
+    """The heartbeat's fields about this process, which began at `since` (seconds since 1970)."""
     return {
         "state_id": state_id,
         "protocol": str(records.PROTOCOL),
@@ -65,12 +65,12 @@ class Heartbeat:
 
     Args:
         identity: of the base model that is trained. state_id: of the state directory, "" without one.
-        training_fields: the training's part of it.
+        training_fields: returns the heartbeat's fields about the training.
         clock: seconds, monotonic.
 
     Attributes:
-        next_at: when the next one is due, on that clock.
-        is_refused: Redis did not take the last one, though it may answer all else.
+        next_at: when the next heartbeat is due, on that clock.
+        is_refused: True if Redis refused the last heartbeat; it may still answer other commands.
     """
 
     def __init__(
@@ -93,21 +93,23 @@ class Heartbeat:
         self._started_at = time.time()
 
     def hasten(self) -> None:
-        """Make it due now: there is something to tell."""
+        """Make the next heartbeat due now, because the status changed."""
         self.next_at = min(self.next_at, self._clock())
 
     def beat(self, ledger: Ledger, status: SyncStatus) -> None:
-        """Write it if it is due.
+        """Write the heartbeat if it is due.
 
         Raises:
-            RedisUnavailableError: if Redis does not take it.
+            RedisUnavailableError: if Redis refuses it or cannot be reached.
         """
         now = self._clock()
         if now < self.next_at:
             return
         self._beats += 1
         self.is_refused = True
-        self.next_at = now + _AGAIN_S  # a full Redis takes no heartbeat, but answers a poll: go on to that
+        self.next_at = (
+            now + _AGAIN_S
+        )  # a full Redis refuses the heartbeat but answers a poll: do not stay here
         beat = Beat(
             run=ledger.run,
             beat=str(self._beats),

@@ -1,6 +1,6 @@
-"""How a worker joins an expert: find it, check that the base model is the right one, claim the name.
+"""How a worker joins an expert: find the expert, check the base model, claim the name.
 
-All of it happens before the first step, and is tried again while Redis is away.
+All this happens before the first step, and is retried while Redis cannot be reached.
 """
 
 import logging
@@ -29,11 +29,11 @@ PIN_WAIT_S = 5.0
 
 
 class Joining:
-    """The steps of joining.
+    """The steps by which a worker joins.
 
     Args:
         store: of this worker.
-        wait: try again while Redis cannot be reached or has no experts at all, instead of failing.
+        wait: retry while Redis cannot be reached or has no experts at all, instead of failing.
         stop: ends the waiting.
     """
 
@@ -43,11 +43,12 @@ class Joining:
         self._stop = stop
 
     def patiently(self, call: Callable[[], T]) -> T:
-        """What `call` returns, however long Redis is away.
+        """Retry `call` until Redis answers; return its result.
 
         Raises:
             StoppedError: if told to stop meanwhile.
-            RedisUnfitError: if Redis refuses it for a reason that waiting does not change.
+            RedisUnfitError: if Redis refuses the command for a reason that waiting does not change.
+            RedisUnavailableError, NoExpertsError: if Redis cannot be reached or has no experts, and `wait` is off.
         """
         backoff = Backoff("worker", logger)
         while not self._stop.is_set():
@@ -64,16 +65,16 @@ class Joining:
         raise StoppedError("stopped before the training began")
 
     def check_rights(self) -> None:
-        """Raise RedisUnfitError, with all that is lacking, unless this user may train the expert under this name."""
+        """Raise RedisUnfitError, naming the missing rights, unless this user may train the expert under this name."""
         store = self._store
         self.patiently(lambda: require(store.connection, WORKER, [store.expert], store.worker))
 
     def spec(self) -> Spec:
-        """The expert's spec; UnknownExpertError, naming those there are, if there are others but not this one."""
+        """The expert's spec; raises UnknownExpertError, which lists the experts, if this one does not exist."""
         return self.patiently(self._store.spec)
 
     def meta(self) -> Meta:
-        """The expert's meta; ProtocolError, saying which side to upgrade, if its aggregators speak another protocol."""
+        """The expert's meta; raises ProtocolError, which says which side to upgrade, for another protocol."""
         return self.patiently(self._store.meta)
 
     def check_base(self, identity: BaseIdentity) -> None:
@@ -85,7 +86,7 @@ class Joining:
             raise BaseModelError(refusal)
 
     def pin_base(self, identity: BaseIdentity, *, state_id: str) -> None:
-        """If a component of the base model is not pinned yet, have the aggregator pin this one, and look again."""
+        """If a component of the base model is not pinned yet, ask an aggregator to pin this worker's; then compare."""
         beat = _first_beat(state_id, identity)
         self.patiently(lambda: self._store.beat(beat, ttl_s=JOIN_TTL_S))
         if identity.is_pinned(self.meta()):
@@ -97,7 +98,7 @@ class Joining:
             if identity.is_pinned(meta):
                 self._compare(identity, meta)
                 return
-        logger.warning("no aggregator has pinned the base model yet; training on without")
+        logger.warning("no aggregator has pinned the base model yet; the training begins all the same")
 
 
 def _first_beat(state_id: str, identity: BaseIdentity) -> Beat:

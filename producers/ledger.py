@@ -1,20 +1,20 @@
-"""The worker's books: `local = base + pending + progress`, each unit of training in it exactly once. Pure.
+"""The worker's books: `local = base + pending + progress`, which counts each unit of training once. Pure.
 
     base      the weights last pulled, and their commit
     pending   the updates that are published but not decided, as the aggregator will decode them
-    progress  all training since: local − base − pending
+    progress  all training that is in no update: local − base − pending
 
-Nothing here keeps `local`, which the training changes all the time; instead every observation of Redis gives the
-`correction` that is to be added to it. With W the weights now in Redis and Q, Q' the pending updates before and after,
+The ledger does not store `local`, because the training changes it all the time. Instead every observation of Redis
+gives a `correction` to add to `local`. With W the weights now in Redis and Q, Q' the pending updates before and after,
 
     correction = (W + ΣQ') − (base + ΣQ)
 
-leaves progress as it was, whatever happened: an update was applied (it is in W), refused (it is in neither), or a
-failover undid its decision (it is in Q' again). What quantisation loses is not in pending, so it stays in progress:
-error feedback comes by itself.
+leaves progress unchanged in every case: an update was applied (it is in W), refused (it is in neither), or a failover
+undid its decision (it is in Q' again). The quantisation error is not in pending, so it stays in progress; this is error
+feedback without extra code.
 
-A worker's updates are a chain: each names its predecessor `prev`, and the aggregator decides only the successor of
-the last decided one, its `head`. `kept` holds decided updates long enough to send them again after a rollback.
+A worker's updates form a chain: each names its predecessor `prev`, and the aggregator decides only the successor of
+the `head`, the last decided update. `kept` holds decided updates long enough to resend them after a rollback.
 """
 
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ from fedmoe.protocol.update import Header, Part, UpdateId
 
 @dataclass(frozen=True, slots=True)
 class Outgoing:
-    """An update and its parts, as published; decided_at is the worker's monotonic clock, in seconds."""
+    """An update and its parts, as published; `decided_at` is in seconds of the worker's monotonic clock."""
 
     header: Header
     parts: tuple[bytes, ...]
@@ -44,14 +44,14 @@ class Outgoing:
         return self.header.id
 
     def add_to(self, total: torch.Tensor, scratch: torch.Tensor, *, sign: float = 1.0) -> None:
-        """Add Δ as the aggregator decodes it to `total` (numel,) fp32; with sign −1 take it off. See codec.decoded."""
+        """Add Δ as the aggregator decodes it to `total` (numel,) fp32; with sign −1 subtract it (see codec.decoded)."""
         for first, values in decoded(self.parts, self.header.wire_format, len(total), scratch):
             total[first : first + len(values)].add_(values, alpha=sign)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trained:
-    """What was trained since the last update, for the next update's header."""
+    """Counts of the training since the last update, for the next update's header."""
 
     n_examples: int = 0
     n_tokens: int = 0
@@ -66,20 +66,20 @@ class Trained:
 
 
 class HeadPlace(Enum):
-    """Where the head in Redis lies, seen from the worker's own chain."""
+    """Where the head in Redis lies relative to the worker's own chain."""
 
-    KNOWN = auto()  # at one of its updates, or where its chain began
-    BEHIND = auto()  # before all it remembers: a rollback deeper than what was kept
+    KNOWN = auto()  # at one of its updates, or at the start of its chain
+    BEHIND = auto()  # before all updates that it keeps: a deep rollback
     AHEAD = auto()  # at a later update of this run: an old checkpoint was restored here
-    FOREIGN = auto()  # at a later run, which began after this one: another process bears this name
+    FOREIGN = auto()  # at a later run, which began after this one: another process has this name
 
 
 def locate(
     head: UpdateId | None, start: UpdateId | None, known: Sequence[UpdateId], run: str, n_kept: int = 0
 ) -> tuple[HeadPlace, int]:
-    """Where `head` lies in the chain `start` → known[0] → …; with KNOWN, how many of `known` are decided.
+    """Return where `head` lies in the chain `start` → known[0] → …, and for KNOWN how many of `known` are decided.
 
-    The first `n_kept` of `known` were decided when the worker last looked.
+    The first `n_kept` of `known` were decided at the last observation.
     """
     if head in known:
         return HeadPlace.KNOWN, known.index(head) + 1
@@ -93,8 +93,8 @@ def locate(
         return (HeadPlace.AHEAD, 0) if head.seq > last else (HeadPlace.BEHIND, 0)
     if head.incarnation < mine.incarnation:
         return HeadPlace.BEHIND, 0
-    # Redis gives two runs one incarnation only if it went back and forgot the first. Until an update of this run is
-    # decided, this run is the later one and goes on after the other.
+    # Redis gives two runs the same incarnation only if a rollback removed the first one. Until an update of this run
+    # is decided, this run is the later one, and its chain continues after the other run.
     begun = any(update.run == run for update in (start, *known[:n_kept]) if update)
     return (
         (HeadPlace.BEHIND, 0)
@@ -112,17 +112,16 @@ def _is_later(head: UpdateId | None, start: UpdateId | None) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What an observation did.
+    """The result of an observation of Redis.
 
     Args:
-        correction: (numel,) fp32 to add to local, None if nothing moved.
-        replace: set local to `correction` instead (all local training is forgotten).
-        decided: updates decided since the last observation, oldest first; `how` tells of the last one.
+        correction: (numel,) fp32 to add to local, None if neither weights nor pending changed.
+        replace: set local to `correction` instead; this discards all local training.
+        decided: updates decided since the last observation, oldest first; `how` is the decision of the last one.
         resent: updates whose decision a failover undid; they are pending again.
-        lost: which decided updates are gone for good, because a rollback went further back than what was kept; ""
-            for none.
-        dropped: undecided updates of a history that is no longer so; with `replace`.
-        position: the data position to go to, "" for: go on.
+        lost: range of decided updates that a rollback undid and the worker no longer keeps, as text; "" for none.
+        dropped: undecided updates of an abandoned history; only with `replace`.
+        position: the data position to move to, "" to stay.
     """
 
     correction: torch.Tensor | None = None
@@ -143,10 +142,10 @@ class Ledger:
         base: (numel,) fp32, the weights last pulled; meta: the expert's state then.
         packed: the bytes that the base was unpacked from, () if it is exact.
         run: this worker's run; seq: of its last update.
-        start: the update that precedes the oldest one remembered; None at the very beginning.
+        start: the update before the oldest one that is kept; None at the beginning of the worker's life.
         queue: undecided updates in order; the first is the one in flight.
         kept: decided updates, oldest first; at least the last one.
-        keep_decided_s, keep_decided_bytes: how long decided updates are kept, and how many bytes of them at most.
+        keep_decided_s, keep_decided_bytes: how many seconds decided updates are kept, and their maximum size (bytes).
     """
 
     base: torch.Tensor
@@ -159,7 +158,7 @@ class Ledger:
     packed: tuple[bytes, ...] = ()
     keep_decided_s: float = 60.0
     keep_decided_bytes: int = 256 * 1024 * 1024
-    # Fresh memory as large as an adapter costs more than what is done in it.
+    # Buffers to reuse: to allocate memory of an adapter's size takes longer than to compute in it.
     _progress: torch.Tensor = field(init=False, repr=False, compare=False)
     _scratch: torch.Tensor = field(init=False, repr=False, compare=False)
 
@@ -180,7 +179,7 @@ class Ledger:
         return total
 
     def progress(self, local: torch.Tensor) -> torch.Tensor:
-        """Local − base − pending, (numel,) fp32; good until the ledger is used again."""
+        """Local − base − pending, (numel,) fp32, in a buffer that the next call on the ledger overwrites."""
         progress = torch.sub(local, self.base, out=self._progress)
         for update in self.queue:
             update.add_to(progress, self._scratch, sign=-1.0)
@@ -195,7 +194,7 @@ class Ledger:
         fingerprint: str,
         tokenizer: str = "",
     ) -> Outgoing:
-        """Make what `progress` returned the next update and append it to the queue."""
+        """Encode the result of `progress` as the next update and append it to the queue."""
         parts = tuple(encode(progress, wire_format))
         self.seq += 1
         header = Header(
@@ -220,7 +219,7 @@ class Ledger:
         return self.queue[-1]
 
     def to_send(self) -> tuple[Header, tuple[bytes, ...]]:
-        """Header and parts of the first undecided update; its base is no further ahead than the rules allow."""
+        """Header and parts of the first undecided update; its base version is lowered to what the rules allow."""
         update, rules = self.queue[0], self.meta.rules.aggregation
         return update.header.at_most(self.meta.version + rules.staleness_bound(0)), update.parts
 
@@ -236,14 +235,13 @@ class Ledger:
         now: float,
         packed: tuple[bytes, ...] = (),
     ) -> Change:
-        """Take note of what Redis holds, read in one MULTI; `weights` None means: those of the base.
+        """Update the books from what one MULTI read in Redis; `weights` None means that the base is still current.
 
-        The weights become the base; nobody else may use them, or the base before, any more. `packed` are the bytes that
-        they were unpacked from.
+        The ledger takes ownership of `weights`, which become the base, and the caller may no longer use the old base.
+        `packed` are the bytes from which the weights were unpacked.
 
         Raises:
-            NameTakenError: if another process publishes under this worker's name. After any error the books are as
-                before.
+            NameTakenError: if another process publishes under this worker's name. An error leaves the books unchanged.
         """
         change = self._reconcile(meta, weights, decided, now)
         if weights is not None:
@@ -284,7 +282,7 @@ class Ledger:
         if chain:
             chain[0] = replace(chain[0], header=replace(chain[0].header, prev=head))
         resent = tuple(update.id for update in self.kept)
-        # A later head than ours is no rollback: an update that an earlier run had left waiting was decided.
+        # A head later than ours is no rollback: an update that an earlier run left in the stream was decided.
         is_rollback = bool(resent) or not _is_later(head, self.start)
         lost = f"after {head or 'the beginning'} up to {self.start}" if is_rollback else ""
         correction = self._settle(meta, weights, kept=[], queue=chain)
@@ -308,7 +306,7 @@ class Ledger:
     def _settle(
         self, meta: Meta, weights: torch.Tensor | None, *, kept: list[Outgoing], queue: list[Outgoing]
     ) -> torch.Tensor | None:
-        """Take over base, kept and queue; the correction that leaves progress as it was."""
+        """Adopt base, kept and queue; return the correction that leaves progress unchanged."""
         old, new = {u.id for u in self.queue}, {u.id for u in queue}
         correction = None
         if weights is not None:
@@ -318,13 +316,13 @@ class Ledger:
         for update in (*self.queue, *queue):
             if correction is not None and (update.id in old) != (update.id in new):
                 update.add_to(correction, self._scratch, sign=1.0 if update.id in new else -1.0)
-        if weights is not None:  # the correction leaves with its memory, that of the old base takes its place
+        if weights is not None:  # the correction owns its memory now; the old base becomes the buffer
             self.base, self._progress = weights, self.base
         self.meta, self.kept, self.queue = meta, kept, queue
         return correction
 
     def _forget(self, now: float) -> None:
-        """Drop decided updates that are old enough, or too many bytes; at least the last one stays."""
+        """Drop decided updates that are too old or exceed the bytes to keep; at least the last one stays."""
         total = sum(update.header.payload_bytes for update in self.kept)
         while len(self.kept) > 1 and (
             now - self.kept[0].decided_at > self.keep_decided_s or total > self.keep_decided_bytes

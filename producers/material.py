@@ -1,4 +1,4 @@
-"""What a worker trains on: the base model, with the right tokenizer and template, and examples of the rows."""
+"""Prepares what a worker trains on: base model, tokenizer, chat template, and the examples of its rows."""
 
 import hashlib
 from collections.abc import Callable
@@ -35,9 +35,9 @@ from producers.trainer import Trainer
 
 @dataclass(frozen=True, slots=True)
 class Material:
-    """What is trained, on how many examples, with their digest. The trainer is made once the worker has joined.
+    """The identity of the base model, the number of examples and their digest, and how to make the trainer.
 
-    `max_length` is what the examples were truncated to (tokens).
+    The trainer is made after the worker has joined. The examples were truncated to `max_length` tokens.
     """
 
     identity: BaseIdentity
@@ -58,10 +58,10 @@ def prepare(
     stopped: Callable[[], bool],
     report: Callable[[str], None],
 ) -> Material:
-    """Load the base model, its weights last, and make examples of the rows; `cache` is a directory that keeps them.
+    """Load the base model, its weights last, and encode the rows as examples; `cache` is a directory that keeps them.
 
     Raises:
-        FedMoEError: if the base model is not the expert's, or nothing can be learnt from the rows.
+        FedMoEError: if the base model is not the expert's, or no row can be trained on.
         StoppedError: if `stopped` says so while the rows are tokenized.
     """
     base_model = settings.base_model or spec.base_model
@@ -101,12 +101,12 @@ def prepare(
             autocast=autocast,
         )
 
-    # A template that the spec has is the operator's; any other one is this worker's to bring.
+    # A template in the spec comes from the operator; without one this worker may contribute its own.
     brought = "" if spec.chat_template else own
     identity = replace(identity, fingerprint=fingerprint(model), chat_template=brought)
     return Material(identity, len(examples.examples), examples.digest(), max_length, make_trainer)
 
 
 def _seed_of(name: str) -> int:
-    """A seed of its own for each worker, so that two workers with the same rows see them in another order."""
+    """A seed from the worker's name, so that two workers with the same rows see them in different orders."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")

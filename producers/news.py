@@ -1,4 +1,4 @@
-"""What a pull has brought, in words: for the log, and in the status that progress line and heartbeat show."""
+"""Reports the result of a pull: in the log, and in the status that progress line and heartbeat show."""
 
 import logging
 from dataclasses import replace
@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 def told(status: SyncStatus, change: Change, ledger: Ledger, steps: int) -> SyncStatus:
-    """Log what a change means; the status after it. `steps` were in no update yet before it."""
+    """Log the meaning of a change; return the status after it. `steps` were in no update before the change."""
     if change.how is not None:
         refused = change.how.how == "refused"
         if refused:
@@ -27,15 +27,17 @@ def told(status: SyncStatus, change: Change, ledger: Ledger, steps: int) -> Sync
         )
     if change.resent:
         logger.warning(
-            "Redis has an older state: version %d before, version %d now; %d updates are sent again, nothing to do",
+            "Redis has an older state: version %d before, version %d now; %d updates are sent again automatically",
             status.version, ledger.meta.version, len(change.resent),
         )  # fmt: skip
     if change.lost:
-        logger.warning("Redis has an older state than kept here: the updates %s are lost", change.lost)
+        logger.warning(
+            "Redis went back further than this worker keeps updates: the updates %s are lost", change.lost
+        )
     if change.replace:
         logger.warning(
-            "the expert's history is not the one known here (%s): %d undecided updates and %d steps since are "
-            "dropped, going on from its current weights",
+            "the expert's history is not the one that this worker knew (%s): it drops %d undecided updates and %d "
+            "steps since, and continues from the expert's current weights",
             "this worker was restored from an old checkpoint"
             if change.position
             else "an operator created the expert from zero",
@@ -47,22 +49,22 @@ def told(status: SyncStatus, change: Change, ledger: Ledger, steps: int) -> Sync
 
 
 def change_of_rules(before: RuleSet, now: RuleSet, tokenized_to: int) -> str:
-    """The sentence for a worker that takes over other rules; its rows were truncated to so many tokens."""
+    """The message of a worker that adopts new rules; its rows were truncated to `tokenized_to` tokens."""
     changed = before.differences(now) or "nothing that this FedMoE knows"
     text = f"rules {now.number} are in force, they were {before.number}: {changed}"
     if now.training.max_length != tokenized_to:
-        text += "; max_length takes effect when this worker is started again, because its rows are tokenized"
+        text += "; max_length takes effect when this worker is started again, because its rows are tokenized already"
     return text
 
 
 def has_diverged(progress: torch.Tensor, steps: int, bound: float) -> bool:
-    """True, and said, if so many steps changed the adapter by more than the L2 norm that updates may have."""
+    """Return True, with a warning, if the steps changed the adapter by more than the maximum L2 norm of an update."""
     norm = float(torch.linalg.vector_norm(progress))
     if norm <= bound:
         return False
     logger.warning(
-        "the training diverged: %d steps changed the adapter by a norm of %.3g, the bound is %.4g; they are "
-        "dropped, going on from the expert's weights (is the learning rate too high?)",
+        "the training diverged: %d steps changed the adapter by a norm of %.3g, the bound is %.4g; this worker drops "
+        "them and continues from the expert's weights (is the learning rate too high?)",
         steps, norm, bound,
     )  # fmt: skip
     return True

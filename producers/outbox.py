@@ -1,13 +1,14 @@
-"""What a worker does next with its undecided updates: a state machine. Pure.
+"""The state machine of a worker's undecided updates: what to do next. Pure.
 
     state, facts → what to do            `prepare` (with the training and the disk), `talk` (with Redis)
     state, event → state                 `made`, `saved`, `announcing`, `announced`, `pulled`, `lost_sight`
 
-`producers.sync` asks, does it, and tells what came of it. Whatever fails changes no state, so it is tried again.
+`producers.sync` asks for the next action, performs it and reports the result. A failure changes no state, so the action
+is retried.
 
-The order is the protocol's: an update is made, then it is on disk, then it is announced, then its decision is looked
-for; and one that was lost sight of is looked for before it is announced again, since a decision may have taken its
-payload away meanwhile.
+The protocol sets the order: an update is made, saved to disk, announced, and polled for its decision. If its entry is
+gone, the worker first looks for a decision and only then announces the update again, because a decision may have
+removed the payload meanwhile.
 """
 
 from dataclasses import dataclass, replace
@@ -17,35 +18,35 @@ from fedmoe.protocol.update import UpdateId
 
 
 class Prepare(Enum):
-    """What to do with the training and the disk."""
+    """The next action with the training and the disk."""
 
     NOTHING = auto()
-    MAKE = auto()  # make the training's progress the next update
-    SAVE = auto()  # write the checkpoint that the first update waits for
-    CHECKPOINT = auto()  # write one between two updates
+    MAKE = auto()  # turn the training's progress into the next update
+    SAVE = auto()  # write the checkpoint that must precede the first update
+    CHECKPOINT = auto()  # write a checkpoint between two updates
 
 
 class Talk(Enum):
-    """What to do with Redis."""
+    """The next action with Redis."""
 
     NOTHING = auto()
-    PULL = auto()  # read the expert and one's own decision
-    HOLD = auto()  # nothing may be announced before it is on disk
-    LOOK = auto()  # was it decided, since it was lost sight of?
-    ANNOUNCE = auto()  # send it and announce it on the stream
-    POLL = auto()  # was it decided?
+    PULL = auto()  # read the expert and the worker's own decision
+    HOLD = auto()  # wait: an update must be on disk before it is announced
+    LOOK = auto()  # look for the decision of an update whose entry is gone
+    ANNOUNCE = auto()  # send the update and announce it on the stream
+    POLL = auto()  # look for the decision of an announced update
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outbox:
-    """Where the first undecided update is on its way.
+    """The progress of the first undecided update.
 
     Args:
-        entry: the stream entry that announces it; None if it is not announced, or was lost sight of.
-        sent: the update that was sent last, perhaps in vain.
-        must_pull: look at Redis before anything is made or announced (a resumed worker).
-        must_save: its checkpoint is not on disk yet.
-        checkpointing: a copy of the training was asked for that is no update's.
+        entry: the stream entry that announces it; None if it is not announced, or its entry is gone.
+        sent: the update that was sent last; Redis may not have received it.
+        must_pull: pull before an update is made or announced (after a resume).
+        must_save: the checkpoint of the update is not on disk yet.
+        checkpointing: a copy of the training was requested for a checkpoint, not for an update.
     """
 
     entry: str | None = None
@@ -55,9 +56,9 @@ class Outbox:
     checkpointing: bool = False
 
     def prepare(self, first: UpdateId | None, *, is_due: bool, must_checkpoint: bool) -> Prepare:
-        """The next step beside Redis; `first` is the first undecided update, None if there is none.
+        """The next action with training and disk; `first` is the first undecided update, None if there is none.
 
-        `is_due`: it is time for an update. `must_checkpoint`: it is time for a checkpoint.
+        `is_due`: the next update is due. `must_checkpoint`: the next checkpoint is due.
         """
         if self.must_save:
             return Prepare.SAVE
@@ -66,7 +67,7 @@ class Outbox:
         return Prepare.CHECKPOINT if must_checkpoint else Prepare.NOTHING
 
     def talk(self, first: UpdateId | None) -> Talk:
-        """The next step with Redis."""
+        """The next action with Redis."""
         if self.must_pull:
             return Talk.PULL
         if self.must_save:
@@ -78,25 +79,25 @@ class Outbox:
         return Talk.LOOK if self.sent == first else Talk.ANNOUNCE
 
     def made(self, *, must_save: bool) -> "Outbox":
-        """An update was made; with a state directory its checkpoint comes first."""
+        """An update was made; with a state directory its checkpoint must be saved first."""
         return replace(self, must_save=must_save)
 
     def saved(self) -> "Outbox":
-        """Its checkpoint is on disk."""
+        """The checkpoint of the update is on disk."""
         return replace(self, must_save=False)
 
     def announcing(self, update: UpdateId) -> "Outbox":
-        """It is about to be sent: from now on Redis may know it."""
+        """The update is about to be sent: from now on Redis may hold it."""
         return replace(self, sent=update)
 
     def announced(self, entry: str) -> "Outbox":
-        """Its entry is in the stream."""
+        """The entry of the update is in the stream."""
         return replace(self, entry=entry)
 
     def pulled(self) -> "Outbox":
-        """The books are settled: the entry was another update's, or of a history that is no longer so."""
+        """A pull has settled the books: the entry belongs to another update, or to an abandoned history."""
         return replace(self, entry=None, must_pull=False)
 
     def lost_sight(self) -> "Outbox":
-        """The entry was taken off the stream without a decision, or the expert is gone."""
+        """The entry was removed from the stream without a decision, or the expert is gone."""
         return replace(self, entry=None)

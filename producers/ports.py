@@ -1,4 +1,4 @@
-"""What the sync needs of those who help it, so that a test can put others in their place."""
+"""Interfaces of the sync's helpers, so that a test can replace them."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -14,19 +14,19 @@ class Heart(Protocol):
     is_refused: bool
 
     def beat(self, ledger: Ledger, status: SyncStatus) -> None:
-        """Write it if it is due."""
+        """Write the heartbeat if it is due."""
         ...
 
     def hasten(self) -> None:
-        """Make it due now."""
+        """Make the next heartbeat due now."""
         ...
 
 
 class Watch(Protocol):
-    """Looks for an aggregator (see `producers.watch`)."""
+    """Checks that an aggregator serves the expert (see `producers.watch`)."""
 
     def look(self) -> str:
-        """What is wrong, "" for nothing."""
+        """The problem, "" if there is none."""
         ...
 
 
@@ -37,9 +37,9 @@ class Saves(Protocol):
 
     @property
     def is_due(self) -> bool:
-        """False for a while after the disk refused one."""
+        """False for a while after the disk refused a checkpoint."""
         ...
 
     def save(self, checkpoint: Checkpoint, *, meanwhile: Callable[[], None]) -> bool:
-        """True if it is on disk."""
+        """Write the checkpoint; return True if it is on disk."""
         ...

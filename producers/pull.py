@@ -1,4 +1,4 @@
-"""A pull: the expert's weights as a vector, with its meta and one's own last decided update."""
+"""A pull: the expert's weights as a vector, with its meta and the worker's own last decided update."""
 
 from dataclasses import dataclass
 
@@ -13,10 +13,10 @@ from fedmoe.store.worker import WorkerStore
 
 @dataclass(frozen=True, slots=True)
 class Pulled:
-    """An expert and one's own last decided update, as of one moment.
+    """An expert and the worker's own last decided update, read at one moment.
 
-    `weights` (numel,) fp32, in memory of their own; None if they are those the caller has already, or the expert was
-    created again with another spec. `packed`: the bytes that they were unpacked from, () if they are the exact ones.
+    `weights` (numel,) fp32, in memory of their own; None if the caller has them already, or if the expert was created
+    again with another spec. `packed`: the bytes from which they were unpacked, () for exact weights.
     """
 
     meta: Meta
@@ -26,13 +26,13 @@ class Pulled:
 
 
 def pull(store: WorkerStore, spec: Spec, *, known: str) -> Pulled:
-    """Read the expert, with the weights if their commit is not `known`; raises what WorkerStore.pull raises."""
+    """Read the expert, and its weights unless their commit is `known`; raises what WorkerStore.pull raises."""
     found = store.pull(spec, known=known)
     if found.packed:
         weights = unpack(found.packed, spec, found.meta.weights_commit)
         if weights is not None:
             return Pulled(found.meta, found.decided, weights, found.packed)
-        # Somebody overwrote the packed ones, or drew other initial weights.
+        # The packed weights were overwritten, or were made from other initial weights.
         found = store.pull_exact(spec)
     exact = values_of_chunks(spec.layout, found.exact) if found.exact else None
     return Pulled(found.meta, found.decided, exact)

@@ -1,4 +1,4 @@
-"""Writes checkpoints beside the sync, so that a slow, full or broken disk stops neither heartbeats nor training."""
+"""Writes checkpoints in a thread, so that a slow, full or broken disk stops neither heartbeats nor training."""
 
 import logging
 import threading
@@ -10,8 +10,8 @@ from producers.checkpoint import Checkpoint, StateDir
 
 logger = logging.getLogger(__name__)
 
-RETRY_S = 2.0  # a checkpoint is large: a full disk is not asked more often
-SLOW_S = 10.0  # a disk that takes longer is a problem to be told
+RETRY_S = 2.0  # after a failure; a checkpoint is large, so retries are rare
+SLOW_S = 10.0  # a write that takes longer is reported as a problem
 LOOK_S = 1.0
 
 
@@ -22,7 +22,7 @@ class Saver:
         clock: seconds, monotonic.
 
     Attributes:
-        problem: what is wrong with the disk, "" for nothing.
+        problem: what is wrong with the disk, "" if nothing is.
     """
 
     def __init__(self, state_dir: StateDir, clock: Callable[[], float] = time.monotonic) -> None:
@@ -38,9 +38,9 @@ class Saver:
         return self._clock() >= self._retry_at
 
     def save(self, checkpoint: Checkpoint, *, meanwhile: Callable[[], None]) -> bool:
-        """True if the checkpoint is on disk; False if the disk refused it, for the reason in `problem`.
+        """Write it; return True if it is on disk, False if the disk refused it for the reason in `problem`.
 
-        `meanwhile` is called about once a second until one or the other is so, however long that takes.
+        `meanwhile` is called about once a second until the write ends, however long that takes.
         """
         job = _Job(lambda: self._state_dir.save(checkpoint))
         began = time.monotonic()
@@ -67,7 +67,7 @@ class Saver:
 
 
 class _Job:
-    """A call in a thread that nobody need wait for; `error` is what it raised."""
+    """A call in a daemon thread; `error` is the exception that it raised."""
 
     def __init__(self, call: Callable[[], None]) -> None:
         self.error: Exception | None = None
@@ -78,10 +78,10 @@ class _Job:
     def _run(self) -> None:
         try:
             self._call()
-        except Exception as error:  # told to whoever waits
+        except Exception as error:  # the caller of `wait` reads it
             self.error = error
 
     def wait(self, timeout_s: float) -> bool:
-        """True if it has ended."""
+        """Wait up to `timeout_s` seconds; return True if the call has ended."""
         self._thread.join(timeout_s)
         return not self._thread.is_alive()

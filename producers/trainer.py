@@ -1,6 +1,6 @@
 """LoRA fine-tuning of one worker: AdamW on the adapter's flat vector, one optimizer step at a time.
 
-What comes from elsewhere (a pull) is added to `flat` between two steps, and the next step trains on it.
+The correction of a pull is added to `flat` between two steps, and the next step trains on it.
 """
 
 import logging
@@ -17,9 +17,9 @@ from fedmoe.errors import TooLittleMemoryError
 from fedmoe.model.loss import completion_loss
 from fedmoe.protocol.rules import TrainingSettings
 
-MICRO_BATCH, TOO_LARGE = "micro_batch", "too_large"  # in the state
-MOST_MISSES = 8  # so many examples in a row that do not fit alone: then it is not they that are too large
-# What torch says in a plain RuntimeError: the CPU's allocator, and CUDA's libraries.
+MICRO_BATCH, TOO_LARGE = "micro_batch", "too_large"  # names in the state
+MOST_MISSES = 8  # if so many examples in a row do not fit alone, the memory is too small, not they too large
+# Texts of a plain RuntimeError of torch: from the CPU's allocator, and from CUDA's libraries.
 NO_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 log = logging.getLogger(__name__)
@@ -27,25 +27,25 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """One optimizer step: the labels' mean cross entropy by their weights, what went into it, the position after it.
+    """One optimizer step: the weighted mean cross entropy of the labels, their counts, and the position after it.
 
-    `n_tokens` is the number of labels, whatever they weigh.
+    `n_tokens` is the number of labels, whatever their weights.
     """
 
     loss: float
     n_examples: int
     n_tokens: int
     position: int
-    applied: bool  # False: loss or gradient was not finite, and the adapter stayed as it was
+    applied: bool  # False if loss or gradient was not finite; then the adapter is unchanged
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Computed:
-    """A step whose gradient is there and not applied yet.
+    """A step whose gradient is computed but not applied yet.
 
     Args:
         loss, n_examples, n_tokens: as in StepResult.
-        n_consumed: how far the position goes on; more than n_examples if some do not fit into memory.
+        n_consumed: by how much the position advances; more than n_examples if some do not fit into memory.
     """
 
     loss: float
@@ -57,18 +57,18 @@ class Computed:
 class Trainer:
     """Trains the adapter in `flat` on examples, in an endless order that the seed fixes.
 
-    The model stays in eval mode: without dropout, a trainer that is stopped, saved (`flat`, `position` and
-    `state()`) and made anew goes on to the same bits.
+    The model stays in eval mode, without dropout. So a trainer that is saved (`flat`, `position` and `state()`) and
+    restored continues bit for bit.
 
-    A micro-batch that does not fit into memory is halved, and so are all later ones; an example that does not fit
-    alone is left out. Both are said once and remembered (in `state()`, too).
+    If a micro-batch does not fit into memory, it and all later ones are halved; an example that does not fit alone is
+    left out. Both are logged once and kept in `state()`.
 
     Args:
         model: on `device`, with exactly the views of `flat` (numel,) fp32 as its trainable parameters.
-        settings: of the expert's rules.
-        batch_size, accumulate: this worker's own, which go before those of the settings; 0 for none.
+        settings: the training settings of the expert's rules.
+        batch_size, accumulate: this worker's own values, which override those of the settings; 0 for none.
         seed: of the data order.
-        autocast: dtype to compute in; float32 means no autocast.
+        autocast: dtype to compute in; with float32 there is no autocast.
         position: examples consumed so far.
     """
 
@@ -101,12 +101,12 @@ class Trainer:
         self._autocast = autocast
         self._micro_batch = self._settings.batch_size
         self._too_large: set[int] = set()  # examples that do not fit even alone
-        self._misses: list[int] = []  # those of them since something fitted last
+        self._misses: list[int] = []  # those of them since an example last fitted
         self._grad = _flat_gradient(model, flat)
         parameter = nn.Parameter(flat)
         parameter.grad = self._grad
         self._optimizer = torch.optim.AdamW([parameter], weight_decay=settings.weight_decay, fused=True)
-        # What torch makes at the first step; made here, the state is the same before and after it.
+        # torch creates these at the first step; created here, `state` has the same entries before and after it.
         self._moments = {
             "step": torch.zeros((), device=device),
             "exp_avg": torch.zeros_like(flat),
@@ -115,7 +115,7 @@ class Trainer:
         self._optimizer.state[parameter] = self._moments
 
     def adopt(self, settings: TrainingSettings) -> None:
-        """Train by other settings from the next step on; optimizer moments, position and what did not fit stay."""
+        """Train with other settings from the next step on; keep moments, position and the examples that do not fit."""
         for name, value in self._own.items():
             if getattr(settings, name) not in (value, getattr(self._rules, name)):
                 log.info("this worker keeps its own --%s %d", name.replace("_", "-"), value)
@@ -134,8 +134,8 @@ class Trainer:
     def compute(self) -> Computed:
         """Loss and gradient of the next `accumulate` × `batch_size` examples; adapter and position stay as they are.
 
-        Every label token counts by its weight, in whichever micro-batch it comes: a mean of their means would
-        favour short answers. Half the weight is half the gradient, also if all of the step have that weight.
+        Every label token counts by its weight, whatever its micro-batch; a mean of the means of micro-batches would
+        favour short answers. Half the weight gives half the gradient, also if all labels of the step have it.
         """
         count = self._settings.accumulate * self._settings.batch_size
         numbers = indices(self.position, count, len(self._examples), self._seed)
@@ -152,7 +152,7 @@ class Trainer:
             self._make_do(done)
 
     def _gradient(self, batches: Sequence[list[int]]) -> "_Gradient | list[int]":
-        """The gradient of one step in `_grad`; or the micro-batch that does not fit into memory."""
+        """Compute the gradient of one step in `_grad`; return the micro-batch that does not fit, if one does not."""
         self._grad.zero_()
         if not batches:
             return _Gradient(math.nan, 0)
@@ -167,23 +167,23 @@ class Trainer:
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                return numbers  # what it had taken is free once the error is gone
+                return numbers  # its memory is freed when the error is released
             self._misses.clear()
         return _Gradient(total.item() / sum(batch.weight for batch in made), n_tokens)
 
     def _make_do(self, batch: Sequence[int]) -> None:
-        """Remember that this micro-batch does not fit into memory.
+        """Halve the micro-batch that does not fit into memory, or leave its one example out.
 
         Raises:
-            TooLittleMemoryError: if nothing fits any more.
+            TooLittleMemoryError: if no example fits any more.
         """
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
         if len(batch) > 1:
             self._micro_batch = len(batch) // 2
             log.warning(
-                "%d examples at a time do not fit into the memory of %s: going on with %d at a time, which learns the "
-                "same but is slower (--batch-size %d with a larger --accumulate avoids the failed try)",
+                "%d examples at a time do not fit into the memory of %s: training goes on with %d at a time, which is "
+                "slower but otherwise the same (--batch-size %d with a larger --accumulate avoids the failed attempt)",
                 len(batch), self._device, self._micro_batch, self._micro_batch,
             )  # fmt: skip
             return
@@ -193,18 +193,18 @@ class Trainer:
         self._too_large.add(number)
         self._misses.append(number)
         if len(self._misses) >= MOST_MISSES or len(self._too_large) == len(self._examples):
-            self._too_large.difference_update(self._misses)  # more likely, others have taken the memory
+            self._too_large.difference_update(self._misses)  # more likely, other processes use the memory
             raise TooLittleMemoryError(
                 f"not even one example at a time fits into the memory of {self._device} ({len(self._misses)} in a row "
                 f"did not, the last was {where}): free memory there, or give another --device or --precision bf16"
             )
         log.warning(
-            "the example of line %d (%d tokens) does not fit into the memory of %s even alone: left out",
+            "the example of line %d (%d tokens) does not fit into the memory of %s even alone: it is left out",
             example.line, len(example.input_ids), self._device,
         )  # fmt: skip
 
     def apply(self, computed: Computed) -> StepResult:
-        """Take the step that was computed: this alone changes adapter, optimizer and position."""
+        """Apply the computed step; only this changes adapter, optimizer and position."""
         self.position += computed.n_consumed
         return StepResult(
             loss=computed.loss,
@@ -215,10 +215,10 @@ class Trainer:
         )
 
     def state(self) -> dict[str, torch.Tensor]:
-        """A copy on the CPU of what a restart needs.
+        """A copy on the CPU of the state that a restart needs.
 
-        The optimizer's exp_avg (numel,), exp_avg_sq (numel,) and step (); micro_batch (), the most examples at a time
-        that fit into memory; and too_large (k,), the examples that do not fit alone, if there are any.
+        It holds the optimizer's exp_avg (numel,), exp_avg_sq (numel,) and step (); micro_batch (), the number of
+        examples at a time that fit into memory; and too_large (k,), the examples that do not fit alone, if any.
         """
         state = {name: tensor.to("cpu", copy=True) for name, tensor in self._moments.items()}
         state[MICRO_BATCH] = torch.tensor(self._micro_batch)
@@ -227,13 +227,13 @@ class Trainer:
         return state
 
     def load_state(self, state: Mapping[str, torch.Tensor], *, same_data: bool = True) -> None:
-        """Take over what `state` returned; with other examples, not which of them do not fit."""
+        """Restore what `state` returned; without `same_data`, not the numbers of the examples that do not fit."""
         if self._moments.keys() <= state.keys():
             for name, tensor in self._moments.items():
                 tensor.copy_(state[name])
         else:
             log.warning(
-                "the checkpoint has no state of this optimizer (another training wrote it): it begins anew"
+                "the checkpoint has no state of this optimizer (another training wrote it): the optimizer starts afresh"
             )
         if MICRO_BATCH in state:  # older checkpoints have none
             self._micro_batch = min(self._micro_batch, int(state[MICRO_BATCH]))
@@ -241,7 +241,7 @@ class Trainer:
             self._too_large = set(state[TOO_LARGE].tolist())
 
     def _apply(self, loss: float) -> bool:
-        norm = self._grad.norm().item()  # finite only if every value is
+        norm = self._grad.norm().item()  # finite only if every value is finite
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self.skipped += 1
             log.warning("step skipped: loss %s, gradient norm %s (%d so far)", loss, norm, self.skipped)
@@ -263,7 +263,7 @@ class _Gradient:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """True for what torch raises when memory cannot be had, on any device."""
+    """True if torch raised this error because it could not allocate memory, on any device."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
@@ -277,7 +277,7 @@ def _flat_gradient(model: nn.Module, flat: torch.Tensor) -> torch.Tensor:
         if not parameter.requires_grad:
             continue
         if parameter.untyped_storage().data_ptr() != flat.untyped_storage().data_ptr():
-            raise ValueError("a trainable parameter is no view of flat: make it so by attach_adapter")
+            raise ValueError("a trainable parameter is no view of flat: create the model with attach_adapter")
         start = parameter.storage_offset() - flat.storage_offset()
         parameter.grad = grad[start : start + parameter.numel()].view_as(parameter)
         seen += parameter.numel()

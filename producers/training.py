@@ -1,4 +1,4 @@
-"""The worker's training, from the first step to the last words: what the main thread does beside the sync."""
+"""The worker's training in the main thread, from the first step to the final message."""
 
 import logging
 import math
@@ -16,11 +16,11 @@ from producers.trainer import StepResult, is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
-END_S = 4.0  # after the drain, in which the last checkpoint is written; then the process ends in any case
+END_S = 4.0  # time after the drain to write the last checkpoint; then the process ends in any case
 
 
 class Progress:
-    """How far the training is: for the progress line and the heartbeat."""
+    """The progress of the training, for the progress line and the heartbeat."""
 
     def __init__(self) -> None:
         self.last: StepResult | None = None
@@ -28,13 +28,13 @@ class Progress:
         self._rate = _Rate()
 
     def add(self, step: StepResult) -> None:
-        """Note a step."""
+        """Record a step."""
         self.last = step
         self.steps += 1
         self._rate.add(step.n_tokens)
 
     def line(self, status: SyncStatus) -> str:
-        """One line for people."""
+        """The progress line."""
         assert self.last is not None
         flight = f"in flight {status.in_flight}" if status.in_flight else "in flight -"
         problem = f"  [{status.problem}]" if status.problem else ""
@@ -44,19 +44,19 @@ class Progress:
         )
 
     def fields(self) -> dict[str, int | float | None]:
-        """The training's part of the heartbeat."""
+        """The heartbeat's fields about the training."""
         loss = round(self.last.loss, 4) if self.last and math.isfinite(self.last.loss) else None
         return {"step": self.steps, "loss": loss, "tokens_per_s": round(self._rate.value, 1)}
 
 
 class Training:
-    """Trains until it is stopped, done, or cannot go on; then has the sync publish the rest.
+    """Trains until it is stopped, done or fails; then has the sync publish the remaining progress.
 
     Args:
-        member: that has begun.
-        progress: the one that the sync's heartbeat reports.
-        n_examples: of one epoch.
-        stop: set when the training has ended, too.
+        member: a membership that has begun.
+        progress: the object that the sync's heartbeat reports.
+        n_examples: number of examples in one epoch.
+        stop: ends the training; it is also set when the training has ended by itself.
         report: where lines for people go.
     """
 
@@ -82,12 +82,12 @@ class Training:
         self._failure: Exception | None = None
 
     def run(self) -> None:
-        """Train, publish, wait for the decision, and say how it ended.
+        """Train, publish, wait for the decision, and report the outcome.
 
         Raises:
-            StoppedError: if the stop came before the first step: its patience was that of joining, so the connection
-                may be cut off any moment, and there is nothing to lose.
-            FedMoEError: one sentence, if the training could not go on or something that was trained is lost.
+            StoppedError: if the stop came before the first step. Such a stop has the short patience of joining, so
+                the connection may be cut off at any moment; nothing is lost.
+            FedMoEError: if the training failed or some of it is lost; the message is one sentence.
         """
         self._bound_the_stop()
         if self._stop.is_set():
@@ -107,7 +107,7 @@ class Training:
             raise self._failure
 
     def _train(self) -> None:
-        """Step after step; what stops it early is kept for later, because what was trained is published first."""
+        """Train step after step; keep an error for later, because the progress is published first."""
         said_at = time.monotonic()
         try:
             while not self._stop.is_set() and self._member.thread.is_alive() and not self._has_done_enough():
@@ -127,7 +127,7 @@ class Training:
                     f"the training ran out of memory ({why}): free memory on the device, or give another --device"
                 )
             logger.warning(
-                "the training cannot go on (%s): what was trained so far is published, then this worker ends",
+                "the training cannot go on (%s): this worker publishes its progress, then ends",
                 error,
             )
             self._failure = error
@@ -138,13 +138,11 @@ class Training:
             return
         try:
             self._exchange.boundary()
-        except (
-            Exception
-        ):  # what failed once may fail again; then the sync takes its copy without the training
+        except Exception:  # a training that failed may fail again; the sync then copies without it
             logger.debug("no boundary after the training failed", exc_info=True)
 
     def _bound_the_stop(self) -> None:
-        """From now on there is something to lose: a stop may take as long as the drain."""
+        """From now on a stop could lose training, so it may take as long as the drain."""
 
         def last_words() -> tuple[str, int]:
             try:

@@ -1,4 +1,4 @@
-"""Is there an aggregator that applies what this worker publishes? Else it would train for nobody, unnoticed."""
+"""Checks that an aggregator serves the expert; otherwise a worker would train in vain, unnoticed."""
 
 import logging
 import time
@@ -8,18 +8,18 @@ from fedmoe.store.worker import WorkerStore
 
 logger = logging.getLogger(__name__)
 
-LOOK_S = 2.0  # so that it is said within two leases, which last 5 s by default
+LOOK_S = 2.0  # so that the problem is reported within two leases, which last 5 s by default
 
 
 class AggregatorWatch:
-    """Looks now and then whether anybody holds the expert's lease.
+    """Checks every LOOK_S seconds whether an aggregator holds the expert's lease.
 
     Args:
         clock: seconds, monotonic.
 
     Attributes:
-        problem: that nobody does, "" if somebody does or this user may not look.
-        next_at: when the next look is due, on that clock.
+        problem: the message that nobody holds it; "" if somebody does, or this user may not read the lease.
+        next_at: when the next check is due, on that clock.
     """
 
     def __init__(self, store: WorkerStore, clock: Callable[[], float] = time.monotonic) -> None:
@@ -30,12 +30,12 @@ class AggregatorWatch:
         self._missed = 0
 
     def look(self) -> str:
-        """Look if it is due; returns the problem.
+        """Check the lease if it is due; return the problem.
 
-        It takes two looks in a row, since a standby needs a moment to take over.
+        Two checks in a row must fail, because a standby needs a moment to take over.
 
         Raises:
-            RedisUnavailableError: if Redis cannot be asked.
+            RedisUnavailableError: if Redis cannot be reached.
         """
         now = self._clock()
         if now < self.next_at:

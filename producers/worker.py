@@ -1,6 +1,6 @@
-"""A worker: pull the expert, fine-tune on private rows, publish what was learned, for ever.
+"""A worker: pull the expert, fine-tune on private rows, publish updates, again and again.
 
-The main thread trains; the sync thread (producers/sync.py) does all the talking, so training never waits for Redis.
+The main thread trains; the sync thread (producers/sync.py) alone talks to Redis, so training never waits for it.
 """
 
 import logging
@@ -25,10 +25,10 @@ class Worker:
     """One worker from start to end.
 
     Args:
-        report: where lines for people go.
-        stop: set it, and the worker finishes its step, publishes, waits for the decision and returns. It is set, too,
-            when the worker has trained as much as it shall.
-        prepare: makes a model and examples of what the spec and the settings say.
+        report: prints a line for people.
+        stop: once it is set, the worker finishes its step, publishes, waits for the decision and returns. The worker
+            also sets it when it has trained as many steps or epochs as the settings say.
+        prepare: loads the model and encodes the examples, as spec and settings say.
     """
 
     def __init__(
@@ -48,13 +48,13 @@ class Worker:
         self._mute = False
 
     def _report(self, line: str) -> None:
-        """Print a line; a full disk or a reader that has gone must not end the training."""
+        """Print a line; a full disk or a closed pipe must not end the training."""
         try:
             self._print(printable_lines(line))
         except OSError as error:
             if not self._mute:
                 logger.warning(
-                    "progress cannot be printed any more (%s); training on", error.strerror or error
+                    "progress cannot be printed any more (%s); training goes on", error.strerror or error
                 )
             self._mute = True
 
@@ -62,7 +62,7 @@ class Worker:
         """Join, train and publish until stopped.
 
         Raises:
-            FedMoEError: one sentence for whatever makes this worker useless: wrong data, stream, base model, name.
+            FedMoEError: one sentence, if this worker cannot train: wrong data, expert, base model or name.
         """
         settings, stop = self._settings, self._stop
         stop.last_words = lambda: ("stopped before the training began: nothing was trained yet", 0)
@@ -96,7 +96,7 @@ class Worker:
         rules = member.sync.ledger.meta.rules
         if not member.sync.ledger.seq and rules.training.max_length != material.max_length:
             logger.info(
-                "rows are truncated to %d tokens; the rules in force say %d, which takes effect at the next start",
+                "rows are truncated to %d tokens; max_length is now %d, which takes effect at the next start",
                 material.max_length,
                 rules.training.max_length,
             )
@@ -107,7 +107,7 @@ class Worker:
 
 
 def with_name(settings: WorkerSettings) -> tuple[WorkerSettings, str]:
-    """Settings with a name, and why this one: a restart on the same state directory goes on under the same name."""
+    """Settings with a name, and its source; a restart with the same state directory keeps the name."""
     if settings.state_dir and (name := name_in(settings.state_dir)):
         why = f"the checkpoint in {settings.state_dir}"
         if name != settings.worker:

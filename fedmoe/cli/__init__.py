@@ -1,1 +1,1 @@
-"""The command line; thin, and quick to start: heavy imports stand inside the commands."""
+"""The command line. It is thin and starts quickly, because the commands import heavy modules themselves."""

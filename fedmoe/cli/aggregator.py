@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 @click.group()
 def aggregator() -> None:
-    """Apply what workers publish to the experts, and merge the experts into the gateway."""
+    """Apply the updates of the workers to the experts, and merge the experts into the gateway."""
 
 
 @aggregator.command()
 @redis_options
 @click.option("--expert", "experts", multiple=True, metavar="NAME[=WEIGHT]", envvar="FEDMOE_AGGREGATOR_RUN_EXPERT",
-              help="An expert to create if need be, with its weight in the gateway; repeatable. All experts of the "
-                   "federation are served, also those added later.  "
+              help="Expert to create if it does not exist, with its weight in the gateway; repeatable. The aggregator "
+                   "serves all experts of the federation, also those added later.  "
                    "[default: python_expert, sql_expert, docs_expert]")  # fmt: skip
 @options(IdentitySettings)
 @options(RuleSet)
@@ -76,10 +76,10 @@ def _run(ctx: click.Context, stop: "Stop", redis: RedisSettings, values: dict[st
     weights = parse_experts(values["experts"])
     torch.set_num_threads(
         1
-    )  # a fold takes a millisecond; threads that spin in wait for the next take whole cores
+    )  # a fold takes a millisecond, but threads that wait for the next one spin and occupy whole cores
     keep_freed(
         blocks_mib=4, free_mib=8, heaps=4
-    )  # parts (1 MiB) are read into used memory, weights are given back
+    )  # parts (1 MiB) reuse freed memory; that of weights goes back to the system
     stop.last_words = lambda: (STOPPED, 0)
     logger = logging.getLogger(__name__)
     backoff = Backoff("aggregator", logger)
@@ -105,16 +105,16 @@ def _run(ctx: click.Context, stop: "Stop", redis: RedisSettings, values: dict[st
         return
     daemon = Aggregator(redis, list(weights), settings, gateway, holder=holder_name())
     stop.when_out_of_patience.append(daemon.cut_off)
-    stop.patience_s, stop.end_s = 2.0, 1.5  # a commit that is under way may come to its end
+    stop.patience_s, stop.end_s = 2.0, 1.5  # time for a commit that has begun to finish
     stop.last_words = lambda: (
-        "stopped; updates that were read but not applied stay in Redis for the next aggregator",
+        "stopped; updates that were read but not decided stay in Redis for the next aggregator",
         0,
     )
     daemon.run(stop)
 
 
 def holder_name() -> str:
-    """A name for this process that nobody else has: host, pid and four random hex digits."""
+    """A unique name for this process: host, pid and four random hex digits."""
     import os
     import secrets
     import socket

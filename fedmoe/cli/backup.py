@@ -15,7 +15,11 @@ if TYPE_CHECKING:
 
 def _expert_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option(
-        "--expert", "expert", multiple=True, metavar="NAME", help="Repeatable.  [default: all experts]"
+        "--expert",
+        "expert",
+        multiple=True,
+        metavar="NAME",
+        help="Expert to take; repeatable.  [default: all experts]",
     )(command)
 
 
@@ -26,8 +30,8 @@ def _expert_option(command: Callable[..., Any]) -> Callable[..., Any]:
 def backup(redis: RedisSettings, expert: Sequence[str], directory: Path) -> None:
     """Write all experts to the new directory DIR, whole or not at all.
 
-    The federation may run: of each expert weights, history and decisions are those of one moment. Each is also an
-    adapter that PeftModel.from_pretrained loads, from DIR/EXPERT.
+    The federation may run meanwhile: weights, history and decisions of an expert are read at one moment.
+    PeftModel.from_pretrained loads each expert from DIR/EXPERT.
     """
     from fedmoe.store.backup import BackupStore
     from fedmoe.store.connection import Connection
@@ -37,7 +41,7 @@ def backup(redis: RedisSettings, expert: Sequence[str], directory: Path) -> None
     def report(name: str, saved: "Saved") -> None:
         click.echo(f"{name}: version {saved.version}, commit {saved.commit}")
 
-    end_like_ctrl_c()  # what is half written goes away
+    end_like_ctrl_c()  # so that a half-written backup is removed
     store = BackupStore(Connection(redis))
     back_up(store, directory, list(dict.fromkeys(expert)), report=report)
     click.echo(f"written to {directory}")
@@ -47,14 +51,16 @@ def backup(redis: RedisSettings, expert: Sequence[str], directory: Path) -> None
 @redis_options
 @_expert_option
 @click.option(
-    "--replace", is_flag=True, help="Also experts that are in Redis; what was applied since is undone."
+    "--replace",
+    is_flag=True,
+    help="Replace experts that are in Redis; updates applied since the backup are undone.",
 )
 @click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
 def restore(redis: RedisSettings, expert: Sequence[str], replace: bool, directory: Path) -> None:
     """Put the experts of the backup DIR into Redis, each whole or not at all.
 
-    Only where nothing is, unless --replace is given. Aggregators and workers may run and notice by themselves: what
-    workers still keep (what was decided in the last minute) is sent again.
+    An expert that is in Redis is replaced only with --replace. Aggregators and workers may run and notice the restore
+    by themselves; workers resend the undone updates that they still keep, those decided in the last minute.
     """
     from fedmoe.store.backup import BackupStore
     from fedmoe.store.connection import Connection

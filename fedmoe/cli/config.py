@@ -1,4 +1,4 @@
-"""The configuration file, and `fedmoe config show | check`: every setting, its value, and where that came from."""
+"""The configuration file, and `fedmoe config show | check`: every setting, its value and its source."""
 
 import os
 import re
@@ -12,29 +12,33 @@ import click
 from fedmoe.errors import SettingsError
 from fedmoe.util.text import printable
 
-SHARED = ("redis", "prefix")  # at the top of the file, for all commands
+SHARED = ("redis", "prefix")  # keys at the top of the file, which apply to all commands
 _DEFAULT = re.compile(r"\s*\[default: (.*)\]$")
 Section = dict[str, Any]
 
 
 def read_config(path: Path, ctx: click.Context) -> Section:
-    """The file as click's default_map, with names and types checked, since click would ignore or change odd ones.
+    """Read the file as click's default_map; check names and types, because click ignores or converts wrong ones.
 
     Raises:
-        SettingsError: naming the file, the section, the key, and what is wrong with it.
+        SettingsError: with the file, the section, the key and what is wrong with it.
     """
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise SettingsError(f"cannot read the configuration {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:  # also a number of five thousand digits
+    except (ValueError, RecursionError) as error:  # ValueError also for a number of five thousand digits
         raise SettingsError(f"the configuration {path} is not TOML: {error}") from error
     shared = {key: value for key, value in content.items() if not isinstance(value, dict)}
     if odd := sorted(shared.keys() - set(SHARED)):
-        raise SettingsError(f"{path}: unknown key {odd[0]!r} (at the top only {' and '.join(SHARED)})")
+        raise SettingsError(
+            f"{path}: unknown key {odd[0]!r}; at the top there can be {' and '.join(SHARED)} only"
+        )
     for key, value in shared.items():
         if not isinstance(value, str):
-            raise SettingsError(f"{path}: {key} must be a text in quotes")  # it may hold a password
+            raise SettingsError(
+                f"{path}: {key} must be a text in quotes"
+            )  # without the value: it may hold a password
     root = ctx.find_root().command
     assert isinstance(root, click.Group)
     sections = {key: value for key, value in content.items() if isinstance(value, dict)}
@@ -59,7 +63,7 @@ def _defaults(
             options = {spelling(one): one for one in command.params if isinstance(one, click.Option)}
             given = {key.replace("-", "_"): value for key, value in section.items()}
             if len(given) < len(section):
-                raise SettingsError(f"{here}: a key is there twice, with - and with _")
+                raise SettingsError(f"{here}: a key appears twice, with - and with _")
             if odd := sorted(given.keys() - options.keys()):
                 raise SettingsError(f"{here}: unknown key {odd[0]!r}; there are {', '.join(sorted(options))}")
             for key, value in given.items():
@@ -70,12 +74,12 @@ def _defaults(
 
 
 def spelling(option: click.Option) -> str:
-    """The option's key in the file: its longest name, without dashes in front and with `_` in the middle."""
+    """The key of an option in the file: its longest name without the leading dashes, and with `_` for `-`."""
     return max(option.opts, key=len).lstrip("-").replace("-", "_")
 
 
 def _check_type(option: click.Option, value: Any, ctx: click.Context, where: str) -> None:
-    """Raise SettingsError unless a value of the file is what the option takes."""
+    """Raise SettingsError unless the option takes this value of the file."""
     if option.is_flag:
         if not isinstance(value, bool):
             raise SettingsError(f"{where} must be true or false, not {value!r}")
@@ -96,7 +100,7 @@ def _check_type(option: click.Option, value: Any, ctx: click.Context, where: str
         else:
             is_right, what = isinstance(one, str), "a text in quotes"
         if not is_right:
-            came = "" if option.name == "redis" else f", not {one!r}"  # it may hold a password
+            came = "" if option.name == "redis" else f", not {one!r}"  # a URL may hold a password
             raise SettingsError(f"{where} must be {what}{came}")
         if isinstance(option.type, click.Path) and not one:
             raise SettingsError(f"{where} must not be empty")
@@ -114,7 +118,7 @@ def _is_number(value: object) -> bool:
 
 @click.group()
 def config() -> None:
-    """Show settings and where they come from, and check a configuration file."""
+    """Show the settings and their sources, and check a configuration file."""
 
 
 @config.command()
@@ -123,7 +127,7 @@ def config() -> None:
 def show(ctx: click.Context, /, command: Sequence[str]) -> None:
     """Print every setting of COMMAND (like `aggregator run`; all commands without one), its value and its source.
 
-    The source is the environment, the configuration file or the default; what a command line says comes on top.
+    The source is the environment, the configuration file or the default; the command line overrides them all.
     """
     shown = 0
     for words, one in commands(ctx.find_root()):
@@ -149,7 +153,7 @@ def check(ctx: click.Context, /, file: Path) -> None:
 
 
 def commands(root: click.Context) -> Iterator[tuple[tuple[str, ...], click.Context]]:
-    """Every command that is no group, with its words and a context in which its settings have their values."""
+    """Every command that is no group: its words, and a context in which its settings have their values."""
     assert isinstance(root.command, click.Group)
     for name in root.command.list_commands(root):
         command = root.command.get_command(root, name)
@@ -163,12 +167,12 @@ def commands(root: click.Context) -> Iterator[tuple[tuple[str, ...], click.Conte
 
 
 def options_of(command: click.Command) -> dict[str, click.Option]:
-    """The options of a command by their keys in the file, but --help."""
+    """The options of a command by their keys in the file; --help is left out."""
     return {spelling(one): one for one in command.params if isinstance(one, click.Option)}
 
 
 def default_of(option: click.Option) -> str:
-    """The default, for people: in words, if the value does not tell; "" if there is none."""
+    """The default as text: the words in the help, else the value; "" if there is none."""
     if said := _DEFAULT.search(option.help or ""):
         return said[1]
     value = option.default
@@ -182,7 +186,7 @@ def _effective(option: click.Option, ctx: click.Context) -> tuple[str, str]:
     match source:
         case click.core.ParameterSource.ENVIRONMENT:
             if not option.multiple:
-                option.type_cast_value(ctx, value)  # says what is wrong with it
+                option.type_cast_value(ctx, value)  # raises BadParameter for a wrong value
             names = [option.envvar] if isinstance(option.envvar, str) else list(option.envvar or ())
             names.append(f"{ctx.auto_envvar_prefix}_{option.name}".upper())
             where = f"environment {next((name for name in names if os.environ.get(name)), names[0])}"

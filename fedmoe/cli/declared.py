@@ -1,4 +1,4 @@
-"""Command-line options from declared settings (`fedmoe.util.setting`), and settings from what was given."""
+"""Command-line options from declared settings (`fedmoe.util.setting`), and settings from the options given."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -17,14 +17,14 @@ T = TypeVar("T")
 
 
 class NumberOrWord(click.ParamType[Any]):
-    """A number, or a word that stands for none."""
+    """A number, or a word that stands for None."""
 
     def __init__(self, kind: type, word: str) -> None:
         self.name = f"{'N' if kind is int else 'X'}|{word}"
         self._kind, self.word = kind, word
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The number, or the word."""
+        """Return the number or the word."""
         if value == self.word:
             return value
         try:
@@ -38,23 +38,23 @@ class NumberOrWord(click.ParamType[Any]):
 
 
 class Names(click.ParamType[tuple[str, ...]]):
-    """Several names with commas between, as a tuple."""
+    """Names separated by commas, as a tuple."""
 
     name = "names"
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[str, ...]:
-        """The names, without the spaces around them."""
+        """Return the names without the spaces around them."""
         if isinstance(value, tuple):
             return value
         return tuple(name.strip() for name in str(value).split(",") if name.strip())
 
 
 def options(owner: type, *, show_defaults: bool = True) -> Callable[[Command], Command]:
-    """Add an option for each setting of a class, with its default in its help, or not.
+    """Add an option for each setting of a class; `show_defaults` puts the defaults into the help.
 
-    An option that is not given is None, so that the default stands in one place.
+    An option that is not given is None, so that the default is written in one place only.
     """
 
     def decorate(command: Command) -> Command:
@@ -66,7 +66,7 @@ def options(owner: type, *, show_defaults: bool = True) -> Callable[[Command], C
 
 
 def key(one: Declared) -> str:
-    """The name of the option's parameter; what is on by default is turned off by --no-NAME."""
+    """The name of the option's parameter; a flag that is on by default gets the option --no-NAME."""
     return f"no_{one.name}" if one.default is True else one.name
 
 
@@ -103,7 +103,7 @@ def _parameters(one: Declared, *, show_default: bool) -> dict[str, Any]:
 
 
 def _default(one: Declared) -> str:
-    """The default, for people."""
+    """The default, as the help shows it."""
     if one.said.default or one.is_required:
         return one.said.default
     if one.default is None:
@@ -112,7 +112,7 @@ def _default(one: Declared) -> str:
 
 
 def given(owner: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the class's settings that were given, by the names of their options."""
+    """The settings of a class that were given, by the names of their options."""
     found = {one.name: _value(one, values) for one in declared(owner)}
     return {name: value for name, value in found.items() if value is not None}
 
@@ -123,7 +123,7 @@ def _value(one: Declared, values: Mapping[str, Any]) -> Any:
 
 
 def made(owner: type[T], values: Mapping[str, Any], **more: Any) -> T:
-    """The settings that were given, with the defaults of the others; `more` are fields that are no settings.
+    """An instance from the settings that were given, and defaults for the others; `more` holds fields without option.
 
     Raises:
         SettingsError: if a value breaks its bound.

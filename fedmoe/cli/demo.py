@@ -12,29 +12,33 @@ if TYPE_CHECKING:
 
 
 def cache_dir() -> Path:
-    """Where the converted model is kept: $XDG_CACHE_HOME/fedmoe or ~/.cache/fedmoe."""
+    """Directory that keeps the converted model: $XDG_CACHE_HOME/fedmoe or ~/.cache/fedmoe."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedmoe"
 
 
 @click.command()
-@click.option("--redis", metavar="URL", default="", help="Use this server.  [default: a private one]")
-@click.option("--prefix", default="fedmoe-demo", show_default=True, help="First part of every key.")
+@click.option("--redis", metavar="URL", default="", help="URL of the Redis to use.  [default: a private one]")
+@click.option("--prefix", default="fedmoe-demo", show_default=True, help="Prefix of every key.")
 @click.option(
-    "--model", default="", help="Base model: directory or hub id.  [default: SmolLM2-135M-Instruct]"
+    "--model", default="", help="Hub id or directory of the base model.  [default: SmolLM2-135M-Instruct]"
 )
 @click.option("--data", type=click.Path(path_type=Path), help="Directory with a JSONL file for each expert.  "
               "[default: Python, SQL and documentation, built on this machine]")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), default=Path("demo-results"), show_default=True,
-              help="Where the results go.")  # fmt: skip
-@click.option("--seconds", type=float, default=100.0, show_default=True, help="How long the workers train.")
-@click.option("--rows", type=int, default=16, show_default=True, help="Held-out rows a domain.")
-@click.option("--learning-rate", type=float, default=1e-3, show_default=True, help="AdamW's.")
+              help="Directory for the results.")  # fmt: skip
+@click.option(
+    "--seconds", type=float, default=100.0, show_default=True, help="Seconds that the workers train."
+)
+@click.option("--rows", type=int, default=16, show_default=True, help="Held-out rows to evaluate per domain.")
+@click.option(
+    "--learning-rate", type=float, default=1e-3, show_default=True, help="AdamW learning rate (workers)."
+)
 @click.option("--gateway-scale", type=float, default=1.0, show_default=True, help="Sum of the merge weights.")
 def demo(redis: str, prefix: str, model: str, data: Path | None, out: Path, seconds: float, rows: int,
          learning_rate: float, gateway_scale: float) -> None:  # fmt: skip
-    """Three experts of one small real model, trained on this machine, and the gateway that knows all three.
+    """Train three experts of one small real model on this machine, and merge them into a gateway.
 
-    Starts a private Redis, an aggregator and three workers, shows them at work, and prints the held-out losses.
+    Starts a private Redis, an aggregator and three workers, shows their progress, and prints the held-out losses.
     """
     from fedmoe.demo.run import Demo, DemoSettings
     from fedmoe.util.stopping import end_like_ctrl_c
@@ -48,7 +52,7 @@ def demo(redis: str, prefix: str, model: str, data: Path | None, out: Path, seco
 
 
 class Display:
-    """Live progress: a table that is redrawn on a terminal, else printed every ten seconds."""
+    """A live progress table: redrawn on a terminal, else printed every ten seconds."""
 
     def __init__(self) -> None:
         self._live = sys.stdout.isatty()
@@ -56,7 +60,7 @@ class Display:
         self._shown_at = float("inf")
 
     def show(self, view: "Federation", left_s: float) -> None:
-        """Show the experts, and for how many seconds the training still goes on."""
+        """Show the experts, and the seconds of training that are left."""
         if not self._live and left_s > self._shown_at - 10:
             return
         self._shown_at = left_s

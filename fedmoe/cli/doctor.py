@@ -1,4 +1,4 @@
-"""`fedmoe doctor`: is this installation whole, and the Redis fit?"""
+"""`fedmoe doctor`: check this installation and the Redis."""
 
 import socket
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ ROLES = (
     "worker",
     "operator",
     "monitor",
-)  # as in store/permissions.py, which takes longer to import
+)  # copied from store/permissions.py, which takes longer to import
 COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 
@@ -29,10 +29,17 @@ COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 @click.option("--acl", type=click.Choice(ROLES), default=None,
               help="Print the ACL line (Redis 7.0, Valkey) of a user with this role, and check nothing.")  # fmt: skip
 @click.option(
-    "--stream", default="", metavar="EXPERT", help="A worker's expert.  [default: the first there is]"
+    "--stream",
+    default="",
+    metavar="EXPERT",
+    help="Expert that the worker trains.  [default: the first by name]",
 )
-@click.option("--name", default="", help="A worker's name.  [default: the host's name]")
-@click.option("--base-model", default="", help="The base model.  [default: the expert's]")
+@click.option("--name", default="", help="Name of the worker.  [default: the host's name]")
+@click.option(
+    "--base-model",
+    default="",
+    help="Hub id or directory of the base model to check.  [default: the expert's]",
+)
 @click.pass_context
 def doctor(
     ctx: click.Context,
@@ -47,7 +54,7 @@ def doctor(
 ) -> None:
     """Check this installation and the Redis; exits 1 if something must be repaired first.
 
-    A line for each thing that is ok, that you may want to change (warn), or that will not work (fail).
+    Prints one line per check: ok, warn (you may want to change it) or fail (it will not work).
     """
     from fedmoe.protocol.names import check_expert, check_name, clean_name
     from fedmoe.util.check import FAIL
@@ -69,7 +76,7 @@ def doctor(
 
 
 def acl_line(settings: "RedisSettings", role: str, *, stream: str, worker: str) -> str:
-    """A line of an ACL file: a user with exactly the rights of a role, whose password is still to be written."""
+    """A line of an ACL file for a user with exactly the rights of a role; PASSWORD is a placeholder."""
     from fedmoe.errors import SettingsError
     from fedmoe.protocol.keys import Keys
     from fedmoe.store.connection import Connection
@@ -86,7 +93,7 @@ def acl_line(settings: "RedisSettings", role: str, *, stream: str, worker: str) 
 def run_checks(
     settings: "RedisSettings | None", *, role: str, stream: str, worker: str, base_model: str
 ) -> Iterator["Check"]:
-    """All checks, each as soon as it is done; `settings` None leaves Redis out."""
+    """Yield each check as soon as it is done; with `settings` None those of Redis are left out."""
     from fedmoe.tools import doctor as checks
     from fedmoe.util.check import FAIL
 
@@ -111,7 +118,7 @@ def run_checks(
 def check_server_and_user(
     settings: "RedisSettings", *, role: str, stream: str, worker: str
 ) -> tuple[list["Check"], str]:
-    """What check_redis gives, or the one line that Redis cannot be reached."""
+    """The result of check_redis, or one failed check if Redis cannot be reached."""
     from fedmoe.errors import RedisUnavailableError
     from fedmoe.store.connection import Connection
     from fedmoe.store.probe import check_redis
@@ -120,4 +127,4 @@ def check_server_and_user(
     try:
         return check_redis(Connection(settings), stream=stream, worker=worker, role=role)
     except RedisUnavailableError as error:
-        return [Check(FAIL, "redis", f"{error}; is it running, and is --redis right?")], ""
+        return [Check(FAIL, "redis", f"{error}; check that it is running and that --redis is right")], ""

@@ -1,4 +1,4 @@
-"""`fedmoe evaluate`: how well base, experts and gateway do on rows that were held out."""
+"""`fedmoe evaluate`: the loss of base model, experts and gateway on held-out rows."""
 
 import json
 import os
@@ -15,27 +15,27 @@ from fedmoe.settings import HeldOutSettings, RedisSettings
 @click.command()
 @redis_options
 @click.option("--data", required=True, multiple=True, metavar="DIR|EXPERT=FILE",
-              help="A directory with <expert>.test.jsonl or <expert>.jsonl, or a file; repeatable.")  # fmt: skip
+              help="Directory with <expert>.test.jsonl or <expert>.jsonl files, or one file; repeatable.")  # fmt: skip
 @click.option(
     "--adapter",
     "adapters",
     multiple=True,
     envvar="FEDMOE_EVALUATE_ADAPTER",
     metavar="NAME=DIR",
-    help="Another adapter; repeatable.",
+    help="Adapter to evaluate beside those of the federation; repeatable.",
 )
 @click.option(
     "--json",
     "json_file",
     metavar="FILE",
     envvar="FEDMOE_EVALUATE_JSON",
-    help="Write the result there too; - is standard output.",
+    help="File to write the result to as JSON; - prints JSON instead of the table.",
 )
 @options(HeldOutSettings)
 def evaluate(
     redis: RedisSettings, data: Sequence[str], adapters: Sequence[str], json_file: str | None, **values: Any
 ) -> None:
-    """Held-out loss of the base, each expert and the gateway on each domain, as a table; lower is better.
+    """Print the held-out loss of the base model, each expert and the gateway on each domain; lower is better.
 
     The loss is the cross entropy per token of the answers. A star marks the best of each column.
     """
@@ -65,12 +65,12 @@ def _parse_adapter(text: str) -> tuple[str, Path]:
 
     name, equals, directory = text.partition("=")
     if not equals:
-        raise SettingsError(f"--adapter {text!r} must be name=directory")
+        raise SettingsError(f"--adapter {text!r} must be NAME=DIR")
     return check_name("adapter", name), Path(directory)
 
 
 def _check_writable(file: Path) -> None:
-    """Before minutes are spent on what could not be kept."""
+    """Fail early, before minutes are spent on a result that cannot be written."""
     from fedmoe.errors import SettingsError
 
     if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):

@@ -1,4 +1,4 @@
-"""`fedmoe expert list | show | set | add | remove | weight`: what an operator looks at and changes, while all runs."""
+"""`fedmoe expert list | show | set | add | remove | weight`, while the federation runs."""
 
 import json
 import sys
@@ -13,7 +13,7 @@ from fedmoe.protocol.rules import RuleSet
 from fedmoe.settings import RedisSettings
 from fedmoe.util.text import printable, printable_lines
 
-NOTICE_S = 20.0  # in which workers see it that look at Redis every ten seconds
+NOTICE_S = 20.0  # time for workers to notice the removal; they look at Redis every ten seconds
 LOOK_EVERY_S = 0.5
 
 
@@ -27,7 +27,7 @@ def expert() -> None:
 def list_experts(redis: RedisSettings) -> None:
     """List the experts of the federation.
 
-    Exit code 1 if something is wrong with one; then `fedmoe status` says what.
+    Exit code 1 if something is wrong with an expert; `fedmoe status` says what.
     """
     from fedmoe.errors import FedMoEError
     from fedmoe.store.connection import Connection
@@ -60,10 +60,12 @@ def list_experts(redis: RedisSettings) -> None:
 
 @expert.command()
 @redis_options
-@click.option("--json", "as_json", is_flag=True, help="As JSON: name, identity and rules.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print JSON: name, version, lineage, identity and rules."
+)
 @click.argument("name")
 def show(redis: RedisSettings, as_json: bool, name: str) -> None:
-    """Show what makes the expert NAME itself, and the rules in force."""
+    """Show the identity of the expert NAME, and the rules in force."""
     from fedmoe.protocol.names import check_expert
     from fedmoe.store.change import whole_expert
     from fedmoe.store.connection import Connection
@@ -111,10 +113,10 @@ def _show(values: dict[str, Any]) -> None:
 @click.argument("name")
 @click.pass_context
 def set_rules(ctx: click.Context, /, redis: RedisSettings, name: str, **rules: Any) -> None:
-    """Change rules of the expert NAME, while it is served and trained; a rule that is not named stays as it is.
+    """Change rules of the expert NAME, also while it is served and trained; other rules stay as they are.
 
-    An update is decided under the rules in force when it is applied. Workers take over what concerns them when they
-    next pull, and say so.
+    An update is decided under the rules in force when it is applied. A worker takes over the rules of training at its
+    next pull, and logs the change.
     """
     from fedmoe.errors import SettingsError
     from fedmoe.protocol.names import check_expert
@@ -127,7 +129,7 @@ def set_rules(ctx: click.Context, /, redis: RedisSettings, name: str, **rules: A
         if ctx.get_parameter_source(rule) is not click.core.ParameterSource.COMMANDLINE:
             raise SettingsError(
                 f"{rule} comes from the environment or the configuration file: name the rules to change on the command "
-                "line, else each change would change that one, too"
+                "line; otherwise each change would also change {rule}"
             )
     if not wanted:
         raise SettingsError(
@@ -136,7 +138,7 @@ def set_rules(ctx: click.Context, /, redis: RedisSettings, name: str, **rules: A
     store = ExpertStore(Connection(redis), check_expert(name))
     before, after = change_rules_soon(store, wanted)
     if after == before:
-        click.echo(f"{name}: nothing to change, rules {before.number} say so already")
+        click.echo(f"{name}: nothing to change, rules {before.number} have these values already")
         return
     click.echo(f"{name}: rules {after.number} are in force: {before.differences(after)}")
 
@@ -144,12 +146,15 @@ def set_rules(ctx: click.Context, /, redis: RedisSettings, name: str, **rules: A
 @expert.command()
 @redis_options
 @click.option("--like", default="", metavar="NAME",
-              help="Expert whose base model, adapter and rules it gets.  [default: the first by name]")  # fmt: skip
-@click.option("--weight", type=float, default=1.0, show_default=True, help="Weight in the gateway.")
+              help="Expert whose base model, adapter and rules the new one takes over.  "
+                   "[default: the first by name]")  # fmt: skip
+@click.option(
+    "--weight", type=float, default=1.0, show_default=True, help="Weight of the expert in the gateway."
+)
 @options(RuleSet, show_defaults=False)
 @click.argument("name")
 def add(redis: RedisSettings, like: str, weight: float, name: str, **rules: Any) -> None:
-    """Add the expert NAME to a federation that runs. Its aggregators serve it within seconds."""
+    """Add the expert NAME to a running federation. The aggregators serve it within seconds."""
     from consumers.create.add import add_expert
     from fedmoe.store.connection import Connection
 
@@ -164,7 +169,7 @@ def add(redis: RedisSettings, like: str, weight: float, name: str, **rules: Any)
 @click.argument("name")
 @click.argument("weight", type=float)
 def set_weight(redis: RedisSettings, name: str, weight: float) -> None:
-    """Give the expert NAME the WEIGHT in the gateway; 0 leaves it out."""
+    """Set the WEIGHT of the expert NAME in the gateway; with 0 the gateway leaves it out."""
     from fedmoe.protocol.names import check_expert
     from fedmoe.store.change import set_gateway_weight
     from fedmoe.store.connection import Connection
@@ -176,7 +181,7 @@ def set_weight(redis: RedisSettings, name: str, weight: float) -> None:
 
 @expert.command()
 @redis_options
-@click.option("--yes", is_flag=True, help="Remove without asking.")
+@click.option("--yes", is_flag=True, help="Remove the expert without asking.")
 @click.argument("name")
 def remove(redis: RedisSettings, yes: bool, name: str) -> None:
     """Remove the expert NAME for good, also while it is served and trained.
@@ -210,4 +215,6 @@ def remove(redis: RedisSettings, yes: bool, name: str) -> None:
         left = sweep(connection, name)
     if left:
         names = ", ".join(map(printable, left[:10]))
-        click.echo(f"workers still running: {names}; each ends by itself at its next sync, nothing to do")
+        click.echo(
+            f"workers still running: {names}; each ends by itself at its next sync, you need not do anything"
+        )

@@ -11,17 +11,19 @@ from fedmoe.settings import RedisSettings
 
 @click.group()
 def gateway() -> None:
-    """The model that knows all domains: the merge of all experts."""
+    """Export or show the gateway, the merge of all experts."""
 
 
 @gateway.command()
 @redis_options
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory to write.")
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="Directory to write the adapter to."
+)
 @click.option("--expert", metavar="NAME", help="Export this expert instead of the gateway.")
 @click.option("--rank", type=click.IntRange(min=1), metavar="N",
               help="Truncate the adapter to this rank if its own is higher, and print the relative error.  "
                    "[default: keep its rank]")  # fmt: skip
-@click.option("--force", is_flag=True, help="Also into a directory that holds something else.")
+@click.option("--force", is_flag=True, help="Write even if the directory holds something else.")
 def export(
     redis: RedisSettings,
     out: Path,
@@ -50,14 +52,16 @@ def export(
         click.echo(warning, err=True)
     if adapter.behind:
         now = ", ".join(f"{name} is at v{version}" for name, version in adapter.behind.items())
-        click.echo(f"this gateway is not the newest: {now}; export again when it was rebuilt", err=True)
+        click.echo(f"this gateway is not the newest: {now}; export again after it was rebuilt", err=True)
 
 
 @gateway.command()
 @redis_options
-@click.option("--json", "as_json", is_flag=True, envvar="FEDMOE_GATEWAY_SHOW_JSON", help="For a program.")
+@click.option(
+    "--json", "as_json", is_flag=True, envvar="FEDMOE_GATEWAY_SHOW_JSON", help="Print JSON, for a program."
+)
 def show(redis: RedisSettings, as_json: bool) -> None:
-    """Tell how the gateway was built, and from which versions."""
+    """Show how the gateway was built, and from which versions."""
     from fedmoe.cli.status import gateway_line
     from fedmoe.protocol.federation import findings
     from fedmoe.store.connection import Connection

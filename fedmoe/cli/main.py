@@ -18,16 +18,16 @@ from fedmoe.util.text import printable_lines
 
 # name -> (module, attribute, help); a module is imported only when its command is used.
 COMMANDS = {
-    "aggregator": ("fedmoe.cli.aggregator", "aggregator", "Apply what workers publish to the experts."),
+    "aggregator": ("fedmoe.cli.aggregator", "aggregator", "Apply the updates of the workers to the experts."),
     "worker": ("fedmoe.cli.worker", "worker", "Fine-tune an expert on private data."),
-    "status": ("fedmoe.cli.status", "status", "Show experts, workers and what is waiting."),
+    "status": ("fedmoe.cli.status", "status", "Show experts, workers and waiting updates."),
     "expert": ("fedmoe.cli.expert", "expert", "List, show, change, add and remove experts."),
     "gateway": ("fedmoe.cli.gateway", "gateway", "Export the model that knows all domains."),
     "evaluate": ("fedmoe.cli.evaluate", "evaluate", "Held-out loss of base, experts and gateway."),
     "verify": ("fedmoe.cli.verify", "verify", "Recompute experts from their logs, and compare."),
     "backup": ("fedmoe.cli.backup", "backup", "Write all experts to a directory, also while they train."),
     "restore": ("fedmoe.cli.backup", "restore", "Put the experts of a backup into a Redis."),
-    "demo": ("fedmoe.cli.demo", "demo", "The whole thing on this machine, on a real model and real data."),
+    "demo": ("fedmoe.cli.demo", "demo", "Train and merge three experts on this machine, with a real model."),
     "config": ("fedmoe.cli.config", "config", "Show settings and their sources, check a configuration file."),
     "doctor": ("fedmoe.cli.doctor", "doctor", "Check this installation and the Redis."),
 }
@@ -36,7 +36,7 @@ COMMANDS = {
 class SafeFormatter(logging.Formatter):
     """Lines such as `2026-01-31T12:00:00Z INFO sql_expert: serving from version 3`.
 
-    Escapes what others wrote, so that no worker can send escapes to the operator's terminal.
+    Text of others is escaped, so that no worker can send escape sequences to the operator's terminal.
     """
 
     converter = staticmethod(time.gmtime)
@@ -73,12 +73,12 @@ class LazyGroup(click.Group):
     "--config",
     type=click.Path(path_type=Path),
     envvar="FEDMOE_CONFIG",
-    help="TOML file with defaults: [aggregator.run], [worker.run], …; redis and prefix at its top are for all.",
+    help="TOML file with defaults, in sections like [aggregator.run]; redis and prefix at its top apply to all.",
 )
-@click.option("-v", "--verbose", is_flag=True, help="Say more.")
+@click.option("-v", "--verbose", is_flag=True, help="Log debug messages, too.")
 @click.pass_context
 def cli(ctx: click.Context, config: Path | None, verbose: bool) -> None:
-    """FedMoE: teams fine-tune one language model together, each domain an expert, over nothing but a Redis.
+    """FedMoE: teams fine-tune one language model together over nothing but a Redis; each domain is an expert.
 
     Every option can also be given by environment variable (shown by --help) or in the --config file; the command
     line wins over the environment, the environment over the file.
@@ -93,11 +93,11 @@ def cli(ctx: click.Context, config: Path | None, verbose: bool) -> None:
 
 
 def main() -> None:
-    """Entry point: run, and end with one sentence instead of a traceback."""
+    """Entry point: run the command; an error is printed as one sentence, not as a traceback."""
     warnings.filterwarnings("ignore", module="transformers")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a terminal without our ×, Σ or your names
+            stream.reconfigure(errors="backslashreplace")  # a terminal may lack ×, Σ or the letters of a name
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
@@ -112,14 +112,16 @@ def main() -> None:
         click.echo(f"fedmoe: {error}", err=True)
         sys.exit(error.exit_code)
     except BrokenPipeError:
-        # The reader of a pipe (head, less) has gone; Python would complain once more at exit.
+        # The reader of a pipe (head, less) has ended; Python would print a second error at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:
         click.echo(
             f"fedmoe: {error.strerror or error}{f' ({error.filename})' if error.filename else ''}", err=True
         )
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # may be what is full
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # stdout may be on the disk that is full
         sys.exit(1)
     except (KeyboardInterrupt, click.Abort):
         click.echo("fedmoe: interrupted", err=True)

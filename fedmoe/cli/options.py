@@ -1,4 +1,4 @@
-"""A time span as an option."""
+"""An option type for durations."""
 
 import re
 from typing import Any, ClassVar
@@ -7,13 +7,13 @@ import click
 
 
 class Duration(click.ParamType[float]):
-    """A time span with its unit, for example 30m, as seconds."""
+    """A duration with its unit, for example 30m, converted to seconds."""
 
     name = "duration"
     units: ClassVar = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """Seconds; fails if there is no unit, which could mean anything."""
+        """Return seconds; fail if there is no unit, because a bare number is ambiguous."""
         if isinstance(value, float):
             return value
         match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([smhd])", str(value).strip())

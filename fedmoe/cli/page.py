@@ -21,8 +21,8 @@ Every option can be given on the command line, by environment variable, or in a 
 | environment | `FEDMOE_AGGREGATOR_RUN_MAX_NORM=50` |
 | file | `max_norm = 50` in the section `[aggregator.run]` |
 
-`FEDMOE_REDIS` and `FEDMOE_PREFIX` are for all commands that have these options, and so are `redis` and `prefix` at the
-top of the file. The rules that `fedmoe expert set` changes are named on the command line only.
+`FEDMOE_REDIS` and `FEDMOE_PREFIX` apply to all commands that have these options, and so do `redis` and `prefix` at the
+top of the file. The rules to change with `fedmoe expert set` can be named on the command line only.
 `fedmoe config show` prints every setting, its value and its source; `fedmoe config check FILE` checks the names and the
 types in a file.
 """

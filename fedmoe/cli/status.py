@@ -1,4 +1,4 @@
-"""`fedmoe status`: one screen that tells how a federation is doing."""
+"""`fedmoe status`: the state of a federation on one screen."""
 
 import json
 import math
@@ -29,28 +29,28 @@ WORKER_COLUMNS = (
 )  # fmt: skip
 TEXT_COLUMNS = frozenset(
     {"expert", "worker", "host", "served by", "base model"}
-)  # the others are numbers, on the right
+)  # left-aligned; the others are numbers
 DROP_FIRST = ("host", "tokens/s", "staleness", "applied", "pending", "in flight", "served by")
 SHOWN_WORKERS = 50
-WIDE_REACH = 0.9  # an adapter that reaches less of its base model is worth a line
+WIDE_REACH = 0.9  # an adapter that reaches a smaller share of its base model gets a line
 NONE = "-"  # not known, or not there yet
 
 
 @click.command()
 @redis_options
 @click.option("--watch", type=click.FloatRange(min=0.1, max=86_400), is_flag=False, flag_value=2.0, metavar="[SECONDS]",
-              help="Show it again and again, until Ctrl-C.")  # fmt: skip
+              help="Seconds between refreshes, until Ctrl-C; 2 if no number is given.")  # fmt: skip
 @click.option(
     "--json",
     "as_json",
     is_flag=True,
     envvar="FEDMOE_STATUS_JSON",
-    help="For a program; with --watch one line each time.",
+    help="Print JSON, for a program; with --watch one line per refresh.",
 )
 def status(redis: RedisSettings, watch: float | None, as_json: bool) -> None:
-    """Show experts, workers and what is waiting; only reads, so any monitoring user will do.
+    """Show experts, workers and waiting updates; it only reads, so any monitoring user may run it.
 
-    Exits 0 if Redis answers, whatever is found.
+    Exit code 0 if Redis answers, whatever the findings.
     """
     from fedmoe.store.connection import Connection
     from fedmoe.store.inspect import Inspector
@@ -70,15 +70,15 @@ def status(redis: RedisSettings, watch: float | None, as_json: bool) -> None:
         return
     from fedmoe.util.stopping import end_like_ctrl_c
 
-    end_like_ctrl_c()  # so that the terminal gets its own screen back
+    end_like_ctrl_c()  # so that the terminal is restored
     try:
         watch_on(inspector, watch, as_json=as_json)
-    except KeyboardInterrupt:  # the way to end it
+    except KeyboardInterrupt:  # the user ends it this way
         return
 
 
 def watch_on(inspector: "Inspector", interval_s: float, *, as_json: bool) -> None:
-    """Show the federation for ever; a Redis that does not answer is said, and asked again."""
+    """Show the federation until interrupted; if Redis does not answer, report it and try again."""
     from fedmoe.errors import RedisUnavailableError
 
     if as_json or not sys.stdout.isatty() or os.environ.get("TERM") in ("dumb", "unknown"):
@@ -102,7 +102,7 @@ def watch_on(inspector: "Inspector", interval_s: float, *, as_json: bool) -> Non
 
 
 def screen(federation: "Federation", *, width: int | None = None) -> Iterator[tuple[str, str]]:
-    """The lines of the screen, each with its style: title, warning, dim or none; `width` in columns, None is wide."""
+    """The lines of the screen, each with its style; `width` is in columns, None for no limit."""
     from fedmoe.protocol.federation import findings
 
     yield server_line(federation.server), "dim"
@@ -126,14 +126,14 @@ def plain(federation: "Federation") -> str:
 
 
 def render(federation: "Federation", width: int) -> "Text":
-    """The screen for rich; never as markup, because a name may look like it."""
+    """The screen for rich, not as markup, because a name may look like markup."""
     from rich.text import Text
 
     return Text("\n").join(Text(line, style) for line, style in screen(federation, width=width))
 
 
 def table(titles: Sequence[str], rows: Sequence[Sequence[str]], *, width: int | None = None) -> list[str]:
-    """A line for each row below one of headings; on a narrow terminal the columns of DROP_FIRST give way."""
+    """A line of headings and one for each row; on a narrow terminal the columns of DROP_FIRST are left out."""
     columns = {title: [title, *cells] for title, *cells in zip(titles, *rows, strict=True)}
     sizes = {title: max(map(len, cells)) for title, cells in columns.items()}
     for title in DROP_FIRST:
@@ -148,7 +148,7 @@ def table(titles: Sequence[str], rows: Sequence[Sequence[str]], *, width: int | 
 
 
 def server_line(server: "ServerView") -> str:
-    """Which Redis it is, and how full."""
+    """The server: software, URL and used memory."""
     line = f"{server.software} at {server.url}"
     if server.used_memory is not None:
         bound = f" of {megabytes(server.max_memory)}" if server.max_memory else ""
@@ -182,7 +182,7 @@ def _expert_row(expert: "ExpertView") -> list[str]:
 
 
 def worker_rows(federation: "Federation") -> list[list[str]]:
-    """A row of cells for each worker that is alive, the first SHOWN_WORKERS of them."""
+    """A row of cells for each live worker, at most SHOWN_WORKERS."""
     return [_worker_row(worker) for worker in federation.workers[:SHOWN_WORKERS]]
 
 
@@ -204,7 +204,7 @@ def _worker_row(worker: "WorkerView") -> list[str]:
 
 
 def more_lines(federation: "Federation") -> list[str]:
-    """What fits no table: workers that are not shown, workers that left, the gateway."""
+    """The lines below the tables: workers that are not shown, workers that left, the gateway."""
     from fedmoe.protocol.federation import duration
     from fedmoe.protocol.records import reach_text
 
@@ -233,7 +233,7 @@ def more_lines(federation: "Federation") -> list[str]:
 
 
 def gateway_line(gateway: "GatewayView") -> str:
-    """How the gateway was built and from which versions, against those of now."""
+    """How the gateway was built, and from which versions; present versions are named where they differ."""
     if not gateway.exists:
         return "gateway: none yet"
     made = f"{gateway.method or NONE}, rank {cell(gateway.rank)}"
@@ -241,7 +241,7 @@ def gateway_line(gateway: "GatewayView") -> str:
 
 
 def built_from(gateway: "GatewayView") -> str:
-    """The versions in the gateway, and those of now where they are others."""
+    """The versions in the gateway, and the present ones where they differ."""
     parts = []
     for name in sorted(gateway.built_from.keys() | gateway.present.keys()):
         built, now = gateway.built_from.get(name), gateway.present.get(name)
@@ -253,10 +253,10 @@ def built_from(gateway: "GatewayView") -> str:
 
 
 def cell(value: float | None, form: str = "d") -> str:
-    """A number, or `-` for none and for nan."""
+    """A number as text, or `-` for None and for nan."""
     return NONE if value is None or math.isnan(value) else format(value, form)
 
 
 def megabytes(n_bytes: int) -> str:
-    """1.5 GiB, 12.0 MiB."""
+    """A size as text: 1.5 GiB, 12.0 MiB."""
     return f"{n_bytes / 2**30:.1f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.1f} MiB"

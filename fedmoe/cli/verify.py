@@ -12,12 +12,16 @@ from fedmoe.settings import RedisSettings
 @click.command()
 @redis_options
 @click.option(
-    "--expert", "experts", multiple=True, metavar="NAME", help="Repeatable.  [default: all experts]"
+    "--expert",
+    "experts",
+    multiple=True,
+    metavar="NAME",
+    help="Expert to verify; repeatable.  [default: all experts]",
 )
 @click.option("--keep-updates", "directory", required=True, type=click.Path(path_type=Path),
-              help="Where `fedmoe aggregator run --keep-updates` keeps the updates.")  # fmt: skip
+              help="Directory in which `fedmoe aggregator run --keep-updates` keeps the updates.")  # fmt: skip
 def verify(redis: RedisSettings, experts: Sequence[str], directory: Path) -> None:
-    """Recompute experts from their log and the kept updates, and compare with Redis byte for byte.
+    """Recompute experts from their log and the kept updates, and compare them with Redis byte for byte.
 
     Exit code 0 if all are equal, 1 if one differs or cannot be replayed.
     """
@@ -35,7 +39,7 @@ def verify(redis: RedisSettings, experts: Sequence[str], directory: Path) -> Non
     wrong = []
     names = list(experts) or list(store.experts())
     if not names:
-        raise SettingsError("there are no experts to verify")
+        raise SettingsError("there are no experts to verify: check --redis and --prefix")
     for name in names:
         spec = store.spec(name)
         try:

@@ -20,9 +20,9 @@ def worker() -> None:
 @redis_options
 @options(WorkerSettings)
 def run(redis: RedisSettings, **values: Any) -> None:
-    """Train and publish until stopped; after SIGTERM, SIGHUP or Ctrl-C, publish what is trained, then end.
+    """Train and publish until stopped; after SIGTERM, SIGHUP or Ctrl-C, publish the last progress, then end.
 
-    Rows are {"prompt", "completion"} or {"messages": […]}; the loss is on the answers only.
+    Rows are {"prompt", "completion"} or {"messages": […]}; only the answers count in the loss.
     """
     from fedmoe.util.stopping import Stop, stop_on_signals
 
@@ -34,5 +34,5 @@ def _run(stop: "Stop", redis: RedisSettings, settings: WorkerSettings) -> None:
     from fedmoe.util.memory import keep_freed
     from producers.worker import Worker
 
-    keep_freed(blocks_mib=32, free_mib=64)  # copies of the adapter come and go with every sync
+    keep_freed(blocks_mib=32, free_mib=64)  # each sync allocates and frees copies of the adapter
     Worker(redis, settings, stop=stop, report=click.echo).run()

@@ -1,1 +1,1 @@
-"""JSONL rows and the token batches made of them."""
+"""JSONL rows, and the batches of tokens made from them."""

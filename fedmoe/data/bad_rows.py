@@ -1,4 +1,4 @@
-"""Rows that cannot be used: named by file, line and reason, counted, and kept in a file if wanted."""
+"""Reports rows that cannot be used, by file, line and reason, and lists them in a file on request."""
 
 import json
 import os
@@ -10,8 +10,8 @@ from fedmoe.data.records import records
 from fedmoe.errors import DataError, RowError, SettingsError
 from fedmoe.util.text import shown
 
-N_NAMED = 10  # of each data file
-FIELDS = ("file", "line", "reason", "text")  # of a line of --bad-rows
+N_NAMED = 10  # reported rows of each data file
+FIELDS = ("file", "line", "reason", "text")  # of each line in the file of --bad-rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,8 +19,8 @@ class Problem:
     """Why one row cannot be used.
 
     Args:
-        number: its place in the file, from 0; line: where it begins, from 1.
-        reason: of "it", the row. kind: the reason without what differs from row to row.
+        number: index of the row in the file, from 0; line: where the row begins, from 1.
+        reason: a clause about "it", the row. kind: the reason without details of the row.
     """
 
     path: Path
@@ -31,7 +31,7 @@ class Problem:
 
     @classmethod
     def of(cls, error: RowError, path: Path, number: int, line: int) -> "Problem":
-        """The error as a problem of the row that raised it."""
+        """Make a problem of the error that a row raised."""
         return cls(path=path, number=number, line=line, kind=error.kind, reason=str(error))
 
     def __str__(self) -> str:
@@ -39,16 +39,16 @@ class Problem:
 
 
 class BadRows:
-    """What is done with rows that cannot be used.
+    """Handles rows that cannot be used.
 
     Args:
-        report: where lines for people go.
-        file: holds all of them afterwards, one JSON object a line: file, line, reason, text. Rows are private, so
-            only its owner may read it.
-        fail: the first one is fatal.
+        report: prints a line for people.
+        file: receives all bad rows, one JSON object per line: file, line, reason, text. Rows are private, so only
+            the file's owner may read it.
+        fail: raise an error at the first bad row.
 
     Raises:
-        SettingsError: if `file` cannot be written, or holds something else.
+        SettingsError: if `file` cannot be written, or has other content.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class BadRows:
             _create(file)
 
     def check(self, problem: Problem) -> None:
-        """Let the problem pass, or not.
+        """Raise an error for the problem if bad rows are fatal.
 
         Raises:
             DataError: if bad rows are fatal.
@@ -70,7 +70,7 @@ class BadRows:
             raise DataError(f"{problem}; correct the row, or give --on-bad-row skip")
 
     def report(self, path: Path, problems: Sequence[Problem]) -> None:
-        """Name the first ten bad rows of the data file `path`, and write all to the file."""
+        """Report the first N_NAMED bad rows of the data file `path`, and write all of them to the file."""
         for problem in problems[:N_NAMED]:
             self._report(str(problem))
         more = len(problems) - N_NAMED
@@ -98,7 +98,7 @@ class BadRows:
 
 
 def _create(file: Path) -> None:
-    """Make an empty file; what else may be there of that name is not overwritten, it could be the data."""
+    """Create an empty file; never overwrite a file with other content, which could be the data."""
     try:
         if file.is_file() and not _is_ours(file):
             raise SettingsError(f"--bad-rows {file} holds something else already: choose a new file")

@@ -1,20 +1,20 @@
-"""The first tokens of a long text, without the cost of all."""
+"""The first tokens of a long text, without tokenizing all of it."""
 
 import re
 from collections.abc import Callable
 
-CHARS_A_TOKEN = 8  # more than most texts have
+CHARS_A_TOKEN = 8  # more than most texts have per token
 MIN_CHARS = 4096
 MAX_WORD_CHARS = 1000
-TAIL_TOKENS = 64  # in front of an end inside a word, where they may be others than those of the whole text
+TAIL_TOKENS = 64  # near a cut inside a word, where tokens may differ from those of the whole text
 _WORD_END = re.compile(r"(?<=[^\W_]) ")
 
 
 def first_tokens(tokenize: Callable[[str], list[int]], text: str, enough: int) -> list[int]:
-    """All tokens of the text, or of a long one the first, but at least `enough` and some more.
+    """Return all tokens of the text, or the first tokens of a long text: at least `enough` + TAIL_TOKENS.
 
-    A tokenizer takes some 200 bytes a character, and a row may have millions. The text ends at the end of a word,
-    because there what follows makes no difference to the tokens before it.
+    A tokenizer takes some 200 bytes per character, and a row may have millions of characters. The text is cut at the
+    end of a word, because the text after it does not change the tokens before it.
     """
     size = max(CHARS_A_TOKEN * enough, MIN_CHARS)
     while size < len(text):

@@ -1,7 +1,7 @@
-"""Keeps a worker's encoded rows beside its checkpoint, so that it need not encode them again when it starts again.
+"""Keeps a worker's encoded rows beside its checkpoint, so that a restart does not encode them again.
 
-The file holds private rows, so only its owner may read it. It is taken only if all that the encoding depends on is as
-it was; whatever else is found under its name is replaced.
+The file holds private rows, so only its owner may read it. It is used only if nothing has changed on which the encoding
+depends; otherwise it is replaced.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ class RowCache:
     """The cache in a state directory.
 
     Args:
-        report: where lines for people go.
+        report: prints a line for people.
     """
 
     def __init__(self, directory: Path, *, report: Callable[[str], None]) -> None:
@@ -54,7 +54,7 @@ class RowCache:
         learn: Learn = "all",
         stopped: Callable[[], bool] = lambda: False,
     ) -> Examples:
-        """What `make_examples` makes, and raises."""
+        """Return the examples from the cache, else from `make_examples`; raises what that raises."""
         key = cache_key(data, tokenizer, max_length=max_length, learn=learn)
         if kept := self._load(key, data.path):
             self._report(
@@ -114,9 +114,9 @@ class RowCache:
 
 
 def cache_key(data: DataFile, tokenizer: "PreTrainedTokenizerBase", *, max_length: int, learn: Learn) -> str:
-    """Digest of all that the encoded rows depend on; "" if the tokenizer cannot be described.
+    """Digest of everything on which the encoded rows depend; "" if the tokenizer has no description.
 
-    Code is described by its text, because a version is not raised with each change of it.
+    The digest covers the text of the code, because its version does not change with each edit.
     """
     core = getattr(tokenizer, "backend_tokenizer", None)
     if core is None:

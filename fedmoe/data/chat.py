@@ -1,7 +1,7 @@
-"""An answer and what stands before it → token ids, as one tokenizer and its chat template make them.
+"""Encodes an answer and its prompt as token ids, with one tokenizer and its chat template.
 
-The prompt's ids are those that the model sees when it is asked: the template's, with the generation prompt. The
-end of turn is learnt too, else the model would never stop.
+The ids of the prompt are those of inference: the template's, with the generation prompt. The end of turn is a label,
+too; otherwise the model would not learn to stop.
 """
 
 import sys
@@ -21,18 +21,18 @@ THINK, THOUGHT = "<think>", "</think>"
 
 
 class AnswerError(RowError):
-    """Why one answer cannot be learnt, though others of its row may be; the message says so of "it", the row."""
+    """One answer cannot be learnt, but others of its row may be; the subject of the message is "it", the row."""
 
 
 class NoRoomError(AnswerError):
-    """The prompt alone is too long."""
+    """The prompt alone exceeds max_length."""
 
 
 class Encoder:
-    """Makes token ids of answers and their prompts."""
+    """Encodes answers and their prompts as token ids."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
-        if not tokenizer.chat_template:  # fedmoe.model.tokenizer.use_template asks for one, in time
+        if not tokenizer.chat_template:  # fedmoe.model.tokenizer.use_template asks for one earlier
             raise DataError(
                 "neither the base model nor the expert has a chat template: start a worker with --chat-template FILE"
             )
@@ -41,7 +41,7 @@ class Encoder:
         self._control = ControlTokens(tokenizer, self._template)
 
     def prepare(self, turns: Sequence[Turn], tools: Tools = ()) -> Prepared:
-        """A row's turns without control tokens, as `encode` takes them.
+        """Remove the control tokens from a row's turns, as `encode` needs it.
 
         Raises:
             RowError: if a control token stands in the middle of a text.
@@ -51,13 +51,13 @@ class Encoder:
     def encode(
         self, turns: Sequence[Turn], tools: Tools = (), *, max_length: int = sys.maxsize
     ) -> tuple[list[int], list[int]]:
-        """Ids of the prompt and of the answer, the last turn, with its end of turn; neither is empty.
+        """Ids of the prompt and of the answer (the last turn) with its end of turn; neither is empty.
 
-        Of an answer that `max_length` cuts off, its end may be missing.
+        If prompt and answer exceed `max_length`, the end of the answer may be missing.
 
         Raises:
-            AnswerError: if there is no answer, nothing before it, or no room for it.
-            RowError: if the template refuses the turns, or leaves out what the row says.
+            AnswerError: if there is no answer, no prompt, or no room for the answer.
+            RowError: if the template refuses the turns, or leaves out a part of the row.
         """
         if len(turns) == 1:
             raise AnswerError("it has nothing before its answer")
@@ -72,8 +72,8 @@ class Encoder:
         if len(prompt_ids) >= max_length:
             raise NoRoomError(f"its prompt leaves no room for the answer (max_length {max_length} tokens)")
         both = first_tokens(self._ids, prompt + answer, max_length)
-        # The joint text first, because some tokenizers put a space in front of whatever they are given. But a
-        # token across the border does not exist when the model is asked: then the answer is taken alone.
+        # The joint text is tokenized first, because some tokenizers put a space in front of each text. But at inference
+        # no token crosses the border; if one does, the answer is tokenized alone.
         joint = both[: len(prompt_ids)] == prompt_ids
         answer_ids = both[len(prompt_ids) :] if joint else first_tokens(self._ids, answer, max_length)
         if not prompt_ids or not answer_ids:
@@ -86,9 +86,9 @@ class Encoder:
 
 
 def _join_reasoning(prompt: str, lead: str, answer: str) -> str:
-    """What follows the prompt: with reasoning begun once and ended once, whoever begins it.
+    """The text after the prompt, in which the reasoning begins once and ends once.
 
-    A template for reasoning models may open it in the prompt, or put an empty one in front of the answer.
+    A template for reasoning models may open the reasoning in the prompt, or put an empty one before the answer.
     """
     opened = prompt.rstrip().endswith(THINK)
     if THOUGHT in answer:

@@ -1,8 +1,8 @@
-"""Control tokens in the text of rows, which the model would take for the structure of a conversation.
+"""Handles control tokens in the text of rows, which the model would read as the structure of a conversation.
 
-Those that only end an answer are taken off, and a prompt that is a whole conversation as the chat template writes it
-is taken apart into its turns; both are noted. Any other one would end an answer, or begin a turn, in the middle of a
-text, so its row cannot be used.
+Control tokens at the end of an answer are removed. A prompt that is a whole conversation in the form of the chat
+template is split into its turns. Both are noted. Any other control token would end an answer or begin a turn in the
+middle of a text, so its row cannot be used.
 """
 
 import json
@@ -19,12 +19,12 @@ from fedmoe.errors import RowError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MAX_EARLIER_ANSWERS = 16  # of a prompt that is taken apart
+MAX_EARLIER_ANSWERS = 16  # in a prompt that is split into turns
 ENDS_TAKEN_OFF = "control tokens at the end of answers were removed"
 UNWRAPPED = "prompts that already contain chat template markup were split into turns"
-# Reasoning is written into answers with these, whether they are control tokens or not.
+# These mark reasoning in answers, whether they are control tokens or not.
 NOT_STRUCTURE = ("<think>", "</think>")
-# Of well-known chat templates; text to every other tokenizer.
+# Control tokens of well-known chat templates; plain text for every other tokenizer.
 WELL_KNOWN = (
     "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|begin_of_text|>", "<|start_header_id|>", "<|eot_id|>",
     "<start_of_turn>", "<end_of_turn>", "</s>", "[INST]", "[/INST]", "<|system|>", "<|user|>", "<|assistant|>",
@@ -33,14 +33,14 @@ WELL_KNOWN = (
 
 
 class Prepared(NamedTuple):
-    """A row's turns without control tokens, and what was done to them, or found in them."""
+    """A row's turns without control tokens, and notes on what was changed or found."""
 
     turns: tuple[Turn, ...]
     notes: tuple[str, ...]
 
 
 class ControlTokens:
-    """The control tokens that one tokenizer's conversations are made of."""
+    """The control tokens that structure the conversations of one tokenizer."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", template: ChatTemplate) -> None:
         self._template = template
@@ -58,7 +58,7 @@ class ControlTokens:
         self._pattern = cache(self._make_pattern)
 
     def prepare(self, turns: Sequence[Turn], tools: Tools) -> Prepared:
-        """The turns as they can be given to the template.
+        """Return the turns in the form that the template needs.
 
         Raises:
             RowError: if a control token stands in the middle of a text.
@@ -81,7 +81,7 @@ class ControlTokens:
         return Prepared(tuple(bare), tuple(notes))
 
     def _without_end(self, turn: Turn) -> Turn:
-        """Answers written for other tools often end with the end of turn already."""
+        """Remove the end of turn, which answers written for other tools often contain."""
         answer = turn.content
         while mark := next((mark for mark in self._ends if answer.rstrip().endswith(mark)), ""):
             answer = answer.rstrip().removesuffix(mark)
@@ -94,7 +94,7 @@ class ControlTokens:
             )
 
     def _unwrap(self, turns: Sequence[Turn]) -> list[Turn] | None:
-        """The turns of a prompt that is written as the template writes it, with the answer; None if it is not."""
+        """Split a prompt in the form of the template into turns, with the answer; None if it has another form."""
         prompt, after = turns[0].content, self._after_question
         if len(turns) != 2 or not after or not prompt.rstrip().endswith(after):
             return None
@@ -111,12 +111,12 @@ class ControlTokens:
 
     @cached_property
     def _after_question(self) -> str:
-        """How every prompt ends that the template writes."""
+        """The text with which the template ends every prompt."""
         literals = self._template.literals(("user",))
         return literals[-1].strip() if literals else ""
 
     def _make_pattern(self, roles: tuple[str, ...]) -> "re.Pattern[str] | None":
-        """Matches a prompt of such turns, with their texts as groups."""
+        """A pattern that matches a prompt with turns of these roles; its groups are their texts."""
         literals = self._template.literals(roles)
         if not literals:
             return None

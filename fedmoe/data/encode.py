@@ -1,7 +1,7 @@
-"""One row → what is trained on: token ids, and which of them are answers to learn, with what weight.
+"""Encodes one row as examples: token ids, and which of them are answers to learn, with their weights.
 
-All of it depends on the row, the tokenizer and the settings alone, so rows can be encoded in any order and in
-any process.
+The result depends on the row, the tokenizer and the settings alone, so rows can be encoded in any order and in any
+process.
 """
 
 from array import array
@@ -19,7 +19,7 @@ Learn = Literal["all", "last"]
 
 
 class Answer(NamedTuple):
-    """Where one answer stands in an example's tokens (start to stop - 1), and how much each of them counts."""
+    """The tokens of one answer in an example (start to stop - 1), and the weight of each of them in the loss."""
 
     start: int
     stop: int
@@ -30,7 +30,7 @@ class Answer(NamedTuple):
 class Example:
     """A conversation as tokens; `answers` are the labels: at least one, in order, none of them empty.
 
-    `line` is where its row begins in the file, from 1; 0 if it is not known.
+    `line` is the line of the file at which the row begins, from 1; 0 if it is not known.
     """
 
     input_ids: "array[int]"
@@ -40,15 +40,15 @@ class Example:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Encoded:
-    """What one row gives.
+    """The result of encoding one row.
 
     Args:
-        examples: none if every answer is marked not to be learnt.
-        truncated: how many of them were truncated to max_length.
-        left_out: why answers are not learnt that cannot be, although others of the row are.
-        weight_0: how many answers are marked not to be learnt.
+        examples: none if every answer has weight 0.
+        truncated: number of examples that were truncated to max_length.
+        left_out: problems of answers that cannot be learnt, in a row with other answers.
+        weight_0: number of answers with weight 0, which are not learnt.
         unused: as in the row.
-        notes: what was done to the row's texts, or found in them.
+        notes: what was changed or found in the texts of the row.
     """
 
     examples: tuple[Example, ...]
@@ -62,7 +62,7 @@ class Encoded:
 def encode_row(
     record: Record, path: Path, encoder: Encoder, *, max_length: int, learn: Learn
 ) -> Encoded | Problem:
-    """The row's answers (learn "all"), or its last one, as examples; or why there are none."""
+    """Encode the row's answers (learn "all") or its last one as examples; return the problem if that fails."""
     row = read_row(path, record)
     if isinstance(row, Problem):
         return row
@@ -75,19 +75,19 @@ def encode_row(
 def _encode(row: Row, path: Path, encoder: Encoder, max_length: int, learn: Learn) -> Encoded:
     """Encode the row.
 
-    An answer whose prompt begins with the example so far becomes part of it, so that a conversation is one
-    example where the chat template lets it be: some drop from a prompt what they wrote around earlier answers.
-    Too long an answer is truncated, and then has no end of turn; a prompt is never truncated.
+    An answer whose prompt begins with the last example becomes part of that example. So a conversation is one example
+    where the chat template allows it; some templates drop from a prompt what they wrote around earlier answers.
+    An answer that is too long is truncated and loses its end of turn; a prompt is never truncated.
 
     Raises:
-        RowError: if an answer is to be learnt and none can be.
+        RowError: if the row has answers to learn, but none of them can be learnt.
     """
     turns, notes = encoder.prepare(row.turns, row.tools)
     places = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
     examples: list[tuple[list[int], tuple[Answer, ...]]] = []
     left_out: list[AnswerError] = []
-    # Rendered anew for each of a thousand answers, a long conversation would take minutes. A prompt only gets shorter
-    # where reasoning is dropped from it.
+    # To render a conversation of a thousand answers again for each of them would take minutes. A prompt gets shorter
+    # only if reasoning is dropped from it.
     prompts_grow = not any(turn.reasoning or THOUGHT in turn.content for turn in turns)
     no_room: NoRoomError | None = None
     weight_0 = 0

@@ -1,4 +1,4 @@
-"""Rows → token ids → batches whose loss is on the answers only, in an order that one integer describes."""
+"""Examples of rows, and batches of them; a single integer is the position in their shuffled order."""
 
 import hashlib
 from array import array
@@ -27,23 +27,23 @@ if TYPE_CHECKING:
 
 NO_LABEL = -100
 MAX_NAMED = 8
-MANY_ROWS = 5000  # so many may take seconds
+MANY_ROWS = 5000  # encoding more rows may take seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Examples:
-    """What is trained on, and what is not.
+    """The examples of a data file, and counts of what is left out.
 
     Args:
         examples: in the order of the file; a conversation may give more than one.
-        n_rows: number of rows that were looked at.
+        n_rows: number of rows that were read.
         problems: the rows that were left out, in the order of the file.
         left_out: the answers that were left out of rows that are used.
-        weight_0: number of answers that are marked not to be learnt; of_weight_0: number of rows of such answers only.
-        truncated: how many of the examples lost the end of their answer to `max_length`.
-        max_length: in tokens, prompt and answer together.
-        unused: what rows hold and no rule uses, such as a field's name → number of rows.
-        notes: what was done to the texts of rows, or found in them → number of rows.
+        weight_0: number of answers with weight 0, which are not learnt; of_weight_0: number of rows with such only.
+        truncated: number of examples that were truncated to `max_length`.
+        max_length: maximum tokens of prompt and answer together.
+        unused: parts of rows that no rule uses, such as a field's name → number of rows.
+        notes: what was changed or found in the texts of rows → number of rows.
     """
 
     examples: FlatExamples
@@ -58,17 +58,17 @@ class Examples:
     notes: Mapping[str, int]
 
     def digest(self) -> str:
-        """The first 16 hex digits of a SHA-256 of the examples: only among the same ones a position means the same.
+        """The first 16 hex digits of a SHA-256 of the examples; a position is valid only for the same digest.
 
-        Whatever made them otherwise (the file, tokenizer, chat template, settings) makes it another.
+        Any change of the examples changes it, whether by the file, the tokenizer, the chat template or a setting.
         """
         return self.examples.digest()[:16]
 
     def report(self, path: Path, bad_rows: BadRows) -> None:
-        """Tell what was left out.
+        """Report the rows and answers that were left out.
 
         Raises:
-            DataError: if that is not allowed.
+            DataError: if bad rows are fatal.
         """
         out = sorted([*self.problems, *self.left_out], key=lambda problem: problem.number)
         for problem in out:
@@ -103,14 +103,14 @@ def _kinds(problems: Sequence[Problem]) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """`b` examples, padded on the right to the longest, `L`.
+    """`b` examples, padded on the right to `L`, the length of the longest.
 
     Args:
         input_ids: (b, L) int64.
         attention_mask: (b, L) int64, 1 for tokens and 0 for padding.
         labels: (b, L) int64, -100 outside the answers; not shifted.
-        weights: (b, L) float32, how much each label counts in the loss; 0 outside the answers.
-        n_tokens: how many labels there are, whatever they weigh.
+        weights: (b, L) float32, the weight of each label in the loss; 0 outside the answers.
+        n_tokens: number of labels, whatever their weights.
         weight: the sum of `weights`.
         first_label: the first column in which any row has a label; logits are needed from first_label - 1 on.
     """
@@ -135,21 +135,21 @@ def make_examples(
     report: Callable[[str], None] = lambda line: None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Examples:
-    """Encode every row, of a large file on all cores.
+    """Encode every row; a large file is encoded on all cores.
 
     Args:
         data: the file.
         tokenizer: of the base model, with its chat template.
-        max_length: in tokens, prompt and answer together.
-        bad_rows: what is done with rows that cannot be used.
-        learn: all answers of a conversation, or its last one.
-        sample: how many rows to look at, evenly spread; 0 for all.
-        report: where lines go that say how far it is.
-        stopped: whether to stop; it is asked every so often.
+        max_length: maximum tokens of prompt and answer together.
+        bad_rows: handles rows that cannot be used.
+        learn: "all" answers of a conversation, or its "last" one.
+        sample: number of rows to encode, evenly spread; 0 for all.
+        report: prints a progress line.
+        stopped: called repeatedly; True ends the encoding.
 
     Raises:
-        DataError: if no row is left to train on, or at the first bad row if `bad_rows` says so.
-        StoppedError: if `stopped` returns true.
+        DataError: if there is no row to train on, or at the first bad row if `bad_rows` makes it fatal.
+        StoppedError: if `stopped` returns True.
     """
     job = Job(path=data.path, tokenizer=tokenizer, max_length=max_length, learn=learn)
     examples = FlatExamples()
@@ -211,7 +211,7 @@ def _encoded(
 
 
 def collate(examples: Sequence[Example], pad_id: int) -> Batch:
-    """Pad on the right, because positions and the loss's shift then need no thought."""
+    """Pad on the right, so that positions and the shift of the loss need no correction."""
     shape = len(examples), max(len(example.input_ids) for example in examples)
     input_ids = torch.full(shape, pad_id)
     attention_mask = torch.zeros(shape, dtype=torch.int64)
@@ -237,21 +237,21 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
 
 
 def padding_id(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """Any id will do, since padding is masked: the pad token's, else the end of sequence's, else 0."""
+    """The id of the pad token, else of the end of sequence, else 0; any id works, because padding is masked."""
     return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
 
 
 def indices(position: int, count: int, n_rows: int, seed: int) -> list[int]:
-    """Rows number position … position+count-1 of an endless sequence that is shuffled anew in every epoch.
+    """Rows number position … position+count-1 of an endless sequence that is shuffled again in every epoch.
 
-    Pure, so a place in the data is one integer, and a worker that resumes goes on exactly where it was.
+    Pure: a place in the data is one integer, so a resumed worker continues exactly where it was.
     """
     return [_shuffled(n_rows, seed, k // n_rows)[k % n_rows] for k in range(position, position + count)]
 
 
 @lru_cache(maxsize=2)
 def _shuffled(n_rows: int, seed: int, epoch: int) -> "array[int]":
-    # Hashed: torch uses only 32 bits of a seed, and with seed + epoch two seeds would share their orders.
+    # Hashed, because torch uses only 32 bits of a seed, and with seed + epoch two seeds would share orders.
     digest = hashlib.sha256(f"{seed} {epoch}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
     return array("q", torch.randperm(n_rows, generator=generator).tolist())

@@ -1,4 +1,4 @@
-"""Many examples in little memory."""
+"""Stores many examples in little memory."""
 
 import hashlib
 from array import array
@@ -19,11 +19,11 @@ TYPES = {
 
 
 class FlatExamples(Sequence[Example]):
-    """Examples in flat arrays: 4 bytes a token and about 40 an example, where objects take some 500.
+    """Examples in flat arrays: 4 bytes per token and about 40 per example, where objects take some 500.
 
-    The arrays: `ids` int32, the tokens of all; `ends` int64, where each example's tokens end in it; `starts` and
-    `stops` int32 and `weights` float64 of all answers; `answer_ends` int64, where each example's answers end in these;
-    `lines` int64, in the file.
+    The arrays: `ids` int32, the tokens of all examples; `ends` int64, the end of each example in `ids`; `starts` and
+    `stops` int32 and `weights` float64 of all answers; `answer_ends` int64, the end of each example in these three;
+    `lines` int64, the line of each example in the file.
     """
 
     def __init__(self, arrays: Mapping[str, "array[Any]"] | None = None) -> None:
@@ -32,7 +32,7 @@ class FlatExamples(Sequence[Example]):
         )
 
     def extend(self, examples: Iterable[Example]) -> None:
-        """Put these at the end."""
+        """Append examples."""
         arrays = self.arrays
         for example in examples:
             arrays["ids"].extend(example.input_ids)
@@ -44,7 +44,7 @@ class FlatExamples(Sequence[Example]):
             arrays["answer_ends"].append(len(arrays["starts"]))
 
     def digest(self) -> str:
-        """SHA-256 of all but their rows in the file, as hex digits."""
+        """SHA-256 of all arrays except `lines`, as hex digits."""
         digest = hashlib.sha256()
         for name, values in self.arrays.items():
             if name == "lines":

@@ -1,6 +1,6 @@
-"""Reads the rows of a JSONL file: every usable row as its turns, and every other one by line and reason.
+"""Reads the rows of a JSONL file: a usable row as its turns, any other row as a problem with line and reason.
 
-What may stand in the file is in `fedmoe.data.records`, what in a row is in `fedmoe.data.shapes`.
+`fedmoe.data.records` describes the accepted files, `fedmoe.data.shapes` the accepted rows.
 """
 
 import difflib
@@ -24,10 +24,10 @@ class Row:
     """One training row.
 
     Args:
-        number, line: as in its record.
+        number, line: as in the record.
         turns: system, user, assistant and tool turns, at least two; the last is the assistant's.
         tools: JSON schemas of the functions that the assistant may call.
-        unused: what it holds and no rule uses, such as a field's name.
+        unused: parts of the row that no rule uses, such as a field's name.
     """
 
     line: int
@@ -39,12 +39,12 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataFile:
-    """A file that can be read and has a usable row.
+    """A readable file with at least one usable row.
 
     Args:
         digest: first 16 hex digits of the SHA-256 of its bytes.
-        n_lines: about as many rows, unless it is one JSON array; 0 for a packed file.
-        state: changes when somebody writes to the file.
+        n_lines: number of lines, about that of rows unless the file is one JSON array; 0 for a gzip file.
+        state: file attributes that change when somebody writes to the file.
     """
 
     path: Path
@@ -53,7 +53,7 @@ class DataFile:
     state: tuple[int, ...]
 
     def check_unchanged(self) -> None:
-        """Make sure that what was read since is what has the digest.
+        """Check that the file still has the content of the digest.
 
         Raises:
             DataError: if somebody has written to the file.
@@ -66,11 +66,11 @@ class DataFile:
 def open_data(
     path: str | Path, bad_rows: BadRows, *, stopped: Callable[[], bool] = lambda: False
 ) -> DataFile:
-    """Look at `path`, before anything that takes long: not at all of it, unless no bad row is allowed.
+    """Check early that `path` can be used: up to its first usable row, or all of it if bad rows are fatal.
 
     Raises:
-        DataError: if the file cannot be read or has no usable row, or at the first bad row if `bad_rows` says so.
-        StoppedError: if `stopped` returns true; it is asked every so often.
+        DataError: if the file cannot be read or has no usable row, or at a bad row if bad rows are fatal.
+        StoppedError: if `stopped`, which is called repeatedly, returns True.
     """
     path = Path(path)
     with reading(path):
@@ -110,7 +110,7 @@ def _state(path: Path) -> tuple[int, ...]:
 
 
 def _digest(path: Path, stopped: Callable[[], bool]) -> tuple[str, int]:
-    """Of the bytes, and how many line feeds there are; 0 of a packed file."""
+    """The digest of the bytes, and the number of line feeds; 0 for a gzip file."""
     digest = hashlib.sha256()
     n_lines = 0
     packed = False
@@ -124,7 +124,7 @@ def _digest(path: Path, stopped: Callable[[], bool]) -> tuple[str, int]:
 
 
 def read_row(path: Path, record: Record) -> Row | Problem:
-    """The row's turns, or why there are none."""
+    """Return the row's turns, or the problem if it has none."""
     try:
         read = read_conversation(_parse(record.text))
     except RowError as error:
@@ -138,7 +138,7 @@ def _parse(text: str) -> object:
     if "\0" in text:
         raise RowError("it holds NUL bytes; was the file cut off while it was written?")
     try:
-        # Not strict: a raw tab inside a string is no JSON, but means only one thing.
+        # Not strict: a raw tab inside a string is not JSON, but it is unambiguous.
         return json.JSONDecoder(strict=False, object_pairs_hook=_unique).decode(text)
     except RowError:
         raise

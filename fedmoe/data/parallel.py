@@ -1,8 +1,8 @@
-"""Encodes rows in several processes: with the same result as in one, in the same order, but sooner.
+"""Encodes rows in several processes, with the same result and order as in one process, but faster.
 
-A process is a Python of its own that is started, not forked, because threads and a GPU may be at work in this one. It
-gets the tokenizer and then one chunk of rows after the other; all that passes between the two is their own. It ends
-when its pipe does, so none outlives this process, however that dies.
+Each process is a new Python, not a fork, because threads and a GPU may be in use here. It receives the tokenizer, then
+one chunk of rows after another, through a pipe that no other process has. It ends when the pipe is closed, so it never
+outlives this process.
 """
 
 import logging
@@ -34,10 +34,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-WORTH_BYTES = 8 * 2**20  # a process needs some seconds to start, in which this much is half encoded
-MAX_PROCESSES = 16  # each holds a tokenizer, which is some 100 MiB
+WORTH_BYTES = 8 * 2**20  # smallest file for more processes, which take seconds to start
+MAX_PROCESSES = 16  # each holds a tokenizer of some 100 MiB
 CHUNK_CHARS = 50_000  # some 0.1 s of work
-WINDOW = 8  # chunks a process that may wait for their turn
+WINDOW = 8  # maximum number of chunks in progress per process
 POLL_S = 0.2
 
 Encodings = list[Encoded | Problem]
@@ -45,7 +45,7 @@ Encodings = list[Encoded | Problem]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """All that an encoding depends on beside the row."""
+    """Everything on which an encoding depends, except the row."""
 
     path: Path
     tokenizer: "PreTrainedTokenizerBase"
@@ -53,7 +53,7 @@ class Job:
     learn: Learn
 
     def encoding(self) -> Callable[[Record], Encoded | Problem]:
-        """The function of a row."""
+        """The function that encodes a row."""
         encoder = Encoder(self.tokenizer)
         return lambda record: encode_row(
             record, self.path, encoder, max_length=self.max_length, learn=self.learn
@@ -61,7 +61,7 @@ class Job:
 
 
 def n_processes(n_bytes: int) -> int:
-    """How many processes encode so much of a file: one for each core, or none beside this one."""
+    """Number of extra processes that encode `n_bytes` of a file: one per core, or 0 for a small file."""
     cores = len(os.sched_getaffinity(0))
     return min(cores, MAX_PROCESSES) if cores > 1 and n_bytes >= WORTH_BYTES else 0
 
@@ -69,10 +69,10 @@ def n_processes(n_bytes: int) -> int:
 def encode_rows(
     records: Iterable[Record], job: Job, *, processes: int, stopped: Callable[[], bool]
 ) -> Generator[Encoded | Problem]:
-    """Encode the rows, in their order, in so many processes (0: in this one); close the generator to end them.
+    """Encode the rows in order, in extra processes (0: in this one); closing the generator ends them.
 
     Raises:
-        StoppedError: if `stopped` returns true; it is asked every so often.
+        StoppedError: if `stopped`, which is called repeatedly, returns True.
     """
     encode = job.encoding()
     started = _start(job, processes) if processes else []
@@ -92,13 +92,13 @@ def encode_rows(
 
 
 def _start(job: Job, count: int) -> list["_Process"]:
-    """So many processes, or as many as there can be."""
+    """Start `count` processes, or as many as the system allows."""
     started: list[_Process] = []
     try:
         packed = ForkingPickler.dumps(job)
     except Exception as error:  # a tokenizer whose code comes from a hub may raise anything
         logger.warning(
-            "the tokenizer cannot run in other processes (%s): tokenizing in this one, which is only slower",
+            "the tokenizer cannot run in other processes (%s): rows are tokenized in this one, which is slower",
             error,
         )
         return started
@@ -107,7 +107,7 @@ def _start(job: Job, count: int) -> list["_Process"]:
             started.append(_Process(packed))  # noqa: PERF401  # those that were started before an error count
     except OSError as error:
         logger.warning(
-            "only %d of %d processes for tokenizing could be started (%s): it takes longer, nothing else changes",
+            "only %d of %d processes for tokenizing could be started (%s): tokenizing only takes longer",
             len(started), count, error,
         )  # fmt: skip
     return started
@@ -155,10 +155,10 @@ class _Process:
             )
 
     def encode(self, chunk: list[Record]) -> Encodings:
-        """Have it encode the rows.
+        """Send the rows to the process and return their encodings.
 
         Raises:
-            EOFError, OSError: if it has died.
+            EOFError, OSError: if the process has died.
         """
         if self._packed is not None:
             self._connection.send_bytes(self._packed)
@@ -168,13 +168,13 @@ class _Process:
         return encodings
 
     def end(self) -> None:
-        """Kill it: there is nothing that it would have to put in order."""
+        """Kill the process; it has nothing to clean up."""
         self._process.kill()
         self._process.wait()
 
 
 class _Pool:
-    """Some processes, and a thread for each that waits for it."""
+    """Processes, and for each of them a thread that waits for its result."""
 
     def __init__(self, processes: list[_Process], encode: Callable[[Record], Encoded | Problem]) -> None:
         self._processes = processes
@@ -187,7 +187,7 @@ class _Pool:
         self._threads = ThreadPoolExecutor(len(processes), "encoding")
 
     def encode(self, chunk: list[Record]) -> "Future[Encodings]":
-        """Have the rows encoded by whichever process is idle next."""
+        """Encode the rows in the next idle process."""
         return self._threads.submit(self._run, chunk)
 
     def _run(self, chunk: list[Record]) -> Encodings:
@@ -200,11 +200,11 @@ class _Pool:
             if self._ended:
                 return []
             logger.warning(
-                "a process for tokenizing has died (out of memory?): its rows are tokenized here, none is lost"
+                "a process for tokenizing has died (out of memory?): its rows are tokenized here, no row is lost"
             )
         finally:
             self._idle.put(process)
-        with self._here:  # a tokenizer is not made for several threads
+        with self._here:  # a tokenizer is not thread-safe
             return [self._encode(record) for record in chunk]
 
     def __enter__(self) -> "_Pool":
@@ -218,9 +218,9 @@ class _Pool:
 
 
 def _serve(connection: Connection) -> None:
-    """The other side: encode chunks until nobody sends any."""
+    """Run in the started process: encode chunks until the pipe is closed."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # what is sent to all is meant for the one that started this
+        signal.signal(number, signal.SIG_IGN)  # a signal to the group is for the parent process
     with suppress(EOFError, OSError):
         job: Job = connection.recv()
         encode = job.encoding()

@@ -1,4 +1,4 @@
-"""Lines that say how far something long is."""
+"""Progress lines for a long task."""
 
 import time
 from collections.abc import Callable
@@ -7,11 +7,12 @@ EVERY_S = 5.0
 
 
 class Progress:
-    """Says every five seconds how many rows are done.
+    """Reports every five seconds how many rows are done.
 
     Args:
-        what: is done with the rows.
-        total: about how many rows there are, 0 if nobody knows.
+        report: prints a line for people.
+        what: the task, as the beginning of each line.
+        total: approximate number of rows, 0 if it is not known.
         clock: seconds.
     """
 
@@ -30,7 +31,7 @@ class Progress:
         self._said = 0.0
 
     def at(self, done: int) -> None:
-        """So many rows are done. Time counts from the first call on: what is done before may have to be started."""
+        """Note that `done` rows are done. Time counts from the first call, so that the start-up is left out."""
         now = self._clock()
         if self._began is None:
             self._began, self._said = (now, done), now

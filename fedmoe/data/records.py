@@ -1,8 +1,8 @@
-"""Reads a JSONL file as people have it: the text of every row, with its line.
+"""Reads a JSONL file and its common variants: the text of every row, with its line.
 
-One JSON object a line. Also taken: UTF-8 and UTF-16 with or without a byte order mark, any line end, blank lines, a
-comma after the object, gzip, one JSON array of rows, objects over several lines. Bytes that are not UTF-8 are never
-guessed at: the model would learn the guess.
+The format is one JSON object per line. Also accepted: UTF-8 and UTF-16 with or without a byte order mark, any line end,
+blank lines, a comma after the object, gzip, one JSON array of rows, objects over several lines. The encoding of bytes
+that are not UTF-8 is never guessed, because the model would learn the guess.
 """
 
 import gzip
@@ -34,12 +34,12 @@ _NEXT_ROW = re.compile(r"[\n,]\s*\{")
 
 
 class Record(NamedTuple):
-    """One row as it stands in the file, good or bad.
+    """One row as it is in the file, good or bad.
 
     Args:
-        number: its place in the file, from 0; of two rows in one line each has its own.
-        line: where it begins, from 1.
-        text: the row's JSON, as it was written.
+        number: index of the row in the file, from 0; two rows in one line have different numbers.
+        line: line at which the row begins, from 1.
+        text: the JSON of the row, as it was written.
     """
 
     number: int
@@ -60,7 +60,7 @@ def records(path: Path) -> Iterator[Record]:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Whatever goes wrong with the file, as a DataError."""
+    """Turn any error in reading the file into a DataError."""
     try:
         yield
     except (OSError, EOFError, zlib.error) as error:
@@ -68,7 +68,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def _decoded(raw: BinaryIO, path: Path) -> TextIO:
-    """The file's text, unpacked if need be, with every line end as a newline."""
+    """The file's text, decompressed if necessary, with every line end as a newline."""
     raw.seek(0)
     packed = raw.read(2) == GZIP_MAGIC
     raw.seek(0)
@@ -78,9 +78,9 @@ def _decoded(raw: BinaryIO, path: Path) -> TextIO:
     for magic, what in FOREIGN.items():
         if beginning.startswith(magic):
             raise DataError(f"{shown(path)} is {what}")
-    # A file of nothing but NUL bytes (a crash does that) is no UTF-32.
+    # A file of NUL bytes only (a crash may leave one) is not UTF-32.
     encoding = json.detect_encoding(beginning) if beginning.strip(b"\0") else "utf-8"
-    # Bad bytes become surrogates, so that they spoil their own row only; fedmoe.data.shapes finds them.
+    # Bad bytes become surrogates, so that only their own row is refused, by fedmoe.data.turns.
     errors = "surrogateescape" if encoding.startswith("utf-8") else "replace"
     return io.TextIOWrapper(stream, encoding=encoding, errors=errors)
 
@@ -109,7 +109,7 @@ def _lines(file: TextIO) -> Iterator[tuple[int, str]]:
 
 
 def _split_document(text: str, line: int) -> Iterator[tuple[int, str]]:
-    """The rows of one JSON array, or of objects printed over several lines; `line` is the text's first."""
+    """The rows of one JSON array, or of objects over several lines; `line` is the first line of the text."""
     decoder = json.JSONDecoder(strict=False)
     position = 0
     while True:

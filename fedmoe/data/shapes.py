@@ -1,4 +1,4 @@
-"""One row of a data file, in any of the shapes that people have, as a conversation.
+"""Reads one row of a data file, in any common shape, as a conversation.
 
 | shape | known from |
 | --- | --- |
@@ -10,13 +10,12 @@
 | `{"instruction": "…", "context": "…", "response": "…"}` | Dolly |
 | `{"question": "…", "context": "…", "answer": "…"}` | question answering, text to SQL |
 
-`completion`, `output`, `response` and `answer` mean the same, as do `instruction`, `prompt`, `question` and
-`query`; `input` and `context` beside them become part of the question; `system` may stand beside any of them;
-upper and lower case are the same. What follows the assistant's last turn is dropped. A turn's, and a row's,
-`weight`, `train` and `loss` say how much answers count, and so does the `label` or `kto_tag` of a KTO row. `tools`
-beside any of them are for the chat template, and so is an answer's reasoning, which stands beside its content as
-`reasoning_content`, `thinking` or `reasoning`, or in it as parts of type "thinking". A field that is in none of these
-rules is not used, and its name is reported.
+`completion`, `output`, `response` and `answer` mean the same, as do `instruction`, `prompt`, `question` and `query`.
+`input` and `context` beside them become part of the question. `system` may be beside any of them. Upper and lower case
+are the same. Turns after the assistant's last turn are dropped. `weight`, `train` and `loss` of a turn or a row weigh
+its answers, and so does `label` or `kto_tag` of a KTO row. The chat template receives `tools`, which may be beside any
+of them, and the reasoning of an answer: a field `reasoning_content`, `thinking` or `reasoning` beside its content, or
+parts of type "thinking" in it. A field that none of these rules uses is reported by name.
 """
 
 import json
@@ -33,19 +32,19 @@ QUESTIONS = ("instruction", "prompt", "question", "query", "input")
 CONTEXTS = ("input", "context")
 ANSWERS = ("completion", "output", "response", "answer")
 SYSTEMS = ("system", "system_prompt")
-# A row may have a label of another kind, or a loss that somebody measured: these count only as true or false.
+# These fields count only as true or false, because a row may have another label, or a measured loss.
 FLAGS = ("label", "kto_tag", "train", "loss")
 MAX_NAMED_FIELDS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conversation:
-    """What one row says.
+    """The content of one row.
 
     Args:
         turns: at least two; the last is the assistant's.
         tools: JSON schemas of the functions that the assistant may call.
-        unused: what holds something and is not used by any rule, each once, as it is printed.
+        unused: names of the fields that are not empty and that no rule uses, each once, as they are printed.
     """
 
     turns: tuple[Turn, ...]
@@ -54,10 +53,10 @@ class Conversation:
 
 
 def read_conversation(row: object) -> Conversation:
-    """The turns of a row up to the assistant's last one, whose text may be empty.
+    """Read the turns of a row up to the assistant's last turn, whose text may be empty.
 
     Raises:
-        RowError: if the row has none of the shapes above; the message says so of "it", the row.
+        RowError: if the row has none of the shapes above; the subject of the message is "it", the row.
     """
     if not isinstance(row, dict):
         raise RowError(f"it is {kind(row)}, not a JSON object")
@@ -75,7 +74,7 @@ def read_conversation(row: object) -> Conversation:
 
 
 class _Fields:
-    """A row's fields by name in lower case; remembers which of them were used."""
+    """A row's fields by name in lower case; records which of them were used."""
 
     def __init__(self, row: dict[str, Any]) -> None:
         self._values: dict[str, Any] = {}
@@ -89,7 +88,7 @@ class _Fields:
         self._used: set[str] = set()
 
     def pick(self, names: Sequence[str]) -> str | None:
-        """The first of `names` that has a value, else the first that is there."""
+        """The first of `names` that has a value, else the first that the row has."""
         present = [name for name in names if name in self._values]
         return next(
             (name for name in present if self._values[name] is not None), present[0] if present else None
@@ -129,7 +128,7 @@ def _turns(fields: _Fields) -> list[Turn]:
 
 
 def _tools(value: object) -> tuple[dict[str, Any], ...]:
-    """OpenAI's list of tools, or its JSON as LLaMA-Factory's files have it."""
+    """OpenAI's list of tools, or that list as JSON text, as in the files of LLaMA-Factory."""
     if not value:
         return ()
     if isinstance(value, str):
@@ -144,7 +143,7 @@ def _tools(value: object) -> tuple[dict[str, Any], ...]:
 
 
 def _weighed(turns: list[Turn], fields: _Fields) -> list[Turn]:
-    """The turns with the row's own weight in that of each answer."""
+    """The turns, with the weight of each answer multiplied by that of the row."""
     weight = read_weight(fields.use("weight"), "weight")
     if any(fields.flag(name) is False for name in FLAGS):
         weight = 0.0
@@ -165,7 +164,7 @@ def _question_and_answer(fields: _Fields) -> list[Turn]:
         if name == question or not (value := fields.use(name)):
             continue
         text, context = asked[-1].content, read_text(value, name)
-        # Some files have put it into the prompt already.
+        # In some files the prompt contains the context already.
         if question != "prompt" or context.strip() not in text:
             asked[-1] = replace(asked[-1], content=f"{text}\n\n{context}")
     return [*_history(fields.use("history")), *asked, *_one_or_more(fields, answer, "assistant")]

@@ -1,8 +1,7 @@
-"""What a tokenizer's chat template writes: the prompt of an answer, and what stands around the answer.
+"""Renders a tokenizer's chat template: the prompt of an answer, and the text around the answer.
 
-What it writes around an answer is found by rendering a marker in its place, so that the answer is learnt as it
-stands in the file, even where the template would trim it or drop its reasoning. In the same way it is found out
-which turns a template leaves out.
+The text around an answer is found by rendering a marker in its place. So the answer is learnt as it is in the file,
+even if the template would trim it or drop its reasoning. Markers also show which turns a template leaves out.
 """
 
 import re
@@ -21,18 +20,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MARKER = "\ue000answer\ue000"
-# What other people's templates raise; `raise_exception` in them is a TemplateError.
+# Errors that chat templates raise; `raise_exception` in them raises a TemplateError.
 TEMPLATE_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 Tools = tuple[dict[str, Any], ...]
 
 
 class Written(NamedTuple):
-    """What the template writes.
+    """The text that the template writes for one answer.
 
     Args:
-        prompt: what the model sees when it is asked, with the generation prompt.
-        lead: what stands between that and the answer's text, with the reasoning that the turn has.
-        end: what ends the answer.
+        prompt: the input of the model at inference, with the generation prompt.
+        lead: the text between the prompt and the answer, with the reasoning of the turn.
+        end: the end of the turn.
     """
 
     prompt: str
@@ -41,7 +40,7 @@ class Written(NamedTuple):
 
 
 class ChatTemplate:
-    """The chat template of a tokenizer, which must have one."""
+    """The chat template of a tokenizer; the tokenizer must have one."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         self._tokenizer = tokenizer
@@ -52,17 +51,17 @@ class ChatTemplate:
         self._left_out: dict[tuple[bool, tuple[str, ...]], str] = {}
 
     def write(self, turns: Sequence[Turn], tools: Tools = ()) -> Written:
-        """What the template writes for the last turn, an answer.
+        """Render the prompt and the surroundings of the last turn, an answer.
 
         Raises:
-            RowError: if it refuses the turns, or leaves out what the row says.
+            RowError: if the template refuses the turns, or leaves out a part of the row.
         """
         refusal = RowError("the chat template refuses it")
         for prompt in (turns[:-1], _merged_turns(turns[:-1])):
             try:
                 asked = self._render(prompt, tools, add_generation_prompt=True)
                 answered = self._render([*prompt, replace(turns[-1], content=MARKER)], tools)
-                # Some leave out a system turn without a word; then the merged turns are tried.
+                # Some templates silently leave out a system turn; then the merged turns are tried.
                 left_out = self._role_left_out(prompt, tools)
             except TEMPLATE_ERRORS as error:
                 words = " ".join(str(error).split())[:100]
@@ -89,7 +88,7 @@ class ChatTemplate:
 
     @cached_property
     def sample(self) -> str:
-        """Conversations as the template writes them; without those that it refuses."""
+        """Sample conversations as the template writes them, except those that it refuses."""
         system = Turn(role="system", content="s")
         question, answer = Turn(role="user", content="q"), Turn(role="assistant", content=MARKER)
         text = ""
@@ -100,12 +99,12 @@ class ChatTemplate:
 
     @cached_property
     def ends(self) -> tuple[str, ...]:
-        """What may end an answer; some templates write another end behind the last one."""
+        """Texts that may end an answer; some templates write another end after the last answer."""
         ends = (self._end_of_turn(tail).strip() for tail in self.sample.split(MARKER)[1:])
         return tuple(end for end in ends if end)
 
     def literals(self, roles: Sequence[str]) -> list[str] | None:
-        """What the template writes before, between and after the texts of a prompt's turns; None if it refuses them."""
+        """The template's text before, between and after the turns of a prompt; None if it refuses these roles."""
         marked = [Turn(role=role, content=f"\ue000{i}\ue000") for i, role in enumerate(roles)]
         try:
             text = self._render(marked, (), add_generation_prompt=True)
@@ -120,13 +119,13 @@ class ChatTemplate:
         return [*literals, text]
 
     def _without_tools(self, turns: Sequence[Turn]) -> str | None:
-        """The prompt as it would be without them; None if the template then refuses it."""
+        """The prompt without tools; None if the template refuses it."""
         with suppress(*TEMPLATE_ERRORS):
             return self._render(turns, (), add_generation_prompt=True)
         return None
 
     def _role_left_out(self, turns: Sequence[Turn], tools: Tools) -> str:
-        """The role of a turn that the template does not write into the prompt, "" if it writes them all."""
+        """The role of a turn that the template leaves out of the prompt, "" if it leaves out none."""
         kind = bool(tools), tuple(turn.role for turn in turns)
         if kind not in self._left_out:
             marked = [replace(turn, content=f"\ue000{i}\ue000") for i, turn in enumerate(turns)]
@@ -136,7 +135,7 @@ class ChatTemplate:
 
     @cached_property
     def _shows_reasoning(self) -> bool:
-        """Whether it writes what a last turn has of it; many drop that of earlier turns, as the model is asked."""
+        """True if the template writes the reasoning of the last turn; many templates drop that of earlier turns."""
         turns = Turn(role="user", content="q"), Turn(role="assistant", content="a", reasoning=MARKER)
         try:
             return MARKER in self._render(turns, ())
@@ -153,19 +152,19 @@ class ChatTemplate:
         return str(text)
 
     def _end_of_turn(self, tail: str) -> str:
-        """The first control token, where generation stops, and what leads to it; not the newline after it."""
+        """The text up to the first control token, at which generation stops, without the newline after it."""
         match = self._control_token.search(tail)
         return tail[: match.end()] if match else tail.rstrip() + self._eos
 
 
 def _message(turn: Turn) -> dict[str, str]:
-    """The turn as a template takes it; each reads the reasoning under one of several names."""
+    """The turn as templates read it; they differ in the name of the field with the reasoning."""
     reasoning = dict.fromkeys(REASONING, turn.reasoning) if turn.reasoning else {}
     return {"role": turn.role, "content": turn.content, **reasoning}
 
 
 def _merged_turns(prompt: Sequence[Turn]) -> list[Turn]:
-    """The same turns for a template without a system role, or one whose roles must alternate."""
+    """Merge turns for a template that has no system role, or whose roles must alternate."""
     merged: list[Turn] = []
     for turn in prompt:
         role = "user" if turn.role == "system" else turn.role

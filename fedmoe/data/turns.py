@@ -1,4 +1,4 @@
-"""One turn of a conversation, from an object with role and content as OpenAI, TRL, ShareGPT and others write it."""
+"""Reads the turns of a conversation from objects of OpenAI, TRL, ShareGPT and others."""
 
 import math
 import reprlib
@@ -35,8 +35,8 @@ class Turn:
 
     Args:
         role: system, user, assistant or tool.
-        reasoning: what an assistant thought before it said `content`.
-        weight: how much the tokens of an answer count in the loss; 0 is never learnt.
+        reasoning: the assistant's reasoning before `content`.
+        weight: weight of an answer's tokens in the loss; an answer with 0 is not learnt.
     """
 
     role: str
@@ -46,10 +46,10 @@ class Turn:
 
 
 def read_turns(value: object, where: str, report_unused: Callable[[str], None]) -> list[Turn]:
-    """The turns of a list of messages; `report_unused` is told each of their fields that is not used.
+    """Read the turns of a list of messages; `report_unused` is called for each field that is not used.
 
     Raises:
-        RowError: if it is no such list; the message says so of "it", the row.
+        RowError: if `value` is no such list; the subject of the message is "it", the row.
     """
     if not isinstance(value, list):
         raise RowError(f"its {where} is {kind(value)}, not a list of messages")
@@ -95,7 +95,7 @@ def _turn(message: object, where: str) -> Turn:
 
 
 def _thoughts(content: object, where: str) -> tuple[str, object]:
-    """The text of the parts of type "thinking" that the content begins with, and the rest of it."""
+    """Split the content into the text of its leading parts of type "thinking" and the rest."""
     if not isinstance(content, list):
         return "", content
     parts = list(takewhile(lambda part: isinstance(part, dict) and part.get("type") == "thinking", content))
@@ -104,7 +104,7 @@ def _thoughts(content: object, where: str) -> tuple[str, object]:
 
 
 def read_weight(value: object, where: str) -> float:
-    """A weight as OpenAI (`weight`), axolotl (`train`) and ShareGPT (`loss`) write it; null is 1.
+    """Read a weight in the form of OpenAI (`weight`), axolotl (`train`) or ShareGPT (`loss`); null is 1.
 
     Raises:
         RowError: if it is neither true, false nor a number from 0 to 1.
@@ -118,10 +118,10 @@ def read_weight(value: object, where: str) -> float:
 
 
 def read_text(value: object, where: str) -> str:
-    """A text, or OpenAI's list of text parts.
+    """Read a text, or OpenAI's list of text parts.
 
     Raises:
-        RowError: if it is something else, or holds what is not Unicode.
+        RowError: if it is something else, or holds characters that are not Unicode.
     """
     if isinstance(value, list):
         value = "".join(_part(part, f"{where}[{i}]") for i, part in enumerate(value))
@@ -131,7 +131,7 @@ def read_text(value: object, where: str) -> str:
         value.encode()
     except UnicodeEncodeError as error:
         code = ord(value[error.start])
-        # A byte that is not UTF-8 was read as such a surrogate (see fedmoe.data.records).
+        # fedmoe.data.records reads a byte that is not UTF-8 as such a surrogate.
         if 0xDC80 <= code <= 0xDCFF:
             raise RowError(
                 "it is not UTF-8",
@@ -144,17 +144,17 @@ def read_text(value: object, where: str) -> str:
 
 
 def kind(value: object) -> str:
-    """What a JSON value is, in words."""
+    """The type of a JSON value, in words."""
     return _KINDS.get(type(value), "a number")
 
 
 def named(field: str) -> str:
-    """A field's name as it is printed: it may be long, and hold anything."""
+    """A field's name as it is printed: quoted and cut off, because it may be long and hold anything."""
     return repr(field if len(field) <= MAX_NAME_CHARS else f"{field[:MAX_NAME_CHARS]}…")
 
 
 def holds_something(value: object) -> bool:
-    """False for null and for an empty text, list or object: nothing is lost with these."""
+    """False for null and for an empty text, list or object, which may be ignored without loss."""
     return value is not None and value not in ("", [], {})
 
 

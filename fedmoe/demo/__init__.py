@@ -1,1 +1,1 @@
-"""`fedmoe demo`: the whole thing on one machine, on a real model and real data."""
+"""`fedmoe demo`: a whole federation on one machine, with a real model and real data."""

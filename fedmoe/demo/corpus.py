@@ -1,7 +1,7 @@
-"""The demo's data: three domains, built on this machine from what every Python installation carries.
+"""The demo's data: three domains, built on this machine from the Python installation.
 
-Nothing is downloaded and nobody else's text is shipped: the code here reads the interpreter's own library and
-reference, and asks made-up databases questions of its own.
+Nothing is downloaded, and no text of others is shipped: the code here reads the interpreter's own library and
+reference, and generates databases with questions.
 """
 
 import json
@@ -20,7 +20,7 @@ TRAIN_ROWS, VALID_ROWS, TEST_ROWS = (
     600,
     12,
     16,
-)  # a test row costs 0.3 s of CPU for each model that is measured
+)  # each test row takes 0.3 s of CPU per measured model
 MIN_TRAIN_ROWS, MIN_TEST_ROWS = 100, 16
 PSF = "PSF licence version 2, and for some modules the compatible ones at docs.python.org/3/license.html"
 
@@ -36,12 +36,12 @@ class DomainFiles:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Domain:
-    """Where one domain's rows come from: `collect(seed)` yields them, the rest is for the README."""
+    """The source of one domain's rows: `collect(seed)` yields them, the other fields are for the README."""
 
     collect: Callable[[int], Iterable[Row]]
     origin: str
     task: str
-    sources: str  # what sources are; none is in two of the files
+    sources: str  # kind of the sources; each source is in one file only
     licence: str
 
 
@@ -49,7 +49,7 @@ def _topics() -> dict[str, str]:
     try:
         from pydoc_data.topics import topics
     except ImportError:
-        return {}  # what is missing is said in one place, by the count of rows
+        return {}  # `_split` reports too few rows
     return topics
 
 
@@ -90,12 +90,12 @@ DOMAINS = {
 
 
 def build_corpus(out_dir: Path, *, seed: int = 0) -> dict[str, DomainFiles]:
-    """Write `<domain>.{train,valid,test}.jsonl` and a README.md for every domain into `out_dir`.
+    """Write `<domain>.{train,valid,test}.jsonl` for every domain, and a README.md, into `out_dir`.
 
-    The same seed and interpreter give the same bytes; about 2 s.
+    The same seed and interpreter give the same bytes. It takes about 2 s.
 
     Raises:
-        DataError: if this Python lacks what the rows are made of, or `out_dir` cannot be written.
+        DataError: if this Python lacks a source of rows, or `out_dir` cannot be written.
     """
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
@@ -105,7 +105,7 @@ def build_corpus(out_dir: Path, *, seed: int = 0) -> dict[str, DomainFiles]:
     except OSError as error:
         raise DataError(
             f"the demo's data cannot be written to {out_dir} ({error.strerror}): "
-            "give a directory that can be written"
+            "give --out a writable directory"
         ) from error
     return files
 

@@ -1,4 +1,4 @@
-"""The Python reference that every interpreter carries for `help()`: a paragraph → the next one."""
+"""Rows from the Python reference that each interpreter has for `help()`: a paragraph → the next one."""
 
 import re
 import textwrap
@@ -14,7 +14,7 @@ _TABLE_OR_FOOTNOTE = re.compile(r"\+[-=]|\||\[\d+\]")
 def docs_rows(topics: Mapping[str, str]) -> Iterator[Row]:
     """Yield a row for each pair of neighbouring paragraphs of a section, topic by topic.
 
-    `topics` is what `pydoc_data.topics` calls so: topic → plain text with underlined headings.
+    `topics` is that of `pydoc_data.topics`: topic → plain text with underlined headings.
     """
     for topic in sorted(topics):
         section, before = topic, ""

@@ -1,4 +1,4 @@
-"""Functions of the interpreter's own standard library: signature and docstring → body."""
+"""Rows from the interpreter's own standard library: signature and docstring of a function → its body."""
 
 import ast
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fedmoe.demo.corpus_rows import Row
 
-# Beside the library in its directory: installed packages, tests, tables of characters, whole programs.
+# Not the library itself, but in its directory: installed packages, tests, character tables, whole programs.
 SKIPPED_DIRS = frozenset(
     {
         *("site-packages", "dist-packages", "ensurepip", "_vendor", "__pycache__", "__phello__"),
@@ -35,7 +35,7 @@ def python_rows(stdlib: Path) -> Iterator[Row]:
                 warnings.simplefilter("ignore")  # some old files have invalid escapes
                 tree = ast.parse(text)
         except (OSError, SyntaxError, ValueError, RecursionError):
-            continue  # one odd file must not cost us the others
+            continue  # a file that cannot be parsed must not stop the others
         source = path.relative_to(stdlib).as_posix()
         lines = text.splitlines()
         for owner, function in _functions(tree):
@@ -54,7 +54,7 @@ def _files(root: Path) -> Iterator[Path]:
 
 
 def _functions(tree: ast.Module) -> Iterator[tuple[str, Function]]:
-    """Yield (its class or "", function) for the module's functions and its classes' methods."""
+    """Yield (class name or "", function) for the module's functions and its classes' methods."""
     for node in tree.body:
         if isinstance(node, Function):
             yield "", node

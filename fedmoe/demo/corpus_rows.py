@@ -11,7 +11,7 @@ VALID_SHARE = 0.1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One example; `source` names the file, topic or schema that it is from."""
+    """One example; `source` names its file, topic or database."""
 
     prompt: str
     completion: str
@@ -20,7 +20,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Split:
-    """Rows for training, for choosing settings and for the final measurement; no source is in two of them."""
+    """Rows for training, for choosing settings and for the final measurement; each source is in one of them only."""
 
     train: tuple[Row, ...]
     valid: tuple[Row, ...]
@@ -28,10 +28,10 @@ class Split:
 
 
 def split_by_source(rows: Iterable[Row], *, seed: int, train: int, valid: int, test: int) -> Split:
-    """Split the sources, then take at most so many rows from each side, spread evenly over its sources.
+    """Split the sources, then take at most `train`, `valid` and `test` rows, spread evenly over the sources.
 
-    A completion that several sources have (copied helpers, text included in two topics) counts for the first
-    only, and a row is not held out if its completion can be read anywhere in the training rows.
+    A completion that several sources have (copied helpers, text in two topics) belongs to the first source only. A row
+    is not held out if its completion is anywhere in the training rows.
     """
     by_source: dict[str, list[Row]] = defaultdict(list)
     for row in {row.completion: row for row in reversed(list(rows))}.values():
@@ -60,5 +60,5 @@ def _pick(by_source: dict[str, list[Row]], sources: list[str], count: int, seed:
 
 
 def _order(seed: int, text: str) -> bytes:
-    # A digest orders alike on every Python version, which `random` does not promise.
+    # A digest gives the same order on every Python version; `random` does not promise that.
     return hashlib.sha256(f"{seed}/{text}".encode()).digest()

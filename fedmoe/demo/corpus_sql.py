@@ -2,7 +2,7 @@
 
 A database is two tables, a parent and its children, whose columns have roles: a label, a category, a number
 and, for the child, a day. A query is a shape (corpus_sql_shapes.py) filled with the names and values of one
-database: words, columns and structure vary independently. All of it is ours; nothing is taken from anywhere.
+database: words, columns and structure vary independently. All text was written for FedMoE.
 """
 
 import random
@@ -65,7 +65,7 @@ kennel  | owners owner: name=person town=Bergen/Porto/Turin visits=1-50
         | pets pet owner_id: nickname=thing species=dog/cat/rabbit weight=1-60 born=day
 """
 
-# Not from strftime, which follows the locale.
+# Not from strftime, which depends on the locale.
 MONTHS = (
     *("January", "February", "March", "April", "May", "June"),
     *("July", "August", "September", "October", "November", "December"),
@@ -136,7 +136,7 @@ class Table:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Database:
-    """Two tables with made-up rows in memory, and the randomness they and their queries are drawn with."""
+    """Two tables with generated rows in memory, and the random generator of the rows and queries."""
 
     name: str
     parent: Table
@@ -150,7 +150,7 @@ class Database:
         return f"{self.parent.ddl()}\n{self.child.ddl(self.parent.name)}"
 
     def fill(self) -> None:
-        """Create and fill the tables; the last parent gets no children, so that one can be found."""
+        """Create and fill the tables; the last parent gets no children, so that queries for such parents find one."""
         self.connection.executescript(self.ddl)
         parent, child, rng = self.parent, self.child, self.rng
         parents = [
@@ -190,7 +190,7 @@ class Database:
         return None
 
     def draw_day(self) -> date:
-        """Draw a day of the years that the tables speak of."""
+        """Draw a day in the years of the tables."""
         return FIRST_DAY + timedelta(days=self.rng.randrange(DAYS))
 
     def _names(self) -> dict[str, object]:
@@ -206,7 +206,7 @@ class Database:
         return names
 
     def _values(self) -> dict[str, object]:
-        """Draw the values that a question may speak of."""
+        """Draw the values that a question may use."""
         rng, child = self.rng, self.child
         value, other = rng.sample(child.values, 2)
         span = child.high - child.low

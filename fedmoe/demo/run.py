@@ -1,7 +1,6 @@
-"""The demo, from data to results: the same commands that a person would type, as real processes.
+"""The demo, from data to results: it runs and prints the same commands that a person would type.
 
-It starts a private Redis, one aggregator and a worker for each domain, trains for a while, then evaluates and
-exports. Every command it runs is printed.
+It starts a private Redis, one aggregator and a worker for each domain, trains for a while, then evaluates and exports.
 """
 
 import json
@@ -30,16 +29,16 @@ Show = Callable[[Federation, float], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoSettings:
-    """What the demo does.
+    """The settings of the demo.
 
     Args:
         out: directory of the results.
         cache: directory where the converted model is kept.
-        redis: URL of a server to use, "" for a private one. prefix: of the keys.
+        redis: URL of a server to use, "" for a private one. prefix: first part of the keys.
         model: base model, "" for SmolLM2-135M-Instruct.
-        data: directory with JSONL files of one's own, None for the built-in domains.
+        data: directory with the user's JSONL files, None for the built-in domains.
         train_s: seconds that the workers train.
-        rows: held-out rows a domain that are evaluated.
+        rows: held-out rows to evaluate per domain.
     """
 
     out: Path
@@ -55,9 +54,9 @@ class DemoSettings:
 
     def __post_init__(self) -> None:
         if not self.train_s > 0:
-            raise SettingsError(f"the demo must train for more than 0 s, not {self.train_s!r}")
+            raise SettingsError(f"--seconds must be more than 0, not {self.train_s!r}")
         if self.rows < 1:
-            raise SettingsError(f"at least 1 row must be evaluated, not {self.rows!r}")
+            raise SettingsError(f"--rows must be at least 1, not {self.rows!r}")
 
 
 class Demo:
@@ -65,7 +64,7 @@ class Demo:
 
     Args:
         report: prints a line.
-        show: shows the federation and the seconds still to train, called every second or so.
+        show: shows the federation and the remaining seconds of training; called about once a second.
     """
 
     def __init__(self, settings: DemoSettings, *, report: Callable[[str], None], show: Show) -> None:
@@ -74,10 +73,10 @@ class Demo:
         self._show = show
 
     def run(self) -> None:
-        """Do it all.
+        """Run the demo.
 
         Raises:
-            FedMoEError: one sentence; what was started is ended, and what was temporary removed.
+            FedMoEError: one sentence; all processes have ended then, and temporary data are removed.
         """
         settings = self._settings
         started = time.monotonic()
@@ -97,7 +96,7 @@ class Demo:
             common = ("--redis", redis.url, "--prefix", redis.prefix)
             aggregator, workers = self._start(children, common, model, data, inspector)
             history = self._train(children, inspector)
-            self._report("stopping the workers: they publish what they trained last")
+            self._report("stopping the workers: they publish their last progress")
             children.finish(workers, timeout_s=60)
             children.finish([aggregator], timeout_s=30)
             losses = self._evaluate(children, common, model, data)
@@ -136,7 +135,7 @@ class Demo:
             return redis
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fedmoe-demo-")))
         server = stack.enter_context(EmbeddedRedis(scratch))
-        self._report(f"private server: {server.server}; look in with: redis-cli -s {server.socket}")
+        self._report(f"private server: {server.server}; inspect it with: redis-cli -s {server.socket}")
         return RedisSettings(url=server.url, prefix=settings.prefix)
 
     def _command(self, *arguments: str) -> tuple[str, ...]:
@@ -172,7 +171,7 @@ class Demo:
         return aggregator, workers
 
     def _train(self, children: Children, inspector: Inspector) -> dict[str, list[tuple[float, float]]]:
-        """Watch until train_s seconds after every expert's first version; (seconds, loss) of each version seen."""
+        """Watch until train_s seconds after every expert has a training worker; return (seconds, loss) of versions."""
         history: dict[str, list[tuple[float, float]]] = {}
         seen: dict[str, int] = {}
         started = time.monotonic()
@@ -196,7 +195,7 @@ class Demo:
     def _evaluate(
         self, children: Children, common: tuple[str, ...], model: str, data: DemoData
     ) -> Mapping[str, Mapping[str, float]]:
-        """The held-out losses, by `fedmoe evaluate`."""
+        """Run `fedmoe evaluate`; return the held-out losses."""
         file = self._settings.out / "losses.json"
         files = [a for name, path in data.test.items() for a in ("--data", f"{name}={path}")]
         child = self._finish(
@@ -227,5 +226,5 @@ def _make_out(out: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise SettingsError(
-            f"the results cannot be written to {out} ({error.strerror}): give --out another place"
+            f"the results cannot be written to {out} ({error.strerror}): give --out another directory"
         ) from error

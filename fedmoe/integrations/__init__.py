@@ -1,1 +1,1 @@
-"""Training libraries that become workers."""
+"""Integrations that make training libraries workers."""

@@ -1,6 +1,6 @@
 """The LoRA adapter on a base model: its layout, and its parameters as one flat vector.
 
-Training, publishing and pulling all work on that one vector: a pull is one `add_`, the optimizer one pass.
+Training, publishing and pulling all work on that vector: a pull is one `add_`, an optimizer step one pass.
 """
 
 import re
@@ -30,12 +30,12 @@ TAKE_CONFIG = "Take the LoraConfig of the expert: fedmoe.connect(url).expert(nam
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterPlan:
-    """An adapter that does not exist yet.
+    """The plan of an adapter that does not exist yet.
 
     Args:
         layout: its tensors.
-        towers: parts of the base model that it leaves out, because no text goes through them.
-        reach: the share of the weights that it reaches.
+        towers: parts of the base model without an adapter, because no text goes through them.
+        reach: the share of the weights that the adapter covers.
     """
 
     layout: Layout
@@ -44,7 +44,7 @@ class AdapterPlan:
 
 
 def plan_adapter(config: PretrainedConfig, lora: LoraSettings) -> AdapterPlan:
-    """What the adapter will be, from the model's config alone; names as in adapter_model.safetensors.
+    """Plan the adapter from the model's config alone; tensors are named as in adapter_model.safetensors.
 
     Raises:
         SettingsError: if a target is not the name of a linear module of the text model.
@@ -67,10 +67,10 @@ def adapter_layout(config: PretrainedConfig, lora: LoraSettings) -> Layout:
 
 
 def attach_adapter(model: PreTrainedModel, spec: Spec) -> tuple[PeftModel, torch.Tensor]:
-    """Put the spec's adapter, at version 0, on a model that is on its device already.
+    """Put the spec's adapter, with its initial weights, on a model that is already on its device.
 
     Returns:
-        The peft model, and the flat vector (numel,) fp32 of which all its LoRA parameters are views.
+        The peft model, and the flat vector (numel,) fp32; all LoRA parameters are views of it.
 
     Raises:
         SpecError: if the model does not have the spec's tensors.
@@ -88,10 +88,10 @@ def attach_adapter(model: PreTrainedModel, spec: Spec) -> tuple[PeftModel, torch
 def adapter_loaded(
     model: PreTrainedModel, file: bytes | memoryview, adapter_config: Mapping[str, Any]
 ) -> Iterator[PeftModel]:
-    """The model with an adapter of any rank on it, to compute with; the bare model again afterwards.
+    """Put an adapter of any rank on the model for the duration of the context, then remove it.
 
     Raises:
-        SpecError: if the file is no safetensors, or its tensors do not fit the model and the config.
+        SpecError: if the file is not a safetensors file, or its tensors do not fit the model and the config.
     """
     try:
         tensors = load(bytes(file))
@@ -109,7 +109,7 @@ def adapter_loaded(
 
 
 def _target_names(model: PreTrainedModel, targets: Sequence[str], towers: Sequence[str]) -> list[str]:
-    """Last part of the names of the linear modules meant by `targets`; never the output layer, or one in `towers`."""
+    """Last parts of the names of the linear modules that `targets` selects, without output layer and `towers`."""
     outside = tuple(f"{tower}." for tower in towers)
     output = model.get_output_embeddings()
     linear = sorted(
@@ -133,14 +133,14 @@ def _target_names(model: PreTrainedModel, targets: Sequence[str], towers: Sequen
 
 
 def _inject(model: PreTrainedModel, adapter_config: Mapping[str, Any]) -> PeftModel:
-    # peft warns when the base's name is not the directory that the model came from; a worker's never need be.
+    # peft warns if the base's name is not the model's directory, but a worker may keep the model anywhere.
     skipped = ("peft_type", "base_model_name_or_path")
     options = {name: value for name, value in adapter_config.items() if name not in skipped}
     # A Conv1D (GPT-2) stores its weight transposed; peft would correct the option, with a warning.
     options["fan_in_fan_out"] = any(isinstance(module, Conv1D) for module in model.modules())
     try:
         with warnings.catch_warnings():
-            # peft 0.21 reads an attribute that transformers 5.24 renamed; that is nothing a user can act on.
+            # peft 0.21 reads an attribute that transformers 5.24 renamed; a user cannot change that.
             warnings.simplefilter("ignore", FutureWarning)
             return get_peft_model(model, LoraConfig(**options))
     except ValueError as error:  # peft: no module of the model has the name of a target
@@ -148,7 +148,7 @@ def _inject(model: PreTrainedModel, adapter_config: Mapping[str, Any]) -> PeftMo
 
 
 def _lora_parameters(peft_model: nn.Module, adapter: str = "default") -> dict[str, nn.Parameter]:
-    """The LoRA parameters by the names they have in adapter_model.safetensors."""
+    """The LoRA parameters by their names in adapter_model.safetensors."""
     return {
         _saved_name(name, adapter): parameter
         for name, parameter in peft_model.named_parameters()
@@ -197,14 +197,14 @@ class BoundAdapter:
             if parameter.data_ptr() != address or parameter.dtype != torch.float32:
                 raise SettingsError(
                     f"the adapter's tensor {name!r} was replaced after joining (the model was moved, converted, loaded "
-                    "again or joined again), so what it learns would reach nobody: do that first, then join"
+                    "again or joined again), so the expert would learn nothing from it: do that first, then join"
                 )
 
 
 def bind_adapter(model: nn.Module, spec: Spec) -> BoundAdapter:
-    """Make the LoRA parameters of somebody else's PEFT model views of one flat vector; their values stay.
+    """Make the LoRA parameters of a given PEFT model views of one flat vector, with the same values.
 
-    The parameters stay the same objects, so an optimizer that has them already goes on.
+    The parameters stay the same objects, so an existing optimizer keeps working.
 
     Raises:
         SettingsError: if the model trains anything but one LoRA adapter in fp32 on one device, with the spec's tensors
@@ -230,7 +230,7 @@ def bind_adapter(model: nn.Module, spec: Spec) -> BoundAdapter:
     if len(kinds) > 1 or {dtype for dtype, _ in kinds} != {torch.float32}:
         found = ", ".join(sorted(f"{str(d).removeprefix('torch.')} on {where}" for d, where in kinds))
         raise SettingsError(
-            f"the adapter must be fp32 on one device, not {found}: load it so, and compute in bf16 by autocast"
+            f"the adapter must be fp32 on one device, not {found}: load it in fp32, and compute in bf16 with autocast"
         )
     ((_, device),) = kinds
     flat = torch.empty(spec.layout.numel, device=device)
@@ -262,10 +262,10 @@ def _lora_config(model: nn.Module) -> _Bound:
         )
     if len(configs) > 1:
         raise SettingsError(
-            f"the model has the adapters {', '.join(configs)}: FedMoE trains one, leave one on it"
+            f"the model has the adapters {', '.join(configs)}: FedMoE trains one, so remove the others"
         )
     ((name, config),) = configs.items()
     if config.peft_type != PeftType.LORA or config.use_dora:
-        raise SettingsError(f"the adapter {name!r} is no plain LoRA. {TAKE_CONFIG}")
+        raise SettingsError(f"the adapter {name!r} is not plain LoRA. {TAKE_CONFIG}")
     found = (getattr(module, "scaling", None) for module in model.modules())
     return _Bound(name, frozenset(one[name] for one in found if isinstance(one, dict) and name in one))

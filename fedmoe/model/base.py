@@ -1,7 +1,7 @@
-"""The base model: finding it, telling whether it is the right one, and loading it.
+"""The base model: find it, check that it is the right one, and load it.
 
-Every worker of an expert must train on the same base. Its config is checked against the spec, its weights by
-a fingerprint of sampled values, which costs milliseconds and tells an Instruct from a Base checkpoint.
+All workers of an expert must train on the same base model. Its config is compared with the spec, and its weights by a
+fingerprint of sampled values, which takes milliseconds and distinguishes an Instruct from a Base checkpoint.
 """
 
 import hashlib
@@ -46,10 +46,10 @@ _GOLDEN_PRIME = 2654435761  # 2^32 / golden ratio: multiples of it spread evenly
 
 
 def load_config(base_model: str) -> PretrainedConfig:
-    """Config of a model directory or hub id; what is in the local cache is never looked up on the network.
+    """Load the config of a model directory or hub id; a file in the local cache is never requested from the network.
 
     Raises:
-        BaseModelError: if it cannot be found, is not a causal language model, is quantised, or bears an adapter.
+        BaseModelError: if it cannot be found, is not a causal language model, is quantised, or has an adapter.
     """
     cached = local_file(base_model, "config.json") is not None
     if Path(base_model).is_dir() and not cached:
@@ -71,17 +71,17 @@ def load_config(base_model: str) -> PretrainedConfig:
 
 
 def structure(config: PretrainedConfig) -> dict[str, Any]:
-    """The numbers that make the architecture, those that this config has; fit for JSON."""
+    """The fields of this config that define the architecture, as values for JSON."""
     text = config.get_text_config()
     found = {name: getattr(text, name, None) for name in STRUCTURE}
     return {name: value for name, value in found.items() if value is not None}
 
 
 def check_structure(config: PretrainedConfig, expected: dict[str, Any]) -> None:
-    """Compare a config with the spec's `base_config`; a number that only one of them has is not compared.
+    """Compare a config with the spec's `base_config`; a field that only one of them has is not compared.
 
     Raises:
-        BaseModelError: naming the first field that differs.
+        BaseModelError: if a field differs; the message names the first one.
     """
     where = config.name_or_path or "the config at hand"
     for name, have in structure(config).items():
@@ -94,7 +94,7 @@ def check_structure(config: PretrainedConfig, expected: dict[str, Any]) -> None:
 
 
 def has_weights(base_model: str) -> bool:
-    """True if all weight files lie in the directory or the local hub cache; asks no network.
+    """True if all weight files are in the directory or the local hub cache; uses no network.
 
     Raises:
         BaseModelError: if the list of the shards cannot be read.
@@ -111,19 +111,19 @@ def has_weights(base_model: str) -> bool:
 def load_base(
     base_model: str, *, device: torch.device, dtype: torch.dtype | str = torch.float32
 ) -> PreTrainedModel:
-    """Load the weights; the model is frozen and in eval mode, so dropout never acts.
+    """Load the weights; the model is frozen and in eval mode, without dropout.
 
     Args:
         base_model: directory or hub id.
-        device: where the model goes.
-        dtype: of the weights, "auto" for the checkpoint's own. On a CPU fp32 is faster than bf16, also under
+        device: device of the model.
+        dtype: of the weights, "auto" for the checkpoint's own. On a CPU fp32 is faster than bf16, also with
             bf16 autocast (1.6 against 2.0 s a step of SmolLM2); on a GPU bf16 halves the memory.
 
     Raises:
-        BaseModelError: if it cannot be loaded, lacks weights, or bears an adapter.
+        BaseModelError: if it cannot be loaded, lacks weights, or has an adapter.
     """
     config_file = local_file(base_model, "config.json")
-    # A cached hub model is loaded as a directory: by its id, transformers would ask the network all the same.
+    # A cached hub model is loaded as a directory, because transformers would use the network for its id.
     source = str(config_file.parent) if config_file and has_weights(base_model) else base_model
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -133,7 +133,7 @@ def load_base(
         raise BaseModelError(why_not(base_model, error)) from error
     if getattr(
         model, "_hf_peft_config_loaded", False
-    ):  # transformers found an adapter on the hub, and put it on
+    ):  # transformers found an adapter on the hub and attached it
         raise BaseModelError(_WITH_ADAPTER.format(base_model))
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
@@ -147,10 +147,10 @@ def load_base(
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """16 hex digits that tell two checkpoints of one architecture apart, with or without an adapter attached.
+    """16 hex digits that distinguish checkpoints of one architecture, with or without an adapter attached.
 
-    Each tensor counts by name, shape and a few of its values, as bf16, so that it does not matter whether a
-    checkpoint was loaded as bf16 or as fp32.
+    They cover the name, the shape and a few values of each tensor. The values are taken as bf16, so that a checkpoint
+    loaded as bf16 and as fp32 gives the same fingerprint.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted((_base_name(name), p) for name, p in model.named_parameters()):
@@ -167,7 +167,7 @@ def choose_device(name: str = "auto") -> torch.device:
     """The device of that name; "auto" is the first CUDA GPU, else the CPU.
 
     Raises:
-        SettingsError: if it cannot be used here.
+        SettingsError: if it cannot be used on this machine.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -178,7 +178,7 @@ def choose_device(name: str = "auto") -> torch.device:
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """The dtype to compute in (autocast); "auto" is bf16 where the hardware has it, else fp32.
+    """The dtype to compute in (autocast); "auto" is bf16 where the hardware supports it, else fp32.
 
     Raises:
         SettingsError: if there is no precision of that name.
@@ -200,7 +200,7 @@ def _has_native_bf16(device: torch.device) -> bool:
 
 
 def local_file(base_model: str, name: str) -> Path | None:
-    """The file of that name in the directory or the local hub cache, None if it is not there; asks no network."""
+    """The file of that name in the directory or the local hub cache, else None; uses no network."""
     if Path(base_model).is_dir():
         path = Path(base_model) / name
         return path if path.is_file() else None
@@ -219,12 +219,12 @@ def _shards(index: Path) -> set[str]:
 
 
 def _base_name(name: str) -> str:
-    """The name of a parameter before peft wrapped its module."""
+    """The name that a parameter had before peft wrapped its module."""
     return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 
 def why_not(base_model: str, error: Exception, what: str = "the base model") -> str:
-    """Why something of a base model cannot be loaded, and what to do, as a sentence."""
+    """A sentence: why a part of the base model cannot be loaded, and what to do."""
     reason = str(error).strip().partition("\n")[0].rstrip(". ") or type(error).__name__
     if Path(base_model).is_dir() or has_weights(base_model):
         return f"{what} {base_model} cannot be loaded ({reason}): is its download complete?"

@@ -1,4 +1,4 @@
-"""What the base model cannot be trained on: token ids beyond its embedding, and more tokens than it has positions."""
+"""Checks the limits of the base model: token ids within its embedding, and rows within its positions."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,14 +19,14 @@ REMEDY = (
 
 
 def n_embeddings(config: "PretrainedConfig") -> int:
-    """How many token ids the base model knows, from 0 on."""
+    """Number of token ids that the base model knows, from 0 on."""
     return int(config.get_text_config().vocab_size)
 
 
 def n_positions(config: "PretrainedConfig") -> int | None:
-    """The most tokens of one row that the base model was made for, None if it names no bound.
+    """Maximum number of tokens of one row for the base model, None if its config names no bound.
 
-    A factor by which its rotary positions are stretched counts.
+    It includes the factor by which the rotary positions are stretched.
     """
     text = config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None)
@@ -36,7 +36,7 @@ def n_positions(config: "PretrainedConfig") -> int | None:
 
 
 def _ropes(text: "PretrainedConfig") -> list[dict[str, Any]]:
-    """The settings of the rotary positions; some models have several, by the kind of layer."""
+    """The settings of the rotary positions; some models have one per kind of layer."""
     rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
     nested = [value for value in rope.values() if isinstance(value, dict)]
     return nested or [rope]
@@ -58,7 +58,7 @@ def check_max_length(max_length: int, config: "PretrainedConfig", base_model: st
 
 
 def check_padding(tokenizer: "PreTrainedTokenizerBase", config: "PretrainedConfig", base_model: str) -> None:
-    """Raise BaseModelError if batches would be padded with an id that the model does not know."""
+    """Raise BaseModelError if the model does not know the id with which batches are padded."""
     pad, n = padding_id(tokenizer), n_embeddings(config)
     if pad >= n:
         raise BaseModelError(
@@ -70,10 +70,10 @@ def check_padding(tokenizer: "PreTrainedTokenizerBase", config: "PretrainedConfi
 def check_examples(
     examples: FlatExamples, path: Path, tokenizer: "PreTrainedTokenizerBase", config: "PretrainedConfig"
 ) -> None:
-    """Look at every token id and every length.
+    """Check every token id and every length.
 
     Raises:
-        DataError: naming the first line that the model cannot be trained on, what it has, and the bound.
+        DataError: for the first line that exceeds a bound; the message names the line, its value and the bound.
     """
     ids = torch.frombuffer(examples.arrays["ids"], dtype=torch.int32)
     ends = torch.frombuffer(examples.arrays["ends"], dtype=torch.int64)

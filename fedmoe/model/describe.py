@@ -1,6 +1,6 @@
-"""`python -m fedmoe.model.describe`: the adapter's layout and what identifies the base model, as JSON on stdout.
+"""`python -m fedmoe.model.describe`: the adapter's layout and the identity of the base model, as JSON on stdout.
 
-A process of its own, since transformers and peft are needed only here and only when an expert is created.
+This is a separate process, because an aggregator needs transformers and peft only when it creates an expert.
 """
 
 import contextlib
@@ -15,11 +15,11 @@ from fedmoe.protocol.lora import LoraSettings
 def describe(
     base_model: str, lora: LoraSettings, *, chat_template: str = "", max_length: int = 0, read_weights: bool
 ) -> dict[str, Any]:
-    """Structure and layout from the config alone.
+    """Describe base model and adapter; structure and layout come from the config alone.
 
-    The fingerprint is "" if the weights may not be read or are not here; that of the tokenizer has the components that
-    are here.
-    `template_missing` is true if it is here, and neither it nor the request has a chat template.
+    The fingerprint is "" if the weights may not be read or are not on this machine; that of the tokenizer has the
+    components that are on this machine. `template_missing` is true if the tokenizer is on this machine, and neither it
+    nor the request has a chat template.
     """
     from fedmoe.model.adapter import plan_adapter
     from fedmoe.model.base import fingerprint, has_weights, load_base, load_config, structure

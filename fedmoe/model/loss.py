@@ -1,4 +1,4 @@
-"""The loss that is trained and reported: next-token cross entropy on the completions only."""
+"""The loss of training and evaluation: next-token cross entropy on the answers only."""
 
 import inspect
 
@@ -15,9 +15,9 @@ def completion_loss(
 ) -> torch.Tensor:
     """Weighted sum (not mean) of the cross entropy of the batch's label tokens: an fp32 scalar on the device.
 
-    `model` is a causal LM, with or without peft around it; `batch` comes from the CPU; float32 as `autocast`
-    means none. Logits are computed only from the column before the first label on, if the model can: with a
-    vocabulary of 150,000 they are much of a step's time and most of its memory.
+    `model` is a causal LM, with or without peft; `batch` is on the CPU; with float32 as `autocast` there is no
+    autocast. If the model supports it, logits are computed only from the column before the first label on: with a
+    vocabulary of 150,000 they take much of a step's time and most of its memory.
     """
     columns = batch.input_ids.shape[1] - batch.first_label + 1
     options = {"logits_to_keep": columns} if _can_keep_logits(model) else {}

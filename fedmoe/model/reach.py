@@ -1,4 +1,4 @@
-"""What of a base model an adapter reaches: which modules it may sit on, and which share of the weights that is."""
+"""The reach of an adapter: the parts of a base model that it may cover, and their share of the weights."""
 
 import re
 from collections import Counter
@@ -10,18 +10,18 @@ from transformers import PreTrainedModel
 
 from fedmoe.protocol.layout import Layout
 
-NAMED_FROM = 0.01  # of the weights: what is smaller (norms, biases) is not named
+NAMED_FROM = 0.01  # smallest share of the weights that is named; norms and biases are smaller
 MAX_NAMED = 6
 _LAYER = re.compile(r"^.*?\.\d+\.|\.\d+(?=\.)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reach:
-    """How far an adapter reaches.
+    """The reach of an adapter.
 
     Args:
-        share: of the base model's weights beside its embeddings, 0 to 1.
-        not_reached: the largest of the others, each with its share, for people; "" if there are none to speak of.
+        share: covered share of the base model's weights without embeddings, 0 to 1.
+        not_reached: the largest parts that are not covered, each with its share, for people; "" for none.
     """
 
     share: float
@@ -29,7 +29,7 @@ class Reach:
 
 
 def other_towers(model: PreTrainedModel) -> tuple[str, ...]:
-    """Names of the parts beside the text model that hold linear modules: of images, of sound; () for a text model."""
+    """Names of the parts with linear modules outside the text model, for images or sound; () for a text model."""
     decoder = next((name for name, module in model.named_modules() if module is model.get_decoder()), "")
     output = model.get_output_embeddings()
     beside = []
@@ -47,7 +47,7 @@ def _has_linear(module: nn.Module) -> bool:
 
 
 def reach_of(model: PreTrainedModel, layout: Layout, towers: Sequence[str]) -> Reach:
-    """What share of the weights of `model`, which bears no adapter, is under one with this layout."""
+    """The reach of an adapter with this layout on `model`, which has no adapter."""
     modules = {name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name, _ in layout.tensors}
     output = model.get_output_embeddings()
     embeddings = [

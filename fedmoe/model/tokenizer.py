@@ -1,4 +1,4 @@
-"""The base model's tokenizer and the chat template that it writes rows with."""
+"""The base model's tokenizer and the chat template with which it formats rows."""
 
 import hashlib
 import json
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _TRIAL = ({"role": "user", "content": "a question"}, {"role": "assistant", "content": "an answer"})
-# Words, case, numbers, white space, other scripts: what vocabularies and their rules differ in.
+# Vocabularies and their rules differ in words, case, numbers, white space and other scripts.
 _SAMPLE = "The  quick\tbrown fox, 12345 + 3.14;\n\n  def f(x): return x**2  # ÄÖ ß naïve 日本語 Привет 🙂"
 _SPECIAL = {name: f"<{name}>" for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
 
 
 def has_tokenizer(base_model: str) -> bool:
-    """True if a tokenizer lies in the directory or the local hub cache; asks no network."""
+    """True if a tokenizer is in the directory or the local hub cache; uses no network."""
     return any(local_file(base_model, name) for name in TOKENIZER_FILES)
 
 
@@ -36,7 +36,7 @@ def load_tokenizer(base_model: str) -> "PreTrainedTokenizerBase":
     """
     cached = next(filter(None, (local_file(base_model, name) for name in TOKENIZER_FILES)), None)
     try:
-        # From the cache as a directory: by its id, transformers would ask the network all the same.
+        # A cached tokenizer is loaded as a directory, because transformers would use the network for its id.
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             cached.parent if cached else base_model, trust_remote_code=False
         )
@@ -46,12 +46,12 @@ def load_tokenizer(base_model: str) -> "PreTrainedTokenizerBase":
 
 
 def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """What of a tokenizer makes other tokens of the same rows, component by component.
+    """The components of a tokenizer that change the tokens of a row, each with a digest.
 
-    A template that is missing is no component: somebody else may bring one.
+    A missing template is no component, because another worker may contribute one.
     """
     added = {str(i): token.content for i, token in tokenizer.added_tokens_decoder.items()}
-    # The unknown token is the library's choice where the vocabulary has every byte; else it shows in the sample.
+    # The unknown token is left out: with every byte in the vocabulary it is unused, else the sample shows it.
     special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
     ids = tokenizer(_SAMPLE, add_special_tokens=False).input_ids
     components = {
@@ -67,7 +67,7 @@ def tokenizer_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
 
 
 def vocabulary_fingerprint(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """Only what `tokenizer_fingerprint` says of the vocabulary: for a training that writes and pads its rows itself."""
+    """The vocabulary component of `tokenizer_fingerprint`, for a training that formats and pads its rows itself."""
     return tokenizer_text(
         {"vocabulary": tokenizer_components(tokenizer_fingerprint(tokenizer))["vocabulary"]}
     )
@@ -80,10 +80,10 @@ def _digest(content: object) -> str:
 def use_template(
     tokenizer: "PreTrainedTokenizerBase", *, expert: str, expert_template: str, own: str, base_model: str
 ) -> None:
-    """Have the tokenizer write rows with the expert's template, else with `own`, else with the base model's.
+    """Set the tokenizer's template: the expert's, else `own`, else the base model's.
 
     Raises:
-        SettingsError: if there is none, or `own` is not the expert's.
+        SettingsError: if there is no template, or `own` is not the expert's.
     """
     if own and expert_template and own != expert_template:
         raise SettingsError(
@@ -101,10 +101,10 @@ def use_template(
 
 
 def check_template(template: str) -> None:
-    """Render one question and one answer.
+    """Check a template by rendering one question and one answer.
 
     Raises:
-        SettingsError: if the template fails, or leaves one of the two out.
+        SettingsError: if the template fails, or leaves out one of the two.
     """
     conversation: list[Any] = [dict(turn) for turn in _TRIAL]
     try:

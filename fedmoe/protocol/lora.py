@@ -1,4 +1,4 @@
-"""The shape of the LoRA adapter, and the defaults of an expert's spec. Free of torch. Pure."""
+"""The shape of the LoRA adapter, and the defaults of base model and wire format. Free of torch. Pure."""
 
 from dataclasses import dataclass
 
@@ -15,10 +15,10 @@ ALL_LINEAR = "all-linear"
 class LoraSettings:
     """Shape of the adapter: ΔW = (alpha / rank) · B A. Source: LoRA, arXiv 2106.09685."""
 
-    rank: int = setting(16, "LoRA rank.", at_least=1, at_most=4096)
-    alpha: float = setting(32.0, "LoRA alpha; the adapter is scaled by alpha / rank.", above=0)
+    rank: int = setting(16, "Rank of the LoRA adapter.", at_least=1, at_most=4096)
+    alpha: float = setting(32.0, "Alpha of the LoRA adapter, which is scaled by alpha / rank.", above=0)
     targets: tuple[str, ...] = setting(
-        (ALL_LINEAR,), "Modules with an adapter, comma separated.", metavar="NAMES"
+        (ALL_LINEAR,), "Names of the modules that get an adapter, separated by commas.", metavar="NAMES"
     )
 
     def __post_init__(self) -> None:

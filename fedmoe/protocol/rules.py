@@ -4,8 +4,8 @@ The spec says what an expert is, and never changes. Rules may change while the e
 (`fedmoe expert set`). Each change is a commit on the expert's chain and gives the rule set the next number. An update
 is decided under the rules in force when it is applied, and its line of the log names them.
 
-`meta` holds the rule set in force. The log line of a change holds the rule set that the change ended. So a replay finds
-every rule set that a line names: in a later line, or in `meta`.
+`meta` holds the rule set in force. The log line of a change holds the rule set before the change. So a replay finds
+every rule set that a line names, either in a later line or in `meta`.
 """
 
 import json
@@ -22,25 +22,28 @@ from fedmoe.util.setting import changed, check, check_whole, setting, values
 
 LEAST_STALENESS_BOUND = 256
 STALENESS_PER_WORKER = 4
-# These bounds keep every weight within fp32 (3e38) and catch typing errors.
+# These bounds keep every weight within the range of fp32 (3e38), and catch typing errors.
 MAX_LR, MAX_NORM, MAX_WHOLE = 1000, 1e9, 10**9
-AUTO = "auto"  # of max_staleness: the bound grows with the workers
+AUTO = "auto"  # for max_staleness: the bound grows with the number of workers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AggregationRules:
-    """How updates become part of the expert: `weights += lr × decay(staleness) × Δ`, and which are refused."""
+    """How updates become part of the expert, `weights += lr × decay(staleness) × Δ`, and which ones are refused."""
 
-    lr: float = setting(1.0, "Aggregator's step size: expert += lr × decay × Δ; 1 gives a lone worker its own adapter.",
-                        above=0, at_most=MAX_LR)  # fmt: skip
+    lr: float = setting(
+        1.0, "Factor of every update: weights += lr × decay × Δ; with 1 the expert equals the model of a lone worker.",
+        above=0, at_most=MAX_LR,
+    )  # fmt: skip
     decay: Decay = field(default_factory=Decay)
     max_staleness: int | None = setting(
         None,
-        "Refuse an update if more than this many others were applied since its base; auto: 256, or 4 a worker if more.",
+        "Refuse an update if more than this many updates were applied since its base; auto is 256, or 4 per worker if "
+        "that is more.",
         at_least=0, at_most=MAX_WHOLE, none=AUTO, unit="updates",
     )  # fmt: skip
     max_norm: float = setting(
-        1000.0, "Refuse an update whose L2 norm, of all tensors together, exceeds this.", above=0, at_most=MAX_NORM,
+        1000.0, "Refuse an update whose L2 norm, over all tensors together, exceeds this.", above=0, at_most=MAX_NORM,
         words="ten times the initial adapter's norm",
     )  # fmt: skip
 
@@ -48,10 +51,10 @@ class AggregationRules:
         check(self)
 
     def staleness_bound(self, workers: int) -> int:
-        """The largest staleness (in updates) that is not refused, given the number of workers ever decided.
+        """The largest staleness (in updates) that is not refused; `workers` ever had an update decided.
 
-        The staleness of workers in step equals the number of the others, and doubles if each just missed a pull. So
-        unless the operator chose a bound, the bound grows with the workers.
+        With M workers in step the staleness is M−1, and twice that if each has just missed a pull. So the bound grows
+        with the number of workers, unless the operator chose one.
         """
         if self.max_staleness is not None:
             return self.max_staleness
@@ -62,20 +65,37 @@ class AggregationRules:
 class TrainingSettings:
     """How every worker of the expert fine-tunes."""
 
-    learning_rate: float = setting(2e-4, "Workers' learning rate (AdamW).", above=0, at_most=MAX_LR)
-    weight_decay: float = setting(0.0, "Workers' weight decay (AdamW).", at_least=0, at_most=MAX_LR)
+    learning_rate: float = setting(2e-4, "AdamW learning rate (workers).", above=0, at_most=MAX_LR)
+    weight_decay: float = setting(0.0, "AdamW weight decay (workers).", at_least=0, at_most=MAX_LR)
     batch_size: int = setting(
-        4, "Rows in a worker's micro-batch.", at_least=1, at_most=MAX_WHOLE, unit="rows"
+        4, "Rows in a micro-batch of a worker.", at_least=1, at_most=MAX_WHOLE, unit="rows"
     )
-    accumulate: int = setting(1, "Micro-batches in a worker's step.", at_least=1, at_most=MAX_WHOLE)
+    accumulate: int = setting(
+        1,
+        "Micro-batches in one optimizer step of a worker.",
+        at_least=1,
+        at_most=MAX_WHOLE,
+        unit="micro-batches",
+    )
     max_length: int = setting(
-        512, "Tokens of a row that workers train on.", at_least=8, at_most=MAX_WHOLE, unit="tokens"
+        512,
+        "Maximum length of a row in tokens; a longer answer is truncated.",
+        at_least=8,
+        at_most=MAX_WHOLE,
+        unit="tokens",
     )
     warmup_steps: int = setting(
-        10, "Steps in which a worker's learning rate rises to its value.", at_least=0, at_most=MAX_WHOLE
+        10,
+        "Optimizer steps over which a worker's learning rate rises to its full value.",
+        at_least=0,
+        at_most=MAX_WHOLE,
+        unit="steps",
     )
     clip_norm: float = setting(
-        1.0, "Largest L2 norm of a worker's gradient; a larger one is scaled down.", above=0, at_most=MAX_NORM
+        1.0,
+        "Maximum L2 norm of a worker's gradient; a larger gradient is scaled down.",
+        above=0,
+        at_most=MAX_NORM,
     )
 
     def __post_init__(self) -> None:
@@ -90,15 +110,15 @@ class RuleSet:
         number: 1 for the rules that the expert was created with, one more after each change.
         aggregation: how updates become part of the expert.
         training: how its workers train.
-        sync_interval_s: a worker publishes this often (seconds).
-        requires: the features that a reader of these rules must know (see `fedmoe.protocol.features`).
-        unknown: JSON of the fields that a later FedMoE wrote; kept, so that a change drops none of them.
+        sync_interval_s: seconds between two publications of a worker.
+        requires: names of the features that a reader of these rules must know (see `fedmoe.protocol.features`).
+        unknown: fields that a later FedMoE wrote, as JSON; they are kept, so that a change of rules drops none of them.
     """
 
     number: int = 1
     aggregation: AggregationRules = field(default_factory=AggregationRules)
-    sync_interval_s: float = setting(10.0, "Seconds between publications of a worker.", option="sync_interval", above=0,
-                                     at_most=86_400, unit="s")  # fmt: skip
+    sync_interval_s: float = setting(10.0, "Seconds between two publications of a worker.", option="sync_interval",
+                                     above=0, at_most=86_400, unit="s")  # fmt: skip
     training: TrainingSettings = field(default_factory=TrainingSettings)
     requires: str = ""
     unknown: str = ""
@@ -121,17 +141,17 @@ class RuleSet:
         """Parse a stored rule set.
 
         Raises:
-            ProtocolError: if it needs a feature that this FedMoE does not know.
+            ProtocolError: if it requires a feature that this FedMoE does not know.
             SpecError: if it is malformed.
         """
         return _parse(text)
 
     def settings(self) -> dict[str, Any]:
-        """Every rule by the name of its option: lr, decay, decay_a, …, learning_rate, …; seconds, rows, tokens."""
+        """Every rule by the name of its option: lr, decay, decay_a, …, learning_rate, … (seconds, rows, tokens)."""
         return values(self)
 
     def changed(self, settings: Mapping[str, Any]) -> "RuleSet":
-        """The rule set with these rules changed (names as in `settings`), under the next number if any differs.
+        """The rule set with some rules changed, named as in `settings`; it gets the next number if any value differs.
 
         Raises:
             SettingsError: if a value breaks its bound, or a rule does not exist.
@@ -143,7 +163,7 @@ class RuleSet:
         return self if after == self else replace(after, number=self.number + 1)
 
     def differences(self, after: "RuleSet") -> str:
-        """The changes from this rule set to `after`, for people: `lr 1 -> 0.5, sync_interval 10 -> 30`."""
+        """The differences from this rule set to `after`, for people: `lr 1 -> 0.5, sync_interval 10 -> 30`."""
         now, then = self.settings(), after.settings()
         return ", ".join(
             f"{name} {_shown(now[name])} -> {_shown(then[name])}" for name in now if now[name] != then[name]

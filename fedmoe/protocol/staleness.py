@@ -1,10 +1,10 @@
-"""Decay: how much an update counts that was trained on an old version.
+"""Decay: the factor by which staleness reduces the weight of an update.
 
-Staleness τ is the number of updates applied since the version the update was trained on. These are pure functions of τ,
-independent of clock and batch boundaries, so a replay of the log gives the same factors.
+Staleness τ is the number of updates applied since the version on which the update was trained. The functions here
+depend on τ alone, not on clocks or on batch boundaries, so a replay of the log gives the same factors. Pure.
 
-Why `(1+τ)^-1` is the default: M equal workers in rotation have τ = M−1, so each update counts 1/M, and it is the only
-one of these functions that is stable for every constant delay (linear analysis; see docs/protocol.md).
+`(1+τ)^-1` is the default for two reasons. M equal workers in rotation have τ = M−1, so each update weighs 1/M. And it
+is the only one of these functions that is stable for every constant delay (linear analysis; see docs/protocol.md).
 """
 
 from dataclasses import dataclass
@@ -27,10 +27,15 @@ class Decay:
         SettingsError: for an unknown kind, or a or b that is negative or not finite.
     """
 
-    kind: str = setting("polynomial", "Decay function for stale updates.", option="decay", choices=KINDS)
+    kind: str = setting(
+        "polynomial",
+        "Function by which staleness reduces the weight of an update.",
+        option="decay",
+        choices=KINDS,
+    )
     a: float = setting(1.0, "Exponent of polynomial decay, (1+τ)^-a; slope of hinge decay.", option="decay_a",
                        at_least=0, at_most=1e9)  # fmt: skip
-    b: float = setting(4.0, "Staleness τ up to which hinge decay gives full weight.", option="decay_b",
+    b: float = setting(4.0, "Staleness τ, in updates, up to which hinge decay gives full weight.", option="decay_b",
                        at_least=0, at_most=1e9, unit="updates")  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -48,5 +53,5 @@ class Decay:
 
 
 def staleness_of(version: int, base_version: int) -> int:
-    """Updates applied since the base version; 0 if the base is newer, as after a failover to an older replica."""
+    """Number of updates applied since the base; 0 if the base is newer, as after a failover to an older replica."""
     return max(0, version - base_version)

@@ -1,7 +1,7 @@
-"""Show that each rule of the protocol holds, and what happens without it, on a server of its own.
+"""Play every hazard with and without its rule, on a server of its own.
 
-python -m tests.hazards            all of it, some seconds
-python -m tests.hazards H05 H11    only those whose name begins so
+python -m tests.hazards            all hazards, in some seconds
+python -m tests.hazards H05 H11    only hazards whose name begins with H05 or H11
 python -m tests.hazards --server /path/to/valkey-server
 """
 
@@ -30,7 +30,7 @@ def outcome(hazard: Hazard, url: str, *, without: bool) -> tuple[str, set[str]]:
     """Play a hazard on an empty server.
 
     Returns:
-        The sentence with which its assertion fails, "" if it holds; and the errors that no process should have met.
+        The message with which its assertion fails, "" if it holds; and the unexpected errors of the processes.
     """
     with redis.Redis.from_url(url) as client:
         client.flushall()
@@ -48,7 +48,7 @@ def outcome(hazard: Hazard, url: str, *, without: bool) -> tuple[str, set[str]]:
 
 
 def describe(what: Patch) -> str:
-    """What a patch replaces, and by what."""
+    """Describe a patch: what it replaces, and the replacement."""
     where, name, replacement = what
     by = getattr(replacement, "__qualname__", str(replacement))
     told = replacement.__doc__ if str(getattr(replacement, "__module__", "")).startswith("tests.") else ""
@@ -56,12 +56,12 @@ def describe(what: Patch) -> str:
 
 
 def main() -> int:
-    """Print four lines for each hazard; 1 if one does not hold, or does not fail as foreseen without its rule."""
+    """Print four lines per hazard; return 1 if one does not hold, or does not fail as expected without its rule."""
     parser = argparse.ArgumentParser(
         prog="python -m tests.hazards", description="Show that each rule is needed."
     )
-    parser.add_argument("names", nargs="*", default=["H"], help="beginnings of names, for example H05")
-    parser.add_argument("--server", help="the server program; by default whichever is found")
+    parser.add_argument("names", nargs="*", default=["H"], help="prefixes of names, for example H05")
+    parser.add_argument("--server", help="path of the server program; by default the first that is found")
     args = parser.parse_args()
     torch.set_num_threads(1)
     chosen = {name: hazard for name, hazard in HAZARDS.items() if name.startswith(tuple(args.names))}
@@ -71,7 +71,7 @@ def main() -> int:
     began = time.monotonic()
     if args.server and not shutil.which(args.server):
         parser.error(
-            f"{args.server!r} is no program that can be run: give --server a redis-server or valkey-server"
+            f"{args.server!r} is not an executable program: give --server a redis-server or valkey-server"
         )
     with EmbeddedRedis(server=args.server, options=["--appendonly", "no"]) as server:
         for name, hazard in chosen.items():
@@ -87,7 +87,7 @@ def main() -> int:
             print(*(f"               {describe(what)}\n" for what in hazard.without), sep="", flush=True)
     print(
         f"{len(chosen)} hazards in {time.monotonic() - began:.0f} s; "
-        + (f"WRONG: {', '.join(wrong)}" if wrong else "all as foreseen")
+        + (f"WRONG: {', '.join(wrong)}" if wrong else "all as expected")
     )
     return int(bool(wrong))
 

@@ -1,4 +1,4 @@
-"""What may happen to a worker's chain of updates: rollbacks, restarts, restored checkpoints, twins of one name."""
+"""Hazards of a worker's chain of updates: rollbacks, restarts, restored checkpoints, two processes of one name."""
 
 from tests.hazards.units import expect
 from tests.hazards.world import World
@@ -21,7 +21,7 @@ def h02_decision_lost_in_a_failover(world: World) -> None:
 
 
 def h02_forged_prev(world: World) -> None:
-    """The same, and somebody rings for n+1 with an entry that says: it has no predecessor."""
+    """The same, and somebody announces n+1 with an entry that claims that n+1 has no predecessor."""
     world.create()
     alice = world.worker("alice")
     a0 = world.aggregator()
@@ -39,7 +39,7 @@ def h02_forged_prev(world: World) -> None:
 
 
 def h04_two_decisions_lost(world: World) -> None:
-    """A failover undoes two decisions; both updates come again, in order."""
+    """A failover undoes two decisions; alice resends both updates in order."""
     world.create()
     alice = world.worker("alice")
     a0 = world.aggregator()
@@ -60,7 +60,7 @@ def h04_two_decisions_lost(world: World) -> None:
 
 
 def h04_more_lost_than_kept(world: World) -> None:
-    """A failover undoes a decision whose update is kept no more: that is said, and the rest does not get stuck."""
+    """A failover undoes a decision whose update is no longer kept: the loss is reported, and later updates go on."""
     world.create()
     alice = world.worker("alice")
     a0 = world.aggregator()
@@ -79,7 +79,7 @@ def h04_more_lost_than_kept(world: World) -> None:
 
 
 def h05_made_anew(world: World) -> None:
-    """Alice publishes n and is killed; started again, she trains more before she sends n: which n counts?"""
+    """Alice publishes n and is killed; after a restart she trains more before she resends n: which n counts?"""
     world.create()
     a0 = world.aggregator()
     alice = world.worker("alice", state=True)
@@ -100,7 +100,7 @@ def h05_made_anew(world: World) -> None:
 
 
 def h05_trained_twice(world: World) -> None:
-    """Alice publishes n and is killed; n is decided; started again, she must not train the same data for another n."""
+    """Alice publishes n and is killed; n is decided; after a restart she must not train the same data again."""
     world.create()
     a0 = world.aggregator()
     alice = world.worker("alice", state=True)
@@ -199,7 +199,7 @@ def h06_older_version(world: World) -> None:
 
 
 def h06_commit_between_two_reads(world: World) -> None:
-    """While alice pulls, her update is decided: between any two of her requests."""
+    """Alice's update is decided during her pull, between any two of its requests."""
     world.create()
     a0 = world.aggregator()
     alice = world.worker("alice", state=True)
@@ -236,7 +236,7 @@ def h06_idle_during_a_failover(world: World) -> None:
 
 
 def h07_late_update_of_an_old_run(world: World) -> None:
-    """Run 1's update is applied, then one of run 2; then SET and XADD of run 1's update arrive once more, late."""
+    """An update of run 1 is applied, then one of run 2; then SET and XADD of the first update arrive again, late."""
     world.create()
     a0 = world.aggregator()
     old = world.worker("alice")
@@ -254,7 +254,7 @@ def h07_late_update_of_an_old_run(world: World) -> None:
 
 
 def h07_two_processes_of_one_name(world: World) -> None:
-    """Two processes are alice; each publishes its update 1; the first one's is decided."""
+    """Two processes have the name alice; each publishes its update 1; that of the first process is decided."""
     world.create()
     a0 = world.aggregator()
     one, two = world.worker("alice"), world.worker("alice", at=1)
@@ -266,7 +266,7 @@ def h07_two_processes_of_one_name(world: World) -> None:
 
 
 def h07_killed_without_a_state_directory(world: World) -> None:
-    """Alice's update 1 waits; she is killed, knows nothing any more, and publishes another update 1."""
+    """Alice's update 1 waits; she is killed, restarts without state, and publishes another update 1."""
     world.create()
     a0 = world.aggregator()
     alice = world.worker("alice")
@@ -279,7 +279,7 @@ def h07_killed_without_a_state_directory(world: World) -> None:
 
 
 def h07_seq_begins_again(world: World) -> None:
-    """Alice's update 1 is decided and she leaves; started again, her first update is an update 1 too."""
+    """Alice's update 1 is decided and she leaves; after a restart her first update is update 1 again."""
     world.create()
     a0 = world.aggregator()
     for start in range(2):
@@ -291,7 +291,7 @@ def h07_seq_begins_again(world: World) -> None:
 
 
 def h07_the_older_twin_stops(world: World) -> None:
-    """A second process of the name goes on with a later run: the first one must not take that for a rollback."""
+    """A second process of the name begins a later run; the first one must not mistake that for a rollback."""
     world.create()
     a0 = world.aggregator()
     one = world.worker("alice")

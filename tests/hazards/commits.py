@@ -1,4 +1,4 @@
-"""What may happen to an expert's chain of commits: two aggregators, deaths, lost connections, a server back in time."""
+"""Hazards of an expert's chain of commits: two aggregators, deaths, lost connections, rollbacks."""
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -59,7 +59,7 @@ def h01_same_version_of_another_history(world: World) -> None:
 
 
 def h01_rival_between_check_and_exec(world: World) -> None:
-    """A0 has compared the commit id; before its EXEC, A1 commits what A0 read, and one update more."""
+    """A0 has compared the commit id; before its EXEC, A1 commits the updates that A0 read, and one more."""
     world.create()
     alice, bob = world.worker("alice"), world.worker("bob")
     a0, a1 = world.aggregator("A0"), world.aggregator("A1")
@@ -79,7 +79,7 @@ def h01_rival_between_check_and_exec(world: World) -> None:
 
 
 def h23_rules_changed_between_two_updates(world: World) -> None:
-    """One batch of two: the first is folded when the operator halves the weight of updates; both come under that."""
+    """The operator halves the weight of updates in the middle of a batch of two; the new rules hold for both."""
     world.create()
     alice, bob = world.worker("alice"), world.worker("bob")
     a0 = world.aggregator()
@@ -141,7 +141,7 @@ def h03_read_after_the_lease_was_lost(world: World) -> None:
 
 
 def h03_read_and_died(world: World) -> None:
-    """An aggregator reads n and is killed before its commit; its heir must find n in the pending list."""
+    """An aggregator reads n and is killed before its commit; the next one must find n in the pending list."""
     world.create()
     alice = world.worker("alice")
     dead, heir = world.aggregator("dead"), world.aggregator("heir")
@@ -165,7 +165,7 @@ def h03_read_and_lost_the_connection(world: World) -> None:
 
 
 def h09_removed_from_stale_memory(world: World) -> None:
-    """A0 pauses, A1 decides alice's first update and dies; A0 wakes and takes the second one for undecidable."""
+    """A0 pauses, A1 decides alice's first update and dies; A0 wakes and judges the second one undecidable."""
     world.create()
     alice = world.worker("alice")
     a0, a1 = world.aggregator("A0"), world.aggregator("A1")
@@ -204,7 +204,7 @@ def h11_entry_id_given_twice(world: World) -> None:
 
 
 def before_commit(expert: Expert | None, action: Callable[[], None]) -> None:
-    """Do `action` when the expert has decided its next batch, before the commit's first request."""
+    """Call `action` after the expert has decided its next batch, before the first request of the commit."""
     assert expert
     commit = expert._commit
 
@@ -217,7 +217,7 @@ def before_commit(expert: Expert | None, action: Callable[[], None]) -> None:
 
 
 def h12_group_was_lost(world: World) -> None:
-    """The consumer group is gone (FLUSHALL, a failover, an operator) while an update waits, and is made again."""
+    """The consumer group is lost (FLUSHALL, a failover, an operator) while an update waits, and is created again."""
     world.create()
     alice = world.worker("alice")
     a0 = world.aggregator()
@@ -229,7 +229,7 @@ def h12_group_was_lost(world: World) -> None:
 
 
 def h15_commit_between_two_reads(world: World) -> None:
-    """While A1 loads, A0 commits: between any two of A1's requests."""
+    """A0 commits during a load of A1, between any two of its requests."""
     world.create()
     alice, bob = world.worker("alice"), world.worker("bob")
     for request in range(1, 12):
@@ -254,7 +254,7 @@ def h15_commit_between_two_reads(world: World) -> None:
 
 
 def h17_highest_id(world: World) -> None:
-    """Somebody XADDs the highest id that there is: the stream takes no entry any more, not even once it is emptied."""
+    """Somebody XADDs an entry with the highest possible id: the stream accepts no more entries, even once emptied."""
     world.create()
     alice = world.worker("alice")
     a0 = world.aggregator()
@@ -312,7 +312,7 @@ def h18_log_overwritten_before_exec(world: World) -> None:
 
 
 def h00_killed_before_the_commit(world: World) -> None:
-    """An aggregator is killed with an update in its hands, and the update's worker has left."""
+    """An aggregator is killed between reading an update and its commit; the update's worker has left."""
     world.create()
     alice = world.worker("alice")
     dead, heir = world.aggregator("dead"), world.aggregator("heir")
@@ -326,7 +326,7 @@ def h00_killed_before_the_commit(world: World) -> None:
 
 
 def h00_clocks_run_wild(world: World) -> None:
-    """The same updates, once by a clock that stands and once by clocks that jump: the same bytes and decisions."""
+    """The same updates with a clock that stands still and with clocks that jump: the same bytes and decisions."""
 
     def play(clock: Callable[[], float]) -> tuple[object, ...]:
         world.redis.flushdb()
@@ -371,7 +371,7 @@ def h14_built_of_another_history(world: World) -> None:
 
 
 def h14_overwritten_by_a_late_builder(world: World) -> None:
-    """A paused builder writes what it built long ago over what the present one has built."""
+    """A paused builder overwrites the present gateway with one that it built long ago."""
     world.create()
     alice = world.worker("alice")
     a0 = world.aggregator()

@@ -1,4 +1,4 @@
-"""What a hazard is: what goes wrong without which rule, the scenario that plays it, and the rule taken out."""
+"""A hazard: what goes wrong without its rule, the rule, the scenario, and how the rule is taken out."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,15 +13,15 @@ Patch = tuple[Any, str, Any]  # what to replace: object, attribute, replacement
 
 @dataclass(frozen=True)
 class Hazard:
-    """One way in which a looser protocol breaks.
+    """One way in which a looser protocol fails.
 
     Args:
         wrong: what goes wrong without the rule.
-        rule: what prevents it.
+        rule: the rule of the protocol that prevents it.
         scenario: plays it on a real server and asserts the outcome.
         without: takes exactly this rule out of the project's code.
-        symptom: part of the sentence with which the scenario's own assertion then fails.
-        errors: errors without a sentence that a process then meets over and over, if that is how it goes wrong.
+        symptom: part of the message with which the assertion of the scenario fails without the rule.
+        errors: unexpected errors that a process raises without the rule, if that is the failure.
     """
 
     wrong: str

@@ -14,14 +14,14 @@ Rendered from the tests' own table by `python -m tests.hazards.page`; a test hol
 
 Each row is one way in which a looser protocol fails, and the rule that prevents it. The scenario plays it on a real
 server. The suite runs every scenario twice: with all rules, where it must hold, and with only this rule taken out,
-where it must fail with the sentence foreseen. So no rule is here out of caution.
+where it must fail with the expected sentence. So every rule here is needed.
 
 ```sh
 .venv/bin/python -m tests.hazards H05
 ```
 
-prints for each hazard that begins with `H05` what goes wrong, the rule, and what happened with and without it; without
-a name it plays them all. [protocol.md](protocol.md) explains the words and the two chains.
+prints, for each hazard whose name begins with `H05`, what goes wrong, the rule, and the outcome with and without the
+rule; without a name it plays all hazards. [protocol.md](protocol.md) explains the words and the two chains.
 """
 
 
@@ -38,7 +38,7 @@ def page() -> str:
 
 
 def _titles() -> Iterator[tuple[str, str]]:
-    """Number and title, from the contents that head the tests of the hazards."""
+    """Number and title, from the docstring of the tests of the hazards."""
     for line in (test_hazards.__doc__ or "").splitlines():
         if found := re.fullmatch(r"(H\d\d)  (.+)", line):
             yield found[1], found[2]

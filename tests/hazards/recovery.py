@@ -7,7 +7,7 @@ from tests.hazards.world import EXPERT, AggregatorProcess, WorkerProcess, World
 
 
 def _later(aggregator: AggregatorProcess, *workers: WorkerProcess) -> None:
-    """A few turns of all, with time in between."""
+    """Some turns of each process, with time in between."""
     for _ in range(4):
         aggregator.time_passes()
         aggregator.turn()
@@ -16,9 +16,9 @@ def _later(aggregator: AggregatorProcess, *workers: WorkerProcess) -> None:
 
 
 def h19_decisions_are_gone(world: World) -> None:
-    """Alice's update is applied, then the hash of decided updates is removed; the aggregator remembers nothing.
+    """Alice's update is applied, then the hash `decided` is removed; the aggregator retains nothing.
 
-    At last the operator puts it back.
+    At the end the operator puts the hash back.
     """
     world.create()
     alice = world.worker("alice")
@@ -58,7 +58,7 @@ def h20_older_file(world: World) -> None:
 
 
 def h20_committed_meanwhile(world: World) -> None:
-    """The same, and a second aggregator commits bob's update before the first looks."""
+    """The same, and a second aggregator commits bob's update before the first one notices."""
     world.create()
     alice, bob = world.worker("alice"), world.worker("bob")
     a0, a1 = world.aggregator("A0"), world.aggregator("A1")
@@ -80,7 +80,7 @@ def h20_committed_meanwhile(world: World) -> None:
 
 
 def h20_rules_in_an_older_file(world: World) -> None:
-    """An operator changes the rules, and the aggregator goes on under them; Redis comes back from before that."""
+    """An operator changes the rules, and the aggregator uses them; Redis comes back from before the change."""
     world.create()
     alice = world.worker("alice")
     a0 = world.aggregator()

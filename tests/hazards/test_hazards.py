@@ -1,31 +1,31 @@
-"""Everything that breaks a looser protocol, played on a real server; and each rule of the protocol shown to be needed.
+"""Every hazard, played on a real server, with and without its rule.
 
-Real clients and the project's own loops, stepped one request or one turn at a time. `test_holds[H05a]` plays a
-scenario; `test_fails_without_its_rule[H05a]` plays it with the rule taken out and wants to see the scenario's own
-assertion fail. All of it: `python -m tests.hazards`, or `pytest tests/hazards -v`, or one of it with `-k H05`.
+The tests step real clients and the project's own loops, one request or one turn at a time. `test_holds[H05a]` plays a
+scenario; `test_fails_without_its_rule[H05a]` plays it with the rule taken out and expects the scenario's own
+assertion to fail. Run all with `python -m tests.hazards` or `pytest tests/hazards -v`, one number with `-k H05`.
 
-H00  a week away; clocks that jump; killed before the commit; a trimmed stream
+H00  an absence of a week; clocks that jump; a death before the commit; a trimmed stream
 H01  two aggregators commit on one state
 H02  a decision that its worker has seen is lost in a failover
-H03  an entry that somebody read and did not commit
+H03  an entry that was read but not committed
 H04  a failover undoes more than one decision
 H05  a killed worker, a restored checkpoint
-H06  a pull after a rollback, or while somebody commits
-H07  runs: late updates of old ones, two processes of one name
-H08  an update that is not whole, an entry that lies
-H09  removed from the stream by an aggregator that remembers wrongly
+H06  a pull after a rollback, or during a commit
+H07  late updates of an old run; two processes of one name
+H08  an incomplete update; a forged entry
+H09  an aggregator with stale memory removes entries
 H10  a duplicate of a refused update
 H11  a failover between two commands; a worker that leaves
 H12  the consumer group is lost
 H13  a base from before a rollback
 H14  the gateway after a failover, and with two builders
-H15  a load while somebody commits
+H15  a load during a commit
 H16  an update for another lineage
-H17  an entry of the highest id there is
+H17  an entry with the highest possible id
 H18  a key of the wrong type in the middle of EXEC
 H19  a part of an expert is removed
-H20  Redis comes back from an older file, and an aggregator retains more
-H21  an operator restores a backup, and an aggregator retains more
+H20  Redis comes back from an older file than an aggregator's retained state
+H21  an operator restores a backup that is older than an aggregator's retained state
 H22  a worker is started while Redis is behind
 H23  an operator changes the rules between two updates
 """
@@ -61,9 +61,9 @@ def test_holds(name: str, world: World) -> None:
 
 @pytest.mark.parametrize("name", HAZARDS)
 def test_fails_without_its_rule(name: str, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same scenario finds out that its rule is missing: by its own assertion, with the sentence foreseen.
+    """Without its rule the scenario fails in its own assertion, with the expected message.
 
-    And for no other reason: no process may have met an error that is not foreseen.
+    It fails for no other reason: no process raised an unexpected error.
     """
     hazard = HAZARDS[name]
     for patch in hazard.without:
@@ -75,7 +75,7 @@ def test_fails_without_its_rule(name: str, world: World, monkeypatch: pytest.Mon
 
 
 def test_contents_name_every_hazard() -> None:
-    """The list above is that of the table."""
+    """The list above has the numbers of the table."""
     assert __doc__
     listed = {line[:3] for line in __doc__.splitlines() if line.startswith("H")}
     assert listed == {name[:3] for name in HAZARDS}

@@ -1,4 +1,4 @@
-"""What may happen to one update on its way: expired, forged, trimmed, sent twice, stale, of another history."""
+"""Hazards of one update on its way: it is expired, forged, trimmed, sent twice, stale, or of another history."""
 
 from tests.hazards.units import expect
 from tests.hazards.world import WorkerProcess, World
@@ -11,7 +11,7 @@ def payload_key(world: World, worker: WorkerProcess, last: str) -> str:
 
 
 def h00_away_for_a_week(world: World) -> None:
-    """Alice's payload expires and others go on: undecidable, sent again, refused as too stale, and she is told."""
+    """Alice's payload expires while others publish: her update is undecidable, resent, then refused as too stale."""
     world.create(max_staleness=1)
     alice, bob = world.worker("alice"), world.worker("bob")
     a0 = world.aggregator()
@@ -67,7 +67,7 @@ def h08_payload_expired(world: World) -> None:
 
 
 def h08_rung_by_a_stranger(world: World) -> None:
-    """Somebody rings for alice's next update before she has written it."""
+    """Somebody announces alice's next update before she has written it."""
     world.create()
     alice = world.worker("alice")
     a0 = world.aggregator()
@@ -93,7 +93,7 @@ def h08_failover_between_set_and_xadd(world: World) -> None:
 
 
 def h08_forged_base_version(world: World) -> None:
-    """Alice's update is one version stale and weighs 1/2; somebody rings for it and says that it is fresh."""
+    """Alice's update is one version stale and weighs 1/2; a forged entry announces it as fresh."""
     world.create(decay="polynomial")
     alice, bob = world.worker("alice"), world.worker("bob")
     a0 = world.aggregator()
@@ -115,7 +115,7 @@ def h08_forged_base_version(world: World) -> None:
 
 
 def h10_duplicate_of_a_refusal(world: World) -> None:
-    """The reply to bob's XADD is lost, so he rings twice; his update is refused, and then it is a duplicate."""
+    """The reply to bob's XADD is lost, so he announces twice; his update is refused, then a duplicate."""
     world.create(max_staleness=0)
     alice, bob = world.worker("alice"), world.worker("bob")
     a0 = world.aggregator()
@@ -149,7 +149,7 @@ def h11_parts_on_the_old_master(world: World) -> None:
 
 
 def h11_left_before_the_decision(world: World) -> None:
-    """A worker shall end; its last update is published, and a failover drops it."""
+    """A worker is told to end; its last update is published, and a failover drops it."""
     world.create()
     bob = world.worker("bob")
     a0 = world.aggregator()
@@ -186,7 +186,7 @@ def h13_base_of_the_future(world: World) -> None:
 
 
 def h16_another_lineage(world: World) -> None:
-    """An operator begins the expert anew while an update for the old one waits."""
+    """An operator creates the expert anew while an update for the old one waits."""
     world.create()
     alice = world.worker("alice")
     a0 = world.aggregator()

@@ -1,6 +1,6 @@
-"""The rules of the protocol, each taken out of the project's own code by a few lines.
+"""Patches that each take one rule of the protocol out of the project's own code.
 
-What is missing here is in `tests/protocol/broken.py`, which takes rules out for the exhaustive search.
+The other patches are in `tests/protocol/broken.py`, which takes rules out for the exhaustive search.
 """
 
 import time
@@ -36,7 +36,7 @@ from producers.sync import Sync
 
 
 class CommitsByVersion(ExpertStore):
-    """A commit compares the version with that of its memory, not the commit id."""
+    """A commit compares the version, not the commit id, with that in memory."""
 
     def commit(self, commit: Commit) -> None:
         stored = Meta.from_hash(self._redis.hgetall(self.keys.meta))
@@ -59,7 +59,7 @@ def watch_meta_alone(pipe: Any, *keys: str) -> Any:
 
 
 class ReclaimsWhatIsIdle(ExpertStore):
-    """Only entries that are pending for a minute are reclaimed."""
+    """Only entries that have been pending for a minute are reclaimed."""
 
     def reclaim(self) -> list[Entry]:
         _, page, *_ = self._redis.xautoclaim(self.keys.updates, GROUP, CONSUMER, min_idle_time=60_000)
@@ -76,14 +76,14 @@ class GroupFromTheEnd(ExpertStore):
 
 
 class NeverMends(ExpertStore):
-    """Nobody looks at the stream's highest id."""
+    """No aggregator checks the stream's highest id."""
 
     def mend(self) -> bool:
         return False
 
 
 class LoadsWithoutLooking(ExpertStore):
-    """The types of the keys that a commit writes to are not looked at."""
+    """A load does not check the types of the keys that a commit writes."""
 
     def load(self) -> Loaded:
         try:
@@ -100,12 +100,12 @@ class LoadsWithoutLooking(ExpertStore):
 
 
 def connect_uncounted(connection: Connection, client: Any) -> None:
-    """A connection that was opened again is not noticed."""
+    """A reconnection is not noticed."""
     client.on_connect()
 
 
 class TrustsEntries(Expert):
-    """`prev` and `base_version` are taken from the stream entry, if they stand there."""
+    """`prev` and `base_version` are read from the stream entry, if it has them."""
 
     def _decide(self, bell: Doorbell, raw: bytes, entry: Entry, commit: Commit) -> Verdict | None:
         def judge(
@@ -155,7 +155,7 @@ def staleness_by_the_clock(version: int, base_version: int) -> int:
 
 
 class GatewayByVersion(GatewayBuilder):
-    """Experts of the same versions are taken for the same experts."""
+    """A gateway of the same versions counts as up to date."""
 
     def refresh(self) -> bool:
         gateway = self._store.gateway()
@@ -166,7 +166,7 @@ class GatewayByVersion(GatewayBuilder):
 
 
 class GatewayByMemory(GatewayBuilder):
-    """The builder remembers what it last saw built, and does not look at what is there."""
+    """The builder compares with the gateway that it remembers, not with the one in Redis."""
 
     _seen: dict[str, str] | None = None
 
@@ -191,7 +191,7 @@ def pull_if_newer(store: WorkerStore, spec: Spec, *, known: str) -> Pulled:
 
 
 class PublishesUnchecked(WorkerStore):
-    """XADD, whatever became of the parts."""
+    """XADD without a check of the parts."""
 
     def publish(self, header: Header, parts: Sequence[bytes]) -> str:
         try:
@@ -204,7 +204,7 @@ class PublishesUnchecked(WorkerStore):
 
 
 class LeavesOncePublished(Sync):
-    """A worker that shall end does not wait for the decision."""
+    """A worker that is told to end does not wait for the decision."""
 
     def attempt(self) -> float:
         wait_s = super().attempt()
@@ -231,7 +231,7 @@ _roll_back, _advance, _forget, _start_over = (
 
 
 def load_as_new_run(self: StateDir, **whose: Any) -> Checkpoint | None:
-    """A worker that goes on from its checkpoint begins a new run."""
+    """A worker that resumes from its checkpoint begins a new run."""
     saved = _load(self, **whose)
     if saved:
         books = saved.ledger
@@ -253,7 +253,7 @@ def forget_all_but_the_last(self: Ledger, now: float) -> None:
 
 
 def roll_back_with_old_prev(self: Ledger, *seen: Any) -> Change:
-    """The oldest update that is kept still names a predecessor that is gone."""
+    """The oldest kept update still names a predecessor that is gone."""
     prev = (self.kept or self.queue)[0].header.prev
     change = _roll_back(self, *seen)
     first = self.queue[0]
@@ -272,7 +272,7 @@ def advance_without_resending(
 def start_over_in_place(
     self: Ledger, meta: Meta, weights: Any, head: UpdateId | None, position: str
 ) -> Change:
-    """A worker from an old checkpoint adopts what is decided, but does not go to its data position."""
+    """A worker with an old checkpoint adopts the decided update, but not its data position."""
     return _start_over(self, meta, weights, head, "")
 
 
@@ -280,13 +280,13 @@ _locate = ledger_module.locate
 
 
 def never_ahead(*chain: Any) -> tuple[HeadPlace, int]:
-    """A later update of the worker's own run is taken for an earlier one."""
+    """A later update of the worker's own run is mistaken for an earlier one."""
     place, count = _locate(*chain)
     return (HeadPlace.BEHIND if place is HeadPlace.AHEAD else place), count
 
 
 def never_foreign(*chain: Any) -> tuple[HeadPlace, int]:
-    """An update of a later run is taken for an earlier one."""
+    """An update of a later run is mistaken for an earlier one."""
     place, count = _locate(*chain)
     return (HeadPlace.BEHIND if place is HeadPlace.FOREIGN else place), count
 
@@ -294,7 +294,7 @@ def never_foreign(*chain: Any) -> tuple[HeadPlace, int]:
 def locate_by_seq(
     head: UpdateId | None, start: UpdateId | None, known: Sequence[UpdateId], run: str, n_kept: int
 ) -> tuple[HeadPlace, int]:
-    """Updates of the same seq are taken for the same."""
+    """Updates with the same seq count as the same update."""
     seqs = [update.seq for update in known]
     if head and head.seq in seqs:
         return HeadPlace.KNOWN, seqs.index(head.seq) + 1
@@ -307,7 +307,7 @@ def one_run(incarnation: int, nonce: str) -> str:
 
 
 class NoLine:
-    """A change of the rules leaves a line that says nothing of them."""
+    """The log line of a change does not hold the previous rules."""
 
     def __init__(self, *, version: int, changed: str, ended: object) -> None:
         self._fields = {"version": str(version), "restored": changed}

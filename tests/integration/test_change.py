@@ -303,7 +303,7 @@ def test_nothing_is_committed_if_nothing_differs(
     assert expert_command("set", "sql_expert", "--lr", "0.5").exit_code == 0
     before = meta_of(connection)
     said = expert_command("set", "sql_expert", "--lr", "0.5")
-    assert said.output == "sql_expert: nothing to change, rules 2 say so already\n"
+    assert said.output == "sql_expert: nothing to change, rules 2 have these values already\n"
     assert meta_of(connection) == before
 
 

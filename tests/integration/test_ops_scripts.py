@@ -155,7 +155,7 @@ def test_a_daemon_that_does_not_end_is_killed(ops: Ops) -> None:
     ops("start_aggregator.sh", STUB="stubborn")
     pid = ops.pid("aggregator")
     stopped = ops("stop_aggregator.sh", FEDMOE_STOP_WAIT_S="1")
-    assert stopped.stdout == f"aggregator: killed (pid {pid}), since it had not ended after 1 s\n"
+    assert stopped.stdout == f"aggregator: killed (pid {pid}), because it had not ended after 1 s\n"
     assert not is_running(pid)
 
 
@@ -230,7 +230,7 @@ def test_a_name_cannot_leave_the_run_directory(ops: Ops) -> None:
     """A slash in a name would put pid file and log elsewhere."""
     refused = ops("start_worker.sh", "--stream", "../x")
     assert refused.returncode == 1
-    assert "is no name" in refused.stderr
+    assert "cannot be a name" in refused.stderr
 
 
 # ---- setup.sh ------------------------------------------------------------------------------------------

@@ -101,7 +101,7 @@ def test_value_of_the_environment_that_is_no_number_is_a_sentence() -> None:
         ("[aggregator.run]\nrank = 1" + 5000 * "0", r"is not TOML: Exceeds the limit"),
         ("x = " + 3000 * "[", r"is not TOML: "),
         ("[worker.run]\ndata = ''", r"data must not be empty$"),
-        ("[worker.run]\nno-wait = true\nno_wait = false", r"a key is there twice, with - and with _$"),
+        ("[worker.run]\nno-wait = true\nno_wait = false", r"a key appears twice, with - and with _$"),
         ("[expert.set]\nname = 'a'", r"unknown key 'name'"),
     ],
 )
@@ -167,7 +167,7 @@ def test_settings_and_commands_import_nothing_heavy() -> None:
         (
             AggregatorSettings,
             {"batch": 0},
-            "^batch must be a whole number of at least 1 and at most 1,024, not 0$",
+            "^batch must be a whole number of at least 1 and at most 1,024 .updates., not 0$",
         ),
         (AggregatorSettings, {"block_ms": 400, "lease_s": 0.5}, "must be at most half the lease"),
         (AggregatorSettings, {"keep_updates_for_s": 60.0}, "--keep-updates-for needs --keep-updates"),
@@ -177,7 +177,7 @@ def test_settings_and_commands_import_nothing_heavy() -> None:
             "^gateway_method must be one of cat, svd, .*, not 'mean'$",
         ),
         (GatewaySettings, {"scale": math.inf}, "^gateway_scale must be a number above 0, not inf$"),
-        (GatewaySettings, {"rank": 4}, "only the method svd has a rank"),
+        (GatewaySettings, {"rank": 4}, "gateway_rank is for the method svd only"),
         (
             WorkerSettings,
             {"drain_s": math.nan},

@@ -311,7 +311,7 @@ def test_an_example_that_does_not_fit_alone_is_left_out(
     left_out = [r.getMessage() for r in caplog.records if "left out" in r.getMessage()]
     assert sorted(left_out) == [
         f"the example of line {n + 1} ({len(EXAMPLES[n].input_ids)} tokens) does not fit into the memory of cpu even "
-        "alone: left out"
+        "alone: it is left out"
         for n in range(len(fitting), len(EXAMPLES))
     ]
     failures = memory.failures

@@ -31,8 +31,10 @@ AUTO = "auto"  # of max_staleness: the bound grows with the workers
 class AggregationRules:
     """How updates become part of the expert: `weights += lr × decay(staleness) × Δ`, and which are refused."""
 
-    lr: float = setting(1.0, "Aggregator's step size: expert += lr × decay × Δ; 1 gives a lone worker its own adapter.",
-                        above=0, at_most=MAX_LR)  # fmt: skip
+    lr: float = setting(
+        1.0, "Aggregator's step size: expert += lr × decay × Δ; at 1, a lone worker's adapter is the expert.",
+        above=0, at_most=MAX_LR,
+    )  # fmt: skip
     decay: Decay = field(default_factory=Decay)
     max_staleness: int | None = setting(
         None,

@@ -132,7 +132,7 @@ def test_exporting_again_replaces_only_what_was_exported(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("foreign", "what"), [("adapter_config.json", "an adapter"), ("thesis.tex", "something")]
+    ("foreign", "what"), [("adapter_config.json", "an adapter"), ("thesis.tex", "files")]
 )
 def test_what_fedmoe_did_not_write_is_not_overwritten(tmp_path: Path, foreign: str, what: str) -> None:
     """Without --force nothing is touched, and with it only files of the adapter's names."""

@@ -250,7 +250,7 @@ def test_a_result_that_could_not_be_kept_is_not_computed(tmp_path: Path) -> None
     for more, message in (
         (("--json", str(tmp_path)), f"fedmoe: --json {tmp_path} cannot be written"),
         (("--json", str(tmp_path / "no" / "x.json")), "cannot be written"),
-        (("--adapter", "x"), "fedmoe: --adapter 'x' must be name=directory"),
+        (("--adapter", "x"), "fedmoe: --adapter 'x' must be NAME=DIR"),
     ):
         done = fedmoe_here(*arguments, *more)
         assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)

@@ -38,6 +38,11 @@ class ExpertServer:
         holder: unique name of this process.
         retained: retained state to start with, as if this server had served the expert until now.
         decided: called with the number of updates that each commit decided.
+
+    Attributes:
+        retained: the retained state; None if none was loaded, or it was dropped.
+        is_serving: the retained state equals that of Redis, as far as is known.
+        store, problems, history, recovery: what it works with.
     """
 
     def __init__(
@@ -57,7 +62,7 @@ class ExpertServer:
         self._decided = decided
         self._clock = clock
         self._connection = connection
-        self._store = ExpertStore(connection, name)
+        self.store = ExpertStore(connection, name)
         self._archive = Archive(settings.keep_updates / name) if settings.keep_updates else None
         self._retention = (
             Retention(self._archive, settings.keep_updates_for_s)
@@ -65,26 +70,16 @@ class ExpertServer:
             else None
         )
         self._lease = Lease(
-            connection, self._store.keys.lease, holder=holder, ttl_ms=int(settings.lease_s * 1000)
+            connection, self.store.keys.lease, holder=holder, ttl_ms=int(settings.lease_s * 1000)
         )
-        self._problems = Problems(connection, self._store.keys.problem, holder=holder, clock=clock)
-        self._expert = retained
-        self._loaded = False
+        self.problems = Problems(connection, self.store.keys.problem, holder=holder, clock=clock)
+        self.retained = retained
+        self.is_serving = False
         self._standing_by = False
         self._reclaimed_at = 0.0
         self._held_at = 0.0
-        self._history = History()
-        self._recovery = Recovery(self._store, holder=holder, archive=self._archive, clock=clock)
-
-    @property
-    def retained(self) -> Expert | None:
-        """The retained state, None if none was loaded or it was dropped."""
-        return self._expert
-
-    @property
-    def is_serving(self) -> bool:
-        """True while the retained state equals that of Redis, as far as is known."""
-        return self._loaded
+        self.history = History()
+        self.recovery = Recovery(self.store, holder=holder, archive=self._archive, clock=clock)
 
     def run(self, stop: threading.Event) -> None:
         """Serve until `stop` is set, or in burst mode until no entry waits."""
@@ -93,31 +88,31 @@ class ExpertServer:
             try:
                 done = self.turn(stop)
                 backoff.ok()
-                self._problems.solved()
+                self.problems.solved()
                 if done and self._settings.burst:
                     break
             except StaleStateError as error:
                 logger.info("%s; loading again", error)
-                self._loaded = False
+                self.is_serving = False
             except ProtocolError as error:
-                self._loaded = False
+                self.is_serving = False
                 self._lease.give_up()  # an aggregator that speaks this protocol can take it
                 stop.wait(backoff.failed(error) + self._settings.lease_s / 4)
             except RemovedExpertError as error:
                 logger.warning("%s", error)
-                self._problems.solved()  # problems that the removal caused before it was noticed
+                self.problems.solved()  # problems that the removal caused before it was noticed
                 break
             except FedMoEError as error:
-                self._loaded = False
-                self._problems.report(str(error))
+                self.is_serving = False
+                self.problems.report(str(error))
                 if stop.is_set():
                     logger.warning("%s: %s", self.name, error)
                 else:
                     stop.wait(backoff.failed(error))
             except Exception as error:  # a bug may pause one expert for seconds but must not end the daemon
                 logger.exception("%s: unexpected error", self.name)
-                self._loaded, self._expert = False, None
-                self._problems.report(
+                self.is_serving, self.retained = False, None
+                self.problems.report(
                     f"unexpected error, see the traceback in this aggregator's log: {error!r}"
                 )
                 stop.wait(backoff.failed(error))
@@ -125,34 +120,34 @@ class ExpertServer:
 
     def turn(self, stop: threading.Event) -> bool:
         """Read once and commit; True if no entry was waiting."""
-        if not self._loaded and self._expert is not None:
-            self._rescue(self._expert)
-        is_holder, may_have_gone_back = self._hold(), self._recovery.may_have_gone_back()
+        if not self.is_serving and self.retained is not None:
+            self.rescue(self.retained)
+        is_holder, may_have_gone_back = self._hold(), self.recovery.may_have_gone_back()
         if not is_holder:
             if not self._standing_by:
                 logger.info("%s: standing by, another aggregator serves it", self.name)
-            self._standing_by, self._loaded = True, False
+            self._standing_by, self.is_serving = True, False
             stop.wait(min(0.2, self._settings.lease_s / 4))
             return False
         self._standing_by = False
-        if not self._loaded and may_have_gone_back:
+        if not self.is_serving and may_have_gone_back:
             stop.wait(0.1)
             return False
-        if self._loaded and self._expert and self._expert.generation != self._connection.generation:
+        if self.is_serving and self.retained and self.retained.generation != self._connection.generation:
             raise StaleStateError(f"{self.name}: the connection to Redis was opened again")
-        entries = self._load() if not self._loaded else []
-        assert self._expert is not None
+        entries = self._load() if not self.is_serving else []
+        assert self.retained is not None
         if not entries and self._is_time_to_reclaim():
             entries = self._reclaim()
         if not entries:
             block_ms = 1 if self._settings.burst else self._settings.block_ms
-            entries = self._store.read(block_ms=block_ms, count=self._settings.batch)
+            entries = self.store.read(block_ms=block_ms, count=self._settings.batch)
         self._look_for_block(entries)
         for first in range(0, len(entries), self._settings.batch):
             some = entries[first : first + self._settings.batch]
-            verdicts = self._expert.process(some, more=self._more(self._settings.batch - len(some)))
+            verdicts = self.retained.process(some, more=self._more(self._settings.batch - len(some)))
             if self._retention is not None:
-                self._retention.tend(self._expert)
+                self._retention.tend(self.retained)
             self._decided(sum(v.outcome in (Outcome.APPLIED, Outcome.REFUSED) for v in verdicts))
         return not entries
 
@@ -183,29 +178,29 @@ class ExpertServer:
             nonlocal left
             if not left or self._clock() > until:
                 return ()
-            entries = self._store.read(block_ms=None, count=left)
+            entries = self.store.read(block_ms=None, count=left)
             self._look_for_block(entries)
             left -= len(entries)
             return entries
 
         return read
 
-    def _rescue(self, expert: Expert) -> None:
+    def rescue(self, expert: Expert) -> None:
         """Drop the retained state, after writing it back if Redis lost it."""
-        self._recovery.settle(expert)
-        self._expert = None
+        self.recovery.settle(expert)
+        self.retained = None
 
     def _load(self) -> list[Entry]:
         # The spec is read each time: after Redis was emptied, an expert of this name may have another spec.
         expert = Expert(
-            self._store, self._store.spec(), aggregator=self._holder, archive=self._archive,
-            history=self._history, before_each=self._keep_lease,
+            self.store, self.store.spec(), aggregator=self._holder, archive=self._archive,
+            history=self.history, before_each=self._keep_lease,
         )  # fmt: skip
         loaded = expert.load()
-        self._recovery.wait_for_claims(loaded)
+        self.recovery.wait_for_claims(loaded)
         if expert.is_behind:
             expert.process(())  # commits meta, so that workers see this aggregator's protocol and features
-        self._expert, self._loaded = expert, True
+        self.retained, self.is_serving = expert, True
         meta = expert.meta
         logger.info("%s: serving from version %d, under rules %d", self.name, meta.version, meta.rules.number)
         if rebuilt := rebuild(expert, loaded):
@@ -227,15 +222,15 @@ class ExpertServer:
         First check for a changed or emptied Redis and for a blocked stream, which no reply reports.
         """
         self._reclaimed_at = self._clock()
-        expert = self._expert
+        expert = self.retained
         assert expert is not None
         meta, n_decided = expert.meta, len(expert.decided)
-        if not self._store.is_unchanged(
+        if not self.store.is_unchanged(
             commit=meta.commit, weights_commit=meta.weights_commit, n_decided=n_decided
         ):
             raise StaleStateError(f"{self.name}: Redis holds another state than this aggregator retains")
-        if self._store.mend():
+        if self.store.mend():
             logger.warning(
                 "%s: an entry with the highest id blocked its stream; repaired, nothing to do", self.name
             )
-        return self._store.reclaim()
+        return self.store.reclaim()

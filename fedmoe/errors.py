@@ -109,6 +109,10 @@ class RedisUnavailableError(FedMoEError, ConnectionError):
     """Redis cannot be reached, or refuses a command for a reason that may pass; a retry may succeed."""
 
 
+class IncompleteUpdateError(RedisUnavailableError):
+    """The server lacks parts of the update that was just sent, for example after a failover; the worker resends it."""
+
+
 class RedisUnfitError(RedisUnavailableError):
     """Redis refuses a command until somebody changes its settings, this user's rights or a key.
 

@@ -60,7 +60,7 @@ class Recovery:
         self._generation = 0  # of the connection over which Redis's state was last compared
         self._patient_until = 0.0
         self._waits_since: float | None = None  # start of the wait for another aggregator's write-back
-        self._store = store
+        self.store = store
         self._holder = holder
         self._archive = archive
         self._clock = clock
@@ -74,7 +74,7 @@ class Recovery:
             UnknownExpertError: while it is undecided which aggregator writes the expert back.
             StaleStateError: if another process has just written to the expert.
         """
-        found = self._store.condition()
+        found = self.store.condition()
         is_known = is_of_this_history(expert.history, expert.meta, found)
         if is_known and (found.commit != expert.meta.commit or found.damage):
             self._write_back(expert, found)
@@ -82,7 +82,7 @@ class Recovery:
             self._give_way(expert, found)
         self.claimed_at = None
         # Redis's state has been compared: there is no need to wait for other aggregators.
-        self._generation, self._patient_until = self._store.connection.generation, 0.0
+        self._generation, self._patient_until = self.store.connection.generation, 0.0
 
     def may_have_gone_back(self) -> bool:
         """True for CLAIM_WAIT_S after a reconnect of an aggregator that retains nothing.
@@ -90,7 +90,7 @@ class Recovery:
         Redis may have come back from an older file. An aggregator that retains a newer version needs this time to claim
         it.
         """
-        now, generation = self._clock(), self._store.connection.generation
+        now, generation = self._clock(), self.store.connection.generation
         if self._generation not in (0, generation):
             self._patient_until = now + CLAIM_WAIT_S
         self._generation = generation
@@ -106,7 +106,7 @@ class Recovery:
         self._waits_since = self._clock() if self._waits_since is None else self._waits_since
         if self._clock() - self._waits_since < LONGEST_CLAIM_S:
             raise UnknownExpertError(
-                f"Redis has an older state of expert {self._store.name!r} (version {loaded.meta.version}), but another "
+                f"Redis has an older state of expert {self.store.name!r} (version {loaded.meta.version}), but another "
                 f"aggregator retains version {newest} in memory: waiting at most {LONGEST_CLAIM_S:g} s until that "
                 "aggregator has written it back"
             )
@@ -120,15 +120,15 @@ class Recovery:
                 "s, unless another aggregator has a later version"
             )
         if not write_back(expert, on=found.commit, anchor=found.logged_version != version):
-            raise StaleStateError(f"{self._store.name}: another process has just written the expert to Redis")
+            raise StaleStateError(f"{self.store.name}: another process has just written the expert to Redis")
         logger.warning(
             "%s: %s; this aggregator wrote it back from memory at version %d, nothing to do",
-            self._store.name, what, version,
+            self.store.name, what, version,
         )  # fmt: skip
 
     def _has_newest_claim(self, version: int) -> bool:
         """True if no aggregator claims a later version, and all have had time to claim one."""
-        is_new, newest = self._store.claim(self._holder, version)
+        is_new, newest = self.store.claim(self._holder, version)
         if is_new or self.claimed_at is None:
             self.claimed_at = self._clock()
         return self._clock() - self.claimed_at >= CLAIM_WAIT_S and newest == self._holder
@@ -138,7 +138,7 @@ class Recovery:
         mine, theirs = expert.meta, found.meta
         if theirs is None or found.damage:
             raise DamagedExpertError(
-                self._store.name,
+                self.store.name,
                 f"{found.damage} (this aggregator retains another history in memory and cannot repair it)",
             )
         if expert.history.last == mine.commit and is_change_of_rules(mine, theirs):
@@ -147,14 +147,14 @@ class Recovery:
         if theirs.lineage != mine.lineage or theirs.restored not in ("", mine.restored):
             logger.warning(
                 "%s: an operator replaced the expert; going on from version %d, not from the version %d in memory",
-                self._store.name, theirs.version, mine.version,
+                self.store.name, theirs.version, mine.version,
             )  # fmt: skip
             return
         if theirs.rules.number < mine.rules.number:
             logger.warning(
                 "%s: Redis has an older state: rules %d are in force, but rules %d were in memory (the change: %s): "
                 "check them with `fedmoe expert show`",
-                self._store.name, theirs.rules.number, mine.rules.number, theirs.rules.differences(mine.rules),
+                self.store.name, theirs.rules.number, mine.rules.number, theirs.rules.differences(mine.rules),
             )  # fmt: skip
         lost = undone(expert.history.since("")[0], expert.decided, found.decided)
         if not lost and theirs.version >= mine.version:
@@ -162,7 +162,7 @@ class Recovery:
         logger.warning(
             "%s: Redis has an older state: version %d in memory, version %d in Redis, last committed by %s; %d updates "
             "are missing, %d of them are resent from --keep-updates; workers resend the others that they still keep",
-            self._store.name, mine.version, theirs.version, theirs.aggregator or "nobody", len(lost),
+            self.store.name, mine.version, theirs.version, theirs.aggregator or "nobody", len(lost),
             self._announce(lost, theirs.version + theirs.rules.aggregation.staleness_bound(0)),
         )  # fmt: skip
 
@@ -174,7 +174,7 @@ class Recovery:
         expert.history.attempt(theirs.commit, [line.to_fields()])
         logger.info(
             "%s: an operator changed the rules: %s (rules %d from version %d on)",
-            self._store.name, changed, theirs.rules.number, theirs.version,
+            self.store.name, changed, theirs.rules.number, theirs.version,
         )  # fmt: skip
 
     def _announce(self, lines: Sequence[AppliedLine], latest: int) -> int:
@@ -186,7 +186,7 @@ class Recovery:
         for line in lines:
             if update := self._load(line):
                 header, parts = update
-                if not self._store.announce(line.worker, header.at_most(latest), parts):
+                if not self.store.announce(line.worker, header.at_most(latest), parts):
                     break
                 announced += 1
         return announced
@@ -198,5 +198,5 @@ class Recovery:
         try:
             return self._archive.load(line.update)
         except (UpdateError, ProtocolError) as error:  # the other kept updates can still be resent
-            logger.warning("%s: %s", self._store.name, error)
+            logger.warning("%s: %s", self.store.name, error)
             return None

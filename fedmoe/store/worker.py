@@ -12,6 +12,7 @@ import redis
 
 from fedmoe.errors import (
     DamagedExpertError,
+    IncompleteUpdateError,
     LostExpertError,
     ProtocolError,
     RedisUnavailableError,
@@ -270,7 +271,7 @@ class WorkerStore:
                     self._redis.delete(*blobs)
                 raise
         if replies[: len(blobs)] != [len(blob) for blob in blobs.values()]:
-            raise RedisUnavailableError("the update is incomplete on the server; the worker resends it")
+            raise IncompleteUpdateError("the update is incomplete on the server; the worker resends it")
         return str(entry_id.decode())
 
     def _hold_back_if_nearly_full(self, n_bytes: int) -> None:

@@ -16,7 +16,7 @@ import consumers.expert
 from consumers.decide import Admission, Outcome, Verdict, judge_header
 from consumers.expert import Expert
 from consumers.gateway.builder import GatewayBuilder
-from fedmoe.errors import RedisUnavailableError, SpecError
+from fedmoe.errors import IncompleteUpdateError, SpecError
 from fedmoe.protocol.doorbell import Doorbell
 from fedmoe.protocol.keys import GROUP
 from fedmoe.protocol.records import Decided, Entry, Meta
@@ -196,9 +196,7 @@ class PublishesUnchecked(WorkerStore):
     def publish(self, header: Header, parts: Sequence[bytes]) -> str:
         try:
             return super().publish(header, parts)
-        except RedisUnavailableError as error:
-            if "whole" not in str(error):
-                raise
+        except IncompleteUpdateError:
             ((entry, _),) = self._redis.xrevrange(self.keys.updates, count=1)
             return str(entry.decode())
 

@@ -207,28 +207,28 @@ class Aggregator:
             holder=self.name,
             clock=lambda: 0.0 if choice == 0 else 99.0,
         )
-        store = server._store = rules.expert_store(connection, NAME)
-        server._problems.report = lambda problem: None  # type: ignore[method-assign]  # for people; nobody decides by it
+        store = server.store = rules.expert_store(connection, NAME)
+        server.problems.report = lambda problem: None  # type: ignore[method-assign]  # for people; nobody decides by it
         store.mend = lambda: False  # type: ignore[method-assign]  # ids are the model's own
-        server._loaded = memory.loaded
-        server._recovery.claimed_at = -99.0 if memory.claimed else None
-        server._recovery._store = store
-        history = server._history = History(rules.history)
+        server.is_serving = memory.loaded
+        server.recovery.claimed_at = -99.0 if memory.claimed else None
+        server.recovery.store = store
+        history = server.history = History(rules.history)
         history.lines, history.attempted = dict(memory.history), memory.attempted
         if memory.meta:
-            expert = server._expert = self._expert(store, self._spec, history=history)
+            expert = server.retained = self._expert(store, self._spec, history=history)
             expert.buffer.load(memory.weights)
             expert.meta, expert.decided = memory.meta, dict(memory.decided)
             same = memory.same_connection or not rules.counts_connections
             expert.generation = 0 if same else -1
-        rescue = server._rescue
+        rescue = server.rescue
 
         def rescue_and_end(expert: Expert) -> None:
             """What comes after a rescue is what the next turn does."""
             rescue(expert)
             raise TurnOver
 
-        server._rescue = rescue_and_end  # type: ignore[method-assign]
+        server.rescue = rescue_and_end  # type: ignore[method-assign]
         with self._in_place(port, server):
             try:
                 server.run(OneTurn())  # type: ignore[arg-type]
@@ -237,20 +237,20 @@ class Aggregator:
             except TurnOver:
                 pass
             except Suspended as suspended:
-                suspended.remembers, suspended.counts = server._expert is not None, server._loaded
+                suspended.remembers, suspended.counts = server.retained is not None, server.is_serving
                 raise
-        expert = server._expert
+        expert = server.retained
         remembered = Served(history=tuple(history.lines.items()), attempted=history.attempted)
         if expert is None:
             return remembered
         meta = replace(expert.meta, **dict.fromkeys(FOR_PEOPLE, 0))
         return remembered._replace(
-            loaded=server._loaded,
+            loaded=server.is_serving,
             weights=bytes(expert.buffer.file),
             meta=meta,
             decided=tuple(sorted(expert.decided.items())),
-            same_connection=expert.generation == connection.generation or not server._loaded,
-            claimed=server._recovery.claimed_at is not None and not server._loaded,
+            same_connection=expert.generation == connection.generation or not server.is_serving,
+            claimed=server.recovery.claimed_at is not None and not server.is_serving,
         )
 
     def remembers(self, memory: Served) -> bool:
@@ -270,8 +270,8 @@ class Aggregator:
         """Ids of commits from the search, and what the rules replace."""
 
         def new_id() -> str:
-            if self._rules.commit_ids and server._expert:
-                return self._rules.commit_ids(server._expert)
+            if self._rules.commit_ids and server.retained:
+                return self._rules.commit_ids(server.retained)
             return str(port.ask(NEW_ID)[0])
 
         replaced = (

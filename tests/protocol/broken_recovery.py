@@ -27,16 +27,16 @@ from tests.protocol.state import Scope
 class ForgetsAtErrors(ExpertServer):
     """An aggregator's memory is thrown away without a look whether the server has still what it is a copy of."""
 
-    def _rescue(self, expert: Expert) -> None:
-        self._expert = None
+    def rescue(self, expert: Expert) -> None:
+        self.retained = None
 
 
 class RescuesWithTheLease(ExpertServer):
     """Who has not the lease writes nothing back."""
 
-    def _rescue(self, expert: Expert) -> None:
+    def rescue(self, expert: Expert) -> None:
         if self._lease.hold():
-            super()._rescue(expert)
+            super().rescue(expert)
 
 
 class Overwrites(ExpertStore):
@@ -66,7 +66,7 @@ class BeginsAnew(ExpertServer):
             meta = Meta(
                 lineage="another", commit="c98", weights_commit="c98", spec=spec.digest, protocol=PROTOCOL
             )
-            self._store.create(spec, meta, buffer.file)
+            self.store.create(spec, meta, buffer.file)
             raise
 
 

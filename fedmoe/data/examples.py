@@ -194,7 +194,7 @@ def make_examples(
     used.report(data.path, bad_rows)
     if not examples:
         too_long = any("max_length" in problem.kind for problem in problems)
-        advice = f"{'create the expert with a larger --max-length, or ' if too_long else ''}correct the file"
+        advice = f"{'raise max_length (fedmoe expert set), or ' if too_long else ''}correct the file"
         raise DataError(f"nothing to train on in {shown(data.path)}: {used.summary()}; {advice}")
     return used
 

@@ -166,7 +166,7 @@ def _check_tensors(have: Mapping[str, nn.Parameter], want: Mapping[str, tuple[in
     if odd:
         place = "the base model" if odd[0] in want else "the adapter"
         raise SpecError(
-            f"{place} has no tensor {odd[0]!r} ({len(odd)} such in all): is this the base model of the spec?"
+            f"{place} has no tensor {odd[0]!r} ({len(odd)} tensors differ in all): is this the base model of the spec?"
         )
     for name, shape in want.items():
         if tuple(have[name].shape) != shape:

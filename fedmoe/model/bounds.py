@@ -91,5 +91,5 @@ def check_examples(
         index = int((lengths > limit).int().argmax())
         raise DataError(
             f"{path} line {examples.arrays['lines'][index]}: it has {int(lengths[index])} tokens, the base model has "
-            f"{limit} positions: shorten the row, or create the expert with --max-length {limit} or less"
+            f"{limit} positions: shorten the row, or lower max_length to {limit} (fedmoe expert set)"
         )

@@ -70,7 +70,7 @@ def test_a_prompt_without_room_for_an_answer_drops_the_row(rows: MakeRows) -> No
     )
     with pytest.raises(
         DataError,
-        match=rf"nothing to train on in .*rows.jsonl: {reason}; create the expert with a larger --max-length, or",
+        match=rf"nothing to train on in .*rows.jsonl: {reason}; raise max_length \(fedmoe expert set\), or",
     ):
         make_examples(rows("abc"), tiny_tokenizer(), PROMPT_TOKENS, BAD_ROWS)
 

@@ -5,8 +5,8 @@
             …                                        # forward, backward, optimizer.step()
             member.step(n_examples=len(batch), loss=loss.item())
 
-`step` is the one call at each step boundary. It never waits for the network: it adds what others have taught the
-expert, if that is there, and copies the adapter when it is time to publish. All else is `producers.membership`.
+`step` is the one call at each step boundary. It never waits for the network: it adds what other workers taught the
+expert since, and copies the adapter when an update is due. `producers.membership` does all else.
 """
 
 import atexit
@@ -51,7 +51,7 @@ logger = logging.getLogger(__name__)
 
 
 class _Adapter:
-    """Somebody else's training, as the exchange sees it: the adapter, its optimizer, and how far it is in the data."""
+    """A foreign training as the exchange needs it: the adapter, its optimizer, and the position in the data."""
 
     def __init__(self, bound: BoundAdapter, optimizer: Optimizer | None) -> None:
         self.flat = bound.flat
@@ -62,12 +62,12 @@ class _Adapter:
         self._optimizer = getattr(optimizer, "optimizer", optimizer)
 
     def adopt(self, settings: TrainingSettings) -> None:
-        """Following the rules for training is up to the loop."""
+        """Nothing: a foreign loop chooses its own settings."""
 
     def state(self) -> Mapping[str, torch.Tensor]:
-        """A copy on the CPU of the optimizer's state of this adapter, by tensor and name, marked with the optimizer.
+        """A copy on the CPU of the optimizer's state of this adapter, with a mark of the kind of optimizer.
 
-        Nothing, if it holds anything but tensors and numbers.
+        Empty if the state holds anything but tensors and numbers.
         """
         if self._optimizer is None:
             return {}
@@ -83,11 +83,11 @@ class _Adapter:
         return state
 
     def load_state(self, state: Mapping[str, torch.Tensor], *, same_data: bool) -> None:
-        """Take over what `state` returned; the state of another optimizer is left alone, and that is said."""
+        """Restore what `state` returned; ignore the state of another kind of optimizer, and log that."""
         if self._optimizer is None or not state:
             return
         if self._mark() not in state:
-            logger.warning("the checkpoint's optimizer is another one: the optimizer begins anew")
+            logger.warning("the checkpoint was written with another optimizer: this optimizer starts afresh")
             return
         found: dict[str, dict[str, Any]] = {}
         for full, value in state.items():
@@ -105,7 +105,7 @@ class _Adapter:
         self._optimizer.load_state_dict(whole)
 
     def _mark(self) -> str:
-        """What tells this kind of optimizer from others, whose state is made of other things."""
+        """A name for this kind of optimizer and its switches, which decide what its state consists of."""
         assert self._optimizer is not None
         switches = sorted(name for name, value in self._optimizer.defaults.items() if value is True)
         return "|".join(["", type(self._optimizer).__qualname__, *switches])
@@ -123,7 +123,7 @@ class _Chain(NamedTuple):
         self.membership.exchange.record(done)
 
     def pass_boundary(self) -> None:
-        """Take in what is there; raise what made this worker useless, once all is kept that can be."""
+        """Apply corrections. If the sync failed, wait for its last checkpoint, then raise the failure."""
         member = self.membership
         member.exchange.boundary()
         if member.sync.failure is not None:
@@ -134,10 +134,10 @@ class _Chain(NamedTuple):
 
 
 class Member:
-    """A worker, seen from a training loop. Made by `join`; a context manager that leaves at the end.
+    """A worker, as a training loop sees it. Made by `join`. A context manager: its end leaves the federation.
 
     Attributes:
-        steps: taken since it joined.
+        steps: number of steps since it joined.
     """
 
     def __init__(
@@ -152,17 +152,17 @@ class Member:
         atexit.register(self._leave_at_exit)
 
     def step(self, *, n_examples: int, n_tokens: int = 0, loss: float | None = None) -> None:
-        """Tell of one optimizer step that was just taken, and take in what others have learnt.
+        """Report the optimizer step that was just taken, and add what other workers taught the expert.
 
         Args:
-            n_examples: rows that it was taken on.
+            n_examples: rows of the step.
             n_tokens: tokens that counted in its loss.
-            loss: mean loss of a token; it is only shown.
+            loss: mean loss per token; for display only.
 
         Raises:
-            FedMoEError: if this worker has become useless (refused, its name taken, its expert removed, a release that
-                is too old). What has no answer yet is kept in the state directory.
-            SettingsError: if n_examples or n_tokens is no count, or the adapter was replaced after joining.
+            FedMoEError: if this worker cannot go on (refused, name taken, expert removed, release too old). Undecided
+                updates are kept in the state directory.
+            SettingsError: if n_examples or n_tokens is not a count, or the adapter was replaced after joining.
         """
         n_examples, n_tokens = _count("n_examples", n_examples), _count("n_tokens", n_tokens)
         if self._has_left:
@@ -183,21 +183,21 @@ class Member:
 
     @property
     def status(self) -> dict[str, SyncStatus]:
-        """By expert: its version, this worker's updates (published, applied, refused), their staleness, a problem."""
+        """By expert: its version, counts of this worker's updates, the last staleness, and a problem or ""."""
         return {name: chain.membership.sync.status for name, chain in self._chains.items()}
 
     @property
     def rules(self) -> dict[str, RuleSet]:
-        """By expert: the rules as of the last pull; following those for training is up to the loop."""
+        """By expert: the rules as of the last pull. The loop decides whether to follow those for training."""
         return {name: chain.membership.sync.ledger.meta.rules for name, chain in self._chains.items()}
 
     @property
     def position(self) -> int:
-        """Rows that were trained on in all, those before a restart included: where to go on in the data."""
+        """Number of rows trained on in all, before a restart too: where to go on in the data."""
         return max(chain.adapter.position for chain in self._chains.values())
 
     def leave(self, *, is_done: bool = True) -> dict[str, str]:
-        """Publish what is trained, wait for the decisions, and end; by expert, how it ended, as a sentence.
+        """Publish the rest, wait for the decisions, and leave. Returns by expert a sentence that says how it ended.
 
         Raises:
             FedMoEError: if something that was trained is lost.
@@ -211,7 +211,7 @@ class Member:
             return self._outcomes()
 
     def _drain(self) -> None:
-        """Publish what is trained, and wait for the decisions, of all experts side by side."""
+        """Publish the rest and wait for the decisions, for all experts at the same time."""
         self._has_left = True
         atexit.unregister(self._leave_at_exit)
         members = [chain.membership for chain in self._chains.values()]
@@ -224,7 +224,7 @@ class Member:
             time.sleep(0.02)
 
     def _outcomes(self) -> dict[str, str]:
-        """By expert, how it ended; raises the first error, once all others are said."""
+        """By expert, how it ended. Logs all errors but the first, then raises the first."""
         said, errors = {}, []
         for name, chain in self._chains.items():
             try:
@@ -240,7 +240,7 @@ class Member:
         return said
 
     def _leave_at_exit(self) -> None:
-        """The process ends, and nobody has left: what was trained is published all the same."""
+        """Leave at the end of a program that forgot to."""
         try:
             for name, sentence in self.leave(is_done=False).items():
                 logger.warning("the program ended without leaving the federation; %s: %s", name, sentence)
@@ -253,7 +253,7 @@ class Member:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Leave; whatever went wrong, what was trained until the last step is published first."""
+        """Leave. After an exception, too, the progress up to the last step is published first."""
         if error is None:
             for name, sentence in self.leave().items():
                 logger.info("%s: %s", name, sentence)
@@ -273,12 +273,12 @@ class Member:
 
 
 MOST = 2**53
-# A step of somebody else's loop cannot be abandoned.
+# A step of a foreign loop cannot be abandoned.
 _exchange = partial(Exchange, abandons=False)
 
 
 def _count(name: str, value: object) -> int:
-    """A count of any integer type, numpy's and torch's among them, as an int."""
+    """A count of any integer type, including those of numpy and torch, as an int."""
     if hasattr(value, "__index__") and not isinstance(value, bool):
         value = operator.index(value)
     check_whole(name, value, at_least=0)
@@ -300,25 +300,25 @@ def join(
     checkpoint_interval_s: float = 60.0,
     wait: bool = True,
 ) -> Member:
-    """Join a federation as a worker: the expert's present weights are then in the adapter, or those of the checkpoint.
+    """Join a federation as a worker. The adapter then holds the expert's present weights, or those of the checkpoint.
 
     Args:
         redis: URL of the federation's Redis, or its settings.
-        adapters: by expert, the PEFT model whose LoRA adapter it trains. It must be the expert's: take its LoraConfig
-            from `fedmoe.connect(url).expert(name).lora_config()`.
+        adapters: by expert, the PEFT model whose LoRA adapter is trained. Make it with the expert's own LoraConfig:
+            `fedmoe.connect(url).expert(name).lora_config()`.
         name: this worker's name, unique on its expert; "" is the one in `state_dir`, else the host's.
-        state_dir: directory for checkpoints, so that the next process goes on where this one ended; without one, what
-            is undecided is lost with the process. With several experts, each has a directory in it.
-        optimizer: its state of the adapter is part of the checkpoint.
-        tokenizer: is compared with that of the expert's other workers.
-        data: names the rows and their order; a checkpoint of other data is gone on from, but not its position.
+        state_dir: directory for checkpoints, from which the next process resumes; without one, undecided updates are
+            lost with the process. With several experts, each has a directory in it.
+        optimizer: whose state of the adapter becomes part of the checkpoint.
+        tokenizer: whose vocabulary is compared with that of the expert's other workers.
+        data: a name for the rows and their order; the position of a checkpoint counts only for the same name.
         drain_s: seconds to wait for the last decision when it leaves.
         checkpoint_interval_s: longest time between two checkpoints.
-        wait: try again while Redis cannot be reached or has no experts at all, instead of failing.
+        wait: retry while Redis cannot be reached or has no experts at all, instead of failing.
 
     Raises:
-        FedMoEError: one sentence for whatever makes this worker useless: an unknown expert, another base model,
-            another adapter, a name that is taken, a full fine-tuning.
+        FedMoEError: one sentence that says why this worker cannot train: an unknown expert, another base model or
+            adapter, a name that is taken, a full fine-tuning.
     """
     settings = RedisSettings(url=redis) if isinstance(redis, str) else redis
     if not isinstance(settings, RedisSettings):

@@ -1,15 +1,15 @@
-"""One worker of one expert, from joining to leaving, whatever trains; below `fedmoe worker run` and `fedmoe.join`.
+"""One worker of one expert, from joining to leaving. `fedmoe worker run` and `fedmoe.join` are built on it.
 
     with Membership(redis, "sql_expert", "alice", state_dir=…) as member:
-        spec, meta = member.look()           # what is to be trained
-        member.claim(identity)               # this base model, under this name
-        member.begin(trainer, data=…)        # resumes, or pulls the expert into the trainer
+        spec, meta = member.look()           # what the expert is
+        member.claim(identity)               # take the name, with this base model
+        member.begin(trainer, data=…)        # resume, or pull the expert into the trainer
         while …:
-            member.exchange.boundary()       # corrections in, a copy out
+            member.exchange.boundary()       # add corrections, hand out a copy
             member.exchange.record(trainer.step())
         print(member.finish(drain_s))
 
-Everything before `begin` waits for Redis; nothing after it does.
+Every call up to `begin` waits for Redis. After it, only `finish` waits.
 """
 
 import logging
@@ -55,28 +55,29 @@ logger = logging.getLogger(__name__)
 
 
 class Resumes(Trains, Protocol):
-    """A trainer that can go on from a checkpoint."""
+    """A trainer that can resume from a checkpoint."""
 
     def load_state(self, state: Mapping[str, torch.Tensor], *, same_data: bool) -> None:
-        """Take over what `state` returned, in an earlier process; with other data, not what is about the data."""
+        """Restore what `state` returned in an earlier process; without `same_data`, not what belongs to the data."""
         ...
 
 
 class Membership:
-    """One worker of one expert; a context manager that takes leave at the end.
+    """One worker of one expert. A context manager: its end removes the heartbeat and records how the worker ended.
 
     Args:
-        expert, worker: whose update it is, and from whom; a worker's name is unique on its expert.
-        state_dir: for checkpoints, so that the next process goes on, and closed at the end; None: what is not decided
-            is lost with the process.
-        wait: try again while Redis cannot be reached or has no experts at all, instead of failing.
-        stop: ends the waiting.
+        expert, worker: their names; a worker's name is unique on its expert.
+        state_dir: directory for checkpoints, from which the next process resumes; closed at the end. None: undecided
+            updates are lost with the process.
+        wait: retry while Redis cannot be reached or has no experts at all, instead of failing.
+        stop: ends the retries.
         checkpoint_interval_s: longest time between two checkpoints.
-        report: where lines for people go.
+        report: called with each line for people.
 
     Attributes:
-        spec, identity: what is trained, once it is known. exchange, sync, thread: once it has begun.
-        is_done: the training has come to its end, which others may be told.
+        spec, identity: of the expert and of the base model here; None before `look` and `claim`.
+        exchange, sync, thread: set by `begin`.
+        is_done: the training has reached its own end; `fedmoe status` then shows the worker as finished.
     """
 
     exchange: Exchange
@@ -112,7 +113,7 @@ class Membership:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Take the heartbeat away and leave word how it ended, for `fedmoe status`."""
+        """Remove the heartbeat and record how the worker ended, for `fedmoe status`."""
         if self._has_joined and not isinstance(error, NameTakenError):  # else the heartbeat is another's
             how, reason = "finished" if self.is_done else "stopped", ""
             if error is not None and not isinstance(error, StoppedError):
@@ -121,17 +122,17 @@ class Membership:
             try:
                 self.store.leave(how, reason)
             except RedisUnavailableError:
-                logger.debug("the heartbeat could not be taken away, it expires by itself")
+                logger.debug("the heartbeat could not be removed; it expires by itself")
         if self._state_dir:
             self._state_dir.close()
 
     def look(self) -> tuple[Spec, Meta]:
-        """What the expert is, and its state, once this user is known to have all rights of a worker.
+        """Check the rights of this Redis user, then read the expert's spec and meta.
 
         Raises:
-            RedisUnfitError: naming all rights that are lacking.
-            UnknownExpertError: naming the experts there are.
-            ProtocolError: saying which side to upgrade.
+            RedisUnfitError: if rights of a worker are missing; names all of them.
+            UnknownExpertError: if there is no such expert; names those there are.
+            ProtocolError: if releases do not fit; names the side to upgrade.
         """
         self._joining.check_rights()
         self.spec = self._joining.spec()
@@ -165,13 +166,13 @@ class Membership:
         clock: Callable[[], float] = time.monotonic,
         exchange: Callable[..., Exchange] = Exchange,
     ) -> None:
-        """Put the checkpoint's adapter into the trainer, else the expert's; then sync and training can start.
+        """Put the adapter of the checkpoint, else the expert's weights, into the trainer; then training may start.
 
         Args:
-            trainer: whose adapter it is.
-            data: digest of the examples, so that a position in others is not gone on from.
-            source: what to call them.
-            training_fields: the training's part of the heartbeat.
+            trainer: owner of the adapter.
+            data: digest of the examples; the position of a checkpoint counts only for the same examples.
+            source: name of the examples in messages.
+            training_fields: returns the training's part of the heartbeat.
             max_length: that the examples were truncated to (tokens).
             clock: seconds, monotonic.
             exchange: where training and sync meet.
@@ -195,7 +196,7 @@ class Membership:
     def open_books(
         self, trainer: Resumes, spec: Spec, data: str, source: str = "the data"
     ) -> tuple[Ledger, Trained | None]:
-        """The ledger of the checkpoint if there is one, else a new run on the expert's present weights."""
+        """The ledger of the checkpoint, else of a new run that starts at the expert's present weights."""
         if saved := self._resume(trainer, spec, data, source):
             return saved
         # Before the pull: an update of an earlier run that is decided after it then is of an earlier incarnation.
@@ -241,11 +242,11 @@ class Membership:
         return saved.ledger, saved.trained
 
     def finish(self, drain_s: float, *, boundary: Callable[[], None] | None = None) -> str:
-        """Publish what is trained, wait at most drain_s for the decision, and say how it ended; from the training.
+        """Publish the rest, wait at most drain_s for the decision, and return how it ended; for the training thread.
 
         Args:
             drain_s: seconds.
-            boundary: called while it waits, instead of the exchange's.
+            boundary: called while it waits; the exchange's own by default.
 
         Raises:
             FedMoEError: one sentence, if something that was trained is lost.
@@ -291,7 +292,7 @@ class Membership:
         return f"what has no answer yet is kept in {self._state_dir.path}, and the next start sends it"
 
     def _lost(self) -> str:
-        """What is lost if the worker ends now and its last checkpoint does not hold all."""
+        """Which steps are lost if the worker ends now and its last checkpoint does not hold all."""
         sync = self.sync
         steps = self.exchange.steps_left
         if not sync.in_redis:
@@ -317,7 +318,7 @@ def wire(
     checkpoint_interval_s: float = 60.0,
     clock: Callable[[], float] = time.monotonic,
 ) -> Sync:
-    """The sync of a worker whose books are open, with its heartbeat and, if there is a state directory, checkpoints."""
+    """The sync of a worker whose ledger is open, with heartbeat and, given a state directory, checkpoints."""
     state_id = state_dir.id if state_dir else ""
     return Sync(
         store, ledger, exchange, spec,

@@ -52,22 +52,22 @@ class Sync:
     """The sync thread of one worker. Built by `producers.membership`.
 
     Args:
-        store: of this thread alone.
-        ledger, exchange: the books, and the meeting point with the training.
-        identity: of the base model here, to compare with what the expert has pinned.
+        store: used by this thread only.
+        ledger, exchange: the worker's books, and where it meets the training.
+        identity: of the base model here; compared with what the expert has pinned.
         data: digest of the examples.
         heart: writes the heartbeat. watch: looks for an aggregator.
         saver: writes checkpoints, one before each publication; None without a state directory.
-        outbox: where the first undecided update is on its way.
-        max_length: that the examples were truncated to (tokens); None: that of the ledger's rules.
-        checkpoint_interval_s: write a checkpoint after so long without a new update, whose checkpoint comes first.
-        drops_diverged: drop a training that could only be refused, instead of publishing it.
+        outbox: progress of the first undecided update.
+        max_length: tokens that the examples were truncated to; None: as the ledger's rules say.
+        checkpoint_interval_s: seconds without a new update after which a checkpoint is written all the same.
+        drops_diverged: drop progress whose norm exceeds the bound, instead of publishing it.
 
     Attributes:
-        unsaved: the training's state that belongs to the update whose checkpoint is not on disk yet.
-        failure: what made this worker useless, None for nothing.
-        saved: all that is not decided is in the last checkpoint.
-        has_ended: all that was trained is decided, and the sync was told to end.
+        unsaved: the training's state for the checkpoint that must precede the first update; None if it is on disk.
+        failure: the error that retries cannot mend; None while there is none.
+        saved: the last checkpoint holds every undecided update and all progress.
+        has_ended: the sync was told to end, and everything that was trained is decided.
     """
 
     def __init__(
@@ -124,12 +124,12 @@ class Sync:
         return len(self.ledger.queue) == 1 and self.outbox.entry is not None
 
     def finish(self, timeout_s: float) -> None:
-        """Publish what is trained, wait at most timeout_s for the decision, and end; the first call counts."""
+        """Publish the progress, wait at most timeout_s for the decision, and end; only the first call counts."""
         self.times.end_within(timeout_s, self._clock())
         self._wake.set()
 
     def run(self) -> None:
-        """The thread's body; ends after `finish`, or with `failure` set."""
+        """The body of the thread; ends after `finish`, or once `failure` is set."""
         while not self.has_ended:
             wait_s = self.attempt()
             if self.failure or self._clock() >= self.times.end_at:
@@ -139,22 +139,22 @@ class Sync:
                 self._wake.clear()
             elif wait_s > 0:
                 time.sleep(min(wait_s, 0.05))
-        # With another FedMoE the same worker can go on.
+        # After an upgrade the same worker can resume.
         can_go_on = self.failure is None or isinstance(self.failure, ProtocolError)
         if self._saver and not self.has_ended and can_go_on:
             self._save_last()
 
     def _save_last(self) -> None:
-        """The time is up and an update is undecided: keep it, and all that was trained since, on disk."""
+        """Write a last checkpoint: the time is up, and an update is undecided."""
         self.times.hurry_at = min(self.times.hurry_at, self._clock())
         state = self._copy(consume=False)
         assert state is not None  # it is too late to wait for the end of a step
         self.saved = self._save(state)
 
     def attempt(self) -> float:
-        """One turn; what goes wrong is noted, and the next one tries again. Returns the seconds to wait before it.
+        """One turn. An error is noted and the next turn retries; returns the seconds to wait before it.
 
-        `failure` is set by what trying again does not change.
+        An error that retries cannot mend becomes `failure`.
         """
         try:
             wait_s = self._turn()
@@ -179,7 +179,7 @@ class Sync:
         return 0.0 if self._clock() >= self.times.end_at else self._backoff.failed(error)
 
     def _note(self, source: str, problem: str) -> None:
-        """Note what is wrong with one thing that the worker needs; "" means: it is well (again)."""
+        """Note what is wrong with a source (sync, aggregator, disk); "" if nothing is."""
         if self._problems.get(source, "") == problem:
             return
         self._problems[source] = problem
@@ -188,7 +188,7 @@ class Sync:
             self._heart.hasten()
 
     def _turn(self) -> float:
-        """One step; returns the seconds to wait before the next. What needs no Redis comes first."""
+        """One turn; returns the seconds to wait before the next. Actions without Redis come first."""
         now = self._clock()
         reached = self._prepare(now)
         self._heart.beat(self.ledger, self.status)
@@ -201,7 +201,7 @@ class Sync:
         return self.ledger.queue[0].id if self.ledger.queue else None
 
     def _prepare(self, now: float) -> bool:
-        """The next step with training and disk; False if it must wait for a step boundary."""
+        """Perform the next action with training and disk; False if it must wait for a step boundary."""
         times = self.times
         todo = self.outbox.prepare(
             self._first,
@@ -218,7 +218,7 @@ class Sync:
         return True
 
     def _talk(self, now: float) -> float:
-        """The next step with Redis; returns the seconds to wait after it."""
+        """Perform the next action with Redis; returns the seconds to wait after it."""
         todo = self.outbox.talk(self._first)
         if todo is Talk.PULL:
             self._pull()
@@ -234,7 +234,7 @@ class Sync:
         return 0.0 if self.times.is_ending else min(self.times.update_at - now, LOOK_S)
 
     def _copy(self, *, consume: bool) -> TrainingState | None:
-        """A copy of the training's state, or None if it has not reached a step boundary yet: come back."""
+        """A copy of the training's state; None if the training has not reached a step boundary yet."""
         if not self._waiting_for_state:
             self._exchange.request(consume=consume)
             self._waiting_for_state = True
@@ -245,7 +245,7 @@ class Sync:
         return state
 
     def _make_update(self, now: float) -> bool:
-        """Make the training's progress the next update; False if it has not reached a boundary yet."""
+        """Turn the training's progress into the next update; False if it has not reached a boundary yet."""
         state = self._copy(consume=True)
         if state is None:
             return False
@@ -298,7 +298,7 @@ class Sync:
         return state is not None
 
     def _save(self, state: TrainingState) -> bool:
-        """Write a checkpoint; False if the disk does not take it. The worker lives on and says so."""
+        """Write a checkpoint; False if the disk refuses it, which the worker reports while it goes on."""
         assert self._saver is not None
         checkpoint = Checkpoint(
             ledger=self.ledger, local=state.local, optimizer=state.optimizer, trained=state.trained,
@@ -313,14 +313,14 @@ class Sync:
         return saved
 
     def _live_on(self) -> None:
-        """While the disk takes its time."""
+        """Keep the heartbeat going while the disk is slow."""
         assert self._saver is not None
         self._note("disk", self._saver.problem)
         with suppress(FedMoEError):
             self._heart.beat(self.ledger, self.status)
 
     def _announce(self, *, look: bool) -> float:
-        """Publish the first update of the queue; with `look`, only if it was not decided meanwhile."""
+        """Publish the first update of the queue; with `look`, check first that it was not decided meanwhile."""
         update = self.ledger.queue[0]
         if rest_s := self.pace.rest_s():
             return rest_s
@@ -333,7 +333,7 @@ class Sync:
         return self.pace.sent()
 
     def _poll(self) -> float:
-        """See what became of the first update."""
+        """Poll for the decision of the first update."""
         update = self.ledger.queue[0]
         assert self.outbox.entry is not None
         poll = self._store.poll(self.outbox.entry, update.header)
@@ -350,12 +350,12 @@ class Sync:
         return self.pace.rest_s()
 
     def _moved(self, poll: Poll) -> bool:
-        """True if Redis knows another head or lineage than the books, or went back."""
+        """True if Redis holds another head or lineage than the ledger, or an older version."""
         head, meta = poll.decided.id if poll.decided else None, self.ledger.meta
         return head != self.ledger.head or poll.lineage != meta.lineage or poll.version < meta.version
 
     def _pull(self, seen: str = "") -> None:
-        """Read the expert and one's own decision, settle the books, hand the correction to the training.
+        """Read the expert and the worker's own decision, settle the ledger, hand the correction to the training.
 
         `seen` is the weights' commit that a poll has just shown, "" if nobody has looked.
         """
@@ -382,14 +382,14 @@ class Sync:
             raise RefusedError(refusal)
 
     def _look_for_rules(self, now: float) -> None:
-        """Pull if an operator has changed the rules: with a long sync interval, the next pull is far away."""
+        """Pull if an operator changed the rules, since with a long sync interval the next pull is far away."""
         if not self.times.is_ending and now >= self.times.rules_at:
             self.times.rules_at = now + LOOK_FOR_RULES_S
             if self._store.rules() not in (None, self.ledger.meta.rules):
                 self._pull()
 
     def _follow_rules(self, before: RuleSet) -> None:
-        """Take over what an operator has changed since the last pull, and say so."""
+        """Adopt the rules that an operator changed since the last pull, and log them."""
         rules = self.ledger.meta.rules
         if rules == before:
             return

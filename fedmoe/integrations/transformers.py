@@ -3,7 +3,7 @@
     trainer = SFTTrainer(model, args, train_dataset=rows, peft_config=…, callbacks=[FedMoECallback(url, "sql_expert")])
     trainer.train()
 
-It joins when the training begins, goes along with each optimizer step, and leaves when the training ends.
+The callback joins when the training begins, reports each optimizer step, and leaves when the training ends.
 """
 
 import logging
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class FedMoECallback(TrainerCallback):  # type: ignore[misc]  # checkers do not read transformers
-    """Makes the Trainer that it is given to a worker of one expert.
+    """Makes a Trainer a worker of one expert.
 
     Args:
         redis: URL of the federation's Redis, or its settings.
@@ -30,11 +30,11 @@ class FedMoECallback(TrainerCallback):  # type: ignore[misc]  # checkers do not 
         name, state_dir, drain_s, wait: see `fedmoe.join`.
 
     Attributes:
-        member: of the training that runs; None before and after it.
+        member: of the current training; None before and after it.
 
     Raises:
-        SettingsError: when the training begins, if the Trainer trains full weights, several adapters, or in several
-            processes, or takes back what it trained (load_best_model_at_end).
+        SettingsError: when the training begins, if the Trainer trains full weights or several adapters, runs in several
+            processes, or would restore an older adapter at its end (load_best_model_at_end).
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class FedMoECallback(TrainerCallback):  # type: ignore[misc]  # checkers do not 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Join: the expert's present weights are then in the adapter."""
+        """Join: the adapter then holds the expert's present weights."""
         if self.member is not None:  # the training before failed
             logger.info("leaving the federation for the training before, which did not end")
             try:
@@ -90,7 +90,7 @@ class FedMoECallback(TrainerCallback):  # type: ignore[misc]  # checkers do not 
         self._hook = model.register_forward_pre_hook(self._count, with_kwargs=True)
 
     def _count(self, model: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
-        """Before each forward pass: the rows and the labels of the step under way."""
+        """Before each forward pass: count the rows and the labels of the current step."""
         ids, labels = inputs.get("input_ids"), inputs.get("labels")
         if not model.training or ids is None:
             return
@@ -102,7 +102,7 @@ class FedMoECallback(TrainerCallback):  # type: ignore[misc]  # checkers do not 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Tell of the step. Raises FedMoEError if this worker has become useless."""
+        """Report the step. Raises FedMoEError if this worker cannot go on."""
         assert self.member is not None
         rows = self._rows or args.train_batch_size * args.gradient_accumulation_steps
         tokens, self._rows, self._tokens = self._tokens, 0, 0
@@ -116,19 +116,19 @@ class FedMoECallback(TrainerCallback):  # type: ignore[misc]  # checkers do not 
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """The last loss that the Trainer has logged is the one that `fedmoe status` shows."""
+        """Keep the loss that the Trainer logged last; `fedmoe status` shows it."""
         self._loss = float((logs or {}).get("loss", self._loss))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Publish the rest, wait for the decision, and leave. Raises FedMoEError if something trained is lost."""
+        """Publish the rest, wait for the decision, and leave. Raises FedMoEError if steps are lost."""
         self._end(is_done=True)
 
     def leave(self) -> None:
-        """Leave after a training that failed or was interrupted; at the end of one, the callback leaves by itself.
+        """Leave after a training that failed or was interrupted; after any other the callback has left by itself.
 
-        Else it leaves when the program ends, or when the callback's next training begins.
+        Without this call it leaves when its next training begins, or when the program ends.
         """
         self._end(is_done=False)
 

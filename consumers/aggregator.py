@@ -69,14 +69,14 @@ class ExpertServer:
             if self._archive and settings.keep_updates_for_s
             else None
         )
-        self._lease = Lease(
+        self.lease = Lease(
             connection, self.store.keys.lease, holder=holder, ttl_ms=int(settings.lease_s * 1000)
         )
         self.problems = Problems(connection, self.store.keys.problem, holder=holder, clock=clock)
         self.retained = retained
         self.is_serving = False
         self._standing_by = False
-        self._reclaimed_at = 0.0
+        self.reclaimed_at = 0.0
         self._held_at = 0.0
         self.history = History()
         self.recovery = Recovery(self.store, holder=holder, archive=self._archive, clock=clock)
@@ -96,7 +96,7 @@ class ExpertServer:
                 self.is_serving = False
             except ProtocolError as error:
                 self.is_serving = False
-                self._lease.give_up()  # an aggregator that speaks this protocol can take it
+                self.lease.give_up()  # an aggregator that speaks this protocol can take it
                 stop.wait(backoff.failed(error) + self._settings.lease_s / 4)
             except RemovedExpertError as error:
                 logger.warning("%s", error)
@@ -116,7 +116,7 @@ class ExpertServer:
                     f"unexpected error, see the traceback in this aggregator's log: {error!r}"
                 )
                 stop.wait(backoff.failed(error))
-        self._lease.give_up()
+        self.lease.give_up()
 
     def turn(self, stop: threading.Event) -> bool:
         """Read once and commit; True if no entry was waiting."""
@@ -137,7 +137,7 @@ class ExpertServer:
             raise StaleStateError(f"{self.name}: the connection to Redis was opened again")
         entries = self._load() if not self.is_serving else []
         assert self.retained is not None
-        if not entries and self._is_time_to_reclaim():
+        if not entries and self.is_time_to_reclaim():
             entries = self._reclaim()
         if not entries:
             block_ms = 1 if self._settings.burst else self._settings.block_ms
@@ -145,7 +145,7 @@ class ExpertServer:
         self._look_for_block(entries)
         for first in range(0, len(entries), self._settings.batch):
             some = entries[first : first + self._settings.batch]
-            verdicts = self.retained.process(some, more=self._more(self._settings.batch - len(some)))
+            verdicts = self.retained.process(some, more=self.more(self._settings.batch - len(some)))
             if self._retention is not None:
                 self._retention.tend(self.retained)
             self._decided(sum(v.outcome in (Outcome.APPLIED, Outcome.REFUSED) for v in verdicts))
@@ -153,7 +153,7 @@ class ExpertServer:
 
     def _hold(self) -> bool:
         self._held_at = self._clock()
-        return self._lease.hold()
+        return self.lease.hold()
 
     def _keep_lease(self) -> None:
         """Renew the lease during a batch: large updates can outlast it, and a standby would then repeat the work.
@@ -165,9 +165,9 @@ class ExpertServer:
 
     def _look_for_block(self, entries: Sequence[Entry]) -> None:
         if any(entry.ms >= BLOCKING_MS for entry in entries):
-            self._reclaimed_at = -math.inf  # check for a blocked stream at the next turn
+            self.reclaimed_at = -math.inf  # check for a blocked stream at the next turn
 
-    def _more(self, room: int) -> Callable[[], Sequence[Entry]]:
+    def more(self, room: int) -> Callable[[], Sequence[Entry]]:
         """Return a function that reads new entries without waiting, at most `room` in all.
 
         It stops after a quarter of the lease, so that the first worker of the batch does not wait too long.
@@ -212,16 +212,16 @@ class ExpertServer:
             )
         return self._reclaim()
 
-    def _is_time_to_reclaim(self) -> bool:
+    def is_time_to_reclaim(self) -> bool:
         """Reclaim once per lease duration, so that a dead aggregator delays no update by more than that."""
-        return self._clock() - self._reclaimed_at > self._settings.lease_s
+        return self._clock() - self.reclaimed_at > self._settings.lease_s
 
     def _reclaim(self) -> list[Entry]:
         """Claim entries that were read but never committed, including those of a former lease holder.
 
         First check for a changed or emptied Redis and for a blocked stream, which no reply reports.
         """
-        self._reclaimed_at = self._clock()
+        self.reclaimed_at = self._clock()
         expert = self.retained
         assert expert is not None
         meta, n_decided = expert.meta, len(expert.decided)

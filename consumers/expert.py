@@ -36,7 +36,7 @@ from fedmoe.util.software import software
 logger = logging.getLogger(__name__)
 
 More = Callable[[], Sequence[Entry]]
-MOST_WARNINGS = 256  # of `_warn_once`; a bound, because entries may use any number of worker names
+MOST_WARNINGS = 256  # of `warn_once`; a bound, because entries may use any number of worker names
 HEADERS_AT_ONCE = 16  # each header may take 256 KiB
 
 
@@ -69,14 +69,14 @@ class Expert:
         self._aggregator = aggregator
         self.archive = archive
         self.history = history or History()
-        self._before_each = before_each
+        self.before_each = before_each
         self._clock = clock
         # Weights of the last load or commit, and the newest weights: the same buffer until an update is folded.
         self.buffer = self._folded = AdapterBuffer(spec.layout)
         # Targets of the next folds; the second spare takes memory only once a batch applies more than one update.
         self._spares = [AdapterBuffer(spec.layout), AdapterBuffer(spec.layout)]
         self._scratch = torch.empty(scratch_values(spec.layout.numel))
-        self._warned: set[str] = set()
+        self.warned: set[str] = set()
 
     def load(self) -> Loaded:
         """Load the state from Redis. Raises like ExpertStore.load; SpecError if the weights do not fit the spec."""
@@ -148,7 +148,7 @@ class Expert:
             verdicts += self._decide_all(entries, commit)
             entries = more() if self._folded is not self.buffer else ()
         if commit.entries or self.is_behind:
-            self._commit(commit)
+            self.commit(commit)
         return verdicts
 
     def _decide_all(self, entries: Sequence[Entry], commit: Commit) -> list[Verdict]:
@@ -158,7 +158,7 @@ class Expert:
             bells = [bell for _, bell in some if isinstance(bell, Doorbell)]
             headers = dict(zip(bells, self.store.headers([bell.update for bell in bells]), strict=True))
             for entry, announced in some:
-                self._before_each()
+                self.before_each()
                 commit.entries.append(entry.id)
                 match announced:
                     case Garbage(reason=reason):
@@ -168,11 +168,12 @@ class Expert:
                         if self._speaks_our_protocol(worker, beat.protocol):
                             self._pin(BaseIdentity.from_beat(beat), worker)
                     case Doorbell() as bell:
-                        if verdict := self._decide(bell, headers[bell], entry, commit):
+                        if verdict := self.decide(bell, headers[bell], entry, commit):
                             verdicts.append(verdict)
         return verdicts
 
-    def _commit(self, commit: Commit) -> None:
+    def commit(self, commit: Commit) -> None:
+        """Write all that was decided, in one transaction on top of the loaded state; StaleStateError if it moved."""
         is_new = self._folded is not self.buffer
         meta = self.next_meta(new_weights=is_new)
         if is_new:
@@ -188,7 +189,8 @@ class Expert:
                 line["loss"],
             )  # fmt: skip
 
-    def _decide(self, bell: Doorbell, raw: bytes, entry: Entry, commit: Commit) -> Verdict | None:
+    def decide(self, bell: Doorbell, raw: bytes, entry: Entry, commit: Commit) -> Verdict | None:
+        """Decide one entry, whose header is `raw`, and note it in the commit; None if the header is garbage."""
         if not raw:
             return self._undecidable(bell, Verdict(Outcome.UNDECIDABLE, "its header is missing"))
         try:
@@ -196,7 +198,7 @@ class Expert:
             if (header.run, header.seq) != (bell.run, bell.seq):
                 raise UpdateError("the header is that of another update")
         except ForeignHeaderError as error:
-            self._warn_once(f"updates of worker {bell.worker} cannot be read: {error}")
+            self.warn_once(f"updates of worker {bell.worker} cannot be read: {error}")
             self.meta = replace(self.meta, undecidable=self.meta.undecidable + 1)
             return Verdict(Outcome.UNDECIDABLE, str(error))
         except UpdateError as error:
@@ -332,16 +334,16 @@ class Expert:
         if named == str(records.PROTOCOL):
             return True
         is_later = named.isdecimal() and len(named) < 10 and int(named) > records.PROTOCOL
-        self._warn_once(
+        self.warn_once(
             f"worker {worker} speaks protocol {named[:20]} and this aggregator protocol {records.PROTOCOL}: "
             f"upgrade the FedMoE of {'this aggregator' if is_later else 'that worker'}"
         )
         return False
 
-    def _warn_once(self, text: str) -> None:
+    def warn_once(self, text: str) -> None:
         """Log a warning about a worker's unreadable records, but each text only once."""
-        if text not in self._warned and len(self._warned) < MOST_WARNINGS:
-            self._warned.add(text)
+        if text not in self.warned and len(self.warned) < MOST_WARNINGS:
+            self.warned.add(text)
             logger.warning("%s: %s", self.store.name, text)
 
     def _pin(self, identity: BaseIdentity, worker: str) -> None:  # pins only unpinned components

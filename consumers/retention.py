@@ -28,7 +28,7 @@ class Retention:
         self._archive = archive
         self._keep_s = keep_s
         self._clock = clock
-        self._doomed: list[Path] = []
+        self.expired: list[Path] = []
         self._next_at = 0.0
 
     def tend(self, expert: Expert) -> None:
@@ -37,7 +37,7 @@ class Retention:
         Call this right after a commit. A disk error is logged, and serving continues.
         """
         try:
-            if self._doomed:
+            if self.expired:
                 self._remove_some()
             elif self._clock() >= self._next_at:
                 self._look(expert)
@@ -51,7 +51,7 @@ class Retention:
 
     def _look(self, expert: Expert) -> None:
         now, every = self._clock(), self._keep_s / ANCHORS
-        self._doom(now - self._keep_s)  # first, because the removals may make room for the weights
+        self.mark_expired(now - self._keep_s)  # first, because the removals may make room for the weights
         newest = max((anchor.at for anchor in self._archive.anchors().values()), default=float("-inf"))
         if now - newest >= every:
             if not self._keep_weights(expert, now):
@@ -85,7 +85,7 @@ class Retention:
         )
         return True
 
-    def _doom(self, until: float) -> None:
+    def mark_expired(self, until: float) -> None:
         """List for removal the files that a replay from the newest anchor before `until` does not need."""
         anchors = self._archive.anchors()
         first = next(
@@ -94,19 +94,19 @@ class Retention:
         if first is None:
             return
         # A replay starts at the oldest anchor, so earlier anchors are removed before their updates.
-        self._doomed = [file for file, anchor in anchors.items() if anchor.at < first.at]
+        self.expired = [file for file, anchor in anchors.items() if anchor.at < first.at]
         needed = {anchor.weights + WEIGHTS_SUFFIX for anchor in anchors.values() if anchor.at >= first.at}
         old = self._archive.kept_before(first.at - min(MARGIN_S, self._keep_s / 10))
-        self._doomed += [file for file in old if file.name not in needed]
-        if self._doomed:
+        self.expired += [file for file in old if file.name not in needed]
+        if self.expired:
             logger.info(
                 "%s: removing %d files from before version %d",
                 self._archive.directory,
-                len(self._doomed),
+                len(self.expired),
                 first.version,
             )
 
     def _remove_some(self) -> None:
-        for file in self._doomed[:AT_ONCE]:
+        for file in self.expired[:AT_ONCE]:
             file.unlink(missing_ok=True)
-        del self._doomed[:AT_ONCE]
+        del self.expired[:AT_ONCE]

@@ -135,7 +135,7 @@ class Exchange:
                 self._trainer.adopt(self._settings)
                 self._settings = None
             while self._changes:
-                self._apply(self._changes[0])  # stays in the queue if memory runs out
+                self.apply_change(self._changes[0])  # stays in the queue if memory runs out
                 self._changes.popleft()
             self._copy_if_wanted()
 
@@ -160,7 +160,8 @@ class Exchange:
             self._trained = Trained()
         self._ready.set()
 
-    def _apply(self, change: Change) -> None:
+    def apply_change(self, change: Change) -> None:
+        """Add a correction to the adapter, or replace the adapter by it."""
         flat = self._trainer.flat
         if change.correction is not None:
             correction = change.correction.to(flat.device)

@@ -90,7 +90,7 @@ class Trainer:
         self.flat = flat
         self.position = position
         self.skipped = 0
-        self._model = model
+        self.model = model
         self._examples = examples
         self._pad_id = pad_id
         own = {"batch_size": batch_size, "accumulate": accumulate}
@@ -161,7 +161,7 @@ class Trainer:
         total = torch.zeros((), device=self._device)
         for numbers, batch in zip(batches, made, strict=True):
             try:
-                loss = completion_loss(self._model, batch, device=self._device, autocast=self._autocast)
+                loss = completion_loss(self.model, batch, device=self._device, autocast=self._autocast)
                 torch.autograd.backward(loss / n_tokens)
                 total += loss.detach()
             except Exception as error:

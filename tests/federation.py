@@ -206,7 +206,7 @@ def serving(
     settings = AggregatorSettings(lease_s=lease_s, block_ms=block_ms, keep_updates=keep_updates, burst=burst)
     server = ExpertServer(connection, expert, settings, holder=holder, retained=memory)
     if not release:
-        server._lease.release = lambda: None  # type: ignore[method-assign]
+        server.lease.release = lambda: None  # type: ignore[method-assign]
     stop = threading.Event()
     thread = threading.Thread(target=server.run, args=(stop,))
     thread.start()

@@ -68,19 +68,20 @@ class Encoder:
             raise RowError("it has reasoning both in its answer (</think>) and in a field or part of its own")
         prompt, lead, end = self._template.write(turns, tools)
         answer = _join_reasoning(prompt, lead, text) + end
-        prompt_ids = first_tokens(self._ids, prompt, max_length)
+        prompt_ids = first_tokens(self.token_ids, prompt, max_length)
         if len(prompt_ids) >= max_length:
             raise NoRoomError(f"its prompt leaves no room for the answer (max_length {max_length} tokens)")
-        both = first_tokens(self._ids, prompt + answer, max_length)
+        both = first_tokens(self.token_ids, prompt + answer, max_length)
         # The joint text is tokenized first, because some tokenizers put a space in front of each text. But at inference
         # no token crosses the border; if one does, the answer is tokenized alone.
         joint = both[: len(prompt_ids)] == prompt_ids
-        answer_ids = both[len(prompt_ids) :] if joint else first_tokens(self._ids, answer, max_length)
+        answer_ids = both[len(prompt_ids) :] if joint else first_tokens(self.token_ids, answer, max_length)
         if not prompt_ids or not answer_ids:
             raise RowError("its prompt or its answer has no tokens")
         return prompt_ids, answer_ids
 
-    def _ids(self, text: str) -> list[int]:
+    def token_ids(self, text: str) -> list[int]:
+        """The ids of a text, without special tokens added."""
         ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids
         return ids
 

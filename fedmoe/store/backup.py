@@ -154,7 +154,7 @@ class BackupStore:
                     _refuse(there, name, state)
                 pipe.multi()
                 pipe.unlink(*keys)  # also a meta hash that says that an operator removed the expert
-                self._queue(pipe, name, state, commit, packed)
+                self.queue(pipe, name, state, commit, packed)
                 if execute(pipe) is None:
                     continue
                 self._redis.hset(self.keys.experts, name, gateway_weight)
@@ -163,7 +163,8 @@ class BackupStore:
             f"commits to {name} abort its replacement each time: stop its aggregator, restore, and start it again"
         )
 
-    def _queue(self, pipe: Any, name: str, state: ExpertState, commit: str, packed: bytes | None) -> None:
+    def queue(self, pipe: Any, name: str, state: ExpertState, commit: str, packed: bytes | None) -> None:
+        """Queue the commands of a restore."""
         keys = self.keys.expert(name)
         pipe.set(keys.spec, state.spec)
         pipe.set(keys.weights, stamped(state.weights, commit))

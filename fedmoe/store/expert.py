@@ -296,9 +296,9 @@ class ExpertStore(ExpertLifecycle):
         Raises StaleStateError if the expert's head is not `commit.on`, or the connection was reopened.
         """
         with self.connection.errors(), self._redis.pipeline(transaction=True) as pipe:
-            present = self._check_head(pipe, commit)
+            present = self.check_head(pipe, commit)
             pipe.multi()
-            self._queue(pipe, commit, present)
+            self.queue(pipe, commit, present)
             try:
                 done = execute(pipe) is not None
             except redis.RedisError as error:
@@ -308,7 +308,7 @@ class ExpertStore(ExpertLifecycle):
             if not done:
                 raise StaleStateError(f"{self.name}: another process committed meanwhile")
 
-    def _check_head(self, pipe: Any, commit: Commit) -> dict[str, int]:
+    def check_head(self, pipe: Any, commit: Commit) -> dict[str, int]:
         """WATCH the keys of a commit, check head and types; returns key -> bytes of values it can write in place."""
         keys = self.keys
         found = places(self._redis, {keys.weights: commit.weights, keys.packed: commit.packed})
@@ -326,12 +326,13 @@ class ExpertStore(ExpertLifecycle):
     def _commit_to_full(self, pipe: Any, commit: Commit) -> bool:
         """Repeat a commit that a full Redis has refused: it frees the memory of the decided updates."""
         logger.warning("%s: Redis is full: committing beyond its limit to free memory", self.name)
-        present = self._check_head(pipe, commit)
+        present = self.check_head(pipe, commit)
         queued = self._redis.pipeline(transaction=True)
-        self._queue(queued, commit, present)
+        self.queue(queued, commit, present)
         return transact(pipe, self.keys.meta, commit.on, [words for words, _ in queued.command_stack])
 
-    def _queue(self, pipe: Any, commit: Commit, present: Mapping[str, int]) -> None:
+    def queue(self, pipe: Any, commit: Commit, present: Mapping[str, int]) -> None:
+        """Queue the commands of a commit."""
         keys = self.keys
         for key, value in ((keys.weights, commit.weights), (keys.packed, commit.packed)):
             if value is not None:

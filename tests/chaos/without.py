@@ -14,7 +14,7 @@ def _no_commit_check() -> None:
         pipe.watch(store.keys.meta)
         return {}
 
-    ExpertStore._check_head = unchecked  # type: ignore[method-assign]
+    ExpertStore.check_head = unchecked  # type: ignore[method-assign]
 
 
 def _no_prev() -> None:

@@ -96,7 +96,7 @@ def h23_rules_changed_between_two_updates(world: World) -> None:
 
     expert = a0.server.retained
     assert expert
-    expert._before_each = change_before_the_second
+    expert.before_each = change_before_the_second
     a0.turn(3)
     expect(world.meta.rules.number == 2, "the operator's change was overwritten")
     world.settle(a0, alice, bob)
@@ -206,14 +206,14 @@ def h11_entry_id_given_twice(world: World) -> None:
 def before_commit(expert: Expert | None, action: Callable[[], None]) -> None:
     """Call `action` after the expert has decided its next batch, before the first request of the commit."""
     assert expert
-    commit = expert._commit
+    commit = expert.commit
 
     def paused(batch: object) -> None:
-        expert._commit = commit  # type: ignore[method-assign]
+        expert.commit = commit  # type: ignore[method-assign]
         action()
         commit(batch)  # type: ignore[arg-type]
 
-    expert._commit = paused  # type: ignore[method-assign, assignment]
+    expert.commit = paused  # type: ignore[method-assign, assignment]
 
 
 def h12_group_was_lost(world: World) -> None:

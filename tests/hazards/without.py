@@ -107,7 +107,7 @@ def connect_uncounted(connection: Connection, client: Any) -> None:
 class TrustsEntries(Expert):
     """`prev` and `base_version` are read from the stream entry, if it has them."""
 
-    def _decide(self, bell: Doorbell, raw: bytes, entry: Entry, commit: Commit) -> Verdict | None:
+    def decide(self, bell: Doorbell, raw: bytes, entry: Entry, commit: Commit) -> Verdict | None:
         def judge(
             header: Header, head: Decided | None, meta: Meta, spec: Spec, workers: int
         ) -> Verdict | Admission:
@@ -119,14 +119,14 @@ class TrustsEntries(Expert):
             return judge_header(header, head, meta, spec, workers)
 
         with patch.object(consumers.expert, "judge_header", judge):
-            return super()._decide(bell, raw, entry, commit)
+            return super().decide(bell, raw, entry, commit)
 
 
 class RefusesWhatIsNotWhole(Expert):
     """A missing or damaged header or part is a reason to refuse."""
 
-    def _decide(self, bell: Doorbell, raw: bytes, entry: Entry, commit: Commit) -> Verdict | None:
-        verdict = super()._decide(bell, raw, entry, commit)
+    def decide(self, bell: Doorbell, raw: bytes, entry: Entry, commit: Commit) -> Verdict | None:
+        verdict = super().decide(bell, raw, entry, commit)
         if not verdict or verdict.outcome is not Outcome.UNDECIDABLE:
             return verdict
         if not verdict.reason.endswith(("missing", "damaged")):

@@ -152,18 +152,18 @@ def test_more_notices_a_blocked_stream_and_does_not_outstay_the_lease(connection
     server = ExpertServer(
         connection, "sql_expert", AggregatorSettings(lease_s=4.0), holder="h", clock=lambda: now
     )
-    server._reclaimed_at = now
+    server.reclaimed_at = now
     key = expert.store.keys.updates
     for number in range(3):
         connection.client.xadd(key, {"junk": number})
-    more = server._more(2)
+    more = server.more(2)
     assert len(more()) == 2
     assert not more()
-    assert not server._is_time_to_reclaim()
+    assert not server.is_time_to_reclaim()
     connection.client.xadd(key, {"junk": 3}, id=f"{2**64 - 1}-{2**64 - 1}")
-    assert len(server._more(9)()) == 2
-    assert server._is_time_to_reclaim()
-    late = server._more(9)
+    assert len(server.more(9)()) == 2
+    assert server.is_time_to_reclaim()
+    late = server.more(9)
     now += 1.1
     assert not late()
 
@@ -182,7 +182,7 @@ def test_long_batch_keeps_its_lease(connection: Connection) -> None:
     workers = [ScriptedWorker(connection, small_spec(), name) for name in ("a", "b", "c")]
     for worker in workers:
         worker.push(1.0)
-    stop, decide, left = threading.Event(), Expert._decide, []
+    stop, decide, left = threading.Event(), Expert.decide, []
 
     def slowly(self: Expert, *rest: object) -> object:
         nonlocal now
@@ -195,7 +195,7 @@ def test_long_batch_keeps_its_lease(connection: Connection) -> None:
 
     thief = False
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Expert, "_decide", slowly)
+        patch.setattr(Expert, "decide", slowly)
         server.turn(stop)
         assert connection.client.hget(keys.meta, "version") == b"3"
         assert min(left[1:]) > ttl / 2

@@ -214,13 +214,13 @@ def test_somebody_else_may_create_the_expert_meanwhile(
     make(connection)
     backup = backed_up(connection, tmp_path / "b")
     connection.client.flushall()
-    other, queue = connect(), BackupStore._queue
+    other, queue = connect(), BackupStore.queue
 
     def create_then_queue(self: BackupStore, *rest: Any) -> None:
         make_expert(other)
         queue(self, *rest)
 
-    monkeypatch.setattr(BackupStore, "_queue", create_then_queue)
+    monkeypatch.setattr(BackupStore, "queue", create_then_queue)
     with pytest.raises(BackupError, match="in Redis already, at version 0"):
         restore(BackupStore(connection), backup)
     assert GatewayStore(connection).meta(NAME).version == 0
@@ -233,7 +233,7 @@ def test_commits_that_come_faster_than_the_replacement(
     """It tries again until one gets through, and gives up with a sentence; what is there stays whole."""
     make(connection)
     backup = backed_up(connection, tmp_path / "b")
-    other, queue, left = connect(), BackupStore._queue, [3]
+    other, queue, left = connect(), BackupStore.queue, [3]
 
     def commit_then_queue(self: BackupStore, *rest: Any) -> None:
         if left[0]:
@@ -241,7 +241,7 @@ def test_commits_that_come_faster_than_the_replacement(
             other.client.hset("fedmoe:{sql_expert}:meta", "commit", f"other-{left[0]}")
         queue(self, *rest)
 
-    monkeypatch.setattr(BackupStore, "_queue", commit_then_queue)
+    monkeypatch.setattr(BackupStore, "queue", commit_then_queue)
     restore(BackupStore(connection), backup, replace=True)
     assert left == [0]
     assert not GatewayStore(connection).meta(NAME).commit.startswith("other")

@@ -103,7 +103,7 @@ def test_rival_between_check_and_script_is_noticed(
     ScriptedWorker(connection, expert.spec).push(1.0)
     entries = expert.store.read(block_ms=1, count=10)
     full()
-    queue, calls = expert.store._queue, []
+    queue, calls = expert.store.queue, []
 
     def slow_queue(*arguments: object) -> None:
         calls.append(1)
@@ -111,7 +111,7 @@ def test_rival_between_check_and_script_is_noticed(
             assert rival.process(rival.store.reclaim())
         queue(*arguments)  # type: ignore[arg-type]
 
-    expert.store._queue = slow_queue  # type: ignore[method-assign, assignment]
+    expert.store.queue = slow_queue  # type: ignore[method-assign, assignment]
     with pytest.raises(StaleStateError):
         expert.process(entries)
     rival.load()

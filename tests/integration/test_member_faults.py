@@ -191,13 +191,13 @@ def test_interrupt_waits_for_the_end_of_a_boundary(monkeypatch: pytest.MonkeyPat
     trainer = Counter(torch.zeros(4))
     exchange = Exchange(trainer, with_optimizer=False, abandons=False)
     exchange.correct(Change(correction=torch.ones(4)))
-    apply = Exchange._apply
+    apply = Exchange.apply_change
 
     def interrupted(self: Exchange, change: Change) -> None:
         apply(self, change)
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(Exchange, "_apply", interrupted)
+    monkeypatch.setattr(Exchange, "apply_change", interrupted)
     monkeypatch.setattr(signal, "getsignal", lambda _: signal.default_int_handler)
     from fedmoe.util.stopping import without_interrupt
 
@@ -211,7 +211,7 @@ def test_interrupt_waits_for_the_end_of_a_boundary(monkeypatch: pytest.MonkeyPat
             boundary()
     finally:
         signal.signal(signal.SIGINT, before)
-    monkeypatch.setattr(Exchange, "_apply", apply)
+    monkeypatch.setattr(Exchange, "apply_change", apply)
     exchange.boundary()
     assert torch.equal(trainer.flat, torch.ones(4))
 

@@ -121,8 +121,8 @@ def test_joining_worker_of_another_protocol_pins_nothing_and_is_said_once(
 def test_warnings_that_are_said_once_are_bounded(connection: Connection, expert: Expert) -> None:
     """Whoever may write under any name cannot make memory grow."""
     for number in range(1000):
-        expert._warn_once(f"worker {number}")
-    assert len(expert._warned) < 300
+        expert.warn_once(f"worker {number}")
+    assert len(expert.warned) < 300
 
 
 @pytest.mark.parametrize("raises", LATER)

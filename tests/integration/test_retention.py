@@ -115,8 +115,8 @@ def test_whatever_was_removed_when_it_was_killed_the_rest_replays(kept: Kept) ->
     for _ in range(8):
         kept.day(updates=3)
     kept.now += 7 * DAY
-    kept.retention._doom(kept.now - 7 * DAY)
-    doomed = kept.retention._doomed
+    kept.retention.mark_expired(kept.now - 7 * DAY)
+    doomed = kept.retention.expired
     assert len(doomed) > 20
     for file in doomed:
         file.unlink()

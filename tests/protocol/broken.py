@@ -80,7 +80,7 @@ class TornLoad(ExpertStore):
 
 
 def _take_off(store: ExpertStore, entries: list[str]) -> None:
-    pipe = store._redis.pipeline(transaction=True)
+    pipe = store.connection.client.pipeline(transaction=True)
     pipe.xack(store.keys.updates, "aggregator", *entries)
     pipe.xdel(store.keys.updates, *entries)
     pipe.execute()
@@ -89,9 +89,9 @@ def _take_off(store: ExpertStore, entries: list[str]) -> None:
 class BareRemoval(Expert):
     """Duplicates and undecidable entries are removed without a commit."""
 
-    def _commit(self, commit: Commit) -> None:
+    def commit(self, commit: Commit) -> None:
         if commit.decided or commit.dead:
-            super()._commit(commit)
+            super().commit(commit)
         else:
             _take_off(self.store, commit.entries)
 
@@ -99,8 +99,8 @@ class BareRemoval(Expert):
 class DuplicateDecides(Expert):
     """A duplicate is noted as the worker's last decision."""
 
-    def _decide(self, bell: Doorbell, raw: bytes, entry: Entry, commit: Commit) -> Verdict | None:
-        verdict = super()._decide(bell, raw, entry, commit)
+    def decide(self, bell: Doorbell, raw: bytes, entry: Entry, commit: Commit) -> Verdict | None:
+        verdict = super().decide(bell, raw, entry, commit)
         if verdict and verdict.outcome is Outcome.DUPLICATE:
             head = replace(self.decided[bell.worker], how="duplicate")
             self.decided[bell.worker] = commit.decided[bell.worker] = head
@@ -109,7 +109,7 @@ class DuplicateDecides(Expert):
 
 def _torn_pull(store: WorkerStore, spec: Spec, *, known: str) -> Pulled:
     """Weights and one's own decision are read one after the other."""
-    weights = values_of(spec.layout, store._redis.get(store.keys.weights)).clone()
+    weights = values_of(spec.layout, store.connection.client.get(store.keys.weights)).clone()
     pulled = pull(store, spec, known=known)
     return replace(pulled, weights=weights if pulled.weights is not None else None)
 
@@ -160,7 +160,7 @@ def change_in_place(store: ExpertStore, settings: Mapping[str, Any], *, clock: o
     """The new rules, and the old commit id."""
     meta = store.condition().meta
     assert meta is not None
-    pipe = store._redis.pipeline(transaction=True)
+    pipe = store.connection.client.pipeline(transaction=True)
     pipe.hset(store.keys.meta, mapping={"rules": meta.rules.changed(settings).to_json()})
     pipe.execute()
 

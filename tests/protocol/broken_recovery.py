@@ -35,7 +35,7 @@ class RescuesWithTheLease(ExpertServer):
     """Who has not the lease writes nothing back."""
 
     def rescue(self, expert: Expert) -> None:
-        if self._lease.hold():
+        if self.lease.hold():
             super().rescue(expert)
 
 

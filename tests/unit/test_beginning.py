@@ -85,13 +85,13 @@ def test_a_row_of_three_megabytes_is_truncated_before_it_is_tokenized(
 ) -> None:
     """Its answer is cut as ever, and its prompt skips it; neither is tokenized whole."""
     sizes: list[int] = []
-    ids = Encoder._ids
+    ids = Encoder.token_ids
 
     def counted(self: Encoder, text: str) -> list[int]:
         sizes.append(len(text))
         return ids(self, text)
 
-    monkeypatch.setattr(Encoder, "_ids", counted)
+    monkeypatch.setattr(Encoder, "token_ids", counted)
     text = json.dumps({"prompt": question, "completion": answer})
     encoder = Encoder(tiny_tokenizer())
     made = encode_row(Record(0, 1, text), Path("rows.jsonl"), encoder, max_length=64, learn="all")

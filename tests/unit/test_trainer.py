@@ -80,7 +80,7 @@ def train(trainer: Trainer, steps: int) -> list[float]:
 def test_the_loss_falls_and_the_base_stays(config: PretrainedConfig) -> None:
     """On three architectures, one of them with dropout in its config, which must not act."""
     trainer = make_trainer(config)
-    model = trainer._model
+    model = trainer.model
     frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
     losses = train(trainer, 30)
     assert sum(losses[-4:]) < 0.7 * sum(losses[:4])
@@ -233,7 +233,7 @@ def test_bf16_autocast_trains_an_fp32_adapter() -> None:
 def test_a_model_that_does_not_train_exactly_flat_is_refused() -> None:
     """A parameter elsewhere, or values of `flat` that no parameter has: a mistake in the program."""
     trainer = make_trainer()
-    model, flat = trainer._model, trainer.flat
+    model, flat = trainer.model, trainer.flat
     options: dict[str, Any] = {
         "examples": EXAMPLES,
         "pad_id": 0,

@@ -12,7 +12,7 @@ from producers.ledger import Change, Ledger
 logger = logging.getLogger(__name__)
 
 
-def told(status: SyncStatus, change: Change, ledger: Ledger, steps: int) -> SyncStatus:
+def status_after(status: SyncStatus, change: Change, ledger: Ledger, steps: int) -> SyncStatus:
     """Log the meaning of a change; return the status after it. `steps` were in no update before the change."""
     if change.how is not None:
         refused = change.how.how == "refused"

@@ -34,7 +34,7 @@ from producers.checkpoint import Checkpoint
 from producers.exchange import Exchange, TrainingState
 from producers.heartbeat import SyncStatus
 from producers.ledger import Change, Ledger, Trained
-from producers.news import change_of_rules, has_diverged, told
+from producers.news import change_of_rules, has_diverged, status_after
 from producers.outbox import Outbox, Prepare, Talk
 from producers.pace import Pace, Timetable
 from producers.ports import Heart, Saves, Watch
@@ -369,7 +369,7 @@ class Sync:
         self._exchange.correct(change)
         self.outbox = self.outbox.pulled()
         self.pace.moved_on()
-        self.status = told(self.status, change, self.ledger, steps)
+        self.status = status_after(self.status, change, self.ledger, steps)
         self._follow_rules(rules)
 
     def _check_still_welcome(self, meta: Meta) -> None:

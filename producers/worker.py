@@ -1,6 +1,6 @@
-"""A worker: pull the expert, fine-tune on private rows, publish updates, again and again.
+"""The worker of `fedmoe worker run`: prepare base model and rows, join by a `Membership`, train until stopped.
 
-The main thread trains; the sync thread (producers/sync.py) alone talks to Redis, so training never waits for it.
+The main thread trains; the sync thread (producers/sync.py) talks to Redis, so training never waits for it.
 """
 
 import logging

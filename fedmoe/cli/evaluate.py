@@ -47,6 +47,7 @@ def evaluate(
     from fedmoe.store.gateway import GatewayStore
     from fedmoe.tools.evaluate import format_table
     from fedmoe.tools.heldout import measure
+    from fedmoe.util.disk import write_whole
 
     store = GatewayStore(Connection(redis))
     measured = measure(store, wanted, report=lambda line: click.echo(line, err=True))
@@ -56,7 +57,7 @@ def evaluate(
         return
     click.echo(format_table(measured.loss))
     if json_file is not None:
-        Path(json_file).write_text(text, encoding="utf-8")
+        write_whole(Path(json_file), text.encode())
 
 
 def _parse_adapter(text: str) -> tuple[str, Path]:

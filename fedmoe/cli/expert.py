@@ -129,7 +129,7 @@ def set_rules(ctx: click.Context, /, redis: RedisSettings, name: str, **rules: A
         if ctx.get_parameter_source(rule) is not click.core.ParameterSource.COMMANDLINE:
             raise SettingsError(
                 f"{rule} comes from the environment or the configuration file: name the rules to change on the command "
-                "line; otherwise each change would also change {rule}"
+                f"line; otherwise each change would also change {rule}"
             )
     if not wanted:
         raise SettingsError(

@@ -5,7 +5,7 @@ A record is a frozen dataclass of texts and numbers. When it is read,
     a field                       must be present; its default serves only code that makes a record
     a field that is `optional`    may be missing: an earlier release did not write it, or it was empty
     a field that the class lacks  was written by a later release, and is left alone
-    `requires`                    names the features needed to read the record correctly (see `protocol.features`)
+    `requires`                    names the features needed to read the record correctly (see fedmoe.protocol.features)
 
 So a release adds an optional field, and names a feature in `requires` only if an earlier release would misread the
 record without it.

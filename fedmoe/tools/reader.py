@@ -62,7 +62,7 @@ class Adapter:
         write(directory, self._export, force=force)
 
 
-class Expert:
+class ExpertReader:
     """One expert of a federation."""
 
     def __init__(self, store: GatewayStore, name: str) -> None:
@@ -118,9 +118,9 @@ class FederationReader:
         """The experts and their gateway weights, by name."""
         return self._store.experts()
 
-    def expert(self, name: str) -> Expert:
+    def expert(self, name: str) -> ExpertReader:
         """One expert, even if it does not exist yet."""
-        return Expert(self._store, name)
+        return ExpertReader(self._store, name)
 
     def gateway(self) -> Adapter:
         """The last built gateway. Raises UnknownExpertError, with the reason, if there is none yet."""

@@ -216,6 +216,7 @@ def test_environment_and_configuration_change_no_rules(
         assert str(done.exception).startswith(
             "lr comes from the environment or the configuration file: name the rules"
         )
+        assert str(done.exception).endswith("would also change lr")
         assert isinstance(done.exception, SettingsError)
     assert meta_of(connection) == before
 

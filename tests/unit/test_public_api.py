@@ -9,14 +9,14 @@ from pathlib import Path
 
 import fedmoe
 from fedmoe.integrations.transformers import FedMoECallback
-from fedmoe.tools.reader import Adapter, Expert, FederationReader
+from fedmoe.tools.reader import Adapter, ExpertReader, FederationReader
 
 ROOT = Path(__file__).parent.parent.parent
 # What a user gets from `connect`, by the way that leads there.
 REACHED = {
     "fedmoe.Member": fedmoe.Member,
     "fedmoe.connect(…)": FederationReader,
-    "fedmoe.connect(…).expert(…)": Expert,
+    "fedmoe.connect(…).expert(…)": ExpertReader,
     "fedmoe.connect(…).gateway()": Adapter,
 }
 

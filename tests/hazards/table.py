@@ -82,7 +82,7 @@ HAZARDS = {
         wrong="an aggregator reads an entry after it lost the lease: the entry stays in the pending list for ever",
         rule="the lease holder reclaims pending entries periodically, not only when it loads",
         scenario=commits.h03_read_after_the_lease_was_lost,
-        without=((aggregator.ExpertServer, "_is_time_to_reclaim", lambda _: False),),
+        without=((aggregator.ExpertServer, "is_time_to_reclaim", lambda _: False),),
         symptom="alice's update 1 is never decided",
     ),
     "H03b": Hazard(

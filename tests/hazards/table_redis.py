@@ -35,7 +35,7 @@ OF_REDIS = {
         symptom="the expert: alice's step",
     ),
     "H16": Hazard(
-        wrong="an update for the old expert is applied to the expert that an operator created anew",
+        wrong="an update for the old expert is applied to the expert that an operator created again",
         rule="the header names the lineage; an update of another lineage is undecidable",
         scenario=updates.h16_another_lineage,
         without=broken.BROKEN["H16_lineage_not_checked"].rules.patches,

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -26,7 +27,6 @@ from producers.checkpoint import StateDir
 from producers.exchange import Exchange
 from producers.ledger import Change
 from producers.worker import Worker
-from tests.counting import Counter
 from tests.federation import serving
 from tests.integration.test_member import (
     NAME,
@@ -186,34 +186,38 @@ def test_failure_waits_for_the_step_and_keeps_all(
     assert torch.equal(saved.local, values(model, tiny_spec()))
 
 
-def test_interrupt_waits_for_the_end_of_a_boundary(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C while a correction is added: it is added once."""
-    trainer = Counter(torch.zeros(4))
-    exchange = Exchange(trainer, with_optimizer=False, abandons=False)
-    exchange.correct(Change(correction=torch.ones(4)))
+def test_interrupt_waits_for_the_end_of_a_boundary(
+    served: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C while a correction is added: it is added once, and becomes no progress of the worker that it reached."""
+    model, other = adapted(served), adapted(served)
     apply = Exchange.apply_change
 
     def interrupted(self: Exchange, change: Change) -> None:
         apply(self, change)
+        monkeypatch.setattr(Exchange, "apply_change", apply)
         os.kill(os.getpid(), signal.SIGINT)
 
+    ben = fedmoe.join(served.settings, {NAME: other}, name="ben")
+    with fedmoe.join(served.settings, {NAME: model}, name="ann") as ann:
+        train(ann, model, adam(model, 1e-2), 10)
+    taught = weights_in_redis(served)
     monkeypatch.setattr(Exchange, "apply_change", interrupted)
-    monkeypatch.setattr(signal, "getsignal", lambda _: signal.default_int_handler)
-    from fedmoe.util.stopping import without_interrupt
 
-    def boundary() -> None:
-        with without_interrupt():
-            exchange.boundary()
+    def step_until_interrupted() -> None:
+        until = time.monotonic() + 30
+        while time.monotonic() < until:
+            ben.step(n_examples=1)
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
-            boundary()
+            step_until_interrupted()
     finally:
         signal.signal(signal.SIGINT, before)
-    monkeypatch.setattr(Exchange, "apply_change", apply)
-    exchange.boundary()
-    assert torch.equal(trainer.flat, torch.ones(4))
+    ben.leave()
+    assert torch.allclose(weights_in_redis(served), taught, atol=1e-6)
+    assert torch.allclose(values(other, tiny_spec()), taught, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -123,14 +123,10 @@ class _Chain(NamedTuple):
         self.membership.exchange.record(done)
 
     def pass_boundary(self) -> None:
-        """Apply corrections. If the sync failed, wait for its last checkpoint, then raise the failure."""
-        member = self.membership
-        member.exchange.boundary()
-        if member.sync.failure is not None:
-            while member.thread.is_alive():
-                member.exchange.boundary()
-                member.thread.join(0.02)
-            raise member.sync.failure
+        """Apply corrections; raise the sync's failure, so that no step comes after its last checkpoint."""
+        self.membership.exchange.boundary()
+        if self.membership.sync.failure is not None:
+            raise self.membership.sync.failure
 
 
 class Member:

@@ -49,7 +49,7 @@ def coordinator(port: int, layout: Layout) -> None:
 
         def do_POST(self) -> None:
             body = io.BytesIO(self.rfile.read(int(self.headers["Content-Length"])))
-            delta = torch.load(body, weights_only=True)
+            delta = torch.load(body, weights_only=True)  # the contestant's way; runs no code of the sender
             with lock:
                 for name, tensor in weights.items():
                     tensor.add_(delta[name])

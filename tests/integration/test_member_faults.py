@@ -23,7 +23,7 @@ from fedmoe.settings import WorkerSettings
 from fedmoe.store.connection import Connection
 from fedmoe.store.gateway import GatewayStore
 from fedmoe.util.stopping import Stop
-from producers.checkpoint import StateDir
+from producers.checkpoint import Checkpoint, StateDir
 from producers.exchange import Exchange
 from producers.ledger import Change
 from producers.worker import Worker
@@ -157,22 +157,37 @@ def test_worker_command_goes_on_from_a_loops_state(served: Connection, tmp_path:
 def test_failure_waits_for_the_step_and_keeps_all(
     served: Connection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A record of a later release: the loop is held up until all that it trained is on disk."""
+    """A record of a later release, a slow step, a slow disk: the last checkpoint holds all steps, and whole ones."""
     model = adapted(served)
     member = fedmoe.join(served.settings, {NAME: model}, name="own", state_dir=tmp_path, drain_s=5.0)
     steps = 0
 
+    save = StateDir.save
+
+    def slow_save(self: StateDir, checkpoint: Checkpoint) -> None:
+        time.sleep(0.5)
+        save(self, checkpoint)
+
     def refuse(*_: object, **__: object) -> None:
+        monkeypatch.setattr(StateDir, "save", slow_save)
         raise ProtocolError("an update needs protocol 99")
 
     def go_on() -> None:
         nonlocal steps
         optimizer = adam(model)
         while True:
-            train(member, model, optimizer, 1)
-            steps += 1
             if steps == 5:
                 monkeypatch.setattr(producers.sync, "pull", refuse)
+            if member.status[NAME].published and steps > 5:
+                with torch.no_grad():
+                    for parameter in model.parameters():
+                        if parameter.requires_grad:
+                            parameter += 1e-4
+                time.sleep(1.0)  # the step has changed the adapter, and is not reported yet
+                member.step(n_examples=2)
+            else:
+                train(member, model, optimizer, 1)
+            steps += 1
 
     with pytest.raises(ProtocolError, match="protocol 99"):
         go_on()

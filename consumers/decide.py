@@ -100,7 +100,7 @@ def judge_header(
     bound = rules.staleness_bound(workers)
     if reason := _breach(header, meta, spec) or _too_far(header, staleness, meta, bound):
         return Verdict(Outcome.REFUSED, reason, staleness)
-    return Admission(staleness, rules.lr * rules.decay(staleness), rules.max_norm)
+    return Admission(staleness, rules.factor(staleness), rules.max_norm)
 
 
 def _breach(header: Header, meta: Meta, spec: Spec) -> str:

@@ -8,8 +8,8 @@ def fold(
 ) -> None:
     """Write `weights + factor × delta` to `out` (default: `weights` itself), all (n,) fp32.
 
-    `factor` is lr × decay(staleness). Updates are folded one after the other in stream order, and each value
-    independently: neither batching updates nor folding them part by part changes a bit of the result.
+    `factor` is that of the rules for the update's staleness. Updates are folded one after the other in stream order,
+    and each value independently: neither batching updates nor folding them part by part changes a bit of the result.
 
     Source: FedBuff, arXiv 2106.06639, with a buffer of one.
     """

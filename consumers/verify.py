@@ -144,7 +144,7 @@ def _fold_line(
     _check((header.run, header.seq) == (line.run, line.seq), "the kept update is another one")
     _check(line.rules in rule_sets, f"it was decided under rules {line.rules}, which are not in the log")
     rules, staleness = rule_sets[line.rules].aggregation, staleness_of(version, header.base_version)
-    factor = rules.lr * rules.decay(staleness)
+    factor = rules.factor(staleness)
     _check(line.staleness == staleness, f"staleness {line.staleness}, should be {staleness}")
     _check(line.factor == factor, f"factor {line.factor!r}, should be {factor!r}")
     decode(parts, spec.wire_format, delta)

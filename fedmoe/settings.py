@@ -13,7 +13,7 @@ from typing import Any, Literal
 from fedmoe.errors import SettingsError
 from fedmoe.protocol.keys import DEFAULT_PREFIX, Keys
 from fedmoe.protocol.lora import DEFAULT_BASE_MODEL, DEFAULT_WIRE_FORMAT, WIRE_FORMATS, LoraSettings
-from fedmoe.protocol.names import check_name, clean_name
+from fedmoe.protocol.names import check_domain, check_name, clean_name
 from fedmoe.util.setting import check, setting
 
 MAX_SECONDS = 86_400
@@ -257,7 +257,7 @@ class WorkerSettings:
                                     unit="s")  # fmt: skip
 
     def __post_init__(self) -> None:
-        check_name("stream", self.stream)
+        check_domain(self.stream)
         if self.name:
             check_name("worker name", self.name)
         check(self)

@@ -19,7 +19,7 @@ def look(connection: Connection) -> Federation:
 
 
 def hold(connection: Connection, holder: str = "agg-1") -> None:
-    for name in ("sql_expert", "gateway"):
+    for name in ("sql_expert", "merged"):
         Lease(connection, f"fedmoe:{{{name}}}:lease", holder=holder, ttl_ms=60_000).hold()
 
 

@@ -12,8 +12,8 @@ import torch
 from fedmoe.errors import ProtocolError
 from fedmoe.protocol.beat import Beat
 from fedmoe.protocol.doorbell import Doorbell, Join, parse_entry
-from fedmoe.protocol.gateway import BuiltFrom, GatewayMeta, built_from_text
 from fedmoe.protocol.lines import AnchorLine, AppliedLine, DeadLetter, RulesLine, read_line
+from fedmoe.protocol.merged import BuiltFrom, MergedMeta, built_from_text
 from fedmoe.protocol.records import Decided, Entry, Meta
 from fedmoe.protocol.rules import AggregationRules, RuleSet
 from fedmoe.protocol.spec import Spec
@@ -36,7 +36,7 @@ APPLIED = AppliedLine(
 DECIDED = Decided(
     id=UpdateId("1-0123abcd", 1), how="refused", version=3, staleness=1, reason="r", position="4"
 )
-GATEWAY = GatewayMeta(
+GATEWAY = MergedMeta(
     built_from=built_from_text({"a": BuiltFrom(3, "c")}), adapter_config='{"r": 8}', method="cat", settings="s", rank=8,
     relative_error=0.5, updated_at=1.5, build_s=0.25, error="e", software="fedmoe 1",
 )  # fmt: skip
@@ -102,7 +102,7 @@ CASES = {
         beat := Beat(run="1-0123abcd", host="h", pid=3, loss=0.5, software="fedmoe 1"),
         beat.to_fields(), Beat.read, None,
     ),
-    "gateway": Case(GATEWAY, GATEWAY.to_fields(), GatewayMeta.read),
+    "gateway": Case(GATEWAY, GATEWAY.to_fields(), MergedMeta.read),
 }  # fmt: skip
 
 CHECKPOINT_WORKER = "alice"

@@ -14,14 +14,16 @@ from fedmoe.errors import (
     create_from_zero,
 )
 from fedmoe.protocol.lora_init import initial_adapter
-from fedmoe.protocol.names import check_expert
+from fedmoe.protocol.names import GATEWAY, check_expert, check_trains_gateway
 from fedmoe.protocol.records import Meta
+from fedmoe.protocol.rules import TRAIN_EXPERT
 from fedmoe.protocol.spec import Spec
 from fedmoe.store.change import check_weight, whole_expert
 from fedmoe.store.connection import Connection
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore
 
+GATEWAY_WEIGHT = 0.0  # the trained gateway is no part of the merged one
 PINNED = ("base_fingerprint", "base_fingerprint_by", "tokenizer", "tokenizer_by", "chat_template")
 
 
@@ -49,6 +51,10 @@ def add_expert(
         )
     like, spec, meta = _whole(connection, [like] if like else list(listed))
     rules = replace(meta.rules.changed(settings), number=1)
+    if name == GATEWAY:
+        rules, gateway_weight = replace(rules, train=TRAIN_EXPERT), GATEWAY_WEIGHT
+    elif rules.train != TRAIN_EXPERT:
+        check_trains_gateway(name)
     pinned = {field: getattr(meta, field) for field in PINNED}
     new = first_meta(spec, rules, reach=meta.reach, not_reached=meta.not_reached)
     weights = initial_adapter(spec.layout, spec.init_seed).file
@@ -59,6 +65,18 @@ def add_expert(
             f"another process has just created expert {name!r}: see `fedmoe expert show {name}`"
         )
     return like
+
+
+def ensure_gateway(connection: Connection, *, like: str) -> bool:
+    """Create the trained gateway if the federation has none, with the spec of the expert `like`; True if it was new.
+
+    Raises:
+        FedMoEError: as `add_expert`; LostExpertError if Redis lost the gateway.
+    """
+    if GATEWAY in GatewayStore(connection).experts():
+        return False
+    add_expert(connection, GATEWAY, like=like, gateway_weight=GATEWAY_WEIGHT, settings={})
+    return True
 
 
 def _check_absent(store: ExpertStore, name: str, *, is_listed: bool) -> None:

@@ -4,14 +4,17 @@ import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
+from consumers.create.add import GATEWAY_WEIGHT
 from consumers.create.base_model import STOPPED, look_at_base
 from consumers.create.beginning import make_rules, make_spec, pinned_meta
 from consumers.create.request import SpecRequest, check_identity, compare_rules
 from consumers.recovery.creation import without_lost, without_trained
 from fedmoe.errors import DamagedExpertError, FedMoEError, RemovedExpertError, SpecError, StoppedError
 from fedmoe.protocol.lora_init import initial_adapter
-from fedmoe.protocol.names import check_expert
+from fedmoe.protocol.names import GATEWAY, check_expert, check_trains_gateway
+from fedmoe.protocol.rules import TRAIN_EXPERT
 from fedmoe.protocol.spec import Spec
 from fedmoe.store.connection import Connection
 from fedmoe.store.expert import ExpertStore
@@ -30,6 +33,8 @@ def ensure_experts(
 ) -> list[str]:
     """Create the missing experts of `weights` (name -> gateway weight); returns the names of the new ones.
 
+    The trained gateway is one of them if the requested rules let workers train it.
+
     A missing expert that workers train, or that was found lost before, is not created, because Redis was emptied. It is
     marked as lost until an aggregator writes it back or the operator asks for `new_lineage`.
 
@@ -40,6 +45,10 @@ def ensure_experts(
         StoppedError: if `stop` is set meanwhile.
     """
     stop = stop or threading.Event()
+    if request.rules.train != TRAIN_EXPERT:
+        for name in weights:
+            check_trains_gateway(name)
+        weights = dict(weights) | {GATEWAY: GATEWAY_WEIGHT}
     looked_at = time.monotonic()
     for name in weights:
         check_expert(name)
@@ -59,8 +68,9 @@ def ensure_experts(
     for store in missing:
         if stop.is_set():
             raise StoppedError(STOPPED)
+        own = replace(rules, train=TRAIN_EXPERT) if store.name == GATEWAY else rules
         if store.create(
-            spec, pinned_meta(spec, rules, described), weights_file,
+            spec, pinned_meta(spec, own, described), weights_file,
             gateway_weight=weights[store.name], though_removed=request.new_lineage,
         ):  # fmt: skip
             created.append(store.name)

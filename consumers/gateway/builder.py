@@ -1,6 +1,6 @@
-"""The gateway: the merge of all experts, rebuilt whenever an expert changes.
+"""The merged gateway: the merge of all experts, rebuilt whenever an expert changes.
 
-The gateway is a pure function of the experts, so building it need not be exactly-once: its meta names the weights
+It is a pure function of the experts, so building it need not be exactly-once: its meta names the weights
 commit of each expert, and it is rebuilt until these are the present ones.
 """
 
@@ -14,9 +14,10 @@ from consumers.gateway.merge import MergeInput, merge
 from consumers.gateway.methods import METHODS
 from consumers.recovery.listing import ExpertList
 from fedmoe.errors import FedMoEError, ProtocolError, RedisUnavailableError, SpecError
-from fedmoe.protocol.gateway import BuiltFrom, GatewayMeta, built_from_text
 from fedmoe.protocol.layout import values_of
 from fedmoe.protocol.lora_init import initial_weights
+from fedmoe.protocol.merged import BuiltFrom, MergedMeta, built_from_text
+from fedmoe.protocol.names import GATEWAY
 from fedmoe.protocol.records import Meta
 from fedmoe.protocol.spec import Spec
 from fedmoe.settings import GatewaySettings
@@ -31,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 class GatewayBuilder:
-    """Rebuilds the gateway while it holds the gateway's lease."""
+    """Rebuilds the merged gateway while it holds its lease."""
 
     def __init__(
         self,
@@ -71,7 +72,7 @@ class GatewayBuilder:
             except RedisUnavailableError as error:
                 if ending:
                     logger.warning(
-                        "gateway: the rebuild before the stop failed (%s); the next aggregator rebuilds it",
+                        "merged gateway: the rebuild before the stop failed (%s); the next aggregator rebuilds it",
                         error,
                     )
                 else:
@@ -85,7 +86,7 @@ class GatewayBuilder:
                 backoff.failed(error)
                 self._complain(str(error))
             except Exception as error:  # a bug here must not end the daemon
-                logger.exception("gateway: unexpected error")
+                logger.exception("merged gateway: unexpected error")
                 self._problems.report(
                     f"unexpected error, see the traceback in this aggregator's log: {error!r}"
                 )
@@ -96,17 +97,20 @@ class GatewayBuilder:
         try:
             self._store.complain(reason)
         except RedisUnavailableError as error:
-            logger.debug("gateway: the reason why it is not built cannot be written to Redis: %s", error)
+            logger.debug(
+                "merged gateway: the reason why it is not built cannot be written to Redis: %s", error
+            )
 
     def refresh(self) -> bool:
         """Rebuild if an expert or the settings changed, or the list of experts did; True if it was rebuilt."""
         weights = self._experts.reconcile()
+        weights.pop(GATEWAY, None)  # the trained gateway is no part of the merged one
         if not weights:
             return False
         present = {name: self._store.meta(name).weights_commit for name in weights}
-        gateway = self._store.gateway()
-        built = {name: one.weights_commit for name, one in gateway.experts.items()} if gateway else None
-        if gateway and built == present and gateway.settings == self._settings_text(weights):
+        merged = self._store.merged()
+        built = {name: one.weights_commit for name, one in merged.experts.items()} if merged else None
+        if merged and built == present and merged.settings == self._settings_text(weights):
             return False
         self._build(weights)
         return True
@@ -137,7 +141,7 @@ class GatewayBuilder:
             init=initial_weights(first.layout, first.init_seed) if needs_init else None,
         )
         config = first.adapter_config(rank=merged.rank) | {"lora_alpha": merged.scaling * merged.rank}
-        gateway = GatewayMeta(
+        gateway = MergedMeta(
             built_from=built_from_text(parts),
             adapter_config=json.dumps(config),
             method=self._settings.method,
@@ -148,8 +152,10 @@ class GatewayBuilder:
             build_s=round(self._clock() - started, 3),
             software=software(),
         )
-        self._store.write(gateway, merged.buffer.file)
-        logger.info("gateway: rebuilt from %s", ", ".join(f"{n} v{p.version}" for n, p in parts.items()))
+        self._store.write_merged(gateway, merged.buffer.file)
+        logger.info(
+            "merged gateway: rebuilt from %s", ", ".join(f"{n} v{p.version}" for n, p in parts.items())
+        )
 
     def _weight(self, configured: float, meta: Meta) -> float:
         match self._settings.weighting:

@@ -28,7 +28,7 @@ class ExpertList:
             del listed[name]
         for name in sorted((self._known.keys() & there) - listed.keys()):
             logger.warning(
-                "gateway: expert %s was missing from the list %s, this aggregator added it again (to remove it for "
+                "expert %s was missing from the list %s, this aggregator added it again (to remove it for "
                 "good: fedmoe expert remove)",
                 name, self._store.connection.keys.experts,
             )  # fmt: skip

@@ -56,13 +56,13 @@ def doctor(
 
     Prints one line per check: ok, warn (you may want to change it) or fail (it will not work).
     """
-    from fedmoe.protocol.names import check_expert, check_name, clean_name
+    from fedmoe.protocol.names import check_domain, check_name, clean_name
     from fedmoe.util.check import FAIL
 
     settings = None if no_redis else made(RedisSettings, redis)
     worker = check_name("worker name", name) if name else clean_name(socket.gethostname())
     if stream:
-        check_expert(stream)
+        check_domain(stream)
     if acl:
         click.echo(acl_line(settings or RedisSettings(), acl, stream=stream, worker=worker))
         return

@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,6 +12,9 @@ from fedmoe.cli.status import cell, table
 from fedmoe.protocol.rules import RuleSet
 from fedmoe.settings import RedisSettings
 from fedmoe.util.text import printable, printable_lines
+
+if TYPE_CHECKING:
+    from fedmoe.store.connection import Connection
 
 NOTICE_S = 20.0  # time for workers to notice the removal; they look at Redis every ten seconds
 LOOK_EVERY_S = 0.5
@@ -136,11 +139,31 @@ def set_rules(ctx: click.Context, /, redis: RedisSettings, name: str, **rules: A
             f"nothing to change: name a rule, for example --lr 0.5; `fedmoe expert show {name}` shows those in force"
         )
     store = ExpertStore(Connection(redis), check_expert(name))
+    if "train" in wanted:
+        _prepare_gateway(store.connection, name, wanted["train"])
     before, after = change_rules_soon(store, wanted)
     if after == before:
         click.echo(f"{name}: nothing to change, rules {before.number} have these values already")
         return
     click.echo(f"{name}: rules {after.number} are in force: {before.differences(after)}")
+
+
+def _prepare_gateway(connection: "Connection", name: str, train: str) -> None:
+    """Create the trained gateway if the rule `train` of the expert NAME needs it and it does not exist."""
+    from consumers.create.add import ensure_gateway
+    from fedmoe.errors import SettingsError
+    from fedmoe.protocol.names import GATEWAY, check_trains_gateway
+    from fedmoe.protocol.rules import TRAIN_EXPERT
+
+    if name == GATEWAY:
+        raise SettingsError(
+            f"the rule train belongs to the experts of domains, not to {GATEWAY!r}: leave it out"
+        )
+    if train == TRAIN_EXPERT:
+        return
+    check_trains_gateway(name)
+    if ensure_gateway(connection, like=name):
+        click.echo(f"created the gateway, with base model, adapter and rules of {name}")
 
 
 @expert.command()
@@ -156,11 +179,19 @@ def set_rules(ctx: click.Context, /, redis: RedisSettings, name: str, **rules: A
 def add(redis: RedisSettings, like: str, weight: float, name: str, **rules: Any) -> None:
     """Add the expert NAME to a running federation. The aggregators serve it within seconds."""
     from consumers.create.add import add_expert
+    from fedmoe.protocol.names import GATEWAY
+    from fedmoe.protocol.rules import TRAIN_EXPERT
     from fedmoe.store.connection import Connection
 
-    connection = Connection(redis)
-    taken = add_expert(connection, name, like=like, gateway_weight=weight, settings=given(RuleSet, rules))
+    connection, wanted = Connection(redis), given(RuleSet, rules)
+    if name == GATEWAY and "train" in wanted:
+        _prepare_gateway(connection, name, wanted["train"])
+    taken = add_expert(connection, name, like=like, gateway_weight=weight, settings=wanted)
     click.echo(f"added {name}, with base model, adapter and rules of {taken}")
+    if name == GATEWAY:
+        click.echo("let workers train it: fedmoe expert set EXPERT --train both")
+        return
+    _prepare_gateway(connection, name, wanted.get("train", TRAIN_EXPERT))
     click.echo(f"train it: fedmoe worker run --stream {name} --data FILE")
 
 
@@ -170,12 +201,12 @@ def add(redis: RedisSettings, like: str, weight: float, name: str, **rules: Any)
 @click.argument("weight", type=float)
 def set_weight(redis: RedisSettings, name: str, weight: float) -> None:
     """Set the WEIGHT of the expert NAME in the gateway; with 0 the gateway leaves it out."""
-    from fedmoe.protocol.names import check_expert
+    from fedmoe.protocol.names import check_domain
     from fedmoe.store.change import set_gateway_weight
     from fedmoe.store.connection import Connection
 
     connection = Connection(redis)
-    before = set_gateway_weight(connection, check_expert(name), weight)
+    before = set_gateway_weight(connection, check_domain(name), weight)
     click.echo(f"{name}: gateway weight {printable(before) or 'none'} -> {weight:g}")
 
 

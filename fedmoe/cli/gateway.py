@@ -11,7 +11,7 @@ from fedmoe.settings import RedisSettings
 
 @click.group()
 def gateway() -> None:
-    """Export or show the gateway, the merge of all experts."""
+    """Export or show the gateway, the model that knows all domains."""
 
 
 @gateway.command()
@@ -20,6 +20,9 @@ def gateway() -> None:
     "--out", required=True, type=click.Path(path_type=Path), help="Directory to write the adapter to."
 )
 @click.option("--expert", metavar="NAME", help="Export this expert instead of the gateway.")
+@click.option("--kind", type=click.Choice(["trained", "merged"]),
+              help="Gateway to export: the one that workers train, or the merge of the experts.  "
+                   "[default: trained, if workers trained it]")  # fmt: skip
 @click.option("--rank", type=click.IntRange(min=1), metavar="N",
               help="Truncate the adapter to this rank if its own is higher, and print the relative error.  "
                    "[default: keep its rank]")  # fmt: skip
@@ -28,6 +31,7 @@ def export(
     redis: RedisSettings,
     out: Path,
     expert: str | None,
+    kind: str | None,
     rank: int | None,
     force: bool,
 ) -> None:
@@ -37,7 +41,7 @@ def export(
     from fedmoe.tools.export import read_expert, read_gateway, vllm_hint, write
 
     store = GatewayStore(Connection(redis))
-    adapter = read_expert(store, expert) if expert else read_gateway(store)
+    adapter = read_expert(store, expert) if expert else read_gateway(store, kind or "")
     if rank is not None:
         from consumers.gateway.truncate import truncate_to_rank
 
@@ -52,7 +56,9 @@ def export(
         click.echo(warning, err=True)
     if adapter.behind:
         now = ", ".join(f"{name} is at v{version}" for name, version in adapter.behind.items())
-        click.echo(f"this gateway is not the newest: {now}; export again after it was rebuilt", err=True)
+        click.echo(
+            f"this merged gateway is not the newest: {now}; export again after it was rebuilt", err=True
+        )
 
 
 @gateway.command()
@@ -61,19 +67,23 @@ def export(
     "--json", "as_json", is_flag=True, envvar="FEDMOE_GATEWAY_SHOW_JSON", help="Print JSON, for a program."
 )
 def show(redis: RedisSettings, as_json: bool) -> None:
-    """Show how the gateway was built, and from which versions."""
-    from fedmoe.cli.status import gateway_line
-    from fedmoe.protocol.federation import findings
+    """Show the trained gateway's version, and how the merged gateway was built, and from which versions."""
+    from fedmoe.cli.status import merged_line, trained_line
+    from fedmoe.protocol.federation import MERGED, findings
+    from fedmoe.protocol.names import GATEWAY
     from fedmoe.store.connection import Connection
     from fedmoe.store.inspect import Inspector
 
     federation = Inspector(Connection(redis)).federation()
     if as_json:
-        click.echo(json.dumps(federation.to_dict()["gateway"], indent=2))
+        content = federation.to_dict()
+        trained = next((one for one in content["experts"] if one["name"] == GATEWAY), None)
+        click.echo(json.dumps({"trained": trained, "merged": content["merged"]}, indent=2))
         return
-    click.echo(gateway_line(federation.gateway))
-    if federation.gateway.relative_error is not None:
-        click.echo(f"truncated to this rank, relative error {federation.gateway.relative_error:.2%}")
+    click.echo(trained_line(federation))
+    click.echo(merged_line(federation.merged))
+    if federation.merged.relative_error is not None:
+        click.echo(f"truncated to this rank, relative error {federation.merged.relative_error:.2%}")
     for line in findings(federation):
-        if line.startswith("gateway: "):
+        if line.startswith((f"{MERGED}: ", f"{GATEWAY}: ")):
             click.echo(f"! {line}")

@@ -16,7 +16,7 @@ from fedmoe.settings import RedisSettings
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from fedmoe.protocol.federation import ExpertView, Federation, GatewayView, ServerView, WorkerView
+    from fedmoe.protocol.federation import ExpertView, Federation, MergedView, ServerView, WorkerView
     from fedmoe.store.inspect import Inspector
 
 EXPERT_COLUMNS = (
@@ -204,7 +204,7 @@ def _worker_row(worker: "WorkerView") -> list[str]:
 
 
 def more_lines(federation: "Federation") -> list[str]:
-    """The lines below the tables: workers that are not shown, workers that left, the gateway."""
+    """The lines below the tables: workers that are not shown, workers that left, the merged gateway."""
     from fedmoe.protocol.federation import duration
     from fedmoe.protocol.records import reach_text
 
@@ -228,23 +228,34 @@ def more_lines(federation: "Federation") -> list[str]:
         if expert.meta and 0 < expert.meta.reach < WIDE_REACH
     ]
     if federation.experts:
-        lines.append(gateway_line(federation.gateway))
+        lines.append(merged_line(federation.merged))
     return lines
 
 
-def gateway_line(gateway: "GatewayView") -> str:
-    """How the gateway was built, and from which versions; present versions are named where they differ."""
-    if not gateway.exists:
-        return "gateway: none yet"
-    made = f"{gateway.method or NONE}, rank {cell(gateway.rank)}"
-    return f"gateway: {made}, built from {built_from(gateway)}"
+def trained_line(federation: "Federation") -> str:
+    """The state of the trained gateway."""
+    from fedmoe.protocol.names import GATEWAY
+
+    trained = next((expert for expert in federation.experts if expert.name == GATEWAY), None)
+    if trained is None:
+        return "trained gateway: none (let workers train it: fedmoe expert set EXPERT --train both)"
+    version = trained.meta.version if trained.meta else None
+    return f"trained gateway: version {cell(version)}, workers {len(trained.workers)}"
 
 
-def built_from(gateway: "GatewayView") -> str:
-    """The versions in the gateway, and the present ones where they differ."""
+def merged_line(merged: "MergedView") -> str:
+    """How the merged gateway was built, and from which versions; present versions are named where they differ."""
+    if not merged.exists:
+        return "merged gateway: none yet"
+    made = f"{merged.method or NONE}, rank {cell(merged.rank)}"
+    return f"merged gateway: {made}, built from {built_from(merged)}"
+
+
+def built_from(merged: "MergedView") -> str:
+    """The versions in the merged gateway, and the present ones where they differ."""
     parts = []
-    for name in sorted(gateway.built_from.keys() | gateway.present.keys()):
-        built, now = gateway.built_from.get(name), gateway.present.get(name)
+    for name in sorted(merged.built_from.keys() | merged.present.keys()):
+        built, now = merged.built_from.get(name), merged.present.get(name)
         if built is None:
             parts.append(f"not {name}")
         else:

@@ -14,6 +14,7 @@ from fedmoe.protocol.records import Meta
 # Two missed heartbeats; after HEARTBEAT_TTL_S the key expires and the worker is gone.
 QUIET_AFTER_S = 10.0
 STILL_AFTER_S = 600.0  # no update for this long, although workers run, is a finding
+MERGED = "merged gateway"
 NEWS_FOR_S = 24 * 3600.0  # a vanished or failed worker stays a finding for this long
 MEMORY_ALARM = 0.8
 
@@ -108,8 +109,8 @@ class ExpertView:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GatewayView:
-    """The gateway: the versions it was `built_from`, the experts' `present` versions, and the `outdated` experts."""
+class MergedView:
+    """The merged gateway: the versions it was `built_from`, the experts' `present` ones, and the `outdated` experts."""
 
     exists: bool = False
     method: str = ""
@@ -147,7 +148,7 @@ class Federation:
     prefix: str
     server: ServerView
     experts: tuple[ExpertView, ...]
-    gateway: GatewayView
+    merged: MergedView
     problems: tuple[str, ...] = ()
 
     @property
@@ -170,7 +171,7 @@ def findings(federation: Federation) -> Iterator[str]:
         yield "there are no experts yet: start `fedmoe aggregator run`"
     for expert in federation.experts:
         yield from _of_expert(expert)
-    yield from _of_gateway(federation)
+    yield from _of_merged(federation)
     yield from _of_server(federation.server)
 
 
@@ -237,14 +238,14 @@ def _refusals(expert: ExpertView) -> str:
     return f"{_count(expert.meta.refused, 'update', 'updates')} refused{garbage}"
 
 
-def _of_gateway(federation: Federation) -> Iterator[str]:
-    gateway = federation.gateway
-    yield from (f"gateway: {problem}" for problem in gateway.problems)
-    if gateway.error:
-        yield f"gateway: cannot be built: {gateway.error}"
-    elif gateway.exists and gateway.outdated and gateway.lease == "":
+def _of_merged(federation: Federation) -> Iterator[str]:
+    merged = federation.merged
+    yield from (f"{MERGED}: {problem}" for problem in merged.problems)
+    if merged.error:
+        yield f"{MERGED}: cannot be built: {merged.error}"
+    elif merged.exists and merged.outdated and merged.lease == "":
         yield (
-            f"gateway: {', '.join(gateway.outdated)} moved on and no aggregator rebuilds it: "
+            f"{MERGED}: {', '.join(merged.outdated)} moved on and no aggregator rebuilds it: "
             "start `fedmoe aggregator run`"
         )
 

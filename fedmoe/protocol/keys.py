@@ -3,7 +3,7 @@
 All keys of one expert carry its name as a hash tag, so that they share one Cluster slot and a commit is one
 transaction. The prefix `fedmoe` is a setting, so that several federations can share a server.
 
-    fedmoe:experts                                  hash    expert -> its weight in the gateway
+    fedmoe:experts                                  hash    expert -> its weight in the merged gateway
     fedmoe:{E}:updates                              stream  one readable entry per waiting update; a doorbell only
     fedmoe:{E}:payload:<worker>:<run>:<seq>:header  string  header (msgpack), decides; expires
     fedmoe:{E}:payload:<worker>:<run>:<seq>:<part>  string  one part (msgpack), at most 1 MiB; expires
@@ -23,7 +23,10 @@ transaction. The prefix `fedmoe` is a setting, so that several federations can s
     fedmoe:{E}:lost                                 hash    worker -> lineage it knew when the expert was found lost
     fedmoe:{E}:claims                               hash    aggregator -> the version it retains; expires
     fedmoe:{E}:problem                              hash    aggregator -> what it cannot do now; expires
-    fedmoe:{gateway}:weights, :meta, :lease, :problem       the merge of all experts, rebuilt whenever one moves
+    fedmoe:{gateway}:…                                      the trained gateway: an expert like any other
+    fedmoe:{merged}:weights, :meta, :lease, :problem        the merged gateway, rebuilt whenever an expert changes
+
+Whatever merges writes only below `fedmoe:{merged}`, so it never writes where an expert's spec and meta lie.
 
 Write permissions: a worker writes only `payload:<itself>:*` and `worker:<itself>`, and adds to `updates`; aggregators
 write all other keys.
@@ -31,7 +34,7 @@ write all other keys.
 
 from dataclasses import dataclass
 
-from fedmoe.protocol.names import check_name
+from fedmoe.protocol.names import MERGED, check_name
 
 DEFAULT_PREFIX = "fedmoe"
 GROUP = "aggregator"
@@ -39,7 +42,7 @@ GROUP = "aggregator"
 
 @dataclass(frozen=True, slots=True)
 class ExpertKeys:
-    """The keys of one expert (or of the gateway, which has no updates)."""
+    """The keys of one expert (or of the merged gateway, which has no updates)."""
 
     root: str
 
@@ -138,5 +141,5 @@ class Keys:
         return ExpertKeys(f"{self.prefix}:{{{name}}}")
 
     @property
-    def gateway(self) -> ExpertKeys:
-        return self.expert("gateway")
+    def merged(self) -> ExpertKeys:
+        return self.expert(MERGED)

@@ -4,7 +4,9 @@ import re
 
 from fedmoe.errors import SettingsError
 
-RESERVED_EXPERTS = frozenset({"gateway", "experts"})
+GATEWAY = "gateway"  # the expert that the workers of all domains train
+MERGED = "merged"  # the merge of the experts
+RESERVED_EXPERTS = frozenset({MERGED, "experts"})
 MAX_NAME_LENGTH = 64
 _NAME = re.compile(r"[A-Za-z0-9_-](?:[A-Za-z0-9_.-]*[A-Za-z0-9_-])?")
 _NOT_ALLOWED = re.compile(r"[^A-Za-z0-9_.-]+")
@@ -19,7 +21,7 @@ def is_name(name: str) -> bool:
 
 
 def is_expert(name: str) -> bool:
-    """True if an expert may have this name."""
+    """True if an expert may have this name, or the trained gateway has it."""
     return is_name(name) and name not in RESERVED_EXPERTS
 
 
@@ -38,6 +40,46 @@ def check_expert(name: str) -> str:
     if name in RESERVED_EXPERTS:
         raise SettingsError(f"an expert cannot be called {name!r}: that name belongs to FedMoE's own keys")
     return check_name("expert", name)
+
+
+def check_domain(name: str) -> str:
+    """Like check_expert; also reject the gateway, which belongs to no single domain."""
+    if name == GATEWAY:
+        raise SettingsError(
+            f"{GATEWAY!r} is the expert that the workers of all experts train: name one of theirs, and let its rules "
+            f"say so (fedmoe expert set EXPERT --train both)"
+        )
+    return check_expert(name)
+
+
+def check_trains_gateway(expert: str) -> None:
+    """Raise SettingsError if the workers of this expert cannot train the gateway."""
+    if "." in expert:
+        raise SettingsError(
+            f"the workers of {expert!r} cannot train the gateway, because the name has a dot: there a worker is named "
+            "EXPERT.WORKER, and the first dot ends the expert's name. Take an expert without a dot"
+        )
+
+
+def name_on_gateway(expert: str, worker: str) -> str:
+    """The name of an expert's worker on the gateway, `sql_expert.alice`: workers of two experts may share a name.
+
+    Raises:
+        SettingsError: if the expert's name has a dot, or the whole name is too long.
+    """
+    check_trains_gateway(expert)
+    name = f"{expert}.{worker}"
+    if len(name) > MAX_NAME_LENGTH:
+        raise SettingsError(
+            f"on the gateway this worker would be named {name!r}, which is longer than {MAX_NAME_LENGTH} characters: "
+            "give it a shorter --name"
+        )
+    return name
+
+
+def domain_of(worker: str) -> str:
+    """The expert whose worker has this name on the gateway."""
+    return worker.partition(".")[0]
 
 
 def clean_name(text: str) -> str:

@@ -24,18 +24,23 @@ LEAST_STALENESS_BOUND = 256
 STALENESS_PER_WORKER = 4
 # These bounds keep every weight within the range of fp32 (3e38), and catch typing errors.
 MAX_LR, MAX_NORM, MAX_WHOLE = 1000, 1e9, 10**9
+TRAIN_EXPERT, TRAIN_GATEWAY, TRAIN_BOTH = TRAINS = ("expert", "gateway", "both")
 AUTO = "auto"  # for max_staleness: the bound grows with the number of workers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AggregationRules:
-    """How updates become part of the expert, `weights += lr × decay(staleness) × Δ`, and which ones are refused."""
+    """How updates become part of the expert, `weights += factor × Δ`, and which ones are refused."""
 
     lr: float = setting(
         1.0, "Factor of every update: weights += lr × decay × Δ; with 1 the expert equals the model of a lone worker.",
         above=0, at_most=MAX_LR,
     )  # fmt: skip
     decay: Decay = field(default_factory=Decay)
+    gain: float = setting(
+        1.0, "Weight of a round in which every worker publishes once, without a unit: an update counts "
+        "lr × min(1, gain × decay), so a lone worker's never counts more than lr.", above=0, at_most=MAX_LR,
+    )  # fmt: skip
     max_staleness: int | None = setting(
         None,
         "Refuse an update if more than this many updates were applied since its base; auto is 256, or 4 per worker if "
@@ -49,6 +54,17 @@ class AggregationRules:
 
     def __post_init__(self) -> None:
         check(self)
+
+    def factor(self, staleness: int) -> float:
+        """The factor of an update of this staleness (in updates): lr × min(1, gain × decay(staleness)).
+
+        M equal workers in rotation have staleness M − 1. With the default decay, 1 / (1 + staleness), a round of their
+        updates then counts as `gain` times its mean. The minimum bounds the gain by the number of workers: a lone
+        worker's updates count lr. docs/protocol.md derives for which gain this is stable.
+
+        Source of a server learning rate above 1: Reddi et al., arXiv 2003.00295.
+        """
+        return self.lr * min(1.0, self.gain * self.decay(staleness))
 
     def staleness_bound(self, workers: int) -> int:
         """The largest staleness (in updates) that is not refused; `workers` ever had an update decided.
@@ -111,6 +127,7 @@ class RuleSet:
         aggregation: how updates become part of the expert.
         training: how its workers train.
         sync_interval_s: seconds between two publications of a worker.
+        train: what its workers train: the expert, the gateway, or both by turns.
         requires: names of the features that a reader of these rules must know (see `fedmoe.protocol.features`).
         unknown: fields that a later FedMoE wrote, as JSON; they are kept, so that a change of rules drops none of them.
     """
@@ -119,6 +136,10 @@ class RuleSet:
     aggregation: AggregationRules = field(default_factory=AggregationRules)
     sync_interval_s: float = setting(10.0, "Seconds between two publications of a worker.", option="sync_interval",
                                      above=0, at_most=86_400, unit="s")  # fmt: skip
+    train: str = setting(
+        TRAIN_EXPERT, "Model that the workers of the expert train: the expert, the gateway, or both by turns.",
+        choices=TRAINS,
+    )  # fmt: skip
     training: TrainingSettings = field(default_factory=TrainingSettings)
     requires: str = ""
     unknown: str = ""
@@ -145,6 +166,11 @@ class RuleSet:
             SpecError: if it is malformed.
         """
         return _parse(text)
+
+    @property
+    def trained(self) -> frozenset[str]:
+        """What the workers train: "expert", "gateway" or both."""
+        return frozenset({TRAIN_EXPERT, TRAIN_GATEWAY} if self.train == TRAIN_BOTH else {self.train})
 
     def settings(self) -> dict[str, Any]:
         """Every rule by the name of its option: lr, decay, decay_a, …, learning_rate, … (seconds, rows, tokens)."""

@@ -1,4 +1,4 @@
-"""Redis commands for the gateway: read every expert, write their merge."""
+"""Redis commands for a whole federation: list and read its experts, read and write their merge."""
 
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -6,7 +6,7 @@ from typing import Any
 
 from fedmoe.errors import DamagedExpertError, RemovedExpertError, SpecError, UnknownExpertError
 from fedmoe.protocol.condition import examine
-from fedmoe.protocol.gateway import GatewayMeta
+from fedmoe.protocol.merged import MergedMeta
 from fedmoe.protocol.names import is_expert
 from fedmoe.protocol.records import Entry, Meta
 from fedmoe.protocol.spec import Spec
@@ -15,15 +15,15 @@ from fedmoe.store.full import read_together
 
 
 class GatewayStore:
-    """Redis commands for building the gateway and for exporting adapters."""
+    """Redis commands for building the merged gateway and for exporting adapters."""
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
-        self.keys = connection.keys.gateway
+        self.keys = connection.keys.merged
         self._redis = connection.client
 
     def experts(self) -> dict[str, float]:
-        """The federation's experts and their gateway weights, sorted by name."""
+        """The federation's experts, with the trained gateway, and their gateway weights, sorted by name."""
         with self.connection.errors():
             raw = self._redis.hgetall(self.connection.keys.experts)
         try:
@@ -128,21 +128,21 @@ class GatewayStore:
             raise DamagedExpertError(expert, condition.damage)
         return condition.meta, weights, replies
 
-    def gateway(self) -> GatewayMeta | None:
-        """The gateway's meta; None if there is no gateway yet, or its meta is damaged (it is then rebuilt)."""
+    def merged(self) -> MergedMeta | None:
+        """The merged gateway's meta; None if there is none yet, or its meta is damaged (it is then rebuilt)."""
         with self.connection.errors():
             raw = self._redis.hgetall(self.keys.meta)
         return _built(raw)
 
-    def load(self) -> tuple[GatewayMeta, bytes] | None:
-        """The gateway's meta and its safetensors file, in one MULTI; None if there is none yet."""
+    def load_merged(self) -> tuple[MergedMeta, bytes] | None:
+        """The merged gateway's meta and its safetensors file, in one MULTI; None if there is none yet."""
         with self.connection.errors():
             raw, weights = read_together(self._redis, ("hgetall", self.keys.meta), ("get", self.keys.weights))
         meta = _built(raw)
         return (meta, weights) if meta and weights is not None else None
 
-    def write(self, meta: GatewayMeta, weights: memoryview) -> None:
-        """Replace the gateway."""
+    def write_merged(self, meta: MergedMeta, weights: memoryview) -> None:
+        """Replace the merged gateway."""
         with self.connection.errors(), self._redis.pipeline(transaction=True) as pipe:
             pipe.set(self.keys.weights, weights)
             pipe.delete(self.keys.meta)
@@ -150,14 +150,14 @@ class GatewayStore:
             pipe.execute()
 
     def complain(self, reason: str) -> None:
-        """Write to the gateway's meta why it cannot be built; the old gateway stays."""
+        """Write to the merged gateway's meta why it cannot be built; the old one stays."""
         with self.connection.errors():
             self._redis.hset(self.keys.meta, "error", reason)
 
 
-def _built(raw: Mapping[bytes, bytes]) -> GatewayMeta | None:
-    """The meta of a built gateway; None if there is none, or `built_from` cannot be read."""
-    meta = GatewayMeta.read(raw)
+def _built(raw: Mapping[bytes, bytes]) -> MergedMeta | None:
+    """The meta of a merged gateway; None if there is none, or `built_from` cannot be read."""
+    meta = MergedMeta.read(raw)
     try:
         return meta if meta.experts else None
     except SpecError:

@@ -16,15 +16,15 @@ from fedmoe.protocol.federation import (
     DeadLetterView,
     ExpertView,
     Federation,
-    GatewayView,
+    MergedView,
     ServerView,
     WorkerView,
 )
 from fedmoe.protocol.fields import number
-from fedmoe.protocol.gateway import BuiltFrom, GatewayMeta
 from fedmoe.protocol.keys import GROUP
 from fedmoe.protocol.lines import DeadLetter
-from fedmoe.protocol.names import is_expert
+from fedmoe.protocol.merged import BuiltFrom, MergedMeta
+from fedmoe.protocol.names import GATEWAY, MERGED, is_expert
 from fedmoe.protocol.records import NO_DECISIONS, Meta
 from fedmoe.store.connection import Connection
 from fedmoe.store.members import Members, read_members
@@ -55,7 +55,7 @@ class Inspector:
         problems: list[str] = []
         weights = self._experts(problems)
         commands: dict[tuple[str, str], Command] = {("", "info"): ("INFO",)}
-        for name in (*weights, "gateway"):
+        for name in (*weights, MERGED):
             commands |= {(name, what): command for what, command in self._commands(name).items()}
         replies = ask(self.connection, commands)
         members = read_members(self.connection, list(weights), problems)
@@ -72,7 +72,7 @@ class Inspector:
             prefix=self.keys.prefix,
             server=_server(self.connection.settings.shown, replies["", "info"]),
             experts=experts,
-            gateway=_gateway(of("gateway"), experts),
+            merged=_merged(of(MERGED), experts),
             problems=tuple(problems),
         )
 
@@ -106,7 +106,7 @@ class Inspector:
             "lease_ms": ("PTTL", keys.lease),
             "problem": ("HGETALL", keys.problem),
         }
-        if name == "gateway":
+        if name == MERGED:
             return commands
         return commands | {
             "updates": ("XLEN", keys.updates),
@@ -253,13 +253,13 @@ def _of_aggregators(replies: Mapping[str, Any]) -> list[str]:
     return [f"aggregator {holder} has a problem: {problem}" for holder, problem in sorted(said.items())]
 
 
-def _gateway(replies: dict[str, Any], experts: Sequence[ExpertView]) -> GatewayView:
+def _merged(replies: dict[str, Any], experts: Sequence[ExpertView]) -> MergedView:
     problems = _refused(replies)
     problems += _of_aggregators(replies)
-    meta = GatewayMeta()
+    meta = MergedMeta()
     experts_in: Mapping[str, BuiltFrom] = {}
     try:
-        meta = GatewayMeta.read(replies["meta"] or {})
+        meta = MergedMeta.read(replies["meta"] or {})
         experts_in = meta.experts if meta.built_from else {}
     except ProtocolError as error:
         problems.append(printable(str(error)))
@@ -267,9 +267,9 @@ def _gateway(replies: dict[str, Any], experts: Sequence[ExpertView]) -> GatewayV
         problems.append("its meta is malformed: was it edited by hand?")
     built_from = {printable(name): one.version for name, one in experts_in.items()}
     commits = {printable(name): printable(one.weights_commit) for name, one in experts_in.items()}
-    present = {expert.name: expert.meta for expert in experts if expert.meta}
+    present = {expert.name: expert.meta for expert in experts if expert.meta and expert.name != GATEWAY}
     exists = bool(commits) and replies["weights"] != 0
-    return GatewayView(
+    return MergedView(
         exists=exists,
         method=printable(meta.method),
         rank=meta.rank,

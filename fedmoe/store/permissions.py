@@ -78,7 +78,7 @@ def _worker(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
 
 
 def _aggregator(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
-    keys, gateway = all_keys.expert(expert), all_keys.gateway
+    keys, merged = all_keys.expert(expert), all_keys.merged
     payloads = keys.payloads(ANY)
     large, lost, full = (
         "weights of 4 MiB and more",
@@ -117,11 +117,11 @@ def _aggregator(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
         *_on(keys.lost, may="HSET", when=lost),
         *_on(keys.claims, may="HGETALL, UNLINK"),
         *_on(keys.claims, may="HSET, PEXPIRE", when=lost),
-        *_on(keys.problem, gateway.problem, may="HSET, PEXPIRE, UNLINK", when="it cannot do something"),
+        *_on(keys.problem, merged.problem, may="HSET, PEXPIRE, UNLINK", when="it cannot do something"),
         *_on(keys.worker(ANY), may="HGET", when="no base model is pinned yet, or Redis has lost an expert"),
-        *_on(gateway.meta, may="HGETALL, HSET, DEL"),
-        *_on(gateway.weights, may="SET"),
-        *_on(gateway.lease, may="EVALSHA, GET, SET, DEL"),
+        *_on(merged.meta, may="HGETALL, HSET, DEL"),
+        *_on(merged.weights, may="SET"),
+        *_on(merged.lease, may="EVALSHA, GET, SET, DEL"),
         *_on(may="SCAN, SCRIPT LOAD, MULTI, EXEC, UNWATCH"),
         Right(
             command="INFO",
@@ -131,7 +131,7 @@ def _aggregator(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
 
 
 def _operator(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
-    keys, gateway = all_keys.expert(expert), all_keys.gateway
+    keys, merged = all_keys.expert(expert), all_keys.merged
     written = (keys.meta, keys.spec, keys.weights, keys.decided, keys.log, keys.dead)
     changes, adds = "it changes the rules of an expert", "it adds an expert"
     return (
@@ -143,7 +143,7 @@ def _operator(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
         *_on(keys.packed, may="SET"),
         *_on(keys.packed, keys.lost, keys.claims, may="UNLINK"),
         *_on(*written, may="WATCH, EXISTS, UNLINK"),
-        *_on(gateway.weights, may="GET"),
+        *_on(merged.weights, may="GET"),
         *_on(all_keys.experts, may="HKEYS, HDEL", when="it removes an expert"),
         *_on(
             keys.updates,
@@ -168,17 +168,17 @@ def _operator(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
 
 
 def _monitor(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
-    keys, gateway = all_keys.expert(expert), all_keys.gateway
-    leases = (keys.lease, gateway.lease)
+    keys, merged = all_keys.expert(expert), all_keys.merged
+    leases = (keys.lease, merged.lease)
     return (
-        *_on(all_keys.experts, keys.meta, gateway.meta, may="HGETALL"),
-        *_on(keys.weights, keys.spec, gateway.weights, may="STRLEN"),
+        *_on(all_keys.experts, keys.meta, merged.meta, may="HGETALL"),
+        *_on(keys.weights, keys.spec, merged.weights, may="STRLEN"),
         *_on(keys.updates, may="XLEN, XINFO GROUPS"),
         *_on(keys.dead, may="XLEN, XREVRANGE"),
         *_on(keys.log, may="XREVRANGE"),
         *_on(keys.decided, may="HKEYS"),
         *_on(keys.meta, may="HMGET", when="a worker trains an expert that is not listed"),
-        *_on(keys.problem, gateway.problem, may="HGETALL"),
+        *_on(keys.problem, merged.problem, may="HGETALL"),
         *_on(keys.worker(ANY), keys.trace(ANY), may="HMGET, PTTL"),
         *_on(*leases, may="PTTL"),
         *_on(may="SCAN"),

@@ -22,10 +22,16 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from fedmoe import __version__
-from fedmoe.errors import SettingsError, SpecError, UnknownExpertError
+from fedmoe.errors import (
+    DamagedExpertError,
+    RemovedExpertError,
+    SettingsError,
+    SpecError,
+    UnknownExpertError,
+)
 from fedmoe.protocol.federation import Federation
 from fedmoe.protocol.identity import expert_template
-from fedmoe.protocol.names import check_expert
+from fedmoe.protocol.names import GATEWAY, check_expert
 from fedmoe.protocol.records import Meta
 from fedmoe.store.gateway import GatewayStore
 from fedmoe.store.inspect import Inspector
@@ -42,8 +48,13 @@ FILES = (
     CONFIG_FILE,
 )  # the first file marks a FedMoE export; readers look for the last file first
 _STAGING_BEFORE = re.compile(r"\.fedmoe-[0-9a-f]{8}")  # staging directories of earlier releases
+MERGED_NAME = "merged gateway"
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # accepted by vLLM's --max-lora-rank
 VLLM_DEFAULT_RANK = 16
+_WHAT = {
+    MERGED_NAME: "The merge of all experts",
+    GATEWAY: "The gateway, trained by the workers of all experts,",
+}
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 
@@ -52,7 +63,7 @@ class Export:
     """An adapter to write.
 
     Args:
-        name: of the expert, or "gateway".
+        name: of the expert, or "merged gateway".
         file: the safetensors file.
         config: content of adapter_config.json.
         built_from: expert -> its version and weights_commit.
@@ -101,31 +112,59 @@ def read_expert(store: GatewayStore, name: str) -> Export:
     )
 
 
-def read_gateway(store: GatewayStore) -> Export:
-    """Read the gateway from Redis, even if experts changed since it was built.
+def read_gateway(store: GatewayStore, kind: str = "") -> Export:
+    """Read the gateway from Redis: by default the trained one if workers trained it, else the merged one.
+
+    Args:
+        store: of the federation.
+        kind: "trained" or "merged"; "" for the default.
 
     Raises:
-        UnknownExpertError: if there is none yet; says why and what to do.
-        SpecError: if its meta is malformed.
+        UnknownExpertError: if there is none of that kind yet; says why and what to do.
+        SpecError: if the merged gateway's meta is malformed.
     """
-    loaded = store.load()
+    if kind == "merged" or not (kind or is_gateway_trained(store)):
+        return read_merged(store)
+    try:
+        return read_expert(store, GATEWAY)
+    except DamagedExpertError:
+        raise
+    except UnknownExpertError as error:
+        raise UnknownExpertError(
+            "this federation trains no gateway: let the workers of an expert train it (fedmoe expert set EXPERT "
+            "--train both), or take the merged one (--kind merged)"
+        ) from error
+
+
+def is_gateway_trained(store: GatewayStore) -> bool:
+    """True if the federation has a trained gateway to which an update was applied."""
+    try:
+        return store.meta(GATEWAY).version > 0
+    except (UnknownExpertError, RemovedExpertError, SpecError):
+        return False
+
+
+def read_merged(store: GatewayStore) -> Export:
+    """Read the merged gateway from Redis, even if experts changed since it was built; raises as `read_gateway`."""
+    loaded = store.load_merged()
     if loaded is None:
         raise UnknownExpertError(_why_no_gateway(Inspector(store.connection).federation()))
-    gateway, file = loaded
-    config = gateway.config
-    if not {"base_model_name_or_path", "r"} <= config.keys() or gateway.updated_at is None:
-        raise SpecError("the gateway's meta hash is malformed; was it edited by hand?")
-    built_from: dict[str, dict[str, str | int]] = {n: one._asdict() for n, one in gateway.experts.items()}
+    merged, file = loaded
+    config = merged.config
+    if not {"base_model_name_or_path", "r"} <= config.keys() or merged.updated_at is None:
+        raise SpecError("the merged gateway's meta hash is malformed; was it edited by hand?")
+    built_from: dict[str, dict[str, str | int]] = {n: one._asdict() for n, one in merged.experts.items()}
     info = {
         "base_model": str(config["base_model_name_or_path"]),
-        "updated_at": gateway.updated_at,
-        "settings": gateway.settings,
+        "updated_at": merged.updated_at,
+        "settings": merged.settings,
     }
     metas = store.metas()
+    metas.pop(GATEWAY, None)
     commits = {name: part["weights_commit"] for name, part in built_from.items()}
     prints = {meta.base_fingerprint for meta in metas.values()}
     return Export(
-        name="gateway",
+        name=MERGED_NAME,
         file=file,
         config=config,
         built_from=built_from,
@@ -142,12 +181,12 @@ def _common_template(store: GatewayStore, metas: Mapping[str, Meta]) -> str:
 
 
 def _why_no_gateway(federation: Federation) -> str:
-    gateway = federation.gateway
-    if gateway.error:
-        return f"there is no gateway yet, because it cannot be built: {gateway.error}"
+    merged = federation.merged
+    if merged.error:
+        return f"there is no merged gateway yet, because it cannot be built: {merged.error}"
     if not federation.experts:
         return "there is no gateway yet, and no expert: start `fedmoe aggregator run`"
-    if gateway.lease:
+    if merged.lease:
         return "there is no gateway yet: the aggregator builds it in a moment, try again"
     return "there is no gateway yet and no aggregator to build it: start `fedmoe aggregator run`"
 
@@ -310,7 +349,7 @@ def _card(export: Export) -> str:
         f"| {name} | {part['version']} | `{part['weights_commit']}` |"
         for name, part in export.built_from.items()
     ]
-    what = "The merge of all experts" if export.name == "gateway" else "One expert"
+    what = _WHAT.get(export.name, "One expert")
     return "\n".join(
         [
             "---", *front, "---",

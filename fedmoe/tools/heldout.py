@@ -24,15 +24,22 @@ from fedmoe.model.base import (
 from fedmoe.model.bounds import check_examples, check_padding
 from fedmoe.model.tokenizer import load_tokenizer, tokenizer_fingerprint
 from fedmoe.protocol.identity import BaseIdentity
-from fedmoe.protocol.names import check_name
+from fedmoe.protocol.names import GATEWAY, MERGED, check_name
 from fedmoe.protocol.spec import Spec
 from fedmoe.settings import HeldOutSettings
 from fedmoe.store.gateway import GatewayStore
 from fedmoe.tools.evaluate import MEAN, Adapter, Matrix, evaluate
-from fedmoe.tools.export import CONFIG_FILE, WEIGHTS_FILE, Export, read_expert, read_gateway
+from fedmoe.tools.export import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    Export,
+    is_gateway_trained,
+    read_expert,
+    read_gateway,
+)
 from fedmoe.util.versions import version_of
 
-BASE, GATEWAY = "base", "gateway"
+BASE = "base"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +100,9 @@ def _in_directory(directory: Path, experts: Sequence[str]) -> dict[str, Path]:
 def read_federation(
     store: GatewayStore, report: Callable[[str], None]
 ) -> tuple[dict[str, Spec], dict[str, Export]]:
-    """The experts' specs, and the adapters of the experts and the gateway; unreadable ones are reported and left out.
+    """The domain experts' specs, and the adapters of experts and gateway; unreadable ones are reported and left out.
+
+    The row `gateway` is what `fedmoe gateway export` gives. If that is the trained gateway, `merged` is the merged one.
 
     Raises:
         UnknownExpertError: if there is no readable expert.
@@ -101,6 +110,8 @@ def read_federation(
     specs: dict[str, Spec] = {}
     adapters: dict[str, Export] = {}
     for name in store.experts():
+        if name == GATEWAY:
+            continue
         try:
             specs[name], adapters[name] = store.spec(name), read_expert(store, name)
         except (UnknownExpertError, SpecError) as error:
@@ -108,10 +119,12 @@ def read_federation(
             report(f"{name} is left out: {error}")
     if not specs:
         raise UnknownExpertError("there are no experts to evaluate yet: start `fedmoe aggregator run`")
-    try:
-        adapters[GATEWAY] = read_gateway(store)
-    except (UnknownExpertError, SpecError) as error:
-        report(f"the gateway is left out: {error}")
+    rows = {GATEWAY: ""} | ({MERGED: "merged"} if is_gateway_trained(store) else {})
+    for row, kind in rows.items():
+        try:
+            adapters[row] = read_gateway(store, kind)
+        except (UnknownExpertError, SpecError) as error:
+            report(f"the {'merged ' if kind else ''}gateway is left out: {error}")
     return specs, adapters
 
 

@@ -122,9 +122,16 @@ class FederationReader:
         """One expert, even if it does not exist yet."""
         return ExpertReader(self._store, name)
 
-    def gateway(self) -> Adapter:
-        """The last built gateway. Raises UnknownExpertError, with the reason, if there is none yet."""
-        return Adapter(read_gateway(self._store))
+    def gateway(self, kind: str = "") -> Adapter:
+        """The gateway: the trained one if workers trained it, else the merged one.
+
+        Args:
+            kind: "trained" or "merged"; "" for the default.
+
+        Raises:
+            UnknownExpertError: with the reason, if there is none of that kind yet.
+        """
+        return Adapter(read_gateway(self._store, kind))
 
     def view(self) -> federation.Federation:
         """Everything that `fedmoe status` shows: experts, workers, waiting and refused updates."""

@@ -164,7 +164,7 @@ def is_ready(text: str, shell: Shell, log: Path) -> bool:
     if text.startswith("redis-server"):
         store.connection.ping()
     elif text.startswith("fedmoe aggregator"):
-        return all(store.meta(name).commit for name in EXPERTS) and store.load() is not None
+        return all(store.meta(name).commit for name in EXPERTS) and store.load_merged() is not None
     else:
         return store.meta("sql_expert").applied > 0
     return True

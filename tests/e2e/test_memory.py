@@ -66,7 +66,7 @@ def test_memory_is_bounded_by_the_experts(
                 )  # type: ignore[misc]
             for worker in workers.values():
                 worker.pull()
-        eventually("a gateway", lambda: store.gateway().experts["a"].version == 10)  # type: ignore[union-attr]
+        eventually("a gateway", lambda: store.merged().experts["a"].version == 10)  # type: ignore[union-attr]
         status = Path(f"/proc/{aggregator.pid}/status").read_text()
         peak_mib = int(status.split("VmHWM:")[1].split()[0]) / 1024
         assert terminate(aggregator) == 0

@@ -7,7 +7,9 @@ from unittest.mock import patch
 from consumers.expert import Expert
 from fedmoe.errors import StaleStateError
 from fedmoe.protocol.keys import GROUP, Keys
+from fedmoe.protocol.names import GATEWAY
 from fedmoe.protocol.records import Entry
+from tests.federation import make_expert
 from tests.hazards.units import expect
 from tests.hazards.world import EXPERT, AggregatorProcess, World
 
@@ -359,7 +361,7 @@ def h14_built_of_another_history(world: World) -> None:
     replica = world.snapshot()
     alice.push()
     a0.turn()
-    steps.before(b"{gateway}:weights", lambda: world.roll_back(replica))
+    steps.before(b"{merged}:weights", lambda: world.roll_back(replica))
     builder.refresh()
     alice.kill()
     bob.push()
@@ -382,7 +384,19 @@ def h14_overwritten_by_a_late_builder(world: World) -> None:
         a0.turn()
         present.refresh()
 
-    steps.before(b"{gateway}:weights", meanwhile)
+    steps.before(b"{merged}:weights", meanwhile)
     late.refresh()
     present.refresh()
+    world.expect_gateway()
+
+
+def h14_merged_beside_the_trained(world: World) -> None:
+    """The federation trains a gateway too, and the builder merges the experts."""
+    world.create()
+    make_expert(world.connect(), GATEWAY, spec=world.spec)
+    key = Keys().expert(GATEWAY).meta
+    before = world.redis.hgetall(key)
+    builder, _ = world.builder("one")
+    builder.refresh()
+    expect(world.redis.hgetall(key) == before, "the merge overwrote the trained gateway")
     world.expect_gateway()

@@ -5,7 +5,8 @@ import redis.client
 import consumers.aggregator as aggregator
 import consumers.gateway.builder as gateway
 import consumers.recovery.settle
-from fedmoe.protocol import condition
+from fedmoe.protocol import condition, keys
+from fedmoe.protocol.names import GATEWAY
 from fedmoe.store import change
 from fedmoe.store.expert import ExpertStore
 from tests.hazards import commits, recovery, updates, without
@@ -26,6 +27,13 @@ OF_REDIS = {
         scenario=commits.h14_overwritten_by_a_late_builder,
         without=((gateway, "GatewayBuilder", without.GatewayByMemory),),
         symptom="the gateway is not the merge of the experts",
+    ),
+    "H14c": Hazard(
+        wrong="the merge of the experts is written where the trained gateway lies: all that was trained is lost",
+        rule="whatever merges writes only keys of its own, never those of an expert",
+        scenario=commits.h14_merged_beside_the_trained,
+        without=((keys.Keys, "merged", property(lambda self: self.expert(GATEWAY))),),
+        symptom="the merge overwrote the trained gateway",
     ),
     "H15": Hazard(
         wrong="a rival commits between the reads of weights and meta: the rival's update is overwritten",

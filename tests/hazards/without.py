@@ -158,7 +158,7 @@ class GatewayByVersion(GatewayBuilder):
     """A gateway of the same versions counts as up to date."""
 
     def refresh(self) -> bool:
-        gateway = self._store.gateway()
+        gateway = self._store.merged()
         present = {name: self._store.meta(name).version for name in self._store.experts()}
         if gateway and present == {name: one.version for name, one in gateway.experts.items()}:
             return False

@@ -355,13 +355,13 @@ class World:
             expect_units("the expert", name, self.flat, units)
 
     def expect_gateway(self) -> None:
-        """Assert that the gateway is what a builder makes of the experts as they are now."""
+        """Assert that the merged gateway is what a builder makes of the experts as they are now."""
         store = GatewayStore(self._operator)
-        before = store.load()
+        before = store.load_merged()
         self.redis.delete(store.keys.meta)
         builder, _ = self.builder("fresh")
         builder.refresh()
-        after = store.load()
+        after = store.load_merged()
         assert after
         expect(before and before[1] == after[1], "the gateway is not the merge of the experts")
 

@@ -41,13 +41,13 @@ def test_weight_moves_the_gateway(connection: Connection, expert_command: Comman
     make_expert(connection, "b")
     builder = GatewayBuilder(connection, GatewaySettings(method="average"), holder="one", lease_s=5.0)
     builder.refresh()
-    before = GatewayStore(connection).load()
+    before = GatewayStore(connection).load_merged()
     assert before is not None
     assert values_of(small_spec().layout, before[1]).any()
     said = expert_command("weight", "b", "0")
     assert said.output == "b: gateway weight 1 -> 0\n"
     assert builder.refresh()
-    loaded = GatewayStore(connection).load()
+    loaded = GatewayStore(connection).load_merged()
     assert loaded is not None
     assert not values_of(small_spec().layout, loaded[1]).any()  # those of a
     assert GatewayStore(connection).experts() == {"a": 1.0, "b": 0.0}

@@ -109,17 +109,17 @@ def test_whole_daemon_builds_the_gateway(connection: Connection, connect: Connec
     thread.start()
     store = GatewayStore(connect())
     try:
-        first = eventually("a first gateway", store.load)
+        first = eventually("a first gateway", store.load_merged)
         time.sleep(0.4)
-        assert store.load() == first
+        assert store.load_merged() == first
         ScriptedWorker(connection, spec, "w", "a").push(1.0)
-        eventually("a second one", lambda: store.gateway().experts["a"].version == 1)  # type: ignore[union-attr]
+        eventually("a second one", lambda: store.merged().experts["a"].version == 1)  # type: ignore[union-attr]
         commit = experts["a"].store.load().meta.weights_commit
-        assert store.gateway().experts["a"].weights_commit == commit  # type: ignore[union-attr]
+        assert store.merged().experts["a"].weights_commit == commit  # type: ignore[union-attr]
     finally:
         stop.set()
         thread.join()
-    assert store.gateway().rank == 4  # type: ignore[union-attr]
+    assert store.merged().rank == 4  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(

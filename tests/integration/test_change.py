@@ -155,7 +155,8 @@ def test_worker_takes_over_what_concerns_it(
     ("words", "sentence"),
     [
         (["nobody", "--lr", "0.5"], "there is no expert 'nobody' at .*; there are: sql_expert$"),
-        (["gateway", "--lr", "0.5"], "an expert cannot be called 'gateway'"),
+        (["merged", "--lr", "0.5"], "an expert cannot be called 'merged'"),
+        (["gateway", "--train", "both"], "the rule train belongs to the experts of domains"),
         (
             ["sql_expert"],
             "nothing to change: name a rule, for example --lr 0.5; `fedmoe expert show sql_expert`",

@@ -182,7 +182,7 @@ def test_what_is_not_there_is_said_and_left_out(
 ) -> None:
     """A federation without a gateway, and an expert that lost its weights."""
     make_federation(connection, tiny_model_dir)
-    connection.client.delete("fedmoe:{gateway}:meta", "fedmoe:{blue}:weights")
+    connection.client.delete("fedmoe:{merged}:meta", "fedmoe:{blue}:weights")
     said: list[str] = []
     assert list(run(connection, str(data), said=said).loss) == ["base", "red"]
     assert said[0].startswith(

@@ -242,7 +242,7 @@ def test_a_damaged_gateway_is_one_sentence(connection: Connection, field: str, j
     """It is either no gateway, or a malformed one; never a traceback."""
     make_expert(connection)
     build_gateway(connection)
-    connection.client.hset("fedmoe:{gateway}:meta", field, junk)
+    connection.client.hset("fedmoe:{merged}:meta", field, junk)
     with pytest.raises((SpecError, UnknownExpertError), match=r"malformed|no gateway yet"):
         read_gateway(GatewayStore(connection))
 
@@ -259,10 +259,10 @@ def test_no_gateway_yet_says_what_to_do(connection: Connection) -> None:
     assert told() == "there is no gateway yet, and no expert: start `fedmoe aggregator run`"
     make_expert(connection)
     assert told() == "there is no gateway yet and no aggregator to build it: start `fedmoe aggregator run`"
-    connection.client.set("fedmoe:{gateway}:lease", "agg-1", px=5000)
+    connection.client.set("fedmoe:{merged}:lease", "agg-1", px=5000)
     assert told() == "there is no gateway yet: the aggregator builds it in a moment, try again"
     store.complain("every weight is 0")
-    assert told() == "there is no gateway yet, because it cannot be built: every weight is 0"
+    assert told() == "there is no merged gateway yet, because it cannot be built: every weight is 0"
 
 
 def test_an_unknown_expert_lists_those_there_are(connection: Connection, tmp_path: Path) -> None:
@@ -289,16 +289,17 @@ def test_show_tells_versions_and_what_is_wrong(connection: Connection) -> None:
     """Text and JSON, of a gateway truncated to a rank."""
     expert = make_expert(connection)
     url = connection.settings.url
-    assert fedmoe_here("gateway", "show", "--redis", url).stdout == "gateway: none yet\n"
+    assert fedmoe_here("gateway", "show", "--redis", url).stdout.splitlines()[1] == "merged gateway: none yet"
     build_gateway(connection, "svd")
     ScriptedWorker(connection, small_spec()).push(0.5)
     serve(expert)
     GatewayStore(connection).complain("no luck")
-    line, error, problem = fedmoe_here("gateway", "show", "--redis", url).stdout.splitlines()
-    assert line == "gateway: svd, rank 2, built from sql_expert v0 (now v1)"
+    _, line, error, problem = fedmoe_here("gateway", "show", "--redis", url).stdout.splitlines()
+    assert line == "merged gateway: svd, rank 2, built from sql_expert v0 (now v1)"
     assert error.startswith("truncated to this rank, relative error 0.0")
-    assert problem == "! gateway: cannot be built: no luck"
+    assert problem == "! merged gateway: cannot be built: no luck"
     shown = json.loads(fedmoe_here("gateway", "show", "--redis", url, "--json").stdout)
+    shown = shown["merged"]
     assert (shown["built_from"], shown["outdated"]) == ({"sql_expert": 0}, ["sql_expert"])
 
 
@@ -356,7 +357,7 @@ def test_method_that_needs_the_initialisation_gets_it(connection: Connection, me
     for name in ("a_expert", "b_expert"):
         make_expert(connection, name, spec=spec, weights=begun)
     build_gateway(connection, method)
-    loaded = GatewayStore(connection).load()
+    loaded = GatewayStore(connection).load_merged()
     assert loaded is not None
     assert torch.equal(values_of(spec.layout, loaded[1]), begun)
 

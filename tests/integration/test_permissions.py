@@ -138,7 +138,7 @@ def test_what_real_runs_send_is_what_is_listed(
         assert store.meta(EXPERT).applied
         guarded.admin.client.xadd(f"fedmoe:{{{EXPERT}}}:updates", {"garbage": "1"})
         eventually("a dead letter", lambda: store.meta(EXPERT).garbage)
-        eventually("the gateway", lambda: store.gateway().experts[EXPERT].version)  # type: ignore[union-attr]
+        eventually("the gateway", lambda: store.merged().experts[EXPERT].version)  # type: ignore[union-attr]
         guarded.admin.client.hset(f"fedmoe:{{{EXPERT}}}:worker:another", "run", "1-00000000")
         guarded.fedmoe(MONITOR, "status")
         guarded.fedmoe(MONITOR, "gateway", "show")
@@ -236,7 +236,7 @@ def a_standby_and_a_lease_for_ever(guarded: Guarded) -> None:
     guarded.admin.client.xadd(store.keys.updates, {"rival": "1"}, id=f"{2**64 - 1}-{2**64 - 1}")
     guarded.admin.client.xtrim(store.keys.updates, maxlen=0)
     assert store.mend()
-    for keys in (store.keys, KEYS.gateway):
+    for keys in (store.keys, KEYS.merged):
         problems = Problems(store.connection, keys.problem, holder="one")
         problems.report("no room")
         assert guarded.admin.client.hgetall(keys.problem) == {b"one": b"no room"}

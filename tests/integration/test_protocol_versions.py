@@ -176,7 +176,7 @@ def test_gateway_that_needs_more_is_left_to_whoever_knows_it(
     expert: Expert, connection: Connection, connect: Connect
 ) -> None:
     """Its lease is given up, and the sentence stands under this aggregator's name, not in the gateway's meta."""
-    keys = connection.keys.gateway
+    keys = connection.keys.merged
     builder = GatewayBuilder(connect(), GatewaySettings(interval_s=0.1), holder="old", lease_s=0.5)
     assert builder.refresh()
     connection.client.hset(keys.meta, "requires", "signing")

@@ -64,7 +64,7 @@ def test_gateway_is_read(connection: Connection, connect: Callable[[], Connectio
     assert gateway.versions == {NAME: 0}
     gateway.save(tmp_path / "gw")
     PeftModel.from_pretrained(tiny_model(), str(tmp_path / "gw"))
-    assert federation.view().gateway.rank == gateway.config["r"]
+    assert federation.view().merged.rank == gateway.config["r"]
 
 
 def test_bad_url_and_unknown_expert_are_sentences(connection: Connection) -> None:

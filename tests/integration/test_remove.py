@@ -166,7 +166,7 @@ def test_what_is_only_missing_from_the_list_is_listed_again(
     connection.client.hset("fedmoe:experts", "b", "1")
     assert gateway.refresh()
     assert connection.client.hkeys("fedmoe:experts") == [b"a"]
-    assert Inspector(connection).federation().gateway.built_from.keys() == {"a"}
+    assert Inspector(connection).federation().merged.built_from.keys() == {"a"}
 
 
 def test_the_command_asks_and_says_what_it_did(connection: Connection) -> None:

@@ -47,9 +47,9 @@ def test_all_that_happened_is_shown(connection: Connection) -> None:
     assert (worker.name, worker.host, worker.step, worker.loss) == ("alice", "lab", 12, 1.25)
     assert (worker.base_version, worker.behind) == (1, 1)
     assert worker.last_seen_s == pytest.approx(4.0, abs=1.0)
-    assert seen.gateway.exists
-    assert (seen.gateway.built_from, seen.gateway.present) == ({"sql_expert": 1}, {"sql_expert": 2})
-    assert seen.gateway.outdated == ("sql_expert",)
+    assert seen.merged.exists
+    assert (seen.merged.built_from, seen.merged.present) == ({"sql_expert": 1}, {"sql_expert": 2})
+    assert seen.merged.outdated == ("sql_expert",)
     assert seen.server.used_memory
     (finding,) = findings(seen)
     assert finding.startswith("sql_expert: 1 update refused; the last: alice update 2: its")
@@ -79,7 +79,7 @@ def test_waiting_updates_that_nobody_serves_are_said(connection: Connection) -> 
     waiting = "sql_expert: 1 entry waiting and no aggregator serves it: start `fedmoe aggregator run`"
     assert list(findings(look(connection))) == [waiting]
     serve(expert)
-    stale = "gateway: sql_expert moved on and no aggregator rebuilds it: start `fedmoe aggregator run`"
+    stale = "merged gateway: sql_expert moved on and no aggregator rebuilds it: start `fedmoe aggregator run`"
     assert list(findings(look(connection))) == [nobody, stale]
     ScriptedWorker(connection, small_spec()).push(0.5)
     assert list(findings(look(connection))) == [waiting, stale]
@@ -100,8 +100,8 @@ def test_what_is_broken_is_said_for_its_expert_and_the_rest_is_shown(connection:
     client.set("fedmoe:{d}:decided", "text")
     client.set("fedmoe:{d}:worker:x", "text")
     client.hset("fedmoe:{e}:meta", "version", "many")
-    client.hset("fedmoe:experts", mapping={"f:*": "1", "gateway": "1", "e": "heavy"})
-    client.hset("fedmoe:{gateway}:meta", mapping={"built_from": "[1]"})
+    client.hset("fedmoe:experts", mapping={"f:*": "1", "merged": "1", "e": "heavy"})
+    client.hset("fedmoe:{merged}:meta", mapping={"built_from": "[1]"})
 
     seen = look(connection)
     a, b, _, d, _ = seen.experts
@@ -118,8 +118,8 @@ def test_what_is_broken_is_said_for_its_expert_and_the_rest_is_shown(connection:
         "d: the heartbeat of x cannot be read: the key is of the wrong type",
         "e: its gateway weight is 'heavy', not a number",
         "fedmoe:experts lists 'f:*', which is not an expert's name",
-        "fedmoe:experts lists 'gateway', which is not an expert's name",
-        "gateway: its meta is malformed",
+        "fedmoe:experts lists 'merged', which is not an expert's name",
+        "merged gateway: its meta is malformed",
     ):
         assert sentence in said
     done = fedmoe("status", "--redis", connection.settings.url)
@@ -173,7 +173,7 @@ def test_a_read_only_user_sees_it_all_but_who_holds_the_lease(
     assert theirs.experts[0].lease == "?"
     shown = replace(theirs.experts[0], lease="agg-1", workers=mine.experts[0].workers)
     assert replace(shown, last_update_s=mine.experts[0].last_update_s) == mine.experts[0]
-    assert replace(theirs.gateway, lease="agg-1") == mine.gateway
+    assert replace(theirs.merged, lease="agg-1") == mine.merged
     assert len(theirs.workers) == 1
 
 
@@ -190,7 +190,8 @@ def test_what_a_user_may_not_read_is_said_in_one_line(connection: Connection, vi
     )
     assert seen.problems == ("the workers cannot be read: this user may not SCAN",)
     assert (
-        list(findings(seen))[-1] == "gateway: meta, weights, lease, problem cannot be read: this user may not"
+        list(findings(seen))[-1]
+        == "merged gateway: meta, weights, lease, problem cannot be read: this user may not"
     )
 
 

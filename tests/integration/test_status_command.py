@@ -91,7 +91,7 @@ def test_the_command_prints_columns_json_and_the_gateway(connection: Connection)
     }  # fmt: skip
     worker = next(line.split() for line in text.splitlines() if line.startswith("alice "))
     assert " ".join(worker[:3] + worker[4:]) == "alice sql_expert lab s 12 1.250 310 1 0 0 3 1"
-    assert "gateway: cat, rank 2, built from sql_expert v1" in text
+    assert "merged gateway: cat, rank 2, built from sql_expert v1" in text
     shown = json.loads(fedmoe("status", "--redis", url, "--json").stdout)
     assert shown["experts"][0]["workers"][0]["loss"] == 1.25
     assert shown["experts"][0]["mean_staleness"] == 0

@@ -11,9 +11,9 @@ import pytest
 from fedmoe.errors import ProtocolError, SpecError
 from fedmoe.protocol import features
 from fedmoe.protocol.beat import Beat
-from fedmoe.protocol.gateway import GatewayMeta
 from fedmoe.protocol.integrity import restamp
 from fedmoe.protocol.lines import read_line
+from fedmoe.protocol.merged import MergedMeta
 from fedmoe.protocol.records import NO_DECISIONS, Decided, Meta
 from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.update import HEADER_FORMAT, ForeignHeaderError, Header
@@ -118,7 +118,7 @@ def test_what_a_record_requires_is_looked_at_first() -> None:
 @pytest.mark.parametrize("version", ["Infinity", "[]", '"x"'])
 def test_gateway_built_from_nonsense_is_said(version: str) -> None:
     """Whoever edited it by hand."""
-    meta = GatewayMeta(built_from='{"a": {"version": ' + version + ', "weights_commit": "c"}}')
+    meta = MergedMeta(built_from='{"a": {"version": ' + version + ', "weights_commit": "c"}}')
     with pytest.raises(SpecError, match="malformed"):
         assert meta.experts
 

@@ -28,7 +28,7 @@ NO_NOUN = re.compile(
 UNIT = re.compile(r"(?i)\b(seconds|milliseconds|updates|rows|tokens|steps|epochs|micro-batches|rank)\b")
 # Factors, exponents and norms have no unit.
 BARE = {
-    "alpha", "seed", "lr", "decay-a", "max-norm", "learning-rate", "weight-decay", "clip-norm", "gateway-scale",
+    "alpha", "seed", "lr", "gain", "decay-a", "max-norm", "learning-rate", "weight-decay", "clip-norm", "gateway-scale",
     "weight",
 }  # fmt: skip
 

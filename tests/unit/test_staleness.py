@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedmoe.errors import SettingsError
+from fedmoe.protocol.rules import AggregationRules
 from fedmoe.protocol.staleness import KINDS, Decay, staleness_of
 from tests.strategies import MAX_COUNT, decays
 
@@ -104,3 +105,32 @@ def test_weaker_decays_are_not() -> None:
     assert last_error(Decay(kind="constant")(2), 2) > 1e3
     assert last_error(Decay(a=0.5)(2), 2) < 1e-3
     assert last_error(Decay(a=0.5)(3), 3) > 1e3
+
+
+@pytest.mark.parametrize(
+    ("workers", "gain", "share"), [(1, 2.0, 1.0), (2, 2.0, 1.0), (3, 2.0, 2 / 3), (8, 2.0, 1 / 4)]
+)
+def test_gain_counts_a_round_more_than_once_but_no_update_more_than_once(
+    workers: int, gain: float, share: float
+) -> None:
+    """M equal workers weigh gain / M each; a lone one keeps its 1."""
+    assert AggregationRules(gain=gain).factor(workers - 1) == pytest.approx(share)
+    assert AggregationRules(gain=gain, lr=0.5).factor(workers - 1) == pytest.approx(share / 2)
+
+
+@given(decays(), staleness)
+def test_without_gain_the_factor_is_lr_times_decay(decay: Decay, stale: int) -> None:
+    """To the bit, so that logs of before replay."""
+    assert AggregationRules(decay=decay, lr=0.7).factor(stale) == 0.7 * decay(stale)
+
+
+@pytest.mark.parametrize("delay", range(0, 33, 4))
+def test_gain_is_stable_for_every_delay_up_to_half_pi(delay: int) -> None:
+    """With full local steps up to π/2; a gain of 2 needs local steps that go at most 0.78 of the way."""
+    assert last_error(AggregationRules(gain=0.99 * math.pi / 2).factor(delay), delay) < 1e-3
+    assert last_error(0.78 * AggregationRules(gain=2.0).factor(delay), delay) < 1e-3
+
+
+def test_gain_of_two_is_unstable_with_full_steps_of_many_workers() -> None:
+    """So the bound of the rule's help is no decoration."""
+    assert last_error(AggregationRules(gain=2.0).factor(8), 8) > 1e3

@@ -1,4 +1,4 @@
-"""The gateway's meta hash: the versions it was built from, the merge settings, and its adapter's shape. Pure."""
+"""The merged gateway's meta hash: the versions it was built from, the merge settings, its adapter's shape. Pure."""
 
 import json
 from collections.abc import Mapping
@@ -18,8 +18,8 @@ class BuiltFrom(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GatewayMeta:
-    """`fedmoe:{gateway}:meta`. The gateway can be rebuilt at any time, so every field may be missing.
+class MergedMeta:
+    """`fedmoe:{merged}:meta`. The merged gateway can be rebuilt at any time, so every field may be missing.
 
     Args:
         built_from: JSON, see `experts`; adapter_config: JSON, see `config`.
@@ -50,7 +50,7 @@ class GatewayMeta:
             content = json.loads(self.built_from)
             return {n: BuiltFrom(int(p["version"]), str(p["weights_commit"])) for n, p in content.items()}
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError) as error:
-            raise SpecError("the gateway's meta hash is malformed; was it edited by hand?") from error
+            raise SpecError("the merged gateway's meta hash is malformed; was it edited by hand?") from error
 
     @property
     def config(self) -> dict[str, Any]:
@@ -58,9 +58,9 @@ class GatewayMeta:
         try:
             content = json.loads(self.adapter_config)
         except (ValueError, RecursionError) as error:
-            raise SpecError("the gateway's meta hash is malformed; was it edited by hand?") from error
+            raise SpecError("the merged gateway's meta hash is malformed; was it edited by hand?") from error
         if not isinstance(content, dict):
-            raise SpecError("the gateway's meta hash is malformed; was it edited by hand?")
+            raise SpecError("the merged gateway's meta hash is malformed; was it edited by hand?")
         return content
 
     def to_fields(self) -> dict[str, str]:
@@ -68,13 +68,13 @@ class GatewayMeta:
         return to_text(self, sparse=True)
 
     @classmethod
-    def read(cls, raw: Mapping[Any, bytes | str]) -> "GatewayMeta":
+    def read(cls, raw: Mapping[Any, bytes | str]) -> "MergedMeta":
         """Parse a stored hash; malformed fields count as missing. Raises ProtocolError if this FedMoE is too old."""
         meta = from_untrusted(cls, raw)
-        check_requires(meta.requires, "the gateway")
+        check_requires(meta.requires, "the merged gateway")
         return meta
 
 
 def built_from_text(experts: Mapping[str, BuiltFrom]) -> str:
-    """`GatewayMeta.built_from` as JSON."""
+    """`MergedMeta.built_from` as JSON."""
     return json.dumps({name: one._asdict() for name, one in experts.items()})

@@ -1,0 +1,158 @@
+"""The trained gateway: an expert like any other, beside the merged gateway, which has keys of its own."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import Result
+
+import fedmoe
+from consumers.create import SpecRequest, ensure_experts
+from consumers.create import base_model as creating
+from consumers.expert import Expert
+from consumers.gateway.builder import GatewayBuilder
+from consumers.verify import replay
+from fedmoe.errors import SettingsError, UnknownExpertError
+from fedmoe.protocol.names import GATEWAY, check_domain, domain_of, name_on_gateway
+from fedmoe.protocol.rules import RuleSet
+from fedmoe.settings import GatewaySettings
+from fedmoe.store.archive import Archive
+from fedmoe.store.connection import Connection
+from fedmoe.store.expert import ExpertStore
+from fedmoe.store.gateway import GatewayStore
+from tests.federation import ScriptedWorker, first_meta, make_expert, meta_of, small_spec
+
+Command = Callable[..., Result]
+
+
+def load(connection: Connection, archive: Archive | None = None) -> Expert:
+    """The trained gateway, as an aggregator retains it."""
+    expert = Expert(ExpertStore(connection, GATEWAY), small_spec(), aggregator="test", archive=archive)
+    expert.load()
+    return expert
+
+
+def test_switching_the_rule_creates_it(connection: Connection, expert_command: Command) -> None:
+    """Of the expert's spec and pins, listed without weight in the merge; the rule itself stays the expert's."""
+    like = make_expert(connection, "sql_expert", weights=torch.zeros(small_spec().layout.numel))
+    done = expert_command("set", "sql_expert", "--train", "both", "--lr", "0.5")
+    assert done.output == (
+        "created the gateway, with base model, adapter and rules of sql_expert\n"
+        "sql_expert: rules 2 are in force: lr 1 -> 0.5, train expert -> both\n"
+    )
+    store = GatewayStore(connection)
+    assert store.experts() == {"gateway": 0.0, "sql_expert": 1.0}
+    gateway, expert = store.meta(GATEWAY), store.meta("sql_expert")
+    assert (store.spec(GATEWAY), gateway.base_fingerprint) == (like.spec, expert.base_fingerprint)
+    assert (gateway.rules.train, expert.rules.train) == ("expert", "both")
+    assert expert_command("set", "sql_expert", "--train", "gateway").output.startswith("sql_expert: rules 3")
+    assert expert_command("set", "sql_expert", "--train", "expert").exit_code == 0
+    assert store.meta(GATEWAY).lineage == gateway.lineage  # it stays when nobody trains it any more
+
+
+def test_it_is_decided_logged_replayed_and_exported_like_any_expert(
+    connection: Connection, expert_command: Command, tmp_path: Path
+) -> None:
+    """Workers of two domains with one name each train it; the merge is built beside it and touches none of its keys."""
+    begun = torch.zeros(small_spec().layout.numel)
+    make_expert(connection, "sql_expert", weights=begun)
+    make_expert(connection, "docs_expert", weights=begun)
+    expert_command("set", "sql_expert", "--train", "both")
+    archive = Archive(tmp_path / "kept")
+    expert = load(connection, archive)
+    for domain in ("sql_expert", "docs_expert"):
+        worker = ScriptedWorker(connection, expert.spec, name_on_gateway(domain, "host"), expert=GATEWAY)
+        worker.push(0.5)
+        expert.process(expert.store.read(block_ms=1, count=9))
+    builder = GatewayBuilder(connection, GatewaySettings(method="average"), holder="one", lease_s=5.0)
+    before = meta_of(connection, GATEWAY)
+    assert builder.refresh()
+    assert meta_of(connection, GATEWAY) == before
+    store = GatewayStore(connection)
+    merged = store.merged()
+    assert merged is not None
+    assert set(merged.experts) == {"sql_expert", "docs_expert"}
+    meta, _, lines = store.history(GATEWAY)
+    assert sorted(domain_of(line["worker"]) for line in lines) == ["docs_expert", "sql_expert"]
+    again = replay(expert.spec, meta, lines, archive)
+    assert not again.problem
+    assert torch.equal(again.weights.flat, expert.buffer.flat)
+    reader = fedmoe.connect(connection.settings)
+    assert reader.gateway().versions == {GATEWAY: 2}
+    assert reader.gateway("merged").versions == {"docs_expert": 0, "sql_expert": 0}
+    assert reader.gateway().weights().keys() == reader.expert(GATEWAY).weights().keys()
+    view = reader.view()
+    assert [one.name for one in view.experts] == ["docs_expert", "gateway", "sql_expert"]
+    assert view.merged.present.keys() == {"docs_expert", "sql_expert"}
+    assert not view.merged.outdated
+
+
+def test_until_it_is_trained_the_merged_gateway_is_the_gateway(
+    connection: Connection, expert_command: Command
+) -> None:
+    """At version 0 it knows nothing; asked for by name, it is given all the same."""
+    make_expert(connection, "sql_expert", weights=torch.zeros(small_spec().layout.numel))
+    reader = fedmoe.connect(connection.settings)
+    with pytest.raises(UnknownExpertError, match=r"this federation trains no gateway: .*--train both"):
+        reader.gateway("trained")
+    expert_command("set", "sql_expert", "--train", "both")
+    GatewayBuilder(connection, GatewaySettings(), holder="one", lease_s=5.0).refresh()
+    assert reader.gateway().versions == {"sql_expert": 0}
+    assert reader.gateway("trained").versions == {GATEWAY: 0}
+
+
+def test_an_aggregator_that_is_told_so_creates_it_with_the_experts(
+    connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a second start finds it."""
+    spec = small_spec()
+    described = {
+        "base_config": spec.base_config, "layout": spec.layout.tensors, "towers": (), "reach": 1.0, "not_reached": "",
+        "fingerprint": "f" * 32, "tokenizer": "",
+    }  # fmt: skip
+    request = SpecRequest(
+        base_model="tiny", lora=spec.lora, rules=replace(RuleSet(), train="both"), wire_format="fp32"
+    )
+    monkeypatch.setitem(creating.described, request, described)
+    assert ensure_experts(connection, {"sql_expert": 1.0}, request) == ["sql_expert", GATEWAY]
+    store = GatewayStore(connection)
+    assert store.experts() == {"gateway": 0.0, "sql_expert": 1.0}
+    assert (store.meta("sql_expert").rules.train, store.meta(GATEWAY).rules.train) == ("both", "expert")
+    assert ensure_experts(connection, {"sql_expert": 1.0}, request) == []
+
+
+@pytest.mark.parametrize("words", [("set", "a.b", "--train", "both"), ("add", "c.d", "--train", "both")])
+def test_an_expert_whose_name_has_a_dot_cannot_train_it(
+    connection: Connection, expert_command: Command, words: tuple[str, ...]
+) -> None:
+    """There its workers' names would not tell their expert."""
+    make_expert(connection, "a.b")
+    done = expert_command(*words)
+    assert isinstance(done.exception, SettingsError)
+    assert "because the name has a dot" in str(done.exception)
+    assert set(GatewayStore(connection).experts()) == {"a.b"}
+
+
+def test_names_on_the_gateway() -> None:
+    """Workers of two experts may share a name; the domain is what comes before the first dot."""
+    assert name_on_gateway("sql_expert", "host.local") == "sql_expert.host.local"
+    assert domain_of("sql_expert.host.local") == "sql_expert"
+    with pytest.raises(SettingsError, match="longer than 64 characters: give it a shorter --name"):
+        name_on_gateway("e" * 40, "w" * 40)
+    with pytest.raises(SettingsError, match="'gateway' is the expert that the workers of all experts train"):
+        check_domain(GATEWAY)
+
+
+def test_worker_and_aggregator_name_experts_of_domains_only(
+    connection: Connection, expert_command: Command
+) -> None:
+    """The gateway has no weight in the merge, and no worker of its own."""
+    make_expert(connection, "sql_expert")
+    ExpertStore(connection, GATEWAY).create(
+        small_spec(), first_meta(small_spec()), bytes(8), gateway_weight=0.0
+    )
+    done = expert_command("weight", GATEWAY, "1")
+    assert isinstance(done.exception, SettingsError)
+    assert "name one of theirs" in str(done.exception)

@@ -1,6 +1,7 @@
 """Prepares what a worker trains on: base model, tokenizer, chat template, and the examples of its rows."""
 
 import hashlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -8,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 
 from fedmoe.data.bad_rows import BadRows
 from fedmoe.data.cache import RowCache
 from fedmoe.data.examples import make_examples, padding_id
 from fedmoe.data.jsonl import DataFile
 from fedmoe.errors import BaseModelError
-from fedmoe.model.adapter import attach_adapter
+from fedmoe.model.adapter import attach_adapter, use_adapter
 from fedmoe.model.base import (
     check_structure,
     choose_device,
@@ -27,24 +29,30 @@ from fedmoe.model.bounds import check_examples, check_padding
 from fedmoe.model.tokenizer import load_tokenizer, tokenizer_fingerprint, use_template
 from fedmoe.protocol.identity import BaseIdentity, expert_template
 from fedmoe.protocol.records import Meta
+from fedmoe.protocol.rules import TrainingSettings
 from fedmoe.protocol.spec import Spec
 from fedmoe.settings import WorkerSettings
 from fedmoe.util.template_file import read_template
 from producers.trainer import Trainer
 
+# torch forbids a dot in the name of a module, and peft names modules after adapters.
+_NOT_IN_A_MODULE_NAME = re.compile(r"\W")
+
 
 @dataclass(frozen=True, slots=True)
 class Material:
-    """The identity of the base model, the number of examples and their digest, and how to make the trainer.
+    """The identity of the base model, the number of examples and their digest, and how to make trainers.
 
-    The trainer is made after the worker has joined. The examples were truncated to `max_length` tokens.
+    `make_trainer` takes the spec and the training settings of the expert to train, and its name. It is called after the
+    worker has joined, once for each expert; all of its trainers share the base model, which thereby has an adapter of
+    each expert. The examples were truncated to `max_length` tokens.
     """
 
     identity: BaseIdentity
     n_examples: int
     data: str
     max_length: int
-    make_trainer: Callable[[], Any]
+    make_trainer: Callable[[Spec, TrainingSettings, str], Any]
 
 
 def prepare(
@@ -86,19 +94,24 @@ def prepare(
     report(f"{settings.data}: {examples.summary()}")
     check_examples(examples.examples, settings.data, tokenizer, config)
 
-    def make_trainer() -> Trainer:
-        adapted, flat = attach_adapter(model, spec)
+    adapted: list[PeftModel] = []
+
+    def make_trainer(spec: Spec, training: TrainingSettings, expert: str) -> Trainer:
+        adapter = _NOT_IN_A_MODULE_NAME.sub("_", expert)
+        made, flat = attach_adapter(adapted[0] if adapted else model, spec, adapter)
+        adapted[:] = [made]
         return Trainer(
-            model=adapted,
+            model=made,
             flat=flat,
             examples=examples.examples,
             pad_id=padding_id(tokenizer),
-            settings=meta.rules.training,
+            settings=training,
             batch_size=settings.batch_size,
             accumulate=settings.accumulate,
             seed=spec.init_seed + _seed_of(settings.worker),
             device=device,
             autocast=autocast,
+            activate=partial(use_adapter, made, adapter),
         )
 
     # A template in the spec comes from the operator; without one this worker may contribute its own.

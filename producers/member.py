@@ -14,7 +14,6 @@ import logging
 import math
 import operator
 import socket
-import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -40,7 +39,7 @@ from fedmoe.util.stopping import without_interrupt
 from producers.checkpoint import StateDir, name_in
 from producers.exchange import Exchange
 from producers.heartbeat import SyncStatus
-from producers.membership import Membership
+from producers.membership import Membership, finish, outcomes
 from producers.trainer import StepResult
 from producers.training import Progress
 
@@ -210,30 +209,10 @@ class Member:
         """Publish the rest and wait for the decisions, for all experts at the same time."""
         self._has_left = True
         atexit.unregister(self._leave_at_exit)
-        members = [chain.membership for chain in self._chains.values()]
-        for member in members:
-            member.sync.finish(self._drain_s)
-        while any(member.thread.is_alive() for member in members):
-            with without_interrupt():
-                for member in members:
-                    member.exchange.boundary()
-            time.sleep(0.02)
+        finish([chain.membership for chain in self._chains.values()], self._drain_s)
 
     def _outcomes(self) -> dict[str, str]:
-        """By expert, how it ended. Logs all errors but the first, then raises the first."""
-        said, errors = {}, []
-        for name, chain in self._chains.items():
-            try:
-                said[name] = chain.membership.outcome(self._drain_s)
-            except FedMoEError as error:
-                errors.append(error)
-        for other in errors[1:]:
-            logger.warning("%s", other)
-        if errors:
-            for name, sentence in said.items():
-                logger.info("%s: %s", name, sentence)
-            raise errors[0]
-        return said
+        return outcomes({name: chain.membership for name, chain in self._chains.items()}, self._drain_s)
 
     def _leave_at_exit(self) -> None:
         """Leave at the end of a program that forgot to."""

@@ -16,7 +16,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Protocol, Self
@@ -39,6 +39,7 @@ from fedmoe.protocol.update import make_run
 from fedmoe.settings import RedisSettings
 from fedmoe.store.connection import Connection
 from fedmoe.store.worker import WorkerStore
+from fedmoe.util.stopping import without_interrupt
 from producers.checkpoint import StateDir
 from producers.claim import claim_name
 from producers.exchange import Exchange, Trains
@@ -75,7 +76,8 @@ class Membership:
         report: called with each line for people.
 
     Attributes:
-        spec, identity: of the expert and of the base model here; None before `look` and `claim`.
+        spec, meta: of the expert, as `look` and `read` found them; None before.
+        identity: of the base model here; None before `claim`.
         exchange, sync, thread: set by `begin`.
         is_done: the training has reached its own end; `fedmoe status` then shows the worker as finished.
     """
@@ -104,6 +106,7 @@ class Membership:
         self._checkpoint_interval_s = checkpoint_interval_s
         self._report = report
         self.spec: Spec | None = None
+        self.meta: Meta | None = None
         self.identity: BaseIdentity | None = None
         self._has_joined = False
 
@@ -134,9 +137,18 @@ class Membership:
             UnknownExpertError: if there is no such expert; names those there are.
             ProtocolError: if releases do not fit; names the side to upgrade.
         """
+        self.check_rights()
+        return self.read()
+
+    def check_rights(self) -> None:
+        """Raise RedisUnfitError, which names them all, if this Redis user lacks rights of a worker of this expert."""
         self._joining.check_rights()
+
+    def read(self) -> tuple[Spec, Meta]:
+        """The expert's spec and meta; raises as `look`."""
         self.spec = self._joining.spec()
-        return self.spec, self._joining.meta()
+        self.meta = self._joining.meta()
+        return self.spec, self.meta
 
     def claim(self, identity: BaseIdentity) -> None:
         """Take the name, with this base model.
@@ -191,7 +203,7 @@ class Membership:
             identity=self.identity, data=data, state_dir=state_dir, training_fields=training_fields,
             max_length=max_length, checkpoint_interval_s=self._checkpoint_interval_s, clock=clock,
         )  # fmt: skip
-        self.thread = threading.Thread(target=self.sync.run, name="sync", daemon=True)
+        self.thread = threading.Thread(target=self.sync.run, name=f"sync {self.store.expert}", daemon=True)
 
     def open_books(
         self, trainer: Resumes, spec: Spec, data: str, source: str = "the data"
@@ -251,10 +263,7 @@ class Membership:
         Raises:
             FedMoEError: one sentence, if something that was trained is lost.
         """
-        self.sync.finish(drain_s)
-        while self.thread.is_alive():
-            (boundary or self.exchange.boundary)()
-            self.thread.join(0.02)
+        finish([self], drain_s, boundary=boundary)
         return self.outcome(drain_s)
 
     def outcome(self, drain_s: float) -> str:
@@ -302,6 +311,44 @@ class Membership:
                 f"at most {steps} steps are lost, those since the last checkpoint in {self._state_dir.path}"
             )
         return f"{steps} steps since the last update that is in Redis are lost"
+
+
+def finish(
+    members: Sequence[Membership], drain_s: float, *, boundary: Callable[[], None] | None = None
+) -> None:
+    """Publish the rest and wait at most drain_s seconds for the decisions, for all memberships at the same time."""
+    for member in members:
+        member.sync.finish(drain_s)
+    while waiting := [member for member in members if member.thread.is_alive()]:
+        if boundary is not None:
+            boundary()
+        else:
+            pass_boundaries(members)
+        waiting[0].thread.join(0.02)
+
+
+def pass_boundaries(members: Iterable[Membership]) -> None:
+    """Apply what arrived for each membership's training, between two steps; an interrupt waits until it is whole."""
+    with without_interrupt():  # half a boundary would count a correction twice
+        for member in members:
+            member.exchange.boundary()
+
+
+def outcomes(members: Mapping[str, Membership], drain_s: float) -> dict[str, str]:
+    """By expert, how it ended. Logs all errors but the first, then raises the first."""
+    said, errors = {}, []
+    for name, member in members.items():
+        try:
+            said[name] = member.outcome(drain_s)
+        except FedMoEError as error:
+            errors.append(error)
+    for other in errors[1:]:
+        logger.warning("%s", other)
+    if errors:
+        for name, sentence in said.items():
+            logger.info("%s: %s", name, sentence)
+        raise errors[0]
+    return said
 
 
 def wire(

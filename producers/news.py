@@ -52,6 +52,8 @@ def change_of_rules(before: RuleSet, now: RuleSet, tokenized_to: int) -> str:
     """The message of a worker that adopts new rules; its rows were truncated to `tokenized_to` tokens."""
     changed = before.differences(now) or "nothing that this FedMoE knows"
     text = f"rules {now.number} are in force, they were {before.number}: {changed}"
+    if now.train != before.train:
+        text += "; train takes effect when this worker is started again"
     if now.training.max_length != tokenized_to:
         text += "; max_length takes effect when this worker is started again, because its rows are tokenized already"
     return text

@@ -5,7 +5,7 @@ The correction of a pull is added to `flat` between two steps, and the next step
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -64,12 +64,14 @@ class Trainer:
     left out. Both are logged once and kept in `state()`.
 
     Args:
-        model: on `device`, with exactly the views of `flat` (numel,) fp32 as its trainable parameters.
+        model: on `device`, with exactly the views of `flat` (numel,) fp32 as its trainable parameters (if it has
+            several adapters: once `activate` was called).
         settings: the training settings of the expert's rules.
         batch_size, accumulate: this worker's own values, which override those of the settings; 0 for none.
         seed: of the data order.
         autocast: dtype to compute in; with float32 there is no autocast.
         position: examples consumed so far.
+        activate: called before each step; lets a model with several adapters compute with that of this trainer.
     """
 
     def __init__(
@@ -86,7 +88,10 @@ class Trainer:
         position: int = 0,
         batch_size: int = 0,
         accumulate: int = 0,
+        activate: Callable[[], None] = lambda: None,
     ) -> None:
+        activate()
+        self._activate = activate
         self.flat = flat
         self.position = position
         self.skipped = 0
@@ -137,6 +142,7 @@ class Trainer:
         Every label token counts by its weight, whatever its micro-batch; a mean of the means of micro-batches would
         favour short answers. Half the weight gives half the gradient, also if all labels of the step have it.
         """
+        self._activate()
         count = self._settings.accumulate * self._settings.batch_size
         numbers = indices(self.position, count, len(self._examples), self._seed)
         while True:

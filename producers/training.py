@@ -3,7 +3,9 @@
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -11,7 +13,7 @@ from fedmoe.errors import FedMoEError, StoppedError, TooLittleMemoryError
 from fedmoe.settings import WorkerSettings
 from fedmoe.util.stopping import Stop
 from producers.heartbeat import SyncStatus
-from producers.membership import Membership
+from producers.membership import Membership, finish, outcomes, pass_boundaries
 from producers.trainer import StepResult, is_out_of_memory
 
 logger = logging.getLogger(__name__)
@@ -49,12 +51,34 @@ class Progress:
         return {"step": self.steps, "loss": loss, "tokens_per_s": round(self._rate.value, 1)}
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """One expert of those that a worker trains by turns, a step each.
+
+    Args:
+        expert: its name.
+        trainer: of its adapter.
+        member: its membership, which has begun.
+        progress: the object that the heartbeat of this membership reports.
+    """
+
+    expert: str
+    trainer: Any
+    member: Membership
+    progress: Progress
+
+    @property
+    def line(self) -> str:
+        """The progress line of this expert."""
+        return self.progress.line(self.member.sync.status)
+
+
 class Training:
     """Trains until it is stopped, done or fails; then has the sync publish the remaining progress.
 
     Args:
-        member: a membership that has begun.
-        progress: the object that the sync's heartbeat reports.
+        turns: the experts to train. Each has its own trainer, so its own optimizer state, warm-up and position. If the
+            sync of one ends early (its expert was removed, for example), the others are trained on.
         n_examples: number of examples in one epoch.
         stop: ends the training; it is also set when the training has ended by itself.
         report: where lines for people go.
@@ -62,20 +86,17 @@ class Training:
 
     def __init__(
         self,
-        trainer: Any,
-        member: Membership,
+        turns: Sequence[Turn],
         settings: WorkerSettings,
         *,
-        progress: Progress,
         n_examples: int,
         stop: Stop,
         report: Callable[[str], None],
     ) -> None:
-        self._trainer = trainer
-        self._member = member
-        self._exchange, self._sync = member.exchange, member.sync
+        self._turns = list(turns)
+        self._next = deque(turns)
+        self._members = {turn.expert: turn.member for turn in turns}
         self._settings = settings
-        self._progress = progress
         self._n_examples = n_examples
         self._stop = stop
         self._report = report
@@ -92,13 +113,15 @@ class Training:
         self._bound_the_stop()
         if self._stop.is_set():
             raise StoppedError("stopped before the training began: nothing was trained yet")
-        self._member.thread.start()
+        for member in self._members.values():
+            member.thread.start()
         self._train()
         self._stop.set()
-        if self._progress.last:
-            self._report(self._progress.line(self._sync.status))
+        self._report_progress()
+        finish(list(self._members.values()), self._settings.drain_s, boundary=self._pass_boundary)
         try:
-            self._report(self._member.finish(self._settings.drain_s, boundary=self._pass_boundary))
+            for expert, sentence in outcomes(self._members, self._settings.drain_s).items():
+                self._report(self._named(expert, sentence))
         except FedMoEError as error:
             if self._failure is None:
                 raise
@@ -110,16 +133,17 @@ class Training:
         """Train step after step; keep an error for later, because the progress is published first."""
         said_at = time.monotonic()
         try:
-            while not self._stop.is_set() and self._member.thread.is_alive() and not self._has_done_enough():
-                self._exchange.boundary()
-                computed = self._trainer.compute()
-                step: StepResult | None = self._exchange.take_step(partial(self._trainer.apply, computed))
+            while not (self._stop.is_set() or self._has_done_enough()) and (turn := self._take_turn()):
+                pass_boundaries(self._members.values())
+                computed = turn.trainer.compute()
+                apply = partial(turn.trainer.apply, computed)
+                step: StepResult | None = turn.member.exchange.take_step(apply)
                 if step is None:
                     return
-                self._progress.add(step)
+                turn.progress.add(step)
                 if time.monotonic() - said_at >= self._settings.log_interval_s:
                     said_at = time.monotonic()
-                    self._report(self._progress.line(self._sync.status))
+                    self._report_progress()
         except Exception as error:
             if is_out_of_memory(error) and not isinstance(error, FedMoEError):
                 why = str(error).strip().partition("\n")[0]
@@ -132,12 +156,32 @@ class Training:
             )
             self._failure = error
 
+    def _take_turn(self) -> Turn | None:
+        """Whose turn it is; None if no sync runs any more. An expert whose sync has ended is trained no more."""
+        for turn in [turn for turn in self._next if not turn.member.thread.is_alive()]:
+            self._next.remove(turn)
+            if self._next:
+                logger.warning(
+                    "%s is trained no more (%s); this worker trains %s alone from now on",
+                    turn.expert, turn.member.sync.failure or "its sync has ended", self._next[0].expert,
+                )  # fmt: skip
+        self._next.rotate(-1)
+        return self._next[-1] if self._next else None
+
+    def _named(self, expert: str, sentence: str) -> str:
+        return sentence if len(self._turns) == 1 else f"{expert}: {sentence}"
+
+    def _report_progress(self) -> None:
+        for turn in self._turns:
+            if turn.progress.last:
+                self._report(self._named(turn.expert, turn.line))
+
     def _pass_boundary(self) -> None:
         if self._failure is None:
-            self._exchange.boundary()
+            pass_boundaries(self._members.values())
             return
         try:
-            self._exchange.boundary()
+            pass_boundaries(self._members.values())
         except Exception:  # a training that failed may fail again; the sync then copies without it
             logger.debug("no boundary after the training failed", exc_info=True)
 
@@ -146,23 +190,29 @@ class Training:
 
         def last_words() -> tuple[str, int]:
             try:
-                return self._member.outcome(self._settings.drain_s), 0
+                said = outcomes(self._members, self._settings.drain_s)
+                return "\n".join(self._named(expert, sentence) for expert, sentence in said.items()), 0
             except FedMoEError as error:
                 return str(error), error.exit_code
 
         self._stop.patience_s, self._stop.end_s = self._settings.drain_s, END_S
-        self._stop.when_asked.append(lambda: self._sync.finish(self._settings.drain_s))
-        self._stop.is_saving = lambda: self._sync.is_saving
+        syncs = [member.sync for member in self._members.values()]
+        self._stop.when_asked += [partial(sync.finish, self._settings.drain_s) for sync in syncs]
+        self._stop.is_saving = lambda: any(sync.is_saving for sync in syncs)
         self._stop.last_words = last_words
 
     def _has_done_enough(self) -> bool:
+        """True after `max_steps` steps over all experts, or once each was trained for `max_epochs` epochs."""
         settings = self._settings
-        epochs = self._trainer.position / self._n_examples
-        self._member.is_done = bool(
-            (settings.max_steps and self._progress.steps >= settings.max_steps)
+        steps = sum(turn.progress.steps for turn in self._turns)
+        epochs = min((turn.trainer.position for turn in self._next), default=0) / self._n_examples
+        is_done = bool(
+            (settings.max_steps and steps >= settings.max_steps)
             or (settings.max_epochs and epochs >= settings.max_epochs)
         )
-        return self._member.is_done
+        for member in self._members.values():
+            member.is_done = is_done
+        return is_done
 
 
 class _Rate:

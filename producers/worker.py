@@ -1,22 +1,39 @@
 """The worker of `fedmoe worker run`: prepare base model and rows, join by a `Membership`, train until stopped.
 
-The main thread trains; the sync thread (producers/sync.py) talks to Redis, so training never waits for it.
+The rule `train` of its expert says what it trains: the expert, the gateway, or both by turns. Each is a membership of
+its own: two complete ledgers, with checkpoints of their own, on one base model. The main thread trains; the sync
+threads (producers/sync.py) talk to Redis, so training never waits for it.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from fedmoe.data.bad_rows import BadRows
 from fedmoe.data.jsonl import DataFile, open_data
-from fedmoe.errors import StoppedError
+from fedmoe.errors import (
+    BaseModelError,
+    FedMoEError,
+    NameTakenError,
+    RedisUnfitError,
+    RefusedError,
+    SpecError,
+    StoppedError,
+    UnknownExpertError,
+)
+from fedmoe.protocol.names import GATEWAY, name_on_gateway
+from fedmoe.protocol.records import Meta
+from fedmoe.protocol.rules import TRAIN_EXPERT, TRAIN_GATEWAY
 from fedmoe.settings import RedisSettings, WorkerSettings
 from fedmoe.util.stopping import Stop
 from fedmoe.util.text import printable_lines
 from producers.checkpoint import StateDir, name_in
 from producers.material import Material, prepare
 from producers.membership import Membership
-from producers.training import Progress, Training
+from producers.training import Progress, Training, Turn
 
 logger = logging.getLogger(__name__)
 
@@ -70,47 +87,114 @@ class Worker:
         bad_rows = BadRows(report=self._report, file=settings.bad_rows, fail=settings.on_bad_row == "fail")
         try:
             data = open_data(settings.data, bad_rows, stopped=stop.is_set)
-            with Membership(
-                self._redis, settings.stream, settings.worker,
-                state_dir=StateDir(settings.state_dir) if settings.state_dir else None, wait=settings.wait, stop=stop,
-                checkpoint_interval_s=settings.checkpoint_interval_s, report=self._report,
-            ) as member:  # fmt: skip
-                stop.when_out_of_patience.append(member.store.connection.cut_off)
-                self._work(member, data, bad_rows)
+            with ExitStack() as stack:
+                self._work(stack, data, bad_rows)
         except StoppedError as stopped:
             self._report(str(stopped))
 
-    def _work(self, member: Membership, data: DataFile, bad_rows: BadRows) -> None:
+    def _work(self, stack: ExitStack, data: DataFile, bad_rows: BadRows) -> None:
         settings = self._settings
-        spec, meta = member.look()
+        own = self._membership(stack, settings.stream)
+        try:
+            spec, meta = own.read()
+        except RedisUnfitError:
+            own.check_rights()  # names all rights that are missing
+            raise
+        members = self._choose(stack, own, meta)
         material = self._prepare(
             settings, spec, meta, data, bad_rows,
             cache=settings.state_dir, stopped=self._stop.is_set, report=self._report,
         )  # fmt: skip
-        member.claim(material.identity)
-        trainer, progress = material.make_trainer(), Progress()
-        member.begin(
-            trainer, data=material.data, source=str(settings.data),
-            training_fields=progress.fields, max_length=material.max_length,
-        )  # fmt: skip
-        rules = member.sync.ledger.meta.rules
-        if not member.sync.ledger.seq and rules.training.max_length != material.max_length:
+        turns = self._begin(members, material)
+        rules = turns[0].member.sync.ledger.meta.rules
+        if not turns[0].member.sync.ledger.seq and rules.training.max_length != material.max_length:
             logger.info(
                 "rows are truncated to %d tokens; max_length is now %d, which takes effect at the next start",
                 material.max_length,
                 rules.training.max_length,
             )
-        Training(
-            trainer, member, settings,
-            progress=progress, n_examples=material.n_examples, stop=self._stop, report=self._report,
-        ).run()  # fmt: skip
+        Training(turns, settings, n_examples=material.n_examples, stop=self._stop, report=self._report).run()
+
+    def _membership(self, stack: ExitStack, expert: str) -> Membership:
+        """This worker's membership of its expert, or of the gateway."""
+        settings = self._settings
+        place, name = settings.state_dir, settings.worker
+        if expert == GATEWAY:
+            place, name = place and place / GATEWAY, name_on_gateway(settings.stream, name)
+        member = Membership(
+            self._redis, expert, name,
+            state_dir=StateDir(place) if place else None, wait=settings.wait, stop=self._stop,
+            checkpoint_interval_s=settings.checkpoint_interval_s, report=self._report,
+        )  # fmt: skip
+        self._stop.when_out_of_patience.append(member.store.connection.cut_off)
+        return stack.enter_context(member)
+
+    def _choose(self, stack: ExitStack, own: Membership, meta: Meta) -> dict[str, Membership]:
+        """The memberships of what this worker trains, as the rule `train` says; without one that it may not train.
+
+        Raises:
+            FedMoEError: if nothing is left to train.
+        """
+        members, refused = {}, list[FedMoEError]()
+        if TRAIN_EXPERT in meta.rules.trained:
+            try:
+                own.check_rights()
+                members[self._settings.stream] = own
+            except RedisUnfitError as error:
+                refused.append(error)
+        if TRAIN_GATEWAY in meta.rules.trained:
+            try:
+                gateway = self._membership(stack, GATEWAY)
+                gateway.look()
+                members[GATEWAY] = gateway
+            except StoppedError:
+                raise
+            except FedMoEError as error:
+                refused.append(error)
+        self._say_alone(members, refused)
+        return members
+
+    def _say_alone(self, members: Mapping[str, Any], refused: Sequence[FedMoEError]) -> None:
+        """Report why this worker trains only one of expert and gateway; raise the first reason if it trains neither."""
+        if not members:
+            raise refused[0]
+        for error in refused:
+            self._report(f"{error}; this worker trains {' and '.join(members)} alone")
+
+    def _begin(self, members: Mapping[str, Membership], material: Material) -> list[Turn]:
+        """Claim the worker's names, and make a trainer for each membership, with the weights to start from."""
+        settings, turns, refused = self._settings, {}, list[FedMoEError]()
+        for expert, member in members.items():
+            try:
+                assert member.spec is not None
+                assert member.meta is not None
+                member.claim(material.identity)
+                training = member.meta.rules.training
+                trainer, progress = material.make_trainer(member.spec, training, expert), Progress()
+                member.begin(
+                    trainer, data=material.data, source=str(settings.data),
+                    training_fields=progress.fields, max_length=material.max_length,
+                )  # fmt: skip
+            except (BaseModelError, NameTakenError, RefusedError, SpecError, UnknownExpertError) as error:
+                if expert != GATEWAY:
+                    raise
+                refused.append(error)
+            else:
+                turns[expert] = Turn(expert=expert, trainer=trainer, member=member, progress=progress)
+        self._say_alone(turns, refused)
+        return list(turns.values())
 
 
 def with_name(settings: WorkerSettings) -> tuple[WorkerSettings, str]:
     """Settings with a name, and its source; a restart with the same state directory keeps the name."""
-    if settings.state_dir and (name := name_in(settings.state_dir)):
+    if settings.state_dir and (name := _name_in(settings.state_dir, settings.stream)):
         why = f"the checkpoint in {settings.state_dir}"
         if name != settings.worker:
             why += f", not this host, {settings.worker!r}; for another worker give --name and another --state-dir"
         return replace(settings, name=name), why
     return replace(settings, name=settings.worker), "this host; --name gives another one"
+
+
+def _name_in(state_dir: Path, expert: str) -> str:
+    """The worker's name in the checkpoints of its expert or of the gateway, "" if there are none."""
+    return name_in(state_dir) or name_in(state_dir / GATEWAY).removeprefix(f"{expert}.")

@@ -66,22 +66,32 @@ def adapter_layout(config: PretrainedConfig, lora: LoraSettings) -> Layout:
     return plan_adapter(config, lora).layout
 
 
-def attach_adapter(model: PreTrainedModel, spec: Spec) -> tuple[PeftModel, torch.Tensor]:
+def attach_adapter(
+    model: PreTrainedModel | PeftModel, spec: Spec, name: str = "default"
+) -> tuple[PeftModel, torch.Tensor]:
     """Put the spec's adapter, with its initial weights, on a model that is already on its device.
 
+    A model may get several adapters; `use_adapter` says with which one it computes.
+
     Returns:
-        The peft model, and the flat vector (numel,) fp32; all LoRA parameters are views of it.
+        The peft model, and the flat vector (numel,) fp32; all LoRA parameters of this adapter are views of it.
 
     Raises:
         SpecError: if the model does not have the spec's tensors.
     """
-    peft_model = _inject(model, spec.adapter_config() | {"inference_mode": False})
-    parameters = _lora_parameters(peft_model)
+    peft_model = _inject(model, spec.adapter_config() | {"inference_mode": False}, name)
+    parameters = _lora_parameters(peft_model, name)
     _check_tensors(parameters, dict(spec.layout.tensors))
     flat = initial_weights(spec.layout, spec.init_seed).to(model.device, copy=True)
     for name, view in spec.layout.views(flat).items():
         parameters[name].data = view
     return peft_model, flat
+
+
+def use_adapter(model: PeftModel, name: str) -> None:
+    """Compute with this one of the model's adapters; only its parameters then require a gradient."""
+    if model.active_adapter != name:
+        model.set_adapter(name)
 
 
 @contextmanager
@@ -132,7 +142,9 @@ def _target_names(model: PreTrainedModel, targets: Sequence[str], towers: Sequen
     return list(targets)
 
 
-def _inject(model: PreTrainedModel, adapter_config: Mapping[str, Any]) -> PeftModel:
+def _inject(
+    model: PreTrainedModel | PeftModel, adapter_config: Mapping[str, Any], adapter: str = "default"
+) -> PeftModel:
     # peft warns if the base's name is not the model's directory, but a worker may keep the model anywhere.
     skipped = ("peft_type", "base_model_name_or_path")
     options = {name: value for name, value in adapter_config.items() if name not in skipped}
@@ -142,23 +154,30 @@ def _inject(model: PreTrainedModel, adapter_config: Mapping[str, Any]) -> PeftMo
         with warnings.catch_warnings():
             # peft 0.21 reads an attribute that transformers 5.24 renamed; a user cannot change that.
             warnings.simplefilter("ignore", FutureWarning)
-            return get_peft_model(model, LoraConfig(**options))
+            if not isinstance(model, PeftModel):
+                return get_peft_model(model, LoraConfig(**options), adapter_name=adapter)
+            model.add_adapter(adapter, LoraConfig(**options))
+            return model
     except ValueError as error:  # peft: no module of the model has the name of a target
         raise SpecError(f"the adapter does not fit the base model ({error})") from error
 
 
 def _lora_parameters(peft_model: nn.Module, adapter: str = "default") -> dict[str, nn.Parameter]:
-    """The LoRA parameters by their names in adapter_model.safetensors."""
+    """The parameters of a LoRA adapter by their names in adapter_model.safetensors."""
     return {
         _saved_name(name, adapter): parameter
         for name, parameter in peft_model.named_parameters()
-        if ".lora_" in name
+        if re.search(_NAME_OF.format(re.escape(adapter)), name)
     }
 
 
+# The adapter's name, in that of a parameter, follows `lora_A` or `lora_B`.
+_NAME_OF = r"(\.lora_\w+)\.{}(?=\.|$)"
+
+
 def _saved_name(name: str, adapter: str) -> str:
-    """A parameter's name in adapter_model.safetensors: without the adapter's, which follows `lora_A` or `lora_B`."""
-    return re.sub(rf"(\.lora_\w+)\.{re.escape(adapter)}(?=\.|$)", r"\1", name)
+    """A parameter's name in adapter_model.safetensors: without the adapter's."""
+    return re.sub(_NAME_OF.format(re.escape(adapter)), r"\1", name)
 
 
 def _check_tensors(have: Mapping[str, nn.Parameter], want: Mapping[str, tuple[int, ...]]) -> None:

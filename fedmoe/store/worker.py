@@ -87,13 +87,17 @@ class WorkerStore:
 
         Raises:
             UnknownExpertError: names the existing experts.
+            DamagedExpertError: if only the spec is missing.
         """
         with self.connection.errors():
             text = self._redis.get(self.keys.spec)
             if text is not None:
                 return Spec.from_json(text)
-            check_not_removed(self._redis.hgetall(self.keys.meta))
+            meta = self._redis.hgetall(self.keys.meta)
+            check_not_removed(meta)
             names = sorted(name.decode() for name in self._redis.hkeys(self.connection.keys.experts))
+        if meta:
+            raise DamagedExpertError(self.expert, "its spec is missing")
         where = f"there is no expert {self.expert!r} at {self.connection.settings.shown}"
         if not names:
             raise NoExpertsError(f"{where}; there are none yet: start `fedmoe aggregator run`")

@@ -7,7 +7,7 @@ import socket
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from fedmoe.data.jsonl import DataFile
 from fedmoe.protocol.identity import BaseIdentity
 from fedmoe.protocol.layout import Layout
 from fedmoe.protocol.lora import LoraSettings
+from fedmoe.protocol.names import GATEWAY, name_on_gateway
 from fedmoe.protocol.records import Meta
 from fedmoe.protocol.rules import AggregationRules, RuleSet, TrainingSettings
 from fedmoe.protocol.spec import Spec
@@ -63,9 +64,19 @@ def make_rules(sync_interval_s: float, max_staleness: int) -> RuleSet:
 
 
 # Payloads of 1 KiB, and of 2.4 million values (SmolLM2-135M with rank 8) as int8 in three parts.
-EXPERTS = {"tiny": make_spec(2, 64, "fp32"), "real": make_spec(16, 75_000, "int8")}
-RULES = {"tiny": make_rules(0.3, 10), "real": make_rules(4.0, 256)}
+# The workers of `tiny` train the gateway, too.
+EXPERTS = {
+    "tiny": make_spec(2, 64, "fp32"), "real": make_spec(16, 75_000, "int8"), GATEWAY: make_spec(2, 64, "fp32"),
+}  # fmt: skip
+RULES = {
+    "tiny": replace(make_rules(0.3, 10), train="both"), "real": make_rules(4.0, 256), GATEWAY: make_rules(0.3, 10),
+}  # fmt: skip
 WORKERS = {"t1": "tiny", "t2": "tiny", "t3": "tiny", "t4": "tiny", "r1": "real", "r2": "real"}
+LEDGERS = WORKERS | {  # a worker's name on an expert -> the expert
+    name_on_gateway(expert, worker): GATEWAY
+    for worker, expert in WORKERS.items()
+    if RULES[expert].train == "both"
+}
 AGGREGATORS = ("a1", "a2")
 
 
@@ -80,7 +91,9 @@ class Place:
         return self.directory / f"{name}.log"
 
     def state(self, worker: str) -> Path:
-        return self.directory / "state" / worker
+        """The state directory of a worker, or of its name on the gateway."""
+        domain, dot, name = worker.partition(".")
+        return self.directory / "state" / (Path(name) / GATEWAY if dot else Path(domain))
 
     @property
     def failpoints(self) -> Path:
@@ -113,7 +126,7 @@ def run_aggregator(place: Place, name: str, arm: Arm | None, without: str = "") 
         from tests.chaos.without import RULES
 
         RULES[without]()
-    experts = [word for expert in EXPERTS for word in ("--expert", expert)]
+    experts = [word for expert in EXPERTS if expert != GATEWAY for word in ("--expert", expert)]
     sys.argv = [
         "fedmoe", "aggregator", "run", "--redis", place.url, "--redis-timeout", str(TIMEOUT_S), "--lease", str(LEASE_S),
         "--block-ms", "100", "--gateway-interval", "1", "--keep-updates", str(place.kept), *experts,
@@ -165,7 +178,9 @@ def prepare(
     """All but the model."""
     identity = BaseIdentity(fingerprint=FINGERPRINT)
     n_examples = len(data.path.read_text().splitlines())
-    return Material(identity, n_examples, data.digest, 512, lambda: CountingTrainer(settings.worker, spec))
+    return Material(
+        identity, n_examples, data.digest, 512, lambda spec, *_: CountingTrainer(settings.worker, spec)
+    )
 
 
 def run_worker(place: Place, name: str, arm: Arm | None, without: str = "") -> None:

@@ -9,7 +9,7 @@ from fedmoe.store.archive import Archive
 from fedmoe.store.connection import Connection
 from fedmoe.store.gateway import GatewayStore
 from producers.checkpoint import StateDir
-from tests.chaos.actors import EXPERTS, WORKERS, Place
+from tests.chaos.actors import EXPERTS, LEDGERS, Place
 
 Update = tuple[str, str, int]  # worker, run, seq
 
@@ -88,7 +88,7 @@ def settle(connection: Connection, place: Place) -> Books:
             books.problems.append(f"{name}: {waiting} entries wait, {pending['pending']} are pending")
     books.lost = len(published.keys() - decided.keys())
     books.doubled = sum(count - 1 for count in decided.values())
-    for worker, expert in WORKERS.items():
+    for worker, expert in LEDGERS.items():
         saved = StateDir(place.state(worker)).load(
             expert=expert, worker=worker, spec=EXPERTS[expert], now=0.0
         )

@@ -26,6 +26,7 @@ from tests.chaos.actors import (
     AGGREGATORS,
     EXPERTS,
     LEASE_S,
+    LEDGERS,
     RULES,
     WORKERS,
     Place,
@@ -362,7 +363,7 @@ class Chaos:
 
     def _all_published(self) -> bool:
         text = self.place.published.read_text() if self.place.published.exists() else ""
-        return {line.split()[0] for line in text.splitlines()} == set(WORKERS)
+        return {line.split()[0] for line in text.splitlines()} == set(LEDGERS)
 
     def _wait_until(self, what: str, true: Callable[[], bool], timeout_s: float) -> None:
         until = time.monotonic() + timeout_s

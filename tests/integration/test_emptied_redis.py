@@ -277,11 +277,11 @@ def test_whole_daemon_writes_back_experts_and_gateway(
     thread.start()
     store = GatewayStore(connect())
     try:
-        eventually("a gateway", store.load)
+        eventually("a gateway", store.load_merged)
         eventually("both experts in memory", lambda: caplog.text.count(": serving from version") == 2)
         connection.client.flushall()
         eventually("the list", lambda: store.experts() == {"a": 2.0, "b": 1.0}, timeout_s=10)
-        eventually("the gateway", store.load, timeout_s=10)
+        eventually("the gateway", store.load_merged, timeout_s=10)
     finally:
         stop.set()
         thread.join()

@@ -11,7 +11,7 @@ from fedmoe.protocol.rules import AggregationRules, RuleSet
 from fedmoe.settings import WorkerSettings
 from fedmoe.store.connection import Connection
 from fedmoe.util.stopping import Stop
-from producers.training import Progress, Training
+from producers.training import Progress, Training, Turn
 from tests.counting import Counter, Step, join
 from tests.federation import make_expert, serving, small_spec
 
@@ -45,9 +45,8 @@ def make_training(
     trainer = Failing(torch.zeros(SPEC.layout.numel), 7, error)
     member = join(connection.settings, trainer=trainer, training_fields=progress.fields)
     settings = WorkerSettings(stream="sql_expert", data=Path("rows.jsonl"), drain_s=drain_s)
-    return Training(
-        trainer, member, settings, progress=progress, n_examples=100, stop=stop or Stop(), report=said.append
-    )
+    turn = Turn(expert="sql_expert", trainer=trainer, member=member, progress=progress)
+    return Training([turn], settings, n_examples=100, stop=stop or Stop(), report=said.append)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,221 @@
+"""A worker that trains its expert and the gateway by turns: two complete ledgers, with a trainer that counts."""
+
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fedmoe.errors import RedisUnfitError, RemovedExpertError
+from fedmoe.protocol.names import GATEWAY
+from fedmoe.protocol.rules import RuleSet
+from fedmoe.settings import RedisSettings, WorkerSettings
+from fedmoe.store.change import change_rules_soon
+from fedmoe.store.connection import Connection
+from fedmoe.store.expert import ExpertStore
+from fedmoe.store.gateway import GatewayStore
+from fedmoe.store.permissions import WORKER, acl_rules
+from fedmoe.store.remove import remove_expert
+from fedmoe.util.stopping import Stop
+from producers.checkpoint import name_in
+from producers.worker import Worker
+from tests.chaos.actors import EXPERTS, prepare
+from tests.federation import make_expert, serving
+from tests.processes import eventually
+
+pytestmark = pytest.mark.one_server
+
+EXPERT = "tiny"
+BOTH = RuleSet(train="both", sync_interval_s=0.2)
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b"}\n' * 10)
+    return path
+
+
+class Federation:
+    """An expert and the gateway, both served, and what its worker reports."""
+
+    def __init__(self, connection: Connection, rows: Path, tmp_path: Path) -> None:
+        self.connection, self.rows, self.state = connection, rows, tmp_path / "state"
+        self.store = GatewayStore(connection)
+        self.said: list[str] = []
+
+    def worker(
+        self, *, stop: Stop | None = None, redis: RedisSettings | None = None, **settings: object
+    ) -> Worker:
+        wanted = {
+            "stream": EXPERT,
+            "data": self.rows,
+            "name": "alice",
+            "wait": False,
+            "log_interval_s": 0.0,
+        } | settings
+        return Worker(
+            redis or self.connection.settings, WorkerSettings(**wanted),  # type: ignore[arg-type]  # as given
+            stop=stop or Stop(), report=self.said.append, prepare=prepare,
+        )  # fmt: skip
+
+    def examples(self) -> tuple[int, int]:
+        """How many steps the expert and the gateway consist of."""
+        return self.store.meta(EXPERT).n_examples, self.store.meta(GATEWAY).n_examples
+
+
+@pytest.fixture
+def served(
+    connection: Connection, connect: Callable[[], Connection], rows: Path, tmp_path: Path
+) -> Federation:
+    with ExitStack() as stack:
+        for name, rules in ((EXPERT, BOTH), (GATEWAY, replace(BOTH, train="expert"))):
+            make_expert(connection, name, EXPERTS[EXPERT], rules=rules)
+            stack.enter_context(serving(connect(), expert=name, block_ms=20))
+        yield Federation(connection, rows, tmp_path)
+
+
+def test_each_gets_half_of_the_steps_and_has_its_own_books(served: Federation) -> None:
+    """Every step counts once, in one of the two; the gateway's log names the worker's expert."""
+    served.worker(max_steps=20).run()
+    assert served.examples() == (10, 10)
+    lines = served.store.history(GATEWAY)[2]
+    assert {line["worker"] for line in lines} == {"tiny.alice"}
+    ends = [line for line in served.said if ": done: " in line]
+    for end, name in zip(ends, (EXPERT, GATEWAY), strict=True):
+        version = served.store.meta(name).version
+        assert end == f"{name}: done: {version} updates applied, 0 refused, expert at version {version}"
+    assert any(line.startswith("gateway: step ") for line in served.said)
+
+
+def test_one_alone_by_the_rule(served: Federation) -> None:
+    """`train gateway`: the expert learns nothing, and its lines are not prefixed, as with `train expert`."""
+    change_rules_soon(ExpertStore(served.connection, EXPERT), {"train": "gateway"})
+    served.worker(max_steps=6).run()
+    assert served.examples() == (0, 6)
+    change_rules_soon(ExpertStore(served.connection, EXPERT), {"train": "expert"})
+    served.worker(max_steps=6, name="bob").run()
+    assert served.examples() == (6, 6)
+    assert not any(line.startswith(("tiny: ", "gateway: ")) for line in served.said)
+
+
+def test_restart_resumes_both(served: Federation) -> None:
+    """From the checkpoints of one state directory, under the name that is in it, also where only the gateway's is."""
+    served.worker(max_steps=10, state_dir=served.state).run()
+    assert (name_in(served.state), name_in(served.state / GATEWAY)) == ("alice", "tiny.alice")
+    served.said.clear()
+    served.worker(max_steps=10, state_dir=served.state, name="").run()
+    assert sum("resuming run" in line for line in served.said) == 2
+    assert served.said[0].startswith("worker 'alice' of expert 'tiny' (name from the checkpoint in ")
+    assert served.examples() == (10, 10)
+    change_rules_soon(ExpertStore(served.connection, EXPERT), {"train": "gateway"})
+    served.worker(max_steps=4, state_dir=served.state / "other", name="bob").run()
+    served.said.clear()
+    served.worker(max_steps=4, state_dir=served.state / "other", name="").run()
+    assert served.said[0].startswith("worker 'bob' of expert 'tiny' (name from the checkpoint in ")
+    assert served.examples() == (10, 18)
+
+
+@pytest.mark.parametrize(
+    ("expert", "left", "counts"), [(EXPERT, "gateway", (0, 6)), (GATEWAY, "tiny", (6, 0))]
+)
+def test_worker_that_may_write_to_one_trains_that_one_and_says_so(
+    served: Federation, expert: str, left: str, counts: tuple[int, int]
+) -> None:
+    """`expert` is the one that its user may not write to."""
+    keys = served.connection.keys
+    rights = [
+        right for name, worker in ((EXPERT, "alice"), (GATEWAY, "tiny.alice")) for right in
+        WORKER.rights(keys, name, worker) if not (name == expert and right.command in ("XADD", "SET", "HSET"))
+    ]  # fmt: skip
+    served.connection.client.execute_command(
+        "ACL", "SETUSER", "w", "reset", "on", ">pw", *acl_rules(tuple(rights))
+    )
+    url = served.connection.settings.url.replace("unix://", "unix://w:pw@")
+    served.worker(max_steps=6, redis=RedisSettings(url=url)).run()
+    (said,) = [line for line in served.said if line.endswith("alone")]
+    assert said.endswith(f"; this worker trains {left} alone")
+    assert "XADD" in said
+    assert served.examples() == counts
+
+
+def test_worker_that_may_write_to_neither_is_told(served: Federation) -> None:
+    """The sentence is that of its own expert."""
+    rights = ("resetkeys", "~*", "-@all", "+@read", "+@transaction", "+@connection", "+info")
+    served.connection.client.execute_command("ACL", "SETUSER", "w", "reset", "on", ">pw", *rights)
+    url = served.connection.settings.url.replace("unix://", "unix://w:pw@")
+    with pytest.raises(RedisUnfitError, match=EXPERT):
+        served.worker(redis=RedisSettings(url=url)).run()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"removed": True}, "removed by an operator"),
+        ({"base_fingerprint": "e" * 32}, "the base model, tokenizer or chat template does not match"),
+        ({"damaged": True}, "damaged"),
+    ],
+)
+def test_gateway_that_cannot_be_joined_leaves_the_expert(
+    served: Federation, change: dict[str, object], reason: str
+) -> None:
+    """Removed, of another base model, damaged: one sentence, and the training goes on."""
+    keys = served.connection.keys.expert(GATEWAY)
+    if "removed" in change:
+        remove_expert(served.connection, GATEWAY)
+    elif "damaged" in change:
+        served.connection.client.delete(keys.spec)
+    else:
+        served.connection.client.hset(keys.meta, mapping=change)  # type: ignore[arg-type]  # texts
+    served.worker(max_steps=4).run()
+    (said,) = [line for line in served.said if line.endswith("; this worker trains tiny alone")]
+    assert reason in said
+    assert served.store.meta(EXPERT).n_examples == 4
+
+
+def test_gateway_that_is_removed_while_it_is_trained_leaves_the_expert(
+    served: Federation, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The expert's training goes on without a pause; at the end the worker says what became of the gateway."""
+    stop = Stop()
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            served.worker(stop=stop).run()
+        except RemovedExpertError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    eventually("both are trained", lambda: min(served.examples()) > 0)
+    remove_expert(served.connection, GATEWAY)
+    eventually(
+        "it is noticed", lambda: "this worker trains tiny alone from now on" in caplog.text, timeout_s=30
+    )
+    before = served.store.meta(EXPERT).version
+    eventually("the expert goes on", lambda: served.store.meta(EXPERT).version > before + 2)
+    stop.set()
+    thread.join()
+    assert len(errors) == 1
+    assert served.store.meta(EXPERT).n_examples > 0
+
+
+def test_change_of_the_rule_takes_effect_at_the_next_start(
+    served: Federation, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A running worker says so."""
+    caplog.set_level("INFO")
+    stop = Stop()
+    thread = threading.Thread(target=served.worker(stop=stop).run)
+    thread.start()
+    eventually("both are trained", lambda: min(served.examples()) > 0)
+    change_rules_soon(ExpertStore(served.connection, EXPERT), {"train": "expert"})
+    text = "train both -> expert; train takes effect when this worker is started again"
+    eventually("it is said", lambda: text in caplog.text)
+    before = served.store.meta(GATEWAY).version
+    eventually("the gateway goes on", lambda: served.store.meta(GATEWAY).version > before)
+    stop.set()
+    thread.join()

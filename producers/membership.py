@@ -76,7 +76,7 @@ class Membership:
         report: called with each line for people.
 
     Attributes:
-        spec, meta: of the expert, as `look` and `read` found them; None before.
+        spec, meta: of the expert, as `look` found them; None before.
         identity: of the base model here; None before `claim`.
         exchange, sync, thread: set by `begin`.
         is_done: the training has reached its own end; `fedmoe status` then shows the worker as finished.
@@ -137,15 +137,7 @@ class Membership:
             UnknownExpertError: if there is no such expert; names those there are.
             ProtocolError: if releases do not fit; names the side to upgrade.
         """
-        self.check_rights()
-        return self.read()
-
-    def check_rights(self) -> None:
-        """Raise RedisUnfitError, which names them all, if this Redis user lacks rights of a worker of this expert."""
         self._joining.check_rights()
-
-    def read(self) -> tuple[Spec, Meta]:
-        """The expert's spec and meta; raises as `look`."""
         self.spec = self._joining.spec()
         self.meta = self._joining.meta()
         return self.spec, self.meta

@@ -94,13 +94,16 @@ class Worker:
 
     def _work(self, stack: ExitStack, data: DataFile, bad_rows: BadRows) -> None:
         settings = self._settings
-        own = self._membership(stack, settings.stream)
+        own, refusal = self._membership(stack, settings.stream), None
         try:
-            spec, meta = own.read()
-        except RedisUnfitError:
-            own.check_rights()  # names all rights that are missing
-            raise
-        members = self._choose(stack, own, meta)
+            spec, meta = own.look()
+        except RedisUnfitError as error:  # it may still train the gateway, if it may read what its expert is
+            refusal = error
+            try:
+                spec, meta = own.store.spec(), own.store.meta()
+            except FedMoEError:
+                raise refusal from None
+        members = self._choose(stack, own, meta, refusal)
         material = self._prepare(
             settings, spec, meta, data, bad_rows,
             cache=settings.state_dir, stopped=self._stop.is_set, report=self._report,
@@ -129,19 +132,22 @@ class Worker:
         self._stop.when_out_of_patience.append(member.store.connection.cut_off)
         return stack.enter_context(member)
 
-    def _choose(self, stack: ExitStack, own: Membership, meta: Meta) -> dict[str, Membership]:
+    def _choose(
+        self, stack: ExitStack, own: Membership, meta: Meta, refusal: FedMoEError | None
+    ) -> dict[str, Membership]:
         """The memberships of what this worker trains, as the rule `train` says; without one that it may not train.
+
+        `refusal`: why it may not train its expert.
 
         Raises:
             FedMoEError: if nothing is left to train.
         """
         members, refused = {}, list[FedMoEError]()
         if TRAIN_EXPERT in meta.rules.trained:
-            try:
-                own.check_rights()
+            if refusal is None:
                 members[self._settings.stream] = own
-            except RedisUnfitError as error:
-                refused.append(error)
+            else:
+                refused.append(refusal)
         if TRAIN_GATEWAY in meta.rules.trained:
             try:
                 gateway = self._membership(stack, GATEWAY)

@@ -80,11 +80,15 @@ def acl_line(settings: "RedisSettings", role: str, *, stream: str, worker: str) 
     from fedmoe.errors import SettingsError
     from fedmoe.protocol.keys import Keys
     from fedmoe.store.connection import Connection
-    from fedmoe.store.permissions import ANY, ROLES, acl_rules
+    from fedmoe.store.permissions import ANY, ROLES, acl_rules, worker_rights
 
     if role == "worker" and not stream:
         raise SettingsError("--acl worker prints the rights for one expert: give --stream EXPERT")
-    rights = ROLES[role].rights(Keys(settings.prefix), stream or ANY, worker)
+    keys = Keys(settings.prefix)
+    if role == "worker":  # its expert's rules may ask for the gateway at any time
+        rights = worker_rights(keys, stream, worker, trains_gateway="." not in stream)
+    else:
+        rights = ROLES[role].rights(keys, stream or ANY, worker)
     user = worker if role == "worker" else role
     database = Connection(settings).client.get_connection_kwargs().get("db") or 0
     return f"user {user} on >PASSWORD {' '.join(acl_rules(rights, database=database))}"

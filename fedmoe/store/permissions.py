@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from fedmoe.protocol.keys import Keys
+from fedmoe.protocol.names import GATEWAY, name_on_gateway
 
 ANY = "*"  # stands for any expert's or worker's name
 READS = frozenset({
@@ -194,6 +195,18 @@ OPERATOR = Role(
 )
 MONITOR = Role(name="monitor", does="read the status", rights=_monitor)
 ROLES = {role.name: role for role in (AGGREGATOR, WORKER, OPERATOR, MONITOR)}
+
+
+def worker_rights(keys: Keys, expert: str, worker: str, *, trains_gateway: bool) -> tuple[Right, ...]:
+    """The rights of an expert's worker, with those that it needs on the gateway if it trains that, too.
+
+    Raises:
+        SettingsError: if the worker cannot train the gateway because of its name.
+    """
+    rights = WORKER.rights(keys, expert, worker)
+    if not trains_gateway:
+        return rights
+    return rights + WORKER.rights(keys, GATEWAY, name_on_gateway(expert, worker))
 
 
 def acl_rules(rights: tuple[Right, ...], *, database: int = 0) -> list[str]:

@@ -8,9 +8,10 @@ from redis.exceptions import NoPermissionError, ResponseError
 from fedmoe.errors import RedisUnavailableError
 from fedmoe.protocol.eviction import eviction_threat
 from fedmoe.protocol.federation import MEMORY_ALARM, ExpertView
+from fedmoe.protocol.rules import TRAIN_GATEWAY
 from fedmoe.store.connection import Connection
 from fedmoe.store.inspect import Inspector
-from fedmoe.store.permissions import AGGREGATOR, ROLES, WORKER, Role
+from fedmoe.store.permissions import AGGREGATOR, ROLES, WORKER, Role, worker_rights
 from fedmoe.store.rights import Lack, lacking, try_transactions
 from fedmoe.util.check import FAIL, OK, WARN, Check
 
@@ -121,11 +122,15 @@ def check_redis(connection: Connection, *, stream: str, worker: str, role: str) 
         checks = server_checks(info, connection.settings.shown)
     experts = _look(connection)
     stream = stream or (experts[0].name if experts else EXAMPLE_EXPERT)
-    lacks = {
-        each.name: lacking(connection, each.rights(connection.keys, stream, worker))
-        for each in ROLES.values()
-    }
-    does = {each.name: each.does for each in ROLES.values()} | {WORKER.name: f"train {stream} as {worker}"}
+    trains_gateway = any(
+        expert.name == stream and expert.meta and TRAIN_GATEWAY in expert.meta.rules.trained
+        for expert in experts
+    )
+    rights = {each.name: each.rights(connection.keys, stream, worker) for each in ROLES.values()}
+    rights[WORKER.name] = worker_rights(connection.keys, stream, worker, trains_gateway=trains_gateway)
+    lacks = {name: lacking(connection, some) for name, some in rights.items()}
+    trained = f"{stream} and the gateway" if trains_gateway else stream
+    does = {each.name: each.does for each in ROLES.values()} | {WORKER.name: f"train {trained} as {worker}"}
     checks += permission_checks({name: (does[name], lacks[name]) for name in ROLES}, required=role)
     for each in (AGGREGATOR, WORKER):
         if role in ("", each.name) and not any(not lack.right.without for lack in lacks[each.name]):

@@ -10,10 +10,13 @@ from fedmoe.cli.main import cli
 from fedmoe.errors import RedisUnfitError, SettingsError
 from fedmoe.protocol.beat import Beat
 from fedmoe.protocol.keys import Keys
+from fedmoe.protocol.names import GATEWAY
 from fedmoe.settings import RedisSettings
+from fedmoe.store.change import change_rules_soon
 from fedmoe.store.connection import Connection
 from fedmoe.store.embedded import EmbeddedRedis
-from fedmoe.store.permissions import AGGREGATOR, ANY, MONITOR, ROLES, WORKER, Role, acl_rules
+from fedmoe.store.expert import ExpertStore
+from fedmoe.store.permissions import AGGREGATOR, ANY, MONITOR, ROLES, WORKER, Role, acl_rules, worker_rights
 from fedmoe.store.probe import check_redis, eviction_warning
 from fedmoe.store.rights import try_transactions
 from fedmoe.store.worker import WorkerStore
@@ -205,13 +208,33 @@ def test_the_acl_line_makes_that_user(connection: Connection) -> None:
     _, name, on, password, *found = done.output.replace("(", " (").split(" ")
     assert (name, on, password) == ("alice", "on", ">PASSWORD")
     assert "+select" not in done.output
-    assert " ".join(rules(WORKER)) in done.output
+    both = acl_rules(worker_rights(Keys(), "sql_expert", "alice", trains_gateway=True))
+    assert " ".join(both) in done.output
+    assert "~fedmoe:{gateway}:payload:sql_expert.alice:*" in both
+    done = CliRunner().invoke(cli, ["doctor", "--acl", "worker", "--stream", "a.b", "--name", "alice"])
+    assert "gateway" not in done.output  # its workers cannot train it
     done = CliRunner().invoke(cli, ["doctor", "--acl", "monitor", "--redis", "redis://nowhere/3"])
     assert done.output.startswith("user monitor on >PASSWORD ")
     assert " +select " in done.output
     done = CliRunner().invoke(cli, ["doctor", "--acl", "worker"])
     assert isinstance(done.exception, SettingsError)
     assert found
+
+
+def test_worker_that_trains_the_gateway_needs_its_rights_too(connection: Connection, user: As) -> None:
+    """As soon as the rules of its expert say so."""
+    make_expert(connection, "sql_expert")
+    mine = user(*rules(WORKER), "(+hgetall ~*)", "+scan", "+info")
+
+    def said() -> str:
+        checks, _ = check_redis(mine, stream="sql_expert", worker="alice", role="worker")
+        return next(check.text for check in checks if check.what == "permissions")
+
+    assert said() == "this user may train sql_expert as alice"
+    make_expert(connection, GATEWAY)
+    change_rules_soon(ExpertStore(connection, "sql_expert"), {"train": "both"})
+    assert said().startswith("this user may not train sql_expert and the gateway as alice: it lacks ")
+    assert "XADD fedmoe:{gateway}:updates" in said()
 
 
 @pytest.mark.parametrize("policy", ["allkeys-lru", "volatile-lru"])

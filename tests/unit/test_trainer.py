@@ -3,17 +3,18 @@
 import logging
 from array import array
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig, PreTrainedModel
 
 from fedmoe.data.encode import Answer, Example
 from fedmoe.data.examples import Batch
 from fedmoe.errors import TooLittleMemoryError
-from fedmoe.model.adapter import adapter_layout, attach_adapter
+from fedmoe.model.adapter import adapter_layout, attach_adapter, use_adapter
 from fedmoe.model.base import structure
 from fedmoe.model.loss import completion_loss
 from fedmoe.protocol.lora import LoraSettings
@@ -29,6 +30,20 @@ SETTINGS = TrainingSettings(learning_rate=5e-3, batch_size=2, warmup_steps=0)
 EXAMPLES = [Example(array("i", range(1 + i, 7 + 2 * i)), (Answer(5, 6 + i, 1.0),), i + 1) for i in range(8)]
 
 
+def make_model(config: PretrainedConfig) -> PreTrainedModel:
+    config.initializer_range = 0.2  # at the usual 0.02 a frozen random head cannot get far from uniform
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+
+
+def make_spec(config: PretrainedConfig, *, rank: int) -> Spec:
+    lora = LoraSettings(rank=rank)
+    return Spec(
+        base_model="tiny", base_config=structure(config), layout=adapter_layout(config, lora), lora=lora
+    )
+
+
 def make_trainer(
     config: PretrainedConfig | None = None,
     *,
@@ -39,15 +54,7 @@ def make_trainer(
     **own: int,
 ) -> Trainer:
     config = config or tiny_config()
-    config.initializer_range = 0.2  # at the usual 0.02 a frozen random head cannot get far from uniform
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
-    lora = LoraSettings(rank=4)
-    spec = Spec(
-        base_model="tiny", base_config=structure(config), layout=adapter_layout(config, lora), lora=lora
-    )
-    peft_model, flat = attach_adapter(model, spec)
+    peft_model, flat = attach_adapter(make_model(config), make_spec(config, rank=4))
     return Trainer(
         model=peft_model,
         flat=flat,
@@ -391,3 +398,33 @@ def test_micro_batch_that_did_not_fit_stays_small(monkeypatch: pytest.MonkeyPatc
     assert memory.failures == 1
     trainer.adopt(TrainingSettings(batch_size=1))
     assert trainer.step().n_examples == 1
+
+
+def test_two_adapters_on_one_model_train_by_turns_as_each_alone() -> None:
+    """To the bit, also of unlike ranks: neither sees the other's values, gradient, moments or position."""
+    settings, ranks = (
+        {"expert": SETTINGS, "gateway": replace(SETTINGS, learning_rate=1e-2)},
+        {"expert": 4, "gateway": 2},
+    )
+
+    def trainers(shared: PreTrainedModel | None) -> dict[str, Trainer]:
+        made, model = {}, shared
+        for name, rank in ranks.items():
+            model = model if shared is not None else make_model(tiny_config())
+            model, flat = attach_adapter(model, make_spec(tiny_config(), rank=rank), name)
+            made[name] = Trainer(
+                model=model, flat=flat, examples=EXAMPLES, pad_id=0, settings=settings[name], seed=3, device=CPU,
+                activate=partial(use_adapter, model, name),
+            )  # fmt: skip
+        return made
+
+    by_turns, alone = trainers(make_model(tiny_config())), trainers(None)
+    for _ in range(5):
+        for name, trainer in by_turns.items():
+            assert trainer.step() == alone[name].step()
+    for name, trainer in by_turns.items():
+        assert torch.equal(trainer.flat, alone[name].flat)
+        assert all(torch.equal(value, alone[name].state()[key]) for key, value in trainer.state().items())
+    with torch.no_grad():
+        by_turns["expert"].flat += 0.1  # a pull
+    assert by_turns["gateway"].step() == alone["gateway"].step()

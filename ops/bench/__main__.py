@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-BENCHMARKS = ("wire", "machine", "codec", "throughput", "latency", "growth", "overlap")
+BENCHMARKS = ("wire", "machine", "codec", "throughput", "latency", "growth", "overlap", "turns")
 ON_REQUEST = ("size", "quality", "flower")  # take gigabytes, minutes, an environment of its own
 EVERYTHING = ", ".join((*BENCHMARKS, *ON_REQUEST))
 

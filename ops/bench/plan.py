@@ -38,6 +38,7 @@ class Plan:
         raw_besides: also what raw Redis does with the bytes of the other formats, and with weights in chunks.
         aof: with the append-only file off, and everysec.
         overlap: of training and sync, for each interval; overlap_hidden is the model's hidden size.
+        turns: of a worker that trains expert and gateway by turns.
         workers, experts: how many of them, for the cost of an update as a federation grows.
         updates: small updates after which memory must not have grown.
         quality: trainings in each format.
@@ -53,6 +54,7 @@ class Plan:
     aof: tuple[bool, ...] = (False,)
     overlap: tuple[Overlap, ...]
     overlap_hidden: int = 512
+    turns: Overlap
     workers: tuple[int, ...]
     experts: tuple[int, ...]
     updates: int
@@ -64,6 +66,7 @@ QUICK = Plan(
     seconds=4.0,
     formats=_NEEDED,
     overlap=(Overlap(10.0, 10.0, rounds=5), Overlap(1.0, 4.0, rounds=10)),
+    turns=Overlap(5.0, 12.0, rounds=5),
     workers=(1, 4, 16, 64),
     experts=(1, 8, 32),
     updates=2_000,
@@ -76,6 +79,7 @@ FULL = Plan(
     raw_besides=True,
     aof=(False, True),
     overlap=(Overlap(10.0, 20.0, rounds=9), Overlap(1.0, 6.0, rounds=15)),
+    turns=Overlap(10.0, 24.0, rounds=9),
     workers=(1, 4, 16, 64),
     experts=(1, 8, 32),
     updates=100_000,
@@ -88,6 +92,7 @@ TINY = Plan(
     large="64kib",
     formats=_NEEDED,
     overlap=(Overlap(0.5, 0.5, rounds=1),),
+    turns=Overlap(0.3, 1.2, rounds=1),
     overlap_hidden=32,
     workers=(1,),
     experts=(2,),

@@ -38,6 +38,7 @@ def bench(*arguments: str, **extra: str) -> subprocess.CompletedProcess[str]:
         (["growth"], {"growth_2_vs_1_experts_cpu", "endurance_aggregator_rss_growth_mib"}),
         (["size"], {"size_fp32_mib", "size_int4_updates_per_s"}),
         (["overlap"], {"overlap_0.5s", "overlap_0.5s_boundary_ms"}),
+        (["turns"], {"turns_both_vs_one", "turns_boundary_ms"}),
     ],
 )
 def test_it_runs(names: list[str], figures: set[str], tmp_path: Path) -> None:
@@ -60,7 +61,7 @@ def test_an_unknown_name_is_one_sentence(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr == (
         "ops/bench.sh: there is no benchmark 'speed': choose among wire, machine, codec, throughput, "
-        "latency, growth, overlap, size, quality, flower\n"
+        "latency, growth, overlap, turns, size, quality, flower\n"
     )
     assert not done.stdout
 

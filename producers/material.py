@@ -74,7 +74,7 @@ def prepare(
     )  # fmt: skip
     identity = BaseIdentity(fingerprint=meta.base_fingerprint, tokenizer=tokenizer_fingerprint(tokenizer))
     if refusal := identity.refusal(meta, settings.stream):
-        raise BaseModelError(refusal)
+        raise BaseModelError(refusal, about=identity.differing(meta)[0])
     check_padding(tokenizer, config, base_model)
     device = choose_device(settings.device)
     autocast = choose_precision(settings.precision, device)

@@ -196,7 +196,8 @@ class Trainer:
             self._too_large.difference_update(self._misses)  # more likely, other processes use the memory
             raise TooLittleMemoryError(
                 f"not even one example at a time fits into the memory of {self._device} ({len(self._misses)} in a row "
-                f"did not, the last was {where}): free memory there, or give another --device or --precision bf16"
+                f"did not, the last was {where}): free memory there, or give another --device or --precision bf16",
+                about="memory",
             )
         log.warning(
             "the example of line %d (%d tokens) does not fit into the memory of %s even alone: it is left out",

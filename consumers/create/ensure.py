@@ -58,7 +58,7 @@ def ensure_experts(
     created = []
     for store in missing:
         if stop.is_set():
-            raise StoppedError(STOPPED)
+            raise StoppedError(STOPPED, about="experts")
         if store.create(
             spec, pinned_meta(spec, rules, described), weights_file,
             gateway_weight=weights[store.name], though_removed=request.new_lineage,
@@ -74,7 +74,8 @@ def ensure_experts(
             raise SpecError(
                 f"expert {store.name!r} is in Redis only in part: restore a backup (fedmoe restore --replace), or "
                 f"remove the rest (fedmoe expert remove {store.name}) and create it from zero (fedmoe expert add "
-                f"{store.name})"
+                f"{store.name})",
+                about=store.name,
             )
     return created
 
@@ -121,5 +122,6 @@ def _check_federation(gateway: GatewayStore, spec: Spec) -> None:
             if new != old:
                 raise SpecError(
                     f"the new experts would have another {what} ({new}) than expert {name!r} ({old}): experts of "
-                    "different bases have no common gateway, use another --prefix"
+                    "different bases have no common gateway, use another --prefix",
+                    about=what,
                 )

@@ -83,7 +83,9 @@ def acl_line(settings: "RedisSettings", role: str, *, stream: str, worker: str) 
     from fedmoe.store.permissions import ANY, ROLES, acl_rules
 
     if role == "worker" and not stream:
-        raise SettingsError("--acl worker prints the rights for one expert: give --stream EXPERT")
+        raise SettingsError(
+            "--acl worker prints the rights for one expert: give --stream EXPERT", about="stream"
+        )
     rights = ROLES[role].rights(Keys(settings.prefix), stream or ANY, worker)
     user = worker if role == "worker" else role
     database = Connection(settings).client.get_connection_kwargs().get("db") or 0

@@ -35,7 +35,7 @@ def list_experts(redis: RedisSettings) -> None:
 
     federation = Inspector(Connection(redis)).federation()
     if federation.problems:
-        raise FedMoEError("; ".join(federation.problems))
+        raise FedMoEError("; ".join(federation.problems), about="federation")
     if not federation.experts:
         click.echo("there are no experts yet: start `fedmoe aggregator run`")
         return
@@ -55,7 +55,9 @@ def list_experts(redis: RedisSettings) -> None:
     for line in table(titles, rows):
         click.echo(line)
     if damaged := [one.name for one in federation.experts if one.problems]:
-        raise FedMoEError(f"something is wrong with {', '.join(damaged)}: see `fedmoe status`")
+        raise FedMoEError(
+            f"something is wrong with {', '.join(damaged)}: see `fedmoe status`", about="experts"
+        )
 
 
 @expert.command()
@@ -129,11 +131,13 @@ def set_rules(ctx: click.Context, /, redis: RedisSettings, name: str, **rules: A
         if ctx.get_parameter_source(rule) is not click.core.ParameterSource.COMMANDLINE:
             raise SettingsError(
                 f"{rule} comes from the environment or the configuration file: name the rules to change on the command "
-                f"line; otherwise each change would also change {rule}"
+                f"line; otherwise each change would also change {rule}",
+                about=rule,
             )
     if not wanted:
         raise SettingsError(
-            f"nothing to change: name a rule, for example --lr 0.5; `fedmoe expert show {name}` shows those in force"
+            f"nothing to change: name a rule, for example --lr 0.5; `fedmoe expert show {name}` shows those in force",
+            about="rules",
         )
     store = ExpertStore(Connection(redis), check_expert(name))
     before, after = change_rules_soon(store, wanted)
@@ -201,7 +205,8 @@ def remove(redis: RedisSettings, yes: bool, name: str) -> None:
     if not yes:
         if not sys.stdin.isatty():
             raise SettingsError(
-                f"cannot ask whether to remove {what}, because stdin is not a terminal: give --yes"
+                f"cannot ask whether to remove {what}, because stdin is not a terminal: give --yes",
+                about="yes",
             )
         click.confirm(f"Remove {what} for good? (to keep a copy, run `fedmoe backup` first)", abort=True)
     remove_expert(connection, name)

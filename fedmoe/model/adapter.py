@@ -96,7 +96,9 @@ def adapter_loaded(
     try:
         tensors = load(bytes(file))
     except SafetensorError as error:
-        raise SpecError(f"the adapter's weights are not a safetensors file ({error})") from error
+        raise SpecError(
+            f"the adapter's weights are not a safetensors file ({error})", about="safetensors"
+        ) from error
     peft_model = _inject(model, adapter_config)
     try:
         parameters = _lora_parameters(peft_model)
@@ -127,7 +129,8 @@ def _target_names(model: PreTrainedModel, targets: Sequence[str], towers: Sequen
     if unknown:
         raise SettingsError(
             f"the base model has no LoRA target {unknown[0]!r}: choose among {', '.join(linear)}, "
-            f"or {ALL_LINEAR} alone"
+            f"or {ALL_LINEAR} alone",
+            about="targets",
         )
     return list(targets)
 
@@ -144,7 +147,7 @@ def _inject(model: PreTrainedModel, adapter_config: Mapping[str, Any]) -> PeftMo
             warnings.simplefilter("ignore", FutureWarning)
             return get_peft_model(model, LoraConfig(**options))
     except ValueError as error:  # peft: no module of the model has the name of a target
-        raise SpecError(f"the adapter does not fit the base model ({error})") from error
+        raise SpecError(f"the adapter does not fit the base model ({error})", about="base_model") from error
 
 
 def _lora_parameters(peft_model: nn.Module, adapter: str = "default") -> dict[str, nn.Parameter]:
@@ -166,13 +169,15 @@ def _check_tensors(have: Mapping[str, nn.Parameter], want: Mapping[str, tuple[in
     if odd:
         place = "the base model" if odd[0] in want else "the adapter"
         raise SpecError(
-            f"{place} has no tensor {odd[0]!r} ({len(odd)} tensors differ in all): is this the base model of the spec?"
+            f"{place} has no tensor {odd[0]!r} ({len(odd)} tensors differ in all): is this the base model of the spec?",
+            about="tensors",
         )
     for name, shape in want.items():
         if tuple(have[name].shape) != shape:
             raise SpecError(
                 f"tensor {name!r} has shape {list(shape)} in the adapter, "
-                f"{list(have[name].shape)} on the base model: is this the base model of the spec?"
+                f"{list(have[name].shape)} on the base model: is this the base model of the spec?",
+                about="shape",
             )
 
 
@@ -197,7 +202,8 @@ class BoundAdapter:
             if parameter.data_ptr() != address or parameter.dtype != torch.float32:
                 raise SettingsError(
                     f"the adapter's tensor {name!r} was replaced after joining (the model was moved, converted, loaded "
-                    "again or joined again), so the expert would learn nothing from it: do that first, then join"
+                    "again or joined again), so the expert would learn nothing from it: do that first, then join",
+                    about="tensors",
                 )
 
 
@@ -216,21 +222,24 @@ def bind_adapter(model: nn.Module, spec: Spec) -> BoundAdapter:
     if others:
         raise SettingsError(
             f"the model trains {len(others)} tensors beside its LoRA adapter, first {others[0]!r}: FedMoE shares an "
-            "adapter only; freeze the base model, and give no bias or modules_to_save"
+            "adapter only; freeze the base model, and give no bias or modules_to_save",
+            about="trainable",
         )
     try:
         _check_tensors(parameters, dict(spec.layout.tensors))
     except SpecError as error:
-        raise SettingsError(f"{error} {TAKE_CONFIG}") from error
+        raise SettingsError(f"{error} {TAKE_CONFIG}", about=error.about) from error
     if odd := config.scalings - {spec.lora.scaling}:
         raise SettingsError(
-            f"the adapter is scaled by {min(odd):g}, the expert's by {spec.lora.scaling:g}. {TAKE_CONFIG}"
+            f"the adapter is scaled by {min(odd):g}, the expert's by {spec.lora.scaling:g}. {TAKE_CONFIG}",
+            about="scaling",
         )
     kinds = {(parameter.dtype, parameter.device) for parameter in parameters.values()}
     if len(kinds) > 1 or {dtype for dtype, _ in kinds} != {torch.float32}:
         found = ", ".join(sorted(f"{str(d).removeprefix('torch.')} on {where}" for d, where in kinds))
         raise SettingsError(
-            f"the adapter must be fp32 on one device, not {found}: load it in fp32, and compute in bf16 with autocast"
+            f"the adapter must be fp32 on one device, not {found}: load it in fp32, and compute in bf16 with autocast",
+            about="dtype",
         )
     ((_, device),) = kinds
     flat = torch.empty(spec.layout.numel, device=device)
@@ -258,14 +267,16 @@ def _lora_config(model: nn.Module) -> _Bound:
     if not isinstance(model, PeftModel) or not configs:
         raise SettingsError(
             "the model has no LoRA adapter, so all its weights would be trained: put one on it "
-            "(peft_config=fedmoe.connect(url).expert(name).lora_config())"
+            "(peft_config=fedmoe.connect(url).expert(name).lora_config())",
+            about="adapter",
         )
     if len(configs) > 1:
         raise SettingsError(
-            f"the model has the adapters {', '.join(configs)}: FedMoE trains one, so remove the others"
+            f"the model has the adapters {', '.join(configs)}: FedMoE trains one, so remove the others",
+            about="adapters",
         )
     ((name, config),) = configs.items()
     if config.peft_type != PeftType.LORA or config.use_dora:
-        raise SettingsError(f"the adapter {name!r} is not plain LoRA. {TAKE_CONFIG}")
+        raise SettingsError(f"the adapter {name!r} is not plain LoRA. {TAKE_CONFIG}", about="LoRA")
     found = (getattr(module, "scaling", None) for module in model.modules())
     return _Bound(name, frozenset(one[name] for one in found if isinstance(one, dict) and name in one))

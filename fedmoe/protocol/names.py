@@ -28,7 +28,8 @@ def check_name(what: str, name: str) -> str:
     if not is_name(name):
         raise SettingsError(
             f"{what} {name!r} cannot be used: take letters, digits, '_', '-' and '.' (not first or last), "
-            f"at most {MAX_NAME_LENGTH} characters"
+            f"at most {MAX_NAME_LENGTH} characters",
+            about=what,
         )
     return name
 
@@ -36,7 +37,9 @@ def check_name(what: str, name: str) -> str:
 def check_expert(name: str) -> str:
     """Like check_name; also reject reserved names."""
     if name in RESERVED_EXPERTS:
-        raise SettingsError(f"an expert cannot be called {name!r}: that name belongs to FedMoE's own keys")
+        raise SettingsError(
+            f"an expert cannot be called {name!r}: that name belongs to FedMoE's own keys", about="expert"
+        )
     return check_name("expert", name)
 
 

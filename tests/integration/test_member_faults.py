@@ -170,7 +170,7 @@ def test_failure_waits_for_the_step_and_keeps_all(
 
     def refuse(*_: object, **__: object) -> None:
         monkeypatch.setattr(StateDir, "save", slow_save)
-        raise ProtocolError("an update needs protocol 99")
+        raise ProtocolError("an update needs protocol 99", about="protocol")
 
     def go_on() -> None:
         nonlocal steps

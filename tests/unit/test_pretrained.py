@@ -73,7 +73,7 @@ def test_damaged_cache_is_rebuilt(conversions, tmp_path, damage):
 
 
 @pytest.mark.parametrize(
-    "error", [KeyboardInterrupt, BaseModelError("no"), OSError(28, "No space left on device")]
+    "error", [KeyboardInterrupt, BaseModelError("no", about="gguf"), OSError(28, "No space left on device")]
 )
 def test_interrupted_conversion_leaves_nothing(conversions, monkeypatch, tmp_path, error):
     """Ctrl-C, a failure or a full disk in the middle leave the cache directory as it was."""

@@ -27,6 +27,8 @@ def names() -> Iterator[str]:
         value = getattr(fedmoe, name)
         is_called = name in ("RedisSettings", "connect", "join")
         yield f"fedmoe.{name}{_parameters(value) if is_called else ''}"
+        if value is fedmoe.FedMoEError:
+            yield from (f"fedmoe.{name}.{field}" for field in vars(value("text", about="word")))
     yield f"fedmoe.integrations.transformers.FedMoECallback{_parameters(FedMoECallback)}"
     for way, kind in REACHED.items():
         for name, value in vars(kind).items():

@@ -96,7 +96,10 @@ def test_a_connection_that_could_not_be_made_is_not_a_broken_one() -> None:
 def test_what_needs_a_person_is_said_once_a_minute(caplog: pytest.LogCaptureFixture) -> None:
     """And does not promise to be tried again; what passes is said every 30 s."""
     seconds = count()
-    unfit, away = RedisUnfitError("no XADD"), RedisUnavailableError("away")
+    unfit, away = (
+        RedisUnfitError("no XADD", about="command"),
+        RedisUnavailableError("away", about="connection"),
+    )
     for error, times in ((unfit, 3), (away, 5)):
         caplog.clear()
         backoff = Backoff("sync", logging.getLogger("test"), lambda: float(next(seconds)))

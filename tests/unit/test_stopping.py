@@ -82,7 +82,10 @@ def test_a_second_signal_ends_at_once() -> None:
 
 @pytest.mark.parametrize(
     ("raising", "expected"),
-    [("", (0, "done\n", "")), ("raise FedMoEError('lost')", (1, "done\n", "fedmoe: lost\n"))],
+    [
+        ("", (0, "done\n", "")),
+        ("raise FedMoEError('lost', about='training')", (1, "done\n", "fedmoe: lost\n")),
+    ],
 )
 def test_after_a_signal_nothing_holds_up_the_end(raising: str, expected: tuple[int, str, str]) -> None:
     """What Python does at its end (here: a thread that never ends) is not waited for; words and exit code are right."""

@@ -75,9 +75,9 @@ def test_labels_and_loss_are_told(connection: Connection, connect: Connect, tmp_
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             assert self.member is not None
             step = self.member.step
-            self.member.step = lambda **done: (told.append(done), step(**done))[1]  # type: ignore[method-assign]
+            self.member.step = lambda **done: (told.append(done), step(**done))[1]
             super().on_step_end(*args, **kwargs)
-            self.member.step = step  # type: ignore[method-assign]
+            self.member.step = step
 
     trainer = Trainer(
         model=adapted(connection), args=TrainingArguments(**arguments(tmp_path)), train_dataset=Rows(),

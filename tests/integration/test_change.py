@@ -137,7 +137,7 @@ def test_worker_takes_over_what_concerns_it(
     store = create_expert(connection, spec, sync_interval_s=0.5)
     adopted: list[TrainingSettings] = []
     with serving(connect()), CountingWorker(connect(), spec) as worker:
-        worker.trainer.adopt = adopted.append  # type: ignore[method-assign]
+        worker.trainer.adopt = adopted.append
         change.change_rules_soon(
             store, {"sync_interval": 0.02, "learning_rate": 0.125, "max_length": 64, "lr": 0.5}
         )

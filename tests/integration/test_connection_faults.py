@@ -45,10 +45,10 @@ def near(server: EmbeddedRedis, connection: Connection) -> Iterator[dict[str, Pr
         yield {"worker": worker, "aggregator": aggregator}
 
 
-def more(store: object, n: int) -> None:
+def more(store: ExpertStore, n: int) -> None:
     """Wait for n more versions."""
-    begin = store.load().meta.version  # type: ignore[attr-defined]
-    eventually(f"{n} more updates", lambda: store.load().meta.version >= begin + n, timeout_s=20)  # type: ignore[attr-defined]
+    begin = store.load().meta.version
+    eventually(f"{n} more updates", lambda: store.load().meta.version >= begin + n, timeout_s=20)
 
 
 @contextmanager

@@ -47,7 +47,7 @@ here = pytest.mark.usefixtures("described_here")
 
 
 def request(base: Path, **changes: object) -> SpecRequest:
-    return SpecRequest(base_model=str(base), lora=LoraSettings(rank=2), **changes)  # type: ignore[arg-type]
+    return SpecRequest(base_model=str(base), lora=LoraSettings(rank=2), **changes)
 
 
 def test_experts_share_one_initialisation(connection: Connection, tiny_model_dir: Path) -> None:

@@ -104,15 +104,15 @@ def test_batch_that_was_not_committed_is_not_written_back(connection: Connection
 
     def emptied(what: object) -> None:
         connection.client.flushall()
-        commit(what)  # type: ignore[arg-type]
+        commit(what)
 
-    expert.store.commit = emptied  # type: ignore[method-assign, assignment]
+    expert.store.commit = emptied
     with pytest.raises(RuntimeError):
         expert.process(entries)
     assert write_back(expert, on="")
     assert torch.equal(weights_of(expert), torch.arange(LAYOUT.numel) * 1.0)
     assert not worker.pull().decided
-    expert.store.commit = commit  # type: ignore[method-assign]
+    expert.store.commit = commit
     expert.load()
     worker.publish()
     assert serve(expert) == ["applied"]

@@ -70,7 +70,7 @@ def data(tmp_path: Path) -> Path:
 
 def run(connection: Connection, *data: str, said: list[str] | None = None, **settings: object) -> HeldOut:
     said = [] if said is None else said
-    wanted = replace(HeldOutSettings(data=data, precision="fp32"), **settings)  # type: ignore[arg-type]
+    wanted = replace(HeldOutSettings(data=data, precision="fp32"), **settings)
     return measure(GatewayStore(connection), wanted, report=said.append)
 
 

@@ -71,7 +71,7 @@ def some_export(**changes: object) -> Export:
         "name": "gateway", "file": bytes(buffer.file), "config": {"r": 2},
         "built_from": {"a": {"version": 3, "weights_commit": "c"}}, "behind": {}, "info": {"base_model": "org/tiny"},
     }  # fmt: skip
-    return Export(**(content | changes))  # type: ignore[arg-type]
+    return Export(**(content | changes))
 
 
 def logits(directory: Path) -> torch.Tensor:

@@ -40,7 +40,7 @@ def loaded(directory: Path) -> tuple[int, int]:
     """The ranks that peft's own loader finds in the configuration and in the weights."""
     config = PeftConfig.from_pretrained(str(directory))
     weights = load_peft_weights(str(directory), device="cpu")
-    return int(config.r), int(weights["q.lora_A.weight"][0, 0])  # type: ignore[attr-defined]
+    return int(config.r), int(weights["q.lora_A.weight"][0, 0])
 
 
 def plain_export(directory: Path, export: Export) -> None:

@@ -109,9 +109,9 @@ def test_rival_between_check_and_script_is_noticed(
         calls.append(1)
         if len(calls) == 2:  # the second time is for the script
             assert rival.process(rival.store.reclaim())
-        queue(*arguments)  # type: ignore[arg-type]
+        queue(*arguments)
 
-    expert.store.queue = slow_queue  # type: ignore[method-assign, assignment]
+    expert.store.queue = slow_queue
     with pytest.raises(StaleStateError):
         expert.process(entries)
     rival.load()

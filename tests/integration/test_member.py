@@ -261,7 +261,7 @@ def test_counts_must_be_counts(connection: Connection, counts: Mapping[str, obje
     make_tiny(connection)
     member = fedmoe.join(connection.settings, {NAME: adapted(connection)}, name="own", drain_s=0.0)
     with pytest.raises(SettingsError, match="must be a whole number of at least 0"):
-        member.step(**counts)  # type: ignore[arg-type]
+        member.step(**counts)
     assert member.steps == 0
     member.leave()
     with pytest.raises(SettingsError, match="has left the federation"):

@@ -242,14 +242,14 @@ def test_numbers_are_checked_before_anything_is_trained(
     served: Connection, wrong: Mapping[str, object]
 ) -> None:
     with pytest.raises(SettingsError, match="must be a number"):
-        fedmoe.join(served.settings, {NAME: adapted(served)}, **wrong)  # type: ignore[arg-type]
+        fedmoe.join(served.settings, {NAME: adapted(served)}, **wrong)
 
 
 def test_what_is_no_url_or_mapping_is_a_sentence(served: Connection) -> None:
     with pytest.raises(SettingsError, match="must be a Redis URL"):
-        fedmoe.join(None, {NAME: adapted(served)})  # type: ignore[arg-type]
+        fedmoe.join(None, {NAME: adapted(served)})
     with pytest.raises(SettingsError, match="name the expert"):
-        fedmoe.join(served.settings, adapted(served))  # type: ignore[arg-type]
+        fedmoe.join(served.settings, adapted(served))
 
 
 def test_forked_children_do_not_hold_the_state_directory(tmp_path: Path) -> None:
@@ -300,7 +300,7 @@ def test_loss_may_be_unknown(served: Connection, caplog: pytest.LogCaptureFixtur
         member.step(n_examples=1, loss=None)
         with pytest.raises(SettingsError, match=r"at most 2\^53"):
             member.step(n_examples=1, n_tokens=2**65)
-        member.step(n_examples=torch.tensor(2), loss=float("inf"))  # type: ignore[arg-type]  # an index
+        member.step(n_examples=torch.tensor(2), loss=float("inf"))
     assert not caplog.records
     assert GatewayStore(served).meta(NAME).n_examples == 3
     assert weights_in_redis(served).isfinite().all()

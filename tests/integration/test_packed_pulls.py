@@ -251,7 +251,7 @@ def test_batch_that_fails_leaves_memory_as_it_was(
     def fails_for_bob(worker: str, *rest: object) -> object:
         if worker == "bob":
             raise OSError("cut")
-        return parts(worker, *rest)  # type: ignore[arg-type]
+        return parts(worker, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(expert.store, "parts", fails_for_bob)

@@ -138,7 +138,7 @@ def test_what_real_runs_send_is_what_is_listed(
         assert store.meta(EXPERT).applied
         guarded.admin.client.xadd(f"fedmoe:{{{EXPERT}}}:updates", {"garbage": "1"})
         eventually("a dead letter", lambda: store.meta(EXPERT).garbage)
-        eventually("the gateway", lambda: store.gateway().experts[EXPERT].version)  # type: ignore[union-attr]
+        eventually("the gateway", lambda: store.gateway().experts[EXPERT].version)
         guarded.admin.client.hset(f"fedmoe:{{{EXPERT}}}:worker:another", "run", "1-00000000")
         guarded.fedmoe(MONITOR, "status")
         guarded.fedmoe(MONITOR, "gateway", "show")

@@ -38,7 +38,7 @@ def names() -> Iterator[str]:
 
 def _parameters(value: object) -> str:
     shown, keyword = [], False
-    for name, one in inspect.signature(value).parameters.items():  # type: ignore[arg-type]
+    for name, one in inspect.signature(value).parameters.items():
         if name == "self":
             continue
         if one.kind is inspect.Parameter.KEYWORD_ONLY and not keyword:

@@ -22,7 +22,7 @@ def test_golden_tables(row: dict[str, object]) -> None:
     """The factors at τ = 0, 1, 2, 5, 20, worked out by hand from the formulas."""
     factors = row.pop("factors")
     assert isinstance(factors, dict)
-    decay = Decay(**row)  # type: ignore[arg-type]
+    decay = Decay(**row)
     assert {tau: decay(int(tau)) for tau in factors} == pytest.approx(factors, rel=1e-12)
 
 

@@ -131,7 +131,7 @@ def test_a_stop_from_within_is_bounded_too() -> None:
     order: list[str] = []
     saving, out_of_patience = threading.Event(), threading.Event()
     with stop_on_signals(stop := Stop(patience_s=0.0, end_s=0.0)):
-        stop.is_saving = lambda: saving.set() or True  # type: ignore[func-returns-value]  # it is None
+        stop.is_saving = lambda: saving.set() or True
         stop.when_asked.append(lambda: order.append("asked"))
         stop.when_out_of_patience += [lambda: order.append("out of patience"), out_of_patience.set]
         stop.set()

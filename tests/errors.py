@@ -13,7 +13,7 @@ E = TypeVar("E", bound=FedMoEError)
 
 @contextmanager
 def raises(
-    kind: type[E], *, about: str, cause: type[Exception] | None = None
+    kind: type[E] | tuple[type[E], ...], *, about: str, cause: type[Exception] | None = None
 ) -> Iterator[pytest.ExceptionInfo[E]]:
     """Expect an error of this type about this one thing; with `cause`, also raised because of that exception."""
     with pytest.raises(kind) as caught:

@@ -113,15 +113,20 @@ def _check_federation(gateway: GatewayStore, spec: Spec) -> None:
             other = gateway.spec(name)
         except FedMoEError:
             continue
-        for what, new, old in (
-            ("base model", spec.base_config, other.base_config),
-            ("LoRA settings", spec.lora, other.lora),
-            ("seed", spec.init_seed, other.init_seed),
-            ("chat template", template_digest(spec.chat_template), template_digest(other.chat_template)),
+        for field, what, new, old in (
+            ("base_config", "base model", spec.base_config, other.base_config),
+            ("lora", "LoRA settings", spec.lora, other.lora),
+            ("init_seed", "seed", spec.init_seed, other.init_seed),
+            (
+                "chat_template",
+                "chat template",
+                template_digest(spec.chat_template),
+                template_digest(other.chat_template),
+            ),
         ):
             if new != old:
                 raise SpecError(
                     f"the new experts would have another {what} ({new}) than expert {name!r} ({old}): experts of "
                     "different bases have no common gateway, use another --prefix",
-                    about=what,
+                    about=field,
                 )

@@ -163,7 +163,7 @@ def _check_settings(
         )
     if not 0 < sum(weights) < math.inf:
         raise SettingsError(
-            f"the experts' weights must add up to a number above 0; these are {weights}", about="weights"
+            f"the experts' weights must add up to a number above 0; these are {weights}", about="sum"
         )
 
 
@@ -204,7 +204,7 @@ def _lora_dims(layout: Layout) -> tuple[Dims, int]:
             case _:
                 raise SpecError(
                     f"{module!r} is not a pair of LoRA factors, A (rank, in) and B (out, rank)",
-                    about="modules",
+                    about="factors",
                 )
     if len(ranks) > 1:
         raise SpecError(

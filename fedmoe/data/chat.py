@@ -68,7 +68,7 @@ class Encoder:
         if turns[-1].reasoning and THOUGHT in text:
             raise RowError(
                 "it has reasoning both in its answer (</think>) and in a field or part of its own",
-                about="reasoning",
+                about="think",
             )
         prompt, lead, end = self._template.write(turns, tools)
         answer = _join_reasoning(prompt, lead, text) + end

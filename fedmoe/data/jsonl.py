@@ -77,7 +77,7 @@ def open_data(
     path = Path(path)
     with reading(path):
         if not path.is_file():
-            raise DataError(_why_no_file(path), about="file")
+            raise _no_file(path)
         state = _state(path)
         digest, n_lines = _digest(path, stopped)
     usable = False
@@ -161,13 +161,21 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
-def _why_no_file(path: Path) -> str:
+def _no_file(path: Path) -> DataError:
     if path.is_dir():
         inside = ", ".join(sorted(entry.name for entry in path.glob("*.json*"))[:3])
-        return f"{shown(path)} is a directory; name a file in it{inside and f', such as {shown(inside)}'}"
+        named = inside and f", such as {shown(inside)}"
+        return DataError(f"{shown(path)} is a directory; name a file in it{named}", about="directory")
     if path.exists():
-        return f"{shown(path)} is a pipe or a device, which cannot be read twice; write its content to a file"
+        return DataError(
+            f"{shown(path)} is a pipe or a device, which cannot be read twice; write its content to a file",
+            about="pipe",
+        )
     if not path.parent.is_dir():
-        return f"there is no directory {shown(path.parent.absolute())}, so no file {shown(path.name)} in it"
+        return DataError(
+            f"there is no directory {shown(path.parent.absolute())}, so no file {shown(path.name)} in it",
+            about="parent",
+        )
     near = " or ".join(difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()]))
-    return f"there is no file {shown(path.absolute())}{near and f'; did you mean {shown(near)}?'}"
+    meant = near and f"; did you mean {shown(near)}?"
+    return DataError(f"there is no file {shown(path.absolute())}{meant}", about="file")

@@ -90,7 +90,7 @@ def use_template(
     if own and expert_template and own != expert_template:
         raise SettingsError(
             f"--chat-template is not the template that expert {expert!r} is trained with: start without this option",
-            about="chat_template",
+            about="template",
         )
     if own:
         check_template(own)

@@ -244,7 +244,7 @@ def _decoded(
         yield first, values
         first += count
     if first != numel:
-        raise UpdateError(f"the parts hold {first} values, expected {numel}", about="parts")
+        raise UpdateError(f"the parts hold {first} values, expected {numel}", about="values")
 
 
 def _bin_header(length: int) -> bytes:

@@ -239,7 +239,7 @@ def _parse_parts(value: Any) -> tuple[Part, ...]:
                     )
                 parts.append(Part(length, digest))
             case _:
-                raise UpdateError("the header's list of parts is malformed", about="parts")
+                raise UpdateError("the header's list of parts is malformed", about="part")
     return tuple(parts)
 
 

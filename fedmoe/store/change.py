@@ -26,7 +26,7 @@ def whole_expert(store: ExpertStore) -> tuple[Meta, int]:
     """
     found = store.condition()
     if found.meta is None and not found.commit and not found.weights_commit:
-        raise SettingsError(no_such_expert(store.connection, store.name), about="expert")
+        raise SettingsError(no_such_expert(store.connection, store.name), about=store.name)
     if found.meta is None or found.damage:
         raise DamagedExpertError(store.name, found.damage)
     return found.meta, found.logged_version
@@ -104,7 +104,7 @@ def set_gateway_weight(connection: Connection, name: str, weight: float) -> str:
         raw, listed = connection.client.hgetall(meta), connection.client.hget(key, name)
     check_not_removed(raw)
     if listed is None and not raw:
-        raise SettingsError(no_such_expert(connection, name), about="expert")
+        raise SettingsError(no_such_expert(connection, name), about=name)
     with connection.errors():
         connection.client.hset(key, name, f"{weight:g}")
     return (listed or b"").decode(errors="backslashreplace")

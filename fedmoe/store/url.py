@@ -159,7 +159,7 @@ def _address(item: str, url: str) -> tuple[str, int]:
         what = (
             "an unreadable host (write an IPv6 address in brackets)" if host else "a sentinel without a host"
         )
-        raise _wrong(url, f"has {what}: write {SENTINEL_FORM}", about="host")
+        raise _wrong(url, f"has {what}: write {SENTINEL_FORM}", about="host" if host else "sentinel")
     if colon and not (port.isascii() and port.isdecimal() and 0 < int(port) < 2**16):
         raise _wrong(url, f"has a port that is not 1 to 65535: write {SENTINEL_FORM}", about="port")
     return host, int(port) if colon else SENTINEL_PORT

@@ -255,7 +255,7 @@ class Backup:
         if hashlib.sha256(content).hexdigest() != self.experts[name].files[file]:
             raise BackupError(
                 f"the backup is damaged: {path} does not match its digest in {MANIFEST}; nothing was restored",
-                about="digest",
+                about=file,
             )
         return content
 

@@ -16,6 +16,7 @@ from fedmoe.settings import AggregatorSettings, GatewaySettings
 from fedmoe.store.connection import Connection
 from fedmoe.store.gateway import GatewayStore
 from fedmoe.store.lease import Lease
+from tests.errors import raises
 from tests.federation import LAYOUT, ScriptedWorker, make_expert, serving, small_spec
 from tests.processes import eventually
 
@@ -84,7 +85,7 @@ def test_overwritten_key_stops_only_its_expert(connection: Connection, connect: 
     expert = make_expert(connection)
     good = connection.client.get(expert.store.keys.weights)
     connection.client.set(expert.store.keys.weights, b"oops")
-    with pytest.raises(SpecError, match="not an adapter"):
+    with raises(SpecError, about="weights"):
         ScriptedWorker(connection, expert.spec)
     with serving(connect(), "one") as (_, thread):
         time.sleep(0.3)

@@ -30,6 +30,7 @@ from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore
 from fedmoe.store.inspect import Inspector
 from fedmoe.store.worker import WorkerStore
+from tests.errors import raises
 from tests.federation import LAYOUT, ScriptedWorker, make_expert, serve, serving
 from tests.processes import eventually, running
 
@@ -308,7 +309,7 @@ def test_nobody_left_means_that_all_wait(connection: Connection, connect: Connec
     connection.client.flushall()
     with pytest.raises(LostExpertError, match=r"fedmoe restore.*--new-lineage"):
         worker.pull()
-    with pytest.raises(LostExpertError, match="fedmoe restore"):
+    with raises(LostExpertError, about="sql_expert"):
         expert.load()
     with serving(connect(), "one"):
         eventually("the lease", lambda: connection.client.get(expert.store.keys.lease))

@@ -29,6 +29,7 @@ from fedmoe.store.connection import Connection
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore
 from fedmoe.tools.export import Export, read_expert, read_gateway, vllm_hint, write
+from tests.errors import raises
 from tests.federation import LAYOUT, ScriptedWorker, first_meta, make_expert, serve, small_spec
 from tests.processes import fedmoe, fedmoe_here
 from tests.strategies import randn
@@ -138,7 +139,7 @@ def test_what_fedmoe_did_not_write_is_not_overwritten(tmp_path: Path, foreign: s
     """Without --force nothing is touched, and with it only files of the adapter's names."""
     (tmp_path / foreign).write_text("mine")
     (tmp_path / "README.md").write_text("mine")
-    with pytest.raises(SettingsError, match=f"holds {what} that FedMoE did not export"):
+    with raises(SettingsError, about="directory"):
         write(tmp_path, some_export())
     assert files_in(tmp_path) == sorted(["README.md", foreign])
     assert (tmp_path / "README.md").read_text() == "mine"
@@ -152,7 +153,7 @@ def test_a_base_model_never_gets_an_adapter(tmp_path: Path, force: bool) -> None
     write(tmp_path, some_export())
     (tmp_path / "config.json").write_text("{}")
     before = files_in(tmp_path)
-    with pytest.raises(SettingsError, match=r"holds a model \(config\.json\), .*: choose another directory"):
+    with raises(SettingsError, about="config.json"):
         write(tmp_path, some_export(), force=force)
     assert files_in(tmp_path) == before
 
@@ -160,9 +161,9 @@ def test_a_base_model_never_gets_an_adapter(tmp_path: Path, force: bool) -> None
 def test_a_file_in_the_way_is_one_sentence(tmp_path: Path) -> None:
     """As the target, or where a directory on the way to it should be."""
     (tmp_path / "file").write_text("")
-    with pytest.raises(SettingsError, match="is a file: choose a directory"):
+    with raises(SettingsError, about="file"):
         write(tmp_path / "file", some_export())
-    with pytest.raises(SettingsError, match=r"cannot write to .* \((Not a directory|File exists)\)"):
+    with raises(SettingsError, about="disk"):
         write(tmp_path / "file" / "deeper", some_export())
 
 
@@ -197,7 +198,7 @@ def test_weights_that_are_no_adapter_are_not_exported(connection: Connection, tm
     """A key that something else wrote."""
     make_expert(connection)
     connection.client.set("fedmoe:{sql_expert}:weights", "text that is longer than eight bytes")
-    with pytest.raises(DamagedExpertError, match="its weights belong to commit unknown"):
+    with raises(DamagedExpertError, about="sql_expert"):
         write(tmp_path / "out", read_expert(GatewayStore(connection), "sql_expert"))
     assert files_in(tmp_path) == []
 
@@ -243,7 +244,8 @@ def test_a_damaged_gateway_is_one_sentence(connection: Connection, field: str, j
     make_expert(connection)
     build_gateway(connection)
     connection.client.hset("fedmoe:{gateway}:meta", field, junk)
-    with pytest.raises((SpecError, UnknownExpertError), match=r"malformed|no gateway yet"):
+    about = "gateway" if field == "built_from" else "config"
+    with raises((SpecError, UnknownExpertError), about=about):
         read_gateway(GatewayStore(connection))
 
 
@@ -280,7 +282,7 @@ def test_an_unknown_expert_lists_those_there_are(connection: Connection, tmp_pat
     done = fedmoe_here(*arguments, "sqlexpert")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "fedmoe: there is no expert 'sqlexpert'; there are: sql_expert\n"
-    with pytest.raises(FedMoEError, match="cannot be used"):
+    with raises(FedMoEError, about="expert"):
         read_expert(GatewayStore(connection), "a:b")
     assert files_in(tmp_path) == []
 

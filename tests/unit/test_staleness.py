@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from fedmoe.errors import SettingsError
 from fedmoe.protocol.staleness import KINDS, Decay, staleness_of
+from tests.errors import raises
 from tests.strategies import MAX_COUNT, decays
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "decay.json").read_text())
@@ -43,8 +44,8 @@ def test_staleness_counts_versions(version: int, base_version: int) -> None:
 
 @pytest.mark.parametrize("kind", ["exponential", "", "Polynomial"])
 def test_unknown_kinds_are_refused(kind: str) -> None:
-    """The message lists the kinds there are."""
-    with pytest.raises(SettingsError, match="constant, polynomial, hinge"):
+    """Also one that differs in a letter."""
+    with raises(SettingsError, about="decay"):
         Decay(kind=kind)
 
 
@@ -52,7 +53,7 @@ def test_unknown_kinds_are_refused(kind: str) -> None:
 @pytest.mark.parametrize("bad", [{"a": -1.0}, {"a": math.nan}, {"b": math.inf}, {"b": -0.5}])
 def test_impossible_parameters_are_refused(kind: str, bad: dict[str, float]) -> None:
     """Negative or not finite: refused for every kind."""
-    with pytest.raises(SettingsError, match="must be a number of at least 0"):
+    with raises(SettingsError, about=f"decay_{next(iter(bad))}"):
         Decay(kind=kind, **bad)
 
 

@@ -264,7 +264,7 @@ class WorkerSettings:
     def __post_init__(self) -> None:
         check_name("stream", self.stream)
         if self.name:
-            check_name("worker name", self.name)
+            check_name("worker name", self.name, setting="name")
         check(self)
 
     @property

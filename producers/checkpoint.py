@@ -92,7 +92,7 @@ class StateDir:
         except BlockingIOError as error:
             raise SettingsError(
                 f"another worker on this machine uses the state directory {path}: give each its own --state-dir",
-                about="state_dir",
+                about="lock",
             ) from error
         except OSError as error:
             raise SettingsError(

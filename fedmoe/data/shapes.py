@@ -135,7 +135,7 @@ def _tools(value: object) -> tuple[dict[str, Any], ...]:
         try:
             value = json.loads(value) if value.strip() else []
         except (ValueError, RecursionError):
-            raise RowError("its tools are not JSON", about="tools") from None
+            raise RowError("its tools are not JSON", about="JSON") from None
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise RowError("its tools are not a list of objects", about="tools")
     read_text(json.dumps(value, ensure_ascii=False), "tools")

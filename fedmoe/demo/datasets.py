@@ -51,7 +51,7 @@ def find_data(directory: Path | None, built: Path) -> DemoData:
     plain = sorted(directory.glob("*.jsonl"))
     if not plain:
         raise DataError(
-            f"{directory} holds no *.jsonl file: give one for each expert, named after it", about="data"
+            f"{directory} holds no *.jsonl file: give one for each expert, named after it", about="files"
         )
     built.mkdir(parents=True, exist_ok=True)
     split = {name: _split(file, built, name) for file in plain for name in (clean_name(file.stem),)}

@@ -23,13 +23,13 @@ def is_expert(name: str) -> bool:
     return is_name(name) and name not in RESERVED_EXPERTS
 
 
-def check_name(what: str, name: str) -> str:
-    """Return `name`; raise SettingsError with the naming rules if it is not valid."""
+def check_name(what: str, name: str, *, setting: str = "") -> str:
+    """Return `name`; raise SettingsError, about the setting or `what`, with the naming rules if it is not valid."""
     if not is_name(name):
         raise SettingsError(
             f"{what} {name!r} cannot be used: take letters, digits, '_', '-' and '.' (not first or last), "
             f"at most {MAX_NAME_LENGTH} characters",
-            about=what,
+            about=setting or what,
         )
     return name
 

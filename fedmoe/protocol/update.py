@@ -203,7 +203,7 @@ class Header:
         if len(data) > MAX_HEADER_BYTES - SPARE_BYTES and (n_bytes := len(header.pack())) > MAX_HEADER_BYTES:
             raise UpdateError(
                 f"the header has {n_bytes} bytes with all its fields, allowed are {MAX_HEADER_BYTES}",
-                about="length",
+                about="unknown",
             )
         return header
 

@@ -207,7 +207,7 @@ class Backup:
             return json.loads(path.read_bytes())
         except FileNotFoundError as error:
             raise BackupError(
-                f"{self.directory} is not a backup: it has no {path.name}", about=path.name
+                f"{self.directory} is not a backup: it has no {path.name}", about="backup"
             ) from error
         except OSError as error:
             raise BackupError(f"cannot read {path} ({error.strerror})", about=path.name) from error

@@ -71,7 +71,7 @@ def find_files(texts: Sequence[str], experts: Sequence[str]) -> dict[str, Path]:
             raise SettingsError(f"--data {text!r} is neither a directory nor expert=file.jsonl", about="data")
         if twice := sorted(found.keys() & here.keys() | {MEAN} & here.keys()):
             why = "is reserved for the mean of all domains" if twice[0] == MEAN else "occurs twice"
-            raise SettingsError(f"the domain {twice[0]!r} {why}: give it another name", about="domain")
+            raise SettingsError(f"the domain {twice[0]!r} {why}: give it another name", about=twice[0])
         found |= here
     return found
 

@@ -96,10 +96,10 @@ def test_what_is_no_backup_is_one_sentence(connection: Connection, tmp_path: Pat
     """No directory, no manifest, no JSON, an expert it does not hold."""
     with raises(BackupError, about="directory"):
         Backup(tmp_path / "none")
-    with raises(BackupError, about="manifest.json"):
+    with raises(BackupError, about="backup"):
         Backup(tmp_path)
     (tmp_path / "manifest.json").write_bytes(b"\xff{")
-    with raises(BackupError, about="manifest.json"):
+    with raises(BackupError, about="manifest.json", cause=ValueError):
         Backup(tmp_path)
     make(connection)
     backup = backed_up(connection, tmp_path / "b")

@@ -159,7 +159,7 @@ def test_directory_that_is_gone_and_cannot_be_made(tmp_path: Path, trial: Start)
     worker.expect_life("File exists")
     state.path.unlink()
     eventually("the checkpoint", state.file.exists)
-    with raises(SettingsError, about="state_dir", cause=BlockingIOError):
+    with raises(SettingsError, about="lock"):
         StateDir(state.path)
     assert (state.path / "id").read_text().startswith(state.id)
     worker.expect_recovery()

@@ -232,8 +232,8 @@ def test_files_are_found_by_expert(data: Path) -> None:
     }  # fmt: skip
     assert find_files([str(data), f"other={data / 'green.jsonl'}"], ["red"]).keys() == {"red", "other"}
     for texts, about in (
-        ([str(data), f"red={data / 'red.jsonl'}"], "domain"),
-        ([f"mean={data / 'red.jsonl'}"], "domain"),
+        ([str(data), f"red={data / 'red.jsonl'}"], "red"),
+        ([f"mean={data / 'red.jsonl'}"], "mean"),
         ([f"a:b={data}"], "domain"),
         ([str(data / "nowhere")], "data"),
     ):

@@ -32,7 +32,7 @@ def test_directory_belongs_to_one_process(tmp_path: Path) -> None:
     )
     assert first.stdout is not None
     assert first.stdout.readline() == "held\n"
-    with raises(SettingsError, about="state_dir", cause=BlockingIOError):
+    with raises(SettingsError, about="lock"):
         StateDir(tmp_path)
     first.communicate()
     StateDir(tmp_path)

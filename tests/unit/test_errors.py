@@ -3,7 +3,9 @@
 import copy
 import inspect
 import pickle
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -50,6 +52,19 @@ def test_what_became_of_an_expert_is_in_fields() -> None:
     assert vars(lost) == {"about": "sql_expert"}
     assert vars(damaged) == {"about": "sql_expert", "damage": "its weights are missing"}
     assert vars(removed) == {"about": "sql_expert", "when": "2026-01-01"}
+
+
+def test_about_is_one_short_word() -> None:
+    """A name or a noun, wherever the code writes it down."""
+    root = Path(errors.__file__).parent.parent
+    code = "".join(
+        path.read_text()
+        for room in ("fedmoe", "producers", "consumers")
+        for path in (root / room).rglob("*.py")
+    )
+    words = set(re.findall(r'about="([^"]*)"', code))
+    assert len(words) > 100
+    assert [word for word in words if not re.fullmatch(r"[\w.-]{1,25}", word)] == []
 
 
 def test_no_error_is_raised_without_saying_what_it_is_about() -> None:

@@ -218,7 +218,7 @@ def _check_target(target: Path, *, force: bool) -> None:
         what = "an adapter" if (target / CONFIG_FILE).exists() else "files"
         raise SettingsError(
             f"{target} holds {what} that FedMoE did not export: choose another directory, or --force to write into it",
-            about="directory",
+            about=what.removeprefix("an "),
         )
 
 

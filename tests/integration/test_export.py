@@ -132,14 +132,12 @@ def test_exporting_again_replaces_only_what_was_exported(tmp_path: Path) -> None
     assert files_in(tmp_path / "empty") == FILES
 
 
-@pytest.mark.parametrize(
-    ("foreign", "what"), [("adapter_config.json", "an adapter"), ("thesis.tex", "files")]
-)
-def test_what_fedmoe_did_not_write_is_not_overwritten(tmp_path: Path, foreign: str, what: str) -> None:
+@pytest.mark.parametrize(("foreign", "about"), [("adapter_config.json", "adapter"), ("thesis.tex", "files")])
+def test_what_fedmoe_did_not_write_is_not_overwritten(tmp_path: Path, foreign: str, about: str) -> None:
     """Without --force nothing is touched, and with it only files of the adapter's names."""
     (tmp_path / foreign).write_text("mine")
     (tmp_path / "README.md").write_text("mine")
-    with raises(SettingsError, about="directory"):
+    with raises(SettingsError, about=about):
         write(tmp_path, some_export())
     assert files_in(tmp_path) == sorted(["README.md", foreign])
     assert (tmp_path / "README.md").read_text() == "mine"
@@ -198,8 +196,9 @@ def test_weights_that_are_no_adapter_are_not_exported(connection: Connection, tm
     """A key that something else wrote."""
     make_expert(connection)
     connection.client.set("fedmoe:{sql_expert}:weights", "text that is longer than eight bytes")
-    with raises(DamagedExpertError, about="sql_expert"):
+    with raises(DamagedExpertError, about="sql_expert") as caught:
         write(tmp_path / "out", read_expert(GatewayStore(connection), "sql_expert"))
+    assert caught.value.damage.startswith("its weights belong to commit unknown")
     assert files_in(tmp_path) == []
 
 
@@ -237,14 +236,13 @@ def test_experts_that_moved_are_told_by_their_meta_alone(connection: Connection)
     assert not {"cmdstat_scan", "cmdstat_info"} & connection.client.info("commandstats").keys()
 
 
-@pytest.mark.parametrize("field", ["built_from", "adapter_config"])
+@pytest.mark.parametrize(("field", "about"), [("built_from", "gateway"), ("adapter_config", "config")])
 @pytest.mark.parametrize("junk", ["[1]", "{", '{"a": 1}', '{"a": {"version": "x"}}'])
-def test_a_damaged_gateway_is_one_sentence(connection: Connection, field: str, junk: str) -> None:
+def test_a_damaged_gateway_is_one_sentence(connection: Connection, field: str, about: str, junk: str) -> None:
     """It is either no gateway, or a malformed one; never a traceback."""
     make_expert(connection)
     build_gateway(connection)
     connection.client.hset("fedmoe:{gateway}:meta", field, junk)
-    about = "gateway" if field == "built_from" else "config"
     with raises((SpecError, UnknownExpertError), about=about):
         read_gateway(GatewayStore(connection))
 

@@ -134,7 +134,9 @@ class ExpertServer:
             stop.wait(0.1)
             return False
         if self.is_serving and self.retained and self.retained.generation != self._connection.generation:
-            raise StaleStateError(f"{self.name}: the connection to Redis was opened again")
+            raise StaleStateError(
+                f"{self.name}: the connection to Redis was opened again", about="connection"
+            )
         entries = self._load() if not self.is_serving else []
         assert self.retained is not None
         if not entries and self.is_time_to_reclaim():
@@ -228,7 +230,9 @@ class ExpertServer:
         if not self.store.is_unchanged(
             commit=meta.commit, weights_commit=meta.weights_commit, n_decided=n_decided
         ):
-            raise StaleStateError(f"{self.name}: Redis holds another state than this aggregator retains")
+            raise StaleStateError(
+                f"{self.name}: Redis holds another state than this aggregator retains", about="rollback"
+            )
         if self.store.mend():
             logger.warning(
                 "%s: an entry with the highest id blocked its stream; repaired, nothing to do", self.name

@@ -82,7 +82,9 @@ class Expert:
         """Load the state from Redis. Raises like ExpertStore.load; SpecError if the weights do not fit the spec."""
         loaded: Loaded = self.store.load()
         if loaded.meta.spec != self.spec.digest:
-            raise StaleStateError(f"{self.store.name}: the expert was created again, with another spec")
+            raise StaleStateError(
+                f"{self.store.name}: the expert was created again, with another spec", about="spec"
+            )
         self.buffer.load(loaded.weights)
         self._folded = self.buffer
         self.meta = loaded.meta
@@ -196,7 +198,7 @@ class Expert:
         try:
             header = Header.unpack(raw)
             if (header.run, header.seq) != (bell.run, bell.seq):
-                raise UpdateError("the header is that of another update")
+                raise UpdateError("the header is that of another update", about="id")
         except ForeignHeaderError as error:
             self.warn_once(f"updates of worker {bell.worker} cannot be read: {error}")
             self.meta = replace(self.meta, undecidable=self.meta.undecidable + 1)
@@ -303,7 +305,8 @@ class Expert:
             return self.archive.keep(header, parts)
         except OSError as error:
             raise SettingsError(
-                f"updates cannot be kept in {self.archive.directory} ({error.strerror}), so none is applied: make room"
+                f"updates cannot be kept in {self.archive.directory} ({error.strerror}), so none is applied: make room",
+                about="keep_updates",
             ) from error
 
     def _refuse(self, worker: str, header: Header, verdict: Verdict, commit: Commit) -> None:

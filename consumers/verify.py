@@ -99,6 +99,7 @@ def _begin(
         return 0, "", rest
     _check(
         bool(written_back.weights),
+        "weights",
         f"the log was lost before version {since}, and the weights of that version were not kept, so a replay cannot "
         "start there: give every aggregator --keep-updates",
     )
@@ -138,19 +139,22 @@ def _fold_line(
     """Check a log line against its kept update, and fold the update into the weights of `version`."""
     _check(
         _follows(line, version),
+        "version",
         f"the log goes from version {version} to {line.version}: the lines between are gone from Redis",
     )
     header, parts = archive.load(line.update)
-    _check((header.run, header.seq) == (line.run, line.seq), "the kept update is another one")
-    _check(line.rules in rule_sets, f"it was decided under rules {line.rules}, which are not in the log")
+    _check((header.run, header.seq) == (line.run, line.seq), "update", "the kept update is another one")
+    _check(
+        line.rules in rule_sets, "rules", f"it was decided under rules {line.rules}, which are not in the log"
+    )
     rules, staleness = rule_sets[line.rules].aggregation, staleness_of(version, header.base_version)
     factor = rules.factor(staleness)
-    _check(line.staleness == staleness, f"staleness {line.staleness}, should be {staleness}")
-    _check(line.factor == factor, f"factor {line.factor!r}, should be {factor!r}")
+    _check(line.staleness == staleness, "staleness", f"staleness {line.staleness}, should be {staleness}")
+    _check(line.factor == factor, "factor", f"factor {line.factor!r}, should be {factor!r}")
     decode(parts, spec.wire_format, delta)
     fold(buffer.flat, delta, factor)
 
 
-def _check(true: bool, problem: str) -> None:
+def _check(true: bool, about: str, problem: str) -> None:
     if not true:
-        raise UpdateError(problem)
+        raise UpdateError(problem, about=about)

@@ -1,14 +1,31 @@
 """Every error FedMoE raises on purpose.
 
 A message names the field, what was wanted, what came, and what to do. The command line prints it as one sentence and
-exits with `exit_code`; a traceback is always a bug.
+exits with `exit_code`; a traceback is always a bug. A program compares the type and `about`, never the message.
 """
+
+from typing import Any
 
 
 class FedMoEError(Exception):
-    """Root of all errors raised on purpose; printed as one sentence, without a traceback."""
+    """Root of all errors raised on purpose; printed as one sentence, without a traceback.
+
+    Args:
+        about: what the error is about, in one word for programs: the setting, field, file, key, worker or expert by
+            the name that it has where it is declared, else the noun of the reason ("rights", "rollback").
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str, *, about: str) -> None:
+        super().__init__(message)
+        self.about = about
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy gets the same fields. It is not made by calling the class, because subclasses take other arguments,
+        # nor by the class's own __new__, because MemoryError's takes no class that has a second base.
+        builtin = OSError if isinstance(self, OSError) else Exception
+        return builtin.__new__, (type(self),), {**self.__dict__, "args": self.args}
 
 
 class SettingsError(FedMoEError, ValueError):
@@ -39,12 +56,12 @@ class RowError(DataError):
     """A row cannot be trained on; the subject of the message is "it", the row.
 
     Args:
-        kind: the reason without details of the row; rows are counted by kind.
+        kind: the reason without details of the row, for people; rows are counted by kind.
         detail: the part of the message after the kind.
     """
 
-    def __init__(self, kind: str, detail: str = "") -> None:
-        super().__init__(kind + detail)
+    def __init__(self, kind: str, detail: str = "", *, about: str) -> None:
+        super().__init__(kind + detail, about=about)
         self.kind = kind
 
 
@@ -75,7 +92,8 @@ class LostExpertError(UnknownExpertError):
     def __init__(self, name: str, known: str = "") -> None:
         super().__init__(
             f"expert {name!r} is gone from Redis{known}: an aggregator that retains it in memory writes it back; if "
-            f"none does, restore a backup (fedmoe restore), or create it from zero ({create_from_zero(name)})"
+            f"none does, restore a backup (fedmoe restore), or create it from zero ({create_from_zero(name)})",
+            about=name,
         )
 
 
@@ -85,8 +103,10 @@ class DamagedExpertError(UnknownExpertError):
     def __init__(self, name: str, damage: str) -> None:
         super().__init__(
             f"expert {name!r} in Redis is damaged: {damage}; an aggregator that retains it in memory repairs it; if "
-            "none does, restore a backup (fedmoe restore --replace)"
+            "none does, restore a backup (fedmoe restore --replace)",
+            about=name,
         )
+        self.damage = damage
 
 
 class RefusedError(FedMoEError, RuntimeError):
@@ -101,8 +121,10 @@ class RemovedExpertError(RefusedError, LookupError):
     def __init__(self, name: str, when: str) -> None:
         super().__init__(
             f"expert {name!r} was removed by an operator at {when}; to have it back, restore a backup (fedmoe "
-            f"restore), or create it from zero ({create_from_zero(name)})"
+            f"restore), or create it from zero ({create_from_zero(name)})",
+            about=name,
         )
+        self.when = when
 
 
 class RedisUnavailableError(FedMoEError, ConnectionError):

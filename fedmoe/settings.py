@@ -148,7 +148,8 @@ class GatewaySettings:
         check(self)
         if self.rank and self.method != "svd":
             raise SettingsError(
-                f"gateway_rank is for the method svd only, not for {self.method!r}: leave it out"
+                f"gateway_rank is for the method svd only, not for {self.method!r}: leave it out",
+                about="gateway_rank",
             )
 
 
@@ -185,11 +186,15 @@ class AggregatorSettings:
     def __post_init__(self) -> None:
         check(self)
         if self.keep_updates_for_s and self.keep_updates is None:
-            raise SettingsError("--keep-updates-for needs --keep-updates: nothing is kept without it")
+            raise SettingsError(
+                "--keep-updates-for needs --keep-updates: nothing is kept without it",
+                about="keep_updates_for",
+            )
         if self.block_ms > self.lease_s * 500:
             raise SettingsError(
                 f"block_ms ({self.block_ms}) must be at most half the lease ({self.lease_s * 1000:.0f} ms), "
-                "else the lease expires while its holder waits for a read"
+                "else the lease expires while its holder waits for a read",
+                about="block_ms",
             )
 
 
@@ -259,7 +264,7 @@ class WorkerSettings:
     def __post_init__(self) -> None:
         check_domain(self.stream)
         if self.name:
-            check_name("worker name", self.name)
+            check_name("worker name", self.name, setting="name")
         check(self)
 
     @property

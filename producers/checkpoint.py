@@ -91,11 +91,13 @@ class StateDir:
             self._hold()
         except BlockingIOError as error:
             raise SettingsError(
-                f"another worker on this machine uses the state directory {path}: give each its own --state-dir"
+                f"another worker on this machine uses the state directory {path}: give each its own --state-dir",
+                about="lock",
             ) from error
         except OSError as error:
             raise SettingsError(
-                f"the state directory {path} cannot be written ({error.strerror}): give --state-dir another directory"
+                f"the state directory {path} cannot be written ({error.strerror}): give --state-dir another directory",
+                about="state_dir",
             ) from error
 
     def _hold(self) -> None:
@@ -223,20 +225,24 @@ class StateDir:
         except OSError as error:
             raise SettingsError(
                 f"the checkpoint {self.file} cannot be read ({error.strerror or error}): check the disk and the file's "
-                "permissions, then start this worker again"
+                "permissions, then start this worker again",
+                about="checkpoint",
             ) from error
         except SettingsError as error:  # the file is complete, but does not fit
             raise SettingsError(
-                f"the checkpoint {self.file} cannot be used: {error}, or move it away to start a new run"
+                f"the checkpoint {self.file} cannot be used: {error}, or move it away to start a new run",
+                about=error.about,
             ) from error
         except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise SettingsError(
-                f"the checkpoint {self.file} is damaged ({error}): move it away to start a new run"
+                f"the checkpoint {self.file} is damaged ({error}): move it away to start a new run",
+                about="checkpoint",
             ) from error
         if (checkpoint.expert, checkpoint.worker) != (expert, worker):
             raise SettingsError(
                 f"the state directory {self.path} belongs to worker {checkpoint.worker!r} of "
-                f"{checkpoint.expert!r}, not to {worker!r} of {expert!r}: give each worker its own --state-dir"
+                f"{checkpoint.expert!r}, not to {worker!r} of {expert!r}: give each worker its own --state-dir",
+                about="worker",
             )
         return checkpoint
 
@@ -246,7 +252,8 @@ class StateDir:
         if info["format"] not in _FORMATS:
             raise SettingsError(
                 f"it has format {info['format']}, this FedMoE reads {' and '.join(_FORMATS)}: use the FedMoE that "
-                "wrote it"
+                "wrote it",
+                about="format",
             )
         check_requires(str(info.get("requires", "")), f"the checkpoint {self.file}")
         packed = tuple(_blobs("packed", tensors))

@@ -50,14 +50,15 @@ def claim_name(
     until = clock() + patience_s
     while clock() < until:
         if stop.wait(0.25):
-            raise StoppedError("stopped before the training began")
+            raise StoppedError("stopped before the training began", about="training")
         beat = store.heartbeat()
         if not beat:
             return
         if (beat.beat, beat.run) != (first.beat, first.run):
             raise NameTakenError(
                 f"the name {store.worker!r} is taken: a worker of expert {store.expert!r} with this name is running "
-                f"({_who(beat)}); stop that one, or start this one with another --name"
+                f"({_who(beat)}); stop that one, or start this one with another --name",
+                about=store.worker,
             )
 
 

@@ -62,7 +62,7 @@ class Joining:
             else:
                 backoff.ok()
                 return result
-        raise StoppedError("stopped before the training began")
+        raise StoppedError("stopped before the training began", about="training")
 
     def check_rights(self) -> None:
         """Raise RedisUnfitError, naming the missing rights, unless this user may train the expert under this name."""
@@ -83,7 +83,7 @@ class Joining:
 
     def _compare(self, identity: BaseIdentity, meta: Meta) -> None:
         if refusal := identity.refusal(meta, self._store.expert):
-            raise BaseModelError(refusal)
+            raise BaseModelError(refusal, about=identity.differing(meta)[0])
 
     def pin_base(self, identity: BaseIdentity, *, state_id: str) -> None:
         """If a component of the base model is not pinned yet, ask an aggregator to pin this worker's; then compare."""

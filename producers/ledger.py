@@ -259,7 +259,8 @@ class Ledger:
             case HeadPlace.FOREIGN:
                 raise NameTakenError(
                     f"another process publishes under this worker's name (its run {head.run if head else ''}, "
-                    f"ours {self.run}): give one of them another --name"
+                    f"ours {self.run}): give one of them another --name",
+                    about="run",
                 )
             case HeadPlace.AHEAD:
                 assert decided is not None

@@ -16,7 +16,7 @@ from fedmoe.data.cache import RowCache
 from fedmoe.data.examples import make_examples, padding_id
 from fedmoe.data.jsonl import DataFile
 from fedmoe.errors import BaseModelError
-from fedmoe.model.adapter import attach_adapter, use_adapter
+from fedmoe.model.adapter import attach_adapter, switch_to
 from fedmoe.model.base import (
     check_structure,
     choose_device,
@@ -82,7 +82,7 @@ def prepare(
     )  # fmt: skip
     identity = BaseIdentity(fingerprint=meta.base_fingerprint, tokenizer=tokenizer_fingerprint(tokenizer))
     if refusal := identity.refusal(meta, settings.stream):
-        raise BaseModelError(refusal)
+        raise BaseModelError(refusal, about=identity.differing(meta)[0])
     check_padding(tokenizer, config, base_model)
     device = choose_device(settings.device)
     autocast = choose_precision(settings.precision, device)
@@ -111,7 +111,7 @@ def prepare(
             seed=spec.init_seed + _seed_of(settings.worker),
             device=device,
             autocast=autocast,
-            activate=partial(use_adapter, made, adapter),
+            activate=switch_to(made, adapter),
         )
 
     # A template in the spec comes from the operator; without one this worker may contribute its own.

@@ -161,7 +161,7 @@ class Member:
         """
         n_examples, n_tokens = _count("n_examples", n_examples), _count("n_tokens", n_tokens)
         if self._has_left:
-            raise SettingsError("this worker has left the federation: join again to train on")
+            raise SettingsError("this worker has left the federation: join again to train on", about="leave")
         for chain in self._chains.values():
             chain.adapter.check()
         done = StepResult(
@@ -258,7 +258,7 @@ def _count(name: str, value: object) -> int:
         value = operator.index(value)
     check_whole(name, value, at_least=0)
     if value > MOST:  # type: ignore[operator]  # it is a whole number
-        raise SettingsError(f"{name} must be at most 2^53, not {value!r}")
+        raise SettingsError(f"{name} must be at most 2^53, not {value!r}", about=name)
     return int(value)  # type: ignore[call-overload, no-any-return]  # it is one
 
 
@@ -297,23 +297,27 @@ def join(
     """
     settings = RedisSettings(url=redis) if isinstance(redis, str) else redis
     if not isinstance(settings, RedisSettings):
-        raise SettingsError(f"the first argument must be a Redis URL, or RedisSettings, not {redis!r}")
+        raise SettingsError(
+            f"the first argument must be a Redis URL, or RedisSettings, not {redis!r}", about="redis"
+        )
     if not isinstance(adapters, Mapping) or not adapters:
-        raise SettingsError('name the expert to train: join(url, {"sql_expert": model})')
+        raise SettingsError('name the expert to train: join(url, {"sql_expert": model})', about="adapters")
     if len({id(model) for model in adapters.values()}) < len(adapters):
         raise SettingsError(
-            "one model is given for two experts: give each expert a model with its own adapter"
+            "one model is given for two experts: give each expert a model with its own adapter", about="model"
         )
     is_spread = torch.distributed.is_available() and torch.distributed.is_initialized()
     if is_spread and torch.distributed.get_world_size() > 1:
         raise SettingsError(
             "the training is spread over several processes: FedMoE trains an adapter in one process; start one "
-            "worker on each GPU, each with a name of its own"
+            "worker on each GPU, each with a name of its own",
+            about="processes",
         )
     root = Path(state_dir) if state_dir else None
     if root and len(adapters) > 1 and name_in(root):
         raise SettingsError(
-            f"{root} holds the checkpoint of one expert; several experts have a directory each in it: give another one"
+            f"{root} holds the checkpoint of one expert; several experts have a directory each in it: give another one",
+            about="state_dir",
         )
     words = vocabulary_fingerprint(tokenizer) if tokenizer is not None else ""
     progress = Progress()

@@ -209,7 +209,8 @@ class Membership:
         base = pulled.weights
         if base is None:
             raise RefusedError(
-                f"expert {self.store.expert!r} was just created again: start this worker again"
+                f"expert {self.store.expert!r} was just created again: start this worker again",
+                about="lineage",
             )
         with torch.no_grad():
             trainer.flat.copy_(base)
@@ -227,7 +228,8 @@ class Membership:
         if saved.local.shape != trainer.flat.shape:
             raise SettingsError(
                 f"the checkpoint in {self._state_dir.path} is of an adapter of {saved.local.numel()} values, the "
-                f"expert's has {trainer.flat.numel()}: move it away to start a new run"
+                f"expert's has {trainer.flat.numel()}: move it away to start a new run",
+                about="checkpoint",
             )
         with torch.no_grad():
             trainer.flat.copy_(saved.local)
@@ -267,7 +269,7 @@ class Membership:
         sync, status = self.sync, self.sync.status
         if isinstance(sync.failure, ProtocolError):
             kept = self._kept() if sync.saved else self._lost()
-            raise ProtocolError(f"{sync.failure}; {kept}")
+            raise ProtocolError(f"{sync.failure}; {kept}", about=sync.failure.about)
         if sync.failure is not None:
             raise sync.failure
         left = self.exchange.steps_left
@@ -285,7 +287,8 @@ class Membership:
             remedy = "give it a state directory (--state-dir DIR) to lose nothing next time"
         raise FedMoEError(
             f"{text}; {self._lost()}: no aggregator applied or refused the last update within "
-            f"{drain_s:g} s ({status.why_undecided}); {remedy}"
+            f"{drain_s:g} s ({status.why_undecided}); {remedy}",
+            about="drain",
         )
 
     def _kept(self) -> str:

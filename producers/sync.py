@@ -376,10 +376,11 @@ class Sync:
         """Raise RefusedError if every further update would be refused."""
         if meta.spec != self._spec.digest:
             raise RefusedError(
-                f"expert {self._store.expert!r} was created again with another spec: restart this worker"
+                f"expert {self._store.expert!r} was created again with another spec: restart this worker",
+                about="spec",
             )
         if refusal := self._identity.refusal(meta, self._store.expert):
-            raise RefusedError(refusal)
+            raise RefusedError(refusal, about=self._identity.differing(meta)[0])
 
     def _look_for_rules(self, now: float) -> None:
         """Pull if an operator changed the rules, since with a long sync interval the next pull is far away."""

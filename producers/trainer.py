@@ -202,7 +202,8 @@ class Trainer:
             self._too_large.difference_update(self._misses)  # more likely, other processes use the memory
             raise TooLittleMemoryError(
                 f"not even one example at a time fits into the memory of {self._device} ({len(self._misses)} in a row "
-                f"did not, the last was {where}): free memory there, or give another --device or --precision bf16"
+                f"did not, the last was {where}): free memory there, or give another --device or --precision bf16",
+                about="memory",
             )
         log.warning(
             "the example of line %d (%d tokens) does not fit into the memory of %s even alone: it is left out",
@@ -279,11 +280,13 @@ def _flat_gradient(model: nn.Module, flat: torch.Tensor) -> torch.Tensor:
     """A gradient (numel,) of which every LoRA parameter's `grad` is a view, as its values are of `flat`."""
     grad = torch.zeros_like(flat)
     seen = 0
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         if parameter.untyped_storage().data_ptr() != flat.untyped_storage().data_ptr():
-            raise ValueError("a trainable parameter is no view of flat: create the model with attach_adapter")
+            if ".lora_" not in name:  # else it belongs to another adapter
+                raise ValueError(f"the parameter {name} is trainable, but no view of flat")
+            continue
         start = parameter.storage_offset() - flat.storage_offset()
         parameter.grad = grad[start : start + parameter.numel()].view_as(parameter)
         seen += parameter.numel()

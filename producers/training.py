@@ -112,7 +112,7 @@ class Training:
         """
         self._bound_the_stop()
         if self._stop.is_set():
-            raise StoppedError("stopped before the training began: nothing was trained yet")
+            raise StoppedError("stopped before the training began: nothing was trained yet", about="training")
         for member in self._members.values():
             member.thread.start()
         self._train()
@@ -125,7 +125,7 @@ class Training:
         except FedMoEError as error:
             if self._failure is None:
                 raise
-            raise FedMoEError(f"{self._failure}; {error}") from self._failure
+            raise FedMoEError(f"{self._failure}; {error}", about=error.about) from self._failure
         if self._failure is not None:
             raise self._failure
 
@@ -148,7 +148,8 @@ class Training:
             if is_out_of_memory(error) and not isinstance(error, FedMoEError):
                 why = str(error).strip().partition("\n")[0]
                 error = TooLittleMemoryError(
-                    f"the training ran out of memory ({why}): free memory on the device, or give another --device"
+                    f"the training ran out of memory ({why}): free memory on the device, or give another --device",
+                    about="memory",
                 )
             logger.warning(
                 "the training cannot go on (%s): this worker publishes its progress, then ends",

@@ -51,7 +51,7 @@ def small_spec(*, layout: Layout = LAYOUT, wire_format: str = "fp32") -> Spec:
 
 def aggregating(**rules: object) -> RuleSet:
     """A rule set that aggregates so."""
-    return RuleSet(aggregation=AggregationRules(**rules))  # type: ignore[arg-type]
+    return RuleSet(aggregation=AggregationRules(**rules))
 
 
 def first_meta(spec: Spec, **changes: object) -> Meta:
@@ -65,7 +65,7 @@ def first_meta(spec: Spec, **changes: object) -> Meta:
         protocol=PROTOCOL,
         base_fingerprint=FINGERPRINT,
     )
-    return replace(meta, **changes)  # type: ignore[arg-type]
+    return replace(meta, **changes)
 
 
 def meta_of(connection: Connection, name: str = "sql_expert") -> dict[bytes, bytes]:
@@ -135,7 +135,7 @@ class ScriptedWorker:
             fingerprint=self.fingerprint,
         )
         if changes:
-            update = replace(update, header=replace(update.header, **changes))  # type: ignore[arg-type]
+            update = replace(update, header=replace(update.header, **changes))
             self.ledger.queue[-1] = update
         return update
 
@@ -206,7 +206,7 @@ def serving(
     settings = AggregatorSettings(lease_s=lease_s, block_ms=block_ms, keep_updates=keep_updates, burst=burst)
     server = ExpertServer(connection, expert, settings, holder=holder, retained=memory)
     if not release:
-        server.lease.release = lambda: None  # type: ignore[method-assign]
+        server.lease.release = lambda: None
     stop = threading.Event()
     thread = threading.Thread(target=server.run, args=(stop,))
     thread.start()

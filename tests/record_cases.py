@@ -9,7 +9,7 @@ from typing import Any
 import msgpack
 import torch
 
-from fedmoe.errors import ProtocolError
+from fedmoe.errors import FedMoEError, ProtocolError
 from fedmoe.protocol.beat import Beat
 from fedmoe.protocol.doorbell import Doorbell, Join, parse_entry
 from fedmoe.protocol.lines import AnchorLine, AppliedLine, DeadLetter, RulesLine, read_line
@@ -49,7 +49,7 @@ class Case:
     record: Any
     stored: Mapping[str, Any]
     read: Callable[[Mapping[str, Any]], Any]
-    refusal: type[Exception] | None = ProtocolError  # of one that requires what nobody here knows
+    refusal: type[FedMoEError] | None = ProtocolError  # of one that requires what nobody here knows
 
 
 def _unpacked(content: Mapping[str, Any]) -> Header:

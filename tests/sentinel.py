@@ -118,7 +118,7 @@ class Replicated:
                 for name, value in PERIODS_MS.items():
                     sentinel.client.execute_command("SENTINEL", "DEBUG", name, value)
             for sentinel in self.sentinels:
-                eventually("Sentinel to know all", lambda s=sentinel: self._ready(s), timeout_s=20)  # type: ignore[misc]
+                eventually("Sentinel to know all", lambda s=sentinel: self._ready(s), timeout_s=20)
         except BaseException:
             self.stop()
             raise

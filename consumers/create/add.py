@@ -47,7 +47,8 @@ def add_expert(
     if not (like or listed):
         raise SettingsError(
             f"there are no experts at {connection.settings.shown} yet to copy base model and adapter shape from: "
-            f"create the first one with `{create_from_zero(name)}`"
+            f"create the first one with `{create_from_zero(name)}`",
+            about="experts",
         )
     like, spec, meta = _whole(connection, [like] if like else list(listed))
     rules = replace(meta.rules.changed(settings), number=1)
@@ -62,7 +63,8 @@ def add_expert(
         spec, replace(new, **pinned), weights, gateway_weight=gateway_weight, though_removed=True
     ):
         raise SettingsError(
-            f"another process has just created expert {name!r}: see `fedmoe expert show {name}`"
+            f"another process has just created expert {name!r}: see `fedmoe expert show {name}`",
+            about="expert",
         )
     return like
 
@@ -85,7 +87,9 @@ def _check_absent(store: ExpertStore, name: str, *, is_listed: bool) -> None:
     except RemovedExpertError:
         return
     if found.meta is not None or found.weights_commit:
-        raise SettingsError(f"expert {name!r} exists already: see `fedmoe expert show {name}`")
+        raise SettingsError(
+            f"expert {name!r} exists already: see `fedmoe expert show {name}`", about="expert"
+        )
     if is_listed:
         raise LostExpertError(name)
     check_never_there(store)

@@ -76,10 +76,13 @@ def _describe(request: SpecRequest, stop: threading.Event) -> dict[str, Any]:
         answer = json.loads(process.stdout.strip().rpartition("\n")[2])
     except ValueError as error:
         raise BaseModelError(
-            f"could not inspect the base model {request.base_model!r}: {process.stderr.strip()[-800:]}"
+            f"could not inspect the base model {request.base_model!r}: {process.stderr.strip()[-800:]}",
+            about="base_model",
         ) from error
     if "error" in answer:
-        raise (SettingsError if answer["of_settings"] else BaseModelError)(answer["error"])
+        raise (SettingsError if answer["of_settings"] else BaseModelError)(
+            answer["error"], about=answer["about"]
+        )
     return dict(answer)
 
 
@@ -114,4 +117,4 @@ def ask_process(question: Mapping[str, Any], stop: threading.Event) -> "subproce
                 text = None  # communicate continues with the input of its first call
             if stop.is_set():
                 process.kill()
-                raise StoppedError(STOPPED)
+                raise StoppedError(STOPPED, about="base_model")

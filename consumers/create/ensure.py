@@ -67,7 +67,7 @@ def ensure_experts(
     created = []
     for store in missing:
         if stop.is_set():
-            raise StoppedError(STOPPED)
+            raise StoppedError(STOPPED, about="experts")
         own = replace(rules, train=TRAIN_EXPERT) if store.name == GATEWAY else rules
         if store.create(
             spec, pinned_meta(spec, own, described), weights_file,
@@ -84,7 +84,8 @@ def ensure_experts(
             raise SpecError(
                 f"expert {store.name!r} is in Redis only in part: restore a backup (fedmoe restore --replace), or "
                 f"remove the rest (fedmoe expert remove {store.name}) and create it from zero (fedmoe expert add "
-                f"{store.name})"
+                f"{store.name})",
+                about=store.name,
             )
     return created
 
@@ -122,14 +123,20 @@ def _check_federation(gateway: GatewayStore, spec: Spec) -> None:
             other = gateway.spec(name)
         except FedMoEError:
             continue
-        for what, new, old in (
-            ("base model", spec.base_config, other.base_config),
-            ("LoRA settings", spec.lora, other.lora),
-            ("seed", spec.init_seed, other.init_seed),
-            ("chat template", template_digest(spec.chat_template), template_digest(other.chat_template)),
+        for field, what, new, old in (
+            ("base_config", "base model", spec.base_config, other.base_config),
+            ("lora", "LoRA settings", spec.lora, other.lora),
+            ("init_seed", "seed", spec.init_seed, other.init_seed),
+            (
+                "chat_template",
+                "chat template",
+                template_digest(spec.chat_template),
+                template_digest(other.chat_template),
+            ),
         ):
             if new != old:
                 raise SpecError(
                     f"the new experts would have another {what} ({new}) than expert {name!r} ({old}): experts of "
-                    "different bases have no common gateway, use another --prefix"
+                    "different bases have no common gateway, use another --prefix",
+                    about=field,
                 )

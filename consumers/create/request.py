@@ -47,9 +47,11 @@ def parse_experts(texts: Sequence[str]) -> dict[str, float]:
         except ValueError as error:
             if isinstance(error, SettingsError):
                 raise
-            raise SettingsError(f"the gateway weight in {text!r} is not a number") from error
+            raise SettingsError(
+                f"the gateway weight in {text!r} is not a number", about="gateway_weight"
+            ) from error
         if not 0 <= weights[name] < float("inf"):
-            raise SettingsError(f"the gateway weight in {text!r} must be at least 0")
+            raise SettingsError(f"the gateway weight in {text!r} must be at least 0", about="gateway_weight")
     return weights
 
 
@@ -59,7 +61,8 @@ def check_identity(name: str, spec: Spec, request: SpecRequest) -> None:
         if key in request.explicit and wanted != has:
             raise SpecError(
                 f"expert {name!r} exists with {key} {has!r}, not {wanted!r}: an expert's spec never changes, so start "
-                "without this option, or choose another expert name or --prefix"
+                "without this option, or choose another expert name or --prefix",
+                about=key,
             )
 
 

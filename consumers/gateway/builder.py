@@ -130,7 +130,9 @@ class GatewayBuilder:
             parts[name] = BuiltFrom(meta.version, meta.weights_commit)
             experts.append(self._expert(specs[name], file, self._weight(weight, meta)))
         if sum(expert.weight for expert in experts) == 0:
-            raise SpecError("every expert's gateway weight is 0: nothing to merge yet")
+            raise SpecError(
+                "every expert's gateway weight is 0: nothing to merge yet", about="gateway_weight"
+            )
         first = next(iter(specs.values()))
         needs_init = METHODS[self._settings.method].needs_init
         merged = merge(

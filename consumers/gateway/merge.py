@@ -91,7 +91,8 @@ def merge(
     if layout.file_bytes > MAX_STRING_BYTES:
         raise SettingsError(
             f"the merged adapter would have {layout.file_bytes / 2**20:.0f} MiB, allowed are 512: "
-            f"use {methods_of(Rank.CHOSEN)}"
+            f"use {methods_of(Rank.CHOSEN)}",
+            about="length",
         )
     buffer = AdapterBuffer(layout)
     target = layout.views(buffer.flat)
@@ -131,7 +132,8 @@ def _result_rank(method: str, ranks: list[int], rank: int | None) -> int:
         case Rank.COMMON:
             if len(set(ranks)) > 1:
                 raise SpecError(
-                    f"{method} needs experts of one rank, these have {ranks}: use {methods_of(Rank.SUM, Rank.CHOSEN)}"
+                    f"{method} needs experts of one rank, these have {ranks}: use {methods_of(Rank.SUM, Rank.CHOSEN)}",
+                    about="rank",
                 )
             return ranks[0]
 
@@ -140,22 +142,29 @@ def _check_settings(
     experts: Sequence[MergeInput], method: str, scale: float, rank: int | None, density: float
 ) -> None:
     if method not in METHODS:
-        raise SettingsError(f"merge method must be one of {', '.join(METHODS)}, not {method!r}")
+        raise SettingsError(
+            f"merge method must be one of {', '.join(METHODS)}, not {method!r}", about="method"
+        )
     if not (math.isfinite(scale) and scale > 0):
-        raise SettingsError(f"the gateway's scale must be a number above 0, not {scale!r}")
+        raise SettingsError(f"the gateway's scale must be a number above 0, not {scale!r}", about="scale")
     if rank is not None and (METHODS[method].rank is not Rank.CHOSEN or rank < 1):
         raise SettingsError(
-            f"a rank, of at least 1, can be chosen for {methods_of(Rank.CHOSEN)} only; got {rank!r} for {method!r}"
+            f"a rank, of at least 1, can be chosen for {methods_of(Rank.CHOSEN)} only; got {rank!r} for {method!r}",
+            about="rank",
         )
     if not 0 < density < 1:
-        raise SettingsError(f"density must be between 0 and 1, not {density!r}")
+        raise SettingsError(f"density must be between 0 and 1, not {density!r}", about="density")
     if not experts:
-        raise SettingsError("there is no expert to merge")
+        raise SettingsError("there is no expert to merge", about="experts")
     weights = [expert.weight for expert in experts]
     if not all(math.isfinite(weight) and weight >= 0 for weight in weights):
-        raise SettingsError(f"an expert's weight must be a number of at least 0; these are {weights}")
+        raise SettingsError(
+            f"an expert's weight must be a number of at least 0; these are {weights}", about="weights"
+        )
     if not 0 < sum(weights) < math.inf:
-        raise SettingsError(f"the experts' weights must add up to a number above 0; these are {weights}")
+        raise SettingsError(
+            f"the experts' weights must add up to a number above 0; these are {weights}", about="sum"
+        )
 
 
 def _check_experts(experts: Sequence[MergeInput]) -> tuple[Dims, list[int]]:
@@ -169,12 +178,15 @@ def _check_experts(experts: Sequence[MergeInput]) -> tuple[Dims, list[int]]:
             raise SpecError(
                 f"module {odd!r} is {dims.get(odd)} in the first expert, "
                 f"{own.get(odd)} in number {index + 1}: "
-                "only experts of one base model and the same LoRA targets can be merged"
+                "only experts of one base model and the same LoRA targets can be merged",
+                about="modules",
             )
         if not (math.isfinite(expert.scaling) and expert.scaling > 0):
-            raise SpecError(f"expert number {index + 1} has the impossible scaling {expert.scaling!r}")
+            raise SpecError(
+                f"expert number {index + 1} has the impossible scaling {expert.scaling!r}", about="scaling"
+            )
         if not expert.flat.norm().isfinite():
-            raise SpecError(f"expert number {index + 1} holds values that are not finite")
+            raise SpecError(f"expert number {index + 1} holds values that are not finite", about="values")
         ranks.append(rank)
     return dims, ranks
 
@@ -190,10 +202,14 @@ def _lora_dims(layout: Layout) -> tuple[Dims, int]:
                 dims[module] = (m, n)
                 ranks.add(rank)
             case _:
-                raise SpecError(f"{module!r} is not a pair of LoRA factors, A (rank, in) and B (out, rank)")
+                raise SpecError(
+                    f"{module!r} is not a pair of LoRA factors, A (rank, in) and B (out, rank)",
+                    about="factors",
+                )
     if len(ranks) > 1:
         raise SpecError(
-            f"the modules of one expert have different ranks, {sorted(ranks)}: that cannot be merged"
+            f"the modules of one expert have different ranks, {sorted(ranks)}: that cannot be merged",
+            about="rank",
         )
     return dims, ranks.pop()
 

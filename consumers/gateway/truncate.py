@@ -19,7 +19,8 @@ def truncate_to_rank(adapter: Export, rank: int) -> tuple[Export, str]:
         scaling = alpha / has
     except (LookupError, TypeError, ValueError, ZeroDivisionError) as error:
         raise SpecError(
-            f"the configuration of {adapter.name} has no valid r and lora_alpha ({error!r}): was it changed in Redis?"
+            f"the configuration of {adapter.name} has no valid r and lora_alpha ({error!r}): was it changed in Redis?",
+            about="r",
         ) from error
     if has <= rank:
         return adapter, f"{adapter.name} has rank {has}: nothing is truncated"

@@ -108,7 +108,8 @@ class Recovery:
             raise UnknownExpertError(
                 f"Redis has an older state of expert {self.store.name!r} (version {loaded.meta.version}), but another "
                 f"aggregator retains version {newest} in memory: waiting at most {LONGEST_CLAIM_S:g} s until that "
-                "aggregator has written it back"
+                "aggregator has written it back",
+                about=self.store.name,
             )
 
     def _write_back(self, expert: Expert, found: Condition) -> None:
@@ -117,10 +118,13 @@ class Recovery:
         if not self._has_newest_claim(version):
             raise UnknownExpertError(
                 f"{what}; this aggregator retains version {version} in memory and writes it back in {CLAIM_WAIT_S:g} "
-                "s, unless another aggregator has a later version"
+                "s, unless another aggregator has a later version",
+                about=self.store.name,
             )
         if not write_back(expert, on=found.commit, anchor=found.logged_version != version):
-            raise StaleStateError(f"{self.store.name}: another process has just written the expert to Redis")
+            raise StaleStateError(
+                f"{self.store.name}: another process has just written the expert to Redis", about="commit"
+            )
         logger.warning(
             "%s: %s; this aggregator wrote it back from memory at version %d, nothing to do",
             self.store.name, what, version,

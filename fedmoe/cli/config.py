@@ -26,18 +26,21 @@ def read_config(path: Path, ctx: click.Context) -> Section:
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise SettingsError(f"cannot read the configuration {path}: {error.strerror}") from error
+        raise SettingsError(
+            f"cannot read the configuration {path}: {error.strerror}", about="config"
+        ) from error
     except (ValueError, RecursionError) as error:  # ValueError also for a number of five thousand digits
-        raise SettingsError(f"the configuration {path} is not TOML: {error}") from error
+        raise SettingsError(f"the configuration {path} is not TOML: {error}", about="TOML") from error
     shared = {key: value for key, value in content.items() if not isinstance(value, dict)}
     if odd := sorted(shared.keys() - set(SHARED)):
         raise SettingsError(
-            f"{path}: unknown key {odd[0]!r}; at the top there can be {' and '.join(SHARED)} only"
+            f"{path}: unknown key {odd[0]!r}; at the top there can be {' and '.join(SHARED)} only",
+            about=odd[0],
         )
     for key, value in shared.items():
         if not isinstance(value, str):
             raise SettingsError(
-                f"{path}: {key} must be a text in quotes"
+                f"{path}: {key} must be a text in quotes", about=key
             )  # without the value: it may hold a password
     root = ctx.find_root().command
     assert isinstance(root, click.Group)
@@ -50,22 +53,26 @@ def _defaults(
 ) -> Section:
     """Check the sections of a group and add the shared keys to each command that has them."""
     if odd := sorted(sections.keys() - set(group.list_commands(ctx))):
-        raise SettingsError(f"{where}: there is no command for the section or key {odd[0]!r}")
+        raise SettingsError(f"{where}: there is no command for the section or key {odd[0]!r}", about=odd[0])
     defaults: Section = {}
     for name in group.list_commands(ctx):
         command, section = group.get_command(ctx, name), sections.get(name, {})
         here = f"{where} [{name}]"
         if not isinstance(section, dict):
-            raise SettingsError(f"{where}: {name!r} is a command: its settings are a section of their own")
+            raise SettingsError(
+                f"{where}: {name!r} is a command: its settings are a section of their own", about=name
+            )
         if isinstance(command, click.Group):
             defaults[name] = _defaults(command, ctx, section, shared, here)
         elif command is not None:
             options = {spelling(one): one for one in command.params if isinstance(one, click.Option)}
             given = {key.replace("-", "_"): value for key, value in section.items()}
             if len(given) < len(section):
-                raise SettingsError(f"{here}: a key appears twice, with - and with _")
+                raise SettingsError(f"{here}: a key appears twice, with - and with _", about=name)
             if odd := sorted(given.keys() - options.keys()):
-                raise SettingsError(f"{here}: unknown key {odd[0]!r}; there are {', '.join(sorted(options))}")
+                raise SettingsError(
+                    f"{here}: unknown key {odd[0]!r}; there are {', '.join(sorted(options))}", about=odd[0]
+                )
             for key, value in given.items():
                 _check_type(options[key], value, ctx, f"{here}: {key}")
             known = {key: value for key, value in shared.items() if key in options}
@@ -82,11 +89,13 @@ def _check_type(option: click.Option, value: Any, ctx: click.Context, where: str
     """Raise SettingsError unless the option takes this value of the file."""
     if option.is_flag:
         if not isinstance(value, bool):
-            raise SettingsError(f"{where} must be true or false, not {value!r}")
+            raise SettingsError(f"{where} must be true or false, not {value!r}", about=spelling(option))
         return
     if option.multiple:
         if not isinstance(value, list):
-            raise SettingsError(f"{where} must be a list, like [{value!r}], not {value!r}")
+            raise SettingsError(
+                f"{where} must be a list, like [{value!r}], not {value!r}", about=spelling(option)
+            )
         values = value
     else:
         values = [value]
@@ -101,15 +110,15 @@ def _check_type(option: click.Option, value: Any, ctx: click.Context, where: str
             is_right, what = isinstance(one, str), "a text in quotes"
         if not is_right:
             came = "" if option.name == "redis" else f", not {one!r}"  # a URL may hold a password
-            raise SettingsError(f"{where} must be {what}{came}")
+            raise SettingsError(f"{where} must be {what}{came}", about=spelling(option))
         if isinstance(option.type, click.Path) and not one:
-            raise SettingsError(f"{where} must not be empty")
+            raise SettingsError(f"{where} must not be empty", about=spelling(option))
         try:
             option.type.convert(one, option, ctx)
         except click.BadParameter as error:
-            raise SettingsError(f"{where}: {error.message}") from error
+            raise SettingsError(f"{where}: {error.message}", about=spelling(option)) from error
         except OverflowError as error:
-            raise SettingsError(f"{where} is a number that is too large") from error
+            raise SettingsError(f"{where} is a number that is too large", about=spelling(option)) from error
 
 
 def _is_number(value: object) -> bool:
@@ -140,7 +149,9 @@ def show(ctx: click.Context, /, command: Sequence[str]) -> None:
         for name, value, source in rows:
             click.echo(f"  {name:{widths[0]}}  {value:{widths[1]}}  {source}")
     if not shown:
-        raise SettingsError(f"there is no command {' '.join(command)!r}: see `fedmoe --help`")
+        raise SettingsError(
+            f"there is no command {' '.join(command)!r}: see `fedmoe --help`", about="command"
+        )
 
 
 @config.command()

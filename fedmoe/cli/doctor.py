@@ -83,7 +83,9 @@ def acl_line(settings: "RedisSettings", role: str, *, stream: str, worker: str) 
     from fedmoe.store.permissions import ANY, ROLES, acl_rules, worker_rights
 
     if role == "worker" and not stream:
-        raise SettingsError("--acl worker prints the rights for one expert: give --stream EXPERT")
+        raise SettingsError(
+            "--acl worker prints the rights for one expert: give --stream EXPERT", about="stream"
+        )
     keys = Keys(settings.prefix)
     if role == "worker":  # its expert's rules may ask for the gateway at any time
         rights = worker_rights(keys, stream, worker, trains_gateway="." not in stream)

@@ -66,7 +66,7 @@ def _parse_adapter(text: str) -> tuple[str, Path]:
 
     name, equals, directory = text.partition("=")
     if not equals:
-        raise SettingsError(f"--adapter {text!r} must be NAME=DIR")
+        raise SettingsError(f"--adapter {text!r} must be NAME=DIR", about="adapter")
     return check_name("adapter", name), Path(directory)
 
 
@@ -75,4 +75,6 @@ def _check_writable(file: Path) -> None:
     from fedmoe.errors import SettingsError
 
     if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
-        raise SettingsError(f"--json {file} cannot be written: choose a file in a directory you may write to")
+        raise SettingsError(
+            f"--json {file} cannot be written: choose a file in a directory you may write to", about="json"
+        )

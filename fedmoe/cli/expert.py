@@ -38,7 +38,7 @@ def list_experts(redis: RedisSettings) -> None:
 
     federation = Inspector(Connection(redis)).federation()
     if federation.problems:
-        raise FedMoEError("; ".join(federation.problems))
+        raise FedMoEError("; ".join(federation.problems), about="federation")
     if not federation.experts:
         click.echo("there are no experts yet: start `fedmoe aggregator run`")
         return
@@ -58,7 +58,9 @@ def list_experts(redis: RedisSettings) -> None:
     for line in table(titles, rows):
         click.echo(line)
     if damaged := [one.name for one in federation.experts if one.problems]:
-        raise FedMoEError(f"something is wrong with {', '.join(damaged)}: see `fedmoe status`")
+        raise FedMoEError(
+            f"something is wrong with {', '.join(damaged)}: see `fedmoe status`", about="experts"
+        )
 
 
 @expert.command()
@@ -132,11 +134,13 @@ def set_rules(ctx: click.Context, /, redis: RedisSettings, name: str, **rules: A
         if ctx.get_parameter_source(rule) is not click.core.ParameterSource.COMMANDLINE:
             raise SettingsError(
                 f"{rule} comes from the environment or the configuration file: name the rules to change on the command "
-                f"line; otherwise each change would also change {rule}"
+                f"line; otherwise each change would also change {rule}",
+                about=rule,
             )
     if not wanted:
         raise SettingsError(
-            f"nothing to change: name a rule, for example --lr 0.5; `fedmoe expert show {name}` shows those in force"
+            f"nothing to change: name a rule, for example --lr 0.5; `fedmoe expert show {name}` shows those in force",
+            about="rules",
         )
     store = ExpertStore(Connection(redis), check_expert(name))
     if "train" in wanted:
@@ -157,7 +161,8 @@ def _prepare_gateway(connection: "Connection", name: str, train: str) -> None:
 
     if name == GATEWAY:
         raise SettingsError(
-            f"the rule train belongs to the experts of domains, not to {GATEWAY!r}: leave it out"
+            f"the rule train belongs to the experts of domains, not to {GATEWAY!r}: leave it out",
+            about="train",
         )
     if train == TRAIN_EXPERT:
         return
@@ -232,7 +237,8 @@ def remove(redis: RedisSettings, yes: bool, name: str) -> None:
     if not yes:
         if not sys.stdin.isatty():
             raise SettingsError(
-                f"cannot ask whether to remove {what}, because stdin is not a terminal: give --yes"
+                f"cannot ask whether to remove {what}, because stdin is not a terminal: give --yes",
+                about="yes",
             )
         click.confirm(f"Remove {what} for good? (to keep a copy, run `fedmoe backup` first)", abort=True)
     remove_expert(connection, name)

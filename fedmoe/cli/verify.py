@@ -33,13 +33,14 @@ def verify(redis: RedisSettings, experts: Sequence[str], directory: Path) -> Non
 
     if not directory.is_dir():
         raise SettingsError(
-            f"{directory} is not a directory: give the one that the aggregator keeps updates in"
+            f"{directory} is not a directory: give the one that the aggregator keeps updates in",
+            about="directory",
         )
     store = GatewayStore(Connection(redis))
     wrong = []
     names = list(experts) or list(store.experts())
     if not names:
-        raise SettingsError("there are no experts to verify: check --redis and --prefix")
+        raise SettingsError("there are no experts to verify: check --redis and --prefix", about="experts")
     for name in names:
         spec = store.spec(name)
         try:
@@ -60,4 +61,4 @@ def verify(redis: RedisSettings, experts: Sequence[str], directory: Path) -> Non
         if not equal:
             wrong.append(name)
     if wrong:
-        raise FedMoEError(f"not verified: {', '.join(wrong)}")
+        raise FedMoEError(f"not verified: {', '.join(wrong)}", about="experts")

@@ -21,6 +21,7 @@ class Problem:
     Args:
         number: index of the row in the file, from 0; line: where the row begins, from 1.
         reason: a clause about "it", the row. kind: the reason without details of the row.
+        about: the same as a word for programs, as in FedMoEError.
     """
 
     path: Path
@@ -28,11 +29,12 @@ class Problem:
     line: int
     kind: str
     reason: str
+    about: str
 
     @classmethod
     def of(cls, error: RowError, path: Path, number: int, line: int) -> "Problem":
         """Make a problem of the error that a row raised."""
-        return cls(path=path, number=number, line=line, kind=error.kind, reason=str(error))
+        return cls(path=path, number=number, line=line, kind=error.kind, reason=str(error), about=error.about)
 
     def __str__(self) -> str:
         return f"{shown(self.path)} line {self.line}: {self.reason}"
@@ -67,7 +69,7 @@ class BadRows:
             DataError: if bad rows are fatal.
         """
         if self.fail:
-            raise DataError(f"{problem}; correct the row, or give --on-bad-row skip")
+            raise DataError(f"{problem}; correct the row, or give --on-bad-row skip", about=problem.about)
 
     def report(self, path: Path, problems: Sequence[Problem]) -> None:
         """Report the first N_NAMED bad rows of the data file `path`, and write all of them to the file."""
@@ -101,11 +103,14 @@ def _create(file: Path) -> None:
     """Create an empty file; never overwrite a file with other content, which could be the data."""
     try:
         if file.is_file() and not _is_ours(file):
-            raise SettingsError(f"--bad-rows {file} holds something else already: choose a new file")
+            raise SettingsError(
+                f"--bad-rows {file} holds something else already: choose a new file", about="bad_rows"
+            )
         os.close(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600))
     except OSError as error:
         raise SettingsError(
-            f"--bad-rows {file} cannot be written ({error.strerror}): choose a file in a directory you may write to"
+            f"--bad-rows {file} cannot be written ({error.strerror}): choose a file in a directory you may write to",
+            about="bad_rows",
         ) from error
 
 

@@ -34,7 +34,8 @@ class Encoder:
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         if not tokenizer.chat_template:  # fedmoe.model.tokenizer.use_template asks for one earlier
             raise DataError(
-                "neither the base model nor the expert has a chat template: start a worker with --chat-template FILE"
+                "neither the base model nor the expert has a chat template: start a worker with --chat-template FILE",
+                about="chat_template",
             )
         self._tokenizer = tokenizer
         self._template = ChatTemplate(tokenizer)
@@ -60,24 +61,30 @@ class Encoder:
             RowError: if the template refuses the turns, or leaves out a part of the row.
         """
         if len(turns) == 1:
-            raise AnswerError("it has nothing before its answer")
+            raise AnswerError("it has nothing before its answer", about="prompt")
         text = turns[-1].content
         if not text.strip():
-            raise AnswerError("its answer is empty")
+            raise AnswerError("its answer is empty", about="answer")
         if turns[-1].reasoning and THOUGHT in text:
-            raise RowError("it has reasoning both in its answer (</think>) and in a field or part of its own")
+            raise RowError(
+                "it has reasoning both in its answer (</think>) and in a field or part of its own",
+                about="think",
+            )
         prompt, lead, end = self._template.write(turns, tools)
         answer = _join_reasoning(prompt, lead, text) + end
         prompt_ids = first_tokens(self.token_ids, prompt, max_length)
         if len(prompt_ids) >= max_length:
-            raise NoRoomError(f"its prompt leaves no room for the answer (max_length {max_length} tokens)")
+            raise NoRoomError(
+                f"its prompt leaves no room for the answer (max_length {max_length} tokens)",
+                about="max_length",
+            )
         both = first_tokens(self.token_ids, prompt + answer, max_length)
         # The joint text is tokenized first, because some tokenizers put a space in front of each text. But at inference
         # no token crosses the border; if one does, the answer is tokenized alone.
         joint = both[: len(prompt_ids)] == prompt_ids
         answer_ids = both[len(prompt_ids) :] if joint else first_tokens(self.token_ids, answer, max_length)
         if not prompt_ids or not answer_ids:
-            raise RowError("its prompt or its answer has no tokens")
+            raise RowError("its prompt or its answer has no tokens", about="tokens")
         return prompt_ids, answer_ids
 
     def token_ids(self, text: str) -> list[int]:

@@ -90,7 +90,9 @@ class ControlTokens:
     def _check(self, text: str, where: str) -> None:
         if found := self._structure.search(text):
             raise RowError(
-                "it holds a control token", f": {found[0]!r} in {where} would begin or end a turn, remove it"
+                "it holds a control token",
+                f": {found[0]!r} in {where} would begin or end a turn, remove it",
+                about="control_token",
             )
 
     def _unwrap(self, turns: Sequence[Turn]) -> list[Turn] | None:

@@ -193,9 +193,11 @@ def make_examples(
     )
     used.report(data.path, bad_rows)
     if not examples:
-        too_long = any("max_length" in problem.kind for problem in problems)
+        too_long = any(problem.about == "max_length" for problem in problems)
         advice = f"{'raise max_length (fedmoe expert set), or ' if too_long else ''}correct the file"
-        raise DataError(f"nothing to train on in {shown(data.path)}: {used.summary()}; {advice}")
+        raise DataError(
+            f"nothing to train on in {shown(data.path)}: {used.summary()}; {advice}", about="rows"
+        )
     return used
 
 

@@ -60,7 +60,9 @@ class DataFile:
         """
         with reading(self.path):
             if _state(self.path) != self.state:
-                raise DataError(f"{shown(self.path)} was changed while it was read: start again")
+                raise DataError(
+                    f"{shown(self.path)} was changed while it was read: start again", about="change"
+                )
 
 
 def open_data(
@@ -75,7 +77,7 @@ def open_data(
     path = Path(path)
     with reading(path):
         if not path.is_file():
-            raise DataError(_why_no_file(path))
+            raise _no_file(path)
         state = _state(path)
         digest, n_lines = _digest(path, stopped)
     usable = False
@@ -91,17 +93,17 @@ def open_data(
             if not bad_rows.fail:
                 break
     if not usable and not problems:
-        raise DataError(f"{shown(path)} has no rows: it is empty")
+        raise DataError(f"{shown(path)} has no rows: it is empty", about="rows")
     if not usable:
         bad_rows.report(path, problems)
         bad = f"{len(problems)} bad, the first in line {problems[0].line}: {problems[0].reason}"
-        raise DataError(f"{shown(path)} has no usable row; {bad}")
+        raise DataError(f"{shown(path)} has no usable row; {bad}", about=problems[0].about)
     return DataFile(path=path, digest=digest, n_lines=n_lines, state=state)
 
 
 def _check(stopped: Callable[[], bool]) -> None:
     if stopped():
-        raise StoppedError("stopped while the rows were read: nothing was trained yet")
+        raise StoppedError("stopped while the rows were read: nothing was trained yet", about="rows")
 
 
 def _state(path: Path) -> tuple[int, ...]:
@@ -134,20 +136,20 @@ def read_row(path: Path, record: Record) -> Row | Problem:
 
 def _parse(text: str) -> object:
     if len(text) > MAX_ROW_CHARS:
-        raise RowError(f"it is longer than {MAX_ROW_CHARS:,} characters")
+        raise RowError(f"it is longer than {MAX_ROW_CHARS:,} characters", about="length")
     if "\0" in text:
-        raise RowError("it holds NUL bytes; was the file cut off while it was written?")
+        raise RowError("it holds NUL bytes; was the file cut off while it was written?", about="NUL")
     try:
         # Not strict: a raw tab inside a string is not JSON, but it is unambiguous.
         return json.JSONDecoder(strict=False, object_pairs_hook=_unique).decode(text)
     except RowError:
         raise
     except RecursionError:
-        raise RowError("it is nested too deeply") from None
+        raise RowError("it is nested too deeply", about="nesting") from None
     except json.JSONDecodeError as error:
-        raise RowError("it is not JSON", f": {error.msg} (character {error.pos + 1})") from None
+        raise RowError("it is not JSON", f": {error.msg} (character {error.pos + 1})", about="JSON") from None
     except ValueError:
-        raise RowError("it holds a number of too many digits") from None
+        raise RowError("it holds a number of too many digits", about="number") from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -155,17 +157,25 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(content) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise RowError("it has a field twice", f": {twice[:40]!r}")
+        raise RowError("it has a field twice", f": {twice[:40]!r}", about="field")
     return content
 
 
-def _why_no_file(path: Path) -> str:
+def _no_file(path: Path) -> DataError:
     if path.is_dir():
         inside = ", ".join(sorted(entry.name for entry in path.glob("*.json*"))[:3])
-        return f"{shown(path)} is a directory; name a file in it{inside and f', such as {shown(inside)}'}"
+        named = inside and f", such as {shown(inside)}"
+        return DataError(f"{shown(path)} is a directory; name a file in it{named}", about="directory")
     if path.exists():
-        return f"{shown(path)} is a pipe or a device, which cannot be read twice; write its content to a file"
+        return DataError(
+            f"{shown(path)} is a pipe or a device, which cannot be read twice; write its content to a file",
+            about="pipe",
+        )
     if not path.parent.is_dir():
-        return f"there is no directory {shown(path.parent.absolute())}, so no file {shown(path.name)} in it"
+        return DataError(
+            f"there is no directory {shown(path.parent.absolute())}, so no file {shown(path.name)} in it",
+            about="parent",
+        )
     near = " or ".join(difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()]))
-    return f"there is no file {shown(path.absolute())}{near and f'; did you mean {shown(near)}?'}"
+    meant = near and f"; did you mean {shown(near)}?"
+    return DataError(f"there is no file {shown(path.absolute())}{meant}", about="file")

@@ -115,7 +115,7 @@ def _start(job: Job, count: int) -> list["_Process"]:
 
 def _check(stopped: Callable[[], bool]) -> None:
     if stopped():
-        raise StoppedError("stopped while the rows were tokenized: nothing was trained yet")
+        raise StoppedError("stopped while the rows were tokenized: nothing was trained yet", about="tokens")
 
 
 def _result(future: "Future[Encodings]", stopped: Callable[[], bool]) -> Encodings:

@@ -64,7 +64,9 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"cannot read {shown(path)}: {getattr(error, 'strerror', None) or error}") from error
+        raise DataError(
+            f"cannot read {shown(path)}: {getattr(error, 'strerror', None) or error}", about="file"
+        ) from error
 
 
 def _decoded(raw: BinaryIO, path: Path) -> TextIO:
@@ -77,7 +79,7 @@ def _decoded(raw: BinaryIO, path: Path) -> TextIO:
     stream.seek(0)
     for magic, what in FOREIGN.items():
         if beginning.startswith(magic):
-            raise DataError(f"{shown(path)} is {what}")
+            raise DataError(f"{shown(path)} is {what}", about="format")
     # A file of NUL bytes only (a crash may leave one) is not UTF-32.
     encoding = json.detect_encoding(beginning) if beginning.strip(b"\0") else "utf-8"
     # Bad bytes become surrogates, so that only their own row is refused, by fedmoe.data.turns.

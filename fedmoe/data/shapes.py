@@ -59,14 +59,14 @@ def read_conversation(row: object) -> Conversation:
         RowError: if the row has none of the shapes above; the subject of the message is "it", the row.
     """
     if not isinstance(row, dict):
-        raise RowError(f"it is {kind(row)}, not a JSON object")
+        raise RowError(f"it is {kind(row)}, not a JSON object", about="row")
     fields = _Fields(row)
     turns = _weighed(_turns(fields), fields)
     answers = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
     if not answers:
-        raise RowError("it has no assistant turn to learn from")
+        raise RowError("it has no assistant turn to learn from", about="answer")
     if answers[-1] == 0:
-        raise RowError("it has nothing before its answer")
+        raise RowError("it has nothing before its answer", about="prompt")
     if turns[answers[-1] + 1 :]:
         fields.report_unused("turns after the last answer")
     tools = _tools(fields.use("tools"))
@@ -135,9 +135,9 @@ def _tools(value: object) -> tuple[dict[str, Any], ...]:
         try:
             value = json.loads(value) if value.strip() else []
         except (ValueError, RecursionError):
-            raise RowError("its tools are not JSON") from None
+            raise RowError("its tools are not JSON", about="JSON") from None
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        raise RowError("its tools are not a list of objects")
+        raise RowError("its tools are not a list of objects", about="tools")
     read_text(json.dumps(value, ensure_ascii=False), "tools")
     return tuple(value)
 
@@ -158,7 +158,7 @@ def _question_and_answer(fields: _Fields) -> list[Turn]:
     question, answer = fields.pick(QUESTIONS), fields.pick(ANSWERS)
     if question is None or answer is None:
         wanted = f": its fields are {fields.names()}; it needs 'prompt' and 'completion', or 'messages'"
-        raise RowError("it has no question and answer", wanted)
+        raise RowError("it has no question and answer", wanted, about="question")
     asked = _one_or_more(fields, question, "user")
     for name in CONTEXTS:
         if name == question or not (value := fields.use(name)):
@@ -174,7 +174,7 @@ def _history(pairs: object) -> list[Turn]:
     if not pairs:
         return []
     if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
-        raise RowError("its history is not a list of [question, answer] pairs")
+        raise RowError("its history is not a list of [question, answer] pairs", about="history")
     texts = [read_text(text, "history") for pair in pairs for text in pair]
     return [Turn(role=("user", "assistant")[i % 2], content=text) for i, text in enumerate(texts)]
 

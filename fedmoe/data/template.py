@@ -56,7 +56,7 @@ class ChatTemplate:
         Raises:
             RowError: if the template refuses the turns, or leaves out a part of the row.
         """
-        refusal = RowError("the chat template refuses it")
+        refusal = RowError("the chat template refuses it", about="chat_template")
         for prompt in (turns[:-1], _merged_turns(turns[:-1])):
             try:
                 asked = self._render(prompt, tools, add_generation_prompt=True)
@@ -65,24 +65,29 @@ class ChatTemplate:
                 left_out = self._role_left_out(prompt, tools)
             except TEMPLATE_ERRORS as error:
                 words = " ".join(str(error).split())[:100]
-                refusal = RowError("the chat template refuses it", f" ({words or type(error).__name__})")
+                refusal = RowError(
+                    "the chat template refuses it",
+                    f" ({words or type(error).__name__})",
+                    about="chat_template",
+                )
                 continue
             if not left_out:
                 break
-            refusal = RowError(f"the chat template drops its {left_out} turn")
+            refusal = RowError(f"the chat template drops its {left_out} turn", about=left_out)
         else:
             raise refusal
         if tools and asked == self._without_tools(prompt):
-            raise RowError("the chat template leaves its tools out of the prompt")
+            raise RowError("the chat template leaves its tools out of the prompt", about="tools")
         if MARKER not in answered:
-            raise RowError("the chat template drops its answer")
+            raise RowError("the chat template drops its answer", about="answer")
         before, _, tail = answered.rpartition(MARKER)
         lead = before.removeprefix(asked) if before.startswith(asked) else ""
         if not self._shows_reasoning and any(turn.reasoning for turn in turns):
-            raise RowError("the chat template leaves its reasoning out")
+            raise RowError("the chat template leaves its reasoning out", about="reasoning")
         if turns[-1].reasoning.strip() not in lead:
             raise RowError(
-                "the chat template ends its prompt after the place for reasoning: the row's cannot be used"
+                "the chat template ends its prompt after the place for reasoning: the row's cannot be used",
+                about="prompt",
             )
         return Written(asked, lead, self._end_of_turn(tail))
 

@@ -52,7 +52,7 @@ def read_turns(value: object, where: str, report_unused: Callable[[str], None]) 
         RowError: if `value` is no such list; the subject of the message is "it", the row.
     """
     if not isinstance(value, list):
-        raise RowError(f"its {where} is {kind(value)}, not a list of messages")
+        raise RowError(f"its {where} is {kind(value)}, not a list of messages", about="messages")
     turns = []
     for i, message in enumerate(value):
         turns.append(turn := _turn(message, f"{where}[{i}]"))
@@ -72,16 +72,18 @@ def _unused(message: dict[str, Any], turn: Turn) -> Iterator[str]:
 def _turn(message: object, where: str) -> Turn:
     if not isinstance(message, dict):
         detail = f": its {where} is {kind(message)}, not an object with role and content"
-        raise RowError("it has a turn that is no message", detail)
+        raise RowError("it has a turn that is no message", detail, about="turn")
     if message.get("tool_calls") or message.get("function_call"):
-        raise RowError("it calls a tool", f": its {where} calls a tool, which cannot be trained on")
+        raise RowError(
+            "it calls a tool", f": its {where} calls a tool, which cannot be trained on", about="tool_calls"
+        )
     role = message.get("role", message.get("from"))
     known = ROLES.get(role.strip().lower()) if isinstance(role, str) else None
     if known is None:
         wanted = (
             f": its {where} has the role {reprlib.repr(role)}; it must be system, user, assistant or tool"
         )
-        raise RowError("it has a turn of an unknown role", wanted)
+        raise RowError("it has a turn of an unknown role", wanted, about="role")
     content = message.get("content", message.get("value"))
     reasoning = ""
     if known == "assistant":
@@ -114,7 +116,7 @@ def read_weight(value: object, where: str) -> float:
     if isinstance(value, (bool, int, float)) and 0 <= value <= 1:
         return float(value)
     wanted = f": its {where} is {reprlib.repr(value)}; it must be a number from 0 to 1, or true or false"
-    raise RowError("it has a weight that cannot be used", wanted)
+    raise RowError("it has a weight that cannot be used", wanted, about="weight")
 
 
 def read_text(value: object, where: str) -> str:
@@ -126,7 +128,9 @@ def read_text(value: object, where: str) -> str:
     if isinstance(value, list):
         value = "".join(_part(part, f"{where}[{i}]") for i, part in enumerate(value))
     if not isinstance(value, str):
-        raise RowError("it holds something else than text", f": its {where} is {kind(value)}, not text")
+        raise RowError(
+            "it holds something else than text", f": its {where} is {kind(value)}, not text", about="text"
+        )
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -137,9 +141,10 @@ def read_text(value: object, where: str) -> str:
                 "it is not UTF-8",
                 f": its {where} holds the byte 0x{code - 0xDC00:02x}, which is not UTF-8 "
                 "(Windows-1252 or Latin-1?); save the file as UTF-8",
+                about="UTF-8",
             ) from None
         detail = f": its {where} holds half a character (\\u{code:04x}, a lone surrogate)"
-        raise RowError("it holds half a character", detail) from None
+        raise RowError("it holds half a character", detail, about="character") from None
     return value
 
 
@@ -164,4 +169,4 @@ def _part(part: object, where: str) -> str:
         return str(part["text"])
     what = f"a part of type {reprlib.repr(part.get('type'))}" if isinstance(part, dict) else kind(part)
     detail = f": its {where} is {what}; only parts of type 'text' can be trained on"
-    raise RowError("it holds a part that is not text", detail)
+    raise RowError("it holds a part that is not text", detail, about="part")

@@ -59,7 +59,8 @@ def _sql_rows(seed: int) -> Iterable[Row]:
     except ImportError as error:
         raise DataError(
             f"the demo's SQL needs sqlite3, which this Python was built without ({error}): "
-            "use another Python, or give JSONL files of your own with --data"
+            "use another Python, or give JSONL files of your own with --data",
+            about="sqlite3",
         ) from error
     return sql_rows(seed)
 
@@ -105,7 +106,8 @@ def build_corpus(out_dir: Path, *, seed: int = 0) -> dict[str, DomainFiles]:
     except OSError as error:
         raise DataError(
             f"the demo's data cannot be written to {out_dir} ({error.strerror}): "
-            "give --out a writable directory"
+            "give --out a writable directory",
+            about="out",
         ) from error
     return files
 
@@ -117,7 +119,8 @@ def _split(name: str, domain: Domain, seed: int) -> Split:
         raise DataError(
             f"{name}: found only {len(split.train)} rows to train on and {len(split.test)} to test on in "
             f"{domain.origin}: install the full Python (on Debian and Ubuntu python3, not python3-minimal), "
-            "or give JSONL files of your own with --data"
+            "or give JSONL files of your own with --data",
+            about=name,
         )
     return split
 

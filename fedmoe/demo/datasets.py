@@ -38,7 +38,9 @@ def find_data(directory: Path | None, built: Path) -> DemoData:
             test={name: file.test for name, file in files.items()},
         )
     if not directory.is_dir():
-        raise DataError(f"{directory} is not a directory: give one that holds a JSONL file for each expert")
+        raise DataError(
+            f"{directory} is not a directory: give one that holds a JSONL file for each expert", about="data"
+        )
     paired = {
         clean_name(train.name.removesuffix(".train.jsonl")): (train, test)
         for train in sorted(directory.glob("*.train.jsonl"))
@@ -48,7 +50,9 @@ def find_data(directory: Path | None, built: Path) -> DemoData:
         return DemoData(train={n: p[0] for n, p in paired.items()}, test={n: p[1] for n, p in paired.items()})
     plain = sorted(directory.glob("*.jsonl"))
     if not plain:
-        raise DataError(f"{directory} holds no *.jsonl file: give one for each expert, named after it")
+        raise DataError(
+            f"{directory} holds no *.jsonl file: give one for each expert, named after it", about="files"
+        )
     built.mkdir(parents=True, exist_ok=True)
     split = {name: _split(file, built, name) for file in plain for name in (clean_name(file.stem),)}
     return DemoData(train={n: p[0] for n, p in split.items()}, test={n: p[1] for n, p in split.items()})
@@ -61,9 +65,11 @@ def _split(file: Path, out: Path, name: str) -> tuple[Path, Path]:
             line for line in file.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n") if line.strip()
         ]
     except OSError as error:
-        raise DataError(f"cannot read {file}: {error.strerror}") from error
+        raise DataError(f"cannot read {file}: {error.strerror}", about="file") from error
     if len(lines) < HELD_OUT:
-        raise DataError(f"{file} has {len(lines)} rows, but at least {HELD_OUT} are needed to hold some out")
+        raise DataError(
+            f"{file} has {len(lines)} rows, but at least {HELD_OUT} are needed to hold some out", about="rows"
+        )
     train, test = out / f"{name}.train.jsonl", out / f"{name}.test.jsonl"
     train.write_bytes(b"\n".join(line for n, line in enumerate(lines) if n % HELD_OUT) + b"\n")
     test.write_bytes(b"\n".join(lines[::HELD_OUT]) + b"\n")

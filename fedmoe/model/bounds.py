@@ -53,7 +53,8 @@ def check_max_length(max_length: int, config: "PretrainedConfig", base_model: st
     if limit is not None and max_length > limit:
         raise SettingsError(
             f"max_length {max_length} is beyond the {limit} positions of the base model {base_model}: "
-            f"give --max-length {limit} or less"
+            f"give --max-length {limit} or less",
+            about="max_length",
         )
 
 
@@ -63,7 +64,8 @@ def check_padding(tokenizer: "PreTrainedTokenizerBase", config: "PretrainedConfi
     if pad >= n:
         raise BaseModelError(
             f"the padding token {tokenizer.convert_ids_to_tokens(pad)!r} has the id {pad}, the base model {base_model} "
-            f"knows the ids 0 to {n - 1}: {REMEDY}"
+            f"knows the ids 0 to {n - 1}: {REMEDY}",
+            about="pad_token",
         )
 
 
@@ -84,12 +86,14 @@ def check_examples(
         line = examples.arrays["lines"][int(torch.searchsorted(ends, index, right=True))]
         raise DataError(
             f"{path} line {line}: its token {tokenizer.convert_ids_to_tokens(token)!r} has the id {token}, the base "
-            f"model knows the ids 0 to {n - 1}: {REMEDY}"
+            f"model knows the ids 0 to {n - 1}: {REMEDY}",
+            about="token",
         )
     lengths = torch.diff(ends, prepend=torch.zeros(1, dtype=torch.int64))
     if limit is not None and int(lengths.max()) > limit:
         index = int((lengths > limit).int().argmax())
         raise DataError(
             f"{path} line {examples.arrays['lines'][index]}: it has {int(lengths[index])} tokens, the base model has "
-            f"{limit} positions: shorten the row, or lower max_length to {limit} (fedmoe expert set)"
+            f"{limit} positions: shorten the row, or lower max_length to {limit} (fedmoe expert set)",
+            about="max_length",
         )

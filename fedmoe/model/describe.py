@@ -75,7 +75,7 @@ def main() -> None:
                 read_weights=request["read_weights"],
             )  # fmt: skip
     except FedMoEError as error:
-        answer = {"error": str(error), "of_settings": isinstance(error, SettingsError)}
+        answer = {"error": str(error), "about": error.about, "of_settings": isinstance(error, SettingsError)}
     print(json.dumps(answer))
 
 

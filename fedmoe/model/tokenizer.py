@@ -41,7 +41,9 @@ def load_tokenizer(base_model: str) -> "PreTrainedTokenizerBase":
             cached.parent if cached else base_model, trust_remote_code=False
         )
     except Exception as error:  # transformers raises many unrelated types
-        raise BaseModelError(why_not(base_model, error, "the tokenizer of the base model")) from error
+        raise BaseModelError(
+            why_not(base_model, error, "the tokenizer of the base model"), about="tokenizer"
+        ) from error
     return tokenizer
 
 
@@ -87,7 +89,8 @@ def use_template(
     """
     if own and expert_template and own != expert_template:
         raise SettingsError(
-            f"--chat-template is not the template that expert {expert!r} is trained with: start without this option"
+            f"--chat-template is not the template that expert {expert!r} is trained with: start without this option",
+            about="template",
         )
     if own:
         check_template(own)
@@ -96,7 +99,8 @@ def use_template(
     if not tokenizer.chat_template:
         raise SettingsError(
             f"neither the base model {base_model} nor expert {expert!r} has a chat template: give the Jinja template "
-            "used at inference (--chat-template FILE); it becomes the expert's"
+            "used at inference (--chat-template FILE); it becomes the expert's",
+            about="chat_template",
         )
 
 
@@ -112,10 +116,12 @@ def check_template(template: str) -> None:
     except TEMPLATE_ERRORS as error:
         words = " ".join(str(error).split())[:200] or type(error).__name__
         raise SettingsError(
-            f"the chat template cannot render a question and its answer ({words}): correct the --chat-template file"
+            f"the chat template cannot render a question and its answer ({words}): correct the --chat-template file",
+            about="chat_template",
         ) from error
     for turn in _TRIAL:
         if turn["content"] not in rendered[0]:
             raise SettingsError(
-                f"the chat template drops the {turn['role']}'s turn: correct the --chat-template file"
+                f"the chat template drops the {turn['role']}'s turn: correct the --chat-template file",
+                about=turn["role"],
             )

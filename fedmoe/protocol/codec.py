@@ -117,7 +117,7 @@ class Format:
             return values if values.dtype == out.dtype else out.copy_(values)
         factors = torch.frombuffer(scales, dtype=self.scale).float()
         if not math.isfinite(factors.abs().amax()):  # amax is NaN if one of them is
-            raise UpdateError("has a scale that is not finite (NaN or infinity)")
+            raise UpdateError("has a scale that is not finite (NaN or infinity)", about="scales")
         codes = torch.frombuffer(data, dtype=torch.int8)
         if self.bits == 4:
             _unpack(codes, out)
@@ -236,15 +236,15 @@ def _decoded(
     for index, part in enumerate(parts):
         count = min(form.values_per_part, numel - first)
         if count <= 0:
-            raise UpdateError(f"part {index} is one too many for {numel} values")
+            raise UpdateError(f"part {index} is one too many for {numel} values", about="parts")
         try:
             values = form.decode(*_open(part, form, first, count), into(first, count))
         except UpdateError as error:
-            raise UpdateError(f"part {index} {error}") from error
+            raise UpdateError(f"part {index} {error}", about=error.about) from error
         yield first, values
         first += count
     if first != numel:
-        raise UpdateError(f"the parts hold {first} values, expected {numel}")
+        raise UpdateError(f"the parts hold {first} values, expected {numel}", about="values")
 
 
 def _bin_header(length: int) -> bytes:
@@ -284,21 +284,21 @@ def _open(part: bytes, form: Format, first: int, count: int) -> tuple[memoryview
     for name, want in (("format", form.name), ("first", first), ("count", count)):
         if frame[name] != want:
             # reprlib: a worker's value may be a megabyte long, or nested deeper than repr can follow.
-            raise UpdateError(f"says {name} {reprlib.repr(frame[name])}, expected {want!r}")
+            raise UpdateError(f"says {name} {reprlib.repr(frame[name])}, expected {want!r}", about=name)
     for name, length in (("scales", form.scale_bytes(count)), ("data", form.data_bytes(count))):
         if not isinstance(frame[name], bytes) or len(frame[name]) != length:
-            raise UpdateError(f"does not hold {length} bytes of {name}")
+            raise UpdateError(f"does not hold {length} bytes of {name}", about=name)
     return memoryview(frame["scales"]), memoryview(frame["data"])
 
 
 def _frame(part: bytes) -> dict[str, Any]:
     if len(part) > PART_BYTES:
-        raise UpdateError(f"has {len(part)} bytes, allowed are {PART_BYTES}")
+        raise UpdateError(f"has {len(part)} bytes, allowed are {PART_BYTES}", about="length")
     try:
         # The limits keep nested empty containers from taking a hundred times the part's size.
         frame = msgpack.unpackb(part, max_array_len=0, max_map_len=len(_FRAME_FIELDS))
     except Exception as error:  # msgpack raises half a dozen unrelated types on garbage
-        raise UpdateError(f"is not a msgpack frame ({type(error).__name__})") from error
+        raise UpdateError(f"is not a msgpack frame ({type(error).__name__})", about="msgpack") from error
     if not isinstance(frame, dict) or frame.keys() != _FRAME_FIELDS:
-        raise UpdateError(f"is not a map of {', '.join(sorted(_FRAME_FIELDS))}")
+        raise UpdateError(f"is not a map of {', '.join(sorted(_FRAME_FIELDS))}", about="fields")
     return frame

@@ -29,5 +29,6 @@ def check_requires(requires: str, what: str) -> None:
     if odd := lacking(requires):
         raise ProtocolError(
             f"{what} needs {', '.join(odd)}, which the FedMoE on this machine does not know: upgrade the FedMoE on "
-            "this machine"
+            "this machine",
+            about="requires",
         )

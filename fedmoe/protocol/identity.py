@@ -84,18 +84,24 @@ class BaseIdentity:
             and tokenizer_components(self.tokenizer).keys() <= tokenizer_components(meta.tokenizer).keys()
         )
 
+    def differing(self, meta: Meta) -> list[str]:
+        """What differs from the identity pinned in `meta`: `fingerprint` alone, or components of the tokenizer."""
+        if meta.base_fingerprint not in ("", self.fingerprint):
+            return ["fingerprint"]
+        if self.tokenizer in ("", meta.tokenizer):
+            return []
+        mine, pinned = tokenizer_components(self.tokenizer), tokenizer_components(meta.tokenizer)
+        compared = [name for name in pinned if name in mine or "vocabulary" not in mine]
+        return [name for name in TOKENIZER_COMPONENTS if name in compared and mine.get(name) != pinned[name]]
+
     def difference(self, meta: Meta) -> str:
         """How this identity differs from the one pinned in `meta`, as a clause with what to do; "" if it matches."""
-        if meta.base_fingerprint not in ("", self.fingerprint):
+        odd = self.differing(meta)
+        if odd == ["fingerprint"]:
             return (
                 f"its weights have fingerprint {self.fingerprint}, the expert's have {meta.base_fingerprint} (set by "
                 f"{meta.base_fingerprint_by}): use exactly {meta.base_model}, no variant of it (Base, Instruct)"
             )
-        if self.tokenizer in ("", meta.tokenizer):
-            return ""
-        mine, pinned = tokenizer_components(self.tokenizer), tokenizer_components(meta.tokenizer)
-        compared = [name for name in pinned if name in mine or "vocabulary" not in mine]
-        odd = [name for name in TOKENIZER_COMPONENTS if name in compared and mine.get(name) != pinned[name]]
         if odd:
             what = " and ".join(TOKENIZER_COMPONENTS[name] for name in odd)
             remedy = f"use the tokenizer and the chat template that {meta.base_model} was published with"

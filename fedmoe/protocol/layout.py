@@ -43,13 +43,16 @@ class Layout:
 
     def __post_init__(self) -> None:
         if not self.tensors:
-            raise SpecError("the layout has no tensors: do the LoRA targets name modules of the base model?")
+            raise SpecError(
+                "the layout has no tensors: do the LoRA targets name modules of the base model?",
+                about="targets",
+            )
         names = [name for name, _ in self.tensors]
         if len(set(names)) != len(names):
-            raise SpecError("the layout names a tensor twice")
+            raise SpecError("the layout names a tensor twice", about="tensors")
         for name, shape in self.tensors:
             if not all(isinstance(size, int) and size > 0 for size in shape):
-                raise SpecError(f"tensor {name!r} has the impossible shape {list(shape)}")
+                raise SpecError(f"tensor {name!r} has the impossible shape {list(shape)}", about="shape")
 
     @classmethod
     def of(cls, tensors: Iterable[tuple[str, Sequence[int]]]) -> "Layout":
@@ -82,7 +85,9 @@ class Layout:
     def views(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
         """Views of the tensors in `flat` (numel,); writing to one writes to `flat`."""
         if flat.shape != (self.numel,):
-            raise SpecError(f"expected a flat vector of {self.numel} values, got shape {list(flat.shape)}")
+            raise SpecError(
+                f"expected a flat vector of {self.numel} values, got shape {list(flat.shape)}", about="shape"
+            )
         views, offset = {}, 0
         for name, shape in self.tensors:
             size = math.prod(shape)
@@ -101,14 +106,17 @@ def layout_of(file: bytes | memoryview) -> Layout:
         table = json.loads(bytes(file[8 : 8 + int.from_bytes(file[:8], "little")]))
         table.pop("__metadata__", None)
         if any(tensor["dtype"] != "F32" for tensor in table.values()):
-            raise SpecError("the adapter's weights in Redis are not all fp32: was the key overwritten?")
+            raise SpecError(
+                "the adapter's weights in Redis are not all fp32: was the key overwritten?", about="dtype"
+            )
         ordered = sorted(table, key=lambda name: table[name]["data_offsets"])
         return Layout(tuple((name, tuple(table[name]["shape"])) for name in ordered))
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         if isinstance(error, SpecError):
             raise
         raise SpecError(
-            f"the adapter's weights in Redis are not a safetensors file ({error!r}): was the key overwritten?"
+            f"the adapter's weights in Redis are not a safetensors file ({error!r}): was the key overwritten?",
+            about="safetensors",
         ) from error
 
 
@@ -119,7 +127,8 @@ def check_file(layout: Layout, length: int, begin: bytes) -> None:
     if length != layout.file_bytes or not same:
         raise SpecError(
             f"the stored weights ({length} bytes) are not an adapter of this spec "
-            f"({layout.file_bytes} bytes); was the key written by something else?"
+            f"({layout.file_bytes} bytes); was the key written by something else?",
+            about="weights",
         )
 
 

@@ -111,7 +111,9 @@ def read_line(raw: Mapping[Any, bytes | str]) -> LogLine:
     except ProtocolError:
         raise
     except (KeyError, ValueError) as error:
-        raise UpdateError(f"a line of the log is malformed ({error!r}); was it edited by hand?") from error
+        raise UpdateError(
+            f"a line of the log is malformed ({error!r}); was it edited by hand?", about="log"
+        ) from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,7 +24,7 @@ class LoraSettings:
     def __post_init__(self) -> None:
         check(self)
         if not self.targets:
-            raise SettingsError("targets must name at least one module, for example q_proj")
+            raise SettingsError("targets must name at least one module, for example q_proj", about="targets")
 
     @property
     def scaling(self) -> float:

@@ -50,7 +50,9 @@ class MergedMeta:
             content = json.loads(self.built_from)
             return {n: BuiltFrom(int(p["version"]), str(p["weights_commit"])) for n, p in content.items()}
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError) as error:
-            raise SpecError("the merged gateway's meta hash is malformed; was it edited by hand?") from error
+            raise SpecError(
+                "the merged gateway's meta hash is malformed; was it edited by hand?", about="experts"
+            ) from error
 
     @property
     def config(self) -> dict[str, Any]:
@@ -58,9 +60,13 @@ class MergedMeta:
         try:
             content = json.loads(self.adapter_config)
         except (ValueError, RecursionError) as error:
-            raise SpecError("the merged gateway's meta hash is malformed; was it edited by hand?") from error
+            raise SpecError(
+                "the merged gateway's meta hash is malformed; was it edited by hand?", about="config"
+            ) from error
         if not isinstance(content, dict):
-            raise SpecError("the merged gateway's meta hash is malformed; was it edited by hand?")
+            raise SpecError(
+                "the merged gateway's meta hash is malformed; was it edited by hand?", about="config"
+            )
         return content
 
     def to_fields(self) -> dict[str, str]:

@@ -25,12 +25,13 @@ def is_expert(name: str) -> bool:
     return is_name(name) and name not in RESERVED_EXPERTS
 
 
-def check_name(what: str, name: str) -> str:
-    """Return `name`; raise SettingsError with the naming rules if it is not valid."""
+def check_name(what: str, name: str, *, setting: str = "") -> str:
+    """Return `name`; raise SettingsError, about the setting or `what`, with the naming rules if it is not valid."""
     if not is_name(name):
         raise SettingsError(
             f"{what} {name!r} cannot be used: take letters, digits, '_', '-' and '.' (not first or last), "
-            f"at most {MAX_NAME_LENGTH} characters"
+            f"at most {MAX_NAME_LENGTH} characters",
+            about=setting or what,
         )
     return name
 
@@ -38,7 +39,9 @@ def check_name(what: str, name: str) -> str:
 def check_expert(name: str) -> str:
     """Like check_name; also reject reserved names."""
     if name in RESERVED_EXPERTS:
-        raise SettingsError(f"an expert cannot be called {name!r}: that name belongs to FedMoE's own keys")
+        raise SettingsError(
+            f"an expert cannot be called {name!r}: that name belongs to FedMoE's own keys", about="expert"
+        )
     return check_name("expert", name)
 
 
@@ -47,7 +50,8 @@ def check_domain(name: str) -> str:
     if name == GATEWAY:
         raise SettingsError(
             f"{GATEWAY!r} is the expert that the workers of all experts train: name one of theirs, and let its rules "
-            f"say so (fedmoe expert set EXPERT --train both)"
+            "say so (fedmoe expert set EXPERT --train both)",
+            about="expert",
         )
     return check_expert(name)
 
@@ -57,7 +61,8 @@ def check_trains_gateway(expert: str) -> None:
     if "." in expert:
         raise SettingsError(
             f"the workers of {expert!r} cannot train the gateway, because the name has a dot: there a worker is named "
-            "EXPERT.WORKER, and the first dot ends the expert's name. Take an expert without a dot"
+            "EXPERT.WORKER, and the first dot ends the expert's name. Take an expert without a dot",
+            about="expert",
         )
 
 
@@ -72,7 +77,8 @@ def name_on_gateway(expert: str, worker: str) -> str:
     if len(name) > MAX_NAME_LENGTH:
         raise SettingsError(
             f"on the gateway this worker would be named {name!r}, which is longer than {MAX_NAME_LENGTH} characters: "
-            "give it a shorter --name"
+            "give it a shorter --name",
+            about="name",
         )
     return name
 

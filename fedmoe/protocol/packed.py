@@ -84,7 +84,7 @@ def unpack(content: Sequence[bytes], spec: Spec, commit: str) -> torch.Tensor | 
     digest = _digest(spec.layout, spec.init_seed)
     try:
         if not preamble.startswith(_WHAT):
-            raise UpdateError(f"they begin with {reprlib.repr(preamble)}")
+            raise UpdateError(f"they begin with {reprlib.repr(preamble)}", about="preamble")
         if preamble != _preamble(commit, digest):
             if preamble[:-_ID_BYTES] == _preamble(commit, digest)[:-_ID_BYTES]:
                 logger.warning(
@@ -110,10 +110,11 @@ def unpack_again(content: Sequence[bytes], spec: Spec) -> torch.Tensor:
     preamble, *parts = content or (b"",)
     digest = _digest(spec.layout, spec.init_seed)
     if not preamble.startswith(_WHAT) or len(preamble) != PREAMBLE_BYTES:
-        raise UpdateError("the packed weights do not begin with their preamble")
+        raise UpdateError("the packed weights do not begin with their preamble", about="preamble")
     if not preamble.endswith(digest):
         raise SettingsError(
-            f"it needs other initial weights than torch {torch.__version__} makes: use the torch version that wrote it"
+            f"it needs other initial weights than torch {torch.__version__} makes: use the torch version that wrote it",
+            about="torch",
         )
     return _decode(parts, spec)
 

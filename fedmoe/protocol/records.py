@@ -35,12 +35,15 @@ def read_protocol(raw: bytes | None) -> int:
         protocol = FIRST_PROTOCOL if raw is None else int(raw)
     except ValueError as error:
         raise SpecError(
-            f"field protocol of the expert's meta is {raw!r}, not a number: restore a backup (fedmoe restore --replace)"
+            f"field protocol of the expert's meta is {raw!r}, not a number: restore a backup (fedmoe restore "
+            "--replace)",
+            about="protocol",
         ) from error
     if protocol > PROTOCOL:
         raise ProtocolError(
             f"the expert speaks protocol {protocol} and the FedMoE on this machine protocol {PROTOCOL}: upgrade the "
-            "FedMoE on this machine"
+            "FedMoE on this machine",
+            about="protocol",
         )
     return protocol
 
@@ -149,10 +152,11 @@ class Meta:
             if protocol < FIRST_WITH_RULES:
                 raise ProtocolError(
                     f"the expert has protocol {protocol}, the FedMoE on this machine reads protocol {PROTOCOL}: serve "
-                    "it with the FedMoE that made it, or remove it (fedmoe expert remove)"
+                    "it with the FedMoE that made it, or remove it (fedmoe expert remove)",
+                    about="protocol",
                 ) from error
             raise SpecError(
-                f"the expert's meta hash is malformed ({error!r}); was it edited by hand?"
+                f"the expert's meta hash is malformed ({error!r}); was it edited by hand?", about="meta"
             ) from error
 
 
@@ -201,7 +205,9 @@ class Decided:
                 **{name: value for name, value in content.items() if name in ours},
             )
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise SpecError(f"an entry of the decided hash is malformed ({error!r})") from error
+            raise SpecError(
+                f"an entry of the decided hash is malformed ({error!r})", about="decided"
+            ) from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -184,7 +184,7 @@ class RuleSet:
         """
         present = self.settings()
         if odd := sorted(settings.keys() - present.keys()):
-            raise SettingsError(f"there is no rule {odd[0]!r}; there are: {', '.join(present)}")
+            raise SettingsError(f"there is no rule {odd[0]!r}; there are: {', '.join(present)}", about=odd[0])
         after = changed(self, settings)
         return self if after == self else replace(after, number=self.number + 1)
 
@@ -228,4 +228,4 @@ def _parse(text: str) -> RuleSet:
     except (FedMoEError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         if isinstance(error, FedMoEError) and not isinstance(error, SettingsError):
             raise
-        raise SpecError(f"the expert's rule set is malformed ({error!r})") from error
+        raise SpecError(f"the expert's rule set is malformed ({error!r})", about="rules") from error

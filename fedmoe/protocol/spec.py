@@ -58,16 +58,23 @@ class Spec:
 
     def __post_init__(self) -> None:
         if not (isinstance(self.base_model, str) and self.base_model):
-            raise SettingsError("base_model must be a name or a directory")
+            raise SettingsError("base_model must be a name or a directory", about="base_model")
         if self.wire_format not in FORMATS:
-            raise SettingsError(f"wire_format must be one of {', '.join(FORMATS)}, not {self.wire_format!r}")
+            raise SettingsError(
+                f"wire_format must be one of {', '.join(FORMATS)}, not {self.wire_format!r}",
+                about="wire_format",
+            )
         check_whole("init_seed", self.init_seed, at_least=0)
         if not (isinstance(self.chat_template, str) and len(self.chat_template) <= MAX_TEMPLATE_CHARS):
-            raise SettingsError(f"chat_template must be text of at most {MAX_TEMPLATE_CHARS} characters")
+            raise SettingsError(
+                f"chat_template must be text of at most {MAX_TEMPLATE_CHARS} characters",
+                about="chat_template",
+            )
         if self.layout.file_bytes > MAX_STRING_BYTES:
             raise SettingsError(
                 f"an adapter of {self.layout.file_bytes / 2**20:.0f} MiB does not fit into one Redis string "
-                "(512 MiB): choose a smaller rank or fewer targets"
+                "(512 MiB): choose a smaller rank or fewer targets",
+                about="layout",
             )
 
     def to_json(self) -> str:
@@ -102,7 +109,8 @@ class Spec:
                         "upgrade the FedMoE on this machine"
                         if is_later
                         else "serve the expert with the FedMoE that made it, or remove it (fedmoe expert remove)"
-                    )
+                    ),
+                    about="spec_format",
                 )
             check_requires(str(content.get("requires", "")), "the expert")
             unknown = take_unknown(cls, content)
@@ -120,7 +128,7 @@ class Spec:
         except FedMoEError:
             raise
         except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
-            raise SpecError(f"the stored spec is malformed ({error!r})") from error
+            raise SpecError(f"the stored spec is malformed ({error!r})", about="spec") from error
 
     @cached_property
     def digest(self) -> str:

@@ -35,8 +35,8 @@ class ForeignHeaderError(UpdateError):
         needs: the features or header format that a reader must know.
     """
 
-    def __init__(self, message: str, needs: str) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, *, about: str, needs: str) -> None:
+        super().__init__(message, about=about)
         self.needs = needs
 
 
@@ -154,22 +154,27 @@ class Header:
             UpdateError: if it is malformed, with the reason.
         """
         if len(data) > MAX_HEADER_BYTES:
-            raise UpdateError(f"the header has {len(data)} bytes, allowed are {MAX_HEADER_BYTES}")
+            raise UpdateError(
+                f"the header has {len(data)} bytes, allowed are {MAX_HEADER_BYTES}", about="length"
+            )
         try:
             # The limits keep nested containers from taking a hundred times the header's size.
             content = msgpack.unpackb(data, max_array_len=MAX_PARTS, max_map_len=MAX_FIELDS)
         except Exception as error:  # msgpack raises half a dozen unrelated types on garbage
-            raise UpdateError(f"the header is not msgpack ({type(error).__name__})") from error
+            raise UpdateError(
+                f"the header is not msgpack ({type(error).__name__})", about="msgpack"
+            ) from error
         if not isinstance(content, dict):
-            raise UpdateError("the header is not a msgpack map")
+            raise UpdateError("the header is not a msgpack map", about="header")
         form = content.pop("header_format", None)
         if not _is_count(form):
-            raise UpdateError("the header has no format number")
+            raise UpdateError("the header has no format number", about="header_format")
         if form != HEADER_FORMAT:
             who = "the aggregator" if form > HEADER_FORMAT else "the worker"
             raise ForeignHeaderError(
                 f"its header has format {form}, the aggregator reads format {HEADER_FORMAT}: upgrade {who}'s FedMoE",
                 needs=f"format {form} of headers",
+                about="header_format",
             )
         requires = content.get("requires", "")
         if isinstance(requires, str) and (odd := lacking(requires)):
@@ -177,6 +182,7 @@ class Header:
                 f"its header needs {', '.join(odd)}, which the aggregator does not know: upgrade the FedMoE of the "
                 "aggregator",
                 needs=", ".join(odd),
+                about="requires",
             )
         known = {one.name: one for one in fields(cls) if one.name != "unknown"}
         unknown = {name: value for name, value in content.items() if name not in known}
@@ -184,18 +190,20 @@ class Header:
             n: content.get(n, one.default) for n, one in known.items() if n in content or _is_optional(one)
         }
         if missing := sorted(known.keys() - content.keys()):
-            raise UpdateError(f"the header lacks the fields {', '.join(missing[:5])}")
+            raise UpdateError(f"the header lacks the fields {', '.join(missing[:5])}", about=missing[0])
         content["prev"] = _parse_id(content["prev"])
         content["parts"] = _parse_parts(content["parts"])
         _check_fields(content)
         if len(content) + len(unknown) >= MAX_FIELDS:
             raise UpdateError(
-                f"the header has {len(content) + len(unknown)} fields, allowed are {MAX_FIELDS - 1}"
+                f"the header has {len(content) + len(unknown)} fields, allowed are {MAX_FIELDS - 1}",
+                about="fields",
             )
         header = cls(**content, unknown=msgpack.packb(unknown) if unknown else b"")
         if len(data) > MAX_HEADER_BYTES - SPARE_BYTES and (n_bytes := len(header.pack())) > MAX_HEADER_BYTES:
             raise UpdateError(
-                f"the header has {n_bytes} bytes with all its fields, allowed are {MAX_HEADER_BYTES}"
+                f"the header has {n_bytes} bytes with all its fields, allowed are {MAX_HEADER_BYTES}",
+                about="unknown",
             )
         return header
 
@@ -215,21 +223,23 @@ def _parse_id(value: Any) -> UpdateId | None:
     match value:
         case [str() as run, int() as seq] if is_run(run) and _is_count(seq) and seq > 0:
             return UpdateId(run, seq)
-    raise UpdateError("the header's prev is not the name of an update")
+    raise UpdateError("the header's prev is not the name of an update", about="prev")
 
 
 def _parse_parts(value: Any) -> tuple[Part, ...]:
     if not isinstance(value, list):
-        raise UpdateError("the header lists no parts")
+        raise UpdateError("the header lists no parts", about="parts")
     parts = []
     for item in value:
         match item:
             case [int() as length, bytes() as digest] if _is_count(length) and len(digest) == 32:
                 if not 0 < length <= PART_BYTES:
-                    raise UpdateError(f"the header names a part of {length} bytes, allowed are {PART_BYTES}")
+                    raise UpdateError(
+                        f"the header names a part of {length} bytes, allowed are {PART_BYTES}", about="length"
+                    )
                 parts.append(Part(length, digest))
             case _:
-                raise UpdateError("the header's list of parts is malformed")
+                raise UpdateError("the header's list of parts is malformed", about="part")
     return tuple(parts)
 
 
@@ -245,11 +255,11 @@ def _check_fields(content: dict[str, Any]) -> None:
         "requires",
     ):
         if not isinstance(content[name], str) or len(content[name]) > MAX_TEXT_CHARS:
-            raise UpdateError(f"the header's {name} is not a short text")
+            raise UpdateError(f"the header's {name} is not a short text", about=name)
     for name in ("seq", "base_version", "n_examples", "n_tokens", "steps"):
         if not _is_count(content[name]):
-            raise UpdateError(f"the header's {name} is not a count")
+            raise UpdateError(f"the header's {name} is not a count", about=name)
     if not isinstance(content["loss"], float):
-        raise UpdateError("the header's loss is not a float")
+        raise UpdateError("the header's loss is not a float", about="loss")
     if not is_run(content["run"]) or content["seq"] == 0:
-        raise UpdateError("the header's run and seq are not the name of an update")
+        raise UpdateError("the header's run and seq are not the name of an update", about="run")

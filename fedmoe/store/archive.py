@@ -65,7 +65,8 @@ class Archive:
                 pass
         except OSError as error:
             raise SettingsError(
-                f"updates cannot be kept in {directory} ({error.strerror}): give --keep-updates another directory"
+                f"updates cannot be kept in {directory} ({error.strerror}): give --keep-updates another directory",
+                about="keep_updates",
             ) from error
 
     def keep(self, header: Header, parts: Sequence[bytes]) -> str:
@@ -148,7 +149,8 @@ class Archive:
         except ForeignHeaderError as error:
             raise ProtocolError(
                 f"the update {digest[:16]}… in {self.directory} needs {error.needs}, which the FedMoE on this machine "
-                "does not know: upgrade the FedMoE on this machine"
+                "does not know: upgrade the FedMoE on this machine",
+                about="requires",
             ) from error
 
     def load_weights(self, digest: str) -> bytes:
@@ -164,8 +166,8 @@ class Archive:
             content = (self.directory / (digest + suffix)).read_bytes()
         except OSError as error:
             raise UpdateError(
-                f"the file of {what} {digest[:16]}… is not in {self.directory} ({error.strerror})"
+                f"the file of {what} {digest[:16]}… is not in {self.directory} ({error.strerror})", about=what
             ) from error
         if hashlib.sha256(content).hexdigest() != digest:
-            raise UpdateError(f"the file of {what} {digest[:16]}… in {self.directory} is damaged")
+            raise UpdateError(f"the file of {what} {digest[:16]}… in {self.directory} is damaged", about=what)
         return content

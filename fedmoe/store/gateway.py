@@ -31,7 +31,8 @@ class GatewayStore:
         except ValueError as error:
             raise SpecError(
                 f"a gateway weight in {self.connection.keys.experts} is not a number: "
-                "set it (fedmoe expert weight NAME 1)"
+                "set it (fedmoe expert weight NAME 1)",
+                about="gateway_weight",
             ) from error
 
     def compare(self, names: Iterable[str]) -> tuple[set[str], set[str]]:
@@ -62,7 +63,7 @@ class GatewayStore:
             text = self._redis.get(self.connection.keys.expert(expert).spec)
         if text is None:
             there = ", ".join(self.experts()) or "none yet"
-            raise UnknownExpertError(f"there is no expert {expert!r}; there are: {there}")
+            raise UnknownExpertError(f"there is no expert {expert!r}; there are: {there}", about=expert)
         return Spec.from_json(text)
 
     def meta(self, expert: str) -> Meta:
@@ -70,7 +71,7 @@ class GatewayStore:
         with self.connection.errors():
             raw = self._redis.hgetall(self.connection.keys.expert(expert).meta)
         if not raw:
-            raise UnknownExpertError(f"expert {expert!r} is gone from Redis")
+            raise UnknownExpertError(f"expert {expert!r} is gone from Redis", about=expert)
         return Meta.from_hash(raw)
 
     def metas(self) -> dict[str, Meta]:
@@ -122,7 +123,7 @@ class GatewayStore:
                 ("hgetall", keys.meta), ("get", keys.weights), ("hgetall", keys.decided), ("get", keys.spec), *more,
             )  # fmt: skip
         if not raw and weights is None:
-            raise UnknownExpertError(f"expert {expert!r} is gone from Redis")
+            raise UnknownExpertError(f"expert {expert!r} is gone from Redis", about=expert)
         condition = examine(spec, weights, raw, decided)
         if condition.meta is None or condition.damage:
             raise DamagedExpertError(expert, condition.damage)

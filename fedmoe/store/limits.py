@@ -53,13 +53,15 @@ def _of_write(client: Any, key: str, n_bytes: int, url: str) -> RedisUnavailable
     if limits is None:
         return RedisUnavailableError(
             f"{begin} ended the connection when it was written: if that happens each time, raise its "
-            "proto-max-bulk-len (or what its provider calls the largest request) above that size"
+            "proto-max-bulk-len (or what its provider calls the largest request) above that size",
+            about=INPUTS[0],
         )
     for name in INPUTS:
         if 0 < (limit := int(limits.get(name, 0))) < n_bytes:
             return RedisUnfitError(
                 f"{begin} takes at most {limit / _MIB:.1f} MiB ({name}): raise that "
-                f"(redis-cli CONFIG SET {name} {-(-2 * n_bytes // _MIB)}mb, and in redis.conf)"
+                f"(redis-cli CONFIG SET {name} {-(-2 * n_bytes // _MIB)}mb, and in redis.conf)",
+                about=name,
             )
     return None
 
@@ -76,7 +78,8 @@ def _of_read(client: Any, keys: dict[str, None], url: str) -> RedisUnavailableEr
             return None
         return RedisUnavailableError(
             f"{begin} ended the connection: if that happens each time, raise its {OUTPUT} (for normal clients) above "
-            "that size"
+            "that size",
+            about=OUTPUT,
         )
     words = str(limits.get(OUTPUT, "normal 0 0 0")).split()
     limit = int(words[words.index("normal") + 1])
@@ -84,7 +87,8 @@ def _of_read(client: Any, keys: dict[str, None], url: str) -> RedisUnavailableEr
         return None
     return RedisUnfitError(
         f"{begin} keeps at most {limit / _MIB:.1f} MiB for a client ({OUTPUT}): raise that "
-        f"(redis-cli CONFIG SET {OUTPUT} 'normal {-(-4 * n_bytes // _MIB)}mb 0 0', and in redis.conf)"
+        f"(redis-cli CONFIG SET {OUTPUT} 'normal {-(-4 * n_bytes // _MIB)}mb 0 0', and in redis.conf)",
+        about=OUTPUT,
     )
 
 

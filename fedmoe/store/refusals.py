@@ -64,36 +64,47 @@ def explain(error: Exception, url: str, prefix: str) -> RedisUnavailableError:
     """
     text = str(error).strip().rstrip(".") or type(error).__name__
     commands = asked(error)
-    sentence = _unfit(error, text, commands, url, prefix)
-    return RedisUnfitError(sentence) if sentence else RedisUnavailableError(_passing(error, text, url))
+    if unfit := _unfit(error, text, commands, url, prefix):
+        about, sentence = unfit
+        return RedisUnfitError(sentence, about=about)
+    about, sentence = _passing(error, text, url)
+    return RedisUnavailableError(sentence, about=about)
 
 
-def _unfit(error: Exception, text: str, commands: Sequence[Words], url: str, prefix: str) -> str:
-    """The sentence for an error that persists until somebody acts, "" for other errors."""
+def _unfit(
+    error: Exception, text: str, commands: Sequence[Words], url: str, prefix: str
+) -> tuple[str, str] | None:
+    """What an error is about that persists until somebody acts, and its sentence; None for other errors."""
     command = commands[0] if len(commands) == 1 else ()
     what = command_text(command, prefix) if command else ""
     if isinstance(error, MasterNotFoundError):  # its message already says what each sentinel replied
-        return ""
+        return None
     if isinstance(error, exceptions.AuthenticationError | exceptions.AuthorizationError):
-        return f"Redis at {url} refuses the login ({text}): check user and password in the URL"
+        return "login", f"Redis at {url} refuses the login ({text}): check user and password in the URL"
     if refused := _refused_right(error, text, what):
-        return (
+        return "rights", (
             f"Redis at {url} does not let this user run {refused}: give it the rights that "
             "`fedmoe doctor --acl ROLE` prints"
         )
     if found := _UNKNOWN_COMMAND.search(text):
         name = found[1].upper() if found[1] else f"that a script of FedMoE uses ({what})"
-        return (
+        return "command", (
             f"Redis at {url} has no command {name}, and FedMoE needs it: take it out of rename-command there, or use "
             "another server (Redis 7.0, Valkey 8, or newer)"
         )
     if _of_a_cluster(error):
-        return f"Redis at {url} is a node of a Redis Cluster ({text}): use a server without cluster mode"
+        return (
+            "cluster",
+            f"Redis at {url} is a node of a Redis Cluster ({text}): use a server without cluster mode",
+        )
     if "WRONGTYPE" in text:
-        return _wrong_type(keys_of(command, prefix) if command else [], url)
+        return "key", _wrong_type(keys_of(command, prefix) if command else [], url)
     if _TOO_LONG.search(text):
-        return f"the value of {what} is too long for Redis at {url} ({text}): raise its proto-max-bulk-len"
-    return ""
+        return (
+            "proto-max-bulk-len",
+            f"the value of {what} is too long for Redis at {url} ({text}): raise its proto-max-bulk-len",
+        )
+    return None
 
 
 def _refused_right(error: Exception, text: str, what: str) -> str:
@@ -126,30 +137,36 @@ def _of_a_cluster(error: Exception) -> bool:
     return isinstance(error, kinds) and not isinstance(error, exceptions.MasterDownError)
 
 
-def _passing(error: Exception, text: str, url: str) -> str:
-    """The sentence for an error that may pass."""
+def _passing(error: Exception, text: str, url: str) -> tuple[str, str]:
+    """What an error is about that may pass, and its sentence."""
     match error:
         case MasterNotFoundError():
-            return text
+            return "sentinel", text
         case _ if isinstance(error, exceptions.OutOfMemoryError) or "because of: OOM" in text:
-            return f"Redis at {url} is full: raise its maxmemory, nothing is lost meanwhile"
+            return "maxmemory", f"Redis at {url} is full: raise its maxmemory, nothing is lost meanwhile"
         case exceptions.ReadOnlyError() if url.startswith("sentinel://"):
-            return f"the master at {url} has just become a replica: Sentinel is asked for the new one"
+            return (
+                "failover",
+                f"the master at {url} has just become a replica: Sentinel is asked for the new one",
+            )
         case exceptions.ReadOnlyError():
-            return f"Redis at {url} is a read-only replica: use the URL of the master"
+            return "replica", f"Redis at {url} is a read-only replica: use the URL of the master"
         case exceptions.MasterDownError():
-            return f"Redis at {url} is a replica that has lost its master: use the URL of the master"
+            return (
+                "master",
+                f"Redis at {url} is a replica that has lost its master: use the URL of the master",
+            )
         case exceptions.BusyLoadingError():
-            return f"Redis at {url} is still loading its data"
+            return "loading", f"Redis at {url} is still loading its data"
         case exceptions.ConnectionError() if "max number of clients" in text:
-            return f"Redis at {url} takes no more connections: raise its maxclients"
+            return "maxclients", f"Redis at {url} takes no more connections: raise its maxclients"
         case exceptions.ConnectionError() | exceptions.TimeoutError() | redis.WatchError() | OSError():
-            return f"Redis at {url} cannot be reached ({text})"
+            return "connection", f"Redis at {url} cannot be reached ({text})"
     if "MISCONF" in text:
-        return f"Redis at {url} cannot write to its disk and so takes no writes: see its log"
+        return "disk", f"Redis at {url} cannot write to its disk and so takes no writes: see its log"
     if text.startswith("NOREPLICAS"):
-        return (
+        return "min-replicas-to-write", (
             f"Redis at {url} takes no writes, because too few replicas follow it: start replicas, or lower its "
             "min-replicas-to-write"
         )
-    return f"Redis at {url} refused a command ({text[:MAX_SHOWN_CHARS]})"
+    return "command", f"Redis at {url} refused a command ({text[:MAX_SHOWN_CHARS]})"

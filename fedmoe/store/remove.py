@@ -36,7 +36,9 @@ def look_at_expert(connection: Connection, name: str) -> Remaining:
             check_not_removed(meta)
         workers = _workers(connection, name)
         if not meta and name not in listed and not client.exists(keys.weights, keys.spec, keys.decided):
-            raise UnknownExpertError(f"there is no expert {name!r}; there are: {', '.join(listed) or 'none'}")
+            raise UnknownExpertError(
+                f"there is no expert {name!r}; there are: {', '.join(listed) or 'none'}", about=name
+            )
     version = meta.get(b"version", b"?").decode(errors="replace")
     return Remaining(version=version, workers=workers, lease=(lease or b"").decode(errors="replace"))
 

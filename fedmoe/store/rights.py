@@ -120,12 +120,14 @@ def require(connection: Connection, role: Role, experts: Sequence[str], worker: 
         names = ", ".join(dict.fromkeys(lack.right.command for lack in gone))
         raise RedisUnfitError(
             f"Redis at {connection.settings.shown} has no {names}, and FedMoE needs that to {role.does}: take it out "
-            "of rename-command there, or use another server (Redis 7.0, Valkey 8, or newer)"
+            "of rename-command there, or use another server (Redis 7.0, Valkey 8, or newer)",
+            about="command",
         )
     text = ", ".join(dict.fromkeys(map(str, lacks)))
     raise RedisUnfitError(
         f"this user of Redis at {connection.settings.shown} may not {role.does}, it lacks {text}: give it the rights "
-        f"that `fedmoe doctor --acl {role.name}` prints"
+        f"that `fedmoe doctor --acl {role.name}` prints",
+        about="rights",
     )
 
 

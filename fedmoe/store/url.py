@@ -65,7 +65,8 @@ def check(url: str) -> None:
     if not separator or scheme not in _OPTIONS:
         raise SettingsError(
             f"the Redis URL {shown(url)!r} must begin with redis://, rediss://, unix:// or sentinel://, "
-            f"for example {DEFAULT_URL}"
+            f"for example {DEFAULT_URL}",
+            about="scheme",
         )
     if scheme == "sentinel":
         SentinelURL.parse(url)
@@ -74,20 +75,24 @@ def check(url: str) -> None:
     try:
         path = urlsplit(url).path
     except ValueError:  # its message may quote the password
-        raise _wrong(url, f"cannot be read: write it like {DEFAULT_URL}, and {_ESCAPE}") from None
+        raise _wrong(
+            url, f"cannot be read: write it like {DEFAULT_URL}, and {_ESCAPE}", about="url"
+        ) from None
     if scheme != "unix" and not re.fullmatch(r"/?\d*", path, re.ASCII):
         raise _wrong(
-            url, f"names a database that is not a number: write it like {DEFAULT_URL}, and {_ESCAPE}"
+            url,
+            f"names a database that is not a number: write it like {DEFAULT_URL}, and {_ESCAPE}",
+            about="db",
         )
 
 
 def unusable(url: str) -> SettingsError:
     """The error for a URL that passed `check` but that redis-py cannot parse."""
-    return _wrong(url, f"cannot be used: {_ESCAPE}")
+    return _wrong(url, f"cannot be used: {_ESCAPE}", about="url")
 
 
-def _wrong(url: str, why: str) -> SettingsError:
-    return SettingsError(f"the Redis URL {shown(url)!r} {why}")
+def _wrong(url: str, why: str, *, about: str) -> SettingsError:
+    return SettingsError(f"the Redis URL {shown(url)!r} {why}", about=about)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,12 +119,13 @@ class SentinelURL:
         hosts, _, master = place.partition("/")
         sentinels = tuple(_address(item, url) for item in hosts.split(","))
         if not master:
-            raise _wrong(url, f"names no master: write {SENTINEL_FORM}")
+            raise _wrong(url, f"names no master: write {SENTINEL_FORM}", about="master")
         if not _WORD.fullmatch(master):
             raise _wrong(
                 url,
                 "names a master with characters other than letters, digits, '.', '-' and '_' "
                 "(a database is given as ?db=0)",
+                about="master",
             )
         tls = {name: value for name, value in options.items() if name.startswith("ssl")}
         tls |= {"ssl": True} if tls else {}
@@ -145,15 +151,17 @@ def _address(item: str, url: str) -> tuple[str, int]:
             ipaddress.IPv6Address(host)
         except ValueError:
             raise _wrong(
-                url, f"has brackets around a host that is not an IPv6 address: write {SENTINEL_FORM}"
+                url,
+                f"has brackets around a host that is not an IPv6 address: write {SENTINEL_FORM}",
+                about="IPv6",
             ) from None
     elif not _WORD.fullmatch(host):
         what = (
             "an unreadable host (write an IPv6 address in brackets)" if host else "a sentinel without a host"
         )
-        raise _wrong(url, f"has {what}: write {SENTINEL_FORM}")
+        raise _wrong(url, f"has {what}: write {SENTINEL_FORM}", about="host" if host else "sentinel")
     if colon and not (port.isascii() and port.isdecimal() and 0 < int(port) < 2**16):
-        raise _wrong(url, f"has a port that is not 1 to 65535: write {SENTINEL_FORM}")
+        raise _wrong(url, f"has a port that is not 1 to 65535: write {SENTINEL_FORM}", about="port")
     return host, int(port) if colon else SENTINEL_PORT
 
 
@@ -167,10 +175,12 @@ def _options(url: str) -> dict[str, Any]:
             # Parts of a password with a raw & or ? look like options: text that may be one is not shown.
             harmless = _WORD.fullmatch(name) and "@" not in query and "password" not in query
             raise _wrong(
-                url, f"has {f'the option {name!r}' if harmless else 'a wrong option'}; {_ALLOWED[scheme]}"
+                url,
+                f"has {f'the option {name!r}' if harmless else 'a wrong option'}; {_ALLOWED[scheme]}",
+                about="option",
             )
         if name in options:
-            raise _wrong(url, f"has the option {name} twice")
+            raise _wrong(url, f"has the option {name} twice", about=name)
         options[name] = _value(url, name, unquote(text))
     return options
 
@@ -178,16 +188,18 @@ def _options(url: str) -> dict[str, Any]:
 def _value(url: str, name: str, text: str) -> Any:
     """The value of one option."""
     if name == "db" and not (text.isascii() and text.isdecimal()):
-        raise _wrong(url, "names a database that is not a number: write ?db=0")
+        raise _wrong(url, "names a database that is not a number: write ?db=0", about="db")
     if name == "ssl" and text != "true":
-        raise _wrong(url, "has ssl with a value other than true: leave it out if there is no TLS")
+        raise _wrong(
+            url, "has ssl with a value other than true: leave it out if there is no TLS", about="ssl"
+        )
     if name == "ssl_cert_reqs" and text not in ("none", "optional", "required"):
-        raise _wrong(url, "must say none, optional or required for ssl_cert_reqs")
+        raise _wrong(url, "must say none, optional or required for ssl_cert_reqs", about="ssl_cert_reqs")
     try:
         parse: Callable[[str], Any] = URL_QUERY_ARGUMENT_PARSERS.get(name, str)  # type: ignore[assignment]  # of many types
         value = parse(text)
     except (TypeError, ValueError):
         value = ""
     if value in ("", None):
-        raise _wrong(url, f"has an empty or impossible value for {name}")
+        raise _wrong(url, f"has an empty or impossible value for {name}", about=name)
     return value

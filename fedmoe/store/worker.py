@@ -100,8 +100,10 @@ class WorkerStore:
             raise DamagedExpertError(self.expert, "its spec is missing")
         where = f"there is no expert {self.expert!r} at {self.connection.settings.shown}"
         if not names:
-            raise NoExpertsError(f"{where}; there are none yet: start `fedmoe aggregator run`")
-        raise UnknownExpertError(f"{where}; there are {', '.join(names)}")
+            raise NoExpertsError(
+                f"{where}; there are none yet: start `fedmoe aggregator run`", about=self.expert
+            )
+        raise UnknownExpertError(f"{where}; there are {', '.join(names)}", about=self.expert)
 
     def meta(self) -> Meta:
         """The expert's meta hash. Raises ProtocolError if worker and aggregators speak another protocol."""
@@ -130,12 +132,14 @@ class WorkerStore:
         if protocol < records.PROTOCOL:
             raise ProtocolError(
                 f"the aggregators of expert {self.expert!r} speak protocol {protocol} and this worker protocol "
-                f"{records.PROTOCOL}: upgrade the FedMoE of the aggregators first"
+                f"{records.PROTOCOL}: upgrade the FedMoE of the aggregators first",
+                about="protocol",
             )
         if odd := features.lacking(features.UPDATES_REQUIRE, knows):
             raise ProtocolError(
                 f"this worker's updates need {', '.join(odd)}, which the aggregators of expert {self.expert!r} do not "
-                "know: upgrade the FedMoE of the aggregators first"
+                "know: upgrade the FedMoE of the aggregators first",
+                about="requires",
             )
 
     def pull(self, spec: Spec, *, known: str) -> Pull:
@@ -275,7 +279,9 @@ class WorkerStore:
                     self._redis.delete(*blobs)
                 raise
         if replies[: len(blobs)] != [len(blob) for blob in blobs.values()]:
-            raise IncompleteUpdateError("the update is incomplete on the server; the worker resends it")
+            raise IncompleteUpdateError(
+                "the update is incomplete on the server; the worker resends it", about="parts"
+            )
         return str(entry_id.decode())
 
     def _hold_back_if_nearly_full(self, n_bytes: int) -> None:
@@ -293,7 +299,8 @@ class WorkerStore:
             if share > NEARLY_FULL and self._redis.xrange(self.keys.updates, count=1):
                 raise RedisUnavailableError(
                     f"Redis at {self.connection.settings.shown} is nearly full and updates wait: "
-                    "this worker holds its update back"
+                    "this worker holds its update back",
+                    about="maxmemory",
                 )
 
     def next_incarnation(self) -> int:

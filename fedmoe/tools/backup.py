@@ -90,24 +90,28 @@ def back_up(
     except FedMoEError:
         raise  # RedisUnavailableError is an OSError too
     except OSError as error:
-        raise BackupError(_explain(error, target)) from error
+        raise BackupError(_explain(error, target), about="disk") from error
 
 
 def _check_target(target: Path) -> None:
     if target.is_dir() and any(target.iterdir()):
         dated = target.with_name(f"{target.name}-{time.strftime('%Y-%m-%d-%H%M%S')}")
-        raise BackupError(f"{target} is not empty: give each backup a name of its own, like {dated}")
+        raise BackupError(
+            f"{target} is not empty: give each backup a name of its own, like {dated}", about="directory"
+        )
     if target.exists() and not target.is_dir():
-        raise BackupError(f"{target} is a file: give the backup another name")
+        raise BackupError(f"{target} is a file: give the backup another name", about="file")
 
 
 def _choose(weights: Mapping[str, str], names: Sequence[str], *, where: str) -> dict[str, str]:
     """The named experts of `weights`; all of them if `names` is empty."""
     if not weights:
-        raise BackupError(f"there are no experts {where}")
+        raise BackupError(f"there are no experts {where}", about="experts")
     for name in names:
         if name not in weights:
-            raise UnknownExpertError(f"there is no expert {name!r} {where}; there are: {', '.join(weights)}")
+            raise UnknownExpertError(
+                f"there is no expert {name!r} {where}; there are: {', '.join(weights)}", about=name
+            )
     return {name: weights[name] for name in (names or weights)}
 
 
@@ -147,7 +151,9 @@ def _write_expert(directory: Path, name: str, state: ExpertState, gateway_weight
             files=files,
         )
     except ValueError as error:
-        raise BackupError(f"the gateway weight of {name} is {gateway_weight!r}, not a number") from error
+        raise BackupError(
+            f"the gateway weight of {name} is {gateway_weight!r}, not a number", about="gateway_weight"
+        ) from error
 
 
 def _state_lines(state: ExpertState) -> Iterator[bytes]:
@@ -175,7 +181,7 @@ class Backup:
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         if not self.directory.is_dir():
-            raise BackupError(f"there is no directory {directory}")
+            raise BackupError(f"there is no directory {directory}", about="directory")
         content = self._read_json(self.directory / MANIFEST)
         try:
             made_by_format = int(content["format"])
@@ -184,24 +190,29 @@ class Backup:
                     "upgrade it" if made_by_format > FORMAT else "restore it with the FedMoE that made it"
                 )
                 raise BackupError(
-                    f"the backup {directory} has format {made_by_format}, this FedMoE reads {FORMAT}: {remedy}"
+                    f"the backup {directory} has format {made_by_format}, this FedMoE reads {FORMAT}: {remedy}",
+                    about="format",
                 )
             self.prefix = str(content["prefix"])
             self.experts = {check_expert(name): Saved(**saved) for name, saved in content["experts"].items()}
         except BackupError:
             raise
         except (FedMoEError, LookupError, TypeError, ValueError, AttributeError) as error:
-            raise BackupError(f"{self.directory / MANIFEST} is damaged or not of a FedMoE backup") from error
+            raise BackupError(
+                f"{self.directory / MANIFEST} is damaged or not of a FedMoE backup", about=MANIFEST
+            ) from error
 
     def _read_json(self, path: Path) -> Any:
         try:
             return json.loads(path.read_bytes())
         except FileNotFoundError as error:
-            raise BackupError(f"{self.directory} is not a backup: it has no {path.name}") from error
+            raise BackupError(
+                f"{self.directory} is not a backup: it has no {path.name}", about="backup"
+            ) from error
         except OSError as error:
-            raise BackupError(f"cannot read {path} ({error.strerror})") from error
+            raise BackupError(f"cannot read {path} ({error.strerror})", about=path.name) from error
         except (ValueError, RecursionError) as error:
-            raise BackupError(f"{path} is damaged or not of a FedMoE backup") from error
+            raise BackupError(f"{path} is damaged or not of a FedMoE backup", about=path.name) from error
 
     def load(self, name: str) -> ExpertState:
         """Load one expert, and check every file against its digest.
@@ -221,12 +232,15 @@ class Backup:
                 dead=_lines(content["dead"]),
             )
         except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
-            raise BackupError(f"{self.directory / name / STATE_FILE} is not of a FedMoE backup") from error
+            raise BackupError(
+                f"{self.directory / name / STATE_FILE} is not of a FedMoE backup", about=STATE_FILE
+            ) from error
         _, meta = state.check(name)
         saved = self.experts[name]
         if (meta.version, meta.lineage, meta.commit) != (saved.version, saved.lineage, saved.commit):
             raise BackupError(
-                f"{self.directory / MANIFEST} is damaged: it describes another state of {name} than the backup holds"
+                f"{self.directory / MANIFEST} is damaged: it describes another state of {name} than the backup holds",
+                about="experts",
             )
         return state
 
@@ -235,10 +249,13 @@ class Backup:
         try:
             content = path.read_bytes()
         except OSError as error:
-            raise BackupError(f"the backup is damaged: cannot read {path} ({error.strerror})") from error
+            raise BackupError(
+                f"the backup is damaged: cannot read {path} ({error.strerror})", about=file
+            ) from error
         if hashlib.sha256(content).hexdigest() != self.experts[name].files[file]:
             raise BackupError(
-                f"the backup is damaged: {path} does not match its digest in {MANIFEST}; nothing was restored"
+                f"the backup is damaged: {path} does not match its digest in {MANIFEST}; nothing was restored",
+                about=file,
             )
         return content
 

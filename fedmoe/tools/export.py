@@ -132,7 +132,8 @@ def read_gateway(store: GatewayStore, kind: str = "") -> Export:
     except UnknownExpertError as error:
         raise UnknownExpertError(
             "this federation trains no gateway: let the workers of an expert train it (fedmoe expert set EXPERT "
-            "--train both), or take the merged one (--kind merged)"
+            "--train both), or take the merged one (--kind merged)",
+            about="gateway",
         ) from error
 
 
@@ -148,11 +149,11 @@ def read_merged(store: GatewayStore) -> Export:
     """Read the merged gateway from Redis, even if experts changed since it was built; raises as `read_gateway`."""
     loaded = store.load_merged()
     if loaded is None:
-        raise UnknownExpertError(_why_no_gateway(Inspector(store.connection).federation()))
+        raise UnknownExpertError(_why_no_gateway(Inspector(store.connection).federation()), about="gateway")
     merged, file = loaded
     config = merged.config
     if not {"base_model_name_or_path", "r"} <= config.keys() or merged.updated_at is None:
-        raise SpecError("the merged gateway's meta hash is malformed; was it edited by hand?")
+        raise SpecError("the merged gateway's meta hash is malformed; was it edited by hand?", about="config")
     built_from: dict[str, dict[str, str | int]] = {n: one._asdict() for n, one in merged.experts.items()}
     info = {
         "base_model": str(config["base_model_name_or_path"]),
@@ -231,7 +232,7 @@ def write(directory: str | Path, export: Export, *, force: bool = False) -> str:
             template.unlink()
         _remove_staging_of_before(target)
     except OSError as error:
-        raise SettingsError(_explain(error, target, len(export.file))) from error
+        raise SettingsError(_explain(error, target, len(export.file)), about="disk") from error
     if before in (None, export.config):
         return ""
     return (
@@ -242,20 +243,22 @@ def write(directory: str | Path, export: Export, *, force: bool = False) -> str:
 
 def _check_target(target: Path, *, force: bool) -> None:
     if target.exists() and not target.is_dir():
-        raise SettingsError(f"{target} is a file: choose a directory")
+        raise SettingsError(f"{target} is a file: choose a directory", about="file")
     if (
         target / "config.json"
     ).exists():  # even with force: the bare model could no longer be loaded from this directory
         raise SettingsError(
             f"{target} holds a model (config.json), which would then always be loaded with this adapter: choose "
-            "another directory"
+            "another directory",
+            about="config.json",
         )
     if force or not target.is_dir() or (target / INFO_FILE).exists():
         return
     if any(path.name != HOME and not _STAGING_BEFORE.fullmatch(path.name) for path in target.iterdir()):
         what = "an adapter" if (target / CONFIG_FILE).exists() else "files"
         raise SettingsError(
-            f"{target} holds {what} that FedMoE did not export: choose another directory, or --force to write into it"
+            f"{target} holds {what} that FedMoE did not export: choose another directory, or --force to write into it",
+            about=what.removeprefix("an "),
         )
 
 
@@ -277,7 +280,8 @@ def _check_replaceable(target: Path, before: Mapping[str, Any], now: Mapping[str
     if odd := sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key)):
         raise SettingsError(
             f"{target} holds an adapter of another kind ({odd[0]} {old.get(odd[0])!r}, now {new.get(odd[0])!r}), and a "
-            "program that loads it while it is replaced could mix both: choose another directory, or --force"
+            "program that loads it while it is replaced could mix both: choose another directory, or --force",
+            about=odd[0],
         )
 
 
@@ -319,7 +323,8 @@ def _write_files(directory: Path, export: Export) -> None:
     except SafetensorError as error:
         raise SpecError(
             f"the weights of {export.name} in Redis are not a safetensors file ({error}); "
-            "was the key written by something else?"
+            "was the key written by something else?",
+            about="safetensors",
         ) from error
 
 

@@ -75,10 +75,10 @@ def find_files(texts: Sequence[str], experts: Sequence[str]) -> dict[str, Path]:
         elif equals:
             here = {check_name("domain", name): Path(file)}
         else:
-            raise SettingsError(f"--data {text!r} is neither a directory nor expert=file.jsonl")
+            raise SettingsError(f"--data {text!r} is neither a directory nor expert=file.jsonl", about="data")
         if twice := sorted(found.keys() & here.keys() | {MEAN} & here.keys()):
             why = "is reserved for the mean of all domains" if twice[0] == MEAN else "occurs twice"
-            raise SettingsError(f"the domain {twice[0]!r} {why}: give it another name")
+            raise SettingsError(f"the domain {twice[0]!r} {why}: give it another name", about=twice[0])
         found |= here
     return found
 
@@ -92,7 +92,8 @@ def _in_directory(directory: Path, experts: Sequence[str]) -> dict[str, Path]:
     if not found:
         wanted = ", ".join(f"{name}.test.jsonl" for name in experts)
         raise DataError(
-            f"{directory} holds none of {wanted}: name the files, for example --data {experts[0]}=FILE"
+            f"{directory} holds none of {wanted}: name the files, for example --data {experts[0]}=FILE",
+            about="data",
         )
     return found
 
@@ -118,7 +119,9 @@ def read_federation(
             specs.pop(name, None)
             report(f"{name} is left out: {error}")
     if not specs:
-        raise UnknownExpertError("there are no experts to evaluate yet: start `fedmoe aggregator run`")
+        raise UnknownExpertError(
+            "there are no experts to evaluate yet: start `fedmoe aggregator run`", about="experts"
+        )
     rows = {GATEWAY: ""} | ({MERGED: "merged"} if is_gateway_trained(store) else {})
     for row, kind in rows.items():
         try:
@@ -137,14 +140,18 @@ def read_directory(directory: Path) -> Adapter:
     version = version_of(directory)  # an export may replace the files while they are read
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (version / name).is_file():
-            raise SettingsError(f"{directory} is not an adapter's directory: it holds no {name}")
+            raise SettingsError(f"{directory} is not an adapter's directory: it holds no {name}", about=name)
     try:
         config = PeftConfig.from_pretrained(str(version))
         file = (version / WEIGHTS_FILE).read_bytes()
     except Exception as error:  # peft raises many unrelated types
-        raise SettingsError(f"the adapter in {directory} cannot be read ({error})") from error
+        raise SettingsError(
+            f"the adapter in {directory} cannot be read ({error})", about="adapter"
+        ) from error
     if config.peft_type != PeftType.LORA:
-        raise SettingsError(f"the adapter in {directory} is {config.peft_type}, only LoRA can be evaluated")
+        raise SettingsError(
+            f"the adapter in {directory} is {config.peft_type}, only LoRA can be evaluated", about="peft_type"
+        )
     # The adapter's weights replace the initial ones, so skip special initialisations, some of which take minutes.
     return Adapter(file=file, config=config.to_dict() | {"init_lora_weights": True})
 
@@ -164,7 +171,7 @@ def measure(store: GatewayStore, settings: HeldOutSettings, *, report: Callable[
     adapters |= {name: Adapter(file=export.file, config=export.config) for name, export in exports.items()}
     for name, directory in settings.extra.items():
         if name in adapters:
-            raise SettingsError(f"the adapter's name {name!r} is taken: give it another one")
+            raise SettingsError(f"the adapter's name {name!r} is taken: give it another one", about="name")
         adapters[name] = read_directory(directory)
     base_model = settings.base_model or next(iter(specs.values())).base_model
     config = load_config(base_model)
@@ -218,7 +225,7 @@ def _check_base(
         with_template = _with_template(tokenizer, template)
         here = BaseIdentity(fingerprint=print_of_base, tokenizer=tokenizer_fingerprint(with_template))
         if refusal := here.refusal(store.meta(name), name):
-            raise BaseModelError(refusal)
+            raise BaseModelError(refusal, about=here.differing(store.meta(name))[0])
 
 
 def _with_template(tokenizer: PreTrainedTokenizerBase, template: str) -> PreTrainedTokenizerBase:

@@ -139,15 +139,19 @@ def check(owner: Any) -> None:
             continue
         which = Declared(said.option or one.name, one.type, one.default, said)
         if said.choices and value not in said.choices:
-            raise SettingsError(f"{which.name} must be one of {', '.join(said.choices)}, not {value!r}")
+            raise SettingsError(
+                f"{which.name} must be one of {', '.join(said.choices)}, not {value!r}", about=which.name
+            )
         if which.number and not _is_within(value, which):
-            raise SettingsError(f"{which.name} must be {bounds(which)}, not {value!r}")
+            raise SettingsError(f"{which.name} must be {bounds(which)}, not {value!r}", about=which.name)
 
 
 def check_whole(name: str, value: object, *, at_least: int) -> None:
     """Raise SettingsError unless `value` is a whole number of at least `at_least`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
-        raise SettingsError(f"{name} must be a whole number of at least {at_least}, not {value!r}")
+        raise SettingsError(
+            f"{name} must be a whole number of at least {at_least}, not {value!r}", about=name
+        )
 
 
 def _is_within(value: Any, which: Declared) -> bool:

@@ -17,18 +17,25 @@ def read_template(path: Path) -> str:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise SettingsError(f"the chat template {path} is not UTF-8 text: save it as UTF-8") from error
+        raise SettingsError(
+            f"the chat template {path} is not UTF-8 text: save it as UTF-8", about="UTF-8"
+        ) from error
     except OSError as error:
         raise SettingsError(
             f"the chat template {path} cannot be read ({error.strerror or error}): "
-            "give --chat-template a file with Jinja text"
+            "give --chat-template a file with Jinja text",
+            about="file",
         ) from error
     if not text.strip():
-        raise SettingsError(f"the chat template {path} is empty: give --chat-template a file with Jinja text")
+        raise SettingsError(
+            f"the chat template {path} is empty: give --chat-template a file with Jinja text",
+            about="chat_template",
+        )
     if len(text) > MAX_TEMPLATE_CHARS:
         raise SettingsError(
             f"the chat template {path} has {len(text)} characters, at most {MAX_TEMPLATE_CHARS} are allowed: "
-            "is it the right file?"
+            "is it the right file?",
+            about="length",
         )
     return text.removesuffix("\n")
 

@@ -48,7 +48,7 @@ def make_spec(layout: Layout, wire_format: str, **changes: object) -> Spec:
         lora=LoraSettings(rank=min(first), alpha=2.0 * min(first)),
         wire_format=wire_format,
     )
-    return replace(spec, **changes)  # type: ignore[arg-type]  # whoever names a field gives its type
+    return replace(spec, **changes)
 
 
 def create_expert(

@@ -113,7 +113,7 @@ def train(pipe: Any, url: str, expert: str, hidden: int, state_dir: Path) -> Non
         ahead_s = 0.0
         sync = wire(
             store, ledger, exchange, spec, identity=BaseIdentity(fingerprint=FINGERPRINT), state_dir=state,
-            data="bench", clock=lambda: time.monotonic() + ahead_s,  # noqa: B023 - the change below is meant
+            data="bench", clock=lambda: time.monotonic() + ahead_s,  # noqa: B023  # the change below is meant
         )  # fmt: skip
         ahead_s = ledger.meta.rules.sync_interval_s / 2
         thread = threading.Thread(target=sync.run, daemon=True)

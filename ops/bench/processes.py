@@ -90,7 +90,7 @@ class Processes:
             process = subprocess.Popen(
                 arguments, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT,
                 start_new_session=True, env=clean_environment() | environment,
-                preexec_fn=_die_with_parent,  # noqa: PLW1509 - nothing of it takes a lock
+                preexec_fn=_die_with_parent,  # noqa: PLW1509  # nothing of it takes a lock
             )  # fmt: skip
 
         def kill() -> None:

@@ -11,7 +11,6 @@ from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fedmoe.data.encode import Answer, Example
-from fedmoe.model.adapter import attach_adapter, use_adapter
+from fedmoe.model.adapter import attach_adapter, switch_to
 from fedmoe.protocol.identity import BaseIdentity
 from fedmoe.protocol.names import GATEWAY, name_on_gateway
 from fedmoe.protocol.rules import TrainingSettings
@@ -54,7 +53,7 @@ def train(pipe: Any, url: str, experts: Sequence[str], name: str, hidden: int, s
         model = adapted
         trainer = Trainer(
             model=adapted, flat=flat, examples=[row] * 8, pad_id=0, settings=meta.rules.training, seed=0,
-            device=torch.device("cpu"), activate=partial(use_adapter, adapted, expert),
+            device=torch.device("cpu"), activate=switch_to(adapted, expert),
         )  # fmt: skip
         member.begin(trainer, data="bench")
         members[expert] = member

@@ -198,7 +198,7 @@ def run_worker(place: Place, name: str, arm: Arm | None, without: str = "") -> N
             out.write(f"{store.worker} {header.run} {header.seq} {header.n_examples} {content}\n")
         return publish(store, header, parts)
 
-    WorkerStore.publish = noted  # type: ignore[method-assign]
+    WorkerStore.publish = noted
     began_before = bool(name_in(place.state(name)))
     if (
         began_before

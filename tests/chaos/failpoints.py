@@ -95,10 +95,10 @@ class Failpoints:
             return reply
 
         # Into the libraries, from outside, so that the product has no failpoints in it.
-        AbstractConnection.send_packed_command = send_packed_command  # type: ignore[method-assign]
-        AbstractConnection.read_response = read_response  # type: ignore[method-assign]
+        AbstractConnection.send_packed_command = send_packed_command
+        AbstractConnection.read_response = read_response
         os.fsync = self._around(os.fsync)
-        Path.replace = self._around(Path.replace)  # type: ignore[method-assign]
+        Path.replace = self._around(Path.replace)
 
     def _around(self, step: Callable[..., Any]) -> Callable[..., Any]:
         def around(*args: Any) -> Any:
@@ -119,7 +119,7 @@ class Failpoints:
         while frame is not None:
             if any(place in frame.f_code.co_filename for place in WHERE) and "." in frame.f_code.co_qualname:
                 found = frame.f_code.co_qualname
-            frame = frame.f_back  # type: ignore[assignment]
+            frame = frame.f_back
         return None if found is None or "<" in found else found
 
     def _comes_next(self, method: str) -> bool:
@@ -149,6 +149,6 @@ if __name__ == "__main__":
     import fedmoe.cli.main
 
     _method, _passage, _action, _journal = sys.argv[1:5]
-    Failpoints(Arm(_method, int(_passage), _action), Path(_journal), _method).install()  # type: ignore[arg-type]  # a word
+    Failpoints(Arm(_method, int(_passage), _action), Path(_journal), _method).install()
     sys.argv = ["fedmoe", *sys.argv[5:]]
     fedmoe.cli.main.main()

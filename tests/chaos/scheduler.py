@@ -289,7 +289,7 @@ class Chaos:
 
     def _commit(self) -> bytes | None:
         with suppress(redis.RedisError):
-            return self.connection.client.hget(self.connection.keys.expert(WATCHED).meta, "commit")  # type: ignore[no-any-return]
+            return self.connection.client.hget(self.connection.keys.expert(WATCHED).meta, "commit")
         return None
 
     def _watch(self, recoveries: Recoveries, since: float) -> None:

@@ -14,11 +14,11 @@ def _no_commit_check() -> None:
         pipe.watch(store.keys.meta)
         return {}
 
-    ExpertStore.check_head = unchecked  # type: ignore[method-assign]
+    ExpertStore.check_head = unchecked
 
 
 def _no_prev() -> None:
-    consumers.expert.judge_header = _any_prev  # type: ignore[assignment]
+    consumers.expert.judge_header = _any_prev
 
 
 def _late_checkpoint() -> None:
@@ -28,7 +28,7 @@ def _late_checkpoint() -> None:
         if not checkpoint.ledger.queue:
             save(state_dir, checkpoint)
 
-    StateDir.save = late  # type: ignore[method-assign]
+    StateDir.save = late
 
 
 RULES: dict[str, Callable[[], None]] = {

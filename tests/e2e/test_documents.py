@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -179,9 +179,8 @@ def typed(one: Command, shell: Shell) -> str:
         code, printed = shell.type(text)
         return f"{one}\nexit code {code}\n{printed}" if code else ""
     log = shell.open_terminal(text)
-    wait: Callable[[], bool] = lambda: is_ready(text, shell, log)  # noqa: E731
     try:
-        eventually(text, wait, timeout_s=120)
+        eventually(text, lambda: is_ready(text, shell, log), timeout_s=120)
     except AssertionError as error:
         return f"{one}\n{error}\n{log.read_text()}"
     return ""

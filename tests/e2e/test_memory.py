@@ -63,10 +63,10 @@ def test_memory_is_bounded_by_the_experts(
                 eventually(
                     f"version {version * 2} of {name}",
                     lambda n=name, v=version: store.meta(n).version == v * 2,
-                )  # type: ignore[misc]
+                )
             for worker in workers.values():
                 worker.pull()
-        eventually("a gateway", lambda: store.merged().experts["a"].version == 10)  # type: ignore[union-attr]
+        eventually("a gateway", lambda: store.merged().experts["a"].version == 10)
         status = Path(f"/proc/{aggregator.pid}/status").read_text()
         peak_mib = int(status.split("VmHWM:")[1].split()[0]) / 1024
         assert terminate(aggregator) == 0

@@ -59,7 +59,7 @@ def test_two_experts_learn_from_three_workers(
         present = {name: store.meta(name).weights_commit for name in ("red", "blue")}
         eventually(
             "a gateway of the last versions",
-            lambda: {n: b.weights_commit for n, b in store.merged().experts.items()} == present,  # type: ignore[union-attr]
+            lambda: {n: b.weights_commit for n, b in store.merged().experts.items()} == present,
         )
         assert terminate(aggregator) == 0
 

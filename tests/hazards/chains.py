@@ -144,7 +144,7 @@ def h05_old_checkpoint(world: World) -> None:
     a0 = world.aggregator()
     alice = world.worker("alice", state=True)
     alice.push()
-    file = alice.state_dir.file  # type: ignore[union-attr]
+    file = alice.state_dir.file
     backup = file.read_bytes()
     for _ in range(2):
         a0.turn()

@@ -211,11 +211,11 @@ def before_commit(expert: Expert | None, action: Callable[[], None]) -> None:
     commit = expert.commit
 
     def paused(batch: object) -> None:
-        expert.commit = commit  # type: ignore[method-assign]
+        expert.commit = commit
         action()
-        commit(batch)  # type: ignore[arg-type]
+        commit(batch)
 
-    expert.commit = paused  # type: ignore[method-assign, assignment]
+    expert.commit = paused
 
 
 def h12_group_was_lost(world: World) -> None:
@@ -346,7 +346,7 @@ def h00_clocks_run_wild(world: World) -> None:
             late.push()
             world.settle(a0, alice, late)
         log = [line[b"staleness"] + b" " + line[b"factor"] for _, line in world.redis.xrange(world.keys.log)]
-        return bytes(world.flat.numpy().tobytes()), log, world.meta.refused, late.last_decision.reason  # type: ignore[union-attr]
+        return bytes(world.flat.numpy().tobytes()), log, world.meta.refused, late.last_decision.reason
 
     jumps = iter([4e9, -1.0, 0.0, 1.7e9, 1e15, 3.0] * 1000)
     expect(play(lambda: 1.7e9) == play(lambda: next(jumps)), "clocks enter the outcome")

@@ -38,7 +38,7 @@ class Stepper:
         steps: list[Step] = []
         pool = connection.client.connection_pool
 
-        class Stepped(pool.connection_class):  # type: ignore[misc, name-defined]
+        class Stepped(pool.connection_class):  # type: ignore[name-defined]  # the class is known at run time only
             def send_packed_command(self, command: Any, check_health: bool = True) -> None:
                 request = command if isinstance(command, bytes) else b"".join(command)
                 due = [step for step in steps if step.is_due(request)]

@@ -189,7 +189,7 @@ class AggregatorProcess:
         """So many turns of its loop, errors included, until somebody kills it."""
         for _ in range(turns):
             with suppress(TurnOver, Killed):
-                self.server.run(OneTurn())  # type: ignore[arg-type]
+                self.server.run(OneTurn())
 
     def read(self) -> list[Entry]:
         """XREADGROUP, and pause before deciding."""

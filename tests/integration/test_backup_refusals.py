@@ -12,12 +12,19 @@ from typing import Any
 
 import pytest
 
-from fedmoe.errors import BackupError, FedMoEError, RedisUnavailableError, UnknownExpertError
+from fedmoe.errors import (
+    BackupError,
+    FedMoEError,
+    RedisUnavailableError,
+    RedisUnfitError,
+    UnknownExpertError,
+)
 from fedmoe.settings import RedisSettings
 from fedmoe.store.backup import BackupStore, ExpertState
 from fedmoe.store.connection import Connection
 from fedmoe.tools.backup import Backup, back_up, restore
 from tests.backups import NAME, backed_up, content, make
+from tests.errors import raises
 from tests.federation import small_spec
 from tests.processes import environment, eventually
 
@@ -43,32 +50,32 @@ def test_damage_is_one_sentence_and_nothing_is_written(
     elif how == "cut":
         path.write_bytes(raw[:-1])
     connection.client.flushall()
-    with pytest.raises(BackupError, match=rf"the backup is damaged: .*{path}") as caught:
+    with raises(BackupError, about=file, cause=FileNotFoundError if how == "gone" else None) as caught:
         restore(BackupStore(connection), Backup(tmp_path / "b"))
     assert "\n" not in str(caught.value)
     assert connection.client.keys() == []
 
 
 @pytest.mark.parametrize(
-    ("change", "sentence"),
+    ("change", "about"),
     [
-        ({"format": 3}, "has format 3, this FedMoE reads 2: upgrade it"),
-        ({"format": 1}, "has format 1, this FedMoE reads 2: restore it with the FedMoE that made it"),
-        ({"format": None}, "is damaged or not of a FedMoE backup"),
-        ({"experts": {}}, "there are no experts in the backup"),
-        ({"experts": []}, "is damaged"),
-        ({"experts": {"../b/sql_expert": NAME}}, "is damaged"),
-        ({"experts": {NAME: {"version": 1}}}, "is damaged"),
-        ({NAME: {"version": 3}}, "it describes another state of sql_expert than the backup holds"),
-        ({NAME: {"gateway_weight": "nan"}}, "is damaged"),
+        ({"format": 3}, "format"),
+        ({"format": 1}, "format"),
+        ({"format": None}, "manifest.json"),
+        ({"experts": {}}, "experts"),
+        ({"experts": []}, "manifest.json"),
+        ({"experts": {"../b/sql_expert": NAME}}, "manifest.json"),
+        ({"experts": {NAME: {"version": 1}}}, "manifest.json"),
+        ({NAME: {"version": 3}}, "experts"),
+        ({NAME: {"gateway_weight": "nan"}}, "manifest.json"),
         (
             {NAME: {"files": ["adapter_model.safetensors", "adapter_config.json", "expert.json"]}},
-            "is damaged",
+            "manifest.json",
         ),
     ],
 )
 def test_a_manifest_that_is_none_is_one_sentence(
-    connection: Connection, tmp_path: Path, change: dict[str, Any], sentence: str
+    connection: Connection, tmp_path: Path, change: dict[str, Any], about: str
 ) -> None:
     """A newer format, a hand that edited it, names that would lead out of the directory."""
     make(connection)
@@ -80,48 +87,48 @@ def test_a_manifest_that_is_none_is_one_sentence(
     if change.get("experts") == {"../b/sql_expert": NAME}:
         change = {"experts": {"../b/sql_expert": manifest["experts"][NAME]}}
     path.write_text(json.dumps(manifest | {k: v for k, v in change.items() if k != NAME}))
-    with pytest.raises(BackupError, match=sentence):
+    with raises(BackupError, about=about):
         restore(BackupStore(connection), Backup(tmp_path / "b"))
     assert connection.client.keys() == []
 
 
 def test_what_is_no_backup_is_one_sentence(connection: Connection, tmp_path: Path) -> None:
     """No directory, no manifest, no JSON, an expert it does not hold."""
-    with pytest.raises(BackupError, match=f"there is no directory {tmp_path / 'none'}"):
+    with raises(BackupError, about="directory"):
         Backup(tmp_path / "none")
-    with pytest.raises(BackupError, match=r"is not a backup: it has no manifest\.json"):
+    with raises(BackupError, about="backup"):
         Backup(tmp_path)
     (tmp_path / "manifest.json").write_bytes(b"\xff{")
-    with pytest.raises(BackupError, match="is damaged or not of a FedMoE backup"):
+    with raises(BackupError, about="manifest.json", cause=ValueError):
         Backup(tmp_path)
     make(connection)
     backup = backed_up(connection, tmp_path / "b")
-    with pytest.raises(UnknownExpertError, match=r"no expert 'x' in the backup .*/b; there are: sql_expert"):
+    with raises(UnknownExpertError, about="x"):
         restore(BackupStore(connection), backup, ["x"])
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "sentence"),
+    ("key", "value", "about"),
     [
-        ("spec", "{}", "sql_expert: the stored spec is malformed"),
+        ("spec", "{}", "spec"),
         (
             "spec",
             None,
-            "sql_expert: its parts do not belong together .its spec has digest .* its meta expects",
+            "damage",
         ),
-        ("weights", "short", "sql_expert: the stored weights .* are not an adapter"),
-        ("weights", "", "expert 'sql_expert' has no weights in Redis"),
+        ("weights", "short", "weights"),
+        ("weights", "", "sql_expert"),
     ],
 )
 def test_what_cannot_be_restored_is_not_backed_up(
-    connection: Connection, tmp_path: Path, key: str, value: str | None, sentence: str
+    connection: Connection, tmp_path: Path, key: str, value: str | None, about: str
 ) -> None:
     """A backup that nothing can be made of would be found out too late; --expert saves the others."""
     make(connection)
     make(connection, "a")
     value = small_spec(wire_format="int8").to_json() if value is None else value
     connection.client.set(f"fedmoe:{{sql_expert}}:{key}", value)
-    with pytest.raises(FedMoEError, match=sentence):
+    with raises(FedMoEError, about=about):
         backed_up(connection, tmp_path / "b")
     assert os.listdir(tmp_path) == []
     assert list(backed_up(connection, tmp_path / "b", "a").experts) == ["a"]
@@ -134,9 +141,7 @@ def test_a_backup_of_a_spec_that_does_not_fit_is_refused(connection: Connection,
     meta = store.read(NAME).meta
     connection.client.hset("fedmoe:{sql_expert}:meta", "spec", "0" * 16)
     state = store.read(NAME)
-    with pytest.raises(
-        BackupError, match=f"do not belong together .* its meta expects {'0' * 16}\\): use another backup"
-    ):
+    with raises(BackupError, about="damage"):
         state.check(NAME)
     connection.client.hset("fedmoe:{sql_expert}:meta", "spec", meta[b"spec"])
     for ids in ([b"2-0", b"1-0"], [b"0-0"], [b"1-1", b"1-1"], [b"18446744073709551616-0"], [b"1"]):
@@ -148,29 +153,29 @@ def test_a_backup_of_a_spec_that_does_not_fit_is_refused(connection: Connection,
             log=[(i, {b"a": b"b"}) for i in ids],
             dead=[],
         )
-        with pytest.raises(BackupError, match="entries of its log are not in order"):
+        with raises(BackupError, about="log"):
             bad.check(NAME)
 
 
 def test_nothing_to_back_up_is_one_sentence(connection: Connection, tmp_path: Path) -> None:
     """No experts, an unknown one, a weight that is no number, a name that would lead out of the directory."""
-    with pytest.raises(BackupError, match="there are no experts in Redis under the prefix 'fedmoe'"):
+    with raises(BackupError, about="experts"):
         backed_up(connection, tmp_path / "b")
     make(connection)
-    with pytest.raises(UnknownExpertError, match=r"no expert 'x' in Redis .*; there are: sql_expert"):
+    with raises(UnknownExpertError, about="x"):
         backed_up(connection, tmp_path / "b", "x")
     connection.client.hset("fedmoe:experts", NAME, "much")
-    with pytest.raises(BackupError, match="the gateway weight of sql_expert is 'much', not a number"):
+    with raises(BackupError, about="gateway_weight"):
         backed_up(connection, tmp_path / "b")
     connection.client.hset("fedmoe:experts", "../../x", "1")
-    with pytest.raises(FedMoEError, match="cannot be used"):
+    with raises(FedMoEError, about="expert"):
         backed_up(connection, tmp_path / "b")
     (tmp_path / "file").write_text("")
-    with pytest.raises(BackupError, match="is a file"):
+    with raises(BackupError, about="file"):
         backed_up(connection, tmp_path / "file")
     connection.client.delete("fedmoe:experts")
     connection.client.hset("fedmoe:experts", NAME, "1")
-    with pytest.raises(BackupError, match=r"cannot write the backup .* \((Not a directory|File exists)\)"):
+    with raises(BackupError, about="disk"):
         backed_up(connection, tmp_path / "file" / "b")
     assert os.listdir(tmp_path) == ["file"]
 
@@ -232,9 +237,7 @@ def test_redis_away_is_one_sentence(connection: Connection, tmp_path: Path) -> N
     backup = backed_up(connection, tmp_path / "b")
     away = BackupStore(Connection(RedisSettings(url="unix:///nowhere.sock")))
     for command in (lambda: back_up(away, tmp_path / "c"), lambda: restore(away, backup)):
-        with pytest.raises(
-            RedisUnavailableError, match=r"^Redis at unix:///nowhere.sock cannot be reached [^\n]*$"
-        ):
+        with raises(RedisUnavailableError, about="connection"):
             command()
     assert os.listdir(tmp_path) == ["b"]
 
@@ -250,7 +253,7 @@ def test_the_rights_that_are_documented_are_enough_and_needed(connection: Connec
     """
     make(connection)
     before = content(connection)
-    admin, refused = connection.client, "does not let this user run"
+    admin = connection.client
 
     def user(*rights: str) -> BackupStore:
         basis = ("reset", "on", ">pw", "+auth", "+hello", "+unwatch")
@@ -263,13 +266,13 @@ def test_the_rights_that_are_documented_are_enough_and_needed(connection: Connec
 
     try:
         for right in BACKUP_USER:
-            with pytest.raises(RedisUnavailableError, match=refused):
+            with raises(RedisUnfitError, about="rights"):
                 back_up(user("%R~fedmoe:*", *all_but(BACKUP_USER, right)), tmp_path / "b")
         assert os.listdir(tmp_path) == []
         back_up(user("%R~fedmoe:*", *BACKUP_USER), tmp_path / "b")
         backup = Backup(tmp_path / "b")
         for right in RESTORE_USER:
-            with pytest.raises(RedisUnavailableError, match=refused):
+            with raises(RedisUnfitError, about="rights"):
                 restore(user("~fedmoe:*", *all_but(RESTORE_USER, right)), backup, replace=True)
             assert content(connection) == before
         restore(user("~fedmoe:*", *RESTORE_USER), backup, replace=True)
@@ -285,7 +288,7 @@ def test_a_full_redis_refuses_a_restore_as_a_whole(connection: Connection, tmp_p
     backup = backed_up(connection, tmp_path / "b")
     connection.client.config_set("maxmemory", 1)
     try:
-        with pytest.raises(RedisUnavailableError, match="is full: raise its maxmemory"):
+        with raises(RedisUnavailableError, about="maxmemory"):
             restore(BackupStore(connection), backup, replace=True)
     finally:
         connection.client.config_set("maxmemory", 0)

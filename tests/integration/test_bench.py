@@ -139,7 +139,7 @@ class Odd(Contestant):
 
     def _start(self) -> None:
         for index in range(self.n_clients):
-            self.processes.call("clients", self.target, self.seats, index)  # type: ignore[arg-type]
+            self.processes.call("clients", self.target, self.seats, index)
 
 
 def lives(pid: int) -> bool:

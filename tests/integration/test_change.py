@@ -14,7 +14,7 @@ from consumers.expert import Expert
 from consumers.recovery.write_back import write_back
 from consumers.verify import replay
 from fedmoe.cli.main import cli
-from fedmoe.errors import FedMoEError, ProtocolError, SettingsError, StaleStateError
+from fedmoe.errors import DamagedExpertError, FedMoEError, ProtocolError, SettingsError, StaleStateError
 from fedmoe.protocol.lora import LoraSettings
 from fedmoe.protocol.lora_init import initial_weights
 from fedmoe.protocol.rules import RuleSet, TrainingSettings
@@ -25,6 +25,7 @@ from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore
 from producers import sync
 from tests.counting import CountingWorker, counting_spec, create_expert
+from tests.errors import raises
 from tests.federation import ScriptedWorker, make_expert, meta_of, serve, serving, small_spec
 from tests.processes import eventually
 from tests.rollback import Snapshot
@@ -137,7 +138,7 @@ def test_worker_takes_over_what_concerns_it(
     store = create_expert(connection, spec, sync_interval_s=0.5)
     adopted: list[TrainingSettings] = []
     with serving(connect()), CountingWorker(connect(), spec) as worker:
-        worker.trainer.adopt = adopted.append  # type: ignore[method-assign]
+        worker.trainer.adopt = adopted.append
         change.change_rules_soon(
             store, {"sync_interval": 0.02, "learning_rate": 0.125, "max_length": 64, "lr": 0.5}
         )
@@ -152,36 +153,36 @@ def test_worker_takes_over_what_concerns_it(
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("words", "about"),
     [
-        (["nobody", "--lr", "0.5"], "there is no expert 'nobody' at .*; there are: sql_expert$"),
-        (["merged", "--lr", "0.5"], "an expert cannot be called 'merged'"),
-        (["gateway", "--train", "both"], "the rule train belongs to the experts of domains"),
+        (["nobody", "--lr", "0.5"], "nobody"),
+        (["merged", "--lr", "0.5"], "expert"),
+        (["gateway", "--train", "both"], "train"),
         (
             ["sql_expert"],
-            "nothing to change: name a rule, for example --lr 0.5; `fedmoe expert show sql_expert`",
+            "rules",
         ),
-        (["sql_expert", "--lr", "0"], "lr must be a number above 0 and at most 1,000, not 0.0$"),
-        (["sql_expert", "--lr", "nan"], "lr must be a number above 0 and at most 1,000, not nan$"),
+        (["sql_expert", "--lr", "0"], "lr"),
+        (["sql_expert", "--lr", "nan"], "lr"),
         (
             ["sql_expert", "--batch-size", "0"],
-            "batch_size must be a whole number of at least 1 and at most 1,000,000,000 \\(rows\\), not 0$",
+            "batch_size",
         ),
         (
             ["sql_expert", "--decay-a", "-1"],
-            "decay_a must be a number of at least 0 and at most 1,000,000,000, not -1.0$",
+            "decay_a",
         ),
     ],
 )
 def test_change_that_cannot_be_is_a_sentence(
-    expert: Expert, connection: Connection, expert_command: Command, words: list[str], sentence: str
+    expert: Expert, connection: Connection, expert_command: Command, words: list[str], about: str
 ) -> None:
     """And changes nothing."""
     before = meta_of(connection)
     done = expert_command("set", *words)
     assert isinstance(done.exception, FedMoEError)
     assert done.exception.exit_code == 2
-    with pytest.raises(FedMoEError, match=sentence):
+    with raises(FedMoEError, about=about):
         raise done.exception
     assert meta_of(connection) == before
 
@@ -230,7 +231,7 @@ def test_change_waits_for_what_an_aggregator_writes_back(expert: Expert, connect
     assert serve(expert) == ["applied"]
     snapshot.bring_back(connection)
     expert.store.claim("one", 1)
-    with pytest.raises(StaleStateError, match="than an aggregator retains; the"):
+    with raises(StaleStateError, about="rollback"):
         change.change_rules(expert.store, {"lr": 0.5})
     assert write_back(expert, on=expert.store.condition().commit)
     assert change.change_rules(expert.store, {"lr": 0.5})[1].number == 2
@@ -258,9 +259,7 @@ def test_rules_that_need_more_are_no_damage(expert: Expert, connection: Connecti
     needs = replace(expert.meta.rules, requires="momentum").to_json()
     connection.client.hset(expert.store.keys.meta, "rules", needs)
     for read in (expert.load, lambda: change.change_rules(expert.store, {"lr": 0.5})):
-        with pytest.raises(
-            ProtocolError, match=r"needs momentum, which .*: upgrade the FedMoE on this machine"
-        ):
+        with raises(ProtocolError, about="requires"):
             read()
 
 
@@ -268,9 +267,7 @@ def test_expert_of_the_protocol_before_is_no_damage(expert: Expert, connection: 
     """Its rules stood in its spec."""
     connection.client.hset(expert.store.keys.meta, "protocol", "3")
     connection.client.hdel(expert.store.keys.meta, "rules")
-    with pytest.raises(
-        ProtocolError, match=r"the expert has protocol 3, .*: serve it with the FedMoE that made it"
-    ):
+    with raises(ProtocolError, about="protocol"):
         expert.load()
 
 
@@ -329,11 +326,13 @@ def test_rules_that_are_gone_or_no_rules_are_damage(expert: Expert, connection: 
     key = expert.store.keys.meta
     for rules in ("{}", '{"number": 1}', "x"):
         connection.client.hset(key, "rules", rules)
-        with pytest.raises(FedMoEError, match="meta lacks a field or is malformed"):
+        with raises(DamagedExpertError, about="sql_expert") as caught:
             expert.load()
+        assert caught.value.damage.startswith("its meta lacks a field or is malformed")
     connection.client.hdel(key, "rules")
-    with pytest.raises(FedMoEError, match="meta lacks a field or is malformed"):
+    with raises(DamagedExpertError, about="sql_expert") as caught:
         expert.load()
+    assert caught.value.damage.startswith("its meta lacks a field or is malformed")
 
 
 def test_backup_brings_back_its_rules(

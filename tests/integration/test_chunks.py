@@ -12,6 +12,7 @@ from fedmoe.errors import (
 )
 from fedmoe.protocol.layout import Layout, values_of
 from fedmoe.store.connection import Connection
+from tests.errors import raises
 from tests.federation import LAYOUT, ScriptedWorker, make_expert, serve, small_spec
 
 
@@ -97,11 +98,11 @@ def test_other_weights_are_not_taken(connection: Connection) -> None:
     good = connection.client.get(key)
     for bad in (good + b"x", good[:-1], b"x" + good[1:], b"oops"):
         connection.client.set(key, bad)
-        with pytest.raises(SpecError, match="are not an adapter of this spec"):
+        with raises(SpecError, about="weights"):
             worker.store.pull(expert.spec, known="")
     connection.client.delete(key)
     with pytest.raises(DamagedExpertError):
         worker.store.pull(expert.spec, known="")
     connection.client.rpush(key, "a list")
-    with pytest.raises(RedisUnavailableError, match="was overwritten by something else"):
+    with raises(RedisUnavailableError, about="key"):
         worker.store.pull(expert.spec, known="")

@@ -35,7 +35,7 @@ class Watch:
     def claim(self, store: WorkerStore, state_id: str = "") -> int:
         """Claim the name; returns the seconds that it took."""
         claim_name(
-            store, state_id=state_id, patience_s=PATIENCE_S, stop=self, clock=lambda: float(self.seconds)  # type: ignore[arg-type]
+            store, state_id=state_id, patience_s=PATIENCE_S, stop=self, clock=lambda: float(self.seconds)
         )  # fmt: skip
         return self.seconds
 

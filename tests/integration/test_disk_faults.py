@@ -15,6 +15,7 @@ from fedmoe.errors import SettingsError
 from fedmoe.store.connection import Connection
 from producers import checkpoint, heartbeat, saver, sync
 from producers.checkpoint import StateDir
+from tests.errors import raises
 from tests.federation import make_expert, serving
 from tests.integration.test_sync import RULES, SPEC, Run
 from tests.processes import eventually
@@ -158,7 +159,7 @@ def test_directory_that_is_gone_and_cannot_be_made(tmp_path: Path, trial: Start)
     worker.expect_life("File exists")
     state.path.unlink()
     eventually("the checkpoint", state.file.exists)
-    with pytest.raises(SettingsError, match="another worker on this machine"):
+    with raises(SettingsError, about="lock"):
         StateDir(state.path)
     assert (state.path / "id").read_text().startswith(state.id)
     worker.expect_recovery()

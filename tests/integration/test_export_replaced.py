@@ -19,6 +19,7 @@ from fedmoe.protocol.layout import AdapterBuffer, Layout
 from fedmoe.tools.export import FILES, Export, write
 from fedmoe.tools.heldout import read_directory
 from fedmoe.util.versions import CURRENT, HOME, KEEP_S, version_of
+from tests.errors import raises
 
 pytestmark = pytest.mark.one_server
 
@@ -40,7 +41,7 @@ def loaded(directory: Path) -> tuple[int, int]:
     """The ranks that peft's own loader finds in the configuration and in the weights."""
     config = PeftConfig.from_pretrained(str(directory))
     weights = load_peft_weights(str(directory), device="cpu")
-    return int(config.r), int(weights["q.lora_A.weight"][0, 0])  # type: ignore[attr-defined]
+    return int(config.r), int(weights["q.lora_A.weight"][0, 0])
 
 
 def plain_export(directory: Path, export: Export) -> None:
@@ -165,9 +166,9 @@ def test_what_readers_could_mix_unnoticed_is_refused(tmp_path: Path) -> None:
     """Another scaling or other targets fit the same shapes; another rank does not, and is only said."""
     assert write(tmp_path, adapter(OLD)) == ""
     assert write(tmp_path, adapter(OLD)) == ""
-    with pytest.raises(SettingsError, match=r"another kind \(lora_alpha / r 2.0, now 0.5\)"):
+    with raises(SettingsError, about="lora_alpha / r"):
         write(tmp_path, adapter(OLD, lora_alpha=1.0))
-    with pytest.raises(SettingsError, match=r"target_modules \['q'\], now \['k'\]"):
+    with raises(SettingsError, about="target_modules"):
         write(tmp_path, adapter(OLD, target_modules=["k"]))
     assert loaded(tmp_path) == (OLD, OLD)
     assert "load the adapter again" in write(tmp_path, adapter(NEW))
@@ -179,7 +180,7 @@ def test_evaluate_reads_one_version(tmp_path: Path) -> None:
     write(tmp_path, adapter(OLD))
     assert read_directory(tmp_path).config["r"] == OLD
     shutil.rmtree(tmp_path / HOME)
-    with pytest.raises(SettingsError, match="holds no adapter_config"):
+    with raises(SettingsError, about="adapter_config.json"):
         read_directory(tmp_path)
 
 

@@ -19,6 +19,7 @@ from fedmoe.store.embedded import EmbeddedRedis
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.full import read_together
 from fedmoe.store.lease import Lease
+from tests.errors import raises
 from tests.federation import LAYOUT, ScriptedWorker, make_expert, serve, small_spec
 from tests.hazards.stepping import Killed, Stepper
 from tests.processes import eventually
@@ -74,7 +75,7 @@ def test_commit_to_a_full_redis_makes_the_same_check(
         serve(second)
     entries = first.store.reclaim()
     first.store.connection.client.connection_pool.disconnect()
-    with pytest.raises(StaleStateError, match="opened again"):
+    with raises(StaleStateError, about="connection"):
         first.process(entries)
     first.load()
     assert serve(first) == ["applied"]
@@ -109,9 +110,9 @@ def test_rival_between_check_and_script_is_noticed(
         calls.append(1)
         if len(calls) == 2:  # the second time is for the script
             assert rival.process(rival.store.reclaim())
-        queue(*arguments)  # type: ignore[arg-type]
+        queue(*arguments)
 
-    expert.store.queue = slow_queue  # type: ignore[method-assign, assignment]
+    expert.store.queue = slow_queue
     with pytest.raises(StaleStateError):
         expert.process(entries)
     rival.load()
@@ -140,7 +141,7 @@ def test_new_aggregator_serves_a_full_redis(
     assert torch.equal(worker.local, torch.arange(LAYOUT.numel) + 1.0)
     worker.train(1.0)
     worker.make_update()
-    with pytest.raises(RedisUnavailableError, match="is full: raise its maxmemory"):
+    with raises(RedisUnavailableError, about="maxmemory"):
         worker.publish()
     connection.client.config_set("maxmemory", 0)
     worker.publish()

@@ -33,7 +33,8 @@ def raises(error: BaseException) -> Callable[[Membership], None]:
 @pytest.mark.parametrize(
     ("error", "how"),
     [
-        (RefusedError("another base"), "refused"), (FedMoEError("nobody decided it"), "failed"),
+        (RefusedError("another base", about="fingerprint"), "refused"),
+        (FedMoEError("nobody decided it", about="drain"), "failed"),
         (RuntimeError("out of memory"), "failed"), (KeyboardInterrupt("twice"), "failed"),
     ],
 )  # fmt: skip
@@ -54,7 +55,7 @@ def test_a_worker_that_ended_well_says_which_way(connection: Connection) -> None
         return gone.how
 
     make_expert(connection)
-    run(connection, raises(StoppedError("stopped before the training began")))
+    run(connection, raises(StoppedError("stopped before the training began", about="training")))
     assert how() == "stopped"
     run(connection, lambda member: None)
     assert how() == "stopped"
@@ -66,6 +67,6 @@ def test_a_name_that_is_anothers_is_left_alone(connection: Connection) -> None:
     """Its heartbeat is not this worker's to take away."""
     make_expert(connection)
     with pytest.raises(NameTakenError):
-        run(connection, raises(NameTakenError("taken")))
+        run(connection, raises(NameTakenError("taken", about="ann")))
     (expert,) = Inspector(connection).federation().experts
     assert ([worker.name for worker in expert.workers], expert.left) == (["ann"], ())

@@ -21,6 +21,7 @@ from fedmoe.protocol.spec import Spec
 from fedmoe.store.connection import Connection
 from fedmoe.store.gateway import GatewayStore
 from fedmoe.store.remove import remove_expert
+from tests.errors import raises
 from tests.federation import make_expert, serving
 from tests.processes import eventually
 from tests.tiny import tiny_config, tiny_model, tiny_tokenizer
@@ -209,21 +210,21 @@ def in_bf16(connection: Connection) -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("make", "error", "sentence"),
+    ("make", "about"),
     [
-        (full, SettingsError, "has no LoRA adapter, so all its weights would be trained"),
-        (other_rank, SettingsError, "has no tensor"),
-        (other_scaling, SettingsError, "scaled by 8, the expert's by 2"),
-        (with_bias, SettingsError, "trains 1 tensors beside its LoRA adapter"),
-        (in_bf16, SettingsError, "must be fp32 on one device, not bfloat16 on cpu"),
+        (full, "adapter"),
+        (other_rank, "tensors"),
+        (other_scaling, "scaling"),
+        (with_bias, "trainable"),
+        (in_bf16, "dtype"),
     ],
 )
 def test_a_model_that_is_not_the_experts_is_refused(
-    connection: Connection, make: Callable[[Connection], nn.Module], error: type[Exception], sentence: str
+    connection: Connection, make: Callable[[Connection], nn.Module], about: str
 ) -> None:
     """Before it has a name: no heartbeat, nothing published."""
     make_tiny(connection)
-    with pytest.raises(error, match=sentence):
+    with raises(SettingsError, about=about):
         fedmoe.join(connection.settings, {NAME: make(connection)}, name="own")
     (expert,) = fedmoe.connect(connection.settings).view().experts
     assert (expert.workers, expert.left) == ((), ())
@@ -237,34 +238,39 @@ def test_another_base_model_is_refused(connection: Connection, connect: Connect)
             connection.settings, {NAME: adapted(connection)}, name="a", tokenizer=tiny_tokenizer()
         ):
             pass
-        with pytest.raises(BaseModelError, match="fingerprint"):
+        with raises(BaseModelError, about="fingerprint"):
             fedmoe.join(connection.settings, {NAME: adapted(connection, seed=1)}, name="b")
         other = tiny_tokenizer()
         other.add_tokens(["<tool>"])
-        with pytest.raises(BaseModelError, match="vocabulary"):
+        with raises(BaseModelError, about="vocabulary"):
             fedmoe.join(connection.settings, {NAME: adapted(connection)}, name="c", tokenizer=other)
 
 
 def test_unknown_expert_is_named_with_those_there_are(connection: Connection) -> None:
     make_tiny(connection)
-    with pytest.raises(UnknownExpertError, match="there are sql_expert"):
+    with raises(UnknownExpertError, about="docs_expert"):
         fedmoe.join(connection.settings, {"docs_expert": adapted(connection)}, wait=False)
-    with pytest.raises(SettingsError, match="name the expert"):
+    with raises(SettingsError, about="adapters"):
         fedmoe.join(connection.settings, {})
 
 
 @pytest.mark.parametrize(
-    "counts", [{"n_examples": -1}, {"n_examples": 1.5}, {"n_examples": 1, "n_tokens": True}]
+    ("counts", "about"),
+    [
+        ({"n_examples": -1}, "n_examples"),
+        ({"n_examples": 1.5}, "n_examples"),
+        ({"n_examples": 1, "n_tokens": True}, "n_tokens"),
+    ],
 )
-def test_counts_must_be_counts(connection: Connection, counts: Mapping[str, object]) -> None:
+def test_counts_must_be_counts(connection: Connection, counts: Mapping[str, object], about: str) -> None:
     """Nothing is noted of such a step; the member trains on."""
     make_tiny(connection)
     member = fedmoe.join(connection.settings, {NAME: adapted(connection)}, name="own", drain_s=0.0)
-    with pytest.raises(SettingsError, match="must be a whole number of at least 0"):
-        member.step(**counts)  # type: ignore[arg-type]
+    with raises(SettingsError, about=about):
+        member.step(**counts)
     assert member.steps == 0
     member.leave()
-    with pytest.raises(SettingsError, match="has left the federation"):
+    with raises(SettingsError, about="leave"):
         member.step(n_examples=1)
 
 

@@ -34,6 +34,7 @@ from fedmoe.store.rights import require
 from fedmoe.store.worker import WorkerStore
 from fedmoe.util.stopping import Stop
 from producers.worker import Worker
+from tests.errors import raises
 from tests.federation import ScriptedWorker, make_expert, serve, serving, small_spec
 from tests.processes import eventually
 from tests.proxy import Proxy
@@ -138,7 +139,7 @@ def test_what_real_runs_send_is_what_is_listed(
         assert store.meta(EXPERT).applied
         guarded.admin.client.xadd(f"fedmoe:{{{EXPERT}}}:updates", {"garbage": "1"})
         eventually("a dead letter", lambda: store.meta(EXPERT).garbage)
-        eventually("the gateway", lambda: store.merged().experts[EXPERT].version)  # type: ignore[union-attr]
+        eventually("the gateway", lambda: store.merged().experts[EXPERT].version)
         guarded.admin.client.hset(f"fedmoe:{{{EXPERT}}}:worker:another", "run", "1-00000000")
         guarded.fedmoe(MONITOR, "status")
         guarded.fedmoe(MONITOR, "gateway", "show")
@@ -200,7 +201,7 @@ def commit_and_pull(guarded: Guarded, wire_format: str) -> None:
     worker.pull()
     worker.train(0.1)
     worker.make_update()
-    with pytest.raises(RedisUnavailableError, match="is full"):
+    with raises(RedisUnavailableError, about="maxmemory"):
         worker.publish()
     admin.delete(expert.store.keys.updates)
     expert.load()
@@ -214,7 +215,7 @@ def commit_and_pull(guarded: Guarded, wire_format: str) -> None:
     admin.set(expert.store.keys.decided, "overwritten")
     admin.config_set("maxmemory", 1)
     for read in (lambda: worker.store.poll(entry, update.header), lambda: backups.read(EXPERT)):
-        with pytest.raises(RedisUnfitError, match=r"decided in Redis at .* was overwritten"):
+        with raises(RedisUnfitError, about="key"):
             read()
     admin.config_set("maxmemory", 0)
     admin.rename("kept", expert.store.keys.decided)

@@ -32,6 +32,7 @@ from producers.heartbeat import Heartbeat, SyncStatus
 from producers.join import Joining
 from producers.ledger import Trained
 from tests.counting import Counter, join
+from tests.errors import raises
 from tests.federation import FINGERPRINT, LAYOUT, ScriptedWorker, make_expert, serve, serving, small_spec
 from tests.processes import eventually
 
@@ -205,9 +206,7 @@ def test_update_that_needs_more_waits_until_its_aggregators_know_it(
     update = worker.push(1.0)
     assert serve(expert) == ["undecidable"]
     for look in (worker.store.meta, lambda: worker.store.poll("0-1", update.header), worker.pull):
-        with pytest.raises(
-            ProtocolError, match="updates need signing, which the aggregators of expert 'sql_expert' do not"
-        ):
+        with raises(ProtocolError, about="requires"):
             look()
     monkeypatch.setattr(features, "FEATURES", frozenset({"signing"}))
     with serving(connect()):
@@ -252,9 +251,7 @@ def test_worker_does_not_join_an_expert_of_another_protocol(
         joining.meta()
     monkeypatch.setattr(records, "PROTOCOL", ours)
     raise_protocol(expert)
-    with pytest.raises(
-        ProtocolError, match=rf"protocol {ours + 1} .* on this machine protocol {ours}: upgrade the FedMoE on"
-    ):
+    with raises(ProtocolError, about="protocol"):
         joining.meta()
 
 

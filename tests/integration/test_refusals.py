@@ -18,6 +18,7 @@ from fedmoe.store.expert import _LOOK, ExpertStore
 from fedmoe.store.worker import WorkerStore
 from producers import heartbeat
 from tests.counting import EXPERT, CountingWorker, counting_spec, create_expert
+from tests.errors import raises
 from tests.federation import ScriptedWorker, make_expert, serving, small_spec
 from tests.processes import eventually
 
@@ -128,9 +129,7 @@ def test_a_value_above_a_limit_is_told_with_key_limit_and_remedy(start: Start) -
         f"{ROOT}:weights is 5.7 MiB long, and Redis at {small.settings.shown} takes at most 1.0 MiB"
     )
     assert "CONFIG SET proto-max-bulk-len 12mb" in text
-    with pytest.raises(
-        RedisUnavailableError, match=r"weights is 5.7 MiB long, .* raise its proto-max-bulk-len"
-    ) as e:
+    with raises(RedisUnavailableError, about="proto-max-bulk-len") as e:
         create_expert(as_user(small, "~*", "+@all", "-config"), spec)
     assert not isinstance(e.value, RedisUnfitError)
     small.client.config_set("proto-max-bulk-len", "12mb")
@@ -168,7 +167,7 @@ def test_a_connection_that_breaks_over_something_large_is_just_a_connection(star
         return made
 
     connection.client.connection_pool.get_connection = broken
-    with pytest.raises(RedisUnavailableError, match="cannot be reached") as caught:
+    with raises(RedisUnavailableError, about="connection") as caught:
         store.load()
     assert not isinstance(caught.value, RedisUnfitError)
 

@@ -17,6 +17,7 @@ from fedmoe.store.archive import ANCHOR_SUFFIX, SUFFIX, WEIGHTS_SUFFIX, Archive
 from fedmoe.store.connection import Connection
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore
+from tests.errors import raises
 from tests.federation import ScriptedWorker, first_meta, serve, small_spec
 from tests.processes import fedmoe_here
 
@@ -194,5 +195,5 @@ def test_a_time_has_a_unit(text: str, seconds: float | None) -> None:
 
 def test_retention_without_a_directory_is_refused() -> None:
     """It would keep nothing, and one would believe it does."""
-    with pytest.raises(SettingsError, match="needs --keep-updates"):
+    with raises(SettingsError, about="keep_updates_for"):
         AggregatorSettings(keep_updates_for_s=DAY)

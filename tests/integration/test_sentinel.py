@@ -26,6 +26,7 @@ from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore
 from fedmoe.store.sentinel import QUESTION_TIMEOUT_S
 from tests.counting import EXPERT, CountingWorker, assert_settled, counting_spec, create_expert
+from tests.errors import raises
 from tests.federation import serving
 from tests.processes import eventually
 from tests.sentinel import MASTER, Process, Replicated, free_port
@@ -314,11 +315,11 @@ def test_logins(replicated: Replicated, reach: Reach) -> None:
         process.client.execute_command("ACL SETUSER me on >right ~* +@all")
     sentinel = "sentinel_username=me&sentinel_password"
     reach(f"sentinel://me:right@{replicated.hosts}/{MASTER}?{sentinel}=right").ping()
-    for url, sentence in {
-        f"sentinel://me:wr0ng@{replicated.hosts}/{MASTER}": "refuses the login",
-        f"{replicated.url}?{sentinel}=wr0ng": "no sentinel can be asked for the master",
+    for url, about in {
+        f"sentinel://me:wr0ng@{replicated.hosts}/{MASTER}": "login",
+        f"{replicated.url}?{sentinel}=wr0ng": "sentinel",
     }.items():
-        with pytest.raises(RedisUnavailableError, match=sentence) as error:
+        with raises(RedisUnavailableError, about=about) as error:
             reach(url).ping()
         assert "wr0ng" not in str(error.value)
 
@@ -342,7 +343,7 @@ def test_tls(server: EmbeddedRedis, reach: Reach, tmp_path: Path) -> None:
         connection = reach(f"{running.url}?ssl_ca_certs={file}")
         connection.client.set("over", "tls")
         assert running.first.client.get("over") == b"tls"
-        with pytest.raises(RedisUnavailableError, match=r"no sentinel can be asked.*certificate"):
+        with raises(RedisUnavailableError, about="sentinel"):
             reach(f"{running.url}?ssl=true").ping()
-        with pytest.raises(RedisUnavailableError, match="no sentinel can be asked"):
+        with raises(RedisUnavailableError, about="sentinel"):
             reach(running.url).ping()

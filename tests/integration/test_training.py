@@ -53,7 +53,7 @@ def make_training(
     ("error", "raised", "sentence"),
     [
         (
-            TooLittleMemoryError("not even one example fits"),
+            TooLittleMemoryError("not even one example fits", about="memory"),
             TooLittleMemoryError,
             "^not even one example fits$",
         ),
@@ -82,7 +82,9 @@ def test_stop_before_the_first_step_ends_at_once(connect: Connect) -> None:
     make_expert(connect(), spec=SPEC, rules=RULES)
     said: list[str] = []
     stop = Stop()
-    training = make_training(connect(), TooLittleMemoryError("unused"), said, drain_s=30.0, stop=stop)
+    training = make_training(
+        connect(), TooLittleMemoryError("unused", about="memory"), said, drain_s=30.0, stop=stop
+    )
     stop.set()
     with pytest.raises(StoppedError):
         training.run()
@@ -93,7 +95,7 @@ def test_what_is_lost_is_said_beside_the_failure(connect: Connect) -> None:
     """Nobody decides it: one sentence has both, why the training ended and what is not in the expert."""
     make_expert(connect(), spec=SPEC, rules=RULES)
     connection = connect()
-    training = make_training(connection, TooLittleMemoryError("no memory"), [], drain_s=0.0)
+    training = make_training(connection, TooLittleMemoryError("no memory", about="memory"), [], drain_s=0.0)
     connection.cut_off()
     with pytest.raises(
         FedMoEError, match=r"^no memory; 0 updates applied.*; 7 steps since the last .* are lost: "

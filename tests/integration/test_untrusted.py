@@ -57,7 +57,7 @@ def test_header_that_breaks_the_spec_is_refused(connection: Connection, changes:
     worker = ScriptedWorker(connection, expert.spec)
     update = worker.push(1.0)
     # published whole, but with a header that says something else
-    forged = replace(update, header=replace(update.header, **changes))  # type: ignore[arg-type]
+    forged = replace(update, header=replace(update.header, **changes))
     connection.client.set(expert.store.keys.header("alice", update.id.run, 1), forged.header.pack())
     assert serve(expert) == ["refused"]
     change = worker.pull()

@@ -16,6 +16,7 @@ from fedmoe.protocol.lora_init import initial_weights
 from fedmoe.store.archive import WEIGHTS_SUFFIX, Archive
 from fedmoe.store.connection import Connection
 from fedmoe.store.expert import ExpertStore
+from tests.errors import raises
 from tests.federation import LAYOUT, ScriptedWorker, first_meta, serve, small_spec
 
 pytestmark = pytest.mark.one_server
@@ -116,7 +117,7 @@ def test_nothing_is_applied_that_cannot_be_kept(
     kept = tmp_path / "sql_expert"
     kept.rmdir()
     kept.write_bytes(b"in the way")
-    with pytest.raises(SettingsError, match="cannot be kept"):
+    with raises(SettingsError, about="keep_updates", cause=OSError):
         serve(expert)
     kept.unlink()
     kept.mkdir()

@@ -89,7 +89,7 @@ class ModelConnection(Connection):
         self._is_cut_off = False
 
     @property
-    def generation(self) -> int:  # type: ignore[override]
+    def generation(self) -> int:
         """Connections made since the turn began."""
         return self.client.port.generation if self._counts else 0
 
@@ -208,8 +208,8 @@ class Aggregator:
             clock=lambda: 0.0 if choice == 0 else 99.0,
         )
         store = server.store = rules.expert_store(connection, NAME)
-        server.problems.report = lambda problem: None  # type: ignore[method-assign]  # for people; nobody decides by it
-        store.mend = lambda: False  # type: ignore[method-assign]  # ids are the model's own
+        server.problems.report = lambda problem: None  # for people; nobody decides by it
+        store.mend = lambda: False  # ids are the model's own
         server.is_serving = memory.loaded
         server.recovery.claimed_at = -99.0 if memory.claimed else None
         server.recovery.store = store
@@ -228,10 +228,10 @@ class Aggregator:
             rescue(expert)
             raise TurnOver
 
-        server.rescue = rescue_and_end  # type: ignore[method-assign]
+        server.rescue = rescue_and_end
         with self._in_place(port, server):
             try:
-                server.run(OneTurn())  # type: ignore[arg-type]
+                server.run(OneTurn())
             except Unexpected as error:
                 return Served(failure=f"{self.name}: {error}")
             except TurnOver:

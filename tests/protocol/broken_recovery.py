@@ -77,7 +77,7 @@ class GivesUp(WorkerStore):
         try:
             return super().poll(entry_id, header)
         except LostExpertError as error:
-            raise RefusedError(str(error)) from error
+            raise RefusedError(str(error), about=error.about) from error
 
 
 class ForgetsDecisions(ExpertStore):

@@ -10,6 +10,7 @@ from fedmoe.data.bad_rows import BadRows
 from fedmoe.data.examples import make_examples
 from fedmoe.data.jsonl import open_data
 from fedmoe.errors import DataError, SettingsError
+from tests.errors import raises
 from tests.tiny import tiny_tokenizer
 
 GOOD = json.dumps({"prompt": "q", "completion": "a"})
@@ -23,6 +24,7 @@ KINDS = {
     TURN: "it has a turn of an unknown role",
     BROKEN: "it is not JSON",
 }
+ABOUT = {TURN: "role", BROKEN: "JSON"}  # of those that the reader finds; the others are found by encoding
 
 
 def write(path: Path, *rows: str) -> Path:
@@ -80,7 +82,7 @@ def test_a_file_without_a_usable_row_lists_them_all_the_same(tmp_path: Path, row
     """It ends with a sentence, but the list is what mends the file."""
     path, file = write(tmp_path / "rows.jsonl", row, row), tmp_path / "bad.jsonl"
     said: list[str] = []
-    with pytest.raises(DataError, match=r"has no usable row|nothing to train on"):
+    with raises(DataError, about=ABOUT.get(row, "rows")):
         read(path, said, file=file)
     assert [json.loads(line)["line"] for line in file.read_text().splitlines()] == [1, 2] == [1, len(said)]
 
@@ -96,8 +98,8 @@ def test_the_first_one_is_fatal_where_that_is_wanted(tmp_path: Path, row: str) -
 def test_no_other_file_is_overwritten(tmp_path: Path) -> None:
     """Neither the data itself, given by mistake, nor a directory."""
     path = write(tmp_path / "rows.jsonl", GOOD, NO_ANSWER)
-    for file, why in ((path, "holds something else already"), (tmp_path, "cannot be written")):
-        with pytest.raises(SettingsError, match=why):
+    for file, cause in ((path, None), (tmp_path, IsADirectoryError)):
+        with raises(SettingsError, about="bad_rows", cause=cause):
             BadRows(report=print, file=file)
     assert path.read_text() == f"{GOOD}\n{NO_ANSWER}"
 

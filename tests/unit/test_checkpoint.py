@@ -14,6 +14,7 @@ from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.update import Part, make_run
 from producers.checkpoint import Checkpoint, StateDir
 from producers.ledger import Ledger, Trained
+from tests.errors import raises
 from tests.federation import LAYOUT, first_meta, small_spec
 from tests.processes import eventually
 
@@ -31,7 +32,7 @@ def test_directory_belongs_to_one_process(tmp_path: Path) -> None:
     )
     assert first.stdout is not None
     assert first.stdout.readline() == "held\n"
-    with pytest.raises(SettingsError, match="another worker on this machine"):
+    with raises(SettingsError, about="lock"):
         StateDir(tmp_path)
     first.communicate()
     StateDir(tmp_path)
@@ -63,7 +64,7 @@ def test_update_that_cannot_be_decoded_is_noticed_at_once(
         assert saved is not None
         assert [u.id for u in (*saved.ledger.queue, *saved.ledger.kept)] == [update.id]
     else:
-        with pytest.raises(SettingsError, match=r"is damaged .*: move it away to start a new run"):
+        with raises(SettingsError, about="checkpoint"):
             load(state, spec)
 
 

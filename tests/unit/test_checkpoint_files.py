@@ -20,6 +20,7 @@ from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.update import UpdateId, make_run
 from producers.checkpoint import Checkpoint, StateDir
 from producers.ledger import Ledger, Outgoing, Trained
+from tests.errors import raises
 from tests.federation import first_meta, small_spec
 
 HALF = 4096
@@ -233,15 +234,9 @@ def test_checkpoint_of_the_format_before_is_read(tmp_path: Path) -> None:
     assert content(load(tmp_path, spec)) == content(new)
 
 
-@pytest.mark.parametrize(
-    ("other", "sentence"),
-    [
-        ("format", r"it has format 9, this FedMoE reads .*: use the FedMoE that wrote it"),
-        ("torch", r"it needs other initial weights than torch .* makes: use the torch version that wrote it"),
-    ],
-)
+@pytest.mark.parametrize("other", ["format", "torch"])
 def test_checkpoint_of_another_version_is_not_called_damaged(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str, sentence: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str
 ) -> None:
     """It is whole, and the version that wrote it goes on with it."""
     spec = small_spec(layout=LAYOUT, wire_format="int4")
@@ -249,9 +244,7 @@ def test_checkpoint_of_another_version_is_not_called_damaged(
         if other == "format":
             patch.setattr(producers.checkpoint, "_FORMAT", "9")
         StateDir(tmp_path).save(checkpoint_of(make_ledger(spec), 7))
-    with pytest.raises(
-        SettingsError, match=rf"cannot be used: {sentence}, or move it away to start a new run$"
-    ):
+    with raises(SettingsError, about=other):
         # Another seed stands for another torch: either makes other initial weights.
         load(tmp_path, replace(spec, init_seed=1) if other == "torch" else spec)
 

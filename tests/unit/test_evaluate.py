@@ -19,6 +19,7 @@ from fedmoe.protocol.layout import AdapterBuffer
 from fedmoe.protocol.lora import LoraSettings
 from fedmoe.protocol.spec import Spec
 from fedmoe.tools.evaluate import MEAN, Adapter, evaluate, format_table, mean_loss
+from tests.errors import raises
 from tests.strategies import randn
 from tests.tiny import tiny_config, tiny_model
 
@@ -137,7 +138,7 @@ def test_an_adapter_that_does_not_fit_is_refused() -> None:
     """A file of rank 2 with a config of rank 3."""
     adapter, _ = make_adapter(2, seed=1)
     wrong = Adapter(file=adapter.file, config=dict(adapter.config) | {"r": 3})
-    with pytest.raises(SpecError, match="has shape"):
+    with raises(SpecError, about="shape"):
         evaluate(tiny_model(), {"broken": wrong}, {"sql": EXAMPLES}, **OPTIONS)
 
 

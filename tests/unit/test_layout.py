@@ -9,6 +9,7 @@ from hypothesis import given
 
 from fedmoe.errors import SpecError
 from fedmoe.protocol.layout import AdapterBuffer, Layout
+from tests.errors import raises
 from tests.strategies import layouts, randn, seeds
 
 PAIR = Layout.of([("b", (2,)), ("a", (2, 3))])
@@ -86,7 +87,7 @@ def test_another_file_is_refused(damage: str) -> None:
     """A file of another layout, or cut off, is no adapter of this spec."""
     file = bytes(filled(PAIR).file)
     other = {"short": file[:-1], "long": file + b"\0", "header": file.replace(b"F32", b"I32"), "empty": b""}
-    with pytest.raises(SpecError, match="not an adapter of this spec"):
+    with raises(SpecError, about="weights"):
         AdapterBuffer(PAIR).load(other[damage])
 
 
@@ -97,23 +98,23 @@ def test_the_file_cannot_be_written() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tensors", "match"),
+    ("tensors", "about"),
     [
-        ((), "no tensors"),
-        ((("a", (1,)), ("a", (2,))), "twice"),
-        ((("a", (0,)),), "impossible shape"),
-        ((("a", (-1, 2)),), "impossible shape"),
-        ((("a", (1.5,)),), "impossible shape"),
-        ((("a", ("x",)),), "impossible shape"),
+        ((), "targets"),
+        ((("a", (1,)), ("a", (2,))), "tensors"),
+        ((("a", (0,)),), "shape"),
+        ((("a", (-1, 2)),), "shape"),
+        ((("a", (1.5,)),), "shape"),
+        ((("a", ("x",)),), "shape"),
     ],
 )
-def test_impossible_layouts_are_refused(tensors: tuple[tuple[str, tuple[int, ...]], ...], match: str) -> None:
+def test_impossible_layouts_are_refused(tensors: tuple[tuple[str, tuple[int, ...]], ...], about: str) -> None:
     """No tensor, a name twice, a dimension that is not a positive integer."""
-    with pytest.raises(SpecError, match=match):
+    with raises(SpecError, about=about):
         Layout(tensors)
 
 
 def test_views_need_a_vector_of_the_right_length() -> None:
-    """A vector of another length is refused with both lengths."""
-    with pytest.raises(SpecError, match=r"8 values, got shape \[7\]"):
+    """A vector of another length is refused."""
+    with raises(SpecError, about="shape"):
         PAIR.views(torch.zeros(7))

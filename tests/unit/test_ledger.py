@@ -12,6 +12,7 @@ from fedmoe.errors import NameTakenError, UpdateError
 from fedmoe.protocol.records import Decided, Meta
 from fedmoe.protocol.update import UpdateId, make_run
 from producers.ledger import HeadPlace, Ledger, Trained, locate
+from tests.errors import raises
 from tests.federation import delta_of
 
 UNITS = 48
@@ -235,7 +236,7 @@ def test_old_checkpoint_adopts_the_later_update_of_its_run() -> None:
 
 def test_another_process_of_the_name_stops_this_one() -> None:
     """H7: `decided` names a later run."""
-    with pytest.raises(NameTakenError, match="another --name"):
+    with raises(NameTakenError, about="run"):
         fresh().observe(meta_of(1), torch.zeros(4), decision(UpdateId(make_run(4, "0000000a"), 1)), now=0.0)
 
 

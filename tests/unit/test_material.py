@@ -14,6 +14,7 @@ from fedmoe.protocol.lora import LoraSettings
 from fedmoe.protocol.spec import Spec
 from fedmoe.settings import WorkerSettings
 from producers.material import Material, prepare
+from tests.errors import raises
 from tests.federation import first_meta
 from tests.tiny import save_tiny_model, tiny_config, tiny_model, tiny_tokenizer
 
@@ -47,7 +48,7 @@ def test_a_token_that_the_model_does_not_have(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["<|extra|>"])
     tokenizer.save_pretrained(save_tiny_model(tmp_path))
-    with pytest.raises(DataError, match=r"rows.jsonl line 2: its token '<\|extra\|>' has the id 259"):
+    with raises(DataError, about="token"):
         prepared(tmp_path, ROWS)
 
 
@@ -55,9 +56,5 @@ def test_a_tokenizer_that_is_not_the_pinned_one(tmp_path: Path, monkeypatch: pyt
     """Said before the weights are loaded."""
     monkeypatch.setattr("producers.material.load_base", lambda *_, **__: pytest.fail("weights were loaded"))
     pinned = tokenizer_fingerprint(tiny_tokenizer()).replace("template:", "template:f")
-    with pytest.raises(
-        BaseModelError,
-        match=r"does not match expert 'sql_expert': its tokenizer differs from the expert's \(set by worker bob\) "
-        "in chat template",
-    ):
+    with raises(BaseModelError, about="template"):
         prepared(save_tiny_model(tmp_path), ROWS, tokenizer=pinned, tokenizer_by="worker bob")

@@ -9,6 +9,7 @@ import torch
 from consumers.gateway.merge import LORA_A, LORA_B, METHODS, MergeInput, merge
 from fedmoe.errors import SettingsError, SpecError
 from fedmoe.protocol.layout import Layout
+from tests.errors import raises
 from tests.experts import DIMS, Q, V, expert, experts, weighted
 from tests.strategies import lora_layout
 
@@ -19,74 +20,73 @@ def blank(*tensors: tuple[str, tuple[int, ...]]) -> MergeInput:
 
 
 @pytest.mark.parametrize(
-    ("settings", "match"),
+    ("settings", "about"),
     [
-        ({"method": "mean"}, "one of cat, svd, average, ties, dare, not 'mean'"),
-        ({"scale": 0.0}, "scale must be a number above 0"),
-        ({"scale": float("nan")}, "scale must be a number above 0"),
-        ({"method": "svd", "rank": 0}, "rank, of at least 1"),
-        ({"method": "cat", "rank": 8}, "for 'svd' only"),
-        ({"method": "dare", "density": 0.0}, "density must be between 0 and 1"),
-        ({"method": "ties", "density": 1.0}, "density must be between 0 and 1"),
+        ({"method": "mean"}, "method"),
+        ({"scale": 0.0}, "scale"),
+        ({"scale": float("nan")}, "scale"),
+        ({"method": "svd", "rank": 0}, "rank"),
+        ({"method": "cat", "rank": 8}, "rank"),
+        ({"method": "dare", "density": 0.0}, "density"),
+        ({"method": "ties", "density": 1.0}, "density"),
     ],
 )
-def test_settings_that_cannot_be_used_are_refused(settings: dict[str, Any], match: str) -> None:
-    """The message names the setting and what came."""
-    with pytest.raises(SettingsError, match=match):
+def test_settings_that_cannot_be_used_are_refused(settings: dict[str, Any], about: str) -> None:
+    """By the name of the setting."""
+    with raises(SettingsError, about=about):
         merge(experts(2), **settings)
 
 
 @pytest.mark.parametrize(
-    ("weights", "match"),
+    ("weights", "about"),
     [
-        ([], "no expert"),
-        ([0.0, 0.0], "must add up to a number above 0"),
-        ([1e308, 1e308], "must add up to a number above 0"),
-        ([1.0, -1.0], "weight must be a number of at least 0"),
-        ([1.0, float("nan")], "weight must be a number of at least 0"),
-        ([1.0, float("inf")], "weight must be a number of at least 0"),
+        ([], "experts"),
+        ([0.0, 0.0], "sum"),
+        ([1e308, 1e308], "sum"),
+        ([1.0, -1.0], "weights"),
+        ([1.0, float("nan")], "weights"),
+        ([1.0, float("inf")], "weights"),
     ],
 )
-def test_weights_that_cannot_be_used_are_refused(weights: list[float], match: str) -> None:
+def test_weights_that_cannot_be_used_are_refused(weights: list[float], about: str) -> None:
     """None at all, a sum of zero, negative or not finite."""
-    with pytest.raises(SettingsError, match=match):
+    with raises(SettingsError, about=about):
         merge([weighted(expert(0), weight) for weight in weights])
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
-    ("odd", "match"),
+    ("odd", "about"),
     [
-        (expert(1, dims={Q: (40, 30)}), "v_proj' is (20, 30) in the first expert, None in number 2"),
+        (expert(1, dims={Q: (40, 30)}), "modules"),
         (
             expert(1, dims=DIMS | {Q: (40, 31)}),
-            "q_proj' is (40, 30) in the first expert, (40, 31) in number 2",
+            "modules",
         ),
-        (expert(1, scaling=0.0), "expert number 2 has the impossible scaling 0.0"),
+        (expert(1, scaling=0.0), "scaling"),
         (
             dataclasses.replace(expert(1), flat=torch.full((4 * 120,), torch.nan)),
-            "2 holds values that are not finite",
+            "values",
         ),
-        (blank(("x.weight", (2, 2))), "'x.weight' is not a pair of LoRA factors"),
-        (blank((Q + LORA_A, (2, 30)), (Q + LORA_B, (40, 3))), "q_proj' is not a pair of LoRA factors"),
-        (blank((Q + LORA_A, (2, 30, 1)), (Q + LORA_B, (40, 2, 1))), "q_proj' is not a pair of LoRA factors"),
+        (blank(("x.weight", (2, 2))), "factors"),
+        (blank((Q + LORA_A, (2, 30)), (Q + LORA_B, (40, 3))), "factors"),
+        (blank((Q + LORA_A, (2, 30, 1)), (Q + LORA_B, (40, 2, 1))), "factors"),
         (
             blank(*lora_layout({Q: (4, 4)}, 2).tensors, *lora_layout({V: (4, 4)}, 3).tensors),
-            "different ranks, [2, 3]",
+            "rank",
         ),
     ],
 )
-def test_experts_that_do_not_fit_are_refused(method: str, odd: MergeInput, match: str) -> None:
-    """The message names the module or the expert, and both sides."""
-    with pytest.raises(SpecError) as caught:
+def test_experts_that_do_not_fit_are_refused(method: str, odd: MergeInput, about: str) -> None:
+    """Each rule by what it is about."""
+    with raises(SpecError, about=about):
         merge([expert(0), odd], method=method)
-    assert match in str(caught.value)
 
 
 @pytest.mark.parametrize("method", ["average", "ties", "dare"])
 def test_factor_methods_need_one_rank(method: str) -> None:
-    """Factors of different ranks cannot be averaged; the message says what can."""
-    with pytest.raises(SpecError, match=r"experts of one rank, these have \[4, 5\]: use 'cat' or 'svd'"):
+    """Factors of different ranks cannot be averaged."""
+    with raises(SpecError, about="rank"):
         merge([expert(0), expert(1, rank=5)], method=method)
 
 
@@ -94,5 +94,5 @@ def test_an_adapter_that_no_file_can_hold_is_refused() -> None:
     """Before it is allocated: 600 experts of one layout would make 600 times its size."""
     layout = lora_layout({Q: (1000, 1000)}, 128)
     one = MergeInput(layout=layout, flat=torch.zeros(layout.numel), scaling=1.0, weight=1.0)
-    with pytest.raises(SettingsError, match="would have 586 MiB, allowed are 512: use 'svd'"):
+    with raises(SettingsError, about="length"):
         merge([one] * 600)

@@ -36,6 +36,7 @@ from fedmoe.protocol.layout import AdapterBuffer, Layout
 from fedmoe.protocol.lora import LoraSettings
 from fedmoe.protocol.lora_init import initial_weights
 from fedmoe.protocol.spec import Spec
+from tests.errors import raises
 from tests.strategies import randn
 from tests.tiny import save_tiny_model, tiny_config, tiny_model
 
@@ -97,38 +98,42 @@ def test_only_a_config_of_another_structure_is_refused_and_the_field_named(tiny_
     config = load_config(str(tiny_dir))
     spec_numbers = json.loads(json.dumps(structure(config)))
     check_structure(config, spec_numbers)
-    with pytest.raises(BaseModelError, match=f"hidden_size is 896 in the expert's spec, 64 in {tiny_dir}"):
+    with raises(BaseModelError, about="hidden_size"):
         check_structure(config, spec_numbers | {"hidden_size": 896})
-    with pytest.raises(BaseModelError, match=r"model_type is qwen2 .* llama"):
+    with raises(BaseModelError, about="model_type"):
         check_structure(CONFIGS["llama"], spec_numbers)
 
 
 @pytest.mark.parametrize(
-    ("config", "message"),
+    ("config", "about"),
     [
-        (None, "holds no config.json"),
-        ("{", "cannot be loaded"),
-        ({"model_type": "no_such_type"}, "cannot be loaded"),
-        (T5Config().to_dict(), "is a t5: take a causal"),
-        (BertConfig(architectures=["BertForMaskedLM"]).to_dict(), "is a BertForMaskedLM: take a causal"),
-        (tiny_config().to_dict() | {"quantization_config": {"bits": 4}}, "quantised"),
+        (None, "config.json"),
+        ("{", "base_model"),
+        ({"model_type": "no_such_type"}, "base_model"),
+        (T5Config().to_dict(), "architectures"),
+        (BertConfig(architectures=["BertForMaskedLM"]).to_dict(), "architectures"),
+        (tiny_config().to_dict() | {"quantization_config": {"bits": 4}}, "quantization_config"),
     ],
 )
-def test_what_is_no_causal_model_is_refused(tmp_path: Path, config: object, message: str) -> None:
+def test_what_is_no_causal_model_is_refused(tmp_path: Path, config: object, about: str) -> None:
     """A directory without a usable config, of another kind of model, or of a quantised one."""
     if config is not None:
         text = config if isinstance(config, str) else json.dumps(config)
         (tmp_path / "config.json").write_text(text)
-    with pytest.raises(BaseModelError, match=message):
+    with raises(BaseModelError, about=about):
         load_config(str(tmp_path))
 
 
 def test_a_missing_directory_is_said_to_be_missing(tmp_path: Path) -> None:
     """A path that does not exist and cannot be a hub id, for the config and for the weights."""
     missing = str(tmp_path / "none")
-    for load in (load_config, load_tokenizer, lambda path: load_base(path, device=CPU)):
-        with pytest.raises(BaseModelError, match="neither a directory nor in the local cache"):
+    for about, load in (
+        ("base_model", load_config), ("tokenizer", load_tokenizer),
+        ("weights", lambda path: load_base(path, device=CPU)),
+    ):  # fmt: skip
+        with pytest.raises(BaseModelError, match="neither a directory nor in the local cache") as caught:
             load(missing)
+        assert caught.value.about == about
     assert not has_weights(missing)
 
 
@@ -144,7 +149,7 @@ def test_weights_are_there_only_if_every_shard_is(copy_of_tiny: Path) -> None:
     shards[-1].unlink()
     assert not has_weights(str(copy_of_tiny))
     (copy_of_tiny / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(BaseModelError, match=r"index\.json is damaged"):
+    with raises(BaseModelError, about="model.safetensors.index.json"):
         has_weights(str(copy_of_tiny))
 
 
@@ -182,7 +187,7 @@ def test_a_checkpoint_that_lacks_a_weight_is_refused(copy_of_tiny: Path) -> None
     weights = load_file(copy_of_tiny / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, copy_of_tiny / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(BaseModelError, match=r"lacks 1 of its tensors \(model.layers.1.mlp.up_proj.weight\)"):
+    with raises(BaseModelError, about="tensors"):
         load_base(str(copy_of_tiny), device=CPU)
 
 
@@ -194,9 +199,7 @@ def test_a_base_that_bears_an_adapter_is_refused(copy_of_tiny: Path, monkeypatch
     assert loaded._hf_peft_config_loaded
     assert fingerprint(loaded) == fingerprint(tiny_model())
     for load in (load_config, lambda path: load_base(path, device=CPU)):
-        with pytest.raises(
-            BaseModelError, match=r"holds an adapter_config\.json, .*: take the bare base model"
-        ):
+        with raises(BaseModelError, about="adapter_config.json"):
             load(str(copy_of_tiny))
 
 
@@ -204,7 +207,7 @@ def test_a_damaged_checkpoint_is_refused_in_a_sentence(copy_of_tiny: Path) -> No
     """A download that broke off."""
     path = copy_of_tiny / "model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(BaseModelError, match=r"cannot be loaded .*: is its download complete"):
+    with raises(BaseModelError, about="weights"):
         load_base(str(copy_of_tiny), device=CPU)
 
 
@@ -239,11 +242,11 @@ def test_devices_and_precisions_that_cannot_be_used_are_refused() -> None:
     """By name; auto is whatever the machine has."""
     assert choose_device("cpu") == CPU
     assert choose_device("auto").type in ("cpu", "cuda")
-    with pytest.raises(SettingsError, match="device 'tpu9' cannot be used"):
+    with raises(SettingsError, about="device"):
         choose_device("tpu9")
     assert choose_precision("fp32", CPU) == torch.float32
     assert choose_precision("bf16", CPU) == torch.bfloat16
-    with pytest.raises(SettingsError, match="precision must be one of"):
+    with raises(SettingsError, about="precision"):
         choose_precision("fp8", CPU)
 
 
@@ -303,7 +306,7 @@ def test_the_layout_from_the_config_is_pefts_saved_adapter(config: PretrainedCon
     peft_config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     get_peft_model(random_model(config), peft_config).save_pretrained(tmp_path)
     with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
-        theirs = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        theirs = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  # not a dict
     assert dict(adapter_layout(config, LoraSettings(rank=4)).tensors) == theirs
 
 
@@ -352,28 +355,28 @@ def test_the_attached_adapter_is_version_0_in_fp32_also_on_a_bf16_base() -> None
 
 
 @pytest.mark.parametrize(
-    ("other", "message"),
+    ("other", "about"),
     [
-        (GPT2Config(n_embd=32, n_layer=1, n_head=4), "does not fit the base model"),
+        (GPT2Config(n_embd=32, n_layer=1, n_head=4), "base_model"),
         (
             LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4),
-            "no tensor",
+            "tensors",
         ),
         (
             LlamaConfig(hidden_size=64, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4),
-            "has shape",
+            "shape",
         ),
     ],
 )
-def test_an_adapter_of_another_model_is_refused(other: PretrainedConfig, message: str) -> None:
+def test_an_adapter_of_another_model_is_refused(other: PretrainedConfig, about: str) -> None:
     """Other modules, more layers, other shapes: both when it is attached and when a file of it is loaded."""
     other.vocab_size = 100
     spec = make_spec(CONFIGS["llama"])
-    with pytest.raises(SpecError, match=message):
+    with raises(SpecError, about=about):
         attach_adapter(random_model(other), spec)
     model = random_model(other)
     file = adapter_file(spec.layout, initial_weights(spec.layout, 0))
-    with pytest.raises(SpecError, match=message), adapter_loaded(model, file, spec.adapter_config()):
+    with raises(SpecError, about=about), adapter_loaded(model, file, spec.adapter_config()):
         pass
     assert not any("lora" in name for name, _ in model.named_parameters())
 
@@ -389,5 +392,5 @@ def test_an_adapter_is_on_the_model_only_while_it_is_loaded() -> None:
         with adapter_loaded(model, adapter_file(spec.layout, flat), spec.adapter_config()) as loaded:
             torch.testing.assert_close(logits(loaded), logits(attached))
         assert torch.equal(logits(model), bare)
-    with pytest.raises(SpecError, match="not a safetensors file"), adapter_loaded(model, b"garbage", {}):
+    with raises(SpecError, about="safetensors"), adapter_loaded(model, b"garbage", {}):
         pass

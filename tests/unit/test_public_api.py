@@ -27,6 +27,8 @@ def names() -> Iterator[str]:
         value = getattr(fedmoe, name)
         is_called = name in ("RedisSettings", "connect", "join")
         yield f"fedmoe.{name}{_parameters(value) if is_called else ''}"
+        if value is fedmoe.FedMoEError:
+            yield from (f"fedmoe.{name}.{field}" for field in vars(value("text", about="word")))
     yield f"fedmoe.integrations.transformers.FedMoECallback{_parameters(FedMoECallback)}"
     for way, kind in REACHED.items():
         for name, value in vars(kind).items():
@@ -36,7 +38,7 @@ def names() -> Iterator[str]:
 
 def _parameters(value: object) -> str:
     shown, keyword = [], False
-    for name, one in inspect.signature(value).parameters.items():  # type: ignore[arg-type]
+    for name, one in inspect.signature(value).parameters.items():
         if name == "self":
             continue
         if one.kind is inspect.Parameter.KEYWORD_ONLY and not keyword:

@@ -23,7 +23,7 @@ def test_private_parts_are_there() -> None:
     connection._sock = near
     assert socket_of(connection) is near
     connection._sock = None
-    encoder = Encoder("utf-8", "strict", decode_responses=False)  # type: ignore[no-untyped-call]  # redis-py's
+    encoder = Encoder("utf-8", "strict", decode_responses=False)
     packed = b"".join(
         bytes(part) for part in PythonRespSerializer(6000, encoder.encode).pack("SET", "k", memoryview(b"v"))
     )

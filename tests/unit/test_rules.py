@@ -15,6 +15,7 @@ from fedmoe.errors import FedMoEError, ProtocolError, SettingsError, SpecError
 from fedmoe.protocol.rules import AggregationRules, RuleSet, TrainingSettings
 from fedmoe.protocol.staleness import Decay
 from fedmoe.util.setting import declared
+from tests.errors import raises
 from tests.strategies import rule_sets
 
 json_values = st.recursive(
@@ -66,28 +67,28 @@ def test_change_keeps_what_a_later_release_wrote() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "match"),
+    ("change", "about"),
     [
-        ({"lr": 0.0}, "lr must be a number above 0 and at most 1,000, not 0.0"),
-        ({"decay": "linear"}, "decay must be one of"),
-        ({"decay_a": -1.0}, "decay_a must be"),
-        ({"max_staleness": -1}, "max_staleness must be a whole number of at least 0"),
-        ({"sync_interval": float("nan")}, "sync_interval must be a number above 0"),
-        ({"batch_size": 0}, "batch_size must be a whole number of at least 1"),
-        ({"weight_decay": float("inf")}, "weight_decay must be a number of at least 0 and at most 1,000"),
-        ({"weight_decay": float("nan")}, "weight_decay must be a number of at least 0 and at most 1,000"),
-        ({"lr": 1e39}, "lr must be a number above 0 and at most 1,000, not 1e\\+39"),
+        ({"lr": 0.0}, "lr"),
+        ({"decay": "linear"}, "decay"),
+        ({"decay_a": -1.0}, "decay_a"),
+        ({"max_staleness": -1}, "max_staleness"),
+        ({"sync_interval": float("nan")}, "sync_interval"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"weight_decay": float("inf")}, "weight_decay"),
+        ({"weight_decay": float("nan")}, "weight_decay"),
+        ({"lr": 1e39}, "lr"),
         (
             {"max_length": 10**400},
-            "max_length must be a whole number of at least 8 and at most 1,000,000,000",
+            "max_length",
         ),
-        ({"batch_size": True}, "batch_size must be a whole number of at least 1 and at most 1,000,000,000"),
-        ({"rank": 8}, "there is no rule 'rank'; there are: lr, decay, "),
+        ({"batch_size": True}, "batch_size"),
+        ({"rank": 8}, "rank"),
     ],
 )
-def test_change_that_breaks_a_bound_is_refused(change: dict[str, Any], match: str) -> None:
-    """With the rule, its bound and what came."""
-    with pytest.raises(SettingsError, match=match):
+def test_change_that_breaks_a_bound_is_refused(change: dict[str, Any], about: str) -> None:
+    """By the name of the rule."""
+    with raises(SettingsError, about=about):
         RuleSet().changed(change)
 
 
@@ -115,35 +116,33 @@ def test_odd_field_is_refused_or_harmless(field: str, value: object) -> None:
 def test_rules_that_need_more_are_refused_with_what_to_do() -> None:
     """They could not be gone by."""
     text = dataclasses.replace(RuleSet(), requires="momentum").to_json()
-    with pytest.raises(
-        ProtocolError, match=r"rule set needs momentum, which .*: upgrade the FedMoE on this machine"
-    ):
+    with raises(ProtocolError, about="requires"):
         RuleSet.from_json(text)
 
 
 @pytest.mark.parametrize(
-    ("settings", "bad", "match"),
+    ("settings", "bad", "about"),
     [
-        (AggregationRules, {"lr": 0.0}, "lr must be a number above 0"),
-        (AggregationRules, {"max_norm": float("inf")}, "max_norm must be a number above 0"),
-        (AggregationRules, {"max_staleness": -1}, "max_staleness must be a whole number of at least 0"),
-        (TrainingSettings, {"batch_size": 1.5}, "batch_size must be a whole number"),
-        (TrainingSettings, {"accumulate": 0}, "accumulate must be a whole number"),
-        (TrainingSettings, {"warmup_steps": -1}, "warmup_steps must be a whole number of at least 0"),
-        (TrainingSettings, {"max_length": 7}, "max_length must be a whole number of at least 8"),
+        (AggregationRules, {"lr": 0.0}, "lr"),
+        (AggregationRules, {"max_norm": float("inf")}, "max_norm"),
+        (AggregationRules, {"max_staleness": -1}, "max_staleness"),
+        (TrainingSettings, {"batch_size": 1.5}, "batch_size"),
+        (TrainingSettings, {"accumulate": 0}, "accumulate"),
+        (TrainingSettings, {"warmup_steps": -1}, "warmup_steps"),
+        (TrainingSettings, {"max_length": 7}, "max_length"),
         (
             TrainingSettings,
             {"weight_decay": -0.1},
-            "weight_decay must be a number of at least 0 and at most 1,000",
+            "weight_decay",
         ),
-        (TrainingSettings, {"learning_rate": 0.0}, "learning_rate must be a number above 0"),
-        (RuleSet, {"sync_interval_s": 0.0}, "sync_interval must be a number above 0"),
-        (RuleSet, {"number": 0}, "number must be a whole number of at least 1"),
+        (TrainingSettings, {"learning_rate": 0.0}, "learning_rate"),
+        (RuleSet, {"sync_interval_s": 0.0}, "sync_interval"),
+        (RuleSet, {"number": 0}, "number"),
     ],
 )
-def test_rules_that_cannot_work_are_refused(settings: type, bad: dict[str, Any], match: str) -> None:
-    """The message names the rule, its bound and what came."""
-    with pytest.raises(SettingsError, match=match):
+def test_rules_that_cannot_work_are_refused(settings: type, bad: dict[str, Any], about: str) -> None:
+    """Each rule has its bounds."""
+    with raises(SettingsError, about=about):
         settings(**bad)
 
 

@@ -13,6 +13,7 @@ from fedmoe.errors import FedMoEError, ProtocolError, SettingsError, SpecError
 from fedmoe.protocol.layout import Layout
 from fedmoe.protocol.lora import LoraSettings
 from fedmoe.protocol.spec import SPEC_FORMAT, Spec
+from tests.errors import raises
 from tests.strategies import lora_layout, specs
 
 Q, V = "base_model.model.layers.0.q_proj", "base_model.model.layers.0.v_proj"
@@ -74,34 +75,34 @@ def test_an_odd_field_is_refused_or_harmless(field: str, value: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "bad", "match"),
+    ("settings", "bad", "about"),
     [
-        (LoraSettings, {"rank": 0}, "rank must be a whole number"),
-        (LoraSettings, {"rank": 2.5}, "rank must be a whole number"),
-        (LoraSettings, {"rank": True}, "rank must be a whole number"),
-        (LoraSettings, {"alpha": -1.0}, "alpha must be a number above 0"),
-        (LoraSettings, {"alpha": float("nan")}, "alpha must be a number above 0"),
-        (LoraSettings, {"targets": ()}, "targets must name"),
+        (LoraSettings, {"rank": 0}, "rank"),
+        (LoraSettings, {"rank": 2.5}, "rank"),
+        (LoraSettings, {"rank": True}, "rank"),
+        (LoraSettings, {"alpha": -1.0}, "alpha"),
+        (LoraSettings, {"alpha": float("nan")}, "alpha"),
+        (LoraSettings, {"targets": ()}, "targets"),
     ],
 )
-def test_settings_that_cannot_work_are_refused(settings: type, bad: dict[str, Any], match: str) -> None:
-    """The message names the setting, its rule and what came."""
-    with pytest.raises(SettingsError, match=match):
+def test_settings_that_cannot_work_are_refused(settings: type, bad: dict[str, Any], about: str) -> None:
+    """By the name of the setting."""
+    with raises(SettingsError, about=about):
         settings(**bad)
 
 
 @pytest.mark.parametrize(
-    ("bad", "match"),
+    ("bad", "about"),
     [
-        ({"base_model": ""}, "base_model must be"),
-        ({"wire_format": "int2"}, "one of fp32, bf16, int8, int4, not 'int2'"),
-        ({"init_seed": -1}, "init_seed must be a whole number"),
-        ({"layout": Layout.of([("a", (2**27,))])}, "does not fit into one Redis string"),
+        ({"base_model": ""}, "base_model"),
+        ({"wire_format": "int2"}, "wire_format"),
+        ({"init_seed": -1}, "init_seed"),
+        ({"layout": Layout.of([("a", (2**27,))])}, "layout"),
     ],
 )
-def test_specs_that_cannot_work_are_refused(bad: dict[str, Any], match: str) -> None:
+def test_specs_that_cannot_work_are_refused(bad: dict[str, Any], about: str) -> None:
     """A spec refuses at its creation, not at the first update."""
-    with pytest.raises(SettingsError, match=match):
+    with raises(SettingsError, about=about):
         dataclasses.replace(PLAIN, **bad)
 
 

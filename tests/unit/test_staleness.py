@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from fedmoe.errors import SettingsError
 from fedmoe.protocol.rules import AggregationRules
 from fedmoe.protocol.staleness import KINDS, Decay, staleness_of
+from tests.errors import raises
 from tests.strategies import MAX_COUNT, decays
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "decay.json").read_text())
@@ -23,7 +24,7 @@ def test_golden_tables(row: dict[str, object]) -> None:
     """The factors at τ = 0, 1, 2, 5, 20, worked out by hand from the formulas."""
     factors = row.pop("factors")
     assert isinstance(factors, dict)
-    decay = Decay(**row)  # type: ignore[arg-type]
+    decay = Decay(**row)
     assert {tau: decay(int(tau)) for tau in factors} == pytest.approx(factors, rel=1e-12)
 
 
@@ -44,8 +45,8 @@ def test_staleness_counts_versions(version: int, base_version: int) -> None:
 
 @pytest.mark.parametrize("kind", ["exponential", "", "Polynomial"])
 def test_unknown_kinds_are_refused(kind: str) -> None:
-    """The message lists the kinds there are."""
-    with pytest.raises(SettingsError, match="constant, polynomial, hinge"):
+    """Also one that differs in a letter."""
+    with raises(SettingsError, about="decay"):
         Decay(kind=kind)
 
 
@@ -53,7 +54,7 @@ def test_unknown_kinds_are_refused(kind: str) -> None:
 @pytest.mark.parametrize("bad", [{"a": -1.0}, {"a": math.nan}, {"b": math.inf}, {"b": -0.5}])
 def test_impossible_parameters_are_refused(kind: str, bad: dict[str, float]) -> None:
     """Negative or not finite: refused for every kind."""
-    with pytest.raises(SettingsError, match="must be a number of at least 0"):
+    with raises(SettingsError, about=f"decay_{next(iter(bad))}"):
         Decay(kind=kind, **bad)
 
 

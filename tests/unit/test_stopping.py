@@ -82,7 +82,10 @@ def test_a_second_signal_ends_at_once() -> None:
 
 @pytest.mark.parametrize(
     ("raising", "expected"),
-    [("", (0, "done\n", "")), ("raise FedMoEError('lost')", (1, "done\n", "fedmoe: lost\n"))],
+    [
+        ("", (0, "done\n", "")),
+        ("raise FedMoEError('lost', about='training')", (1, "done\n", "fedmoe: lost\n")),
+    ],
 )
 def test_after_a_signal_nothing_holds_up_the_end(raising: str, expected: tuple[int, str, str]) -> None:
     """What Python does at its end (here: a thread that never ends) is not waited for; words and exit code are right."""
@@ -128,7 +131,7 @@ def test_a_stop_from_within_is_bounded_too() -> None:
     order: list[str] = []
     saving, out_of_patience = threading.Event(), threading.Event()
     with stop_on_signals(stop := Stop(patience_s=0.0, end_s=0.0)):
-        stop.is_saving = lambda: saving.set() or True  # type: ignore[func-returns-value]  # it is None
+        stop.is_saving = lambda: saving.set() or True
         stop.when_asked.append(lambda: order.append("asked"))
         stop.when_out_of_patience += [lambda: order.append("out of patience"), out_of_patience.set]
         stop.set()

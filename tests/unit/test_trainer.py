@@ -3,7 +3,6 @@
 import logging
 from array import array
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
@@ -14,13 +13,14 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Pretrain
 from fedmoe.data.encode import Answer, Example
 from fedmoe.data.examples import Batch
 from fedmoe.errors import TooLittleMemoryError
-from fedmoe.model.adapter import adapter_layout, attach_adapter, use_adapter
+from fedmoe.model.adapter import adapter_layout, attach_adapter, switch_to
 from fedmoe.model.base import structure
 from fedmoe.model.loss import completion_loss
 from fedmoe.protocol.lora import LoraSettings
 from fedmoe.protocol.rules import TrainingSettings
 from fedmoe.protocol.spec import Spec
 from producers.trainer import Trainer, is_out_of_memory
+from tests.errors import raises
 from tests.strategies import randn
 from tests.tiny import tiny_config
 
@@ -248,8 +248,13 @@ def test_a_model_that_does_not_train_exactly_flat_is_refused() -> None:
         "seed": 0,
         "device": CPU,
     }
-    with pytest.raises(ValueError, match="no view of flat"):
+    with pytest.raises(ValueError, match="the model trains 0 values"):
         Trainer(model=model, flat=flat.clone(), **options)
+    base = next(p for name, p in model.named_parameters() if ".lora_" not in name)
+    base.requires_grad_(True)
+    with pytest.raises(ValueError, match="is trainable, but no view of flat"):
+        Trainer(model=model, flat=flat, **options)
+    base.requires_grad_(False)
     next(p for p in model.parameters() if p.requires_grad).requires_grad_(False)
     with pytest.raises(ValueError, match="the model trains"):
         Trainer(model=model, flat=flat, **options)
@@ -335,9 +340,7 @@ def test_if_nothing_fits_it_ends_and_blames_no_example(monkeypatch: pytest.Monke
     """Somebody else may have taken the memory: with it back, the same trainer goes on with all examples."""
     memory = SmallMemory(monkeypatch, rows=0)
     trainer = make_trainer(examples=EXAMPLES * 3)
-    with pytest.raises(
-        TooLittleMemoryError, match="not even one example at a time fits into the memory of cpu"
-    ):
+    with raises(TooLittleMemoryError, about="memory"):
         train(trainer, 5)
     memory.rows = 99
     before = trainer.position
@@ -414,7 +417,7 @@ def test_two_adapters_on_one_model_train_by_turns_as_each_alone() -> None:
             model, flat = attach_adapter(model, make_spec(tiny_config(), rank=rank), name)
             made[name] = Trainer(
                 model=model, flat=flat, examples=EXAMPLES, pad_id=0, settings=settings[name], seed=3, device=CPU,
-                activate=partial(use_adapter, model, name),
+                activate=switch_to(model, name),
             )  # fmt: skip
         return made
 

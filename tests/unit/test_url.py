@@ -9,6 +9,7 @@ from fedmoe.settings import RedisSettings
 from fedmoe.store.connection import Connection
 from fedmoe.store.sentinel import QUESTION_TIMEOUT_S
 from fedmoe.store.url import SentinelURL, shown
+from tests.errors import raises
 
 HIDDEN = "5ecret"
 
@@ -51,50 +52,67 @@ def test_sentinel_url_is_read(
 
 
 @pytest.mark.parametrize(
-    ("url", "why"),
+    ("url", "about"),
     [
-        ("sentinel://h", "names no master"),
-        ("sentinel://h/", "names no master"),
-        ("sentinel://", "a sentinel without a host"),
-        ("sentinel:///M", "a sentinel without a host"),
-        ("sentinel://a,,b/M", "a sentinel without a host"),
-        ("sentinel://a,/M", "a sentinel without a host"),
-        ("sentinel://:26379/M", "a sentinel without a host"),
-        ("sentinel://h:/M", "a port that is not 1 to 65535"),
-        ("sentinel://h:0/M", "a port that is not 1 to 65535"),
-        ("sentinel://h:65536/M", "a port that is not 1 to 65535"),
-        ("sentinel://h:٣/M", "a port that is not 1 to 65535"),
-        ("sentinel://h:x/M", "a port that is not 1 to 65535"),
-        ("sentinel://::1/M", "write an IPv6 address in brackets"),
-        ("sentinel://[::1/M", "write an IPv6 address in brackets"),
-        ("sentinel://[h]/M", "brackets around a host that is not an IPv6 address"),
-        ("sentinel://a b/M", "an unreadable host"),
-        ("sentinel://h/M/0", "a database is given as"),
-        ("sentinel://h/M#x", "names a master with characters other"),
-        ("sentinel://h/M?db=-1", "a database that is not a number"),
-        ("sentinel://h/M?db", "a database that is not a number"),
-        ("sentinel://h/M?db=1&db=2", "the option db twice"),
-        ("sentinel://h/M?timeout=3", "has the option 'timeout'; only db, sentinel_username"),
-        ("sentinel://h/M?ssl=yes", "ssl with a value other than true"),
-        ("sentinel://h/M?ssl_cert_reqs=maybe", "none, optional or required"),
-        ("sentinel://h/M?ssl_min_version=new", "impossible value for ssl_min_version"),
-        ("sentinel://h/M?sentinel_password=", "empty or impossible value for sentinel_password"),
-        ("redis://h?ssl_ca_certs=x", "has the option 'ssl_ca_certs'; only db is allowed"),
-        ("unix:///x?ssl_ca_certs=x", "has the option 'ssl_ca_certs'; only db is allowed"),
-        ("rediss://h?ssl_oops=x", "has the option 'ssl_oops'; only db and ssl_"),
-        ("redis://h?ssl=true", "has the option 'ssl'; only db is allowed"),
-        ("redis://h/one", "a database that is not a number"),
-        ("redis+cluster://h", "must begin with redis://"),
-        ("h:6379", "must begin with redis://"),
-        ("", "must begin with redis://"),
+        ("sentinel://h", "master"),
+        ("sentinel://h/", "master"),
+        ("sentinel://", "sentinel"),
+        ("sentinel:///M", "sentinel"),
+        ("sentinel://a,,b/M", "sentinel"),
+        ("sentinel://a,/M", "sentinel"),
+        ("sentinel://:26379/M", "sentinel"),
+        ("sentinel://h:/M", "port"),
+        ("sentinel://h:0/M", "port"),
+        ("sentinel://h:65536/M", "port"),
+        ("sentinel://h:٣/M", "port"),
+        ("sentinel://h:x/M", "port"),
+        ("sentinel://::1/M", "host"),
+        ("sentinel://[::1/M", "host"),
+        ("sentinel://[h]/M", "IPv6"),
+        ("sentinel://a b/M", "host"),
+        ("sentinel://h/M/0", "master"),
+        ("sentinel://h/M#x", "master"),
+        ("sentinel://h/M?db=-1", "db"),
+        ("sentinel://h/M?db", "db"),
+        ("sentinel://h/M?db=1&db=2", "db"),
+        ("sentinel://h/M?timeout=3", "option"),
+        ("sentinel://h/M?ssl=yes", "ssl"),
+        ("sentinel://h/M?ssl_cert_reqs=maybe", "ssl_cert_reqs"),
+        ("sentinel://h/M?ssl_min_version=new", "ssl_min_version"),
+        ("sentinel://h/M?sentinel_password=", "sentinel_password"),
+        ("redis://h?ssl_ca_certs=x", "option"),
+        ("unix:///x?ssl_ca_certs=x", "option"),
+        ("rediss://h?ssl_oops=x", "option"),
+        ("redis://h?ssl=true", "option"),
+        ("redis://h/one", "db"),
+        ("redis+cluster://h", "scheme"),
+        ("h:6379", "scheme"),
+        ("", "scheme"),
     ],
 )
-def test_url_that_cannot_work_is_one_sentence(url: str, why: str) -> None:
+def test_url_that_cannot_work_is_one_sentence(url: str, about: str) -> None:
     """Before anything is connected."""
+    with raises(SettingsError, about=about) as error:
+        RedisSettings(url=url)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "remedy"),
+    [
+        ("sentinel://h", "names no master: write sentinel://HOST"),
+        ("sentinel://h/M/0", "a database is given as ?db=0"),
+        ("sentinel://::1/M", "write an IPv6 address in brackets"),
+        ("sentinel://h/M?timeout=3", "has the option 'timeout'; only db, sentinel_username"),
+        ("redis://h/one", "write / # ? @ in a password as %2F %23 %3F %40"),
+        ("h:6379", "must begin with redis://"),
+    ],
+)
+def test_url_that_cannot_work_says_how_to_write_it(url: str, remedy: str) -> None:
+    """Also where two mistakes are about the same part."""
     with pytest.raises(SettingsError) as error:
         RedisSettings(url=url)
-    assert why in str(error.value)
-    assert "\n" not in str(error.value)
+    assert remedy in str(error.value)
 
 
 @pytest.mark.parametrize("scheme", ["redis", "rediss", "unix", "sentinel", "http"])

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
+from fedmoe.protocol.balance import Peers
 from fedmoe.protocol.codec import FORMATS, FRAME_BYTES, part_count
 from fedmoe.protocol.identity import BaseIdentity
 from fedmoe.protocol.layout import FLOAT_BYTES
@@ -37,13 +38,14 @@ class Outcome(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """An outcome with its reason (for people); for an applied update, also its staleness, factor and norm."""
+    """An outcome with its reason (for people); for an applied update, also its staleness, factor, norm and weight."""
 
     outcome: Outcome
     reason: str = ""
     staleness: int = 0
     factor: float = 0.0
     norm: float = 0.0
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +55,13 @@ class Admission:
     Args:
         staleness, factor: of the update.
         max_norm: largest L2 norm that its payload may have.
+        weight: of its worker beside the others.
     """
 
     staleness: int = 0
     factor: float = 1.0
     max_norm: float = math.inf
+    weight: float = 1.0
 
 
 class Counts(NamedTuple):
@@ -77,12 +81,11 @@ def counts_of(header: Header, training: TrainingSettings) -> Counts:
 
 
 def judge_header(
-    header: Header, head: Decided | None, meta: Meta, spec: Spec, workers: int
+    header: Header, head: Decided | None, meta: Meta, spec: Spec, peers: Peers
 ) -> Verdict | Admission:
     """Judge a header under the rules in force: a verdict, or the admission of its payload.
 
-    `workers` is the number of workers that ever had an update decided (the fields of `decided`). The payload is read
-    only after an admission: a too large update is never fetched.
+    The payload is read only after an admission: a too large update is never fetched.
     """
     if head and header.id == head.id:
         return Verdict(Outcome.DUPLICATE)
@@ -97,10 +100,10 @@ def judge_header(
         )
     staleness = staleness_of(meta.version, header.base_version)
     rules = meta.rules.aggregation
-    bound = rules.staleness_bound(workers)
+    bound = rules.staleness_bound(peers.known)
     if reason := _breach(header, meta, spec) or _too_far(header, staleness, meta, bound):
         return Verdict(Outcome.REFUSED, reason, staleness)
-    return Admission(staleness, rules.factor(staleness), rules.max_norm)
+    return Admission(staleness, rules.factor(staleness, peers.weight), rules.max_norm, peers.weight)
 
 
 def _breach(header: Header, meta: Meta, spec: Spec) -> str:
@@ -173,4 +176,4 @@ def judge_payload(admission: Admission, payload: Payload) -> Verdict:
         )
     if reason:
         return Verdict(Outcome.REFUSED, reason, admission.staleness)
-    return Verdict(Outcome.APPLIED, "", admission.staleness, admission.factor, norm)
+    return Verdict(Outcome.APPLIED, "", admission.staleness, admission.factor, norm, admission.weight)

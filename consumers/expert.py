@@ -17,6 +17,7 @@ from consumers.history import History
 from consumers.payload import Workspace, fold_payload
 from fedmoe.errors import SettingsError, StaleStateError, UpdateError
 from fedmoe.protocol import records
+from fedmoe.protocol.balance import peers_of
 from fedmoe.protocol.codec import EXACT, scratch_values
 from fedmoe.protocol.doorbell import Doorbell, Garbage, Join, parse_entry
 from fedmoe.protocol.features import features_text
@@ -207,7 +208,10 @@ class Expert:
             self._garbage(entry, str(error), commit)
             return None
         head = self.decided.get(bell.worker)
-        judged = judge_header(header, head, self.meta, self.spec, len(self.decided))
+        peers = peers_of(
+            self.store.name, bell.worker, self.decided, self.meta.version, self.meta.rules.aggregation
+        )
+        judged = judge_header(header, head, self.meta, self.spec, peers)
         verdict, kept = (
             self._fold_payload(bell, header, judged) if isinstance(judged, Admission) else (judged, "")
         )
@@ -281,6 +285,7 @@ class Expert:
             base_version=header.base_version,
             staleness=verdict.staleness,
             factor=verdict.factor,
+            weight=verdict.weight,
             norm=verdict.norm,
             loss=header.loss,
             n_examples=counts.n_examples,

@@ -148,7 +148,7 @@ def _fold_line(
         line.rules in rule_sets, "rules", f"it was decided under rules {line.rules}, which are not in the log"
     )
     rules, staleness = rule_sets[line.rules].aggregation, staleness_of(version, header.base_version)
-    factor = rules.factor(staleness)
+    factor = rules.factor(staleness, line.weight)
     _check(line.staleness == staleness, "staleness", f"staleness {line.staleness}, should be {staleness}")
     _check(line.factor == factor, "factor", f"factor {line.factor!r}, should be {factor!r}")
     decode(parts, spec.wire_format, delta)

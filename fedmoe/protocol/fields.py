@@ -20,9 +20,9 @@ from typing import Any, TypeVar, Union, get_args, get_origin
 Record = TypeVar("Record")
 
 
-def optional(default: Any) -> Any:
-    """A field that may be missing."""
-    return field(default=default, metadata={"optional": True})
+def optional(default: Any, *, exact: bool = False) -> Any:
+    """A field that may be missing; `exact` as in the function of that name."""
+    return field(default=default, metadata={"optional": True, "exact": exact})
 
 
 def exact() -> Any:

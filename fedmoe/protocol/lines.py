@@ -20,6 +20,7 @@ class AppliedLine:
         version: of the expert after it.
         worker, run, seq, prev: the update, and the one before it in its worker's chain ("" for the first).
         base_version, staleness: of the update; factor: the scale it was folded with; norm: its L2 norm before scaling.
+        weight: of its worker beside the others (see `fedmoe.protocol.balance`).
         loss: training loss that the worker reported.
         rules: number of the rule set it was decided under.
         n_examples: rows counted for it; claimed_examples, claimed_tokens: what its worker claimed, if more.
@@ -39,6 +40,7 @@ class AppliedLine:
     n_examples: int
     rules: int
     prev: str = optional("")
+    weight: float = optional(1.0, exact=True)
     claimed_examples: int | None = optional(None)
     claimed_tokens: int | None = optional(None)
     update: str = optional("")

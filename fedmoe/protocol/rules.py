@@ -25,6 +25,7 @@ STALENESS_PER_WORKER = 4
 # These bounds keep every weight within the range of fp32 (3e38), and catch typing errors.
 MAX_LR, MAX_NORM, MAX_WHOLE = 1000, 1e9, 10**9
 TRAIN_EXPERT, TRAIN_GATEWAY, TRAIN_BOTH = TRAINS = ("expert", "gateway", "both")
+BY_WORKER, BY_DOMAIN = BALANCES = ("worker", "domain")
 AUTO = "auto"  # for max_staleness: the bound grows with the number of workers
 
 
@@ -41,6 +42,10 @@ class AggregationRules:
         1.0, "Weight of a round in which every worker publishes once, without a unit: an update counts "
         "lr × min(1, gain × decay), so a lone worker's never counts more than lr.", above=0, at_most=MAX_LR,
     )  # fmt: skip
+    balance: str = setting(
+        BY_WORKER, "Unit that counts the same in a round: each worker, or on the gateway each domain.",
+        choices=BALANCES,
+    )  # fmt: skip
     max_staleness: int | None = setting(
         None,
         "Refuse an update if more than this many updates were applied since its base; auto is 256, or 4 per worker if "
@@ -55,16 +60,18 @@ class AggregationRules:
     def __post_init__(self) -> None:
         check(self)
 
-    def factor(self, staleness: int) -> float:
-        """The factor of an update of this staleness (in updates): lr × min(1, gain × decay(staleness)).
+    def factor(self, staleness: int, weight: float = 1.0) -> float:
+        """The factor of an update of this staleness (in updates): lr × min(1, gain × decay(staleness) × weight).
 
         M equal workers in rotation have staleness M − 1. With the default decay, 1 / (1 + staleness), a round of their
         updates then counts as `gain` times its mean. The minimum bounds the gain by the number of workers: a lone
         worker's updates count lr. docs/protocol.md derives for which gain this is stable.
 
+        `weight` is that of its worker beside the others (see `fedmoe.protocol.balance`).
+
         Source of a server learning rate above 1: Reddi et al., arXiv 2003.00295.
         """
-        return self.lr * min(1.0, self.gain * self.decay(staleness))
+        return self.lr * min(1.0, self.gain * self.decay(staleness) * weight)
 
     def staleness_bound(self, workers: int) -> int:
         """The largest staleness (in updates) that is not refused; `workers` ever had an update decided.
@@ -152,8 +159,16 @@ class RuleSet:
         """Canonical JSON: the same rules give the same text on every machine."""
         content = asdict(self)
         unknown = json.loads(content.pop("unknown") or "{}")
-        if not self.requires:
-            del content["requires"]
+        without = RuleSet()
+        for rules, default, names in (
+            (content, without, ("requires", "train")),
+            (content["aggregation"], without.aggregation, ("gain", "balance")),
+        ):
+            for (
+                name
+            ) in names:  # left out at their default: an earlier FedMoE, which lacks them, wrote the same text
+                if rules[name] == getattr(default, name):
+                    del rules[name]
         put_back(content, unknown)
         return json.dumps(content, sort_keys=True, separators=(",", ":"))
 

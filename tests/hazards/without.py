@@ -17,6 +17,7 @@ from consumers.decide import Admission, Outcome, Verdict, judge_header
 from consumers.expert import Expert
 from consumers.gateway.builder import GatewayBuilder
 from fedmoe.errors import IncompleteUpdateError, SpecError
+from fedmoe.protocol.balance import Peers
 from fedmoe.protocol.doorbell import Doorbell
 from fedmoe.protocol.keys import GROUP
 from fedmoe.protocol.records import Decided, Entry, Meta
@@ -109,14 +110,14 @@ class TrustsEntries(Expert):
 
     def decide(self, bell: Doorbell, raw: bytes, entry: Entry, commit: Commit) -> Verdict | None:
         def judge(
-            header: Header, head: Decided | None, meta: Meta, spec: Spec, workers: int
+            header: Header, head: Decided | None, meta: Meta, spec: Spec, peers: Peers
         ) -> Verdict | Admission:
             said = entry.fields
             header = replace(header, base_version=int(said.get("base_version", header.base_version)))
             if "prev" in said:
                 run, _, seq = said["prev"].rpartition(":")
                 header = replace(header, prev=UpdateId(run, int(seq)) if run else None)
-            return judge_header(header, head, meta, spec, workers)
+            return judge_header(header, head, meta, spec, peers)
 
         with patch.object(consumers.expert, "judge_header", judge):
             return super().decide(bell, raw, entry, commit)
@@ -138,12 +139,12 @@ class RefusesWhatIsNotWhole(Expert):
 
 
 def judge_by_seq(
-    header: Header, head: Decided | None, meta: Meta, spec: Spec, workers: int
+    header: Header, head: Decided | None, meta: Meta, spec: Spec, peers: Peers
 ) -> Verdict | Admission:
     """An update of the head's seq is a duplicate, whatever its run."""
     if head and header.seq == head.id.seq:
         return Verdict(Outcome.DUPLICATE)
-    return judge_header(header, head, meta, spec, workers)
+    return judge_header(header, head, meta, spec, peers)
 
 
 def staleness_by_the_clock(version: int, base_version: int) -> int:

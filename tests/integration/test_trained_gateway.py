@@ -157,3 +157,39 @@ def test_worker_and_aggregator_name_experts_of_domains_only(
     done = expert_command("weight", GATEWAY, "1")
     assert isinstance(done.exception, SettingsError)
     assert done.exception.about == "expert"
+
+
+def test_domains_count_the_same_whatever_the_number_of_their_workers(
+    connection: Connection, expert_command: Command, tmp_path: Path
+) -> None:
+    """Three workers of one, one of another: in the log with their weights, and it replays over the change of rules."""
+    make_expert(connection, "sql_expert", weights=torch.zeros(small_spec().layout.numel))
+    expert_command("set", "sql_expert", "--train", "both")
+    archive = Archive(tmp_path / "kept")
+    expert = load(connection, archive)
+    names = ("sql_expert.a", "sql_expert.b", "sql_expert.c", "docs_expert.a")
+    workers = [ScriptedWorker(connection, expert.spec, name, expert=GATEWAY) for name in names]
+
+    def push_all() -> None:
+        for worker in workers:
+            worker.push(0.5)
+        expert.process(expert.store.read(block_ms=1, count=9))
+        for worker in workers:
+            worker.pull()
+
+    push_all()
+    assert expert_command("set", GATEWAY, "--balance", "domain", "--gain", "2").exit_code == 0
+    expert = load(connection, archive)
+    push_all()
+    meta, _, lines = GatewayStore(connection).history(GATEWAY)
+    of = [
+        (line["worker"], line.get("weight", "1"), float(line["factor"]))
+        for line in lines
+        if "ended" not in line
+    ][4:]
+    # 4 workers of 2 domains: 4/(2·3) each of the three, 4/(2·1) the one; staleness 0 to 3, gain 2, at most 1
+    assert [round(float(weight), 3) for _, weight, _ in of] == [0.667, 0.667, 0.667, 2.0]
+    assert [factor for _, _, factor in of] == pytest.approx([1.0, 2 / 3, 4 / 9, 1.0])
+    again = replay(expert.spec, meta, lines, archive)
+    assert not again.problem
+    assert torch.equal(again.weights.flat, expert.buffer.flat)

@@ -15,6 +15,7 @@ import tests.protocol.worker
 from consumers.decide import Admission, Outcome, Verdict, judge_header
 from consumers.expert import Expert
 from consumers.payload import fold_payload
+from fedmoe.protocol.balance import Peers
 from fedmoe.protocol.doorbell import Doorbell
 from fedmoe.protocol.layout import values_of
 from fedmoe.protocol.records import Decided, Entry, Meta
@@ -136,23 +137,23 @@ class NoResending(WorkerStore):
 
 
 def _any_prev(
-    header: Header, head: Decided | None, meta: Meta, spec: Spec, workers: int
+    header: Header, head: Decided | None, meta: Meta, spec: Spec, peers: Peers
 ) -> Verdict | Admission:
     if head and header.run == head.id.run and header.seq <= head.id.seq:
         return Verdict(Outcome.DUPLICATE)
-    return judge_header(replace(header, prev=head.id if head else None), head, meta, spec, workers)
+    return judge_header(replace(header, prev=head.id if head else None), head, meta, spec, peers)
 
 
 def _any_lineage(
-    header: Header, head: Decided | None, meta: Meta, spec: Spec, workers: int
+    header: Header, head: Decided | None, meta: Meta, spec: Spec, peers: Peers
 ) -> Verdict | Admission:
-    return judge_header(replace(header, lineage=meta.lineage), head, meta, spec, workers)
+    return judge_header(replace(header, lineage=meta.lineage), head, meta, spec, peers)
 
 
 def _first_rules_judge(
-    header: Header, head: Decided | None, meta: Meta, spec: Spec, workers: int
+    header: Header, head: Decided | None, meta: Meta, spec: Spec, peers: Peers
 ) -> Verdict | Admission:
-    judged = judge_header(header, head, meta, spec, workers)
+    judged = judge_header(header, head, meta, spec, peers)
     return replace(judged, factor=1.0) if isinstance(judged, Admission) else judged
 
 

@@ -18,6 +18,7 @@ from consumers.decide import (
 )
 from consumers.fold import fold
 from consumers.payload import Workspace, fold_payload
+from fedmoe.protocol.balance import Peers
 from fedmoe.protocol.codec import FORMATS, decode, scratch_values
 from fedmoe.protocol.layout import Layout
 from fedmoe.protocol.rules import TrainingSettings
@@ -176,7 +177,7 @@ def test_base_may_be_as_far_ahead_as_behind(base_version: int, admitted: bool) -
     update = ledger.make_update(
         torch.ones(spec.layout.numel), Trained(), wire_format="fp32", fingerprint=FINGERPRINT
     )
-    judged = judge_header(replace(update.header, base_version=base_version), None, meta, spec, 1)
+    judged = judge_header(replace(update.header, base_version=base_version), None, meta, spec, Peers(1))
     assert judged.staleness == max(0, 10 - base_version)
     assert isinstance(judged, Admission) == admitted
     if not isinstance(judged, Admission):

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from consumers.decide import Admission, Outcome, judge_header
+from fedmoe.protocol.balance import Peers
 from fedmoe.protocol.codec import FORMATS, FRAME_BYTES
 from fedmoe.protocol.layout import Layout
 from fedmoe.protocol.records import Decided
@@ -89,7 +90,7 @@ class Row:
             self.head and decided(self.head),
             replace(META, **({"rules": self.rules} | dict(self.meta))),
             self.spec,
-            self.workers,
+            Peers(self.workers),
         )
         if isinstance(judged, Admission):
             expected = Admission(self.staleness, self.factor, self.rules.aggregation.max_norm)

@@ -31,7 +31,7 @@ from fedmoe.model.adapter import BoundAdapter, bind_adapter
 from fedmoe.model.base import check_structure, fingerprint
 from fedmoe.model.tokenizer import vocabulary_fingerprint
 from fedmoe.protocol.identity import BaseIdentity
-from fedmoe.protocol.names import clean_name
+from fedmoe.protocol.names import GATEWAY, clean_name, domain_of
 from fedmoe.protocol.rules import RuleSet, TrainingSettings
 from fedmoe.settings import RedisSettings, WorkerSettings
 from fedmoe.util.setting import check_whole
@@ -281,7 +281,8 @@ def join(
         redis: URL of the federation's Redis, or its settings.
         adapters: by expert, the PEFT model whose LoRA adapter is trained. Make it with the expert's own LoraConfig:
             `fedmoe.connect(url).expert(name).lora_config()`.
-        name: this worker's name, unique on its expert; "" is the one in `state_dir`, else the host's.
+        name: this worker's name, unique on its expert; "" is the one in `state_dir`, else the host's. On the gateway it
+            begins with the expert whose rows the loop has, and a dot: "sql_expert.alice".
         state_dir: directory for checkpoints, from which the next process resumes; without one, undecided updates are
             lost with the process. With several experts, each has a directory in it.
         optimizer: whose state of the adapter becomes part of the checkpoint.
@@ -327,8 +328,14 @@ def join(
             model = getattr(given, "_orig_mod", given)  # what torch.compile was given
             place = root and (root / expert if len(adapters) > 1 else root)
             worker = name or (name_in(place) if place else "") or clean_name(socket.gethostname())
+            if expert == GATEWAY and "." not in worker:
+                raise SettingsError(
+                    "on the gateway a worker is named after the expert whose rows it has, too: give it a name like "
+                    f'"sql_expert.{worker}"',
+                    about="name",
+                )
             WorkerSettings(  # checks them
-                stream=expert,
+                stream=domain_of(worker) if expert == GATEWAY else expert,
                 data=Path(),
                 name=worker,
                 drain_s=drain_s,

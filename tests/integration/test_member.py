@@ -16,6 +16,7 @@ from fedmoe.model.adapter import adapter_layout
 from fedmoe.model.base import fingerprint, structure
 from fedmoe.protocol.layout import values_of
 from fedmoe.protocol.lora import LoraSettings
+from fedmoe.protocol.names import GATEWAY
 from fedmoe.protocol.rules import AggregationRules, RuleSet
 from fedmoe.protocol.spec import Spec
 from fedmoe.store.connection import Connection
@@ -252,6 +253,26 @@ def test_unknown_expert_is_named_with_those_there_are(connection: Connection) ->
         fedmoe.join(connection.settings, {"docs_expert": adapted(connection)}, wait=False)
     with raises(SettingsError, about="adapters"):
         fedmoe.join(connection.settings, {})
+
+
+def test_a_loop_may_train_the_gateway_under_a_name_that_tells_its_expert(
+    connection: Connection, connect: Connect
+) -> None:
+    """As a worker of that expert would; without the expert's name it is told which one to give."""
+    make_tiny(connection, GATEWAY)
+    model = adapted(connection, expert=GATEWAY)
+    with raises(SettingsError, about="name"):
+        fedmoe.join(connection.settings, {GATEWAY: model}, name="alice")
+    with raises(SettingsError, about="name"):
+        fedmoe.join(connection.settings, {GATEWAY: model}, name=f"{NAME}.alice.")
+    with (
+        serving(connect(), expert=GATEWAY, block_ms=20),
+        fedmoe.join(connection.settings, {GATEWAY: model}, name=f"{NAME}.alice") as member,
+    ):
+        train(member, model, adam(model), 3)
+    assert {one.worker for one in fedmoe.connect(connection.settings).expert(GATEWAY).updates()} == {
+        f"{NAME}.alice"
+    }
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,14 @@ def test_a_lone_worker_s_chain_is_its_local_training() -> None:
         assert set(servers[GATEWAY].staleness) == {0}
 
 
+def test_a_worker_s_chains_do_not_touch_each_other() -> None:
+    """By two passes the experts are those that are trained apart, for twice the compute."""
+    apart, _ = play(Run(scheme="apart", steps=24, wire_format="fp32"))
+    twice, _ = play(Run(scheme="twice", steps=24, compute=2.0, wire_format="fp32"))
+    for name in DOMAINS:
+        assert torch.allclose(apart[name].weights, twice[name].weights, atol=1e-5)
+
+
 def test_three_equal_workers_are_two_updates_stale() -> None:
     servers, _ = play(Run(scheme="gateway", steps=96))
     steady = servers[GATEWAY].staleness[3:-3]
@@ -199,9 +207,7 @@ def test_an_adapter_under_another_is_frozen_and_counts() -> None:
 def test_merged_adapters_are_shown_and_gone_again() -> None:
     spec = make_spec(LAYOUT, "int4", lora=LORA)
     stage = stage_of(spec)
-    experts = {
-        str(seed): initial_weights(LAYOUT, 0) + 0.1 * randn(seed, LAYOUT.numel) for seed in (0, 1)
-    }
+    experts = {str(seed): initial_weights(LAYOUT, 0) + 0.1 * randn(seed, LAYOUT.numel) for seed in (0, 1)}
 
     def logits() -> torch.Tensor:
         with torch.no_grad():

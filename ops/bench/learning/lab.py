@@ -34,7 +34,7 @@ from ops.bench.learning.stage import Stage, StageTrainer
 CPU = torch.device("cpu")
 TRAINING = TrainingSettings(learning_rate=1e-3, batch_size=2, max_length=192, warmup_steps=4)
 TRAIN_ROWS, VALID_ROWS, TEST_ROWS = 600, 64, 128  # of a domain, where it has so many
-THREADS = 2
+THREADS = 2  # at most; OMP_NUM_THREADS=1 is faster on a machine that is busy
 
 Rows = Mapping[str, Sequence[Example]]  # of each domain
 
@@ -47,7 +47,7 @@ class Lab:
     """
 
     def __init__(self, rank: int) -> None:
-        torch.set_num_threads(THREADS)
+        torch.set_num_threads(min(THREADS, torch.get_num_threads()))
         self.train, self.test, self.pad_id, model_dir = _rows()
         lora = LoraSettings(rank=rank, alpha=2.0 * rank)
         self._spec = make_spec(adapter_layout(load_config(model_dir), lora), "int4", lora=lora)

@@ -166,7 +166,15 @@ def _short(rows: int, seeds: int) -> Iterator[Run]:
             yield Run(scheme=scheme, gain=gain, seed=seed, rows=rows)
 
 
+def _tiny(rows: int, seeds: int) -> Iterator[Run]:
+    """A test of the harness."""
+    for seed in range(seeds):
+        for scheme in ("apart", "residual"):
+            yield Run(scheme=scheme, steps=2, seed=seed, rows=rows)
+
+
 PARTS: dict[str, Callable[[int, int], Iterator[Run]]] = {
+    "tiny": _tiny,
     "short": _short,
     "main": _main,
     "shared": _shared,

@@ -238,7 +238,9 @@ def test_rows_of_workers() -> None:
 def outcome(run: Run, **means: float) -> Outcome:
     losses = {name.replace("_", " "): dict.fromkeys(DOMAINS, mean) for name, mean in means.items()}
     fields = asdict(run) | {"delay_s": list(run.delay_s)}
-    return Outcome(run=fields, losses=losses, steps={GATEWAY: 144}, updates={}, staleness={}, seconds=1.0)
+    return Outcome(
+        run=fields, losses=losses, steps={GATEWAY: 144}, updates={}, staleness={}, seconds=1.0, cpu_s=1.0
+    )
 
 
 def some() -> list[tuple[Run, Outcome]]:

@@ -30,7 +30,7 @@ class Outcome:
         losses: model → domain → held-out loss.
         steps: chain → optimizer steps of all its workers; updates: chain → updates applied.
         staleness: chain → mean staleness of its updates.
-        seconds: of training and evaluation on this machine.
+        seconds: of training and evaluation on this machine; cpu_s: of this process, all threads together.
     """
 
     run: dict[str, Any]
@@ -39,6 +39,7 @@ class Outcome:
     updates: dict[str, int]
     staleness: dict[str, float]
     seconds: float
+    cpu_s: float
 
 
 def domains_of(run: Run) -> tuple[str, ...]:
@@ -49,7 +50,7 @@ def domains_of(run: Run) -> tuple[str, ...]:
 
 def carry_out(run: Run, lab: Lab) -> Outcome:
     """Train and measure."""
-    began = time.monotonic()
+    began, cpu_began = time.monotonic(), time.process_time()
     spec = lab.spec(run)
     servers = servers_of(run, lambda name: Server(name, spec, run.gain))
     gateways: dict[str, torch.Tensor] = {}  # worker → its local gateway
@@ -68,6 +69,7 @@ def carry_out(run: Run, lab: Lab) -> Outcome:
         updates={name: server.meta.version for name, server in servers.items()},
         staleness={name: statistics.fmean(server.staleness) for name, server in servers.items()},
         seconds=round(time.monotonic() - began, 1),
+        cpu_s=round(time.process_time() - cpu_began, 1),
     )
 
 
@@ -113,7 +115,7 @@ def outcomes(
                 labs[run.rank] = Lab(run.rank)
             outcome = carry_out(run, labs[run.rank])
             write(file, outcome)
-            report(f"    {run.name}: {outcome.seconds:.0f} s")
+            report(f"    {run.name}: {outcome.seconds:.0f} s, {outcome.cpu_s:.0f} s of CPU")
         yield run, outcome
 
 

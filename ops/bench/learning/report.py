@@ -7,7 +7,7 @@ The share of a model is the part of perfect routing's gain that it reaches, in t
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ops.bench.learning.carry import BASE, OVER, OWN, Outcome
@@ -33,6 +33,8 @@ class Line:
 
 def label_of(run: Run, model: str) -> str:
     """How the table calls a model of a run."""
+    if run.wire_format != "int4":
+        return f"{label_of(replace(run, wire_format='int4'), model)}, {run.wire_format}"
     if run.scheme == "apart":
         return model if run.gain == 1 or model == BASE else f"{model}, gain {run.gain:g}"
     if run.scheme == "central":

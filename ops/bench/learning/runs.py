@@ -68,6 +68,7 @@ class Run:
     def name(self) -> str:
         """The run's name, of which its file is named."""
         amount = f"x{self.gain:g}" + (f"-compute{self.compute:g}" if self.compute != 1 else "")
+        amount += f"-{self.wire_format}" if self.wire_format != "int4" else ""
         return f"{self.mix}-{self.steps}-r{self.rank}-s{self.seed}-n{self.rows}-{self.scheme}-{amount}"
 
     @property

@@ -39,6 +39,7 @@ def _parse() -> argparse.Namespace:
         metavar="NAME",
         help="learning: only these parts of the full form",
     )
+    parser.add_argument("--rows", type=int, metavar="N", help="learning: held-out rows of each domain")
     parser.add_argument("--out", type=Path, default=Path("bench.json"), help="the results  [bench.json]")
     return parser.parse_args()
 
@@ -70,7 +71,8 @@ def main() -> int:
     if odd := [part for part in options.part or () if part not in plan.learning.parts]:
         return _refuse(f"there is no part {odd[0]!r}: choose among {', '.join(plan.learning.parts)}")
     parts = tuple(dict.fromkeys(options.part or plan.learning.parts))
-    plan = replace(plan, learning=replace(plan.learning, parts=parts, keep=options.keep))
+    rows = options.rows or plan.learning.rows
+    plan = replace(plan, learning=replace(plan.learning, parts=parts, rows=rows, keep=options.keep))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the processes are ended first
     results: list[Result] = []
     began = time.monotonic()

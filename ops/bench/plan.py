@@ -98,7 +98,7 @@ FULL = Plan(
     experts=(1, 8, 32),
     updates=100_000,
     quality=Quality(("sql_expert", "python_expert", "docs_expert"), syncs=48, steps=2, rows=64),
-    learning=Learning(parts=("main", "shared", "lengths", "ranks", "mixes"), rows=128, seeds=3),
+    learning=Learning(parts=("main", "shared", "formats", "lengths", "ranks", "mixes"), rows=128, seeds=3),
 )
 TINY = Plan(
     rounds=1,

@@ -46,6 +46,7 @@ NOT_TYPED = {
     "bash ops/bench.sh --only quality": "trains for minutes",
     "bash ops/bench.sh --only learning --quick": "trains for minutes",
     "bash ops/bench.sh --only learning --keep bench-learning": "trains for hours",
+    "bash ops/bench.sh --only learning --part main formats --rows 32 --keep bench-learning": "trains for hours",
     ".venv/bin/python -m ops.bench.learning bench-learning": "needs what the one before keeps",
     "bash ops/bench.sh --only flower": "installs Flower",
     ".venv/bin/python -m tests.hazards": TESTS,

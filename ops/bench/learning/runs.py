@@ -152,6 +152,12 @@ def _ranks(rows: int, seeds: int) -> Iterator[Run]:
             yield Run(scheme=scheme, gain=gain, rank=16, seed=seed, rows=rows)
 
 
+def _formats(rows: int, seeds: int) -> Iterator[Run]:
+    """What the wire format costs the gateway."""
+    for seed in range(seeds):
+        yield Run(scheme="gateway", gain=2.0, wire_format="fp32", seed=seed, rows=rows)
+
+
 def _mixes(rows: int, seeds: int) -> Iterator[Run]:
     for seed in range(seeds):
         for mix in ("eight", "slow", "late", "stops", "rows", "ten"):
@@ -179,6 +185,7 @@ PARTS: dict[str, Callable[[int, int], Iterator[Run]]] = {
     "short": _short,
     "main": _main,
     "shared": _shared,
+    "formats": _formats,
     "lengths": _lengths,
     "ranks": _ranks,
     "mixes": _mixes,

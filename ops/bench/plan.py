@@ -85,7 +85,7 @@ QUICK = Plan(
     experts=(1, 8, 32),
     updates=2_000,
     quality=Quality(("sql_expert", "python_expert", "docs_expert"), syncs=12, steps=2, rows=32),
-    learning=Learning(parts=("tiny",), rows=24, seeds=1, short=True),
+    learning=Learning(parts=("short",), rows=32, seeds=1, short=True),
 )
 FULL = Plan(
     seconds=6.0,

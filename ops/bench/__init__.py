@@ -12,4 +12,5 @@ the median of the ratios of the single rounds. Nothing here is asserted: these a
     adapters    layouts of real adapters, from 64 KiB to 34 MiB
     fedmoe_side, raw_side, http_side    the contestants: processes and clients
     throughput, latency, overlap, growth, wire, machine    the benchmarks
+    learning    what gateways are worth that are trained, merged, or trained centrally
 """

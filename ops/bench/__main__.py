@@ -6,10 +6,11 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 BENCHMARKS = ("wire", "machine", "codec", "throughput", "latency", "growth", "overlap", "turns")
-ON_REQUEST = ("size", "quality", "flower")  # take gigabytes, minutes, an environment of its own
+ON_REQUEST = ("size", "quality", "learning", "flower")  # take gigabytes, minutes, an environment of its own
 EVERYTHING = ", ".join((*BENCHMARKS, *ON_REQUEST))
 
 
@@ -25,6 +26,20 @@ def _parse() -> argparse.Namespace:
         metavar="NAME",
         help=f"among {EVERYTHING}  [all but {', '.join(ON_REQUEST)}]",
     )
+    parser.add_argument(
+        "--keep",
+        type=Path,
+        metavar="DIR",
+        help="learning: keep each run in DIR; runs that are there are not repeated",
+    )
+    parser.add_argument(
+        "--part",
+        nargs="+",
+        action="extend",
+        metavar="NAME",
+        help="learning: only these parts of the full form",
+    )
+    parser.add_argument("--rows", type=int, metavar="N", help="learning: held-out rows of each domain")
     parser.add_argument("--out", type=Path, default=Path("bench.json"), help="the results  [bench.json]")
     return parser.parse_args()
 
@@ -53,6 +68,11 @@ def main() -> int:
     from ops.bench.result import BARS, Result, write_json
 
     plan = plans.QUICK if options.quick else plans.TINY if options.tiny else plans.FULL
+    if odd := [part for part in options.part or () if part not in plan.learning.parts]:
+        return _refuse(f"there is no part {odd[0]!r}: choose among {', '.join(plan.learning.parts)}")
+    parts = tuple(dict.fromkeys(options.part or plan.learning.parts))
+    rows = options.rows or plan.learning.rows
+    plan = replace(plan, learning=replace(plan.learning, parts=parts, rows=rows, keep=options.keep))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the processes are ended first
     results: list[Result] = []
     began = time.monotonic()

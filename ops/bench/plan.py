@@ -1,6 +1,7 @@
 """How much is measured: all of it, what fits into eight minutes, or next to nothing for the tests of the harness."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from fedmoe.protocol.codec import FORMATS
 from ops.bench.fedmoe_side import DEFAULT_FORMAT
@@ -26,6 +27,20 @@ class Quality:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Learning:
+    """Parts of `ops.bench.learning.runs.PARTS`, each with `seeds` seeds, tested on `rows` held-out rows a domain.
+
+    `keep` is the directory of the runs' outcomes, None if they are not kept; `short` has bars of its own.
+    """
+
+    parts: tuple[str, ...]
+    rows: int
+    seeds: int
+    short: bool = False
+    keep: Path | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """Sizes and durations.
 
@@ -42,6 +57,7 @@ class Plan:
         workers, experts: how many of them, for the cost of an update as a federation grows.
         updates: small updates after which memory must not have grown.
         quality: trainings in each format.
+        learning: trained, merged and centralised gateways.
     """
 
     rounds: int = 5
@@ -59,6 +75,7 @@ class Plan:
     experts: tuple[int, ...]
     updates: int
     quality: Quality
+    learning: Learning
 
 
 _NEEDED = tuple(dict.fromkeys(["fp32", DEFAULT_FORMAT]))
@@ -71,6 +88,7 @@ QUICK = Plan(
     experts=(1, 8, 32),
     updates=2_000,
     quality=Quality(("sql_expert", "python_expert", "docs_expert"), syncs=12, steps=2, rows=32),
+    learning=Learning(parts=("short",), rows=32, seeds=1, short=True),
 )
 FULL = Plan(
     seconds=6.0,
@@ -84,6 +102,7 @@ FULL = Plan(
     experts=(1, 8, 32),
     updates=100_000,
     quality=Quality(("sql_expert", "python_expert", "docs_expert"), syncs=48, steps=2, rows=64),
+    learning=Learning(parts=("main", "shared", "formats", "lengths", "ranks", "mixes"), rows=128, seeds=3),
 )
 TINY = Plan(
     rounds=1,
@@ -98,4 +117,5 @@ TINY = Plan(
     experts=(2,),
     updates=40,
     quality=Quality(("sql_expert",), syncs=1, steps=1, rows=2),
+    learning=Learning(parts=("tiny",), rows=2, seeds=1, short=True),
 )

@@ -20,6 +20,11 @@ BARS: dict[str, tuple[str, float]] = {
     "overlap_10s": (">=", 0.98),
     "overlap_1s": (">=", 0.98),
     "quality_default_vs_fp32": ("<=", 1.01),
+    "learning_gateway_share": (">=", 0.97),
+    "learning_gateway_least_share": (">=", 0.94),
+    "learning_above_merged_points": (">=", 8.0),
+    "learning_short_gateway_share": (">=", 0.9),  # one seed and few rows
+    "learning_short_above_merged_points": (">=", 4.0),
 }
 
 

@@ -1,0 +1,153 @@
+"""Carries out one run, and keeps its outcome as one JSON file."""
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedmoe.protocol.lora_init import initial_weights
+from ops.bench.learning.lab import Lab, is_expert, merges
+from ops.bench.learning.runs import DOMAINS, GATEWAY, SCHEMES, Run, WorkerPlan
+from ops.bench.learning.server import Server
+from ops.bench.learning.stage import StageTrainer
+from ops.bench.learning.virtual import Worker, servers_of, simulate
+
+BASE, OWN, OVER = "base", "own experts", "own experts over gateway"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What came of a run.
+
+    Args:
+        run: its fields.
+        losses: model → domain → held-out loss.
+        steps: chain → optimizer steps of all its workers; updates: chain → updates applied.
+        staleness: chain → mean staleness of its updates.
+        seconds: of training and evaluation on this machine; cpu_s: of this process, all threads together.
+    """
+
+    run: dict[str, Any]
+    losses: dict[str, dict[str, float]]
+    steps: dict[str, int]
+    updates: dict[str, int]
+    staleness: dict[str, float]
+    seconds: float
+    cpu_s: float
+
+
+def domains_of(run: Run) -> tuple[str, ...]:
+    """The domains on which the run's models are measured: those that its mix trains."""
+    present = {plan.domain for plan in Run(scheme="gateway", mix=run.mix).workers()}
+    return tuple(domain for domain in DOMAINS if domain in present)
+
+
+def carry_out(run: Run, lab: Lab) -> Outcome:
+    """Train and measure."""
+    began, cpu_began = time.monotonic(), time.process_time()
+    spec = lab.spec(run)
+    servers = servers_of(run, lambda name: Server(name, spec, run.rules))
+    gateways: dict[str, torch.Tensor] = {}  # worker → its local gateway
+
+    def make(plan: WorkerPlan, chain: str, flat: torch.Tensor) -> StageTrainer:
+        if chain == GATEWAY:
+            gateways[plan.name] = flat
+        under = gateways[plan.name] if run.scheme == "residual" and is_expert(chain) else None
+        return lab.trainer(run, plan, chain, flat, under)
+
+    workers = simulate(run, servers, make)
+    return Outcome(
+        run=asdict(run),
+        losses=_losses(run, lab, servers),
+        steps={name: _steps(workers, server) for name, server in servers.items()},
+        updates={name: server.meta.version for name, server in servers.items()},
+        staleness={name: statistics.fmean(server.staleness) for name, server in servers.items()},
+        seconds=round(time.monotonic() - began, 1),
+        cpu_s=round(time.process_time() - cpu_began, 1),
+    )
+
+
+def _steps(workers: Iterable[Worker], server: Server) -> int:
+    return sum(chain.n_steps for worker in workers for chain in worker.chains if chain.server is server)
+
+
+def _losses(run: Run, lab: Lab, servers: dict[str, Server]) -> dict[str, dict[str, float]]:
+    domains = domains_of(run)
+    experts = {name: server.weights for name, server in servers.items() if is_expert(name)}
+    found: dict[str, dict[str, float]] = {}
+    if run.scheme == "apart":
+        spec = lab.spec(run)
+        found[BASE] = lab.losses(run.rows, initial_weights(spec.layout, spec.init_seed), domains)
+        for name, merged in merges(spec, experts).items():
+            found[name] = lab.losses(run.rows, merged, domains)
+    gateway = servers[GATEWAY].weights if GATEWAY in servers else None
+    if gateway is not None:
+        found[GATEWAY] = lab.losses(run.rows, gateway, domains)
+    if experts:
+        found[OWN] = {}
+        for name, flat in experts.items():
+            found[OWN] |= lab.losses(run.rows, flat, [name])
+    if run.scheme == "residual":
+        found[OVER] = {}
+        for name, flat in experts.items():
+            found[OVER] |= lab.losses(run.rows, flat, [name], under=gateway)
+    return found
+
+
+def outcomes(
+    runs: Iterable[Run], keep: Path, *, report: Callable[[str], None] = print
+) -> Iterator[tuple[Run, Outcome]]:
+    """The outcome of every run: read from `keep` if it is there, else carried out and written there."""
+    labs: dict[int, Lab] = {}
+    keep.mkdir(parents=True, exist_ok=True)
+    for run in dict.fromkeys(runs):
+        file = keep / f"{run.name}.json"
+        outcome = read(file)
+        if outcome is None or outcome.run != _plain(run):
+            if run.rank not in labs:
+                labs.clear()  # one base model in memory
+                labs[run.rank] = Lab(run.rank)
+            outcome = carry_out(run, labs[run.rank])
+            write(file, outcome)
+            report(f"    {run.name}: {outcome.seconds:.0f} s, {outcome.cpu_s:.0f} s of CPU")
+        yield run, outcome
+
+
+def _plain(run: Run) -> dict[str, Any]:
+    return dict(json.loads(json.dumps(asdict(run))))
+
+
+def read(file: Path) -> Outcome | None:
+    """A kept outcome, None if there is none of this form."""
+    try:
+        return Outcome(**json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def write(file: Path, outcome: Outcome) -> None:
+    """Write an outcome; the file is there whole or not at all."""
+    fresh = file.with_suffix(".tmp")
+    fresh.write_text(json.dumps(asdict(outcome), indent=1) + "\n")
+    os.replace(fresh, file)
+
+
+def kept(keep: Path) -> list[tuple[Run, Outcome]]:
+    """The outcomes that are kept in a directory, with their runs."""
+    found = [outcome for file in sorted(keep.glob("*.json")) if (outcome := read(file))]
+    pairs = [(_run_of(outcome.run), outcome) for outcome in found]
+    order = list(SCHEMES)
+    return sorted(
+        pairs, key=lambda pair: (*pair[0].group, order.index(pair[0].scheme), pair[0].gain, pair[0].seed)
+    )
+
+
+def _run_of(fields: Mapping[str, Any]) -> Run:
+    least, most = fields["delay_s"]
+    return Run(**{**fields, "delay_s": (least, most)})

@@ -1,0 +1,145 @@
+"""What runs are made of, loaded once: the demo's model, the rows of its domains, and their held-out losses."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from functools import cache
+from itertools import cycle, islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from consumers.gateway.merge import Merged, MergeInput, merge
+from fedmoe.cli.demo import cache_dir
+from fedmoe.data.bad_rows import BadRows
+from fedmoe.data.encode import Example
+from fedmoe.data.examples import make_examples, padding_id
+from fedmoe.data.jsonl import open_data
+from fedmoe.demo.corpus import DOMAINS as SOURCES
+from fedmoe.demo.corpus_rows import Row, split_by_source
+from fedmoe.demo.pretrained import ensure_demo_model
+from fedmoe.model.adapter import adapter_layout
+from fedmoe.model.base import choose_precision, load_base, load_config
+from fedmoe.model.tokenizer import load_tokenizer
+from fedmoe.protocol.lora import LoraSettings
+from fedmoe.protocol.rules import TrainingSettings
+from fedmoe.protocol.spec import Spec
+from fedmoe.tools.evaluate import mean_loss
+from ops.bench.fedmoe_side import make_spec
+from ops.bench.learning.runs import ALL, DOMAINS, GATEWAY, Run, WorkerPlan
+from ops.bench.learning.stage import Stage, StageTrainer
+
+CPU = torch.device("cpu")
+TRAINING = TrainingSettings(learning_rate=1e-3, batch_size=2, max_length=192, warmup_steps=4)
+TRAIN_ROWS, VALID_ROWS, TEST_ROWS = 600, 64, 128  # of a domain, where it has so many
+THREADS = 2  # at most; OMP_NUM_THREADS=1 is faster on a machine that is busy
+
+Rows = Mapping[str, Sequence[Example]]  # of each domain
+
+
+class Lab:
+    """One base model at one rank, with the rows of all domains.
+
+    Args:
+        rank: of the adapters; alpha is twice the rank.
+    """
+
+    def __init__(self, rank: int) -> None:
+        torch.set_num_threads(min(THREADS, torch.get_num_threads()))
+        self.train, self.test, self.pad_id, model_dir = _rows()
+        lora = LoraSettings(rank=rank, alpha=2.0 * rank)
+        self._spec = make_spec(adapter_layout(load_config(model_dir), lora), "int4", lora=lora)
+        self.stage = Stage(load_base(model_dir, device=CPU, dtype=torch.float32), self._spec)
+        self._autocast = choose_precision("auto", CPU)
+
+    def spec(self, run: Run) -> Spec:
+        """The spec of the run's chains."""
+        fields = {"init_seed": run.seed, "wire_format": run.wire_format}
+        return make_spec(self._spec.layout, lora=self._spec.lora, **fields)
+
+    def trainer(
+        self, run: Run, plan: WorkerPlan, chain: str, flat: torch.Tensor, under: torch.Tensor | None
+    ) -> StageTrainer:
+        """A real trainer on the worker's rows; if it takes turns, each of its chains has an order of its own."""
+        order = f"{run.seed} {plan.name}" + (f" {chain}" if run.scheme == "turns" else "")
+        return StageTrainer(
+            stage=self.stage,
+            flat=flat,
+            examples=share_of(self.train, plan),
+            pad_id=self.pad_id,
+            settings=TRAINING,
+            seed=int.from_bytes(hashlib.sha256(order.encode()).digest()[:4], "big"),
+            autocast=self._autocast,
+            under=under,
+        )
+
+    def losses(
+        self,
+        rows: int,
+        adapter: torch.Tensor | Merged,
+        domains: Iterable[str],
+        *,
+        under: torch.Tensor | None = None,
+    ) -> dict[str, float]:
+        """The held-out loss of an adapter on some domains."""
+        if isinstance(adapter, Merged):
+            self.stage.show_merged(adapter)
+        else:
+            self.stage.show(adapter, under=under)
+        return {
+            domain: mean_loss(
+                self.stage.model, self.test[domain][:rows], pad_id=self.pad_id, batch_size=4, device=CPU,
+                autocast=self._autocast,
+            )
+            for domain in domains
+        }  # fmt: skip
+
+
+def share_of(rows: Rows, plan: WorkerPlan) -> list[Example]:
+    """The first part of the domain's rows; for ALL as many of every domain, so that small ones come several times."""
+    if plan.domain != ALL:
+        own = list(rows[plan.domain])
+        return own[: max(1, round(len(own) * plan.share))]
+    most = max(len(rows[name]) for name in DOMAINS)
+    return [row for name in DOMAINS for row in islice(cycle(rows[name]), most)]
+
+
+def merges(spec: Spec, experts: Mapping[str, torch.Tensor]) -> dict[str, Merged]:
+    """The merges of experts that were trained apart, as the aggregator makes them."""
+    inputs = [
+        MergeInput(layout=spec.layout, flat=flat, scaling=spec.lora.scaling, weight=1.0)
+        for flat in experts.values()
+    ]
+    chosen = {"cat 1": ("cat", 1.0), "cat 1.8": ("cat", 1.8), "svd 1.8": ("svd", 1.8)}
+    return {name: merge(inputs, method=method, scale=scale) for name, (method, scale) in chosen.items()}
+
+
+def is_expert(chain: str) -> bool:
+    """True if a chain is a domain's expert."""
+    return chain != GATEWAY
+
+
+@cache
+def _rows() -> tuple[Rows, Rows, int, str]:
+    """Training and test rows of every domain, the padding id, and the model's directory."""
+    model_dir = str(ensure_demo_model(cache_dir(), report=print))
+    tokenizer = load_tokenizer(model_dir)
+    bad_rows = BadRows(report=print)
+
+    def encoded(rows: Sequence[Row], file: Path) -> list[Example]:
+        file.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows), encoding="utf-8")
+        return list(
+            make_examples(open_data(file, bad_rows), tokenizer, TRAINING.max_length, bad_rows).examples
+        )
+
+    train, test = {}, {}
+    with TemporaryDirectory(prefix="fedmoe-learning-") as scratch:
+        for name in DOMAINS:
+            split = split_by_source(
+                SOURCES[name].collect(0), seed=0, train=TRAIN_ROWS, valid=VALID_ROWS, test=TEST_ROWS
+            )
+            train[name] = encoded(split.train, Path(scratch, f"{name}.train.jsonl"))
+            test[name] = encoded(split.test, Path(scratch, f"{name}.test.jsonl"))
+    return train, test, padding_id(tokenizer), model_dir

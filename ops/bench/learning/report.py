@@ -1,0 +1,170 @@
+"""The table, the figures and the plot of kept outcomes. Pure, but for the plot's file.
+
+The share of a model is the part of perfect routing's gain that it reaches, in the same seed and with the same workers:
+(base − model) / (base − own experts), of losses averaged over the domains.
+"""
+
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from fedmoe.protocol.rules import BY_WORKER
+from ops.bench.learning.carry import BASE, OVER, OWN, Outcome
+from ops.bench.learning.runs import GATEWAY, Run
+from ops.bench.result import Result, figure
+
+MERGED = ("cat 1", "cat 1.8", "svd 1.8")
+BEST_GAIN = 2.0  # of the figures with a bar
+Group = tuple[str, int, int, int]
+
+
+@dataclass(slots=True)
+class Line:
+    """One model of one kind of run: what it was trained with, and its mean held-out loss and share for each seed."""
+
+    group: Group
+    label: str
+    gateway_steps: int  # of all workers together
+    all_steps: int
+    loss: dict[int, float] = field(default_factory=dict)
+    share: dict[int, float] = field(default_factory=dict)
+
+
+def label_of(run: Run, model: str) -> str:
+    """How the table calls a model of a run."""
+    if run.wire_format != "int4":
+        return f"{label_of(replace(run, wire_format='int4'), model)}, {run.wire_format}"
+    if run.scheme == "apart":
+        return model if run.gain == 1 or model == BASE else f"{model}, gain {run.gain:g}"
+    if run.scheme == "central":
+        return "centralised"
+    what = {GATEWAY: "gateway", OWN: "experts", OVER: "experts over gateway"}[model]
+    if run.scheme == "gateway":
+        by_domain = ", domains alike" if run.balance != BY_WORKER else ""
+        return f"gateway, all train it, gain {run.gain:g}{by_domain}"
+    return f"{what} by {run.scheme}, gain {run.gain:g}, compute × {run.compute:g}"
+
+
+def lines_of(found: Iterable[tuple[Run, Outcome]]) -> list[Line]:
+    """One line for each group and label, its seeds together, in the order in which they were found."""
+    pairs = list(found)
+    ends = _ends(pairs)
+    lines: dict[tuple[Group, str], Line] = {}
+    for run, outcome in pairs:
+        for model, losses in outcome.losses.items():
+            label, loss = label_of(run, model), statistics.fmean(losses.values())
+            steps = outcome.steps.get(GATEWAY, 0), sum(outcome.steps.values())
+            if model == BASE:
+                steps = 0, 0
+            line = lines.setdefault((run.group, label), Line(run.group, label, *steps))
+            line.loss[run.seed] = loss
+            if (end := ends.get((run.group, run.seed))) and end[0] > end[1]:
+                line.share[run.seed] = (end[0] - loss) / (end[0] - end[1])
+    return list(lines.values())
+
+
+def _ends(found: Sequence[tuple[Run, Outcome]]) -> dict[tuple[Group, int], tuple[float, float]]:
+    """The losses of base and perfect routing; of several trainings of the experts apart, the best counts."""
+    ends: dict[tuple[Group, int], tuple[float, float]] = {}
+    for run, outcome in found:
+        if run.scheme == "apart":
+            base, own = (statistics.fmean(outcome.losses[model].values()) for model in (BASE, OWN))
+            before = ends.get((run.group, run.seed), (base, own))
+            ends[run.group, run.seed] = base, min(own, before[1])
+    return ends
+
+
+def table(lines: Iterable[Line]) -> str:
+    """The lines as aligned text, a block for each group."""
+    blocks: dict[Group, list[Line]] = defaultdict(list)
+    for line in lines:
+        blocks[line.group].append(line)
+    text = []
+    for (mix, steps, rank, rows), block in blocks.items():
+        text.append(
+            f"workers: {mix}, {steps} steps a domain, rank {rank}, up to {rows} held-out rows a domain"
+        )
+        width = max(len(line.label) for line in block)
+        text.append(f"  {'':<{width}}  gateway steps  all steps    loss   share  least .. most   seeds")
+        for line in block:
+            loss = statistics.fmean(line.loss.values())
+            share, spread = "", ""
+            if line.share:
+                values = [100 * share for share in line.share.values()]
+                share = f"{statistics.fmean(values):.1f} %"
+                spread = f"{min(values):.1f} .. {max(values):.1f}" if len(values) > 1 else ""
+            text.append(
+                f"  {line.label:<{width}}  {line.gateway_steps:>13}  {line.all_steps:>9}  {loss:6.3f}"
+                f" {share:>7}  {spread:<14} {len(line.loss):>5}"
+            )
+    return "\n".join(text)
+
+
+def figures(lines: Iterable[Line], *, short: bool) -> Iterator[Result]:
+    """A result for every line; then the figures with a bar, of three workers, a domain each."""
+    lines = list(lines)
+    for line in lines:
+        mix, steps, rank, _ = line.group
+        label = line.label.replace("×", "x").replace(",", "").replace(" ", "_")
+        name = f"learning_{mix}_{steps}_r{rank}_{label}"
+        yield _mean(f"{name}_loss", list(line.loss.values()), "nats/token")
+        if line.share:
+            yield _mean(f"{name}_share", list(line.share.values()), "of perfect")
+    mark = "learning_short" if short else "learning"
+    for group in {line.group: None for line in lines}:
+        block = {line.label: line.share for line in lines if line.group == group}
+        trained = block.get(f"gateway, all train it, gain {BEST_GAIN:g}")
+        if group[:3] == ("three", 48, 8) and trained:
+            yield _mean(f"{mark}_gateway_share", list(trained.values()), "of perfect")
+            yield figure(f"{mark}_gateway_least_share", [min(trained.values())], "of perfect")
+            yield _mean(f"{mark}_above_merged_points", _above(trained, block), "points")
+
+
+def _above(trained: Mapping[int, float], block: Mapping[str, Mapping[int, float]]) -> list[float]:
+    """Percentage points between the trained gateway and the merge that is best on the test rows of that seed."""
+    return [
+        100 * (share - max(block[name][seed] for name in MERGED if name in block))
+        for seed, share in trained.items()
+    ]
+
+
+def _mean(name: str, values: Sequence[float], unit: str) -> Result:
+    return figure(name, values, unit, value=statistics.fmean(values))
+
+
+def plot(file: Path, lines: Sequence[Line]) -> None:
+    """Write the shares as bars, a panel for each group, into one PNG file."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shown = [line for line in lines if line.share and line.label != BASE]
+    groups = list(dict.fromkeys(line.group for line in shown))
+    if not groups:
+        return
+    heights = [1 + sum(line.group == group for line in shown) for group in groups]
+    canvas, panels = plt.subplots(
+        len(groups),
+        1,
+        figsize=(9, 0.35 * sum(heights) + 0.6 * len(groups)),
+        height_ratios=heights,
+        squeeze=False,
+    )
+    for (panel,), group in zip(panels, groups, strict=True):
+        block = [line for line in shown if line.group == group][::-1]
+        means = [100 * statistics.fmean(line.share.values()) for line in block]
+        panel.barh([line.label for line in block], means, color="#7a9cc6")
+        for place, line in enumerate(block):
+            panel.plot(
+                [100 * share for share in line.share.values()], [place] * len(line.share), "k.", markersize=4
+            )
+        panel.axvline(100, color="black", linewidth=0.8)
+        panel.set(title="{}, {} steps a domain, rank {}".format(*group), xlim=(40, 110))
+        panel.grid(axis="x", alpha=0.3)
+    panels[-1][0].set_xlabel("% of perfect routing's gain, mean; a dot for each seed")
+    canvas.tight_layout()
+    canvas.savefig(file, dpi=110)
+    plt.close(canvas)

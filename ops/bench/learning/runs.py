@@ -1,0 +1,203 @@
+"""The plan of the measurement: what a run is, which workers take part in it, and which runs belong to which part."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from fedmoe.protocol.names import GATEWAY
+from fedmoe.protocol.rules import BY_DOMAIN, BY_WORKER, AggregationRules
+
+DOMAINS = ("python_expert", "sql_expert", "docs_expert")
+ALL = "all"  # a worker of this domain has the rows of every domain
+SCHEMES = {
+    "apart": "each worker trains its domain's expert",
+    "gateway": "every worker trains the gateway",
+    "turns": "gateway and expert take steps in turn, each on rows of its own",
+    "twice": "gateway and expert take a step each on the same rows",
+    "residual": "as `twice`; the expert is trained on top of the gateway",
+    "central": "one worker has all rows and trains the gateway",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerPlan:
+    """One virtual worker.
+
+    Args:
+        name, domain: its own name, and the domain of its rows.
+        speed: optimizer steps in a virtual second.
+        start_s, stop_s: virtual seconds between which it trains.
+        share: of the domain's rows that it has.
+    """
+
+    name: str
+    domain: str
+    speed: float = 1.0
+    start_s: float = 0.0
+    stop_s: float
+    share: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One training with its evaluation.
+
+    Args:
+        scheme: what the workers train, a key of SCHEMES.
+        mix: the workers, a key of MIXES.
+        steps: optimizer steps of a domain, if the mix has one worker a domain and one chain is trained.
+        gain, balance: rules by which updates are aggregated (see `fedmoe.protocol.rules`).
+        compute: how many times as long the workers train.
+        rank: of the adapter; alpha is twice the rank.
+        seed: of initial weights, order of rows and delays.
+        rows: held-out rows of each domain.
+        sync_s: virtual seconds between two updates of a worker.
+        delay_s: least and longest time between making and applying an update, and between applying and pulling.
+    """
+
+    scheme: str
+    mix: str = "three"
+    steps: int = 48
+    gain: float = 1.0
+    balance: str = BY_WORKER
+    compute: float = 1.0
+    rank: int = 8
+    seed: int = 0
+    rows: int = 128
+    sync_s: float = 6.0
+    delay_s: tuple[float, float] = (0.1, 0.5)
+    wire_format: str = "int4"
+
+    @property
+    def name(self) -> str:
+        """The run's name, of which its file is named."""
+        amount = f"x{self.gain:g}" + (f"-compute{self.compute:g}" if self.compute != 1 else "")
+        amount += f"-{self.wire_format}" if self.wire_format != "int4" else ""
+        amount += f"-by-{self.balance}" if self.balance != BY_WORKER else ""
+        return f"{self.mix}-{self.steps}-r{self.rank}-s{self.seed}-n{self.rows}-{self.scheme}-{amount}"
+
+    @property
+    def rules(self) -> AggregationRules:
+        """How updates are aggregated."""
+        return AggregationRules(gain=self.gain, balance=self.balance)
+
+    @property
+    def group(self) -> tuple[str, int, int, int]:
+        """The runs with which it may be compared have the same group."""
+        return self.mix, self.steps, self.rank, self.rows
+
+    def chains(self, worker: WorkerPlan) -> tuple[str, ...]:
+        """The chains that a worker trains, in turn."""
+        match self.scheme:
+            case "apart":
+                return (worker.domain,)
+            case "gateway" | "central":
+                return (GATEWAY,)
+        return (GATEWAY, worker.domain)
+
+    def workers(self) -> tuple[WorkerPlan, ...]:
+        """The workers of this run."""
+        if self.scheme == "central":
+            total = sum((one.stop_s - one.start_s) * one.speed for one in MIXES[self.mix](self.steps))
+            return (WorkerPlan(name="centre", domain=ALL, stop_s=total),)
+        return MIXES[self.mix](self.steps * self.compute)
+
+
+def _three(seconds: float, **odd: dict[str, float]) -> tuple[WorkerPlan, ...]:
+    """One worker a domain; `odd` changes the plan of a domain's worker."""
+    changes = {domain: odd.get(domain.partition("_")[0], {}) for domain in DOMAINS}
+    return tuple(
+        WorkerPlan(**({"name": domain, "domain": domain, "stop_s": seconds} | changes[domain]))
+        for domain in DOMAINS
+    )
+
+
+def _many(seconds: float, **counts: int) -> tuple[WorkerPlan, ...]:
+    return tuple(
+        WorkerPlan(name=f"{short}{number}", domain=f"{short}_expert", stop_s=seconds)
+        for short, count in counts.items()
+        for number in range(count)
+    )
+
+
+MIXES: dict[str, Callable[[float], tuple[WorkerPlan, ...]]] = {
+    "three": _three,
+    "one": lambda seconds: _many(seconds, sql=1),
+    "eight": lambda seconds: _many(seconds * 3 / 8, python=3, sql=3, docs=2),
+    "slow": lambda seconds: _three(seconds, sql={"speed": 0.25}),
+    "late": lambda seconds: _three(seconds, docs={"start_s": seconds / 2}),
+    "stops": lambda seconds: _three(seconds, python={"stop_s": seconds / 2}),
+    "rows": lambda seconds: _three(seconds, sql={"share": 0.1}, docs={"share": 0.1}),
+    "ten": lambda seconds: _many(seconds / 2, python=10, sql=1),
+}
+
+
+def _main(rows: int, seeds: int) -> Iterator[Run]:
+    for seed in range(seeds):
+        yield Run(scheme="apart", seed=seed, rows=rows)
+        for gain in (2.0, 1.0, 3.0):
+            yield Run(scheme="gateway", gain=gain, seed=seed, rows=rows)
+        yield Run(scheme="central", seed=seed, rows=rows)
+
+
+def _shared(rows: int, seeds: int) -> Iterator[Run]:
+    """The ways to share a worker's compute between gateway and expert."""
+    for seed in range(seeds):
+        yield Run(scheme="turns", gain=2.0, seed=seed, rows=rows)
+        yield Run(scheme="residual", gain=2.0, compute=2.0, seed=seed, rows=rows)
+        yield Run(scheme="turns", gain=2.0, compute=2.0, seed=seed, rows=rows)
+        yield Run(scheme="twice", gain=2.0, compute=2.0, seed=seed, rows=rows)
+
+
+def _lengths(rows: int, seeds: int) -> Iterator[Run]:
+    for steps, sync_s in ((24, 6.0), (144, 12.0), (384, 12.0)):
+        for seed in range(seeds):
+            for scheme, gain in (("apart", 1.0), ("gateway", 2.0), ("central", 1.0)):
+                yield Run(scheme=scheme, gain=gain, steps=steps, sync_s=sync_s, seed=seed, rows=rows)
+
+
+def _ranks(rows: int, seeds: int) -> Iterator[Run]:
+    for seed in range(seeds):
+        for scheme, gain in (("apart", 1.0), ("gateway", 2.0), ("central", 1.0)):
+            yield Run(scheme=scheme, gain=gain, rank=16, seed=seed, rows=rows)
+
+
+def _formats(rows: int, seeds: int) -> Iterator[Run]:
+    """What the wire format costs the gateway."""
+    for seed in range(seeds):
+        yield Run(scheme="gateway", gain=2.0, wire_format="fp32", seed=seed, rows=rows)
+
+
+def _mixes(rows: int, seeds: int) -> Iterator[Run]:
+    for seed in range(seeds):
+        for mix in ("eight", "slow", "late", "stops", "rows", "ten"):
+            for scheme, gain in (("apart", 1.0), ("gateway", 1.0), ("gateway", 2.0), ("gateway", 3.0)):
+                yield Run(scheme=scheme, mix=mix, gain=gain, seed=seed, rows=rows)
+            if mix == "ten":
+                yield Run(scheme="gateway", mix=mix, gain=2.0, balance=BY_DOMAIN, seed=seed, rows=rows)
+            if mix in ("eight", "ten"):  # several workers of one expert: the gain changes the experts too
+                yield Run(scheme="apart", mix=mix, gain=2.0, seed=seed, rows=rows)
+
+
+def _short(rows: int, seeds: int) -> Iterator[Run]:
+    for seed in range(seeds):
+        for scheme, gain in (("apart", 1.0), ("gateway", 2.0), ("turns", 2.0), ("central", 1.0)):
+            yield Run(scheme=scheme, gain=gain, seed=seed, rows=rows)
+
+
+def _tiny(rows: int, seeds: int) -> Iterator[Run]:
+    """A test of the harness."""
+    for seed in range(seeds):
+        for scheme in ("apart", "residual"):
+            yield Run(scheme=scheme, steps=2, seed=seed, rows=rows)
+
+
+PARTS: dict[str, Callable[[int, int], Iterator[Run]]] = {
+    "tiny": _tiny,
+    "short": _short,
+    "main": _main,
+    "shared": _shared,
+    "formats": _formats,
+    "lengths": _lengths,
+    "ranks": _ranks,
+    "mixes": _mixes,
+}

@@ -1,0 +1,83 @@
+"""The aggregator's side of one chain: weights, version and decided heads, by the real rules and the real fold."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from consumers.decide import Admission, Outcome, judge_header
+from consumers.payload import Workspace, fold_payload
+from fedmoe.protocol.balance import peers_of
+from fedmoe.protocol.codec import EXACT, scratch_values
+from fedmoe.protocol.lora_init import initial_weights
+from fedmoe.protocol.packed import chunks, pack, unpack
+from fedmoe.protocol.records import PROTOCOL, Decided, Meta
+from fedmoe.protocol.rules import AggregationRules, RuleSet
+from fedmoe.protocol.spec import Spec
+from fedmoe.protocol.update import Header
+from ops.bench.fedmoe_side import FINGERPRINT
+from ops.bench.processes import BenchError
+
+
+class Server:
+    """One chain.
+
+    Args:
+        name: of the chain; it is also its lineage.
+        rules: how its updates are aggregated.
+    """
+
+    def __init__(self, name: str, spec: Spec, rules: AggregationRules) -> None:
+        self.name, self.spec = name, spec
+        self.weights = initial_weights(spec.layout, spec.init_seed).clone()
+        self.decided: dict[str, Decided] = {}
+        self.staleness: list[int] = []
+        self.meta = Meta(
+            lineage=f"{name[:16]:0>16}",
+            commit=_commit(0),
+            weights_commit=_commit(0),
+            spec=spec.digest,
+            rules=RuleSet(aggregation=rules),
+            protocol=PROTOCOL,
+            base_fingerprint=FINGERPRINT,
+        )
+        self._out = torch.empty_like(self.weights)
+        self._scratch = torch.empty(scratch_values(spec.layout.numel))
+
+    def decide(self, worker: str, header: Header, parts: Sequence[bytes]) -> None:
+        """Apply an update; anything but applied is an error here.
+
+        Raises:
+            BenchError: if it is not applied.
+        """
+        peers = peers_of(self.name, worker, self.decided, self.meta.version, self.meta.rules.aggregation)
+        judged = judge_header(header, self.decided.get(worker), self.meta, self.spec, peers)
+        if not isinstance(judged, Admission):
+            raise BenchError(f"update {header.id} of {worker} was {judged.outcome.value}: {judged.reason}")
+        space = Workspace(self.weights, self._out, self._scratch)
+        verdict = fold_payload(header, judged, parts, self.spec, space)
+        if verdict.outcome is not Outcome.APPLIED:
+            raise BenchError(f"update {header.id} of {worker} was {verdict.outcome.value}: {verdict.reason}")
+        self.weights, self._out = self._out, self.weights
+        version = self.meta.version + 1
+        self.meta = replace(
+            self.meta, version=version, commit=_commit(version), weights_commit=_commit(version)
+        )
+        self.decided[worker] = Decided(
+            id=header.id, how="applied", version=version, staleness=verdict.staleness
+        )
+        self.staleness.append(verdict.staleness)
+
+    def pulled(self) -> torch.Tensor:
+        """A copy of the weights (numel,) fp32 as a worker pulls them: in the wire format."""
+        if self.spec.wire_format == EXACT:
+            return self.weights.clone()
+        whole = pack(self.weights, self.spec, self.meta.weights_commit)
+        content = [whole[first : last + 1] for first, last in chunks(self.spec)]
+        weights = unpack(content, self.spec, self.meta.weights_commit)
+        assert weights is not None
+        return weights
+
+
+def _commit(version: int) -> str:
+    return f"{version:016x}"

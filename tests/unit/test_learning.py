@@ -1,0 +1,275 @@
+"""ops.bench.learning: the virtual clock, the books of virtual workers, one model for many chains, and the table."""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedmoe.data.encode import Answer, Example
+from fedmoe.model.adapter import adapter_layout
+from fedmoe.protocol.lora import LoraSettings
+from fedmoe.protocol.lora_init import initial_weights
+from fedmoe.protocol.rules import TrainingSettings
+from fedmoe.protocol.spec import Spec
+from ops.bench.fedmoe_side import make_spec
+from ops.bench.learning.carry import BASE, OWN, Outcome, kept, outcomes, write
+from ops.bench.learning.lab import merges, share_of
+from ops.bench.learning.report import figures, lines_of, plot, table
+from ops.bench.learning.runs import ALL, DOMAINS, GATEWAY, MIXES, PARTS, SCHEMES, Run, WorkerPlan
+from ops.bench.learning.server import Server
+from ops.bench.learning.stage import Stage, StageTrainer
+from ops.bench.learning.virtual import Clock, Worker, servers_of, simulate
+from producers.trainer import StepResult
+from tests.strategies import randn
+from tests.tiny import tiny_config, tiny_model
+
+LORA = LoraSettings(rank=2, alpha=4.0)
+LAYOUT = adapter_layout(tiny_config(), LORA)
+TRAINING = TrainingSettings(learning_rate=1e-2, batch_size=2, warmup_steps=2)
+
+
+@dataclass
+class Walker:
+    """A learner that adds known random numbers."""
+
+    flat: torch.Tensor
+    seed: int
+    walked: torch.Tensor
+    n: int = 0
+
+    def step(self) -> StepResult:
+        step = randn(1000 * self.seed + self.n, len(self.flat)) * 1e-2
+        self.n += 1
+        self.flat.add_(step)
+        self.walked.add_(step.double())
+        return StepResult(loss=1.0, n_examples=2, n_tokens=9, position=2 * self.n, applied=True)
+
+
+def play(run: Run) -> tuple[dict[str, Server], list[Worker]]:
+    spec = make_spec(LAYOUT, run.wire_format, lora=LORA)
+    servers = servers_of(run, lambda name: Server(name, spec, run.rules))
+
+    def make(plan: WorkerPlan, chain: str, flat: torch.Tensor) -> Walker:
+        number = [one.name for one in run.workers()].index(plan.name)
+        seed = 2 * number + (chain == GATEWAY)
+        return Walker(flat, seed, torch.zeros(len(flat), dtype=torch.float64))
+
+    return servers, simulate(run, servers, make)
+
+
+def test_events_happen_in_order_and_those_of_one_moment_as_planned() -> None:
+    clock, seen = Clock(), []
+    clock.at(2.0, lambda: seen.append(("c", clock.now)))
+    clock.at(
+        1.0, lambda: (seen.append(("a", clock.now)), clock.at(2.0, lambda: seen.append(("d", clock.now))))
+    )
+    clock.at(1.0, lambda: seen.append(("b", clock.now)))
+    clock.run()
+    assert seen == [("a", 1.0), ("b", 1.0), ("c", 2.0), ("d", 2.0)]
+
+
+@pytest.mark.parametrize(("scheme", "mix"), [("gateway", "three"), ("turns", "slow"), ("apart", "eight")])
+def test_same_seed_same_bytes(scheme: str, mix: str) -> None:
+    run = Run(scheme=scheme, mix=mix, steps=24, gain=2.0)
+    first, again, other = (play(r)[0] for r in (run, run, replace(run, seed=1)))
+    assert all(torch.equal(first[name].weights, again[name].weights) for name in first)
+    if scheme == "gateway":  # another order of events: other staleness, other weights
+        assert not torch.equal(first[GATEWAY].weights, other[GATEWAY].weights)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("mix", MIXES)
+def test_every_order_of_events_conserves_the_training(mix: str, seed: int) -> None:
+    """At the end local = base + pending + progress, and progress is what was trained and not sent."""
+    run = Run(scheme="turns", mix=mix, steps=24, gain=2.0, seed=seed, delay_s=(0.0, 9.0))
+    servers, workers = play(run)
+    for chain in (chain for worker in workers for chain in worker.chains):
+        assert isinstance(chain.learner, Walker)
+        assert not chain.ledger.queue
+        chain.settle()
+        sent = torch.zeros_like(chain.ledger.base)
+        for update in chain.ledger.kept:
+            update.add_to(sent, torch.empty_like(sent))
+        if chain.ledger.start is None:  # no update was forgotten
+            left = chain.learner.walked - sent.double()
+            assert torch.allclose(chain.ledger.progress(chain.learner.flat).double(), left, atol=1e-5)
+    for server in servers.values():
+        assert server.meta.version == len(server.staleness) > 0
+        assert sum(
+            chain.ledger.seq for worker in workers for chain in worker.chains if chain.server is server
+        ) == (server.meta.version)
+
+
+def test_a_lone_worker_s_chain_is_its_local_training() -> None:
+    """Whatever the gain: a factor is never above lr."""
+    for gain in (1.0, 3.0):
+        servers, (worker,) = play(Run(scheme="gateway", mix="one", steps=24, gain=gain, wire_format="fp32"))
+        assert torch.allclose(servers[GATEWAY].weights, worker.chains[0].learner.flat, atol=1e-6)
+        assert set(servers[GATEWAY].staleness) == {0}
+
+
+def test_a_worker_s_chains_do_not_touch_each_other() -> None:
+    """By two passes the experts are those that are trained apart, for twice the compute."""
+    apart, _ = play(Run(scheme="apart", steps=24, wire_format="fp32"))
+    twice, _ = play(Run(scheme="twice", steps=24, compute=2.0, wire_format="fp32"))
+    for name in DOMAINS:
+        assert torch.allclose(apart[name].weights, twice[name].weights, atol=1e-5)
+
+
+def test_three_equal_workers_are_two_updates_stale() -> None:
+    servers, _ = play(Run(scheme="gateway", steps=96))
+    steady = servers[GATEWAY].staleness[3:-3]
+    assert sum(steady) / len(steady) == pytest.approx(2.0, abs=0.3)
+
+
+def test_steps_and_starts_are_those_of_the_mix() -> None:
+    for mix, most in (("slow", [24, 6, 24]), ("late", [24, 24, 12]), ("stops", [12, 24, 24])):
+        _, workers = play(Run(scheme="gateway", mix=mix, steps=24))
+        assert [worker.chains[0].n_steps for worker in workers] == most
+    _, workers = play(Run(scheme="turns", steps=24))
+    assert [[chain.n_steps for chain in worker.chains] for worker in workers] == [[12, 12]] * 3
+    (central,) = Run(scheme="central", mix="slow", steps=24).workers()
+    assert central.stop_s == 54.0
+
+
+def test_names_of_runs_are_unique() -> None:
+    for part, make in PARTS.items():
+        runs = set(make(128, 3))
+        assert len({run.name for run in runs}) == len(runs), part
+        assert {run.scheme for run in runs} <= SCHEMES.keys()
+
+
+def examples(seed: int) -> list[Example]:
+    from array import array
+
+    draw = random.Random(seed)
+    return [
+        Example(array("i", (draw.randrange(250) for _ in range(9))), (Answer(4, 9, 1.0),)) for _ in range(8)
+    ]
+
+
+def stage_of(spec: Spec) -> Stage:
+    return Stage(tiny_model(), spec)
+
+
+def trainer_of(stage: Stage, seed: int, under: torch.Tensor | None = None) -> StageTrainer:
+    flat = initial_weights(LAYOUT, 0).clone()
+    return StageTrainer(
+        stage=stage, flat=flat, examples=examples(seed), pad_id=0, settings=TRAINING, seed=seed,
+        autocast=torch.float32, under=under,
+    )  # fmt: skip
+
+
+def test_trainers_that_share_a_model_do_not_touch_each_other() -> None:
+    spec = make_spec(LAYOUT, "int4", lora=LORA)
+    alone = []
+    for seed in (0, 1):
+        trainer = trainer_of(stage_of(spec), seed)
+        for _ in range(4):
+            trainer.step()
+        alone.append(trainer.flat)
+    stage = stage_of(spec)
+    pair = [trainer_of(stage, seed) for seed in (0, 1)]
+    for _ in range(4):
+        for trainer in pair:
+            trainer.step()
+    assert all(torch.equal(trainer.flat, flat) for trainer, flat in zip(pair, alone, strict=True))
+
+
+def test_an_adapter_under_another_is_frozen_and_counts() -> None:
+    stage = stage_of(make_spec(LAYOUT, "int4", lora=LORA))
+    lower = trainer_of(stage, 0)
+    for _ in range(3):
+        lower.step()
+    before = lower.flat.clone()
+    upper, plain = trainer_of(stage, 1, under=lower.flat), trainer_of(stage, 1)
+    on_top, bare = upper.step(), plain.step()
+    assert torch.equal(lower.flat, before)
+    assert on_top.loss != bare.loss
+    assert not torch.equal(upper.flat, plain.flat)
+    lower.step()  # and the lower one trains as before, without the upper
+    again = trainer_of(stage_of(stage.spec), 0)
+    for _ in range(4):
+        again.step()
+    assert torch.equal(lower.flat, again.flat)
+
+
+def test_merged_adapters_are_shown_and_gone_again() -> None:
+    spec = make_spec(LAYOUT, "int4", lora=LORA)
+    stage = stage_of(spec)
+    experts = {str(seed): initial_weights(LAYOUT, 0) + 0.1 * randn(seed, LAYOUT.numel) for seed in (0, 1)}
+
+    def logits() -> torch.Tensor:
+        with torch.no_grad():
+            return stage.model(input_ids=torch.arange(6)[None]).logits
+
+    found = merges(spec, experts)
+    stage.show(experts["0"])
+    before = logits()
+    stage.show_merged(found["cat 1"])
+    assert found["cat 1"].rank == 4
+    assert not torch.equal(logits(), before)
+    stage.show(experts["0"])
+    assert torch.equal(logits(), before)
+    stage.show(experts["0"], under=torch.zeros(LAYOUT.numel))
+    assert torch.allclose(logits(), before, atol=1e-6)
+
+
+def test_rows_of_workers() -> None:
+    rows: dict[str, Sequence[Example]] = {name: examples(seed) for seed, name in enumerate(DOMAINS)}
+    rows[DOMAINS[2]] = rows[DOMAINS[2]][:3]
+    tenth = WorkerPlan(name="w", domain=DOMAINS[0], stop_s=1.0, share=0.25)
+    assert share_of(rows, tenth) == rows[DOMAINS[0]][:2]
+    both = share_of(rows, WorkerPlan(name="w", domain=ALL, stop_s=1.0))
+    assert len(both) == 24
+    assert both[16:22] == [*rows[DOMAINS[2]], *rows[DOMAINS[2]]]
+
+
+def outcome(run: Run, **means: float) -> Outcome:
+    losses = {name.replace("_", " "): dict.fromkeys(DOMAINS, mean) for name, mean in means.items()}
+    fields = asdict(run) | {"delay_s": list(run.delay_s)}
+    return Outcome(
+        run=fields, losses=losses, steps={GATEWAY: 144}, updates={}, staleness={}, seconds=1.0, cpu_s=1.0
+    )
+
+
+def some() -> list[tuple[Run, Outcome]]:
+    pairs = []
+    for seed, own in ((0, 1.0), (1, 1.2)):
+        apart = Run(scheme="apart", seed=seed)
+        merged = {"cat 1": 1.6, "cat 1.8": 1.5, "svd 1.8": 1.55}
+        pairs.append((apart, outcome(apart, **{BASE: 2.0, OWN.replace(" ", "_"): own, **merged})))
+        trained = Run(scheme="gateway", gain=2.0, seed=seed)
+        pairs.append((trained, outcome(trained, gateway=own + 0.01)))
+    return pairs
+
+
+def test_shares_are_of_the_same_seed_s_perfect_routing() -> None:
+    lines = {line.label: line for line in lines_of(some())}
+    assert lines["own experts"].share == {0: 1.0, 1: 1.0}
+    assert lines["base"].share == {0: 0.0, 1: 0.0}
+    assert lines["gateway, all train it, gain 2"].share == pytest.approx({0: 0.99, 1: 0.79 / 0.8})
+    found = {result.name: result for result in figures(list(lines.values()), short=False)}
+    assert found["learning_gateway_share"].value == pytest.approx(0.98875)
+    assert found["learning_gateway_share"].met
+    assert found["learning_above_merged_points"].value == pytest.approx(100 * (0.98875 - (0.5 + 0.625) / 2))
+    assert found["learning_gateway_least_share"].value == pytest.approx(0.9875)
+    assert "98.9 %  98.8 .. 99.0" in table(list(lines.values()))
+
+
+def test_outcomes_are_kept_and_not_repeated(tmp_path: Path) -> None:
+    for run, one in some():
+        write(tmp_path / f"{run.name}.json", one)
+    (tmp_path / "broken.json").write_text("{")
+    assert [run for run, _ in kept(tmp_path)] == sorted(
+        (r for r, _ in some()), key=lambda r: (r.scheme, r.seed)
+    )
+    reports: list[str] = []
+    report: Callable[[str], None] = reports.append
+    assert list(outcomes([run for run, _ in some()], tmp_path, report=report)) == some()
+    assert not reports
+    plot(tmp_path / "plot.png", lines_of(some()))
+    assert (tmp_path / "plot.png").stat().st_size > 5000

@@ -81,6 +81,8 @@ class UnknownExpertError(FedMoEError, LookupError):
 
 def create_from_zero(name: str) -> str:
     """The command that creates a lost or removed expert from zero."""
+    if name == "gateway":  # no aggregator is told to create it
+        return "fedmoe expert add gateway --new-lineage"
     return f"fedmoe aggregator run --expert {name} --new-lineage"
 
 

@@ -1,7 +1,6 @@
 """Prepares what a worker trains on: base model, tokenizer, chat template, and the examples of its rows."""
 
 import hashlib
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -35,16 +34,13 @@ from fedmoe.settings import WorkerSettings
 from fedmoe.util.template_file import read_template
 from producers.trainer import Trainer
 
-# torch forbids a dot in the name of a module, and peft names modules after adapters.
-_NOT_IN_A_MODULE_NAME = re.compile(r"\W")
-
 
 @dataclass(frozen=True, slots=True)
 class Material:
     """The identity of the base model, the number of examples and their digest, and how to make trainers.
 
-    `make_trainer` takes the spec and the training settings of the expert to train, and its name. It is called after the
-    worker has joined, once for each expert; all of its trainers share the base model, which thereby has an adapter of
+    `make_trainer` takes the spec and the training settings of the expert to train. It is called after the worker has
+    joined, once for each expert; all of its trainers share the base model, which thereby has an adapter of
     each expert. The examples were truncated to `max_length` tokens.
     """
 
@@ -52,7 +48,7 @@ class Material:
     n_examples: int
     data: str
     max_length: int
-    make_trainer: Callable[[Spec, TrainingSettings, str], Any]
+    make_trainer: Callable[[Spec, TrainingSettings], Any]
 
 
 def prepare(
@@ -62,11 +58,14 @@ def prepare(
     data: DataFile,
     bad_rows: BadRows,
     *,
+    max_length: int,
     cache: Path | None,
     stopped: Callable[[], bool],
     report: Callable[[str], None],
 ) -> Material:
-    """Load the base model, its weights last, and encode the rows as examples; `cache` is a directory that keeps them.
+    """Load the base model, its weights last, and encode the rows as examples of at most `max_length` tokens.
+
+    `cache` is a directory that keeps the examples.
 
     Raises:
         FedMoEError: if the base model is not the expert's, or no row can be trained on.
@@ -88,7 +87,6 @@ def prepare(
     autocast = choose_precision(settings.precision, device)
     report(f"loading {base_model} on {device} ({str(autocast).removeprefix('torch.')})")
     model = load_base(base_model, device=device, dtype=autocast if device.type != "cpu" else torch.float32)
-    max_length = meta.rules.training.max_length
     make = RowCache(cache, report=report).examples if cache else partial(make_examples, report=report)
     examples = make(data, tokenizer, max_length, bad_rows, learn=settings.learn, stopped=stopped)
     report(f"{settings.data}: {examples.summary()}")
@@ -96,10 +94,11 @@ def prepare(
 
     adapted: list[PeftModel] = []
 
-    def make_trainer(spec: Spec, training: TrainingSettings, expert: str) -> Trainer:
-        adapter = _NOT_IN_A_MODULE_NAME.sub("_", expert)
+    def make_trainer(spec: Spec, training: TrainingSettings) -> Trainer:
+        # Not named after the expert: peft makes a module of that name, and torch allows few names for modules.
+        adapter = f"adapter_{len(adapted)}"
         made, flat = attach_adapter(adapted[0] if adapted else model, spec, adapter)
-        adapted[:] = [made]
+        adapted.append(made)
         return Trainer(
             model=made,
             flat=flat,

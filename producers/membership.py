@@ -46,6 +46,7 @@ from producers.exchange import Exchange, Trains
 from producers.heartbeat import HEARTBEAT_INTERVAL_S, Fields, Heartbeat
 from producers.join import Joining
 from producers.ledger import Ledger, Trained
+from producers.news import Fixed
 from producers.outbox import Outbox
 from producers.pull import pull
 from producers.saver import Saver
@@ -80,6 +81,7 @@ class Membership:
         identity: of the base model here; None before `claim`.
         exchange, sync, thread: set by `begin`.
         is_done: the training has reached its own end; `fedmoe status` then shows the worker as finished.
+        failure, elsewhere: how it failed, None if it did not; errors of this worker's other memberships.
     """
 
     exchange: Exchange
@@ -108,6 +110,8 @@ class Membership:
         self.spec: Spec | None = None
         self.meta: Meta | None = None
         self.identity: BaseIdentity | None = None
+        self.failure: FedMoEError | None = None
+        self.elsewhere: tuple[FedMoEError, ...] = ()
         self._has_joined = False
 
     def __enter__(self) -> Self:
@@ -117,6 +121,8 @@ class Membership:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Remove the heartbeat and record how the worker ended, for `fedmoe status`."""
+        if error in self.elsewhere:
+            error = self.failure
         if self._has_joined and not isinstance(error, NameTakenError):  # else the heartbeat is another's
             how, reason = "finished" if self.is_done else "stopped", ""
             if error is not None and not isinstance(error, StoppedError):
@@ -166,7 +172,7 @@ class Membership:
         data: str,
         source: str = "the data",
         training_fields: Callable[[], Fields] = dict,
-        max_length: int | None = None,
+        fixed: Fixed | None = None,
         clock: Callable[[], float] = time.monotonic,
         exchange: Callable[..., Exchange] = Exchange,
     ) -> None:
@@ -177,7 +183,7 @@ class Membership:
             data: digest of the examples; the position of a checkpoint counts only for the same examples.
             source: name of the examples in messages.
             training_fields: returns the training's part of the heartbeat.
-            max_length: that the examples were truncated to (tokens).
+            fixed: rules that are followed from the next start on; None: only `max_length`.
             clock: seconds, monotonic.
             exchange: where training and sync meet.
 
@@ -193,7 +199,7 @@ class Membership:
         self.sync = wire(
             self.store, ledger, self.exchange, self.spec,
             identity=self.identity, data=data, state_dir=state_dir, training_fields=training_fields,
-            max_length=max_length, checkpoint_interval_s=self._checkpoint_interval_s, clock=clock,
+            fixed=fixed, checkpoint_interval_s=self._checkpoint_interval_s, clock=clock,
         )  # fmt: skip
         self.thread = threading.Thread(target=self.sync.run, name=f"sync {self.store.expert}", daemon=True)
 
@@ -331,18 +337,23 @@ def pass_boundaries(members: Iterable[Membership]) -> None:
 
 def outcomes(members: Mapping[str, Membership], drain_s: float) -> dict[str, str]:
     """By expert, how it ended. Logs all errors but the first, then raises the first."""
-    said, errors = {}, []
+    said, errors = {}, dict[str, FedMoEError]()
     for name, member in members.items():
         try:
             said[name] = member.outcome(drain_s)
         except FedMoEError as error:
-            errors.append(error)
-    for other in errors[1:]:
-        logger.warning("%s", other)
-    if errors:
+            errors[name] = error
+    for name, member in members.items():
+        member.failure = errors.get(name)
+        member.elsewhere = tuple(error for other, error in errors.items() if other != name)
+    first = next(iter(errors.values()), None)
+    for other in errors.values():
+        if other is not first:
+            logger.warning("%s", other)
+    if first:
         for name, sentence in said.items():
             logger.info("%s: %s", name, sentence)
-        raise errors[0]
+        raise first
     return said
 
 
@@ -356,7 +367,7 @@ def wire(
     data: str,
     state_dir: StateDir | None = None,
     training_fields: Callable[[], Fields] = dict,
-    max_length: int | None = None,
+    fixed: Fixed | None = None,
     checkpoint_interval_s: float = 60.0,
     clock: Callable[[], float] = time.monotonic,
 ) -> Sync:
@@ -369,5 +380,5 @@ def wire(
         watch=AggregatorWatch(store, clock),
         saver=Saver(state_dir, clock) if state_dir else None,
         outbox=Outbox(must_pull=bool(ledger.seq)),  # a resumed worker looks first
-        max_length=max_length, checkpoint_interval_s=checkpoint_interval_s, clock=clock,
+        fixed=fixed, checkpoint_interval_s=checkpoint_interval_s, clock=clock,
     )  # fmt: skip

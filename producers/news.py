@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
@@ -48,13 +49,25 @@ def status_after(status: SyncStatus, change: Change, ledger: Ledger, steps: int)
     return replace(status, version=ledger.meta.version, in_flight=queue[0].header.seq if queue else 0)
 
 
-def change_of_rules(before: RuleSet, now: RuleSet, tokenized_to: int) -> str:
-    """The message of a worker that adopts new rules; its rows were truncated to `tokenized_to` tokens."""
+class Fixed(NamedTuple):
+    """Rules that a worker follows only from its next start on.
+
+    Args:
+        max_length: tokens that its rows were truncated to; None if they do not follow the rules of this expert.
+        train: the rule by which it was started; None if it does not follow it.
+    """
+
+    max_length: int | None = None
+    train: str | None = None
+
+
+def change_of_rules(before: RuleSet, now: RuleSet, fixed: Fixed) -> str:
+    """The message of a worker that adopts new rules, all but those that are fixed until it is started again."""
     changed = before.differences(now) or "nothing that this FedMoE knows"
     text = f"rules {now.number} are in force, they were {before.number}: {changed}"
-    if now.train != before.train:
+    if fixed.train is not None and now.train != fixed.train:
         text += "; train takes effect when this worker is started again"
-    if now.training.max_length != tokenized_to:
+    if fixed.max_length is not None and now.training.max_length != fixed.max_length:
         text += "; max_length takes effect when this worker is started again, because its rows are tokenized already"
     return text
 

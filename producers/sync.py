@@ -34,7 +34,7 @@ from producers.checkpoint import Checkpoint
 from producers.exchange import Exchange, TrainingState
 from producers.heartbeat import SyncStatus
 from producers.ledger import Change, Ledger, Trained
-from producers.news import change_of_rules, has_diverged, status_after
+from producers.news import Fixed, change_of_rules, has_diverged, status_after
 from producers.outbox import Outbox, Prepare, Talk
 from producers.pace import Pace, Timetable
 from producers.ports import Heart, Saves, Watch
@@ -59,7 +59,7 @@ class Sync:
         heart: writes the heartbeat. watch: looks for an aggregator.
         saver: writes checkpoints, one before each publication; None without a state directory.
         outbox: progress of the first undecided update.
-        max_length: tokens that the examples were truncated to; None: as the ledger's rules say.
+        fixed: rules that are followed from the next start on; None: only `max_length`, as the ledger's rules say.
         checkpoint_interval_s: seconds without a new update after which a checkpoint is written all the same.
         drops_diverged: drop progress whose norm exceeds the bound, instead of publishing it.
 
@@ -83,7 +83,7 @@ class Sync:
         watch: Watch,
         saver: Saves | None = None,
         outbox: Outbox | None = None,
-        max_length: int | None = None,
+        fixed: Fixed | None = None,
         checkpoint_interval_s: float = 60.0,
         drops_diverged: bool = True,
         clock: Callable[[], float] = time.monotonic,
@@ -109,7 +109,7 @@ class Sync:
         self._saver = saver
         self._data = data
         self._heart, self._watch = heart, watch
-        self._max_length = max_length or ledger.meta.rules.training.max_length
+        self._fixed = fixed or Fixed(max_length=ledger.meta.rules.training.max_length)
         self._clock = clock
         self._wake = threading.Event()
         self._backoff = Backoff("sync", logger, clock)
@@ -396,4 +396,4 @@ class Sync:
             return
         self.times.update_at = min(self.times.update_at, self._clock() + rules.sync_interval_s)
         self._exchange.adopt(rules.training)
-        logger.info("%s", change_of_rules(before, rules, self._max_length))
+        logger.info("%s", change_of_rules(before, rules, self._fixed))

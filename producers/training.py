@@ -138,8 +138,9 @@ class Training:
                 computed = turn.trainer.compute()
                 apply = partial(turn.trainer.apply, computed)
                 step: StepResult | None = turn.member.exchange.take_step(apply)
-                if step is None:
-                    return
+                if step is None:  # its sync ended without waiting for the step
+                    self._drop(turn)
+                    continue
                 turn.progress.add(step)
                 if time.monotonic() - said_at >= self._settings.log_interval_s:
                     said_at = time.monotonic()
@@ -160,21 +161,30 @@ class Training:
     def _take_turn(self) -> Turn | None:
         """Whose turn it is; None if no sync runs any more. An expert whose sync has ended is trained no more."""
         for turn in [turn for turn in self._next if not turn.member.thread.is_alive()]:
-            self._next.remove(turn)
-            if self._next:
-                logger.warning(
-                    "%s is trained no more (%s); this worker trains %s alone from now on",
-                    turn.expert, turn.member.sync.failure or "its sync has ended", self._next[0].expert,
-                )  # fmt: skip
+            self._drop(turn)
+        if not self._next:
+            return None
         self._next.rotate(-1)
-        return self._next[-1] if self._next else None
+        while self._epochs(self._next[-1]) >= (self._settings.max_epochs or math.inf):
+            self._next.rotate(-1)  # to one that is not done; `_has_done_enough` says that there is one
+        return self._next[-1]
+
+    def _drop(self, turn: Turn) -> None:
+        self._next.remove(turn)
+        if self._next:
+            logger.warning(
+                "%s is trained no more (%s); this worker trains %s alone from now on",
+                turn.expert, turn.member.sync.failure or "its sync has ended", self._next[0].expert,
+            )  # fmt: skip
 
     def _named(self, expert: str, sentence: str) -> str:
-        return sentence if len(self._turns) == 1 else f"{expert}: {sentence}"
+        """The sentence with the expert's name before it, unless it is the only one and the worker's own."""
+        is_clear = len(self._turns) == 1 and expert == self._settings.stream
+        return sentence if is_clear else f"{expert}: {sentence}"
 
     def _report_progress(self) -> None:
         for turn in self._turns:
-            if turn.progress.last:
+            if turn.progress.last and turn in self._next:
                 self._report(self._named(turn.expert, turn.line))
 
     def _pass_boundary(self) -> None:
@@ -202,11 +212,14 @@ class Training:
         self._stop.is_saving = lambda: any(sync.is_saving for sync in syncs)
         self._stop.last_words = last_words
 
+    def _epochs(self, turn: Turn) -> float:
+        return float(turn.trainer.position / self._n_examples)
+
     def _has_done_enough(self) -> bool:
         """True after `max_steps` steps over all experts, or once each was trained for `max_epochs` epochs."""
         settings = self._settings
         steps = sum(turn.progress.steps for turn in self._turns)
-        epochs = min((turn.trainer.position for turn in self._next), default=0) / self._n_examples
+        epochs = min(map(self._epochs, self._next), default=0.0)
         is_done = bool(
             (settings.max_steps and steps >= settings.max_steps)
             or (settings.max_epochs and epochs >= settings.max_epochs)

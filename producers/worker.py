@@ -6,6 +6,7 @@ threads (producers/sync.py) talk to Redis, so training never waits for it.
 """
 
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -15,27 +16,27 @@ from typing import Any
 from fedmoe.data.bad_rows import BadRows
 from fedmoe.data.jsonl import DataFile, open_data
 from fedmoe.errors import (
-    BaseModelError,
     FedMoEError,
-    NameTakenError,
     RedisUnfitError,
-    RefusedError,
-    SpecError,
+    RemovedExpertError,
     StoppedError,
     UnknownExpertError,
 )
 from fedmoe.protocol.names import GATEWAY, name_on_gateway
 from fedmoe.protocol.records import Meta
-from fedmoe.protocol.rules import TRAIN_EXPERT, TRAIN_GATEWAY
+from fedmoe.protocol.rules import TRAIN_EXPERT, TRAIN_GATEWAY, RuleSet
 from fedmoe.settings import RedisSettings, WorkerSettings
 from fedmoe.util.stopping import Stop
 from fedmoe.util.text import printable_lines
 from producers.checkpoint import StateDir, name_in
 from producers.material import Material, prepare
 from producers.membership import Membership
+from producers.news import Fixed
 from producers.training import Progress, Training, Turn
 
 logger = logging.getLogger(__name__)
+
+GATEWAY_PATIENCE_S = 10.0
 
 
 class Worker:
@@ -104,11 +105,15 @@ class Worker:
             except FedMoEError:
                 raise refusal from None
         members = self._choose(stack, own, meta, refusal)
+        self._say_what_rests(members)
+        first = next(iter(members.values()))  # the rows follow its rules
+        assert first.meta is not None
         material = self._prepare(
             settings, spec, meta, data, bad_rows,
-            cache=settings.state_dir, stopped=self._stop.is_set, report=self._report,
+            max_length=first.meta.rules.training.max_length, cache=settings.state_dir, stopped=self._stop.is_set,
+            report=self._report,
         )  # fmt: skip
-        turns = self._begin(members, material)
+        turns = self._begin(members, material, meta.rules)
         rules = turns[0].member.sync.ledger.meta.rules
         if not turns[0].member.sync.ledger.seq and rules.training.max_length != material.max_length:
             logger.info(
@@ -151,7 +156,7 @@ class Worker:
         if TRAIN_GATEWAY in meta.rules.trained:
             try:
                 gateway = self._membership(stack, GATEWAY)
-                gateway.look()
+                self._look_patiently(gateway)
                 members[GATEWAY] = gateway
             except StoppedError:
                 raise
@@ -160,6 +165,29 @@ class Worker:
         self._say_alone(members, refused)
         return members
 
+    def _look_patiently(self, gateway: Membership) -> None:
+        """Look at the gateway; if it is not there, wait a little: an aggregator may be writing it back."""
+        until = time.monotonic() + GATEWAY_PATIENCE_S
+        while True:
+            try:
+                gateway.look()
+                return
+            except RemovedExpertError:
+                raise
+            except UnknownExpertError:
+                if time.monotonic() > until or self._stop.wait(0.25):
+                    raise
+
+    def _say_what_rests(self, members: Mapping[str, Membership]) -> None:
+        """Report a checkpoint of what this worker does not train now: what it holds is not sent meanwhile."""
+        root = self._settings.state_dir
+        for name, place in {self._settings.stream: root, GATEWAY: root and root / GATEWAY}.items():
+            if place and name not in members and name_in(place):
+                self._report(
+                    f"the checkpoint of {name} in {place} rests: what is not sent yet is sent when this worker trains "
+                    f"{name} again (rule train)"
+                )
+
     def _say_alone(self, members: Mapping[str, Any], refused: Sequence[FedMoEError]) -> None:
         """Report why this worker trains only one of expert and gateway; raise the first reason if it trains neither."""
         if not members:
@@ -167,21 +195,30 @@ class Worker:
         for error in refused:
             self._report(f"{error}; this worker trains {' and '.join(members)} alone")
 
-    def _begin(self, members: Mapping[str, Membership], material: Material) -> list[Turn]:
-        """Claim the worker's names, and make a trainer for each membership, with the weights to start from."""
-        settings, turns, refused = self._settings, {}, list[FedMoEError]()
+    def _begin(self, members: Mapping[str, Membership], material: Material, rules: RuleSet) -> list[Turn]:
+        """Claim the worker's names, and make a trainer for each membership, with the weights to start from.
+
+        `rules`: of this worker's expert, by which it was started.
+        """
+        settings, turns, refused = self._settings, dict[str, Turn](), list[FedMoEError]()
         for expert, member in members.items():
             try:
                 assert member.spec is not None
                 assert member.meta is not None
                 member.claim(material.identity)
                 training = member.meta.rules.training
-                trainer, progress = material.make_trainer(member.spec, training, expert), Progress()
+                trainer, progress = material.make_trainer(member.spec, training), Progress()
+                fixed = Fixed(
+                    max_length=None if turns else material.max_length,
+                    train=rules.train if expert == settings.stream else None,
+                )
                 member.begin(
                     trainer, data=material.data, source=str(settings.data),
-                    training_fields=progress.fields, max_length=material.max_length,
+                    training_fields=progress.fields, fixed=fixed,
                 )  # fmt: skip
-            except (BaseModelError, NameTakenError, RefusedError, SpecError, UnknownExpertError) as error:
+            except StoppedError:
+                raise
+            except FedMoEError as error:
                 if expert != GATEWAY:
                     raise
                 refused.append(error)
@@ -203,4 +240,5 @@ def with_name(settings: WorkerSettings) -> tuple[WorkerSettings, str]:
 
 def _name_in(state_dir: Path, expert: str) -> str:
     """The worker's name in the checkpoints of its expert or of the gateway, "" if there are none."""
-    return name_in(state_dir) or name_in(state_dir / GATEWAY).removeprefix(f"{expert}.")
+    domain, _, name = name_in(state_dir / GATEWAY).partition(".")
+    return name_in(state_dir) or (name if domain == expert else "")

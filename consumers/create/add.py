@@ -28,13 +28,20 @@ PINNED = ("base_fingerprint", "base_fingerprint_by", "tokenizer", "tokenizer_by"
 
 
 def add_expert(
-    connection: Connection, name: str, *, like: str, gateway_weight: float, settings: Mapping[str, Any]
+    connection: Connection,
+    name: str,
+    *,
+    like: str,
+    gateway_weight: float,
+    settings: Mapping[str, Any],
+    new_lineage: bool = False,
 ) -> str:
     """Create an expert at version 0; returns the name of the expert that it was copied from.
 
     It takes the spec, the pinned components of the base model, and the rules of the expert `like` ("": the first whole
-    expert by name); `settings` changes some rules (named as in `RuleSet.settings`). The base model need not be on this
-    machine. Running aggregators serve the new expert within seconds.
+    expert of a domain, by name); `settings` changes some rules (named as in `RuleSet.settings`). The base model need
+    not be on this machine. Running aggregators serve the new expert within seconds. With `new_lineage` it is created
+    from zero although Redis lost it.
 
     Raises:
         SettingsError: if the expert exists, there is none to copy from, or a value breaks its bound.
@@ -43,14 +50,14 @@ def add_expert(
     gateway, store = GatewayStore(connection), ExpertStore(connection, check_expert(name))
     listed = gateway.experts()
     check_weight(gateway_weight)
-    _check_absent(store, name, is_listed=name in listed)
-    if not (like or listed):
+    _check_absent(store, name, is_listed=name in listed, new_lineage=new_lineage)
+    if not (like or listed.keys() - {GATEWAY}):
         raise SettingsError(
             f"there are no experts at {connection.settings.shown} yet to copy base model and adapter shape from: "
             f"create the first one with `{create_from_zero(name)}`",
             about="experts",
         )
-    like, spec, meta = _whole(connection, [like] if like else list(listed))
+    like, spec, meta = _whole(connection, [like] if like else [one for one in listed if one != GATEWAY])
     rules = replace(meta.rules.changed(settings), number=1)
     if name == GATEWAY:
         rules, gateway_weight = replace(rules, train=TRAIN_EXPERT), GATEWAY_WEIGHT
@@ -69,19 +76,26 @@ def add_expert(
     return like
 
 
-def ensure_gateway(connection: Connection, *, like: str) -> bool:
+def ensure_gateway(connection: Connection, *, like: str, though_removed: bool = True) -> bool:
     """Create the trained gateway if the federation has none, with the spec of the expert `like`; True if it was new.
 
     Raises:
-        FedMoEError: as `add_expert`; LostExpertError if Redis lost the gateway.
+        FedMoEError: as `add_expert`; LostExpertError if Redis lost the gateway; RemovedExpertError if an operator
+            removed it, unless `though_removed`.
     """
-    if GATEWAY in GatewayStore(connection).experts():
-        return False
+    try:
+        found = ExpertStore(connection, GATEWAY).condition()
+    except RemovedExpertError:
+        if not though_removed:
+            raise
+    else:
+        if found.meta is not None:
+            return False
     add_expert(connection, GATEWAY, like=like, gateway_weight=GATEWAY_WEIGHT, settings={})
     return True
 
 
-def _check_absent(store: ExpertStore, name: str, *, is_listed: bool) -> None:
+def _check_absent(store: ExpertStore, name: str, *, is_listed: bool, new_lineage: bool) -> None:
     try:
         found = store.condition()
     except RemovedExpertError:
@@ -90,6 +104,8 @@ def _check_absent(store: ExpertStore, name: str, *, is_listed: bool) -> None:
         raise SettingsError(
             f"expert {name!r} exists already: see `fedmoe expert show {name}`", about="expert"
         )
+    if new_lineage:
+        return
     if is_listed:
         raise LostExpertError(name)
     check_never_there(store)

@@ -4,9 +4,8 @@ import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
-from consumers.create.add import GATEWAY_WEIGHT
+from consumers.create.add import ensure_gateway
 from consumers.create.base_model import STOPPED, look_at_base
 from consumers.create.beginning import make_rules, make_spec, pinned_meta
 from consumers.create.request import SpecRequest, check_identity, compare_rules
@@ -14,7 +13,7 @@ from consumers.recovery.creation import without_lost, without_trained
 from fedmoe.errors import DamagedExpertError, FedMoEError, RemovedExpertError, SpecError, StoppedError
 from fedmoe.protocol.lora_init import initial_adapter
 from fedmoe.protocol.names import GATEWAY, check_expert, check_trains_gateway
-from fedmoe.protocol.rules import TRAIN_EXPERT
+from fedmoe.protocol.rules import TRAIN_EXPERT, TRAIN_GATEWAY
 from fedmoe.protocol.spec import Spec
 from fedmoe.store.connection import Connection
 from fedmoe.store.expert import ExpertStore
@@ -33,7 +32,7 @@ def ensure_experts(
 ) -> list[str]:
     """Create the missing experts of `weights` (name -> gateway weight); returns the names of the new ones.
 
-    The trained gateway is one of them if the requested rules let workers train it.
+    The trained gateway is created, too, if the rules of an expert let its workers train it.
 
     A missing expert that workers train, or that was found lost before, is not created, because Redis was emptied. It is
     marked as lost until an aggregator writes it back or the operator asks for `new_lineage`.
@@ -48,7 +47,6 @@ def ensure_experts(
     if request.rules.train != TRAIN_EXPERT:
         for name in weights:
             check_trains_gateway(name)
-        weights = dict(weights) | {GATEWAY: GATEWAY_WEIGHT}
     looked_at = time.monotonic()
     for name in weights:
         check_expert(name)
@@ -56,7 +54,7 @@ def ensure_experts(
     if not request.new_lineage:
         missing = without_lost(missing)
     if not missing:
-        return []
+        return _ensure_gateway(connection)
     described = look_at_base(request, stop)
     spec = make_spec(request, described)
     rules = make_rules(request, spec)
@@ -68,9 +66,8 @@ def ensure_experts(
     for store in missing:
         if stop.is_set():
             raise StoppedError(STOPPED, about="experts")
-        own = replace(rules, train=TRAIN_EXPERT) if store.name == GATEWAY else rules
         if store.create(
-            spec, pinned_meta(spec, own, described), weights_file,
+            spec, pinned_meta(spec, rules, described), weights_file,
             gateway_weight=weights[store.name], though_removed=request.new_lineage,
         ):  # fmt: skip
             created.append(store.name)
@@ -87,7 +84,25 @@ def ensure_experts(
                 f"{store.name})",
                 about=store.name,
             )
-    return created
+    return created + _ensure_gateway(connection)
+
+
+def _ensure_gateway(connection: Connection) -> list[str]:
+    """Create the trained gateway if the rules of an expert let its workers train it; returns its name if it was new.
+
+    What stands in the way is logged only: the experts are served all the same.
+    """
+    metas = GatewayStore(connection).metas()
+    metas.pop(GATEWAY, None)
+    like = next((name for name, meta in metas.items() if TRAIN_GATEWAY in meta.rules.trained), None)
+    try:
+        if like is None or not ensure_gateway(connection, like=like, though_removed=False):
+            return []
+    except FedMoEError as error:
+        logger.warning("%s", error)
+        return []
+    logger.info("created the gateway, with base model, adapter and rules of %s", like)
+    return [GATEWAY]
 
 
 def _missing(

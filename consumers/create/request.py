@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from fedmoe.errors import SettingsError, SpecError
 from fedmoe.protocol.lora import DEFAULT_BASE_MODEL, DEFAULT_WIRE_FORMAT, LoraSettings
-from fedmoe.protocol.names import GATEWAY, check_domain
+from fedmoe.protocol.names import check_domain
 from fedmoe.protocol.rules import RuleSet
 from fedmoe.protocol.spec import Spec
 from fedmoe.util.template_file import template_digest
@@ -69,8 +69,6 @@ def check_identity(name: str, spec: Spec, request: SpecRequest) -> None:
 def compare_rules(name: str, rules: RuleSet, request: SpecRequest) -> None:
     """Warn of explicit settings that differ from the rules in force, which stay because an operator chose them."""
     asked, present = request.rules.settings(), rules.settings()
-    if name == GATEWAY:
-        asked["train"] = present["train"]  # that rule is for the experts of domains
     odd = [name for name in present if name in request.explicit and asked[name] != present[name]]
     if odd:
         logger.warning(

@@ -58,7 +58,7 @@ class GatewayBuilder:
 
     def run(self, stop: threading.Event) -> None:
         """Rebuild until `stop` is set, then once more."""
-        backoff = Backoff("gateway", logger)
+        backoff = Backoff("merged gateway", logger)
         ending = False
         while not ending:
             ending = stop.wait(self._settings.interval_s)

@@ -79,6 +79,7 @@ def acl_line(settings: "RedisSettings", role: str, *, stream: str, worker: str) 
     """A line of an ACL file for a user with exactly the rights of a role; PASSWORD is a placeholder."""
     from fedmoe.errors import SettingsError
     from fedmoe.protocol.keys import Keys
+    from fedmoe.protocol.names import may_train_gateway
     from fedmoe.store.connection import Connection
     from fedmoe.store.permissions import ANY, ROLES, acl_rules, worker_rights
 
@@ -88,7 +89,7 @@ def acl_line(settings: "RedisSettings", role: str, *, stream: str, worker: str) 
         )
     keys = Keys(settings.prefix)
     if role == "worker":  # its expert's rules may ask for the gateway at any time
-        rights = worker_rights(keys, stream, worker, trains_gateway="." not in stream)
+        rights = worker_rights(keys, stream, worker, trains_gateway=may_train_gateway(stream, worker))
     else:
         rights = ROLES[role].rights(keys, stream or ANY, worker)
     user = worker if role == "worker" else role

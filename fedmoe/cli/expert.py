@@ -175,13 +175,15 @@ def _prepare_gateway(connection: "Connection", name: str, train: str) -> None:
 @redis_options
 @click.option("--like", default="", metavar="NAME",
               help="Expert whose base model, adapter and rules the new one takes over.  "
-                   "[default: the first by name]")  # fmt: skip
+                   "[default: the first of a domain, by name]")  # fmt: skip
 @click.option(
     "--weight", type=float, default=1.0, show_default=True, help="Weight of the expert in the gateway."
 )
+@click.option("--new-lineage", is_flag=True,
+              help="Create it from zero although Redis lost it; what its workers trained before is lost.")  # fmt: skip
 @options(RuleSet, show_defaults=False)
 @click.argument("name")
-def add(redis: RedisSettings, like: str, weight: float, name: str, **rules: Any) -> None:
+def add(redis: RedisSettings, like: str, weight: float, new_lineage: bool, name: str, **rules: Any) -> None:
     """Add the expert NAME to a running federation. The aggregators serve it within seconds."""
     from consumers.create.add import add_expert
     from fedmoe.protocol.names import GATEWAY
@@ -191,7 +193,9 @@ def add(redis: RedisSettings, like: str, weight: float, name: str, **rules: Any)
     connection, wanted = Connection(redis), given(RuleSet, rules)
     if name == GATEWAY and "train" in wanted:
         _prepare_gateway(connection, name, wanted["train"])
-    taken = add_expert(connection, name, like=like, gateway_weight=weight, settings=wanted)
+    taken = add_expert(
+        connection, name, like=like, gateway_weight=weight, settings=wanted, new_lineage=new_lineage
+    )
     click.echo(f"added {name}, with base model, adapter and rules of {taken}")
     if name == GATEWAY:
         click.echo("let workers train it: fedmoe expert set EXPERT --train both")

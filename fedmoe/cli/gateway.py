@@ -36,10 +36,13 @@ def export(
     force: bool,
 ) -> None:
     """Write the gateway, or one expert, as an adapter that PeftModel.from_pretrained loads."""
+    from fedmoe.errors import SettingsError
     from fedmoe.store.connection import Connection
     from fedmoe.store.gateway import GatewayStore
     from fedmoe.tools.export import read_expert, read_gateway, vllm_hint, write
 
+    if expert and kind:
+        raise SettingsError("--kind is about the gateway: leave it out, or leave out --expert", about="kind")
     store = GatewayStore(Connection(redis))
     adapter = read_expert(store, expert) if expert else read_gateway(store, kind or "")
     if rank is not None:

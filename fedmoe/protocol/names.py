@@ -83,6 +83,11 @@ def name_on_gateway(expert: str, worker: str) -> str:
     return name
 
 
+def may_train_gateway(expert: str, worker: str) -> bool:
+    """True if `name_on_gateway` takes these names."""
+    return "." not in expert and is_name(f"{expert}.{worker}")
+
+
 def domain_of(worker: str) -> str:
     """The expert whose worker has this name on the gateway."""
     return worker.partition(".")[0]

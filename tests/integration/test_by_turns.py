@@ -1,14 +1,14 @@
 """A worker that trains its expert and the gateway by turns: two complete ledgers, with a trainer that counts."""
 
 import threading
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from fedmoe.errors import RedisUnfitError, RemovedExpertError
+from fedmoe.errors import FedMoEError, ProtocolError, RedisUnfitError, RemovedExpertError
 from fedmoe.protocol.names import GATEWAY
 from fedmoe.protocol.rules import RuleSet
 from fedmoe.settings import RedisSettings, WorkerSettings
@@ -16,6 +16,7 @@ from fedmoe.store.change import change_rules_soon
 from fedmoe.store.connection import Connection
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore
+from fedmoe.store.inspect import Inspector
 from fedmoe.store.permissions import WORKER, acl_rules
 from fedmoe.store.remove import remove_expert
 from fedmoe.util.stopping import Stop
@@ -62,6 +63,26 @@ class Federation:
             stop=stop or Stop(), report=self.said.append, prepare=prepare,
         )  # fmt: skip
 
+    @contextmanager
+    def training(self, **settings: object) -> Iterator[list[BaseException]]:
+        """A worker that trains until the end of the block; yields the errors with which it ended, if any."""
+        stop, errors = Stop(), list[BaseException]()
+
+        def run() -> None:
+            try:
+                self.worker(stop=stop, **settings).run()
+            except FedMoEError as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        try:
+            eventually("both are trained", lambda: min(self.examples()) > 0)
+            yield errors
+        finally:
+            stop.set()
+            thread.join()
+
     def examples(self) -> tuple[int, int]:
         """How many steps the expert and the gateway consist of."""
         return self.store.meta(EXPERT).n_examples, self.store.meta(GATEWAY).n_examples
@@ -92,10 +113,12 @@ def test_each_gets_half_of_the_steps_and_has_its_own_books(served: Federation) -
 
 
 def test_one_alone_by_the_rule(served: Federation) -> None:
-    """`train gateway`: the expert learns nothing, and its lines are not prefixed, as with `train expert`."""
+    """`train gateway`: the expert learns nothing, and every line names the gateway; `train expert`: as ever."""
     change_rules_soon(ExpertStore(served.connection, EXPERT), {"train": "gateway"})
     served.worker(max_steps=6).run()
     assert served.examples() == (0, 6)
+    assert any(line.startswith("gateway: done: ") for line in served.said)
+    served.said.clear()
     change_rules_soon(ExpertStore(served.connection, EXPERT), {"train": "expert"})
     served.worker(max_steps=6, name="bob").run()
     assert served.examples() == (6, 6)
@@ -180,43 +203,118 @@ def test_gateway_that_is_removed_while_it_is_trained_leaves_the_expert(
     served: Federation, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The expert's training goes on without a pause; at the end the worker says what became of the gateway."""
-    stop = Stop()
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            served.worker(stop=stop).run()
-        except RemovedExpertError as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    eventually("both are trained", lambda: min(served.examples()) > 0)
-    remove_expert(served.connection, GATEWAY)
-    eventually(
-        "it is noticed", lambda: "this worker trains tiny alone from now on" in caplog.text, timeout_s=30
-    )
-    before = served.store.meta(EXPERT).version
-    eventually("the expert goes on", lambda: served.store.meta(EXPERT).version > before + 2)
-    stop.set()
-    thread.join()
-    assert len(errors) == 1
-    assert served.store.meta(EXPERT).n_examples > 0
+    with served.training() as errors:
+        remove_expert(served.connection, GATEWAY)
+        eventually(
+            "it is noticed", lambda: "this worker trains tiny alone from now on" in caplog.text, timeout_s=30
+        )
+        before = served.store.meta(EXPERT).version
+        eventually("the expert goes on", lambda: served.store.meta(EXPERT).version > before + 2)
+    assert [type(error) for error in errors] == [RemovedExpertError]
 
 
 def test_change_of_the_rule_takes_effect_at_the_next_start(
     served: Federation, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A running worker says so."""
+    """A running worker says so; one that was started since does not."""
     caplog.set_level("INFO")
-    stop = Stop()
-    thread = threading.Thread(target=served.worker(stop=stop).run)
-    thread.start()
-    eventually("both are trained", lambda: min(served.examples()) > 0)
-    change_rules_soon(ExpertStore(served.connection, EXPERT), {"train": "expert"})
     text = "train both -> expert; train takes effect when this worker is started again"
-    eventually("it is said", lambda: text in caplog.text)
-    before = served.store.meta(GATEWAY).version
-    eventually("the gateway goes on", lambda: served.store.meta(GATEWAY).version > before)
-    stop.set()
-    thread.join()
+    with served.training(state_dir=served.state):
+        change_rules_soon(ExpertStore(served.connection, EXPERT), {"train": "expert"})
+        eventually("it is said", lambda: text in caplog.text)
+        before = served.store.meta(GATEWAY).version
+        eventually("the gateway goes on", lambda: served.store.meta(GATEWAY).version > before)
+    change_rules_soon(ExpertStore(served.connection, EXPERT), {"train": "both"})
+    caplog.clear()
+    served.worker(max_steps=2, state_dir=served.state).run()
+    assert "train expert -> both" in caplog.text
+    assert "takes effect" not in caplog.text
+
+
+@pytest.mark.parametrize("spoil", ["garbage", "another worker's"])
+def test_checkpoint_of_the_gateway_that_cannot_be_used_leaves_the_expert(
+    served: Federation, spoil: str
+) -> None:
+    """One sentence that names it; the expert is trained."""
+    served.worker(max_steps=6, state_dir=served.state).run()
+    file = served.state / GATEWAY / "worker.safetensors"
+    if spoil == "garbage":
+        file.write_bytes(b"garbage")
+    else:
+        served.worker(max_steps=2, name="bob", state_dir=served.state / "bob").run()
+        file.write_bytes((served.state / "bob" / GATEWAY / "worker.safetensors").read_bytes())
+    before = served.examples()
+    served.said.clear()
+    served.worker(max_steps=4, state_dir=served.state).run()
+    (said,) = [line for line in served.said if line.endswith("; this worker trains tiny alone")]
+    assert str(file) in said or "bob" in said
+    assert served.examples() == (before[0] + 4, before[1])
+
+
+def test_gateway_of_a_later_release_leaves_the_expert(
+    served: Federation, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also with a state directory: the gateway's sync writes its last checkpoint without waiting for a step."""
+    meta = served.connection.keys.expert(GATEWAY).meta
+
+    def is_noticed() -> bool:
+        served.connection.client.hset(
+            meta, "requires", "quantum"
+        )  # this release's next commit writes over it
+        return "this worker trains tiny alone from now on" in caplog.text
+
+    with served.training(state_dir=served.state) as errors:
+        eventually("it is noticed", is_noticed, timeout_s=30)
+        before = served.store.meta(EXPERT).version
+        eventually("the expert goes on", lambda: served.store.meta(EXPERT).version > before + 2)
+    assert [type(error) for error in errors] == [ProtocolError]
+    view = {expert.name: expert.left for expert in Inspector(served.connection).federation().experts}
+    assert [(gone.name, gone.how) for gone in view[EXPERT]] == [("alice", "stopped")]
+
+
+def test_gateway_that_is_away_for_a_moment_is_waited_for(served: Federation) -> None:
+    """An aggregator that retains it writes it back meanwhile."""
+    keys = served.connection.keys.expert(GATEWAY)
+    held = {key: served.connection.client.dump(key) for key in (keys.meta, keys.spec)}
+    served.connection.client.delete(*held)
+
+    def back() -> None:
+        for key, content in held.items():
+            served.connection.client.restore(key, 0, content, replace=True)
+
+    timer = threading.Timer(1.0, back)
+    timer.start()
+    served.worker(max_steps=4).run()
+    timer.join()
+    assert not any(line.endswith("alone") for line in served.said)
+    assert served.examples()[0] == 2
+
+
+def test_each_is_trained_for_its_own_epochs(served: Federation) -> None:
+    """One that is ahead, because it was trained alone before, waits for the other."""
+    change_rules_soon(ExpertStore(served.connection, EXPERT), {"train": "expert"})
+    served.worker(max_epochs=1, state_dir=served.state).run()
+    change_rules_soon(ExpertStore(served.connection, EXPERT), {"train": "both"})
+    served.worker(max_epochs=1.5, state_dir=served.state).run()
+    assert served.examples() == (15, 15)
+
+
+def test_checkpoint_of_what_is_not_trained_now_is_named(served: Federation) -> None:
+    """What it holds is not lost, and not sent."""
+    served.worker(max_steps=4, state_dir=served.state).run()
+    change_rules_soon(ExpertStore(served.connection, EXPERT), {"train": "expert"})
+    served.said.clear()
+    served.worker(max_steps=2, state_dir=served.state).run()
+    (said,) = [line for line in served.said if " rests: " in line]
+    assert said.startswith(f"the checkpoint of gateway in {served.state / GATEWAY} rests: ")
+
+
+def test_rows_follow_the_rules_of_what_is_trained(
+    served: Federation, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of the expert, if both are: a change of the gateway's max_length promises nothing then."""
+    caplog.set_level("INFO")
+    with served.training():
+        change_rules_soon(ExpertStore(served.connection, GATEWAY), {"max_length": 64, "lr": 0.5})
+        eventually("it is said", lambda: "lr 1 -> 0.5" in caplog.text)
+    assert "takes effect" not in caplog.text

@@ -14,7 +14,7 @@ from consumers.create import base_model as creating
 from consumers.expert import Expert
 from consumers.gateway.builder import GatewayBuilder
 from consumers.verify import replay
-from fedmoe.errors import SettingsError, UnknownExpertError
+from fedmoe.errors import LostExpertError, SettingsError, UnknownExpertError
 from fedmoe.protocol.names import GATEWAY, check_domain, domain_of, name_on_gateway
 from fedmoe.protocol.rules import RuleSet
 from fedmoe.settings import GatewaySettings
@@ -22,6 +22,7 @@ from fedmoe.store.archive import Archive
 from fedmoe.store.connection import Connection
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore
+from fedmoe.store.remove import remove_expert
 from tests.errors import raises
 from tests.federation import ScriptedWorker, first_meta, make_expert, meta_of, small_spec
 
@@ -104,10 +105,13 @@ def test_until_it_is_trained_the_merged_gateway_is_the_gateway(
     assert reader.gateway("trained").versions == {GATEWAY: 0}
 
 
-def test_an_aggregator_that_is_told_so_creates_it_with_the_experts(
-    connection: Connection, monkeypatch: pytest.MonkeyPatch
+def test_an_aggregator_creates_it_if_the_rules_in_force_need_it(
+    connection: Connection,
+    expert_command: Command,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """And a second start finds it."""
+    """Without a look at the base model if the experts are there; not one that an operator removed."""
     spec = small_spec()
     described = {
         "base_config": spec.base_config, "layout": spec.layout.tensors, "towers": (), "reach": 1.0, "not_reached": "",
@@ -121,7 +125,39 @@ def test_an_aggregator_that_is_told_so_creates_it_with_the_experts(
     store = GatewayStore(connection)
     assert store.experts() == {"gateway": 0.0, "sql_expert": 1.0}
     assert (store.meta("sql_expert").rules.train, store.meta(GATEWAY).rules.train) == ("both", "expert")
+    monkeypatch.delitem(creating.described, request)
     assert ensure_experts(connection, {"sql_expert": 1.0}, request) == []
+    remove_expert(connection, GATEWAY)
+    assert ensure_experts(connection, {"sql_expert": 1.0}, SpecRequest()) == []
+    assert "expert 'gateway' was removed by an operator" in caplog.text
+    expert_command("set", "sql_expert", "--train", "expert")
+    assert expert_command("set", "sql_expert", "--train", "both").output.startswith("created the gateway")
+
+
+def test_lost_gateway_is_created_from_zero_with_the_command_that_is_named(
+    connection: Connection, expert_command: Command
+) -> None:
+    """And with no other: whoever retains it can still write it back."""
+    make_expert(connection, "sql_expert")
+    expert_command("set", "sql_expert", "--train", "both")
+    keys = connection.keys.expert(GATEWAY)
+    connection.client.delete(keys.meta, keys.spec, keys.weights, keys.packed, keys.decided)
+    for words in (("add", GATEWAY), ("set", "sql_expert", "--train", "gateway")):
+        done = expert_command(*words)
+        assert isinstance(done.exception, LostExpertError)
+        assert "(fedmoe expert add gateway --new-lineage)" in str(done.exception)
+    assert expert_command("add", GATEWAY, "--new-lineage").exit_code == 0
+    assert GatewayStore(connection).meta(GATEWAY).version == 0
+
+
+def test_new_expert_takes_after_an_expert_of_a_domain(
+    connection: Connection, expert_command: Command
+) -> None:
+    """Not after the gateway, though its name comes first."""
+    make_expert(connection, "sql_expert")
+    expert_command("set", "sql_expert", "--train", "both")
+    assert "rules of sql_expert" in expert_command("add", "url_expert").output
+    assert GatewayStore(connection).meta("url_expert").rules.train == "both"
 
 
 @pytest.mark.parametrize("words", [("set", "a.b", "--train", "both"), ("add", "c.d", "--train", "both")])

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from fedmoe.data.bad_rows import BadRows
 from fedmoe.data.jsonl import open_data
@@ -11,6 +12,7 @@ from fedmoe.model.adapter import adapter_layout
 from fedmoe.model.base import fingerprint, structure
 from fedmoe.model.tokenizer import tokenizer_fingerprint
 from fedmoe.protocol.lora import LoraSettings
+from fedmoe.protocol.rules import TrainingSettings
 from fedmoe.protocol.spec import Spec
 from fedmoe.settings import WorkerSettings
 from producers.material import Material, prepare
@@ -29,7 +31,9 @@ def prepared(base: Path, rows: str, **pinned: str) -> Material:
     settings = WorkerSettings(stream="sql_expert", data=base / "rows.jsonl", name="alice")
     bad_rows = BadRows(report=print, file=None, fail=False)
     data = open_data(settings.data, bad_rows)
-    return prepare(settings, spec, meta, data, bad_rows, cache=None, stopped=lambda: False, report=print)
+    return prepare(
+        settings, spec, meta, data, bad_rows, max_length=512, cache=None, stopped=lambda: False, report=print,
+    )  # fmt: skip
 
 
 ROWS = '{"prompt": "a", "completion": "b"}\n{"prompt": "what is <|extra|>?", "completion": "x"}\n'
@@ -58,3 +62,17 @@ def test_a_tokenizer_that_is_not_the_pinned_one(tmp_path: Path, monkeypatch: pyt
     pinned = tokenizer_fingerprint(tiny_tokenizer()).replace("template:", "template:f")
     with raises(BaseModelError, about="template"):
         prepared(save_tiny_model(tmp_path), ROWS, tokenizer=pinned, tokenizer_by="worker bob")
+
+
+def test_trainers_of_one_model_need_no_names(tmp_path: Path) -> None:
+    """An expert may be called like an attribute of a torch module ("type"), which peft could not call an adapter."""
+    material = prepared(save_tiny_model(tmp_path), ROWS)
+    config, lora = tiny_config(), LoraSettings(rank=2)
+    spec = Spec(
+        base_model="tiny", base_config=structure(config), layout=adapter_layout(config, lora), lora=lora
+    )
+    first, second = (material.make_trainer(spec, TrainingSettings()) for _ in range(2))
+    before = second.flat.clone()
+    assert first.step().applied
+    assert torch.equal(second.flat, before)
+    assert second.step().applied

@@ -37,7 +37,8 @@ def evaluate(
 ) -> None:
     """Print the held-out loss of the base model, each expert and the gateway on each domain; lower is better.
 
-    The loss is the cross entropy per token of the answers. A star marks the best of each column.
+    The loss is the cross entropy per token of the answers. A star marks the best model of each column. The row
+    `routed` is each domain's own expert on its domain, and `share` the part of its gain over the base model.
     """
     wanted = made(HeldOutSettings, values, data=data, extra=dict(map(_parse_adapter, adapters)))
     if json_file not in (None, "-"):
@@ -45,8 +46,8 @@ def evaluate(
     from fedmoe.protocol.federation import plain_json
     from fedmoe.store.connection import Connection
     from fedmoe.store.gateway import GatewayStore
-    from fedmoe.tools.evaluate import format_table
     from fedmoe.tools.heldout import measure
+    from fedmoe.tools.share import format_table
     from fedmoe.util.disk import write_whole
 
     store = GatewayStore(Connection(redis))
@@ -55,7 +56,7 @@ def evaluate(
     if json_file == "-":
         click.echo(text, nl=False)
         return
-    click.echo(format_table(measured.loss))
+    click.echo(format_table(measured.loss, measured.routed, measured.share))
     if json_file is not None:
         write_whole(Path(json_file), text.encode())
 

@@ -28,7 +28,7 @@ from fedmoe.protocol.names import GATEWAY, MERGED, check_name
 from fedmoe.protocol.spec import Spec
 from fedmoe.settings import HeldOutSettings
 from fedmoe.store.gateway import GatewayStore
-from fedmoe.tools.evaluate import MEAN, Adapter, Matrix, evaluate
+from fedmoe.tools.evaluate import BASE, MEAN, Adapter, Matrix, evaluate
 from fedmoe.tools.export import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -37,9 +37,10 @@ from fedmoe.tools.export import (
     read_expert,
     read_gateway,
 )
+from fedmoe.tools.share import ROUTED, routed_losses, shares
 from fedmoe.util.versions import version_of
 
-BASE = "base"
+ROWS = (BASE, ROUTED)  # rows of the table that are no adapter of the federation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +52,8 @@ class HeldOut:
         rows: domain -> number of rows used.
         built_from: row of the matrix -> expert -> its version and weights_commit.
         loss: the matrix; cross entropy per answer token, in nats.
+        routed: column -> loss of perfect routing, None without an expert of that domain (see `tools.share`).
+        share: row -> its part of the gain of perfect routing, None if undefined; in the order of the table.
     """
 
     base_model: str
@@ -58,6 +61,8 @@ class HeldOut:
     rows: Mapping[str, int]
     built_from: Mapping[str, Mapping[str, Mapping[str, str | int]]]
     loss: Matrix
+    routed: Mapping[str, float | None]
+    share: Mapping[str, float | None]
 
 
 def find_files(texts: Sequence[str], experts: Sequence[str]) -> dict[str, Path]:
@@ -112,6 +117,11 @@ def read_federation(
     adapters: dict[str, Export] = {}
     for name in store.experts():
         if name == GATEWAY:
+            continue
+        if name in ROWS:
+            report(
+                f"{name} is left out, because the table has a row of that name: give its export as --adapter"
+            )
             continue
         try:
             specs[name], adapters[name] = store.spec(name), read_expert(store, name)
@@ -170,7 +180,7 @@ def measure(store: GatewayStore, settings: HeldOutSettings, *, report: Callable[
     adapters: dict[str, Adapter | None] = {BASE: None}
     adapters |= {name: Adapter(file=export.file, config=export.config) for name, export in exports.items()}
     for name, directory in settings.extra.items():
-        if name in adapters:
+        if name in adapters or name in ROWS:
             raise SettingsError(f"the adapter's name {name!r} is taken: give it another one", about="name")
         adapters[name] = read_directory(directory)
     base_model = settings.base_model or next(iter(specs.values())).base_model
@@ -208,13 +218,28 @@ def measure(store: GatewayStore, settings: HeldOutSettings, *, report: Callable[
         pad_id=padding_id(tokenizer), batch_size=settings.batch_size, device=device, autocast=autocast,
         report=lambda row: report(f"evaluating {row}"),
     )  # fmt: skip
+    routed, share = routed_losses(loss, specs), shares(loss, list(specs))
+    _report_undefined(routed, share, report)
     return HeldOut(
         base_model=base_model,
         base_fingerprint=print_of_base,
         rows={name: len(examples) for name, examples in domains.items()},
         built_from={name: export.built_from for name, export in exports.items()},
         loss=loss,
+        routed=routed,
+        share=share,
     )
+
+
+def _report_undefined(
+    routed: Mapping[str, float | None], share: Mapping[str, float | None], report: Callable[[str], None]
+) -> None:
+    """Say which domains the share leaves out, or why there is none."""
+    without = [column for column, loss in routed.items() if loss is None and column != MEAN]
+    if without:
+        report(f"no expert of its own: {', '.join(without)}; the share is that of the other domains")
+    if share.get(ROUTED, 0.0) is None:
+        report("no share: the experts gain nothing over the base model on their own domains")
 
 
 def _check_base(

@@ -29,6 +29,7 @@ from fedmoe.store.gateway import GatewayStore
 from fedmoe.tools.evaluate import mean_loss
 from fedmoe.tools.export import read_expert, write
 from fedmoe.tools.heldout import HeldOut, HeldOutSettings, find_files, measure, read_directory
+from fedmoe.tools.share import format_share
 from tests.errors import raises
 from tests.federation import first_meta
 from tests.processes import fedmoe, fedmoe_here
@@ -38,14 +39,16 @@ from tests.tiny import save_tiny_model, tiny_config, tiny_model, tiny_tokenizer
 pytestmark = pytest.mark.one_server
 
 
-def make_federation(connection: Connection, base: Path, names: Sequence[str] = ("red", "blue")) -> None:
-    """Experts of the tiny model with random weights, and a gateway."""
+def make_federation(
+    connection: Connection, base: Path, names: Sequence[str] = ("red", "blue"), *, scale: float = 0.05
+) -> None:
+    """Experts of the tiny model with random weights, and a gateway; with scale 0 they are as the base model."""
     config, lora = tiny_config(), LoraSettings(rank=4)
     layout = adapter_layout(config, lora)
     spec = Spec(base_model=str(base), base_config=structure(config), layout=layout, lora=lora)
     for seed, name in enumerate(names):
         buffer = AdapterBuffer(layout)
-        buffer.flat.copy_(initial_weights(layout, 0)).add_(randn(seed, layout.numel), alpha=0.05)
+        buffer.flat.copy_(initial_weights(layout, 0)).add_(randn(seed, layout.numel), alpha=scale)
         meta = first_meta(spec, version=seed + 3, base_fingerprint=fingerprint(tiny_model()))
         ExpertStore(connection, name).create(spec, meta, buffer.file, gateway_weight=1.0)
     GatewayBuilder(connection, GatewaySettings(), holder="agg-1", lease_s=5.0).refresh()
@@ -88,14 +91,21 @@ def test_the_command_prints_the_matrix_and_writes_it(
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert f"{data / 'red.test.jsonl'}: 6 rows: 6 used, 0 dropped" in done.stderr
-    head, *rows = (line.split() for line in done.stdout.splitlines())
-    assert head == ["blue", "red", "mean"]
-    assert [row[0] for row in rows] == ["base", "blue", "red", "gateway", "copy"]
+    (*head, last), *rows = (line.split() for line in done.stdout.splitlines())
+    assert (head, last) == (["blue", "red", "mean"], "share")
+    assert [row[0] for row in rows] == ["base", "blue", "red", "routed", "gateway", "copy"]
     result = json.loads(file.read_text())
     loss = result["loss"]
-    assert {f"{loss[row[0]][column]:.3f}" for row in rows for column in head} == {
-        cell.rstrip("*") for row in rows for cell in row[1:]
+    shown = {row[0]: [cell.rstrip("*") for cell in row[1:-1]] for row in rows}
+    assert shown == {
+        name: [f"{row[column]:.3f}" for column in head]
+        for name, row in (loss | {"routed": result["routed"]}).items()
     }
+    assert [result["routed"][name] for name in ("blue", "red")] == [
+        loss[name][name] for name in ("blue", "red")
+    ]
+    assert list(result["share"]) == [row[0] for row in rows]
+    assert [row[-1] for row in rows] == [format_share(share) for share in result["share"].values()]
     bad_rows = BadRows(report=print)
     rows_of_red = open_data(data / "red.test.jsonl", bad_rows)
     examples = make_examples(rows_of_red, tiny_tokenizer(), 512, bad_rows).examples
@@ -254,3 +264,20 @@ def test_a_result_that_could_not_be_kept_is_not_computed(tmp_path: Path) -> None
         done = fedmoe_here(*arguments, *more)
         assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
         assert message in done.stderr
+
+
+def test_share_is_undefined_if_the_experts_gain_nothing(
+    connection: Connection, data: Path, tiny_model_dir: Path
+) -> None:
+    """Untrained experts gain nothing; a domain of nobody's is named once; an expert named as a row is left out."""
+    make_federation(connection, tiny_model_dir, ("red", "routed"), scale=0.0)
+    said: list[str] = []
+    result = run(connection, f"red={data / 'red.jsonl'}", f"green={data / 'green.jsonl'}", said=said)
+    assert result.loss["red"] == result.loss["base"]
+    assert result.share == {"base": None, "red": None, "routed": None, "gateway": None}
+    assert result.routed == {"red": result.loss["red"]["red"], "green": None, "mean": None}
+    assert said[-2:] == [
+        "no expert of its own: green; the share is that of the other domains",
+        "no share: the experts gain nothing over the base model on their own domains",
+    ]
+    assert said[0].startswith("routed is left out, because the table has a row of that name")

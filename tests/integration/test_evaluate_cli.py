@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -21,14 +21,16 @@ from fedmoe.model.base import fingerprint, structure
 from fedmoe.protocol.layout import AdapterBuffer
 from fedmoe.protocol.lora import LoraSettings
 from fedmoe.protocol.lora_init import initial_weights
+from fedmoe.protocol.rules import RuleSet, TrainingSettings
 from fedmoe.protocol.spec import Spec
-from fedmoe.settings import GatewaySettings
+from fedmoe.settings import GatewaySettings, HeldOutSettings
 from fedmoe.store.connection import Connection
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore
 from fedmoe.tools.evaluate import mean_loss
 from fedmoe.tools.export import read_expert, write
-from fedmoe.tools.heldout import HeldOut, HeldOutSettings, find_files, measure, read_directory
+from fedmoe.tools.heldout import HeldOut, measure, read_directory
+from fedmoe.tools.rows import find_files, find_training_files
 from fedmoe.tools.share import format_share
 from tests.errors import raises
 from tests.federation import first_meta
@@ -37,6 +39,7 @@ from tests.strategies import randn
 from tests.tiny import save_tiny_model, tiny_config, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.one_server
+RULES = RuleSet(training=TrainingSettings(learning_rate=5e-3, batch_size=4, warmup_steps=0))
 
 
 def make_federation(
@@ -49,7 +52,13 @@ def make_federation(
     for seed, name in enumerate(names):
         buffer = AdapterBuffer(layout)
         buffer.flat.copy_(initial_weights(layout, 0)).add_(randn(seed, layout.numel), alpha=scale)
-        meta = first_meta(spec, version=seed + 3, base_fingerprint=fingerprint(tiny_model()))
+        meta = first_meta(
+            spec,
+            version=seed + 3,
+            base_fingerprint=fingerprint(tiny_model()),
+            rules=RULES,
+            n_examples=20 * seed,
+        )
         ExpertStore(connection, name).create(spec, meta, buffer.file, gateway_weight=1.0)
     GatewayBuilder(connection, GatewaySettings(), holder="agg-1", lease_s=5.0).refresh()
 
@@ -259,6 +268,7 @@ def test_a_result_that_could_not_be_kept_is_not_computed(tmp_path: Path) -> None
     for more, message in (
         (("--json", str(tmp_path)), f"fedmoe: --json {tmp_path} cannot be written"),
         (("--json", str(tmp_path / "no" / "x.json")), "cannot be written"),
+        (("--plot", str(tmp_path)), f"fedmoe: --plot {tmp_path} cannot be written"),
         (("--adapter", "x"), "fedmoe: --adapter 'x' must be NAME=DIR"),
     ):
         done = fedmoe_here(*arguments, *more)
@@ -281,3 +291,83 @@ def test_share_is_undefined_if_the_experts_gain_nothing(
         "no share: the experts gain nothing over the base model on their own domains",
     ]
     assert said[0].startswith("routed is left out, because the table has a row of that name")
+
+
+def test_centralised_adapter_is_a_row_of_its_own(
+    connection: Connection, data: Path, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    """Trained on the rows of all experts as long as they were; the JSON says how, and the picture is a PNG file."""
+    make_federation(connection, tiny_model_dir)
+    for name, answer in (("red", "red red"), ("blue", "blue")):
+        write_rows(data / f"{name}.train.jsonl", answer, n_rows=20)
+    file, plot = tmp_path / "loss.json", tmp_path / "loss.png"
+    done = fedmoe_here(
+        "evaluate", "--redis", connection.settings.url, "--data", str(data), "--centralised", "--train", str(data),
+        "--learning-rates", "0.01, 1e-9", "--json", str(file), "--plot", str(plot), "--device", "cpu",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads(file.read_text())
+    assert result["centralised"]["rows"] == {"blue": 12, "red": 12}
+    assert result["centralised"]["steps"] == 5  # 20 rows in steps of 4
+    assert result["centralised"]["learning_rate"] == 0.01
+    assert list(result["centralised"]["validation"]) == ["0.01", "1e-09"]
+    loss = result["loss"]
+    assert loss["centralised"]["mean"] < loss["base"]["mean"] - 0.05
+    assert list(result["share"]) == ["base", "blue", "red", "routed", "gateway", "centralised"]
+    assert "training centralised with learning rate 0.01: 5 steps" in done.stderr
+    assert "centralised has learning rate 0.01, the best of 0.01, 1e-09" in done.stderr
+    assert done.stdout.splitlines()[-1].startswith("centralised ")
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_training_files_are_those_of_experts_and_no_test_files(data: Path) -> None:
+    """Found as test files are, by another name."""
+    test = find_files([str(data)], ["red", "blue"])
+    write_rows(data / "blue.train.jsonl", "blue")
+    found = find_training_files([str(data)], ["red", "blue"], test)
+    assert found == {"red": data / "red.jsonl", "blue": data / "blue.train.jsonl"}
+    with raises(UnknownExpertError, about="green"):
+        find_training_files([f"green={data / 'green.jsonl'}"], ["red", "blue"], test)
+    for text, about in ((f"red={data / 'red.test.jsonl'}", "train"), (str(data / "nowhere"), "train")):
+        with raises(SettingsError, about=about):
+            find_training_files([text], ["red", "blue"], test)
+    with raises(DataError, about="train"):
+        find_training_files([str(data)], ["yellow"], test)
+
+
+@pytest.mark.parametrize(
+    ("options", "about"),
+    [
+        ({"centralised": True}, "train"),
+        ({"train": ["red=x"]}, "train"),
+        ({"steps": 3}, "steps"),
+        ({"learning_rates": ("1e-3",)}, "learning_rates"),
+        ({"centralised": True, "train": ["red=x"], "steps": 0}, "steps"),
+        ({"centralised": True, "train": ["red=x"], "learning_rates": ("1e-3", "fast")}, "learning_rates"),
+        ({"centralised": True, "train": ["red=x"], "learning_rates": ("0",)}, "learning_rates"),
+    ],
+)
+def test_settings_of_the_centralised_adapter_are_checked(options: dict[str, Any], about: str) -> None:
+    """Before anything is read."""
+    with raises(SettingsError, about=about):
+        HeldOutSettings(data=["."], **options)
+
+
+def test_centralised_without_rows_or_updates_is_one_sentence(
+    connection: Connection, data: Path, tiny_model_dir: Path
+) -> None:
+    """Of too few rows, of an expert that there is not, and of experts that nobody trained."""
+    make_federation(connection, tiny_model_dir)
+    few, enough = data / "few.jsonl", write_rows(data / "enough.jsonl", "red", n_rows=12)
+    write_rows(few, "red", n_rows=8)
+    for train, message in (
+        (f"red={few}", "fedmoe: --train has 8 rows of red, and 8 are held out"),
+        (f"green={enough}", "fedmoe: --train names the expert 'green', which there is not"),
+        (f"red={enough}", "fedmoe: the experts were not trained yet"),
+    ):
+        done = fedmoe_here(
+            "evaluate", "--redis", connection.settings.url, "--data", f"red={data / 'red.test.jsonl'}",
+            "--centralised", "--train", train, "--device", "cpu",
+        )  # fmt: skip
+        assert (done.returncode, done.stdout) == (2, ""), done.stderr
+        assert done.stderr.splitlines()[-1].startswith(message)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmoe.demo.processes import Child
+from fedmoe.protocol.names import GATEWAY
 from fedmoe.tools.plot import draw_losses, pyplot
 from fedmoe.tools.share import table_rows
 
@@ -32,15 +33,27 @@ def plot(file: Path, history: History, measured: Measured) -> None:
     """Plot the training loss of each expert over time, and the held-out losses as bars, into one PNG file."""
     plt = pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), width_ratios=(1, 1.3))
-    for name, points in history.items():
-        left.plot([t for t, _ in points], [loss for _, loss in points], marker="o", markersize=3, label=name)
-    left.set(xlabel="seconds", ylabel="training loss of the last update", title="Experts, update by update")
-    left.legend(frameon=False)
+    domains = len(history.keys() - {GATEWAY})
+    for name, points in sorted(history.items(), key=lambda curve: (curve[0] == GATEWAY, curve[0])):
+        drawn, label = points, name
+        if name == GATEWAY:  # its updates come from one domain after the other
+            drawn, label = mean_of_last(points, domains), f"{name}, mean of {domains} updates"
+        left.plot([t for t, _ in drawn], [loss for _, loss in drawn], marker="o", markersize=3, label=label)
+    left.set(xlabel="seconds", ylabel="training loss of the last update", title="Training, update by update")
+    left.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
     left.grid(alpha=0.3)
     draw_losses(right, table_rows(measured.loss, measured.routed, measured.share), measured.share)
     figure.tight_layout()
     figure.savefig(file, dpi=110)
     plt.close(figure)
+
+
+def mean_of_last(points: Sequence[tuple[float, float]], n: int) -> list[tuple[float, float]]:
+    """Each point with the mean of its loss and those before it, n in all; without the first n - 1 points."""
+    return [
+        (points[last][0], sum(loss for _, loss in points[last + 1 - n : last + 1]) / n)
+        for last in range(n - 1, len(points))
+    ]
 
 
 def process_table(children: Sequence[Child]) -> str:

@@ -41,7 +41,10 @@ def draw_losses(axes: Any, rows: Mapping[str, Row], share: Mapping[str, float | 
         axes.bar([place for place, _ in bars], [loss for _, loss in bars], width * 0.92, label=label)
     axes.set_xticks(range(len(columns)), columns)
     axes.set(ylabel="loss per token of the answer", title="Held-out loss: lower is better")
-    axes.legend(frameon=False, fontsize=8, title="row (share of the experts' own gain)", title_fontsize=8)
+    axes.legend(
+        frameon=False, fontsize=8, title="row (share of the experts' own gain)", title_fontsize=8,
+        loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=4,
+    )  # fmt: skip
     axes.grid(axis="y", alpha=0.3)
 
 

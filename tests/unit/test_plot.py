@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fedmoe.demo.report import Measured, plot
+from fedmoe.demo.report import Measured, mean_of_last, plot
 from fedmoe.errors import SettingsError
 from fedmoe.tools.plot import draw_losses, plot_losses, pyplot
 from fedmoe.tools.share import Row, table_rows
@@ -44,6 +44,14 @@ def test_pictures_are_png_files(tmp_path: Path) -> None:
     plot(tmp_path / "demo.png", {"red": [(0.0, 2.0), (1.0, 1.5)], "gateway": [(1.0, 3.0)]}, MEASURED)
     for name in ("losses", "demo.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_gateways_curve_is_the_mean_over_a_round_of_the_domains() -> None:
+    """At the time of the last update of the round; there is none before the first round."""
+    points = [(1.0, 3.0), (2.0, 6.0), (3.0, 0.0), (5.0, 9.0)]
+    assert mean_of_last(points, 3) == [(3.0, 3.0), (5.0, 5.0)]
+    assert mean_of_last(points, 1) == points
+    assert mean_of_last(points[:2], 3) == []
 
 
 def test_missing_matplotlib_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ shape of an adapter and the rules of an expert are declared in the same way in `
 
 import socket
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from fedmoe.errors import SettingsError
 from fedmoe.protocol.keys import DEFAULT_PREFIX, Keys
 from fedmoe.protocol.lora import DEFAULT_BASE_MODEL, DEFAULT_WIRE_FORMAT, WIRE_FORMATS, LoraSettings
 from fedmoe.protocol.names import check_domain, check_name, clean_name
+from fedmoe.protocol.rules import TrainingSettings
 from fedmoe.util.setting import check, setting
 
 MAX_SECONDS = 86_400
@@ -280,10 +281,12 @@ class HeldOutSettings:
     Args:
         data: see `tools.heldout.find_files`.
         extra: name -> directory of an adapter that is not in the federation.
+        train: see `tools.rows.find_training_files`.
     """
 
     data: Sequence[str]
     extra: Mapping[str, Path] = field(default_factory=dict)
+    train: Sequence[str] = ()
     rows: int = setting(
         0, "Rows of each file to measure, spread evenly over the file.", at_least=0, unit="rows", words="all"
     )
@@ -293,6 +296,45 @@ class HeldOutSettings:
     batch_size: int = setting(8, "Rows in one batch.", at_least=1, unit="rows")
     device: str = _device()
     precision: str = _precision()
+    centralised: bool = setting(
+        False, "Train one adapter on the rows of all experts (--train) and evaluate it too, as a bound."
+    )
+    steps: int | None = setting(
+        None, "Optimizer steps of the centralised adapter.", at_least=1, unit="steps",
+        words="as many as the experts' updates are worth",
+    )  # fmt: skip
+    learning_rates: tuple[str, ...] = setting(
+        (), "Learning rates to try for the centralised adapter, separated by commas; the best on rows held out of "
+        "--train is taken.",
+        words="that of the rules, its half and its quarter",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         check(self)
+        if self.centralised and not self.train:
+            raise SettingsError(
+                "--centralised needs the training rows of the experts: --train EXPERT=FILE or --train DIR",
+                about="train",
+            )
+        for name in ("train", "steps", "learning_rates"):
+            if getattr(self, name) and not self.centralised:
+                raise SettingsError(
+                    f"--{name.replace('_', '-')} is for --centralised only: add that, or leave it out",
+                    about=name,
+                )
+        _ = self.rates
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """The learning rates as numbers, each once."""
+        return tuple(dict.fromkeys(map(_learning_rate, self.learning_rates)))
+
+
+def _learning_rate(text: str) -> float:
+    """Raise SettingsError unless a learning rate is within the bounds of the rule."""
+    try:
+        return replace(TrainingSettings(), learning_rate=float(text)).learning_rate
+    except ValueError as error:
+        raise SettingsError(
+            f"learning_rates must be numbers above 0, like 2e-4,1e-4, not {text!r}", about="learning_rates"
+        ) from error

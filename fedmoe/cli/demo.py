@@ -33,19 +33,24 @@ def cache_dir() -> Path:
 @click.option(
     "--learning-rate", type=float, default=1e-3, show_default=True, help="AdamW learning rate (workers)."
 )
+@click.option(
+    "--gain", type=float, default=1.0, show_default=True,
+    help="Weight of a round of updates of the gateway, in which each worker publishes once.",
+)  # fmt: skip
 @click.option("--gateway-scale", type=float, default=1.0, show_default=True, help="Sum of the merge weights.")
 def demo(redis: str, prefix: str, model: str, data: Path | None, out: Path, seconds: float, rows: int,
-         learning_rate: float, gateway_scale: float) -> None:  # fmt: skip
-    """Train three experts of one small real model on this machine, and merge them into a gateway.
+         learning_rate: float, gain: float, gateway_scale: float) -> None:  # fmt: skip
+    """Train three experts of one small real model on this machine, and a gateway that knows all their domains.
 
-    Starts a private Redis, an aggregator and three workers, shows their progress, and prints the held-out losses.
+    Starts a private Redis, an aggregator and three workers, which train expert and gateway by turns; shows their
+    progress, and prints the held-out losses.
     """
     from fedmoe.demo.run import Demo, DemoSettings
     from fedmoe.util.stopping import end_like_ctrl_c
 
     settings = DemoSettings(
         out=out, cache=cache_dir(), redis=redis, prefix=prefix, model=model, data=data, train_s=seconds, rows=rows,
-        learning_rate=learning_rate, gateway_scale=gateway_scale,
+        learning_rate=learning_rate, gain=gain, gateway_scale=gateway_scale,
     )  # fmt: skip
     end_like_ctrl_c()
     Demo(settings, report=click.echo, show=Display().show).run()
@@ -61,20 +66,24 @@ class Display:
 
     def show(self, view: "Federation", left_s: float) -> None:
         """Show the experts, and the seconds of training that are left."""
+        from fedmoe.protocol.names import domain_of
+
         if not self._live and left_s > self._shown_at - 10:
             return
         self._shown_at = left_s
         rows = [f"training for {max(0.0, left_s):.0f} s more"]
         for expert in view.experts:
             version = expert.meta.version if expert.meta else 0
+            several = len(expert.workers) > 1
             workers = [
-                f"step {w.step}, loss {w.loss:.3f}, {w.tokens_per_s:.0f} tokens/s, staleness {w.staleness}"
+                f"{f'{domain_of(w.name)}: ' if several else ''}step {w.step}, loss {w.loss:.3f}, "
+                f"{w.tokens_per_s:.0f} tokens/s, staleness {w.staleness}"
                 for w in expert.workers
                 if w.step and w.loss is not None and w.tokens_per_s is not None
             ]
-            rows.append(
-                f"  {expert.name:<14} version {version:<3} {'; '.join(workers) or 'loading the model'}"
-            )
+            first, *others = workers or ["loading the model"]
+            rows.append(f"  {expert.name:<14} version {version:<3} {first}")
+            rows += [f"{'':<28} {other}" for other in others]
         if self._live and self._lines:
             click.echo(f"\x1b[{self._lines}A\x1b[J", nl=False)
         click.echo("\n".join(rows))

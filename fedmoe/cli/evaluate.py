@@ -24,6 +24,16 @@ from fedmoe.settings import HeldOutSettings, RedisSettings
     metavar="NAME=DIR",
     help="Adapter to evaluate beside those of the federation; repeatable.",
 )
+@click.option("--train", multiple=True, metavar="DIR|EXPERT=FILE",
+              help="Directory with <expert>.train.jsonl or <expert>.jsonl files, or one file, of rows to train the "
+              "centralised adapter on; repeatable.")  # fmt: skip
+@click.option(
+    "--plot",
+    "plot_file",
+    metavar="FILE",
+    envvar="FEDMOE_EVALUATE_PLOT",
+    help="PNG file to draw the table into.",
+)
 @click.option(
     "--json",
     "json_file",
@@ -33,31 +43,45 @@ from fedmoe.settings import HeldOutSettings, RedisSettings
 )
 @options(HeldOutSettings)
 def evaluate(
-    redis: RedisSettings, data: Sequence[str], adapters: Sequence[str], json_file: str | None, **values: Any
+    redis: RedisSettings,
+    data: Sequence[str],
+    adapters: Sequence[str],
+    train: Sequence[str],
+    plot_file: str | None,
+    json_file: str | None,
+    **values: Any,
 ) -> None:
     """Print the held-out loss of the base model, each expert and the gateway on each domain; lower is better.
 
-    The loss is the cross entropy per token of the answers. A star marks the best of each column.
+    The loss is the cross entropy per token of the answers. A star marks the best model of each column. The row
+    `routed` is each domain's own expert on its domain, and `share` the part of its gain over the base model.
     """
-    wanted = made(HeldOutSettings, values, data=data, extra=dict(map(_parse_adapter, adapters)))
-    if json_file not in (None, "-"):
-        _check_writable(Path(json_file))
+    extra = dict(map(_parse_adapter, adapters))
+    wanted = made(HeldOutSettings, values, data=data, extra=extra, train=train)
+    _check_files(json_file, plot_file)
     from fedmoe.protocol.federation import plain_json
     from fedmoe.store.connection import Connection
     from fedmoe.store.gateway import GatewayStore
-    from fedmoe.tools.evaluate import format_table
     from fedmoe.tools.heldout import measure
+    from fedmoe.tools.plot import plot_losses
+    from fedmoe.tools.share import format_table, table_rows
     from fedmoe.util.disk import write_whole
+    from producers.centralised import train as trainer
 
-    store = GatewayStore(Connection(redis))
-    measured = measure(store, wanted, report=lambda line: click.echo(line, err=True))
+    measured = measure(
+        GatewayStore(Connection(redis)), wanted,
+        report=lambda line: click.echo(line, err=True), train=trainer if wanted.centralised else None,
+    )  # fmt: skip
     text = json.dumps(plain_json(measured), indent=2) + "\n"
     if json_file == "-":
         click.echo(text, nl=False)
-        return
-    click.echo(format_table(measured.loss))
-    if json_file is not None:
+    else:
+        click.echo(format_table(measured.loss, measured.routed, measured.share))
+    if json_file not in (None, "-"):
         write_whole(Path(json_file), text.encode())
+    if plot_file is not None:
+        rows = table_rows(measured.loss, measured.routed, measured.share)
+        plot_losses(Path(plot_file), rows, measured.share)
 
 
 def _parse_adapter(text: str) -> tuple[str, Path]:
@@ -70,11 +94,22 @@ def _parse_adapter(text: str) -> tuple[str, Path]:
     return check_name("adapter", name), Path(directory)
 
 
-def _check_writable(file: Path) -> None:
+def _check_files(json_file: str | None, plot_file: str | None) -> None:
     """Fail early, before minutes are spent on a result that cannot be written."""
+    if json_file not in (None, "-"):
+        _check_writable("json", Path(json_file))
+    if plot_file is not None:
+        from fedmoe.tools.plot import pyplot
+
+        _check_writable("plot", Path(plot_file))
+        pyplot()
+
+
+def _check_writable(option: str, file: Path) -> None:
     from fedmoe.errors import SettingsError
 
     if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
         raise SettingsError(
-            f"--json {file} cannot be written: choose a file in a directory you may write to", about="json"
+            f"--{option} {file} cannot be written: choose a file in a directory you may write to",
+            about=option,
         )

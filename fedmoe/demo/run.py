@@ -1,13 +1,13 @@
 """The demo, from data to results: it runs and prints the same commands that a person would type.
 
-It starts a private Redis, one aggregator and a worker for each domain, trains for a while, then evaluates and exports.
+It starts a private Redis, one aggregator and a worker for each domain, which trains its expert and the gateway by turns
+for a while, then evaluates and exports.
 """
 
-import json
 import shlex
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +15,11 @@ from pathlib import Path
 from fedmoe.demo.datasets import DemoData, find_data
 from fedmoe.demo.pretrained import ensure_demo_model
 from fedmoe.demo.processes import Child, Children
-from fedmoe.demo.report import plot, process_table, write_results
+from fedmoe.demo.report import Measured, plot, process_table, write_results
 from fedmoe.errors import SettingsError
 from fedmoe.protocol.federation import Federation
+from fedmoe.protocol.names import GATEWAY
+from fedmoe.protocol.rules import TRAIN_BOTH
 from fedmoe.settings import RedisSettings
 from fedmoe.store.connection import Connection
 from fedmoe.store.embedded import EmbeddedRedis
@@ -50,6 +52,7 @@ class DemoSettings:
     train_s: float = 100.0
     rows: int = 16
     learning_rate: float = 1e-3
+    gain: float = 1.0
     gateway_scale: float = 1.0
 
     def __post_init__(self) -> None:
@@ -99,7 +102,7 @@ class Demo:
             self._report("stopping the workers: they publish their last progress")
             children.finish(workers, timeout_s=60)
             children.finish([aggregator], timeout_s=30)
-            losses = self._evaluate(children, common, model, data)
+            measured = self._evaluate(children, common, model, data)
             self._finish(
                 children,
                 common,
@@ -110,8 +113,10 @@ class Demo:
                 str(settings.out / "gateway"),
                 "--force",
             )
-        plot(settings.out / "losses.png", history, losses)
-        write_results(settings.out / "results.json", losses, children.all, seconds=time.monotonic() - started)
+        plot(settings.out / "losses.png", history, measured)
+        write_results(
+            settings.out / "results.json", measured, children.all, seconds=time.monotonic() - started
+        )
         self._report(process_table(children.all))
         self._report(
             f"{time.monotonic() - started:.0f} s in all; results in {settings.out}/: results.json, losses.png, "
@@ -154,10 +159,12 @@ class Demo:
                 "aggregator", "run", *common, *experts, "--base-model", model, "--rank", "8", "--alpha", "16",
                 "--batch-size", "2", "--max-length", "192", "--warmup-steps", "4",
                 "--learning-rate", f"{self._settings.learning_rate:g}",
+                "--train", TRAIN_BOTH, "--gain", f"{self._settings.gain:g}",
                 "--gateway-scale", f"{self._settings.gateway_scale:g}",
             ),
         )  # fmt: skip
-        while len(inspector.federation().experts) < len(data.train):
+        wanted = {*data.train, GATEWAY}
+        while not wanted <= {expert.name for expert in inspector.federation().experts}:
             children.check()
             time.sleep(0.2)
         workers = [
@@ -193,10 +200,8 @@ class Demo:
             self._show(view, left)
         return history
 
-    def _evaluate(
-        self, children: Children, common: tuple[str, ...], model: str, data: DemoData
-    ) -> Mapping[str, Mapping[str, float]]:
-        """Run `fedmoe evaluate`; return the held-out losses."""
+    def _evaluate(self, children: Children, common: tuple[str, ...], model: str, data: DemoData) -> Measured:
+        """Run `fedmoe evaluate`, print its table, and return it."""
         file = self._settings.out / "losses.json"
         files = [a for name, path in data.test.items() for a in ("--data", f"{name}={path}")]
         child = self._finish(
@@ -204,8 +209,7 @@ class Demo:
             "--rows", str(self._settings.rows), "--json", str(file), threads=2,
         )  # fmt: skip
         self._report(child.log.read_text(errors="replace").rstrip())
-        losses: Mapping[str, Mapping[str, float]] = json.loads(file.read_text())["loss"]
-        return losses
+        return Measured.read(file)
 
     def _finish(
         self, children: Children, common: tuple[str, ...], name: str, *arguments: str, threads: int = 1

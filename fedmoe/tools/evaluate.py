@@ -1,4 +1,4 @@
-"""Held-out loss of one model on one domain, and a table of every adapter's loss on every domain."""
+"""Held-out loss of one model on one domain, and a matrix of every adapter's loss on every domain."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -15,7 +15,7 @@ from fedmoe.data.examples import collate
 from fedmoe.model.adapter import adapter_loaded
 from fedmoe.model.loss import completion_loss
 
-MEAN = "mean"
+BASE, MEAN = "base", "mean"  # a row and a column of the matrix
 Matrix = dict[str, dict[str, float]]
 
 
@@ -76,17 +76,3 @@ def evaluate(
             losses = {domain: measure(adapted, examples) for domain, examples in domains.items()}
         matrix[row] = losses | {MEAN: sum(losses.values()) / len(losses)}
     return matrix
-
-
-def format_table(matrix: Matrix) -> str:
-    """The matrix as aligned text, one line per row; a star marks the lowest loss of each column."""
-    columns = list(next(iter(matrix.values())))
-    best = {column: min(row[column] for row in matrix.values()) for column in columns}
-    width = max(5, *map(len, columns))
-    first = max(map(len, matrix))
-    lines = [" " * first + "".join(f"  {column:>{width}} " for column in columns)]
-    for name, row in matrix.items():
-        stars = {column: "*" if row[column] == best[column] else " " for column in columns}
-        cells = (f"  {row[column]:{width}.3f}{stars[column]}" for column in columns)
-        lines.append(f"{name:<{first}}" + "".join(cells))
-    return "\n".join(line.rstrip() for line in lines)

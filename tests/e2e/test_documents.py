@@ -81,7 +81,7 @@ class Shell:
         self.directory, self.socket, self._count = directory, directory / "redis.sock", 0
         for name in ("ops", "docs", "examples"):
             (directory / name).symlink_to(ROOT / name)
-        for name in ("bin", "home", "held-out"):
+        for name in ("bin", "home", "held-out", "training"):
             (directory / name).mkdir()
         self._write_data()
         self._write_program(
@@ -109,9 +109,11 @@ class Shell:
 
     def _write_data(self) -> None:
         rows = [json.dumps({"prompt": f"number {n}", "completion": str(n)}) for n in range(3 * HELD_OUT)]
-        files = ["private.jsonl", "python.jsonl", *(f"held-out/{name}.jsonl" for name in EXPERTS)]
+        files = ["private.jsonl", "python.jsonl", *(f"training/{name}.jsonl" for name in EXPERTS)]
         for file in files:
-            (self.directory / file).write_text("\n".join(rows[: 4 if "/" in file else None]))
+            (self.directory / file).write_text("\n".join(rows))
+        for name in EXPERTS:
+            (self.directory / "held-out" / f"{name}.jsonl").write_text("\n".join(rows[:4]))
 
     def _write_program(self, name: str, program: str, options: str = "", *, first: bool = False) -> None:
         words = f'{options} "$@"' if first else f'"$@" {options}'

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -21,14 +21,17 @@ from fedmoe.model.base import fingerprint, structure
 from fedmoe.protocol.layout import AdapterBuffer
 from fedmoe.protocol.lora import LoraSettings
 from fedmoe.protocol.lora_init import initial_weights
+from fedmoe.protocol.rules import RuleSet, TrainingSettings
 from fedmoe.protocol.spec import Spec
-from fedmoe.settings import GatewaySettings
+from fedmoe.settings import GatewaySettings, HeldOutSettings
 from fedmoe.store.connection import Connection
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore
 from fedmoe.tools.evaluate import mean_loss
 from fedmoe.tools.export import read_expert, write
-from fedmoe.tools.heldout import HeldOut, HeldOutSettings, find_files, measure, read_directory
+from fedmoe.tools.heldout import HeldOut, measure, read_directory
+from fedmoe.tools.rows import find_files, find_training_files
+from fedmoe.tools.share import format_share
 from tests.errors import raises
 from tests.federation import first_meta
 from tests.processes import fedmoe, fedmoe_here
@@ -36,17 +39,26 @@ from tests.strategies import randn
 from tests.tiny import save_tiny_model, tiny_config, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.one_server
+RULES = RuleSet(training=TrainingSettings(learning_rate=5e-3, batch_size=4, warmup_steps=0))
 
 
-def make_federation(connection: Connection, base: Path, names: Sequence[str] = ("red", "blue")) -> None:
-    """Experts of the tiny model with random weights, and a gateway."""
+def make_federation(
+    connection: Connection, base: Path, names: Sequence[str] = ("red", "blue"), *, scale: float = 0.05
+) -> None:
+    """Experts of the tiny model with random weights, and a gateway; with scale 0 they are as the base model."""
     config, lora = tiny_config(), LoraSettings(rank=4)
     layout = adapter_layout(config, lora)
     spec = Spec(base_model=str(base), base_config=structure(config), layout=layout, lora=lora)
     for seed, name in enumerate(names):
         buffer = AdapterBuffer(layout)
-        buffer.flat.copy_(initial_weights(layout, 0)).add_(randn(seed, layout.numel), alpha=0.05)
-        meta = first_meta(spec, version=seed + 3, base_fingerprint=fingerprint(tiny_model()))
+        buffer.flat.copy_(initial_weights(layout, 0)).add_(randn(seed, layout.numel), alpha=scale)
+        meta = first_meta(
+            spec,
+            version=seed + 3,
+            base_fingerprint=fingerprint(tiny_model()),
+            rules=RULES,
+            n_examples=20 * seed,
+        )
         ExpertStore(connection, name).create(spec, meta, buffer.file, gateway_weight=1.0)
     GatewayBuilder(connection, GatewaySettings(), holder="agg-1", lease_s=5.0).refresh()
 
@@ -88,14 +100,21 @@ def test_the_command_prints_the_matrix_and_writes_it(
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert f"{data / 'red.test.jsonl'}: 6 rows: 6 used, 0 dropped" in done.stderr
-    head, *rows = (line.split() for line in done.stdout.splitlines())
-    assert head == ["blue", "red", "mean"]
-    assert [row[0] for row in rows] == ["base", "blue", "red", "gateway", "copy"]
+    (*head, last), *rows = (line.split() for line in done.stdout.splitlines())
+    assert (head, last) == (["blue", "red", "mean"], "share")
+    assert [row[0] for row in rows] == ["base", "blue", "red", "routed", "gateway", "copy"]
     result = json.loads(file.read_text())
     loss = result["loss"]
-    assert {f"{loss[row[0]][column]:.3f}" for row in rows for column in head} == {
-        cell.rstrip("*") for row in rows for cell in row[1:]
+    shown = {row[0]: [cell.rstrip("*") for cell in row[1:-1]] for row in rows}
+    assert shown == {
+        name: [f"{row[column]:.3f}" for column in head]
+        for name, row in (loss | {"routed": result["routed"]}).items()
     }
+    assert [result["routed"][name] for name in ("blue", "red")] == [
+        loss[name][name] for name in ("blue", "red")
+    ]
+    assert list(result["share"]) == [row[0] for row in rows]
+    assert [row[-1] for row in rows] == [format_share(share) for share in result["share"].values()]
     bad_rows = BadRows(report=print)
     rows_of_red = open_data(data / "red.test.jsonl", bad_rows)
     examples = make_examples(rows_of_red, tiny_tokenizer(), 512, bad_rows).examples
@@ -195,6 +214,21 @@ def test_what_is_not_there_is_said_and_left_out(
         run(connection, str(data))
 
 
+def test_trained_gateway_is_the_gateway_unless_it_is_of_another_base(
+    connection: Connection, tiny_model_dir: Path, data: Path
+) -> None:
+    """Then it is left out with a sentence, and the merged one has a row of its own as before."""
+    make_federation(connection, tiny_model_dir, ("gateway", "red", "blue"))
+    found = run(connection, str(data))
+    assert list(found.loss) == ["base", "blue", "red", "gateway", "merged"]
+    assert found.built_from["gateway"].keys() == {"gateway"}
+    connection.client.hset(connection.keys.expert("gateway").meta, "base_fingerprint", "e" * 32)
+    said: list[str] = []
+    found = run(connection, str(data), said=said)
+    assert list(found.loss) == ["base", "blue", "red", "merged"]
+    assert said[0].startswith("the gateway is left out: it is an adapter of another base model than ")
+
+
 def test_an_adapter_of_another_model_is_one_sentence(
     connection: Connection, data: Path, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
@@ -249,8 +283,106 @@ def test_a_result_that_could_not_be_kept_is_not_computed(tmp_path: Path) -> None
     for more, message in (
         (("--json", str(tmp_path)), f"fedmoe: --json {tmp_path} cannot be written"),
         (("--json", str(tmp_path / "no" / "x.json")), "cannot be written"),
+        (("--plot", str(tmp_path)), f"fedmoe: --plot {tmp_path} cannot be written"),
         (("--adapter", "x"), "fedmoe: --adapter 'x' must be NAME=DIR"),
     ):
         done = fedmoe_here(*arguments, *more)
         assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
         assert message in done.stderr
+
+
+def test_share_is_undefined_if_the_experts_gain_nothing(
+    connection: Connection, data: Path, tiny_model_dir: Path
+) -> None:
+    """Untrained experts gain nothing; a domain of nobody's is named once; an expert named as a row is left out."""
+    make_federation(connection, tiny_model_dir, ("red", "routed"), scale=0.0)
+    said: list[str] = []
+    result = run(connection, f"red={data / 'red.jsonl'}", f"green={data / 'green.jsonl'}", said=said)
+    assert result.loss["red"] == result.loss["base"]
+    assert result.share == {"base": None, "red": None, "routed": None, "gateway": None}
+    assert result.routed == {"red": result.loss["red"]["red"], "green": None, "mean": None}
+    assert said[-2:] == [
+        "no expert of its own: green; the share is that of the other domains",
+        "no share: the experts gain nothing over the base model on their own domains",
+    ]
+    assert said[0].startswith("routed is left out, because the table has a row of that name")
+
+
+def test_centralised_adapter_is_a_row_of_its_own(
+    connection: Connection, data: Path, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    """Trained on the rows of all experts as long as they were; the JSON says how, and the picture is a PNG file."""
+    make_federation(connection, tiny_model_dir)
+    for name, answer in (("red", "red red"), ("blue", "blue")):
+        write_rows(data / f"{name}.train.jsonl", answer, n_rows=20)
+    file, plot = tmp_path / "loss.json", tmp_path / "loss.png"
+    done = fedmoe_here(
+        "evaluate", "--redis", connection.settings.url, "--data", str(data), "--centralised", "--train", str(data),
+        "--learning-rates", "0.01, 1e-9", "--json", str(file), "--plot", str(plot), "--device", "cpu",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads(file.read_text())
+    assert result["centralised"]["rows"] == {"blue": 12, "red": 12}
+    assert result["centralised"]["steps"] == 5  # 20 rows in steps of 4
+    assert result["centralised"]["learning_rate"] == 0.01
+    assert list(result["centralised"]["validation"]) == ["0.01", "1e-09"]
+    loss = result["loss"]
+    assert loss["centralised"]["mean"] < loss["base"]["mean"] - 0.05
+    assert list(result["share"]) == ["base", "blue", "red", "routed", "gateway", "centralised"]
+    assert "training centralised with learning rate 0.01: 5 steps" in done.stderr
+    assert "centralised has learning rate 0.01, the best of 0.01, 1e-09" in done.stderr
+    assert done.stdout.splitlines()[-1].startswith("centralised ")
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_training_files_are_those_of_experts_and_no_test_files(data: Path) -> None:
+    """Found as test files are, by another name."""
+    test = find_files([str(data)], ["red", "blue"])
+    write_rows(data / "blue.train.jsonl", "blue")
+    found = find_training_files([str(data)], ["red", "blue"], test)
+    assert found == {"red": data / "red.jsonl", "blue": data / "blue.train.jsonl"}
+    with raises(UnknownExpertError, about="green"):
+        find_training_files([f"green={data / 'green.jsonl'}"], ["red", "blue"], test)
+    for text, about in ((f"red={data / 'red.test.jsonl'}", "train"), (str(data / "nowhere"), "train")):
+        with raises(SettingsError, about=about):
+            find_training_files([text], ["red", "blue"], test)
+    with raises(DataError, about="train"):
+        find_training_files([str(data)], ["yellow"], test)
+
+
+@pytest.mark.parametrize(
+    ("options", "about"),
+    [
+        ({"centralised": True}, "train"),
+        ({"train": ["red=x"]}, "train"),
+        ({"steps": 3}, "steps"),
+        ({"learning_rates": ("1e-3",)}, "learning_rates"),
+        ({"centralised": True, "train": ["red=x"], "steps": 0}, "steps"),
+        ({"centralised": True, "train": ["red=x"], "learning_rates": ("1e-3", "fast")}, "learning_rates"),
+        ({"centralised": True, "train": ["red=x"], "learning_rates": ("0",)}, "learning_rates"),
+    ],
+)
+def test_settings_of_the_centralised_adapter_are_checked(options: dict[str, Any], about: str) -> None:
+    """Before anything is read."""
+    with raises(SettingsError, about=about):
+        HeldOutSettings(data=["."], **options)
+
+
+def test_centralised_without_rows_or_updates_is_one_sentence(
+    connection: Connection, data: Path, tiny_model_dir: Path
+) -> None:
+    """Of too few rows, of an expert that there is not, and of experts that nobody trained."""
+    make_federation(connection, tiny_model_dir)
+    few, enough = data / "few.jsonl", write_rows(data / "enough.jsonl", "red", n_rows=12)
+    write_rows(few, "red", n_rows=8)
+    for train, message in (
+        (f"red={few}", "fedmoe: --train has 8 rows of red, and 8 are held out"),
+        (f"green={enough}", "fedmoe: --train names the expert 'green', which there is not"),
+        (f"red={enough}", "fedmoe: the experts were not trained yet"),
+    ):
+        done = fedmoe_here(
+            "evaluate", "--redis", connection.settings.url, "--data", f"red={data / 'red.test.jsonl'}",
+            "--centralised", "--train", train, "--device", "cpu",
+        )  # fmt: skip
+        assert (done.returncode, done.stdout) == (2, ""), done.stderr
+        assert done.stderr.splitlines()[-1].startswith(message)

@@ -18,7 +18,7 @@ from fedmoe.model.loss import completion_loss
 from fedmoe.protocol.layout import AdapterBuffer
 from fedmoe.protocol.lora import LoraSettings
 from fedmoe.protocol.spec import Spec
-from fedmoe.tools.evaluate import MEAN, Adapter, evaluate, format_table, mean_loss
+from fedmoe.tools.evaluate import MEAN, Adapter, evaluate, mean_loss
 from tests.errors import raises
 from tests.strategies import randn
 from tests.tiny import tiny_config, tiny_model
@@ -140,16 +140,3 @@ def test_an_adapter_that_does_not_fit_is_refused() -> None:
     wrong = Adapter(file=adapter.file, config=dict(adapter.config) | {"r": 3})
     with raises(SpecError, about="shape"):
         evaluate(tiny_model(), {"broken": wrong}, {"sql": EXAMPLES}, **OPTIONS)
-
-
-def test_the_table_marks_the_best_of_each_column() -> None:
-    """Aligned columns, three decimals, a star at the lowest loss, also at the lowest mean."""
-    matrix = {
-        "base": {"sql": 1.4091, "python_expert": 12.5, "mean": 6.95},
-        "gateway": {"sql": 0.05, "python_expert": 13.0, "mean": 6.525},
-    }
-    assert format_table(matrix).splitlines() == [
-        "                   sql   python_expert            mean",
-        "base             1.409          12.500*          6.950",
-        "gateway          0.050*         13.000           6.525*",
-    ]

@@ -27,14 +27,14 @@ def cache_dir() -> Path:
 @click.option("--out", type=click.Path(path_type=Path), default=Path("demo-results"), show_default=True,
               help="Directory for the results.")  # fmt: skip
 @click.option(
-    "--seconds", type=float, default=100.0, show_default=True, help="Seconds that the workers train."
+    "--seconds", type=float, default=120.0, show_default=True, help="Seconds that the workers train."
 )
 @click.option("--rows", type=int, default=16, show_default=True, help="Held-out rows to evaluate per domain.")
 @click.option(
     "--learning-rate", type=float, default=1e-3, show_default=True, help="AdamW learning rate (workers)."
 )
 @click.option(
-    "--gain", type=float, default=1.0, show_default=True,
+    "--gain", type=float, default=2.0, show_default=True,
     help="Weight of a round of updates of the gateway, in which each worker publishes once.",
 )  # fmt: skip
 @click.option("--gateway-scale", type=float, default=1.0, show_default=True, help="Sum of the merge weights.")

@@ -49,10 +49,10 @@ class DemoSettings:
     prefix: str = "fedmoe-demo"
     model: str = ""
     data: Path | None = None
-    train_s: float = 100.0
+    train_s: float = 120.0
     rows: int = 16
     learning_rate: float = 1e-3
-    gain: float = 1.0
+    gain: float = 2.0
     gateway_scale: float = 1.0
 
     def __post_init__(self) -> None:

@@ -18,6 +18,7 @@ from fedmoe.errors import RedisUnavailableError, RedisUnfitError, RemovedExpertE
 from fedmoe.protocol.beat import Beat
 from fedmoe.protocol.keys import Keys
 from fedmoe.protocol.lora import LoraSettings
+from fedmoe.protocol.names import GATEWAY
 from fedmoe.protocol.rules import RuleSet
 from fedmoe.settings import AggregatorSettings, GatewaySettings, RedisSettings, WorkerSettings
 from fedmoe.store.backup import BackupStore
@@ -26,7 +27,18 @@ from fedmoe.store.embedded import EmbeddedRedis
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore
 from fedmoe.store.lease import Lease
-from fedmoe.store.permissions import AGGREGATOR, ANY, MONITOR, OPERATOR, ROLES, WORKER, Right, Role, acl_rules
+from fedmoe.store.permissions import (
+    AGGREGATOR,
+    ANY,
+    MONITOR,
+    OPERATOR,
+    ROLES,
+    WORKER,
+    Right,
+    Role,
+    acl_rules,
+    worker_rights,
+)
 from fedmoe.store.probe import eviction_warning
 from fedmoe.store.problems import Problems
 from fedmoe.store.remove import look_at_expert, remove_expert
@@ -155,6 +167,34 @@ def test_what_real_runs_send_is_what_is_listed(
     assert {name: missing(sent[name], rights[name]) for name in ROLES} == nothing
     ordinary = {name: [right for right in rights[name] if not right.when] for name in ROLES}
     assert {name: idle(sent[name], ordinary[name]) for name in ROLES} == nothing
+
+
+def test_the_gateway_needs_no_other_rights(guarded: Guarded, tmp_path: Path, tiny_model_dir: Path) -> None:
+    """An aggregator creates and serves it, an operator switches it, a worker with its ACL line trains both."""
+    rules = acl_rules(worker_rights(KEYS, EXPERT, NAME, trains_gateway=True))
+    guarded.admin.client.execute_command("ACL", "SETUSER", WORKER.name, "reset", "on", ">pw", *rules)
+    rules_of_both = RuleSet(sync_interval_s=0.3, train="both")
+    request = SpecRequest(base_model=str(tiny_model_dir), lora=LoraSettings(rank=2), rules=rules_of_both)
+    store = GatewayStore(guarded.admin)
+    with ExitStack() as stack:
+        ensure_experts(guarded.connection(AGGREGATOR), {EXPERT: 1.0}, request)
+        daemon = Aggregator(
+            guarded.settings(AGGREGATOR), [EXPERT], AggregatorSettings(lease_s=1.0),
+            GatewaySettings(interval_s=0.2), holder="one",
+        )  # fmt: skip
+        run_in_thread(daemon.run, stack)
+        settings = WorkerSettings(
+            stream=EXPERT, name=NAME, data=write_rows(tmp_path / "rows"), device="cpu", max_steps=30
+        )
+        said: list[str] = []
+        Worker(guarded.settings(WORKER), settings, stop=Stop(), report=said.append).run()
+        assert not any(line.endswith("alone") for line in said)
+        assert min(store.meta(name).applied for name in (EXPERT, GATEWAY)) > 0
+        guarded.fedmoe(OPERATOR, "expert", "remove", GATEWAY, "--yes")
+        assert "created the gateway" in guarded.fedmoe(
+            OPERATOR, "expert", "set", EXPERT, "--train", "expert"
+        ) + (guarded.fedmoe(OPERATOR, "expert", "set", EXPERT, "--train", "gateway"))
+    assert guarded.denied() == []
 
 
 def test_what_is_listed_for_rarer_situations_is_sent_in_them(

@@ -159,15 +159,14 @@ class Training:
             self._failure = error
 
     def _take_turn(self) -> Turn | None:
-        """Whose turn it is; None if no sync runs any more. An expert whose sync has ended is trained no more."""
+        """Whose turn it is; None if nothing is left to train. An expert whose sync has ended is trained no more."""
         for turn in [turn for turn in self._next if not turn.member.thread.is_alive()]:
             self._drop(turn)
-        if not self._next:
-            return None
-        self._next.rotate(-1)
-        while self._epochs(self._next[-1]) >= (self._settings.max_epochs or math.inf):
-            self._next.rotate(-1)  # to one that is not done; `_has_done_enough` says that there is one
-        return self._next[-1]
+        for _ in range(len(self._next)):
+            self._next.rotate(-1)
+            if self._epochs(self._next[-1]) < (self._settings.max_epochs or math.inf):
+                return self._next[-1]
+        return None
 
     def _drop(self, turn: Turn) -> None:
         self._next.remove(turn)

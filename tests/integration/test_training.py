@@ -6,13 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedmoe.errors import FedMoEError, StoppedError, TooLittleMemoryError
+from fedmoe.errors import FedMoEError, RemovedExpertError, StoppedError, TooLittleMemoryError
+from fedmoe.protocol.names import GATEWAY
 from fedmoe.protocol.rules import AggregationRules, RuleSet
 from fedmoe.settings import WorkerSettings
 from fedmoe.store.connection import Connection
+from fedmoe.store.remove import remove_expert
 from fedmoe.util.stopping import Stop
+from producers.outbox import Outbox
 from producers.training import Progress, Training, Turn
 from tests.counting import Counter, Step, join
+from tests.errors import raises
 from tests.federation import make_expert, serving, small_spec
 
 pytestmark = pytest.mark.one_server
@@ -39,11 +43,19 @@ class Failing(Counter):
 
 
 def make_training(
-    connection: Connection, error: Exception, said: list[str], *, drain_s: float, stop: Stop | None = None
+    connection: Connection,
+    error: Exception,
+    said: list[str],
+    *,
+    drain_s: float,
+    stop: Stop | None = None,
+    is_cut_off: bool = False,
 ) -> Training:
     progress = Progress()
     trainer = Failing(torch.zeros(SPEC.layout.numel), 7, error)
     member = join(connection.settings, trainer=trainer, training_fields=progress.fields)
+    if is_cut_off:  # nothing that it would send arrives
+        member.store.connection.cut_off()
     settings = WorkerSettings(stream="sql_expert", data=Path("rows.jsonl"), drain_s=drain_s)
     turn = Turn(expert="sql_expert", trainer=trainer, member=member, progress=progress)
     return Training([turn], settings, n_examples=100, stop=stop or Stop(), report=said.append)
@@ -94,10 +106,27 @@ def test_stop_before_the_first_step_ends_at_once(connect: Connect) -> None:
 def test_what_is_lost_is_said_beside_the_failure(connect: Connect) -> None:
     """Nobody decides it: one sentence has both, why the training ended and what is not in the expert."""
     make_expert(connect(), spec=SPEC, rules=RULES)
-    connection = connect()
-    training = make_training(connection, TooLittleMemoryError("no memory", about="memory"), [], drain_s=0.0)
-    connection.cut_off()
+    error = TooLittleMemoryError("no memory", about="memory")
+    training = make_training(connect(), error, [], drain_s=0.0, is_cut_off=True)
     with pytest.raises(
         FedMoEError, match=r"^no memory; 0 updates applied.*; 7 steps since the last .* are lost: "
     ):
+        training.run()
+
+
+@pytest.mark.timeout(60)
+def test_it_ends_when_only_what_is_done_is_left(connect: Connect) -> None:
+    """The expert has had its epochs, and the gateway, which has not, is removed."""
+    turns = []
+    for name, worker in (("sql_expert", "alice"), (GATEWAY, "sql_expert.alice")):
+        make_expert(connect(), name, spec=SPEC, rules=RULES)
+        trainer, progress = Failing(torch.zeros(SPEC.layout.numel), 1000, AssertionError()), Progress()
+        member = join(connect().settings, worker, name, trainer=trainer, training_fields=progress.fields)
+        turns.append(Turn(expert=name, trainer=trainer, member=member, progress=progress))
+    turns[0].trainer.position = 100
+    remove_expert(connect(), GATEWAY)
+    turns[1].member.sync.outbox = Outbox(must_pull=True)  # it looks at once
+    settings = WorkerSettings(stream="sql_expert", data=Path("rows.jsonl"), drain_s=5.0, max_epochs=1.0)
+    training = Training(turns, settings, n_examples=100, stop=Stop(), report=lambda _: None)
+    with serving(connect(), block_ms=20), raises(RemovedExpertError, about=GATEWAY):
         training.run()

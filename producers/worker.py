@@ -114,6 +114,9 @@ class Worker:
             report=self._report,
         )  # fmt: skip
         turns = self._begin(members, material, meta.rules)
+        if meta.rules.train != TRAIN_EXPERT:
+            by_turns = " by turns, a step each" if len(turns) > 1 else ""
+            self._report(f"training {' and '.join(turn.expert for turn in turns)}{by_turns}")
         rules = turns[0].member.sync.ledger.meta.rules
         if not turns[0].member.sync.ledger.seq and rules.training.max_length != material.max_length:
             logger.info(

@@ -71,7 +71,7 @@ def list_experts(redis: RedisSettings) -> None:
 @click.argument("name")
 def show(redis: RedisSettings, as_json: bool, name: str) -> None:
     """Show the identity of the expert NAME, and the rules in force."""
-    from fedmoe.protocol.names import check_expert
+    from fedmoe.protocol.names import GATEWAY, check_expert
     from fedmoe.store.change import whole_expert
     from fedmoe.store.connection import Connection
     from fedmoe.store.expert import ExpertStore
@@ -91,17 +91,18 @@ def show(redis: RedisSettings, as_json: bool, name: str) -> None:
         "seed": spec.init_seed,
         "chat_template": template,
     }
+    rules = meta.rules.settings()
+    if name == GATEWAY:
+        del rules["train"]  # it belongs to the experts of domains
     if as_json:
         content = {"name": name, "version": meta.version, "lineage": meta.lineage, "identity": identity}
-        click.echo(
-            json.dumps(content | {"rules": {"number": meta.rules.number} | meta.rules.settings()}, indent=2)
-        )
+        click.echo(json.dumps(content | {"rules": {"number": meta.rules.number} | rules}, indent=2))
         return
     click.echo(f"{name}: version {meta.version}")
     click.echo("\nidentity, which never changes:")
     _show(identity)
     click.echo(f"\nrules {meta.rules.number}, which `fedmoe expert set {name}` changes:")
-    _show(meta.rules.settings())
+    _show(rules)
 
 
 def _show(values: dict[str, Any]) -> None:

@@ -105,6 +105,7 @@ def test_each_gets_half_of_the_steps_and_has_its_own_books(served: Federation) -
     assert served.examples() == (10, 10)
     lines = served.store.history(GATEWAY)[2]
     assert {line["worker"] for line in lines} == {"tiny.alice"}
+    assert "training tiny and gateway by turns, a step each" in served.said
     ends = [line for line in served.said if ": done: " in line]
     for end, name in zip(ends, (EXPERT, GATEWAY), strict=True):
         version = served.store.meta(name).version

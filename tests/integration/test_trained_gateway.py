@@ -49,6 +49,7 @@ def test_switching_the_rule_creates_it(connection: Connection, expert_command: C
     gateway, expert = store.meta(GATEWAY), store.meta("sql_expert")
     assert (store.spec(GATEWAY), gateway.base_fingerprint) == (like.spec, expert.base_fingerprint)
     assert (gateway.rules.train, expert.rules.train) == ("expert", "both")
+    assert " train " not in expert_command("show", GATEWAY).output
     assert expert_command("set", "sql_expert", "--train", "gateway").output.startswith("sql_expert: rules 3")
     assert expert_command("set", "sql_expert", "--train", "expert").exit_code == 0
     assert store.meta(GATEWAY).lineage == gateway.lineage  # it stays when nobody trains it any more

@@ -9,7 +9,7 @@ from fedmoe.protocol import condition, keys
 from fedmoe.protocol.names import GATEWAY
 from fedmoe.store import change
 from fedmoe.store.expert import ExpertStore
-from tests.hazards import commits, recovery, updates, without
+from tests.hazards import commits, gateways, recovery, updates, without
 from tests.hazards.hazard import Hazard, of_store
 from tests.protocol import broken, broken_recovery
 
@@ -17,21 +17,21 @@ OF_REDIS = {
     "H14a": Hazard(
         wrong="after a failover the same version belongs to another history: the gateway stays outdated",
         rule="the gateway is rebuilt unless its meta names the present commit ids of the experts",
-        scenario=commits.h14_built_of_another_history,
+        scenario=gateways.h14_built_of_another_history,
         without=((gateway, "GatewayBuilder", without.GatewayByVersion),),
         symptom="the gateway is not the merge of the experts",
     ),
     "H14b": Hazard(
         wrong="a late builder overwrites the gateway, and the present builder believes that its own is still there",
         rule="a builder compares with the gateway in Redis, not with its memory",
-        scenario=commits.h14_overwritten_by_a_late_builder,
+        scenario=gateways.h14_overwritten_by_a_late_builder,
         without=((gateway, "GatewayBuilder", without.GatewayByMemory),),
         symptom="the gateway is not the merge of the experts",
     ),
     "H14c": Hazard(
         wrong="the merge of the experts is written where the trained gateway lies: all that was trained is lost",
         rule="whatever merges writes only keys of its own, never those of an expert",
-        scenario=commits.h14_merged_beside_the_trained,
+        scenario=gateways.h14_merged_beside_the_trained,
         without=((keys.Keys, "merged", property(lambda self: self.expert(GATEWAY))),),
         symptom="the merge overwrote the trained gateway",
     ),

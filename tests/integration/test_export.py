@@ -298,8 +298,7 @@ def test_show_tells_versions_and_what_is_wrong(connection: Connection) -> None:
     assert line == "merged gateway: svd, rank 2, built from sql_expert v0 (now v1)"
     assert error.startswith("truncated to this rank, relative error 0.0")
     assert problem == "! merged gateway: cannot be built: no luck"
-    shown = json.loads(fedmoe_here("gateway", "show", "--redis", url, "--json").stdout)
-    shown = shown["merged"]
+    shown = json.loads(fedmoe_here("gateway", "show", "--redis", url, "--json").stdout)["merged"]
     assert (shown["built_from"], shown["outdated"]) == ({"sql_expert": 0}, ["sql_expert"])
 
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Pretrain
 from fedmoe.data.encode import Answer, Example
 from fedmoe.data.examples import Batch
 from fedmoe.errors import TooLittleMemoryError
-from fedmoe.model.adapter import adapter_layout, attach_adapter, switch_to
+from fedmoe.model.adapter import adapter_layout, attach_adapter
 from fedmoe.model.base import structure
 from fedmoe.model.loss import completion_loss
 from fedmoe.protocol.lora import LoraSettings
@@ -242,12 +242,8 @@ def test_a_model_that_does_not_train_exactly_flat_is_refused() -> None:
     trainer = make_trainer()
     model, flat = trainer.model, trainer.flat
     options: dict[str, Any] = {
-        "examples": EXAMPLES,
-        "pad_id": 0,
-        "settings": SETTINGS,
-        "seed": 0,
-        "device": CPU,
-    }
+        "examples": EXAMPLES, "pad_id": 0, "settings": SETTINGS, "seed": 0, "device": CPU,
+    }  # fmt: skip
     with pytest.raises(ValueError, match="the model trains 0 values"):
         Trainer(model=model, flat=flat.clone(), **options)
     base = next(p for name, p in model.named_parameters() if ".lora_" not in name)
@@ -401,33 +397,3 @@ def test_micro_batch_that_did_not_fit_stays_small(monkeypatch: pytest.MonkeyPatc
     assert memory.failures == 1
     trainer.adopt(TrainingSettings(batch_size=1))
     assert trainer.step().n_examples == 1
-
-
-def test_two_adapters_on_one_model_train_by_turns_as_each_alone() -> None:
-    """To the bit, also of unlike ranks: neither sees the other's values, gradient, moments or position."""
-    settings, ranks = (
-        {"expert": SETTINGS, "gateway": replace(SETTINGS, learning_rate=1e-2)},
-        {"expert": 4, "gateway": 2},
-    )
-
-    def trainers(shared: PreTrainedModel | None) -> dict[str, Trainer]:
-        made, model = {}, shared
-        for name, rank in ranks.items():
-            model = model if shared is not None else make_model(tiny_config())
-            model, flat = attach_adapter(model, make_spec(tiny_config(), rank=rank), name)
-            made[name] = Trainer(
-                model=model, flat=flat, examples=EXAMPLES, pad_id=0, settings=settings[name], seed=3, device=CPU,
-                activate=switch_to(model, name),
-            )  # fmt: skip
-        return made
-
-    by_turns, alone = trainers(make_model(tiny_config())), trainers(None)
-    for _ in range(5):
-        for name, trainer in by_turns.items():
-            assert trainer.step() == alone[name].step()
-    for name, trainer in by_turns.items():
-        assert torch.equal(trainer.flat, alone[name].flat)
-        assert all(torch.equal(value, alone[name].state()[key]) for key, value in trainer.state().items())
-    with torch.no_grad():
-        by_turns["expert"].flat += 0.1  # a pull
-    assert by_turns["gateway"].step() == alone["gateway"].step()

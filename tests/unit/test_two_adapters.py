@@ -1,0 +1,41 @@
+"""Two adapters on one base model, as a worker has that trains its expert and the gateway by turns."""
+
+from dataclasses import replace
+
+import torch
+from transformers import PreTrainedModel
+
+from fedmoe.model.adapter import attach_adapter, switch_to
+from producers.trainer import Trainer
+from tests.tiny import tiny_config
+from tests.unit.test_trainer import CPU, EXAMPLES, SETTINGS, make_model, make_spec
+
+
+def test_two_adapters_on_one_model_train_by_turns_as_each_alone() -> None:
+    """To the bit, also of unlike ranks: neither sees the other's values, gradient, moments or position."""
+    settings, ranks = (
+        {"expert": SETTINGS, "gateway": replace(SETTINGS, learning_rate=1e-2)},
+        {"expert": 4, "gateway": 2},
+    )
+
+    def trainers(shared: PreTrainedModel | None) -> dict[str, Trainer]:
+        made, model = {}, shared
+        for name, rank in ranks.items():
+            model = model if shared is not None else make_model(tiny_config())
+            model, flat = attach_adapter(model, make_spec(tiny_config(), rank=rank), name)
+            made[name] = Trainer(
+                model=model, flat=flat, examples=EXAMPLES, pad_id=0, settings=settings[name], seed=3, device=CPU,
+                activate=switch_to(model, name),
+            )  # fmt: skip
+        return made
+
+    by_turns, alone = trainers(make_model(tiny_config())), trainers(None)
+    for _ in range(5):
+        for name, trainer in by_turns.items():
+            assert trainer.step() == alone[name].step()
+    for name, trainer in by_turns.items():
+        assert torch.equal(trainer.flat, alone[name].flat)
+        assert all(torch.equal(value, alone[name].state()[key]) for key, value in trainer.state().items())
+    with torch.no_grad():
+        by_turns["expert"].flat += 0.1  # a pull
+    assert by_turns["gateway"].step() == alone["gateway"].step()

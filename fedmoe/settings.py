@@ -237,7 +237,7 @@ class WorkerSettings:
     )
     max_steps: int = setting(
         0,
-        "Optimizer steps after which to end, counted from this start.",
+        "Optimizer steps after which to end, of expert and gateway together, counted from this start.",
         at_least=0,
         unit="steps",
         words="never",

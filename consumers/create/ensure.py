@@ -10,7 +10,14 @@ from consumers.create.base_model import STOPPED, look_at_base
 from consumers.create.beginning import make_rules, make_spec, pinned_meta
 from consumers.create.request import SpecRequest, check_identity, compare_rules
 from consumers.recovery.creation import without_lost, without_trained
-from fedmoe.errors import DamagedExpertError, FedMoEError, RemovedExpertError, SpecError, StoppedError
+from fedmoe.errors import (
+    DamagedExpertError,
+    FedMoEError,
+    RedisUnavailableError,
+    RemovedExpertError,
+    SpecError,
+    StoppedError,
+)
 from fedmoe.protocol.lora_init import initial_adapter
 from fedmoe.protocol.names import GATEWAY, check_expert, check_trains_gateway
 from fedmoe.protocol.rules import TRAIN_EXPERT, TRAIN_GATEWAY
@@ -98,6 +105,8 @@ def _ensure_gateway(connection: Connection) -> list[str]:
     try:
         if like is None or not ensure_gateway(connection, like=like, though_removed=False):
             return []
+    except RedisUnavailableError:  # the start is retried
+        raise
     except FedMoEError as error:
         logger.warning("%s", error)
         return []

@@ -207,7 +207,9 @@ def test_gateway_that_is_removed_while_it_is_trained_leaves_the_expert(
     with served.training() as errors:
         remove_expert(served.connection, GATEWAY)
         eventually(
-            "it is noticed", lambda: "this worker trains tiny alone from now on" in caplog.text, timeout_s=30
+            "the drop is logged",
+            lambda: "this worker trains tiny alone from now on" in caplog.text,
+            timeout_s=30,
         )
         before = served.store.meta(EXPERT).version
         eventually("the expert goes on", lambda: served.store.meta(EXPERT).version > before + 2)
@@ -222,7 +224,7 @@ def test_change_of_the_rule_takes_effect_at_the_next_start(
     text = "train both -> expert; train takes effect when this worker is started again"
     with served.training(state_dir=served.state):
         change_rules_soon(ExpertStore(served.connection, EXPERT), {"train": "expert"})
-        eventually("it is said", lambda: text in caplog.text)
+        eventually("the change is logged", lambda: text in caplog.text)
         before = served.store.meta(GATEWAY).version
         eventually("the gateway goes on", lambda: served.store.meta(GATEWAY).version > before)
     change_rules_soon(ExpertStore(served.connection, EXPERT), {"train": "both"})
@@ -265,7 +267,7 @@ def test_gateway_of_a_later_release_leaves_the_expert(
         return "this worker trains tiny alone from now on" in caplog.text
 
     with served.training(state_dir=served.state) as errors:
-        eventually("it is noticed", is_noticed, timeout_s=30)
+        eventually("the drop is logged", is_noticed, timeout_s=30)
         before = served.store.meta(EXPERT).version
         eventually("the expert goes on", lambda: served.store.meta(EXPERT).version > before + 2)
     assert [type(error) for error in errors] == [ProtocolError]
@@ -317,5 +319,5 @@ def test_rows_follow_the_rules_of_what_is_trained(
     caplog.set_level("INFO")
     with served.training():
         change_rules_soon(ExpertStore(served.connection, GATEWAY), {"max_length": 64, "lr": 0.5})
-        eventually("it is said", lambda: "lr 1 -> 0.5" in caplog.text)
+        eventually("the change is logged", lambda: "lr 1 -> 0.5" in caplog.text)
     assert "takes effect" not in caplog.text

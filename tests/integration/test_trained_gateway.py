@@ -14,7 +14,7 @@ from consumers.create import base_model as creating
 from consumers.expert import Expert
 from consumers.gateway.builder import GatewayBuilder
 from consumers.verify import replay
-from fedmoe.errors import LostExpertError, SettingsError, UnknownExpertError
+from fedmoe.errors import LostExpertError, RedisUnavailableError, SettingsError, UnknownExpertError
 from fedmoe.protocol.names import GATEWAY, check_domain, domain_of, name_on_gateway
 from fedmoe.protocol.rules import RuleSet
 from fedmoe.settings import GatewaySettings
@@ -135,10 +135,22 @@ def test_an_aggregator_creates_it_if_the_rules_in_force_need_it(
     assert expert_command("set", "sql_expert", "--train", "both").output.startswith("created the gateway")
 
 
+def test_full_redis_delays_its_creation(connection: Connection) -> None:
+    """The aggregator's start is retried then, as for an expert; the gateway is not forgotten."""
+    make_expert(connection, "sql_expert", rules=RuleSet(train="both"))
+    connection.client.config_set("maxmemory", 1)
+    try:
+        with raises(RedisUnavailableError, about="maxmemory"):
+            ensure_experts(connection, {}, SpecRequest())
+    finally:
+        connection.client.config_set("maxmemory", 0)
+    assert ensure_experts(connection, {}, SpecRequest()) == [GATEWAY]
+
+
 def test_lost_gateway_is_created_from_zero_with_the_command_that_is_named(
     connection: Connection, expert_command: Command
 ) -> None:
-    """And with no other: whoever retains it can still write it back."""
+    """Every other command refuses, because an aggregator that retains it can still write it back."""
     make_expert(connection, "sql_expert")
     expert_command("set", "sql_expert", "--train", "both")
     keys = connection.keys.expert(GATEWAY)

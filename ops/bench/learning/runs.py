@@ -69,7 +69,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The run's name, of which its file is named."""
+        """The name of the run and of its file."""
         amount = f"x{self.gain:g}" + (f"-compute{self.compute:g}" if self.compute != 1 else "")
         amount += f"-{self.wire_format}" if self.wire_format != "int4" else ""
         amount += f"-by-{self.balance}" if self.balance != BY_WORKER else ""

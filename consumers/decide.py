@@ -19,6 +19,7 @@ from fedmoe.protocol.identity import BaseIdentity
 from fedmoe.protocol.layout import FLOAT_BYTES
 from fedmoe.protocol.records import Decided, Meta
 from fedmoe.protocol.rules import TrainingSettings
+from fedmoe.protocol.server import ServerStep, ends_round, has_state
 from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.staleness import staleness_of
 from fedmoe.protocol.update import Header
@@ -38,7 +39,7 @@ class Outcome(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """An outcome with its reason (for people); for an applied update, also its staleness, factor, norm and weight."""
+    """An outcome with its reason (for people); for an applied update, also what its line of the log says of it."""
 
     outcome: Outcome
     reason: str = ""
@@ -46,6 +47,8 @@ class Verdict:
     factor: float = 0.0
     norm: float = 0.0
     weight: float = 1.0
+    ends_round: bool = False
+    new_state: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,15 +56,19 @@ class Admission:
     """A header that breaks no rule: its payload is read next, up to the bound `max_norm`.
 
     Args:
-        staleness, factor: of the update.
-        max_norm: largest L2 norm that its payload may have.
+        staleness: of the update.
+        step: how it is folded.
         weight: of its worker beside the others.
     """
 
-    staleness: int = 0
-    factor: float = 1.0
-    max_norm: float = math.inf
+    staleness: int
+    step: ServerStep
     weight: float = 1.0
+
+    @property
+    def max_norm(self) -> float:
+        """The largest L2 norm that its payload may have."""
+        return self.step.rules.max_norm
 
 
 class Counts(NamedTuple):
@@ -103,7 +110,9 @@ def judge_header(
     bound = rules.staleness_bound(peers.known)
     if reason := _breach(header, meta, spec) or _too_far(header, staleness, meta, bound):
         return Verdict(Outcome.REFUSED, reason, staleness)
-    return Admission(staleness, rules.factor(staleness, peers.weight), rules.max_norm, peers.weight)
+    is_last = has_state(rules) and ends_round(meta.version, meta.round_version, peers.active)
+    step = ServerStep(rules, rules.factor(staleness, peers.weight), is_last)
+    return Admission(staleness, step, peers.weight)
 
 
 def _breach(header: Header, meta: Meta, spec: Spec) -> str:
@@ -176,4 +185,7 @@ def judge_payload(admission: Admission, payload: Payload) -> Verdict:
         )
     if reason:
         return Verdict(Outcome.REFUSED, reason, admission.staleness)
-    return Verdict(Outcome.APPLIED, "", admission.staleness, admission.factor, norm, admission.weight)
+    step = admission.step
+    return Verdict(
+        Outcome.APPLIED, "", admission.staleness, step.factor, norm, admission.weight, step.ends_round
+    )

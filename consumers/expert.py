@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 
 from consumers.decide import Admission, Outcome, Verdict, counts_of, judge_header
+from consumers.held import Held
 from consumers.history import History
 from consumers.payload import Workspace, fold_payload
 from fedmoe.errors import SettingsError, StaleStateError, UpdateError
@@ -27,6 +28,7 @@ from fedmoe.protocol.layout import AdapterBuffer
 from fedmoe.protocol.lines import AppliedLine, DeadLetter
 from fedmoe.protocol.packed import pack
 from fedmoe.protocol.records import Decided, Entry, Meta
+from fedmoe.protocol.server import has_state
 from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.update import ForeignHeaderError, Header
 from fedmoe.store.archive import Archive
@@ -72,12 +74,17 @@ class Expert:
         self.history = history or History()
         self.before_each = before_each
         self._clock = clock
-        # Weights of the last load or commit, and the newest weights: the same buffer until an update is folded.
-        self.buffer = self._folded = AdapterBuffer(spec.layout)
+        # Values of the last load or commit, and the newest values: the same object until an update is folded.
+        self.held = self._folded = Held(spec.layout)
         # Targets of the next folds; the second spare takes memory only once a batch applies more than one update.
-        self._spares = [AdapterBuffer(spec.layout), AdapterBuffer(spec.layout)]
+        self._spares = [Held(spec.layout), Held(spec.layout)]
         self._scratch = torch.empty(scratch_values(spec.layout.numel))
         self.warned: set[str] = set()
+
+    @property
+    def buffer(self) -> AdapterBuffer:
+        """The weights of the last load or commit."""
+        return self.held.weights
 
     def load(self) -> Loaded:
         """Load the state from Redis. Raises like ExpertStore.load; SpecError if the weights do not fit the spec."""
@@ -86,8 +93,8 @@ class Expert:
             raise StaleStateError(
                 f"{self.store.name}: the expert was created again, with another spec", about="spec"
             )
-        self.buffer.load(loaded.weights)
-        self._folded = self.buffer
+        self.held.load(loaded.weights, loaded.server_state, loaded.server_optimizer)
+        self._folded = self.held
         self.meta = loaded.meta
         self.decided = loaded.decided
         self.generation = loaded.generation
@@ -106,6 +113,7 @@ class Expert:
             self.meta,
             commit=commit,
             weights_commit=commit if new_weights else self.meta.weights_commit,
+            server_state=self._folded.optimizer if new_weights else self.meta.server_state,
             updated_at=self._clock(),
             aggregator=self._aggregator,
             protocol=records.PROTOCOL,
@@ -134,22 +142,22 @@ class Expert:
         except BaseException:
             self._revert(*before)
             raise
-        if self._folded is not self.buffer:
-            self._spares.append(self.buffer)
-            self.buffer = self._folded
+        if self._folded is not self.held:
+            self._spares.append(self.held)
+            self.held = self._folded
         return verdicts
 
     def _revert(self, meta: Meta, decided: dict[str, Decided]) -> None:
-        if self._folded is not self.buffer:
+        if self._folded is not self.held:
             self._spares.append(self._folded)
-        self.meta, self.decided, self._folded = meta, decided, self.buffer
+        self.meta, self.decided, self._folded = meta, decided, self.held
 
     def _process(self, entries: Sequence[Entry], more: More) -> list[Verdict]:
         commit = Commit(on=self.meta.commit, generation=self.generation, meta=self.meta)
         verdicts: list[Verdict] = []
         while entries:
             verdicts += self._decide_all(entries, commit)
-            entries = more() if self._folded is not self.buffer else ()
+            entries = more() if self._folded is not self.held else ()
         if commit.entries or self.is_behind:
             self.commit(commit)
         return verdicts
@@ -177,13 +185,17 @@ class Expert:
 
     def commit(self, commit: Commit) -> None:
         """Write all that was decided, in one transaction on top of the loaded state; StaleStateError if it moved."""
-        is_new = self._folded is not self.buffer
+        is_new = self._folded is not self.held
         meta = self.next_meta(new_weights=is_new)
         if is_new:
             self._folded.stamp(meta.commit)
-            commit.weights = self._folded.file
+            commit.weights, commit.server_state = self._folded.weights.file, self._folded.state_file
             if self.spec.wire_format != EXACT:
-                commit.packed = pack(self._folded.flat, self.spec, meta.commit)
+                commit.packed = pack(self._folded.weights.flat, self.spec, meta.commit)
+            if (
+                self.meta.server_state and commit.server_state is None
+            ):  # of an optimizer that is no longer in force
+                commit.unlink.append(self.store.keys.server_state)
         self.send(commit, meta)
         for line in commit.log:
             logger.info(
@@ -250,16 +262,18 @@ class Expert:
 
         Parts are folded as they arrive, into a spare buffer; unless the update is applied, that buffer is discarded.
         """
-        out = self._spares[-1]
-        space = Workspace(self._folded.flat, out.flat, self._scratch)
+        out, rules = self._spares[-1], self.meta.rules.aggregation
+        space = Workspace(self._folded.next_values(out, rules), out.values, self._scratch)
         with closing(self.store.parts(bell.worker, bell.run, bell.seq, header.parts)) as stream:
             parts = stream if self.archive is None else list(stream)
             verdict = fold_payload(header, admission, parts, self.spec, space)
         if verdict.outcome is not Outcome.APPLIED:
             return verdict, ""
         kept = self._keep(header, list(parts)) if self.archive is not None else ""
+        verdict = replace(verdict, new_state=self._folded.lacks_state(rules))
+        out.optimizer = rules.server_optimizer if has_state(rules) else ""
         self._spares.pop()
-        if self._folded is not self.buffer:
+        if self._folded is not self.held:
             self._spares.append(self._folded)
         self._folded = out
         return verdict, kept
@@ -274,6 +288,7 @@ class Expert:
             loss=header.loss,
             n_examples=meta.n_examples + counts.n_examples,
             n_tokens=meta.n_tokens + counts.n_tokens,
+            round_version=meta.version + 1 if verdict.ends_round else meta.round_version,
         )
         self._pin(BaseIdentity.from_header(header), worker)
         is_clamped = counts != (header.n_examples, header.n_tokens)
@@ -286,6 +301,8 @@ class Expert:
             staleness=verdict.staleness,
             factor=verdict.factor,
             weight=verdict.weight,
+            ends_round=int(verdict.ends_round),
+            new_state=int(verdict.new_state),
             norm=verdict.norm,
             loss=header.loss,
             n_examples=counts.n_examples,

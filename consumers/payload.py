@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from consumers.decide import Admission, Payload, Verdict, judge_payload
-from consumers.fold import fold
+from consumers.fold import Values, fold
 from fedmoe.errors import UpdateError
 from fedmoe.protocol.codec import decoded
 from fedmoe.protocol.spec import Spec
@@ -20,17 +20,17 @@ from fedmoe.protocol.update import Header, Part
 
 @dataclass(frozen=True, slots=True)
 class Workspace:
-    """Buffers to fold an update from `weights` into `out`, (numel,) fp32; for `scratch` see codec.decoded."""
+    """Buffers to fold an update from `now` into `out`, (numel,) fp32 each; for `scratch` see codec.decoded."""
 
-    weights: torch.Tensor
-    out: torch.Tensor
+    now: Values
+    out: Values
     scratch: torch.Tensor
 
 
 def fold_payload(
     header: Header, admission: Admission, parts: Iterable[bytes], spec: Spec, space: Workspace
 ) -> Verdict:
-    """Fold an update, out = weights + factor × Δ, and judge it.
+    """Fold an update and judge it.
 
     Unless the verdict is APPLIED, the content of `out` is undefined.
     """
@@ -43,11 +43,11 @@ def _fold(
     squares = 0.0
     try:
         for first, values in decoded(
-            _whole(header.parts, parts), spec.wire_format, len(space.weights), space.scratch
+            _whole(header.parts, parts), spec.wire_format, len(space.now.weights), space.scratch
         ):
             squares += _norm(values) ** 2
             here = slice(first, first + len(values))
-            fold(space.weights[here], values, admission.factor, out=space.out[here])
+            fold(space.now.at(here), values, admission.step, out=space.out.at(here))
     except _NotWholeError as error:
         return Payload(not_whole=str(error))
     except UpdateError as error:
@@ -79,7 +79,7 @@ def _largest(spec: Spec, space: Workspace) -> str:
     It compares the folded result with the weights, because the parts are gone. It is too expensive to run for every
     update, so it runs only for a refusal.
     """
-    before, after = spec.layout.views(space.weights), spec.layout.views(space.out)
+    before, after = spec.layout.views(space.now.weights), spec.layout.views(space.out.weights)
     norms = {name: _norm(after[name] - before[name]) for name in after}
     odd = [name for name, norm in norms.items() if not math.isfinite(norm)]
     return odd[0] if odd else max(norms, key=norms.__getitem__)

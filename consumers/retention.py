@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from consumers.expert import Expert
+from consumers.held import Held
 from fedmoe.store.archive import WEIGHTS_SUFFIX, Anchor, Archive
 
 logger = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ class Retention:
         )
         if last is None:
             return False
-        weights = self._archive.keep_weights(expert.buffer.file)
+        weights, state = keep_values(self._archive, expert.held)
         self._archive.keep_anchor(
             Anchor(
                 version=version,
@@ -80,6 +81,8 @@ class Retention:
                 run=last.run,
                 seq=last.seq,
                 weights=weights,
+                server_state=state,
+                optimizer=expert.held.optimizer,
                 at=now,
             )
         )
@@ -95,7 +98,12 @@ class Retention:
             return
         # A replay starts at the oldest anchor, so earlier anchors are removed before their updates.
         self.expired = [file for file, anchor in anchors.items() if anchor.at < first.at]
-        needed = {anchor.weights + WEIGHTS_SUFFIX for anchor in anchors.values() if anchor.at >= first.at}
+        needed = {
+            digest + WEIGHTS_SUFFIX
+            for anchor in anchors.values()
+            if anchor.at >= first.at
+            for digest in (anchor.weights, anchor.server_state)
+        }
         old = self._archive.kept_before(first.at - min(MARGIN_S, self._keep_s / 10))
         self.expired += [file for file in old if file.name not in needed]
         if self.expired:
@@ -110,3 +118,13 @@ class Retention:
         for file in self.expired[:AT_ONCE]:
             file.unlink(missing_ok=True)
         del self.expired[:AT_ONCE]
+
+
+def keep_values(archive: Archive, held: Held) -> tuple[str, str]:
+    """Keep an expert's weights and server state; returns their digests, "" for a state that is not there.
+
+    Raises:
+        OSError: if the disk is full or gone.
+    """
+    state = held.state_file
+    return archive.keep_weights(held.weights.file), archive.keep_weights(state) if state is not None else ""

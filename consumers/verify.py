@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from consumers.fold import fold
+from consumers.held import Held
 from fedmoe.errors import UpdateError
 from fedmoe.protocol.codec import decode
 from fedmoe.protocol.layout import AdapterBuffer
@@ -13,6 +14,7 @@ from fedmoe.protocol.lines import AnchorLine, AppliedLine, RulesLine, read_line
 from fedmoe.protocol.lora_init import initial_weights
 from fedmoe.protocol.records import Meta
 from fedmoe.protocol.rules import RuleSet
+from fedmoe.protocol.server import ServerStep, has_state
 from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.staleness import staleness_of
 from fedmoe.store.archive import Anchor, Archive
@@ -20,17 +22,27 @@ from fedmoe.store.archive import Anchor, Archive
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """The result: `weights` recomputed at `version`, and `problem` if the replay could not reach meta's version.
+    """The result: `held` recomputed at `version`, and `problem` if the replay could not reach meta's version.
 
     `since` is the version where the replay started, and `begin` the reason if that is not 0: the log before was lost,
     or older kept updates were removed.
     """
 
     version: int
-    weights: AdapterBuffer
+    held: Held
     problem: str = ""
     since: int = 0
     begin: str = ""
+
+    @property
+    def weights(self) -> AdapterBuffer:
+        """The recomputed weights."""
+        return self.held.weights
+
+    def same_values(self, weights: bytes, state: bytes | None) -> bool:
+        """True if Redis holds the same weights and the same server state (None: it holds none that fits)."""
+        is_same = self.weights.same_values(weights)
+        return is_same and (state is None or not self.held.optimizer or self.held.state.same_values(state))
 
 
 def replay(spec: Spec, meta: Meta, lines: Iterable[Mapping[str, str]], archive: Archive) -> Replay:
@@ -42,7 +54,7 @@ def replay(spec: Spec, meta: Meta, lines: Iterable[Mapping[str, str]], archive: 
     this lineage in the archive.
     """
     upto = meta.version
-    buffer = AdapterBuffer(spec.layout)
+    held = Held(spec.layout)
     version = 0
     try:
         history = [read_line(line) for line in lines]
@@ -50,22 +62,22 @@ def replay(spec: Spec, meta: Meta, lines: Iterable[Mapping[str, str]], archive: 
         rule_sets = {one.number: one for one in (*(line.ended for line in changes), meta.rules)}
         version, begin, applied = _begin(
             [line for line in history if not isinstance(line, RulesLine)],
-            archive, upto=upto, lineage=meta.lineage, buffer=buffer, spec=spec,
+            archive, upto=upto, lineage=meta.lineage, held=held, spec=spec,
         )  # fmt: skip
     except (UpdateError, KeyError, ValueError) as error:
-        return Replay(version, buffer, str(error))
+        return Replay(version, held, str(error))
     since = version
     delta = torch.empty(spec.layout.numel)
     for line in applied:
         if version == upto:
             break
         try:
-            _fold_line(line, version, spec, rule_sets, archive, delta, buffer)
+            _fold_line(line, version, spec, rule_sets, archive, delta, held)
         except (UpdateError, KeyError, ValueError) as error:
-            return Replay(version, buffer, f"version {version + 1}: {error}", since, begin)
+            return Replay(version, held, f"version {version + 1}: {error}", since, begin)
         version += 1
     problem = "" if version == upto else f"the log ends at version {version}, the expert is at {upto}"
-    return Replay(version, buffer, problem, since, begin)
+    return Replay(version, held, problem, since, begin)
 
 
 def _begin(
@@ -74,10 +86,10 @@ def _begin(
     *,
     upto: int,
     lineage: str,
-    buffer: AdapterBuffer,
+    held: Held,
     spec: Spec,
 ) -> tuple[int, str, list[AppliedLine]]:
-    """Fill `buffer` with the weights to start from; returns their version, the reason, and the lines to replay."""
+    """Fill `held` with the values to start from; returns their version, the reason, and the lines to replay."""
     written_back: AnchorLine | None = None
     rest: list[AppliedLine] = []
     for line in history:
@@ -90,12 +102,12 @@ def _begin(
         if not (anchor.lineage == lineage and since < anchor.version <= upto and _is_of(anchor, rest)):
             continue
         if not _are_kept(rest, since, anchor.version, archive):
-            buffer.load(archive.load_weights(anchor.weights))
+            _load(held, anchor, archive)
             later = [line for line in rest if line.version > anchor.version]
             return anchor.version, "older kept updates were removed", later
         break
     if written_back is None:
-        buffer.flat.copy_(initial_weights(spec.layout, spec.init_seed))
+        held.weights.flat.copy_(initial_weights(spec.layout, spec.init_seed))
         return 0, "", rest
     _check(
         bool(written_back.weights),
@@ -103,8 +115,13 @@ def _begin(
         f"the log was lost before version {since}, and the weights of that version were not kept, so a replay cannot "
         "start there: give every aggregator --keep-updates",
     )
-    buffer.load(archive.load_weights(written_back.weights))
+    _load(held, written_back, archive)
     return since, "the log before it was lost", rest
+
+
+def _load(held: Held, anchor: Anchor | AnchorLine, archive: Archive) -> None:
+    state = archive.load_weights(anchor.server_state) if anchor.server_state else None
+    held.load(archive.load_weights(anchor.weights), state, anchor.optimizer)
 
 
 def _follows(line: AppliedLine, version: int) -> bool:
@@ -134,7 +151,7 @@ def _fold_line(
     rule_sets: Mapping[int, RuleSet],
     archive: Archive,
     delta: torch.Tensor,
-    buffer: AdapterBuffer,
+    held: Held,
 ) -> None:
     """Check a log line against its kept update, and fold the update into the weights of `version`."""
     _check(
@@ -151,8 +168,21 @@ def _fold_line(
     factor = rules.factor(staleness, line.weight)
     _check(line.staleness == staleness, "staleness", f"staleness {line.staleness}, should be {staleness}")
     _check(line.factor == factor, "factor", f"factor {line.factor!r}, should be {factor!r}")
+    if line.new_state:
+        held.optimizer = ""
+    _check(
+        held.lacks_state(rules) == bool(line.new_state),
+        "server_state",
+        "the server state before it was not kept: a replay cannot go on from here",
+    )
     decode(parts, spec.wire_format, delta)
-    fold(buffer.flat, delta, factor)
+    fold(
+        held.next_values(held, rules),
+        delta,
+        ServerStep(rules, factor, bool(line.ends_round)),
+        out=held.values,
+    )
+    held.optimizer = rules.server_optimizer if has_state(rules) else ""
 
 
 def _check(true: bool, about: str, problem: str) -> None:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from consumers.aggregator import ExpertServer
+from consumers.decide import Admission
 from consumers.expert import Expert
 from fedmoe.protocol.codec import decode
 from fedmoe.protocol.keys import GROUP
@@ -18,6 +19,7 @@ from fedmoe.protocol.layout import AdapterBuffer, Layout
 from fedmoe.protocol.lora import LoraSettings
 from fedmoe.protocol.records import PROTOCOL, Meta
 from fedmoe.protocol.rules import AggregationRules, RuleSet
+from fedmoe.protocol.server import ServerStep
 from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.update import make_run
 from fedmoe.settings import AggregatorSettings
@@ -52,6 +54,11 @@ def small_spec(*, layout: Layout = LAYOUT, wire_format: str = "fp32") -> Spec:
 def aggregating(**rules: object) -> RuleSet:
     """A rule set that aggregates so."""
     return RuleSet(aggregation=AggregationRules(**rules))
+
+
+def admission(*, factor: float = 1.0, staleness: int = 0, max_norm: float = 1e9) -> Admission:
+    """An admitted update, folded by sgd."""
+    return Admission(staleness, ServerStep(AggregationRules(max_norm=max_norm), factor))
 
 
 def first_meta(spec: Spec, **changes: object) -> Meta:

@@ -12,7 +12,7 @@ from consumers.gateway.merge import MergeInput
 from fedmoe.protocol.codec import FORMATS
 from fedmoe.protocol.layout import Layout
 from fedmoe.protocol.lora import ALL_LINEAR, LoraSettings
-from fedmoe.protocol.rules import AggregationRules, RuleSet, TrainingSettings
+from fedmoe.protocol.rules import SERVER_OPTIMIZERS, AggregationRules, RuleSet, TrainingSettings
 from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.staleness import KINDS, Decay
 from fedmoe.protocol.update import Header, Part, UpdateId, make_run
@@ -132,6 +132,9 @@ def rule_sets() -> st.SearchStrategy[RuleSet]:
             AggregationRules,
             lr=st.floats(1e-6, 1e3),
             decay=decays(),
+            gain=st.floats(1e-3, 10),
+            server_optimizer=st.sampled_from(SERVER_OPTIMIZERS),
+            server_momentum=st.floats(0, 0.999),
             max_staleness=st.none() | st.integers(0, 1000),
             max_norm=positive,
         ),

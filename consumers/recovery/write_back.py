@@ -3,6 +3,7 @@
 import logging
 
 from consumers.expert import Expert
+from consumers.retention import keep_values
 from fedmoe.protocol.codec import EXACT
 from fedmoe.protocol.lines import AnchorLine, Line
 from fedmoe.protocol.packed import pack
@@ -29,11 +30,12 @@ def write_back(expert: Expert, *, on: str, anchor: bool = True) -> bool:
         log, dead = expert.history.since(on)
     elif anchor:
         log = [_anchor(expert, "written back from memory")]
-    expert.buffer.stamp(meta.commit)
+    expert.held.stamp(meta.commit)
     expert.history.attempt(meta.commit)
     return expert.store.write_back(
-        expert.spec, meta, expert.buffer.file, on=on, decided=expert.decided, log=log, dead=dead
-    )
+        expert.spec, meta, expert.buffer.file, server_state=expert.held.state_file, on=on, decided=expert.decided,
+        log=log, dead=dead,
+    )  # fmt: skip
 
 
 def rebuild(expert: Expert, loaded: Loaded) -> str:
@@ -56,15 +58,18 @@ def rebuild(expert: Expert, loaded: Loaded) -> str:
 
 def _anchor(expert: Expert, why: str) -> Line:
     """A log line from which a replay can start, if the weights can be kept."""
-    weights = ""
+    weights = state = ""
     if expert.archive is not None:
-        expert.buffer.stamp(expert.meta.weights_commit)  # retries keep the same bytes, hence the same file
+        expert.held.stamp(expert.meta.weights_commit)  # retries keep the same bytes, hence the same file
         try:
-            weights = expert.archive.keep_weights(expert.buffer.file)
+            weights, state = keep_values(expert.archive, expert.held)
         except OSError as error:
             logger.warning(
                 "%s cannot be replayed from this version on: its weights cannot be kept (%s)",
                 expert.store.name,
                 error,
             )
-    return AnchorLine(version=expert.meta.version, restored=why, weights=weights).to_fields()
+    optimizer = expert.held.optimizer if state else ""
+    return AnchorLine(
+        version=expert.meta.version, restored=why, weights=weights, server_state=state, optimizer=optimizer
+    ).to_fields()

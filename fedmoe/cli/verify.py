@@ -50,8 +50,9 @@ def verify(redis: RedisSettings, experts: Sequence[str], directory: Path) -> Non
             wrong.append(name)
             continue
         done = replay(spec, meta, lines, Archive(directory / name, read_only=True))
-        equal = not done.problem and done.weights.same_values(weights)
-        verdict = "equal" if equal else "differs: other weights than in Redis"
+        state = store.server_state(name, meta, len(weights))
+        equal = not done.problem and done.same_values(weights, state)
+        verdict = "equal" if equal else "differs: other weights or another server state than in Redis"
         if done.problem:
             verdict = f"cannot be replayed: {done.problem}"
         since = f" from version {done.since} ({done.begin})" if done.since else ""

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from fedmoe.protocol.names import GATEWAY, domain_of
 from fedmoe.protocol.records import Decided
-from fedmoe.protocol.rules import BY_DOMAIN, AggregationRules
+from fedmoe.protocol.rules import BY_DOMAIN, NESTEROV, AggregationRules
 
 LEAST_ACTIVE_VERSIONS = 64
 ROUNDS = 4  # a round: every worker publishes once
@@ -27,10 +27,12 @@ class Peers(NamedTuple):
     Args:
         known: number of workers that ever had an update decided.
         weight: of the update's worker.
+        active: number of active workers, 1 if no rule in force asks for it.
     """
 
     known: int
     weight: float = 1.0
+    active: int = 1
 
 
 def active_versions(known: int) -> int:
@@ -50,9 +52,13 @@ def peers_of(
         version: of the expert, before the update.
         rules: in force.
     """
-    if rules.balance != BY_DOMAIN or expert != GATEWAY:
+    is_balanced = rules.balance == BY_DOMAIN and expert == GATEWAY
+    if not is_balanced and rules.server_optimizer != NESTEROV:
         return Peers(len(decided))
     since = version - active_versions(len(decided))
     active = {name for name, last in decided.items() if last.version >= since} | {worker}
+    if not is_balanced:
+        return Peers(len(decided), active=len(active))
     domains = Counter(map(domain_of, active))
-    return Peers(len(decided), len(active) / (len(domains) * domains[domain_of(worker)]))
+    weight = len(active) / (len(domains) * domains[domain_of(worker)])
+    return Peers(len(decided), weight, len(active))

@@ -35,6 +35,27 @@ def stamp_decided(decided: Mapping[str, Decided]) -> str:
     return stamp
 
 
+def server_state_problem(meta: Meta, state: bytes | None, length: int) -> str:
+    """Why a server state does not fit the weights that meta names, as a clause; "" if it fits, or none should be there.
+
+    Args:
+        meta: of the expert.
+        state: the safetensors file, None if there is none.
+        length: of the weights' file (bytes); both files have the same layout.
+    """
+    if not meta.server_state:
+        return ""
+    if not state:
+        return "its server state is missing"
+    if len(state) != length:
+        return f"its server state has {len(state)} bytes and its weights {length}"
+    if (stamp := stamp_of(state)) != meta.weights_commit:
+        return (
+            f"its server state belongs to commit {stamp or 'unknown'}, its weights to {meta.weights_commit}"
+        )
+    return ""
+
+
 def damage(
     meta: Meta, *, spec: str | None, weights: bytes | memoryview | None, decided: Mapping[str, Decided]
 ) -> str:

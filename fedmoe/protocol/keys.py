@@ -12,6 +12,8 @@ transaction. The prefix `fedmoe` is a setting, so that several federations can s
     fedmoe:{E}:payload:<worker>:trial:<name>        hash    `fedmoe doctor` tries transactions here; expires
     fedmoe:{E}:weights                              string  the expert, a safetensors file
     fedmoe:{E}:packed                               string  packed weights, for pulls (packed.py); none in format fp32
+    fedmoe:{E}:server_state                         string  what the server optimizer remembers, a safetensors file;
+                                                            none with the optimizer sgd
     fedmoe:{E}:meta                                 hash    version, lineage, commit, rules in force, counters; readable
                                                             (removed expert: time of removal, last commit)
     fedmoe:{E}:spec                                 string  JSON: base model, LoRA, layout; never changes
@@ -58,6 +60,10 @@ class ExpertKeys:
     def packed(self) -> str:
         """Key of the weights as workers pull them."""
         return f"{self.root}:packed"
+
+    @property
+    def server_state(self) -> str:
+        return f"{self.root}:server_state"
 
     @property
     def meta(self) -> str:

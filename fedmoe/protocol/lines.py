@@ -24,6 +24,7 @@ class AppliedLine:
         loss: training loss that the worker reported.
         rules: number of the rule set it was decided under.
         n_examples: rows counted for it; claimed_examples, claimed_tokens: what its worker claimed, if more.
+        ends_round, new_state: 1 if it ended a round of the server optimizer; if the server state began with it.
         update: digest of the kept update, "" if it was not kept (`--keep-updates`).
         requires: features that a replay must know.
     """
@@ -41,6 +42,8 @@ class AppliedLine:
     rules: int
     prev: str = optional("")
     weight: float = optional(1.0, exact=True)
+    ends_round: int = optional(0)
+    new_state: int = optional(0)
     claimed_examples: int | None = optional(None)
     claimed_tokens: int | None = optional(None)
     update: str = optional("")
@@ -59,12 +62,16 @@ class AnchorLine:
         version: of the expert then.
         restored: the reason, for people.
         weights: digest of the kept weights, "" if they were not kept.
+        server_state: digest of the kept server state, "" if it was not kept or there was none; optimizer: to which it
+            belongs.
         requires: features that a replay must know.
     """
 
     version: int
     restored: str
     weights: str = optional("")
+    server_state: str = optional("")
+    optimizer: str = optional("")
     requires: str = optional("")
 
     def to_fields(self) -> dict[str, str]:

@@ -85,6 +85,8 @@ class Meta:
         n_examples, n_tokens: trained on, all applied updates together.
         updated_at: clock of the aggregator at the last commit (seconds since 1970); for people only.
         protocol: version that every writer to this expert must speak.
+        round_version: version at which the present round of the server optimizer began (see `fedmoe.protocol.server`).
+        server_state: the server optimizer whose state lies beside the weights, "" if there is none.
         software: releases that its last aggregator ran on (see `fedmoe.util.software`); for people only.
         knows: the features that its aggregators know and an update may require (see `fedmoe.protocol.features`).
         requires: the features that a reader of this expert must know.
@@ -119,6 +121,8 @@ class Meta:
     reach: float = 0.0
     not_reached: str = ""
     protocol: int = optional(FIRST_PROTOCOL)
+    round_version: int = optional(0)
+    server_state: str = optional("")
     software: str = optional("")
     knows: str = optional("")
     requires: str = optional("")

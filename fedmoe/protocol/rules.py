@@ -24,14 +24,21 @@ LEAST_STALENESS_BOUND = 256
 STALENESS_PER_WORKER = 4
 # These bounds keep every weight within the range of fp32 (3e38), and catch typing errors.
 MAX_LR, MAX_NORM, MAX_WHOLE = 1000, 1e9, 10**9
+MAX_MOMENTUM = 0.999  # with more, what was learnt a thousand rounds ago would still move the weights
 TRAIN_EXPERT, TRAIN_GATEWAY, TRAIN_BOTH = TRAINS = ("expert", "gateway", "both")
 BY_WORKER, BY_DOMAIN = BALANCES = ("worker", "domain")
+SGD, NESTEROV, ADAPTIVE = SERVER_OPTIMIZERS = ("sgd", "nesterov", "adaptive")
+# Left out of the stored text at their default: an earlier FedMoE, which lacks them, wrote the same text.
+LATER_RULES = ("gain", "balance", "server_optimizer", "server_momentum", "server_beta2", "server_epsilon")
 AUTO = "auto"  # for max_staleness: the bound grows with the number of workers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AggregationRules:
-    """How updates become part of the expert, `weights += factor × Δ`, and which ones are refused."""
+    """How updates become part of the expert, and which ones are refused.
+
+    With the server optimizer `sgd`, `weights += factor × Δ`; `fedmoe.protocol.server` has the steps of the others.
+    """
 
     lr: float = setting(
         1.0, "Factor of every update: weights += lr × decay × Δ; with 1 the expert equals the model of a lone worker.",
@@ -45,6 +52,22 @@ class AggregationRules:
     balance: str = setting(
         BY_WORKER, "Unit that counts the same in a round: each worker, or on the gateway each domain.",
         choices=BALANCES,
+    )  # fmt: skip
+    server_optimizer: str = setting(
+        SGD, "Step by which an update changes the weights: by itself, with momentum once a round (nesterov), or scaled "
+        "for each value by the size of past updates (adaptive).", choices=SERVER_OPTIMIZERS,
+    )  # fmt: skip
+    server_momentum: float = setting(
+        0.5, "Share of a round's movement that the next round repeats (server optimizer nesterov).",
+        at_least=0, at_most=MAX_MOMENTUM,
+    )  # fmt: skip
+    server_beta2: float = setting(
+        0.99, "Share of the mean square that stays when an update arrives (server optimizer adaptive).",
+        at_least=0, at_most=MAX_MOMENTUM,
+    )  # fmt: skip
+    server_epsilon: float = setting(
+        1e-3, "Size of an update's value, in units of the weights, below which steps are not scaled up further (server "
+        "optimizer adaptive).", above=0, at_most=MAX_LR,
     )  # fmt: skip
     max_staleness: int | None = setting(
         None,
@@ -162,11 +185,9 @@ class RuleSet:
         without = RuleSet()
         for rules, default, names in (
             (content, without, ("requires", "train")),
-            (content["aggregation"], without.aggregation, ("gain", "balance")),
+            (content["aggregation"], without.aggregation, LATER_RULES),
         ):
-            for (
-                name
-            ) in names:  # left out at their default: an earlier FedMoE, which lacks them, wrote the same text
+            for name in names:
                 if rules[name] == getattr(default, name):
                     del rules[name]
         put_back(content, unknown)

@@ -33,6 +33,7 @@ class Anchor:
         version, lineage: of the expert.
         run, seq: of the update that made this version.
         weights: digest of the kept weights.
+        server_state: digest of the kept server state, "" if there was none; optimizer: to which it belongs.
         at: when they were kept (seconds since 1970).
     """
 
@@ -42,6 +43,8 @@ class Anchor:
     seq: int
     weights: str
     at: float
+    server_state: str = ""
+    optimizer: str = ""
 
 
 class Archive:
@@ -89,7 +92,7 @@ class Archive:
                 file.unlink(missing_ok=True)
 
     def keep_weights(self, file: Buffer) -> str:
-        """Write an expert's weights, from which a replay can start if the earlier log was lost; returns their digest.
+        """Write weights or a server state, for a replay that cannot start at version 0; returns their digest.
 
         Raises:
             OSError: if the disk is full or gone; nothing was written.
@@ -154,7 +157,7 @@ class Archive:
             ) from error
 
     def load_weights(self, digest: str) -> bytes:
-        """The weights with that digest, a safetensors file.
+        """The weights or the server state with that digest, a safetensors file.
 
         Raises:
             UpdateError: if their file is missing or damaged.

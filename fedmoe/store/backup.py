@@ -33,6 +33,7 @@ class ExpertState:
         spec: the JSON text.
         weights: the safetensors file.
         meta, decided: the hashes.
+        server_state: what the server optimizer remembers, a safetensors file; None if there is none.
         log, dead: the streams' entries, oldest first.
     """
 
@@ -42,6 +43,7 @@ class ExpertState:
     decided: Mapping[bytes, bytes]
     log: Sequence[Line]
     dead: Sequence[Line]
+    server_state: bytes | None = None
 
     def check(self, name: str) -> tuple[Spec, Meta]:
         """Check that all parts belong together, so that the expert can be served; returns its spec and meta.
@@ -105,10 +107,10 @@ class BackupStore:
         """
         keys = self.keys.expert(name)
         with self.connection.errors():
-            spec, weights, meta, decided, log, dead = read_together(
+            spec, weights, meta, decided, log, dead, state = read_together(
                 self._redis,
                 ("get", keys.spec), ("get", keys.weights), ("hgetall", keys.meta), ("hgetall", keys.decided),
-                ("xrange", keys.log), ("xrange", keys.dead),
+                ("xrange", keys.log), ("xrange", keys.dead), ("get", keys.server_state),
             )  # fmt: skip
         found = {"spec": spec, "weights": weights, "meta": meta}
         if missing := [what for what, content in found.items() if not content]:
@@ -116,7 +118,9 @@ class BackupStore:
                 f"expert {name!r} has no {missing[0]} in Redis (any more): back up the others with --expert",
                 about=name,
             )
-        return ExpertState(spec=spec, weights=weights, meta=meta, decided=decided, log=log, dead=dead)
+        return ExpertState(
+            spec=spec, weights=weights, meta=meta, decided=decided, log=log, dead=dead, server_state=state
+        )
 
     def check(self, name: str, state: ExpertState, *, replace: bool) -> None:
         """Raise the error that `write` would raise, before anything is written."""
@@ -175,7 +179,9 @@ class BackupStore:
         pipe.hset(keys.meta, mapping={**state.meta, **ids})
         if state.decided:
             pipe.hset(keys.decided, mapping=state.decided)
-        pipe.unlink(keys.packed, keys.lost, keys.claims)
+        pipe.unlink(keys.packed, keys.server_state, keys.lost, keys.claims)
+        if state.server_state is not None:
+            pipe.set(keys.server_state, stamped(state.server_state, commit))
         if packed:
             pipe.set(keys.packed, packed)
         for key, lines in ((keys.log, state.log), (keys.dead, state.dead)):

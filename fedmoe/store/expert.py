@@ -17,6 +17,7 @@ import redis
 from fedmoe.errors import DamagedExpertError, LostExpertError, ProtocolError, SpecError, StaleStateError
 from fedmoe.protocol.beat import Beat
 from fedmoe.protocol.condition import examine, version_of
+from fedmoe.protocol.integrity import server_state_problem
 from fedmoe.protocol.keys import GROUP
 from fedmoe.protocol.layout import STAMPED_BYTES, stamp_of
 from fedmoe.protocol.lines import Line
@@ -58,6 +59,7 @@ class Loaded:
 
     Args:
         meta, weights, decided: contents of the keys of these names; they belong together.
+        server_state: what the server optimizer remembers, None if there is none that belongs to these weights.
         generation: number of the connection that read it.
         packed_commit: the commit of the packed weights, "" if there are none.
         logged_version: of the log's last line, -1 if there is none.
@@ -71,6 +73,12 @@ class Loaded:
     packed_commit: str
     logged_version: int
     claims: dict[str, int]
+    server_state: bytes | None = None
+
+    @property
+    def server_optimizer(self) -> str:
+        """The server optimizer to which the state belongs, "" if there is none."""
+        return self.meta.server_state if self.server_state is not None else ""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -81,6 +89,7 @@ class Commit:
     generation: int
     meta: Meta
     weights: memoryview | None = None
+    server_state: memoryview | None = None
     packed: bytes | None = None
     decided: dict[str, Decided] = field(default_factory=dict)
     log: list[Line] = field(default_factory=list)
@@ -148,9 +157,10 @@ class ExpertStore(ExpertLifecycle):
         """
         keys = self.keys
         with self.connection.errors():
-            weights, meta, decided, spec, packed, last_line, claims, *types = read_together(
+            weights, state, meta, decided, spec, packed, last_line, claims, *types = read_together(
                 self._redis,
                 ("get", keys.weights),
+                ("get", keys.server_state),
                 ("hgetall", keys.meta),
                 ("hgetall", keys.decided),
                 ("get", keys.spec),
@@ -177,7 +187,17 @@ class ExpertStore(ExpertLifecycle):
             packed_commit=packed_commit(packed or b""),
             logged_version=version_of(last_line),
             claims={who.decode(): int(version) for who, version in (claims or {}).items()},
+            server_state=self._fitting(state, condition.meta, len(weights)),
         )
+
+    def _fitting(self, state: bytes | None, meta: Meta, length: int) -> bytes | None:
+        """The server state if it belongs to the weights, which have this length (bytes); else None, with a warning."""
+        if problem := server_state_problem(meta, state, length):
+            logger.warning(
+                "%s: %s: the server optimizer begins anew with the next update, the weights are not affected",
+                self.name, problem,
+            )  # fmt: skip
+        return state if meta.server_state and not problem else None
 
     def _make_group(self) -> None:
         with self.connection.errors():
@@ -312,8 +332,13 @@ class ExpertStore(ExpertLifecycle):
     def check_head(self, pipe: Any, commit: Commit) -> dict[str, int]:
         """WATCH the keys of a commit, check head and types; returns key -> bytes of values it can write in place."""
         keys = self.keys
-        found = places(self._redis, {keys.weights: commit.weights, keys.packed: commit.packed})
-        written = (keys.meta, keys.decided, keys.log, keys.dead, keys.weights, keys.packed)
+        large = {
+            keys.weights: commit.weights,
+            keys.packed: commit.packed,
+            keys.server_state: commit.server_state,
+        }
+        found = places(self._redis, large)
+        written = (keys.meta, keys.decided, keys.log, keys.dead, *large)
         pipe.watch(*written)
         head, types, lengths = pipe.eval(_LOOK, len(written), *written)
         if head is None or head != commit.on.encode():
@@ -337,7 +362,11 @@ class ExpertStore(ExpertLifecycle):
     def queue(self, pipe: Any, commit: Commit, present: Mapping[str, int]) -> None:
         """Queue the commands of a commit."""
         keys = self.keys
-        for key, value in ((keys.weights, commit.weights), (keys.packed, commit.packed)):
+        for key, value in (
+            (keys.weights, commit.weights),
+            (keys.packed, commit.packed),
+            (keys.server_state, commit.server_state),
+        ):
             if value is not None:
                 put(pipe, key, value, present.get(key, 0))
         pipe.hset(keys.meta, mapping=commit.meta.to_hash())

@@ -6,6 +6,7 @@ from typing import Any
 
 from fedmoe.errors import DamagedExpertError, RemovedExpertError, SpecError, UnknownExpertError
 from fedmoe.protocol.condition import examine
+from fedmoe.protocol.integrity import server_state_problem
 from fedmoe.protocol.merged import MergedMeta
 from fedmoe.protocol.names import is_expert
 from fedmoe.protocol.records import Entry, Meta
@@ -113,6 +114,12 @@ class GatewayStore:
         """
         meta, weights, (log,) = self._parts(expert, ("xrange", self.connection.keys.expert(expert).log))
         return meta, weights, [Entry.of(*line).fields for line in log]
+
+    def server_state(self, expert: str, meta: Meta, length: int) -> bytes | None:
+        """What the server optimizer remembers, for weights of this meta and length (bytes); None if there is none."""
+        with self.connection.errors():
+            state = self._redis.get(self.connection.keys.expert(expert).server_state)
+        return state if meta.server_state and not server_state_problem(meta, state, length) else None
 
     def _parts(self, expert: str, *more: tuple[str, ...]) -> tuple[Meta, bytes, list[Any]]:
         """Check that an expert's parts belong together; returns its meta and weights, and the replies to `more`."""

@@ -138,7 +138,8 @@ class ExpertLifecycle:
                 pipe.multi()
                 if though_removed:
                     pipe.unlink(keys.meta)
-                pipe.unlink(keys.log, keys.dead, keys.packed, keys.lost, keys.claims)  # of an earlier history
+                # of an earlier history
+                pipe.unlink(keys.log, keys.dead, keys.packed, keys.server_state, keys.lost, keys.claims)
                 self._queue_parts(pipe, spec, meta, stamped(weights, meta.weights_commit), packed)
                 if execute(pipe) is None:
                     return False
@@ -154,6 +155,7 @@ class ExpertLifecycle:
         *,
         on: str,
         decided: Mapping[str, Decided],
+        server_state: memoryview | None = None,
         log: Sequence[Line] = (),
         dead: Sequence[Line] = (),
     ) -> bool:
@@ -165,6 +167,7 @@ class ExpertLifecycle:
             weights: stamped with meta's `weights_commit`.
             on: the expected commit in Redis, "" if there is no meta; the result is False if it is another one.
             decided: the last decided update of each worker.
+            server_state: stamped like the weights; None if there is none.
             log: lines that Redis lost; they are appended.
             dead: dead letters that Redis lost; they are appended.
         """
@@ -183,10 +186,13 @@ class ExpertLifecycle:
                     keys.weights,
                     keys.decided,
                     keys.packed,
+                    keys.server_state,
                     keys.lost,
                     keys.claims,
                 )
                 self._queue_parts(pipe, spec, meta, weights, packed)
+                if server_state is not None:
+                    pipe.set(keys.server_state, server_state)
                 if decided:
                     pipe.hset(keys.decided, mapping={w: d.to_json() for w, d in decided.items()})
                 for key, lines in ((keys.log, log), (keys.dead, dead)):

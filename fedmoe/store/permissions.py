@@ -86,6 +86,7 @@ def _aggregator(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
         "Redis has lost an expert or a part of it",
         "Redis is full",
     )
+    remembers = "the server optimizer is not sgd"
     older = "Redis came back with an older state, and kept updates are resent"
     return (
         *_on(all_keys.experts, may="HGET, HGETALL, HSETNX"),
@@ -100,6 +101,8 @@ def _aggregator(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
         *_on(keys.packed, may="SET, UNLINK, TYPE, STRLEN, WATCH, EVAL"),
         *_on(keys.weights, keys.packed, may="GETRANGE"),
         *_on(keys.weights, keys.packed, may="SETRANGE, PTTL", when=large),
+        *_on(keys.server_state, may="GET, UNLINK, TYPE, WATCH, EVAL"),
+        *_on(keys.server_state, may="SET, STRLEN, GETRANGE, SETRANGE, PTTL", when=remembers),
         *_on(keys.spec, may="EXISTS, GET, SET"),
         *_on(keys.log, keys.dead, may="XADD, UNLINK, TYPE, WATCH, EVAL"),
         *_on(keys.log, may="XREVRANGE"),
@@ -142,7 +145,9 @@ def _operator(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
         *_on(keys.meta, keys.decided, may="HGETALL, HSET"),
         *_on(keys.log, keys.dead, may="XRANGE, XADD"),
         *_on(keys.packed, may="SET"),
-        *_on(keys.packed, keys.lost, keys.claims, may="UNLINK"),
+        *_on(keys.server_state, may="GET"),
+        *_on(keys.server_state, may="SET", when="it restores a server optimizer's state"),
+        *_on(keys.packed, keys.server_state, keys.lost, keys.claims, may="UNLINK"),
         *_on(*written, may="WATCH, EXISTS, UNLINK"),
         *_on(merged.weights, may="GET"),
         *_on(all_keys.experts, may="HKEYS, HDEL", when="it removes an expert"),
@@ -155,8 +160,17 @@ def _operator(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
             when="it removes an expert",
         ),
         *_on(keys.meta, may="EVAL", when=changes),
-        *_on(keys.decided, keys.log, keys.dead, keys.weights, keys.packed, may="EVAL, TYPE", when=changes),
-        *_on(keys.packed, may="WATCH, STRLEN", when=changes),
+        *_on(
+            keys.decided,
+            keys.log,
+            keys.dead,
+            keys.weights,
+            keys.packed,
+            keys.server_state,
+            may="EVAL, TYPE",
+            when=changes,
+        ),
+        *_on(keys.packed, keys.server_state, may="WATCH, STRLEN", when=changes),
         *_on(keys.weights, may="GETRANGE", when=changes),
         *_on(all_keys.experts, may="HSETNX", when=adds),
         *_on(keys.lost, may="HGETALL", when=adds),

@@ -3,6 +3,7 @@
     manifest.json                     list of experts, and the SHA-256 of every file; written last
     EXPERT/adapter_model.safetensors  the weights, byte for byte as in Redis
     EXPERT/adapter_config.json        for peft
+    EXPERT/server_state.safetensors   what the server optimizer remembers, if it remembers something
     EXPERT/expert.json                spec, meta, decided, log and dead as in Redis
 
 Each expert is consistent in itself, because each has its own chain of commits. The gateway is a view of the experts and
@@ -24,6 +25,7 @@ from typing import Any
 
 from fedmoe import __version__
 from fedmoe.errors import BackupError, FedMoEError, UnknownExpertError
+from fedmoe.protocol.integrity import server_state_problem
 from fedmoe.protocol.names import check_expert
 from fedmoe.store.backup import BackupStore, ExpertState, Line
 from fedmoe.tools.export import CONFIG_FILE, WEIGHTS_FILE
@@ -32,6 +34,7 @@ from fedmoe.util.disk import put_in_place, to_disk, write_file
 FORMAT = 2  # 2: `decided` has that name
 MANIFEST, STATE_FILE = "manifest.json", "expert.json"
 FILES = (WEIGHTS_FILE, CONFIG_FILE, STATE_FILE)
+OPTIMIZER_FILE = "server_state.safetensors"  # not in every backup
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +54,9 @@ class Saved:
     files: Mapping[str, str]
 
     def __post_init__(self) -> None:
-        if self.files.keys() != set(FILES) or not math.isfinite(float(self.gateway_weight)):
+        if self.files.keys() - {OPTIMIZER_FILE} != set(FILES) or not math.isfinite(
+            float(self.gateway_weight)
+        ):
             raise ValueError("not a manifest's record of an expert")
 
 
@@ -141,6 +146,10 @@ def _write_expert(directory: Path, name: str, state: ExpertState, gateway_weight
         CONFIG_FILE: _write(directory / CONFIG_FILE, [_json(spec.adapter_config())]),
         STATE_FILE: _write(directory / STATE_FILE, _state_lines(state)),
     }
+    # One that does not fit is left out: after a restore the optimizer begins anew.
+    if meta.server_state and not server_state_problem(meta, state.server_state, len(state.weights)):
+        assert state.server_state is not None
+        files[OPTIMIZER_FILE] = _write(directory / OPTIMIZER_FILE, [state.server_state])
     to_disk(directory)
     try:
         return Saved(
@@ -220,7 +229,7 @@ class Backup:
         Raises:
             BackupError: if anything is missing or damaged, or the parts do not belong together.
         """
-        files = {file: self._read(name, file) for file in FILES}
+        files = {file: self._read(name, file) for file in self.experts[name].files}
         try:
             content = json.loads(files[STATE_FILE])
             state = ExpertState(
@@ -230,6 +239,7 @@ class Backup:
                 decided=_raws(content["decided"]),
                 log=_lines(content["log"]),
                 dead=_lines(content["dead"]),
+                server_state=files.get(OPTIMIZER_FILE),
             )
         except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise BackupError(

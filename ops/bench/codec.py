@@ -15,12 +15,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from consumers.decide import Admission
+from consumers.fold import Values
 from consumers.payload import Workspace, fold_payload
 from fedmoe.protocol.codec import EXACT, scratch_values
 from fedmoe.protocol.layout import AdapterBuffer, Layout, values_of_chunks
 from fedmoe.protocol.lora_init import initial_weights
 from fedmoe.protocol.packed import chunks, pack, unpack
 from fedmoe.protocol.records import Decided, Meta
+from fedmoe.protocol.rules import AggregationRules
+from fedmoe.protocol.server import ServerStep
 from fedmoe.protocol.update import make_run
 from fedmoe.store.chunks import values_and_stamp, weights_reads
 from fedmoe.util.memory import keep_freed
@@ -91,8 +94,11 @@ def _steps(layout: Layout, form: str) -> dict[str, Callable[[], object]]:
     weights.flat.copy_(initial_weights(layout, spec.init_seed))
     local = weights.flat + torch.randn(layout.numel, generator=torch.Generator().manual_seed(0)) * STEP
     ledger = Ledger(base=weights.flat.clone(), meta=meta, run=make_run(1, "00000001"))
-    space = Workspace(weights.flat, folded.flat, torch.empty(scratch_values(layout.numel)))
-    admission = Admission()
+    none = torch.empty(0)
+    space = Workspace(
+        Values(weights.flat, none), Values(folded.flat, none), torch.empty(scratch_values(layout.numel))
+    )
+    admission = Admission(0, ServerStep(AggregationRules(), 1.0))
 
     def make() -> object:
         ledger.queue.clear()

@@ -325,6 +325,47 @@ def h00_killed_before_the_commit(world: World) -> None:
     world.expect_expert(alice=[1])
 
 
+def h25_killed_beside_the_state(world: World) -> None:
+    """An aggregator with momentum is killed in the commit of its second update; another one goes on."""
+    world.create()
+    world.change_rules(server_optimizer="nesterov")
+    alice = world.worker("alice")
+    dead, heir = world.aggregator("dead"), world.aggregator("heir")
+    alice.push()
+    dead.turn(2)
+    alice.push()
+    dead.steps.kill_before(COMMIT_BEGINS)
+    dead.turn()
+    world.lease_expires()
+    world.settle(heir, alice)
+    _expect_one_beginning(world)
+
+
+def h25_emptied(world: World) -> None:
+    """An aggregator with momentum writes the expert back to an emptied server, and goes on."""
+    world.create()
+    world.change_rules(server_optimizer="nesterov")
+    alice = world.worker("alice")
+    a0 = world.aggregator()
+    alice.push()
+    a0.turn(2)
+    alice.look()
+    world.redis.flushall()
+    a0.turn()
+    a0.time_passes()
+    a0.turn(2)
+    alice.push()
+    world.settle(a0, alice)
+    _expect_one_beginning(world, before=1)
+
+
+def _expect_one_beginning(world: World, *, before: int = 0) -> None:
+    """The server state began once; `before`: lines that the server has lost."""
+    began = [line for _, line in world.redis.xrange(world.keys.log) if b"new_state" in line]
+    expect(len(began) == 1 - before, "the server optimizer began anew")
+    assert world.meta.server_state == "nesterov"
+
+
 def h00_clocks_run_wild(world: World) -> None:
     """The same updates with a clock that stands still and with clocks that jump: the same bytes and decisions."""
 

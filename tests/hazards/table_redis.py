@@ -140,4 +140,18 @@ OF_REDIS = {
         without=((change, "RulesLine", without.NoLine),),
         symptom="the log cannot be replayed",
     ),
+    "H25a": Hazard(
+        wrong="an aggregator is killed between writing the server state and the weights: the momentum is gone",
+        rule="the server state is part of the commit that changes the weights",
+        scenario=commits.h25_killed_beside_the_state,
+        without=of_store(broken.StateBesideTheCommit),
+        symptom="the server optimizer began anew",
+    ),
+    "H25b": Hazard(
+        wrong="an emptied Redis is written back without the server state: the momentum is gone",
+        rule="a write-back writes the retained server state with the retained weights",
+        scenario=commits.h25_emptied,
+        without=of_store(without.WritesBackWeightsAlone),
+        symptom="the server optimizer began anew",
+    ),
 }

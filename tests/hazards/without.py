@@ -100,6 +100,13 @@ class LoadsWithoutLooking(ExpertStore):
         )  # fmt: skip
 
 
+class WritesBackWeightsAlone(ExpertStore):
+    """A write-back leaves the server state out."""
+
+    def write_back(self, *args: Any, **more: Any) -> bool:
+        return super().write_back(*args, **(more | {"server_state": None}))
+
+
 def connect_uncounted(connection: Connection, client: Any) -> None:
     """A reconnection is not noticed."""
     client.on_connect()

@@ -374,4 +374,5 @@ class World:
         meta, weights, lines = GatewayStore(self._operator).history(EXPERT)
         found = consumers.verify.replay(self.spec, meta, lines, Archive(self.directory / "kept" / EXPERT))
         expect(not found.problem, f"the log cannot be replayed: {found.problem}")
-        expect(found.weights.same_values(weights), "the weights are not those of the log")
+        state = GatewayStore(self._operator).server_state(EXPERT, meta, len(weights))
+        expect(found.same_values(weights, state), "weights or server state are not those of the log")

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from consumers.expert import Expert
-from consumers.fold import fold
 from fedmoe.errors import DamagedExpertError, LostExpertError, StaleStateError
 from fedmoe.protocol.beat import Beat
 from fedmoe.protocol.identity import BaseIdentity, tokenizer_text
@@ -159,7 +158,7 @@ def test_staleness_bound_grows_alike_in_every_batching(connection: Connection, b
     assert "at most 256 are allowed" in loaded.decided["x"].reason
     weights = start_weights()
     for staleness in (257, 258):
-        fold(weights, torch.ones(LAYOUT.numel), 1 / (1 + staleness))
+        weights.add_(torch.ones(LAYOUT.numel), alpha=1 / (1 + staleness))
     assert torch.equal(stored(expert), weights)
 
 

@@ -23,7 +23,7 @@ from fedmoe.errors import FedMoEError
 from fedmoe.protocol.keys import Keys
 from fedmoe.protocol.layout import Layout, stamped
 from fedmoe.protocol.records import PROTOCOL, Decided, Meta
-from fedmoe.protocol.rules import AggregationRules, RuleSet
+from fedmoe.protocol.rules import NESTEROV, AggregationRules, RuleSet
 from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.staleness import Decay
 from fedmoe.settings import AggregatorSettings
@@ -46,10 +46,11 @@ def make_spec(workers: int, units: int) -> Spec:
     return Spec(base_model="m", base_config={}, layout=layout, wire_format="fp32")
 
 
-def first_rules(max_staleness: int, max_norm: float) -> RuleSet:
+def first_rules(max_staleness: int, max_norm: float, momentum: float) -> RuleSet:
     """Every applied update weighs 1."""
+    optimizer = {"server_optimizer": NESTEROV, "server_momentum": momentum} if momentum else {}
     aggregation = AggregationRules(
-        decay=Decay(kind="constant"), max_staleness=max_staleness, max_norm=max_norm
+        decay=Decay(kind="constant"), max_staleness=max_staleness, max_norm=max_norm, **optimizer
     )
     return RuleSet(aggregation=aggregation)
 
@@ -151,6 +152,8 @@ class Served(NamedTuple):
 
     loaded: bool = False
     weights: bytes = b""
+    server_state: bytes | None = None
+    optimizer: str = ""
     meta: Meta | None = None
     decided: tuple[tuple[str, Decided], ...] = ()
     same_connection: bool = True
@@ -217,7 +220,7 @@ class Aggregator:
         history.lines, history.attempted = dict(memory.history), memory.attempted
         if memory.meta:
             expert = server.retained = self._expert(store, self._spec, history=history)
-            expert.buffer.load(memory.weights)
+            expert.held.load(memory.weights, memory.server_state, memory.optimizer)
             expert.meta, expert.decided = memory.meta, dict(memory.decided)
             same = memory.same_connection or not rules.counts_connections
             expert.generation = 0 if same else -1
@@ -247,6 +250,8 @@ class Aggregator:
         return remembered._replace(
             loaded=server.is_serving,
             weights=bytes(expert.buffer.file),
+            server_state=None if expert.held.state_file is None else bytes(expert.held.state_file),
+            optimizer=expert.held.optimizer,
             meta=meta,
             decided=tuple(sorted(expert.decided.items())),
             same_connection=expert.generation == connection.generation or not server.is_serving,

@@ -72,6 +72,18 @@ class WritesBackFolded(Expert):
         self.buffer = self._folded
 
 
+class StateBesideTheCommit(ExpertStore):
+    """The server state is written first, and then the rest is committed."""
+
+    def commit(self, commit: Commit) -> None:
+        if commit.server_state is not None:
+            with self._redis.pipeline(transaction=True) as pipe:
+                pipe.set(self.keys.server_state, bytes(commit.server_state))
+                pipe.execute()
+        commit.server_state = None
+        super().commit(commit)
+
+
 class TornLoad(ExpertStore):
     """Weights and meta are read one after the other."""
 
@@ -295,6 +307,12 @@ BROKEN = {
         rules=Rules(patches=((consumers.expert, "judge_header", _first_rules_judge),)),
         scope=Scope(units=1, faults={"rules": 1}),
         symptom="replay",
+    ),
+    "H25_state_beside_the_commit": Broken(
+        what="the server state is written first, and then the rest is committed",
+        rules=Rules(expert_store=StateBesideTheCommit),
+        scope=Scope(momentum=0.5),
+        symptom="the server state is",
     ),
     "acknowledged_before_commit": Broken(
         what="entries are acknowledged and deleted when they are read",

@@ -1,9 +1,10 @@
-"""What must hold in every database: each update once in one history, and the weights are the replay of it."""
+"""What must hold in every database: each update once in one history, and weights and server state are its replay."""
 
 import torch
 
 from fedmoe.protocol.codec import decode
 from fedmoe.protocol.layout import values_of
+from fedmoe.protocol.rules import RuleSet
 from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.update import Header
 from tests.protocol.actors import NEW_LR, Values, first_file
@@ -17,6 +18,14 @@ def weights_of(db: Db, spec: Spec) -> Values:
     file = db.string(KEYS.weights)
     assert file is not None
     return tuple(values_of(spec.layout, file).tolist())
+
+
+def _zeros(spec: Spec) -> list[float]:
+    return [0.0] * spec.layout.numel
+
+
+def _state_of(spec: Spec, file: bytes | None) -> list[float]:
+    return _zeros(spec) if file is None else list(values_of(spec.layout, file).tolist())
 
 
 def check_db(db: Db, spec: Spec, *, refuses_nothing: bool) -> str:
@@ -36,26 +45,39 @@ def check_db(db: Db, spec: Spec, *, refuses_nothing: bool) -> str:
         return f"update {twice[0]} is twice in the history"
     if db.refused and refuses_nothing:
         return f"update {db.refused[0]} was refused without cause"
-    since, file = db.base or (0, first_file(spec))
+    since, file, state_file = db.base or (0, first_file(spec), None)
+    state = _state_of(spec, state_file)
+    momentum = (
+        RuleSet.from_json(meta["rules"]).aggregation.server_momentum if meta.get("server_state") else 0.0
+    )
     weights, replay = weights_of(db, spec), values_of(spec.layout, file).tolist()
     written = dict(db.written)
     if TWO_CONTENTS in written.values():
         return "one name of an update has two contents"
     if db.rules_went_back:
         return "the operator's rules were taken back"
-    for worker, run, seq, rules in db.log:
+    for worker, run, seq, rules, ends_round, new_state in db.log:
         lineage = Header.unpack(written[KEYS.header(worker, run, seq)]).lineage
         if lineage != meta["lineage"]:
             return f"an update of another lineage, {lineage}, is in the history"
         delta = _decoded(written[KEYS.part(worker, run, seq, 0)], len(replay))
         factor = 1.0 if rules == 1 else NEW_LR
         replay = [a + factor * b for a, b in zip(replay, delta, strict=True)]
+        if not momentum:
+            continue
+        state = [a + factor * b for a, b in zip(_zeros(spec) if new_state else state, delta, strict=True)]
+        if ends_round:
+            state = [momentum * value for value in state]
+            replay = [a + b for a, b in zip(replay, state, strict=True)]
     if list(weights) != replay:
         return f"the weights are {weights}, a replay of the log gives {tuple(replay)}"
-    if any(value not in (0.0, NEW_LR, 1.0) for value in weights):
-        return f"a unit of training counts twice: {weights}"
     if int(meta["version"]) != since + len(db.log):
         return "the version is not the number of updates in the log"
+    if momentum:
+        now = _state_of(spec, db.string(KEYS.server_state))
+        return "" if now == state else f"the server state is {now}, a replay of the log gives {state}"
+    if any(value not in (0.0, NEW_LR, 1.0) for value in weights):
+        return f"a unit of training counts twice: {weights}"
     return ""
 
 

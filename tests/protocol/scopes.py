@@ -19,6 +19,13 @@ SMALL = {
     "expiry and hostile workers": Scope(units=1, faults={"expire": 1, "trim": 1}),
     "forged entries": Scope(units=1, faults={"forge": 2}),
     "two workers, too stale": Scope(workers=2, units=1, max_staleness=0),
+    "momentum, two workers": Scope(workers=2, units=1, momentum=0.5),
+    "momentum, kills": Scope(momentum=0.5, faults={"kill_worker": 1, "kill_aggregator": 1}),
+    "momentum, failover": Scope(units=1, momentum=0.5, faults={"failover": 1}),
+    "momentum, emptied": Scope(momentum=0.5, faults={"empty": 1}),
+    "momentum, refusals, two aggregators": Scope(
+        aggregators=2, units=1, momentum=0.5, max_norm=0.5, faults={"lease": 1}
+    ),
     "new lineage": Scope(faults={"new_lineage": 1}),
     "departure": Scope(units=1, disk=False, faults={"leave": 1, "kill_aggregator": 1}),
     "changed rules": Scope(workers=2, units=1, faults={"rules": 1}),
@@ -63,6 +70,11 @@ BIG = {
     "changed rules, two aggregators": Scope(aggregators=2, units=1, faults={"rules": 1, "lease": 1}),
     "changed rules and failover": Scope(units=1, faults={"rules": 1, "failover": 1}),
     "changed rules, lost replies": Scope(faults={"rules": 1, "lost": 1}),
+    "momentum, lost replies, two aggregators": Scope(
+        aggregators=2, units=1, momentum=0.5, faults={"late": 1, "lease": 1}
+    ),
+    "momentum, changed rules": Scope(units=2, momentum=0.5, faults={"rules": 1}),
+    "momentum, emptied, two workers": Scope(workers=2, units=1, momentum=0.5, faults={"empty": 1}),
     "new lineage, two workers": Scope(workers=2, units=1, faults={"new_lineage": 1}),
     "emptied, two workers": Scope(workers=2, units=1, faults={"empty": 1}),
     "emptied, refusals": Scope(workers=2, units=1, max_staleness=0, faults={"empty": 1}),

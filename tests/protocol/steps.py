@@ -66,7 +66,7 @@ class Steps:
         """A new expert; nobody has begun, but an aggregator that was paused."""
         slots = tuple(self._fresh(actor.first) for actor in self.actors)
         budget = tuple(self.scope.faults.get(name, 0) for name in FAULTS)
-        rules = first_rules(self.scope.max_staleness, self.scope.max_norm)
+        rules = first_rules(self.scope.max_staleness, self.scope.max_norm, self.scope.momentum)
         state = State(self._dbs(first_db(self._spec, rules)), -1, 0, slots, (), budget)
         if self.scope.paused:
             state = self._do(self._whole_turn(state, 0, []), ("UNLINK", KEYS.lease))

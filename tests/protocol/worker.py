@@ -18,6 +18,7 @@ from fedmoe.errors import UnknownExpertError
 from fedmoe.protocol.identity import BaseIdentity
 from fedmoe.protocol.records import Meta
 from fedmoe.protocol.rules import TrainingSettings
+from fedmoe.protocol.server import has_state
 from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.update import UpdateId, make_run
 from fedmoe.store.worker import WorkerStore
@@ -337,10 +338,15 @@ class Worker:
         uncut = list(range(memory.position - memory.trained.steps, memory.position))
         if progress != uncut:
             return f"worker {self.name}: progress holds units {progress}, in no update are {uncut}"
+        has_momentum = has_state(ledger.meta.rules.aggregation)
         mine = memory.local[self.offset : self.offset + self.units]
         for unit, value in enumerate(mine):
             once = memory.began <= unit < memory.position and unit not in memory.told
-            if value not in ((NEW_LR, 1.0) if once else (0.0, NEW_LR, 1.0)):
+            if has_momentum:  # it repeats a share of a unit, in all less than the unit
+                is_right = (NEW_LR if once else 0.0) <= value < 2.0
+            else:
+                is_right = value in ((NEW_LR, 1.0) if once else (0.0, NEW_LR, 1.0))
+            if not is_right:
                 return f"worker {self.name}: unit {unit} is {value:g} times in local"
         return ""
 

@@ -20,7 +20,7 @@ KEYS = Keys().expert(NAME)
 FOR_PEOPLE = ("duplicate", "undecidable", "garbage")
 NO_GROUP = "NOGROUP No such consumer group"
 TWO_CONTENTS = b"two contents"
-OVERWRITTEN = (-1, b"")  # as a base: an expert was written back where one was
+OVERWRITTEN = (-1, b"", None)  # as a base: an expert was written back where one was
 LOG_FIELDS = ("worker", "run", "seq")
 
 Command = tuple[Any, ...]
@@ -77,7 +77,9 @@ class Reply(NamedTuple):
 class Db(NamedTuple):
     """All that the server holds; ids of the updates stream are whole numbers.
 
-    `base` is the version and the weights that an aggregator wrote back, since when the log goes on; none: from zeros.
+    `base` is the version, the weights and the server state (if any) that an aggregator wrote back, since when the log
+    goes on; none: from zeros. A line of the log is the update's name, the number of its rules, and whether it ended a
+    round and began the server state.
     """
 
     strings: tuple[tuple[str, bytes], ...] = ()
@@ -86,10 +88,10 @@ class Db(NamedTuple):
     last_id: int = 0
     delivered: int | None = None  # None: there is no consumer group
     pending: tuple[int, ...] = ()
-    log: tuple[tuple[str, str, int, int], ...] = ()
+    log: tuple[tuple[str, str, int, int, bool, bool], ...] = ()
     refused: tuple[tuple[str, str, int], ...] = ()
     written: tuple[tuple[str, bytes], ...] = ()
-    base: tuple[int, bytes] | None = None
+    base: tuple[int, bytes, bytes | None] | None = None
     rules_went_back: bool = False
 
     @property
@@ -232,11 +234,12 @@ class _Server:
         content = dict(fields)
         if key == KEYS.log and "restored" in content:
             over = self.log or self.base
-            self.base = OVERWRITTEN if over else (int(content["version"]), self.strings[KEYS.weights])
+            files = self.strings[KEYS.weights], self.strings.get(KEYS.server_state)
+            self.base = OVERWRITTEN if over else (int(content["version"]), *files)
         elif key in (KEYS.log, KEYS.dead) and "seq" in content:
             line = (content["worker"], content["run"], int(content["seq"]))
             if key == KEYS.log:
-                self.log += ((*line, int(content["rules"])),)
+                self.log += ((*line, int(content["rules"]), "ends_round" in content, "new_state" in content),)
             else:
                 self.refused += (line,)
         elif key == KEYS.updates:

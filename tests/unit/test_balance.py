@@ -32,7 +32,7 @@ def crowd(*counts: int) -> dict[str, Decided]:
 def test_ten_workers_of_one_domain_count_as_one_of_another(worker: str, weight: Fraction) -> None:
     """M / (D · n): 11/(2·10) each of the ten, 11/2 the one. In a round of 11, τ = 10, each domain moves by a half."""
     peers = peers_of(GATEWAY, worker, crowd(10, 1), 100, BY_DOMAIN)
-    assert peers == Peers(11, float(weight))
+    assert peers == Peers(11, float(weight), active=11)
     mine = 10 if worker.startswith("d0") else 1
     assert mine * BY_DOMAIN.factor(10, peers.weight) == pytest.approx(0.5)
 

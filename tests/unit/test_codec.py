@@ -12,7 +12,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from consumers.decide import Admission, Outcome
+from consumers.decide import Outcome
+from consumers.fold import Values
 from consumers.payload import Workspace, fold_payload
 from fedmoe.errors import UpdateError
 from fedmoe.protocol.codec import (
@@ -28,7 +29,7 @@ from fedmoe.protocol.layout import Layout
 from fedmoe.protocol.records import Decided
 from fedmoe.protocol.update import PART_BYTES, make_run
 from producers.ledger import Ledger, Trained
-from tests.federation import delta_of, first_meta, small_spec
+from tests.federation import admission, delta_of, first_meta, small_spec
 from tests.strategies import flats, flip_bytes, oddities, randn, seeds, wire_formats
 
 SMALL = 200  # values: three whole blocks and a rest
@@ -205,8 +206,9 @@ def test_non_finite_values_are_refused(wire_format: str, poison: float, place: i
     update = ledger.make_update(
         ledger.progress(flat), Trained(steps=1), wire_format=wire_format, fingerprint="f"
     )
-    space = Workspace(torch.zeros(SMALL), torch.empty(SMALL), torch.empty(SMALL))
-    verdict = fold_payload(update.header, Admission(), update.parts, spec, space)
+    now, out = (Values(torch.zeros(SMALL), torch.empty(0)) for _ in range(2))
+    space = Workspace(now, out, torch.empty(SMALL))
+    verdict = fold_payload(update.header, admission(), update.parts, spec, space)
     assert verdict.outcome is Outcome.REFUSED
     assert "NaN or infinity" in verdict.reason
 

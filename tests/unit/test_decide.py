@@ -16,7 +16,7 @@ from consumers.decide import (
     judge_header,
     judge_payload,
 )
-from consumers.fold import fold
+from consumers.fold import Values, fold
 from consumers.payload import Workspace, fold_payload
 from fedmoe.protocol.balance import Peers
 from fedmoe.protocol.codec import FORMATS, decode, scratch_values
@@ -25,11 +25,11 @@ from fedmoe.protocol.rules import TrainingSettings
 from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.update import Part, make_run
 from producers.ledger import Ledger, Outgoing, Trained
-from tests.federation import FINGERPRINT, aggregating, first_meta, small_spec
+from tests.federation import FINGERPRINT, admission, aggregating, first_meta, small_spec
 from tests.strategies import randn
 
 FACTOR = 0.3217
-ADMISSION = Admission(factor=FACTOR, max_norm=1e9)
+ADMISSION = admission(factor=FACTOR)
 
 
 def update_of(delta: torch.Tensor, wire_format: str, layout: Layout | None = None) -> tuple[Spec, Outgoing]:
@@ -45,7 +45,8 @@ def update_of(delta: torch.Tensor, wire_format: str, layout: Layout | None = Non
 
 def space_for(weights: torch.Tensor) -> Workspace:
     scratch = torch.full((scratch_values(len(weights)),), torch.nan)
-    return Workspace(weights, torch.full_like(weights, torch.nan), scratch)
+    unused = torch.full_like(weights, torch.nan)  # a server state: sgd reads and writes none
+    return Workspace(Values(weights, unused), Values(torch.full_like(weights, torch.nan), unused), scratch)
 
 
 @pytest.mark.parametrize("wire_format", sorted(FORMATS))
@@ -58,13 +59,13 @@ def test_parts_give_the_same_bits_as_the_whole(wire_format: str) -> None:
     space = space_for(weights.clone())
     verdict = fold_payload(update.header, ADMISSION, iter(update.parts), spec, space)
     assert verdict.outcome is Outcome.APPLIED
-    assert torch.equal(space.weights, weights)
+    assert torch.equal(space.now.weights, weights)
     decode(update.parts, wire_format, delta)
     assert verdict.norm == pytest.approx(
         float(torch.linalg.vector_norm(delta, dtype=torch.float64)), rel=1e-4
     )
-    fold(weights, delta, FACTOR)
-    assert torch.equal(space.out, weights)
+    fold(Values(weights, weights), delta, ADMISSION.step)
+    assert torch.equal(space.out.weights, weights)
 
 
 def test_no_more_than_one_part_is_asked_for_at_a_time() -> None:
@@ -76,8 +77,8 @@ def test_no_more_than_one_part_is_asked_for_at_a_time() -> None:
     def parts() -> Iterator[bytes]:
         for number, part in enumerate(update.parts):
             done = number * FORMATS["fp32"].values_per_part
-            assert space.out[:done].eq(FACTOR).all()
-            assert space.out[done:].isnan().all()
+            assert space.out.weights[:done].eq(FACTOR).all()
+            assert space.out.weights[done:].isnan().all()
             yield part
 
     assert fold_payload(update.header, ADMISSION, parts(), spec, space).outcome is Outcome.APPLIED
@@ -201,7 +202,7 @@ def test_base_may_be_as_far_ahead_as_behind(base_version: int, admitted: bool) -
 )
 def test_payload_is_judged_by_what_it_turned_out_to_be(payload: Payload, outcome: Outcome) -> None:
     """Only what is not whole is its worker's to send again; a refusal keeps the staleness, and names its reason."""
-    verdict = judge_payload(Admission(staleness=3, factor=0.5, max_norm=2.0), payload)
+    verdict = judge_payload(admission(staleness=3, factor=0.5, max_norm=2.0), payload)
     assert verdict.outcome is outcome
     assert payload.not_whole in verdict.reason
     assert payload.malformed in verdict.reason

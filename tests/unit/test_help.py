@@ -29,7 +29,7 @@ UNIT = re.compile(r"(?i)\b(seconds|milliseconds|updates|rows|tokens|steps|epochs
 # Factors, exponents and norms have no unit.
 BARE = {
     "alpha", "seed", "lr", "gain", "decay-a", "max-norm", "learning-rate", "weight-decay", "clip-norm", "gateway-scale",
-    "weight",
+    "weight", "server-momentum", "server-beta2", "server-epsilon",
 }  # fmt: skip
 
 

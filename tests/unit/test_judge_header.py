@@ -17,6 +17,7 @@ from fedmoe.protocol.codec import FORMATS, FRAME_BYTES
 from fedmoe.protocol.layout import Layout
 from fedmoe.protocol.records import Decided
 from fedmoe.protocol.rules import RuleSet
+from fedmoe.protocol.server import ServerStep
 from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.staleness import Decay
 from fedmoe.protocol.update import Header, Part, UpdateId
@@ -93,7 +94,7 @@ class Row:
             Peers(self.workers),
         )
         if isinstance(judged, Admission):
-            expected = Admission(self.staleness, self.factor, self.rules.aggregation.max_norm)
+            expected = Admission(self.staleness, ServerStep(self.rules.aggregation, self.factor))
             assert (self.outcome, judged) == (None, expected)
         else:
             assert (judged.outcome, judged.staleness) == (self.outcome, self.staleness)

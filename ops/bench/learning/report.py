@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from fedmoe.protocol.rules import BY_WORKER
+from fedmoe.protocol.rules import ADAPTIVE, BY_WORKER, NESTEROV
 from ops.bench.learning.carry import BASE, OVER, OWN, Outcome
-from ops.bench.learning.runs import GATEWAY, Run
+from ops.bench.learning.runs import GATEWAY, SYNC_S, Run
 from ops.bench.result import Result, figure
 
 MERGED = ("cat 1", "cat 1.8", "svd 1.8")
@@ -42,8 +42,12 @@ def label_of(run: Run, model: str) -> str:
         return "centralised"
     what = {GATEWAY: "gateway", OWN: "experts", OVER: "experts over gateway"}[model]
     if run.scheme == "gateway":
-        by_domain = ", domains alike" if run.balance != BY_WORKER else ""
-        return f"gateway, all train it, gain {run.gain:g}{by_domain}"
+        more = ", domains alike" if run.balance != BY_WORKER else ""
+        more += f", sync {run.sync_s:g} s" if run.sync_s != SYNC_S else ""
+        more += {NESTEROV: f", nesterov {run.momentum:g}", ADAPTIVE: f", adaptive lr {run.lr:g}"}.get(
+            run.optimizer, ""
+        )
+        return f"gateway, all train it, gain {run.gain:g}{more}"
     return f"{what} by {run.scheme}, gain {run.gain:g}, compute × {run.compute:g}"
 
 

@@ -4,9 +4,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from fedmoe.protocol.names import GATEWAY
-from fedmoe.protocol.rules import BY_DOMAIN, BY_WORKER, AggregationRules
+from fedmoe.protocol.rules import ADAPTIVE, BY_DOMAIN, BY_WORKER, NESTEROV, SGD, AggregationRules
 
 DOMAINS = ("python_expert", "sql_expert", "docs_expert")
+SYNC_S = 6.0  # virtual seconds between two updates of a worker, and its steps meanwhile
 ALL = "all"  # a worker of this domain has the rows of every domain
 SCHEMES = {
     "apart": "each worker trains its domain's expert",
@@ -46,6 +47,7 @@ class Run:
         mix: the workers, a key of MIXES.
         steps: optimizer steps of a domain, if the mix has one worker a domain and one chain is trained.
         gain, balance: rules by which updates are aggregated (see `fedmoe.protocol.rules`).
+        optimizer: the server optimizer; momentum: of nesterov; lr: of adaptive, in units of the weights.
         compute: how many times as long the workers train.
         rank: of the adapter; alpha is twice the rank.
         seed: of initial weights, order of rows and delays.
@@ -59,11 +61,14 @@ class Run:
     steps: int = 48
     gain: float = 1.0
     balance: str = BY_WORKER
+    optimizer: str = SGD
+    momentum: float = 0.5
+    lr: float = 1.0
     compute: float = 1.0
     rank: int = 8
     seed: int = 0
     rows: int = 128
-    sync_s: float = 6.0
+    sync_s: float = SYNC_S
     delay_s: tuple[float, float] = (0.1, 0.5)
     wire_format: str = "int4"
 
@@ -73,12 +78,22 @@ class Run:
         amount = f"x{self.gain:g}" + (f"-compute{self.compute:g}" if self.compute != 1 else "")
         amount += f"-{self.wire_format}" if self.wire_format != "int4" else ""
         amount += f"-by-{self.balance}" if self.balance != BY_WORKER else ""
+        amount += f"-sync{self.sync_s:g}" if self.sync_s != SYNC_S else ""
+        amount += {NESTEROV: f"-nesterov{self.momentum:g}", ADAPTIVE: f"-adaptive{self.lr:g}"}.get(
+            self.optimizer, ""
+        )
         return f"{self.mix}-{self.steps}-r{self.rank}-s{self.seed}-n{self.rows}-{self.scheme}-{amount}"
 
     @property
     def rules(self) -> AggregationRules:
         """How updates are aggregated."""
-        return AggregationRules(gain=self.gain, balance=self.balance)
+        return AggregationRules(
+            lr=self.lr,
+            gain=self.gain,
+            balance=self.balance,
+            server_optimizer=self.optimizer,
+            server_momentum=self.momentum,
+        )
 
     @property
     def group(self) -> tuple[str, int, int, int]:

@@ -1,4 +1,4 @@
-"""The aggregator's side of one chain: weights, version and decided heads, by the real rules and the real fold."""
+"""The aggregator's side of one chain: weights, server state, version and heads, by the real rules and the real fold."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 
 from consumers.decide import Admission, Outcome, judge_header
+from consumers.fold import Values
 from consumers.payload import Workspace, fold_payload
 from fedmoe.protocol.balance import peers_of
 from fedmoe.protocol.codec import EXACT, scratch_values
@@ -13,6 +14,7 @@ from fedmoe.protocol.lora_init import initial_weights
 from fedmoe.protocol.packed import chunks, pack, unpack
 from fedmoe.protocol.records import PROTOCOL, Decided, Meta
 from fedmoe.protocol.rules import AggregationRules, RuleSet
+from fedmoe.protocol.server import first_value
 from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.update import Header
 from ops.bench.fedmoe_side import FINGERPRINT
@@ -29,7 +31,10 @@ class Server:
 
     def __init__(self, name: str, spec: Spec, rules: AggregationRules) -> None:
         self.name, self.spec = name, spec
-        self.weights = initial_weights(spec.layout, spec.init_seed).clone()
+        self._now = Values(
+            initial_weights(spec.layout, spec.init_seed).clone(),
+            torch.full((spec.layout.numel,), first_value(rules)),
+        )
         self.decided: dict[str, Decided] = {}
         self.staleness: list[int] = []
         self.meta = Meta(
@@ -41,8 +46,13 @@ class Server:
             protocol=PROTOCOL,
             base_fingerprint=FINGERPRINT,
         )
-        self._out = torch.empty_like(self.weights)
+        self._out = Values(torch.empty_like(self.weights), torch.empty_like(self.weights))
         self._scratch = torch.empty(scratch_values(spec.layout.numel))
+
+    @property
+    def weights(self) -> torch.Tensor:
+        """The weights (numel,) fp32."""
+        return self._now.weights
 
     def decide(self, worker: str, header: Header, parts: Sequence[bytes]) -> None:
         """Apply an update; anything but applied is an error here.
@@ -54,14 +64,18 @@ class Server:
         judged = judge_header(header, self.decided.get(worker), self.meta, self.spec, peers)
         if not isinstance(judged, Admission):
             raise BenchError(f"update {header.id} of {worker} was {judged.outcome.value}: {judged.reason}")
-        space = Workspace(self.weights, self._out, self._scratch)
+        space = Workspace(self._now, self._out, self._scratch)
         verdict = fold_payload(header, judged, parts, self.spec, space)
         if verdict.outcome is not Outcome.APPLIED:
             raise BenchError(f"update {header.id} of {worker} was {verdict.outcome.value}: {verdict.reason}")
-        self.weights, self._out = self._out, self.weights
+        self._now, self._out = self._out, self._now
         version = self.meta.version + 1
         self.meta = replace(
-            self.meta, version=version, commit=_commit(version), weights_commit=_commit(version)
+            self.meta,
+            version=version,
+            commit=_commit(version),
+            weights_commit=_commit(version),
+            round_version=version if verdict.ends_round else self.meta.round_version,
         )
         self.decided[worker] = Decided(
             id=header.id, how="applied", version=version, staleness=verdict.staleness

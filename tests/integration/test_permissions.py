@@ -19,7 +19,7 @@ from fedmoe.protocol.beat import Beat
 from fedmoe.protocol.keys import Keys
 from fedmoe.protocol.lora import LoraSettings
 from fedmoe.protocol.names import GATEWAY
-from fedmoe.protocol.rules import RuleSet
+from fedmoe.protocol.rules import NESTEROV, RuleSet
 from fedmoe.settings import AggregatorSettings, GatewaySettings, RedisSettings, WorkerSettings
 from fedmoe.store.backup import BackupStore
 from fedmoe.store.connection import Connection
@@ -47,7 +47,7 @@ from fedmoe.store.worker import WorkerStore
 from fedmoe.util.stopping import Stop
 from producers.worker import Worker
 from tests.errors import raises
-from tests.federation import ScriptedWorker, make_expert, serve, serving, small_spec
+from tests.federation import ScriptedWorker, aggregating, make_expert, serve, serving, small_spec
 from tests.processes import eventually
 from tests.proxy import Proxy
 from tests.recorder import Recorder, ScriptRecorder, Sent, idle, missing
@@ -222,10 +222,12 @@ def test_what_is_listed_for_rarer_situations_is_sent_in_them(
 
 
 def commit_and_pull(guarded: Guarded, wire_format: str) -> None:
-    """Apply updates and pull, also while Redis is full."""
+    """Apply updates under a server optimizer and pull, also while Redis is full; restore its state."""
     admin, spec = guarded.admin.client, small_spec(wire_format=wire_format)
     admin.flushall()
-    expert = make_expert(guarded.connection(AGGREGATOR), spec=spec)
+    expert = make_expert(
+        guarded.connection(AGGREGATOR), spec=spec, rules=aggregating(server_optimizer=NESTEROV)
+    )
     expert.store.register(2.0, overwrite=True)
     worker = ScriptedWorker(guarded.connection(WORKER), spec, NAME)
     worker.push(0.1)
@@ -249,8 +251,10 @@ def commit_and_pull(guarded: Guarded, wire_format: str) -> None:
     assert write_back(expert, on=expert.meta.commit)
     expert.load()
     backups = BackupStore(guarded.connection(OPERATOR))
-    backups.read(EXPERT)
+    state = backups.read(EXPERT)
     admin.config_set("maxmemory", 0)
+    assert state.server_state is not None
+    backups.write(EXPERT, state, gateway_weight="1", replace=True)
     admin.rename(expert.store.keys.decided, "kept")
     admin.set(expert.store.keys.decided, "overwritten")
     admin.config_set("maxmemory", 1)

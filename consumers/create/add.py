@@ -39,9 +39,9 @@ def add_expert(
     """Create an expert at version 0; returns the name of the expert that it was copied from.
 
     It takes the spec, the pinned components of the base model, and the rules of the expert `like` ("": the first whole
-    expert of a domain, by name); `settings` changes some rules (named as in `RuleSet.settings`). The base model need
-    not be on this machine. Running aggregators serve the new expert within seconds. With `new_lineage` it is created
-    from zero although Redis lost it.
+    expert of a domain, by name), or for a gateway those of `RuleSet.for_gateway`; `settings` changes some rules (named
+    as in `RuleSet.settings`). The base model need not be on this machine. Running aggregators serve the new expert
+    within seconds. With `new_lineage` it is created from zero although Redis lost it.
 
     Raises:
         SettingsError: if the expert exists, there is none to copy from, or a value breaks its bound.
@@ -58,10 +58,11 @@ def add_expert(
             about="experts",
         )
     like, spec, meta = _whole(connection, [like] if like else [one for one in listed if one != GATEWAY])
-    rules = replace(meta.rules.changed(settings), number=1)
+    rules = meta.rules
     if name == GATEWAY:
-        rules, gateway_weight = replace(rules, train=TRAIN_EXPERT), GATEWAY_WEIGHT
-    elif rules.train != TRAIN_EXPERT:
+        rules, gateway_weight = rules.for_gateway(), GATEWAY_WEIGHT
+    rules = replace(rules.changed(settings), number=1)
+    if rules.train != TRAIN_EXPERT:
         check_trains_gateway(name)
     pinned = {field: getattr(meta, field) for field in PINNED}
     new = first_meta(spec, rules, reach=meta.reach, not_reached=meta.not_reached)

@@ -110,7 +110,7 @@ def _ensure_gateway(connection: Connection) -> list[str]:
     except FedMoEError as error:
         logger.warning("%s", error)
         return []
-    logger.info("created the gateway, with base model, adapter and rules of %s", like)
+    logger.info("created the gateway like %s; its rules: fedmoe expert show gateway", like)
     return [GATEWAY]
 
 

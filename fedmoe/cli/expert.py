@@ -159,6 +159,8 @@ def _prepare_gateway(connection: "Connection", name: str, train: str) -> None:
     from fedmoe.errors import SettingsError
     from fedmoe.protocol.names import GATEWAY, check_trains_gateway
     from fedmoe.protocol.rules import TRAIN_EXPERT
+    from fedmoe.store.change import whole_expert
+    from fedmoe.store.expert import ExpertStore
 
     if name == GATEWAY:
         raise SettingsError(
@@ -169,7 +171,8 @@ def _prepare_gateway(connection: "Connection", name: str, train: str) -> None:
         return
     check_trains_gateway(name)
     if ensure_gateway(connection, like=name):
-        click.echo(f"created the gateway, with base model, adapter and rules of {name}")
+        rules = whole_expert(ExpertStore(connection, GATEWAY))[0].rules.aggregation
+        click.echo(f"created the gateway like {name}, with gain {rules.gain:g} and balance {rules.balance}")
 
 
 @expert.command()
@@ -197,7 +200,8 @@ def add(redis: RedisSettings, like: str, weight: float, new_lineage: bool, name:
     taken = add_expert(
         connection, name, like=like, gateway_weight=weight, settings=wanted, new_lineage=new_lineage
     )
-    click.echo(f"added {name}, with base model, adapter and rules of {taken}")
+    same = "base model and adapter" if name == GATEWAY else "base model, adapter and rules"
+    click.echo(f"added {name}, with {same} of {taken}")
     if name == GATEWAY:
         click.echo("let workers train it: fedmoe expert set EXPERT --train both")
         return

@@ -30,6 +30,8 @@ BY_WORKER, BY_DOMAIN = BALANCES = ("worker", "domain")
 SGD, NESTEROV, ADAPTIVE = SERVER_OPTIMIZERS = ("sgd", "nesterov", "adaptive")
 # Left out of the stored text at their default: an earlier FedMoE, which lacks them, wrote the same text.
 LATER_RULES = ("gain", "balance", "server_optimizer", "server_momentum", "server_beta2", "server_epsilon")
+# What a new gateway has where the expert that it is created like has the default; docs/benchmarks.md has the figures.
+FOR_GATEWAY = {"gain": 2.0, "balance": BY_DOMAIN}
 AUTO = "auto"  # for max_staleness: the bound grows with the number of workers
 
 
@@ -223,6 +225,17 @@ class RuleSet:
             raise SettingsError(f"there is no rule {odd[0]!r}; there are: {', '.join(present)}", about=odd[0])
         after = changed(self, settings)
         return self if after == self else replace(after, number=self.number + 1)
+
+    def for_gateway(self) -> "RuleSet":
+        """The rules of a gateway that is created like an expert with these: its workers train the gateway itself.
+
+        A rule of FOR_GATEWAY takes its value from there if it has the default here.
+        """
+        defaults = RuleSet().settings()
+        wanted = {
+            name: value for name, value in FOR_GATEWAY.items() if self.settings()[name] == defaults[name]
+        }
+        return replace(self.changed(wanted), number=1, train=TRAIN_EXPERT)
 
     def differences(self, after: "RuleSet") -> str:
         """The differences from this rule set to `after`, for people: `lr 1 -> 0.5, sync_interval 10 -> 30`."""

@@ -24,7 +24,7 @@ from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore
 from fedmoe.store.remove import remove_expert
 from tests.errors import raises
-from tests.federation import ScriptedWorker, first_meta, make_expert, meta_of, small_spec
+from tests.federation import ScriptedWorker, aggregating, first_meta, make_expert, meta_of, small_spec
 
 Command = Callable[..., Result]
 
@@ -41,7 +41,7 @@ def test_switching_the_rule_creates_it(connection: Connection, expert_command: C
     like = make_expert(connection, "sql_expert", weights=torch.zeros(small_spec().layout.numel))
     done = expert_command("set", "sql_expert", "--train", "both", "--lr", "0.5")
     assert done.output == (
-        "created the gateway, with base model, adapter and rules of sql_expert\n"
+        "created the gateway like sql_expert, with gain 2 and balance domain\n"
         "sql_expert: rules 2 are in force: lr 1 -> 0.5, train expert -> both\n"
     )
     store = GatewayStore(connection)
@@ -49,10 +49,24 @@ def test_switching_the_rule_creates_it(connection: Connection, expert_command: C
     gateway, expert = store.meta(GATEWAY), store.meta("sql_expert")
     assert (store.spec(GATEWAY), gateway.base_fingerprint) == (like.spec, expert.base_fingerprint)
     assert (gateway.rules.train, expert.rules.train) == ("expert", "both")
+    defaults = replace(gateway.rules.aggregation, gain=1.0, balance="worker")
+    assert defaults == replace(expert.rules.aggregation, lr=1.0)
     assert " train " not in expert_command("show", GATEWAY).output
     assert expert_command("set", "sql_expert", "--train", "gateway").output.startswith("sql_expert: rules 3")
     assert expert_command("set", "sql_expert", "--train", "expert").exit_code == 0
     assert store.meta(GATEWAY).lineage == gateway.lineage  # it stays when nobody trains it any more
+
+
+def test_values_that_its_expert_has_stay(connection: Connection, expert_command: Command) -> None:
+    """An operator chose another gain; and one given for the gateway itself wins."""
+    make_expert(connection, "sql_expert", rules=aggregating(gain=3.0))
+    assert expert_command("set", "sql_expert", "--train", "both").output.startswith(
+        "created the gateway like sql_expert, with gain 3 and balance domain\n"
+    )
+    expert_command("remove", GATEWAY, "--yes")
+    expert_command("add", GATEWAY, "--gain", "1", "--balance", "worker")
+    rules = GatewayStore(connection).meta(GATEWAY).rules
+    assert (rules.aggregation.gain, rules.aggregation.balance, rules.number) == (1.0, "worker", 1)
 
 
 def test_it_is_decided_logged_replayed_and_exported_like_any_expert(

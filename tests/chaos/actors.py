@@ -22,7 +22,7 @@ from fedmoe.protocol.layout import Layout
 from fedmoe.protocol.lora import LoraSettings
 from fedmoe.protocol.names import GATEWAY, name_on_gateway
 from fedmoe.protocol.records import Meta
-from fedmoe.protocol.rules import AggregationRules, RuleSet, TrainingSettings
+from fedmoe.protocol.rules import NESTEROV, SGD, AggregationRules, RuleSet, TrainingSettings
 from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.update import Header
 from fedmoe.settings import RedisSettings, WorkerSettings
@@ -57,19 +57,22 @@ def make_spec(rank: int, width: int, wire_format: str) -> Spec:
     )
 
 
-def make_rules(sync_interval_s: float, max_staleness: int) -> RuleSet:
+def make_rules(sync_interval_s: float, max_staleness: int, server_optimizer: str = SGD) -> RuleSet:
     """Rules that the operator of the run changes now and then."""
-    aggregation = AggregationRules(max_norm=1e6, max_staleness=max_staleness)
+    aggregation = AggregationRules(
+        max_norm=1e6, max_staleness=max_staleness, server_optimizer=server_optimizer
+    )
     return RuleSet(aggregation=aggregation, sync_interval_s=sync_interval_s)
 
 
 # Payloads of 1 KiB, and of 2.4 million values (SmolLM2-135M with rank 8) as int8 in three parts.
-# The workers of `tiny` train the gateway, too.
+# The workers of `tiny` train the gateway, too, whose server optimizer has a state.
 EXPERTS = {
     "tiny": make_spec(2, 64, "fp32"), "real": make_spec(16, 75_000, "int8"), GATEWAY: make_spec(2, 64, "fp32"),
 }  # fmt: skip
 RULES = {
-    "tiny": replace(make_rules(0.3, 10), train="both"), "real": make_rules(4.0, 256), GATEWAY: make_rules(0.3, 10),
+    "tiny": replace(make_rules(0.3, 10), train="both"), "real": make_rules(4.0, 256),
+    GATEWAY: make_rules(0.3, 10, NESTEROV),
 }  # fmt: skip
 WORKERS = {"t1": "tiny", "t2": "tiny", "t3": "tiny", "t4": "tiny", "r1": "real", "r2": "real"}
 LEDGERS = WORKERS | {  # a worker's name on an expert -> the expert

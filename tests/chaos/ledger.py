@@ -79,7 +79,10 @@ def settle(connection: Connection, place: Place) -> Books:
         done = replay(spec, meta, log, Archive(place.kept / name))
         if done.problem:
             books.problems.append(f"{name} cannot be replayed: {done.problem}")
-        books.equal &= not done.problem and done.weights.same_values(weights)
+        state = store.server_state(name, meta, len(weights))
+        books.equal &= not done.problem and done.same_values(weights, state)
+        if meta.server_state and state is None:
+            books.problems.append(f"{name}: the state of its server optimizer does not fit the weights")
         waiting, pending = (
             connection.client.xlen(keys.updates),
             connection.client.xpending(keys.updates, GROUP),

@@ -273,3 +273,14 @@ def test_outcomes_are_kept_and_not_repeated(tmp_path: Path) -> None:
     assert not reports
     plot(tmp_path / "plot.png", lines_of(some()))
     assert (tmp_path / "plot.png").stat().st_size > 5000
+
+
+def test_gateway_without_a_domain_holds_what_the_others_sent() -> None:
+    """What the replays leave out, domain by domain, adds up to what was trained."""
+    servers, _ = play(Run(scheme="gateway", steps=24, gain=2.0, wire_format="fp32"))
+    gateway = servers[GATEWAY]
+    assert torch.equal(gateway.without("nobody_expert"), gateway.weights)
+    first = initial_weights(LAYOUT, gateway.spec.init_seed)
+    parts = [gateway.weights - gateway.without(domain) for domain in DOMAINS]
+    assert all(float(part.abs().max()) > 1e-3 for part in parts)
+    assert torch.allclose(first + sum(parts), gateway.weights, atol=1e-5)

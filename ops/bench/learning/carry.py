@@ -19,6 +19,7 @@ from ops.bench.learning.stage import StageTrainer
 from ops.bench.learning.virtual import Worker, servers_of, simulate
 
 BASE, OWN, OVER = "base", "own experts", "own experts over gateway"
+OPTED_OUT = "gateway replayed without a domain"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +90,8 @@ def _losses(run: Run, lab: Lab, servers: dict[str, Server]) -> dict[str, dict[st
     gateway = servers[GATEWAY].weights if GATEWAY in servers else None
     if gateway is not None:
         found[GATEWAY] = lab.losses(run.rows, gateway, domains)
+    if run.without:
+        found[OPTED_OUT] = lab.losses(run.rows, servers[GATEWAY].without(run.without), domains)
     if experts:
         found[OWN] = {}
         for name, flat in experts.items():

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fedmoe.protocol.rules import ADAPTIVE, BY_WORKER, NESTEROV
-from ops.bench.learning.carry import BASE, OVER, OWN, Outcome
+from ops.bench.learning.carry import BASE, OPTED_OUT, OVER, OWN, Outcome
 from ops.bench.learning.runs import GATEWAY, SYNC_S, Run
 from ops.bench.result import Result, figure
 
@@ -40,13 +40,15 @@ def label_of(run: Run, model: str) -> str:
         return model if run.gain == 1 or model == BASE else f"{model}, gain {run.gain:g}"
     if run.scheme == "central":
         return "centralised"
-    what = {GATEWAY: "gateway", OWN: "experts", OVER: "experts over gateway"}[model]
+    what = {GATEWAY: "gateway", OWN: "experts", OVER: "experts over gateway"}.get(model, "gateway")
     if run.scheme == "gateway":
         more = ", domains alike" if run.balance != BY_WORKER else ""
         more += f", sync {run.sync_s:g} s" if run.sync_s != SYNC_S else ""
         more += {NESTEROV: f", nesterov {run.momentum:g}", ADAPTIVE: f", adaptive lr {run.lr:g}"}.get(
             run.optimizer, ""
         )
+        if model == OPTED_OUT:
+            return f"gateway, replayed without {run.without}, gain {run.gain:g}{more}"
         return f"gateway, all train it, gain {run.gain:g}{more}"
     return f"{what} by {run.scheme}, gain {run.gain:g}, compute × {run.compute:g}"
 

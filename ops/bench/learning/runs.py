@@ -48,6 +48,7 @@ class Run:
         steps: optimizer steps of a domain, if the mix has one worker a domain and one chain is trained.
         gain, balance: rules by which updates are aggregated (see `fedmoe.protocol.rules`).
         optimizer: the server optimizer; momentum: of nesterov; lr: of adaptive, in units of the weights.
+        without: a domain whose updates a replay leaves out afterwards; that gateway is measured too.
         compute: how many times as long the workers train.
         rank: of the adapter; alpha is twice the rank.
         seed: of initial weights, order of rows and delays.
@@ -64,6 +65,7 @@ class Run:
     optimizer: str = SGD
     momentum: float = 0.5
     lr: float = 1.0
+    without: str = ""
     compute: float = 1.0
     rank: int = 8
     seed: int = 0
@@ -78,6 +80,7 @@ class Run:
         amount = f"x{self.gain:g}" + (f"-compute{self.compute:g}" if self.compute != 1 else "")
         amount += f"-{self.wire_format}" if self.wire_format != "int4" else ""
         amount += f"-by-{self.balance}" if self.balance != BY_WORKER else ""
+        amount += f"-without-{self.without}" if self.without else ""
         amount += f"-sync{self.sync_s:g}" if self.sync_s != SYNC_S else ""
         amount += {NESTEROV: f"-nesterov{self.momentum:g}", ADAPTIVE: f"-adaptive{self.lr:g}"}.get(
             self.optimizer, ""
@@ -182,13 +185,30 @@ def _formats(rows: int, seeds: int) -> Iterator[Run]:
         yield Run(scheme="gateway", gain=2.0, wire_format="fp32", seed=seed, rows=rows)
 
 
+def _optimizers(rows: int, seeds: int) -> Iterator[Run]:
+    """The server's rule with a state, and a shorter or longer way to the next update."""
+    for seed in range(seeds):
+        for gain, momentum in ((1.0, 0.5), (1.5, 0.3), (2.0, 0.3)):
+            yield Run(
+                scheme="gateway", gain=gain, optimizer=NESTEROV, momentum=momentum, seed=seed, rows=rows
+            )
+        for lr in (5e-4, 1e-3, 2e-3):
+            yield Run(scheme="gateway", optimizer=ADAPTIVE, lr=lr, seed=seed, rows=rows)
+        for sync_s in (3.0, 12.0):
+            yield Run(scheme="gateway", gain=2.0, sync_s=sync_s, seed=seed, rows=rows)
+
+
+def _opt_out(rows: int, seeds: int) -> Iterator[Run]:
+    for seed in range(seeds):
+        yield Run(scheme="gateway", gain=2.0, without="sql_expert", seed=seed, rows=rows)
+
+
 def _mixes(rows: int, seeds: int) -> Iterator[Run]:
     for seed in range(seeds):
         for mix in ("eight", "slow", "late", "stops", "rows", "ten"):
             for scheme, gain in (("apart", 1.0), ("gateway", 1.0), ("gateway", 2.0), ("gateway", 3.0)):
                 yield Run(scheme=scheme, mix=mix, gain=gain, seed=seed, rows=rows)
-            if mix == "ten":
-                yield Run(scheme="gateway", mix=mix, gain=2.0, balance=BY_DOMAIN, seed=seed, rows=rows)
+            yield Run(scheme="gateway", mix=mix, gain=2.0, balance=BY_DOMAIN, seed=seed, rows=rows)
             if mix in ("eight", "ten"):  # several workers of one expert: the gain changes the experts too
                 yield Run(scheme="apart", mix=mix, gain=2.0, seed=seed, rows=rows)
 
@@ -212,6 +232,8 @@ PARTS: dict[str, Callable[[int, int], Iterator[Run]]] = {
     "main": _main,
     "shared": _shared,
     "formats": _formats,
+    "optimizers": _optimizers,
+    "opt_out": _opt_out,
     "lengths": _lengths,
     "ranks": _ranks,
     "mixes": _mixes,

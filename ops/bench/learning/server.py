@@ -6,15 +6,16 @@ from dataclasses import replace
 import torch
 
 from consumers.decide import Admission, Outcome, judge_header
-from consumers.fold import Values
+from consumers.fold import Values, fold
 from consumers.payload import Workspace, fold_payload
 from fedmoe.protocol.balance import peers_of
-from fedmoe.protocol.codec import EXACT, scratch_values
+from fedmoe.protocol.codec import EXACT, decode, scratch_values
 from fedmoe.protocol.lora_init import initial_weights
+from fedmoe.protocol.names import domain_of
 from fedmoe.protocol.packed import chunks, pack, unpack
 from fedmoe.protocol.records import PROTOCOL, Decided, Meta
 from fedmoe.protocol.rules import AggregationRules, RuleSet
-from fedmoe.protocol.server import first_value
+from fedmoe.protocol.server import ServerStep, first_value
 from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.update import Header
 from ops.bench.fedmoe_side import FINGERPRINT
@@ -37,6 +38,7 @@ class Server:
         )
         self.decided: dict[str, Decided] = {}
         self.staleness: list[int] = []
+        self._applied: list[tuple[str, ServerStep, Sequence[bytes]]] = []
         self.meta = Meta(
             lineage=f"{name[:16]:0>16}",
             commit=_commit(0),
@@ -81,6 +83,21 @@ class Server:
             id=header.id, how="applied", version=version, staleness=verdict.staleness
         )
         self.staleness.append(verdict.staleness)
+        self._applied.append((worker, judged.step, parts))
+
+    def without(self, domain: str) -> torch.Tensor:
+        """The weights (numel,) fp32 of a replay that leaves the updates of one domain's workers out.
+
+        The other updates are folded as they were decided: with kept updates an operator could do the same.
+        """
+        rules = self.meta.rules.aggregation
+        first = initial_weights(self.spec.layout, self.spec.init_seed).clone()
+        now, delta = Values(first, torch.full_like(first, first_value(rules))), torch.empty_like(first)
+        for worker, step, parts in self._applied:
+            if domain_of(worker) != domain:
+                decode(parts, self.spec.wire_format, delta)
+                fold(now, delta, step)
+        return now.weights
 
     def pulled(self) -> torch.Tensor:
         """A copy of the weights (numel,) fp32 as a worker pulls them: in the wire format."""

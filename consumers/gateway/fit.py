@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from consumers.gateway.inputs import as_input
 from consumers.gateway.merge import MergeInput
-from consumers.gateway.search import Objective, search
+from consumers.gateway.search import Objective, loaded, search
 from fedmoe.data.bad_rows import BadRows
 from fedmoe.data.jsonl import open_data
 from fedmoe.errors import DataError, SpecError, UnknownExpertError
@@ -63,14 +63,18 @@ def fit_gateway(
         report=report,
     )
     domains = {name: encoder.examples(name, file, sample=settings.rows) for name, file in data.items()}
-    found = search(
-        Objective(base, domains, batch_size=settings.batch_size, report=report),
-        experts.inputs,
-        next(iter(experts.specs.values())),
-        n_groups=settings.layer_groups,
-        max_passes=settings.max_passes,
-        present=_present(store),
-    )
+    first = next(iter(experts.specs.values()))
+    with (
+        loaded(base, experts.inputs, first) as model,
+        Objective(
+            model, experts.inputs, domains,
+            pad_id=base.pad_id, batch_size=settings.batch_size, device=base.device, autocast=base.autocast,
+            report=report,
+        ) as objective,
+    ):  # fmt: skip
+        found = search(
+            objective, n_groups=settings.layer_groups, max_passes=settings.max_passes, present=_present(store)
+        )
     if not any(weight for weights in found.weights.values() for weight in weights):
         raise DataError(
             "no expert lowers the loss on these rows, all weights would be 0: nothing was written; are they rows of "

@@ -11,14 +11,15 @@ Sources: LoRAHub (arXiv 2307.13269) fits one weight for each adapter on a few ro
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
-from consumers.gateway.merge import MergeInput, lora_dims, merge
+from consumers.gateway.merge import Merged, MergeInput, lora_dims, merge
 from fedmoe.data.encode import Example
 from fedmoe.data.examples import Batch, collate
 from fedmoe.errors import DataError
@@ -32,7 +33,6 @@ from fedmoe.tools.evaluate import BASE
 SCALES = (1.0, 1.4, 1.8, 2.4)  # of equal weights, from the best of which the search begins
 CHANGE = 1e-4  # nats, or of a weight's root: the search ends when a step changes less
 PRESENT = "present weights"
-_FACTOR = ".lora_A."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,51 +52,66 @@ class Found:
     passes: int
 
 
+def side_by_side(experts: Iterable[MergeInput]) -> Merged:
+    """All experts in one adapter, each with weight 1."""
+    return merge([replace(expert, weight=1.0, in_groups=()) for expert in experts], scale=None)
+
+
+@contextmanager
+def loaded(base: Base, experts: Mapping[str, MergeInput], spec: Spec) -> Iterator[nn.Module]:
+    """Put all experts side by side on the model for the duration of the context; `spec` is that of the first."""
+    stacked = side_by_side(experts.values())
+    config = spec.adapter_config(rank=stacked.rank) | {"lora_alpha": stacked.scaling * stacked.rank}
+    with adapter_loaded(base.model, stacked.buffer.file, config) as model:
+        yield model.requires_grad_(False)
+
+
 class Objective:
-    """The loss as a function of the weights (groups of layers, experts), mean over the domains.
+    """The loss as a function of the weights (groups of layers, experts), mean over the domains; a context.
 
     Args:
-        base: the bare base model; its parameters are frozen.
+        model: with the experts side by side as the active adapter of this name.
+        experts: by name, in the order in which they stand there.
         domains: domain → examples, none of them empty.
+        pad_id, batch_size, device, autocast: as in `mean_loss`.
         report: called with a line for each pass over the rows.
     """
 
     def __init__(
-        self, base: Base, domains: Mapping[str, Sequence[Example]], *, batch_size: int,
-        report: Callable[[str], None],
+        self, model: nn.Module, experts: Mapping[str, MergeInput], domains: Mapping[str, Sequence[Example]], *,
+        pad_id: int, batch_size: int, device: torch.device, autocast: torch.dtype,
+        report: Callable[[str], None], adapter: str = "default",
     ) -> None:  # fmt: skip
-        self.device = base.device
+        self.names = list(experts)
+        self.device = device
         self.passes = 0
-        self._base, self._report = base, report
-        self._domains = [_batches(examples, base.pad_id, batch_size) for examples in domains.values()]
-        self._model: nn.Module = base.model
-        self._modules: list[str] = []
-        self._ranks = torch.empty(0)
+        self._model, self._autocast, self._report = model, autocast, report
+        self._domains = [_batches(examples, pad_id, batch_size) for examples in domains.values()]
+        self._ranks = torch.tensor([lora_dims(one.layout)[1] for one in experts.values()], device=device)
+        ending = f".lora_A.{adapter}"
+        self._factors = {
+            name.removesuffix(ending): module
+            for name, module in model.named_modules()
+            if name.endswith(ending)
+        }
         self._weights: dict[str, Tensor] = {}  # module → weight of each row of A x
 
-    @contextmanager
-    def of(self, experts: Sequence[MergeInput], spec: Spec) -> Iterator[None]:
-        """Put the experts on the model for the duration of the context; `spec` is that of the first."""
-        stacked = merge([replace(expert, weight=1.0, in_groups=()) for expert in experts], scale=None)
-        self._ranks = torch.tensor([lora_dims(expert.layout)[1] for expert in experts], device=self.device)
-        config = spec.adapter_config(rank=stacked.rank) | {"lora_alpha": stacked.scaling * stacked.rank}
-        with adapter_loaded(self._base.model, stacked.buffer.file, config) as model:
-            model.requires_grad_(False)
-            factors = {
-                name.rpartition(_FACTOR)[0]: module
-                for name, module in model.named_modules()
-                if _FACTOR in name
-            }
-            for name, module in factors.items():
-                module.register_forward_hook(self._weigher(name))  # it goes when the adapter does
-            self._model, self._modules = model, list(factors)
-            try:
-                yield
-            finally:
-                self._model = self._base.model
+    def __enter__(self) -> Self:
+        self._hooks = [
+            module.register_forward_hook(self._weigher(name)) for name, module in self._factors.items()
+        ]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
 
     def __call__(self, weights: Tensor) -> float:
-        """The loss of these weights; if they require a gradient, it is added to that of their leaves."""
+        """The loss of these weights; if they require a gradient, it is added to that of their leaves.
+
+        Raises:
+            DataError: if the loss is not finite.
+        """
         self.passes += 1
         free = weights.detach().requires_grad_(weights.requires_grad)
         total = 0.0
@@ -106,7 +121,7 @@ class Objective:
                 for batch in batches:
                     self._weigh(free)
                     loss = share * completion_loss(
-                        self._model, batch, device=self.device, autocast=self._base.autocast
+                        self._model, batch, device=self.device, autocast=self._autocast
                     )
                     if weights.requires_grad:
                         torch.autograd.backward(loss)
@@ -124,23 +139,18 @@ class Objective:
 
     def _weigh(self, weights: Tensor) -> None:
         rows = weights.repeat_interleave(self._ranks, dim=1)
-        groups = groups_of(self._modules, len(weights))
+        groups = groups_of(self._factors, len(weights))
         self._weights = {name: rows[group] for name, group in groups.items()}
 
     def _weigher(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         return lambda _, __, hidden: hidden * self._weights[name]
 
 
-def search(
-    objective: Objective, experts: Mapping[str, MergeInput], spec: Spec, *, n_groups: int, max_passes: int,
-    present: Weights,
-) -> Found:  # fmt: skip
+def search(objective: Objective, *, n_groups: int, max_passes: int, present: Weights) -> Found:
     """Find the weights of the lowest loss.
 
     Args:
         objective: to lower.
-        experts: the adapters by name; their own weights do not matter.
-        spec: of the first one.
         n_groups: groups of layers that have weights of their own.
         max_passes: over the rows, with gradient.
         present: the weights in force, measured too if they are of these experts.
@@ -148,44 +158,49 @@ def search(
     Raises:
         DataError: if a loss is not finite.
     """
+    names, device = objective.names, objective.device
 
     def equal(scale: float) -> Tensor:
-        return torch.full((n_groups, len(experts)), scale / len(experts), device=objective.device)
+        return torch.full((n_groups, len(names)), scale / len(names), device=device)
 
-    with objective.of(list(experts.values()), spec):
-        before = {BASE: objective(equal(0.0))}
-        starts = {f"scale {scale:g}": equal(scale) for scale in SCALES}
-        before |= {name: objective(weights) for name, weights in starts.items()}
-        if present and present.keys() <= experts.keys():
-            groups = len(next(iter(present.values())))
-            columns = [present.get(name, (0.0,) * groups) for name in experts]
-            now = torch.tensor(columns, device=objective.device).T.contiguous()
-            before[PRESENT] = objective(now)
-            if groups == n_groups and now.all():  # the search cannot leave a weight of 0
-                starts[PRESENT] = now
-        start = min(starts, key=before.__getitem__)
-        best = starts[start], before[start]
-        free = best[0].sqrt().requires_grad_(True)
-        optimizer = torch.optim.LBFGS(
-            [free], max_iter=max_passes, max_eval=max_passes, tolerance_change=CHANGE,
-            line_search_fn="strong_wolfe",
-        )  # fmt: skip
+    before = {BASE: objective(equal(0.0))}
+    starts = {f"scale {scale:g}": equal(scale) for scale in SCALES}
+    before |= {name: objective(weights) for name, weights in starts.items()}
+    if present and present.keys() <= set(names):
+        groups = len(next(iter(present.values())))
+        columns = [present.get(name, (0.0,) * groups) for name in names]
+        now = torch.tensor(columns, device=device).T.contiguous()
+        before[PRESENT] = objective(now)
+        if groups == n_groups and now.all():  # the search cannot leave a weight of 0
+            starts[PRESENT] = now
+    start = min(starts, key=before.__getitem__)
+    best = starts[start], before[start]
+    free = best[0].sqrt().requires_grad_(True)
+    optimizer = torch.optim.LBFGS(
+        [free],
+        max_iter=max_passes,
+        max_eval=max_passes,
+        tolerance_change=CHANGE,
+        line_search_fn="strong_wolfe",
+    )
 
-        def closure() -> float:
-            nonlocal best
-            optimizer.zero_grad()
-            weights = free.square()
-            loss = objective(weights)
-            if loss < best[1]:
-                best = weights.detach().clone(), loss
-            return loss
+    def closure() -> float:
+        nonlocal best
+        optimizer.zero_grad()
+        weights = free.square()
+        loss = objective(weights)
+        if loss < best[1]:
+            best = weights.detach().clone(), loss
+        return loss
 
-        optimizer.step(closure)  # type: ignore[no-untyped-call]  # torch's
+    optimizer.step(closure)  # type: ignore[no-untyped-call]  # torch's
     weights, loss = best
     return Found(
-        weights={name: tuple(column) for name, column in zip(experts, weights.T.tolist(), strict=True)},
-        loss=loss, before=before, passes=objective.passes,
-    )  # fmt: skip
+        weights={name: tuple(column) for name, column in zip(names, weights.T.tolist(), strict=True)},
+        loss=loss,
+        before=before,
+        passes=objective.passes,
+    )
 
 
 def _batches(examples: Sequence[Example], pad_id: int, size: int) -> list[Batch]:

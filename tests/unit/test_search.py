@@ -1,13 +1,16 @@
 """consumers.gateway.search: the loss it lowers is that of the merged gateway, and what it finds is never worse."""
 
 from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from consumers.gateway.merge import MergeInput, merge
-from consumers.gateway.search import PRESENT, Found, Objective, search
+from consumers.gateway.search import PRESENT, Found, Objective, loaded, search
 from fedmoe.data.encode import Answer, Example
 from fedmoe.errors import DataError
 from fedmoe.model.adapter import adapter_layout, adapter_loaded
@@ -75,13 +78,24 @@ def trained() -> dict[str, MergeInput]:
     return found
 
 
-def objective(said: list[str] | None = None) -> Objective:
-    return Objective(make_base(), DOMAINS, batch_size=3, report=[].append if said is None else said.append)
+def on(model: nn.Module, experts: dict[str, MergeInput], said: list[str] | None = None) -> Objective:
+    return Objective(
+        model, experts, DOMAINS, pad_id=0, batch_size=3, device=CPU, autocast=torch.float32,
+        report=[].append if said is None else said.append,
+    )  # fmt: skip
 
 
-def find(experts: dict[str, MergeInput], **settings: object) -> Found:
-    wanted: dict[str, object] = {"n_groups": 1, "max_passes": 25, "present": {}}
-    return search(objective(), experts, make_spec(), **(wanted | settings))  # type: ignore[arg-type]
+@contextmanager
+def lowering(experts: dict[str, MergeInput]) -> Iterator[Objective]:
+    with loaded(make_base(), experts, make_spec()) as model, on(model, experts) as objective:
+        yield objective
+
+
+def find(
+    experts: dict[str, MergeInput], *, n_groups: int = 1, max_passes: int = 25, present: Weights | None = None
+) -> Found:
+    with lowering(experts) as objective:
+        return search(objective, n_groups=n_groups, max_passes=max_passes, present=present or {})
 
 
 def merged_loss(experts: dict[str, MergeInput], weights: Weights) -> float:
@@ -96,8 +110,7 @@ def merged_loss(experts: dict[str, MergeInput], weights: Weights) -> float:
 def test_objective_is_the_loss_of_the_merged_gateway() -> None:
     """Also with experts of several ranks and scalings, and weights in groups of layers."""
     experts = {"a": noise(1), "b": noise(2, rank=3)}
-    lower = objective()
-    with lower.of(list(experts.values()), make_spec()):
+    with lowering(experts) as lower:
         for weights in ({"a": (0.7,), "b": (1.9,)}, {"a": (0.0, 1.2), "b": (0.4, 0.1)}):
             table = torch.tensor([weights["a"], weights["b"]]).T
             assert lower(table) == pytest.approx(merged_loss(experts, weights), rel=1e-5)
@@ -105,10 +118,9 @@ def test_objective_is_the_loss_of_the_merged_gateway() -> None:
 
 
 def test_gradient_is_that_of_small_differences() -> None:
-    experts = [noise(1), noise(2, rank=3)]
-    lower = objective()
+    experts = {"a": noise(1), "b": noise(2, rank=3)}
     weights = torch.tensor([[0.7, 0.4], [0.2, 1.1]], requires_grad=True)
-    with lower.of(experts, make_spec()):
+    with lowering(experts) as lower:
         lower(weights)
         assert weights.grad is not None
         for place in ((0, 0), (0, 1), (1, 0), (1, 1)):
@@ -152,17 +164,16 @@ def test_present_weights_are_measured_and_not_made_worse(trained: dict[str, Merg
     assert PRESENT in find(trained, present={"red": (1.0, 0.0)}, max_passes=1).before
 
 
-def test_model_is_bare_again_and_each_pass_is_reported(trained: dict[str, MergeInput]) -> None:
+def test_hooks_go_with_the_context_and_each_pass_is_reported(trained: dict[str, MergeInput]) -> None:
     said: list[str] = []
-    lower = objective(said)
-    with lower.of(list(trained.values()), make_spec()):
-        first = lower(torch.zeros(1, 2))
-    with lower.of([noise(1)], make_spec()):
-        assert lower(torch.zeros(1, 1)) == first
-    assert said == [f"pass {n} over the rows: loss {first:.4f}" for n in (1, 2)]
+    with loaded(make_base(), trained, make_spec()) as model:
+        before = mean_loss(model, DOMAINS["red"], pad_id=0, batch_size=8, device=CPU)
+        with on(model, trained, said) as objective:
+            loss = objective(torch.zeros(1, 2))
+        assert mean_loss(model, DOMAINS["red"], pad_id=0, batch_size=8, device=CPU) == before
+    assert said == [f"pass 1 over the rows: loss {loss:.4f}"]
 
 
 def test_loss_that_is_not_a_number_is_refused() -> None:
-    lower = objective()
-    with lower.of([noise(1)], make_spec()), raises(DataError, about="loss"):
+    with lowering({"a": noise(1)}) as lower, raises(DataError, about="loss"):
         lower(torch.full((1, 1), torch.inf))

@@ -20,7 +20,7 @@ from fedmoe.store.gateway import GatewayStore
 from fedmoe.store.inspect import Inspector
 from fedmoe.tools.export import read_gateway
 from tests.errors import raises
-from tests.integration.test_evaluate_cli import make_federation, write_rows
+from tests.integration.test_evaluate_cli import make_federation, run, write_rows
 from tests.processes import fedmoe_here
 from tests.tiny import save_tiny_model
 
@@ -86,6 +86,10 @@ def test_a_fit_is_written_and_built_by(connection: Connection, tiny_model_dir: P
     assert {"base", "scale 1", "scale 1.8", "present weights"} <= found.losses_before.keys()
     assert found.loss <= min(v for name, v in found.losses_before.items() if name != "base")
     assert {name: one.version for name, one in found.experts.items()} == {"red": 3, "blue": 4}
+    said: list[str] = []
+    for file in (rows, write_rows(tmp_path / "red.test.jsonl", "red", n_rows=2)):
+        run(connection, f"red={file}", said=said)
+    assert [line.partition(":")[0] for line in said if "fitted on" in line] == [str(rows)]
     build = builder(connection, scale=1.8)
     assert build.refresh()
     assert not build.refresh()

@@ -12,7 +12,7 @@ Sources: LoRAHub (arXiv 2307.13269) fits one weight for each adapter on a few ro
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -66,6 +66,10 @@ def loaded(base: Base, experts: Mapping[str, MergeInput], spec: Spec) -> Iterato
         yield model.requires_grad_(False)
 
 
+class _TooFarError(Exception):
+    """A step led to weights whose loss is not finite: the search ends with the best so far."""
+
+
 class Objective:
     """The loss as a function of the weights (groups of layers, experts), mean over the domains; a context.
 
@@ -107,11 +111,7 @@ class Objective:
             hook.remove()
 
     def __call__(self, weights: Tensor) -> float:
-        """The loss of these weights; if they require a gradient, it is added to that of their leaves.
-
-        Raises:
-            DataError: if the loss is not finite.
-        """
+        """The loss of these weights, maybe not finite; if they require a gradient, it goes to that of their leaves."""
         self.passes += 1
         free = weights.detach().requires_grad_(weights.requires_grad)
         total = 0.0
@@ -126,12 +126,6 @@ class Objective:
                     if weights.requires_grad:
                         torch.autograd.backward(loss)
                     total += loss.item()
-        if not math.isfinite(total):
-            raise DataError(
-                "the loss on these rows is not a number, so nothing was fitted: `fedmoe evaluate` with the same rows "
-                "shows which model has it",
-                about="loss",
-            )
         self._report(f"pass {self.passes} over the rows: loss {total:.4f}")
         if free.grad is not None:
             torch.autograd.backward(weights, free.grad)
@@ -156,24 +150,31 @@ def search(objective: Objective, *, n_groups: int, max_passes: int, present: Wei
         present: the weights in force, measured too if they are of these experts.
 
     Raises:
-        DataError: if a loss is not finite.
+        DataError: if no fixed scale, or not even the base model, has a finite loss.
     """
     names, device = objective.names, objective.device
 
     def equal(scale: float) -> Tensor:
         return torch.full((n_groups, len(names)), scale / len(names), device=device)
 
-    before = {BASE: objective(equal(0.0))}
     starts = {f"scale {scale:g}": equal(scale) for scale in SCALES}
-    before |= {name: objective(weights) for name, weights in starts.items()}
+    measured = {BASE: objective(equal(0.0))}
+    measured |= {name: objective(weights) for name, weights in starts.items()}
     if present and present.keys() <= set(names):
         groups = len(next(iter(present.values())))
         columns = [present.get(name, (0.0,) * groups) for name in names]
         now = torch.tensor(columns, device=device).T.contiguous()
-        before[PRESENT] = objective(now)
+        measured[PRESENT] = objective(now)
         if groups == n_groups and now.all():  # the search cannot leave a weight of 0
             starts[PRESENT] = now
-    start = min(starts, key=before.__getitem__)
+    before = {name: loss for name, loss in measured.items() if math.isfinite(loss)}
+    if BASE not in before or not starts.keys() & before.keys():
+        raise DataError(
+            "the loss on these rows is not a number, so nothing was fitted: `fedmoe evaluate` with the same rows shows "
+            "which model has it",
+            about="loss",
+        )
+    start = min(starts.keys() & before.keys(), key=before.__getitem__)
     best = starts[start], before[start]
     free = best[0].sqrt().requires_grad_(True)
     optimizer = torch.optim.LBFGS(
@@ -189,11 +190,14 @@ def search(objective: Objective, *, n_groups: int, max_passes: int, present: Wei
         optimizer.zero_grad()
         weights = free.square()
         loss = objective(weights)
+        if not math.isfinite(loss):
+            raise _TooFarError
         if loss < best[1]:
             best = weights.detach().clone(), loss
         return loss
 
-    optimizer.step(closure)  # type: ignore[no-untyped-call]  # torch's
+    with suppress(_TooFarError):
+        optimizer.step(closure)  # type: ignore[no-untyped-call]  # torch's
     weights, loss = best
     return Found(
         weights={name: tuple(column) for name, column in zip(names, weights.T.tolist(), strict=True)},

@@ -1,5 +1,6 @@
 """consumers.gateway.search: the loss it lowers is that of the merged gateway, and what it finds is never worse."""
 
+import math
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -174,6 +175,25 @@ def test_hooks_go_with_the_context_and_each_pass_is_reported(trained: dict[str, 
     assert said == [f"pass 1 over the rows: loss {loss:.4f}"]
 
 
-def test_loss_that_is_not_a_number_is_refused() -> None:
-    with lowering({"a": noise(1)}) as lower, raises(DataError, about="loss"):
-        lower(torch.full((1, 1), torch.inf))
+def test_loss_that_is_not_a_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Objective, "__call__", lambda self, weights: math.nan)
+    with raises(DataError, about="loss"):
+        find({"a": noise(1)})
+
+
+def test_a_step_too_far_ends_the_search(
+    trained: dict[str, MergeInput], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the best weights so far."""
+    whole = find(trained)
+    real, called = Objective.__call__, []
+
+    def call(self: Objective, weights: torch.Tensor) -> float:
+        loss = real(self, weights)
+        called.append(loss)
+        return loss if len(called) < 8 else math.nan
+
+    monkeypatch.setattr(Objective, "__call__", call)
+    found = find(trained)
+    assert len(called) == 8
+    assert whole.loss < found.loss == min(called[5:7])

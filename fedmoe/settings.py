@@ -330,6 +330,35 @@ class HeldOutSettings:
         return tuple(dict.fromkeys(map(_learning_rate, self.learning_rates)))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FitSettings:
+    """How the weights of the merged gateway are fitted.
+
+    Args:
+        data: see `tools.rows.find_validation_files`.
+    """
+
+    data: Sequence[str]
+    layer_groups: int = setting(
+        1, "Groups of layers in which each expert has a weight of its own.", at_least=1, at_most=1000,
+        unit="groups",
+    )  # fmt: skip
+    max_passes: int = setting(20, "Passes over the rows with gradient, after which the search ends.", at_least=1,
+                              unit="passes")  # fmt: skip
+    rows: int = setting(
+        0, "Rows of each file to fit on, spread evenly over the file.", at_least=0, unit="rows", words="all"
+    )
+    learn: Learn = _learn()
+    bad_rows: Path | None = _bad_rows()
+    base_model: str = _base_model()
+    batch_size: int = setting(4, "Rows in one batch.", at_least=1, unit="rows")
+    device: str = _device()
+    precision: str = _precision()
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
 def _learning_rate(text: str) -> float:
     """Raise SettingsError unless a learning rate is within the bounds of the rule."""
     try:

@@ -12,6 +12,7 @@ import torch
 from fedmoe.errors import FedMoEError, ProtocolError
 from fedmoe.protocol.beat import Beat
 from fedmoe.protocol.doorbell import Doorbell, Join, parse_entry
+from fedmoe.protocol.fit import Fit
 from fedmoe.protocol.lines import AnchorLine, AppliedLine, DeadLetter, RulesLine, read_line
 from fedmoe.protocol.merged import BuiltFrom, MergedMeta, built_from_text
 from fedmoe.protocol.records import Decided, Entry, Meta
@@ -39,6 +40,10 @@ DECIDED = Decided(
 GATEWAY = MergedMeta(
     built_from=built_from_text({"a": BuiltFrom(3, "c")}), adapter_config='{"r": 8}', method="cat", settings="s", rank=8,
     relative_error=0.5, updated_at=1.5, build_s=0.25, error="e", software="fedmoe 1",
+)  # fmt: skip
+FIT = Fit(
+    weights='{"a": [0.5, 1.0]}', fitted_on='{"a": {"version": 3, "weights_commit": "c", "lineage": "l"}}',
+    data='{"a": {"rows": 64, "digest": "d"}}', loss=1.5, before='{"base": 2.5}', fitted_at=1.5, software="fedmoe 1",
 )  # fmt: skip
 
 
@@ -103,6 +108,7 @@ CASES = {
         beat.to_fields(), Beat.read, None,
     ),
     "gateway": Case(GATEWAY, GATEWAY.to_fields(), MergedMeta.read),
+    "fit": Case(FIT, FIT.to_fields(), Fit.read),
 }  # fmt: skip
 
 CHECKPOINT_WORKER = "alice"

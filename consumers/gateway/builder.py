@@ -1,7 +1,7 @@
 """The merged gateway: the merge of all experts, rebuilt whenever an expert changes.
 
-It is a pure function of the experts, so building it need not be exactly-once: its meta names the weights
-commit of each expert, and it is rebuilt until these are the present ones.
+It is a pure function of the experts and of an operator's fit, so building it need not be exactly-once: its meta names
+the weights commit of each expert, and it is rebuilt until these are the present ones.
 """
 
 import json
@@ -10,16 +10,15 @@ import threading
 import time
 from collections.abc import Callable
 
-from consumers.gateway.merge import MergeInput, merge
+from consumers.gateway.inputs import read_inputs
+from consumers.gateway.merge import merge
 from consumers.gateway.methods import METHODS
 from consumers.recovery.listing import ExpertList
-from fedmoe.errors import FedMoEError, ProtocolError, RedisUnavailableError, SpecError
-from fedmoe.protocol.layout import values_of
+from fedmoe.errors import FedMoEError, ProtocolError, RedisUnavailableError
+from fedmoe.protocol.fit import Fit, weights_text
 from fedmoe.protocol.lora_init import initial_weights
-from fedmoe.protocol.merged import BuiltFrom, MergedMeta, built_from_text
+from fedmoe.protocol.merged import MergedMeta, built_from_text
 from fedmoe.protocol.names import GATEWAY
-from fedmoe.protocol.records import Meta
-from fedmoe.protocol.spec import Spec
 from fedmoe.settings import GatewaySettings
 from fedmoe.store.connection import Connection
 from fedmoe.store.gateway import GatewayStore
@@ -46,6 +45,7 @@ class GatewayBuilder:
         self._store = GatewayStore(connection)
         self._settings = settings
         self._clock = clock
+        self._fit: Fit | None = None  # last seen, also one that was given up
         self._problems = Problems(connection, self._store.keys.problem, holder=holder)
         self._experts = ExpertList(self._store)
         self._lease_s = lease_s
@@ -102,72 +102,68 @@ class GatewayBuilder:
             )
 
     def refresh(self) -> bool:
-        """Rebuild if an expert or the settings changed, or the list of experts did; True if it was rebuilt."""
+        """Rebuild if an expert, the list of experts, the settings or the fit changed; True if it was rebuilt."""
         weights = self._experts.reconcile()
         weights.pop(GATEWAY, None)  # the trained gateway is no part of the merged one
         if not weights:
             return False
+        fit = self._fit_in_force()
         present = {name: self._store.meta(name).weights_commit for name in weights}
         merged = self._store.merged()
         built = {name: one.weights_commit for name, one in merged.experts.items()} if merged else None
-        if merged and built == present and merged.settings == self._settings_text(weights):
+        if merged and built == present and merged.settings == self._settings_text(weights, fit):
             return False
-        self._build(weights)
+        self._build(weights, fit)
         return True
 
-    def _settings_text(self, weights: dict[str, float]) -> str:
+    def _fit_in_force(self) -> Fit | None:
+        """The fit by which to build, None if there is none or it was given up; one that Redis lost is put back."""
+        found = self._store.fit()
+        if found is None and self._fit is not None and self._store.put_back_fit(self._fit):
+            logger.warning("merged gateway: Redis had lost its fit, this aggregator wrote it again")
+            found = self._fit
+        self._fit = found
+        return found if found and found.weights else None
+
+    def _settings_text(self, weights: dict[str, float], fit: Fit | None) -> str:
         s = self._settings
+        if fit:
+            left_out = [name for name, weight in weights.items() if not weight]
+            return f"{s.method} fit={fit.id} rank={s.rank}" + (
+                f" without={json.dumps(left_out)}" if left_out else ""
+            )
         by = json.dumps(weights) if s.weighting == "config" else s.weighting
         return f"{s.method} scale={s.scale:g} rank={s.rank} weights={by}"
 
-    def _build(self, weights: dict[str, float]) -> None:
+    def _build(self, weights: dict[str, float], fit: Fit | None) -> None:
         started = self._clock()
-        specs = {name: self._store.spec(name) for name in weights}
-        parts: dict[str, BuiltFrom] = {}
-        experts = []
-        for name, weight in weights.items():
-            meta, file = self._store.read(name)
-            parts[name] = BuiltFrom(meta.version, meta.weights_commit)
-            experts.append(self._expert(specs[name], file, self._weight(weight, meta)))
-        if sum(expert.weight for expert in experts) == 0:
-            raise SpecError(
-                "every expert's gateway weight is 0: nothing to merge yet", about="gateway_weight"
-            )
-        first = next(iter(specs.values()))
+        inputs = read_inputs(self._store, weights, self._settings, fit)
+        spec = inputs.spec
         needs_init = METHODS[self._settings.method].needs_init
         merged = merge(
-            experts,
+            inputs.experts,
             method=self._settings.method,
-            scale=self._settings.scale,
+            scale=inputs.scale,
             rank=self._settings.rank or None,
-            init=initial_weights(first.layout, first.init_seed) if needs_init else None,
+            init=initial_weights(spec.layout, spec.init_seed) if needs_init else None,
         )
-        config = first.adapter_config(rank=merged.rank) | {"lora_alpha": merged.scaling * merged.rank}
+        config = spec.adapter_config(rank=merged.rank) | {"lora_alpha": merged.scaling * merged.rank}
         gateway = MergedMeta(
-            built_from=built_from_text(parts),
+            built_from=built_from_text(inputs.built_from),
             adapter_config=json.dumps(config),
             method=self._settings.method,
-            settings=self._settings_text(weights),
+            settings=self._settings_text(weights, fit),
             rank=merged.rank,
             relative_error=merged.relative_error,
+            weights=weights_text(inputs.weights),
+            fit=fit.id if fit else "",
             updated_at=round(self._clock(), 3),
             build_s=round(self._clock() - started, 3),
             software=software(),
         )
         self._store.write_merged(gateway, merged.buffer.file)
         logger.info(
-            "merged gateway: rebuilt from %s", ", ".join(f"{n} v{p.version}" for n, p in parts.items())
+            "merged gateway: rebuilt from %s%s",
+            ", ".join(f"{n} v{p.version}" for n, p in inputs.built_from.items()),
+            " by the fit" if fit else "",
         )
-
-    def _weight(self, configured: float, meta: Meta) -> float:
-        match self._settings.weighting:
-            case "examples":
-                return float(meta.n_examples)
-            case "updates":
-                return float(meta.version)
-        return configured
-
-    @staticmethod
-    def _expert(spec: Spec, file: bytes, weight: float) -> MergeInput:
-        flat = values_of(spec.layout, file)
-        return MergeInput(layout=spec.layout, flat=flat, scaling=spec.lora.scaling, weight=weight)

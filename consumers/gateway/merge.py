@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from consumers.gateway.methods import METHODS, Factors, Loss, Options, Rank, methods_of
+from consumers.gateway.methods import METHODS, Factors, Loss, Options, Rank, loss_of, methods_of
 from fedmoe.errors import SettingsError, SpecError
+from fedmoe.protocol.fit import groups_of
 from fedmoe.protocol.layout import MAX_STRING_BYTES, AdapterBuffer, Layout
 
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
@@ -22,12 +23,20 @@ Dims = dict[str, tuple[int, int]]  # module -> features (out, in)
 
 @dataclass(frozen=True, kw_only=True)
 class MergeInput:
-    """One adapter to merge: values `flat` (numel,) fp32, `scaling` alpha / rank, gateway weight."""
+    """One adapter to merge: values `flat` (numel,) fp32, `scaling` alpha / rank, gateway weight.
+
+    `in_groups` holds factors of the weight in each group of layers, the same number for all experts; none means 1.
+    """
 
     layout: Layout
     flat: Tensor
     scaling: float
     weight: float
+    in_groups: tuple[float, ...] = ()
+
+    def weight_in(self, group: int) -> float:
+        """The weight in one group of layers."""
+        return self.weight * self.in_groups[group] if self.in_groups else self.weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,14 +46,13 @@ class Merged:
     Args:
         rank: of every module.
         scaling: alpha / rank of the first expert with weight; another expert's scaling is multiplied into its B.
-        relative_error: ‖ΔW − result‖ / ‖ΔW‖ (Frobenius, all modules together): 0 for cat, the truncated part for svd,
-            None if unknown.
+        relative_error: ‖ΔW − result‖ / ‖ΔW‖ (Frobenius, all modules together); 0 if the method is exact, or ΔW is 0.
     """
 
     buffer: AdapterBuffer
     rank: int
     scaling: float
-    relative_error: float | None
+    relative_error: float
 
     @property
     def layout(self) -> Layout:
@@ -61,7 +69,7 @@ def merge(
     experts: Sequence[MergeInput],
     *,
     method: str = "cat",
-    scale: float = 1.0,
+    scale: float | None = 1.0,
     rank: int | None = None,
     init: Tensor | None = None,
     density: float = 0.5,
@@ -72,7 +80,7 @@ def merge(
     Args:
         experts: one or more; their ranks may differ for cat and svd.
         method: one of METHODS.
-        scale: factor of the weighted mean; 1 gives the mean.
+        scale: factor of the weighted mean; 1 gives the mean, None the sum Σ wᵢ ΔWᵢ.
         rank: of svd's result; the largest of the experts' ranks by default.
         init: the shared initialisation (numel,) fp32; some methods merge the difference to it, and use A = 0 as
             initialisation if it is None.
@@ -98,29 +106,32 @@ def merge(
     target = layout.views(buffer.flat)
     views = [expert.layout.views(expert.flat) for expert in experts]
     start = experts[0].layout.views(init) if init is not None else {}
-    total, scaling = sum(expert.weight for expert in experts), experts[0].scaling
-    losses: list[Loss | None] = []
+    scaling = experts[0].scaling
+    groups = groups_of(dims, len(experts[0].in_groups) or 1)
+    losses: list[Loss] = []
     # peft draws from torch's global generator: it is seeded here and restored afterwards.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         for module in dims:
             name_a, name_b = module + LORA_A, module + LORA_B
+            weights = [expert.weight_in(groups[module]) for expert in experts]
+            if not (total := sum(weights)):
+                continue  # the factors stay 0
+            gain = total if scale is None else scale
             factors = [
-                Factors(view[name_a], view[name_b], expert.weight / total, scale * expert.scaling / scaling)
-                for view, expert in zip(views, experts, strict=True)
+                Factors(view[name_a], view[name_b], weight / total, gain * expert.scaling / scaling)
+                for view, expert, weight in zip(views, experts, weights, strict=True)
             ]
             options = Options(start.get(name_a), density)
-            losses.append(METHODS[method].merge(factors, target[name_a], target[name_b], options))
+            known = METHODS[method].merge(factors, target[name_a], target[name_b], options)
+            losses.append(known or loss_of(factors, target[name_a], target[name_b]))
     return Merged(buffer=buffer, rank=rank, scaling=scaling, relative_error=_relative_error(losses))
 
 
-def _relative_error(losses: Sequence[Loss | None]) -> float | None:
-    """The relative error over all modules; None if the loss of one is unknown."""
-    known = [loss for loss in losses if loss is not None]
-    if len(known) < len(losses):
-        return None
-    norm = math.hypot(*(loss.norm for loss in known))
-    return math.hypot(*(loss.lost for loss in known)) / norm if norm else 0.0
+def _relative_error(losses: Sequence[Loss]) -> float:
+    """The relative error over all modules."""
+    norm = math.hypot(*(loss.norm for loss in losses))
+    return math.hypot(*(loss.lost for loss in losses)) / norm if norm else 0.0
 
 
 def _result_rank(method: str, ranks: list[int], rank: int | None) -> int:
@@ -139,13 +150,13 @@ def _result_rank(method: str, ranks: list[int], rank: int | None) -> int:
 
 
 def _check_settings(
-    experts: Sequence[MergeInput], method: str, scale: float, rank: int | None, density: float
+    experts: Sequence[MergeInput], method: str, scale: float | None, rank: int | None, density: float
 ) -> None:
     if method not in METHODS:
         raise SettingsError(
             f"merge method must be one of {', '.join(METHODS)}, not {method!r}", about="method"
         )
-    if not (math.isfinite(scale) and scale > 0):
+    if scale is not None and not (math.isfinite(scale) and scale > 0):
         raise SettingsError(f"the gateway's scale must be a number above 0, not {scale!r}", about="scale")
     if rank is not None and (METHODS[method].rank is not Rank.CHOSEN or rank < 1):
         raise SettingsError(
@@ -169,10 +180,10 @@ def _check_settings(
 
 def _check_experts(experts: Sequence[MergeInput]) -> tuple[Dims, list[int]]:
     """Check that the experts can be merged; returns their common modules, and the experts' ranks."""
-    dims, _ = _lora_dims(experts[0].layout)
+    dims, _ = lora_dims(experts[0].layout)
     ranks = []
     for index, expert in enumerate(experts):
-        own, rank = _lora_dims(expert.layout)
+        own, rank = lora_dims(expert.layout)
         if own != dims:
             odd = min(module for module in own.keys() | dims.keys() if own.get(module) != dims.get(module))
             raise SpecError(
@@ -191,7 +202,7 @@ def _check_experts(experts: Sequence[MergeInput]) -> tuple[Dims, list[int]]:
     return dims, ranks
 
 
-def _lora_dims(layout: Layout) -> tuple[Dims, int]:
+def lora_dims(layout: Layout) -> tuple[Dims, int]:
     """The modules of a LoRA layout and their common rank."""
     shapes = dict(layout.tensors)
     dims: Dims = {}

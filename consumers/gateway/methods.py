@@ -47,7 +47,7 @@ class Options(NamedTuple):
 
 
 class Loss(NamedTuple):
-    """Frobenius norms of a module's truncation error (`lost`) and of the ideal ΔW (`norm`)."""
+    """Frobenius norms of a module's error (`lost`) and of the ideal ΔW (`norm`)."""
 
     lost: float
     norm: float
@@ -68,12 +68,18 @@ class Method:
     Args:
         rank: of the result.
         needs_init: it merges the difference to the initialisation.
-        merge: writes the factors of one module to a (r, n) and b (m, r), which are zeros; returns its loss if known.
+        merge: writes the factors of one module to a (r, n) and b (m, r), which are zeros; returns its loss if it has
+            computed that anyway (else `loss_of` does).
     """
 
     rank: Rank
     needs_init: bool = False
     merge: Callable[[Sequence[Factors], Tensor, Tensor, Options], Loss | None]
+
+    @property
+    def can_choose_rank(self) -> bool:
+        """True if the rank of the result is a choice."""
+        return self.rank is Rank.CHOSEN
 
 
 def _stack(factors: Sequence[Factors], a: Tensor, b: Tensor, _: Options) -> Loss:
@@ -148,6 +154,23 @@ METHODS = {
     "ties": Method(rank=Rank.COMMON, needs_init=True, merge=_ties),
     "dare": Method(rank=Rank.COMMON, needs_init=True, merge=_dare),
 }
+
+
+def loss_of(factors: Sequence[Factors], a: Tensor, b: Tensor) -> Loss:
+    """The loss of a merged module a (r, n), b (m, r).
+
+    With the factors side by side, ΔW − b a is one product of rank Σr + r; QR of both sides gives its norm without
+    forming a matrix (m, n).
+    """
+    left, right = [part.b * (part.share * part.gain) for part in factors], [part.a for part in factors]
+    return Loss(_norm([*left, -b], [*right, a]), _norm(left, right))
+
+
+def _norm(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
+    """‖Σ left · right‖."""
+    r_left = torch.linalg.qr(torch.cat(list(left), dim=1), mode="r").R
+    r_right = torch.linalg.qr(torch.cat(list(right)).T, mode="r").R
+    return float((r_left @ r_right.T).norm())
 
 
 def methods_of(*ranks: Rank) -> str:

@@ -27,7 +27,6 @@ def truncate_to_rank(adapter: Export, rank: int) -> tuple[Export, str]:
     layout = layout_of(adapter.file)
     whole = MergeInput(layout=layout, flat=values_of(layout, adapter.file), scaling=scaling, weight=1.0)
     truncated = merge([whole], method="svd", rank=rank)
-    assert truncated.relative_error is not None  # svd always reports it
     config = dict(adapter.config) | {"r": rank, "lora_alpha": scaling * rank}
     info = dict(adapter.info) | {
         "truncated_from_rank": has,

@@ -1,17 +1,26 @@
-"""`fedmoe gateway export` and `fedmoe gateway show`."""
+"""`fedmoe gateway export | fit | show`."""
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from fedmoe.cli.declared import redis_options
+from fedmoe.cli.fit import fit
+from fedmoe.cli.merge_lines import merge_lines, method_lines
+from fedmoe.cli.status import merged_line, trained_line
 from fedmoe.settings import RedisSettings
+
+if TYPE_CHECKING:
+    from consumers.gateway.compare import Compared
+    from fedmoe.protocol.merged_view import MergedView
+    from fedmoe.store.connection import Connection
 
 
 @click.group()
 def gateway() -> None:
-    """Export or show the gateway, the model that knows all domains."""
+    """Export, fit or show the gateway, the model that knows all domains."""
 
 
 @gateway.command()
@@ -66,27 +75,58 @@ def export(
 
 @gateway.command()
 @redis_options
+@click.option("--no-compare", is_flag=True, envvar="FEDMOE_GATEWAY_SHOW_NO_COMPARE",
+              help="Leave out the errors of the other methods, for which all experts are read and merged.")  # fmt: skip
 @click.option(
     "--json", "as_json", is_flag=True, envvar="FEDMOE_GATEWAY_SHOW_JSON", help="Print JSON, for a program."
 )
-def show(redis: RedisSettings, as_json: bool) -> None:
-    """Show the trained gateway's version, and how the merged gateway was built, and from which versions."""
-    from fedmoe.cli.status import merged_line, trained_line
-    from fedmoe.protocol.federation import MERGED, findings
+def show(redis: RedisSettings, no_compare: bool, as_json: bool) -> None:
+    """Show the trained gateway's version, how the merged gateway was built and fitted, and each merge method's error.
+
+    The error is the distance of the merged product from the exact weighted sum of the experts, relative to that sum.
+    """
+    from fedmoe.protocol.federation import findings
+    from fedmoe.protocol.merged_view import MERGED
     from fedmoe.protocol.names import GATEWAY
     from fedmoe.store.connection import Connection
     from fedmoe.store.inspect import Inspector
 
-    federation = Inspector(Connection(redis)).federation()
+    connection = Connection(redis)
+    federation = Inspector(connection).federation()
+    merged = federation.merged
+    compared = None if no_compare or not merged.exists else _compared(connection, merged)
     if as_json:
         content = federation.to_dict()
         trained = next((one for one in content["experts"] if one["name"] == GATEWAY), None)
-        click.echo(json.dumps({"trained": trained, "merged": content["merged"]}, indent=2))
+        shown = {"trained": trained, "merged": content["merged"]}
+        if isinstance(compared, list):
+            shown["methods"] = [one._asdict() for one in compared]
+        click.echo(json.dumps(shown, indent=2))
         return
-    click.echo(trained_line(federation))
-    click.echo(merged_line(federation.merged))
-    if federation.merged.relative_error is not None:
-        click.echo(f"truncated to this rank, relative error {federation.merged.relative_error:.2%}")
+    for line in (
+        trained_line(federation),
+        merged_line(merged),
+        *merge_lines(merged),
+        *method_lines(merged, compared),
+    ):
+        click.echo(line)
     for line in findings(federation):
         if line.startswith((f"{MERGED}: ", f"{GATEWAY}: ")):
             click.echo(f"! {line}")
+
+
+def _compared(connection: "Connection", merged: "MergedView") -> "list[Compared] | str":
+    """The merge methods on the present experts, with the weights in force; or why they cannot be compared."""
+    from consumers.gateway.compare import compare_present
+    from fedmoe.errors import FedMoEError
+    from fedmoe.store.gateway import GatewayStore
+
+    if not merged.weights:
+        return "the weights are unknown, because an earlier release built it"
+    try:
+        return compare_present(GatewayStore(connection), merged.weights)
+    except FedMoEError as error:
+        return str(error)
+
+
+gateway.add_command(fit)

@@ -16,7 +16,8 @@ from fedmoe.settings import RedisSettings
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from fedmoe.protocol.federation import ExpertView, Federation, MergedView, ServerView, WorkerView
+    from fedmoe.protocol.federation import ExpertView, Federation, ServerView, WorkerView
+    from fedmoe.protocol.merged_view import MergedView
     from fedmoe.store.inspect import Inspector
 
 EXPERT_COLUMNS = (
@@ -28,7 +29,7 @@ WORKER_COLUMNS = (
     "in flight", "refused",
 )  # fmt: skip
 TEXT_COLUMNS = frozenset(
-    {"expert", "worker", "host", "served by", "base model"}
+    {"expert", "worker", "host", "served by", "base model", "method", "error"}
 )  # left-aligned; the others are numbers
 DROP_FIRST = ("host", "tokens/s", "staleness", "applied", "pending", "in flight", "served by")
 SHOWN_WORKERS = 50
@@ -248,7 +249,8 @@ def merged_line(merged: "MergedView") -> str:
     if not merged.exists:
         return "merged gateway: none yet"
     made = f"{merged.method or NONE}, rank {cell(merged.rank)}"
-    return f"merged gateway: {made}, built from {built_from(merged)}"
+    by_fit = ", weights by the fit" if merged.fit and merged.fit.is_used else ""
+    return f"merged gateway: {made}{by_fit}, built from {built_from(merged)}"
 
 
 def built_from(merged: "MergedView") -> str:

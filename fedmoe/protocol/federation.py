@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any
 
 from fedmoe.protocol.eviction import eviction_threat
+from fedmoe.protocol.merged_view import MergedView
 from fedmoe.protocol.records import Meta
 
 # Two missed heartbeats; after HEARTBEAT_TTL_S the key expires and the worker is gone.
 QUIET_AFTER_S = 10.0
 STILL_AFTER_S = 600.0  # no update for this long, although workers run, is a finding
-MERGED = "merged gateway"
 NEWS_FOR_S = 24 * 3600.0  # a vanished or failed worker stays a finding for this long
 MEMORY_ALARM = 0.8
 
@@ -109,23 +109,6 @@ class ExpertView:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MergedView:
-    """The merged gateway: the versions it was `built_from`, the experts' `present` ones, and the `outdated` experts."""
-
-    exists: bool = False
-    method: str = ""
-    rank: int | None = None
-    updated_at: float | None = None
-    relative_error: float | None = None
-    built_from: dict[str, int]
-    present: dict[str, int]
-    outdated: tuple[str, ...] = ()
-    lease: str | None = None
-    error: str = ""
-    problems: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ServerView:
     """The server, for example Redis 7.0.15; memory in bytes; max_memory 0 means no bound, None means unknown."""
 
@@ -171,7 +154,7 @@ def findings(federation: Federation) -> Iterator[str]:
         yield "there are no experts yet: start `fedmoe aggregator run`"
     for expert in federation.experts:
         yield from _of_expert(expert)
-    yield from _of_merged(federation)
+    yield from federation.merged.findings()
     yield from _of_server(federation.server)
 
 
@@ -236,18 +219,6 @@ def _refusals(expert: ExpertView) -> str:
         f" and {_count(expert.meta.garbage, 'entry', 'entries')} of garbage" if expert.meta.garbage else ""
     )
     return f"{_count(expert.meta.refused, 'update', 'updates')} refused{garbage}"
-
-
-def _of_merged(federation: Federation) -> Iterator[str]:
-    merged = federation.merged
-    yield from (f"{MERGED}: {problem}" for problem in merged.problems)
-    if merged.error:
-        yield f"{MERGED}: cannot be built: {merged.error}"
-    elif merged.exists and merged.outdated and merged.lease == "":
-        yield (
-            f"{MERGED}: {', '.join(merged.outdated)} moved on and no aggregator rebuilds it: "
-            "start `fedmoe aggregator run`"
-        )
 
 
 def _of_server(server: ServerView) -> Iterator[str]:

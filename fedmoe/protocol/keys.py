@@ -27,11 +27,12 @@ transaction. The prefix `fedmoe` is a setting, so that several federations can s
     fedmoe:{E}:problem                              hash    aggregator -> what it cannot do now; expires
     fedmoe:{gateway}:…                                      the trained gateway: an expert like any other
     fedmoe:{merged}:weights, :meta, :lease, :problem        the merged gateway, rebuilt whenever an expert changes
+    fedmoe:{merged}:fit                             hash    weights of the experts, fitted on validation rows
 
 Whatever merges writes only below `fedmoe:{merged}`, so it never writes where an expert's spec and meta lie.
 
 Write permissions: a worker writes only `payload:<itself>:*` and `worker:<itself>`, and adds to `updates`; aggregators
-write all other keys.
+write all other keys, and operators the fit.
 """
 
 from dataclasses import dataclass
@@ -105,6 +106,11 @@ class ExpertKeys:
     def members(self) -> str:
         """Pattern of all workers' heartbeats and traces; it also matches payloads and a few other keys."""
         return f"{self.root}:[wp]*"
+
+    @property
+    def fit(self) -> str:
+        """Key of the merged gateway's fit."""
+        return f"{self.root}:fit"
 
     def worker(self, worker: str) -> str:
         return f"{self.root}:worker:{worker}"

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from fedmoe.errors import SpecError
 from fedmoe.protocol.features import check_requires
 from fedmoe.protocol.fields import from_untrusted, optional, to_text
+from fedmoe.protocol.fit import parse_weights
 
 
 class BuiltFrom(NamedTuple):
@@ -24,7 +25,10 @@ class MergedMeta:
     Args:
         built_from: JSON, see `experts`; adapter_config: JSON, see `config`.
         method, rank, relative_error: of the merge (see `consumers.gateway.methods`).
-        settings: of the merge, with the experts' gateway weights, as text; a different text triggers a rebuild.
+        settings: of the merge, with the experts' gateway weights or the fit, as text; a different text triggers a
+            rebuild.
+        weights: JSON, as in `fedmoe.protocol.fit.Fit`; the ideal gateway is the sum of the experts with these weights.
+        fit: id of the fit by which it was built.
         updated_at: seconds since 1970; build_s: duration of the build in seconds.
         error: why the last build failed; the previous gateway stays.
         software: releases that it was built with.
@@ -37,6 +41,8 @@ class MergedMeta:
     settings: str = optional("")
     rank: int | None = optional(None)
     relative_error: float | None = optional(None)
+    weights: str = optional("")
+    fit: str = optional("")
     updated_at: float | None = optional(None)
     build_s: float | None = optional(None)
     error: str = optional("")
@@ -53,6 +59,11 @@ class MergedMeta:
             raise SpecError(
                 "the merged gateway's meta hash is malformed; was it edited by hand?", about="experts"
             ) from error
+
+    @property
+    def by_expert(self) -> dict[str, tuple[float, ...]]:
+        """The weights, as those of a `Fit`; empty if unknown. Raises SpecError if the field is malformed."""
+        return parse_weights(self.weights)
 
     @property
     def config(self) -> dict[str, Any]:

@@ -6,12 +6,13 @@ from typing import Any
 
 from fedmoe.errors import DamagedExpertError, RemovedExpertError, SpecError, UnknownExpertError
 from fedmoe.protocol.condition import examine
+from fedmoe.protocol.fit import Fit
 from fedmoe.protocol.integrity import server_state_problem
 from fedmoe.protocol.merged import MergedMeta
 from fedmoe.protocol.names import is_expert
 from fedmoe.protocol.records import Entry, Meta
 from fedmoe.protocol.spec import Spec
-from fedmoe.store.connection import Connection
+from fedmoe.store.connection import Connection, execute
 from fedmoe.store.full import read_together
 
 
@@ -156,6 +157,29 @@ class GatewayStore:
             pipe.delete(self.keys.meta)
             pipe.hset(self.keys.meta, mapping=meta.to_fields())
             pipe.execute()
+
+    def fit(self) -> Fit | None:
+        """The merged gateway's fit; None if Redis holds none. One that an operator gave up has no weights."""
+        with self.connection.errors():
+            raw = self._redis.hgetall(self.keys.fit)
+        return Fit.read(raw) if raw else None
+
+    def write_fit(self, fit: Fit) -> None:
+        """Replace the merged gateway's fit."""
+        with self.connection.errors(), self._redis.pipeline(transaction=True) as pipe:
+            pipe.delete(self.keys.fit)
+            pipe.hset(self.keys.fit, mapping=fit.to_fields())
+            pipe.execute()
+
+    def put_back_fit(self, fit: Fit) -> bool:
+        """Write a fit that Redis lost; False if there is one again."""
+        with self.connection.errors(), self._redis.pipeline(transaction=True) as pipe:
+            pipe.watch(self.keys.fit)
+            if pipe.exists(self.keys.fit):
+                return False
+            pipe.multi()
+            pipe.hset(self.keys.fit, mapping=fit.to_fields())
+            return execute(pipe) is not None
 
     def complain(self, reason: str) -> None:
         """Write to the merged gateway's meta why it cannot be built; the old one stays."""

@@ -16,14 +16,15 @@ from fedmoe.protocol.federation import (
     DeadLetterView,
     ExpertView,
     Federation,
-    MergedView,
     ServerView,
     WorkerView,
 )
 from fedmoe.protocol.fields import number
+from fedmoe.protocol.fit import Fit
 from fedmoe.protocol.keys import GROUP
 from fedmoe.protocol.lines import DeadLetter
 from fedmoe.protocol.merged import BuiltFrom, MergedMeta
+from fedmoe.protocol.merged_view import FitView, MergedView
 from fedmoe.protocol.names import GATEWAY, MERGED, is_expert
 from fedmoe.protocol.records import NO_DECISIONS, Meta
 from fedmoe.store.connection import Connection
@@ -72,7 +73,7 @@ class Inspector:
             prefix=self.keys.prefix,
             server=_server(self.connection.settings.shown, replies["", "info"]),
             experts=experts,
-            merged=_merged(of(MERGED), experts),
+            merged=_merged(of(MERGED), experts, now),
             problems=tuple(problems),
         )
 
@@ -107,7 +108,7 @@ class Inspector:
             "problem": ("HGETALL", keys.problem),
         }
         if name == MERGED:
-            return commands
+            return commands | {"fit": ("HGETALL", keys.fit)}
         return commands | {
             "updates": ("XLEN", keys.updates),
             "groups": ("XINFO GROUPS", keys.updates),
@@ -253,35 +254,70 @@ def _of_aggregators(replies: Mapping[str, Any]) -> list[str]:
     return [f"aggregator {holder} has a problem: {problem}" for holder, problem in sorted(said.items())]
 
 
-def _merged(replies: dict[str, Any], experts: Sequence[ExpertView]) -> MergedView:
+def _merged(replies: dict[str, Any], experts: Sequence[ExpertView], now: float) -> MergedView:
     problems = _refused(replies)
     problems += _of_aggregators(replies)
     meta = MergedMeta()
     experts_in: Mapping[str, BuiltFrom] = {}
+    weights: Mapping[str, tuple[float, ...]] = {}
     try:
         meta = MergedMeta.read(replies["meta"] or {})
         experts_in = meta.experts if meta.built_from else {}
+        weights = meta.by_expert
     except ProtocolError as error:
         problems.append(printable(str(error)))
     except SpecError:
         problems.append("its meta is malformed: was it edited by hand?")
     built_from = {printable(name): one.version for name, one in experts_in.items()}
     commits = {printable(name): printable(one.weights_commit) for name, one in experts_in.items()}
-    present = {expert.name: expert.meta for expert in experts if expert.meta and expert.name != GATEWAY}
+    domains = [expert for expert in experts if expert.name != GATEWAY]
+    present = {expert.name: expert.meta for expert in domains if expert.meta}
     exists = bool(commits) and replies["weights"] != 0
+    fit = None
+    try:
+        fit = _fit(Fit.read(replies["fit"] or {}), meta, domains, now)
+    except (ProtocolError, SpecError) as error:
+        problems.append(printable(str(error)))
     return MergedView(
         exists=exists,
         method=printable(meta.method),
         rank=meta.rank,
         updated_at=meta.updated_at,
         relative_error=meta.relative_error,
+        weights=_printable_names(weights),
         built_from=built_from,
         present={name: expert.version for name, expert in present.items()},
         outdated=tuple(n for n, expert in present.items() if commits.get(n) != expert.weights_commit),
+        fit=fit,
         lease=_lease(replies),
         error=printable(meta.error),
         problems=tuple(problems),
     )
+
+
+def _fit(fit: Fit, merged: MergedMeta, experts: Sequence[ExpertView], now: float) -> FitView | None:
+    """The fit; None if there is none. Raises SpecError if it is malformed."""
+    weights, fitted_on = fit.by_expert, fit.experts
+    if not weights:
+        return None
+    lineages = {expert.name: expert.meta.lineage for expert in experts if expert.meta}
+    known = {name for name, one in fitted_on.items() if name in weights and lineages.get(name) == one.lineage}
+    return FitView(
+        weights=_printable_names(weights),
+        versions={printable(name): one.version for name, one in fitted_on.items()},
+        strange=tuple(printable(name) for name in weights if name not in known),
+        missing=tuple(e.name for e in experts if e.meta and e.gateway_weight and e.name not in known),
+        loss=fit.loss,
+        before=_printable_names(fit.losses_before),
+        rows={printable(name): one.rows for name, one in fit.rows.items()},
+        fitted_at=fit.fitted_at,
+        age_s=None if fit.fitted_at is None else max(0.0, now - fit.fitted_at),
+        is_used=merged.fit == fit.id,
+    )
+
+
+def _printable_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {printable(name): value for name, value in values.items()}
 
 
 def _server(url: str, info: Mapping[str, Any] | Exception) -> ServerView:

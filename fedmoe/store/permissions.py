@@ -125,6 +125,8 @@ def _aggregator(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
         *_on(keys.worker(ANY), may="HGET", when="no base model is pinned yet, or Redis has lost an expert"),
         *_on(merged.meta, may="HGETALL, HSET, DEL"),
         *_on(merged.weights, may="SET"),
+        *_on(merged.fit, may="HGETALL"),
+        *_on(merged.fit, may="WATCH, EXISTS, HSET", when="Redis has lost the fit of the merged gateway"),
         *_on(merged.lease, may="EVALSHA, GET, SET, DEL"),
         *_on(may="SCAN, SCRIPT LOAD, MULTI, EXEC, UNWATCH"),
         Right(
@@ -150,6 +152,7 @@ def _operator(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
         *_on(keys.packed, keys.server_state, keys.lost, keys.claims, may="UNLINK"),
         *_on(*written, may="WATCH, EXISTS, UNLINK"),
         *_on(merged.weights, may="GET"),
+        *_on(merged.fit, may="HGETALL, HSET, DEL", when="it fits the merged gateway"),
         *_on(all_keys.experts, may="HKEYS, HDEL", when="it removes an expert"),
         *_on(
             keys.updates,
@@ -186,7 +189,7 @@ def _monitor(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
     keys, merged = all_keys.expert(expert), all_keys.merged
     leases = (keys.lease, merged.lease)
     return (
-        *_on(all_keys.experts, keys.meta, merged.meta, may="HGETALL"),
+        *_on(all_keys.experts, keys.meta, merged.meta, merged.fit, may="HGETALL"),
         *_on(keys.weights, keys.spec, merged.weights, may="STRLEN"),
         *_on(keys.updates, may="XLEN, XINFO GROUPS"),
         *_on(keys.dead, may="XLEN, XREVRANGE"),
@@ -205,7 +208,7 @@ def _monitor(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
 AGGREGATOR = Role(name="aggregator", does="serve experts", rights=_aggregator)
 WORKER = Role(name="worker", does="train", rights=_worker)
 OPERATOR = Role(
-    name="operator", does="back up, restore, change, add, remove, verify and export", rights=_operator
+    name="operator", does="back up, restore, change, add, remove, verify, fit and export", rights=_operator
 )
 MONITOR = Role(name="monitor", does="read the status", rights=_monitor)
 ROLES = {role.name: role for role in (AGGREGATOR, WORKER, OPERATOR, MONITOR)}

@@ -21,7 +21,7 @@ from fedmoe.model.tokenizer import load_tokenizer, tokenizer_fingerprint
 from fedmoe.protocol.identity import BaseIdentity
 from fedmoe.protocol.records import Meta
 from fedmoe.protocol.spec import Spec
-from fedmoe.settings import HeldOutSettings
+from fedmoe.settings import FitSettings, HeldOutSettings
 from fedmoe.tools.rows import with_template
 
 
@@ -44,7 +44,7 @@ class Base:
 
 
 def load(
-    settings: HeldOutSettings,
+    settings: HeldOutSettings | FitSettings,
     specs: Mapping[str, Spec],
     metas: Mapping[str, Meta],
     templates: Mapping[str, str],

@@ -7,7 +7,7 @@ from pathlib import Path
 from peft import PeftConfig, PeftType
 
 from fedmoe.data.bad_rows import BadRows
-from fedmoe.data.jsonl import open_data
+from fedmoe.data.jsonl import DataFile, open_data
 from fedmoe.errors import BaseModelError, SettingsError, SpecError, UnknownExpertError
 from fedmoe.protocol.names import GATEWAY, MERGED
 from fedmoe.protocol.spec import Spec
@@ -151,6 +151,7 @@ def measure(
     tests, trainings = (
         {name: open_data(file, bad_rows) for name, file in files.items()} for files in (test, training)
     )
+    _report_fitted_on(store, tests, report)
     adapters: dict[str, Adapter | None] = {BASE: None}
     adapters |= {name: Adapter(file=export.file, config=export.config) for name, export in exports.items()}
     for name, directory in settings.extra.items():
@@ -194,6 +195,23 @@ def measure(
         share=share,
         centralised=centralised,
     )
+
+
+def _report_fitted_on(
+    store: GatewayStore, tests: Mapping[str, DataFile], report: Callable[[str], None]
+) -> None:
+    """Say which files are those that the merged gateway was fitted on."""
+    try:
+        fit = store.fit()
+        digests = {one.digest for one in fit.rows.values()} if fit and fit.weights else set()
+    except SpecError:
+        return  # `fedmoe gateway show` says what is wrong with it
+    for data in tests.values():
+        if data.digest in digests:
+            report(
+                f"{data.path}: the merged gateway was fitted on these rows, so its loss on them says little: "
+                "measure it on others"
+            )
 
 
 def _report_undefined(

@@ -14,14 +14,18 @@ from fedmoe.data.flat import FlatExamples
 from fedmoe.data.jsonl import DataFile
 from fedmoe.errors import DataError, SettingsError, UnknownExpertError
 from fedmoe.model.bounds import check_examples
-from fedmoe.protocol.names import check_name
+from fedmoe.protocol.names import check_name, clean_name
 from fedmoe.tools.evaluate import MEAN
+
+VALID = "valid"
 
 
 def find_files(
     texts: Sequence[str], experts: Sequence[str], *, option: str = "data", kind: str = "test"
 ) -> dict[str, Path]:
     """Resolve `expert=file.jsonl`, or a directory with `<expert>.<kind>.jsonl` or `<expert>.jsonl`, to {domain: file}.
+
+    Rows of the kind VALID are only those of `<expert>.valid.jsonl`, for `<expert>.jsonl` may be test rows.
 
     Raises:
         SettingsError: if a text is neither, or a domain occurs twice.
@@ -68,10 +72,33 @@ def find_training_files(
     return found
 
 
+def find_validation_files(texts: Sequence[str], experts: Sequence[str]) -> dict[str, Path]:
+    """Like find_files, with `<expert>.valid.jsonl`; a file alone, of pooled rows, is a domain of its own name.
+
+    Raises:
+        SettingsError: if a file is named as test rows; else as find_files.
+    """
+    named = [
+        f"{clean_name(Path(text).name.removesuffix('.gz').removesuffix('.jsonl'))}={text}"
+        if "=" not in text and Path(text).is_file()
+        else text
+        for text in texts
+    ]
+    found = find_files(named, experts, kind=VALID)
+    if tests := [path for path in found.values() if ".test." in path.name]:
+        raise SettingsError(
+            f"{tests[0]} is named as test rows, which measure a gateway and never choose one: give validation rows",
+            about="test",
+        )
+    return found
+
+
 def _in_directory(directory: Path, experts: Sequence[str], option: str, kind: str) -> dict[str, Path]:
     found = {}
     for name in experts:
-        candidates = (directory / f"{name}.{kind}.jsonl", directory / f"{name}.jsonl")
+        candidates = [directory / f"{name}.{kind}.jsonl"]
+        if kind != VALID:
+            candidates.append(directory / f"{name}.jsonl")
         if file := next((path for path in candidates if path.is_file()), None):
             found[name] = file
     if not found:

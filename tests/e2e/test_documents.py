@@ -81,7 +81,7 @@ class Shell:
         self.directory, self.socket, self._count = directory, directory / "redis.sock", 0
         for name in ("ops", "docs", "examples"):
             (directory / name).symlink_to(ROOT / name)
-        for name in ("bin", "home", "held-out", "training"):
+        for name in ("bin", "home", "held-out", "training", "validation"):
             (directory / name).mkdir()
         self._write_data()
         self._write_program(
@@ -114,6 +114,7 @@ class Shell:
             (self.directory / file).write_text("\n".join(rows))
         for name in EXPERTS:
             (self.directory / "held-out" / f"{name}.jsonl").write_text("\n".join(rows[:4]))
+            (self.directory / "validation" / f"{name}.valid.jsonl").write_text("\n".join(rows[4:8]))
 
     def _write_program(self, name: str, program: str, options: str = "", *, first: bool = False) -> None:
         words = f'{options} "$@"' if first else f'"$@" {options}'

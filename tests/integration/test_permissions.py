@@ -16,6 +16,7 @@ from consumers.recovery.write_back import write_back
 from fedmoe.cli.main import cli
 from fedmoe.errors import RedisUnavailableError, RedisUnfitError, RemovedExpertError, UnknownExpertError
 from fedmoe.protocol.beat import Beat
+from fedmoe.protocol.fit import Fit
 from fedmoe.protocol.keys import Keys
 from fedmoe.protocol.lora import LoraSettings
 from fedmoe.protocol.names import GATEWAY
@@ -154,10 +155,11 @@ def test_what_real_runs_send_is_what_is_listed(
         eventually("the gateway", lambda: store.merged().experts[EXPERT].version)
         guarded.admin.client.hset(f"fedmoe:{{{EXPERT}}}:worker:another", "run", "1-00000000")
         guarded.fedmoe(MONITOR, "status")
-        guarded.fedmoe(MONITOR, "gateway", "show")
+        guarded.fedmoe(MONITOR, "gateway", "show", "--no-compare")
         guarded.fedmoe(OPERATOR, "status")
         guarded.fedmoe(OPERATOR, "backup", str(tmp_path / "backup"))
         guarded.fedmoe(OPERATOR, "verify", "--keep-updates", str(kept))
+        assert "exact" in guarded.fedmoe(OPERATOR, "gateway", "show")
         guarded.fedmoe(OPERATOR, "gateway", "export", "--out", str(tmp_path / "gateway"))
     guarded.fedmoe(OPERATOR, "restore", str(tmp_path / "backup"), "--replace")
     assert guarded.denied() == []
@@ -208,6 +210,7 @@ def test_what_is_listed_for_rarer_situations_is_sent_in_them(
     a_standby_and_a_lease_for_ever(guarded)
     an_emptied_redis(guarded)
     an_operator_who_changes_things(guarded)
+    a_fitted_gateway(guarded)
     a_removed_expert(guarded)
     assert guarded.denied() == []
     nothing: dict[str, list[Sent]] = {name: [] for name in ROLES}
@@ -318,6 +321,25 @@ def an_operator_who_changes_things(guarded: Guarded) -> None:
     guarded.fedmoe(OPERATOR, "expert", "add", "added")
     assert "added" in guarded.fedmoe(MONITOR, "expert", "list")
     assert "0.25" in guarded.fedmoe(OPERATOR, "expert", "show", EXPERT)
+
+
+def a_fitted_gateway(guarded: Guarded) -> None:
+    """An operator fits the merged gateway; Redis loses the fit, and the aggregator writes it again."""
+    operator, aggregator = (GatewayStore(guarded.connection(role)) for role in (OPERATOR, AGGREGATOR))
+    assert operator.fit() is None
+    operator.write_fit(fit := Fit(weights='{"a": [1.0]}', fitted_at=1.5))
+    assert aggregator.fit() == fit
+    guarded.admin.client.delete(KEYS.merged.fit)
+    assert aggregator.put_back_fit(fit)
+    assert operator.fit() == fit
+
+
+def test_who_may_only_watch_is_told_what_is_not_shown(guarded: Guarded) -> None:
+    """The other merge methods' errors need the experts' weights, which a monitor may not read."""
+    make_expert(guarded.admin)
+    GatewayBuilder(guarded.admin, GatewaySettings(method="average"), holder="one", lease_s=1.0).refresh()
+    lines = guarded.fedmoe(MONITOR, "gateway", "show").splitlines()
+    assert [line.startswith("the merge methods are not compared: ") for line in lines].count(True) == 1
 
 
 def a_removed_expert(guarded: Guarded) -> None:

@@ -9,6 +9,7 @@ from fedmoe.cli.main import cli
 from fedmoe.protocol.rules import RuleSet
 from fedmoe.settings import (
     AggregatorSettings,
+    FitSettings,
     GatewaySettings,
     HeldOutSettings,
     IdentitySettings,
@@ -19,13 +20,16 @@ from fedmoe.util.setting import UNITS, declared
 
 OWNERS = (
     RedisSettings, IdentitySettings, RuleSet, GatewaySettings, AggregatorSettings, WorkerSettings, HeldOutSettings,
+    FitSettings,
 )  # fmt: skip
 DEFAULT = re.compile(r"\s*\[default: .*\]$")
 # What a help may not begin with: it would not say what the value is, or what the option does.
 NO_NOUN = re.compile(
     r"(?i)(a|an|the|whether|if|which|what|where|how|when|why|also|so|as|for|another|auto|repeatable|\w+'s)\b"
 )
-UNIT = re.compile(r"(?i)\b(seconds|milliseconds|updates|rows|tokens|steps|epochs|micro-batches|rank)\b")
+UNIT = re.compile(
+    r"(?i)\b(seconds|milliseconds|updates|rows|tokens|steps|epochs|micro-batches|rank|groups)\b"
+)
 # Factors, exponents and norms have no unit.
 BARE = {
     "alpha", "seed", "lr", "gain", "decay-a", "max-norm", "learning-rate", "weight-decay", "clip-norm", "gateway-scale",

@@ -240,7 +240,7 @@ def some() -> list[tuple[Run, Outcome]]:
     pairs = []
     for seed, own in ((0, 1.0), (1, 1.2)):
         apart = Run(scheme="apart", seed=seed)
-        merged = {"cat 1": 1.6, "cat 1.8": 1.5, "svd 1.8": 1.55}
+        merged = {"cat 1": 1.6, "cat 1.8": 1.5, "svd 1.8": 1.55, "cat fitted": 1.5 - seed / 10}
         pairs.append((apart, outcome(apart, **{BASE: 2.0, OWN.replace(" ", "_"): own, **merged})))
         trained = Run(scheme="gateway", gain=2.0, seed=seed)
         pairs.append((trained, outcome(trained, gateway=own + 0.01)))
@@ -255,7 +255,9 @@ def test_shares_are_of_the_same_seed_s_perfect_routing() -> None:
     found = {result.name: result for result in figures(list(lines.values()), short=False)}
     assert found["learning_gateway_share"].value == pytest.approx(0.98875)
     assert found["learning_gateway_share"].met
-    assert found["learning_above_merged_points"].value == pytest.approx(100 * (0.98875 - (0.5 + 0.625) / 2))
+    assert found["learning_above_merged_points"].value == pytest.approx(100 * (0.98875 - (0.5 + 0.75) / 2))
+    fitted = found["learning_fitted_above_fixed_points"]
+    assert (fitted.value, fitted.max, fitted.met) == (0.0, pytest.approx(12.5), True)
     assert found["learning_gateway_least_share"].value == pytest.approx(0.9875)
     assert "98.9 %  98.8 .. 99.0" in table(list(lines.values()))
 

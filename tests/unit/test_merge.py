@@ -1,5 +1,6 @@
 """consumers.gateway.merge: every method against the dense matrices it stands for."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -80,7 +81,6 @@ def test_svd_is_the_nearest_matrix_of_its_rank(family: list[MergeInput], rank: i
         u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
         best[module] = u[:, :rank] * s[:rank] @ vh[:rank]
     assert merged.rank == rank
-    assert merged.relative_error is not None
     reported = merged.relative_error * norm(target)
     assert reported == pytest.approx(apart(best, target), abs=rounding(family))
     assert reported == pytest.approx(apart(dense(merged), target), abs=rounding(family))
@@ -143,6 +143,30 @@ def test_averaging_is_exact_where_one_factor_is_shared() -> None:
                 own, first = (e.layout.views(e.flat)[module + suffix] for e in (each, family[0]))
                 own.copy_(first)
         assert apart(dense(merge(family, method="average")), wanted(family)) < rounding(family)
+
+
+@given(families(same_rank=True), st.sampled_from(list(METHODS)))
+def test_every_method_reports_its_true_error(family: list[MergeInput], method: str) -> None:
+    """Also those that leave it to be computed, and those that err by more than the sum itself."""
+    merged, target = merge(family, method=method), wanted(family)
+    true = apart(dense(merged), target)
+    assert merged.relative_error * norm(target) == pytest.approx(true, rel=1e-4, abs=4 * rounding(family))
+
+
+def test_weights_without_scale_are_those_of_the_sum_in_each_group_of_layers() -> None:
+    """ΔW = Σ wᵢ ΔWᵢ; a group in which all weights are 0 is the base model."""
+    dims = {f"model.layers.{n}.q_proj": (20, 30) for n in range(4)}
+    family = [expert(0, dims, scaling=0.5), expert(1, dims, rank=6)]
+    target = [dense(each) for each in family]
+    weights = ((0.25, 0.0), (1.5, 0.0))
+    grouped = [dataclasses.replace(e, weight=1.0, in_groups=w) for e, w in zip(family, weights, strict=True)]
+    for method, rank in (("cat", None), ("svd", 10)):
+        merged = dense(merge(grouped, method=method, rank=rank, scale=None))
+        for number, module in enumerate(dims):
+            expected = sum(w[number // 2] * one[module] for w, one in zip(weights, target, strict=True))
+            assert torch.allclose(merged[module], torch.as_tensor(expected), atol=1e-4)
+    plain = [weighted(e, w[0]) for e, w in zip(family, weights, strict=True)]
+    assert apart(dense(merge(plain, scale=None)), wanted(plain, 1.75)) < rounding(family, 1.75)
 
 
 @pytest.mark.parametrize("method", ["cat", "svd", "average"])
@@ -258,7 +282,7 @@ def test_experts_that_learned_nothing_give_a_gateway_that_does_nothing(method: s
             each.layout.views(each.flat)[module + LORA_B].zero_()
     merged = merge(family, method=method)
     assert all(matrix.abs().max() == 0 for matrix in dense(merged).values())
-    assert merged.relative_error in (0.0, None)
+    assert merged.relative_error == 0.0
 
 
 @pytest.mark.parametrize("method", ["cat", "svd", "average"])

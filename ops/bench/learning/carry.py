@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fedmoe.protocol.lora_init import initial_weights
-from ops.bench.learning.lab import Lab, is_expert, merges
+from ops.bench.learning.lab import FITTED, Lab, is_expert, merges
 from ops.bench.learning.runs import DOMAINS, GATEWAY, SCHEMES, Run, WorkerPlan
 from ops.bench.learning.server import Server
 from ops.bench.learning.stage import StageTrainer
@@ -85,7 +85,7 @@ def _losses(run: Run, lab: Lab, servers: dict[str, Server]) -> dict[str, dict[st
     if run.scheme == "apart":
         spec = lab.spec(run)
         found[BASE] = lab.losses(run.rows, initial_weights(spec.layout, spec.init_seed), domains)
-        for name, merged in merges(spec, experts).items():
+        for name, merged in (merges(spec, experts) | {FITTED: lab.fitted(run, experts)}).items():
             found[name] = lab.losses(run.rows, merged, domains)
     gateway = servers[GATEWAY].weights if GATEWAY in servers else None
     if gateway is not None:

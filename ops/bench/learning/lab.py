@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from itertools import cycle, islice
 from pathlib import Path
@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from consumers.gateway.merge import Merged, MergeInput, merge
+from consumers.gateway.search import SCALES, Objective, search, side_by_side
 from fedmoe.cli.demo import cache_dir
 from fedmoe.data.bad_rows import BadRows
 from fedmoe.data.encode import Example
@@ -34,6 +35,11 @@ from ops.bench.learning.stage import Stage, StageTrainer
 CPU = torch.device("cpu")
 TRAINING = TrainingSettings(learning_rate=1e-3, batch_size=2, max_length=192, warmup_steps=4)
 TRAIN_ROWS, VALID_ROWS, TEST_ROWS = 600, 64, 128  # of a domain, where it has so many
+FIT_ROWS, FIT_PASSES = (
+    24,
+    12,
+)  # validation rows of a domain on which a merge is fitted, and passes with gradient
+FITTED = "cat fitted"
 THREADS = 2  # at most; OMP_NUM_THREADS=1 is faster on a machine that is busy
 
 Rows = Mapping[str, Sequence[Example]]  # of each domain
@@ -48,7 +54,7 @@ class Lab:
 
     def __init__(self, rank: int) -> None:
         torch.set_num_threads(min(THREADS, torch.get_num_threads()))
-        self.train, self.test, self.pad_id, model_dir = _rows()
+        self.train, self.valid, self.test, self.pad_id, model_dir = _rows()
         lora = LoraSettings(rank=rank, alpha=2.0 * rank)
         self._spec = make_spec(adapter_layout(load_config(model_dir), lora), "int4", lora=lora)
         self.stage = Stage(load_base(model_dir, device=CPU, dtype=torch.float32), self._spec)
@@ -96,6 +102,20 @@ class Lab:
             for domain in domains
         }  # fmt: skip
 
+    def fitted(self, run: Run, experts: Mapping[str, torch.Tensor]) -> Merged:
+        """The merge with the weights that `fedmoe gateway fit` finds on validation rows of these experts' domains."""
+        inputs = inputs_of(self.spec(run), experts)
+        rows = {name: self.valid[name][: min(FIT_ROWS, run.rows)] for name in experts}
+        stacked = side_by_side(inputs.values())
+        with Objective(
+            self.stage.model, inputs, rows,
+            pad_id=self.pad_id, batch_size=4, device=CPU, autocast=self._autocast, report=lambda line: None,
+            adapter=self.stage.show_merged(stacked),
+        ) as objective:  # fmt: skip
+            found = search(objective, n_groups=1, max_passes=FIT_PASSES, present={})
+        weighted = [replace(inputs[name], in_groups=weights) for name, weights in found.weights.items()]
+        return merge(weighted, scale=None)
+
 
 def share_of(rows: Rows, plan: WorkerPlan) -> list[Example]:
     """The first part of the domain's rows; for ALL as many of every domain, so that small ones come several times."""
@@ -106,13 +126,18 @@ def share_of(rows: Rows, plan: WorkerPlan) -> list[Example]:
     return [row for name in DOMAINS for row in islice(cycle(rows[name]), most)]
 
 
+def inputs_of(spec: Spec, experts: Mapping[str, torch.Tensor]) -> dict[str, MergeInput]:
+    """The experts as a merge takes them, with equal weights."""
+    return {
+        name: MergeInput(layout=spec.layout, flat=flat, scaling=spec.lora.scaling, weight=1.0)
+        for name, flat in experts.items()
+    }
+
+
 def merges(spec: Spec, experts: Mapping[str, torch.Tensor]) -> dict[str, Merged]:
-    """The merges of experts that were trained apart, as the aggregator makes them."""
-    inputs = [
-        MergeInput(layout=spec.layout, flat=flat, scaling=spec.lora.scaling, weight=1.0)
-        for flat in experts.values()
-    ]
-    chosen = {"cat 1": ("cat", 1.0), "cat 1.8": ("cat", 1.8), "svd 1.8": ("svd", 1.8)}
+    """The merges of experts that were trained apart, as the aggregator makes them at fixed scales."""
+    inputs = list(inputs_of(spec, experts).values())
+    chosen = {f"cat {scale:g}": ("cat", scale) for scale in SCALES} | {"svd 1.8": ("svd", 1.8)}
     return {name: merge(inputs, method=method, scale=scale) for name, (method, scale) in chosen.items()}
 
 
@@ -122,8 +147,8 @@ def is_expert(chain: str) -> bool:
 
 
 @cache
-def _rows() -> tuple[Rows, Rows, int, str]:
-    """Training and test rows of every domain, the padding id, and the model's directory."""
+def _rows() -> tuple[Rows, Rows, Rows, int, str]:
+    """Training, validation and test rows of every domain, the padding id, and the model's directory."""
     model_dir = str(ensure_demo_model(cache_dir(), report=print))
     tokenizer = load_tokenizer(model_dir)
     bad_rows = BadRows(report=print)
@@ -134,12 +159,13 @@ def _rows() -> tuple[Rows, Rows, int, str]:
             make_examples(open_data(file, bad_rows), tokenizer, TRAINING.max_length, bad_rows).examples
         )
 
-    train, test = {}, {}
+    train, valid, test = {}, {}, {}
     with TemporaryDirectory(prefix="fedmoe-learning-") as scratch:
         for name in DOMAINS:
             split = split_by_source(
                 SOURCES[name].collect(0), seed=0, train=TRAIN_ROWS, valid=VALID_ROWS, test=TEST_ROWS
             )
             train[name] = encoded(split.train, Path(scratch, f"{name}.train.jsonl"))
+            valid[name] = encoded(split.valid, Path(scratch, f"{name}.valid.jsonl"))
             test[name] = encoded(split.test, Path(scratch, f"{name}.test.jsonl"))
-    return train, test, padding_id(tokenizer), model_dir
+    return train, valid, test, padding_id(tokenizer), model_dir

@@ -10,12 +10,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from consumers.gateway.search import SCALES
 from fedmoe.protocol.rules import ADAPTIVE, BY_WORKER, NESTEROV
 from ops.bench.learning.carry import BASE, OPTED_OUT, OVER, OWN, Outcome
+from ops.bench.learning.lab import FITTED
 from ops.bench.learning.runs import GATEWAY, SYNC_S, Run
 from ops.bench.result import Result, figure
 
-MERGED = ("cat 1", "cat 1.8", "svd 1.8")
+FIXED = tuple(f"cat {scale:g}" for scale in SCALES)
+MERGED = (*FIXED, "svd 1.8", FITTED)
 BEST_GAIN = 2.0  # of the figures with a bar
 Group = tuple[str, int, int, int]
 
@@ -121,19 +124,27 @@ def figures(lines: Iterable[Line], *, short: bool) -> Iterator[Result]:
     mark = "learning_short" if short else "learning"
     for group in {line.group: None for line in lines}:
         block = {line.label: line.share for line in lines if line.group == group}
+        if group[:3] == ("three", 48, 8) and FITTED in block:
+            yield _least(f"{mark}_fitted_above_fixed_points", _above(block[FITTED], block, FIXED), "points")
         trained = block.get(f"gateway, all train it, gain {BEST_GAIN:g}")
         if group[:3] == ("three", 48, 8) and trained:
             yield _mean(f"{mark}_gateway_share", list(trained.values()), "of perfect")
             yield figure(f"{mark}_gateway_least_share", [min(trained.values())], "of perfect")
-            yield _mean(f"{mark}_above_merged_points", _above(trained, block), "points")
+            yield _mean(f"{mark}_above_merged_points", _above(trained, block, MERGED), "points")
 
 
-def _above(trained: Mapping[int, float], block: Mapping[str, Mapping[int, float]]) -> list[float]:
-    """Percentage points between the trained gateway and the merge that is best on the test rows of that seed."""
+def _above(
+    one: Mapping[int, float], block: Mapping[str, Mapping[int, float]], others: Sequence[str]
+) -> list[float]:
+    """Percentage points, for each seed, between a model and that of the others which is best on the test rows."""
     return [
-        100 * (share - max(block[name][seed] for name in MERGED if name in block))
-        for seed, share in trained.items()
+        100 * (share - max(block[name][seed] for name in others if seed in block.get(name, {})))
+        for seed, share in one.items()
     ]
+
+
+def _least(name: str, values: Sequence[float], unit: str) -> Result:
+    return figure(name, values, unit, value=min(values))
 
 
 def _mean(name: str, values: Sequence[float], unit: str) -> Result:

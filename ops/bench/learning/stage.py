@@ -45,12 +45,13 @@ class Stage:
             for name, view in self.spec.layout.views(grad).items():
                 self._parameters[OWN][name].grad = view
 
-    def show_merged(self, merged: Merged) -> None:
-        """Make a merged adapter, of any rank, the model's only one."""
+    def show_merged(self, merged: Merged) -> str:
+        """Make a merged adapter, of any rank, the model's only one; returns its name."""
         name = f"merged{merged.rank}"
         self._add(name, merged.rank)
         self._point(name, merged.layout, merged.flat)
         self._activate((name,))
+        return name
 
     def _add(self, adapter: str, rank: int) -> None:
         if adapter in self._parameters:

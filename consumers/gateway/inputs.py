@@ -1,0 +1,104 @@
+"""The experts as the merged gateway takes them: their values, and their weights by the settings or by a fit."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from consumers.gateway.merge import MergeInput
+from fedmoe.errors import SpecError
+from fedmoe.protocol.fit import Fit, Weights
+from fedmoe.protocol.layout import values_of
+from fedmoe.protocol.merged import BuiltFrom
+from fedmoe.protocol.records import Meta
+from fedmoe.protocol.spec import Spec
+from fedmoe.settings import GatewaySettings
+from fedmoe.store.gateway import GatewayStore
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """What the merged gateway is built of.
+
+    Args:
+        spec: of the first expert.
+        experts: all listed experts, also those of weight 0.
+        scale: as in `merge`.
+        built_from: expert → its state.
+        weights: expert → its weight in each group of layers, without experts of weight 0: the gateway is Σ wᵢ ΔWᵢ.
+    """
+
+    spec: Spec
+    experts: list[MergeInput]
+    scale: float | None
+    built_from: dict[str, BuiltFrom]
+    weights: Weights
+
+
+def read_inputs(
+    store: GatewayStore, listed: Mapping[str, float], settings: GatewaySettings, fit: Fit | None
+) -> Inputs:
+    """Read the experts of the federation.
+
+    Args:
+        store: of the federation.
+        listed: expert → its gateway weight; with 0 it is left out.
+        settings: source and sum of the weights, without a fit.
+        fit: of the merged gateway. It leaves out an expert that it does not name, or names with another lineage.
+
+    Raises:
+        SpecError: if all weights are 0, or the fit is malformed.
+        UnknownExpertError: if an expert is not there, or damaged.
+    """
+    specs = {name: store.spec(name) for name in listed}
+    metas: dict[str, Meta] = {}
+    experts = []
+    by_fit = fit.by_expert if fit else {}
+    for name, configured in listed.items():
+        metas[name], file = store.read(name)
+        in_groups: tuple[float, ...] = ()
+        if not fit:
+            weight = _weight(configured, metas[name], settings.weighting)
+        else:
+            in_groups = by_fit[name] if is_fitted(fit, name, metas[name]) and configured else ()
+            weight = 1.0 if any(in_groups) else 0.0
+        experts.append(replace(as_input(specs[name], file), weight=weight, in_groups=in_groups))
+    total = sum(expert.weight for expert in experts)
+    if not total:
+        raise SpecError(
+            "the fit of the merged gateway is of none of the present experts: fit again (fedmoe gateway fit)"
+            if fit
+            else "every expert's gateway weight is 0: nothing to merge yet",
+            about="gateway_weight",
+        )
+    return Inputs(
+        spec=next(iter(specs.values())),
+        experts=experts,
+        scale=None if fit else settings.scale,
+        built_from={name: BuiltFrom(meta.version, meta.weights_commit) for name, meta in metas.items()},
+        weights={
+            name: expert.in_groups if fit else (settings.scale * expert.weight / total,)
+            for name, expert in zip(listed, experts, strict=True)
+            if expert.weight
+        },
+    )
+
+
+def as_input(spec: Spec, file: bytes) -> MergeInput:
+    """An expert of weight 1 from its safetensors file."""
+    return MergeInput(
+        layout=spec.layout, flat=values_of(spec.layout, file), scaling=spec.lora.scaling, weight=1.0
+    )
+
+
+def is_fitted(fit: Fit, name: str, meta: Meta) -> bool:
+    """True if the fit is of this expert; an expert that was created anew since is another one."""
+    known = fit.experts.get(name)
+    return name in fit.by_expert and known is not None and known.lineage == meta.lineage
+
+
+def _weight(configured: float, meta: Meta, weighting: str) -> float:
+    match weighting:
+        case "examples":
+            return float(meta.n_examples)
+        case "updates":
+            return float(meta.version)
+    return configured

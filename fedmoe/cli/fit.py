@@ -1,0 +1,63 @@
+"""`fedmoe gateway fit`."""
+
+import json
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from fedmoe.cli.declared import made, options, redis_options
+from fedmoe.settings import FitSettings, RedisSettings
+
+
+@click.command()
+@redis_options
+@click.option("--data", multiple=True, metavar="DIR|FILE|EXPERT=FILE",
+              help="Directory with <expert>.valid.jsonl files, or one file, of validation rows: public or pooled text, "
+              "never test rows; repeatable.")  # fmt: skip
+@click.option(
+    "--remove", is_flag=True, help="Give up the fit, so that the aggregator's settings apply again."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the fit as JSON, for a program.")
+@options(FitSettings)
+def fit(redis: RedisSettings, data: Sequence[str], remove: bool, as_json: bool, **values: Any) -> None:
+    """Fit the experts' weights in the merged gateway on validation rows, and write them to Redis.
+
+    The weights with the lowest loss replace the gateway weights and the scale; the aggregator rebuilds the merged
+    gateway with them within seconds. It leaves out experts that the fit does not name.
+    """
+    from fedmoe.errors import SettingsError
+
+    if remove and data:
+        raise SettingsError("--remove needs no --data: leave out one of the two", about="remove")
+    if not (remove or data):
+        raise SettingsError(
+            "--data is missing: name validation rows, for example --data EXPERT=FILE", about="data"
+        )
+    settings = made(FitSettings, values, data=data)
+    from fedmoe.protocol.fit import Fit
+    from fedmoe.store.connection import Connection
+    from fedmoe.store.gateway import GatewayStore
+    from fedmoe.util.software import software
+
+    store = GatewayStore(Connection(redis))
+    if remove:
+        had = store.fit()
+        store.write_fit(Fit(fitted_at=round(time.time(), 3), software=software()))
+        click.echo("the fit is given up" if had and had.weights else "there was no fit")
+        return
+    from consumers.gateway.fit import fit_gateway
+    from fedmoe.cli.merge_lines import losses_text
+    from fedmoe.protocol.merged_view import weights_line
+
+    done = fit_gateway(store, settings, report=lambda line: click.echo(line, err=True))
+    if as_json:
+        parts: dict[str, Any] = {"weights": done.by_expert, "loss": done.loss, "before": done.losses_before}
+        parts["fitted_on"] = {name: one._asdict() for name, one in done.experts.items()}
+        parts["rows"] = {name: one.rows for name, one in done.rows.items()}
+        click.echo(json.dumps(parts, indent=2))
+        return
+    click.echo(f"fitted: {losses_text(done.loss, done.losses_before)}")
+    click.echo(f"weights: {weights_line(done.by_expert)}")
+    click.echo("written; the aggregator rebuilds the merged gateway with these weights within seconds")

@@ -13,8 +13,9 @@ from collections.abc import Callable
 from consumers.gateway.merge import MergeInput, merge
 from consumers.gateway.methods import METHODS
 from consumers.recovery.listing import ExpertList
-from fedmoe.errors import FedMoEError, ProtocolError, RedisUnavailableError, SpecError
+from fedmoe.errors import FedMoEError, ProtocolError, RedisUnavailableError, SpecError, StaleStateError
 from fedmoe.protocol.layout import values_of
+from fedmoe.protocol.lora import alpha_at
 from fedmoe.protocol.lora_init import initial_weights
 from fedmoe.protocol.merged import BuiltFrom, MergedMeta, built_from_text
 from fedmoe.protocol.names import GATEWAY
@@ -82,6 +83,8 @@ class GatewayBuilder:
                 self._problems.report(str(error))
                 self._lease.give_up()
                 stop.wait(backoff.failed(error) + self._lease_s / 4)
+            except StaleStateError as error:
+                logger.info("merged gateway: %s", error)
             except FedMoEError as error:
                 backoff.failed(error)
                 self._complain(str(error))
@@ -142,7 +145,9 @@ class GatewayBuilder:
             rank=self._settings.rank or None,
             init=initial_weights(first.layout, first.init_seed) if needs_init else None,
         )
-        config = first.adapter_config(rank=merged.rank) | {"lora_alpha": merged.scaling * merged.rank}
+        config = first.adapter_config(rank=merged.rank) | {
+            "lora_alpha": alpha_at(merged.scaling, merged.rank)
+        }
         gateway = MergedMeta(
             built_from=built_from_text(parts),
             adapter_config=json.dumps(config),

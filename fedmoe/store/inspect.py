@@ -268,7 +268,7 @@ def _merged(replies: dict[str, Any], experts: Sequence[ExpertView]) -> MergedVie
     built_from = {printable(name): one.version for name, one in experts_in.items()}
     commits = {printable(name): printable(one.weights_commit) for name, one in experts_in.items()}
     present = {expert.name: expert.meta for expert in experts if expert.meta and expert.name != GATEWAY}
-    exists = bool(commits) and replies["weights"] != 0
+    exists = bool(commits) and (replies["weights"] != 0 or bool(meta.parts))
     return MergedView(
         exists=exists,
         method=printable(meta.method),

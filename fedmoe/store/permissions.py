@@ -86,6 +86,7 @@ def _aggregator(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
         "Redis has lost an expert or a part of it",
         "Redis is full",
     )
+    long = "the merged gateway exceeds 512 MiB"
     older = "Redis came back with an older state, and kept updates are resent"
     return (
         *_on(all_keys.experts, may="HGET, HGETALL, HSETNX"),
@@ -122,6 +123,9 @@ def _aggregator(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
         *_on(keys.worker(ANY), may="HGET", when="no base model is pinned yet, or Redis has lost an expert"),
         *_on(merged.meta, may="HGETALL, HSET, DEL"),
         *_on(merged.weights, may="SET"),
+        *_on(merged.weights_part(ANY, ANY), may="SET, PERSIST, UNLINK", when=long),
+        *_on(merged.weights, may="UNLINK", when=long),
+        *_on(merged.meta, may="WATCH", when=long),
         *_on(merged.lease, may="EVALSHA, GET, SET, DEL"),
         *_on(may="SCAN, SCRIPT LOAD, MULTI, EXEC, UNWATCH"),
         Right(
@@ -145,6 +149,7 @@ def _operator(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
         *_on(keys.packed, keys.lost, keys.claims, may="UNLINK"),
         *_on(*written, may="WATCH, EXISTS, UNLINK"),
         *_on(merged.weights, may="GET"),
+        *_on(merged.weights_part(ANY, ANY), may="GET", when="the merged gateway exceeds 512 MiB"),
         *_on(all_keys.experts, may="HKEYS, HDEL", when="it removes an expert"),
         *_on(
             keys.updates,

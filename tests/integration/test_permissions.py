@@ -18,6 +18,7 @@ from fedmoe.errors import RedisUnavailableError, RedisUnfitError, RemovedExpertE
 from fedmoe.protocol.beat import Beat
 from fedmoe.protocol.keys import Keys
 from fedmoe.protocol.lora import LoraSettings
+from fedmoe.protocol.merged import MergedMeta
 from fedmoe.protocol.names import GATEWAY
 from fedmoe.protocol.rules import RuleSet
 from fedmoe.settings import AggregatorSettings, GatewaySettings, RedisSettings, WorkerSettings
@@ -209,6 +210,8 @@ def test_what_is_listed_for_rarer_situations_is_sent_in_them(
     an_emptied_redis(guarded)
     an_operator_who_changes_things(guarded)
     a_removed_expert(guarded)
+    monkeypatch.setattr("fedmoe.store.gateway.WHOLE_BYTES", 100)
+    a_merged_gateway_in_parts(guarded)
     assert guarded.denied() == []
     nothing: dict[str, list[Sent]] = {name: [] for name in ROLES}
     assert {name: missing(guarded.sent(role), rights_of(role)) for name, role in ROLES.items()} == nothing
@@ -314,6 +317,17 @@ def an_operator_who_changes_things(guarded: Guarded) -> None:
     guarded.fedmoe(OPERATOR, "expert", "add", "added")
     assert "added" in guarded.fedmoe(MONITOR, "expert", "list")
     assert "0.25" in guarded.fedmoe(OPERATOR, "expert", "show", EXPERT)
+
+
+def a_merged_gateway_in_parts(guarded: Guarded) -> None:
+    """Built twice by the aggregator, read by an operator."""
+    store = GatewayStore(guarded.connection(AGGREGATOR))
+    meta = MergedMeta(built_from='{"a": {"version": 1, "weights_commit": "c"}}')
+    for value in (1, 2):
+        store.write_merged(meta, memoryview(bytes([value]) * 200))
+    loaded = GatewayStore(guarded.connection(OPERATOR)).load_merged()
+    assert loaded is not None
+    assert loaded[1] == bytes([2]) * 200
 
 
 def a_removed_expert(guarded: Guarded) -> None:

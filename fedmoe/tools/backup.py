@@ -26,7 +26,7 @@ from fedmoe import __version__
 from fedmoe.errors import BackupError, FedMoEError, UnknownExpertError
 from fedmoe.protocol.names import check_expert
 from fedmoe.store.backup import BackupStore, ExpertState, Line
-from fedmoe.tools.export import CONFIG_FILE, WEIGHTS_FILE
+from fedmoe.tools.export_files import CONFIG_FILE, WEIGHTS_FILE
 from fedmoe.util.disk import put_in_place, to_disk, write_file
 
 FORMAT = 2  # 2: `decided` has that name

@@ -1,4 +1,4 @@
-"""`fedmoe gateway export` and `fedmoe gateway show`."""
+"""`fedmoe gateway export` and `fedmoe gateway show`; `follow` has a module of its own."""
 
 import json
 from pathlib import Path
@@ -6,12 +6,16 @@ from pathlib import Path
 import click
 
 from fedmoe.cli.declared import redis_options
+from fedmoe.cli.follow import follow
 from fedmoe.settings import RedisSettings
 
 
 @click.group()
 def gateway() -> None:
-    """Export or show the gateway, the model that knows all domains."""
+    """Export, follow or show the gateway, the model that knows all domains."""
+
+
+gateway.add_command(follow)
 
 
 @gateway.command()

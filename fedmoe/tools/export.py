@@ -78,6 +78,11 @@ class Export:
         """For people, for example: docs_expert v3, sql_expert v12."""
         return ", ".join(f"{name} v{part['version']}" for name, part in self.built_from.items())
 
+    @property
+    def version(self) -> int:
+        """The number of updates in it: of the expert, or of all experts that were merged."""
+        return sum(int(part["version"]) for part in self.built_from.values())
+
 
 def read_expert(store: GatewayStore, name: str) -> Export:
     """Read an expert from Redis.

@@ -66,7 +66,7 @@ def write(directory: str | Path, export: Export, *, force: bool = False) -> str:
             _check_replaceable(target, before, export.config)
         # The first file marks an export of FedMoE; a reader looks for the last one first.
         replace_together(
-            target, lambda version: _write_files(version, export), first=INFO_FILE, last=CONFIG_FILE
+            target, lambda version: write_files(version, export), first=INFO_FILE, last=CONFIG_FILE
         )
         _remove_staging_of_before(target)
     except OSError as error:
@@ -150,7 +150,13 @@ def _remove_staging_of_before(target: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _write_files(directory: Path, export: Export) -> None:
+def write_files(directory: Path, export: Export) -> None:
+    """Write the adapter's files to an empty directory, and wait until they are on disk.
+
+    Raises:
+        OSError: if the disk refuses.
+        SpecError: if the weights in Redis are not a safetensors file.
+    """
     content = dict(export.extra)
     if export.chat_template:
         content[TEMPLATE_FILE] = export.chat_template.encode()

@@ -160,6 +160,7 @@ def test_what_real_runs_send_is_what_is_listed(
         guarded.fedmoe(OPERATOR, "backup", str(tmp_path / "backup"))
         guarded.fedmoe(OPERATOR, "verify", "--keep-updates", str(kept))
         guarded.fedmoe(OPERATOR, "gateway", "export", "--out", str(tmp_path / "gateway"))
+        guarded.fedmoe(OPERATOR, "gateway", "follow", "--dir", str(tmp_path / "versions"), "--once")
     guarded.fedmoe(OPERATOR, "restore", str(tmp_path / "backup"), "--replace")
     assert guarded.denied() == []
     rights = {name: rights_of(role) for name, role in ROLES.items()}

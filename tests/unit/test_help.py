@@ -25,7 +25,9 @@ DEFAULT = re.compile(r"\s*\[default: .*\]$")
 NO_NOUN = re.compile(
     r"(?i)(a|an|the|whether|if|which|what|where|how|when|why|also|so|as|for|another|auto|repeatable|\w+'s)\b"
 )
-UNIT = re.compile(r"(?i)\b(seconds|milliseconds|updates|rows|tokens|steps|epochs|micro-batches|rank)\b")
+UNIT = re.compile(
+    r"(?i)\b(seconds|milliseconds|updates|rows|tokens|steps|epochs|micro-batches|rank|versions|nats)\b"
+)
 # Factors, exponents and norms have no unit.
 BARE = {
     "alpha", "seed", "lr", "gain", "decay-a", "max-norm", "learning-rate", "weight-decay", "clip-norm", "gateway-scale",

@@ -146,6 +146,14 @@ class RedisUnfitError(RedisUnavailableError):
     exit_code = 2
 
 
+class ServerAwayError(FedMoEError, ConnectionError):
+    """A server that answers with the model cannot be reached, or has a problem of its own; a retry may succeed."""
+
+
+class AdapterRefusedError(FedMoEError, RuntimeError):
+    """A server, or an operator's command, does not take this version of the adapter; another version may be taken."""
+
+
 class StaleStateError(FedMoEError, RuntimeError):
     """Another process committed, or the connection was opened again; load the expert again before deciding."""
 

@@ -14,8 +14,9 @@ from consumers.gateway.inputs import read_inputs
 from consumers.gateway.merge import merge
 from consumers.gateway.methods import METHODS
 from consumers.recovery.listing import ExpertList
-from fedmoe.errors import FedMoEError, ProtocolError, RedisUnavailableError
+from fedmoe.errors import FedMoEError, ProtocolError, RedisUnavailableError, StaleStateError
 from fedmoe.protocol.fit import Fit, weights_text
+from fedmoe.protocol.lora import alpha_at
 from fedmoe.protocol.lora_init import initial_weights
 from fedmoe.protocol.merged import MergedMeta, built_from_text
 from fedmoe.protocol.names import GATEWAY
@@ -82,6 +83,8 @@ class GatewayBuilder:
                 self._problems.report(str(error))
                 self._lease.give_up()
                 stop.wait(backoff.failed(error) + self._lease_s / 4)
+            except StaleStateError as error:
+                logger.info("merged gateway: %s", error)
             except FedMoEError as error:
                 backoff.failed(error)
                 self._complain(str(error))
@@ -147,7 +150,7 @@ class GatewayBuilder:
             rank=self._settings.rank or None,
             init=initial_weights(spec.layout, spec.init_seed) if needs_init else None,
         )
-        config = spec.adapter_config(rank=merged.rank) | {"lora_alpha": merged.scaling * merged.rank}
+        config = spec.adapter_config(rank=merged.rank) | {"lora_alpha": alpha_at(merged.scaling, merged.rank)}
         gateway = MergedMeta(
             built_from=built_from_text(inputs.built_from),
             adapter_config=json.dumps(config),

@@ -14,8 +14,9 @@ from torch import Tensor
 from consumers.gateway.methods import METHODS, Factors, Loss, Options, Rank, loss_of, methods_of
 from fedmoe.errors import SettingsError, SpecError
 from fedmoe.protocol.fit import groups_of
-from fedmoe.protocol.layout import MAX_STRING_BYTES, AdapterBuffer, Layout
+from fedmoe.protocol.layout import AdapterBuffer, Layout
 
+MAX_MERGED_BYTES = 16 * 2**30  # `cat` of 19 adapters of a 70B model
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
 
 Dims = dict[str, tuple[int, int]]  # module -> features (out, in)
@@ -96,10 +97,10 @@ def merge(
     dims, ranks = _check_experts(experts)
     rank = _result_rank(method, ranks, rank)
     layout = _lora_layout(dims, rank)
-    if layout.file_bytes > MAX_STRING_BYTES:
+    if layout.file_bytes > MAX_MERGED_BYTES:
         raise SettingsError(
-            f"the merged adapter would have {layout.file_bytes / 2**20:.0f} MiB, allowed are 512: "
-            f"use {methods_of(Rank.CHOSEN)}",
+            f"the merged adapter would have {layout.file_bytes / 2**30:.0f} GiB, allowed are "
+            f"{MAX_MERGED_BYTES / 2**30:.0f}: use {methods_of(Rank.CHOSEN)}",
             about="length",
         )
     buffer = AdapterBuffer(layout)

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,6 +19,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from fedmoe.errors import BaseModelError, SettingsError
+from fedmoe.model.local import local_file
 
 STRUCTURE = (
     "model_type",
@@ -210,18 +209,6 @@ def _has_native_bf16(device: torch.device) -> bool:
         capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older torch has none
         return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
     return False
-
-
-def local_file(base_model: str, name: str) -> Path | None:
-    """The file of that name in the directory or the local hub cache, else None; uses no network."""
-    if Path(base_model).is_dir():
-        path = Path(base_model) / name
-        return path if path.is_file() else None
-    try:
-        cached = try_to_load_from_cache(base_model, name)
-    except HFValidationError:
-        return None
-    return Path(cached) if isinstance(cached, str) else None
 
 
 def _shards(index: Path) -> set[str]:

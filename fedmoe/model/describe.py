@@ -24,12 +24,8 @@ def describe(
     from fedmoe.model.adapter import plan_adapter
     from fedmoe.model.base import fingerprint, has_weights, load_base, load_config, structure
     from fedmoe.model.bounds import check_max_length, check_padding
-    from fedmoe.model.tokenizer import (
-        check_template,
-        has_tokenizer,
-        load_tokenizer,
-        tokenizer_fingerprint,
-    )
+    from fedmoe.model.local import has_tokenizer
+    from fedmoe.model.tokenizer import check_template, load_tokenizer, tokenizer_fingerprint
     from fedmoe.protocol.identity import tokenizer_text
     from fedmoe.util.template_file import template_digest
 

@@ -9,23 +9,18 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from fedmoe.data.template import TEMPLATE_ERRORS
 from fedmoe.errors import BaseModelError, SettingsError
-from fedmoe.model.base import local_file, why_not
+from fedmoe.model.base import why_not
+from fedmoe.model.local import TOKENIZER_FILES, local_file
 from fedmoe.protocol.identity import tokenizer_components, tokenizer_text
 from fedmoe.util.template_file import template_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _TRIAL = ({"role": "user", "content": "a question"}, {"role": "assistant", "content": "an answer"})
 # Vocabularies and their rules differ in words, case, numbers, white space and other scripts.
 _SAMPLE = "The  quick\tbrown fox, 12345 + 3.14;\n\n  def f(x): return x**2  # ÄÖ ß naïve 日本語 Привет 🙂"
 _SPECIAL = {name: f"<{name}>" for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
-
-
-def has_tokenizer(base_model: str) -> bool:
-    """True if a tokenizer is in the directory or the local hub cache; uses no network."""
-    return any(local_file(base_model, name) for name in TOKENIZER_FILES)
 
 
 def load_tokenizer(base_model: str) -> "PreTrainedTokenizerBase":

@@ -28,6 +28,7 @@ transaction. The prefix `fedmoe` is a setting, so that several federations can s
     fedmoe:{gateway}:…                                      the trained gateway: an expert like any other
     fedmoe:{merged}:weights, :meta, :lease, :problem        the merged gateway, rebuilt whenever an expert changes
     fedmoe:{merged}:fit                             hash    weights of the experts, fitted on validation rows
+    fedmoe:{merged}:weights:<generation>:<part>     string  a part of weights that are too long for one string
 
 Whatever merges writes only below `fedmoe:{merged}`, so it never writes where an expert's spec and meta lie.
 
@@ -56,6 +57,10 @@ class ExpertKeys:
     @property
     def weights(self) -> str:
         return f"{self.root}:weights"
+
+    def weights_part(self, generation: str, index: int | str) -> str:
+        """Key of a part of the merged gateway's weights; `*` for all parts and generations."""
+        return f"{self.root}:weights:{generation}:{index}"
 
     @property
     def packed(self) -> str:

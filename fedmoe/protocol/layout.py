@@ -67,15 +67,27 @@ class Layout:
     @cached_property
     def header(self) -> bytes:
         """The safetensors header with an empty stamp: 8 bytes of length, then JSON, padded to a multiple of 8."""
+        return self._header("F32", FLOAT_BYTES)
+
+    def _header(self, dtype: str, value_bytes: int) -> bytes:
         offset = 0
         table: dict[str, object] = {"__metadata__": {"commit": " " * STAMP_CHARS, "format": "pt"}}
         for name, shape in self.tensors:
-            end = offset + math.prod(shape) * FLOAT_BYTES
-            table[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, end]}
+            end = offset + math.prod(shape) * value_bytes
+            table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
             offset = end
         text = json.dumps(table, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         return len(text).to_bytes(8, "little") + text
+
+    def bf16_file(self, file: bytes | memoryview) -> bytes:
+        """A copy of an adapter's safetensors file with each value rounded to the nearest bf16; it keeps its stamp.
+
+        Raises:
+            SpecError: if the file does not have this layout.
+        """
+        values = values_of(self, file).to(torch.bfloat16).view(torch.int16)
+        return stamped(self._header("BF16", 2) + values.numpy().tobytes(), stamp_of(file))
 
     @property
     def file_bytes(self) -> int:

@@ -1,5 +1,6 @@
 """The shape of the LoRA adapter, and the defaults of base model and wire format. Free of torch. Pure."""
 
+import math
 from dataclasses import dataclass
 
 from fedmoe.errors import SettingsError
@@ -9,6 +10,13 @@ DEFAULT_BASE_MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
 DEFAULT_WIRE_FORMAT = "int4"
 WIRE_FORMATS = ("fp32", "bf16", "int8", "int4")
 ALL_LINEAR = "all-linear"
+
+
+def alpha_at(scaling: float, rank: int) -> int | float:
+    """The alpha that gives alpha / rank = `scaling`; as an integer if it is one, because some readers take no other."""
+    alpha = scaling * rank
+    nearest = round(alpha)
+    return nearest if nearest and math.isclose(alpha, nearest, rel_tol=1e-12) else alpha
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

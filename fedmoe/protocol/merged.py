@@ -32,6 +32,7 @@ class MergedMeta:
         updated_at: seconds since 1970; build_s: duration of the build in seconds.
         error: why the last build failed; the previous gateway stays.
         software: releases that it was built with.
+        generation, parts: name and number of the parts that hold its weights, if one Redis string cannot.
         requires: features needed to serve or export it (see `fedmoe.protocol.features`).
     """
 
@@ -47,6 +48,8 @@ class MergedMeta:
     build_s: float | None = optional(None)
     error: str = optional("")
     software: str = optional("")
+    generation: str = optional("")
+    parts: int | None = optional(None)
     requires: str = optional("")
 
     @property

@@ -17,7 +17,7 @@ from fedmoe.protocol.codec import FORMATS
 from fedmoe.protocol.features import check_requires
 from fedmoe.protocol.fields import put_back, take_unknown
 from fedmoe.protocol.layout import MAX_STRING_BYTES, Layout
-from fedmoe.protocol.lora import DEFAULT_WIRE_FORMAT, LoraSettings
+from fedmoe.protocol.lora import DEFAULT_WIRE_FORMAT, LoraSettings, alpha_at
 from fedmoe.util.setting import check_whole
 from fedmoe.util.template_file import MAX_TEMPLATE_CHARS
 
@@ -145,7 +145,7 @@ class Spec:
             "task_type": "CAUSAL_LM",
             "base_model_name_or_path": self.base_model,
             "r": rank,
-            "lora_alpha": self.lora.scaling * rank,
+            "lora_alpha": alpha_at(self.lora.scaling, rank),
             "lora_dropout": 0.0,
             "target_modules": targets,
             "bias": "none",

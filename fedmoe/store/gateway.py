@@ -1,19 +1,33 @@
 """Redis commands for a whole federation: list and read its experts, read and write their merge."""
 
+import secrets
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
-from fedmoe.errors import DamagedExpertError, RemovedExpertError, SpecError, UnknownExpertError
+from fedmoe.errors import (
+    DamagedExpertError,
+    RemovedExpertError,
+    SpecError,
+    StaleStateError,
+    UnknownExpertError,
+)
 from fedmoe.protocol.condition import examine
 from fedmoe.protocol.fit import Fit
 from fedmoe.protocol.integrity import server_state_problem
+from fedmoe.protocol.layout import MAX_STRING_BYTES
 from fedmoe.protocol.merged import MergedMeta
 from fedmoe.protocol.names import is_expert
 from fedmoe.protocol.records import Entry, Meta
 from fedmoe.protocol.spec import Spec
 from fedmoe.store.connection import Connection, execute
 from fedmoe.store.full import read_together
+
+WHOLE_BYTES = MAX_STRING_BYTES  # longer weights of the merged gateway are stored in parts
+PART_BYTES = 64 * 2**20
+PART_TTL_MS = 600_000  # parts expire if their builder ends before it has switched to them
+_REPLACED = "another aggregator replaced the merged gateway meanwhile: it is looked at again"
 
 
 class GatewayStore:
@@ -144,19 +158,70 @@ class GatewayStore:
         return _built(raw)
 
     def load_merged(self) -> tuple[MergedMeta, bytes] | None:
-        """The merged gateway's meta and its safetensors file, in one MULTI; None if there is none yet."""
-        with self.connection.errors():
-            raw, weights = read_together(self._redis, ("hgetall", self.keys.meta), ("get", self.keys.weights))
-        meta = _built(raw)
-        return (meta, weights) if meta and weights is not None else None
+        """The merged gateway's meta and its safetensors file, which belong together; None if there is none yet."""
+        known = ""
+        while True:
+            with self.connection.errors():
+                raw, weights = read_together(
+                    self._redis, ("hgetall", self.keys.meta), ("get", self.keys.weights)
+                )
+            meta = _built(raw)
+            if meta is None or not meta.parts:
+                return (meta, weights) if meta and weights is not None else None
+            if meta.generation == known:  # a part is gone, and nobody has rebuilt the gateway
+                return None
+            known = meta.generation
+            if (weights := self._read_parts(meta)) is not None:
+                return meta, weights
+
+    def _read_parts(self, meta: MergedMeta) -> bytes | None:
+        """The weights that are stored in parts; None if a part is gone, because the gateway was replaced meanwhile."""
+        found = []
+        for key in self._parts_of(meta):
+            with self.connection.errors():
+                found.append(self._redis.get(key))
+            if found[-1] is None:
+                return None
+        return b"".join(found)
+
+    def _parts_of(self, meta: MergedMeta | None) -> list[str]:
+        if meta is None or not meta.parts:
+            return []
+        return [self.keys.weights_part(meta.generation, index) for index in range(meta.parts)]
 
     def write_merged(self, meta: MergedMeta, weights: memoryview) -> None:
-        """Replace the merged gateway."""
+        """Replace the merged gateway; weights that are too long for one Redis string are stored in parts.
+
+        Raises:
+            StaleStateError: if another builder replaced a gateway in parts meanwhile.
+        """
+        parts: list[str] = []
+        if len(weights) > WHOLE_BYTES:
+            count = -(-len(weights) // PART_BYTES)
+            meta = replace(meta, generation=secrets.token_hex(4), parts=count)
+            parts = self._parts_of(meta)
+        before = self._parts_of(self.merged())
         with self.connection.errors(), self._redis.pipeline(transaction=True) as pipe:
-            pipe.set(self.keys.weights, weights)
+            if parts or before:
+                pipe.watch(self.keys.meta)
+                if self._parts_of(_built(pipe.hgetall(self.keys.meta))) != before:
+                    raise StaleStateError(_REPLACED, about="gateway")
+                # Not in the transaction: a server closes a connection that queues more than 1 GiB.
+                for index, key in enumerate(parts):
+                    pipe.set(key, weights[index * PART_BYTES : (index + 1) * PART_BYTES], px=PART_TTL_MS)
+                pipe.multi()
+            if parts:
+                pipe.unlink(self.keys.weights)
+            else:
+                pipe.set(self.keys.weights, weights)
             pipe.delete(self.keys.meta)
             pipe.hset(self.keys.meta, mapping=meta.to_fields())
-            pipe.execute()
+            for key in parts:
+                pipe.persist(key)
+            if before:
+                pipe.unlink(*before)
+            if execute(pipe) is None:
+                raise StaleStateError(_REPLACED, about="gateway")
 
     def fit(self) -> Fit | None:
         """The merged gateway's fit; None if Redis holds none. One that an operator gave up has no weights."""

@@ -272,7 +272,7 @@ def _merged(replies: dict[str, Any], experts: Sequence[ExpertView], now: float) 
     commits = {printable(name): printable(one.weights_commit) for name, one in experts_in.items()}
     domains = [expert for expert in experts if expert.name != GATEWAY]
     present = {expert.name: expert.meta for expert in domains if expert.meta}
-    exists = bool(commits) and replies["weights"] != 0
+    exists = bool(commits) and (replies["weights"] != 0 or bool(meta.parts))
     fit = None
     try:
         fit = _fit(Fit.read(replies["fit"] or {}), meta, domains, now)

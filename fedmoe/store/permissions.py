@@ -87,6 +87,7 @@ def _aggregator(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
         "Redis is full",
     )
     remembers = "the server optimizer is not sgd"
+    long = "the merged gateway exceeds 512 MiB"
     older = "Redis came back with an older state, and kept updates are resent"
     return (
         *_on(all_keys.experts, may="HGET, HGETALL, HSETNX"),
@@ -127,6 +128,9 @@ def _aggregator(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
         *_on(merged.weights, may="SET"),
         *_on(merged.fit, may="HGETALL"),
         *_on(merged.fit, may="WATCH, EXISTS, HSET", when="Redis has lost the fit of the merged gateway"),
+        *_on(merged.weights_part(ANY, ANY), may="SET, PERSIST, UNLINK", when=long),
+        *_on(merged.weights, may="UNLINK", when=long),
+        *_on(merged.meta, may="WATCH", when=long),
         *_on(merged.lease, may="EVALSHA, GET, SET, DEL"),
         *_on(may="SCAN, SCRIPT LOAD, MULTI, EXEC, UNWATCH"),
         Right(
@@ -153,6 +157,7 @@ def _operator(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
         *_on(*written, may="WATCH, EXISTS, UNLINK"),
         *_on(merged.weights, may="GET"),
         *_on(merged.fit, may="HGETALL, HSET, DEL", when="it fits the merged gateway"),
+        *_on(merged.weights_part(ANY, ANY), may="GET", when="the merged gateway exceeds 512 MiB"),
         *_on(all_keys.experts, may="HKEYS, HDEL", when="it removes an expert"),
         *_on(
             keys.updates,

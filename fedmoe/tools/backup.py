@@ -28,7 +28,7 @@ from fedmoe.errors import BackupError, FedMoEError, UnknownExpertError
 from fedmoe.protocol.integrity import server_state_problem
 from fedmoe.protocol.names import check_expert
 from fedmoe.store.backup import BackupStore, ExpertState, Line
-from fedmoe.tools.export import CONFIG_FILE, WEIGHTS_FILE
+from fedmoe.tools.export_files import CONFIG_FILE, WEIGHTS_FILE
 from fedmoe.util.disk import put_in_place, to_disk, write_file
 
 FORMAT = 2  # 2: `decided` has that name

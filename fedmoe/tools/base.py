@@ -49,8 +49,10 @@ def load(
     metas: Mapping[str, Meta],
     templates: Mapping[str, str],
     report: Callable[[str], None],
+    *,
+    dtype: torch.dtype | str | None = None,
 ) -> Base:
-    """Load the base model of the experts.
+    """Load the base model of the experts; `dtype` as in `load_base`, None is a worker's.
 
     Raises:
         BaseModelError: if an expert is trained on another base model, or with another tokenizer or template.
@@ -63,7 +65,8 @@ def load(
     autocast = choose_precision(settings.precision, device)
     report(f"loading {name} on {device}")
     tokenizer = load_tokenizer(name)
-    dtype = autocast if device.type != "cpu" else torch.float32  # like a worker
+    if dtype is None:
+        dtype = autocast if device.type != "cpu" else torch.float32
     model = load_base(name, device=device, dtype=dtype)
     base = Base(
         name=name,

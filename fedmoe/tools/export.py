@@ -1,61 +1,38 @@
-"""An expert or the gateway as a directory that `PeftModel.from_pretrained` loads; needs neither peft nor a model.
+"""Reads an expert or the gateway from Redis for an export; needs neither peft nor a model."""
 
-adapter_model.safetensors   the bytes that Redis holds
-adapter_config.json         for peft
-fedmoe.json                 the versions and commits it was built from
-chat_template.jinja         if the expert has its own chat template
-README.md                   a model card
-
-These files are links, and an export switches all of them at once (fedmoe/util/versions.py).
-"""
-
-import errno
 import json
-import re
-import shutil
-import time
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
-from safetensors import SafetensorError, safe_open
-
-from fedmoe import __version__
 from fedmoe.errors import (
     DamagedExpertError,
+    ProtocolError,
     RemovedExpertError,
-    SettingsError,
     SpecError,
     UnknownExpertError,
+    UpdateError,
 )
 from fedmoe.protocol.federation import Federation
 from fedmoe.protocol.identity import expert_template
-from fedmoe.protocol.names import GATEWAY, check_expert
+from fedmoe.protocol.lines import AppliedLine, read_line
+from fedmoe.protocol.lora import alpha_at
+from fedmoe.protocol.names import GATEWAY, check_expert, domain_of
 from fedmoe.protocol.records import Meta
+from fedmoe.protocol.spec import Spec
 from fedmoe.store.gateway import GatewayStore
 from fedmoe.store.inspect import Inspector
-from fedmoe.util.disk import write_file
-from fedmoe.util.versions import HOME, replace_together
 
-WEIGHTS_FILE, CONFIG_FILE, INFO_FILE, CARD_FILE, TEMPLATE_FILE = (
-    "adapter_model.safetensors", "adapter_config.json", "fedmoe.json", "README.md", "chat_template.jinja",
-)  # fmt: skip
-FILES = (
-    INFO_FILE,
-    WEIGHTS_FILE,
-    CARD_FILE,
-    CONFIG_FILE,
-)  # the first file marks a FedMoE export; readers look for the last file first
-_STAGING_BEFORE = re.compile(r"\.fedmoe-[0-9a-f]{8}")  # staging directories of earlier releases
 MERGED_NAME = "merged gateway"
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # accepted by vLLM's --max-lora-rank
-VLLM_DEFAULT_RANK = 16
-_WHAT = {
-    MERGED_NAME: "The merge of all experts",
-    GATEWAY: "The gateway, trained by the workers of all experts,",
-}
-_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+
+
+class Team(NamedTuple):
+    """What the workers of one expert did for the trained gateway, as far as its log reaches back."""
+
+    workers: int
+    updates: int
+    loss: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +47,11 @@ class Export:
         behind: expert -> its present version, for experts that changed since the gateway was built.
         info: further fields of fedmoe.json.
         chat_template: of its workers, "" for the base model's own.
+        specs, metas: of the experts that it is of, as they are now: what they know of base model, tokenizer and losses.
+        weights: expert -> its weight in the merged gateway, where that is known.
+        trained_by: expert -> its workers' part in the trained gateway.
+        dtype: of the values in `file`.
+        extra: further files, with their content: the tokenizer's.
     """
 
     name: str
@@ -79,11 +61,27 @@ class Export:
     behind: Mapping[str, int]
     info: Mapping[str, Any]
     chat_template: str = ""
+    specs: Mapping[str, Spec] = field(default_factory=dict)
+    metas: Mapping[str, Meta] = field(default_factory=dict)
+    weights: Mapping[str, float] = field(default_factory=dict)
+    trained_by: Mapping[str, Team] = field(default_factory=dict)
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    extra: Mapping[str, bytes] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> Literal["expert", "trained", "merged"]:
+        """What it is: one expert, the gateway that workers train, or the merge of the experts."""
+        return "merged" if self.name == MERGED_NAME else "trained" if self.name == GATEWAY else "expert"
 
     @property
     def versions(self) -> str:
         """For people, for example: docs_expert v3, sql_expert v12."""
         return ", ".join(f"{name} v{part['version']}" for name, part in self.built_from.items())
+
+    @property
+    def version(self) -> int:
+        """The number of updates in it: of the expert, or of all experts that were merged."""
+        return sum(int(part["version"]) for part in self.built_from.values())
 
 
 def read_expert(store: GatewayStore, name: str) -> Export:
@@ -93,7 +91,7 @@ def read_expert(store: GatewayStore, name: str) -> Export:
         UnknownExpertError: names the existing experts.
     """
     spec = store.spec(check_expert(name))
-    meta, file = store.read(name)
+    meta, file, lines = store.history(name) if name == GATEWAY else (*store.read(name), [])
     return Export(
         name=name,
         file=file,
@@ -109,7 +107,26 @@ def read_expert(store: GatewayStore, name: str) -> Export:
             "n_examples": meta.n_examples,
         },
         chat_template=expert_template(spec, meta),
+        specs={name: spec},
+        metas={name: meta},
+        trained_by=_teams(lines),
     )
+
+
+def _teams(lines: Sequence[Mapping[str, str]]) -> dict[str, Team]:
+    """The part of each expert's workers in the trained gateway, from the lines of its log."""
+    applied = []
+    for line in lines:
+        with suppress(UpdateError, ProtocolError):  # the card of a model must not hinder its export
+            applied.append(read_line(line))
+    teams: dict[str, list[AppliedLine]] = {}
+    for one in applied:
+        if isinstance(one, AppliedLine):
+            teams.setdefault(domain_of(one.worker), []).append(one)
+    return {
+        name: Team(len({one.worker for one in team}), len(team), team[-1].loss)
+        for name, team in sorted(teams.items())
+    }
 
 
 def read_gateway(store: GatewayStore, kind: str = "") -> Export:
@@ -151,7 +168,7 @@ def read_merged(store: GatewayStore) -> Export:
     if loaded is None:
         raise UnknownExpertError(_why_no_gateway(Inspector(store.connection).federation()), about="gateway")
     merged, file = loaded
-    config = merged.config
+    config = _with_whole_alpha(merged.config)
     if not {"base_model_name_or_path", "r"} <= config.keys() or merged.updated_at is None:
         raise SpecError("the merged gateway's meta hash is malformed; was it edited by hand?", about="config")
     built_from: dict[str, dict[str, str | int]] = {n: one._asdict() for n, one in merged.experts.items()}
@@ -164,6 +181,7 @@ def read_merged(store: GatewayStore) -> Export:
     metas.pop(GATEWAY, None)
     commits = {name: part["weights_commit"] for name, part in built_from.items()}
     prints = {meta.base_fingerprint for meta in metas.values()}
+    specs = {name: store.spec(name) for name in metas}
     return Export(
         name=MERGED_NAME,
         file=file,
@@ -171,13 +189,31 @@ def read_merged(store: GatewayStore) -> Export:
         built_from=built_from,
         behind={n: meta.version for n, meta in metas.items() if meta.weights_commit != commits.get(n)},
         info=info | {"base_fingerprint": prints.pop() if len(prints) == 1 else ""},
-        chat_template=_common_template(store, metas),
+        chat_template=_common_template(specs, metas),
+        specs=specs,
+        metas=metas,
+        weights=_weights(merged.settings),
     )
 
 
-def _common_template(store: GatewayStore, metas: Mapping[str, Meta]) -> str:
+def _with_whole_alpha(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration with an integer lora_alpha if it is one; an earlier aggregator wrote 32.0."""
+    with suppress(LookupError, TypeError, ZeroDivisionError):
+        return config | {"lora_alpha": alpha_at(config["lora_alpha"] / config["r"], config["r"])}
+    return config
+
+
+def _weights(settings: str) -> dict[str, float]:
+    """The experts' weights in the merged gateway, if its settings name them."""
+    with suppress(ValueError, TypeError, AttributeError):
+        found = json.loads(settings.partition(" weights=")[2])
+        return {str(name): float(weight) for name, weight in found.items()}
+    return {}
+
+
+def _common_template(specs: Mapping[str, Spec], metas: Mapping[str, Meta]) -> str:
     """The chat template that all experts share, "" if they differ."""
-    templates = {expert_template(store.spec(name), meta) for name, meta in metas.items()}
+    templates = {expert_template(specs[name], meta) for name, meta in metas.items()}
     return templates.pop() if len(templates) == 1 else ""
 
 
@@ -190,183 +226,3 @@ def _why_no_gateway(federation: Federation) -> str:
     if merged.lease:
         return "there is no gateway yet: the aggregator builds it in a moment, try again"
     return "there is no gateway yet and no aggregator to build it: start `fedmoe aggregator run`"
-
-
-def vllm_hint(rank: int) -> str:
-    """The option that vLLM needs to serve an adapter of this rank, "" if its defaults suffice."""
-    if rank <= VLLM_DEFAULT_RANK:
-        return ""
-    fits = next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
-    if fits is None:
-        return f"vLLM serves no adapter of a rank above {VLLM_RANKS[-1]}: for vLLM, export with --rank {VLLM_RANKS[-1]}"
-    smaller = max(allowed for allowed in VLLM_RANKS if allowed < rank)
-    return f"vLLM needs --max-lora-rank {fits} to serve it; `fedmoe gateway export --rank {smaller}` lowers its rank"
-
-
-def write(directory: str | Path, export: Export, *, force: bool = False) -> str:
-    """Write the adapter atomically; an earlier export in the directory is replaced in one step.
-
-    Args:
-        directory: created if it does not exist.
-        export: the adapter to write.
-        force: write even if the directory holds other files; only files of the same names are replaced.
-
-    Returns:
-        A warning for programs that were reading the directory meanwhile, "" if none is needed.
-
-    Raises:
-        SettingsError: if the directory cannot be written, or holds other files.
-        SpecError: if the weights in Redis are not a safetensors file.
-    """
-    target = Path(directory).resolve()
-    try:
-        _check_target(target, force=force)
-        before = _config_in(target)
-        if before is not None and not force:
-            _check_replaceable(target, before, export.config)
-        names = (*FILES[:-1], TEMPLATE_FILE, FILES[-1]) if export.chat_template else FILES
-        replace_together(target, names, lambda version: _write_files(version, export))
-        if (
-            template := target / TEMPLATE_FILE
-        ).is_symlink() and not template.exists():  # of an earlier export
-            template.unlink()
-        _remove_staging_of_before(target)
-    except OSError as error:
-        raise SettingsError(_explain(error, target, len(export.file)), about="disk") from error
-    if before in (None, export.config):
-        return ""
-    return (
-        f"{directory} held an adapter of another configuration: a program that was loading it just now may have mixed "
-        "the old configuration with the new weights, load the adapter again there"
-    )
-
-
-def _check_target(target: Path, *, force: bool) -> None:
-    if target.exists() and not target.is_dir():
-        raise SettingsError(f"{target} is a file: choose a directory", about="file")
-    if (
-        target / "config.json"
-    ).exists():  # even with force: the bare model could no longer be loaded from this directory
-        raise SettingsError(
-            f"{target} holds a model (config.json), which would then always be loaded with this adapter: choose "
-            "another directory",
-            about="config.json",
-        )
-    if force or not target.is_dir() or (target / INFO_FILE).exists():
-        return
-    if any(path.name != HOME and not _STAGING_BEFORE.fullmatch(path.name) for path in target.iterdir()):
-        what = "an adapter" if (target / CONFIG_FILE).exists() else "files"
-        raise SettingsError(
-            f"{target} holds {what} that FedMoE did not export: choose another directory, or --force to write into it",
-            about=what.removeprefix("an "),
-        )
-
-
-def _config_in(target: Path) -> dict[str, Any] | None:
-    """The present adapter configuration; None if it is missing or cannot be read."""
-    try:
-        config = json.loads((target / CONFIG_FILE).read_bytes())
-    except (OSError, ValueError):
-        return None
-    return config if isinstance(config, dict) else None
-
-
-def _check_replaceable(target: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise SettingsError if a reader could combine the old configuration with the new weights unnoticed.
-
-    Equal configurations do no harm, and with another rank the shapes do not fit, so peft raises an error.
-    """
-    old, new = _beside_rank(before), _beside_rank(now)
-    if odd := sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key)):
-        raise SettingsError(
-            f"{target} holds an adapter of another kind ({odd[0]} {old.get(odd[0])!r}, now {new.get(odd[0])!r}), and a "
-            "program that loads it while it is replaced could mix both: choose another directory, or --force",
-            about=odd[0],
-        )
-
-
-def _beside_rank(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration with alpha / rank in place of alpha and rank."""
-    rest = {key: value for key, value in config.items() if key not in ("r", "lora_alpha")}
-    try:
-        return rest | {"lora_alpha / r": config["lora_alpha"] / config["r"]}
-    except (LookupError, TypeError, ZeroDivisionError):
-        return rest
-
-
-def _remove_staging_of_before(target: Path) -> None:
-    """Remove staging directories, in the target or beside it, that a killed earlier release left over an hour ago."""
-    for path in (*target.iterdir(), *target.parent.iterdir()):
-        if (
-            _STAGING_BEFORE.fullmatch(path.name)
-            and path.is_dir()
-            and time.time() - path.stat().st_mtime > 3600
-            and {inner.name for inner in path.iterdir()} <= set(FILES)
-        ):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _write_files(directory: Path, export: Export) -> None:
-    info = {"name": export.name, "built_from": export.built_from, "behind": export.behind}
-    info |= {"exported_by": f"fedmoe {__version__}"} | dict(export.info)
-    for name, content in (
-        (WEIGHTS_FILE, export.file),
-        (CONFIG_FILE, _json(export.config)),
-        (INFO_FILE, _json(info)),
-        (CARD_FILE, _card(export).encode()),
-        *([(TEMPLATE_FILE, export.chat_template.encode())] if export.chat_template else []),
-    ):
-        write_file(directory / name, [content])
-    try:
-        with safe_open(directory / WEIGHTS_FILE, framework="np"):
-            pass  # opening reads the header and checks the length
-    except SafetensorError as error:
-        raise SpecError(
-            f"the weights of {export.name} in Redis are not a safetensors file ({error}); "
-            "was the key written by something else?",
-            about="safetensors",
-        ) from error
-
-
-def _explain(error: OSError, target: Path, size: int) -> str:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return (
-            f"no space left for {target}, {size / 2**20:.0f} MiB are needed: free some or choose another disk"
-        )
-    if error.errno in (errno.EPERM, errno.EOPNOTSUPP):
-        return (
-            f"cannot write to {target} ({error.strerror}): choose a directory you may write to, on a file system that "
-            "has symbolic links"
-        )
-    return f"cannot write to {target} ({error.strerror}): choose a directory you may write to"
-
-
-def _json(content: Mapping[str, Any]) -> bytes:
-    return json.dumps(content, indent=2, sort_keys=True).encode() + b"\n"
-
-
-def _card(export: Export) -> str:
-    """The model card; its front matter names the base model only if that may be a hub id."""
-    base = export.info["base_model"]
-    front = [f"base_model: {base}"] if _HUB_ID.fullmatch(base) else []
-    front += ["library_name: peft", "tags:", "- lora", "- fedmoe"]
-    rows = [
-        f"| {name} | {part['version']} | `{part['weights_commit']}` |"
-        for name, part in export.built_from.items()
-    ]
-    what = _WHAT.get(export.name, "One expert")
-    return "\n".join(
-        [
-            "---", *front, "---",
-            f"# {export.name}", "",
-            f"{what} of a FedMoE federation: a LoRA adapter of rank {export.config.get('r')} for `{base}`.", "",
-            "| built from | version | commit |", "| --- | --- | --- |", *rows, "",
-            "```python",
-            "from peft import PeftModel",
-            "from transformers import AutoModelForCausalLM",
-            "",
-            f"base = AutoModelForCausalLM.from_pretrained({json.dumps(base)})",
-            'model = PeftModel.from_pretrained(base, "the/directory/of/this/file")',
-            "```", "",
-        ]
-    )  # fmt: skip

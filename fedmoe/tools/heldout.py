@@ -16,14 +16,8 @@ from fedmoe.store.gateway import GatewayStore
 from fedmoe.tools.base import load
 from fedmoe.tools.centralised import CENTRALISED, Centralised, Train, centralise
 from fedmoe.tools.evaluate import BASE, MEAN, Adapter, Matrix, evaluate
-from fedmoe.tools.export import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    Export,
-    is_gateway_trained,
-    read_expert,
-    read_gateway,
-)
+from fedmoe.tools.export import Export, is_gateway_trained, read_expert, read_gateway
+from fedmoe.tools.export_files import CONFIG_FILE, WEIGHTS_FILE
 from fedmoe.tools.rows import Encoder, find_files, find_training_files
 from fedmoe.tools.share import ROUTED, routed_losses, shares
 from fedmoe.util.versions import version_of

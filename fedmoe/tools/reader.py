@@ -27,7 +27,8 @@ from fedmoe.settings import RedisSettings
 from fedmoe.store.connection import Connection
 from fedmoe.store.gateway import GatewayStore
 from fedmoe.store.inspect import Inspector
-from fedmoe.tools.export import Export, read_expert, read_gateway, write
+from fedmoe.tools.export import Export, read_expert, read_gateway
+from fedmoe.tools.export_files import write
 
 if TYPE_CHECKING:
     from peft import LoraConfig

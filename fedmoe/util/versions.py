@@ -31,16 +31,19 @@ def version_of(directory: Path) -> Path:
     return current.resolve() if current.is_symlink() else directory
 
 
-def replace_together(directory: Path, names: Sequence[str], write: Callable[[Path], None]) -> None:
-    """Replace the files `names` of `directory` in one step; other files stay.
+def replace_together(directory: Path, write: Callable[[Path], None], *, first: str, last: str) -> None:
+    """Replace the files of the present version in `directory` by those that `write` writes, in one step.
+
+    Other files stay, unless they have the name of one that is written.
 
     If the process is killed, the old files stay, and the next call removes leftovers under .fedmoe. Concurrent calls
     run one after the other. Plain files under these names become the first version.
 
     Args:
         directory: created if it does not exist.
-        names: of the files; the file that a reader looks for first comes last.
-        write: writes exactly these files to the empty directory that it is given.
+        write: writes the files to the empty directory that it is given, among them `first` and `last`.
+        first: name of the file that appears first in a new directory.
+        last: name of the one that appears last: the file that a reader looks for first.
 
     Raises:
         OSError: if a file cannot be written, or the file system has no symbolic links.
@@ -51,7 +54,7 @@ def replace_together(directory: Path, names: Sequence[str], write: Callable[[Pat
     try:
         with _alone(home):
             try:
-                _replace(directory, names, write)
+                _replace(directory, write, first, last)
             finally:
                 _remove_leftovers(home)
     except BaseException:
@@ -63,17 +66,22 @@ def replace_together(directory: Path, names: Sequence[str], write: Callable[[Pat
         raise
 
 
-def _replace(directory: Path, names: Sequence[str], write: Callable[[Path], None]) -> None:
+def _replace(directory: Path, write: Callable[[Path], None], first: str, last: str) -> None:
     home = directory / HOME
     _remove_leftovers(home)
     fresh = _unfinished(home)
     fresh.mkdir()
     write(fresh)
     to_disk(fresh)
+    others = sorted(path.name for path in fresh.iterdir() if path.name not in (first, last))
+    names = [first, *others, last]
     _adopt_plain_files(directory, names)
     _point(home, _finish(fresh))
     for name in names:
         _link(directory, name)
+    for path in directory.iterdir():  # a file of the version before that the new one has not
+        if _is_link_to_current(path) and not path.exists():
+            path.unlink()
     to_disk(directory)
 
 

@@ -61,6 +61,7 @@ NOT_TYPED = {
     "pre-commit install": SETUP,
     "vllm serve Qwen/Qwen2.5-0.5B-Instruct --enable-lora --max-lora-rank 64 --lora-modules gateway=gw":
         "vLLM is not installed",
+    "fedmoe gateway follow --dir versions --vllm http://127.0.0.1:8000": "vLLM is not installed",
 }  # fmt: skip
 # What the reader must put in for himself, and we do.
 INSTEAD = {"redis://:PASSWORD@the-redis:6379/0": "unix://{socket}"}

@@ -28,7 +28,8 @@ from fedmoe.store.connection import Connection
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore
 from fedmoe.tools.evaluate import mean_loss
-from fedmoe.tools.export import read_expert, write
+from fedmoe.tools.export import read_expert
+from fedmoe.tools.export_files import write
 from fedmoe.tools.heldout import HeldOut, measure, read_directory
 from fedmoe.tools.rows import find_files, find_training_files
 from fedmoe.tools.share import format_share

@@ -16,7 +16,8 @@ from peft.utils.save_and_load import load_peft_weights
 
 from fedmoe.errors import SettingsError
 from fedmoe.protocol.layout import AdapterBuffer, Layout
-from fedmoe.tools.export import FILES, Export, write
+from fedmoe.tools.export import Export
+from fedmoe.tools.export_files import FILES, write
 from fedmoe.tools.heldout import read_directory
 from fedmoe.util.versions import CURRENT, HOME, KEEP_S, version_of
 from tests.errors import raises

@@ -19,6 +19,7 @@ from fedmoe.protocol.beat import Beat
 from fedmoe.protocol.fit import Fit
 from fedmoe.protocol.keys import Keys
 from fedmoe.protocol.lora import LoraSettings
+from fedmoe.protocol.merged import MergedMeta
 from fedmoe.protocol.names import GATEWAY
 from fedmoe.protocol.rules import NESTEROV, RuleSet
 from fedmoe.settings import AggregatorSettings, GatewaySettings, RedisSettings, WorkerSettings
@@ -161,6 +162,7 @@ def test_what_real_runs_send_is_what_is_listed(
         guarded.fedmoe(OPERATOR, "verify", "--keep-updates", str(kept))
         assert "exact" in guarded.fedmoe(OPERATOR, "gateway", "show")
         guarded.fedmoe(OPERATOR, "gateway", "export", "--out", str(tmp_path / "gateway"))
+        guarded.fedmoe(OPERATOR, "gateway", "follow", "--dir", str(tmp_path / "versions"), "--once")
     guarded.fedmoe(OPERATOR, "restore", str(tmp_path / "backup"), "--replace")
     assert guarded.denied() == []
     rights = {name: rights_of(role) for name, role in ROLES.items()}
@@ -212,6 +214,8 @@ def test_what_is_listed_for_rarer_situations_is_sent_in_them(
     an_operator_who_changes_things(guarded)
     a_fitted_gateway(guarded)
     a_removed_expert(guarded)
+    monkeypatch.setattr("fedmoe.store.gateway.WHOLE_BYTES", 100)
+    a_merged_gateway_in_parts(guarded)
     assert guarded.denied() == []
     nothing: dict[str, list[Sent]] = {name: [] for name in ROLES}
     assert {name: missing(guarded.sent(role), rights_of(role)) for name, role in ROLES.items()} == nothing
@@ -340,6 +344,17 @@ def test_who_may_only_watch_is_told_what_is_not_shown(guarded: Guarded) -> None:
     GatewayBuilder(guarded.admin, GatewaySettings(method="average"), holder="one", lease_s=1.0).refresh()
     lines = guarded.fedmoe(MONITOR, "gateway", "show").splitlines()
     assert [line.startswith("the merge methods are not compared: ") for line in lines].count(True) == 1
+
+
+def a_merged_gateway_in_parts(guarded: Guarded) -> None:
+    """Built twice by the aggregator, read by an operator."""
+    store = GatewayStore(guarded.connection(AGGREGATOR))
+    meta = MergedMeta(built_from='{"a": {"version": 1, "weights_commit": "c"}}')
+    for value in (1, 2):
+        store.write_merged(meta, memoryview(bytes([value]) * 200))
+    loaded = GatewayStore(guarded.connection(OPERATOR)).load_merged()
+    assert loaded is not None
+    assert loaded[1] == bytes([2]) * 200
 
 
 def a_removed_expert(guarded: Guarded) -> None:

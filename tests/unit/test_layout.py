@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 
 from fedmoe.errors import SpecError
-from fedmoe.protocol.layout import AdapterBuffer, Layout
+from fedmoe.protocol.layout import AdapterBuffer, Layout, stamp_of
 from tests.errors import raises
 from tests.strategies import layouts, randn, seeds
 
@@ -48,6 +48,18 @@ def test_views_write_through(layout: Layout) -> None:
 def test_order_of_the_pairs_does_not_matter(layout: Layout) -> None:
     """Every party gets the same layout of the same tensors."""
     assert Layout.of(reversed(layout.tensors)) == layout
+
+
+@given(layouts(), seeds)
+def test_bf16_file_is_what_safetensors_reads(layout: Layout, seed: int) -> None:
+    """Each value rounded once, under the same names, with the same stamp."""
+    buffer = filled(layout, seed)
+    buffer.stamp("0123456789abcdef")
+    file = layout.bf16_file(buffer.file)
+    tensors = safetensors.torch.load(file)
+    assert tensors.keys() == dict(layout.tensors).keys()
+    assert torch.equal(flat_of(layout, tensors), buffer.flat.to(torch.bfloat16))
+    assert stamp_of(file) == "0123456789abcdef"
 
 
 @given(layouts(), seeds)

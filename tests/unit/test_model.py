@@ -31,7 +31,8 @@ from fedmoe.model.base import (
     load_config,
     structure,
 )
-from fedmoe.model.tokenizer import has_tokenizer, load_tokenizer
+from fedmoe.model.local import has_tokenizer
+from fedmoe.model.tokenizer import load_tokenizer
 from fedmoe.protocol.layout import AdapterBuffer, Layout
 from fedmoe.protocol.lora import LoraSettings
 from fedmoe.protocol.lora_init import initial_weights

@@ -25,7 +25,8 @@ from fedmoe.model.base import structure
 from fedmoe.protocol.layout import AdapterBuffer
 from fedmoe.protocol.lora import LoraSettings
 from fedmoe.protocol.spec import Spec
-from fedmoe.tools.export import Export, write
+from fedmoe.tools.export import Export
+from fedmoe.tools.export_files import write
 from tests.errors import raises
 from tests.tiny import tiny_config
 

@@ -126,3 +126,13 @@ def test_adapter_config_keeps_the_scaling_at_any_rank() -> None:
     assert (own["r"], own["lora_alpha"]) == (16, 32.0)
     assert (gateway["r"], gateway["lora_alpha"]) == (48, 96.0)
     assert gateway["target_modules"] == ["q_proj", "v_proj"]
+
+
+@pytest.mark.parametrize(
+    ("alpha", "rank", "other", "text"), [(32.0, 16, 48, "96"), (7.0, 49, 49, "7"), (4.0, 5, 3, "2.4")]
+)
+def test_alpha_is_whole_where_it_is_one(alpha: float, rank: int, other: int, text: str) -> None:
+    """Also where alpha / rank is no exact binary number; a reader that takes integers only reads `96.0` not."""
+    spec = dataclasses.replace(PLAIN, lora=dataclasses.replace(PLAIN.lora, alpha=alpha, rank=rank))
+    assert json.dumps(spec.adapter_config(rank=other)["lora_alpha"]).startswith(text)
+    assert ("." in text) == isinstance(spec.adapter_config(rank=other)["lora_alpha"], float)

@@ -1,0 +1,311 @@
+"""Follows the gateway: exports every new version that is no worse, and lets a server serve it.
+
+A version passes these steps, and each is repeated until it is done, whatever fails meanwhile:
+
+    found      it is in Redis, and it is not the served one
+    judged     its validation loss is no worse than that of the served version, where both are known
+    written    it has a directory of its own
+    served     the server has loaded it, or the operator's command has ended with 0; then `current` is moved
+    the rest   the server unloads the versions before; all directories but the last ones are removed
+
+A server that was restarted is told to load the served version again.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol
+
+from fedmoe.errors import (
+    AdapterRefusedError,
+    FedMoEError,
+    UnknownExpertError,
+)
+from fedmoe.protocol.names import GATEWAY
+from fedmoe.store.gateway import GatewayStore
+from fedmoe.tools.card import max_lora_rank
+from fedmoe.tools.export import Export, is_gateway_trained, read_gateway
+from fedmoe.tools.export_files import CONFIG_FILE, WEIGHTS_FILE
+from fedmoe.tools.follow.directory import VersionDirectory
+from fedmoe.tools.follow.servers import AdapterServer
+from fedmoe.tools.losses import validation_loss
+from fedmoe.util.backoff import Backoff
+
+logger = logging.getLogger(__name__)
+
+RETRY_REFUSED_S = 60.0  # a server may be restarted with other options
+
+
+class Judge(Protocol):
+    """Measures the loss of an adapter's file and configuration."""
+
+    def __call__(self, file: bytes, config: dict[str, object]) -> float:
+        """Nats per token."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FollowSettings:
+    """What is followed, and how it is served.
+
+    Args:
+        kind: "trained" or "merged"; "" for the trained gateway as soon as there is one, until then the merged one.
+        name: first part of the versions' names.
+        options: text of all options that change the exported files, so that they change the name.
+        min_gain: by how much (nats per token) the validation loss must fall; None: it must not rise.
+        keep: number of directories that stay.
+        interval_s: between two looks at Redis and the server.
+        command: run by a shell for each version, "" for none.
+    """
+
+    kind: str = ""
+    name: str = GATEWAY
+    options: str = ""
+    min_gain: float | None = None
+    keep: int = 3
+    interval_s: float = 5.0
+    command: str = ""
+
+
+class Found(NamedTuple):
+    """A version in Redis."""
+
+    kind: str
+    name: str
+
+
+class Follower:
+    """Brings directory and server up to date with Redis, again and again.
+
+    Args:
+        store: of the federation.
+        directory: of the versions.
+        settings: see there.
+        server: to load the versions into, None for none.
+        shape: gives an export its rank, dtype and base model's name.
+        judge: measures a version's loss; None takes the one that the workers measured, where they do.
+    """
+
+    def __init__(
+        self,
+        store: GatewayStore,
+        directory: VersionDirectory,
+        settings: FollowSettings,
+        *,
+        server: AdapterServer | None = None,
+        shape: Callable[[Export], Export] = lambda export: export,
+        judge: Judge | None = None,
+    ) -> None:
+        self._store, self._directory, self._settings = store, directory, settings
+        self._server, self._shape, self._judge = server, shape, judge
+        self._candidate = ""  # written and not yet served
+        self._left_out = ""  # judged worse
+        self._refused: dict[str, float] = {}  # name -> when, by time.monotonic()
+        self._losses: dict[str, float] = {}  # that `judge` measured
+        self._without_loss = False
+        self._stop = threading.Event()
+        self._finding, self._serving = Backoff("gateway", logger), Backoff("server", logger)
+
+    def run(self, stop: threading.Event, *, once: bool = False) -> bool:
+        """Follow until `stop` is set, or look once; False if the last look left something undone."""
+        self._stop = stop
+        while True:
+            done = self._attempt(self._find, self._finding) & self._attempt(self._serve, self._serving)
+            if once or stop.wait(self._settings.interval_s):
+                return done and not self._candidate
+
+    def _attempt(self, step: Callable[[], None], backoff: Backoff) -> bool:
+        """Do one step; a problem is reported once, and again every half minute."""
+        if self._stop.is_set():
+            return False
+        try:
+            step()
+        except (FedMoEError, OSError) as error:
+            if not self._stop.is_set():
+                backoff.failed(error)
+            return False
+        backoff.ok()
+        return True
+
+    def _find(self) -> None:
+        """Look for a new version; judge and write it.
+
+        Raises:
+            RedisUnavailableError, UnknownExpertError, SpecError: if there is none that can be read.
+            SettingsError: if it cannot be written.
+        """
+        known = (self._directory.current, self._candidate, self._left_out)
+        if (found := self._look()).name in known:
+            return
+        export = read_gateway(self._store, found.kind)
+        name = self._name(export.kind, _commits(export), export.version)
+        if name in known:  # an older one was read again
+            return
+        export = self._shape(export)
+        loss = self._loss(name, export)
+        if worse := self._why_not(export, loss):
+            self._left_out = name
+            logger.info("%s is not served: %s", name, worse)
+            return
+        if loss is not None:
+            export = replace(
+                export, info=dict(export.info) | {"validation_loss": loss, "measured": self._measured}
+            )
+        if not self._directory.has(name):
+            self._directory.add(name, export)
+        self._candidate = name
+        logger.info("%s: written, built from %s", name, export.versions)
+
+    def _look(self) -> Found:
+        """The present version, by a few small reads."""
+        kind = self._settings.kind or ("trained" if is_gateway_trained(self._store) else "merged")
+        if kind == "trained":
+            try:
+                meta = self._store.meta(GATEWAY)
+            except UnknownExpertError:
+                read_gateway(self._store, kind)  # says what to do
+                raise
+            return Found(kind, self._name(kind, {GATEWAY: meta.weights_commit}, meta.version))
+        merged = self._store.merged()
+        if merged is None:
+            read_gateway(self._store, kind)  # says why there is none
+            raise UnknownExpertError("there is no merged gateway yet", about="gateway")
+        commits = {name: one.weights_commit for name, one in merged.experts.items()}
+        total = sum(one.version for one in merged.experts.values())
+        return Found(kind, self._name(kind, commits | {"": merged.settings}, total))
+
+    def _name(self, kind: str, commits: dict[str, str], version: int) -> str:
+        content = json.dumps([kind, sorted(commits.items()), self._settings.options])
+        return f"{self._settings.name}-v{version}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
+
+    @property
+    def _measured(self) -> str:
+        return "data" if self._judge else "workers"
+
+    def _loss(self, name: str, export: Export) -> float | None:
+        if self._judge:
+            self._losses[name] = self._judge(export.file, dict(export.config))
+            return self._losses[name]
+        metas = [export.metas[name] for name in export.built_from if name in export.metas]
+        return validation_loss(metas[0]) if export.kind == "trained" and metas else None
+
+    def _loss_served(self) -> float | None:
+        """The loss of the version that is served, None if it is unknown or was measured in another way."""
+        if not (current := self._directory.current):
+            return None
+        info, path = self._directory.info(current), self._directory.path(current)
+        if self._judge:  # an earlier process may have measured on other rows
+            if current not in self._losses:
+                config = json.loads((path / CONFIG_FILE).read_bytes())
+                self._losses[current] = self._judge((path / WEIGHTS_FILE).read_bytes(), config)
+            return self._losses[current]
+        loss = info.get("validation_loss")
+        return loss if info.get("measured") == self._measured and isinstance(loss, float) else None
+
+    def _why_not(self, export: Export, loss: float | None) -> str:
+        """Why this version is not to be served; "" if it is."""
+        if not self._directory.current:
+            return ""
+        served = self._loss_served()
+        if loss is None or served is None:
+            if self._settings.min_gain is not None and not self._without_loss:
+                self._without_loss = True
+                logger.warning(
+                    "no validation loss is known of both versions, so --min-gain is not applied: give rows to measure "
+                    "it on (--data)"
+                )
+            return ""
+        if loss <= served - (self._settings.min_gain or 0.0):
+            return ""
+        return f"its validation loss is {loss:.4f}, that of {self._directory.current}, which is served, is {served:.4f}"
+
+    def _serve(self) -> None:
+        """Have the newest version served, or the one before if that is refused.
+
+        Raises:
+            AdapterRefusedError, ServerAwayError: if none can be served; SettingsError: if `current` cannot be moved.
+        """
+        current = self._directory.current
+        self._refused = {n: when for n, when in self._refused.items() if n in (self._candidate, current)}
+        for name in filter(None, dict.fromkeys((self._candidate, current))):
+            since = self._refused.get(name)
+            if since is not None and time.monotonic() - since < RETRY_REFUSED_S:
+                continue
+            try:
+                self._put(name)
+            except AdapterRefusedError as error:
+                self._refused[name] = time.monotonic()
+                self._report_refusal(name, error)
+            else:
+                self._refused.pop(name, None)
+                return
+
+    def _report_refusal(self, name: str, error: AdapterRefusedError) -> None:
+        rank = _rank(self._directory, name)
+        hint = (
+            f" (it has rank {rank}: --max-lora-rank {max_lora_rank(rank)})"
+            if rank and error.about == "refused"
+            else ""
+        )
+        logger.warning("%s is not served: %s%s; trying again with the next version", name, error, hint)
+
+    def _put(self, name: str) -> None:
+        loaded = self._server.loaded() if self._server else set()
+        if self._server and name not in loaded:
+            self._server.load(name, self._directory.path(name))
+            logger.info("%s: loaded into %s", name, self._server.shown)
+        if name != self._directory.current:
+            if self._settings.command:
+                self._run_command(name)
+            self._directory.switch(name)
+            logger.info("%s: is the current version now", name)
+        if name == self._candidate:
+            self._candidate = ""
+        if self._server:
+            for other in sorted(loaded - {name}):
+                if self._directory.is_version(other):
+                    self._server.unload(other)
+                    logger.info("%s: unloaded", other)
+        self._directory.prune(self._settings.keep, {name, self._candidate})
+
+    def _run_command(self, name: str) -> None:
+        """Run the operator's command for a version.
+
+        Raises:
+            AdapterRefusedError: if it fails, or a stop cut it off.
+        """
+        names = {"FEDMOE_NAME": name, "FEDMOE_DIR": str(self._directory.path(name))}
+        names["FEDMOE_BEFORE"] = self._directory.current
+        process = subprocess.Popen(
+            ["sh", "-c", self._settings.command], env=os.environ | names, stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            while (code := process.poll()) is None and not self._stop.wait(0.05):
+                pass
+        finally:
+            with suppress(ProcessLookupError):
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGTERM)
+        if code != 0:
+            how = "was stopped" if code is None else f"ended with exit code {code}"
+            raise AdapterRefusedError(f"the command {self._settings.command!r} {how}", about="run")
+
+
+def _commits(export: Export) -> dict[str, str]:
+    commits = {name: str(part["weights_commit"]) for name, part in export.built_from.items()}
+    return commits | ({"": str(export.info["settings"])} if export.kind == "merged" else {})
+
+
+def _rank(directory: VersionDirectory, name: str) -> int:
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        return int(json.loads((directory.path(name) / CONFIG_FILE).read_bytes())["r"])
+    return 0

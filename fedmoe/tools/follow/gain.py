@@ -1,0 +1,82 @@
+"""Whether a new version is better than the one that is served: by its loss on held-out rows, where one is known."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from fedmoe.data.bad_rows import BadRows
+from fedmoe.data.flat import FlatExamples
+from fedmoe.data.jsonl import open_data
+from fedmoe.model.adapter import adapter_loaded
+from fedmoe.protocol.identity import expert_template
+from fedmoe.protocol.names import GATEWAY
+from fedmoe.settings import HeldOutSettings
+from fedmoe.store.gateway import GatewayStore
+from fedmoe.tools.base import Base, load
+from fedmoe.tools.evaluate import Adapter, mean_loss
+from fedmoe.tools.rows import Encoder, find_files
+
+
+@dataclass
+class HeldOutLoss:
+    """The mean loss of an adapter over the domains of held-out rows; base model and rows are read once.
+
+    Args:
+        store: of the federation, whose experts say how rows become tokens.
+        settings: the rows, and how to compute.
+        report: gets a line for all that is read.
+    """
+
+    store: GatewayStore
+    settings: HeldOutSettings
+    report: Callable[[str], None]
+    _ready: "_Ready | None" = field(default=None, init=False)
+
+    def __call__(self, adapter: Adapter | None) -> float:
+        """Nats per token of the answers; None is the bare base model.
+
+        Raises:
+            FedMoEError: if rows, base model and adapter do not fit together.
+        """
+        base, domains = self._ready = self._ready or self._prepare()
+        loaded = (
+            adapter_loaded(base.model, adapter.file, adapter.config) if adapter else nullcontext(base.model)
+        )
+        with loaded as model:
+            losses = [
+                mean_loss(
+                    model, examples, pad_id=base.pad_id, batch_size=self.settings.batch_size, device=base.device,
+                    autocast=base.autocast,
+                )
+                for examples in domains
+            ]  # fmt: skip
+        return sum(losses) / len(losses)
+
+    def _prepare(self) -> "_Ready":
+        names = [name for name in self.store.experts() if name != GATEWAY]
+        bad_rows = BadRows(report=self.report, file=self.settings.bad_rows)
+        data = {
+            name: open_data(file, bad_rows) for name, file in find_files(self.settings.data, names).items()
+        }
+        specs = {name: self.store.spec(name) for name in names}
+        metas = {name: self.store.meta(name) for name in names}
+        templates = {name: expert_template(specs[name], metas[name]) for name in names}
+        base = load(self.settings, specs, metas, templates, self.report)
+        encoder = Encoder(
+            tokenizer=base.tokenizer,
+            config=base.config,
+            templates=templates,
+            max_length=max(meta.rules.training.max_length for meta in metas.values()),
+            learn=self.settings.learn,
+            bad_rows=bad_rows,
+            report=self.report,
+        )
+        return _Ready(
+            base, [encoder.examples(name, rows, sample=self.settings.rows) for name, rows in data.items()]
+        )
+
+
+class _Ready(NamedTuple):
+    base: Base
+    domains: list[FlatExamples]

@@ -1,0 +1,335 @@
+"""`fedmoe gateway follow`: each version under a name of its own, never a worse one, whatever is away meanwhile."""
+
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fedmoe.tools.follow.follower
+from consumers.gateway.builder import GatewayBuilder
+from fedmoe.errors import SettingsError
+from fedmoe.protocol.names import GATEWAY
+from fedmoe.settings import GatewaySettings
+from fedmoe.store.connection import Connection
+from fedmoe.store.gateway import GatewayStore
+from fedmoe.tools.follow.directory import VersionDirectory
+from fedmoe.tools.follow.follower import Follower, FollowSettings
+from fedmoe.tools.follow.servers import AdapterServer
+from tests.adapter_server import StandIn, stand_in
+from tests.errors import raises
+from tests.federation import ScriptedWorker, make_expert, serve, small_spec
+from tests.following import Gateway, config_in
+
+pytestmark = pytest.mark.one_server
+
+
+@dataclass
+class Following:
+    """A follower in this process, and the directory."""
+
+    follower: Follower
+    directory: VersionDirectory
+
+    def look(self) -> bool:
+        return self.follower.run(threading.Event(), once=True)
+
+    @property
+    def versions(self) -> list[str]:
+        return sorted(path.name for path in self.directory.root.iterdir() if path.name.startswith(GATEWAY))
+
+
+Follow = Callable[..., Following]
+
+
+@pytest.fixture
+def follow(connection: Connection, tmp_path: Path) -> Iterator[Follow]:
+    """Make followers of the test's federation."""
+    opened: list[VersionDirectory] = []
+
+    def make(
+        server: StandIn | None = None, *, out: Path = tmp_path / "out", judge: Any = None, **settings: Any
+    ) -> Following:
+        for directory in opened:  # a process of before
+            directory.close()
+        opened.clear()
+        opened.append(VersionDirectory(out, GATEWAY))
+        follower = Follower(
+            GatewayStore(connection), opened[0], FollowSettings(**settings), judge=judge,
+            server=AdapterServer(server.kind, server.url + "/v1", api_key=server.key) if server else None,
+        )  # fmt: skip
+        return Following(follower, opened[0])
+
+    yield make
+    for directory in opened:
+        directory.close()
+
+
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+def test_each_version_is_served_under_its_own_name(connection: Connection, follow: Follow, kind: str) -> None:
+    """Loaded, then the one before unloaded; no name with other weights; a restart of `follow` repeats nothing."""
+    gateway = Gateway(connection)
+    gateway.publish()
+    with stand_in(kind, key="secret") as server:
+        following = follow(server)
+        names = []
+        for _ in range(3):
+            assert following.look()
+            names.append(following.directory.current)
+            assert list(server.adapters) == [names[-1]]
+            assert server.adapters[names[-1]] == str(following.directory.path(names[-1]))
+            assert following.look()  # nothing new
+            gateway.publish()
+        assert [name.rpartition("-")[0] for name in names] == ["gateway-v1", "gateway-v2", "gateway-v3"]
+        assert server.calls == [
+            ("load", names[0]), ("load", names[1]), ("unload", names[0]), ("load", names[2]), ("unload", names[1]),
+        ]  # fmt: skip
+        again = follow(server)
+        again.look()
+        assert again.directory.current.startswith("gateway-v4-")
+        calls = list(server.calls)
+        for _ in range(2):
+            again = follow(server)
+            assert again.look()
+        assert server.calls == calls
+        assert list(server.adapters) == [again.directory.current]
+
+
+def test_a_version_that_is_there_is_loaded_again_after_the_server_restarted(
+    connection: Connection, follow: Follow, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A server that is away does not stop the export, and gets what is newest when it is back."""
+    gateway = Gateway(connection)
+    gateway.publish()
+    with stand_in() as server:
+        following = follow(server)
+        assert following.look()
+        first = following.directory.current
+        server.stop()
+        gateway.publish()
+        assert not following.look()
+        assert following.directory.current == first  # what is served, as far as anybody knows
+        assert len(following.versions) == 2
+        gateway.publish()
+        assert not following.look()
+        assert len([r for r in caplog.records if "cannot be reached" in r.message]) == 1
+        server.start()
+        assert following.look()
+        assert following.directory.current.startswith("gateway-v3-")
+        assert list(server.adapters) == [following.directory.current]
+        server.stop()
+        server.start()
+        assert following.look()
+        assert list(server.adapters) == [following.directory.current]
+        server.broken = True
+        gateway.publish()
+        assert not following.look()
+        server.broken = False
+        assert following.look()
+        assert following.directory.current.startswith("gateway-v4-")
+
+
+def test_a_refused_version_leaves_the_one_before(
+    connection: Connection, follow: Follow, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One sentence, and what helps; the next version, or another start of the server, is tried again."""
+    gateway = Gateway(connection)
+    gateway.publish()
+    with stand_in() as server:
+        following = follow(server)
+        assert following.look()
+        first = following.directory.current
+        server.max_rank = 1
+        gateway.publish()
+        for _ in range(3):
+            assert not following.look()
+        assert [call for call, _ in server.calls] == ["load", "load"]
+        (said,) = [r.message for r in caplog.records if "not served" in r.message]
+        assert "LoRA rank 2 is greater than max_lora_rank 1." in said
+        assert "--max-lora-rank 8" in said
+        assert (following.directory.current, list(server.adapters)) == (first, [first])
+        server.max_rank = 64
+        monkeypatch.setattr(fedmoe.tools.follow.follower, "RETRY_REFUSED_S", 0.0)
+        assert following.look()
+        assert following.directory.current.startswith("gateway-v2-")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"updating": False}, "start vLLM with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"),
+        ({"updating": False, "kind": "sglang"}, "start SGLang with --enable-lora"),
+    ],
+)
+def test_a_server_without_the_endpoints_is_one_sentence(
+    connection: Connection,
+    follow: Follow,
+    caplog: pytest.LogCaptureFixture,
+    options: dict[str, Any],
+    said: str,
+) -> None:
+    """It names the option with which the server must be started."""
+    Gateway(connection).publish()
+    with stand_in(**options) as server:
+        assert not follow(server).look()
+    assert said in caplog.text
+
+
+def test_a_wrong_key_and_a_stranger_are_one_sentence(
+    connection: Connection, follow: Follow, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A server that is none of the two, and one that wants another key."""
+    Gateway(connection).publish()
+    with stand_in(key="secret") as server:
+        following = follow(server)
+        server.key = "another"
+        assert not following.look()
+        assert "refuses the key (401): set the right one (--api-key)" in caplog.text
+    for url in ("ftp://host", "host:80", "http://"):
+        with raises(SettingsError, about="vllm"):
+            AdapterServer("vllm", url)
+
+
+def test_a_worse_version_is_never_served(
+    connection: Connection, follow: Follow, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By the loss that is measured, also after a restart; a smaller gain than asked for is not enough."""
+    gateway = Gateway(connection)
+    losses: dict[int, float] = {}
+
+    def judge(file: bytes, config: dict[str, object]) -> float:
+        return losses[hash(file)]
+
+    def version(loss: float) -> None:
+        gateway.publish()
+        losses[hash(GatewayStore(connection).read(GATEWAY)[1])] = loss
+
+    caplog.set_level("INFO")
+    following = follow(judge=judge, min_gain=0.1)
+    served = []
+    for loss in (2.0, 2.5, 1.95, 1.9, 1.9):
+        version(loss)
+        following.look()
+        served.append(following.directory.current.split("-")[1])
+    assert served == ["v1", "v1", "v1", "v4", "v4"]
+    assert "its validation loss is 2.5000, that of gateway-v1-" in caplog.text
+    assert json.loads((following.directory.path(following.directory.current) / "fedmoe.json").read_text())[
+        "validation_loss"
+    ] == pytest.approx(1.9)
+    version(1.89)
+    following = follow(judge=judge)  # without --min-gain: no worse is enough
+    following.look()
+    assert following.directory.current.startswith("gateway-v6-")
+    version(1.891)
+    following.look()
+    assert following.directory.current.startswith("gateway-v6-")
+
+
+def test_without_a_loss_min_gain_is_said_not_to_apply(
+    connection: Connection, follow: Follow, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once; every version is served then."""
+    gateway = Gateway(connection)
+    following = follow(min_gain=0.1)
+    for _ in range(3):
+        gateway.publish()
+        following.look()
+    assert following.directory.current.startswith("gateway-v3-")
+    assert caplog.text.count("--min-gain is not applied") == 1
+
+
+def test_the_last_versions_stay(connection: Connection, follow: Follow) -> None:
+    """`keep` of them, complete, beside the link; nothing else in the directory is touched."""
+    gateway = Gateway(connection)
+    following = follow(keep=2)
+    (following.directory.root / "notes").mkdir()
+    for _ in range(4):
+        gateway.publish()
+        following.look()
+    assert [name.split("-")[1] for name in following.versions] == ["v3", "v4"]
+    link = following.directory.root / "current"
+    assert os.readlink(link) == following.versions[-1]
+    assert config_in(link)["r"] == 2
+    assert (following.directory.root / "notes").is_dir()
+    assert [path.name for path in following.directory.root.glob(".new-*")] == []
+
+
+def test_the_merged_gateway_is_followed_until_there_is_a_trained_one(
+    connection: Connection, follow: Follow
+) -> None:
+    """`--kind` keeps to one of them."""
+    expert = make_expert(connection, "a")
+    worker = ScriptedWorker(connection, small_spec(), expert="a")
+
+    def build() -> None:
+        GatewayBuilder(connection, GatewaySettings(), holder="one", lease_s=5.0).refresh()
+
+    following = follow()
+    assert not following.look()  # no gateway yet
+    build()
+    following.look()
+    first = following.directory.current
+    assert first.startswith("gateway-v0-")
+    worker.push(0.5)
+    serve(expert)
+    build()
+    following.look()
+    assert following.directory.current.startswith("gateway-v1-")
+    Gateway(connection).publish()
+    following.look()
+    assert following.directory.info(following.directory.current)["kind"] == "trained"
+    following = follow(kind="merged")
+    following.look()
+    assert following.directory.info(following.directory.current)["kind"] == "merged"
+
+
+def test_a_command_serves_it(
+    connection: Connection, follow: Follow, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is told name and directory; if it fails, the version before stays."""
+    gateway = Gateway(connection)
+    gateway.publish()
+    log = tmp_path / "log"
+    following = follow(
+        command=f'echo "$FEDMOE_NAME $FEDMOE_DIR after $FEDMOE_BEFORE" >> {log}; test ! -e {tmp_path}/broken'
+    )
+    assert following.look()
+    assert following.look()
+    first = following.directory.current
+    gateway.publish()
+    (tmp_path / "broken").touch()
+    assert not following.look()
+    assert following.directory.current == first
+    assert "ended with exit code 1; trying again with the next version" in caplog.text
+    (tmp_path / "broken").unlink()
+    gateway.publish()
+    assert following.look()
+    third = following.directory.current
+    lines = log.read_text().splitlines()
+    assert lines[0] == f"{first} {following.directory.path(first)} after "
+    assert lines[-1] == f"{third} {following.directory.path(third)} after {first}"
+    assert len(lines) == 3
+
+
+def test_a_directory_of_something_else_is_refused(tmp_path: Path) -> None:
+    """A base model, an export, a real directory `current`, a file, one that another process has."""
+    for file in ("config.json", "model.safetensors", "adapter_config.json"):
+        (tmp_path / file).touch()
+        with raises(SettingsError, about=file):
+            VersionDirectory(tmp_path, GATEWAY)
+        (tmp_path / file).unlink()
+    (tmp_path / "a" / "current").mkdir(parents=True)
+    with raises(SettingsError, about="current"):
+        VersionDirectory(tmp_path / "a", GATEWAY)
+    (tmp_path / "file").touch()
+    with raises(SettingsError, about="disk"):
+        VersionDirectory(tmp_path / "file", GATEWAY)
+    first = VersionDirectory(tmp_path / "b", GATEWAY)
+    with raises(SettingsError, about="lock"):
+        VersionDirectory(tmp_path / "b", GATEWAY)
+    first.close()
+    VersionDirectory(tmp_path / "b", GATEWAY).close()

@@ -32,7 +32,14 @@ def write_back(expert: Expert, *, on: str, anchor: bool = True) -> bool:
     expert.buffer.stamp(meta.commit)
     expert.history.attempt(meta.commit)
     return expert.store.write_back(
-        expert.spec, meta, expert.buffer.file, on=on, decided=expert.decided, log=log, dead=dead
+        expert.spec,
+        meta,
+        expert.buffer.file,
+        on=on,
+        decided=expert.decided,
+        vectors=expert.vectors,
+        log=log,
+        dead=dead,
     )
 
 

@@ -1,6 +1,7 @@
 """`fedmoe gateway export` and `fedmoe gateway show`."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -26,6 +27,12 @@ def gateway() -> None:
 @click.option("--rank", type=click.IntRange(min=1), metavar="N",
               help="Truncate the adapter to this rank if its own is higher, and print the relative error.  "
                    "[default: keep its rank]")  # fmt: skip
+@click.option("--router", type=click.Choice(["domain", "arrow"]),
+              help="Write the experts beside the gateway, with a script that answers each prompt with the expert whose "
+                   "domain vector is nearest (domain), or routes each token with peft's arrow.")  # fmt: skip
+@click.option(
+    "--leave-out", multiple=True, metavar="EXPERT", help="Expert that the router leaves out; repeatable."
+)
 @click.option("--force", is_flag=True, help="Write even if the directory holds something else.")
 def export(
     redis: RedisSettings,
@@ -33,6 +40,8 @@ def export(
     expert: str | None,
     kind: str | None,
     rank: int | None,
+    router: str | None,
+    leave_out: Sequence[str],
     force: bool,
 ) -> None:
     """Write the gateway, or one expert, as an adapter that PeftModel.from_pretrained loads."""
@@ -43,6 +52,10 @@ def export(
 
     if expert and kind:
         raise SettingsError("--kind is about the gateway: leave it out, or leave out --expert", about="kind")
+    if router and expert:
+        raise SettingsError("--router chooses among the experts: leave out --expert", about="router")
+    if leave_out and not router:
+        raise SettingsError("--leave-out is for --router only: add that, or leave it out", about="leave_out")
     store = GatewayStore(Connection(redis))
     adapter = read_expert(store, expert) if expert else read_gateway(store, kind or "")
     if rank is not None:
@@ -50,7 +63,16 @@ def export(
 
         adapter, text = truncate_to_rank(adapter, rank)
         click.echo(text)
-    warning = write(out, adapter, force=force)
+    if router:
+        from fedmoe.tools.router import read_for_export, write_router
+
+        whole = read_for_export(
+            store, router, adapter, leave_out=leave_out, report=lambda line: click.echo(line, err=True)
+        )
+        warning = write_router(out, whole, force=force)
+        click.echo(f"{out}: routes by {router} among {whole.summary}; python {out / 'load.py'} PROMPT")
+    else:
+        warning = write(out, adapter, force=force)
     size = f"rank {adapter.config.get('r')}, {len(adapter.file) / 2**20:.1f} MiB"
     click.echo(f"{out}: {adapter.name} ({size}), built from {adapter.versions}")
     if hint := vllm_hint(int(adapter.config["r"])):

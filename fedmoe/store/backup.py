@@ -5,7 +5,7 @@ new commit id. So no aggregator can commit on top of the state it had loaded, an
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fedmoe.errors import BackupError, FedMoEError, UnknownExpertError
@@ -32,7 +32,7 @@ class ExpertState:
     Args:
         spec: the JSON text.
         weights: the safetensors file.
-        meta, decided: the hashes.
+        meta, decided, vectors: the hashes.
         log, dead: the streams' entries, oldest first.
     """
 
@@ -42,6 +42,7 @@ class ExpertState:
     decided: Mapping[bytes, bytes]
     log: Sequence[Line]
     dead: Sequence[Line]
+    vectors: Mapping[bytes, bytes] = field(default_factory=dict)
 
     def check(self, name: str) -> tuple[Spec, Meta]:
         """Check that all parts belong together, so that the expert can be served; returns its spec and meta.
@@ -105,10 +106,10 @@ class BackupStore:
         """
         keys = self.keys.expert(name)
         with self.connection.errors():
-            spec, weights, meta, decided, log, dead = read_together(
+            spec, weights, meta, decided, log, dead, vectors = read_together(
                 self._redis,
                 ("get", keys.spec), ("get", keys.weights), ("hgetall", keys.meta), ("hgetall", keys.decided),
-                ("xrange", keys.log), ("xrange", keys.dead),
+                ("xrange", keys.log), ("xrange", keys.dead), ("hgetall", keys.vectors),
             )  # fmt: skip
         found = {"spec": spec, "weights": weights, "meta": meta}
         if missing := [what for what, content in found.items() if not content]:
@@ -116,7 +117,9 @@ class BackupStore:
                 f"expert {name!r} has no {missing[0]} in Redis (any more): back up the others with --expert",
                 about=name,
             )
-        return ExpertState(spec=spec, weights=weights, meta=meta, decided=decided, log=log, dead=dead)
+        return ExpertState(
+            spec=spec, weights=weights, meta=meta, decided=decided, log=log, dead=dead, vectors=vectors
+        )
 
     def check(self, name: str, state: ExpertState, *, replace: bool) -> None:
         """Raise the error that `write` would raise, before anything is written."""
@@ -175,6 +178,8 @@ class BackupStore:
         pipe.hset(keys.meta, mapping={**state.meta, **ids})
         if state.decided:
             pipe.hset(keys.decided, mapping=state.decided)
+        if state.vectors:
+            pipe.hset(keys.vectors, mapping=state.vectors)
         pipe.unlink(keys.packed, keys.lost, keys.claims)
         if packed:
             pipe.set(keys.packed, packed)
@@ -185,7 +190,7 @@ class BackupStore:
     def _of(self, name: str) -> list[str]:
         """The keys of an expert that only aggregators write."""
         keys = self.keys.expert(name)
-        return [keys.meta, keys.spec, keys.weights, keys.decided, keys.log, keys.dead]
+        return [keys.meta, keys.spec, keys.weights, keys.decided, keys.vectors, keys.log, keys.dead]
 
     def _look(self, name: str) -> str | None:
         """The version of the expert in Redis, "?" if unknown, None if none of its keys exists.

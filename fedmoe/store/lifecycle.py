@@ -138,7 +138,9 @@ class ExpertLifecycle:
                 pipe.multi()
                 if though_removed:
                     pipe.unlink(keys.meta)
-                pipe.unlink(keys.log, keys.dead, keys.packed, keys.lost, keys.claims)  # of an earlier history
+                pipe.unlink(  # of an earlier history
+                    keys.log, keys.dead, keys.vectors, keys.packed, keys.lost, keys.claims
+                )
                 self._queue_parts(pipe, spec, meta, stamped(weights, meta.weights_commit), packed)
                 if execute(pipe) is None:
                     return False
@@ -154,6 +156,7 @@ class ExpertLifecycle:
         *,
         on: str,
         decided: Mapping[str, Decided],
+        vectors: Mapping[str, str],
         log: Sequence[Line] = (),
         dead: Sequence[Line] = (),
     ) -> bool:
@@ -165,6 +168,7 @@ class ExpertLifecycle:
             weights: stamped with meta's `weights_commit`.
             on: the expected commit in Redis, "" if there is no meta; the result is False if it is another one.
             decided: the last decided update of each worker.
+            vectors: the domain vector of each worker, as stored.
             log: lines that Redis lost; they are appended.
             dead: dead letters that Redis lost; they are appended.
         """
@@ -182,6 +186,7 @@ class ExpertLifecycle:
                     keys.spec,
                     keys.weights,
                     keys.decided,
+                    keys.vectors,
                     keys.packed,
                     keys.lost,
                     keys.claims,
@@ -189,6 +194,8 @@ class ExpertLifecycle:
                 self._queue_parts(pipe, spec, meta, weights, packed)
                 if decided:
                     pipe.hset(keys.decided, mapping={w: d.to_json() for w, d in decided.items()})
+                if vectors:
+                    pipe.hset(keys.vectors, mapping=dict(vectors))
                 for key, lines in ((keys.log, log), (keys.dead, dead)):
                     for line in lines:
                         pipe.xadd(key, dict(line))

@@ -95,7 +95,7 @@ class LoadsWithoutLooking(ExpertStore):
         weights, meta, decided = pipe.execute()
         heads = {worker.decode(): Decided.from_json(text) for worker, text in decided.items()}
         return Loaded(
-            meta=Meta.from_hash(meta), weights=weights, decided=heads, packed_commit="", logged_version=-1, claims={},
+            meta=Meta.from_hash(meta), weights=weights, decided=heads, packed_commit="", logged_version=-1, claims={}, vectors={},
             generation=self.connection.generation,
         )  # fmt: skip
 

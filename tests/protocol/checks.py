@@ -54,6 +54,9 @@ def check_db(db: Db, spec: Spec, *, refuses_nothing: bool) -> str:
         return f"the weights are {weights}, a replay of the log gives {tuple(replay)}"
     if any(value not in (0.0, NEW_LR, 1.0) for value in weights):
         return f"a unit of training counts twice: {weights}"
+    silent = {worker for worker, *_ in db.log} - db.hash(KEYS.vectors).keys()
+    if silent:
+        return f"an update of {min(silent)} is in the history, and its domain vector is not there"
     if int(meta["version"]) != since + len(db.log):
         return "the version is not the number of updates in the log"
     return ""

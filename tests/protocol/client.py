@@ -131,7 +131,8 @@ class Pipeline:
         assert self._immediate
         assert n_keys == 1 + len(others)
         head = self._client._one("HGET", meta, "commit", watched=self._watching)
-        return [_bytes(head), [b"hash", b"stream", b"stream", b"string", b"string"], [0] * len(others)]
+        types = [b"hash", b"hash", b"stream", b"stream", b"string", b"string"]
+        return [_bytes(head), types, [0] * len(others)]
 
     def multi(self) -> None:
         self._immediate = False

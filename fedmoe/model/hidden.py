@@ -1,6 +1,7 @@
 """The base model's hidden states of prompts, by which a router finds the expert that a prompt belongs to."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -11,16 +12,7 @@ from fedmoe.errors import StoppedError
 BATCH = 4  # prompts
 
 
-@torch.no_grad()
-def prompt_states(
-    model: PreTrainedModel,
-    examples: Sequence[Example],
-    *,
-    pad_id: int,
-    device: torch.device,
-    autocast: torch.dtype = torch.float32,
-    stopped: Callable[[], bool] = lambda: False,
-) -> torch.Tensor:
+def prompt_states(model: PreTrainedModel, examples: Sequence[Example], **options: Any) -> torch.Tensor:
     """The state of each example's prompt, (n, d) fp32 on the CPU: that of the last token before the first answer.
 
     It is the last layer's output, after the final norm, scaled to length 1: so no row counts more than another in a
@@ -30,6 +22,28 @@ def prompt_states(
     Args:
         model: the bare base model, or one whose adapters are disabled.
         examples: with a prompt each.
+        options: as in `hidden_states`.
+
+    Raises:
+        StoppedError: if it was told to stop.
+    """
+    return torch.cat([scaled(last_token(*batch)) for batch in hidden_states(model, examples, **options)])
+
+
+def hidden_states(
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    *,
+    pad_id: int,
+    device: torch.device,
+    autocast: torch.dtype = torch.float32,
+    stopped: Callable[[], bool] = lambda: False,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The last layer's output (b, L, d) fp32 for batches of prompts, padded on the right, and their masks (b, L) int64.
+
+    Args:
+        model: the bare base model.
+        examples: their tokens before the first answer are the prompts.
         pad_id: fills up a batch.
         device: of the model.
         autocast: dtype to compute in.
@@ -38,18 +52,23 @@ def prompt_states(
     Raises:
         StoppedError: if `stopped` returns True.
     """
-    states = []
     for first in range(0, len(examples), BATCH):
         if stopped():
             raise StoppedError("stopped before the training began: nothing was trained yet", about="training")
-        ids, mask = _padded(examples[first : first + BATCH], pad_id)
-        with torch.autocast(device.type, autocast, enabled=autocast != torch.float32):
-            hidden = model.base_model(
-                input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False
-            ).last_hidden_state  # (b, L, d)
-        last = hidden[torch.arange(len(hidden)), mask.sum(1) - 1].float()  # (b, d)
-        states.append(torch.nn.functional.normalize(last, dim=1).cpu())
-    return torch.cat(states)
+        ids, mask = (one.to(device) for one in _padded(examples[first : first + BATCH], pad_id))
+        with torch.no_grad(), torch.autocast(device.type, autocast, enabled=autocast != torch.float32):
+            hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        yield hidden.float(), mask
+
+
+def last_token(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The state (b, d) of each prompt's last token."""
+    return hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(1) - 1]
+
+
+def scaled(states: torch.Tensor) -> torch.Tensor:
+    """States (b, d) scaled to length 1, on the CPU."""
+    return torch.nn.functional.normalize(states, dim=1).cpu()
 
 
 def _padded(examples: Sequence[Example], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:

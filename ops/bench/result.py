@@ -23,6 +23,7 @@ BARS: dict[str, tuple[str, float]] = {
     "learning_gateway_share": (">=", 0.97),
     "learning_gateway_least_share": (">=", 0.94),
     "learning_above_merged_points": (">=", 8.0),
+    "learning_routed_share": (">=", 0.97),
     "learning_short_gateway_share": (">=", 0.9),  # one seed and few rows
     "learning_short_above_merged_points": (">=", 4.0),
 }

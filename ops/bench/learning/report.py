@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fedmoe.protocol.rules import BY_WORKER
+from fedmoe.tools.routing import BY_VECTORS
 from ops.bench.learning.carry import BASE, OVER, OWN, Outcome
 from ops.bench.learning.runs import GATEWAY, Run
 from ops.bench.result import Result, figure
@@ -120,6 +121,8 @@ def figures(lines: Iterable[Line], *, short: bool) -> Iterator[Result]:
             yield _mean(f"{mark}_gateway_share", list(trained.values()), "of perfect")
             yield figure(f"{mark}_gateway_least_share", [min(trained.values())], "of perfect")
             yield _mean(f"{mark}_above_merged_points", _above(trained, block), "points")
+        if group[:3] == ("three", 48, 8) and (routed := block.get(BY_VECTORS)):
+            yield _mean(f"{mark}_routed_share", list(routed.values()), "of perfect")
 
 
 def _above(trained: Mapping[int, float], block: Mapping[str, Mapping[int, float]]) -> list[float]:

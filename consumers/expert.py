@@ -31,6 +31,7 @@ from fedmoe.protocol.records import Decided, Entry, Meta
 from fedmoe.protocol.server import has_state
 from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.update import ForeignHeaderError, Header
+from fedmoe.protocol.vectors import stored_text
 from fedmoe.store.archive import Archive
 from fedmoe.store.expert import Commit, ExpertStore, Loaded
 from fedmoe.store.lifecycle import new_id
@@ -97,6 +98,7 @@ class Expert:
         self._folded = self.held
         self.meta = loaded.meta
         self.decided = loaded.decided
+        self.vectors = loaded.vectors
         self.generation = loaded.generation
         self.history.arrive(self.meta.commit)
         return loaded
@@ -136,7 +138,7 @@ class Expert:
         committed at once, and under load many updates share one write. After a failure the retained state is the one
         before the call: a state that Redis has had, which may be written back.
         """
-        before = self.meta, dict(self.decided)
+        before = self.meta, dict(self.decided), dict(self.vectors)
         try:
             verdicts = self._process(entries, more)
         except BaseException:
@@ -147,10 +149,10 @@ class Expert:
             self.held = self._folded
         return verdicts
 
-    def _revert(self, meta: Meta, decided: dict[str, Decided]) -> None:
+    def _revert(self, meta: Meta, decided: dict[str, Decided], vectors: dict[str, str]) -> None:
         if self._folded is not self.held:
             self._spares.append(self._folded)
-        self.meta, self.decided, self._folded = meta, decided, self.held
+        self.meta, self.decided, self.vectors, self._folded = meta, decided, vectors, self.held
 
     def _process(self, entries: Sequence[Entry], more: More) -> list[Verdict]:
         commit = Commit(on=self.meta.commit, generation=self.generation, meta=self.meta)
@@ -319,6 +321,21 @@ class Expert:
                 self.store.name, worker, header.n_examples, header.n_tokens, *counts,
             )  # fmt: skip
         commit.log.append(line.to_fields())
+        self._take_vector(worker, header, commit)
+
+    def _take_vector(self, worker: str, header: Header, commit: Commit) -> None:
+        """Take over the domain vector that an applied update carries; leave it out if it cannot be used."""
+        try:
+            text = stored_text(header, self.spec)
+        except UpdateError as error:
+            self.warn_once(
+                f"the domain vector of worker {worker} is left out, its update is applied: {error}"
+            )
+            return
+        if text is not None:
+            commit.vectors[worker] = self.vectors[worker] = text
+        if text == "":
+            del self.vectors[worker]
 
     def _keep(self, header: Header, parts: list[bytes]) -> str:
         """Keep an update that is about to be applied; returns its digest."""

@@ -1,7 +1,7 @@
 """Replays an expert from its log and kept updates, one update at a time."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -17,12 +17,16 @@ from fedmoe.protocol.rules import RuleSet
 from fedmoe.protocol.server import ServerStep, has_state
 from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.staleness import staleness_of
+from fedmoe.protocol.update import Header
+from fedmoe.protocol.vectors import text_in
 from fedmoe.store.archive import Anchor, Archive
 
 
 @dataclass(frozen=True, slots=True)
 class Replay:
     """The result: `held` recomputed at `version`, and `problem` if the replay could not reach meta's version.
+
+    `vectors`: the domain vectors of the workers whose updates brought one, as stored; "" if the last one withheld it.
 
     `since` is the version where the replay started, and `begin` the reason if that is not 0: the log before was lost,
     or older kept updates were removed.
@@ -33,6 +37,14 @@ class Replay:
     problem: str = ""
     since: int = 0
     begin: str = ""
+    vectors: Mapping[str, str] = field(default_factory=dict)
+
+    def odd_vectors(self, stored: Mapping[str, bytes]) -> list[str]:
+        """The workers whose domain vector in Redis is another one than their updates brought."""
+        unknown = set() if self.since else stored.keys() - self.vectors.keys()
+        return sorted(
+            {name for name, text in self.vectors.items() if stored.get(name, b"") != text.encode()} | unknown
+        )
 
     @property
     def weights(self) -> AdapterBuffer:
@@ -68,16 +80,19 @@ def replay(spec: Spec, meta: Meta, lines: Iterable[Mapping[str, str]], archive: 
         return Replay(version, held, str(error))
     since = version
     delta = torch.empty(spec.layout.numel)
+    vectors: dict[str, str] = {}
     for line in applied:
         if version == upto:
             break
         try:
-            _fold_line(line, version, spec, rule_sets, archive, delta, held)
+            header = _fold_line(line, version, spec, rule_sets, archive, delta, held)
+            if (text := text_in(header, spec)) is not None:
+                vectors[line.worker] = text
         except (UpdateError, KeyError, ValueError) as error:
             return Replay(version, held, f"version {version + 1}: {error}", since, begin)
         version += 1
     problem = "" if version == upto else f"the log ends at version {version}, the expert is at {upto}"
-    return Replay(version, held, problem, since, begin)
+    return Replay(version, held, problem, since, begin, vectors)
 
 
 def _begin(
@@ -152,8 +167,8 @@ def _fold_line(
     archive: Archive,
     delta: torch.Tensor,
     held: Held,
-) -> None:
-    """Check a log line against its kept update, and fold the update into the weights of `version`."""
+) -> Header:
+    """Check a log line against its kept update, and fold the update into the weights of `version`; its header."""
     _check(
         _follows(line, version),
         "version",
@@ -183,6 +198,7 @@ def _fold_line(
         out=held.values,
     )
     held.optimizer = rules.server_optimizer if has_state(rules) else ""
+    return header
 
 
 def _check(true: bool, about: str, problem: str) -> None:

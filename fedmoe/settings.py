@@ -256,6 +256,18 @@ class WorkerSettings:
     )
     learn: Learn = _learn()
     bad_rows: Path | None = _bad_rows()
+    domain_vector: bool = setting(
+        True,
+        "Publish no domain vector, by which a router finds this worker's expert, and take back an earlier one.",
+    )
+    vector_rows: int = setting(
+        40, "Rows whose prompts the domain vector is the mean of, spread evenly over the data.", at_least=1,
+        at_most=10_000, unit="rows",
+    )  # fmt: skip
+    vector_noise: float = setting(
+        0.0, "Standard deviation of the Gaussian noise that is added to each value of the domain vector, in units of "
+        "2 / vector_rows, the most by which one row can move the vector.", at_least=0, at_most=1e6,
+    )  # fmt: skip
     wait: bool = setting(
         True, "Fail if Redis cannot be reached or has no experts yet, instead of waiting for them."
     )

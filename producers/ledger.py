@@ -28,6 +28,7 @@ from fedmoe.protocol import features
 from fedmoe.protocol.codec import decoded, encode, scratch_values
 from fedmoe.protocol.records import Decided, Meta
 from fedmoe.protocol.update import Header, Part, UpdateId
+from fedmoe.protocol.vectors import DomainVector
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +146,8 @@ class Ledger:
         start: the update before the oldest one that is kept; None at the beginning of the worker's life.
         queue: undecided updates in order; the first is the one in flight.
         kept: decided updates, oldest first; at least the last one.
+        vector: this worker's domain vector, which updates bring until one of them is applied (`has_told`); None: they
+            bring none.
         keep_decided_s, keep_decided_bytes: how many seconds decided updates are kept, and their maximum size (bytes).
     """
 
@@ -156,6 +159,8 @@ class Ledger:
     queue: list[Outgoing] = field(default_factory=list)
     kept: list[Outgoing] = field(default_factory=list)
     packed: tuple[bytes, ...] = ()
+    vector: DomainVector | None = None
+    has_told: bool = False
     keep_decided_s: float = 60.0
     keep_decided_bytes: int = 256 * 1024 * 1024
     # Buffers to reuse: to allocate memory of an adapter's size takes longer than to compute in it.
@@ -196,6 +201,7 @@ class Ledger:
     ) -> Outgoing:
         """Encode the result of `progress` as the next update and append it to the queue."""
         parts = tuple(encode(progress, wire_format))
+        vector = None if self.has_told else self.vector
         self.seq += 1
         header = Header(
             lineage=self.meta.lineage,
@@ -214,6 +220,8 @@ class Ledger:
             position=trained.position,
             parts=tuple(Part.of(part) for part in parts),
             requires=features.UPDATES_REQUIRE,
+            vector=vector.values if vector else None,
+            vector_rows=vector.rows if vector else 0,
         )
         self.queue.append(Outgoing(header, parts))
         return self.queue[-1]
@@ -276,6 +284,7 @@ class Ledger:
     def _start_over(self, meta: Meta, weights: torch.Tensor, head: UpdateId | None, position: str) -> Change:
         dropped = tuple(update.id for update in self.queue)
         self.base, self.meta, self.start, self.queue, self.kept = weights, meta, head, [], []
+        self.has_told = False
         return Change(correction=weights.clone(), replace=True, dropped=dropped, position=position)
 
     def _roll_back(self, meta: Meta, weights: torch.Tensor | None, head: UpdateId | None) -> Change:
@@ -287,7 +296,7 @@ class Ledger:
         is_rollback = bool(resent) or not _is_later(head, self.start)
         lost = f"after {head or 'the beginning'} up to {self.start}" if is_rollback else ""
         correction = self._settle(meta, weights, kept=[], queue=chain)
-        self.start = head
+        self.start, self.has_told = head, False
         return Change(correction=correction, resent=resent, lost=lost)
 
     def _advance(
@@ -298,6 +307,8 @@ class Ledger:
         fresh = [replace(update, decided_at=now) for update in chain[before:count]]
         kept = chain[: min(before, count)] + fresh
         resent = tuple(update.id for update in chain[count:before])
+        if decided and decided.how == "applied" and fresh and fresh[-1].header.vector is not None:
+            self.has_told = True
         correction = self._settle(meta, weights, kept=kept, queue=chain[count:])
         self._forget(now)
         return Change(

@@ -25,14 +25,17 @@ from fedmoe.model.base import (
     load_config,
 )
 from fedmoe.model.bounds import check_examples, check_padding
+from fedmoe.model.hidden import prompt_states
 from fedmoe.model.tokenizer import load_tokenizer, tokenizer_fingerprint, use_template
 from fedmoe.protocol.identity import BaseIdentity, expert_template
 from fedmoe.protocol.records import Meta
 from fedmoe.protocol.rules import TrainingSettings
 from fedmoe.protocol.spec import Spec
+from fedmoe.protocol.vectors import DomainVector
 from fedmoe.settings import WorkerSettings
 from fedmoe.util.template_file import read_template
 from producers.trainer import Trainer
+from producers.vector import domain_vector
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +44,7 @@ class Material:
 
     `make_trainer` takes the spec and the training settings of the expert to train. It is called after the worker has
     joined, once for each expert; all of its trainers share the base model, which thereby has an adapter of
-    each expert. The examples were truncated to `max_length` tokens.
+    each expert. The examples were truncated to `max_length` tokens. `vector` is what this worker tells of its domain.
     """
 
     identity: BaseIdentity
@@ -49,6 +52,7 @@ class Material:
     data: str
     max_length: int
     make_trainer: Callable[[Spec, TrainingSettings], Any]
+    vector: DomainVector | None = None
 
 
 def prepare(
@@ -92,6 +96,14 @@ def prepare(
     report(f"{settings.data}: {examples.summary()}")
     check_examples(examples.examples, settings.data, tokenizer, config)
 
+    base = fingerprint(model)
+    vector = domain_vector(
+        settings, examples.examples, of=f"{base} {tokenizer_fingerprint(tokenizer)} {examples.digest()}",
+        states=partial(
+            prompt_states, model, pad_id=padding_id(tokenizer), device=device, autocast=autocast, stopped=stopped
+        ),
+        report=report,
+    )  # fmt: skip
     adapted: list[PeftModel] = []
 
     def make_trainer(spec: Spec, training: TrainingSettings) -> Trainer:
@@ -115,8 +127,8 @@ def prepare(
 
     # A template in the spec comes from the operator; without one this worker may contribute its own.
     brought = "" if spec.chat_template else own
-    identity = replace(identity, fingerprint=fingerprint(model), chat_template=brought)
-    return Material(identity, len(examples.examples), examples.digest(), max_length, make_trainer)
+    identity = replace(identity, fingerprint=base, chat_template=brought)
+    return Material(identity, len(examples.examples), examples.digest(), max_length, make_trainer, vector)
 
 
 def _seed_of(name: str) -> int:

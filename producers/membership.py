@@ -36,6 +36,7 @@ from fedmoe.protocol.identity import BaseIdentity
 from fedmoe.protocol.records import Meta
 from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.update import make_run
+from fedmoe.protocol.vectors import DomainVector
 from fedmoe.settings import RedisSettings
 from fedmoe.store.connection import Connection
 from fedmoe.store.worker import WorkerStore
@@ -173,6 +174,7 @@ class Membership:
         source: str = "the data",
         training_fields: Callable[[], Fields] = dict,
         fixed: Fixed | None = None,
+        vector: DomainVector | None = None,
         clock: Callable[[], float] = time.monotonic,
         exchange: Callable[..., Exchange] = Exchange,
     ) -> None:
@@ -184,6 +186,7 @@ class Membership:
             source: name of the examples in messages.
             training_fields: returns the training's part of the heartbeat.
             fixed: rules that are followed from the next start on; None: only `max_length`.
+            vector: domain vector to publish; None: none.
             clock: seconds, monotonic.
             exchange: where training and sync meet.
 
@@ -193,6 +196,7 @@ class Membership:
         assert self.spec is not None
         assert self.identity is not None
         ledger, trained = self.open_books(trainer, self.spec, data, source)
+        ledger.vector = vector
         trainer.adopt(ledger.meta.rules.training)  # until the next pull
         state_dir = self._state_dir
         self.exchange = exchange(trainer, with_optimizer=state_dir is not None, trained=trained)

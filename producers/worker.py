@@ -25,6 +25,7 @@ from fedmoe.errors import (
 from fedmoe.protocol.names import GATEWAY, name_on_gateway
 from fedmoe.protocol.records import Meta
 from fedmoe.protocol.rules import TRAIN_EXPERT, TRAIN_GATEWAY, RuleSet
+from fedmoe.protocol.vectors import WITHHELD
 from fedmoe.settings import RedisSettings, WorkerSettings
 from fedmoe.util.stopping import Stop
 from fedmoe.util.text import printable_lines
@@ -215,9 +216,11 @@ class Worker:
                     max_length=None if turns else material.max_length,
                     train=rules.train if expert == settings.stream else None,
                 )
+                # One chain brings the vector; a worker that withholds it takes back what an earlier start published.
+                says = material.vector if not turns or material.vector == WITHHELD else None
                 member.begin(
                     trainer, data=material.data, source=str(settings.data),
-                    training_fields=progress.fields, fixed=fixed,
+                    training_fields=progress.fields, fixed=fixed, vector=says,
                 )  # fmt: skip
             except StoppedError:
                 raise

@@ -177,6 +177,8 @@ def headers(draw: st.DrawFn) -> Header:
         loss=draw(st.floats(allow_nan=False)),
         position=draw(text),
         parts=tuple(draw(st.lists(parts, max_size=3))),
+        vector=(vector := draw(st.none() | st.binary(max_size=32))),
+        vector_rows=0 if vector is None else draw(count),
     )
 
 

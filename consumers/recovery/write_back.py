@@ -33,9 +33,16 @@ def write_back(expert: Expert, *, on: str, anchor: bool = True) -> bool:
     expert.held.stamp(meta.commit)
     expert.history.attempt(meta.commit)
     return expert.store.write_back(
-        expert.spec, meta, expert.buffer.file, server_state=expert.held.state_file, on=on, decided=expert.decided,
-        log=log, dead=dead,
-    )  # fmt: skip
+        expert.spec,
+        meta,
+        expert.buffer.file,
+        on=on,
+        decided=expert.decided,
+        vectors=expert.vectors,
+        server_state=expert.held.state_file,
+        log=log,
+        dead=dead,
+    )
 
 
 def rebuild(expert: Expert, loaded: Loaded) -> str:

@@ -1,6 +1,7 @@
 """`fedmoe gateway export | fit | show`; `follow` has a module of its own."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,6 +54,12 @@ gateway.add_command(fit)
               help="Name of the base model to write into adapter_config.json: the one under which a server serves it.  "
                    "[default: as the spec says]")  # fmt: skip
 @click.option("--no-tokenizer", is_flag=True, help="Leave the tokenizer out.")
+@click.option("--router", type=click.Choice(["domain", "arrow"]),
+              help="Write the experts beside the gateway, with a script that answers each prompt with the expert whose "
+                   "domain vector is nearest (domain), or routes each token with peft's arrow.")  # fmt: skip
+@click.option(
+    "--leave-out", multiple=True, metavar="EXPERT", help="Expert that the router leaves out; repeatable."
+)
 @click.option("--force", is_flag=True, help="Write even if the directory holds something else.")
 def export(
     redis: RedisSettings,
@@ -65,6 +72,8 @@ def export(
     base_model: str,
     base_name: str,
     no_tokenizer: bool,
+    router: str | None,
+    leave_out: Sequence[str],
     force: bool,
 ) -> None:
     """Write the gateway, or one expert, as an adapter that PeftModel.from_pretrained loads, or as a whole model."""
@@ -82,6 +91,15 @@ def export(
         raise SettingsError(
             "a whole model has its tokenizer and names no base model: leave out --no-tokenizer and --base-name",
             about="merged",
+        )
+    if router and expert:
+        raise SettingsError("--router chooses among the experts: leave out --expert", about="router")
+    if leave_out and not router:
+        raise SettingsError("--leave-out is for --router only: add that, or leave it out", about="leave_out")
+    if merged and router:
+        raise SettingsError(
+            "a router chooses among adapters, and --merged writes a whole model: leave one of them out",
+            about="router",
         )
     store = GatewayStore(Connection(redis))
     adapter = read_expert(store, expert) if expert else read_gateway(store, kind or "")
@@ -108,7 +126,16 @@ def export(
             adapter, without = with_tokenizer(adapter, base_model)
             if without:
                 click.echo(f"without tokenizer: {without}", err=True)
-        warning = write(out, adapter, force=force)
+        if router:
+            from fedmoe.tools.router import read_for_export, write_router
+
+            whole = read_for_export(
+                store, router, adapter, leave_out=leave_out, report=lambda line: click.echo(line, err=True)
+            )
+            warning = write_router(out, whole, force=force)
+            click.echo(f"{out}: routes by {router} among {whole.summary}; python {out / 'load.py'} PROMPT")
+        else:
+            warning = write(out, adapter, force=force)
         size_text = f"rank {adapter.config.get('r')}, {adapter.dtype}, {len(adapter.file) / 2**20:.1f} MiB"
         click.echo(f"{out}: {adapter.name} ({size_text}), built from {adapter.versions}")
         if hint := vllm_hint(int(adapter.config["r"])):

@@ -44,15 +44,18 @@ def verify(redis: RedisSettings, experts: Sequence[str], directory: Path) -> Non
     for name in names:
         spec = store.spec(name)
         try:
-            meta, weights, lines = store.history(name)
+            meta, weights, lines, vectors = store.history_and_vectors(name)
         except DamagedExpertError as error:
             click.echo(str(error))
             wrong.append(name)
             continue
         done = replay(spec, meta, lines, Archive(directory / name, read_only=True))
         state = store.server_state(name, meta, len(weights))
-        equal = not done.problem and done.same_values(weights, state)
+        same, odd = done.same_values(weights, state), done.odd_vectors(vectors)
+        equal = not done.problem and same and not odd
         verdict = "equal" if equal else "differs: other weights or another server state than in Redis"
+        if same and odd:
+            verdict = f"differs: other domain vectors than in Redis, of {', '.join(odd)}"
         if done.problem:
             verdict = f"cannot be replayed: {done.problem}"
         since = f" from version {done.since} ({done.begin})" if done.since else ""

@@ -18,6 +18,7 @@ transaction. The prefix `fedmoe` is a setting, so that several federations can s
                                                             (removed expert: time of removal, last commit)
     fedmoe:{E}:spec                                 string  JSON: base model, LoRA, layout; never changes
     fedmoe:{E}:decided                              hash    worker -> its last decided update and how (JSON)
+    fedmoe:{E}:vectors                              hash    worker -> its domain vector (JSON); absent if withheld
     fedmoe:{E}:worker:<worker>                      hash    heartbeat; expires
     fedmoe:{E}:log                                  stream  one line per applied update or change of rules; capped
     fedmoe:{E}:dead                                 stream  refused updates and garbage, with the reason; capped
@@ -82,6 +83,10 @@ class ExpertKeys:
     @property
     def decided(self) -> str:
         return f"{self.root}:decided"
+
+    @property
+    def vectors(self) -> str:
+        return f"{self.root}:vectors"
 
     @property
     def log(self) -> str:

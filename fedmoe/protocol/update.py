@@ -98,6 +98,8 @@ class Header:
         position: the worker's data position after it, as JSON.
         parts: length and digest of each part.
         requires: the features needed to decide it (see `fedmoe.protocol.features`).
+        vector, vector_rows: the worker's domain vector (see `fedmoe.protocol.vectors`), b"" if it withholds that; None
+            if the update says nothing of it.
         unknown: msgpack of the fields that a later FedMoE wrote, kept unchanged; b"" for none.
     """
 
@@ -117,6 +119,8 @@ class Header:
     parts: tuple[Part, ...]
     tokenizer: str = optional("")
     requires: str = optional("")
+    vector: bytes | None = optional(None)
+    vector_rows: int = optional(0)
     unknown: bytes = b""
 
     @property
@@ -141,6 +145,8 @@ class Header:
         content = asdict(self)
         content["prev"] = list(self.prev) if self.prev else None
         content["parts"] = [[part.length, part.digest] for part in self.parts]
+        if self.vector is None:
+            del content["vector"], content["vector_rows"]
         unknown = content.pop("unknown")
         later = msgpack.unpackb(unknown) if unknown else {}
         return bytes(msgpack.packb({"header_format": HEADER_FORMAT} | content | later))
@@ -194,6 +200,8 @@ class Header:
         content["prev"] = _parse_id(content["prev"])
         content["parts"] = _parse_parts(content["parts"])
         _check_fields(content)
+        if content["vector"] is None:
+            content["vector_rows"] = 0
         if len(content) + len(unknown) >= MAX_FIELDS:
             raise UpdateError(
                 f"the header has {len(content) + len(unknown)} fields, allowed are {MAX_FIELDS - 1}",
@@ -256,10 +264,12 @@ def _check_fields(content: dict[str, Any]) -> None:
     ):
         if not isinstance(content[name], str) or len(content[name]) > MAX_TEXT_CHARS:
             raise UpdateError(f"the header's {name} is not a short text", about=name)
-    for name in ("seq", "base_version", "n_examples", "n_tokens", "steps"):
+    for name in ("seq", "base_version", "n_examples", "n_tokens", "steps", "vector_rows"):
         if not _is_count(content[name]):
             raise UpdateError(f"the header's {name} is not a count", about=name)
     if not isinstance(content["loss"], float):
         raise UpdateError("the header's loss is not a float", about="loss")
+    if not isinstance(content["vector"], bytes | None):
+        raise UpdateError("the header's vector is not a string of bytes", about="vector")
     if not is_run(content["run"]) or content["seq"] == 0:
         raise UpdateError("the header's run and seq are not the name of an update", about="run")

@@ -5,7 +5,7 @@ new commit id. So no aggregator can commit on top of the state it had loaded, an
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fedmoe.errors import BackupError, FedMoEError, UnknownExpertError
@@ -32,7 +32,7 @@ class ExpertState:
     Args:
         spec: the JSON text.
         weights: the safetensors file.
-        meta, decided: the hashes.
+        meta, decided, vectors: the hashes.
         server_state: what the server optimizer remembers, a safetensors file; None if there is none.
         log, dead: the streams' entries, oldest first.
     """
@@ -43,6 +43,7 @@ class ExpertState:
     decided: Mapping[bytes, bytes]
     log: Sequence[Line]
     dead: Sequence[Line]
+    vectors: Mapping[bytes, bytes] = field(default_factory=dict)
     server_state: bytes | None = None
 
     def check(self, name: str) -> tuple[Spec, Meta]:
@@ -107,10 +108,10 @@ class BackupStore:
         """
         keys = self.keys.expert(name)
         with self.connection.errors():
-            spec, weights, meta, decided, log, dead, state = read_together(
+            spec, weights, meta, decided, log, dead, vectors, state = read_together(
                 self._redis,
                 ("get", keys.spec), ("get", keys.weights), ("hgetall", keys.meta), ("hgetall", keys.decided),
-                ("xrange", keys.log), ("xrange", keys.dead), ("get", keys.server_state),
+                ("xrange", keys.log), ("xrange", keys.dead), ("hgetall", keys.vectors), ("get", keys.server_state),
             )  # fmt: skip
         found = {"spec": spec, "weights": weights, "meta": meta}
         if missing := [what for what, content in found.items() if not content]:
@@ -119,7 +120,14 @@ class BackupStore:
                 about=name,
             )
         return ExpertState(
-            spec=spec, weights=weights, meta=meta, decided=decided, log=log, dead=dead, server_state=state
+            spec=spec,
+            weights=weights,
+            meta=meta,
+            decided=decided,
+            log=log,
+            dead=dead,
+            vectors=vectors,
+            server_state=state,
         )
 
     def check(self, name: str, state: ExpertState, *, replace: bool) -> None:
@@ -179,6 +187,8 @@ class BackupStore:
         pipe.hset(keys.meta, mapping={**state.meta, **ids})
         if state.decided:
             pipe.hset(keys.decided, mapping=state.decided)
+        if state.vectors:
+            pipe.hset(keys.vectors, mapping=state.vectors)
         pipe.unlink(keys.packed, keys.server_state, keys.lost, keys.claims)
         if state.server_state is not None:
             pipe.set(keys.server_state, stamped(state.server_state, commit))
@@ -191,7 +201,7 @@ class BackupStore:
     def _of(self, name: str) -> list[str]:
         """The keys of an expert that only aggregators write."""
         keys = self.keys.expert(name)
-        return [keys.meta, keys.spec, keys.weights, keys.decided, keys.log, keys.dead]
+        return [keys.meta, keys.spec, keys.weights, keys.decided, keys.vectors, keys.log, keys.dead]
 
     def _look(self, name: str) -> str | None:
         """The version of the expert in Redis, "?" if unknown, None if none of its keys exists.

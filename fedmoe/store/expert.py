@@ -38,7 +38,7 @@ DEAD_LENGTH = 10_000
 BLOCKING_MS = 2**63  # no server clock reaches this; after the highest possible id a stream accepts no entry
 _PAGE = 256
 _LINEAGE = re.compile(r"[0-9a-f]{16}")
-_TYPES = (b"hash", b"stream", b"stream")  # of decided, log and dead
+_TYPES = {"decided": b"hash", "vectors": b"hash", "log": b"stream", "dead": b"stream"}
 # The head in meta, the types of the other keys, and the lengths of those that are strings.
 _LOOK = """#!lua flags=no-writes
 local types, lengths = {}, {}
@@ -60,6 +60,7 @@ class Loaded:
     Args:
         meta, weights, decided: contents of the keys of these names; they belong together.
         server_state: what the server optimizer remembers, None if there is none that belongs to these weights.
+        vectors: worker -> its domain vector as stored.
         generation: number of the connection that read it.
         packed_commit: the commit of the packed weights, "" if there are none.
         logged_version: of the log's last line, -1 if there is none.
@@ -69,6 +70,7 @@ class Loaded:
     meta: Meta
     weights: bytes
     decided: dict[str, Decided]
+    vectors: dict[str, str]
     generation: int
     packed_commit: str
     logged_version: int
@@ -83,7 +85,10 @@ class Loaded:
 
 @dataclass(slots=True, kw_only=True)
 class Commit:
-    """The changes of one commit on top of the loaded state (commit id `on`, connection `generation`)."""
+    """The changes of one commit on top of the loaded state (commit id `on`, connection `generation`).
+
+    `vectors`: worker -> its domain vector as stored; "" removes it.
+    """
 
     on: str
     generation: int
@@ -92,6 +97,7 @@ class Commit:
     server_state: memoryview | None = None
     packed: bytes | None = None
     decided: dict[str, Decided] = field(default_factory=dict)
+    vectors: dict[str, str] = field(default_factory=dict)
     log: list[Line] = field(default_factory=list)
     dead: list[Line] = field(default_factory=list)
     entries: list[str] = field(default_factory=list)
@@ -157,19 +163,18 @@ class ExpertStore(ExpertLifecycle):
         """
         keys = self.keys
         with self.connection.errors():
-            weights, state, meta, decided, spec, packed, last_line, claims, *types = read_together(
+            weights, state, meta, decided, vectors, spec, packed, last_line, claims, *types = read_together(
                 self._redis,
                 ("get", keys.weights),
                 ("get", keys.server_state),
                 ("hgetall", keys.meta),
                 ("hgetall", keys.decided),
+                ("hgetall", keys.vectors),
                 ("get", keys.spec),
                 ("getrange", keys.packed, 0, PREAMBLE_BYTES - 1),
                 ("xrevrange", keys.log, "+", "-", 1),
                 ("hgetall", keys.claims),
-                ("type", keys.decided),
-                ("type", keys.log),
-                ("type", keys.dead),
+                *(("type", getattr(keys, name)) for name in _TYPES),
                 wrong_type_is_none=True,
             )
         self._check_types(types)
@@ -183,6 +188,7 @@ class ExpertStore(ExpertLifecycle):
             meta=condition.meta,
             weights=weights,
             decided=dict(condition.decided),
+            vectors={_text(worker): _text(record) for worker, record in (vectors or {}).items()},
             generation=self.connection.generation,
             packed_commit=packed_commit(packed or b""),
             logged_version=version_of(last_line),
@@ -217,8 +223,8 @@ class ExpertStore(ExpertLifecycle):
                 raise
 
     def _check_types(self, types: Sequence[bytes]) -> None:
-        """Raise SpecError if `decided`, `log` or `dead` has the wrong type: only its command in an EXEC would fail."""
-        for name, kind, wanted in zip(("decided", "log", "dead"), types, _TYPES, strict=True):
+        """Raise SpecError if a key of _TYPES has the wrong type: only its command in an EXEC would fail."""
+        for (name, wanted), kind in zip(_TYPES.items(), types, strict=True):
             if kind not in (wanted, b"none"):
                 raise SpecError(
                     f"the key {getattr(self.keys, name)} is a {kind.decode()} and should be a {wanted.decode()}: "
@@ -338,7 +344,7 @@ class ExpertStore(ExpertLifecycle):
             keys.server_state: commit.server_state,
         }
         found = places(self._redis, large)
-        written = (keys.meta, keys.decided, keys.log, keys.dead, *large)
+        written = (keys.meta, *(getattr(keys, name) for name in _TYPES), *large)
         pipe.watch(*written)
         head, types, lengths = pipe.eval(_LOOK, len(written), *written)
         if head is None or head != commit.on.encode():
@@ -372,6 +378,10 @@ class ExpertStore(ExpertLifecycle):
         pipe.hset(keys.meta, mapping=commit.meta.to_hash())
         if commit.decided:
             pipe.hset(keys.decided, mapping={worker: d.to_json() for worker, d in commit.decided.items()})
+        if kept := {worker: text for worker, text in commit.vectors.items() if text}:
+            pipe.hset(keys.vectors, mapping=kept)
+        if withheld := commit.vectors.keys() - kept.keys():
+            pipe.hdel(keys.vectors, *sorted(withheld))
         for line in commit.log:
             pipe.xadd(keys.log, dict(line), maxlen=LOG_LENGTH, approximate=True)
         for line in commit.dead:
@@ -381,6 +391,10 @@ class ExpertStore(ExpertLifecycle):
             pipe.xdel(keys.updates, *commit.entries)
         for first in range(0, len(commit.unlink), _UNLINK_AT_ONCE):
             pipe.unlink(*commit.unlink[first : first + _UNLINK_AT_ONCE])
+
+
+def _text(raw: bytes) -> str:
+    return raw.decode(errors="backslashreplace")
 
 
 def _absent_if_wrong_type(reply: Any) -> Any:

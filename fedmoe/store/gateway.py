@@ -121,14 +121,26 @@ class GatewayStore:
         meta, weights, _ = self._parts(expert)
         return meta, weights
 
+    def vectors(self, expert: str) -> dict[str, bytes]:
+        """The domain vectors of an expert's workers, as stored; empty if there are none."""
+        with self.connection.errors():
+            raw = self._redis.hgetall(self.connection.keys.expert(expert).vectors)
+        return _by_worker(raw)
+
     def history(self, expert: str) -> tuple[Meta, bytes, list[dict[str, str]]]:
         """An expert's meta, weights and whole log (oldest line first), in one MULTI.
 
         Raises:
             DamagedExpertError: if its parts do not belong together.
         """
-        meta, weights, (log,) = self._parts(expert, ("xrange", self.connection.keys.expert(expert).log))
-        return meta, weights, [Entry.of(*line).fields for line in log]
+        meta, weights, lines, _ = self.history_and_vectors(expert)
+        return meta, weights, lines
+
+    def history_and_vectors(self, expert: str) -> tuple[Meta, bytes, list[dict[str, str]], dict[str, bytes]]:
+        """Like `history`; also the domain vectors of its workers, as stored."""
+        keys = self.connection.keys.expert(expert)
+        meta, weights, (log, vectors) = self._parts(expert, ("xrange", keys.log), ("hgetall", keys.vectors))
+        return meta, weights, [Entry.of(*line).fields for line in log], _by_worker(vectors)
 
     def server_state(self, expert: str, meta: Meta, length: int) -> bytes | None:
         """What the server optimizer remembers, for weights of this meta and length (bytes); None if there is none."""
@@ -250,6 +262,10 @@ class GatewayStore:
         """Write to the merged gateway's meta why it cannot be built; the old one stays."""
         with self.connection.errors():
             self._redis.hset(self.keys.meta, "error", reason)
+
+
+def _by_worker(raw: Mapping[bytes, bytes]) -> dict[str, bytes]:
+    return {worker.decode(errors="replace"): text for worker, text in raw.items()}
 
 
 def _built(raw: Mapping[bytes, bytes]) -> MergedMeta | None:

@@ -138,8 +138,9 @@ class ExpertLifecycle:
                 pipe.multi()
                 if though_removed:
                     pipe.unlink(keys.meta)
-                # of an earlier history
-                pipe.unlink(keys.log, keys.dead, keys.packed, keys.server_state, keys.lost, keys.claims)
+                pipe.unlink(  # of an earlier history
+                    keys.log, keys.dead, keys.vectors, keys.packed, keys.server_state, keys.lost, keys.claims
+                )
                 self._queue_parts(pipe, spec, meta, stamped(weights, meta.weights_commit), packed)
                 if execute(pipe) is None:
                     return False
@@ -155,6 +156,7 @@ class ExpertLifecycle:
         *,
         on: str,
         decided: Mapping[str, Decided],
+        vectors: Mapping[str, str],
         server_state: memoryview | None = None,
         log: Sequence[Line] = (),
         dead: Sequence[Line] = (),
@@ -167,6 +169,7 @@ class ExpertLifecycle:
             weights: stamped with meta's `weights_commit`.
             on: the expected commit in Redis, "" if there is no meta; the result is False if it is another one.
             decided: the last decided update of each worker.
+            vectors: the domain vector of each worker, as stored.
             server_state: stamped like the weights; None if there is none.
             log: lines that Redis lost; they are appended.
             dead: dead letters that Redis lost; they are appended.
@@ -185,6 +188,7 @@ class ExpertLifecycle:
                     keys.spec,
                     keys.weights,
                     keys.decided,
+                    keys.vectors,
                     keys.packed,
                     keys.server_state,
                     keys.lost,
@@ -195,6 +199,8 @@ class ExpertLifecycle:
                     pipe.set(keys.server_state, server_state)
                 if decided:
                     pipe.hset(keys.decided, mapping={w: d.to_json() for w, d in decided.items()})
+                if vectors:
+                    pipe.hset(keys.vectors, mapping=dict(vectors))
                 for key, lines in ((keys.log, log), (keys.dead, dead)):
                     for line in lines:
                         pipe.xadd(key, dict(line))

@@ -96,7 +96,10 @@ def _aggregator(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
         *_on(keys.meta, may="UNLINK", when="--new-lineage creates an expert again that an operator removed"),
         *_on(keys.meta, may="EXISTS, HGETALL, HGET, HSET, WATCH, EVAL"),
         *_on(keys.decided, may="EXISTS, HGETALL, HLEN, HSET, TYPE, WATCH, EVAL"),
-        *_on(keys.meta, keys.spec, keys.weights, keys.decided, may="UNLINK", when=lost),
+        *_on(keys.vectors, may="HGETALL, TYPE, WATCH, EVAL"),
+        *_on(keys.vectors, may="HSET", when="a worker publishes its domain vector"),
+        *_on(keys.vectors, may="HDEL", when="a worker withholds its domain vector"),
+        *_on(keys.meta, keys.spec, keys.weights, keys.decided, keys.vectors, may="UNLINK", when=lost),
         *_on(keys.meta, may="TYPE", when=lost),
         *_on(keys.weights, may="EXISTS, GET, SET, TYPE, STRLEN, WATCH, EVAL"),
         *_on(keys.packed, may="SET, UNLINK, TYPE, STRLEN, WATCH, EVAL"),
@@ -142,13 +145,13 @@ def _aggregator(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
 
 def _operator(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
     keys, merged = all_keys.expert(expert), all_keys.merged
-    written = (keys.meta, keys.spec, keys.weights, keys.decided, keys.log, keys.dead)
+    written = (keys.meta, keys.spec, keys.weights, keys.decided, keys.vectors, keys.log, keys.dead)
     changes, adds = "it changes the rules of an expert", "it adds an expert"
     return (
         *_on(all_keys.experts, may="HGETALL, HGET, HSET"),
         *_on(keys.spec, keys.weights, may="GET, SET"),
         *_on(keys.meta, may="HGET"),
-        *_on(keys.meta, keys.decided, may="HGETALL, HSET"),
+        *_on(keys.meta, keys.decided, keys.vectors, may="HGETALL, HSET"),
         *_on(keys.log, keys.dead, may="XRANGE, XADD"),
         *_on(keys.packed, may="SET"),
         *_on(keys.server_state, may="GET"),
@@ -170,6 +173,7 @@ def _operator(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
         *_on(keys.meta, may="EVAL", when=changes),
         *_on(
             keys.decided,
+            keys.vectors,
             keys.log,
             keys.dead,
             keys.weights,

@@ -4,7 +4,7 @@
     EXPERT/adapter_model.safetensors  the weights, byte for byte as in Redis
     EXPERT/adapter_config.json        for peft
     EXPERT/server_state.safetensors   what the server optimizer remembers, if it remembers something
-    EXPERT/expert.json                spec, meta, decided, log and dead as in Redis
+    EXPERT/expert.json                spec, meta, decided, vectors, log and dead as in Redis
 
 Each expert is consistent in itself, because each has its own chain of commits. The gateway is a view of the experts and
 is rebuilt. Bytes in expert.json that are not UTF-8 are written with Python's `surrogateescape`, which restores the same
@@ -171,6 +171,7 @@ def _state_lines(state: ExpertState) -> Iterator[bytes]:
         ("spec", _text(state.spec)),
         ("meta", _texts(state.meta)),
         ("decided", _texts(state.decided)),
+        ("vectors", _texts(state.vectors)),
     ):
         yield f"{'{' if name == 'spec' else ''}{json.dumps(name)}: {json.dumps(value)},\n".encode()
     for name, lines in (("log", state.log), ("dead", state.dead)):
@@ -239,6 +240,7 @@ class Backup:
                 decided=_raws(content["decided"]),
                 log=_lines(content["log"]),
                 dead=_lines(content["dead"]),
+                vectors=_raws(content.get("vectors", {})),  # earlier backups have none
                 server_state=files.get(OPTIMIZER_FILE),
             )
         except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:

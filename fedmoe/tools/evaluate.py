@@ -1,9 +1,8 @@
 """Held-out loss of one model on one domain, and a matrix of every adapter's loss on every domain."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,10 +12,13 @@ from transformers import PreTrainedModel
 from fedmoe.data.encode import Example
 from fedmoe.data.examples import collate
 from fedmoe.model.adapter import adapter_loaded
-from fedmoe.model.loss import completion_loss
+from fedmoe.model.loss import losses_of_rows
 
 BASE, MEAN = "base", "mean"  # a row and a column of the matrix
 Matrix = dict[str, dict[str, float]]
+
+
+Loads = Callable[[PreTrainedModel], AbstractContextManager[nn.Module]]  # puts adapters on the bare base model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,9 +28,13 @@ class Adapter:
     file: bytes | memoryview
     config: Mapping[str, Any]
 
+    def __call__(self, model: PreTrainedModel) -> AbstractContextManager[nn.Module]:
+        """The model with this adapter, for the duration of the context; see `adapter_loaded`."""
+        return adapter_loaded(model, self.file, self.config)
+
 
 @torch.no_grad()
-def mean_loss(
+def row_losses(
     model: nn.Module,
     examples: Sequence[Example],
     *,
@@ -36,43 +42,72 @@ def mean_loss(
     batch_size: int,
     device: torch.device,
     autocast: torch.dtype = torch.float32,
-) -> float:
-    """Weighted mean cross entropy of all examples' label tokens; NaN if there are none."""
+) -> torch.Tensor:
+    """The weighted sum of the cross entropy of each example's label tokens, (n,) fp64, in the order of the examples."""
     # Rows of similar length share a batch, so that little is computed on padding.
-    ordered = sorted(examples, key=lambda example: len(example.input_ids))
-    total, weight = 0.0, 0.0
+    ordered = sorted(range(len(examples)), key=lambda place: len(examples[place].input_ids))
+    losses = torch.zeros(len(examples), dtype=torch.float64)
     for start in range(0, len(ordered), batch_size):
-        batch = collate(ordered[start : start + batch_size], pad_id)
-        total += completion_loss(model, batch, device=device, autocast=autocast).item()
-        weight += batch.weight
-    return total / weight if weight else float("nan")
+        places = ordered[start : start + batch_size]
+        batch = collate([examples[place] for place in places], pad_id)
+        losses[places] = losses_of_rows(model, batch, device=device, autocast=autocast).double()
+    return losses
+
+
+def mean_of_rows(losses: torch.Tensor, examples: Sequence[Example]) -> float:
+    """The weighted mean cross entropy of all label tokens, of what `row_losses` gave; NaN if there are none."""
+    weight = sum((one.stop - one.start) * one.weight for example in examples for one in example.answers)
+    return float(losses.sum()) / weight if weight else float("nan")
+
+
+def mean_loss(model: nn.Module, examples: Sequence[Example], **options: Any) -> float:
+    """Weighted mean cross entropy of all label tokens; NaN if there are none. `options` are those of `row_losses`."""
+    return mean_of_rows(row_losses(model, examples, **options), examples)
+
+
+RowLosses = dict[str, dict[str, torch.Tensor]]  # row of the matrix -> domain -> what `row_losses` gives
+
+
+def evaluate_rows(
+    model: PreTrainedModel,
+    adapters: Mapping[str, Loads | None],
+    domains: Mapping[str, Sequence[Example]],
+    *,
+    report: Callable[[str], None] = lambda row: None,
+    **options: Any,
+) -> RowLosses:
+    """The loss of each row of the matrix on each example of each domain; the arguments are those of `evaluate`."""
+    found: RowLosses = {}
+    for row, loads in adapters.items():
+        report(row)
+        with loads(model) if loads else nullcontext(model) as adapted:
+            found[row] = {
+                name: row_losses(adapted, examples, **options) for name, examples in domains.items()
+            }
+    return found
+
+
+def matrix_of(losses: RowLosses, domains: Mapping[str, Sequence[Example]]) -> Matrix:
+    """The mean loss of each row of the matrix on each domain, and its mean over them."""
+    matrix: Matrix = {}
+    for row, by_domain in losses.items():
+        means = {name: mean_of_rows(by_domain[name], examples) for name, examples in domains.items()}
+        matrix[row] = means | {MEAN: sum(means.values()) / len(means)}
+    return matrix
 
 
 def evaluate(
     model: PreTrainedModel,
-    adapters: Mapping[str, Adapter | None],
+    adapters: Mapping[str, Loads | None],
     domains: Mapping[str, Sequence[Example]],
-    *,
-    pad_id: int,
-    batch_size: int,
-    device: torch.device,
-    autocast: torch.dtype = torch.float32,
-    report: Callable[[str], None] = lambda row: None,
+    **options: Any,
 ) -> Matrix:
     """Held-out loss of each adapter (None: the bare base model) on each domain, and its mean over them.
 
-    Each adapter in turn is loaded onto `model`, the bare base model, and unloaded. `report` is called with a row's name
-    before the row is computed; the other options are those of `mean_loss`.
+    Each adapter in turn is loaded onto `model`, the bare base model, and unloaded. `options`: `report` is called with a
+    row's name before the row is computed; the others are those of `row_losses`.
 
     Raises:
         SpecError: if an adapter does not fit the model.
     """
-    measure = partial(mean_loss, pad_id=pad_id, batch_size=batch_size, device=device, autocast=autocast)
-    matrix: Matrix = {}
-    for row, adapter in adapters.items():
-        report(row)
-        loaded = adapter_loaded(model, adapter.file, adapter.config) if adapter else nullcontext(model)
-        with loaded as adapted:
-            losses = {domain: measure(adapted, examples) for domain, examples in domains.items()}
-        matrix[row] = losses | {MEAN: sum(losses.values()) / len(losses)}
-    return matrix
+    return matrix_of(evaluate_rows(model, adapters, domains, **options), domains)

@@ -1,7 +1,7 @@
 """Held-out loss of a federation: evaluates experts and gateway from Redis on rows outside the training data."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from peft import PeftConfig, PeftType
@@ -15,14 +15,16 @@ from fedmoe.settings import HeldOutSettings
 from fedmoe.store.gateway import GatewayStore
 from fedmoe.tools.base import load
 from fedmoe.tools.centralised import CENTRALISED, Centralised, Train, centralise
-from fedmoe.tools.evaluate import BASE, MEAN, Adapter, Matrix, evaluate
+from fedmoe.tools.evaluate import BASE, MEAN, Adapter, Loads, Matrix, evaluate_rows, matrix_of
 from fedmoe.tools.export import Export, is_gateway_trained, read_expert, read_gateway
 from fedmoe.tools.export_files import CONFIG_FILE, WEIGHTS_FILE
+from fedmoe.tools.routed import Routes, arrow_row, vector_row
+from fedmoe.tools.routing import BY_ARROW
 from fedmoe.tools.rows import Encoder, find_files, find_training_files
 from fedmoe.tools.share import ROUTED, routed_losses, shares
 from fedmoe.util.versions import version_of
 
-ROWS = (BASE, ROUTED, CENTRALISED)  # rows of the table that are no adapter of the federation
+ROWS = (BASE, ROUTED, BY_ARROW, CENTRALISED)  # rows of the table that are no adapter of the federation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +38,7 @@ class HeldOut:
         loss: the matrix; cross entropy per answer token, in nats.
         routed: column -> loss of perfect routing, None without an expert of that domain (see `tools.share`).
         share: row -> its part of the gain of perfect routing, None if undefined; in the order of the table.
+        routes: domain -> expert -> number of rows that the domain vectors send to it; empty without vectors.
         centralised: how the row of that name was trained, if it was.
     """
 
@@ -46,6 +49,7 @@ class HeldOut:
     loss: Matrix
     routed: Mapping[str, float | None]
     share: Mapping[str, float | None]
+    routes: Routes = field(default_factory=dict)
     centralised: Centralised | None = None
 
 
@@ -146,8 +150,9 @@ def measure(
         {name: open_data(file, bad_rows) for name, file in files.items()} for files in (test, training)
     )
     _report_fitted_on(store, tests, report)
-    adapters: dict[str, Adapter | None] = {BASE: None}
-    adapters |= {name: Adapter(file=export.file, config=export.config) for name, export in exports.items()}
+    read = {name: Adapter(file=export.file, config=export.config) for name, export in exports.items()}
+    experts = {name: read.pop(name) for name in specs}
+    adapters: dict[str, Loads | None] = {BASE: None, **experts, **arrow_row(specs, experts, report), **read}
     for name, directory in settings.extra.items():
         if name in adapters or name in ROWS:
             raise SettingsError(f"the adapter's name {name!r} is taken: give it another one", about="name")
@@ -172,11 +177,14 @@ def measure(
             base, specs, metas, examples, train,
             steps=settings.steps, learning_rates=settings.rates, batch_size=settings.batch_size, report=report,
         )  # fmt: skip
-    loss = evaluate(
+    losses = evaluate_rows(
         base.model, adapters, domains,
         pad_id=base.pad_id, batch_size=settings.batch_size, device=base.device, autocast=base.autocast,
         report=lambda row: report(f"evaluating {row}"),
     )  # fmt: skip
+    by_vectors, routes = vector_row(store, specs, base, domains, losses, report)
+    first = {name: losses.pop(name) for name in (BASE, *specs)}
+    loss = matrix_of(first | by_vectors | losses, domains)
     routed, share = routed_losses(loss, specs), shares(loss, list(specs))
     _report_undefined(routed, share, report)
     return HeldOut(
@@ -187,6 +195,7 @@ def measure(
         loss=loss,
         routed=routed,
         share=share,
+        routes=routes,
         centralised=centralised,
     )
 

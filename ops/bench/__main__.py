@@ -10,7 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 
 BENCHMARKS = ("wire", "machine", "codec", "throughput", "latency", "growth", "overlap", "turns")
-ON_REQUEST = ("size", "quality", "learning", "flower")  # take gigabytes, minutes, an environment of its own
+ON_REQUEST = (
+    "size",
+    "quality",
+    "learning",
+    "routing",
+    "flower",
+)  # take gigabytes, minutes, an environment of its own
 EVERYTHING = ", ".join((*BENCHMARKS, *ON_REQUEST))
 
 

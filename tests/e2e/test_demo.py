@@ -25,7 +25,9 @@ def test_demo_prints_and_writes_the_table_with_the_trained_and_the_merged_gatewa
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads((out / "results.json").read_text())
-    assert list(results["share"]) == ["base", "blue", "red", "routed", "gateway", "merged"]
+    assert list(results["share"]) == [
+        "base", "blue", "red", "routed", "routed by domain vectors", "arrow", "gateway", "merged",
+    ]  # fmt: skip
     loss, share = results["held_out_loss"], results["share"]
     assert share["routed"] == 1.0
     assert loss["gateway"]["mean"] < loss["base"]["mean"]

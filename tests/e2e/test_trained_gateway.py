@@ -80,7 +80,8 @@ def test_gateway_knows_both_domains_after_all_were_killed_once(
     done = fedmoe("evaluate", *at, *files, "--rows", "10", "--json", "-")
     assert done.returncode == 0, done.stderr
     losses = json.loads(done.stdout)["loss"]
-    assert list(losses) == ["base", "blue", "red", "gateway", "merged"]
+    assert list(losses) == ["base", "blue", "red", "routed by domain vectors", "arrow", "gateway", "merged"]
+    assert [set(store.vectors(name)) for name in ("blue", "red", GATEWAY)] == [{"host"}, {"host"}, set()]
     for name in rows:
         assert losses["gateway"][name] < losses["base"][name] - 0.2, losses
     done = fedmoe("gateway", "export", *at, "--out", str(tmp_path / "gw"))

@@ -65,6 +65,7 @@ def test_two_experts_learn_from_three_workers(
 
     for name in ("red", "blue"):
         check_log(connect(), store, name)
+    assert [set(store.vectors(name)) for name in ("red", "blue")] == [{"anna", "ben"}, {"carl"}]
     check_losses(redis_url, red, blue)
     for log in ("anna", "ben", "carl"):
         text = (tmp_path / f"{log}.log").read_text()

@@ -9,7 +9,8 @@ from fedmoe.protocol import condition, keys
 from fedmoe.protocol.names import GATEWAY
 from fedmoe.store import change
 from fedmoe.store.expert import ExpertStore
-from tests.hazards import commits, gateways, recovery, updates, without
+from producers.ledger import Ledger
+from tests.hazards import commits, gateways, recovery, updates, vectors, without
 from tests.hazards.hazard import Hazard, of_store
 from tests.protocol import broken, broken_recovery
 
@@ -153,5 +154,19 @@ OF_REDIS = {
         scenario=commits.h25_emptied,
         without=of_store(without.WritesBackWeightsAlone),
         symptom="the server optimizer began anew",
+    ),
+    "H27a": Hazard(
+        wrong="Redis is emptied, and no worker sends its domain vector again: nothing is routed to the expert any more",
+        rule="an aggregator retains the vectors, and writes them back with the expert",
+        scenario=vectors.h27_vector_in_an_emptied_redis,
+        without=of_store(without.WritesNoVectorsBack),
+        symptom="alice's domain vector is lost",
+    ),
+    "H27b": Hazard(
+        wrong="the update that brings a worker's domain vector is refused, and no other one brings it",
+        rule="a worker's updates bring its vector until one of them is applied",
+        scenario=vectors.h27_vector_of_a_refused_update,
+        without=((Ledger, "make_update", without.make_update_and_forget_the_vector),),
+        symptom="alice's domain vector is lost",
     ),
 }

@@ -29,7 +29,7 @@ from fedmoe.store.worker import WorkerStore
 from producers import ledger as ledger_module
 from producers.checkpoint import Checkpoint, StateDir
 from producers.exchange import TrainingState
-from producers.ledger import Change, HeadPlace, Ledger
+from producers.ledger import Change, HeadPlace, Ledger, Outgoing
 from producers.pull import Pulled, pull
 from producers.sync import Sync
 
@@ -83,6 +83,13 @@ class NeverMends(ExpertStore):
         return False
 
 
+class WritesNoVectorsBack(ExpertStore):
+    """An aggregator retains no domain vectors."""
+
+    def write_back(self, *expert: Any, **more: Any) -> bool:
+        return super().write_back(*expert, **(more | {"vectors": {}}))
+
+
 class LoadsWithoutLooking(ExpertStore):
     """A load does not check the types of the keys that a commit writes."""
 
@@ -96,7 +103,7 @@ class LoadsWithoutLooking(ExpertStore):
         heads = {worker.decode(): Decided.from_json(text) for worker, text in decided.items()}
         return Loaded(
             meta=Meta.from_hash(meta), weights=weights, decided=heads, packed_commit="", logged_version=-1, claims={},
-            generation=self.connection.generation,
+            vectors={}, generation=self.connection.generation,
         )  # fmt: skip
 
 
@@ -231,8 +238,8 @@ class SavesWhenDecided(Sync):
 
 
 _load, _save = StateDir.load, StateDir.save
-_roll_back, _advance, _forget, _start_over = (
-    Ledger._roll_back, Ledger._advance, Ledger._forget, Ledger._start_over,
+_roll_back, _advance, _forget, _start_over, _make_update = (
+    Ledger._roll_back, Ledger._advance, Ledger._forget, Ledger._start_over, Ledger.make_update,
 )  # fmt: skip
 
 
@@ -250,6 +257,13 @@ def save_without_kept(self: StateDir, checkpoint: Checkpoint) -> None:
     """Decided updates are not in the checkpoint."""
     books = checkpoint.ledger
     _save(self, replace(checkpoint, ledger=replace(books, kept=[], start=books.head)))
+
+
+def make_update_and_forget_the_vector(self: Ledger, *made: Any, **more: Any) -> Outgoing:
+    """The first update of a process brings its vector, whatever becomes of it."""
+    update = _make_update(self, *made, **more)
+    self.has_told = True
+    return update
 
 
 def forget_all_but_the_last(self: Ledger, now: float) -> None:

@@ -11,6 +11,7 @@ import pytest
 from fedmoe.errors import FedMoEError, ProtocolError, RedisUnfitError, RemovedExpertError
 from fedmoe.protocol.names import GATEWAY
 from fedmoe.protocol.rules import RuleSet
+from fedmoe.protocol.vectors import WITHHELD, DomainVector, width_of
 from fedmoe.settings import RedisSettings, WorkerSettings
 from fedmoe.store.change import change_rules_soon
 from fedmoe.store.connection import Connection
@@ -49,7 +50,12 @@ class Federation:
         self.said: list[str] = []
 
     def worker(
-        self, *, stop: Stop | None = None, redis: RedisSettings | None = None, **settings: object
+        self,
+        *,
+        stop: Stop | None = None,
+        redis: RedisSettings | None = None,
+        vector: DomainVector | None = None,
+        **settings: object,
     ) -> Worker:
         wanted = {
             "stream": EXPERT,
@@ -60,7 +66,8 @@ class Federation:
         } | settings
         return Worker(
             redis or self.connection.settings, WorkerSettings(**wanted),
-            stop=stop or Stop(), report=self.said.append, prepare=prepare,
+            stop=stop or Stop(), report=self.said.append,
+            prepare=lambda *given, **more: replace(prepare(*given, **more), vector=vector),
         )  # fmt: skip
 
     @contextmanager
@@ -124,6 +131,24 @@ def test_one_alone_by_the_rule(served: Federation) -> None:
     served.worker(max_steps=6, name="bob").run()
     assert served.examples() == (6, 6)
     assert not any(line.startswith(("tiny: ", "gateway: ")) for line in served.said)
+
+
+def test_one_chain_brings_the_domain_vector(served: Federation) -> None:
+    """The expert's if it is trained, else the gateway's; a worker that withholds it takes it back from both."""
+
+    def told() -> tuple[set[str], set[str]]:
+        return set(served.store.vectors(EXPERT)), set(served.store.vectors(GATEWAY))
+
+    vector = DomainVector(rows=4, values=bytes(2 * (width_of(EXPERTS[EXPERT]) or 8)))
+    served.worker(max_steps=6, vector=vector).run()
+    assert told() == ({"alice"}, set())
+    change_rules_soon(ExpertStore(served.connection, EXPERT), {"train": "gateway"})
+    served.worker(max_steps=6, name="bob", vector=vector).run()
+    assert told() == ({"alice"}, {"tiny.bob"})
+    change_rules_soon(ExpertStore(served.connection, EXPERT), {"train": "both"})
+    for name in ("alice", "bob"):
+        served.worker(max_steps=6, name=name, vector=WITHHELD).run()
+    assert told() == (set(), set())
 
 
 def test_restart_resumes_both(served: Federation) -> None:

@@ -1,7 +1,6 @@
 """`fedmoe evaluate`: the matrix is that of the adapters in Redis, and whatever does not fit is one sentence."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -10,22 +9,14 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from consumers.gateway.builder import GatewayBuilder
 from fedmoe.data.bad_rows import BadRows
 from fedmoe.data.encode import Learn
 from fedmoe.data.examples import make_examples, padding_id
 from fedmoe.data.jsonl import open_data
 from fedmoe.errors import BaseModelError, DataError, SettingsError, SpecError, UnknownExpertError
-from fedmoe.model.adapter import adapter_layout
-from fedmoe.model.base import fingerprint, structure
-from fedmoe.protocol.layout import AdapterBuffer
-from fedmoe.protocol.lora import LoraSettings
-from fedmoe.protocol.lora_init import initial_weights
-from fedmoe.protocol.rules import RuleSet, TrainingSettings
-from fedmoe.protocol.spec import Spec
-from fedmoe.settings import GatewaySettings, HeldOutSettings
+from fedmoe.model.base import fingerprint
+from fedmoe.settings import HeldOutSettings
 from fedmoe.store.connection import Connection
-from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore
 from fedmoe.tools.evaluate import mean_loss
 from fedmoe.tools.export import read_expert
@@ -34,40 +25,11 @@ from fedmoe.tools.heldout import HeldOut, measure, read_directory
 from fedmoe.tools.rows import find_files, find_training_files
 from fedmoe.tools.share import format_share
 from tests.errors import raises
-from tests.federation import first_meta
 from tests.processes import fedmoe, fedmoe_here
-from tests.strategies import randn
-from tests.tiny import save_tiny_model, tiny_config, tiny_model, tiny_tokenizer
+from tests.tiny import save_tiny_model, tiny_model, tiny_tokenizer
+from tests.tiny_federation import make_federation, write_rows
 
 pytestmark = pytest.mark.one_server
-RULES = RuleSet(training=TrainingSettings(learning_rate=5e-3, batch_size=4, warmup_steps=0))
-
-
-def make_federation(
-    connection: Connection, base: Path, names: Sequence[str] = ("red", "blue"), *, scale: float = 0.05
-) -> None:
-    """Experts of the tiny model with random weights, and a gateway; with scale 0 they are as the base model."""
-    config, lora = tiny_config(), LoraSettings(rank=4)
-    layout = adapter_layout(config, lora)
-    spec = Spec(base_model=str(base), base_config=structure(config), layout=layout, lora=lora)
-    for seed, name in enumerate(names):
-        buffer = AdapterBuffer(layout)
-        buffer.flat.copy_(initial_weights(layout, 0)).add_(randn(seed, layout.numel), alpha=scale)
-        meta = first_meta(
-            spec,
-            version=seed + 3,
-            base_fingerprint=fingerprint(tiny_model()),
-            rules=RULES,
-            n_examples=20 * seed,
-        )
-        ExpertStore(connection, name).create(spec, meta, buffer.file, gateway_weight=1.0)
-    GatewayBuilder(connection, GatewaySettings(), holder="agg-1", lease_s=5.0).refresh()
-
-
-def write_rows(path: Path, answer: str, n_rows: int = 6) -> Path:
-    rows = [{"prompt": f"what {n}", "completion": f"{answer} {n}"} for n in range(n_rows)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 @pytest.fixture
@@ -103,7 +65,7 @@ def test_the_command_prints_the_matrix_and_writes_it(
     assert f"{data / 'red.test.jsonl'}: 6 rows: 6 used, 0 dropped" in done.stderr
     (*head, last), *rows = (line.split() for line in done.stdout.splitlines())
     assert (head, last) == (["blue", "red", "mean"], "share")
-    assert [row[0] for row in rows] == ["base", "blue", "red", "routed", "gateway", "copy"]
+    assert [row[0] for row in rows] == ["base", "blue", "red", "routed", "arrow", "gateway", "copy"]
     result = json.loads(file.read_text())
     loss = result["loss"]
     shown = {row[0]: [cell.rstrip("*") for cell in row[1:-1]] for row in rows}
@@ -124,7 +86,8 @@ def test_the_command_prints_the_matrix_and_writes_it(
     )
     assert loss["base"]["red"] == pytest.approx(direct, rel=1e-5)
     assert loss["copy"] == loss["blue"]
-    assert len({row["red"] for row in loss.values()}) == 4
+    assert len({row["red"] for row in loss.values()}) == 5
+    assert "the row routed by domain vectors is left out: no expert has a domain vector" in done.stderr
     assert result["rows"] == {"blue": 4, "red": 6}
     assert result["base_fingerprint"] == fingerprint(tiny_model())
     assert {n: part["version"] for n, part in result["built_from"]["gateway"].items()} == {
@@ -221,12 +184,12 @@ def test_trained_gateway_is_the_gateway_unless_it_is_of_another_base(
     """Then it is left out with a sentence, and the merged one has a row of its own as before."""
     make_federation(connection, tiny_model_dir, ("gateway", "red", "blue"))
     found = run(connection, str(data))
-    assert list(found.loss) == ["base", "blue", "red", "gateway", "merged"]
+    assert list(found.loss) == ["base", "blue", "red", "arrow", "gateway", "merged"]
     assert found.built_from["gateway"].keys() == {"gateway"}
     connection.client.hset(connection.keys.expert("gateway").meta, "base_fingerprint", "e" * 32)
     said: list[str] = []
     found = run(connection, str(data), said=said)
-    assert list(found.loss) == ["base", "blue", "red", "merged"]
+    assert list(found.loss) == ["base", "blue", "red", "arrow", "merged"]
     assert said[0].startswith("the gateway is left out: it is an adapter of another base model than ")
 
 
@@ -329,7 +292,7 @@ def test_centralised_adapter_is_a_row_of_its_own(
     assert list(result["centralised"]["validation"]) == ["0.01", "1e-09"]
     loss = result["loss"]
     assert loss["centralised"]["mean"] < loss["base"]["mean"] - 0.05
-    assert list(result["share"]) == ["base", "blue", "red", "routed", "gateway", "centralised"]
+    assert list(result["share"]) == ["base", "blue", "red", "routed", "arrow", "gateway", "centralised"]
     assert "training centralised with learning rate 0.01: 5 steps" in done.stderr
     assert "centralised has learning rate 0.01, the best of 0.01, 1e-09" in done.stderr
     assert done.stdout.splitlines()[-1].startswith("centralised ")

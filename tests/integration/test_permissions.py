@@ -22,6 +22,7 @@ from fedmoe.protocol.lora import LoraSettings
 from fedmoe.protocol.merged import MergedMeta
 from fedmoe.protocol.names import GATEWAY
 from fedmoe.protocol.rules import NESTEROV, RuleSet
+from fedmoe.protocol.vectors import WITHHELD, DomainVector
 from fedmoe.settings import AggregatorSettings, GatewaySettings, RedisSettings, WorkerSettings
 from fedmoe.store.backup import BackupStore
 from fedmoe.store.connection import Connection
@@ -237,9 +238,11 @@ def commit_and_pull(guarded: Guarded, wire_format: str) -> None:
     )
     expert.store.register(2.0, overwrite=True)
     worker = ScriptedWorker(guarded.connection(WORKER), spec, NAME)
+    worker.ledger.vector = DomainVector(rows=1, values=bytes(16))
     worker.push(0.1)
     assert serve(expert) == ["applied"]
     worker.pull()
+    worker.ledger.vector, worker.ledger.has_told = WITHHELD, False
     worker.train(0.1)
     update = worker.make_update()
     entry = worker.publish()

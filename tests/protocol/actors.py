@@ -156,6 +156,7 @@ class Served(NamedTuple):
     optimizer: str = ""
     meta: Meta | None = None
     decided: tuple[tuple[str, Decided], ...] = ()
+    vectors: tuple[tuple[str, str], ...] = ()
     same_connection: bool = True
     failure: str = ""
     claimed: bool = False  # it told the server what it remembers; by the next turn all others had the time to
@@ -222,6 +223,7 @@ class Aggregator:
             expert = server.retained = self._expert(store, self._spec, history=history)
             expert.held.load(memory.weights, memory.server_state, memory.optimizer)
             expert.meta, expert.decided = memory.meta, dict(memory.decided)
+            expert.vectors = dict(memory.vectors)
             same = memory.same_connection or not rules.counts_connections
             expert.generation = 0 if same else -1
         rescue = server.rescue
@@ -254,6 +256,7 @@ class Aggregator:
             optimizer=expert.held.optimizer,
             meta=meta,
             decided=tuple(sorted(expert.decided.items())),
+            vectors=tuple(sorted(expert.vectors.items())),
             same_connection=expert.generation == connection.generation or not server.is_serving,
             claimed=server.recovery.claimed_at is not None and not server.is_serving,
         )

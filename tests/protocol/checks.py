@@ -71,6 +71,9 @@ def check_db(db: Db, spec: Spec, *, refuses_nothing: bool) -> str:
             replay = [a + b for a, b in zip(replay, state, strict=True)]
     if list(weights) != replay:
         return f"the weights are {weights}, a replay of the log gives {tuple(replay)}"
+    silent = {worker for worker, *_ in db.log} - db.hash(KEYS.vectors).keys()
+    if silent:
+        return f"an update of {min(silent)} is in the history, and its domain vector is not there"
     if int(meta["version"]) != since + len(db.log):
         return "the version is not the number of updates in the log"
     if momentum:

@@ -131,7 +131,7 @@ class Pipeline:
         assert self._immediate
         assert n_keys == 1 + len(others)
         head = self._client._one("HGET", meta, "commit", watched=self._watching)
-        types = [b"hash", b"stream", b"stream", b"string", b"string", b"string"]
+        types = [b"hash", b"hash", b"stream", b"stream", b"string", b"string", b"string"]
         assert len(types) == len(others)
         return [_bytes(head), types, [0] * len(others)]
 

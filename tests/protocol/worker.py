@@ -21,6 +21,7 @@ from fedmoe.protocol.rules import TrainingSettings
 from fedmoe.protocol.server import has_state
 from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.update import UpdateId, make_run
+from fedmoe.protocol.vectors import DomainVector
 from fedmoe.store.worker import WorkerStore
 from producers.checkpoint import Checkpoint
 from producers.exchange import Exchange, TrainingState
@@ -42,6 +43,8 @@ from tests.protocol.actors import (
 from tests.protocol.client import Client, Port
 from tests.protocol.world import NAME, Db, Reply
 
+VECTOR = DomainVector(rows=1, values=bytes(2))  # of every worker
+
 
 class Books(NamedTuple):
     """A Ledger as a value."""
@@ -53,16 +56,18 @@ class Books(NamedTuple):
     start: UpdateId | None
     queue: tuple[Outgoing, ...]
     kept: tuple[Outgoing, ...]
+    has_told: bool = False
 
     @classmethod
     def of(cls, ledger: Ledger) -> "Books":
         queue, kept = tuple(ledger.queue), tuple(ledger.kept)
-        return cls(_values(ledger.base), ledger.meta, ledger.run, ledger.seq, ledger.start, queue, kept)
+        base, told = _values(ledger.base), ledger.has_told
+        return cls(base, ledger.meta, ledger.run, ledger.seq, ledger.start, queue, kept, told)
 
     def open(self, keep_decided_s: float) -> Ledger:
         content = self._asdict() | {"queue": list(self.queue), "kept": list(self.kept)}
         content["base"] = torch.tensor(self.base)
-        return Ledger(**content, keep_decided_s=keep_decided_s)
+        return Ledger(**content, vector=VECTOR, keep_decided_s=keep_decided_s)
 
 
 class Saved(NamedTuple):
@@ -291,7 +296,7 @@ class Worker:
         if memory.disk:
             books, local, trained, position = memory.disk
             return memory._replace(
-                books=books, local=local, trained=trained, position=position,
+                books=books._replace(has_told=False), local=local, trained=trained, position=position,
                 outbox=Outbox(must_pull=bool(books.seq)),
             )  # fmt: skip
         pulled = pull(store, self._spec, known="")

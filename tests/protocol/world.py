@@ -201,7 +201,7 @@ class _Server:
         return sum((self.strings.pop(key, None) or self.hashes.pop(key, None)) is not None for key in keys)
 
     def type(self, key: str) -> bytes:
-        return b"hash" if key == KEYS.decided else b"stream"
+        return b"hash" if key in (KEYS.decided, KEYS.vectors) else b"stream"
 
     def hgetall(self, key: str) -> Pairs:
         return tuple(sorted(self.hashes.get(key, {}).items()))

@@ -123,6 +123,8 @@ def test_a_damaged_header_never_raises_anything_else(header: Header, seed: int, 
         ({"parts": [[True, bytes(32)]]}, "part"),
         ({"parts": [[0, bytes(32)]]}, "length"),
         ({"parts": [[2**40, bytes(32)]]}, "length"),
+        ({"vector": "text"}, "vector"),
+        ({"vector": b"", "vector_rows": -1}, "vector_rows"),
         ({"parts": [[1, bytes(32)]] * (MAX_PARTS + 1)}, "msgpack"),
     ],
 )
@@ -149,7 +151,9 @@ def test_a_header_of_before_is_read() -> None:
     assert Header.unpack(msgpack.packb(content)) == PLAIN
 
 
-@pytest.mark.parametrize("missing", sorted(set(FIELDS) - {"tokenizer", "requires", "unknown"}))
+@pytest.mark.parametrize(
+    "missing", sorted(set(FIELDS) - {"tokenizer", "requires", "vector", "vector_rows", "unknown"})
+)
 def test_every_field_is_needed(missing: str) -> None:
     """A header without one of its fields is refused, by its name."""
     content = msgpack.unpackb(PLAIN.pack())

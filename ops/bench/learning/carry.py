@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from fedmoe.protocol.lora_init import initial_weights
+from fedmoe.tools.routing import BY_ARROW, BY_VECTORS
 from ops.bench.learning.lab import FITTED, Lab, is_expert, merges
 from ops.bench.learning.runs import DOMAINS, GATEWAY, SCHEMES, Run, WorkerPlan
 from ops.bench.learning.server import Server
@@ -96,6 +97,8 @@ def _losses(run: Run, lab: Lab, servers: dict[str, Server]) -> dict[str, dict[st
         found[OWN] = {}
         for name, flat in experts.items():
             found[OWN] |= lab.losses(run.rows, flat, [name])
+    if run.scheme == "apart" and len(experts) > 1:
+        found[BY_VECTORS], found[BY_ARROW] = lab.routed(run.rows, experts), lab.arrow(run.rows, experts)
     if run.scheme == "residual":
         found[OVER] = {}
         for name, flat in experts.items():

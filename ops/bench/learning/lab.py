@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import cache
+from functools import cache, cached_property
 from itertools import cycle, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,17 +23,23 @@ from fedmoe.demo.corpus_rows import Row, split_by_source
 from fedmoe.demo.pretrained import ensure_demo_model
 from fedmoe.model.adapter import adapter_layout
 from fedmoe.model.base import choose_precision, load_base, load_config
+from fedmoe.model.hidden import prompt_states
 from fedmoe.model.tokenizer import load_tokenizer
+from fedmoe.protocol.layout import AdapterBuffer
 from fedmoe.protocol.lora import LoraSettings
 from fedmoe.protocol.rules import TrainingSettings
 from fedmoe.protocol.spec import Spec
-from fedmoe.tools.evaluate import mean_loss
+from fedmoe.protocol.vectors import DomainVector, nearest
+from fedmoe.tools.arrow import arrow_loaded
+from fedmoe.tools.evaluate import Adapter, mean_loss, mean_of_rows, row_losses
 from ops.bench.fedmoe_side import make_spec
 from ops.bench.learning.runs import ALL, DOMAINS, GATEWAY, Run, WorkerPlan
 from ops.bench.learning.stage import Stage, StageTrainer
+from producers.vector import some_of
 
 CPU = torch.device("cpu")
 TRAINING = TrainingSettings(learning_rate=1e-3, batch_size=2, max_length=192, warmup_steps=4)
+VECTOR_ROWS = 40  # of a domain, that its vector is the mean of
 TRAIN_ROWS, VALID_ROWS, TEST_ROWS = 600, 64, 128  # of a domain, where it has so many
 FIT_ROWS, FIT_PASSES = (
     24,
@@ -54,7 +60,8 @@ class Lab:
 
     def __init__(self, rank: int) -> None:
         torch.set_num_threads(min(THREADS, torch.get_num_threads()))
-        self.train, self.valid, self.test, self.pad_id, model_dir = _rows()
+        self.train, self.valid, self.test, self.pad_id, model_dir = demo_rows()
+        self._model_dir = model_dir
         lora = LoraSettings(rank=rank, alpha=2.0 * rank)
         self._spec = make_spec(adapter_layout(load_config(model_dir), lora), "int4", lora=lora)
         self.stage = Stage(load_base(model_dir, device=CPU, dtype=torch.float32), self._spec)
@@ -116,6 +123,55 @@ class Lab:
         weighted = [replace(inputs[name], in_groups=weights) for name, weights in found.weights.items()]
         return merge(weighted, scale=None)
 
+    @cached_property
+    def vectors(self) -> torch.Tensor:
+        """The domain vectors (e, d) of DOMAINS, as workers publish them."""
+        sent = (self._states(some_of(self.train[name], VECTOR_ROWS)).mean(0) for name in DOMAINS)
+        return torch.stack([DomainVector.of(mean, VECTOR_ROWS).tensor() for mean in sent])
+
+    def _states(self, examples: Sequence[Example]) -> torch.Tensor:
+        model = self.stage.model
+        with model.disable_adapter():
+            return prompt_states(
+                model.get_base_model(), examples, pad_id=self.pad_id, device=CPU, autocast=self._autocast
+            )
+
+    def routed(self, rows: int, experts: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        """The held-out loss on the domains of these experts, each row with the one to which its vector routes it."""
+        names = [name for name in DOMAINS if name in experts]
+        vectors = self.vectors[[DOMAINS.index(name) for name in names]]
+        found = {}
+        for domain in names:
+            examples = list(self.test[domain][:rows])
+            chosen = nearest(self._states(examples), vectors).tolist()
+            losses = torch.zeros(len(examples), dtype=torch.float64)
+            for number in set(chosen):
+                self.stage.show(experts[names[number]])
+                here = [place for place, one in enumerate(chosen) if one == number]
+                losses[here] = row_losses(
+                    self.stage.model, [examples[place] for place in here],
+                    pad_id=self.pad_id, batch_size=4, device=CPU, autocast=self._autocast,
+                )  # fmt: skip
+            found[domain] = mean_of_rows(losses, examples)
+        return found
+
+    def arrow(self, rows: int, experts: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        """The held-out loss on the domains of these experts with peft's arrow over them."""
+        adapters = []
+        for flat in experts.values():
+            buffer = AdapterBuffer(self._spec.layout)
+            buffer.flat.copy_(flat)
+            adapters.append(Adapter(file=bytes(buffer.file), config=self._spec.adapter_config()))
+        base = load_base(self._model_dir, device=CPU, dtype=torch.float32)
+        with arrow_loaded(base, adapters) as model:
+            return {
+                domain: mean_loss(
+                    model, self.test[domain][:rows], pad_id=self.pad_id, batch_size=4, device=CPU,
+                    autocast=self._autocast,
+                )
+                for domain in experts
+            }  # fmt: skip
+
 
 def share_of(rows: Rows, plan: WorkerPlan) -> list[Example]:
     """The first part of the domain's rows; for ALL as many of every domain, so that small ones come several times."""
@@ -147,7 +203,7 @@ def is_expert(chain: str) -> bool:
 
 
 @cache
-def _rows() -> tuple[Rows, Rows, Rows, int, str]:
+def demo_rows() -> tuple[Rows, Rows, Rows, int, str]:
     """Training, validation and test rows of every domain, the padding id, and the model's directory."""
     model_dir = str(ensure_demo_model(cache_dir(), report=print))
     tokenizer = load_tokenizer(model_dir)

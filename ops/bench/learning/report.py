@@ -12,6 +12,7 @@ from pathlib import Path
 
 from consumers.gateway.search import SCALES
 from fedmoe.protocol.rules import ADAPTIVE, BY_WORKER, NESTEROV
+from fedmoe.tools.routing import BY_VECTORS
 from ops.bench.learning.carry import BASE, OPTED_OUT, OVER, OWN, Outcome
 from ops.bench.learning.lab import FITTED
 from ops.bench.learning.runs import GATEWAY, SYNC_S, Run
@@ -131,6 +132,8 @@ def figures(lines: Iterable[Line], *, short: bool) -> Iterator[Result]:
             yield _mean(f"{mark}_gateway_share", list(trained.values()), "of perfect")
             yield figure(f"{mark}_gateway_least_share", [min(trained.values())], "of perfect")
             yield _mean(f"{mark}_above_merged_points", _above(trained, block, MERGED), "points")
+        if group[:3] == ("three", 48, 8) and (routed := block.get(BY_VECTORS)):
+            yield _mean(f"{mark}_routed_share", list(routed.values()), "of perfect")
 
 
 def _above(

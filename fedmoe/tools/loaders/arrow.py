@@ -1,0 +1,40 @@
+"""Answers a prompt with peft's Arrow over the experts.
+
+    python load.py "How many users are there?" [BASE]
+
+BASE is the base model's id or directory, if it is not the one that router.json names. Needs torch, transformers, peft.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from peft import ArrowConfig, create_arrow_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+HERE = Path(__file__).resolve().parent
+router = json.loads((HERE / "router.json").read_text())
+base = sys.argv[2] if len(sys.argv) > 2 else router["base_model"]
+tokenizer = AutoTokenizer.from_pretrained(base)
+tokenizer.chat_template = router["chat_template"] or tokenizer.chat_template
+config = ArrowConfig(top_k=router["top_k"], rng_seed=router["rng_seed"])
+places = [str(HERE / "experts" / name) for name in router["experts"]]
+model = create_arrow_model(AutoModelForCausalLM.from_pretrained(base), places, config).eval()
+
+
+@torch.no_grad()
+def answer(prompt: str, max_new_tokens: int = 64) -> str:
+    """The answer, for which each token takes in each layer the expert that it is most like."""
+    chat = [{"role": "user", "content": prompt}]
+    inputs = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    )
+    tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)[
+        0, inputs["input_ids"].shape[1] :
+    ]
+    return str(tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+if __name__ == "__main__":
+    print(answer(sys.argv[1]))

@@ -1,0 +1,48 @@
+"""Answers a prompt with the expert whose domain it belongs to.
+
+    python load.py "How many users are there?" [BASE]
+
+BASE is the base model's id or directory, if it is not the one that router.json names. Needs torch, transformers, peft.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+HERE = Path(__file__).resolve().parent
+router = json.loads((HERE / "router.json").read_text())
+base = sys.argv[2] if len(sys.argv) > 2 else router["base_model"]
+tokenizer, names = AutoTokenizer.from_pretrained(base), router["experts"]
+tokenizer.chat_template = router["chat_template"] or tokenizer.chat_template
+model = PeftModel.from_pretrained(
+    AutoModelForCausalLM.from_pretrained(base), HERE, adapter_name="gateway"
+).eval()
+for number, name in enumerate(names):
+    model.load_adapter(HERE / "experts" / name, adapter_name=f"expert_{number}")
+vectors = load_file(HERE / "router.safetensors")["vectors"]  # one row for each expert
+
+
+@torch.no_grad()
+def answer(prompt: str, max_new_tokens: int = 64) -> tuple[str, str]:
+    """The expert to which the prompt belongs, and its answer."""
+    chat = [{"role": "user", "content": prompt}]
+    inputs = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    )
+    with model.disable_adapter():
+        state = model.get_base_model().base_model(**inputs).last_hidden_state[:, -1].float()
+    nearest = int(torch.cdist(torch.nn.functional.normalize(state), vectors).argmin())
+    model.set_adapter(f"expert_{nearest}")
+    tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)[
+        0, inputs["input_ids"].shape[1] :
+    ]
+    return names[nearest], tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+if __name__ == "__main__":
+    print("{}: {}".format(*answer(sys.argv[1])))

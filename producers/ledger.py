@@ -28,6 +28,7 @@ from fedmoe.protocol import features
 from fedmoe.protocol.codec import decoded, encode, scratch_values
 from fedmoe.protocol.records import Decided, Meta
 from fedmoe.protocol.update import Header, Part, UpdateId
+from fedmoe.protocol.validation import Measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +194,7 @@ class Ledger:
         wire_format: str,
         fingerprint: str,
         tokenizer: str = "",
+        measured: Measured | None = None,
     ) -> Outgoing:
         """Encode the result of `progress` as the next update and append it to the queue."""
         parts = tuple(encode(progress, wire_format))
@@ -214,6 +216,7 @@ class Ledger:
             position=trained.position,
             parts=tuple(Part.of(part) for part in parts),
             requires=features.UPDATES_REQUIRE,
+            **(measured.fields if measured else {}),
         )
         self.queue.append(Outgoing(header, parts))
         return self.queue[-1]

@@ -14,6 +14,7 @@ from fedmoe.data.bad_rows import BadRows
 from fedmoe.data.cache import RowCache
 from fedmoe.data.examples import make_examples, padding_id
 from fedmoe.data.jsonl import DataFile
+from fedmoe.data.validation_split import split
 from fedmoe.errors import BaseModelError
 from fedmoe.model.adapter import attach_adapter, switch_to
 from fedmoe.model.base import (
@@ -33,6 +34,7 @@ from fedmoe.protocol.spec import Spec
 from fedmoe.settings import WorkerSettings
 from fedmoe.util.template_file import read_template
 from producers.trainer import Trainer
+from producers.validation import Evaluator
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +43,8 @@ class Material:
 
     `make_trainer` takes the spec and the training settings of the expert to train. It is called after the worker has
     joined, once for each expert; all of its trainers share the base model, which thereby has an adapter of
-    each expert. The examples were truncated to `max_length` tokens.
+    each expert. The examples were truncated to `max_length` tokens. `n_examples` and `data` are of those trained on.
+    `make_evaluator` makes what measures the loss of an expert on the rows that are held back; None if none are.
     """
 
     identity: BaseIdentity
@@ -49,6 +52,7 @@ class Material:
     data: str
     max_length: int
     make_trainer: Callable[[Spec, TrainingSettings], Any]
+    make_evaluator: Callable[[Spec, TrainingSettings], Evaluator | None] = lambda spec, training: None
 
 
 def prepare(
@@ -91,6 +95,9 @@ def prepare(
     examples = make(data, tokenizer, max_length, bad_rows, learn=settings.learn, stopped=stopped)
     report(f"{settings.data}: {examples.summary()}")
     check_examples(examples.examples, settings.data, tokenizer, config)
+    parts = split(examples.examples, settings.hold_back, where=str(settings.data))
+    report(f"{settings.data}: {parts}")
+    data_digest = examples.digest() if not parts.rows else f"{examples.digest()} without {parts.digest}"
 
     adapted: list[PeftModel] = []
 
@@ -102,7 +109,7 @@ def prepare(
         return Trainer(
             model=made,
             flat=flat,
-            examples=examples.examples,
+            examples=parts.training,
             pad_id=padding_id(tokenizer),
             settings=training,
             batch_size=settings.batch_size,
@@ -113,10 +120,28 @@ def prepare(
             activate=switch_to(made, adapter),
         )
 
+    def make_evaluator(spec: Spec, training: TrainingSettings) -> Evaluator | None:
+        if not parts.rows:
+            return None
+        adapter = f"validation_{len(adapted)}"
+        made, flat = attach_adapter(adapted[0], spec, adapter, trainable=False)
+        return Evaluator(
+            model=made,
+            flat=flat,
+            activate=switch_to(made, adapter),
+            examples=parts.validation,
+            rows=parts.rows,
+            rows_set=parts.digest,
+            batch_size=settings.batch_size or training.batch_size,
+            pad_id=padding_id(tokenizer),
+            device=device,
+            autocast=autocast,
+        )
+
     # A template in the spec comes from the operator; without one this worker may contribute its own.
     brought = "" if spec.chat_template else own
     identity = replace(identity, fingerprint=fingerprint(model), chat_template=brought)
-    return Material(identity, len(examples.examples), examples.digest(), max_length, make_trainer)
+    return Material(identity, len(parts.training), data_digest, max_length, make_trainer, make_evaluator)
 
 
 def _seed_of(name: str) -> int:

@@ -58,7 +58,7 @@ def add_expert(
             about="experts",
         )
     like, spec, meta = _whole(connection, [like] if like else [one for one in listed if one != GATEWAY])
-    rules = replace(meta.rules.changed(settings), number=1)
+    rules = meta.rules.changed(settings).as_first()
     if name == GATEWAY:
         rules, gateway_weight = replace(rules, train=TRAIN_EXPERT), GATEWAY_WEIGHT
     elif rules.train != TRAIN_EXPERT:

@@ -38,6 +38,12 @@ def active_versions(known: int) -> int:
     return max(LEAST_ACTIVE_VERSIONS, ROUNDS * known)
 
 
+def active_of(decided: Mapping[str, Decided], version: int) -> dict[str, Decided]:
+    """The last decided updates of the workers that are active at a version of the expert."""
+    since = version - active_versions(len(decided))
+    return {name: last for name, last in decided.items() if last.version >= since}
+
+
 def peers_of(
     expert: str, worker: str, decided: Mapping[str, Decided], version: int, rules: AggregationRules
 ) -> Peers:
@@ -52,7 +58,6 @@ def peers_of(
     """
     if rules.balance != BY_DOMAIN or expert != GATEWAY:
         return Peers(len(decided))
-    since = version - active_versions(len(decided))
-    active = {name for name, last in decided.items() if last.version >= since} | {worker}
+    active = {*active_of(decided, version), worker}
     domains = Counter(map(domain_of, active))
     return Peers(len(decided), len(active) / (len(domains) * domains[domain_of(worker)]))

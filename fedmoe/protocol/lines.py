@@ -23,6 +23,8 @@ class AppliedLine:
         weight: of its worker beside the others (see `fedmoe.protocol.balance`).
         loss: training loss that the worker reported.
         rules: number of the rule set it was decided under.
+        val_loss, val_version, val_rows, val_set: a validation loss, the version it was measured on, the number of rows
+            and their digest; None and "" for none.
         n_examples: rows counted for it; claimed_examples, claimed_tokens: what its worker claimed, if more.
         update: digest of the kept update, "" if it was not kept (`--keep-updates`).
         requires: features that a replay must know.
@@ -43,6 +45,10 @@ class AppliedLine:
     weight: float = optional(1.0, exact=True)
     claimed_examples: int | None = optional(None)
     claimed_tokens: int | None = optional(None)
+    val_loss: float | None = optional(None)
+    val_version: int | None = optional(None)
+    val_rows: int | None = optional(None)
+    val_set: str = optional("")
     update: str = optional("")
     requires: str = optional("")
 

@@ -3,13 +3,15 @@
 import redis.client
 
 import consumers.aggregator as aggregator
+import consumers.early_warning
 import consumers.gateway.builder as gateway
 import consumers.recovery.settle
+from consumers.expert import Expert
 from fedmoe.protocol import condition, keys
 from fedmoe.protocol.names import GATEWAY
 from fedmoe.store import change
 from fedmoe.store.expert import ExpertStore
-from tests.hazards import commits, gateways, recovery, updates, without
+from tests.hazards import commits, gateways, holds, recovery, updates, without
 from tests.hazards.hazard import Hazard, of_store
 from tests.protocol import broken, broken_recovery
 
@@ -139,5 +141,19 @@ OF_REDIS = {
         scenario=commits.h23_update_before_the_change,
         without=((change, "RulesLine", without.NoLine),),
         symptom="the log cannot be replayed",
+    ),
+    "H24a": Hazard(
+        wrong="a worker claims that the validation loss got worse, and the expert stands still for all others",
+        rule="an expert is held only if two workers agree, each compared with itself",
+        scenario=holds.h24_one_forged_loss,
+        without=((consumers.early_warning, "AGREEING", 1),),
+        symptom="one forged loss holds the expert",
+    ),
+    "H24b": Hazard(
+        wrong="an expert is held, and updates that were read with the one that held it, or wait, are applied to it",
+        rule="the rules in force are looked at before each update, and what waits stays on the stream",
+        scenario=holds.h24_batch_goes_on,
+        without=((Expert, "is_held", False),),
+        symptom="an update was applied after the one that held the expert",
     ),
 }

@@ -139,6 +139,8 @@ class ExpertServer:
             )
         entries = self._load() if not self.is_serving else []
         assert self.retained is not None
+        if self.retained.is_held:
+            return self._rest(stop)
         if not entries and self.is_time_to_reclaim():
             entries = self._reclaim()
         if not entries:
@@ -152,6 +154,13 @@ class ExpertServer:
                 self._retention.tend(self.retained)
             self._decided(sum(v.outcome in (Outcome.APPLIED, Outcome.REFUSED) for v in verdicts))
         return not entries
+
+    def _rest(self, stop: threading.Event) -> bool:
+        """Leave the stream of a held expert as it is; look now and then whether an operator has released it."""
+        if self.is_time_to_reclaim():
+            self._reclaim()
+        stop.wait(self._settings.block_ms / 1000)
+        return True
 
     def _hold(self) -> bool:
         self._held_at = self._clock()

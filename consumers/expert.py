@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 
 from consumers.decide import Admission, Outcome, Verdict, counts_of, judge_header
+from consumers.early_warning import Judged, judge, reason_to_hold
 from consumers.held import Held
 from consumers.history import History
 from consumers.payload import Workspace, fold_payload
@@ -25,9 +26,10 @@ from fedmoe.protocol.features import features_text
 from fedmoe.protocol.identity import BEAT_FIELDS, BaseIdentity
 from fedmoe.protocol.integrity import restamp
 from fedmoe.protocol.layout import AdapterBuffer
-from fedmoe.protocol.lines import AppliedLine, DeadLetter
+from fedmoe.protocol.lines import AppliedLine, DeadLetter, RulesLine
 from fedmoe.protocol.packed import pack
 from fedmoe.protocol.records import Decided, Entry, Meta
+from fedmoe.protocol.rules import MAX_REASON_CHARS
 from fedmoe.protocol.server import has_state
 from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.update import ForeignHeaderError, Header
@@ -104,6 +106,11 @@ class Expert:
         return loaded
 
     @property
+    def is_held(self) -> bool:
+        """True if the rules in force say that no update is applied."""
+        return bool(self.meta.rules.held)
+
+    @property
     def is_behind(self) -> bool:
         """True if meta does not name this aggregator's protocol and features yet; the next commit writes them."""
         return self.meta.protocol < records.PROTOCOL or self.meta.knows != features_text()
@@ -135,8 +142,9 @@ class Expert:
         """Decide entries in stream order and commit them in one transaction.
 
         Once an update is folded, `more` is called for new entries until it returns none: on an idle stream an update is
-        committed at once, and under load many updates share one write. After a failure the retained state is the one
-        before the call: a state that Redis has had, which may be written back.
+        committed at once, and under load many updates share one write. Once the expert is held, entries are left as
+        they are: pending, to be claimed after its release. After a failure the retained state is the one before the
+        call: a state that Redis has had, which may be written back.
         """
         before = self.meta, dict(self.decided), dict(self.vectors)
         try:
@@ -157,20 +165,22 @@ class Expert:
     def _process(self, entries: Sequence[Entry], more: More) -> list[Verdict]:
         commit = Commit(on=self.meta.commit, generation=self.generation, meta=self.meta)
         verdicts: list[Verdict] = []
-        while entries:
+        while entries and not self.is_held:
             verdicts += self._decide_all(entries, commit)
-            entries = more() if self._folded is not self.held else ()
+            entries = more() if self._folded is not self.held and not self.is_held else ()
         if commit.entries or self.is_behind:
             self.commit(commit)
         return verdicts
 
     def _decide_all(self, entries: Sequence[Entry], commit: Commit) -> list[Verdict]:
-        verdicts = []
+        verdicts: list[Verdict] = []
         for first in range(0, len(entries), HEADERS_AT_ONCE):
             some = [(entry, parse_entry(entry)) for entry in entries[first : first + HEADERS_AT_ONCE]]
             bells = [bell for _, bell in some if isinstance(bell, Doorbell)]
             headers = dict(zip(bells, self.store.headers([bell.update for bell in bells]), strict=True))
             for entry, announced in some:
+                if self.is_held:
+                    return verdicts
                 self.before_each()
                 commit.entries.append(entry.id)
                 match announced:
@@ -200,6 +210,8 @@ class Expert:
                 commit.unlink.append(self.store.keys.server_state)
         self.send(commit, meta)
         for line in commit.log:
+            if "worker" not in line:
+                continue
             logger.info(
                 "%s version %s: %s seq %s, staleness %s, factor %.3g, norm %s, loss %s", self.store.name,
                 line["version"], line["worker"], line["seq"], line["staleness"], float(line["factor"]), line["norm"],
@@ -243,8 +255,10 @@ class Expert:
                 return self._undecidable(bell, verdict)
             case Outcome.REFUSED:
                 self._refuse(bell.worker, header, verdict, commit)
+                judged_loss = Judged(curve=head.validation if head else "")
             case Outcome.APPLIED:
-                self._apply(bell.worker, header, verdict, kept, commit)
+                judged_loss = judge(header, head, self.meta.version, self.meta.rules)
+                self._apply(bell.worker, header, verdict, kept, judged_loss, commit)
         decided = Decided(
             id=header.id,
             how=verdict.outcome.value,
@@ -252,12 +266,36 @@ class Expert:
             staleness=verdict.staleness,
             reason=verdict.reason,
             position=header.position,
+            validation=judged_loss.curve,
         )
         stamp = restamp(self.meta.decided_stamp, bell.worker, self.decided.get(bell.worker), decided)
         self.meta = replace(self.meta, decided_stamp=stamp)
         self.decided[bell.worker] = commit.decided[bell.worker] = decided
         commit.unlink += self.store.payload_keys(bell.worker, bell.run, bell.seq, len(header.parts))
+        self._hold_if_worse(bell.worker, judged_loss, commit)
         return verdict
+
+    def _hold_if_worse(self, worker: str, judged: Judged, commit: Commit) -> None:
+        """Warn if the worker's validation loss got worse; hold the expert if the rules say so and workers agree."""
+        if judged.odd:
+            self.warn_once(f"worker {worker} claims {judged.odd}; it is left out, and the update counts")
+        if judged.got_worse:
+            logger.warning(
+                "%s: the validation loss of worker %s is worse: %s",
+                self.store.name,
+                worker,
+                judged.got_worse,
+            )
+        rules = self.meta.rules
+        if why := reason_to_hold(self.decided, self.meta.version, rules):
+            after = rules.hold(why[:MAX_REASON_CHARS])
+            line = RulesLine(version=self.meta.version, changed=rules.differences(after), ended=rules)
+            commit.log.append(line.to_fields())
+            self.meta = replace(self.meta, rules=after)
+            logger.warning(
+                "%s is held at version %d, and updates wait: %s (fedmoe expert release %s)",
+                self.store.name, self.meta.version, why, self.store.name,
+            )  # fmt: skip
 
     def _fold_payload(self, bell: Doorbell, header: Header, admission: Admission) -> tuple[Verdict, str]:
         """Fold a payload and judge it; returns the verdict, and the digest of the kept update ("" if it was not kept).
@@ -280,7 +318,9 @@ class Expert:
         self._folded = out
         return verdict, kept
 
-    def _apply(self, worker: str, header: Header, verdict: Verdict, kept: str, commit: Commit) -> None:
+    def _apply(
+        self, worker: str, header: Header, verdict: Verdict, kept: str, judged: Judged, commit: Commit
+    ) -> None:
         meta, counts = self.meta, counts_of(header, self.meta.rules.training)
         self.meta = replace(
             meta,
@@ -312,6 +352,7 @@ class Expert:
             prev=str(header.prev or ""),
             claimed_examples=header.n_examples if is_clamped else None,
             claimed_tokens=header.n_tokens if is_clamped else None,
+            **(judged.measured.fields if judged.measured else {}),
             update=kept,
         )
         if is_clamped:

@@ -15,6 +15,7 @@ from fedmoe.protocol.keys import DEFAULT_PREFIX, Keys
 from fedmoe.protocol.lora import DEFAULT_BASE_MODEL, DEFAULT_WIRE_FORMAT, WIRE_FORMATS, LoraSettings
 from fedmoe.protocol.names import check_domain, check_name, clean_name
 from fedmoe.protocol.rules import TrainingSettings
+from fedmoe.util.hold_back import HoldBack
 from fedmoe.util.setting import check, setting
 
 MAX_SECONDS = 86_400
@@ -255,6 +256,10 @@ class WorkerSettings:
         choices=("skip", "fail"),
     )
     learn: Learn = _learn()
+    validate: str = setting(
+        "2%", "Rows to hold back from training, to measure the validation loss on: a share, like 2%, or a number; "
+        "0 for none.", metavar="ROWS",
+    )  # fmt: skip
     bad_rows: Path | None = _bad_rows()
     domain_vector: bool = setting(
         True,
@@ -279,6 +284,12 @@ class WorkerSettings:
         if self.name:
             check_name("worker name", self.name, setting="name")
         check(self)
+        _ = self.hold_back
+
+    @property
+    def hold_back(self) -> HoldBack:
+        """The rows to hold back from training."""
+        return HoldBack.parse(self.validate)
 
     @property
     def worker(self) -> str:

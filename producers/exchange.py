@@ -1,5 +1,7 @@
 """Hands corrections and copies between training and sync at a step boundary, for the duration of a memory copy.
 
+It also hands over bases, whose validation loss the training measures, and what was measured.
+
 The training thread never waits for the network. It adds a correction that has already arrived, and copies its adapter
 when the sync has asked for a copy. The sync waits for the training, never the other way round.
 """
@@ -13,6 +15,7 @@ from typing import Protocol, TypeVar
 import torch
 
 from fedmoe.protocol.rules import TrainingSettings
+from fedmoe.protocol.validation import Measured
 from producers.ledger import Change, Trained
 
 
@@ -92,6 +95,9 @@ class Exchange:
         self._abandons, self._abandoned = abandons, False
         self._ready = threading.Event()
         self._state: TrainingState | None = None
+        self._wants_base = False
+        self._base: tuple[int, torch.Tensor] | None = None
+        self._measured: Measured | None = None
 
     @property
     def trained(self) -> Trained:
@@ -212,6 +218,36 @@ class Exchange:
             self._abandoned = True
             self._copy_if_wanted()
         return self.take(0.0)
+
+    def want_base(self) -> None:
+        """Training thread: ask for a copy of the next base, to measure its validation loss."""
+        with self._lock:
+            self._wants_base = True
+
+    def offer_base(self, version: int, base: torch.Tensor | None) -> None:
+        """Sync thread: copy the base of a pull, if it is a new one and the training wants one."""
+        if base is None or not self._wants_base:
+            return
+        copy = version, base.clone()
+        with self._lock:
+            self._base, self._wants_base = copy, False
+
+    def take_base(self) -> tuple[int, torch.Tensor] | None:
+        """Training thread: the copy with its version, None if there is none yet."""
+        with self._lock:
+            base, self._base = self._base, None
+        return base
+
+    def publish(self, measured: Measured) -> None:
+        """Training thread: have the next update carry a validation loss."""
+        with self._lock:
+            self._measured = measured
+
+    def take_measured(self) -> Measured | None:
+        """Sync thread: the validation loss that the next update carries."""
+        with self._lock:
+            measured, self._measured = self._measured, None
+        return measured
 
 
 def _changed(local: torch.Tensor, change: Change) -> torch.Tensor:

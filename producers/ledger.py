@@ -28,6 +28,7 @@ from fedmoe.protocol import features
 from fedmoe.protocol.codec import decoded, encode, scratch_values
 from fedmoe.protocol.records import Decided, Meta
 from fedmoe.protocol.update import Header, Part, UpdateId
+from fedmoe.protocol.validation import Measured
 from fedmoe.protocol.vectors import DomainVector
 
 
@@ -198,6 +199,7 @@ class Ledger:
         wire_format: str,
         fingerprint: str,
         tokenizer: str = "",
+        measured: Measured | None = None,
     ) -> Outgoing:
         """Encode the result of `progress` as the next update and append it to the queue."""
         parts = tuple(encode(progress, wire_format))
@@ -222,6 +224,7 @@ class Ledger:
             requires=features.UPDATES_REQUIRE,
             vector=vector.values if vector else None,
             vector_rows=vector.rows if vector else 0,
+            **(measured.fields if measured else {}),
         )
         self.queue.append(Outgoing(header, parts))
         return self.queue[-1]

@@ -14,6 +14,7 @@ from fedmoe.data.bad_rows import BadRows
 from fedmoe.data.cache import RowCache
 from fedmoe.data.examples import make_examples, padding_id
 from fedmoe.data.jsonl import DataFile
+from fedmoe.data.validation_split import split
 from fedmoe.errors import BaseModelError
 from fedmoe.model.adapter import attach_adapter, switch_to
 from fedmoe.model.base import (
@@ -35,6 +36,7 @@ from fedmoe.protocol.vectors import DomainVector
 from fedmoe.settings import WorkerSettings
 from fedmoe.util.template_file import read_template
 from producers.trainer import Trainer
+from producers.validation import Evaluator
 from producers.vector import domain_vector
 
 
@@ -44,7 +46,9 @@ class Material:
 
     `make_trainer` takes the spec and the training settings of the expert to train. It is called after the worker has
     joined, once for each expert; all of its trainers share the base model, which thereby has an adapter of
-    each expert. The examples were truncated to `max_length` tokens. `vector` is what this worker tells of its domain.
+    each expert. The examples were truncated to `max_length` tokens. `n_examples` and `data` are of those trained on.
+    `make_evaluator` makes what measures the loss of an expert on the rows that are held back; None if none are.
+    `vector` is what this worker tells of its domain.
     """
 
     identity: BaseIdentity
@@ -52,6 +56,7 @@ class Material:
     data: str
     max_length: int
     make_trainer: Callable[[Spec, TrainingSettings], Any]
+    make_evaluator: Callable[[Spec, TrainingSettings], Evaluator | None] = lambda spec, training: None
     vector: DomainVector | None = None
 
 
@@ -95,6 +100,9 @@ def prepare(
     examples = make(data, tokenizer, max_length, bad_rows, learn=settings.learn, stopped=stopped)
     report(f"{settings.data}: {examples.summary()}")
     check_examples(examples.examples, settings.data, tokenizer, config)
+    parts = split(examples.examples, settings.hold_back, where=str(settings.data))
+    report(f"{settings.data}: {parts}")
+    data_digest = examples.digest() if not parts.rows else f"{examples.digest()} without {parts.digest}"
 
     base = fingerprint(model)
     vector = domain_vector(
@@ -114,7 +122,7 @@ def prepare(
         return Trainer(
             model=made,
             flat=flat,
-            examples=examples.examples,
+            examples=parts.training,
             pad_id=padding_id(tokenizer),
             settings=training,
             batch_size=settings.batch_size,
@@ -125,10 +133,36 @@ def prepare(
             activate=switch_to(made, adapter),
         )
 
+    def make_evaluator(spec: Spec, training: TrainingSettings) -> Evaluator | None:
+        if not parts.rows:
+            return None
+        adapter = f"validation_{len(adapted)}"
+        made, flat = attach_adapter(adapted[0], spec, adapter, trainable=False)
+        return Evaluator(
+            model=made,
+            flat=flat,
+            activate=switch_to(made, adapter),
+            examples=parts.validation,
+            rows=parts.rows,
+            rows_set=parts.digest,
+            batch_size=settings.batch_size or training.batch_size,
+            pad_id=padding_id(tokenizer),
+            device=device,
+            autocast=autocast,
+        )
+
     # A template in the spec comes from the operator; without one this worker may contribute its own.
     brought = "" if spec.chat_template else own
     identity = replace(identity, fingerprint=base, chat_template=brought)
-    return Material(identity, len(examples.examples), examples.digest(), max_length, make_trainer, vector)
+    return Material(
+        identity,
+        len(parts.training),
+        data_digest,
+        max_length,
+        make_trainer,
+        make_evaluator=make_evaluator,
+        vector=vector,
+    )
 
 
 def _seed_of(name: str) -> int:

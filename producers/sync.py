@@ -256,8 +256,8 @@ class Sync:
             if self._diverged(progress, state.trained.steps):
                 return True
             update = self.ledger.make_update(
-                progress, state.trained, wire_format=self._spec.wire_format,
-                fingerprint=self._identity.fingerprint, tokenizer=self._identity.tokenizer,
+                progress, state.trained, wire_format=self._spec.wire_format, fingerprint=self._identity.fingerprint,
+                tokenizer=self._identity.tokenizer, measured=self._exchange.take_measured(),
             )  # fmt: skip
             self.status = replace(self.status, in_flight=update.header.seq, in_flight_since=now)
             self.outbox = self.outbox.made(must_save=self._saver is not None)
@@ -365,6 +365,7 @@ class Sync:
         change = self.ledger.observe(
             pulled.meta, pulled.weights, pulled.decided, now=self._clock(), packed=pulled.packed
         )
+        self._exchange.offer_base(pulled.meta.version, pulled.weights)
         steps = self._exchange.steps_left
         self._exchange.correct(change)
         self.outbox = self.outbox.pulled()

@@ -15,6 +15,7 @@ from fedmoe.util.stopping import Stop
 from producers.heartbeat import SyncStatus
 from producers.membership import Membership, finish, outcomes, pass_boundaries
 from producers.trainer import StepResult, is_out_of_memory
+from producers.validation import Evaluator, Validation
 
 logger = logging.getLogger(__name__)
 
@@ -60,12 +61,14 @@ class Turn:
         trainer: of its adapter.
         member: its membership, which has begun.
         progress: the object that the heartbeat of this membership reports.
+        evaluator: measures the validation loss of the expert; None if no rows are held back.
     """
 
     expert: str
     trainer: Any
     member: Membership
     progress: Progress
+    evaluator: Evaluator | None = None
 
     @property
     def line(self) -> str:
@@ -101,6 +104,10 @@ class Training:
         self._stop = stop
         self._report = report
         self._failure: Exception | None = None
+        self._validation = Validation(
+            [(turn.expert, turn.evaluator, turn.member.exchange) for turn in turns if turn.evaluator],
+            report=lambda expert, line: report(self._named(expert, line)),
+        )
 
     def run(self) -> None:
         """Train, publish, wait for the decision, and report the outcome.
@@ -135,13 +142,16 @@ class Training:
         try:
             while not (self._stop.is_set() or self._has_done_enough()) and (turn := self._take_turn()):
                 pass_boundaries(self._members.values())
+                began = time.perf_counter()
                 computed = turn.trainer.compute()
                 apply = partial(turn.trainer.apply, computed)
                 step: StepResult | None = turn.member.exchange.take_step(apply)
                 if step is None:  # its sync ended without waiting for the step
                     self._drop(turn)
                     continue
+                self._validation.trained(time.perf_counter() - began)
                 turn.progress.add(step)
+                self._validation.between_steps()
                 if time.monotonic() - said_at >= self._settings.log_interval_s:
                     said_at = time.monotonic()
                     self._report_progress()

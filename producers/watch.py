@@ -1,10 +1,11 @@
-"""Checks that an aggregator serves the expert; otherwise a worker would train in vain, unnoticed."""
+"""Checks that an aggregator serves the expert and applies updates; otherwise training is in vain, unnoticed."""
 
 import logging
 import time
 from collections.abc import Callable
 
 from fedmoe.store.worker import WorkerStore
+from fedmoe.util.text import printable
 
 logger = logging.getLogger(__name__)
 
@@ -12,13 +13,14 @@ LOOK_S = 2.0  # so that the problem is reported within two leases, which last 5 
 
 
 class AggregatorWatch:
-    """Checks every LOOK_S seconds whether an aggregator holds the expert's lease.
+    """Checks every LOOK_S seconds whether an aggregator holds the expert's lease, and whether the expert is held.
 
     Args:
         clock: seconds, monotonic.
 
     Attributes:
-        problem: the message that nobody holds it; "" if somebody does, or this user may not read the lease.
+        problem: the message that nobody holds the lease, or that the expert is held; "" if neither is so, as far as
+            this user may read it.
         next_at: when the next check is due, on that clock.
     """
 
@@ -28,6 +30,7 @@ class AggregatorWatch:
         self._store = store
         self._clock = clock
         self._missed = 0
+        self._held = ""
 
     def look(self) -> str:
         """Check the lease if it is due; return the problem.
@@ -41,11 +44,13 @@ class AggregatorWatch:
         if now < self.next_at:
             return self.problem
         self.next_at = now + LOOK_S
-        if self._store.is_served() is not False:
-            if self.problem:
+        is_served, held = self._store.served()
+        if is_served is not False:
+            if self._missed and self.problem:
                 logger.warning("an aggregator serves expert %r again", self._store.expert)
-            self.problem, self._missed = "", 0
-            return ""
+            self._missed = 0
+            self.problem = self._told(held)
+            return self.problem
         self._missed += 1
         if self._missed >= 2 and not self.problem:
             self.problem = (
@@ -54,3 +59,14 @@ class AggregatorWatch:
             )
             logger.warning("%s (training goes on)", self.problem)
         return self.problem
+
+    def _told(self, held: str) -> str:
+        """The message that the expert is held, "" if it is not; logged once."""
+        expert = self._store.expert
+        problem = f"expert {expert!r} is held, and updates wait: {printable(held)}" if held else ""
+        if held and not self._held:
+            logger.warning("%s (training goes on, and nothing is lost)", problem)
+        elif self._held and not held:
+            logger.warning("expert %r is released: updates are applied again", expert)
+        self._held = held
+        return problem

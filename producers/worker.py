@@ -229,7 +229,14 @@ class Worker:
                     raise
                 refused.append(error)
             else:
-                turns[expert] = Turn(expert=expert, trainer=trainer, member=member, progress=progress)
+                evaluator = material.make_evaluator(member.spec, training)
+                if evaluator is not None:
+                    ledger = member.sync.ledger
+                    member.exchange.want_base()
+                    member.exchange.offer_base(ledger.meta.version, ledger.base)
+                turns[expert] = Turn(
+                    expert=expert, trainer=trainer, member=member, progress=progress, evaluator=evaluator
+                )
         self._say_alone(turns, refused)
         return list(turns.values())
 

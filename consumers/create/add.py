@@ -61,7 +61,7 @@ def add_expert(
     rules = meta.rules
     if name == GATEWAY:
         rules, gateway_weight = rules.for_gateway(), GATEWAY_WEIGHT
-    rules = replace(rules.changed(settings), number=1)
+    rules = rules.changed(settings).as_first()
     if rules.train != TRAIN_EXPERT:
         check_trains_gateway(name)
     pinned = {field: getattr(meta, field) for field in PINNED}

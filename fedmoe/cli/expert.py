@@ -1,4 +1,4 @@
-"""`fedmoe expert list | show | set | add | remove | weight`, while the federation runs."""
+"""`fedmoe expert list | show | set | hold | release | add | remove | weight`, while the federation runs."""
 
 import json
 import sys
@@ -66,15 +66,21 @@ def list_experts(redis: RedisSettings) -> None:
 @expert.command()
 @redis_options
 @click.option(
-    "--json", "as_json", is_flag=True, help="Print JSON: name, version, lineage, identity and rules."
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print JSON: name, version, lineage, identity, rules, validation losses.",
 )
 @click.argument("name")
 def show(redis: RedisSettings, as_json: bool, name: str) -> None:
-    """Show the identity of the expert NAME, and the rules in force."""
+    """Show the identity of the expert NAME, the rules in force, and the validation losses of its workers."""
+    from fedmoe.protocol.federation import plain_json
     from fedmoe.protocol.names import GATEWAY, check_expert
     from fedmoe.store.change import whole_expert
     from fedmoe.store.connection import Connection
+    from fedmoe.store.curves import read_points
     from fedmoe.store.expert import ExpertStore
+    from fedmoe.store.inspect import Inspector
 
     store = ExpertStore(Connection(redis), check_expert(name))
     (meta, _), spec = whole_expert(store), store.spec()
@@ -94,11 +100,19 @@ def show(redis: RedisSettings, as_json: bool, name: str) -> None:
     rules = meta.rules.settings()
     if name == GATEWAY:
         del rules["train"]  # it belongs to the experts of domains
+    view = next(one for one in Inspector(store.connection).federation().experts if one.name == name)
     if as_json:
         content = {"name": name, "version": meta.version, "lineage": meta.lineage, "identity": identity}
-        click.echo(json.dumps(content | {"rules": {"number": meta.rules.number} | rules}, indent=2))
+        content |= {"held": meta.rules.held, "rules": {"number": meta.rules.number} | rules}
+        losses = {"best_version": view.best_version, "workers": plain_json(view.curves)}
+        losses["curve"] = plain_json(read_points(store.connection, name))
+        click.echo(json.dumps(content | {"validation": losses}, indent=2))
         return
-    click.echo(f"{name}: version {meta.version}")
+    held = f", held: {printable(meta.rules.held)}" if meta.rules.held else ""
+    click.echo(f"{name}: version {meta.version}{held}")
+    if view.curves:
+        click.echo(f"\nvalidation loss, best at version {view.best_version}:")
+        _show({curve.worker: str(curve).removeprefix(f"{curve.worker} ") for curve in view.curves})
     click.echo("\nidentity, which never changes:")
     _show(identity)
     click.echo(f"\nrules {meta.rules.number}, which `fedmoe expert set {name}` changes:")
@@ -173,6 +187,45 @@ def _prepare_gateway(connection: "Connection", name: str, train: str) -> None:
     if ensure_gateway(connection, like=name):
         rules = whole_expert(ExpertStore(connection, GATEWAY))[0].rules.aggregation
         click.echo(f"created the gateway like {name}, with gain {rules.gain:g} and balance {rules.balance}")
+
+
+@expert.command("hold")
+@redis_options
+@click.option(
+    "--reason", default="by an operator", show_default=True, metavar="TEXT", help="Reason, for people."
+)
+@click.argument("name")
+def hold_expert(redis: RedisSettings, reason: str, name: str) -> None:
+    """Hold the expert NAME: its updates wait until it is released. Nothing is lost, and workers train on."""
+    from fedmoe.protocol.names import check_expert
+    from fedmoe.store.change import hold, soon
+    from fedmoe.store.connection import Connection
+    from fedmoe.store.expert import ExpertStore
+
+    store = ExpertStore(Connection(redis), check_expert(name))
+    before, after = soon(lambda: hold(store, printable(reason.strip()) or "by an operator"))
+    if after == before:
+        click.echo(f"{name}: nothing to do, it is held already: {printable(before.held)}")
+        return
+    click.echo(f"{name}: held; its updates wait until `fedmoe expert release {name}`")
+
+
+@expert.command("release")
+@redis_options
+@click.argument("name")
+def release_expert(redis: RedisSettings, name: str) -> None:
+    """Release the expert NAME: the updates that wait are decided. Validation losses are compared anew from here on."""
+    from fedmoe.protocol.names import check_expert
+    from fedmoe.store.change import release, soon
+    from fedmoe.store.connection import Connection
+    from fedmoe.store.expert import ExpertStore
+
+    store = ExpertStore(Connection(redis), check_expert(name))
+    before, after = soon(lambda: release(store))
+    if after == before:
+        click.echo(f"{name}: nothing to do, it is not held")
+        return
+    click.echo(f"{name}: released (it was held: {printable(before.held)})")
 
 
 @expert.command()

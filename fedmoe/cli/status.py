@@ -33,6 +33,7 @@ TEXT_COLUMNS = frozenset(
 )  # left-aligned; the others are numbers
 DROP_FIRST = ("host", "tokens/s", "staleness", "applied", "pending", "in flight", "served by")
 SHOWN_WORKERS = 50
+SHOWN_CURVES = 5
 WIDE_REACH = 0.9  # an adapter that reaches a smaller share of its base model gets a line
 NONE = "-"  # not known, or not there yet
 
@@ -228,9 +229,17 @@ def more_lines(federation: "Federation") -> list[str]:
         for expert in federation.experts
         if expert.meta and 0 < expert.meta.reach < WIDE_REACH
     ]
+    lines += [validation_line(expert) for expert in federation.experts if expert.curves]
     if federation.experts:
         lines.append(merged_line(federation.merged))
     return lines
+
+
+def validation_line(expert: "ExpertView") -> str:
+    """The best version of an expert, and the validation losses of its workers."""
+    shown = "; ".join(map(str, expert.curves[:SHOWN_CURVES]))
+    more = f"; and {len(expert.curves) - SHOWN_CURVES} more" if len(expert.curves) > SHOWN_CURVES else ""
+    return f"{expert.name}: validation loss best at version {expert.best_version}: {shown}{more}"
 
 
 def trained_line(federation: "Federation") -> str:

@@ -4,6 +4,8 @@ The result depends on the row, the tokenizer and the settings alone, so rows can
 process.
 """
 
+import hashlib
+import json
 from array import array
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +18,7 @@ from fedmoe.data.records import Record
 from fedmoe.errors import RowError
 
 Learn = Literal["all", "last"]
+HASHES = 2**63  # above every `row_hash`
 
 
 class Answer(NamedTuple):
@@ -30,12 +33,15 @@ class Answer(NamedTuple):
 class Example:
     """A conversation as tokens; `answers` are the labels: at least one, in order, none of them empty.
 
-    `line` is the line of the file at which the row begins, from 1; 0 if it is not known.
+    `line` is the line of the file at which the row begins, from 1; 0 if it is not known. `row` is a hash of the row's
+    conversation, and `source` one of what the row names as its source; 0 if it is not known.
     """
 
     input_ids: "array[int]"
     answers: tuple[Answer, ...]
     line: int = 0
+    row: int = 0
+    source: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,14 +118,25 @@ def _encode(row: Row, path: Path, encoder: Encoder, max_length: int, learn: Lear
         examples.append((ids, (*before, Answer(len(prompt), min(len(ids), max_length), weight))))
     if left_out and not examples:
         raise left_out[-1]
+    content = row_hash([[[turn.role, turn.content, turn.reasoning] for turn in row.turns], row.tools])
+    source = row_hash(row.source) if row.source else 0
     return Encoded(
-        examples=tuple(Example(array("i", ids[:max_length]), answers, row.line) for ids, answers in examples),
+        examples=tuple(
+            Example(array("i", ids[:max_length]), answers, row.line, content, source)
+            for ids, answers in examples
+        ),
         truncated=sum(len(ids) > max_length for ids, _ in examples),
         left_out=tuple(_answer_left_out(error, path, row) for error in left_out),
         weight_0=weight_0,
         unused=row.unused,
         notes=notes,
     )
+
+
+def row_hash(content: object) -> int:
+    """A number in [0, HASHES), the same for equal content (JSON) on every machine."""
+    text = json.dumps(content, sort_keys=True)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def _answer_left_out(error: AnswerError, path: Path, row: Row) -> Problem:

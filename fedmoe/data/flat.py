@@ -15,15 +15,18 @@ TYPES = {
     "weights": "d",
     "answer_ends": "q",
     "lines": "q",
+    "rows": "q",
+    "sources": "q",
 }
+WHERE_FROM = ("lines", "rows", "sources")  # not what is trained on
 
 
 class FlatExamples(Sequence[Example]):
-    """Examples in flat arrays: 4 bytes per token and about 40 per example, where objects take some 500.
+    """Examples in flat arrays: 4 bytes per token and about 60 per example, where objects take some 500.
 
     The arrays: `ids` int32, the tokens of all examples; `ends` int64, the end of each example in `ids`; `starts` and
     `stops` int32 and `weights` float64 of all answers; `answer_ends` int64, the end of each example in these three;
-    `lines` int64, the line of each example in the file.
+    `lines`, `rows` and `sources` int64, the line of each example in the file and the hashes of its row and source.
     """
 
     def __init__(self, arrays: Mapping[str, "array[Any]"] | None = None) -> None:
@@ -38,16 +41,18 @@ class FlatExamples(Sequence[Example]):
             arrays["ids"].extend(example.input_ids)
             arrays["ends"].append(len(arrays["ids"]))
             arrays["lines"].append(example.line)
+            arrays["rows"].append(example.row)
+            arrays["sources"].append(example.source)
             for answer in example.answers:
                 for name, value in zip(("starts", "stops", "weights"), answer, strict=True):
                     arrays[name].append(value)
             arrays["answer_ends"].append(len(arrays["starts"]))
 
     def digest(self) -> str:
-        """SHA-256 of all arrays except `lines`, as hex digits."""
+        """SHA-256 of all arrays except those of WHERE_FROM, as hex digits."""
         digest = hashlib.sha256()
         for name, values in self.arrays.items():
-            if name == "lines":
+            if name in WHERE_FROM:
                 continue
             digest.update(f"{name} {len(values)} ".encode())
             digest.update(values)
@@ -68,7 +73,7 @@ class FlatExamples(Sequence[Example]):
         answers = self._part("answer_ends", rows)
         starts, stops, weights = (self.arrays[name][answers] for name in ("starts", "stops", "weights"))
         labels = tuple(map(Answer, starts, stops, weights))
-        return Example(self.arrays["ids"][tokens], labels, self.arrays["lines"][rows])
+        return Example(self.arrays["ids"][tokens], labels, *(self.arrays[name][rows] for name in WHERE_FROM))
 
     def _part(self, ends: str, row: int) -> slice:
         return slice(self.arrays[ends][row - 1] if row else 0, self.arrays[ends][row])

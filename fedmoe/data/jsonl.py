@@ -28,6 +28,7 @@ class Row:
         turns: system, user, assistant and tool turns, at least two; the last is the assistant's.
         tools: JSON schemas of the functions that the assistant may call.
         unused: parts of the row that no rule uses, such as a field's name.
+        source: what the row names as its source, "" if it names none.
     """
 
     line: int
@@ -35,6 +36,7 @@ class Row:
     turns: tuple[Turn, ...]
     tools: tuple[dict[str, Any], ...] = ()
     unused: tuple[str, ...] = ()
+    source: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,7 +133,14 @@ def read_row(path: Path, record: Record) -> Row | Problem:
         read = read_conversation(_parse(record.text))
     except RowError as error:
         return Problem.of(error, path, record.number, record.line)
-    return Row(number=record.number, line=record.line, turns=read.turns, tools=read.tools, unused=read.unused)
+    return Row(
+        number=record.number,
+        line=record.line,
+        turns=read.turns,
+        tools=read.tools,
+        unused=read.unused,
+        source=read.source,
+    )
 
 
 def _parse(text: str) -> object:

@@ -15,7 +15,8 @@
 are the same. Turns after the assistant's last turn are dropped. `weight`, `train` and `loss` of a turn or a row weigh
 its answers, and so does `label` or `kto_tag` of a KTO row. The chat template receives `tools`, which may be beside any
 of them, and the reasoning of an answer: a field `reasoning_content`, `thinking` or `reasoning` beside its content, or
-parts of type "thinking" in it. A field that none of these rules uses is reported by name.
+parts of type "thinking" in it. `source`, `document`, `repo`, `file`, `path` or `url` names where a row comes from, so
+that validation rows can be held back by source. A field that none of these rules uses is reported by name.
 """
 
 import json
@@ -32,6 +33,7 @@ QUESTIONS = ("instruction", "prompt", "question", "query", "input")
 CONTEXTS = ("input", "context")
 ANSWERS = ("completion", "output", "response", "answer")
 SYSTEMS = ("system", "system_prompt")
+SOURCES = ("source", "document", "doc_id", "repo", "file", "path", "url")
 # These fields count only as true or false, because a row may have another label, or a measured loss.
 FLAGS = ("label", "kto_tag", "train", "loss")
 MAX_NAMED_FIELDS = 8
@@ -45,11 +47,13 @@ class Conversation:
         turns: at least two; the last is the assistant's.
         tools: JSON schemas of the functions that the assistant may call.
         unused: names of the fields that are not empty and that no rule uses, each once, as they are printed.
+        source: where the row comes from, as it says; "" if it does not.
     """
 
     turns: tuple[Turn, ...]
     tools: tuple[dict[str, Any], ...]
     unused: tuple[str, ...]
+    source: str = ""
 
 
 def read_conversation(row: object) -> Conversation:
@@ -70,7 +74,10 @@ def read_conversation(row: object) -> Conversation:
     if turns[answers[-1] + 1 :]:
         fields.report_unused("turns after the last answer")
     tools = _tools(fields.use("tools"))
-    return Conversation(turns=tuple(turns[: answers[-1] + 1]), tools=tools, unused=fields.unused())
+    source = fields.text(SOURCES)
+    return Conversation(
+        turns=tuple(turns[: answers[-1] + 1]), tools=tools, unused=fields.unused(), source=source
+    )
 
 
 class _Fields:
@@ -102,6 +109,15 @@ class _Fields:
     def flag(self, name: str) -> bool | None:
         """The field's value if it is true or false; anything else is left unused."""
         return self.use(name) if isinstance(self._values.get(name), bool) else None
+
+    def text(self, names: Sequence[str]) -> str:
+        """The first of these fields that is a text or a whole number, "" if none is; all others are left unused."""
+        for name in names:
+            value = self._values.get(name)
+            if isinstance(value, str | int) and not isinstance(value, bool) and str(value).strip():
+                self._used.add(name)
+                return str(value).strip()
+        return ""
 
     def report_unused(self, what: str) -> None:
         self._unused[what] = None

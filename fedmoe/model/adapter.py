@@ -68,11 +68,12 @@ def adapter_layout(config: PretrainedConfig, lora: LoraSettings) -> Layout:
 
 
 def attach_adapter(
-    model: PreTrainedModel | PeftModel, spec: Spec, name: str = "default"
+    model: PreTrainedModel | PeftModel, spec: Spec, name: str = "default", *, trainable: bool = True
 ) -> tuple[PeftModel, torch.Tensor]:
     """Put the spec's adapter, with its initial weights, on a model that is already on its device.
 
-    A model may get several adapters; `switch_to` says with which one it computes.
+    A model may get several adapters; `switch_to` says with which one it computes. One that is not `trainable` gets no
+    gradient.
 
     Returns:
         The peft model, and the flat vector (numel,) fp32; all LoRA parameters of this adapter are views of it.
@@ -86,7 +87,7 @@ def attach_adapter(
     flat = initial_weights(spec.layout, spec.init_seed).to(model.device, copy=True)
     for tensor, view in spec.layout.views(flat).items():
         parameters[tensor].data = view
-        parameters[tensor].requires_grad_(True)
+        parameters[tensor].requires_grad_(trainable)
     return peft_model, flat
 
 

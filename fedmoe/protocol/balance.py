@@ -40,6 +40,12 @@ def active_versions(known: int) -> int:
     return max(LEAST_ACTIVE_VERSIONS, ROUNDS * known)
 
 
+def active_of(decided: Mapping[str, Decided], version: int) -> dict[str, Decided]:
+    """The last decided updates of the workers that are active at a version of the expert."""
+    since = version - active_versions(len(decided))
+    return {name: last for name, last in decided.items() if last.version >= since}
+
+
 def peers_of(
     expert: str, worker: str, decided: Mapping[str, Decided], version: int, rules: AggregationRules
 ) -> Peers:
@@ -55,8 +61,7 @@ def peers_of(
     is_balanced = rules.balance == BY_DOMAIN and expert == GATEWAY
     if not is_balanced and rules.server_optimizer != NESTEROV:
         return Peers(len(decided))
-    since = version - active_versions(len(decided))
-    active = {name for name, last in decided.items() if last.version >= since} | {worker}
+    active = {*active_of(decided, version), worker}
     if not is_balanced:
         return Peers(len(decided), active=len(active))
     domains = Counter(map(domain_of, active))

@@ -7,7 +7,8 @@ reports it in one sentence, before it trains or commits.
 
 from fedmoe.errors import ProtocolError
 
-FEATURES: frozenset[str] = frozenset()  # those that this FedMoE knows
+HOLD = "hold"  # an expert whose rules say that it is held applies no updates
+FEATURES: frozenset[str] = frozenset({HOLD})  # those that this FedMoE knows
 UPDATES_REQUIRE = ""  # features that an aggregator must know to decide this FedMoE's updates
 MAX_FEATURE_CHARS = 32
 SHOWN_FEATURES = 5
@@ -16,6 +17,12 @@ SHOWN_FEATURES = 5
 def features_text() -> str:
     """The features that this FedMoE knows, separated by spaces as in `requires` and `knows`."""
     return " ".join(sorted(FEATURES))
+
+
+def with_feature(requires: str, feature: str, is_needed: bool) -> str:
+    """The features in `requires`, with or without this one."""
+    names = set(requires.split()) - {feature}
+    return " ".join(sorted(names | {feature} if is_needed else names))
 
 
 def lacking(requires: str, known: str | None = None) -> list[str]:

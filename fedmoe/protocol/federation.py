@@ -11,6 +11,8 @@ from typing import Any
 from fedmoe.protocol.eviction import eviction_threat
 from fedmoe.protocol.merged_view import MergedView
 from fedmoe.protocol.records import Meta
+from fedmoe.protocol.validation import Curve
+from fedmoe.util.text import printable
 
 # Two missed heartbeats; after HEARTBEAT_TTL_S the key expires and the worker is gone.
 QUIET_AFTER_S = 10.0
@@ -79,6 +81,34 @@ class DeadLetterView:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CurveView:
+    """The validation losses of an active worker: the best, the newest, and how they compare, in a word or two."""
+
+    worker: str
+    rows: int
+    best: float
+    best_version: int
+    last: float
+    last_version: int
+    trend: str
+    is_worse: bool = False
+
+    @classmethod
+    def of(cls, worker: str, curve: Curve) -> "CurveView":
+        """Show a worker's curve."""
+        return cls(
+            worker=worker, rows=curve.rows, best=curve.best, best_version=curve.best_version, last=curve.last,
+            last_version=curve.last_version, trend=curve.trend, is_worse=curve.is_worse,
+        )  # fmt: skip
+
+    def __str__(self) -> str:
+        at = f"{self.worker} {self.last:.4f} at version {self.last_version}"
+        if self.last_version == self.best_version:
+            return f"{at}, its best"
+        return f"{at}, {self.trend} ({self.best:.4f} at version {self.best_version})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertView:
     """One expert; None marks a value that could not be read, and `problems` gives the reason.
 
@@ -89,6 +119,7 @@ class ExpertView:
         left: workers that have left.
         last_update_s: seconds since the last update was applied, by the server's clock.
         log: the last applied updates, newest first.
+        curves: the validation losses of the active workers; best_version: of the expert, by these losses.
     """
 
     name: str
@@ -105,6 +136,8 @@ class ExpertView:
     dead: int | None = None
     last_dead: tuple[DeadLetterView, ...] = ()
     log: tuple[dict[str, str], ...] = ()
+    curves: tuple[CurveView, ...] = ()
+    best_version: int | None = None
     problems: tuple[str, ...] = ()
 
 
@@ -163,7 +196,16 @@ def _of_expert(expert: ExpertView) -> Iterator[str]:
     if expert.lease == "":
         waiting = f"{_count(expert.waiting, 'entry', 'entries')} waiting and " if expert.waiting else ""
         yield f"{expert.name}: {waiting}no aggregator serves it: start `fedmoe aggregator run`"
-    if (expert.last_update_s or 0.0) > STILL_AFTER_S and expert.workers:
+    held = expert.meta.rules.held if expert.meta else ""
+    if held:
+        yield (
+            f"{expert.name}: held, its updates wait: {printable(held)}; look at the workers' data, go back to a better "
+            f"version if need be, then `fedmoe expert release {expert.name}`"
+        )
+    yield from (
+        f"{expert.name}: the validation loss is worse: {one}" for one in expert.curves if one.is_worse
+    )
+    if (expert.last_update_s or 0.0) > STILL_AFTER_S and expert.workers and not held:
         yield (
             f"{expert.name}: the last update was applied {duration(expert.last_update_s)} ago, although "
             f"{_count(len(expert.workers), 'worker runs', 'workers run')}: see the logs of workers and aggregator"

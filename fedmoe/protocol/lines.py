@@ -23,6 +23,8 @@ class AppliedLine:
         weight: of its worker beside the others (see `fedmoe.protocol.balance`).
         loss: training loss that the worker reported.
         rules: number of the rule set it was decided under.
+        val_loss, val_version, val_rows, val_set: a validation loss, the version it was measured on, the number of rows
+            and their digest; None and "" for none.
         n_examples: rows counted for it; claimed_examples, claimed_tokens: what its worker claimed, if more.
         ends_round, new_state: 1 if it ended a round of the server optimizer; if the server state began with it.
         update: digest of the kept update, "" if it was not kept (`--keep-updates`).
@@ -46,6 +48,10 @@ class AppliedLine:
     new_state: int = optional(0)
     claimed_examples: int | None = optional(None)
     claimed_tokens: int | None = optional(None)
+    val_loss: float | None = optional(None)
+    val_version: int | None = optional(None)
+    val_rows: int | None = optional(None)
+    val_set: str = optional("")
     update: str = optional("")
     requires: str = optional("")
 

@@ -9,6 +9,7 @@ from fedmoe.protocol.features import check_requires
 from fedmoe.protocol.fields import from_text, optional, to_text
 from fedmoe.protocol.rules import RuleSet
 from fedmoe.protocol.update import UpdateId
+from fedmoe.protocol.validation import Curve
 
 NO_DECISIONS = "0" * 16  # the stamp of no decided updates, see fedmoe/protocol/integrity.py
 # The protocol version of this FedMoE. Raise it whenever an earlier release would misread a record of this one, also
@@ -174,6 +175,8 @@ def reach_text(reach: float, not_reached: str) -> str:
 class Decided:
     """A worker's last decided update, as `fedmoe:{E}:decided` holds it: the head of the worker's chain.
 
+    With it, `validation` is the summary of the worker's validation losses (JSON), "" if it has published none.
+
     The stamp in meta covers this record, and every release must compute the same stamp. So a new field is written only
     if it is not empty, and fields of a later FedMoE are kept in `unknown` (JSON).
     """
@@ -184,12 +187,20 @@ class Decided:
     staleness: int = 0
     reason: str = ""
     position: str = ""
+    validation: str = ""
     unknown: str = ""
+
+    @property
+    def curve(self) -> Curve | None:
+        """The summary of the worker's validation losses; None if there is none, or it cannot be read."""
+        return Curve.from_json(self.validation)
 
     def to_json(self, *, canonical: bool = False) -> str:
         """The record as Redis stores it; canonical: with sorted fields, so that every release gives the same text."""
         content = {"run": self.id.run, "seq": self.id.seq, "how": self.how, "version": self.version}
         content |= {"staleness": self.staleness, "reason": self.reason, "position": self.position}
+        if self.validation:
+            content["validation"] = json.loads(self.validation)
         return json.dumps(content | json.loads(self.unknown or "{}"), sort_keys=canonical)
 
     @classmethod
@@ -202,9 +213,11 @@ class Decided:
         try:
             content = json.loads(text)
             ours = {"how", "version", "staleness", "reason", "position"}
+            validation = content.pop("validation", None)
             unknown = {name: value for name, value in content.items() if name not in ours | {"run", "seq"}}
             return cls(
                 id=UpdateId(content["run"], content["seq"]),
+                validation=json.dumps(validation, sort_keys=True) if validation else "",
                 unknown=json.dumps(unknown, sort_keys=True) if unknown else "",
                 **{name: value for name, value in content.items() if name in ours},
             )

@@ -15,9 +15,11 @@ from functools import lru_cache
 from typing import Any
 
 from fedmoe.errors import FedMoEError, SettingsError, SpecError
-from fedmoe.protocol.features import check_requires
+from fedmoe.protocol.features import HOLD as HOLD_FEATURE
+from fedmoe.protocol.features import check_requires, with_feature
 from fedmoe.protocol.fields import put_back, take_unknown
 from fedmoe.protocol.staleness import Decay
+from fedmoe.protocol.validation import HOLD, ON_WORSE, WARN
 from fedmoe.util.setting import changed, check, check_whole, setting, values
 
 LEAST_STALENESS_BOUND = 256
@@ -28,8 +30,17 @@ MAX_MOMENTUM = 0.999  # with more, what was learnt a thousand rounds ago would s
 TRAIN_EXPERT, TRAIN_GATEWAY, TRAIN_BOTH = TRAINS = ("expert", "gateway", "both")
 BY_WORKER, BY_DOMAIN = BALANCES = ("worker", "domain")
 SGD, NESTEROV, ADAPTIVE = SERVER_OPTIMIZERS = ("sgd", "nesterov", "adaptive")
+MAX_REASON_CHARS = 300
 # Left out of the stored text at their default: an earlier FedMoE, which lacks them, wrote the same text.
-LATER_RULES = ("gain", "balance", "server_optimizer", "server_momentum", "server_beta2", "server_epsilon")
+LATER = ("requires", "train", "on_worse", "held", "released")
+LATER_IN_AGGREGATION = (
+    "gain",
+    "balance",
+    "server_optimizer",
+    "server_momentum",
+    "server_beta2",
+    "server_epsilon",
+)
 # What a new gateway has where the expert that it is created like has the default; docs/benchmarks.md has the figures.
 FOR_GATEWAY = {"gain": 2.0, "balance": BY_DOMAIN}
 AUTO = "auto"  # for max_staleness: the bound grows with the number of workers
@@ -160,6 +171,10 @@ class RuleSet:
         training: how its workers train.
         sync_interval_s: seconds between two publications of a worker.
         train: what its workers train: the expert, the gateway, or both by turns.
+        on_worse: what happens if the validation losses of workers get worse.
+        held: why no updates are applied now; "" if they are.
+        released: version of the expert when an operator last released it, 0 if it was never held; validation losses
+            of earlier versions do not count any more.
         requires: names of the features that a reader of these rules must know (see `fedmoe.protocol.features`).
         unknown: fields that a later FedMoE wrote, as JSON; they are kept, so that a change of rules drops none of them.
     """
@@ -172,13 +187,27 @@ class RuleSet:
         TRAIN_EXPERT, "Model that the workers of the expert train: the expert, the gateway, or both by turns.",
         choices=TRAINS,
     )  # fmt: skip
+    on_worse: str = setting(
+        WARN, "Reaction if the validation loss of workers gets worse: warn, or hold the expert if two workers agree.",
+        choices=ON_WORSE,
+    )  # fmt: skip
     training: TrainingSettings = field(default_factory=TrainingSettings)
+    held: str = ""
+    released: int = 0
     requires: str = ""
     unknown: str = ""
 
     def __post_init__(self) -> None:
         check_whole("number", self.number, at_least=1)
+        check_whole("released", self.released, at_least=0)
+        if not isinstance(self.held, str) or len(self.held) > MAX_REASON_CHARS:
+            raise SettingsError(
+                f"the reason of a hold must be a text of at most {MAX_REASON_CHARS} characters", about="held"
+            )
         check(self)
+        # An aggregator that lacks the feature would apply the updates of a held expert.
+        needs_hold = bool(self.held) or self.on_worse == HOLD
+        object.__setattr__(self, "requires", with_feature(self.requires, HOLD_FEATURE, needs_hold))
 
     def to_json(self) -> str:
         """Canonical JSON: the same rules give the same text on every machine."""
@@ -186,8 +215,8 @@ class RuleSet:
         unknown = json.loads(content.pop("unknown") or "{}")
         without = RuleSet()
         for rules, default, names in (
-            (content, without, ("requires", "train")),
-            (content["aggregation"], without.aggregation, LATER_RULES),
+            (content, without, LATER),
+            (content["aggregation"], without.aggregation, LATER_IN_AGGREGATION),
         ):
             for name in names:
                 if rules[name] == getattr(default, name):
@@ -235,14 +264,33 @@ class RuleSet:
         wanted = {
             name: value for name, value in FOR_GATEWAY.items() if self.settings()[name] == defaults[name]
         }
-        return replace(self.changed(wanted), number=1, train=TRAIN_EXPERT)
+        return replace(self.changed(wanted).as_first(), train=TRAIN_EXPERT)
+
+    def hold(self, why: str) -> "RuleSet":
+        """The next rule set, under which no updates are applied for this reason.
+
+        Raises:
+            SettingsError: if the reason is too long.
+        """
+        return replace(self, number=self.number + 1, held=why)
+
+    def release(self, version: int) -> "RuleSet":
+        """The next rule set, under which updates are applied again, from this version of the expert on."""
+        return replace(self, number=self.number + 1, held="", released=version)
+
+    def as_first(self) -> "RuleSet":
+        """These rules for a new expert, which is not held."""
+        return replace(self, number=1, held="", released=0)
 
     def differences(self, after: "RuleSet") -> str:
         """The differences from this rule set to `after`, for people: `lr 1 -> 0.5, sync_interval 10 -> 30`."""
         now, then = self.settings(), after.settings()
-        return ", ".join(
+        texts = [
             f"{name} {_shown(now[name])} -> {_shown(then[name])}" for name in now if now[name] != then[name]
-        )
+        ]
+        if after.held != self.held:
+            texts.append(f"held: {after.held}" if after.held else "released")
+        return ", ".join(texts)
 
 
 def _shown(value: Any) -> str:

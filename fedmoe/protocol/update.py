@@ -26,6 +26,7 @@ MAX_TEXT_CHARS = 1024
 PAYLOAD_TTL_S = 7 * 24 * 3600  # of header and parts in Redis; far longer than any expected outage
 _RUN = re.compile(r"([0-9]{1,12})-([0-9a-f]{8})")
 _MAX_INT = 2**53
+_VALIDATION = ("val_loss", "val_version", "val_rows", "val_set")
 
 
 class ForeignHeaderError(UpdateError):
@@ -100,6 +101,8 @@ class Header:
         requires: the features needed to decide it (see `fedmoe.protocol.features`).
         vector, vector_rows: the worker's domain vector (see `fedmoe.protocol.vectors`), b"" if it withholds that; None
             if the update says nothing of it.
+        val_loss, val_version, val_rows, val_set: a validation loss, the version it was measured on, the number of rows
+            and their digest; None and "" for none. A malformed one is NaN: it decides nothing, so it refuses nothing.
         unknown: msgpack of the fields that a later FedMoE wrote, kept unchanged; b"" for none.
     """
 
@@ -121,6 +124,10 @@ class Header:
     requires: str = optional("")
     vector: bytes | None = optional(None)
     vector_rows: int = optional(0)
+    val_loss: float | None = optional(None)
+    val_version: int | None = optional(None)
+    val_rows: int | None = optional(None)
+    val_set: str = optional("")
     unknown: bytes = b""
 
     @property
@@ -148,6 +155,9 @@ class Header:
         if self.vector is None:
             del content["vector"], content["vector_rows"]
         unknown = content.pop("unknown")
+        if content["val_loss"] is None:  # left out: an earlier FedMoE, which lacks them, wrote the same bytes
+            for name in _VALIDATION:
+                del content[name]
         later = msgpack.unpackb(unknown) if unknown else {}
         return bytes(msgpack.packb({"header_format": HEADER_FORMAT} | content | later))
 
@@ -199,6 +209,7 @@ class Header:
             raise UpdateError(f"the header lacks the fields {', '.join(missing[:5])}", about=missing[0])
         content["prev"] = _parse_id(content["prev"])
         content["parts"] = _parse_parts(content["parts"])
+        content |= _parse_validation(content)
         _check_fields(content)
         if content["vector"] is None:
             content["vector_rows"] = 0
@@ -249,6 +260,16 @@ def _parse_parts(value: Any) -> tuple[Part, ...]:
             case _:
                 raise UpdateError("the header's list of parts is malformed", about="part")
     return tuple(parts)
+
+
+def _parse_validation(content: dict[str, Any]) -> dict[str, Any]:
+    """The fields of the validation loss, which are for people: whatever is malformed becomes NaN, None or ""."""
+    loss, version, rows, rows_set = (content[name] for name in _VALIDATION)
+    if loss is not None and not isinstance(loss, float):
+        loss = float("nan")
+    counts = [value if _is_count(value) and loss is not None else None for value in (version, rows)]
+    is_text = isinstance(rows_set, str) and len(rows_set) <= MAX_TEXT_CHARS and loss is not None
+    return dict(zip(_VALIDATION, (loss, *counts, rows_set if is_text else ""), strict=True))
 
 
 def _check_fields(content: dict[str, Any]) -> None:

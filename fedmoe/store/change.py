@@ -45,6 +45,31 @@ def change_rules(
         DamagedExpertError: if it is damaged; RemovedExpertError if it was removed.
         StaleStateError: if another process committed meanwhile; nothing was changed, try again.
     """
+    return _change(store, lambda meta: meta.rules.changed(settings), clock)
+
+
+def hold(store: ExpertStore, why: str, *, clock: Callable[[], float] = time.time) -> tuple[RuleSet, RuleSet]:
+    """Hold an expert, in one commit: no update is applied until it is released; one that is held stays as it is.
+
+    Entries stay on the stream, and workers train on: what they trained is in their next updates. Returns the rule sets
+    before and after; raises the errors of `change_rules`.
+    """
+    return _change(store, lambda meta: meta.rules if meta.rules.held else meta.rules.hold(why), clock)
+
+
+def release(store: ExpertStore, *, clock: Callable[[], float] = time.time) -> tuple[RuleSet, RuleSet]:
+    """Release a held expert, in one commit: what waits is decided, and workers' losses are compared anew.
+
+    Returns the rule sets before and after, which are equal if it is not held; raises the errors of `change_rules`.
+    """
+    return _change(
+        store, lambda meta: meta.rules.release(meta.version) if meta.rules.held else meta.rules, clock
+    )
+
+
+def _change(
+    store: ExpertStore, new: Callable[[Meta], RuleSet], clock: Callable[[], float]
+) -> tuple[RuleSet, RuleSet]:
     meta, logged = whole_expert(store)
     if store.is_claimed():
         raise StaleStateError(
@@ -52,7 +77,7 @@ def change_rules(
             "aggregator writes it back first",
             about="rollback",
         )
-    before, after = meta.rules, meta.rules.changed(settings)
+    before, after = meta.rules, new(meta)
     if after != before:
         # If the log was lost, the next aggregator to serve the expert must notice it: so this line repeats the last
         # logged version.
@@ -71,10 +96,15 @@ def change_rules(
 
 def change_rules_soon(store: ExpertStore, settings: Mapping[str, Any]) -> tuple[RuleSet, RuleSet]:
     """Retry `change_rules` for at most PATIENCE_S while an aggregator commits; raises the same errors."""
+    return soon(lambda: change_rules(store, settings))
+
+
+def soon(change: Callable[[], tuple[RuleSet, RuleSet]]) -> tuple[RuleSet, RuleSet]:
+    """Retry a change for at most PATIENCE_S while an aggregator commits; raises the errors of the change."""
     until = time.monotonic() + PATIENCE_S
     while True:
         try:
-            return change_rules(store, settings)
+            return change()
         except StaleStateError as error:
             if time.monotonic() > until:
                 raise StaleStateError(

@@ -6,13 +6,16 @@ else is shown. One SCAN finds all workers (members.py); KEYS is never used.
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 from redis.exceptions import NoPermissionError
 
 from fedmoe.errors import ProtocolError, RemovedExpertError, SpecError
+from fedmoe.protocol.balance import active_of
 from fedmoe.protocol.federation import (
+    CurveView,
     DeadLetterView,
     ExpertView,
     Federation,
@@ -26,7 +29,8 @@ from fedmoe.protocol.lines import DeadLetter
 from fedmoe.protocol.merged import BuiltFrom, MergedMeta
 from fedmoe.protocol.merged_view import FitView, MergedView
 from fedmoe.protocol.names import GATEWAY, MERGED, is_expert
-from fedmoe.protocol.records import NO_DECISIONS, Meta
+from fedmoe.protocol.records import NO_DECISIONS, Decided, Meta
+from fedmoe.protocol.validation import Curve, best_version
 from fedmoe.store.connection import Connection
 from fedmoe.store.members import Members, read_members
 from fedmoe.store.reading import Command, ask, texts, why
@@ -115,7 +119,7 @@ class Inspector:
             "dead": ("XLEN", keys.dead),
             "last_dead": ("XREVRANGE", keys.dead, "+", "-", "COUNT", SHOWN_DEAD),
             "log": ("XREVRANGE", keys.log, "+", "-", "COUNT", SHOWN_LOG),
-            "decided": ("HKEYS", keys.decided),
+            "decided": ("HGETALL", keys.decided),
             "spec": ("STRLEN", keys.spec),
         }
 
@@ -129,6 +133,7 @@ class Inspector:
         pending, lag = _group(replies["groups"], waiting)
         problems += _of_aggregators(replies)
         workers = members.alive
+        curves = _curves(replies["decided"] or {}, meta)
         if meta:
             workers = [_behind(worker, meta.version) for worker in workers]
         return ExpertView(
@@ -146,6 +151,8 @@ class Inspector:
             last_dead=tuple(_dead_letter(entry) for entry in replies["last_dead"] or ()),
             log=tuple(texts(fields) for _, fields in replies["log"] or ()),
             last_update_s=_age_of_last(replies["log"] or (), now),
+            curves=tuple(CurveView.of(printable(name), curve) for name, curve in sorted(curves.items())),
+            best_version=best_version(curves),
             problems=tuple(problems),
         )
 
@@ -188,7 +195,7 @@ def _missing(replies: Mapping[str, Any], meta: Meta | None) -> list[str]:
     missing = [what for what in ("weights", "spec") if replies[what] == 0]
     sentences = [f"its {what} {'is' if what == 'spec' else 'are'} missing" for what in missing]
     # `decided` is read after meta, so a commit between the two reads only adds to it.
-    if meta and meta.decided_stamp != NO_DECISIONS and replies["decided"] == []:
+    if meta and meta.decided_stamp != NO_DECISIONS and replies["decided"] == {}:
         sentences.append("its decided updates are missing")
     return [f"{sentence}: {REPAIR}" for sentence in sentences]
 
@@ -226,6 +233,16 @@ def _dead_letter(entry: tuple[bytes, Mapping[bytes, bytes]]) -> DeadLetterView:
         seq="" if letter.seq is None else str(letter.seq),
         reason=printable(letter.reason or "no reason is given"),
     )
+
+
+def _curves(raw: Mapping[bytes, bytes], meta: Meta | None) -> dict[str, Curve]:
+    """The validation losses of the active workers."""
+    decided = {}
+    for name, text in raw.items():
+        with suppress(SpecError):  # a load names what is malformed
+            decided[name.decode(errors="replace")] = Decided.from_json(text)
+    last = active_of(decided, meta.version) if meta else {}
+    return {name: curve for name, one in last.items() if (curve := one.curve)}
 
 
 def _behind(worker: WorkerView, version: int) -> WorkerView:

@@ -115,6 +115,9 @@ class WorkerStore:
         """The rules in force; None if they cannot be parsed (the next pull then raises the error)."""
         with self.connection.errors():
             (text,) = self._redis.hmget(self.keys.meta, ["rules"])
+        return self._parsed(text)
+
+    def _parsed(self, text: bytes | None) -> RuleSet | None:
         try:
             return RuleSet.from_json(text.decode()) if text else None
         except (SpecError, UnicodeDecodeError):
@@ -334,13 +337,15 @@ class WorkerStore:
             raw = self._redis.hgetall(self.keys.worker(self.worker))
         return Beat.read(raw) if raw else None
 
-    def is_served(self) -> bool | None:
-        """True if an aggregator holds the expert's lease, False if none does; None if this user may not read it."""
-        with self.connection.errors():
-            try:
-                return self._redis.get(self.keys.lease) is not None
-            except redis.ResponseError:
-                return None
+    def served(self) -> tuple[bool | None, str]:
+        """True if an aggregator holds the lease, None if this user may not read it; and why it is held, or ""."""
+        with self.connection.errors(), self._redis.pipeline(transaction=False) as pipe:
+            pipe.get(self.keys.lease)
+            pipe.hmget(self.keys.meta, ["rules"])
+            lease, meta = pipe.execute(raise_on_error=False)
+        is_served = None if isinstance(lease, redis.ResponseError) else lease is not None
+        rules = None if isinstance(meta, redis.ResponseError) else self._parsed(meta[0])
+        return is_served, rules.held if rules else ""
 
     def leave(self, how: str = "stopped", reason: str = "") -> None:
         """Delete the heartbeat and write a trace: how the worker left (finished, stopped, refused, failed), and why."""

@@ -3,14 +3,16 @@
 import redis.client
 
 import consumers.aggregator as aggregator
+import consumers.early_warning
 import consumers.gateway.builder as gateway
 import consumers.recovery.settle
+from consumers.expert import Expert
 from fedmoe.protocol import condition, keys
 from fedmoe.protocol.names import GATEWAY
 from fedmoe.store import change
 from fedmoe.store.expert import ExpertStore
 from producers.ledger import Ledger
-from tests.hazards import commits, gateways, recovery, updates, vectors, without
+from tests.hazards import commits, gateways, holds, recovery, updates, vectors, without
 from tests.hazards.hazard import Hazard, of_store
 from tests.protocol import broken, broken_recovery
 
@@ -154,6 +156,20 @@ OF_REDIS = {
         scenario=commits.h25_emptied,
         without=of_store(without.WritesBackWeightsAlone),
         symptom="the server optimizer began anew",
+    ),
+    "H26a": Hazard(
+        wrong="a worker claims that the validation loss got worse, and the expert stands still for all others",
+        rule="an expert is held only if two workers agree, each compared with itself",
+        scenario=holds.h26_one_forged_loss,
+        without=((consumers.early_warning, "AGREEING", 1),),
+        symptom="one forged loss holds the expert",
+    ),
+    "H26b": Hazard(
+        wrong="an expert is held, and updates that were read with the one that held it, or wait, are applied to it",
+        rule="the rules in force are looked at before each update, and what waits stays on the stream",
+        scenario=holds.h26_batch_goes_on,
+        without=((Expert, "is_held", False),),
+        symptom="an update was applied after the one that held the expert",
     ),
     "H27a": Hazard(
         wrong="Redis is emptied, and no worker sends its domain vector again: nothing is routed to the expert any more",

@@ -29,6 +29,7 @@ H21  an operator restores a backup that is older than an aggregator's retained s
 H22  a worker is started while Redis is behind
 H23  an operator changes the rules between two updates
 H25  what the server optimizer remembers
+H26  an expert is held, because its validation loss got worse
 H27  a domain vector in an emptied Redis, or in a refused update
 """
 

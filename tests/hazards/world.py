@@ -274,6 +274,10 @@ class World:
         """What `fedmoe expert set` does."""
         change.change_rules(ExpertStore(self._operator, EXPERT), settings)
 
+    def release(self) -> None:
+        """What `fedmoe expert release` does."""
+        change.release(ExpertStore(self._operator, EXPERT))
+
     def aggregator(self, holder: str = "A0") -> AggregatorProcess:
         """Start an aggregator."""
         return AggregatorProcess(self, holder)

@@ -247,7 +247,7 @@ def commit_and_pull(guarded: Guarded, wire_format: str) -> None:
     update = worker.make_update()
     entry = worker.publish()
     admin.config_set("maxmemory", 1)
-    assert worker.store.is_served() is False
+    assert worker.store.served()[0] is False
     assert worker.store.poll(entry, update.header).entry_waits
     assert serve(expert) == ["applied"]
     worker.pull()

@@ -72,6 +72,6 @@ def test_user_who_may_not_read_the_lease_is_left_in_peace(connection: Connection
     try:
         other = connect()
         other.client.execute_command("AUTH", "narrow", "secret")
-        assert WorkerStore(other, "sql_expert", "alice").is_served() is None
+        assert WorkerStore(other, "sql_expert", "alice").served()[0] is None
     finally:
         acl.execute_command("ACL", "DELUSER", "narrow")

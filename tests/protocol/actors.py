@@ -27,7 +27,7 @@ from fedmoe.protocol.rules import NESTEROV, AggregationRules, RuleSet
 from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.staleness import Decay
 from fedmoe.settings import AggregatorSettings
-from fedmoe.store.change import change_rules
+from fedmoe.store.change import change_rules, hold, release
 from fedmoe.store.connection import Command, Connection, RedisSettings
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.worker import WorkerStore
@@ -182,8 +182,9 @@ class Aggregator:
         self._rules = rules
 
     def choices(self, memory: Served, db: Db) -> tuple[int, ...]:
-        """With nothing pending it makes no difference whether it reclaims."""
-        due = memory.loaded and db.pending and self._rules.reclaims_now_and_then
+        """With nothing pending it makes no difference whether it reclaims, unless the expert is held."""
+        held = memory.meta and memory.meta.rules.held
+        due = memory.loaded and (db.pending or held) and self._rules.reclaims_now_and_then
         return (0, 1) if due else (0,)
 
     def fair_choice(self, memory: Served) -> int:
@@ -299,9 +300,13 @@ class Aggregator:
 
 
 class Operator:
-    """An operator who, once told to, changes the rules until it is done: IDLE, then WANTS, then DONE."""
+    """An operator who, once told to, changes the rules, or holds the expert and releases it, until it is done.
 
-    IDLE, WANTS, DONE = "idle", "wants to change the rules", "has changed the rules"
+    IDLE, then WANTS, then DONE; or IDLE, then HOLDS, then RELEASES, then DONE.
+    """
+
+    IDLE, WANTS, DONE = "idle", "wants to change the rules", "is done"
+    HOLDS, RELEASES = "wants to hold the expert", "wants to release the expert"
 
     def __init__(self, rules: Rules) -> None:
         self.name = "operator"
@@ -310,7 +315,7 @@ class Operator:
 
     def choices(self, memory: str, db: Db) -> tuple[int, ...]:
         """Nothing but to go on with a change."""
-        return (0,) if memory == self.WANTS else ()
+        return (0,) if memory not in (self.IDLE, self.DONE) else ()
 
     def fair_choice(self, memory: str) -> int:
         return 0
@@ -320,14 +325,21 @@ class Operator:
         return ""
 
     def turn(self, memory: str, replies: Sequence[Reply], choice: int) -> str:
-        """`fedmoe expert set`, tried once."""
-        if memory != self.WANTS:
+        """`fedmoe expert set`, `hold` or `release`, tried once."""
+        if memory in (self.IDLE, self.DONE):
             return memory
         port = Port(replies)
         store = self._rules.expert_store(ModelConnection(Client(port)), NAME)
         with patch.object(fedmoe.store.change, "new_id", lambda: str(port.ask(NEW_ID)[0])):
             try:
-                self._rules.change(store, {"lr": NEW_LR}, clock=lambda: 0.0)
+                match memory:
+                    case self.WANTS:
+                        self._rules.change(store, {"lr": NEW_LR}, clock=lambda: 0.0)
+                    case self.HOLDS:
+                        hold(store, "why", clock=lambda: 0.0)
+                        return self.RELEASES
+                    case self.RELEASES:
+                        release(store, clock=lambda: 0.0)
             except FedMoEError:
                 return memory  # and the operator types it again
         return self.DONE

@@ -314,6 +314,12 @@ BROKEN = {
         scope=Scope(momentum=0.5),
         symptom="the server state is",
     ),
+    "H26_held_expert_is_served_on": Broken(
+        what="an aggregator decides updates of a held expert",
+        rules=Rules(patches=((Expert, "is_held", False),)),
+        scope=Scope(units=1, faults={"hold": 1}),
+        symptom="applied while the expert was held",
+    ),
     "acknowledged_before_commit": Broken(
         what="entries are acknowledged and deleted when they are read",
         rules=Rules(expert_store=AckFirst),

@@ -56,12 +56,16 @@ def check_db(db: Db, spec: Spec, *, refuses_nothing: bool) -> str:
         return "one name of an update has two contents"
     if db.rules_went_back:
         return "the operator's rules were taken back"
+    if db.applied_while_held:
+        return "an update was applied while the expert was held"
+    # Otherwise later rules only hold and release.
+    is_changed = RuleSet.from_json(meta["rules"]).aggregation.lr == NEW_LR
     for worker, run, seq, rules, ends_round, new_state in db.log:
         lineage = Header.unpack(written[KEYS.header(worker, run, seq)]).lineage
         if lineage != meta["lineage"]:
             return f"an update of another lineage, {lineage}, is in the history"
         delta = _decoded(written[KEYS.part(worker, run, seq, 0)], len(replay))
-        factor = 1.0 if rules == 1 else NEW_LR
+        factor = NEW_LR if rules > 1 and is_changed else 1.0
         replay = [a + factor * b for a, b in zip(replay, delta, strict=True)]
         if not momentum:
             continue

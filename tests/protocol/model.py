@@ -147,12 +147,14 @@ class Model(Steps):
         if not db.gone and (spent := self.spend(state, "new_lineage")):
             zeros = first_file(self._spec)
             yield Label(what="an operator begins a new lineage"), self._do(spent, ("RELINEAGE", zeros))
-        if spent := self.spend(state, "rules"):
+        for fault, wish in (("rules", Operator.WANTS), ("hold", Operator.HOLDS)):
             operator = len(self.actors) - 1
-            yield (
-                Label(operator, what=Operator.WANTS),
-                with_slot(spent, operator, self._fresh(Operator.WANTS, state.slots[operator].connection)),
+            is_idle = isinstance(self.actors[operator], Operator) and (
+                self._memories.values[state.slots[operator].memory] in (Operator.IDLE, Operator.DONE)
             )
+            if is_idle and (spent := self.spend(state, fault)):
+                slot = self._fresh(wish, state.slots[operator].connection)
+                yield Label(operator, what=wish), with_slot(spent, operator, slot)
         if spent := self.spend(state, "forge"):
             for fields in [(), *(_forged(key) for key, _ in db.written if key.endswith(":0"))]:
                 yield (

@@ -51,7 +51,7 @@ class Steps:
             )
             for i in range(scope.workers)
         ]  # fmt: skip
-        operators = [Operator(rules)] if scope.faults.get("rules") else []
+        operators = [Operator(rules)] if scope.faults.get("rules") or scope.faults.get("hold") else []
         self.actors: list[Any] = [*self.aggregators, *self.workers, *operators]
         self._dbs, self._memories, self._replies, self._requests = Table(), Table(), Table(), Table()
         assert self._replies(()) == NO_REPLIES

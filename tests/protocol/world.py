@@ -93,6 +93,7 @@ class Db(NamedTuple):
     written: tuple[tuple[str, bytes], ...] = ()
     base: tuple[int, bytes, bytes | None] | None = None
     rules_went_back: bool = False
+    applied_while_held: bool = False
 
     @property
     def gone(self) -> bool:
@@ -130,6 +131,7 @@ class _Server:
         self.written = dict(db.written)
         self.last_id, self.delivered, self.log, self.refused = db.last_id, db.delivered, db.log, db.refused
         self.base, self.rules_went_back = db.base, db.rules_went_back
+        self.applied_while_held = db.applied_while_held
 
     def freeze(self) -> Db:
         return Db(
@@ -144,6 +146,7 @@ class _Server:
             written=tuple(sorted(self.written.items())),
             base=self.base,
             rules_went_back=self.rules_went_back,
+            applied_while_held=self.applied_while_held,
         )
 
     def get(self, key: str) -> bytes | None:
@@ -215,7 +218,10 @@ class _Server:
     def hset(self, key: str, mapping: Pairs) -> int:
         before = self.hashes.get(key, {})
         if key == KEYS.meta and "rules" in before:
-            self.rules_went_back |= _number_of(dict(mapping)["rules"]) < _number_of(before["rules"])
+            after = dict(mapping)
+            self.rules_went_back |= _number_of(after["rules"]) < _number_of(before["rules"])
+            is_held = bool(RuleSet.from_json(before["rules"]).held)
+            self.applied_while_held |= is_held and after["version"] != before["version"]
         self.hashes.setdefault(key, {}).update(mapping)
         if key == KEYS.meta:
             self.hashes[key] |= dict.fromkeys(FOR_PEOPLE, "0")

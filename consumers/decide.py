@@ -101,7 +101,11 @@ def judge_header(
     staleness = staleness_of(meta.version, header.base_version)
     rules = meta.rules.aggregation
     bound = rules.staleness_bound(peers.known)
-    if reason := _breach(header, meta, spec) or _too_far(header, staleness, meta, bound):
+    if (
+        reason := _breach(header, meta, spec)
+        or meta.rolled_back.reason(header.base_version)
+        or _too_far(header, staleness, meta, bound)
+    ):
         return Verdict(Outcome.REFUSED, reason, staleness)
     return Admission(staleness, rules.factor(staleness, peers.weight), rules.max_norm, peers.weight)
 

@@ -1,4 +1,4 @@
-"""`fedmoe expert list | show | set | add | remove | weight`, while the federation runs."""
+"""`fedmoe expert list | show | set | add | remove | weight | rollback`, while the federation runs."""
 
 import json
 import sys
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fedmoe.cli.declared import given, options, redis_options
+from fedmoe.cli.rollback import rollback
 from fedmoe.cli.status import cell, table
 from fedmoe.protocol.rules import RuleSet
 from fedmoe.settings import RedisSettings
@@ -22,7 +23,10 @@ LOOK_EVERY_S = 0.5
 
 @click.group()
 def expert() -> None:
-    """List, show, change, add and remove experts, also while they are served and trained."""
+    """List, show, change, add, remove and roll back experts, also while they are served and trained."""
+
+
+expert.add_command(rollback)
 
 
 @expert.command("list")
@@ -96,9 +100,12 @@ def show(redis: RedisSettings, as_json: bool, name: str) -> None:
         del rules["train"]  # it belongs to the experts of domains
     if as_json:
         content = {"name": name, "version": meta.version, "lineage": meta.lineage, "identity": identity}
+        content["rolled_back"] = [one._asdict() for one in meta.rolled_back.intervals]
         click.echo(json.dumps(content | {"rules": {"number": meta.rules.number} | rules}, indent=2))
         return
     click.echo(f"{name}: version {meta.version}")
+    for one in meta.rolled_back.intervals:
+        click.echo(f"  {one}")
     click.echo("\nidentity, which never changes:")
     _show(identity)
     click.echo(f"\nrules {meta.rules.number}, which `fedmoe expert set {name}` changes:")

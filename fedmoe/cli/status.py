@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from fedmoe.protocol.federation import ExpertView, Federation, MergedView, ServerView, WorkerView
+    from fedmoe.protocol.records import Meta
     from fedmoe.store.inspect import Inspector
 
 EXPERT_COLUMNS = (
@@ -227,9 +228,21 @@ def more_lines(federation: "Federation") -> list[str]:
         for expert in federation.experts
         if expert.meta and 0 < expert.meta.reach < WIDE_REACH
     ]
+    lines += [
+        f"{expert.name}: {expert.meta.rolled_back.intervals[-1]}"
+        for expert in federation.experts
+        if expert.meta and _is_news(expert.meta)
+    ]
     if federation.experts:
         lines.append(merged_line(federation.merged))
     return lines
+
+
+def _is_news(meta: "Meta") -> bool:
+    """True if the expert was rolled back, and what was trained on the versions before is not too stale yet anyway."""
+    if not meta.rolled_back.intervals:
+        return False
+    return meta.version - meta.rolled_back.latest[1] <= meta.rules.aggregation.staleness_bound(0)
 
 
 def trained_line(federation: "Federation") -> str:

@@ -28,6 +28,7 @@ H20  Redis comes back from an older file than an aggregator's retained state
 H21  an operator restores a backup that is older than an aggregator's retained state
 H22  a worker is started while Redis is behind
 H23  an operator changes the rules between two updates
+H24  an operator rolls an expert back while it is trained
 """
 
 from collections.abc import Iterator

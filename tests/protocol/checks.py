@@ -1,13 +1,16 @@
 """What must hold in every database: each update once in one history, and the weights are the replay of it."""
 
+from collections.abc import Iterable, Mapping
+
 import torch
 
 from fedmoe.protocol.codec import decode
 from fedmoe.protocol.layout import values_of
+from fedmoe.protocol.rollback import RolledBack
 from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.update import Header
 from tests.protocol.actors import NEW_LR, Values, first_file
-from tests.protocol.world import KEYS, OVERWRITTEN, TWO_CONTENTS, Db
+from tests.protocol.world import KEYS, OVERWRITTEN, ROLLBACK, TWO_CONTENTS, Db
 
 LINEAGES = ("L", "M")  # the one of the beginning, and the one that an operator begins
 
@@ -30,33 +33,95 @@ def check_db(db: Db, spec: Spec, *, refuses_nothing: bool) -> str:
         return f"nobody asked for the new lineage {meta['lineage']}"
     if db.base == OVERWRITTEN:
         return "an expert was written back over one that was there"
-    decided = tuple(line[:3] for line in db.log) + db.refused
+    decided = tuple(line[:3] for line in db.log if line[0] != ROLLBACK) + db.refused
     twice = [name for n, name in enumerate(decided) if name in decided[:n]]
     if twice:
         return f"update {twice[0]} is twice in the history"
-    if db.refused and refuses_nothing:
-        return f"update {db.refused[0]} was refused without cause"
-    since, file = db.base or (0, first_file(spec))
-    weights, replay = weights_of(db, spec), values_of(spec.layout, file).tolist()
+    rolled_back = RolledBack.from_json(meta["rolled_back"])
     written = dict(db.written)
+    for name in db.refused if refuses_nothing else ():
+        if not rolled_back.holds(Header.unpack(written[KEYS.header(*name)]).base_version):
+            return f"update {name} was refused without cause"
+    since, _ = db.base or (0, b"")
+    weights = weights_of(db, spec)
     if TWO_CONTENTS in written.values():
         return "one name of an update has two contents"
     if db.rules_went_back:
         return "the operator's rules were taken back"
-    for worker, run, seq, rules in db.log:
+    for worker, run, seq, _ in db.log:
+        if worker == ROLLBACK:
+            continue
         lineage = Header.unpack(written[KEYS.header(worker, run, seq)]).lineage
         if lineage != meta["lineage"]:
             return f"an update of another lineage, {lineage}, is in the history"
-        delta = _decoded(written[KEYS.part(worker, run, seq, 0)], len(replay))
-        factor = 1.0 if rules == 1 else NEW_LR
-        replay = [a + factor * b for a, b in zip(replay, delta, strict=True)]
-    if list(weights) != replay:
-        return f"the weights are {weights}, a replay of the log gives {tuple(replay)}"
+    replay = list(versions_of(db, spec).values())[-1]
+    if weights != replay:
+        return f"the weights are {weights}, a replay of the log gives {replay}"
     if any(value not in (0.0, NEW_LR, 1.0) for value in weights):
         return f"a unit of training counts twice: {weights}"
     if int(meta["version"]) != since + len(db.log):
-        return "the version is not the number of updates in the log"
+        return "the version is not the number of lines in the log"
+    if len(rolled_back.intervals) != sum(line[0] == ROLLBACK for line in db.log) and not db.base:
+        return "meta and the log do not tell of the same rollbacks"
     return ""
+
+
+def versions_of(db: Db, spec: Spec) -> dict[int, Values]:
+    """The weights of each version of the present history, by a replay of the log."""
+    since, file = db.base or (0, first_file(spec))
+    weights: Values = tuple(values_of(spec.layout, file).tolist())
+    versions = {since: weights}
+    for version, line in enumerate(db.log, since + 1):
+        worker, _, _, rules = line
+        if worker == ROLLBACK:
+            weights = versions.get(rules, weights)
+        else:
+            factor = 1.0 if rules == 1 else NEW_LR
+            weights = tuple(a + factor * b for a, b in zip(weights, delta_in(db, line, spec), strict=True))
+        versions[version] = weights
+    return versions
+
+
+def delta_in(db: Db, line: tuple[str, str, int, int], spec: Spec) -> list[float]:
+    """Δ of the update that a line of the log names."""
+    return _decoded(dict(db.written)[KEYS.part(*line[:3], 0)], spec.layout.numel)
+
+
+def taken_back(db: Db, spec: Spec) -> frozenset[int]:
+    """The units of training that some rollback of the present history took back."""
+    since = db.base[0] if db.base else 0
+    units: set[int] = set()
+    for version, line in enumerate(db.log, since + 1):
+        if line[0] == ROLLBACK:
+            lines = enumerate(db.log[: version - since - 1], since + 1)
+            gone = [one for number, one in lines if number > line[3] and one[0] != ROLLBACK]
+            units |= {unit for one in gone for unit in _units(delta_in(db, one, spec))}
+    return frozenset(units)
+
+
+def check_bases(db: Db, spec: Spec, seen: Mapping[str, Mapping[int, frozenset[int]]]) -> str:
+    """What is wrong with the updates after a rollback, or nothing: none was trained on what was rolled back.
+
+    `seen` tells of each unit of each worker, which units were in the adapter that it was trained on.
+    """
+    since, versions = db.base[0] if db.base else 0, versions_of(db, spec)
+    rolled: set[int] = set()
+    for version, line in enumerate(db.log, since + 1):
+        if line[0] == ROLLBACK:
+            # What an earlier rollback took back may be there again.
+            rolled |= taken_back(db._replace(log=db.log[: version - since]), spec)
+            rolled -= _units(versions[version])
+            continue
+        for unit in _units(delta_in(db, line, spec)):
+            if seen[line[0]].get(unit, frozenset()) & rolled:
+                return (
+                    f"update {line[:3]}, version {version}, was trained on what an operator had rolled back"
+                )
+    return ""
+
+
+def _units(values: Iterable[float]) -> set[int]:
+    return {unit for unit, value in enumerate(values) if value}
 
 
 def _decoded(part: bytes, numel: int) -> list[float]:

@@ -36,6 +36,11 @@ SMALL = {
     ),
     "emptied, departure": Scope(units=1, disk=False, faults={"empty": 1, "leave": 1}),
     "failover, departure": Scope(units=1, disk=False, lag=3, faults={"failover": 1, "leave": 1}),
+    "rollback": Scope(faults={"rollback": 1}),
+    "rollback, two workers": Scope(workers=2, units=1, faults={"rollback": 1}),
+    "rollback and a killed worker": Scope(units=1, faults={"rollback": 1, "kill_worker": 1}),
+    "rollback and a killed aggregator": Scope(units=1, faults={"rollback": 1, "kill_aggregator": 1}),
+    "rollback and failover": Scope(units=1, lag=1, faults={"rollback": 1, "failover": 1}),
 }
 
 BIG = {
@@ -64,6 +69,14 @@ BIG = {
     "changed rules and failover": Scope(units=1, faults={"rules": 1, "failover": 1}),
     "changed rules, lost replies": Scope(faults={"rules": 1, "lost": 1}),
     "new lineage, two workers": Scope(workers=2, units=1, faults={"new_lineage": 1}),
+    "rollback, two workers of two updates": Scope(workers=2, faults={"rollback": 1}),
+    "rollback, emptied": Scope(units=1, faults={"rollback": 1, "empty": 1}),
+    "rollback and a killed worker": Scope(faults={"rollback": 1, "kill_worker": 1}),
+    "rollback and failover": Scope(units=1, lag=4, faults={"rollback": 1, "failover": 1}),
+    "rollback and failover, two workers": Scope(workers=2, units=1, faults={"rollback": 1, "failover": 1}),
+    "rollback, two aggregators": Scope(aggregators=2, faults={"rollback": 1, "lease": 1}),
+    "rollback, lost replies": Scope(faults={"rollback": 1, "lost": 1, "late": 1}),
+    "two rollbacks": Scope(workers=2, units=1, faults={"rollback": 2}),
     "emptied, two workers": Scope(workers=2, units=1, faults={"empty": 1}),
     "emptied, refusals": Scope(workers=2, units=1, max_staleness=0, faults={"empty": 1}),
     "emptied and failover": Scope(units=1, faults={"empty": 1, "failover": 1}),

@@ -7,6 +7,7 @@ unlinked or a failover dropped it too; `base` keeps the weights that the log goe
 people read stay 0, else a harmless loop would make states without end.
 """
 
+import json
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ NO_GROUP = "NOGROUP No such consumer group"
 TWO_CONTENTS = b"two contents"
 OVERWRITTEN = (-1, b"")  # as a base: an expert was written back where one was
 LOG_FIELDS = ("worker", "run", "seq")
+ROLLBACK = ""  # as a worker in the log: an operator's rollback, with its line (JSON), new version and target
 
 Command = tuple[Any, ...]
 Pairs = tuple[tuple[str, str], ...]
@@ -77,7 +79,8 @@ class Reply(NamedTuple):
 class Db(NamedTuple):
     """All that the server holds; ids of the updates stream are whole numbers.
 
-    `base` is the version and the weights that an aggregator wrote back, since when the log goes on; none: from zeros.
+    A line of the log is (worker, run, seq, rules), or a rollback. `base` is the version and the weights that an
+    aggregator wrote back, since when the log goes on; none: from zeros.
     """
 
     strings: tuple[tuple[str, bytes], ...] = ()
@@ -233,6 +236,9 @@ class _Server:
         if key == KEYS.log and "restored" in content:
             over = self.log or self.base
             self.base = OVERWRITTEN if over else (int(content["version"]), self.strings[KEYS.weights])
+        elif key == KEYS.log and "rolled_back_to" in content:
+            to, version = int(content["rolled_back_to"]), int(content["version"])
+            self.log += ((ROLLBACK, json.dumps(content, sort_keys=True), version, to),)
         elif key in (KEYS.log, KEYS.dead) and "seq" in content:
             line = (content["worker"], content["run"], int(content["seq"]))
             if key == KEYS.log:
@@ -263,6 +269,8 @@ class _Server:
         """The last line of the log."""
         if not self.log and not self.base:
             return ()
+        if self.log and self.log[-1][0] == ROLLBACK:
+            return (("1-0", tuple(json.loads(self.log[-1][1]).items())),)
         version = (self.base[0] if self.base else 0) + len(self.log)
         return (("1-0", (("version", str(version)),)),)
 

@@ -10,7 +10,7 @@ from consumers.decide import Outcome
 from consumers.expert import Expert
 from consumers.history import History
 from consumers.recovery.settle import Recovery
-from consumers.recovery.write_back import rebuild
+from consumers.recovery.write_back import keep_rolled_back, rebuild
 from consumers.retention import Retention
 from fedmoe.errors import (
     FedMoEError,
@@ -209,6 +209,7 @@ class ExpertServer:
         )  # fmt: skip
         loaded = expert.load()
         self.recovery.wait_for_claims(loaded)
+        keep_rolled_back(expert)
         if expert.is_behind:
             expert.process(())  # commits meta, so that workers see this aggregator's protocol and features
         self.retained, self.is_serving = expert, True

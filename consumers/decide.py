@@ -108,7 +108,11 @@ def judge_header(
     staleness = staleness_of(meta.version, header.base_version)
     rules = meta.rules.aggregation
     bound = rules.staleness_bound(peers.known)
-    if reason := _breach(header, meta, spec) or _too_far(header, staleness, meta, bound):
+    if (
+        reason := _breach(header, meta, spec)
+        or meta.rolled_back.reason(header.base_version)
+        or _too_far(header, staleness, meta, bound)
+    ):
         return Verdict(Outcome.REFUSED, reason, staleness)
     is_last = has_state(rules) and ends_round(meta.version, meta.round_version, peers.active)
     step = ServerStep(rules, rules.factor(staleness, peers.weight), is_last)

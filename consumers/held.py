@@ -44,6 +44,19 @@ class Held:
             self.state.load(state)
         self.optimizer = optimizer
 
+    def copy(self) -> "Held":
+        """The same values in buffers of their own."""
+        copy = Held(self.weights.layout)
+        copy.take(self)
+        return copy
+
+    def take(self, other: "Held") -> None:
+        """Copy the values of another one of this layout."""
+        self.weights.flat.copy_(other.weights.flat)
+        if other.optimizer:
+            self.state.flat.copy_(other.state.flat)
+        self.optimizer = other.optimizer
+
     def stamp(self, commit: str) -> None:
         """Write the commit id of these weights into the headers of both files."""
         self.weights.stamp(commit)

@@ -29,6 +29,7 @@ from fedmoe.protocol.features import check_requires
 from fedmoe.protocol.fields import known_fields
 from fedmoe.protocol.packed import unpack_again
 from fedmoe.protocol.records import Meta
+from fedmoe.protocol.rollback import RolledBack
 from fedmoe.protocol.rules import RuleSet
 from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.update import Header, UpdateId
@@ -168,7 +169,8 @@ class StateDir:
             "run": ledger.run,
             "seq": ledger.seq,
             "start": list(ledger.start) if ledger.start else None,
-            "meta": asdict(ledger.meta) | {"rules": ledger.meta.rules.to_json()},
+            "meta": asdict(ledger.meta)
+            | {"rules": ledger.meta.rules.to_json(), "rolled_back": ledger.meta.rolled_back.to_json()},
             "trained": asdict(checkpoint.trained),
             "position": checkpoint.position,
             "data": checkpoint.data,
@@ -313,7 +315,11 @@ def _meta(content: dict[str, Any]) -> Meta:
     needed = {one.name for one in fields(Meta) if not one.metadata.get("optional")}
     if missing := sorted(needed - content.keys()):
         raise ValueError(f"its meta lacks {missing[0]}")
-    return Meta(**known_fields(Meta, content) | {"rules": RuleSet.from_json(content["rules"])})
+    parsed = {
+        "rules": RuleSet.from_json(content["rules"]),
+        "rolled_back": RolledBack.from_json(content.get("rolled_back", "[]")),
+    }
+    return Meta(**known_fields(Meta, content) | parsed)
 
 
 def _as_tensor(blob: bytes) -> torch.Tensor:

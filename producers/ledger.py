@@ -119,6 +119,7 @@ class Change:
     Args:
         correction: (numel,) fp32 to add to local, None if neither weights nor pending changed.
         replace: set local to `correction` instead; this discards all local training.
+        rolled_back: an operator rolled the expert back: what was trained on the old base is dropped; with `replace`.
         decided: updates decided since the last observation, oldest first; `how` is the decision of the last one.
         resent: updates whose decision a failover undid; they are pending again.
         lost: range of decided updates that a rollback undid and the worker no longer keeps, as text; "" for none.
@@ -134,6 +135,20 @@ class Change:
     lost: str = ""
     dropped: tuple[UpdateId, ...] = ()
     position: str = ""
+    rolled_back: bool = False
+
+
+def _is_taken_back(before: Meta, meta: Meta, change: Change) -> bool:
+    """True if the progress was trained on weights, or on top of an own update, that an operator rolled back meanwhile.
+
+    Updates of such a base are refused; but this progress is in no update yet, and its base will be a newer one.
+    """
+    how, known = change.how, before.rolled_back
+    if meta.rolled_back.takes_back(before.version, known):
+        return True
+    # If several own updates were decided at once, only the decision of the last one is known.
+    is_unknown = len(change.decided) > 1 and meta.rolled_back != known
+    return is_unknown or (how is not None and how.how == "applied" and meta.rolled_back.holds(how.version))
 
 
 @dataclass
@@ -254,10 +269,14 @@ class Ledger:
         Raises:
             NameTakenError: if another process publishes under this worker's name. An error leaves the books unchanged.
         """
+        before = self.meta
         change = self._reconcile(meta, weights, decided, now)
         if weights is not None:
             self.packed = packed
-        return change
+        if change.replace or not _is_taken_back(before, meta, change):
+            return change
+        local = self.base + self.pending()
+        return replace(change, correction=local, replace=True, rolled_back=True)
 
     def _reconcile(
         self, meta: Meta, weights: torch.Tensor | None, decided: Decided | None, now: float

@@ -35,7 +35,13 @@ def status_after(status: SyncStatus, change: Change, ledger: Ledger, steps: int)
         logger.warning(
             "Redis went back further than this worker keeps updates: the updates %s are lost", change.lost
         )
-    if change.replace:
+    if change.rolled_back:
+        logger.warning(
+            "an operator rolled the expert back to version %d, version %d has its weights: this worker drops %d steps "
+            "that it trained on what was rolled back, and continues from the expert's current weights",
+            *ledger.meta.rolled_back.latest, steps,
+        )  # fmt: skip
+    elif change.replace:
         logger.warning(
             "the expert's history is not the one that this worker knew (%s): it drops %d undecided updates and %d "
             "steps since, and continues from the expert's current weights",

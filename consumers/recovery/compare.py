@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from consumers.history import History
 from fedmoe.protocol.condition import Condition
-from fedmoe.protocol.lines import AppliedLine, Line, read_line
+from fedmoe.protocol.lines import AppliedLine, Line, RollbackLine, read_line
 from fedmoe.protocol.records import Decided, Meta
 from fedmoe.protocol.update import UpdateId
 
@@ -62,6 +62,21 @@ def is_change_of_rules(mine: Meta, theirs: Meta) -> bool:
     same = replace(theirs, commit=mine.commit, rules=mine.rules, updated_at=mine.updated_at)
     # Compared as stored text, because Redis holds floats with fewer digits.
     return theirs.rules.number > mine.rules.number and same.to_hash() == mine.to_hash()
+
+
+def rollback_of(mine: Meta, theirs: Meta, last_line: Mapping[bytes, bytes]) -> RollbackLine | None:
+    """The line of the one rollback by which an operator made the state in Redis from the retained one; None if not so.
+
+    Like a change of rules, it leaves the fields of meta that count updates as they were.
+    """
+    same = replace(
+        theirs, commit=mine.commit, weights_commit=mine.weights_commit, version=mine.version,
+        rolled_back=mine.rolled_back, server_state=mine.server_state, updated_at=mine.updated_at,
+    )  # fmt: skip
+    if theirs.version != mine.version + 1 or same.to_hash() != mine.to_hash() or not last_line:
+        return None
+    line = read_line(last_line)
+    return line if isinstance(line, RollbackLine) and line.version == theirs.version else None
 
 
 def what_was_lost(mine: Meta, found: Condition) -> str:

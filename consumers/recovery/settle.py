@@ -9,7 +9,8 @@ the expert retains more than Redis. Before it drops its retained state, `Recover
     Redis holds a commit that is not in this history   another process committed, or an operator restored a backup:
                                                        Redis is right. Kept updates that Redis lacks are resent;
                                                        `prev` prevents counting them twice
-    Redis holds the retained state under later rules   an operator changed the rules: a commit of this history
+    Redis holds the retained state under later rules,  an operator changed the rules or rolled the expert back: a
+    or that state with one rollback more               commit of this history
 
 `consumers.recovery.compare` decides which case applies. An aggregator that retains nothing waits after a reconnect, so
 that others can claim a newer version, before it serves the expert.
@@ -20,11 +21,17 @@ import time
 from collections.abc import Callable, Sequence
 
 from consumers.expert import Expert
-from consumers.recovery.compare import is_change_of_rules, is_of_this_history, undone, what_was_lost
+from consumers.recovery.compare import (
+    is_change_of_rules,
+    is_of_this_history,
+    rollback_of,
+    undone,
+    what_was_lost,
+)
 from consumers.recovery.write_back import write_back
 from fedmoe.errors import DamagedExpertError, ProtocolError, StaleStateError, UnknownExpertError, UpdateError
 from fedmoe.protocol.condition import Condition
-from fedmoe.protocol.lines import AppliedLine, RulesLine
+from fedmoe.protocol.lines import AppliedLine, RollbackLine, RulesLine
 from fedmoe.protocol.records import Meta
 from fedmoe.protocol.update import Header
 from fedmoe.store.archive import Archive
@@ -148,6 +155,10 @@ class Recovery:
         if expert.history.last == mine.commit and is_change_of_rules(mine, theirs):
             self._follow_rules(expert, theirs)
             return
+        line = rollback_of(mine, theirs, found.last_line)
+        if expert.history.last == mine.commit and line is not None:
+            self._follow_rollback(expert, theirs, line)
+            return
         if theirs.lineage != mine.lineage or theirs.restored not in ("", mine.restored):
             logger.warning(
                 "%s: an operator replaced the expert; going on from version %d, not from the version %d in memory",
@@ -159,6 +170,12 @@ class Recovery:
                 "%s: Redis has an older state: rules %d are in force, but rules %d were in memory (the change: %s): "
                 "check them with `fedmoe expert show`",
                 self.store.name, theirs.rules.number, mine.rules.number, theirs.rules.differences(mine.rules),
+            )  # fmt: skip
+        if theirs.rolled_back.intervals[: len(mine.rolled_back.intervals)] != mine.rolled_back.intervals:
+            logger.warning(
+                "%s: Redis has an older state, from before the expert was rolled back to version %d: roll it back "
+                "again (fedmoe expert rollback)",
+                self.store.name, mine.rolled_back.latest[0],
             )  # fmt: skip
         lost = undone(expert.history.since("")[0], expert.decided, found.decided)
         if not lost and theirs.version >= mine.version:
@@ -179,6 +196,15 @@ class Recovery:
         logger.info(
             "%s: an operator changed the rules: %s (rules %d from version %d on)",
             self.store.name, changed, theirs.rules.number, theirs.version,
+        )  # fmt: skip
+
+    def _follow_rollback(self, expert: Expert, theirs: Meta, line: RollbackLine) -> None:
+        """Add an operator's rollback, which follows the retained commit, to the history."""
+        expert.history.attempt(theirs.commit, [line.to_fields()])
+        logger.info(
+            "%s: %s rolled the expert back to version %d: version %d has its weights, and what was trained on versions "
+            "%d to %d is refused",
+            self.store.name, line.by, line.rolled_back_to, line.version, line.rolled_back_to + 1, line.version - 1,
         )  # fmt: skip
 
     def _announce(self, lines: Sequence[AppliedLine], latest: int) -> int:

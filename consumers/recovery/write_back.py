@@ -5,6 +5,7 @@ import logging
 from consumers.expert import Expert
 from consumers.retention import keep_values
 from fedmoe.protocol.codec import EXACT
+from fedmoe.protocol.layout import stamped
 from fedmoe.protocol.lines import AnchorLine, Line
 from fedmoe.protocol.packed import pack
 from fedmoe.store.expert import Commit, Loaded
@@ -61,6 +62,22 @@ def rebuild(expert: Expert, loaded: Loaded) -> str:
     if lost:
         expert.send(commit, expert.next_meta())
     return " and ".join(lost)
+
+
+def keep_rolled_back(expert: Expert) -> None:
+    """Keep the weights that a rollback has just put in place, so that a replay need not reach back to their version."""
+    rolled_back = expert.meta.rolled_back
+    if expert.archive is None or not rolled_back.intervals or rolled_back.latest[1] != expert.meta.version:
+        return
+    try:
+        for file in (expert.buffer.file, expert.held.state_file):
+            if file is not None:
+                expert.archive.keep_weights(stamped(file, ""))
+    except OSError as error:
+        logger.warning(
+            "%s: the weights of version %d, to which it was rolled back, cannot be kept (%s)",
+            expert.store.name, rolled_back.latest[0], error,
+        )  # fmt: skip
 
 
 def _anchor(expert: Expert, why: str) -> Line:

@@ -1,4 +1,4 @@
-"""`fedmoe expert list | show | set | hold | release | add | remove | weight`, while the federation runs."""
+"""`fedmoe expert list | show | set | hold | release | add | remove | weight | rollback`, while it runs."""
 
 import json
 import sys
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fedmoe.cli.declared import given, options, redis_options
+from fedmoe.cli.rollback import rollback
 from fedmoe.cli.status import cell, table
 from fedmoe.protocol.rules import RuleSet
 from fedmoe.settings import RedisSettings
@@ -22,7 +23,10 @@ LOOK_EVERY_S = 0.5
 
 @click.group()
 def expert() -> None:
-    """List, show, change, add and remove experts, also while they are served and trained."""
+    """List, show, change, add, remove and roll back experts, also while they are served and trained."""
+
+
+expert.add_command(rollback)
 
 
 @expert.command("list")
@@ -103,6 +107,7 @@ def show(redis: RedisSettings, as_json: bool, name: str) -> None:
     view = next(one for one in Inspector(store.connection).federation().experts if one.name == name)
     if as_json:
         content = {"name": name, "version": meta.version, "lineage": meta.lineage, "identity": identity}
+        content["rolled_back"] = [one._asdict() for one in meta.rolled_back.intervals]
         content |= {"held": meta.rules.held, "rules": {"number": meta.rules.number} | rules}
         losses = {"best_version": view.best_version, "workers": plain_json(view.curves)}
         losses["curve"] = plain_json(read_points(store.connection, name))
@@ -110,6 +115,8 @@ def show(redis: RedisSettings, as_json: bool, name: str) -> None:
         return
     held = f", held: {printable(meta.rules.held)}" if meta.rules.held else ""
     click.echo(f"{name}: version {meta.version}{held}")
+    for one in meta.rolled_back.intervals:
+        click.echo(f"  {one}")
     if view.curves:
         click.echo(f"\nvalidation loss, best at version {view.best_version}:")
         _show({curve.worker: str(curve).removeprefix(f"{curve.worker} ") for curve in view.curves})

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from fedmoe.protocol.federation import ExpertView, Federation, ServerView, WorkerView
     from fedmoe.protocol.merged_view import MergedView
+    from fedmoe.protocol.records import Meta
     from fedmoe.store.inspect import Inspector
 
 EXPERT_COLUMNS = (
@@ -229,6 +230,11 @@ def more_lines(federation: "Federation") -> list[str]:
         for expert in federation.experts
         if expert.meta and 0 < expert.meta.reach < WIDE_REACH
     ]
+    lines += [
+        f"{expert.name}: {expert.meta.rolled_back.intervals[-1]}"
+        for expert in federation.experts
+        if expert.meta and _is_news(expert.meta)
+    ]
     lines += [validation_line(expert) for expert in federation.experts if expert.curves]
     if federation.experts:
         lines.append(merged_line(federation.merged))
@@ -240,6 +246,13 @@ def validation_line(expert: "ExpertView") -> str:
     shown = "; ".join(map(str, expert.curves[:SHOWN_CURVES]))
     more = f"; and {len(expert.curves) - SHOWN_CURVES} more" if len(expert.curves) > SHOWN_CURVES else ""
     return f"{expert.name}: validation loss best at version {expert.best_version}: {shown}{more}"
+
+
+def _is_news(meta: "Meta") -> bool:
+    """True if the expert was rolled back, and what was trained on the versions before is not too stale yet anyway."""
+    if not meta.rolled_back.intervals:
+        return False
+    return meta.version - meta.rolled_back.latest[1] <= meta.rules.aggregation.staleness_bound(0)
 
 
 def trained_line(federation: "Federation") -> str:

@@ -59,8 +59,10 @@ def verify(redis: RedisSettings, experts: Sequence[str], directory: Path) -> Non
         if done.problem:
             verdict = f"cannot be replayed: {done.problem}"
         since = f" from version {done.since} ({done.begin})" if done.since else ""
+        back = f", {done.rollbacks} of them rollbacks" if done.rollbacks else ""
+        what = "versions" if back else "updates"
         click.echo(
-            f"{name}: replayed {done.version - done.since} of {meta.version} updates{since}, {verdict}"
+            f"{name}: replayed {done.version - done.since} of {meta.version} {what}{back}{since}, {verdict}"
         )
         if not equal:
             wrong.append(name)

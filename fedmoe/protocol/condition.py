@@ -1,7 +1,7 @@
 """What is left of an expert in Redis: its parts, parsed and compared. Pure."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fedmoe.errors import ProtocolError, SpecError
 from fedmoe.protocol.integrity import damage
@@ -21,6 +21,7 @@ class Condition:
         weights_commit: the commit that wrote the present weights; "" if there are none.
         decided: the last decided update of each worker.
         logged_version: of the log's last line, -1 if there is none.
+        last_line: the log's last line; empty if there is none.
     """
 
     commit: str
@@ -29,6 +30,7 @@ class Condition:
     weights_commit: str
     decided: Mapping[str, Decided]
     logged_version: int
+    last_line: Mapping[bytes, bytes] = field(default_factory=dict)
 
 
 def examine(
@@ -82,6 +84,7 @@ def examine(
         weights_commit=stamp_of(weights) if weights else "",
         decided=records,
         logged_version=version_of(last_line),
+        last_line=last_line[-1][1] if last_line else {},
     )
 
 

@@ -8,6 +8,7 @@ The header's metadata holds a stamp: the id of the commit that wrote these weigh
 these are the weights that the expert's meta names.
 """
 
+import hashlib
 import json
 import math
 import mmap
@@ -156,6 +157,11 @@ def stamped(file: bytes | memoryview, commit: str) -> bytes:
     """A copy of an adapter's file with another stamp."""
     view = memoryview(file)
     return b"".join((view[: _STAMP_AT.start], _stamp(commit), view[_STAMP_AT.stop :]))
+
+
+def digest_of(file: bytes | memoryview) -> str:
+    """SHA-256 (64 hex digits) of an adapter's file with an empty stamp: equal for equal values, whoever wrote them."""
+    return hashlib.sha256(stamped(file, "")).hexdigest()
 
 
 def _stamp(commit: str) -> bytes:

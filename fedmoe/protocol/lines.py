@@ -106,7 +106,33 @@ class RulesLine:
         return to_text(self, sparse=True)
 
 
-LogLine = AppliedLine | AnchorLine | RulesLine
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RollbackLine:
+    """A line of the log: an operator gave the expert the weights of an earlier version.
+
+    Args:
+        version: of the expert after it.
+        rolled_back_to: the version whose weights these are.
+        by: the operator, for people: user@host.
+        weights: digest of these weights (see `fedmoe.protocol.layout.digest_of`).
+        server_state: digest of that version's server state, "" if it had none; optimizer: to which it belongs.
+        requires: features that a replay must know.
+    """
+
+    version: int
+    rolled_back_to: int
+    by: str
+    weights: str
+    server_state: str = optional("")
+    optimizer: str = optional("")
+    requires: str = optional("")
+
+    def to_fields(self) -> dict[str, str]:
+        """The line as Redis stores it."""
+        return to_text(self, sparse=True)
+
+
+LogLine = AppliedLine | AnchorLine | RulesLine | RollbackLine
 
 
 def read_line(raw: Mapping[Any, bytes | str]) -> LogLine:
@@ -122,6 +148,8 @@ def read_line(raw: Mapping[Any, bytes | str]) -> LogLine:
     try:
         if "restored" in names:
             return from_text(AnchorLine, raw)
+        if "rolled_back_to" in names:
+            return from_text(RollbackLine, raw)
         return from_text(RulesLine, raw) if "ended" in names else from_text(AppliedLine, raw)
     except ProtocolError:
         raise

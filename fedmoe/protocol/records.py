@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from fedmoe.errors import ProtocolError, RemovedExpertError, SpecError
 from fedmoe.protocol.features import check_requires
 from fedmoe.protocol.fields import from_text, optional, to_text
+from fedmoe.protocol.rollback import RolledBack
 from fedmoe.protocol.rules import RuleSet
 from fedmoe.protocol.update import UpdateId
 from fedmoe.protocol.validation import Curve
@@ -66,7 +67,8 @@ class Meta:
     """`fedmoe:{E}:meta`, the state of an expert.
 
     Args:
-        version: number of updates ever applied.
+        version: number of updates ever applied, and of rollbacks.
+        rolled_back: the rollbacks (see `fedmoe.protocol.rollback`); what was trained on their versions is refused.
         lineage: random id given at creation.
         commit: random id of the transaction that made this state: the head of the expert's chain.
         weights_commit: the last commit that changed the weights.
@@ -127,6 +129,7 @@ class Meta:
     software: str = optional("")
     knows: str = optional("")
     requires: str = optional("")
+    rolled_back: RolledBack = field(default=RolledBack(), metadata={"optional": True})
 
     @property
     def mean_staleness(self) -> float:

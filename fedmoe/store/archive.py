@@ -139,6 +139,10 @@ class Archive:
         """True if the update with that digest is kept."""
         return bool(digest) and (self.directory / (digest + SUFFIX)).is_file()
 
+    def holds_weights(self, digest: str) -> bool:
+        """True if the weights with that digest are kept."""
+        return bool(digest) and (self.directory / (digest + WEIGHTS_SUFFIX)).is_file()
+
     def load(self, digest: str) -> tuple[Header, list[bytes]]:
         """The update with that digest.
 

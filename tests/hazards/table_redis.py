@@ -9,12 +9,12 @@ import consumers.recovery.settle
 from consumers.expert import Expert
 from fedmoe.protocol import condition, keys
 from fedmoe.protocol.names import GATEWAY
-from fedmoe.store import change
+from fedmoe.store import change, rollback
 from fedmoe.store.expert import ExpertStore
 from producers.ledger import Ledger
-from tests.hazards import commits, gateways, holds, recovery, updates, vectors, without
+from tests.hazards import commits, gateways, holds, recovery, rollbacks, updates, vectors, without
 from tests.hazards.hazard import Hazard, of_store
-from tests.protocol import broken, broken_recovery
+from tests.protocol import broken, broken_recovery, broken_rollback
 
 OF_REDIS = {
     "H14a": Hazard(
@@ -142,6 +142,48 @@ OF_REDIS = {
         scenario=commits.h23_update_before_the_change,
         without=((change, "RulesLine", without.NoLine),),
         symptom="the log cannot be replayed",
+    ),
+    "H24a": Hazard(
+        wrong="an update unlearns a bad step that an operator has taken back by now: it is taken back a second time",
+        rule="an update whose base was rolled back is refused",
+        scenario=rollbacks.h24_update_in_flight,
+        without=broken_rollback.BROKEN_ROLLBACK["H24_base_not_checked"].rules.patches,
+        symptom="the expert: alice's step 0 counts -1 times",
+    ),
+    "H24b": Hazard(
+        wrong="the same, by training that was in no update yet and travels with a newer base",
+        rule="a worker drops what it trained on weights that were rolled back",
+        scenario=rollbacks.h24_progress,
+        without=broken_rollback.BROKEN_ROLLBACK["H24_progress_is_kept"].rules.patches,
+        symptom="the expert: alice's step 0 counts -1 times",
+    ),
+    "H24c": Hazard(
+        wrong="the same, where the bad step was the worker's own, applied and taken back before the worker knew",
+        rule="a worker drops what it trained on top of an own update that was rolled back",
+        scenario=rollbacks.h24_own_update,
+        without=broken_rollback.BROKEN_ROLLBACK["H24_progress_on_an_own_update_is_kept"].rules.patches,
+        symptom="the expert: alice's step 0 counts -1 times",
+    ),
+    "H24d": Hazard(
+        wrong="an aggregator commits a batch on top of the weights that an operator has just taken back",
+        rule="a rollback is a commit: it gives the expert a new commit id",
+        scenario=rollbacks.h24_between_decision_and_commit,
+        without=((rollback, "roll_back", broken_rollback.roll_back_in_place),),
+        symptom="the expert: alice's step 0 counts 1 times",
+    ),
+    "H24e": Hazard(
+        wrong="the version goes back: later versions get the numbers of rolled-back ones, and good updates are refused",
+        rule="a rollback is a new version; versions never go back",
+        scenario=rollbacks.h24_number_used_twice,
+        without=((rollback, "roll_back", broken_rollback.roll_the_version_back),),
+        symptom="the expert: carol's step 1 is lost",
+    ),
+    "H24f": Hazard(
+        wrong="Redis comes back from before a rollback: the rollback is lost though an aggregator knew it",
+        rule="an operator's rollback becomes part of the retained history, like any other commit",
+        scenario=rollbacks.h24_older_file,
+        without=((consumers.recovery.settle, "rollback_of", lambda *_: None),),
+        symptom="the operator's rollback is lost",
     ),
     "H25a": Hazard(
         wrong="an aggregator is killed between writing the server state and the weights: the momentum is gone",

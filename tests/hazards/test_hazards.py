@@ -28,6 +28,7 @@ H20  Redis comes back from an older file than an aggregator's retained state
 H21  an operator restores a backup that is older than an aggregator's retained state
 H22  a worker is started while Redis is behind
 H23  an operator changes the rules between two updates
+H24  an operator rolls an expert back while it is trained
 H25  what the server optimizer remembers
 H26  an expert is held, because its validation loss got worse
 H27  a domain vector in an emptied Redis, or in a refused update

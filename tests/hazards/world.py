@@ -15,6 +15,7 @@ import consumers.aggregator
 import consumers.gateway.builder
 import consumers.verify
 import producers.membership
+from consumers.rollback import state_from_updates
 from fedmoe.errors import NameTakenError
 from fedmoe.protocol.identity import BaseIdentity
 from fedmoe.protocol.layout import AdapterBuffer, values_of
@@ -25,7 +26,7 @@ from fedmoe.protocol.rules import AggregationRules, RuleSet, TrainingSettings
 from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.staleness import Decay
 from fedmoe.settings import RedisSettings
-from fedmoe.store import change
+from fedmoe.store import change, rollback
 from fedmoe.store.archive import Archive
 from fedmoe.store.connection import Connection
 from fedmoe.store.expert import ExpertStore
@@ -277,6 +278,17 @@ class World:
     def release(self) -> None:
         """What `fedmoe expert release` does."""
         change.release(ExpertStore(self._operator, EXPERT))
+
+    def roll_back_to(self, version: int) -> None:
+        """What `fedmoe expert rollback` does."""
+        store = ExpertStore(self._operator, EXPERT)
+
+        def find(spec: Spec) -> rollback.VersionState:
+            return state_from_updates(
+                self._operator, EXPERT, spec, to=version, directory=self.directory / "kept"
+            )
+
+        rollback.roll_back_soon(store, find, by="operator")
 
     def aggregator(self, holder: str = "A0") -> AggregatorProcess:
         """Start an aggregator."""

@@ -8,12 +8,16 @@ memory, request and list of replies is kept once, and what follows from it is co
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
 from tests.protocol.actors import (
     Operator,
     Rules,
+    Target,
+    Values,
     first_file,
 )
-from tests.protocol.checks import check_db, weights_of
+from tests.protocol.checks import check_bases, check_db, taken_back, versions_of, weights_of
 from tests.protocol.state import (
     BROKEN,
     DIRTY,
@@ -23,10 +27,11 @@ from tests.protocol.state import (
     SOUND,
     Label,
     Scope,
+    Slot,
     State,
 )
 from tests.protocol.steps import Steps, with_slot, without
-from tests.protocol.world import KEYS, Db, Request
+from tests.protocol.world import KEYS, OVERWRITTEN, Db, Request
 
 
 class Model(Steps):
@@ -36,6 +41,7 @@ class Model(Steps):
         super().__init__(scope, rules)
         self._db_checks: dict[int, str] = {}
         self._memory_checks: dict[tuple[int, int], str] = {}
+        self._bases_checks: dict[tuple[int, tuple[int, ...]], str] = {}
         self._calm: set[tuple[State, int]] = set()
 
     def words(self, label: Label) -> str:
@@ -68,7 +74,7 @@ class Model(Steps):
             begins = slot.replies == NO_REPLIES
             for choice in actor.choices(memory, db) if begins else (slot.choice,):
                 yield from self._steps(state, i, choice)
-            if isinstance(actor, Operator):
+            if i in self.operators.values():
                 continue
             fault = "kill_aggregator" if i < len(self.aggregators) else "kill_worker"
             if (spent := self.spend(state, fault)) and (memory != actor.first or not begins):
@@ -148,19 +154,32 @@ class Model(Steps):
             zeros = first_file(self._spec)
             yield Label(what="an operator begins a new lineage"), self._do(spent, ("RELINEAGE", zeros))
         for fault, wish in (("rules", Operator.WANTS), ("hold", Operator.HOLDS)):
-            operator = len(self.actors) - 1
-            is_idle = isinstance(self.actors[operator], Operator) and (
+            operator = self.operators.get("rules", -1)
+            is_idle = operator >= 0 and (
                 self._memories.values[state.slots[operator].memory] in (Operator.IDLE, Operator.DONE)
             )
             if is_idle and (spent := self.spend(state, fault)):
                 slot = self._fresh(wish, state.slots[operator].connection)
                 yield Label(operator, what=wish), with_slot(spent, operator, slot)
+        if not db.gone and db.base != OVERWRITTEN and (spent := self.spend(state, "rollback")):
+            operator = self.operators["rollback"]
+            *earlier, _ = versions_of(db, self._spec).items()
+            for version, at in earlier:
+                files = [None if one is None else self._file(one) for one in (at.weights, at.state)]
+                target = Target(version, db.hash(KEYS.meta)["lineage"], *files)
+                yield (
+                    Label(operator, what=f"wants to roll back to version {version}"),
+                    with_slot(spent, operator, self._fresh(target)),
+                )
         if spent := self.spend(state, "forge"):
             for fields in [(), *(_forged(key) for key, _ in db.written if key.endswith(":0"))]:
                 yield (
                     Label(what=f"somebody writes an entry {dict(fields)}"),
                     self._do(spent, ("XADD", KEYS.updates, fields)),
                 )
+
+    def _file(self, values: Values) -> bytes:
+        return bytes(self._spec.layout.header + torch.tensor(values).numpy().tobytes())
 
     def _restarted(self, state: State, db: Db) -> State:
         """Another server, or the same without its memory: all connections are broken, what was on its way is gone."""
@@ -186,7 +205,23 @@ class Model(Steps):
                 self._memory_checks[key] = self.actors[i].check(self._memories.values[slot.memory])
             if wrong := self._memory_checks[key]:
                 return wrong
-        return ""
+        return self._check_bases(state) if self.scope.faults.get("rollback") else ""
+
+    def _check_bases(self, state: State) -> str:
+        memories = tuple(slot.memory for slot in self._worker_slots(state))
+        key = (state.db, memories)
+        if key not in self._bases_checks:
+            db: Db = self._dbs.values[state.db]
+            seen = {
+                worker.name: dict(self._memories.values[memory].seen)
+                for worker, memory in zip(self.workers, memories, strict=True)
+            }
+            self._bases_checks[key] = "" if db.gone else check_bases(db, self._spec, seen)
+        return self._bases_checks[key]
+
+    def _worker_slots(self, state: State) -> tuple[Slot, ...]:
+        first = len(self.aggregators)
+        return state.slots[first : first + len(self.workers)]
 
     def check_end(self, state: State) -> tuple[str, list[Label]]:
         """Run fairly from here without faults, with all actors and with only the last; what is wrong at rest."""
@@ -240,9 +275,9 @@ class Model(Steps):
             return f"the expert is gone although {self.actors[owed[0]].name} remembered it" if owed else ""
         if db.stream or db.pending:
             return f"entries stay for ever: stream {[i for i, _ in db.stream]}, pending {list(db.pending)}"
-        weights = weights_of(db, self._spec)
-        for worker, slot in zip(self.workers, state.slots[len(self.aggregators) :], strict=False):
-            if wrong := worker.check_rest(self._memories.values[slot.memory], weights):
+        weights, gone = weights_of(db, self._spec), taken_back(db, self._spec)
+        for worker, slot in zip(self.workers, self._worker_slots(state), strict=True):
+            if wrong := worker.check_rest(self._memories.values[slot.memory], weights, gone):
                 return wrong
         return ""
 

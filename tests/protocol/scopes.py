@@ -23,6 +23,7 @@ SMALL = {
     "momentum, kills": Scope(momentum=0.5, faults={"kill_worker": 1, "kill_aggregator": 1}),
     "momentum, failover": Scope(units=1, momentum=0.5, faults={"failover": 1}),
     "momentum, emptied": Scope(momentum=0.5, faults={"empty": 1}),
+    "momentum, rolled back": Scope(momentum=0.5, faults={"rollback": 1}),
     "momentum, refusals, two aggregators": Scope(
         aggregators=2, units=1, momentum=0.5, max_norm=0.5, faults={"lease": 1}
     ),
@@ -44,6 +45,11 @@ SMALL = {
     ),
     "emptied, departure": Scope(units=1, disk=False, faults={"empty": 1, "leave": 1}),
     "failover, departure": Scope(units=1, disk=False, lag=3, faults={"failover": 1, "leave": 1}),
+    "rollback": Scope(faults={"rollback": 1}),
+    "rollback, two workers": Scope(workers=2, units=1, faults={"rollback": 1}),
+    "rollback and a killed worker": Scope(units=1, faults={"rollback": 1, "kill_worker": 1}),
+    "rollback and a killed aggregator": Scope(units=1, faults={"rollback": 1, "kill_aggregator": 1}),
+    "rollback and failover": Scope(units=1, lag=1, faults={"rollback": 1, "failover": 1}),
 }
 
 BIG = {
@@ -85,6 +91,14 @@ BIG = {
     "held, emptied": Scope(units=1, faults={"hold": 1, "empty": 1}),
     "held, expiry and trimming": Scope(units=1, faults={"hold": 1, "expire": 1, "trim": 1}),
     "new lineage, two workers": Scope(workers=2, units=1, faults={"new_lineage": 1}),
+    "rollback, two workers of two updates": Scope(workers=2, faults={"rollback": 1}),
+    "rollback, emptied": Scope(units=1, faults={"rollback": 1, "empty": 1}),
+    "rollback and a killed worker": Scope(faults={"rollback": 1, "kill_worker": 1}),
+    "rollback and failover": Scope(units=1, lag=4, faults={"rollback": 1, "failover": 1}),
+    "rollback and failover, two workers": Scope(workers=2, units=1, faults={"rollback": 1, "failover": 1}),
+    "rollback, two aggregators": Scope(aggregators=2, faults={"rollback": 1, "lease": 1}),
+    "rollback, lost replies": Scope(faults={"rollback": 1, "lost": 1, "late": 1}),
+    "two rollbacks": Scope(workers=2, units=1, faults={"rollback": 2}),
     "emptied, two workers": Scope(workers=2, units=1, faults={"empty": 1}),
     "emptied, refusals": Scope(workers=2, units=1, max_staleness=0, faults={"empty": 1}),
     "emptied and failover": Scope(units=1, faults={"empty": 1, "failover": 1}),

@@ -11,6 +11,7 @@ from tests.protocol.actors import (
     NEW_ID,
     Aggregator,
     Operator,
+    OperatorGoingBack,
     Rules,
     Served,
     first_db,
@@ -34,6 +35,8 @@ from tests.protocol.state import (
 from tests.protocol.worker import Worker
 from tests.protocol.world import KEYS, Reply, Request, Suspended, execute
 
+OPERATED = {"rules": ("rules", "hold"), "rollback": ("rollback",)}  # operator -> the faults that need one
+
 
 class Steps:
     """The actors of a scope under some rules, and what each of their steps leads to."""
@@ -47,12 +50,14 @@ class Steps:
         self.workers = [
             Worker(
                 "ab"[i], spec, rules, offset=i * scope.units, units=scope.units, disk=scope.disk,
-                checkpoints=scope.checkpoints,
+                checkpoints=scope.checkpoints, notes_seen=bool(scope.faults.get("rollback")),
             )
             for i in range(scope.workers)
         ]  # fmt: skip
-        operators = [Operator(rules)] if scope.faults.get("rules") or scope.faults.get("hold") else []
-        self.actors: list[Any] = [*self.aggregators, *self.workers, *operators]
+        operators: dict[str, Any] = {"rules": Operator(rules), "rollback": OperatorGoingBack(spec, rules)}
+        found = [name for name, faults in OPERATED.items() if any(map(scope.faults.get, faults))]
+        self.actors: list[Any] = [*self.aggregators, *self.workers, *(operators[name] for name in found)]
+        self.operators = {name: self.actors.index(operators[name]) for name in found}
         self._dbs, self._memories, self._replies, self._requests = Table(), Table(), Table(), Table()
         assert self._replies(()) == NO_REPLIES
         self._single_replies = Table()

@@ -13,6 +13,7 @@ import pytest
 from tests.protocol.actors import Rules
 from tests.protocol.broken import BROKEN, WritesBackFolded
 from tests.protocol.broken_recovery import BROKEN_RECOVERY
+from tests.protocol.broken_rollback import BROKEN_ROLLBACK
 from tests.protocol.scopes import SMALL
 from tests.protocol.script import forked_memory_is_written_back
 from tests.protocol.search import ViolationError, search
@@ -48,7 +49,7 @@ def test_without_the_prefix() -> None:
         forked_memory_is_written_back(Rules(expert=WritesBackFolded))
 
 
-ALL_BROKEN = BROKEN | BROKEN_RECOVERY
+ALL_BROKEN = BROKEN | BROKEN_RECOVERY | BROKEN_ROLLBACK
 # The federations in which rules are taken out, each once, less those that are searched to their end.
 OTHER_SCOPES = {
     name: broken.scope

@@ -83,7 +83,8 @@ class Working(NamedTuple):
     """What a worker remembers, and its disk.
 
     For the checks: `told`, units refused with a word; `died`, units lost with a process or a lineage;
-    `began`: the first unit of this process, if it has no disk to go on from; `starts`: how often it was started.
+    `began`: the first unit of this process, if it has no disk to go on from; `starts`: how often it was started;
+    `seen`: for each unit, the units in the adapter on which it was trained.
     """
 
     books: Books | None = None
@@ -100,6 +101,7 @@ class Working(NamedTuple):
     left: bool = False
     failure: str = ""
     incarnation: int = 0  # while it starts
+    seen: tuple[tuple[int, frozenset[int]], ...] = ()
 
 
 def _values(flat: torch.Tensor) -> Values:
@@ -134,6 +136,7 @@ class _Exchange(Exchange):
     def __init__(self, trainer: _Trainer, trained: Trained, ledger: Ledger) -> None:
         super().__init__(trainer, with_optimizer=True, trained=trained)
         self.told: set[UpdateId] = set()
+        self.dropped: set[int] = set()  # units that were in no update, and that a rollback took back
         self.new_lineage = False
 
     def take(self, timeout_s: float) -> TrainingState | None:
@@ -143,7 +146,10 @@ class _Exchange(Exchange):
     def correct(self, change: Change) -> None:
         if change.how and change.how.how == "refused":
             self.told.add(change.how.id)
-        self.new_lineage |= change.replace
+        self.new_lineage |= change.replace and not change.rolled_back
+        if change.rolled_back:
+            position = self._trainer.position
+            self.dropped |= set(range(position - self.trained.steps, position))
         super().correct(change)
 
 
@@ -190,7 +196,16 @@ class Worker:
     """
 
     def __init__(
-        self, name: str, spec: Spec, rules: Rules, *, offset: int, units: int, disk: bool, checkpoints: bool
+        self,
+        name: str,
+        spec: Spec,
+        rules: Rules,
+        *,
+        offset: int,
+        units: int,
+        disk: bool,
+        checkpoints: bool,
+        notes_seen: bool = False,
     ) -> None:
         self.name = name
         self.first = Working()
@@ -200,6 +215,7 @@ class Worker:
         self._rules = rules
         self._has_disk = disk
         self._checkpoints = checkpoints
+        self._notes_seen = notes_seen
 
     def choices(self, memory: Working, db: Db) -> tuple[int, ...]:
         """A checkpoint while an update is in flight."""
@@ -211,7 +227,9 @@ class Worker:
 
     def crashed(self, memory: Working) -> Working:
         """What is left: the disk. Without one, what it trained may be lost, and it goes on with fresh data."""
-        left = Working(disk=memory.disk, told=memory.told, died=memory.died, starts=memory.starts + 1)
+        left = Working(
+            disk=memory.disk, told=memory.told, died=memory.died, starts=memory.starts + 1, seen=memory.seen
+        )
         if self._has_disk:
             return left
         died = memory.died | set(range(memory.began, memory.position))
@@ -283,7 +301,7 @@ class Worker:
             outbox=sync.outbox,
             unsaved=(_values(sync.unsaved.local), sync.unsaved.position) if sync.unsaved else None,
             disk=disk.saved if disk else None,
-            told=memory.told | told,
+            told=memory.told | told | exchange.dropped,
             failure=failure or str(sync.failure or ""),
         )
         if exchange.new_lineage:
@@ -318,6 +336,10 @@ class Worker:
             memory = memory._replace(disk=saved)
         # A worker that was started again trains more for an update than the first time.
         while exchange.steps_left < min(memory.starts, 2) and trainer.position < self.units:
+            if self._notes_seen:
+                units = frozenset(unit for unit, value in enumerate(trainer.flat.tolist()) if value)
+                seen = dict(memory.seen) | {self.offset + trainer.position: units}
+                memory = memory._replace(seen=tuple(sorted(seen.items())))
             trainer.flat[self.offset + trainer.position] += 1
             trainer.position += 1
             exchange.record(_Step())
@@ -347,6 +369,9 @@ class Worker:
         mine = memory.local[self.offset : self.offset + self.units]
         for unit, value in enumerate(mine):
             once = memory.began <= unit < memory.position and unit not in memory.told
+            once = (
+                once and not memory.books.meta.rolled_back.intervals
+            )  # check_rest tells which may be gone then
             if has_momentum:  # it repeats a share of a unit, in all less than the unit
                 is_right = (NEW_LR if once else 0.0) <= value < 2.0
             else:
@@ -355,15 +380,20 @@ class Worker:
                 return f"worker {self.name}: unit {unit} is {value:g} times in local"
         return ""
 
-    def check_rest(self, memory: Working, weights: Values) -> str:
-        """What is wrong when nothing moves any more, or nothing."""
+    def check_rest(self, memory: Working, weights: Values, gone: frozenset[int]) -> str:
+        """What is wrong when nothing moves any more, or nothing; `gone`: units of all workers that were rolled back."""
         if memory.left:
-            lost = [u for u in range(self.units) if not weights[self.offset + u] and u not in memory.died]
+            lost = [
+                u
+                for u in range(self.units)
+                if not weights[self.offset + u] and u not in memory.died and self.offset + u not in gone
+            ]
             return f"worker {self.name} left, and units {lost} are lost" if lost else ""
         if memory.books is None or memory.books.queue or memory.trained.steps or memory.position < self.units:
             return f"worker {self.name} is stuck"
         for unit in range(self.units):
-            if not weights[self.offset + unit] and unit not in memory.told | memory.died:
+            is_gone = unit in memory.told | memory.died or self.offset + unit in gone
+            if not weights[self.offset + unit] and not is_gone:
                 return f"worker {self.name}: unit {unit} is lost without a word"
         if memory.local != weights:
             return f"worker {self.name}: local is not the expert's weights at rest"

@@ -7,6 +7,7 @@ unlinked or a failover dropped it too; `base` keeps the weights that the log goe
 people read stay 0, else a harmless loop would make states without end.
 """
 
+import json
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ NO_GROUP = "NOGROUP No such consumer group"
 TWO_CONTENTS = b"two contents"
 OVERWRITTEN = (-1, b"", None)  # as a base: an expert was written back where one was
 LOG_FIELDS = ("worker", "run", "seq")
+ROLLBACK = ""  # as a worker in the log: an operator's rollback, with its line (JSON), new version and target
 
 Command = tuple[Any, ...]
 Pairs = tuple[tuple[str, str], ...]
@@ -77,9 +79,9 @@ class Reply(NamedTuple):
 class Db(NamedTuple):
     """All that the server holds; ids of the updates stream are whole numbers.
 
-    `base` is the version, the weights and the server state (if any) that an aggregator wrote back, since when the log
-    goes on; none: from zeros. A line of the log is the update's name, the number of its rules, and whether it ended a
-    round and began the server state.
+    A line of the log is (worker, run, seq, rules, whether it ended a round, whether it began the server state), or a
+    rollback. `base` is the version, the weights and the server state (if any) that an aggregator wrote back, since when
+    the log goes on; none: from zeros.
     """
 
     strings: tuple[tuple[str, bytes], ...] = ()
@@ -88,7 +90,7 @@ class Db(NamedTuple):
     last_id: int = 0
     delivered: int | None = None  # None: there is no consumer group
     pending: tuple[int, ...] = ()
-    log: tuple[tuple[str, str, int, int, bool, bool], ...] = ()
+    log: tuple[tuple[Any, ...], ...] = ()
     refused: tuple[tuple[str, str, int], ...] = ()
     written: tuple[tuple[str, bytes], ...] = ()
     base: tuple[int, bytes, bytes | None] | None = None
@@ -242,6 +244,9 @@ class _Server:
             over = self.log or self.base
             files = self.strings[KEYS.weights], self.strings.get(KEYS.server_state)
             self.base = OVERWRITTEN if over else (int(content["version"]), *files)
+        elif key == KEYS.log and "rolled_back_to" in content:
+            to, version = int(content["rolled_back_to"]), int(content["version"])
+            self.log += ((ROLLBACK, json.dumps(content, sort_keys=True), version, to),)
         elif key in (KEYS.log, KEYS.dead) and "seq" in content:
             line = (content["worker"], content["run"], int(content["seq"]))
             if key == KEYS.log:
@@ -272,6 +277,8 @@ class _Server:
         """The last line of the log."""
         if not self.log and not self.base:
             return ()
+        if self.log and self.log[-1][0] == ROLLBACK:
+            return (("1-0", tuple(json.loads(self.log[-1][1]).items())),)
         version = (self.base[0] if self.base else 0) + len(self.log)
         return (("1-0", (("version", str(version)),)),)
 

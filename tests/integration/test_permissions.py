@@ -198,7 +198,7 @@ def test_the_gateway_needs_no_other_rights(guarded: Guarded, tmp_path: Path, tin
 
 
 def test_what_is_listed_for_rarer_situations_is_sent_in_them(
-    guarded: Guarded, monkeypatch: pytest.MonkeyPatch
+    guarded: Guarded, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Large weights, a full Redis, an emptied one, a standby, a blocked stream: nothing is refused then either."""
     monkeypatch.setattr("fedmoe.store.chunks.IN_PLACE_BYTES", 1)  # all weights are large
@@ -208,6 +208,7 @@ def test_what_is_listed_for_rarer_situations_is_sent_in_them(
     a_standby_and_a_lease_for_ever(guarded)
     an_emptied_redis(guarded)
     an_operator_who_changes_things(guarded)
+    an_operator_who_goes_back(guarded, tmp_path / "backup")
     a_removed_expert(guarded)
     assert guarded.denied() == []
     nothing: dict[str, list[Sent]] = {name: [] for name in ROLES}
@@ -314,6 +315,22 @@ def an_operator_who_changes_things(guarded: Guarded) -> None:
     guarded.fedmoe(OPERATOR, "expert", "add", "added")
     assert "added" in guarded.fedmoe(MONITOR, "expert", "list")
     assert "0.25" in guarded.fedmoe(OPERATOR, "expert", "show", EXPERT)
+
+
+def an_operator_who_goes_back(guarded: Guarded, backup: Path) -> None:
+    """An expert is rolled back to a version that a backup holds, also while Redis is full."""
+    guarded.admin.client.flushall()
+    spec = small_spec(wire_format="int8")
+    expert = make_expert(guarded.connection(AGGREGATOR), spec=spec)
+    guarded.fedmoe(OPERATOR, "backup", str(backup))
+    ScriptedWorker(guarded.connection(WORKER), spec, NAME).push(0.1)
+    assert serve(expert) == ["applied"]
+    rollback = ("expert", "rollback", EXPERT, "--to", "0", "--from", str(backup))
+    assert "version 2 has the weights of version 0" in guarded.fedmoe(OPERATOR, *rollback)
+    guarded.admin.client.config_set("maxmemory", 1)
+    assert "version 3 has the weights of version 0" in guarded.fedmoe(OPERATOR, *rollback)
+    guarded.admin.client.config_set("maxmemory", 0)
+    assert "rolled back" in guarded.fedmoe(OPERATOR, "status")
 
 
 def a_removed_expert(guarded: Guarded) -> None:

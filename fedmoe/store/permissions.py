@@ -194,7 +194,9 @@ def _monitor(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
 AGGREGATOR = Role(name="aggregator", does="serve experts", rights=_aggregator)
 WORKER = Role(name="worker", does="train", rights=_worker)
 OPERATOR = Role(
-    name="operator", does="back up, restore, change, roll back, add, remove, verify and export", rights=_operator
+    name="operator",
+    does="back up, restore, change, roll back, add, remove, verify and export",
+    rights=_operator,
 )
 MONITOR = Role(name="monitor", does="read the status", rights=_monitor)
 ROLES = {role.name: role for role in (AGGREGATOR, WORKER, OPERATOR, MONITOR)}

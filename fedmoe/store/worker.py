@@ -26,6 +26,7 @@ from fedmoe.protocol.codec import EXACT
 from fedmoe.protocol.doorbell import Doorbell, Join
 from fedmoe.protocol.packed import chunks
 from fedmoe.protocol.records import TRACE_TTL_S, Decided, Meta, check_not_removed, read_protocol
+from fedmoe.protocol.rollback import RolledBack
 from fedmoe.protocol.rules import RuleSet
 from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.update import PAYLOAD_TTL_S, Header, UpdateId
@@ -111,13 +112,18 @@ class WorkerStore:
             raw = self._redis.hgetall(self.keys.meta)
         return self._meta(raw)
 
-    def rules(self) -> RuleSet | None:
-        """The rules in force; None if they cannot be parsed (the next pull then raises the error)."""
+    def orders(self) -> tuple[RuleSet, RolledBack] | None:
+        """What operators decided: the rules in force, and the rollbacks.
+
+        None if they cannot be parsed (the next pull then raises the error).
+        """
         with self.connection.errors():
-            (text,) = self._redis.hmget(self.keys.meta, ["rules"])
+            rules, rolled_back = self._redis.hmget(self.keys.meta, ["rules", "rolled_back"])
         try:
-            return RuleSet.from_json(text.decode()) if text else None
-        except (SpecError, UnicodeDecodeError):
+            if not rules:
+                return None
+            return RuleSet.from_json(rules.decode()), RolledBack.from_json((rolled_back or b"[]").decode())
+        except (SpecError, ValueError):
             return None
 
     def _meta(self, raw: Mapping[bytes, bytes]) -> Meta:

@@ -3,7 +3,6 @@
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,27 +11,27 @@ from click.testing import CliRunner, Result
 from consumers.aggregator import ExpertServer
 from consumers.expert import Expert
 from consumers.recovery.write_back import write_back
-from consumers.verify import Replay, replay
+from consumers.verify import replay
 from fedmoe.cli.main import cli
 from fedmoe.cli.status import plain
-from fedmoe.errors import FedMoEError, StaleStateError
-from fedmoe.protocol.layout import stamped
-from fedmoe.protocol.lora_init import initial_weights
+from fedmoe.errors import StaleStateError
 from fedmoe.protocol.names import GATEWAY
 from fedmoe.protocol.spec import Spec
 from fedmoe.settings import AggregatorSettings
 from fedmoe.store import rollback
-from fedmoe.store.archive import SUFFIX, Anchor, Archive
+from fedmoe.store.archive import SUFFIX, Anchor
 from fedmoe.store.backup import BackupStore
-from fedmoe.store.change import change_rules
+from fedmoe.store.change import change_rules, change_rules_soon
 from fedmoe.store.connection import Connection
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore
 from fedmoe.store.inspect import Inspector
-from fedmoe.store.remove import remove_expert
-from fedmoe.tools.backup import Backup, back_up, restore
+from fedmoe.tools.backup import Backup, restore
+from producers import sync
+from tests.counting import CountingWorker, counting_spec, create_expert
 from tests.errors import raises
-from tests.federation import ScriptedWorker, make_expert, meta_of, serve, serving, small_spec
+from tests.federation import ScriptedWorker, serve, serving, small_spec
+from tests.kept_expert import NAME, KeptExpert
 from tests.processes import eventually
 from tests.rollback import Snapshot
 
@@ -40,49 +39,11 @@ pytestmark = pytest.mark.one_server
 
 Connect = Callable[[], Connection]
 Command = Callable[..., Result]
-NAME = "sql_expert"
-
-
-class Federation:
-    """An expert whose aggregator keeps updates, a worker, and the weights of each version that it has had."""
-
-    def __init__(self, connection: Connection, kept: Path, spec: Spec, name: str = NAME) -> None:
-        self.connection, self.kept, self.spec, self.name = connection, kept, spec, name
-        self.archive = Archive(kept / name)
-        weights = initial_weights(spec.layout, spec.init_seed)
-        self.expert = make_expert(connection, name, spec=spec, weights=weights, archive=self.archive)
-        self.worker = ScriptedWorker(connection, spec, expert=name)
-        self.versions = {0: self.weights()}
-
-    def weights(self) -> bytes:
-        """As Redis has them, without their stamp."""
-        return stamped(GatewayStore(self.connection).read(self.name)[1], "")
-
-    def train(self, updates: int) -> None:
-        """Each is one version."""
-        self.expert.load()
-        for number in range(updates):
-            self.worker.push(0.25 * (number + 1))
-            assert serve(self.expert) == ["applied"]
-            self.worker.pull()
-            self.versions[self.expert.meta.version] = self.weights()
-
-    def replay(self) -> Replay:
-        """The replay of the whole log, which is the expert byte for byte."""
-        meta, weights, lines = GatewayStore(self.connection).history(self.name)
-        done = replay(self.spec, meta, lines, self.archive)
-        assert done.problem == ""
-        assert done.weights.same_values(weights)
-        return done
-
-    def backup(self, directory: Path) -> Path:
-        back_up(BackupStore(self.connection), directory)
-        return directory
 
 
 @pytest.fixture(params=["fp32", "int8"])
-def federation(connection: Connection, tmp_path: Path, request: pytest.FixtureRequest) -> Federation:
-    return Federation(connection, tmp_path / "kept", small_spec(wire_format=request.param))
+def federation(connection: Connection, tmp_path: Path, request: pytest.FixtureRequest) -> KeptExpert:
+    return KeptExpert(connection, tmp_path / "kept", small_spec(wire_format=request.param))
 
 
 @pytest.fixture
@@ -90,16 +51,8 @@ def kept(tmp_path: Path) -> tuple[str, str]:
     return "--keep-updates", str(tmp_path / "kept")
 
 
-def refused(done: Result, about: str) -> str:
-    """The sentence of a command that refused."""
-    assert isinstance(done.exception, FedMoEError), done.output
-    assert done.exception.about == about
-    assert "\n" not in str(done.exception)
-    return str(done.exception)
-
-
 def test_it_is_a_new_version_with_earlier_weights(
-    federation: Federation, connection: Connection, expert_command: Command, kept: tuple[str, str]
+    federation: KeptExpert, connection: Connection, expert_command: Command, kept: tuple[str, str]
 ) -> None:
     """Nothing decided goes back; the log tells; training goes on; the replay is equal byte for byte."""
     federation.train(4)
@@ -123,7 +76,7 @@ def test_it_is_a_new_version_with_earlier_weights(
 
 
 def test_verify_show_and_status_tell(
-    federation: Federation,
+    federation: KeptExpert,
     connection: Connection,
     expert_command: Command,
     kept: tuple[str, str],
@@ -145,7 +98,7 @@ def test_verify_show_and_status_tell(
 
 
 def test_what_was_trained_on_what_is_gone_is_refused(
-    federation: Federation, connection: Connection, expert_command: Command, kept: tuple[str, str]
+    federation: KeptExpert, connection: Connection, expert_command: Command, kept: tuple[str, str]
 ) -> None:
     """An update of an earlier base is decided as ever, and is as stale as versions have passed, the rollback too."""
     early = ScriptedWorker(connection, federation.spec, "early")
@@ -176,7 +129,7 @@ def test_what_was_trained_on_what_is_gone_is_refused(
     federation.replay()
 
 
-def test_from_a_backup(federation: Federation, expert_command: Command, tmp_path: Path) -> None:
+def test_from_a_backup(federation: KeptExpert, expert_command: Command, tmp_path: Path) -> None:
     """Whoever has no kept updates; with kept ones, the replay finds the same weights."""
     federation.train(2)
     directory = federation.backup(tmp_path / "backup")
@@ -187,7 +140,7 @@ def test_from_a_backup(federation: Federation, expert_command: Command, tmp_path
     federation.replay()
 
 
-def test_back_and_forth(federation: Federation, expert_command: Command, kept: tuple[str, str]) -> None:
+def test_back_and_forth(federation: KeptExpert, expert_command: Command, kept: tuple[str, str]) -> None:
     """A rollback can be rolled back, a rolled-back version be gone back to, and version 0 too; rules change between."""
     federation.train(3)
     expert_command("rollback", NAME, "--to", "1", *kept)
@@ -217,39 +170,15 @@ def test_the_gateway_can_be_rolled_back(
     connection: Connection, tmp_path: Path, expert_command: Command, kept: tuple[str, str]
 ) -> None:
     """It is an expert like any other."""
-    gateway = Federation(connection, tmp_path / "kept", small_spec(), GATEWAY)
+    gateway = KeptExpert(connection, tmp_path / "kept", small_spec(), GATEWAY)
     gateway.train(2)
     assert expert_command("rollback", GATEWAY, "--to", "1", *kept).exit_code == 0
     assert gateway.weights() == gateway.versions[1]
     gateway.replay()
 
 
-def test_versions_that_are_kept_are_named(
-    federation: Federation, expert_command: Command, kept: tuple[str, str]
-) -> None:
-    """Where a kept update is missing, later versions can be reached from kept weights only."""
-    federation.train(6)
-    lines = GatewayStore(federation.connection).history(NAME)[2]
-    federation.archive.directory.joinpath(lines[2]["update"] + SUFFIX).unlink()
-    said = refused(expert_command("rollback", NAME, "--to", "4", *kept), "to")
-    assert (
-        said == f"version 4 of sql_expert is not kept in {kept[1]}: log and kept updates give versions 0 to 2"
-    )
-    digest = federation.archive.keep_weights(federation.versions[5])
-    run, seq = lines[4]["run"], int(lines[4]["seq"])
-    anchor = {"lineage": federation.expert.meta.lineage, "run": run, "weights": digest, "at": 1.0}
-    federation.archive.keep_anchor(Anchor(version=5, seq=seq, **anchor))
-    said = refused(expert_command("rollback", NAME, "--to", "3", *kept), "to")
-    assert said.endswith("versions 0 to 2 and 5 to 6")
-    assert (
-        "version 7 has the weights of version 5"
-        in expert_command("rollback", NAME, "--to", "5", *kept).output
-    )
-    assert federation.weights() == federation.versions[5]
-
-
 def test_replay_that_begins_after_the_version_that_was_gone_back_to(
-    federation: Federation, connect: Connect, expert_command: Command, tmp_path: Path
+    federation: KeptExpert, connect: Connect, expert_command: Command, tmp_path: Path
 ) -> None:
     """An aggregator keeps the weights that a rollback put in place: the updates before may be removed later."""
     federation.train(1)
@@ -274,86 +203,8 @@ def test_replay_that_begins_after_the_version_that_was_gone_back_to(
     assert (federation.replay().since, federation.replay().rollbacks) == (3, 1)
 
 
-def test_sentences_of_what_cannot_be(
-    federation: Federation,
-    connection: Connection,
-    expert_command: Command,
-    kept: tuple[str, str],
-    tmp_path: Path,
-) -> None:
-    """Each one sentence, and nothing is changed."""
-    federation.train(3)
-    directory = str(federation.backup(tmp_path / "backup"))
-    federation.train(1)
-    before = meta_of(connection)
-
-    def roll(name: str, to: str, *where: str) -> Result:
-        return expert_command("rollback", name, "--to", to, *where)
-
-    assert "is at version 4: there is nothing to roll back" in refused(roll(NAME, "4", *kept), "to")
-    assert "is at version 4, so it cannot be rolled back to version 9" in refused(
-        roll(NAME, "9", *kept), "to"
-    )
-    assert roll(NAME, "-1", *kept).exit_code == 2
-    assert "give either" in refused(roll(NAME, "1"), "keep_updates")
-    assert "give either" in refused(roll(NAME, "1", *kept, "--from", directory), "keep_updates")
-    assert "is not a directory" in refused(roll(NAME, "1", "--keep-updates", "nowhere"), "keep_updates")
-    assert "there is no expert 'nobody'" in refused(roll("nobody", "1", *kept), "nobody")
-    assert "versions 0" not in refused(roll(NAME, "1", "--keep-updates", str(tmp_path)), "to")
-    assert "there is no directory" in refused(roll(NAME, "1", "--from", "nowhere"), "directory")
-    said = refused(roll(NAME, "1", "--from", directory), "version")
-    assert said == f"the backup {directory} holds version 3 of sql_expert, not version 1"
-    assert meta_of(connection) == before
-    another = make_expert(connection, "another")
-    ScriptedWorker(connection, small_spec(), expert="another").push(0.1)
-    assert serve(another) == ["applied"]
-    said = refused(roll("another", "0", "--from", directory), "another")
-    assert "no expert 'another' in the backup" in said
-
-
-@pytest.mark.parametrize("other", ["lineage", "spec", "history"])
-def test_backup_of_another_expert_or_history(
-    federation: Federation, connection: Connection, expert_command: Command, tmp_path: Path, other: str
-) -> None:
-    """The numbers of versions are the same, and what they name is not."""
-    federation.train(1)
-    earlier = federation.backup(tmp_path / "earlier")
-    federation.train(1)
-    directory = federation.backup(tmp_path / "backup")
-    if other == "history":
-        restore(BackupStore(connection), Backup(earlier), replace=True)
-        federation.worker = ScriptedWorker(connection, federation.spec, "somebody")
-        federation.train(2)
-    else:
-        connection.client.flushall()
-        spec = federation.spec if other == "lineage" else small_spec(wire_format="bf16")
-        federation = Federation(connection, tmp_path / "again", spec)
-        federation.train(3)
-    before = meta_of(connection)
-    said = refused(expert_command("rollback", NAME, "--to", "2", "--from", str(directory)), other)
-    assert str(directory) in said
-    assert meta_of(connection) == before
-
-
-def test_removed_damaged_and_lost(
-    federation: Federation, connection: Connection, expert_command: Command, kept: tuple[str, str]
-) -> None:
-    """Nothing is rolled back on top of what is not whole."""
-    federation.train(2)
-    keys = federation.expert.store.keys
-    connection.client.delete(keys.log)
-    said = refused(expert_command("rollback", NAME, "--to", "0", *kept), "log")
-    assert "start an aggregator, which begins it again" in said
-    decided = connection.client.hgetall(keys.decided)
-    connection.client.delete(keys.decided)
-    assert "is damaged" in refused(expert_command("rollback", NAME, "--to", "0", *kept), NAME)
-    connection.client.hset(keys.decided, mapping=decided)
-    remove_expert(connection, NAME)
-    assert "was removed by an operator" in refused(expert_command("rollback", NAME, "--to", "0", *kept), NAME)
-
-
 def test_it_waits_for_what_an_aggregator_writes_back(
-    federation: Federation, connection: Connection, kept: tuple[str, str]
+    federation: KeptExpert, connection: Connection, kept: tuple[str, str]
 ) -> None:
     """Redis came back older; what an aggregator retains comes first."""
     federation.train(1)
@@ -378,7 +229,7 @@ def test_it_waits_for_what_an_aggregator_writes_back(
 
 
 def test_state_is_found_again_over_a_new_connection(
-    federation: Federation, connection: Connection, connect: Connect
+    federation: KeptExpert, connection: Connection, connect: Connect
 ) -> None:
     """The server may hold another history by then."""
     federation.train(2)
@@ -396,7 +247,7 @@ def test_state_is_found_again_over_a_new_connection(
 
 
 def test_rollback_outlives_a_redis_that_went_back(
-    federation: Federation, connection: Connection, connect: Connect, expert_command: Command,
+    federation: KeptExpert, connection: Connection, connect: Connect, expert_command: Command,
     kept: tuple[str, str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     """The aggregator that has seen it writes it back, with its line; the replay is equal."""
@@ -418,7 +269,7 @@ def test_rollback_outlives_a_redis_that_went_back(
 
 
 def test_rollback_that_a_redis_lost_is_named(
-    federation: Federation, connection: Connection, expert_command: Command,
+    federation: KeptExpert, connection: Connection, expert_command: Command,
     kept: tuple[str, str], caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     """An aggregator that was started after it does not know the state before; the operator is told."""
@@ -434,7 +285,7 @@ def test_rollback_that_a_redis_lost_is_named(
 
 
 def test_backup_and_restore_keep_it(
-    federation: Federation,
+    federation: KeptExpert,
     connection: Connection,
     expert_command: Command,
     kept: tuple[str, str],
@@ -458,25 +309,30 @@ def test_backup_and_restore_keep_it(
     assert federation.replay().rollbacks == 1
 
 
+def test_idle_worker_notices(
+    connection: Connection, connect: Connect, tmp_path: Path, expert_command: Command, kept: tuple[str, str],
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """It looks now and then, although its next update is an hour away, and drops what it trained for nothing."""
+    monkeypatch.setattr(sync, "LOOK_FOR_RULES_S", 0.1)
+    spec = counting_spec()
+    store = create_expert(connection, spec, sync_interval_s=0.02)
+    with serving(connect(), keep_updates=tmp_path / "kept"), CountingWorker(connect(), spec) as worker:
+        eventually("some updates", lambda: store.load().meta.version > 3)
+        change_rules_soon(store, {"sync_interval": 3600.0})
+        eventually(
+            "the last decision", lambda: not worker.sync.ledger.queue and worker.exchange.steps_left > 9
+        )
+        assert expert_command("rollback", NAME, "--to", "1", *kept).exit_code == 0
+        eventually("the pull", lambda: worker.sync.ledger.meta.rolled_back.intervals, timeout_s=10)
+    assert "an operator rolled the expert back to version 1" in caplog.text
+
+
 def test_large_weights_are_written_in_place(
-    federation: Federation, expert_command: Command, kept: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+    federation: KeptExpert, expert_command: Command, kept: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As those of an aggregator's commit."""
     monkeypatch.setattr("fedmoe.store.chunks.IN_PLACE_BYTES", 1)
     federation.train(2)
     assert expert_command("rollback", NAME, "--to", "1", *kept).exit_code == 0
     assert federation.weights() == federation.versions[1]
-
-
-def test_rolled_back_expert_is_not_the_next_ones(
-    federation: Federation, expert_command: Command, kept: tuple[str, str]
-) -> None:
-    """An expert that was created again since the state was found is left alone."""
-    federation.train(2)
-    store, meta = federation.expert.store, federation.expert.meta
-    state = rollback.VersionState(version=1, lineage="f" * 16, weights=federation.versions[1])
-    store.condition()
-    ready = rollback.prepare(federation.spec, state, by="me", generation=store.connection.generation)
-    with raises(FedMoEError, about="lineage"):
-        rollback.roll_back(store, ready)
-    assert replace(store.load().meta) == replace(meta)

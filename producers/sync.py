@@ -384,10 +384,11 @@ class Sync:
             raise RefusedError(refusal, about=self._identity.differing(meta)[0])
 
     def _look_for_rules(self, now: float) -> None:
-        """Pull if an operator changed the rules, since with a long sync interval the next pull is far away."""
+        """Pull if an operator changed the rules or rolled the expert back: the next pull may be far away."""
         if not self.times.is_ending and now >= self.times.rules_at:
             self.times.rules_at = now + LOOK_FOR_RULES_S
-            if self._store.rules() not in (None, self.ledger.meta.rules):
+            meta = self.ledger.meta
+            if self._store.orders() not in (None, (meta.rules, meta.rolled_back)):
                 self._pull()
 
     def _follow_rules(self, before: RuleSet) -> None:

@@ -13,7 +13,7 @@ from fedmoe.errors import FedMoEError, ProtocolError
 from fedmoe.protocol.beat import Beat
 from fedmoe.protocol.doorbell import Doorbell, Join, parse_entry
 from fedmoe.protocol.fit import Fit
-from fedmoe.protocol.lines import AnchorLine, AppliedLine, DeadLetter, RulesLine, read_line
+from fedmoe.protocol.lines import AnchorLine, AppliedLine, DeadLetter, RollbackLine, RulesLine, read_line
 from fedmoe.protocol.merged import BuiltFrom, MergedMeta, built_from_text
 from fedmoe.protocol.records import Decided, Entry, Meta
 from fedmoe.protocol.rules import AggregationRules, RuleSet
@@ -86,6 +86,9 @@ CASES = {
     "applied": Case(APPLIED, APPLIED.to_fields(), read_line),
     "anchor": Case(
         anchor := AnchorLine(version=3, restored="why", weights="digest"), anchor.to_fields(), read_line
+    ),
+    "rollback": Case(
+        back := RollbackLine(version=8, rolled_back_to=5, by="user@host", weights="digest"), back.to_fields(), read_line
     ),
     "rules": Case(
         change := RulesLine(version=3, changed="lr 1 -> 0.5", ended=RULES), change.to_fields(), read_line

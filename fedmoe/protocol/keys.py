@@ -20,7 +20,7 @@ transaction. The prefix `fedmoe` is a setting, so that several federations can s
     fedmoe:{E}:decided                              hash    worker -> its last decided update and how (JSON)
     fedmoe:{E}:vectors                              hash    worker -> its domain vector (JSON); absent if withheld
     fedmoe:{E}:worker:<worker>                      hash    heartbeat; expires
-    fedmoe:{E}:log                                  stream  one line per applied update or change of rules; capped
+    fedmoe:{E}:log                                  stream  one line per applied update, change of rules, rollback
     fedmoe:{E}:dead                                 stream  refused updates and garbage, with the reason; capped
     fedmoe:{E}:lease                                string  the aggregator that serves this expert; expires
     fedmoe:{E}:lost                                 hash    worker -> lineage it knew when the expert was found lost

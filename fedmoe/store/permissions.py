@@ -146,7 +146,8 @@ def _aggregator(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
 def _operator(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
     keys, merged = all_keys.expert(expert), all_keys.merged
     written = (keys.meta, keys.spec, keys.weights, keys.decided, keys.vectors, keys.log, keys.dead)
-    changes, adds = "it changes the rules of an expert", "it adds an expert"
+    changes, adds = "it changes the rules of an expert or rolls it back", "it adds an expert"
+    large = "it rolls back an expert with weights of 4 MiB and more"
     return (
         *_on(all_keys.experts, may="HGETALL, HGET, HSET"),
         *_on(keys.spec, keys.weights, may="GET, SET"),
@@ -184,6 +185,8 @@ def _operator(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
         ),
         *_on(keys.packed, keys.server_state, may="WATCH, STRLEN", when=changes),
         *_on(keys.weights, may="GETRANGE", when=changes),
+        *_on(keys.packed, keys.server_state, may="GETRANGE", when=large),
+        *_on(keys.weights, keys.packed, keys.server_state, may="SETRANGE, PTTL", when=large),
         *_on(all_keys.experts, may="HSETNX", when=adds),
         *_on(keys.lost, may="HGETALL", when=adds),
         *_on(keys.claims, may="EXISTS", when=changes),
@@ -217,7 +220,9 @@ def _monitor(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
 AGGREGATOR = Role(name="aggregator", does="serve experts", rights=_aggregator)
 WORKER = Role(name="worker", does="train", rights=_worker)
 OPERATOR = Role(
-    name="operator", does="back up, restore, change, add, remove, verify, fit and export", rights=_operator
+    name="operator",
+    does="back up, restore, change, roll back, add, remove, verify, fit and export",
+    rights=_operator,
 )
 MONITOR = Role(name="monitor", does="read the status", rights=_monitor)
 ROLES = {role.name: role for role in (AGGREGATOR, WORKER, OPERATOR, MONITOR)}

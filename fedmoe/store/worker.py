@@ -26,6 +26,7 @@ from fedmoe.protocol.codec import EXACT
 from fedmoe.protocol.doorbell import Doorbell, Join
 from fedmoe.protocol.packed import chunks
 from fedmoe.protocol.records import TRACE_TTL_S, Decided, Meta, check_not_removed, read_protocol
+from fedmoe.protocol.rollback import RolledBack
 from fedmoe.protocol.rules import RuleSet
 from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.update import PAYLOAD_TTL_S, Header, UpdateId
@@ -111,16 +112,17 @@ class WorkerStore:
             raw = self._redis.hgetall(self.keys.meta)
         return self._meta(raw)
 
-    def rules(self) -> RuleSet | None:
-        """The rules in force; None if they cannot be parsed (the next pull then raises the error)."""
-        with self.connection.errors():
-            (text,) = self._redis.hmget(self.keys.meta, ["rules"])
-        return self._parsed(text)
+    def orders(self) -> tuple[RuleSet, RolledBack] | None:
+        """What operators decided: the rules in force, and the rollbacks.
 
-    def _parsed(self, text: bytes | None) -> RuleSet | None:
+        None if they cannot be parsed (the next pull then raises the error).
+        """
+        with self.connection.errors():
+            rules, rolled_back = self._redis.hmget(self.keys.meta, ["rules", "rolled_back"])
         try:
-            return RuleSet.from_json(text.decode()) if text else None
-        except (SpecError, UnicodeDecodeError):
+            present = _rules(rules)
+            return present and (present, RolledBack.from_json((rolled_back or b"[]").decode()))
+        except ValueError:
             return None
 
     def _meta(self, raw: Mapping[bytes, bytes]) -> Meta:
@@ -344,7 +346,7 @@ class WorkerStore:
             pipe.hmget(self.keys.meta, ["rules"])
             lease, meta = pipe.execute(raise_on_error=False)
         is_served = None if isinstance(lease, redis.ResponseError) else lease is not None
-        rules = None if isinstance(meta, redis.ResponseError) else self._parsed(meta[0])
+        rules = None if isinstance(meta, redis.ResponseError) else _rules(meta[0])
         return is_served, rules.held if rules else ""
 
     def leave(self, how: str = "stopped", reason: str = "") -> None:
@@ -356,3 +358,11 @@ class WorkerStore:
                 pipe.hset(trace, mapping={"how": how, "reason": reason})
                 pipe.pexpire(trace, int(TRACE_TTL_S * 1000))
                 pipe.execute()
+
+
+def _rules(text: bytes | None) -> RuleSet | None:
+    """The rules in a field of meta; None if they are missing or cannot be parsed."""
+    try:
+        return RuleSet.from_json(text.decode()) if text else None
+    except (SpecError, UnicodeDecodeError):
+        return None

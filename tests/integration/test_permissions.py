@@ -203,7 +203,7 @@ def test_the_gateway_needs_no_other_rights(guarded: Guarded, tmp_path: Path, tin
 
 
 def test_what_is_listed_for_rarer_situations_is_sent_in_them(
-    guarded: Guarded, monkeypatch: pytest.MonkeyPatch
+    guarded: Guarded, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Large weights, a full Redis, an emptied one, a standby, a blocked stream: nothing is refused then either."""
     monkeypatch.setattr("fedmoe.store.chunks.IN_PLACE_BYTES", 1)  # all weights are large
@@ -214,6 +214,7 @@ def test_what_is_listed_for_rarer_situations_is_sent_in_them(
     an_emptied_redis(guarded)
     an_operator_who_changes_things(guarded)
     a_fitted_gateway(guarded)
+    an_operator_who_goes_back(guarded, tmp_path / "backup")
     a_removed_expert(guarded)
     monkeypatch.setattr("fedmoe.store.gateway.WHOLE_BYTES", 100)
     a_merged_gateway_in_parts(guarded)
@@ -358,6 +359,27 @@ def a_merged_gateway_in_parts(guarded: Guarded) -> None:
     loaded = GatewayStore(guarded.connection(OPERATOR)).load_merged()
     assert loaded is not None
     assert loaded[1] == bytes([2]) * 200
+
+
+def an_operator_who_goes_back(guarded: Guarded, backup: Path) -> None:
+    """An expert is rolled back to a version that a backup holds, also while Redis is full."""
+    guarded.admin.client.flushall()
+    spec = small_spec(wire_format="int8")
+    rules = aggregating(server_optimizer=NESTEROV)
+    expert = make_expert(guarded.connection(AGGREGATOR), spec=spec, rules=rules)
+    worker = ScriptedWorker(guarded.connection(WORKER), spec, NAME)
+    worker.push(0.1)
+    assert serve(expert) == ["applied"]
+    guarded.fedmoe(OPERATOR, "backup", str(backup))
+    worker.pull()
+    worker.push(0.1)
+    assert serve(expert) == ["applied"]
+    rollback = ("expert", "rollback", EXPERT, "--to", "1", "--from", str(backup))
+    assert "version 3 has the weights of version 1" in guarded.fedmoe(OPERATOR, *rollback)
+    guarded.admin.client.config_set("maxmemory", 1)
+    assert "version 4 has the weights of version 1" in guarded.fedmoe(OPERATOR, *rollback)
+    guarded.admin.client.config_set("maxmemory", 0)
+    assert "rolled back" in guarded.fedmoe(OPERATOR, "status")
 
 
 def a_removed_expert(guarded: Guarded) -> None:

@@ -16,6 +16,7 @@ from fedmoe.protocol.balance import Peers
 from fedmoe.protocol.codec import FORMATS, FRAME_BYTES
 from fedmoe.protocol.layout import Layout
 from fedmoe.protocol.records import Decided
+from fedmoe.protocol.rollback import RolledBack
 from fedmoe.protocol.rules import RuleSet
 from fedmoe.protocol.server import ServerStep
 from fedmoe.protocol.spec import Spec
@@ -51,12 +52,13 @@ def decided(update: UpdateId) -> Decided:
 
 # How each reason begins: its one mention in this file.
 LINEAGE, PREV, NOTHING = "trained on lineage", "follows update", ""
-BREACHES = SPEC_, BASE, FORMAT, COUNT, SIZE, STALE, AHEAD = (
+BREACHES = SPEC_, BASE, FORMAT, COUNT, SIZE, GONE, STALE, AHEAD = (
     "made for spec",
     "trained with another base model, tokenizer or chat template: ",
     "encoded as",
     "has 2 parts",
     f"has a part of {LARGEST + 1} bytes",
+    "trained on version",
     "too stale",
     "it started from version",
 )
@@ -113,6 +115,7 @@ def refused(reason: str, **differs: Any) -> Row:
 OTHER = "f" * 16
 STEPS_BACK = {"base_version": VERSION - BOUND - 1}
 STEPS_AHEAD = {"base_version": VERSION + BOUND + 1}
+BACK = RolledBack().and_also(5, 6).and_also(8, 9)
 AUTO = aggregating(lr=0.5, decay=Decay(kind="constant"))
 TABLE = {
     # admitted
@@ -122,6 +125,10 @@ TABLE = {
     "stale, at the bound": Row(
         header={"base_version": VERSION - BOUND}, staleness=BOUND, factor=0.5 * (1 + BOUND) ** -2
     ),
+    "based on the version that was gone back to": Row(
+        header={"base_version": 8}, meta={"rolled_back": BACK}, staleness=2, factor=0.5 / 9
+    ),
+    "based on the rollback": Row(meta={"rolled_back": BACK}),
     "stale by one": Row(header={"base_version": VERSION - 1}, staleness=1, factor=0.5 / 4),
     "ahead, at the bound": Row(header={"base_version": VERSION + BOUND}),
     "nobody pinned a base model": Row(meta={"base_fingerprint": ""}, header={"base_fingerprint": OTHER}),
@@ -157,6 +164,15 @@ TABLE = {
     "the second part a byte too large": refused(
         "has a part of", header=parts(300, FULL_PART + 1), spec=LARGE
     ),
+    "its base was rolled back": refused(
+        GONE, header={"base_version": 9}, meta={"rolled_back": BACK}, staleness=1
+    ),
+    "its base was rolled back some time ago": refused(
+        GONE, header={"base_version": 6}, meta={"rolled_back": BACK}, staleness=4
+    ),
+    "its base was rolled back and is too old": refused(
+        GONE, header=STEPS_BACK, meta={"rolled_back": RolledBack().and_also(4, 5)}, staleness=BOUND + 1
+    ),
     "one too stale": refused(STALE, header=STEPS_BACK, staleness=BOUND + 1),
     "one too far ahead": refused(AHEAD, header=STEPS_AHEAD),
     "one too stale for few workers": refused(
@@ -187,6 +203,7 @@ ORDER = [
     "another format",
     "a part too many",
     "a part a byte too large",
+    "its base was rolled back and is too old",
     "one too stale",
 ]
 PAIRS = [
@@ -202,8 +219,9 @@ def test_the_earlier_check_decides(first: str, second: str) -> None:
     if "parts" in one.header and "parts" in other.header:
         both |= parts(LARGEST + 1, LARGEST + 1)
     head = one.head if one.head != FIRST else other.head
-    staleness = BOUND + 1 if one.outcome is Outcome.REFUSED and second == "one too stale" else one.staleness
-    replace(one, header=both, head=head, staleness=staleness).check()
+    meta = dict(other.meta) | dict(one.meta)
+    staleness = other.staleness if one.outcome is Outcome.REFUSED else one.staleness
+    replace(one, header=both, meta=meta, head=head, staleness=staleness).check()
 
 
 def test_the_order_names_every_check() -> None:

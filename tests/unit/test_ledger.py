@@ -10,6 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from fedmoe.errors import NameTakenError, UpdateError
 from fedmoe.protocol.records import Decided, Meta
+from fedmoe.protocol.rollback import RolledBack
 from fedmoe.protocol.update import UpdateId, make_run
 from producers.ledger import HeadPlace, Ledger, Trained, locate
 from tests.errors import raises
@@ -320,3 +321,34 @@ def test_an_error_half_way_leaves_the_books_as_they_were(rolled_back: bool) -> N
         ledger.queue[0] = update
         change = ledger.observe(meta_of(1), torch.full((4,), 5.0), head, now=0.0)
         assert torch.equal(torch.ones(4) + change.correction, torch.full((4,), 5.0))
+
+
+@pytest.mark.parametrize(
+    ("base", "how", "made", "dropped"),
+    [
+        (3, "", 0, True),  # its base was rolled back
+        (2, "", 0, False),  # it is of the version that was gone back to
+        (2, "applied", 4, True),  # its own update was rolled back, and it trained on
+        (2, "applied", 6, False),  # its own update is of after the rollback
+        (2, "refused", 4, False),  # its own update was never part of the weights
+    ],
+)
+def test_what_was_trained_on_what_an_operator_took_back_is_dropped(
+    base: int, how: str, made: int, dropped: bool
+) -> None:
+    """Versions 3 and 4 were rolled back to version 2; what is in flight is decided by the aggregator."""
+    ledger = Ledger(base=torch.zeros(4), meta=meta_of(base), run=RUN)
+    update = ledger.make_update(
+        ledger.progress(torch.ones(4)), Trained(steps=1), wire_format="fp32", fingerprint="f"
+    )
+    local = torch.ones(4) * 3  # two more units trained while it was in flight
+    meta = replace(meta_of(6), rolled_back=RolledBack().and_also(2, 4))
+    weights = torch.full((4,), 8.0)
+    decided = replace(decision(update.id, how), version=made) if how else None
+    change = ledger.observe(meta, weights, decided, now=0.0)
+    assert (change.replace, change.rolled_back) == (dropped, dropped)
+    local = change.correction.clone() if change.replace else local + change.correction
+    in_flight = 0.0 if how else 1.0
+    assert torch.equal(local, torch.full((4,), 8.0 + in_flight + (0.0 if dropped else 2.0)))
+    assert torch.equal(ledger.progress(local), torch.full((4,), 0.0 if dropped else 2.0))
+    assert not ledger.observe(meta, None, decided, now=1.0).rolled_back

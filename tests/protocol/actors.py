@@ -20,6 +20,7 @@ from consumers.aggregator import ExpertServer
 from consumers.expert import Expert
 from consumers.history import History
 from fedmoe.errors import FedMoEError
+from fedmoe.protocol.features import features_text
 from fedmoe.protocol.keys import Keys
 from fedmoe.protocol.layout import Layout, stamped
 from fedmoe.protocol.records import PROTOCOL, Decided, Meta
@@ -68,6 +69,7 @@ def first_db(spec: Spec, rules: RuleSet) -> Db:
         spec=spec.digest,
         rules=rules,
         protocol=PROTOCOL,
+        knows=features_text(),
         base_fingerprint="f",
         loss=0.0,
         reach=1.0,

@@ -14,6 +14,7 @@ from consumers.aggregator import ExpertServer
 from consumers.decide import Admission
 from consumers.expert import Expert
 from fedmoe.protocol.codec import decode
+from fedmoe.protocol.features import features_text
 from fedmoe.protocol.keys import GROUP
 from fedmoe.protocol.layout import AdapterBuffer, Layout
 from fedmoe.protocol.lora import LoraSettings
@@ -70,6 +71,7 @@ def first_meta(spec: Spec, **changes: object) -> Meta:
         weights_commit=commit,
         spec=spec.digest,
         protocol=PROTOCOL,
+        knows=features_text(),
         base_fingerprint=FINGERPRINT,
     )
     return replace(meta, **changes)

@@ -201,12 +201,11 @@ def _monitor(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
     keys, merged = all_keys.expert(expert), all_keys.merged
     leases = (keys.lease, merged.lease)
     return (
-        *_on(all_keys.experts, keys.meta, merged.meta, merged.fit, may="HGETALL"),
+        *_on(all_keys.experts, keys.meta, keys.decided, merged.meta, merged.fit, may="HGETALL"),
         *_on(keys.weights, keys.spec, merged.weights, may="STRLEN"),
         *_on(keys.updates, may="XLEN, XINFO GROUPS"),
         *_on(keys.dead, may="XLEN, XREVRANGE"),
         *_on(keys.log, may="XREVRANGE"),
-        *_on(keys.decided, may="HKEYS"),
         *_on(keys.meta, may="HMGET", when="a worker trains an expert that is not listed"),
         *_on(keys.problem, merged.problem, may="HGETALL"),
         *_on(keys.worker(ANY), keys.trace(ANY), may="HMGET, PTTL"),

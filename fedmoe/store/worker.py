@@ -121,7 +121,9 @@ class WorkerStore:
             rules, rolled_back = self._redis.hmget(self.keys.meta, ["rules", "rolled_back"])
         try:
             present = _rules(rules)
-            return present and (present, RolledBack.from_json((rolled_back or b"[]").decode()))
+            if present is None:
+                return None
+            return present, RolledBack.from_json((rolled_back or b"[]").decode())
         except ValueError:
             return None
 

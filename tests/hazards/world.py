@@ -17,6 +17,7 @@ import consumers.verify
 import producers.membership
 from consumers.rollback import state_from_updates
 from fedmoe.errors import NameTakenError
+from fedmoe.protocol.features import features_text
 from fedmoe.protocol.identity import BaseIdentity
 from fedmoe.protocol.layout import AdapterBuffer, values_of
 from fedmoe.protocol.lora import LoraSettings
@@ -260,7 +261,7 @@ class World:
         commit = new_id()
         meta = Meta(
             lineage=new_id(), commit=commit, weights_commit=commit, spec=self.spec.digest, rules=self._rules,
-            protocol=PROTOCOL, base_fingerprint=FINGERPRINT,
+            protocol=PROTOCOL, knows=features_text(), base_fingerprint=FINGERPRINT,
         )  # fmt: skip
         buffer = AdapterBuffer(LAYOUT)
         buffer.flat.copy_(initial_weights(LAYOUT, self.spec.init_seed))

@@ -324,6 +324,8 @@ def an_operator_who_changes_things(guarded: Guarded) -> None:
     guarded.admin.client.config_set("maxmemory", 1)
     guarded.fedmoe(OPERATOR, "expert", "set", EXPERT, "--lr", "0.25")
     guarded.admin.client.config_set("maxmemory", 0)
+    guarded.fedmoe(OPERATOR, "expert", "hold", EXPERT)
+    guarded.fedmoe(OPERATOR, "expert", "release", EXPERT)
     guarded.fedmoe(OPERATOR, "expert", "weight", EXPERT, "2")
     WorkerStore(guarded.admin, "added", NAME).beat(Beat(run="1-00000000"), ttl_s=15)
     guarded.fedmoe(OPERATOR, "expert", "add", "added")

@@ -21,6 +21,7 @@ from consumers.aggregator import ExpertServer
 from consumers.expert import Expert
 from consumers.history import History
 from fedmoe.errors import FedMoEError, StaleStateError
+from fedmoe.protocol.features import features_text
 from fedmoe.protocol.keys import Keys
 from fedmoe.protocol.layout import Layout, stamped
 from fedmoe.protocol.records import PROTOCOL, Decided, Meta
@@ -71,6 +72,7 @@ def first_db(spec: Spec, rules: RuleSet) -> Db:
         spec=spec.digest,
         rules=rules,
         protocol=PROTOCOL,
+        knows=features_text(),
         base_fingerprint="f",
         loss=0.0,
         reach=1.0,

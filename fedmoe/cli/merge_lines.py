@@ -55,7 +55,9 @@ def error_text(error: float | None) -> str:
     """The relative error, for people."""
     if error is None:
         return "its error is unknown, because an earlier release built it"
-    return "exact" if error == 0 else f"relative error {error:.1%}"
+    if error == 0:
+        return "exact"
+    return "relative error " + ("below 0.1%" if error < 5e-4 else f"{error:.1%}")
 
 
 def _versions(merged: "MergedView") -> str:

@@ -270,8 +270,8 @@ class WorkerSettings:
         at_most=10_000, unit="rows",
     )  # fmt: skip
     vector_noise: float = setting(
-        0.0, "Standard deviation of the Gaussian noise that is added to each value of the domain vector, in units of "
-        "2 / vector_rows, the most by which one row can move the vector.", at_least=0, at_most=1e6,
+        0.0, "Standard deviation of the Gaussian noise on each value of the domain vector, as a multiple of 2 / rows, "
+        "the most by which one of its rows can move the vector.", at_least=0, at_most=1e6,
     )  # fmt: skip
     wait: bool = setting(
         True, "Fail if Redis cannot be reached or has no experts yet, instead of waiting for them."

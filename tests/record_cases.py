@@ -28,7 +28,7 @@ RULES = RuleSet(number=2, aggregation=AggregationRules(lr=0.5, max_staleness=7),
 HEADER = Header(
     lineage="l", spec="s", run="1-0123abcd", seq=2, prev=UpdateId("1-0123abcd", 1), base_version=3, wire_format="fp32",
     base_fingerprint="f", n_examples=4, n_tokens=5, steps=6, loss=0.5, position="7", parts=(Part(1, bytes(32)),),
-    tokenizer="template:ab", vector=bytes(16), vector_rows=40,
+    tokenizer="template:ab",
 )  # fmt: skip
 APPLIED = AppliedLine(
     version=1, worker="w", run="1-0123abcd", seq=1, base_version=0, staleness=0, factor=0.1 + 0.2, norm=1.5, loss=2.5,

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import torch
 
+from consumers.applied import line_of, meta_after
 from consumers.decide import Admission, Outcome, Verdict, counts_of, judge_header
 from consumers.early_warning import Judged, judge, reason_to_hold
 from consumers.held import Held
@@ -20,13 +21,14 @@ from consumers.payload import Workspace, fold_payload
 from fedmoe.errors import SettingsError, StaleStateError, UpdateError
 from fedmoe.protocol import records
 from fedmoe.protocol.balance import peers_of
+from fedmoe.protocol.beat import protocol_problem
 from fedmoe.protocol.codec import EXACT, scratch_values
 from fedmoe.protocol.doorbell import Doorbell, Garbage, Join, parse_entry
 from fedmoe.protocol.features import features_text
 from fedmoe.protocol.identity import BEAT_FIELDS, BaseIdentity
 from fedmoe.protocol.integrity import restamp
 from fedmoe.protocol.layout import AdapterBuffer
-from fedmoe.protocol.lines import AppliedLine, DeadLetter, RulesLine
+from fedmoe.protocol.lines import DeadLetter, RulesLine
 from fedmoe.protocol.packed import pack
 from fedmoe.protocol.records import Decided, Entry, Meta
 from fedmoe.protocol.rules import MAX_REASON_CHARS
@@ -35,7 +37,8 @@ from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.update import ForeignHeaderError, Header
 from fedmoe.protocol.vectors import stored_text
 from fedmoe.store.archive import Archive
-from fedmoe.store.expert import Commit, ExpertStore, Loaded
+from fedmoe.store.commit import Commit, Loaded
+from fedmoe.store.expert import ExpertStore
 from fedmoe.store.lifecycle import new_id
 from fedmoe.util.software import software
 
@@ -188,7 +191,9 @@ class Expert:
                         self._garbage(entry, reason, commit)
                     case Join(worker=worker):
                         beat = self.store.heartbeat(worker, ("protocol", *BEAT_FIELDS))
-                        if self._speaks_our_protocol(worker, beat.protocol):
+                        if problem := protocol_problem(worker, beat.protocol):
+                            self.warn_once(problem)
+                        else:
                             self._pin(BaseIdentity.from_beat(beat), worker)
                     case Doorbell() as bell:
                         if verdict := self.decide(bell, headers[bell], entry, commit):
@@ -206,7 +211,7 @@ class Expert:
                 commit.packed = pack(self._folded.weights.flat, self.spec, meta.commit)
             if (
                 self.meta.server_state and commit.server_state is None
-            ):  # of an optimizer that is no longer in force
+            ):  # of an optimizer not in force any more
                 commit.unlink.append(self.store.keys.server_state)
         self.send(commit, meta)
         for line in commit.log:
@@ -321,41 +326,11 @@ class Expert:
     def _apply(
         self, worker: str, header: Header, verdict: Verdict, kept: str, judged: Judged, commit: Commit
     ) -> None:
-        meta, counts = self.meta, counts_of(header, self.meta.rules.training)
-        self.meta = replace(
-            meta,
-            version=meta.version + 1,
-            applied=meta.applied + 1,
-            staleness_sum=meta.staleness_sum + verdict.staleness,
-            loss=header.loss,
-            n_examples=meta.n_examples + counts.n_examples,
-            n_tokens=meta.n_tokens + counts.n_tokens,
-            round_version=meta.version + 1 if verdict.ends_round else meta.round_version,
-        )
+        counts = counts_of(header, self.meta.rules.training)
+        self.meta = meta_after(self.meta, header, verdict, counts)
         self._pin(BaseIdentity.from_header(header), worker)
-        is_clamped = counts != (header.n_examples, header.n_tokens)
-        line = AppliedLine(
-            version=self.meta.version,
-            worker=worker,
-            run=header.run,
-            seq=header.seq,
-            base_version=header.base_version,
-            staleness=verdict.staleness,
-            factor=verdict.factor,
-            weight=verdict.weight,
-            ends_round=int(verdict.ends_round),
-            new_state=int(verdict.new_state),
-            norm=verdict.norm,
-            loss=header.loss,
-            n_examples=counts.n_examples,
-            rules=meta.rules.number,
-            prev=str(header.prev or ""),
-            claimed_examples=header.n_examples if is_clamped else None,
-            claimed_tokens=header.n_tokens if is_clamped else None,
-            **(judged.measured.fields if judged.measured else {}),
-            update=kept,
-        )
-        if is_clamped:
+        line = line_of(worker, self.meta, header, verdict, counts, measured=judged.measured, kept=kept)
+        if line.claimed_examples is not None:
             logger.warning(
                 "%s: worker %s claims %d rows and %d tokens in one update; it is applied, but counts as only %d rows "
                 "and %d tokens: check that worker",
@@ -411,17 +386,6 @@ class Expert:
         fields = ", ".join(f"{k}={v}"[:80] for k, v in list(entry.fields.items())[:8])
         commit.dead.append(DeadLetter(reason=reason, entry=entry.id, fields=fields[:400]).to_fields())
         logger.warning("%s removed garbage from its stream (%s): %s", self.store.name, reason, fields[:200])
-
-    def _speaks_our_protocol(self, worker: str, named: str) -> bool:
-        """False, with a warning, if the heartbeat of a joining worker names another protocol."""
-        if named == str(records.PROTOCOL):
-            return True
-        is_later = named.isdecimal() and len(named) < 10 and int(named) > records.PROTOCOL
-        self.warn_once(
-            f"worker {worker} speaks protocol {named[:20]} and this aggregator protocol {records.PROTOCOL}: "
-            f"upgrade the FedMoE of {'this aggregator' if is_later else 'that worker'}"
-        )
-        return False
 
     def warn_once(self, text: str) -> None:
         """Log a warning about a worker's unreadable records, but each text only once."""

@@ -35,7 +35,8 @@ from fedmoe.protocol.lines import AppliedLine, RollbackLine, RulesLine
 from fedmoe.protocol.records import Meta
 from fedmoe.protocol.update import Header
 from fedmoe.store.archive import Archive
-from fedmoe.store.expert import ExpertStore, Loaded
+from fedmoe.store.commit import Loaded
+from fedmoe.store.expert import ExpertStore
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from fedmoe.protocol.codec import EXACT
 from fedmoe.protocol.layout import stamped
 from fedmoe.protocol.lines import AnchorLine, Line
 from fedmoe.protocol.packed import pack
-from fedmoe.store.expert import Commit, Loaded
+from fedmoe.store.commit import Commit, Loaded
 
 logger = logging.getLogger(__name__)
 

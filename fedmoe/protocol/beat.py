@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from fedmoe.protocol.fields import from_untrusted, optional, to_text
-from fedmoe.protocol.records import FIRST_PROTOCOL
+from fedmoe.protocol.records import FIRST_PROTOCOL, PROTOCOL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,3 +61,14 @@ class Beat:
 
 FIELDS = tuple(one.name for one in fields(Beat))
 SHORT_FIELDS = tuple(name for name in FIELDS if name != "chat_template")  # a template may take 64 KiB
+
+
+def protocol_problem(worker: str, named: str) -> str:
+    """What an aggregator says of a joining worker whose heartbeat names another protocol, "" if it is this FedMoE's."""
+    if named == str(PROTOCOL):
+        return ""
+    is_later = named.isdecimal() and len(named) < 10 and int(named) > PROTOCOL
+    return (
+        f"worker {worker} speaks protocol {named[:20]} and this aggregator protocol {PROTOCOL}: "
+        f"upgrade the FedMoE of {'this aggregator' if is_later else 'that worker'}"
+    )

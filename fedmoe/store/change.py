@@ -9,8 +9,9 @@ from fedmoe.errors import DamagedExpertError, SettingsError, StaleStateError
 from fedmoe.protocol.lines import RulesLine
 from fedmoe.protocol.records import Meta, check_not_removed
 from fedmoe.protocol.rules import RuleSet
+from fedmoe.store.commit import Commit
 from fedmoe.store.connection import Connection
-from fedmoe.store.expert import Commit, ExpertStore
+from fedmoe.store.expert import ExpertStore
 from fedmoe.store.lifecycle import new_id
 
 PATIENCE_S = 20.0  # how long a change is retried while a busy aggregator commits

@@ -9,7 +9,6 @@ import logging
 import re
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
 from typing import Any
 
 import redis
@@ -20,12 +19,12 @@ from fedmoe.protocol.condition import examine, version_of
 from fedmoe.protocol.integrity import server_state_problem
 from fedmoe.protocol.keys import GROUP
 from fedmoe.protocol.layout import STAMPED_BYTES, stamp_of
-from fedmoe.protocol.lines import Line
 from fedmoe.protocol.packed import PREAMBLE_BYTES, packed_commit
-from fedmoe.protocol.records import Decided, Entry, Meta, check_not_removed
+from fedmoe.protocol.records import Entry, Meta, check_not_removed
 from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.update import MAX_HEADER_BYTES, Part
 from fedmoe.store.chunks import places, put
+from fedmoe.store.commit import Commit, Loaded
 from fedmoe.store.connection import execute
 from fedmoe.store.full import is_full, read_together, transact
 from fedmoe.store.lifecycle import ExpertLifecycle
@@ -51,57 +50,6 @@ return redis.call('XGROUP', 'CREATE', KEYS[1], ARGV[1], '0', 'MKSTREAM')"""
 _UNLINK_AT_ONCE = 1000  # keys; a command in a script can have only a few thousand words
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Loaded:
-    """An expert as one MULTI read it.
-
-    Args:
-        meta, weights, decided: contents of the keys of these names; they belong together.
-        server_state: what the server optimizer remembers, None if there is none that belongs to these weights.
-        vectors: worker -> its domain vector as stored.
-        generation: number of the connection that read it.
-        packed_commit: the commit of the packed weights, "" if there are none.
-        logged_version: of the log's last line, -1 if there is none.
-        claims: aggregator -> the version that it can write back because Redis lost it.
-    """
-
-    meta: Meta
-    weights: bytes
-    decided: dict[str, Decided]
-    vectors: dict[str, str]
-    generation: int
-    packed_commit: str
-    logged_version: int
-    claims: dict[str, int]
-    server_state: bytes | None = None
-
-    @property
-    def server_optimizer(self) -> str:
-        """The server optimizer to which the state belongs, "" if there is none."""
-        return self.meta.server_state if self.server_state is not None else ""
-
-
-@dataclass(slots=True, kw_only=True)
-class Commit:
-    """The changes of one commit on top of the loaded state (commit id `on`, connection `generation`).
-
-    `vectors`: worker -> its domain vector as stored; "" removes it.
-    """
-
-    on: str
-    generation: int
-    meta: Meta
-    weights: memoryview | None = None
-    server_state: memoryview | None = None
-    packed: bytes | None = None
-    decided: dict[str, Decided] = field(default_factory=dict)
-    vectors: dict[str, str] = field(default_factory=dict)
-    log: list[Line] = field(default_factory=list)
-    dead: list[Line] = field(default_factory=list)
-    entries: list[str] = field(default_factory=list)
-    unlink: list[str] = field(default_factory=list)
 
 
 class ExpertStore(ExpertLifecycle):
@@ -335,14 +283,17 @@ class ExpertStore(ExpertLifecycle):
             if not done:
                 raise StaleStateError(f"{self.name}: another process committed meanwhile", about="commit")
 
+    def _large(self, commit: Commit) -> dict[str, memoryview | bytes | None]:
+        """The values of a commit that may be large, by key; None for one that does not change."""
+        keys = self.keys
+        return {
+            keys.weights: commit.weights, keys.packed: commit.packed, keys.server_state: commit.server_state,
+        }  # fmt: skip
+
     def check_head(self, pipe: Any, commit: Commit) -> dict[str, int]:
         """WATCH the keys of a commit, check head and types; returns key -> bytes of values it can write in place."""
         keys = self.keys
-        large = {
-            keys.weights: commit.weights,
-            keys.packed: commit.packed,
-            keys.server_state: commit.server_state,
-        }
+        large = self._large(commit)
         found = places(self._redis, large)
         written = (keys.meta, *(getattr(keys, name) for name in _TYPES), *large)
         pipe.watch(*written)
@@ -368,11 +319,7 @@ class ExpertStore(ExpertLifecycle):
     def queue(self, pipe: Any, commit: Commit, present: Mapping[str, int]) -> None:
         """Queue the commands of a commit."""
         keys = self.keys
-        for key, value in (
-            (keys.weights, commit.weights),
-            (keys.packed, commit.packed),
-            (keys.server_state, commit.server_state),
-        ):
+        for key, value in self._large(commit).items():
             if value is not None:
                 put(pipe, key, value, present.get(key, 0))
         pipe.hset(keys.meta, mapping=commit.meta.to_hash())

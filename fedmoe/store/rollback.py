@@ -15,7 +15,8 @@ from fedmoe.protocol.packed import pack_file
 from fedmoe.protocol.records import Meta
 from fedmoe.protocol.spec import Spec
 from fedmoe.store.change import PAUSE_S, whole_expert
-from fedmoe.store.expert import Commit, ExpertStore
+from fedmoe.store.commit import Commit
+from fedmoe.store.expert import ExpertStore
 from fedmoe.store.lifecycle import new_id
 
 PATIENCE_S = 60.0  # how long a rollback is retried while a busy aggregator commits

@@ -23,8 +23,9 @@ from fedmoe.protocol.keys import GROUP
 from fedmoe.protocol.records import Decided, Entry, Meta
 from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.update import Header, UpdateId, make_run
+from fedmoe.store.commit import Commit, Loaded
 from fedmoe.store.connection import Connection
-from fedmoe.store.expert import CONSUMER, Commit, ExpertStore, Loaded
+from fedmoe.store.expert import CONSUMER, ExpertStore
 from fedmoe.store.worker import WorkerStore
 from producers import ledger as ledger_module
 from producers.checkpoint import Checkpoint, StateDir

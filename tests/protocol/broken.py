@@ -21,7 +21,8 @@ from fedmoe.protocol.layout import values_of
 from fedmoe.protocol.records import Decided, Entry, Meta
 from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.update import Header
-from fedmoe.store.expert import Commit, ExpertStore, Loaded
+from fedmoe.store.commit import Commit, Loaded
+from fedmoe.store.expert import ExpertStore
 from fedmoe.store.worker import Poll, WorkerStore
 from producers.pull import Pulled, pull
 from tests.protocol.actors import Rules

@@ -12,7 +12,8 @@ from fedmoe.protocol.records import Decided, Meta
 from fedmoe.protocol.rollback import RolledBack
 from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.update import Header
-from fedmoe.store.expert import Commit, ExpertStore
+from fedmoe.store.commit import Commit
+from fedmoe.store.expert import ExpertStore
 from fedmoe.store.rollback import Rollback
 from producers.ledger import Change
 from tests.protocol.actors import Rules

@@ -1,0 +1,62 @@
+"""What an applied update leaves: the meta after it, and its line of the log. Pure."""
+
+from dataclasses import replace
+
+from consumers.decide import Counts, Verdict
+from fedmoe.protocol.lines import AppliedLine
+from fedmoe.protocol.records import Meta
+from fedmoe.protocol.update import Header
+from fedmoe.protocol.validation import Measured
+
+
+def meta_after(meta: Meta, header: Header, verdict: Verdict, counts: Counts) -> Meta:
+    """The meta after an applied update that counts so many rows and tokens; the commit id is not changed."""
+    return replace(
+        meta,
+        version=meta.version + 1,
+        applied=meta.applied + 1,
+        staleness_sum=meta.staleness_sum + verdict.staleness,
+        loss=header.loss,
+        n_examples=meta.n_examples + counts.n_examples,
+        n_tokens=meta.n_tokens + counts.n_tokens,
+        round_version=meta.version + 1 if verdict.ends_round else meta.round_version,
+    )
+
+
+def line_of(
+    worker: str, meta: Meta, header: Header, verdict: Verdict, counts: Counts,
+    *, measured: Measured | None, kept: str,
+) -> AppliedLine:  # fmt: skip
+    """The line of the log.
+
+    Args:
+        worker: whose update it is.
+        meta: after the update.
+        header: of the update.
+        verdict: of the update.
+        counts: rows and tokens that it counts for.
+        measured: the validation loss that it brought, if there is one.
+        kept: digest of the kept update, "" if it was not kept.
+    """
+    is_clamped = counts != (header.n_examples, header.n_tokens)
+    return AppliedLine(
+        version=meta.version,
+        worker=worker,
+        run=header.run,
+        seq=header.seq,
+        base_version=header.base_version,
+        staleness=verdict.staleness,
+        factor=verdict.factor,
+        weight=verdict.weight,
+        ends_round=int(verdict.ends_round),
+        new_state=int(verdict.new_state),
+        norm=verdict.norm,
+        loss=header.loss,
+        n_examples=counts.n_examples,
+        rules=meta.rules.number,
+        prev=str(header.prev or ""),
+        claimed_examples=header.n_examples if is_clamped else None,
+        claimed_tokens=header.n_tokens if is_clamped else None,
+        **(measured.fields if measured else {}),
+        update=kept,
+    )

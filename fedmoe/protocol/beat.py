@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from fedmoe.protocol import records
 from fedmoe.protocol.fields import from_untrusted, optional, to_text
-from fedmoe.protocol.records import FIRST_PROTOCOL, PROTOCOL
+from fedmoe.protocol.records import FIRST_PROTOCOL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,10 +66,10 @@ SHORT_FIELDS = tuple(name for name in FIELDS if name != "chat_template")  # a te
 
 def protocol_problem(worker: str, named: str) -> str:
     """What an aggregator says of a joining worker whose heartbeat names another protocol, "" if it is this FedMoE's."""
-    if named == str(PROTOCOL):
+    if named == str(records.PROTOCOL):
         return ""
-    is_later = named.isdecimal() and len(named) < 10 and int(named) > PROTOCOL
+    is_later = named.isdecimal() and len(named) < 10 and int(named) > records.PROTOCOL
     return (
-        f"worker {worker} speaks protocol {named[:20]} and this aggregator protocol {PROTOCOL}: "
+        f"worker {worker} speaks protocol {named[:20]} and this aggregator protocol {records.PROTOCOL}: "
         f"upgrade the FedMoE of {'this aggregator' if is_later else 'that worker'}"
     )

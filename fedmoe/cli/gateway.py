@@ -1,4 +1,4 @@
-"""`fedmoe gateway export` and `fedmoe gateway show`; `follow` has a module of its own."""
+"""`fedmoe gateway export` and `fedmoe gateway show`; `follow`, `serve` and `chat` have modules of their own."""
 
 import json
 from pathlib import Path
@@ -7,15 +7,17 @@ import click
 
 from fedmoe.cli.declared import redis_options
 from fedmoe.cli.follow import follow
+from fedmoe.cli.serve import chat, serve
 from fedmoe.settings import RedisSettings
 
 
 @click.group()
 def gateway() -> None:
-    """Export, follow or show the gateway, the model that knows all domains."""
+    """Export, follow, serve or show the gateway, the model that knows all domains."""
 
 
-gateway.add_command(follow)
+for one in (follow, serve, chat):
+    gateway.add_command(one)
 
 
 @gateway.command()

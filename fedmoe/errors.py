@@ -146,6 +146,14 @@ class RedisUnfitError(RedisUnavailableError):
     exit_code = 2
 
 
+class RequestError(FedMoEError, ValueError):
+    """A request to the endpoint of `fedmoe gateway serve` cannot be answered as it is; `about` is its field."""
+
+
+class UnknownModelError(RequestError, LookupError):
+    """A request names a model that is not served."""
+
+
 class ServerAwayError(FedMoEError, ConnectionError):
     """A server that answers with the model cannot be reached, or has a problem of its own; a retry may succeed."""
 

@@ -298,6 +298,21 @@ class WorkerSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerSettings:
+    """How questions are answered (`fedmoe gateway serve` and `chat`)."""
+
+    base_model: str = _base_model()
+    device: str = _device()
+    precision: str = _precision()
+    max_tokens: int = setting(
+        512, "Tokens of an answer at most, unless a request says otherwise.", at_least=1, unit="tokens"
+    )
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HeldOutSettings:
     """How the loss on held-out rows is measured.
 

@@ -1,4 +1,4 @@
-"""`fedmoe gateway export | fit | show`; `follow` has a module of its own."""
+"""`fedmoe gateway export | show`; `fit`, `follow`, `serve` and `chat` have modules of their own."""
 
 import json
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ from fedmoe.cli.declared import redis_options
 from fedmoe.cli.fit import fit
 from fedmoe.cli.follow import follow
 from fedmoe.cli.merge_lines import merge_lines, method_lines
+from fedmoe.cli.serve import chat, serve
 from fedmoe.cli.status import merged_line, trained_line
 from fedmoe.settings import RedisSettings
 
@@ -22,11 +23,11 @@ if TYPE_CHECKING:
 
 @click.group()
 def gateway() -> None:
-    """Export, fit, follow or show the gateway, the model that knows all domains."""
+    """Export, fit, follow, serve or show the gateway, the model that knows all domains."""
 
 
-gateway.add_command(follow)
-gateway.add_command(fit)
+for one in (fit, follow, serve, chat):
+    gateway.add_command(one)
 
 
 @gateway.command()

@@ -69,7 +69,9 @@ NOT_TYPED = {
 # What the reader must put in for himself, and we do.
 INSTEAD = {"redis://:PASSWORD@the-redis:6379/0": "unix://{socket}"}
 # They run until they are stopped: typed in a terminal of their own.
-ON_AND_ON = ("redis-server ", "fedmoe aggregator run", "fedmoe worker run", "fedmoe status --watch")
+ON_AND_ON = (
+    "redis-server ", "fedmoe aggregator run", "fedmoe worker run", "fedmoe status --watch", "fedmoe gateway serve",
+)  # fmt: skip
 SCRIPTS = {
     "bash ops/bench.sh": "ops.bench",
     "bash ops/chaos.sh": "tests.chaos",

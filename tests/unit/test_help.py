@@ -9,6 +9,7 @@ from fedmoe.cli.main import cli
 from fedmoe.protocol.rules import RuleSet
 from fedmoe.settings import (
     AggregatorSettings,
+    AnswerSettings,
     FitSettings,
     GatewaySettings,
     HeldOutSettings,
@@ -20,7 +21,7 @@ from fedmoe.util.setting import UNITS, declared
 
 OWNERS = (
     RedisSettings, IdentitySettings, RuleSet, GatewaySettings, AggregatorSettings, WorkerSettings, HeldOutSettings,
-    FitSettings,
+    AnswerSettings, FitSettings,
 )  # fmt: skip
 DEFAULT = re.compile(r"\s*\[default: .*\]$")
 # What a help may not begin with: it would not say what the value is, or what the option does.
@@ -33,7 +34,7 @@ UNIT = re.compile(
 # Factors, exponents and norms have no unit.
 BARE = {
     "alpha", "seed", "lr", "gain", "decay-a", "max-norm", "learning-rate", "weight-decay", "clip-norm", "gateway-scale",
-    "weight", "server-momentum", "server-beta2", "server-epsilon",
+    "weight", "server-momentum", "server-beta2", "server-epsilon", "port", "temperature",
 }  # fmt: skip
 
 

@@ -1,0 +1,320 @@
+"""One base model in memory, with the adapters of the gateway and of all experts; answers one question at a time."""
+
+import hashlib
+import logging
+import threading
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList, TextStreamer
+
+from fedmoe.data.template import TEMPLATE_ERRORS
+from fedmoe.errors import (
+    BaseModelError,
+    FedMoEError,
+    RedisUnavailableError,
+    RequestError,
+    UnknownExpertError,
+    UnknownModelError,
+)
+from fedmoe.model.adapter import attach_adapter, switch_to
+from fedmoe.protocol.identity import expert_template
+from fedmoe.protocol.layout import layout_of, values_of
+from fedmoe.protocol.names import GATEWAY
+from fedmoe.protocol.records import Meta
+from fedmoe.settings import AnswerSettings, HeldOutSettings
+from fedmoe.store.gateway import GatewayStore
+from fedmoe.tools.base import load
+from fedmoe.tools.export import Export, read_expert, read_gateway
+from fedmoe.tools.rows import with_template
+from fedmoe.tools.serve.requests import ChatRequest, StopCutter
+
+logger = logging.getLogger(__name__)
+
+BASE = "base"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """A model that answers.
+
+    Args:
+        name: of the gateway, an expert, or the base model.
+        version: its name and version, for example `sql_expert-v12-3fa9c1e0`.
+        mark: the commits that it was made of.
+        key: of its adapter in peft, "" for the base model.
+        template: its chat template, "" for the base model's own.
+    """
+
+    name: str
+    version: str
+    mark: str
+    key: str
+    template: str
+
+
+class Finish(NamedTuple):
+    """How an answer ended: `stop` or `length`; tokens of question and answer."""
+
+    reason: str
+    prompt_tokens: int
+    completion_tokens: int
+
+    @property
+    def usage(self) -> dict[str, int]:
+        """As OpenAI's API has it."""
+        total = self.prompt_tokens + self.completion_tokens
+        return {
+            "prompt_tokens": self.prompt_tokens, "completion_tokens": self.completion_tokens, "total_tokens": total,
+        }  # fmt: skip
+
+
+class Engine:
+    """Loads the base model of a federation; `refresh` loads what is new in Redis.
+
+    Args:
+        store: of the federation.
+        settings: see there.
+        report: gets a line for what is loaded first.
+
+    Raises:
+        UnknownExpertError: if there is no expert yet.
+        BaseModelError: if the base model is not the experts'.
+    """
+
+    def __init__(self, store: GatewayStore, settings: AnswerSettings, report: Callable[[str], None]) -> None:
+        self._store, self._settings = store, settings
+        metas = store.metas()
+        if not metas:
+            raise UnknownExpertError(
+                "there are no experts yet: start `fedmoe aggregator run`", about="experts"
+            )
+        specs = {name: store.spec(name) for name in metas}
+        templates = {name: expert_template(specs[name], meta) for name, meta in metas.items()}
+        where = HeldOutSettings(
+            data=(), base_model=settings.base_model, device=settings.device, precision=settings.precision
+        )
+        self._base = load(where, specs, metas, templates, report)
+        self._model: PeftModel | None = None
+        self._count = 0
+        self._lock = threading.Lock()  # the model computes for one at a time
+        self._served = {BASE: Served(name=BASE, version=BASE, mark="", key="", template="")}
+        self._odd: set[tuple[str, str]] = set()  # models that cannot be served, and their marks
+
+    def models(self) -> list[Served]:
+        """What can be asked now: the gateway first, the base model last."""
+        order = {GATEWAY: 0, BASE: 2}
+        return sorted(self._served.values(), key=lambda one: (order.get(one.name, 1), one.name))
+
+    def model(self, name: str) -> Served:
+        """The model of that name.
+
+        Raises:
+            UnknownModelError: lists those that there are.
+        """
+        if (found := self._served.get(name)) is None:
+            there = ", ".join(one.name for one in self.models())
+            raise UnknownModelError(f"there is no model {name!r}; there are: {there}", about="model")
+        return found
+
+    def refresh(self) -> None:
+        """Load every adapter that changed in Redis, and drop those that are gone; others that cannot be read stay.
+
+        Raises:
+            RedisUnavailableError: if Redis does not answer; all stays as it is.
+        """
+        marks = self._marks()
+        for name, mark in marks.items():
+            known = self._served.get(name)
+            if (known and known.mark == mark) or (name, mark) in self._odd:
+                continue
+            try:
+                export = read_gateway(self._store) if name == GATEWAY else read_expert(self._store, name)
+                self._take(name, mark, export)
+            except RedisUnavailableError:
+                raise
+            except FedMoEError as error:
+                self._odd.add((name, mark))
+                logger.warning("%s: this version is left out: %s", name, error)
+        for name in self._served.keys() - marks.keys() - {BASE}:
+            self._drop(self._served.pop(name))
+
+    def _marks(self) -> dict[str, str]:
+        """Model -> the commits that its present version is made of."""
+        metas: dict[str, Meta] = self._store.metas()
+        marks = {name: meta.weights_commit for name, meta in metas.items() if name not in (GATEWAY, BASE)}
+        trained = metas.get(GATEWAY)
+        if trained is not None and trained.version > 0:
+            return marks | {GATEWAY: trained.weights_commit}
+        if (merged := self._store.merged()) is not None:
+            commits = sorted((name, one.weights_commit) for name, one in merged.experts.items())
+            marks[GATEWAY] = f"{merged.settings} {commits}"
+        return marks
+
+    def _take(self, name: str, mark: str, export: Export) -> None:
+        self._check_base(export)
+        layout = layout_of(export.file)
+        first = next(iter(export.specs.values()))
+        lora = replace(first.lora, rank=int(export.config["r"]), alpha=float(export.config["lora_alpha"]))
+        key = f"adapter{self._count}"  # peft takes no dot in a name
+        self._count += 1
+        commits = "".join(str(part["weights_commit"]) for part in export.built_from.values())
+        short = hashlib.sha256(commits.encode()).hexdigest()[:8]
+        fresh = Served(
+            name=name,
+            version=f"{name}-v{export.version}-{short}",
+            mark=mark,
+            key=key,
+            template=export.chat_template,
+        )
+        with self._lock:
+            target = self._model or self._base.model
+            self._model, flat = attach_adapter(target, replace(first, layout=layout, lora=lora), key)
+            flat.copy_(values_of(layout, export.file))
+            self._model.requires_grad_(False).eval()
+            before = self._served.get(name)
+            self._served[name] = fresh
+        if before:
+            self._drop(before)
+        logger.info("%s: answers from now on", fresh.version)
+
+    def _drop(self, one: Served) -> None:
+        with self._lock:
+            if self._model is not None and one.key:
+                with (
+                    warnings.catch_warnings()
+                ):  # peft says which adapter it takes instead; each answer says its own
+                    warnings.simplefilter("ignore", UserWarning)
+                    self._model.delete_adapter(one.key)
+
+    def _check_base(self, export: Export) -> None:
+        prints = {meta.base_fingerprint for meta in export.metas.values()} - {"", self._base.fingerprint}
+        if prints or not export.specs:
+            raise BaseModelError("it is an adapter of another base model", about="base_model")
+
+    def answer(
+        self,
+        request: ChatRequest,
+        *,
+        on_start: Callable[[str], None],
+        on_text: Callable[[str], None],
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> Finish:
+        """Answer a request; waits until the model is free.
+
+        Args:
+            request: the conversation.
+            on_start: gets the version that answers, when it begins.
+            on_text: gets the answer, piece by piece.
+            cancelled: ends the answer when it returns True; asked at every token.
+
+        Raises:
+            UnknownModelError: if there is no such model.
+            RequestError: if the conversation cannot be rendered, or is too long.
+        """
+        with self._lock:
+            served = self.model(request.model)
+            prompt = self._encode(served, request)
+            length = prompt["input_ids"].shape[1]
+            room = self._room(length)
+            limit = min(request.max_tokens or self._settings.max_tokens, room)
+            on_start(served.version)
+            cutter = StopCutter(request.stop)
+
+            def pass_on(text: str, is_last: bool) -> None:
+                if piece := cutter.cut(text, is_last=is_last):
+                    on_text(piece)
+
+            ends = StoppingCriteriaList([_Ends(lambda: cutter.is_done or cancelled())])
+            with (
+                torch.random.fork_rng(enabled=request.seed is not None),
+                self._computing_with(served),
+                torch.no_grad(),
+            ):
+                if request.seed is not None:
+                    torch.manual_seed(request.seed)
+                with torch.autocast(
+                    self._base.device.type, self._base.autocast, enabled=self._base.autocast != torch.float32
+                ):
+                    tokens = self._base.model.generate(
+                        **prompt, **_sampling(request), max_new_tokens=limit, pad_token_id=self._base.pad_id,
+                        streamer=_Streamer(self._base.tokenizer, pass_on), stopping_criteria=ends,
+                    )  # fmt: skip
+            made = int(tokens.shape[1]) - length
+            is_cut = made >= limit and not cutter.is_done and int(tokens[0, -1]) not in self._end_ids()
+            return Finish("length" if is_cut else "stop", length, made)
+
+    def _computing_with(self, served: Served) -> Any:
+        """A context in which the model computes with this adapter, or with none."""
+        if self._model is None:
+            return nullcontext()
+        if not served.key:
+            return self._model.disable_adapter()
+        switch_to(self._model, served.key)()
+        return nullcontext()
+
+    def _encode(self, served: Served, request: ChatRequest) -> dict[str, torch.Tensor]:
+        tokenizer: PreTrainedTokenizerBase = with_template(self._base.tokenizer, served.template)
+        if not tokenizer.chat_template:
+            raise RequestError(f"{served.name} has no chat template, so it takes no messages", about="model")
+        messages: list[Mapping[str, str]] = list(request.messages)
+        try:
+            encoded: Any = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+            )
+        except TEMPLATE_ERRORS as error:
+            raise RequestError(
+                f"the chat template refuses these messages ({error})", about="messages"
+            ) from error
+        return {name: encoded[name].to(self._base.device) for name in ("input_ids", "attention_mask")}
+
+    def _room(self, length: int) -> int:
+        most = int(getattr(self._base.config.get_text_config(), "max_position_embeddings", 0) or 2**31)
+        if length >= most:
+            raise RequestError(
+                f"the messages have {length} tokens, the model takes {most}: shorten them", about="messages"
+            )
+        return most - length
+
+    def _end_ids(self) -> set[int]:
+        ends = self._base.model.generation_config.eos_token_id
+        return set(ends if isinstance(ends, list) else [] if ends is None else [ends])
+
+
+def _sampling(request: ChatRequest) -> dict[str, Any]:
+    """The arguments of `generate`; those that a request leaves out are the base model's own."""
+    if request.temperature == 0:
+        return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    found = {name: getattr(request, name) for name in ("temperature", "top_p")}
+    given = {name: value for name, value in found.items() if value is not None}
+    return given | ({"do_sample": True} if given else {})
+
+
+class _Ends(StoppingCriteria):  # type: ignore[misc]  # mypy does not read transformers
+    """Ends a generation when a condition is true."""
+
+    def __init__(self, is_over: Callable[[], bool]) -> None:
+        self._is_over = is_over
+
+    def __call__(
+        self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **more: Any
+    ) -> torch.BoolTensor:
+        """One value a row."""
+        return torch.full((input_ids.shape[0],), self._is_over(), device=input_ids.device, dtype=torch.bool)  # type: ignore[return-value]  # is one
+
+
+class _Streamer(TextStreamer):  # type: ignore[misc]  # as above
+    """Passes the text on as soon as its tokens make whole words."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, pass_on: Callable[[str, bool], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._pass_on = pass_on
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Called by transformers."""
+        self._pass_on(text, stream_end)

@@ -8,15 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from consumers.gateway.merge import merge
+from consumers.gateway.search import Objective, side_by_side
 from fedmoe.data.encode import Answer, Example
 from fedmoe.model.adapter import adapter_layout
 from fedmoe.protocol.lora import LoraSettings
 from fedmoe.protocol.lora_init import initial_weights
 from fedmoe.protocol.rules import TrainingSettings
 from fedmoe.protocol.spec import Spec
+from fedmoe.tools.evaluate import mean_loss
 from ops.bench.fedmoe_side import make_spec
 from ops.bench.learning.carry import BASE, OWN, Outcome, kept, outcomes, write
-from ops.bench.learning.lab import merges, share_of
+from ops.bench.learning.lab import CPU, inputs_of, merges, share_of
 from ops.bench.learning.report import figures, lines_of, plot, table
 from ops.bench.learning.runs import ALL, DOMAINS, GATEWAY, MIXES, PARTS, SCHEMES, Run, WorkerPlan
 from ops.bench.learning.server import Server
@@ -216,6 +219,23 @@ def test_merged_adapters_are_shown_and_gone_again() -> None:
     assert torch.equal(logits(), before)
     stage.show(experts["0"], under=torch.zeros(LAYOUT.numel))
     assert torch.allclose(logits(), before, atol=1e-6)
+
+
+def test_merges_are_fitted_on_the_shared_model() -> None:
+    """The loss of weights is that of the merge with these weights; other adapters on the model do not count."""
+    spec = make_spec(LAYOUT, "int4", lora=LORA)
+    stage = stage_of(spec)
+    flats = {str(seed): initial_weights(LAYOUT, 0) + 0.1 * randn(seed, LAYOUT.numel) for seed in (0, 1)}
+    stage.show(flats["0"])
+    inputs, settings = inputs_of(spec, flats), {"pad_id": 0, "batch_size": 4, "device": CPU}
+    with Objective(
+        stage.model, inputs, {"a": examples(0)}, **settings, autocast=torch.float32, report=[].append,
+        adapter=stage.show_merged(side_by_side(inputs.values())),
+    ) as objective:  # fmt: skip
+        loss = objective(torch.tensor([[0.5, 1.25]]))
+    weighted = [replace(one, weight=w) for one, w in zip(inputs.values(), (0.5, 1.25), strict=True)]
+    stage.show_merged(merge(weighted, scale=None))
+    assert mean_loss(stage.model, examples(0), **settings) == pytest.approx(loss, rel=1e-5)
 
 
 def test_rows_of_workers() -> None:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from fedmoe.tools.losses import training_loss, validation_loss
+from fedmoe.tools.losses import training_loss
 
 if TYPE_CHECKING:
     from fedmoe.tools.export import Export
@@ -82,7 +82,8 @@ def _contents(export: "Export") -> Iterator[str]:
         if meta is None or meta.weights_commit != part["weights_commit"]:  # its losses are of another version
             cells += ["", "", ""]
         else:
-            cells += [str(meta.n_examples), _loss(training_loss(meta)), _loss(validation_loss(meta))]
+            measured = export.validation.mean if export.validation and name == export.name else None
+            cells += [str(meta.n_examples), _loss(training_loss(meta)), _loss(measured)]
         yield f"| {' | '.join(cells)} |"
     if settings := export.info.get("settings"):
         yield ""

@@ -23,6 +23,7 @@ from fedmoe.protocol.records import Meta
 from fedmoe.protocol.spec import Spec
 from fedmoe.store.gateway import GatewayStore
 from fedmoe.store.inspect import Inspector
+from fedmoe.tools.losses import Validation, validation
 
 MERGED_NAME = "merged gateway"
 
@@ -50,6 +51,7 @@ class Export:
         specs, metas: of the experts that it is of, as they are now: what they know of base model, tokenizer and losses.
         weights: expert -> its weight in the merged gateway, where that is known.
         trained_by: expert -> its workers' part in the trained gateway.
+        validation: losses that the workers measured on rows that they held back, None if unknown.
         dtype: of the values in `file`.
         extra: further files, with their content: the tokenizer's.
     """
@@ -65,6 +67,7 @@ class Export:
     metas: Mapping[str, Meta] = field(default_factory=dict)
     weights: Mapping[str, float] = field(default_factory=dict)
     trained_by: Mapping[str, Team] = field(default_factory=dict)
+    validation: Validation | None = None
     dtype: Literal["fp32", "bf16"] = "fp32"
     extra: Mapping[str, bytes] = field(default_factory=dict)
 
@@ -91,7 +94,7 @@ def read_expert(store: GatewayStore, name: str) -> Export:
         UnknownExpertError: names the existing experts.
     """
     spec = store.spec(check_expert(name))
-    meta, file, lines = store.history(name) if name == GATEWAY else (*store.read(name), [])
+    meta, file, lines = store.history(name)
     return Export(
         name=name,
         file=file,
@@ -109,7 +112,8 @@ def read_expert(store: GatewayStore, name: str) -> Export:
         chat_template=expert_template(spec, meta),
         specs={name: spec},
         metas={name: meta},
-        trained_by=_teams(lines),
+        trained_by=_teams(lines) if name == GATEWAY else {},
+        validation=validation(lines, meta.version),
     )
 
 

@@ -216,7 +216,7 @@ def test_a_worse_version_is_never_served(
         following.look()
         served.append(following.directory.current.split("-")[1])
     assert served == ["v1", "v1", "v1", "v4", "v4"]
-    assert "its validation loss is 2.5000, that of gateway-v1-" in caplog.text
+    assert "its validation loss, 2.5000, is 0.5000 above that of gateway-v1-" in caplog.text
     assert json.loads((following.directory.path(following.directory.current) / "fedmoe.json").read_text())[
         "validation_loss"
     ] == pytest.approx(1.9)
@@ -227,6 +227,33 @@ def test_a_worse_version_is_never_served(
     version(1.891)
     following.look()
     assert following.directory.current.startswith("gateway-v6-")
+
+
+def test_what_the_workers_measured_decides(
+    connection: Connection, follow: Follow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the newest loss in the log, compared on the same rows; before a new one is measured, nothing changes."""
+    gateway, measured = Gateway(connection), dict[int, float]()
+    history = GatewayStore.history
+
+    def with_losses(self: GatewayStore, name: str) -> Any:
+        meta, file, lines = history(self, name)
+        more = [
+            {"worker": "sql.alice", "val_loss": str(loss), "val_version": str(version), "val_set": "rows"}
+            for version, loss in measured.items()
+        ]
+        return meta, file, lines + more
+
+    monkeypatch.setattr(GatewayStore, "history", with_losses)
+    following, served = follow(), []
+    for version, loss in ((1, 2.0), (2, 1.5), (3, None), (4, 1.6), (5, 1.4), (6, 1.4)):
+        gateway.publish()
+        if loss is not None:
+            measured[version] = loss
+        following.look()
+        served.append(following.directory.current.split("-")[1])
+    assert served == ["v1", "v2", "v2", "v2", "v5", "v6"]
+    assert "| 1.4000 |" in (following.directory.root / "current" / "README.md").read_text()
 
 
 def test_without_a_loss_min_gain_is_said_not_to_apply(

@@ -1,25 +1,42 @@
 """fedmoe.tools.card and .losses: which losses are known of a version."""
 
-import math
-from types import SimpleNamespace
-from typing import Any
-
 import pytest
 
 from fedmoe.tools.card import max_lora_rank
-from fedmoe.tools.losses import training_loss, validation_loss
+from fedmoe.tools.losses import Validation, training_loss, validation
 from tests.federation import first_meta, small_spec
 
 
-def test_losses_are_numbers_or_unknown() -> None:
-    """A new expert has none; a meta that measures no validation loss has none."""
+def test_a_training_loss_is_a_number_or_unknown() -> None:
+    """A new expert has none."""
     assert training_loss(first_meta(small_spec())) is None
     assert training_loss(first_meta(small_spec(), loss=1.5)) == 1.5
-    assert validation_loss(first_meta(small_spec(), loss=1.5)) is None
-    measured: Any = SimpleNamespace(validation_loss=1.25)
-    assert validation_loss(measured) == 1.25
-    measured.validation_loss = math.nan
-    assert validation_loss(measured) is None
+
+
+def line(worker: str, loss: object, version: object, rows: str = "r") -> dict[str, str]:
+    """A line of the log with a validation loss, as Redis has it."""
+    return {"worker": worker, "val_loss": str(loss), "val_version": str(version), "val_set": rows}
+
+
+def test_the_validation_loss_is_the_last_that_each_worker_measured() -> None:
+    """At this version or before; what cannot be read does not count, and without any there is none."""
+    lines = [line("a", 3.0, 1), line("b", 2.0, 2), line("a", 1.0, 4), line("b", 9.0, 8), {"worker": "c"}]
+    found = validation([*lines, line("d", "x", 3), line("e", "nan", 3)], 5)
+    assert found == Validation(version=4, losses={"a r": 1.0, "b r": 2.0})
+    assert found.mean == 1.5
+    assert Validation.from_json(found.to_json()) == found
+    assert validation(lines[4:], 5) is None
+    assert validation(lines, 0) is None
+    for junk in (None, {}, {"version": 1, "losses": {}}, {"version": 1, "losses": {"a": "x"}}):
+        assert Validation.from_json(junk) is None
+
+
+def test_losses_on_other_rows_are_not_compared() -> None:
+    """Only what both measured counts; nothing in common is no gain and no loss."""
+    before = Validation(version=1, losses={"a r": 2.0, "b r": 1.0})
+    after = Validation(version=2, losses={"a r": 1.5, "b s": 9.0})
+    assert after.gain_over(before) == 0.5
+    assert after.gain_over(Validation(version=1, losses={"c r": 1.0})) is None
 
 
 @pytest.mark.parametrize(("rank", "fits"), [(1, 8), (8, 8), (17, 32), (257, 320), (512, 512), (513, None)])

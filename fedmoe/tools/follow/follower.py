@@ -15,6 +15,7 @@ import hashlib
 import json
 import logging
 import os
+import secrets
 import signal
 import subprocess
 import threading
@@ -36,7 +37,7 @@ from fedmoe.tools.export import Export, is_gateway_trained, read_gateway
 from fedmoe.tools.export_files import CONFIG_FILE, WEIGHTS_FILE
 from fedmoe.tools.follow.directory import VersionDirectory
 from fedmoe.tools.follow.servers import AdapterServer
-from fedmoe.tools.losses import validation_loss
+from fedmoe.tools.losses import Validation
 from fedmoe.util.backoff import Backoff
 
 logger = logging.getLogger(__name__)
@@ -109,7 +110,8 @@ class Follower:
         self._candidate = ""  # written and not yet served
         self._left_out = ""  # judged worse
         self._refused: dict[str, float] = {}  # name -> when, by time.monotonic()
-        self._losses: dict[str, float] = {}  # that `judge` measured
+        self._rows = f"data {secrets.token_hex(4)}"  # another process may measure on other rows
+        self._of_served: tuple[str, Validation] | None = None  # measured by `judge` in this process
         self._without_loss = False
         self._stop = threading.Event()
         self._finding, self._serving = Backoff("gateway", logger), Backoff("server", logger)
@@ -150,15 +152,14 @@ class Follower:
         if name in known:  # an older one was read again
             return
         export = self._shape(export)
-        loss = self._loss(name, export)
-        if worse := self._why_not(export, loss):
+        measured = self._measured(export)
+        if worse := self._why_not(measured):
             self._left_out = name
             logger.info("%s is not served: %s", name, worse)
             return
-        if loss is not None:
-            export = replace(
-                export, info=dict(export.info) | {"validation_loss": loss, "measured": self._measured}
-            )
+        if measured is not None:
+            facts = {"validation_loss": measured.mean, "validation": measured.to_json()}
+            export = replace(export, validation=measured, info=dict(export.info) | facts)
         if not self._directory.has(name):
             self._directory.add(name, export)
         self._candidate = name
@@ -186,36 +187,35 @@ class Follower:
         content = json.dumps([kind, sorted(commits.items()), self._settings.options])
         return f"{self._settings.name}-v{version}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
 
-    @property
-    def _measured(self) -> str:
-        return "data" if self._judge else "workers"
-
-    def _loss(self, name: str, export: Export) -> float | None:
+    def _measured(self, export: Export) -> Validation | None:
+        """What is known of its validation loss; that of a merged gateway only `judge` can measure."""
         if self._judge:
-            self._losses[name] = self._judge(export.file, dict(export.config))
-            return self._losses[name]
-        metas = [export.metas[name] for name in export.built_from if name in export.metas]
-        return validation_loss(metas[0]) if export.kind == "trained" and metas else None
+            loss = self._judge(export.file, dict(export.config))
+            return Validation(version=export.version, losses={self._rows: loss})
+        return export.validation if export.kind == "trained" else None
 
-    def _loss_served(self) -> float | None:
-        """The loss of the version that is served, None if it is unknown or was measured in another way."""
-        if not (current := self._directory.current):
-            return None
-        info, path = self._directory.info(current), self._directory.path(current)
-        if self._judge:  # an earlier process may have measured on other rows
-            if current not in self._losses:
+    def _measured_served(self) -> Validation | None:
+        """The same of the version that is served."""
+        current = self._directory.current
+        path = self._directory.path(current)
+        known = Validation.from_json(self._directory.info(current).get("validation"))
+        if self._judge and (
+            known is None or self._rows not in known.losses
+        ):  # measured on other rows, or never
+            if self._of_served is None or self._of_served[0] != current:
                 config = json.loads((path / CONFIG_FILE).read_bytes())
-                self._losses[current] = self._judge((path / WEIGHTS_FILE).read_bytes(), config)
-            return self._losses[current]
-        loss = info.get("validation_loss")
-        return loss if info.get("measured") == self._measured and isinstance(loss, float) else None
+                loss = self._judge((path / WEIGHTS_FILE).read_bytes(), config)
+                self._of_served = (current, Validation(version=0, losses={self._rows: loss}))
+            return self._of_served[1]
+        return known
 
-    def _why_not(self, export: Export, loss: float | None) -> str:
-        """Why this version is not to be served; "" if it is."""
-        if not self._directory.current:
+    def _why_not(self, measured: Validation | None) -> str:
+        """Why a version of which this is known is not to be served; "" if it is."""
+        if not (current := self._directory.current):
             return ""
-        served = self._loss_served()
-        if loss is None or served is None:
+        served = self._measured_served()
+        gain = measured.gain_over(served) if measured and served else None
+        if measured is None or served is None or gain is None:
             if self._settings.min_gain is not None and not self._without_loss:
                 self._without_loss = True
                 logger.warning(
@@ -223,9 +223,12 @@ class Follower:
                     "it on (--data)"
                 )
             return ""
-        if loss <= served - (self._settings.min_gain or 0.0):
+        if not self._judge and measured.version <= served.version:
+            return f"its workers have measured no validation loss since {current}, which is served"
+        if gain >= (self._settings.min_gain or 0.0):
             return ""
-        return f"its validation loss is {loss:.4f}, that of {self._directory.current}, which is served, is {served:.4f}"
+        change = f"{-gain:.4f} above" if gain < 0 else f"only {gain:.4f} below"
+        return f"its validation loss, {measured.mean:.4f}, is {change} that of {current}, which is served"
 
     def _serve(self) -> None:
         """Have the newest version served, or the one before if that is refused.

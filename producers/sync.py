@@ -386,8 +386,7 @@ class Sync:
     def _look_for_rules(self, now: float) -> None:
         """Pull if an operator changed the rules or rolled the expert back: the next pull may be far away."""
         if not self.times.is_ending and now >= self.times.rules_at:
-            self.times.rules_at = now + LOOK_FOR_RULES_S
-            meta = self.ledger.meta
+            self.times.rules_at, meta = now + LOOK_FOR_RULES_S, self.ledger.meta
             if self._store.orders() not in (None, (meta.rules, meta.rolled_back)):
                 self._pull()
 

@@ -28,7 +28,6 @@ from fedmoe.settings import GatewaySettings
 from fedmoe.store.connection import Connection
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore
-from fedmoe.tools.card import vllm_hint
 from fedmoe.tools.export import Export, read_expert, read_gateway
 from fedmoe.tools.export_files import write
 from tests.errors import raises
@@ -368,25 +367,10 @@ def test_method_that_needs_the_initialisation_gets_it(connection: Connection, me
     assert torch.equal(values_of(spec.layout, loaded[1]), begun)
 
 
-@pytest.mark.parametrize(
-    ("rank", "said"),
-    [
-        (1, ""), (16, ""), (17, "--max-lora-rank 32 .*--rank 16"), (64, "--max-lora-rank 64 .*--rank 32"),
-        (300, "--max-lora-rank 320 .*--rank 256"), (512, "--max-lora-rank 512 .*--rank 320"),
-        (513, "no adapter of a rank above 512: for vLLM, export with --rank 512"),
-    ],
-)  # fmt: skip
-def test_vllm_takes_only_certain_ranks(rank: int, said: str) -> None:
-    """The smallest that is enough, and the next below."""
-    assert re.search(said, vllm_hint(rank))
-    assert bool(vllm_hint(rank)) == bool(said)
-
-
 def test_a_template_that_the_expert_brings_goes_with_it(connection: Connection, tmp_path: Path) -> None:
     """Also with the gateway, if all experts bring the same; a later export without one leaves none behind."""
-    template = (
-        "{% for m in messages %}\n" + "é" * 400 + "{% endfor %}"
-    )  # as it is: not escaped, not shortened
+    # As it is: not escaped, not shortened.
+    template = "{% for m in messages %}\n" + "é" * 400 + "{% endfor %}"
     spec = replace(small_spec(), chat_template=template)
     make_expert(connection, "a", spec)
     make_expert(connection, "b", small_spec(), chat_template=template)

@@ -1,6 +1,7 @@
 """`fedmoe gateway export` in the forms that servers take: bf16, another rank, with tokenizer, as a whole model."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,6 +27,7 @@ from fedmoe.settings import GatewaySettings
 from fedmoe.store.connection import Connection
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore
+from fedmoe.tools.card import vllm_hint
 from fedmoe.tools.export import Export, Team, read_expert, read_gateway
 from fedmoe.tools.export_files import write
 from fedmoe.tools.shape import as_bf16
@@ -291,3 +293,17 @@ def test_a_trained_gateways_card_names_its_teams(connection: Connection, tmp_pat
         "The gateway, trained by the workers of all experts, of a FedMoE federation"
         in (tmp_path / "README.md").read_text()
     )
+
+
+@pytest.mark.parametrize(
+    ("rank", "said"),
+    [
+        (1, ""), (16, ""), (17, "--max-lora-rank 32 .*--rank 16"), (64, "--max-lora-rank 64 .*--rank 32"),
+        (300, "--max-lora-rank 320 .*--rank 256"), (512, "--max-lora-rank 512 .*--rank 320"),
+        (513, "no adapter of a rank above 512: for vLLM, export with --rank 512"),
+    ],
+)  # fmt: skip
+def test_vllm_takes_only_certain_ranks(rank: int, said: str) -> None:
+    """The smallest that is enough, and the next below."""
+    assert re.search(said, vllm_hint(rank))
+    assert bool(vllm_hint(rank)) == bool(said)

@@ -15,12 +15,9 @@ from unittest.mock import patch
 
 import consumers.aggregator
 import consumers.expert
-import fedmoe.store.change
-import fedmoe.store.rollback
 from consumers.aggregator import ExpertServer
 from consumers.expert import Expert
 from consumers.history import History
-from fedmoe.errors import FedMoEError, StaleStateError
 from fedmoe.protocol.features import features_text
 from fedmoe.protocol.keys import Keys
 from fedmoe.protocol.layout import Layout, stamped
@@ -29,10 +26,10 @@ from fedmoe.protocol.rules import NESTEROV, AggregationRules, RuleSet
 from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.staleness import Decay
 from fedmoe.settings import AggregatorSettings
-from fedmoe.store.change import change_rules, hold, release
+from fedmoe.store.change import change_rules
 from fedmoe.store.connection import Command, Connection, RedisSettings
 from fedmoe.store.expert import ExpertStore
-from fedmoe.store.rollback import VersionState, prepare, roll_back
+from fedmoe.store.rollback import roll_back
 from fedmoe.store.worker import WorkerStore
 from tests.protocol.client import Client, Port
 from tests.protocol.world import FOR_PEOPLE, KEYS, NAME, Db, Reply, Request, Suspended
@@ -302,105 +299,3 @@ class Aggregator:
         finally:
             for one in patches:
                 one.stop()
-
-
-class Operator:
-    """An operator who, once told to, changes the rules, or holds the expert and releases it, until it is done.
-
-    IDLE, then WANTS, then DONE; or IDLE, then HOLDS, then RELEASES, then DONE.
-    """
-
-    IDLE, WANTS, DONE = "idle", "wants to change the rules", "is done"
-    HOLDS, RELEASES = "wants to hold the expert", "wants to release the expert"
-
-    def __init__(self, rules: Rules) -> None:
-        self.name = "operator"
-        self.first = self.IDLE
-        self._rules = rules
-
-    def choices(self, memory: str, db: Db) -> tuple[int, ...]:
-        """Nothing but to go on with a change."""
-        return (0,) if memory not in (self.IDLE, self.DONE) else ()
-
-    def fair_choice(self, memory: str) -> int:
-        return 0
-
-    def check(self, memory: str) -> str:
-        """An operator knows nothing that could be wrong."""
-        return ""
-
-    def turn(self, memory: str, replies: Sequence[Reply], choice: int) -> str:
-        """`fedmoe expert set`, `hold` or `release`, tried once."""
-        if memory in (self.IDLE, self.DONE):
-            return memory
-        port = Port(replies)
-        store = self._rules.expert_store(ModelConnection(Client(port)), NAME)
-        with patch.object(fedmoe.store.change, "new_id", lambda: str(port.ask(NEW_ID)[0])):
-            try:
-                match memory:
-                    case self.WANTS:
-                        self._rules.change(store, {"lr": NEW_LR}, clock=lambda: 0.0)
-                    case self.HOLDS:
-                        hold(store, "why", clock=lambda: 0.0)
-                        return self.RELEASES
-                    case self.RELEASES:
-                        release(store, clock=lambda: 0.0)
-            except FedMoEError:
-                return memory  # and the operator types it again
-        return self.DONE
-
-
-class Target(NamedTuple):
-    """What an operator goes back to: a version, its weights and its server state (if any), as a replay gave them."""
-
-    version: int
-    lineage: str
-    weights: bytes
-    server_state: bytes | None = None
-
-
-class OperatorGoingBack:
-    """An operator who, once told to, rolls the expert back until it is done: IDLE, then a Target, then DONE."""
-
-    IDLE, DONE = "idle", "has rolled the expert back"
-
-    def __init__(self, spec: Spec, rules: Rules) -> None:
-        self.name = "operator"
-        self.first = self.IDLE
-        self._spec = spec
-        self._rules = rules
-
-    def choices(self, memory: str | Target, db: Db) -> tuple[int, ...]:
-        """Nothing but to go on with the rollback."""
-        return (0,) if isinstance(memory, Target) else ()
-
-    def fair_choice(self, memory: str | Target) -> int:
-        return 0
-
-    def check(self, memory: str | Target) -> str:
-        """An operator knows nothing that could be wrong."""
-        return ""
-
-    def turn(self, memory: str | Target, replies: Sequence[Reply], choice: int) -> str | Target:
-        """`fedmoe expert rollback`, tried once; over a connection made anew it would begin again, and gives up here."""
-        if not isinstance(memory, Target):
-            return memory
-        port = Port(replies)
-        store = self._rules.expert_store(ModelConnection(Client(port)), NAME)
-        state = VersionState(
-            version=memory.version, lineage=memory.lineage, weights=memory.weights,
-            server_state=memory.server_state, optimizer=NESTEROV if memory.server_state else "",
-        )  # fmt: skip
-        with patch.object(fedmoe.store.rollback, "new_id", lambda: str(port.ask(NEW_ID)[0])):
-            try:
-                store.condition()
-                rollback = prepare(self._spec, state, by="operator", generation=0)
-                self._rules.roll_back(store, rollback, clock=lambda: 0.0)
-            except Suspended as suspended:
-                suspended.counts = True
-                raise
-            except StaleStateError:
-                return self.DONE if port.generation else memory
-            except FedMoEError:
-                pass
-        return self.DONE

@@ -10,14 +10,9 @@ from typing import Any
 
 import torch
 
-from tests.protocol.actors import (
-    Operator,
-    Rules,
-    Target,
-    Values,
-    first_file,
-)
+from tests.protocol.actors import Rules, Values, first_file
 from tests.protocol.checks import check_bases, check_db, taken_back, versions_of, weights_of
+from tests.protocol.operators import Operator, Target
 from tests.protocol.state import (
     BROKEN,
     DIRTY,

@@ -7,17 +7,8 @@ once.
 from collections.abc import Hashable
 from typing import Any
 
-from tests.protocol.actors import (
-    NEW_ID,
-    Aggregator,
-    Operator,
-    OperatorGoingBack,
-    Rules,
-    Served,
-    first_db,
-    first_rules,
-    make_spec,
-)
+from tests.protocol.actors import NEW_ID, Aggregator, Rules, Served, first_db, first_rules, make_spec
+from tests.protocol.operators import Operator, OperatorGoingBack
 from tests.protocol.state import (
     BROKEN,
     CLEAN,

@@ -13,7 +13,7 @@ from tests.protocol.actors import (
     Rules,
     first_file,
 )
-from tests.protocol.checks import check_db, weights_of
+from tests.protocol.checks import check_db, check_vectors, weights_of
 from tests.protocol.state import (
     BROKEN,
     DIRTY,
@@ -242,7 +242,7 @@ class Model(Steps):
         for worker, slot in zip(self.workers, state.slots[len(self.aggregators) :], strict=False):
             if wrong := worker.check_rest(self._memories.values[slot.memory], weights):
                 return wrong
-        return ""
+        return check_vectors(db)
 
 
 def _short(values: tuple[Any, ...]) -> str:

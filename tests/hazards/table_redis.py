@@ -217,7 +217,7 @@ OF_REDIS = {
         wrong="Redis is emptied, and no worker sends its domain vector again: nothing is routed to the expert any more",
         rule="an aggregator retains the vectors, and writes them back with the expert",
         scenario=vectors.h27_vector_in_an_emptied_redis,
-        without=of_store(without.WritesNoVectorsBack),
+        without=of_store(broken_recovery.ForgetsVectors),
         symptom="alice's domain vector is lost",
     ),
     "H27b": Hazard(

@@ -84,13 +84,6 @@ class NeverMends(ExpertStore):
         return False
 
 
-class WritesNoVectorsBack(ExpertStore):
-    """An aggregator retains no domain vectors."""
-
-    def write_back(self, *expert: Any, **more: Any) -> bool:
-        return super().write_back(*expert, **(more | {"vectors": {}}))
-
-
 class LoadsWithoutLooking(ExpertStore):
     """A load does not check the types of the keys that a commit writes."""
 

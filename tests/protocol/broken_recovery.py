@@ -88,6 +88,13 @@ class ForgetsDecisions(ExpertStore):
         return super().write_back(spec, meta, weights, **(more | {"decided": {}}))
 
 
+class ForgetsVectors(ExpertStore):
+    """The expert is written back without domain vectors."""
+
+    def write_back(self, *expert: Any, **more: Any) -> bool:
+        return super().write_back(*expert, **(more | {"vectors": {}}))
+
+
 class ForgetsTheLine(ExpertStore):
     """The log does not tell that, and at which version, an expert was written back."""
 
@@ -183,5 +190,11 @@ BROKEN_RECOVERY = {
         rules=Rules(patches=((producers.ledger, "locate", _number_of_a_run_counts),)),
         scope=Scope(units=1, disk=False, faults={"failover": 1, "kill_worker": 1}),
         symptom="another process publishes under this worker's name",
+    ),
+    "E12_written_back_without_vectors": Broken(
+        what="an expert is written back without the domain vectors of its workers",
+        rules=Rules(expert_store=ForgetsVectors),
+        scope=Scope(units=1, faults={"empty": 1}),
+        symptom="no domain vector",
     ),
 }

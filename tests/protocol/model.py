@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from tests.protocol.actors import Rules, Values, first_file
-from tests.protocol.checks import check_bases, check_db, taken_back, versions_of, weights_of
+from tests.protocol.checks import check_bases, check_db, check_vectors, taken_back, versions_of, weights_of
 from tests.protocol.operators import Operator, Target
 from tests.protocol.state import (
     BROKEN,
@@ -274,7 +274,7 @@ class Model(Steps):
         for worker, slot in zip(self.workers, self._worker_slots(state), strict=True):
             if wrong := worker.check_rest(self._memories.values[slot.memory], weights, gone):
                 return wrong
-        return ""
+        return check_vectors(db)
 
 
 def _short(values: tuple[Any, ...]) -> str:

@@ -11,7 +11,7 @@ from fedmoe.store.connection import Connection
 from fedmoe.store.gateway import GatewayStore
 from tests.processes import eventually, fedmoe, fedmoe_here, running, terminate
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 
 def write(path: Path, count: int) -> Path:
@@ -31,7 +31,7 @@ def store(
         "--base-model", str(tiny_model_dir), "--rank", "2", "--sync-interval", "0.3", "--lease", "1",
     ):  # fmt: skip
         store = GatewayStore(connection)
-        eventually("the expert", lambda: store.meta("a"))
+        eventually("the expert", lambda: store.meta("a"), timeout_s=150)
         yield store
 
 
@@ -123,7 +123,7 @@ def test_held_expert_waits_and_loses_nothing(
     rows = write(tmp_path / "rows.jsonl", 30)
     command = ["worker", "run", "--redis", redis_url, "--stream", "a", "--data", str(rows), "--name", "ben"]
     with running(tmp_path / "worker.log", *command) as worker:
-        eventually("it trains", lambda: store.meta("a").version >= 2)
+        eventually("it trains", lambda: store.meta("a").version >= 2, timeout_s=150)
         said = fedmoe("expert", "hold", "a", "--redis", redis_url, "--reason", "odd data")
         assert said.stdout == "a: held; its updates wait until `fedmoe expert release a`\n"
         assert "held already: odd data" in fedmoe("expert", "hold", "a", "--redis", redis_url).stdout

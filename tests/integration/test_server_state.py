@@ -11,11 +11,13 @@ import torch
 from consumers.expert import Expert
 from consumers.recovery.write_back import write_back
 from consumers.retention import Retention
+from consumers.rollback import state_from_backup, state_from_updates
 from consumers.verify import Replay, replay
 from fedmoe.errors import StaleStateError
 from fedmoe.protocol.layout import stamp_of, stamped
 from fedmoe.protocol.lora_init import initial_weights
 from fedmoe.protocol.rules import ADAPTIVE, NESTEROV, SGD
+from fedmoe.protocol.spec import Spec
 from fedmoe.store.archive import SUFFIX, WEIGHTS_SUFFIX, Archive
 from fedmoe.store.backup import BackupStore
 from fedmoe.store.change import change_rules
@@ -23,6 +25,7 @@ from fedmoe.store.connection import Connection
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore
 from fedmoe.store.remove import remove_expert
+from fedmoe.store.rollback import VersionState, roll_back_soon
 from fedmoe.tools.backup import OPTIMIZER_FILE, Backup, restore
 from tests.backups import backed_up
 from tests.errors import raises
@@ -264,6 +267,40 @@ def test_replay_starts_from_a_kept_anchor(make_site: Callable[[str], Site]) -> N
     assert site.replayed().since == 4
     kept = sorted(archive.directory.glob("*" + WEIGHTS_SUFFIX), key=lambda file: file.stat().st_mtime)
     assert len(kept) == 2
+
+
+@OPTIMIZERS
+def test_rollback_brings_the_state_of_its_version_back(
+    make_site: Callable[[str], Site], optimizer: str, connection: Connection, tmp_path: Path
+) -> None:
+    """From kept updates and from a backup, to a version that had none, and a replay goes over all three."""
+    site = make_site(optimizer)
+    site.rounds()
+    state, backup = site.stored_state(), backed_up(connection, tmp_path / "backup")
+    site.rounds()
+
+    def from_updates(spec: Spec, to: int = 2) -> VersionState:
+        return state_from_updates(connection, NAME, spec, to=to, directory=site.directory)
+
+    def from_backup(spec: Spec) -> VersionState:
+        return state_from_backup(connection, NAME, spec, to=2, backup=backup)
+
+    for find in (from_updates, from_backup):
+        meta = roll_back_soon(site.expert.store, find, by="operator")
+        restored = site.stored_state()
+        assert state is not None
+        assert restored is not None
+        assert (stamped(restored, ""), stamp_of(restored)) == (stamped(state, ""), meta.weights_commit)
+        site = site._replace(expert=site.again())
+        assert site.expert.held.optimizer == optimizer
+    meta = roll_back_soon(site.expert.store, lambda spec: from_updates(spec, to=0), by="operator")
+    assert (meta.server_state, site.stored_state()) == ("", None)
+    site = site._replace(expert=site.again())
+    for worker in site.workers:
+        worker.pull()
+    site.rounds()
+    assert site.beginnings() == [1, 8]
+    assert site.replayed().rollbacks == 3
 
 
 def test_state_goes_with_its_expert(make_site: Callable[[str], Site], connection: Connection) -> None:

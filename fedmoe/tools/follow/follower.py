@@ -234,7 +234,8 @@ class Follower:
         """Have the newest version served, or the one before if that is refused.
 
         Raises:
-            AdapterRefusedError, ServerAwayError: if none can be served; SettingsError: if `current` cannot be moved.
+            ServerAwayError: if the server cannot be reached.
+            SettingsError: if `current` cannot be moved.
         """
         current = self._directory.current
         self._refused = {n: when for n, when in self._refused.items() if n in (self._candidate, current)}

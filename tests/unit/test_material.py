@@ -7,6 +7,7 @@ import torch
 
 from fedmoe.data.bad_rows import BadRows
 from fedmoe.data.jsonl import open_data
+from fedmoe.data.validation_split import LEAST_ROWS
 from fedmoe.errors import BaseModelError, DataError
 from fedmoe.model.adapter import adapter_layout
 from fedmoe.model.base import fingerprint, structure
@@ -76,3 +77,27 @@ def test_trainers_of_one_model_need_no_names(tmp_path: Path) -> None:
     assert first.step().applied
     assert torch.equal(second.flat, before)
     assert second.step().applied
+
+
+def test_rows_that_are_held_back_are_measured_and_not_trained_on(tmp_path: Path) -> None:
+    """Of expert and gateway alike, on one base model: each has a trainer and an evaluator, and all work by turns."""
+    rows = "".join(f'{{"prompt": "add {n}", "completion": "{n}"}}\n' for n in range(120))
+    material = prepared(save_tiny_model(tmp_path), rows)
+    assert material.n_examples == 120 - LEAST_ROWS
+    config, lora = tiny_config(), LoraSettings(rank=2)
+    spec = Spec(
+        base_model="tiny", base_config=structure(config), layout=adapter_layout(config, lora), lora=lora
+    )
+    parts = [
+        (material.make_trainer(spec, TrainingSettings()), material.make_evaluator(spec, TrainingSettings()))
+        for _ in range(2)
+    ]
+    for trainer, evaluator in parts:
+        before = trainer.flat.clone()
+        assert trainer.step().applied
+        assert evaluator is not None
+        evaluator.begin(3, trainer.flat + 0.01)
+        while (measured := evaluator.step()) is None:
+            assert trainer.step().applied
+        assert (measured.version, measured.rows, len(measured.rows_set)) == (3, LEAST_ROWS, 8)
+        assert not torch.equal(trainer.flat, before)

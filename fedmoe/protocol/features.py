@@ -8,7 +8,8 @@ reports it in one sentence, before it trains or commits.
 from fedmoe.errors import ProtocolError
 
 HOLD = "hold"  # an expert whose rules say that it is held applies no updates
-FEATURES: frozenset[str] = frozenset({HOLD})  # those that this FedMoE knows
+SERVER_OPTIMIZER = "server_optimizer"  # the step of an update may depend on what past updates left
+FEATURES: frozenset[str] = frozenset({HOLD, SERVER_OPTIMIZER})  # those that this FedMoE knows
 UPDATES_REQUIRE = ""  # features that an aggregator must know to decide this FedMoE's updates
 MAX_FEATURE_CHARS = 32
 SHOWN_FEATURES = 5

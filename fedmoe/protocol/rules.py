@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import Any
 
 from fedmoe.errors import FedMoEError, SettingsError, SpecError
-from fedmoe.protocol.features import HOLD as HOLD_FEATURE
+from fedmoe.protocol import features
 from fedmoe.protocol.features import check_requires, with_feature
 from fedmoe.protocol.fields import put_back, take_unknown
 from fedmoe.protocol.staleness import Decay
@@ -205,9 +205,11 @@ class RuleSet:
                 f"the reason of a hold must be a text of at most {MAX_REASON_CHARS} characters", about="held"
             )
         check(self)
-        # An aggregator that lacks the feature would apply the updates of a held expert.
-        needs_hold = bool(self.held) or self.on_worse == HOLD
-        object.__setattr__(self, "requires", with_feature(self.requires, HOLD_FEATURE, needs_hold))
+        # An aggregator that lacks them would apply the updates of a held expert, or fold all of them by sgd.
+        requires = with_feature(self.requires, features.HOLD, bool(self.held) or self.on_worse == HOLD)
+        has_optimizer = self.aggregation.server_optimizer != SGD
+        requires = with_feature(requires, features.SERVER_OPTIMIZER, has_optimizer)
+        object.__setattr__(self, "requires", requires)
 
     def to_json(self) -> str:
         """Canonical JSON: the same rules give the same text on every machine."""

@@ -11,12 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from consumers.fold import Values, fold
+from fedmoe.errors import ProtocolError
+from fedmoe.protocol import features
 from fedmoe.protocol.balance import peers_of
 from fedmoe.protocol.names import GATEWAY
 from fedmoe.protocol.records import Decided
-from fedmoe.protocol.rules import ADAPTIVE, NESTEROV, SERVER_OPTIMIZERS, SGD, AggregationRules
+from fedmoe.protocol.rules import ADAPTIVE, NESTEROV, SERVER_OPTIMIZERS, SGD, AggregationRules, RuleSet
 from fedmoe.protocol.server import ServerStep, ends_round, first_value, has_state
 from fedmoe.protocol.update import UpdateId
+from tests.errors import raises
 from tests.strategies import randn
 
 PAGE = Path(__file__).parents[2] / "docs" / "protocol.md"
@@ -98,6 +101,16 @@ def test_sgd_touches_no_state() -> None:
     )
     assert (float(now.weights), bool(now.state.isnan())) == (1.0, True)
     assert not has_state(AggregationRules(server_optimizer=SGD))
+
+
+def test_who_lacks_the_feature_does_not_read_the_rules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would fold every update by sgd; rules that go back to sgd need nothing."""
+    rules = RuleSet().changed({"server_optimizer": NESTEROV})
+    assert (rules.requires, rules.changed({"server_optimizer": SGD}).requires) == ("server_optimizer", "")
+    assert RuleSet.from_json(rules.to_json()) == rules
+    monkeypatch.setattr(features, "FEATURES", frozenset({features.HOLD}))
+    with raises(ProtocolError, about="requires"):
+        RuleSet.from_json(rules.to_json() + " ")  # another text, because parsed texts are remembered
 
 
 def test_a_round_is_as_many_updates_as_there_are_active_workers() -> None:

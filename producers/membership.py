@@ -249,7 +249,7 @@ class Membership:
         else:
             self._report(
                 f"the examples of {source} differ from those of the checkpoint (other file, chat template, "
-                "--learn or max_length): starting at the first one"
+                "--learn, --validate or max_length): starting at the first one"
             )
         trainer.load_state(saved.optimizer, same_data=same_data)
         self._report(
@@ -291,7 +291,8 @@ class Membership:
         if sync.saved:
             return f"done: {text}; {self._kept()}"
         if sync.in_redis and not left:
-            return f"done: {text}; the last one waits in Redis for an aggregator"
+            until = "until the expert is released" if sync.watch.held else "for an aggregator"
+            return f"done: {text}; the last one waits in Redis {until}"
         remedy = "start this worker again to go on from there"
         if not self._state_dir:
             remedy = "give it a state directory (--state-dir DIR) to lose nothing next time"
@@ -300,6 +301,12 @@ class Membership:
             f"{drain_s:g} s ({status.why_undecided}); {remedy}",
             about="drain",
         )
+
+    def hasten(self) -> None:
+        """End the drain of a held expert, whose updates wait, if nothing is lost by it."""
+        is_safe = self._state_dir is not None or (self.sync.in_redis and not self.exchange.steps_left)
+        if self.sync.watch.held and is_safe:
+            self.sync.times.end_at = 0.0
 
     def _kept(self) -> str:
         assert self._state_dir is not None
@@ -329,6 +336,8 @@ def finish(
             boundary()
         else:
             pass_boundaries(members)
+        for member in waiting:
+            member.hasten()
         waiting[0].thread.join(0.02)
 
 

@@ -23,7 +23,9 @@ class Heart(Protocol):
 
 
 class Watch(Protocol):
-    """Checks that an aggregator serves the expert (see `producers.watch`)."""
+    """Checks that an aggregator serves the expert (see `producers.watch`); `held` says why it is held, or is ""."""
+
+    held: str
 
     def look(self) -> str:
         """The problem, "" if there is none."""

@@ -108,7 +108,7 @@ class Sync:
         self._identity = identity
         self._saver = saver
         self._data = data
-        self._heart, self._watch = heart, watch
+        self._heart, self.watch = heart, watch
         self._fixed = fixed or Fixed(max_length=ledger.meta.rules.training.max_length)
         self._clock = clock
         self._wake = threading.Event()
@@ -192,7 +192,7 @@ class Sync:
         now = self._clock()
         reached = self._prepare(now)
         self._heart.beat(self.ledger, self.status)
-        self._note("aggregator", self._watch.look())
+        self._note("aggregator", self.watch.look())
         return self._talk(now) if reached else 0.0
 
     @property

@@ -19,6 +19,7 @@ from producers.validation import Evaluator, Validation
 
 logger = logging.getLogger(__name__)
 
+LEAVE_S = 0.5  # time after the drain to record in Redis how the worker left
 END_S = 4.0  # time after the drain to write the last checkpoint; then the process ends in any case
 
 
@@ -215,7 +216,7 @@ class Training:
             except FedMoEError as error:
                 return str(error), error.exit_code
 
-        self._stop.patience_s, self._stop.end_s = self._settings.drain_s, END_S
+        self._stop.patience_s, self._stop.end_s = self._settings.drain_s + LEAVE_S, END_S
         syncs = [member.sync for member in self._members.values()]
         self._stop.when_asked += [partial(sync.finish, self._settings.drain_s) for sync in syncs]
         self._stop.is_saving = lambda: any(sync.is_saving for sync in syncs)

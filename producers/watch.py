@@ -19,6 +19,7 @@ class AggregatorWatch:
         clock: seconds, monotonic.
 
     Attributes:
+        held: why the expert is held, "" if it is not.
         problem: the message that nobody holds the lease, or that the expert is held; "" if neither is so, as far as
             this user may read it.
         next_at: when the next check is due, on that clock.
@@ -30,7 +31,7 @@ class AggregatorWatch:
         self._store = store
         self._clock = clock
         self._missed = 0
-        self._held = ""
+        self.held = ""
 
     def look(self) -> str:
         """Check the lease if it is due; return the problem.
@@ -64,9 +65,9 @@ class AggregatorWatch:
         """The message that the expert is held, "" if it is not; logged once."""
         expert = self._store.expert
         problem = f"expert {expert!r} is held, and updates wait: {printable(held)}" if held else ""
-        if held and not self._held:
+        if held and not self.held:
             logger.warning("%s (training goes on, and nothing is lost)", problem)
-        elif self._held and not held:
+        elif self.held and not held:
             logger.warning("expert %r is released: updates are applied again", expert)
-        self._held = held
+        self.held = held
         return problem

@@ -29,12 +29,12 @@ WEIGHTS = {"red": (0.75,), "blue": (1.5,)}
 
 
 def builder(connection: Connection, **settings: object) -> GatewayBuilder:
-    wanted = replace(GatewaySettings(), **settings)  # type: ignore[arg-type]
+    wanted = replace(GatewaySettings(), **settings)
     return GatewayBuilder(connection, wanted, holder="agg-1", lease_s=5.0)
 
 
 def fit(connection: Connection, *data: str, **settings: object) -> Fit:
-    wanted = replace(FitSettings(data=data, precision="fp32", max_passes=4), **settings)  # type: ignore[arg-type]
+    wanted = replace(FitSettings(data=data, precision="fp32", max_passes=4), **settings)
     return fit_gateway(GatewayStore(connection), wanted, report=lambda line: None)
 
 
@@ -62,7 +62,7 @@ def written(store: GatewayStore, weights: dict[str, tuple[float, ...]] = WEIGHTS
         for n, m in metas.items()
     }
     made = Fit(weights=weights_text(weights), fitted_on=json.dumps(fitted_on), loss=1.5, fitted_at=1.5)
-    store.write_fit(made := replace(made, **changes))  # type: ignore[arg-type]
+    store.write_fit(made := replace(made, **changes))
     return made
 
 

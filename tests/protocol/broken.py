@@ -167,7 +167,9 @@ def _first_rules_judge(
     header: Header, head: Decided | None, meta: Meta, spec: Spec, peers: Peers
 ) -> Verdict | Admission:
     judged = judge_header(header, head, meta, spec, peers)
-    return replace(judged, factor=1.0) if isinstance(judged, Admission) else judged
+    if not isinstance(judged, Admission):
+        return judged
+    return replace(judged, step=replace(judged.step, factor=1.0))
 
 
 def change_in_place(store: ExpertStore, settings: Mapping[str, Any], *, clock: object = None) -> None:

@@ -128,7 +128,8 @@ def _values_of(spec: Spec, file: bytes | None) -> Values | None:
 
 def delta_in(db: Db, line: tuple[Any, ...], spec: Spec) -> list[float]:
     """Δ of the update that a line of the log names."""
-    return _decoded(dict(db.written)[KEYS.part(*line[:3], 0)], spec.layout.numel)
+    worker, run, seq, *_ = line
+    return _decoded(dict(db.written)[KEYS.part(worker, run, seq, 0)], spec.layout.numel)
 
 
 def taken_back(db: Db, spec: Spec) -> frozenset[int]:

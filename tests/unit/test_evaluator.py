@@ -76,7 +76,7 @@ class Still:
 
 
 def exchange() -> Exchange:
-    return Exchange(Still(), with_optimizer=False)  # type: ignore[arg-type]  # only the bases are exchanged
+    return Exchange(Still(), with_optimizer=False)
 
 
 def run(
@@ -86,7 +86,7 @@ def run(
     said: list[str] = []
     meets = {name: exchange() for name in evaluators}
     validation = Validation(
-        [(name, one, meets[name]) for name, one in evaluators.items()],  # type: ignore[misc]
+        [(name, one, meets[name]) for name, one in evaluators.items()],
         report=lambda name, line: said.append(f"{name}: {line}"),
         clock=lambda: sum(one.now for one in evaluators.values()),
     )
@@ -142,7 +142,7 @@ def test_validation_that_does_not_fit_ends_and_the_training_goes_on(
     def fail() -> None:
         raise make_error()
 
-    evaluator.step = fail  # type: ignore[method-assign]
+    evaluator.step = fail
     validation, _, _ = run({"sql": evaluator}, 500)
     assert evaluator.began == [0]
     validation.between_steps()

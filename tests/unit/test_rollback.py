@@ -77,7 +77,7 @@ class Kept(Archive):
 
     holds_weights = holds
 
-    def anchors(self) -> dict:  # type: ignore[type-arg]
+    def anchors(self) -> dict:
         return {}
 
 
@@ -108,7 +108,7 @@ def back(version: int, to: int) -> RollbackLine:
         ([AnchorLine(version=5, restored="lost", weights="a"), 6, back(7, 5)], "u6 a", [(0, 0), (5, 7)]),
     ],
 )  # fmt: skip
-def test_versions_that_can_be_recomputed(history: list, digests: str, kept: list) -> None:  # type: ignore[type-arg]
+def test_versions_that_can_be_recomputed(history: list, digests: str, kept: list) -> None:
     """From the log and what is kept."""
     lines = [applied(line) if isinstance(line, int) else line for line in history]
     assert kept_versions(lines, Kept(*digests.split()), lineage="l", upto=99) == kept

@@ -75,7 +75,7 @@ class MergedView:
             )
         if self.fit and self.fit.strange:
             yield (
-                f"{MERGED}: its fit was made with {', '.join(self.fit.strange)}, which are gone or were created anew: "
+                f"{MERGED}: its fit was made with {', '.join(self.fit.strange)}, gone or created anew since: "
                 "fit again (fedmoe gateway fit)"
             )
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from fedmoe.errors import BackupError, FedMoEError, SettingsError, StaleStateError
+from fedmoe.protocol.features import ROLLBACK, with_feature
 from fedmoe.protocol.layout import digest_of, stamped
 from fedmoe.protocol.lines import RollbackLine
 from fedmoe.protocol.packed import pack_file
@@ -132,6 +133,7 @@ def roll_back(store: ExpertStore, rollback: Rollback, *, clock: Callable[[], flo
         commit=rollback.commit,
         weights_commit=rollback.commit,
         server_state=to.optimizer,
+        requires=with_feature(meta.requires, ROLLBACK, True),
         rolled_back=meta.rolled_back.and_also(to.version, meta.version),
         updated_at=clock(),
     )

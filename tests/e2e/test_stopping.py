@@ -204,6 +204,16 @@ def test_worker_whose_redis_is_frozen_says_what_is_lost(
     assert "--state-dir" in last
 
 
+def test_worker_that_waits_in_vain_is_recorded_as_stopped(
+    tmp_path: Path, store: GatewayStore, worker: list[str]
+) -> None:
+    """No aggregator decides its update: it waits for the whole drain, and still says how it left."""
+    with until_said(tmp_path / "log", "step 5", [*worker, "--state-dir", str(tmp_path / "state")]) as process:
+        assert stopped(process) == 0
+    trace = store.connection.client.hgetall(store.connection.keys.expert("a").trace("w"))
+    assert trace.get(b"how") == b"stopped"
+
+
 @pytest.mark.parametrize("text", ["looking at the base model", "serving from version"])
 def test_aggregator_whose_redis_is_frozen(
     tmp_path: Path, redis: EmbeddedRedis, tiny_model_dir: Path, text: str

@@ -1,6 +1,7 @@
 """A worker that trains its expert and the gateway by turns: two complete ledgers, with a trainer that counts."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -13,7 +14,7 @@ from fedmoe.protocol.names import GATEWAY
 from fedmoe.protocol.rules import RuleSet
 from fedmoe.protocol.vectors import WITHHELD, DomainVector, width_of
 from fedmoe.settings import RedisSettings, WorkerSettings
-from fedmoe.store.change import change_rules_soon
+from fedmoe.store.change import change_rules_soon, hold, release
 from fedmoe.store.connection import Connection
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore
@@ -131,6 +132,24 @@ def test_one_alone_by_the_rule(served: Federation) -> None:
     served.worker(max_steps=6, name="bob").run()
     assert served.examples() == (6, 6)
     assert not any(line.startswith(("tiny: ", "gateway: ")) for line in served.said)
+
+
+@pytest.mark.parametrize("has_state", [True, False])
+def test_worker_that_ends_on_a_held_expert_does_not_wait_for_it(served: Federation, has_state: bool) -> None:
+    """The update waits until the release, in Redis or in the state directory; how the worker left is recorded."""
+    hold(ExpertStore(served.connection, GATEWAY), "why")
+    began = time.monotonic()
+    served.worker(max_steps=2, drain_s=60.0, state_dir=served.state if has_state else None).run()
+    assert time.monotonic() - began < 30
+    (end,) = (line for line in served.said if line.startswith("gateway: done: "))
+    assert (" is kept in " if has_state else " waits in Redis until the expert is released") in end
+    for name, worker in ((EXPERT, "alice"), (GATEWAY, "tiny.alice")):
+        trace = served.connection.client.hgetall(served.connection.keys.expert(name).trace(worker))
+        assert trace[b"how"] == b"finished"
+    release(ExpertStore(served.connection, GATEWAY))
+    if has_state:
+        served.worker(max_steps=2, state_dir=served.state).run()
+    eventually("the update that waited", lambda: served.examples() == ((2, 2) if has_state else (1, 1)))
 
 
 def test_one_chain_brings_the_domain_vector(served: Federation) -> None:

@@ -51,10 +51,14 @@ def verify(redis: RedisSettings, experts: Sequence[str], directory: Path) -> Non
             continue
         done = replay(spec, meta, lines, Archive(directory / name, read_only=True))
         state = store.server_state(name, meta, len(weights))
-        same, odd = done.same_values(weights, state), done.odd_vectors(vectors)
-        equal = not done.problem and same and not odd
-        verdict = "equal" if equal else "differs: other weights or another server state than in Redis"
-        if same and odd:
+        odd = done.odd_vectors(vectors)
+        equal = not done.problem and done.same_values(weights, state) and not odd
+        verdict = "equal"
+        if not done.weights.same_values(weights):
+            verdict = "differs: other weights than in Redis"
+        elif not done.same_values(weights, state):
+            verdict = "differs: another server state than in Redis"
+        elif odd:
             verdict = f"differs: other domain vectors than in Redis, of {', '.join(odd)}"
         if done.problem:
             verdict = f"cannot be replayed: {done.problem}"

@@ -26,7 +26,7 @@ from tests.processes import fedmoe, fedmoe_here
 
 MAY_SERVE = "this user may serve experts"
 MAY_TRAIN = "this user may train {} as alice"
-MAY_OPERATE = "this user may back up, restore, change, add, remove, verify, fit and export"
+MAY_OPERATE = "this user may back up, restore, change, roll back, add, remove, verify, fit and export"
 MAY_LOOK = "this user may read the status"
 
 

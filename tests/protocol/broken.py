@@ -69,8 +69,8 @@ class NoReclaim(ExpertStore):
 class WritesBackFolded(Expert):
     """What was folded since the last commit goes back to an emptied server, too."""
 
-    def _revert(self, meta: Meta, decided: dict[str, Decided]) -> None:
-        self.buffer = self._folded
+    def _revert(self, meta: Meta, decided: dict[str, Decided], vectors: dict[str, str]) -> None:
+        self.held = self._folded
 
 
 class StateBesideTheCommit(ExpertStore):

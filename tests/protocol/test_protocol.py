@@ -19,6 +19,8 @@ from tests.protocol.script import forked_memory_is_written_back
 from tests.protocol.search import ViolationError, search
 from tests.protocol.state import Scope
 
+pytestmark = pytest.mark.timeout(600)  # the largest search takes 45 s on two quiet cores
+
 
 @pytest.fixture(autouse=True)
 def _quiet() -> Iterator[None]:

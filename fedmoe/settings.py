@@ -6,7 +6,7 @@ shape of an adapter and the rules of an expert are declared in the same way in `
 
 import socket
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from fedmoe.errors import SettingsError
 from fedmoe.protocol.keys import DEFAULT_PREFIX, Keys
 from fedmoe.protocol.lora import DEFAULT_BASE_MODEL, DEFAULT_WIRE_FORMAT, WIRE_FORMATS, LoraSettings
 from fedmoe.protocol.names import check_domain, check_name, clean_name
-from fedmoe.protocol.rules import TrainingSettings
+from fedmoe.protocol.rules import learning_rate_of
 from fedmoe.util.hold_back import HoldBack
 from fedmoe.util.setting import check, setting
 
@@ -365,7 +365,7 @@ class HeldOutSettings:
     @property
     def rates(self) -> tuple[float, ...]:
         """The learning rates as numbers, each once."""
-        return tuple(dict.fromkeys(map(_learning_rate, self.learning_rates)))
+        return tuple(dict.fromkeys(map(learning_rate_of, self.learning_rates)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -395,13 +395,3 @@ class FitSettings:
 
     def __post_init__(self) -> None:
         check(self)
-
-
-def _learning_rate(text: str) -> float:
-    """Raise SettingsError unless a learning rate is within the bounds of the rule."""
-    try:
-        return replace(TrainingSettings(), learning_rate=float(text)).learning_rate
-    except ValueError as error:
-        raise SettingsError(
-            f"learning_rates must be numbers above 0, like 2e-4,1e-4, not {text!r}", about="learning_rates"
-        ) from error

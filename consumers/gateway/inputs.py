@@ -90,7 +90,7 @@ def as_input(spec: Spec, file: bytes) -> MergeInput:
 
 
 def is_fitted(fit: Fit, name: str, meta: Meta) -> bool:
-    """True if the fit is of this expert; an expert that was created anew since is another one."""
+    """True if the fit is of this expert; an expert that was removed and created again counts as another expert."""
     known = fit.experts.get(name)
     return name in fit.by_expert and known is not None and known.lineage == meta.lineage
 

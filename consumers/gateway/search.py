@@ -30,7 +30,7 @@ from fedmoe.protocol.spec import Spec
 from fedmoe.tools.base import Base
 from fedmoe.tools.evaluate import BASE
 
-SCALES = (1.0, 1.4, 1.8, 2.4)  # of equal weights, from the best of which the search begins
+SCALES = (1.0, 1.4, 1.8, 2.4)  # of equal weights; the search begins at the best of them
 CHANGE = 1e-4  # nats, or of a weight's root: the search ends when a step changes less
 PRESENT = "present weights"
 

@@ -221,7 +221,10 @@ def hold_expert(redis: RedisSettings, reason: str, name: str) -> None:
 @redis_options
 @click.argument("name")
 def release_expert(redis: RedisSettings, name: str) -> None:
-    """Release the expert NAME: the updates that wait are decided. Validation losses are compared anew from here on."""
+    """Release the expert NAME: the updates that wait are decided.
+
+    From then on, a worker's validation loss is compared only with those it measures after the release.
+    """
     from fedmoe.protocol.names import check_expert
     from fedmoe.store.change import release, soon
     from fedmoe.store.connection import Connection

@@ -13,7 +13,7 @@ class FitView:
     Args:
         weights: expert → its weight in each group of layers.
         versions: expert → the version that it was fitted on.
-        strange: experts that it names and that are gone, or were created anew since; missing: experts with a gateway
+        strange: experts that it names and that were removed, or created again since; missing: experts with a gateway
             weight that it does not name. The gateway leaves out both.
         loss: on the validation rows, with these weights; before: what else was measured on them → loss.
         rows: domain → number of validation rows.
@@ -75,7 +75,7 @@ class MergedView:
             )
         if self.fit and self.fit.strange:
             yield (
-                f"{MERGED}: its fit was made with {', '.join(self.fit.strange)}, gone or created anew since: "
+                f"{MERGED}: its fit was made with {', '.join(self.fit.strange)}, removed or created again since: "
                 "fit again (fedmoe gateway fit)"
             )
 

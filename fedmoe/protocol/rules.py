@@ -161,6 +161,16 @@ class TrainingSettings:
         check(self)
 
 
+def learning_rate_of(text: str) -> float:
+    """A learning rate that was typed. Raises SettingsError unless it is within the bounds of the rule."""
+    try:
+        return replace(TrainingSettings(), learning_rate=float(text)).learning_rate
+    except ValueError as error:
+        raise SettingsError(
+            f"learning_rates must be numbers above 0, like 2e-4,1e-4, not {text!r}", about="learning_rates"
+        ) from error
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RuleSet:
     """The rules of an expert under one number.

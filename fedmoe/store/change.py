@@ -59,7 +59,9 @@ def hold(store: ExpertStore, why: str, *, clock: Callable[[], float] = time.time
 
 
 def release(store: ExpertStore, *, clock: Callable[[], float] = time.time) -> tuple[RuleSet, RuleSet]:
-    """Release a held expert, in one commit: what waits is decided, and workers' losses are compared anew.
+    """Release a held expert, in one commit: the updates that wait are decided.
+
+    From then on, a worker's validation loss is compared only with those it measures after the release.
 
     Returns the rule sets before and after, which are equal if it is not held; raises the errors of `change_rules`.
     """

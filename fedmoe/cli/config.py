@@ -12,7 +12,7 @@ import click
 from fedmoe.errors import SettingsError
 from fedmoe.util.text import printable
 
-SHARED = ("redis", "prefix")  # keys at the top of the file, which apply to all commands
+SHARED = ("redis", "prefix", "enrolment")  # keys at the top of the file, which apply to all commands
 _DEFAULT = re.compile(r"\s*\[default: (.*)\]$")
 Section = dict[str, Any]
 
@@ -34,7 +34,7 @@ def read_config(path: Path, ctx: click.Context) -> Section:
     shared = {key: value for key, value in content.items() if not isinstance(value, dict)}
     if odd := sorted(shared.keys() - set(SHARED)):
         raise SettingsError(
-            f"{path}: unknown key {odd[0]!r}; at the top there can be {' and '.join(SHARED)} only",
+            f"{path}: unknown key {odd[0]!r}; at the top there can be {', '.join(SHARED)} only",
             about=odd[0],
         )
     for key, value in shared.items():
@@ -76,6 +76,10 @@ def _defaults(
             for key, value in given.items():
                 _check_type(options[key], value, ctx, f"{here}: {key}")
             known = {key: value for key, value in shared.items() if key in options}
+            if "redis" in given:  # the section says how to reach Redis
+                known.pop("enrolment", None)
+            if "enrolment" in given:
+                known.pop("redis", None)
             defaults[name] = {str(options[key].name): value for key, value in (known | given).items()}
     return defaults
 

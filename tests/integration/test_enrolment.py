@@ -277,3 +277,14 @@ def test_deployment_fits_replicas(tmp_path: Path) -> None:
     conf = (tmp_path / "d" / "redis.conf").read_text()
     secret = conf.partition("masterauth ")[2].split()[0]
     assert hashlib.sha256(secret.encode()).hexdigest() in (tmp_path / "d" / "users.acl").read_text()
+
+
+def test_the_scripts_name_a_worker_by_its_enrolment(tmp_path: Path) -> None:
+    """So two workers can be started and stopped on one machine."""
+    Deployment(directory=tmp_path / "d", hosts=["h"], workers=[W1]).write(now=0.0)
+    file = tmp_path / "d" / "enrolments" / f"{NAME}.toml"
+    lib = Path(__file__).parents[2] / "ops" / "lib.sh"
+    for options in (f"--enrolment {file}", f"--enrolment={file}"):
+        typed = ["bash", "-c", f"source {lib}; worker_name {options} --data x"]
+        said = subprocess.run(typed, capture_output=True, text=True, check=True).stdout
+        assert said == f"worker-{EXPERT}-{NAME}\n"

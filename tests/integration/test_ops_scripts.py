@@ -11,10 +11,7 @@ from pathlib import Path
 import pytest
 import redis
 
-from fedmoe.enrolment import Enrolment
-from fedmoe.protocol.parties import Party
 from fedmoe.store.embedded import EmbeddedRedis, wheel_server
-from fedmoe.tools.deploy.files import enrolment_text
 
 ROOT = Path(__file__).parents[2]
 OPS = ROOT / "ops"
@@ -176,15 +173,6 @@ def test_a_worker_is_stopped_by_its_name_or_as_it_was_started(ops: Ops, args: li
         ops("start_worker.sh", *args)
         assert ops("stop_worker.sh", *stop).stdout.startswith(f"{name}: stopped")
     assert f"called: worker run {' '.join(args)}\n" in ops.log(name)
-
-
-def test_a_worker_is_named_by_its_enrolment(ops: Ops, tmp_path: Path) -> None:
-    """As `fedmoe init` writes it."""
-    party = Party(role="worker", expert="sql_expert", name="sql-1")
-    enrolled = Enrolment(url="rediss://h", user="u", role="worker", expert="sql_expert", name="sql-1")
-    (file := tmp_path / "one.toml").write_text(enrolment_text(enrolled, party))
-    ops("start_worker.sh", "--enrolment", str(file))
-    assert ops("stop_worker.sh", "sql_expert-sql-1").stdout.startswith("worker-sql_expert-sql-1: stopped")
 
 
 def test_all_are_stopped_workers_first(ops: Ops) -> None:

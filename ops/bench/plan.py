@@ -90,6 +90,9 @@ QUICK = Plan(
     quality=Quality(("sql_expert", "python_expert", "docs_expert"), syncs=12, steps=2, rows=32),
     learning=Learning(parts=("short",), rows=32, seeds=1, short=True),
 )
+FULL_LEARNING = (
+    "main", "shared", "formats", "optimizers", "opt_out", "time", "lengths", "ranks", "mixes",
+)  # fmt: skip
 FULL = Plan(
     seconds=6.0,
     other_sizes=("1mib", "34mib"),
@@ -102,7 +105,7 @@ FULL = Plan(
     experts=(1, 8, 32),
     updates=100_000,
     quality=Quality(("sql_expert", "python_expert", "docs_expert"), syncs=48, steps=2, rows=64),
-    learning=Learning(parts=("main", "shared", "formats", "lengths", "ranks", "mixes"), rows=128, seeds=3),
+    learning=Learning(parts=FULL_LEARNING, rows=128, seeds=3),
 )
 TINY = Plan(
     rounds=1,

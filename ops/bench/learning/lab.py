@@ -58,11 +58,10 @@ class Lab:
 
     def __init__(self, rank: int) -> None:
         torch.set_num_threads(min(THREADS, torch.get_num_threads()))
-        self.train, self.valid, self.test, self.pad_id, model_dir = demo_rows()
-        self._model_dir = model_dir
+        self.train, self.valid, self.test, self.pad_id, self.model_dir = demo_rows()
         lora = LoraSettings(rank=rank, alpha=2.0 * rank)
-        self._spec = make_spec(adapter_layout(load_config(model_dir), lora), "int4", lora=lora)
-        self.stage = Stage(load_base(model_dir, device=CPU, dtype=torch.float32), self._spec)
+        self._spec = make_spec(adapter_layout(load_config(self.model_dir), lora), "int4", lora=lora)
+        self.stage = Stage(load_base(self.model_dir, device=CPU, dtype=torch.float32), self._spec)
         self._autocast = choose_precision("auto", CPU)
         self.precision = str(self._autocast).removeprefix("torch.")
 
@@ -173,7 +172,7 @@ class Lab:
             buffer = AdapterBuffer(self._spec.layout)
             buffer.flat.copy_(flat)
             adapters.append(Adapter(file=bytes(buffer.file), config=self._spec.adapter_config()))
-        base = load_base(self._model_dir, device=CPU, dtype=torch.float32)
+        base = load_base(self.model_dir, device=CPU, dtype=torch.float32)
         with arrow_loaded(base, adapters) as model:
             return {
                 domain: mean_loss(

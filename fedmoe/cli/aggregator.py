@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fedmoe.cli.declared import given, made, options, redis_options
+from fedmoe.cli.logs import log_options
 from fedmoe.protocol.rules import RuleSet
 from fedmoe.settings import AggregatorSettings, GatewaySettings, IdentitySettings, RedisSettings
 
@@ -27,6 +28,7 @@ def aggregator() -> None:
 @options(RuleSet)
 @options(GatewaySettings)
 @options(AggregatorSettings)
+@log_options
 @click.pass_context
 def run(ctx: click.Context, /, redis: RedisSettings, **values: Any) -> None:
     """Create the experts that do not exist yet, then serve all experts of the federation until stopped.
@@ -52,6 +54,7 @@ def _run(ctx: click.Context, stop: "Stop", redis: RedisSettings, values: dict[st
     from fedmoe.store.probe import eviction_warning
     from fedmoe.store.rights import require
     from fedmoe.util.backoff import Backoff
+    from fedmoe.util.log import say
     from fedmoe.util.memory import keep_freed
     from fedmoe.util.template_file import read_template
 
@@ -93,7 +96,7 @@ def _run(ctx: click.Context, stop: "Stop", redis: RedisSettings, values: dict[st
                 logger.warning("%s", threat)
             break
         except StoppedError as stopped:
-            click.echo(str(stopped))
+            say(str(stopped))
             return
         except RedisUnavailableError as error:
             if stop.is_set():

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fedmoe.cli.declared import made, options, redis_options
+from fedmoe.cli.logs import log_options
 from fedmoe.settings import RedisSettings, WorkerSettings
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ def worker() -> None:
 @worker.command()
 @redis_options
 @options(WorkerSettings)
+@log_options
 def run(redis: RedisSettings, **values: Any) -> None:
     """Train and publish until stopped; after SIGTERM, SIGHUP or Ctrl-C, publish the last progress, then end.
 
@@ -31,8 +33,9 @@ def run(redis: RedisSettings, **values: Any) -> None:
 
 
 def _run(stop: "Stop", redis: RedisSettings, settings: WorkerSettings) -> None:
+    from fedmoe.util.log import say
     from fedmoe.util.memory import keep_freed
     from producers.worker import Worker
 
     keep_freed(blocks_mib=32, free_mib=64)  # each sync allocates and frees copies of the adapter
-    Worker(redis, settings, stop=stop, report=click.echo).run()
+    Worker(redis, settings, stop=stop, report=say).run()

@@ -19,6 +19,7 @@ COMMANDS = {
     "aggregator": ("fedmoe.cli.aggregator", "aggregator", "Apply the updates of the workers to the experts."),
     "worker": ("fedmoe.cli.worker", "worker", "Fine-tune an expert on private data."),
     "status": ("fedmoe.cli.status", "status", "Show experts, workers and waiting updates."),
+    "top": ("fedmoe.cli.top", "top", "Show all of it on a full screen that scrolls, sorts and filters."),
     "metrics": ("fedmoe.cli.metrics", "metrics", "Serve the state of the federation for Prometheus."),
     "expert": ("fedmoe.cli.expert", "expert", "List, show, change, add, remove and roll back experts."),
     "gateway": ("fedmoe.cli.gateway", "gateway", "Export the model that knows all domains."),

@@ -100,32 +100,29 @@ def test_all_output_of_a_run_is_json_and_holds_no_secret(
         assert not set("".join(one["message"] for one in objects(text))) & set("\x1b\x07\x9b\u2028\x00")
 
 
-@pytest.mark.parametrize(("command", "form"), [("worker", "json"), ("aggregator", "text")])
-def test_a_refused_login_names_no_password(
-    tmp_path: Path, users: Users, server: EmbeddedRedis, command: str, form: str
-) -> None:
+def test_a_refused_login_names_no_password(users: Users, server: EmbeddedRedis) -> None:
     """A wrong password is one sentence with exit code 2, in both forms and with every debug message."""
-    data = write_rows(tmp_path / "rows.jsonl", "answer", 2)
     wrong = f"unix://ann:{ESCAPED['agg']}@{server.socket}"
-    more = ["--stream", "a", "--data", str(data)] if command == "worker" else ["--expert", "a"]
-    done = fedmoe(
+    run = (
         "-v",
-        command,
+        "aggregator",
         "run",
-        *more,
+        "--expert",
+        "a",
         "--no-wait",
         "--log-format",
-        form,
+        "json",
         "--log-level",
         "debug",
-        FEDMOE_REDIS=wrong,
     )
-    assert done.returncode == 2, done.stderr
-    assert leaks(done.stdout + done.stderr) == []
-    assert "Traceback" not in done.stderr
-    if form == "json":
+    as_json, as_text = fedmoe(*run, FEDMOE_REDIS=wrong), fedmoe_here("expert", "list", "--redis", wrong)
+    for done in (as_json, as_text):
+        assert done.returncode == 2, done.stderr
         assert done.stdout == ""
-        assert [one["level"] for one in objects(done.stderr)][-1] == "error"
+        assert leaks(done.stderr) == []
+        assert "Traceback" not in done.stderr
+    assert objects(as_json.stderr)[-1]["level"] == "error"
+    assert as_text.stderr.startswith("fedmoe: ")
 
 
 def test_other_commands_show_no_secret(tmp_path: Path, users: Users) -> None:

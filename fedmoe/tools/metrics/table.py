@@ -9,7 +9,7 @@ COUNTER, GAUGE = "counter", "gauge"
 FEDERATION, AGGREGATOR, WORKER = "federation", "aggregator", "worker"
 ALL = (FEDERATION, AGGREGATOR, WORKER)
 TITLES = {
-    FEDERATION: "`fedmoe metrics`, `fedmoe dashboard`: the federation, read from Redis at each scrape",
+    FEDERATION: "`fedmoe metrics`, and the dashboard: the federation, read from Redis at each scrape",
     AGGREGATOR: "`fedmoe aggregator run --metrics-port`: what this process has done since its start",
     WORKER: "`fedmoe worker run --metrics-port`: what this process has done since its start",
 }

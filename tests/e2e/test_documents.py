@@ -63,6 +63,10 @@ NOT_TYPED = {
     "pip install .": SETUP,
     "pip install pre-commit": SETUP,
     "pre-commit install": SETUP,
+    "fedmoe top": "needs a terminal; test_top.py runs it in one",
+    "prometheus --config.file=ops/monitoring/prometheus.yml": "runs on and on; test_monitoring.py runs another one",
+    "promtool check rules ops/monitoring/alerts.yml": "test_monitoring.py runs it",
+    "promtool test rules ops/monitoring/alerts_test.yml": "test_monitoring.py runs it",
     "vllm serve Qwen/Qwen2.5-0.5B-Instruct --enable-lora --max-lora-rank 64 --lora-modules gateway=gw":
         "vLLM is not installed",
     "fedmoe gateway follow --dir versions --vllm http://127.0.0.1:8000": "vLLM is not installed",

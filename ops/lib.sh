@@ -106,6 +106,10 @@ lock() { # NAME: until this script ends. Two scripts at once would start two dae
 
 # ---- start and stop -------------------------------------------------------------------------------------------------
 
+is_error() { # LINE of a log: does the daemon say that it cannot go on?
+    [[ $1 == fedmoe:* || $1 == *'"level": "error", "logger": "fedmoe"'* ]]
+}
+
 start_daemon() { # NAME ARGUMENTS...: run `fedmoe ARGUMENTS` in the background, in the caller's directory
     local name=$1 log=$run_dir/$1.log bin pid before tick since_words=0
     shift
@@ -127,8 +131,8 @@ start_daemon() { # NAME ARGUMENTS...: run `fedmoe ARGUMENTS` in the background, 
             tail -c "+$((before + 1))" "$log" | tail -n 20 >&2
             die "$name ended at once; its output is above, and in $log"
         fi
-        # The first line comes after the imports, which take seconds; "fedmoe: …" is an error before a slow exit.
-        if (($(stat -c %s "$log") > before)) && [[ $(tail -n 1 "$log") != fedmoe:* ]] && ((++since_words > 10)); then
+        # The first line comes after the imports, which take seconds; an error may come before a slow exit.
+        if (($(stat -c %s "$log") > before)) && ! is_error "$(tail -n 1 "$log")" && ((++since_words > 10)); then
             break
         fi
     done

@@ -12,7 +12,9 @@ import click
 from fedmoe.errors import SettingsError
 from fedmoe.util.text import printable
 
-SHARED = ("redis", "prefix", "enrolment")  # keys at the top of the file, which apply to all commands
+# Keys at the top of the file, for all commands that have them.
+SHARED = ("redis", "prefix", "enrolment", "log_format", "log_level")
+_SECRET = re.compile(r"(^|_)(key|password|secret|token)$")  # options whose values are not shown
 _DEFAULT = re.compile(r"\s*\[default: (.*)\]$")
 Section = dict[str, Any]
 
@@ -76,6 +78,8 @@ def _defaults(
             for key, value in given.items():
                 _check_type(options[key], value, ctx, f"{here}: {key}")
             known = {key: value for key, value in shared.items() if key in options}
+            for key, value in known.items():
+                _check_type(options[key], value, ctx, f"{here.partition(' [')[0]}: {key}")
             if "redis" in given:  # the section says how to reach Redis
                 known.pop("enrolment", None)
             if "enrolment" in given:
@@ -217,4 +221,6 @@ def _shown(option: click.Option, value: Any) -> str:
         from fedmoe.store.url import shown
 
         return printable(shown(str(value)), None)
+    if _SECRET.search(str(option.name)):
+        return "(a secret)"
     return printable(" ".join(map(str, value)) if isinstance(value, list | tuple) else str(value), None)

@@ -6,7 +6,9 @@ import click
 
 from fedmoe.cli.declared import made, options, redis_options
 from fedmoe.cli.enrol import add_enrolment
+from fedmoe.cli.logs import log_options
 from fedmoe.settings import RedisSettings, WorkerSettings
+from fedmoe.tools.metrics.settings import MetricsSettings, check_installed
 
 if TYPE_CHECKING:
     from fedmoe.util.stopping import Stop
@@ -23,6 +25,8 @@ add_enrolment(worker, "worker")
 @worker.command()
 @redis_options
 @options(WorkerSettings)
+@options(MetricsSettings)
+@log_options
 def run(redis: RedisSettings, **values: Any) -> None:
     """Train and publish until stopped; after SIGTERM, SIGHUP or Ctrl-C, publish the last progress, then end.
 
@@ -32,7 +36,7 @@ def run(redis: RedisSettings, **values: Any) -> None:
 
     _take_enrolment(redis, values)
     with stop_on_signals(stop := Stop()):
-        _run(stop, redis, made(WorkerSettings, values))
+        _run(stop, redis, made(WorkerSettings, values), made(MetricsSettings, values))
 
 
 def _take_enrolment(redis: RedisSettings, values: dict[str, Any]) -> None:
@@ -51,9 +55,17 @@ def _take_enrolment(redis: RedisSettings, values: dict[str, Any]) -> None:
         values[option] = enrolled
 
 
-def _run(stop: "Stop", redis: RedisSettings, settings: WorkerSettings) -> None:
+def _run(stop: "Stop", redis: RedisSettings, settings: WorkerSettings, metrics: MetricsSettings) -> None:
+    from fedmoe.util.log import say
     from fedmoe.util.memory import keep_freed
     from producers.worker import Worker
 
     keep_freed(blocks_mib=32, free_mib=64)  # each sync allocates and frees copies of the adapter
-    Worker(redis, settings, stop=stop, report=click.echo).run()
+    worker = Worker(redis, settings, stop=stop, report=say)
+    if metrics.port is not None:
+        check_installed()
+        from fedmoe.tools.metrics.server import serve_process
+        from producers.metrics import WorkerCollector
+
+        serve_process(metrics, WorkerCollector(worker, settings.state_dir))
+    worker.run()

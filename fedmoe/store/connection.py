@@ -20,6 +20,7 @@ from redis.retry import Retry
 from fedmoe.errors import FedMoEError, RedisUnavailableError
 from fedmoe.protocol.keys import Keys
 from fedmoe.redis_settings import RedisSettings
+from fedmoe.store.certificate import earliest_end
 from fedmoe.store.client import Client, asked, note, noting
 from fedmoe.store.credentials import login_and_tls
 from fedmoe.store.limits import too_large
@@ -38,6 +39,8 @@ logger = logging.getLogger(__name__)
 class Connection:
     """A client for one thread, with `generation`, the number of connections it has made so far.
 
+    `certificate_ends`: when the certificate of the server or its CA ends (seconds since 1970); None without TLS.
+
     Args:
         settings: how to reach Redis.
         node: host and port of one server, instead of those in the URL or of Sentinel's present master.
@@ -47,6 +50,7 @@ class Connection:
         self.settings = settings
         self.keys = Keys(settings.prefix)
         self.generation = 0
+        self.certificate_ends: float | None = None
         self._made: list[Any] = []  # redis-py's connection objects; its pool reconnects the same few
         self._is_cut_off = False
         # Any: redis-py types every reply as a union of many types.
@@ -70,6 +74,9 @@ class Connection:
             raise redis.ConnectionError("told to stop")
         connection.on_connect()
         self.generation += 1
+        self.certificate_ends = earliest_end(
+            socket_of(connection), getattr(connection, "ca_certs", None), getattr(connection, "ca_data", None)
+        )
 
     def cut_off(self) -> None:
         """Called from another thread: fail the command that waits for its reply, and every later command."""

@@ -50,6 +50,7 @@ NOT_TYPED = {
     ".venv/bin/python -m ops.bench.learning bench-learning": "needs what the one before keeps",
     "bash ops/bench.sh --only routing --rows 32": "computes for minutes",
     "bash ops/bench.sh --only flower": "installs Flower",
+    "bash ops/bench.sh --only race": "installs Flower, and takes half an hour; a test runs our side",
     "fedmoe gateway export --out routed --router domain": "only one expert here has a worker; test_router.py runs it",
     "fedmoe gateway export --out routed-two --router domain --leave-out docs_expert": "the same",
     ".venv/bin/python -m tests.hazards": TESTS,
@@ -64,6 +65,10 @@ NOT_TYPED = {
     ".venv/bin/python -m tests.forbidden": "test_forbidden.py tries the same",
     "pip install pre-commit": SETUP,
     "pre-commit install": SETUP,
+    "fedmoe top": "needs a terminal; test_top.py runs it in one",
+    "prometheus --config.file=ops/monitoring/prometheus.yml": "runs on and on; test_monitoring.py runs another one",
+    "promtool check rules ops/monitoring/alerts.yml": "test_monitoring.py runs it",
+    "promtool test rules ops/monitoring/alerts_test.yml": "test_monitoring.py runs it",
     "vllm serve Qwen/Qwen2.5-0.5B-Instruct --enable-lora --max-lora-rank 64 --lora-modules gateway=gw":
         "vLLM is not installed",
     **dict.fromkeys(SECURED, "test_secured_pages.py types it, over TLS"),

@@ -17,11 +17,12 @@ from fedmoe.settings import (
     RedisSettings,
     WorkerSettings,
 )
+from fedmoe.tools.metrics.settings import MetricsSettings
 from fedmoe.util.setting import UNITS, declared
 
 OWNERS = (
     RedisSettings, IdentitySettings, RuleSet, GatewaySettings, AggregatorSettings, WorkerSettings, HeldOutSettings,
-    AnswerSettings, FitSettings,
+    AnswerSettings, FitSettings, MetricsSettings,
 )  # fmt: skip
 DEFAULT = re.compile(r"\s*\[default: .*\]$")
 # What a help may not begin with: it would not say what the value is, or what the option does.
@@ -34,7 +35,7 @@ UNIT = re.compile(
 # Factors, exponents and norms have no unit.
 BARE = {
     "alpha", "seed", "lr", "gain", "decay-a", "max-norm", "learning-rate", "weight-decay", "clip-norm", "gateway-scale",
-    "weight", "server-momentum", "server-beta2", "server-epsilon", "port", "temperature",
+    "weight", "server-momentum", "server-beta2", "server-epsilon", "port", "metrics-port", "temperature",
 }  # fmt: skip
 
 

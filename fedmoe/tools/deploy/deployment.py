@@ -145,15 +145,16 @@ masterauth {link}
         experts = list(dict.fromkeys(worker.expert for worker in self.workers))
         here = self.directory.resolve() / ENROLMENTS
         listed = f"expert = {json.dumps(experts)}\n" if experts else ""
+        monitor = json.dumps(str(here / "monitor.toml"))
+        monitors = "".join(
+            f"\n[{command}]\nenrolment = {monitor}\n" for command in ("status", "top", "metrics")
+        )
         return f"""# Settings of the federation for the machine of its operator: fedmoe --config {SETTINGS} …
 enrolment = {json.dumps(str(here / "operator.toml"))}
 
 [aggregator.run]
 enrolment = {json.dumps(str(here / "aggregator.toml"))}
-{listed}
-[status]
-enrolment = {json.dumps(str(here / "monitor.toml"))}
-"""
+{listed}{monitors}"""
 
 
 def renew(directory: Path, hosts: Sequence[str]) -> list[str]:

@@ -47,17 +47,24 @@ help_or_go_on() { # COMMAND SUBCOMMAND ARGUMENTS...: print the answer to --help 
     done
 }
 
+enrolled() { # KEY FILE: the text of a key in an enrolment file, empty if there is none
+    [[ ! -r $2 ]] || sed -n "s/^$1 = \"\([A-Za-z0-9_.-]*\)\"\$/\1/p" "$2"
+}
+
 worker_name() { # ARGUMENTS of `fedmoe worker run`: worker-STREAM-NAME, without the parts that are not given
-    local stream=${FEDMOE_WORKER_RUN_STREAM:-} name=${FEDMOE_WORKER_RUN_NAME:-}
+    local stream=${FEDMOE_WORKER_RUN_STREAM:-} name=${FEDMOE_WORKER_RUN_NAME:-} enrolment=${FEDMOE_ENROLMENT:-}
     while (($#)); do
         case $1 in
             --stream) stream=${2:-} ;;
             --stream=*) stream=${1#*=} ;;
             --name) name=${2:-} ;;
             --name=*) name=${1#*=} ;;
+            --enrolment) enrolment=${2:-} ;;
+            --enrolment=*) enrolment=${1#*=} ;;
         esac
         shift
     done
+    stream=${stream:-$(enrolled expert "$enrolment")} name=${name:-$(enrolled name "$enrolment")}
     say "worker${stream:+-$stream}${name:+-$name}"
 }
 

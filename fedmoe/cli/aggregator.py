@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fedmoe.cli.declared import given, made, options, redis_options
+from fedmoe.cli.enrol import add_enrolment
 from fedmoe.cli.logs import log_options
 from fedmoe.protocol.rules import RuleSet
 from fedmoe.settings import AggregatorSettings, GatewaySettings, IdentitySettings, RedisSettings
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 @click.group()
 def aggregator() -> None:
     """Apply the updates of the workers to the experts, and merge the experts into the gateway."""
+
+
+add_enrolment(aggregator, "aggregator")
 
 
 @aggregator.command()

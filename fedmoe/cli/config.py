@@ -13,7 +13,7 @@ from fedmoe.errors import SettingsError
 from fedmoe.util.text import printable
 
 # Keys at the top of the file, for all commands that have them.
-SHARED = ("redis", "prefix", "log_format", "log_level")
+SHARED = ("redis", "prefix", "enrolment", "log_format", "log_level")
 _SECRET = re.compile(r"(^|_)(key|password|secret|token)$")  # options whose values are not shown
 _DEFAULT = re.compile(r"\s*\[default: (.*)\]$")
 Section = dict[str, Any]
@@ -80,6 +80,10 @@ def _defaults(
             known = {key: value for key, value in shared.items() if key in options}
             for key, value in known.items():
                 _check_type(options[key], value, ctx, f"{here.partition(' [')[0]}: {key}")
+            if "redis" in given:  # the section says how to reach Redis
+                known.pop("enrolment", None)
+            if "enrolment" in given:
+                known.pop("redis", None)
             defaults[name] = {str(options[key].name): value for key, value in (known | given).items()}
     return defaults
 

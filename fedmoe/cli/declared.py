@@ -77,7 +77,13 @@ def _flag(one: Declared) -> str:
 def _parameters(one: Declared, *, show_default: bool) -> dict[str, Any]:
     said = one.said
     if one.kind is bool:
-        return {"is_flag": True, "default": None, "help": said.help}
+        return {
+            "is_flag": True,
+            "default": None,
+            "help": said.help,
+            "envvar": said.variable or None,
+            "show_envvar": bool(said.variable),
+        }
     kind: Any = str
     if said.choices:
         kind = click.Choice(said.choices)

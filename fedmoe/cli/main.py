@@ -16,11 +16,14 @@ from fedmoe.util.log import complain, is_json, logger, start_log
 
 # name -> (module, attribute, help); a module is imported only when its command is used.
 COMMANDS = {
+    "init": ("fedmoe.cli.init", "init", "Write what the machines of a new federation need."),
     "aggregator": ("fedmoe.cli.aggregator", "aggregator", "Apply the updates of the workers to the experts."),
     "worker": ("fedmoe.cli.worker", "worker", "Fine-tune an expert on private data."),
     "status": ("fedmoe.cli.status", "status", "Show experts, workers and waiting updates."),
     "top": ("fedmoe.cli.top", "top", "Show all of it on a full screen that scrolls, sorts and filters."),
     "metrics": ("fedmoe.cli.metrics", "metrics", "Serve the state of the federation for Prometheus."),
+    "monitor": ("fedmoe.cli.enrol", "monitor", "Enrol and revoke monitors, who read the status."),
+    "operator": ("fedmoe.cli.enrol", "operator", "Enrol and revoke operators, and read the audit log."),
     "expert": ("fedmoe.cli.expert", "expert", "List, show, change, add, remove and roll back experts."),
     "gateway": ("fedmoe.cli.gateway", "gateway", "Export the model that knows all domains."),
     "evaluate": ("fedmoe.cli.evaluate", "evaluate", "Held-out loss of base, experts and gateway."),
@@ -57,7 +60,7 @@ class LazyGroup(click.Group):
     "--config",
     type=click.Path(path_type=Path),
     envvar="FEDMOE_CONFIG",
-    help="TOML file with defaults, in sections like [aggregator.run]; redis and prefix at its top apply to all.",
+    help="TOML file with defaults, in sections like [aggregator.run]; redis, prefix, enrolment at its top are for all.",
 )
 @click.option("-v", "--verbose", is_flag=True, help="Log debug messages, too.")
 @click.pass_context

@@ -1,10 +1,11 @@
-"""`fedmoe worker run`."""
+"""`fedmoe worker run`; who may be one: `fedmoe worker enrol | revoke | list`."""
 
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from fedmoe.cli.declared import made, options, redis_options
+from fedmoe.cli.enrol import add_enrolment
 from fedmoe.cli.logs import log_options
 from fedmoe.settings import RedisSettings, WorkerSettings
 from fedmoe.tools.metrics.settings import MetricsSettings, check_installed
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 @click.group()
 def worker() -> None:
     """Fine-tune an expert on private data."""
+
+
+add_enrolment(worker, "worker")
 
 
 @worker.command()
@@ -30,8 +34,25 @@ def run(redis: RedisSettings, **values: Any) -> None:
     """
     from fedmoe.util.stopping import Stop, stop_on_signals
 
+    _take_enrolment(redis, values)
     with stop_on_signals(stop := Stop()):
         _run(stop, redis, made(WorkerSettings, values), made(MetricsSettings, values))
+
+
+def _take_enrolment(redis: RedisSettings, values: dict[str, Any]) -> None:
+    """Expert and name of the enrolment; others could not be used, as its user has no rights on them."""
+    from fedmoe.errors import SettingsError
+
+    if redis.enrolled is None or not redis.enrolled.expert:
+        return
+    for option, enrolled in (("stream", redis.enrolled.expert), ("name", redis.enrolled.name)):
+        if values[option] not in (None, enrolled):
+            raise SettingsError(
+                f"--{option} is {values[option]!r}, and the enrolment is for {enrolled!r}: leave --{option} out, or "
+                "ask the operator for another enrolment",
+                about=option,
+            )
+        values[option] = enrolled
 
 
 def _run(stop: "Stop", redis: RedisSettings, settings: WorkerSettings, metrics: MetricsSettings) -> None:

@@ -4,10 +4,15 @@ import time
 
 from fedmoe.errors import RedisUnavailableError
 from fedmoe.store.connection import Connection
+from fedmoe.store.permissions import DEFAULT_USER
 from fedmoe.store.users import Users
 from fedmoe.util.check import FAIL, OK, WARN, Check
 
 SOON_DAYS = 30
+_FORGETS = (
+    "the user default lacks rights, and with its rights Redis loads transactions from its append-only file: a restart "
+    f"may lose everything. In the ACL file its line must be `{DEFAULT_USER}`; nobody can log in as it"
+)
 
 
 def access_checks(connection: Connection) -> list[Check]:
@@ -22,6 +27,8 @@ def access_checks(connection: Connection) -> list[Check]:
             checks += [Check(FAIL, "users", text) for text in odd]
         elif there:
             checks.append(Check(OK, "users", f"{len(there)} enrolled, the same on every master and replica"))
+        if not users.may_default_do_all():
+            checks.append(Check(FAIL, "users", _FORGETS))
     except RedisUnavailableError:  # not an operator
         pass
     return checks

@@ -89,6 +89,13 @@ class Users:
         found = {party: line for line in lines if (party := Party.of_user(line.split(" ", 2)[1], prefix))}
         return {party: User.parse(party, found[party]) for party in sorted(found)}
 
+    def may_default_do_all(self) -> bool:
+        """True if the server's user `default`, on or off, has every right on every key."""
+        with self.connection.errors():
+            lines = [str(line) for line in self.connection.client.execute_command("ACL LIST")]
+        rules = next((line.split() for line in lines if line.startswith("user default ")), [])
+        return {"~*", "+@all"} <= set(rules) and not any(rule.startswith("-") for rule in rules)
+
     def may_enrol(self) -> bool:
         """False if this server does not let this user change users."""
         needed = [Right(command="MULTI"), Right(command="EXEC"), Right(command="ACL SETUSER")]

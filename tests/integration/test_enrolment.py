@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import redis
 
 from fedmoe.cli.main import cli
 from fedmoe.errors import RedisUnavailableError, RedisUnfitError, SettingsError, UnknownExpertError
@@ -267,6 +268,29 @@ def test_the_aggregator_serves_with_its_enrolment(secured: Secured) -> None:
     with serving(secured.connection("aggregator")):
         worker.push(0.5)
         eventually("the update", lambda: worker.store.meta().version == 1)
+
+
+def test_an_expert_outlives_a_restart_of_its_redis(secured: Secured) -> None:
+    """Redis loads transactions with the rights of the user default, also where nobody can log in as it."""
+    make_expert(secured.connection("aggregator"))
+    worker = worker_of(secured.file(NAME))
+    with serving(secured.connection("aggregator")):
+        worker.push(0.5)
+        eventually("the update", lambda: worker.store.meta().version == 1)
+    secured.kill()
+    secured.start()
+    assert worker_of(secured.file(NAME)).store.meta().version == 1
+    for password in (None, "", "password"):
+        with pytest.raises(redis.RedisError, match=r"Authentication required|invalid username-password pair"):
+            redis.Redis(port=secured.port, ssl=True, ssl_cert_reqs="none", password=password).get("x")
+
+
+def test_doctor_finds_a_default_user_without_rights(secured: Secured) -> None:
+    assert "default lacks rights" not in secured.fedmoe("operator", "doctor").output
+    secured.connection("operator").client.execute_command("ACL SETUSER", "default", "nocommands")
+    done = secured.fedmoe("operator", "doctor")
+    assert done.exit_code == 1
+    assert "default lacks rights" in done.output
 
 
 def test_deployment_fits_replicas(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from fedmoe.errors import SettingsError
 from fedmoe.protocol.keys import Keys
 from fedmoe.protocol.parties import Party
 from fedmoe.store.audit import ENROLLED, AuditLine, utc
-from fedmoe.store.permissions import party_rules
+from fedmoe.store.permissions import DEFAULT_USER, party_rules
 from fedmoe.tools.deploy.certificates import LOOPBACK, Pair, hosts_of, make_authority, make_server
 from fedmoe.tools.deploy.files import enrolment_text, write_private
 
@@ -91,7 +91,7 @@ class Deployment:
         authority = make_authority(f"FedMoE {self.prefix}")
         self._write_pair("ca", authority)
         self._write_pair("redis", make_server(authority, [*self.hosts, *LOOPBACK]))
-        users, audit = ["user default off"], []
+        users, audit = [DEFAULT_USER], []
         for file, party in self.parties.items():
             secret, user = secrets.token_urlsafe(SECRET_BYTES), party.user(self.prefix)
             enrolled = Enrolment(

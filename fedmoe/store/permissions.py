@@ -12,7 +12,7 @@ from fedmoe.protocol.names import GATEWAY, may_train_gateway, name_on_gateway
 from fedmoe.protocol.parties import Party
 
 ANY = "*"  # stands for any expert's or worker's name
-# Nobody can log in as this user. But when Redis loads its append-only file, it runs transactions with the rights of this
+# Nobody can log in as this user. But Redis loads transactions from its append-only file with the rights of this
 # user, and forgets those that it may not run (redis/redis#14541, valkey-io/valkey#3983).
 DEFAULT_USER = "user default off resetpass ~* &* +@all"
 READS = frozenset({

@@ -29,7 +29,7 @@ NO_NOUN = re.compile(
     r"(?i)(a|an|the|whether|if|which|what|where|how|when|why|also|so|as|for|another|auto|repeatable|\w+'s)\b"
 )
 UNIT = re.compile(
-    r"(?i)\b(seconds|milliseconds|updates|rows|tokens|steps|epochs|micro-batches|rank|groups|versions|nats)\b"
+    r"(?i)\b(seconds|milliseconds|updates|rows|tokens|steps|epochs|micro-batches|rank|groups|versions|nats|backups)\b"
 )
 # Factors, exponents and norms have no unit.
 BARE = {

@@ -7,6 +7,7 @@ import click
 from fedmoe.cli.declared import given, made, options, redis_options
 from fedmoe.protocol.rules import RuleSet
 from fedmoe.settings import AggregatorSettings, GatewaySettings, IdentitySettings, RedisSettings
+from fedmoe.util.alive import AliveSettings, alive
 
 if TYPE_CHECKING:
     from fedmoe.util.stopping import Stop
@@ -27,6 +28,7 @@ def aggregator() -> None:
 @options(RuleSet)
 @options(GatewaySettings)
 @options(AggregatorSettings)
+@options(AliveSettings)
 @click.pass_context
 def run(ctx: click.Context, /, redis: RedisSettings, **values: Any) -> None:
     """Create the experts that do not exist yet, then serve all experts of the federation until stopped.
@@ -35,7 +37,8 @@ def run(ctx: click.Context, /, redis: RedisSettings, **values: Any) -> None:
     """
     from fedmoe.util.stopping import Stop, stop_on_signals
 
-    with stop_on_signals(stop := Stop()):
+    file = made(AliveSettings, values).alive_file
+    with stop_on_signals(stop := Stop()), alive(file, "aggregator"):
         _run(ctx, stop, redis, values)
 
 

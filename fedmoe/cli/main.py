@@ -14,6 +14,7 @@ import click
 from fedmoe import __version__
 from fedmoe.cli.config import read_config
 from fedmoe.errors import FedMoEError
+from fedmoe.util.journal import STDERR, JournalFormatter, for_stderr, is_journal
 from fedmoe.util.text import printable_lines
 
 # name -> (module, attribute, help); a module is imported only when its command is used.
@@ -29,6 +30,7 @@ COMMANDS = {
     "restore": ("fedmoe.cli.backup", "restore", "Put the experts of a backup into a Redis."),
     "demo": ("fedmoe.cli.demo", "demo", "Train and merge three experts on this machine, with a real model."),
     "config": ("fedmoe.cli.config", "config", "Show settings and their sources, check a configuration file."),
+    "healthy": ("fedmoe.cli.healthy", "healthy", "Say whether a process of this machine is alive."),
     "doctor": ("fedmoe.cli.doctor", "doctor", "Check this installation and the Redis."),
 }
 
@@ -85,6 +87,8 @@ def cli(ctx: click.Context, config: Path | None, verbose: bool) -> None:
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(SafeFormatter())
+    if is_journal(STDERR):
+        handler.setFormatter(JournalFormatter(handler.formatter or SafeFormatter()))
     logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler])
     for name in ("transformers", "httpx", "huggingface_hub", "urllib3"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -109,16 +113,15 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except FedMoEError as error:
-        click.echo(f"fedmoe: {error}", err=True)
+        click.echo(for_stderr(f"fedmoe: {error}"), err=True)
         sys.exit(error.exit_code)
     except BrokenPipeError:
         # The reader of a pipe (head, less) has ended; Python would print a second error at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:
-        click.echo(
-            f"fedmoe: {error.strerror or error}{f' ({error.filename})' if error.filename else ''}", err=True
-        )
+        where = f" ({error.filename})" if error.filename else ""
+        click.echo(for_stderr(f"fedmoe: {error.strerror or error}{where}"), err=True)
         os.dup2(
             os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
         )  # stdout may be on the disk that is full

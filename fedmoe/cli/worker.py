@@ -6,6 +6,7 @@ import click
 
 from fedmoe.cli.declared import made, options, redis_options
 from fedmoe.settings import RedisSettings, WorkerSettings
+from fedmoe.util.alive import AliveSettings, alive
 
 if TYPE_CHECKING:
     from fedmoe.util.stopping import Stop
@@ -19,6 +20,7 @@ def worker() -> None:
 @worker.command()
 @redis_options
 @options(WorkerSettings)
+@options(AliveSettings)
 def run(redis: RedisSettings, **values: Any) -> None:
     """Train and publish until stopped; after SIGTERM, SIGHUP or Ctrl-C, publish the last progress, then end.
 
@@ -26,7 +28,8 @@ def run(redis: RedisSettings, **values: Any) -> None:
     """
     from fedmoe.util.stopping import Stop, stop_on_signals
 
-    with stop_on_signals(stop := Stop()):
+    file = made(AliveSettings, values).alive_file
+    with stop_on_signals(stop := Stop()), alive(file, "worker"):
         _run(stop, redis, made(WorkerSettings, values))
 
 

@@ -23,6 +23,7 @@ from queue import Empty, SimpleQueue
 from types import FrameType
 
 from fedmoe.errors import FedMoEError
+from fedmoe.util.journal import for_stderr
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +157,7 @@ def _end(words: str, code: int) -> None:
     """Kill child processes, print `words` if there are any, and end this process at once."""
     for child in multiprocessing.active_children():
         child.kill()
-    text = f"fedmoe: {words}\n" if code else f"{words}\n" if words else ""
+    text = for_stderr(f"fedmoe: {words}") + "\n" if code else f"{words}\n" if words else ""
     with suppress(OSError):
         # os.write, because a stuck thread may hold the lock of sys.stdout.
         os.write(2 if code else 1, text.encode(errors="backslashreplace"))

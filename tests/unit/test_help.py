@@ -17,11 +17,12 @@ from fedmoe.settings import (
     RedisSettings,
     WorkerSettings,
 )
+from fedmoe.util.alive import AliveSettings
 from fedmoe.util.setting import UNITS, declared
 
 OWNERS = (
     RedisSettings, IdentitySettings, RuleSet, GatewaySettings, AggregatorSettings, WorkerSettings, HeldOutSettings,
-    AnswerSettings, FitSettings,
+    AnswerSettings, FitSettings, AliveSettings,
 )  # fmt: skip
 DEFAULT = re.compile(r"\s*\[default: .*\]$")
 # What a help may not begin with: it would not say what the value is, or what the option does.

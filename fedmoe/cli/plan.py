@@ -6,11 +6,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fedmoe.cli.declared import made, options
+from fedmoe.tools.plan import PlanSettings
 
 if TYPE_CHECKING:
     from fedmoe.protocol.plan import Shape, Term
-
-from fedmoe.tools.plan import PlanSettings
 
 TITLES = {
     "memory": ("memory of Redis", ""),

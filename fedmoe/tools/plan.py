@@ -1,7 +1,7 @@
 """`fedmoe plan`: the settings of a federation that does not exist yet, and what it needs (`fedmoe.protocol.plan`)."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedmoe.errors import SettingsError
 from fedmoe.protocol.lora import (
@@ -11,10 +11,12 @@ from fedmoe.protocol.lora import (
     WIRE_FORMATS,
     LoraSettings,
 )
-from fedmoe.protocol.plan import Shape
 from fedmoe.protocol.rules import SERVER_OPTIMIZERS, SGD, TRAIN_BOTH, TRAIN_EXPERT, TRAINS
 from fedmoe.settings import METHODS
 from fedmoe.util.setting import check, setting
+
+if TYPE_CHECKING:
+    from fedmoe.protocol.plan import Shape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,13 +60,15 @@ class PlanSettings:
             raise SettingsError("targets must name at least one module, for example q_proj", about="targets")
 
 
-def shape_of(settings: PlanSettings) -> Shape:
+def shape_of(settings: PlanSettings) -> "Shape":
     """The shape of the federation; without `values` it reads the base model's config.
 
     Raises:
         BaseModelError: if the config cannot be found.
         SettingsError: if a target is not the name of a linear module.
     """
+    from fedmoe.protocol.plan import Shape  # it imports torch
+
     values = settings.values or _adapter_values(settings)
     return Shape(
         values=values,

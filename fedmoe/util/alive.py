@@ -1,6 +1,6 @@
 """A file by which a process shows that it is alive, for the health checks of containers (`fedmoe healthy`).
 
-A thread writes it every BEAT_S seconds: `ROLE PID SECONDS`, the seconds of the machine's monotonic clock. So it tells
+A thread writes it every BEAT_S seconds: `ROLE PID SECONDS`, whole seconds of the machine's monotonic clock. So it tells
 that the process was neither killed nor stopped, and that its interpreter does not hang. It says nothing about Redis: a
 process whose Redis is away waits for it, and restarting it would not help.
 """
@@ -80,7 +80,10 @@ def _beat(file: Path, role: str, ended: threading.Event) -> None:
 def _write(file: Path, role: str) -> None:
     """Replace the file in one step; it need not survive a crash of the machine, so there is no fsync."""
     fresh = file.with_name(f".{file.name}.{os.getpid()}")
-    fresh.write_text(f"{role} {os.getpid()} {time.monotonic():.1f}\n", encoding="ascii")
+    seconds = int(
+        time.monotonic()
+    )  # not rounded up: a reader would take a later time for that of an earlier start
+    fresh.write_text(f"{role} {os.getpid()} {seconds}\n", encoding="ascii")
     fresh.replace(file)
 
 

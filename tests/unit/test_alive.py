@@ -26,6 +26,15 @@ def test_a_process_is_alive_as_long_as_it_writes(tmp_path: Path, monkeypatch: py
     assert os.listdir(tmp_path) == []
 
 
+def test_what_was_just_written_is_never_in_the_future(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rounded time would be, and would look like one from before the machine was started again."""
+    monkeypatch.setattr(module.time, "monotonic", lambda: 1000.99)
+    with alive(tmp_path / "alive", "worker"):
+        assert "alive" in look(tmp_path / "alive", now_s=1000.99)
+
+
 def test_one_that_is_silent_is_not(tmp_path: Path) -> None:
     """Silent for too long, and a file of before the machine was started again."""
     file = tmp_path / "alive"

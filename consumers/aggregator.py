@@ -4,9 +4,11 @@ import logging
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
-from consumers.decide import Outcome
+from consumers.decide import Outcome, Verdict
 from consumers.expert import Expert
 from consumers.history import History
 from consumers.recovery.settle import Recovery
@@ -30,6 +32,21 @@ from fedmoe.util.backoff import Backoff
 logger = logging.getLogger(__name__)
 
 
+@dataclass(slots=True)
+class Tally:
+    """What a server has done since its start: decided updates by outcome, committed batches, and their seconds."""
+
+    outcomes: Counter[Outcome] = field(default_factory=Counter)
+    batches: int = 0
+    seconds: float = 0.0
+
+    def add(self, verdicts: Sequence[Verdict], seconds: float) -> None:
+        """Count a batch."""
+        self.outcomes.update(verdict.outcome for verdict in verdicts)
+        self.batches += 1
+        self.seconds += seconds
+
+
 class ExpertServer:
     """Serves one expert: holds the lease, loads, reads, commits; reloads when its retained state may be stale.
 
@@ -42,6 +59,7 @@ class ExpertServer:
     Attributes:
         retained: the retained state; None if none was loaded, or it was dropped.
         is_serving: the retained state equals that of Redis, as far as is known.
+        tally: what it has done; any thread may read it.
         store, problems, history, recovery: what it works with.
     """
 
@@ -75,6 +93,7 @@ class ExpertServer:
         self.problems = Problems(connection, self.store.keys.problem, holder=holder, clock=clock)
         self.retained = retained
         self.is_serving = False
+        self.tally = Tally()
         self._standing_by = False
         self.reclaimed_at = 0.0
         self._held_at = 0.0
@@ -149,7 +168,9 @@ class ExpertServer:
         self._look_for_block(entries)
         for first in range(0, len(entries), self._settings.batch):
             some = entries[first : first + self._settings.batch]
+            began = time.perf_counter()
             verdicts = self.retained.process(some, more=self.more(self._settings.batch - len(some)))
+            self.tally.add(verdicts, time.perf_counter() - began)
             if self._retention is not None:
                 self._retention.tend(self.retained)
             self._decided(sum(v.outcome in (Outcome.APPLIED, Outcome.REFUSED) for v in verdicts))

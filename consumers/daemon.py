@@ -49,11 +49,22 @@ class Aggregator:
         self._lock = threading.Lock()
         self._connections: dict[str, Connection] = {}
         self._threads: dict[str, threading.Thread] = {}  # of the experts
+        self._servers: dict[str, ExpertServer] = {}
         self._experts = list(experts)
         self._list = GatewayStore(self._connect("list of experts"))
         self._gateway = GatewayBuilder(
             self._connect("gateway"), gateway, holder=holder, lease_s=settings.lease_s
         )
+
+    @property
+    def servers(self) -> list[ExpertServer]:
+        """The servers of all experts; any thread may ask."""
+        return list(self._servers.values())
+
+    @property
+    def connections(self) -> list[Connection]:
+        """All connections; any thread may ask."""
+        return list(self._connections.values())
 
     def _connect(self, whose: str) -> Connection:
         if before := self._connections.get(whose):  # the expert was removed and created again
@@ -71,12 +82,13 @@ class Aggregator:
 
     def cut_off(self) -> None:
         """Called from another thread after a stop: commands that wait for Redis fail. Uncommitted entries stay."""
-        for connection in list(self._connections.values()):
+        for connection in self.connections:
             connection.cut_off()
 
     def _serve(self, name: str) -> None:
         connection = self._connect(f"expert {name}")
         server = ExpertServer(connection, name, self._settings, holder=self._holder, decided=self._count)
+        self._servers[name] = server
         self._threads[name] = threading.Thread(
             target=server.run, args=(self._ending,), name=name, daemon=True
         )

@@ -11,17 +11,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fedmoe.errors import SettingsError
-from fedmoe.protocol.keys import DEFAULT_PREFIX, Keys
 from fedmoe.protocol.lora import DEFAULT_BASE_MODEL, DEFAULT_WIRE_FORMAT, WIRE_FORMATS, LoraSettings
 from fedmoe.protocol.names import check_domain, check_name, clean_name
 from fedmoe.protocol.rules import learning_rate_of
+from fedmoe.redis_settings import MAX_SECONDS
+from fedmoe.redis_settings import RedisSettings as RedisSettings  # the settings of all commands
 from fedmoe.util.hold_back import HoldBack
 from fedmoe.util.setting import check, setting
 
-MAX_SECONDS = 86_400
 METHODS = ("cat", "svd", "average", "ties", "dare")
 WEIGHTINGS = ("config", "examples", "updates")
-DEFAULT_URL = "redis://127.0.0.1:6379/0"
 
 Learn = Literal["all", "last"]
 
@@ -50,50 +49,6 @@ def _learn() -> Any:
 def _bad_rows() -> Any:
     text = "JSONL file to list the rows that cannot be used, with file, line, reason and text."
     return setting(None, text, metavar="FILE")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RedisSettings:
-    """How to reach Redis, and the prefix of the federation's keys.
-
-    Args:
-        url: redis://, rediss:// (TLS), unix:// or sentinel:// URL (see store/url.py); may carry user and password.
-        prefix: first part of every key, so that several federations can share a server.
-        timeout_s: seconds to wait for a reply before a command has failed; longer than any blocking read (1 s).
-
-    Raises:
-        SettingsError: for another scheme or an impossible value.
-    """
-
-    url: str = setting(
-        DEFAULT_URL,
-        "URL of Redis: redis://, rediss:// (TLS), unix:// or sentinel://HOST[:PORT][,HOST...]/MASTER; "
-        "it may carry user:password@.",
-        option="redis", metavar="URL", variable="FEDMOE_REDIS",
-    )  # fmt: skip
-    prefix: str = setting(
-        DEFAULT_PREFIX,
-        "Prefix of every key; each federation on a server has its own.",
-        variable="FEDMOE_PREFIX",
-    )
-    timeout_s: float = setting(
-        10.0, "Seconds to wait for a reply before a command has failed.", option="redis_timeout", at_least=2,
-        at_most=MAX_SECONDS, unit="s", variable="FEDMOE_REDIS_TIMEOUT",
-    )  # fmt: skip
-
-    def __post_init__(self) -> None:
-        from fedmoe.store.url import check as check_url  # it imports redis
-
-        check_url(self.url)
-        check(self)
-        Keys(self.prefix)
-
-    @property
-    def shown(self) -> str:
-        """The URL without login and options, for messages."""
-        from fedmoe.store.url import shown
-
-        return shown(self.url)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,7 +159,7 @@ class AggregatorSettings:
 class WorkerSettings:
     """The settings of one worker; all others come from the expert's spec and rules."""
 
-    stream: str = setting(..., "Name of the expert to train.", metavar="EXPERT")
+    stream: str = setting("", "Name of the expert to train.", metavar="EXPERT", words="the enrolment's")
     data: Path = setting(..., "JSONL file with the training rows; it never leaves this machine.")
     name: str = setting(
         "",
@@ -280,6 +235,11 @@ class WorkerSettings:
                                     unit="s")  # fmt: skip
 
     def __post_init__(self) -> None:
+        if not self.stream:
+            raise SettingsError(
+                "no expert to train: name it (--stream EXPERT), or give an --enrolment that does",
+                about="stream",
+            )
         check_domain(self.stream)
         if self.name:
             check_name("worker name", self.name, setting="name")

@@ -2,6 +2,7 @@
 # Kills processes again and again, then counts the published updates and their decisions.
 #
 #     bash ops/chaos.sh --kills 60 --seed 1
+#     bash ops/chaos.sh --kills 60 --tls
 #
 # It runs a real Redis, two aggregators and six workers as processes. The faults are kill -9, SIGSTOP, cut connections,
 # lost replies, and an append-only file without its last second. The last line is the ledger. The exit code is 0 only if

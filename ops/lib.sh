@@ -48,17 +48,24 @@ help_or_go_on() { # COMMAND SUBCOMMAND ARGUMENTS...: print the answer to --help 
     done
 }
 
+enrolled() { # KEY FILE: the text of a key in an enrolment file, empty if there is none
+    [[ ! -r $2 ]] || sed -n "s/^$1 = \"\([A-Za-z0-9_.-]*\)\"\$/\1/p" "$2"
+}
+
 worker_name() { # ARGUMENTS of `fedmoe worker run`: worker-STREAM-NAME, without the parts that are not given
-    local stream=${FEDMOE_WORKER_RUN_STREAM:-} name=${FEDMOE_WORKER_RUN_NAME:-}
+    local stream=${FEDMOE_WORKER_RUN_STREAM:-} name=${FEDMOE_WORKER_RUN_NAME:-} enrolment=${FEDMOE_ENROLMENT:-}
     while (($#)); do
         case $1 in
             --stream) stream=${2:-} ;;
             --stream=*) stream=${1#*=} ;;
             --name) name=${2:-} ;;
             --name=*) name=${1#*=} ;;
+            --enrolment) enrolment=${2:-} ;;
+            --enrolment=*) enrolment=${1#*=} ;;
         esac
         shift
     done
+    stream=${stream:-$(enrolled expert "$enrolment")} name=${name:-$(enrolled name "$enrolment")}
     say "worker${stream:+-$stream}${name:+-$name}"
 }
 
@@ -100,6 +107,10 @@ lock() { # NAME: until this script ends. Two scripts at once would start two dae
 
 # ---- start and stop -------------------------------------------------------------------------------------------------
 
+is_error() { # LINE of a log: does the daemon say that it cannot go on?
+    [[ $1 == fedmoe:* || $1 == *'"level": "error", "logger": "fedmoe"'* ]]
+}
+
 start_daemon() { # NAME ARGUMENTS...: run `fedmoe ARGUMENTS` in the background, in the caller's directory
     local name=$1 log=$run_dir/$1.log bin pid before tick since_words=0
     shift
@@ -121,8 +132,8 @@ start_daemon() { # NAME ARGUMENTS...: run `fedmoe ARGUMENTS` in the background, 
             tail -c "+$((before + 1))" "$log" | tail -n 20 >&2
             die "$name ended at once; its output is above, and in $log"
         fi
-        # The first line comes after the imports, which take seconds; "fedmoe: …" is an error before a slow exit.
-        if (($(stat -c %s "$log") > before)) && [[ $(tail -n 1 "$log") != fedmoe:* ]] && ((++since_words > 10)); then
+        # The first line comes after the imports, which take seconds; an error may come before a slow exit.
+        if (($(stat -c %s "$log") > before)) && ! is_error "$(tail -n 1 "$log")" && ((++since_words > 10)); then
             break
         fi
     done

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Lists the daemons that were started from here, then runs `fedmoe status` with the given options.
 #
-#     bash ops/status.sh --redis redis://10.0.0.5:6379
+#     bash ops/status.sh --enrolment federation/enrolments/monitor.toml
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/lib.sh"
 
 started_here() {

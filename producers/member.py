@@ -14,7 +14,7 @@ import logging
 import math
 import operator
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -42,6 +42,7 @@ from producers.heartbeat import SyncStatus
 from producers.membership import Membership, finish, outcomes
 from producers.trainer import StepResult
 from producers.training import Progress
+from producers.vector import vector_of_prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -271,6 +272,8 @@ def join(
     optimizer: Optimizer | None = None,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     data: str = "",
+    prompts: Sequence[Sequence[int]] = (),
+    vector_noise: float = 0.0,
     drain_s: float = 30.0,
     checkpoint_interval_s: float = 60.0,
     wait: bool = True,
@@ -288,6 +291,11 @@ def join(
         optimizer: whose state of the adapter becomes part of the checkpoint.
         tokenizer: whose vocabulary is compared with that of the expert's other workers.
         data: a name for the rows and their order; the position of a checkpoint counts only for the same name.
+        prompts: token ids of the prompts of some rows, each as the model gets it before its answer. The mean of the
+            base model's states at their ends, over 40 of them, is published as this worker's domain vector, by which a
+            router finds the expert; without prompts none is.
+        vector_noise: standard deviation of the Gaussian noise on each value of that vector, as a multiple of
+            2 / number of prompts, the most by which one of them can move it.
         drain_s: seconds to wait for the last decision when it leaves.
         checkpoint_interval_s: longest time between two checkpoints.
         wait: retry while Redis cannot be reached or has no experts at all, instead of failing.
@@ -322,7 +330,7 @@ def join(
         )
     words = vocabulary_fingerprint(tokenizer) if tokenizer is not None else ""
     progress = Progress()
-    chains = {}
+    chains: dict[str, _Chain] = {}
     with ExitStack() as stack:
         for expert, given in adapters.items():
             model = getattr(given, "_orig_mod", given)  # what torch.compile was given
@@ -334,12 +342,14 @@ def join(
                     f'"sql_expert.{worker}"',
                     about="name",
                 )
-            WorkerSettings(  # checks them
+            checked = WorkerSettings(
                 stream=domain_of(worker) if expert == GATEWAY else expert,
                 data=Path(),
                 name=worker,
                 drain_s=drain_s,
                 checkpoint_interval_s=checkpoint_interval_s,
+                state_dir=place,
+                vector_noise=vector_noise,
             )
             member = Membership(
                 settings, expert, worker,
@@ -351,8 +361,13 @@ def join(
             if isinstance(config := getattr(model, "config", None), PretrainedConfig):
                 check_structure(config, spec.base_config)
             adapter = _Adapter(bind_adapter(model, spec), optimizer)
-            member.claim(BaseIdentity(fingerprint=fingerprint(model), tokenizer=words))
-            member.begin(adapter, data=data, training_fields=progress.fields, exchange=_exchange)
+            base = fingerprint(model)
+            member.claim(BaseIdentity(fingerprint=base, tokenizer=words))
+            # One chain brings the vector.
+            vector = None if chains else vector_of_prompts(checked, prompts, model, base=base)
+            member.begin(
+                adapter, data=data, training_fields=progress.fields, exchange=_exchange, vector=vector
+            )
             chains[expert] = _Chain(member, adapter)
         for chain in chains.values():
             chain.membership.thread.start()

@@ -28,13 +28,20 @@ class Progress:
 
     def __init__(self) -> None:
         self.last: StepResult | None = None
-        self.steps = 0
+        self.steps = self.n_examples = self.n_tokens = 0
         self._rate = _Rate()
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens per second, over about the last ten steps."""
+        return self._rate.value
 
     def add(self, step: StepResult) -> None:
         """Record a step."""
         self.last = step
         self.steps += 1
+        self.n_examples += step.n_examples
+        self.n_tokens += step.n_tokens
         self._rate.add(step.n_tokens)
 
     def line(self, status: SyncStatus) -> str:
@@ -43,14 +50,14 @@ class Progress:
         flight = f"in flight {status.in_flight}" if status.in_flight else "in flight -"
         problem = f"  [{status.problem}]" if status.problem else ""
         return (
-            f"step {self.steps}  loss {self.last.loss:.3f}  tokens/s {self._rate.value:.0f}  "
+            f"step {self.steps}  loss {self.last.loss:.3f}  tokens/s {self.tokens_per_s:.0f}  "
             f"version {status.version}  staleness {status.staleness}  {flight}{problem}"
         )
 
     def fields(self) -> dict[str, int | float | None]:
         """The heartbeat's fields about the training."""
         loss = round(self.last.loss, 4) if self.last and math.isfinite(self.last.loss) else None
-        return {"step": self.steps, "loss": loss, "tokens_per_s": round(self._rate.value, 1)}
+        return {"step": self.steps, "loss": loss, "tokens_per_s": round(self.tokens_per_s, 1)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

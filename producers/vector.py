@@ -4,16 +4,23 @@ A state directory keeps the vector. So a restart neither computes it again nor d
 with fresh noise at each start would come ever closer to the one without.
 """
 
+import hashlib
 import json
 import logging
+import operator
 import secrets
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from peft import PeftModel
+from torch import nn
 
-from fedmoe.data.encode import Example
-from fedmoe.errors import StoppedError, UpdateError
+from fedmoe.data.encode import Answer, Example
+from fedmoe.errors import SettingsError, StoppedError, UpdateError
+from fedmoe.model.hidden import prompt_states
 from fedmoe.protocol.vectors import WITHHELD, DomainVector
 from fedmoe.settings import WorkerSettings
 from fedmoe.util.disk import write_whole
@@ -69,6 +76,53 @@ def domain_vector(
         except OSError as error:
             logger.warning("the domain vector cannot be kept in %s (%s)", file, error.strerror or error)
     return made
+
+
+def vector_of_prompts(
+    settings: WorkerSettings, prompts: Sequence[Sequence[int]], model: PeftModel, *, base: str
+) -> DomainVector | None:
+    """The vector that a training loop of one's own publishes; None without prompts, or if it cannot be computed.
+
+    Args:
+        settings: of the worker.
+        prompts: token ids of each prompt.
+        model: whose base model, with its adapters off, computes the states.
+        base: the base model's fingerprint.
+
+    Raises:
+        SettingsError: if a prompt is not a sequence of token ids.
+    """
+    if not len(prompts):
+        return None
+    try:
+        rows = [array("i", [operator.index(one) for one in prompt]) for prompt in prompts]
+    except (TypeError, OverflowError):
+        rows = []
+    if not rows or not all(rows):
+        raise SettingsError(
+            "prompts must be sequences of token ids, none of them empty: [[1, 52, 9], …]", about="prompts"
+        )
+    examples = [Example(row, (Answer(len(row), len(row), 1.0),)) for row in rows]
+    digest = hashlib.sha256(b"".join(row.tobytes() + b"|" for row in rows)).hexdigest()
+
+    def states(some: Sequence[Example]) -> torch.Tensor:
+        with model.disable_adapter(), evaluating(model):
+            whole = model.get_base_model()
+            return prompt_states(whole, some, pad_id=0, device=next(whole.parameters()).device)
+
+    return domain_vector(settings, examples, of=f"{base} prompts {digest}", states=states, report=logger.info)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout; the modules' modes are as before at the end."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def some_of(examples: Sequence[Example], rows: int) -> list[Example]:

@@ -48,6 +48,9 @@ class Worker:
         stop: once it is set, the worker finishes its step, publishes, waits for the decision and returns. The worker
             also sets it when it has trained as many steps or epochs as the settings say.
         prepare: loads the model and encodes the examples, as spec and settings say.
+
+    Attributes:
+        turns: what it trains; empty until it has joined.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class Worker:
         self._print = report
         self._prepare = prepare
         self._mute = False
+        self.turns: Sequence[Turn] = ()
 
     def _report(self, line: str) -> None:
         """Print a line; a full disk or a closed pipe must not end the training."""
@@ -114,7 +118,7 @@ class Worker:
             max_length=first.meta.rules.training.max_length, cache=settings.state_dir, stopped=self._stop.is_set,
             report=self._report,
         )  # fmt: skip
-        turns = self._begin(members, material, meta.rules)
+        turns = self.turns = self._begin(members, material, meta.rules)
         if meta.rules.train != TRAIN_EXPERT:
             by_turns = " by turns, a step each" if len(turns) > 1 else ""
             self._report(f"training {' and '.join(turn.expert for turn in turns)}{by_turns}")

@@ -13,6 +13,25 @@ from fedmoe.cli.main import cli
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")))
+# A federation over TLS, from nothing; tests/e2e/test_secured_pages.py types these in this order.
+SECURED = (
+    "fedmoe init federation --host the-redis --worker sql_expert/sql-1",
+    "redis-server federation/redis.conf",
+    "fedmoe --config federation/fedmoe.toml aggregator run",
+    "fedmoe worker run --enrolment sql-1.toml --data private.jsonl --state-dir ~/fedmoe-state",
+    "export FEDMOE_CONFIG=federation/fedmoe.toml",
+    "fedmoe worker enrol sql-2 --stream sql_expert",
+    "fedmoe worker list",
+    "fedmoe monitor enrol wall-screen",
+    "fedmoe worker enrol sql-2 --stream sql_expert --rotate",
+    "fedmoe worker revoke sql-2 --stream sql_expert",
+    "fedmoe operator audit",
+    "fedmoe operator refresh",
+    "fedmoe doctor --role operator",
+    "openssl req -new -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=w -keyout sql-3.key -out sql-3.csr",
+    "fedmoe worker enrol sql-3 --stream sql_expert --csr sql-3.csr --deployment federation",
+    "fedmoe init federation --renew --host 10.0.0.5",
+)
 
 _FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", flags=re.MULTILINE | re.DOTALL)
 _CODE = re.compile(r"`([^`\n]+)`")

@@ -5,6 +5,7 @@ from contextlib import ExitStack
 from click.testing import CliRunner
 
 from fedmoe.cli.main import cli
+from fedmoe.errors import FedMoEError
 from fedmoe.protocol.keys import Keys
 from fedmoe.settings import RedisSettings
 from fedmoe.store.connection import Connection
@@ -48,6 +49,8 @@ class Guarded:
     def fedmoe(self, role: Role, *command: str) -> str:
         """Run a command as the role's user; its output."""
         done = CliRunner().invoke(cli, [*command, "--redis", self.urls[role.name]])
+        if isinstance(done.exception, FedMoEError):
+            raise done.exception
         assert done.exit_code == 0, done.output or done.exception
         return str(done.output)
 

@@ -77,7 +77,8 @@ class Proxy:
         self._thawed.set()
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
         self._listener.setblocking(False)
-        self.url = f"redis://127.0.0.1:{self._listener.getsockname()[1]}/0"
+        self.port = int(self._listener.getsockname()[1])
+        self.url = f"redis://127.0.0.1:{self.port}/0"
         self._loop = asyncio.new_event_loop()
         self._listening = self._loop.create_task(self._listen())
         self._open: set[asyncio.Task[None]] = set()  # one for each connection that has its client

@@ -27,7 +27,7 @@ def parts(words: Sequence[bytes], prefix: bytes = b"fedmoe:") -> list[Sent]:
         name += f" {rest.pop(0).decode().upper()}"
     if name in ("EVAL", "EVALSHA"):
         rest = rest[2 : 2 + int(rest[1])]
-    if name == "SCAN":  # names a pattern, which is no key
+    if name == "SCAN" or name.startswith("ACL "):  # a pattern and a user are no keys
         rest = []
     return [(name, key.decode()) for key in rest if key.startswith(prefix)] or [(name, "")]
 

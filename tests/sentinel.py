@@ -38,6 +38,7 @@ class Process:
         *,
         sentinel: bool = False,
         certificate: Path | None = None,
+        checks_host: bool = True,
     ) -> None:
         self.port = free_port()
         self.directory = directory
@@ -54,7 +55,7 @@ class Process:
         self._process: subprocess.Popen[bytes] | None = None
         self.client: Any = redis.Redis(
             "127.0.0.1", self.port, socket_timeout=5.0, retry=None,
-            ssl=certificate is not None, ssl_ca_certs=str(certificate),
+            ssl=certificate is not None, ssl_ca_certs=str(certificate), ssl_check_hostname=checks_host,
         )  # fmt: skip
 
     def start(self) -> None:
@@ -85,24 +86,28 @@ class Replicated:
         directory: empty; everything is written there.
         sentinels: how many; a majority of them must agree.
         certificate: a file with a key and a certificate for 127.0.0.1 that is its own CA; then all is TLS.
+        checks_host: the certificate is for 127.0.0.1.
     """
 
     def __init__(
-        self, program: str, directory: Path, *, sentinels: int = 1, certificate: Path | None = None
-    ) -> None:
+        self, program: str, directory: Path, *, sentinels: int = 1, certificate: Path | None = None,
+        checks_host: bool = True,
+    ) -> None:  # fmt: skip
+        directory.mkdir(exist_ok=True)
+        tls = {"certificate": certificate, "checks_host": checks_host}
         # With an append-only file a killed master comes back with all that it had acknowledged, as real ones do.
         options = ["save ''", "appendonly yes", "appendfsync no", "repl-diskless-sync-delay 0"]
         options += ["repl-ping-replica-period 1"]
-        self.first = Process(program, directory / "first", options, certificate=certificate)
+        self.first = Process(program, directory / "first", options, **tls)
         replicates = [*options, f"replicaof 127.0.0.1 {self.first.port}"]
-        self.second = Process(program, directory / "second", replicates, certificate=certificate)
+        self.second = Process(program, directory / "second", replicates, **tls)
         watch = [
             f"sentinel monitor {MASTER} 127.0.0.1 {self.first.port} {sentinels // 2 + 1}",
             f"sentinel down-after-milliseconds {MASTER} {DOWN_AFTER_MS}",
             f"sentinel failover-timeout {MASTER} 1000",
         ]
         self.sentinels = [
-            Process(program, directory / f"sentinel{number}", watch, sentinel=True, certificate=certificate)
+            Process(program, directory / f"sentinel{number}", watch, sentinel=True, **tls)
             for number in range(sentinels)
         ]
         self.hosts = ",".join(f"127.0.0.1:{sentinel.port}" for sentinel in self.sentinels)

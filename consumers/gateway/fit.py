@@ -50,6 +50,12 @@ def fit_gateway(
     bad_rows = BadRows(report=report, file=settings.bad_rows)
     experts = _read(store, report)
     files = find_validation_files(settings.data, list(experts.specs))
+    if files.keys() <= experts.specs.keys():  # else some rows are pooled, and may be of any domain
+        for name in sorted(experts.specs.keys() - files.keys()):
+            report(
+                f"no validation rows of {name} are given: its weight is chosen by the other domains, and may become 0 "
+                f"(add --data {name}=FILE)"
+            )
     data = {domain: open_data(file, bad_rows) for domain, file in files.items()}
     templates = {name: expert_template(spec, experts.metas[name]) for name, spec in experts.specs.items()}
     base = load(settings, experts.specs, experts.metas, templates, report)

@@ -5,17 +5,24 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fedmoe.cli.declared import given, made, options, redis_options
+from fedmoe.cli.enrol import add_enrolment
+from fedmoe.cli.logs import log_options
 from fedmoe.protocol.rules import RuleSet
 from fedmoe.settings import AggregatorSettings, GatewaySettings, IdentitySettings, RedisSettings
+from fedmoe.tools.metrics.settings import MetricsSettings, check_installed
 from fedmoe.util.alive import AliveSettings, alive
 
 if TYPE_CHECKING:
+    from consumers.metrics import AggregatorCollector
     from fedmoe.util.stopping import Stop
 
 
 @click.group()
 def aggregator() -> None:
     """Apply the updates of the workers to the experts, and merge the experts into the gateway."""
+
+
+add_enrolment(aggregator, "aggregator")
 
 
 @aggregator.command()
@@ -29,6 +36,8 @@ def aggregator() -> None:
 @options(GatewaySettings)
 @options(AggregatorSettings)
 @options(AliveSettings)
+@options(MetricsSettings)
+@log_options
 @click.pass_context
 def run(ctx: click.Context, /, redis: RedisSettings, **values: Any) -> None:
     """Create the experts that do not exist yet, then serve all experts of the federation until stopped.
@@ -55,6 +64,7 @@ def _run(ctx: click.Context, stop: "Stop", redis: RedisSettings, values: dict[st
     from fedmoe.store.probe import eviction_warning
     from fedmoe.store.rights import require
     from fedmoe.util.backoff import Backoff
+    from fedmoe.util.log import say
     from fedmoe.util.memory import keep_freed
     from fedmoe.util.template_file import read_template
 
@@ -77,6 +87,7 @@ def _run(ctx: click.Context, stop: "Stop", redis: RedisSettings, values: dict[st
         },
     )
     weights = parse_experts(values["experts"])
+    collector = _metrics(made(MetricsSettings, values), settings)
     torch.set_num_threads(
         1
     )  # a fold takes a millisecond, but threads that wait for the next one spin and occupy whole cores
@@ -96,7 +107,7 @@ def _run(ctx: click.Context, stop: "Stop", redis: RedisSettings, values: dict[st
                 logger.warning("%s", threat)
             break
         except StoppedError as stopped:
-            click.echo(str(stopped))
+            say(str(stopped))
             return
         except RedisUnavailableError as error:
             if stop.is_set():
@@ -107,6 +118,8 @@ def _run(ctx: click.Context, stop: "Stop", redis: RedisSettings, values: dict[st
     if stop.is_set():
         return
     daemon = Aggregator(redis, list(weights), settings, gateway, holder=holder_name())
+    if collector is not None:
+        collector.daemon = daemon
     stop.when_out_of_patience.append(daemon.cut_off)
     stop.patience_s, stop.end_s = 2.0, 1.5  # time for a commit that has begun to finish
     stop.last_words = lambda: (
@@ -114,6 +127,18 @@ def _run(ctx: click.Context, stop: "Stop", redis: RedisSettings, values: dict[st
         0,
     )
     daemon.run(stop)
+
+
+def _metrics(metrics: MetricsSettings, settings: AggregatorSettings) -> "AggregatorCollector | None":
+    if metrics.port is None:
+        return None
+    check_installed()
+    from consumers.metrics import AggregatorCollector
+    from fedmoe.tools.metrics.server import serve_process
+
+    collector = AggregatorCollector(settings.keep_updates)
+    serve_process(metrics, collector)
+    return collector
 
 
 def holder_name() -> str:

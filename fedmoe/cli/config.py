@@ -12,7 +12,9 @@ import click
 from fedmoe.errors import SettingsError
 from fedmoe.util.text import printable
 
-SHARED = ("redis", "prefix")  # keys at the top of the file, which apply to all commands
+# Keys at the top of the file, for all commands that have them.
+SHARED = ("redis", "prefix", "enrolment", "log_format", "log_level")
+_SECRET = re.compile(r"(^|_)(key|password|secret|token)$")  # options whose values are not shown
 _DEFAULT = re.compile(r"\s*\[default: (.*)\]$")
 Section = dict[str, Any]
 
@@ -34,7 +36,7 @@ def read_config(path: Path, ctx: click.Context) -> Section:
     shared = {key: value for key, value in content.items() if not isinstance(value, dict)}
     if odd := sorted(shared.keys() - set(SHARED)):
         raise SettingsError(
-            f"{path}: unknown key {odd[0]!r}; at the top there can be {' and '.join(SHARED)} only",
+            f"{path}: unknown key {odd[0]!r}; at the top there can be {', '.join(SHARED)} only",
             about=odd[0],
         )
     for key, value in shared.items():
@@ -76,6 +78,12 @@ def _defaults(
             for key, value in given.items():
                 _check_type(options[key], value, ctx, f"{here}: {key}")
             known = {key: value for key, value in shared.items() if key in options}
+            for key, value in known.items():
+                _check_type(options[key], value, ctx, f"{here.partition(' [')[0]}: {key}")
+            if "redis" in given:  # the section says how to reach Redis
+                known.pop("enrolment", None)
+            if "enrolment" in given:
+                known.pop("redis", None)
             defaults[name] = {str(options[key].name): value for key, value in (known | given).items()}
     return defaults
 
@@ -213,4 +221,6 @@ def _shown(option: click.Option, value: Any) -> str:
         from fedmoe.store.url import shown
 
         return printable(shown(str(value)), None)
+    if _SECRET.search(str(option.name)):
+        return "(a secret)"
     return printable(" ".join(map(str, value)) if isinstance(value, list | tuple) else str(value), None)

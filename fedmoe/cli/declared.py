@@ -77,7 +77,13 @@ def _flag(one: Declared) -> str:
 def _parameters(one: Declared, *, show_default: bool) -> dict[str, Any]:
     said = one.said
     if one.kind is bool:
-        return {"is_flag": True, "default": None, "help": said.help}
+        return {
+            "is_flag": True,
+            "default": None,
+            "help": said.help,
+            "envvar": said.variable or None,
+            "show_envvar": bool(said.variable),
+        }
     kind: Any = str
     if said.choices:
         kind = click.Choice(said.choices)
@@ -95,8 +101,8 @@ def _parameters(one: Declared, *, show_default: bool) -> dict[str, Any]:
         "envvar": said.variable or None,
         "show_envvar": bool(said.variable),
         "type": kind,
-        "default": None,
-        "required": one.is_required,
+        # To click a default of None is a value, with which no option is missing.
+        **({"required": True} if one.is_required else {"default": None}),
         "metavar": said.metavar or ("TIME" if said.is_duration else kind.name if said.none else None),
         "help": said.help + (f"  [default: {shown}]" if show_default and (shown := _default(one)) else ""),
     }

@@ -25,7 +25,7 @@ COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 @options(RedisSettings)
 @click.option("--no-redis", is_flag=True, help="Check this installation only.")
 @click.option("--role", type=click.Choice(ROLES), default=None,
-              help="Fail unless this Redis user has all rights of this role.")  # fmt: skip
+              help="Fail unless this Redis user has all rights of this role.  [default: the enrolment's]")  # fmt: skip
 @click.option("--acl", type=click.Choice(ROLES), default=None,
               help="Print the ACL line (Redis 7.0, Valkey) of a user with this role, and check nothing.")  # fmt: skip
 @click.option(
@@ -60,6 +60,9 @@ def doctor(
     from fedmoe.util.check import FAIL
 
     settings = None if no_redis else made(RedisSettings, redis)
+    if settings and (enrolled := settings.enrolled):
+        role = role or enrolled.role or None
+        stream, name = stream or enrolled.expert, name or (enrolled.name if enrolled.expert else "")
     worker = check_name("worker name", name) if name else clean_name(socket.gethostname())
     if stream:
         check_domain(stream)

@@ -1,12 +1,14 @@
 """`fedmoe gateway follow`."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from fedmoe.cli.declared import redis_options
+from fedmoe.cli.logs import log_options
 from fedmoe.cli.options import Duration
 from fedmoe.settings import RedisSettings
 
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
 @click.option("--interval", type=Duration(), default="5s", show_default=True, metavar="TIME",
               help="Time between two looks at Redis and the server, like 5s.")  # fmt: skip
 @click.option("--once", is_flag=True, help="Bring directory and server up to date once, then end.")
+@log_options
 def follow(redis: RedisSettings, **values: Any) -> None:
     """Export every new version of the gateway, and let a running server serve it in place of the one before.
 
@@ -125,10 +128,11 @@ def _judge(store: Any, data: Sequence[str], base_model: str) -> Any:
     from fedmoe.settings import HeldOutSettings
     from fedmoe.tools.evaluate import Adapter
     from fedmoe.tools.follow.gain import HeldOutLoss
+    from fedmoe.util.log import say
 
     held_out = HeldOutLoss(
         store,
         HeldOutSettings(data=data, base_model=base_model),
-        report=lambda line: click.echo(line, err=True),
+        report=partial(say, err=True),
     )
     return lambda file, config: held_out(Adapter(file=file, config=config))

@@ -2,10 +2,8 @@
 
 import importlib
 import io
-import logging
 import os
 import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -14,14 +12,18 @@ import click
 from fedmoe import __version__
 from fedmoe.cli.config import read_config
 from fedmoe.errors import FedMoEError
-from fedmoe.util.journal import STDERR, JournalFormatter, for_stderr, is_journal
-from fedmoe.util.text import printable_lines
+from fedmoe.util.log import complain, is_json, logger, start_log
 
 # name -> (module, attribute, help); a module is imported only when its command is used.
 COMMANDS = {
+    "init": ("fedmoe.cli.init", "init", "Write what the machines of a new federation need."),
     "aggregator": ("fedmoe.cli.aggregator", "aggregator", "Apply the updates of the workers to the experts."),
     "worker": ("fedmoe.cli.worker", "worker", "Fine-tune an expert on private data."),
     "status": ("fedmoe.cli.status", "status", "Show experts, workers and waiting updates."),
+    "top": ("fedmoe.cli.top", "top", "Show all of it on a full screen that scrolls, sorts and filters."),
+    "metrics": ("fedmoe.cli.metrics", "metrics", "Serve the state of the federation for Prometheus."),
+    "monitor": ("fedmoe.cli.enrol", "monitor", "Enrol and revoke monitors, who read the status."),
+    "operator": ("fedmoe.cli.enrol", "operator", "Enrol and revoke operators, and read the audit log."),
     "expert": ("fedmoe.cli.expert", "expert", "List, show, change, add, remove and roll back experts."),
     "gateway": ("fedmoe.cli.gateway", "gateway", "Export the model that knows all domains."),
     "evaluate": ("fedmoe.cli.evaluate", "evaluate", "Held-out loss of base, experts and gateway."),
@@ -34,22 +36,6 @@ COMMANDS = {
     "healthy": ("fedmoe.cli.healthy", "healthy", "Say whether a process of this machine is alive."),
     "doctor": ("fedmoe.cli.doctor", "doctor", "Check this installation and the Redis."),
 }
-
-
-class SafeFormatter(logging.Formatter):
-    """Lines such as `2026-01-31T12:00:00Z INFO sql_expert: serving from version 3`.
-
-    Text of others is escaped, so that no worker can send escape sequences to the operator's terminal.
-    """
-
-    converter = staticmethod(time.gmtime)
-
-    def __init__(self) -> None:
-        super().__init__("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
-
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # logging's name
-        record.message = printable_lines(record.message)
-        return super().formatMessage(record)
 
 
 class LazyGroup(click.Group):
@@ -76,7 +62,7 @@ class LazyGroup(click.Group):
     "--config",
     type=click.Path(path_type=Path),
     envvar="FEDMOE_CONFIG",
-    help="TOML file with defaults, in sections like [aggregator.run]; redis and prefix at its top apply to all.",
+    help="TOML file with defaults, in sections like [aggregator.run]; redis, prefix, enrolment at its top are for all.",
 )
 @click.option("-v", "--verbose", is_flag=True, help="Log debug messages, too.")
 @click.pass_context
@@ -86,13 +72,7 @@ def cli(ctx: click.Context, config: Path | None, verbose: bool) -> None:
     Every option can also be given by environment variable (shown by --help) or in the --config file; the command
     line wins over the environment, the environment over the file.
     """
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(SafeFormatter())
-    if is_journal(STDERR):
-        handler.setFormatter(JournalFormatter(handler.formatter or SafeFormatter()))
-    logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler])
-    for name in ("transformers", "httpx", "huggingface_hub", "urllib3"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    start_log("debug" if verbose else "info")
     if config is not None:
         ctx.default_map = read_config(config, ctx)
 
@@ -111,25 +91,32 @@ def main() -> None:
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
     except click.ClickException as error:
-        error.show()
+        if is_json():
+            complain(error.format_message())
+        else:
+            error.show()
         sys.exit(error.exit_code)
     except FedMoEError as error:
-        click.echo(for_stderr(f"fedmoe: {error}"), err=True)
+        complain(str(error))
         sys.exit(error.exit_code)
     except BrokenPipeError:
         # The reader of a pipe (head, less) has ended; Python would print a second error at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
-        click.echo(for_stderr(f"fedmoe: {error.strerror or error}{where}"), err=True)
+        complain(f"{error.strerror or error}{f' ({error.filename})' if error.filename else ''}")
         os.dup2(
             os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
         )  # stdout may be on the disk that is full
         sys.exit(1)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("fedmoe: interrupted", err=True)
+        complain("interrupted")
         sys.exit(130)
+    except Exception:
+        if not is_json():
+            raise
+        logger.critical("unexpected error", exc_info=True)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

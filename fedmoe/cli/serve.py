@@ -1,11 +1,13 @@
 """`fedmoe gateway serve` and `fedmoe gateway chat`."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from fedmoe.cli.declared import made, options, redis_options
+from fedmoe.cli.logs import log_options
 from fedmoe.cli.options import Duration
 from fedmoe.settings import AnswerSettings, RedisSettings
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 @click.option("--interval", type=Duration(), default="5s", show_default=True, metavar="TIME",
               help="Time between two looks for new versions, like 5s.")  # fmt: skip
 @options(AnswerSettings)
+@log_options
 def serve(
     redis: RedisSettings, host: str, port: int, api_key: str | None, interval: float, **values: Any
 ) -> None:
@@ -51,6 +54,7 @@ def _serve(
 
     from fedmoe.errors import RedisUnavailableError, SettingsError
     from fedmoe.util.backoff import Backoff
+    from fedmoe.util.log import say
 
     try:
         from fedmoe.tools.serve.app import Endpoint, HttpServer
@@ -71,9 +75,7 @@ def _serve(
             about="port",
         ) from error
     shown = f"[{host}]" if ":" in host else host
-    click.echo(
-        f"answers on http://{shown}:{server.port}/v1: {', '.join(one.name for one in engine.models())}"
-    )
+    say(f"answers on http://{shown}:{server.port}/v1: {', '.join(one.name for one in engine.models())}")
     stop.when_asked += [endpoint.closing.set, server.stop]
     backoff = Backoff("gateway", logging.getLogger(__name__))
     while not stop.wait(interval_s):
@@ -124,10 +126,11 @@ def _engine(stop: "Stop | None", redis: RedisSettings, settings: AnswerSettings)
     from fedmoe.store.connection import Connection
     from fedmoe.store.gateway import GatewayStore
     from fedmoe.tools.serve.engine import Engine
+    from fedmoe.util.log import say
 
     connection = Connection(redis)
     if stop:
         stop.when_asked.append(connection.cut_off)
-    engine = Engine(GatewayStore(connection), settings, report=lambda line: click.echo(line, err=True))
+    engine = Engine(GatewayStore(connection), settings, report=partial(say, err=True))
     engine.refresh()
     return engine

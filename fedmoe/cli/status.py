@@ -30,7 +30,7 @@ WORKER_COLUMNS = (
     "in flight", "refused",
 )  # fmt: skip
 TEXT_COLUMNS = frozenset(
-    {"expert", "worker", "host", "served by", "base model", "method", "error"}
+    {"expert", "worker", "host", "served by", "base model", "method", "error", "how", "reason"}
 )  # left-aligned; the others are numbers
 DROP_FIRST = ("host", "tokens/s", "staleness", "applied", "pending", "in flight", "served by")
 SHOWN_WORKERS = 50
@@ -184,9 +184,9 @@ def _expert_row(expert: "ExpertView") -> list[str]:
     ]
 
 
-def worker_rows(federation: "Federation") -> list[list[str]]:
-    """A row of cells for each live worker, at most SHOWN_WORKERS."""
-    return [_worker_row(worker) for worker in federation.workers[:SHOWN_WORKERS]]
+def worker_rows(federation: "Federation", *, limit: int | None = SHOWN_WORKERS) -> list[list[str]]:
+    """A row of cells for each live worker, at most `limit`."""
+    return [_worker_row(worker) for worker in federation.workers[:limit]]
 
 
 def _worker_row(worker: "WorkerView") -> list[str]:

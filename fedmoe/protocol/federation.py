@@ -19,6 +19,7 @@ QUIET_AFTER_S = 10.0
 STILL_AFTER_S = 600.0  # no update for this long, although workers run, is a finding
 NEWS_FOR_S = 24 * 3600.0  # a vanished or failed worker stays a finding for this long
 MEMORY_ALARM = 0.8
+CERTIFICATE_ALARM_S = 21 * 24 * 3600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,13 +144,22 @@ class ExpertView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerView:
-    """The server, for example Redis 7.0.15; memory in bytes; max_memory 0 means no bound, None means unknown."""
+    """The server, for example Redis 7.0.15; memory in bytes; max_memory 0 means no bound, None means unknown.
+
+    Args:
+        persists: False if its last write to disk (RDB or AOF) failed.
+        certificate_ends: when its certificate or the CA's ends (seconds since 1970), None without TLS.
+        certificate_left_s: seconds until then, by the clock of this machine.
+    """
 
     url: str
     software: str = "Redis"
     used_memory: int | None = None
     max_memory: int | None = None
     policy: str | None = None
+    persists: bool | None = None
+    certificate_ends: float | None = None
+    certificate_left_s: float | None = None
 
     @property
     def memory_share(self) -> float:
@@ -267,6 +277,10 @@ def _of_server(server: ServerView) -> Iterator[str]:
     if server.memory_share > MEMORY_ALARM:
         used = f"{server.memory_share:.0%} of maxmemory is used"
         yield f"Redis: {used}: raise maxmemory, a full Redis takes no updates"
+    if server.persists is False:
+        yield "Redis: its last write to disk failed, see its log: is the disk full?"
+    if server.certificate_left_s is not None and server.certificate_left_s < CERTIFICATE_ALARM_S:
+        yield f"Redis: its TLS certificate or the CA's ends in {duration(server.certificate_left_s)}: renew it"
     if server.max_memory and (threat := eviction_threat(server.policy or "", server.url)):
         yield f"Redis: {threat}"
 

@@ -4,6 +4,7 @@ All keys of one expert carry its name as a hash tag, so that they share one Clus
 transaction. The prefix `fedmoe` is a setting, so that several federations can share a server.
 
     fedmoe:experts                                  hash    expert -> its weight in the merged gateway
+    fedmoe:audit                                    stream  who enrolled or revoked whom, and when
     fedmoe:{E}:updates                              stream  one readable entry per waiting update; a doorbell only
     fedmoe:{E}:payload:<worker>:<run>:<seq>:header  string  header (msgpack), decides; expires
     fedmoe:{E}:payload:<worker>:<run>:<seq>:<part>  string  one part (msgpack), at most 1 MiB; expires
@@ -34,7 +35,7 @@ transaction. The prefix `fedmoe` is a setting, so that several federations can s
 Whatever merges writes only below `fedmoe:{merged}`, so it never writes where an expert's spec and meta lie.
 
 Write permissions: a worker writes only `payload:<itself>:*` and `worker:<itself>`, and adds to `updates`; aggregators
-write all other keys, and operators the fit.
+write all other keys, and operators the fit and the audit log.
 """
 
 from dataclasses import dataclass
@@ -158,6 +159,10 @@ class Keys:
     @property
     def experts(self) -> str:
         return f"{self.prefix}:experts"
+
+    @property
+    def audit(self) -> str:
+        return f"{self.prefix}:audit"
 
     def expert(self, name: str) -> ExpertKeys:
         return ExpertKeys(f"{self.prefix}:{{{name}}}")

@@ -9,6 +9,7 @@ import logging
 import socket
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import redis
@@ -18,8 +19,10 @@ from redis.retry import Retry
 
 from fedmoe.errors import FedMoEError, RedisUnavailableError
 from fedmoe.protocol.keys import Keys
-from fedmoe.settings import RedisSettings
+from fedmoe.redis_settings import RedisSettings
+from fedmoe.store.certificate import earliest_end
 from fedmoe.store.client import Client, asked, note, noting
+from fedmoe.store.credentials import login_and_tls
 from fedmoe.store.limits import too_large
 from fedmoe.store.redis_private import Encoder, socket_of
 from fedmoe.store.refusals import explain, is_broken
@@ -34,17 +37,27 @@ logger = logging.getLogger(__name__)
 
 
 class Connection:
-    """A client for one thread, with `generation`, the number of connections it has made so far."""
+    """A client for one thread, with `generation`, the number of connections it has made so far.
 
-    def __init__(self, settings: RedisSettings) -> None:
+    `certificate_ends`: when the certificate of the server or its CA ends (seconds since 1970); None without TLS.
+
+    Args:
+        settings: how to reach Redis.
+        node: host and port of one server, instead of those in the URL or of Sentinel's present master.
+    """
+
+    def __init__(self, settings: RedisSettings, *, node: tuple[str, int] | None = None) -> None:
         self.settings = settings
         self.keys = Keys(settings.prefix)
         self.generation = 0
+        self.certificate_ends: float | None = None
         self._made: list[Any] = []  # redis-py's connection objects; its pool reconnects the same few
         self._is_cut_off = False
         # Any: redis-py types every reply as a union of many types.
         self.client: Any = _client(
             settings.url,
+            node,
+            **login_and_tls(settings),
             protocol=2,  # RESP2: the shape of replies does not depend on redis-py's default
             socket_timeout=settings.timeout_s,
             socket_connect_timeout=min(CONNECT_S, settings.timeout_s),
@@ -61,6 +74,9 @@ class Connection:
             raise redis.ConnectionError("told to stop")
         connection.on_connect()
         self.generation += 1
+        self.certificate_ends = earliest_end(
+            socket_of(connection), getattr(connection, "ca_certs", None), getattr(connection, "ca_data", None)
+        )
 
     def cut_off(self) -> None:
         """Called from another thread: fail the command that waits for its reply, and every later command."""
@@ -152,14 +168,24 @@ class Connection:
         return too_large(self.client, asked(error), url=self.settings.shown, prefix=self.settings.prefix)
 
 
-def _client(url: str, **arguments: Any) -> redis.Redis:
-    """A redis-py client for a URL, with these connection arguments."""
+def _client(url: str, node: tuple[str, int] | None, **arguments: Any) -> redis.Redis:
+    """A redis-py client for a URL, or for one node with the same login, with these connection arguments."""
     if url.startswith("sentinel://"):
-        return master_client(SentinelURL.parse(url), arguments)
+        found = SentinelURL.parse(url)
+        if node:
+            server = dict(found.server)
+            kind = redis.SSLConnection if server.pop("ssl", False) else redis.Connection
+            pool = redis.ConnectionPool(kind, host=node[0], port=node[1], **server, **arguments)
+            return Client(connection_pool=pool)
+        tls = {name: value for name, value in arguments.items() if name.startswith("ssl_")}
+        return master_client(replace(found, sentinel=tls | found.sentinel), arguments)
     try:
-        return Client.from_url(url, **arguments)
+        client = Client.from_url(url, **arguments)
     except ValueError:  # its message may quote the password
         raise unusable(url) from None
+    if node:
+        client.connection_pool.connection_kwargs.update(host=node[0], port=node[1])
+    return client
 
 
 def _packer() -> PythonRespSerializer:

@@ -75,7 +75,7 @@ class Inspector:
         )
         return Federation(
             prefix=self.keys.prefix,
-            server=_server(self.connection.settings.shown, replies["", "info"]),
+            server=_server(self.connection, replies["", "info"]),
             experts=experts,
             merged=_merged(of(MERGED), experts, now),
             problems=tuple(problems),
@@ -337,14 +337,23 @@ def _printable_names(values: Mapping[str, Any]) -> dict[str, Any]:
     return {printable(name): value for name, value in values.items()}
 
 
-def _server(url: str, info: Mapping[str, Any] | Exception) -> ServerView:
+def _server(connection: Connection, info: Mapping[str, Any] | Exception) -> ServerView:
+    ends = connection.certificate_ends
+    left_s = None if ends is None else max(0.0, ends - time.time())
+    server = ServerView(url=connection.settings.shown, certificate_ends=ends, certificate_left_s=left_s)
     if isinstance(info, Exception):
-        return ServerView(url=url)
+        return server
     valkey = info.get("valkey_version")
-    return ServerView(
-        url=url,
+    return replace(
+        server,
         software=f"Valkey {valkey}" if valkey else f"Redis {info.get('redis_version')}",
         used_memory=info.get("used_memory"),
         max_memory=info.get("maxmemory"),
         policy=info.get("maxmemory_policy"),
+        persists=_persists(info),
     )
+
+
+def _persists(info: Mapping[str, Any]) -> bool | None:
+    states = {info.get(name) for name in ("rdb_last_bgsave_status", "aof_last_write_status")} - {None}
+    return states == {"ok"} if states else None

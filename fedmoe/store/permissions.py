@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from fedmoe.protocol.keys import Keys
-from fedmoe.protocol.names import GATEWAY, name_on_gateway
+from fedmoe.protocol.names import GATEWAY, may_train_gateway, name_on_gateway
+from fedmoe.protocol.parties import Party
 
 ANY = "*"  # stands for any expert's or worker's name
 READS = frozenset({
@@ -146,6 +147,7 @@ def _aggregator(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
 def _operator(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
     keys, merged = all_keys.expert(expert), all_keys.merged
     written = (keys.meta, keys.spec, keys.weights, keys.decided, keys.vectors, keys.log, keys.dead)
+    enrols = "it enrols or revokes somebody"
     changes, adds = "it changes the rules of an expert or rolls it back", "it adds an expert"
     large = "it rolls back an expert with weights of 4 MiB and more"
     return (
@@ -193,6 +195,17 @@ def _operator(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
         *_on(keys.worker(ANY), may="HGET", when=adds),
         *_on(may="MULTI, EXEC"),
         *_on(may="UNWATCH", when="Redis is full"),
+        *(
+            Right(
+                command=command,
+                when=enrols,
+                without="nobody can be enrolled or revoked while the server runs",
+            )
+            for command in ("ACL SETUSER", "ACL DELUSER", "ACL LIST", "ACL SAVE", "ACL WHOAMI")
+        ),
+        # Its own selectors: an operator adds to the audit log, and cannot delete it.
+        Right(command="XADD", keys=(all_keys.audit,), alone=True, when=enrols),
+        Right(command="XREVRANGE", keys=(all_keys.audit,), alone=True, when=enrols),
         *_monitor(all_keys, expert, worker),
     )
 
@@ -220,7 +233,7 @@ AGGREGATOR = Role(name="aggregator", does="serve experts", rights=_aggregator)
 WORKER = Role(name="worker", does="train", rights=_worker)
 OPERATOR = Role(
     name="operator",
-    does="back up, restore, change, roll back, add, remove, verify, fit and export",
+    does="back up, restore, change, roll back, add, remove, verify, fit, export and enrol",
     rights=_operator,
 )
 MONITOR = Role(name="monitor", does="read the status", rights=_monitor)
@@ -237,6 +250,19 @@ def worker_rights(keys: Keys, expert: str, worker: str, *, trains_gateway: bool)
     if not trains_gateway:
         return rights
     return rights + WORKER.rights(keys, GATEWAY, name_on_gateway(expert, worker))
+
+
+def party_rights(party: Party, keys: Keys) -> tuple[Right, ...]:
+    """A party's rights; a worker's cover the gateway, too, as the rules of its expert may ask for it at any time."""
+    if party.role != WORKER.name:
+        return ROLES[party.role].rights(keys, ANY, "")
+    both = may_train_gateway(party.expert, party.name)
+    return worker_rights(keys, party.expert, party.name, trains_gateway=both)
+
+
+def party_rules(party: Party, keys: Keys, *, database: int = 0) -> list[str]:
+    """ACL rules of a party's user."""
+    return acl_rules(party_rights(party, keys), database=database)
 
 
 def acl_rules(rights: tuple[Right, ...], *, database: int = 0) -> list[str]:

@@ -9,6 +9,7 @@ from fedmoe.errors import RedisUnavailableError
 from fedmoe.protocol.eviction import eviction_threat
 from fedmoe.protocol.federation import MEMORY_ALARM, ExpertView
 from fedmoe.protocol.rules import TRAIN_GATEWAY
+from fedmoe.store.access import access_checks
 from fedmoe.store.connection import Connection
 from fedmoe.store.inspect import Inspector
 from fedmoe.store.permissions import AGGREGATOR, ROLES, WORKER, Role, worker_rights
@@ -136,6 +137,7 @@ def check_redis(connection: Connection, *, stream: str, worker: str, role: str) 
         if role in ("", each.name) and not any(not lack.right.without for lack in lacks[each.name]):
             checks.append(_transactions(connection, each, stream, worker))
             break
+    checks += access_checks(connection)
     base_models = [expert.meta.base_model for expert in experts if expert.meta]
     return checks, base_models[0] if base_models else ""
 

@@ -20,6 +20,9 @@ class Problems:
         key: of the expert's (or the gateway's) problems.
         holder: name of this process.
         clock: seconds, monotonic.
+
+    Attributes:
+        said: the stored problem; "" if there is none.
     """
 
     def __init__(
@@ -29,30 +32,30 @@ class Problems:
         self._key = key
         self._holder = holder
         self._clock = clock
-        self._said = ""
+        self.said = ""
         self._said_at = 0.0
 
     def report(self, problem: str) -> None:
         """Store a present problem; call it again while the problem lasts."""
         now = self._clock()
-        if problem == self._said and now - self._said_at < REPEAT_S:
+        if problem == self.said and now - self._said_at < REPEAT_S:
             return
         try:
             with self._connection.errors(), self._connection.client.pipeline(transaction=True) as pipe:
                 pipe.hset(self._key, self._holder, problem)
                 pipe.pexpire(self._key, int(PROBLEM_TTL_S * 1000))
                 pipe.execute()
-            self._said, self._said_at = problem, now
+            self.said, self._said_at = problem, now
         except RedisUnavailableError as error:
             logger.debug("the problem cannot be written to Redis: %s", error)
 
     def solved(self) -> None:
         """Remove the stored problem. This also removes other processes' problems, until they report them again."""
-        if not self._said:
+        if not self.said:
             return
         try:
             with self._connection.errors():
                 self._connection.client.unlink(self._key)
-            self._said = ""
+            self.said = ""
         except RedisUnavailableError as error:
             logger.debug("the problem cannot be removed from Redis: %s", error)

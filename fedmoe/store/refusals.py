@@ -13,11 +13,15 @@ from redis.sentinel import MasterNotFoundError
 
 from fedmoe.errors import RedisUnavailableError, RedisUnfitError
 from fedmoe.store.client import Words, asked
+from fedmoe.store.tls import tls_problem
 
 _UNKNOWN_COMMAND = re.compile(r"unknown (?:sub)?command [`'\"]?(\w+)|Unknown Redis command")
 _REFUSED_COMMAND = re.compile(r"permissions to run the '([^']+)' command")
 _TOO_LONG = re.compile(r"exceeds maximum allowed size|max request size exceeded")
 MAX_SHOWN_CHARS = 160
+AT_ONCE = (
+    "; if it always ends so, it may ask for a client certificate (certificate_file in the enrolment file)"
+)
 
 
 def is_refusal(reply: object) -> bool:
@@ -80,14 +84,20 @@ def _unfit(
     if isinstance(error, MasterNotFoundError):  # its message already says what each sentinel replied
         return None
     if isinstance(error, exceptions.AuthenticationError | exceptions.AuthorizationError):
-        return "login", f"Redis at {url} refuses the login ({text}): check user and password in the URL"
+        return "login", (
+            f"Redis at {url} refuses the login ({text}): the password is wrong, or this user was revoked or never "
+            "enrolled; check the URL, or ask the operator for a new enrolment file"
+        )
+    is_connection = isinstance(error, redis.ConnectionError | OSError)
+    if is_connection and (found := tls_problem(text, url)):
+        return found
     if refused := _refused_right(error, text, what):
         return "rights", (
             f"Redis at {url} does not let this user run {refused}: give it the rights that "
             "`fedmoe doctor --acl ROLE` prints"
         )
-    if found := _UNKNOWN_COMMAND.search(text):
-        name = found[1].upper() if found[1] else f"that a script of FedMoE uses ({what})"
+    if unknown := _UNKNOWN_COMMAND.search(text):
+        name = unknown[1].upper() if unknown[1] else f"that a script of FedMoE uses ({what})"
         return "command", (
             f"Redis at {url} has no command {name}, and FedMoE needs it: take it out of rename-command there, or use "
             "another server (Redis 7.0, Valkey 8, or newer)"
@@ -161,7 +171,8 @@ def _passing(error: Exception, text: str, url: str) -> tuple[str, str]:
         case exceptions.ConnectionError() if "max number of clients" in text:
             return "maxclients", f"Redis at {url} takes no more connections: raise its maxclients"
         case exceptions.ConnectionError() | exceptions.TimeoutError() | redis.WatchError() | OSError():
-            return "connection", f"Redis at {url} cannot be reached ({text})"
+            hint = AT_ONCE if "EOF occurred in violation of protocol" in text else ""
+            return "connection", f"Redis at {url} cannot be reached ({text}){hint}"
     if "MISCONF" in text:
         return "disk", f"Redis at {url} cannot write to its disk and so takes no writes: see its log"
     if text.startswith("NOREPLICAS"):

@@ -26,6 +26,8 @@ _KEY = "{key}"
 _NO_NAME = "no-such-thing"  # replaces the wildcard of a pattern
 # Minimal arguments of each command; a command that is not listed takes only its key.
 _WORDS: dict[str, Words] = {
+    "ACL DELUSER": (_NO_NAME,),
+    "ACL SETUSER": (_NO_NAME,),
     "EVAL": ("return 1", 1, _KEY),
     "EVALSHA": ("0" * 40, 1, _KEY),
     "GETRANGE": (_KEY, 0, 0),

@@ -12,6 +12,7 @@ from redis.retry import Retry
 from redis.sentinel import MasterNotFoundError, Sentinel
 
 from fedmoe.store.client import Client
+from fedmoe.store.tls import tls_problem
 from fedmoe.store.url import SentinelURL
 
 # Short, because a sentinel may be down together with the master's machine: then the next one is asked.
@@ -48,7 +49,7 @@ class Sentinels(Sentinel):
                 with sentinel:
                     state = sentinel.sentinel_masters().get(service_name)
             except (redis.RedisError, OSError) as error:
-                silent.append(f"{_address(sentinel)}: {str(error).rstrip('.')}")
+                silent.append(f"{_address(sentinel)}: {_reason(error, _address(sentinel))}")
                 continue
             if state and self.check_master_state(state, service_name):  # type: ignore[no-untyped-call]  # redis-py's
                 self.sentinels.insert(0, self.sentinels.pop(place))
@@ -65,6 +66,11 @@ class Sentinels(Sentinel):
                 "take the name from `redis-cli -p 26379 SENTINEL MASTERS`"
             )
         raise MasterNotFoundError(f"no sentinel can be asked for the master ({'; '.join(silent)})")
+
+
+def _reason(error: Exception, where: str) -> str:
+    found = tls_problem(str(error), where)
+    return found[1] if found else str(error).rstrip(".")
 
 
 def _address(sentinel: Any) -> str:

@@ -18,7 +18,7 @@ from urllib.parse import unquote, urlsplit
 from redis.connection import URL_QUERY_ARGUMENT_PARSERS, SSLConnection
 
 from fedmoe.errors import SettingsError
-from fedmoe.settings import DEFAULT_URL
+from fedmoe.redis_settings import DEFAULT_URL
 
 SENTINEL_PORT = 26379
 SENTINEL_FORM = "sentinel://HOST[:PORT][,HOST[:PORT]...]/MASTER"
@@ -84,6 +84,46 @@ def check(url: str) -> None:
             f"names a database that is not a number: write it like {DEFAULT_URL}, and {_ESCAPE}",
             about="db",
         )
+
+
+def check_encrypted(url: str) -> None:
+    """Refuse a URL, which passed `check`, by which others on the network could read or change what is sent.
+
+    Raises:
+        SettingsError: for plain TCP to another machine, or TLS that accepts any certificate.
+    """
+    scheme, _, rest = url.partition("://")
+    hosts = rest.partition("?")[0].rpartition("@")[2].partition("/")[0].split(",")
+    if scheme == "unix" or all(map(_is_loopback, hosts)):
+        return
+    if _options(url).get("ssl_cert_reqs") == "none":
+        raise _wrong(
+            url, "accepts any certificate (ssl_cert_reqs=none), so anybody on the way could read all: leave that out, "
+            "or say --insecure", about="ssl_cert_reqs",
+        )  # fmt: skip
+    if not is_tls(url):
+        raise _wrong(
+            url, "would send password and updates as plain text over the network: use TLS (rediss://, or ?ssl=true "
+            "behind sentinel://; `fedmoe init` makes certificates), or say --insecure if the network itself is "
+            "encrypted", about="insecure",
+        )  # fmt: skip
+
+
+def is_tls(url: str) -> bool:
+    """True if connections to this URL use TLS."""
+    scheme = url.partition("://")[0]
+    return scheme == "rediss" or (scheme == "sentinel" and "ssl" in SentinelURL.parse(url).server)
+
+
+def _is_loopback(place: str) -> bool:
+    """True if this host, with or without a port, is this machine; its name is not looked up."""
+    host = re.sub(r":\d*$", "", place).strip("[]") if not place.count(":") > 1 or "]" in place else place
+    if host in ("", "localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def unusable(url: str) -> SettingsError:

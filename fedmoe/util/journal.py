@@ -35,13 +35,6 @@ def for_stderr(text: str) -> str:
     return marked(text, ERROR) if is_journal(STDERR) else text
 
 
-class JournalFormatter(logging.Formatter):
-    """Marks each line of another formatter with its level."""
-
-    def __init__(self, inner: logging.Formatter) -> None:
-        super().__init__()
-        self._inner = inner
-
-    def format(self, record: logging.LogRecord) -> str:
-        """The other formatter's lines, marked."""
-        return marked(self._inner.format(record), priority_of(record.levelno))
+def leveled(text: str, level: int) -> str:
+    """A record's text, marked with its level (of logging) if stderr is the journal."""
+    return marked(text, priority_of(level)) if is_journal(STDERR) else text

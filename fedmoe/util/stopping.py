@@ -23,7 +23,7 @@ from queue import Empty, SimpleQueue
 from types import FrameType
 
 from fedmoe.errors import FedMoEError
-from fedmoe.util.journal import for_stderr
+from fedmoe.util.log import write_last_words
 
 logger = logging.getLogger(__name__)
 
@@ -157,10 +157,8 @@ def _end(words: str, code: int) -> None:
     """Kill child processes, print `words` if there are any, and end this process at once."""
     for child in multiprocessing.active_children():
         child.kill()
-    text = for_stderr(f"fedmoe: {words}") + "\n" if code else f"{words}\n" if words else ""
     with suppress(OSError):
-        # os.write, because a stuck thread may hold the lock of sys.stdout.
-        os.write(2 if code else 1, text.encode(errors="backslashreplace"))
+        write_last_words(words, is_error=bool(code))
     os._exit(code)
 
 

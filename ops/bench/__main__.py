@@ -16,6 +16,7 @@ ON_REQUEST = (
     "learning",
     "routing",
     "flower",
+    "race",
 )  # take gigabytes, minutes, an environment of its own
 EVERYTHING = ", ".join((*BENCHMARKS, *ON_REQUEST))
 

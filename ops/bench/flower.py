@@ -52,6 +52,45 @@ def install() -> None:
     stamp.write_text(VERSION)
 
 
+def start_flower(processes: Processes, home: Path, app: Path, run_config: str, *, clients: int) -> None:
+    """Start a SuperLink and SuperNodes, numbered from 0 as their `partition-id`, and let them run an app.
+
+    `home` is a directory for what Flower keeps, `app` that of the app, `run_config` its configuration for `flwr run`.
+
+    Raises:
+        BenchError: if Flower does not take the app.
+    """
+    home.mkdir(parents=True, exist_ok=True)
+    bin_directory = VENV / "bin"
+    superlink = f"127.0.0.1:{(port := free_port())}"
+    own = {
+        "FLWR_HOME": str(home),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "PATH": f"{bin_directory}:{clean_environment().get('PATH', '')}",
+    }
+    (home / "config.toml").write_text(
+        f'[superlink]\ndefault = "bench"\n[superlink.bench]\naddress = "{superlink}"\ninsecure = true\n'
+    )
+    processes.command(
+        "superlink", str(bin_directory / "flower-superlink"), "--insecure", "--host", "127.0.0.1",
+        "--port", str(port), "--disable-runtime-dependency-installation", **own,
+    )  # fmt: skip
+    for number in range(clients):
+        processes.command(
+            "supernodes", str(bin_directory / "flower-supernode"), "--insecure",
+            "--superlink", superlink, "--port", str(free_port()), "--node-config", f"partition-id={number}", **own,
+        )  # fmt: skip
+    submit = [str(bin_directory / "flwr"), "run", str(app), "bench", "--run-config", run_config]
+
+    def submitted() -> bool:
+        done = subprocess.run(
+            submit, env=clean_environment() | own, capture_output=True, text=True, check=False, timeout=60
+        )
+        return done.returncode == 0
+
+    processes.until("its SuperLink to take the app", submitted)
+
+
 class Flower:
     """A SuperLink and SuperNodes with an app that runs; takes turns as a Contestant does."""
 
@@ -76,40 +115,10 @@ class Flower:
         self._directory.cleanup()
 
     def _start(self) -> None:
-        bin_directory = VENV / "bin"
-        superlink = f"127.0.0.1:{(port := free_port())}"
-        own = {
-            "FLWR_HOME": str(self.directory),
-            "FLWR_TELEMETRY_ENABLED": "0",
-            "PATH": f"{bin_directory}:{clean_environment().get('PATH', '')}",
-        }
         shapes = [[name, list(shape)] for name, shape in self.layout.tensors]
         (self.directory / "layout.json").write_text(json.dumps(shapes))
-        (self.directory / "config.toml").write_text(
-            f'[superlink]\ndefault = "bench"\n[superlink.bench]\naddress = "{superlink}"\ninsecure = true\n'
-        )
-        self.processes.command(
-            "superlink", str(bin_directory / "flower-superlink"), "--insecure", "--host", "127.0.0.1",
-            "--port", str(port), "--disable-runtime-dependency-installation", **own,
-        )  # fmt: skip
-        for _ in range(CLIENTS):
-            self.processes.command(
-                "supernodes", str(bin_directory / "flower-supernode"), "--insecure",
-                "--superlink", superlink, "--port", str(free_port()), **own,
-            )  # fmt: skip
-        submit = [
-            str(bin_directory / "flwr"), "run", str(APP), "bench",
-            "--run-config", f'directory="{self.directory}" clients={CLIENTS}',
-        ]  # fmt: skip
-
-        def submitted() -> bool:
-            done = subprocess.run(
-                submit, env=clean_environment() | own, capture_output=True, text=True, check=False, timeout=60
-            )
-            self._said = (done.stdout + done.stderr).strip()
-            return done.returncode == 0
-
-        self.processes.until("its SuperLink to take the app", submitted)
+        config = f'directory="{self.directory}" clients={CLIENTS}'
+        start_flower(self.processes, self.directory, APP, config, clients=CLIENTS)
 
     def _rounds(self) -> list[str]:
         path = self.directory / "rounds"

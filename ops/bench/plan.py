@@ -41,6 +41,22 @@ class Learning:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Race:
+    """FedMoE beside Flower to a loss; see `ops.bench.race`.
+
+    Args:
+        step_s: seconds of a step; round_steps: steps in a round; rounds: at most so many.
+        apart_steps: steps of the experts trained apart, which fix the loss to reach; rows: held-out, of a domain.
+    """
+
+    step_s: float
+    round_steps: int
+    rounds: int
+    apart_steps: int
+    rows: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """Sizes and durations.
 
@@ -58,6 +74,7 @@ class Plan:
         updates: small updates after which memory must not have grown.
         quality: trainings in each format.
         learning: trained, merged and centralised gateways.
+        race: to a loss, beside Flower.
     """
 
     rounds: int = 5
@@ -76,6 +93,7 @@ class Plan:
     updates: int
     quality: Quality
     learning: Learning
+    race: Race
 
 
 _NEEDED = tuple(dict.fromkeys(["fp32", DEFAULT_FORMAT]))
@@ -89,7 +107,11 @@ QUICK = Plan(
     updates=2_000,
     quality=Quality(("sql_expert", "python_expert", "docs_expert"), syncs=12, steps=2, rows=32),
     learning=Learning(parts=("short",), rows=32, seeds=1, short=True),
+    race=Race(step_s=4.0, round_steps=6, rounds=6, apart_steps=48, rows=16),
 )
+FULL_LEARNING = (
+    "main", "shared", "formats", "optimizers", "opt_out", "time", "lengths", "ranks", "mixes",
+)  # fmt: skip
 FULL = Plan(
     seconds=6.0,
     other_sizes=("1mib", "34mib"),
@@ -102,7 +124,8 @@ FULL = Plan(
     experts=(1, 8, 32),
     updates=100_000,
     quality=Quality(("sql_expert", "python_expert", "docs_expert"), syncs=48, steps=2, rows=64),
-    learning=Learning(parts=("main", "shared", "formats", "lengths", "ranks", "mixes"), rows=128, seeds=3),
+    learning=Learning(parts=FULL_LEARNING, rows=128, seeds=3),
+    race=Race(step_s=4.0, round_steps=6, rounds=8, apart_steps=48, rows=16),
 )
 TINY = Plan(
     rounds=1,
@@ -118,4 +141,5 @@ TINY = Plan(
     updates=40,
     quality=Quality(("sql_expert",), syncs=1, steps=1, rows=2),
     learning=Learning(parts=("tiny",), rows=2, seeds=1, short=True),
+    race=Race(step_s=0.1, round_steps=1, rounds=2, apart_steps=1, rows=1),
 )

@@ -26,6 +26,7 @@ BARS: dict[str, tuple[str, float]] = {
     "learning_fitted_above_fixed_points": (">=", 0.0),  # of each seed; the best fixed scale on the test rows
     "learning_short_fitted_above_fixed_points": (">=", -2.0),
     "learning_routed_share": (">=", 0.97),
+    "learning_time_own_pace_vs_rounds_straggler": ("<=", 0.5),
     "learning_short_gateway_share": (">=", 0.9),  # one seed and few rows
     "learning_short_above_merged_points": (">=", 4.0),
 }

@@ -26,12 +26,14 @@ def main() -> int:
     parser.add_argument("--dir", type=Path, help="keep all files here  [a temporary directory]")
     parser.add_argument("--without", default="", choices=["", "commit-check", "prev", "checkpoint-first"],
                         help="do without a rule of the protocol, to see what happens")  # fmt: skip
+    parser.add_argument("--tls", action="store_true", help="over TLS, each process as a user of its own")
     options = parser.parse_args()
 
     from tests.chaos.actors import AGGREGATORS, WORKERS, Place
     from tests.chaos.announced import announced
     from tests.chaos.ledger import settle
     from tests.chaos.scheduler import Chaos
+    from tests.chaos.secured import secure
     from tests.proxy import Proxy
 
     directory = options.dir or Path(tempfile.mkdtemp(prefix="fedmoe-chaos-"))
@@ -45,9 +47,19 @@ def main() -> int:
     (directory / "rows.jsonl").write_text("\n".join(rows))
     (directory / "redis").mkdir()
     began = time.monotonic()
-    with EmbeddedRedis(directory / "redis") as server, Proxy(server.socket) as proxy:
-        print(f"{server.server}, two aggregators, six workers; files in {directory}", flush=True)
-        place = Place(directory, proxy.url)
+    tls = None
+    if options.tls:
+        try:
+            tls = secure(directory / "deployment")
+        except LookupError as error:
+            parser.error(str(error))
+    server = EmbeddedRedis(
+        directory / "redis", server=tls.server if tls else None, options=tls.options if tls else ()
+    )
+    with server, tls.proxy if tls else Proxy(server.socket) as proxy:
+        how = ", over TLS" if tls else ""
+        print(f"{server.server}, two aggregators, six workers{how}; files in {directory}", flush=True)
+        place = Place(directory, proxy.url, tls.enrolments if tls else None)
         dice = random.Random(options.seed)  # dice, not a secret
         run = Chaos(
             place, server, proxy, dice, kills=options.kills, report=lambda line: print(line, flush=True),

@@ -85,13 +85,30 @@ AGGREGATORS = ("a1", "a2")
 
 @dataclass(frozen=True)
 class Place:
-    """Where a run keeps its files, and where its Redis is."""
+    """Where a run keeps its files, and where its Redis is.
+
+    Args:
+        directory: of the files.
+        url: of Redis, for a run without TLS.
+        enrolments: directory with an enrolment file for each process of a run over TLS.
+    """
 
     directory: Path
     url: str
+    enrolments: Path | None = None
+
+    def redis(self, party: str) -> RedisSettings:
+        """How a worker, or the aggregator, reaches Redis."""
+        if self.enrolments:
+            return RedisSettings(enrolment=self.enrolments / f"{party}.toml", timeout_s=TIMEOUT_S)
+        return RedisSettings(url=self.url, timeout_s=TIMEOUT_S)
 
     def log(self, name: str) -> Path:
         return self.directory / f"{name}.log"
+
+    def trains(self, worker: str, pid: int) -> bool:
+        """True once this process of a worker trains; told to end before, it leaves its last updates undecided."""
+        return "step " in self.log(worker).read_text().rpartition(f"---- pid {pid} ")[2]
 
     def state(self, worker: str) -> Path:
         """The state directory of a worker, or of its name on the gateway."""
@@ -130,8 +147,13 @@ def run_aggregator(place: Place, name: str, arm: Arm | None, without: str = "") 
 
         RULES[without]()
     experts = [word for expert in EXPERTS if expert != GATEWAY for word in ("--expert", expert)]
+    reach = (
+        ["--enrolment", str(place.enrolments / "aggregator.toml")]
+        if place.enrolments
+        else ["--redis", place.url]
+    )
     sys.argv = [
-        "fedmoe", "aggregator", "run", "--redis", place.url, "--redis-timeout", str(TIMEOUT_S), "--lease", str(LEASE_S),
+        "fedmoe", "aggregator", "run", *reach, "--redis-timeout", str(TIMEOUT_S), "--lease", str(LEASE_S),
         "--block-ms", "100", "--gateway-interval", "1", "--keep-updates", str(place.kept), *experts,
     ]  # fmt: skip
     fedmoe.cli.main.main()
@@ -213,5 +235,4 @@ def run_worker(place: Place, name: str, arm: Arm | None, without: str = "") -> N
     )  # fmt: skip
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     with stop_on_signals(stop := Stop()):
-        redis = RedisSettings(url=place.url, timeout_s=TIMEOUT_S)
-        Worker(redis, settings, stop=stop, prepare=prepare).run()
+        Worker(place.redis(name), settings, stop=stop, prepare=prepare).run()

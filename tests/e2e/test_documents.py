@@ -1,6 +1,6 @@
 """The commands of README and docs, typed one after the other in one shell, as a reader would.
 
-A federation of a tiny model comes to be by the README's own lines and is there for all pages. Each command must end
+A federation of a tiny model comes to be by the quickstart's own lines and is there for all pages. Each command must end
 with exit code 0. What cannot be typed here is in NOT_TYPED, with the reason; what must read otherwise here is in
 INSTEAD. A command of a page that is in neither is run.
 """
@@ -24,18 +24,13 @@ from fedmoe.settings import RedisSettings
 from fedmoe.store.connection import Connection
 from fedmoe.store.embedded import find_server
 from fedmoe.store.gateway import GatewayStore
-from tests.documents import PAGES, ROOT, Command, commands, mentions, name_of
+from tests.documents import PAGES, ROOT, SECURED, Command, commands, mentions, name_of
 from tests.processes import environment, eventually
 
 EXPERTS = ("python_expert", "sql_expert", "docs_expert")
 FIRST = (
-    "README.md",
-    "docs/quickstart.md",
-    "docs/serving.md",
-    "docs/operate.md",
-    "docs/runbook.md",
-    "docs/redis-cli.md",
-)
+    "docs/quickstart.md", "README.md", "docs/serving.md", "docs/operate.md", "docs/runbook.md", "docs/redis-cli.md",
+)  # fmt: skip
 
 MINUTES, TESTS = "takes minutes; continuous integration runs it", "the suite itself runs it"
 SETUP, WRITES = (
@@ -58,6 +53,7 @@ NOT_TYPED = {
     ".venv/bin/python -m ops.bench.learning bench-learning": "needs what the one before keeps",
     "bash ops/bench.sh --only routing --rows 32": "computes for minutes",
     "bash ops/bench.sh --only flower": "installs Flower",
+    "bash ops/bench.sh --only race": "installs Flower, and takes half an hour; a test runs our side",
     "fedmoe gateway export --out routed --router domain": "only one expert here has a worker; test_router.py runs it",
     "fedmoe gateway export --out routed-two --router domain --leave-out docs_expert": "the same",
     ".venv/bin/python -m tests.hazards": TESTS,
@@ -68,6 +64,8 @@ NOT_TYPED = {
     "python3 -m venv .venv": SETUP,
     ".venv/bin/pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu": SETUP,
     "pip install .": SETUP,
+    "pip install '.[secure]'": SETUP,
+    ".venv/bin/python -m tests.forbidden": "test_forbidden.py tries the same",
     "pip install pre-commit": SETUP,
     "pre-commit install": SETUP,
     "python3 -m venv /opt/fedmoe && /opt/fedmoe/bin/pip install .": SETUP,
@@ -80,12 +78,17 @@ NOT_TYPED = {
     "docker compose -f ops/container/compose.yaml up -d": DAEMON,
     "docker compose -f ops/container/compose.yaml run --rm backup": DAEMON,
     "kubectl apply -k ops/kubernetes": "needs a cluster; a test checks the manifests",
+    "fedmoe top": "needs a terminal; test_top.py runs it in one",
+    "prometheus --config.file=ops/monitoring/prometheus.yml": "runs on and on; test_monitoring.py runs another one",
+    "promtool check rules ops/monitoring/alerts.yml": "test_monitoring.py runs it",
+    "promtool test rules ops/monitoring/alerts_test.yml": "test_monitoring.py runs it",
     "vllm serve Qwen/Qwen2.5-0.5B-Instruct --enable-lora --max-lora-rank 64 --lora-modules gateway=gw":
         "vLLM is not installed",
+    **dict.fromkeys(SECURED, "test_secured_pages.py types it, over TLS"),
     "fedmoe gateway follow --dir versions --vllm http://127.0.0.1:8000": "vLLM is not installed",
 }  # fmt: skip
 # What the reader must put in for himself, and we do.
-INSTEAD = {"redis://:PASSWORD@the-redis:6379/0": "unix://{socket}"}
+INSTEAD = {"redis://127.0.0.1:6379/0": "unix://{socket}"}
 # They run until they are stopped: typed in a terminal of their own.
 ON_AND_ON = (
     "redis-server ", "fedmoe aggregator run", "fedmoe worker run", "fedmoe status --watch", "fedmoe gateway serve",

@@ -61,7 +61,7 @@ def test_an_unknown_name_is_one_sentence(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr == (
         "ops/bench.sh: there is no benchmark 'speed': choose among wire, machine, codec, throughput, "
-        "latency, growth, overlap, turns, size, quality, learning, routing, flower\n"
+        "latency, growth, overlap, turns, size, quality, learning, routing, flower, race\n"
     )
     assert not done.stdout
 

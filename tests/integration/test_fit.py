@@ -33,9 +33,9 @@ def builder(connection: Connection, **settings: object) -> GatewayBuilder:
     return GatewayBuilder(connection, wanted, holder="agg-1", lease_s=5.0)
 
 
-def fit(connection: Connection, *data: str, **settings: object) -> Fit:
+def fit(connection: Connection, *data: str, said: list[str] | None = None, **settings: object) -> Fit:
     wanted = replace(FitSettings(data=data, precision="fp32", max_passes=4), **settings)
-    return fit_gateway(GatewayStore(connection), wanted, report=lambda line: None)
+    return fit_gateway(GatewayStore(connection), wanted, report=[].append if said is None else said.append)
 
 
 def by_hand(store: GatewayStore, **weights: float) -> torch.Tensor:
@@ -255,6 +255,17 @@ def test_nothing_is_written_if_it_cannot_be_fitted(
     with raises(UnknownExpertError, about="experts"):
         fit(connection, rows)
     assert GatewayStore(connection).fit() is None
+
+
+def test_an_expert_without_validation_rows_is_said(
+    connection: Connection, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    make_federation(connection, tiny_model_dir)
+    rows = write_rows(tmp_path / "rows.jsonl", "red", n_rows=2)
+    for data, silent in ((f"red={rows}", {"blue"}), (str(rows), set()), (f"blue={rows}", {"red"})):
+        said: list[str] = []
+        fit(connection, data, said=said, max_passes=1)
+        assert {line.split()[4] for line in said if line.startswith("no validation rows of")} == silent
 
 
 def test_experts_without_weight_or_training_are_left_out(

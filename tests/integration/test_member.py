@@ -1,6 +1,8 @@
 """`fedmoe.join`: a training loop of one's own as a worker, on a real Redis and a tiny model."""
 
+import json
 import logging
+from array import array
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -11,14 +13,17 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 import fedmoe
+from fedmoe.data.encode import Answer, Example
 from fedmoe.errors import BaseModelError, RemovedExpertError, SettingsError, UnknownExpertError
 from fedmoe.model.adapter import adapter_layout
 from fedmoe.model.base import fingerprint, structure
+from fedmoe.model.hidden import prompt_states
 from fedmoe.protocol.layout import values_of
 from fedmoe.protocol.lora import LoraSettings
 from fedmoe.protocol.names import GATEWAY
 from fedmoe.protocol.rules import AggregationRules, RuleSet
 from fedmoe.protocol.spec import Spec
+from fedmoe.protocol.vectors import DomainVector
 from fedmoe.store.connection import Connection
 from fedmoe.store.gateway import GatewayStore
 from fedmoe.store.remove import remove_expert
@@ -97,6 +102,47 @@ def test_what_a_loop_trains_becomes_the_expert(connection: Connection, connect: 
     assert member.status[NAME].applied == meta.version
     assert torch.allclose(values(model, tiny_spec()), weights_in_redis(connection), atol=1e-7)
     assert not torch.allclose(weights_in_redis(connection), begin, atol=1e-4)
+
+
+def test_prompts_become_the_domain_vector(connection: Connection, connect: Connect, tmp_path: Path) -> None:
+    """It is the base model's, whatever the adapter holds; the model stays in train mode; a restart draws no noise."""
+    make_tiny(connection)
+    prompts = [[1, 2, 3], [7, 8, 9, 10], [5]]
+    rows = [Example(array("i", one), (Answer(len(one), len(one), 1.0),)) for one in prompts]
+    mean = prompt_states(tiny_model(), rows, pad_id=0, device=torch.device("cpu")).mean(0)
+    for name, noise in (("quiet", 0.0), ("noisy", 3.0), ("noisy", 3.0)):
+        model = adapted(connection).train()
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                nn.init.constant_(parameter, 0.5)
+        with (
+            serving(connect(), block_ms=20),
+            fedmoe.join(
+                connection.settings, {NAME: model}, name=name, prompts=prompts, vector_noise=noise,
+                state_dir=tmp_path / name,
+            ) as member,
+        ):  # fmt: skip
+            assert all(module.training for module in model.modules())
+            train(member, model, adam(model), 1)
+        if name == "noisy":
+            noisy = DomainVector.from_json(GatewayStore(connection).vectors(NAME)["noisy"].decode())
+            kept = json.loads((tmp_path / name / "vector.json").read_text())["vector"]
+            assert noisy == DomainVector.from_json(kept)
+    vectors = {
+        name: DomainVector.from_json(text.decode()).tensor()
+        for name, text in GatewayStore(connection).vectors(NAME).items()
+    }
+    assert torch.allclose(vectors["quiet"], mean, atol=0.01)
+    assert not torch.allclose(vectors["noisy"], mean, atol=0.1)
+
+
+@pytest.mark.parametrize("prompts", [[[]], [1, 2], [["a"]], ["ab"]])
+def test_prompts_that_are_no_tokens_are_one_sentence(
+    connection: Connection, prompts: list[list[int]]
+) -> None:
+    make_tiny(connection)
+    with raises(SettingsError, about="prompts"):
+        fedmoe.join(connection.settings, {NAME: adapted(connection)}, name="own", prompts=prompts)
 
 
 def test_two_loops_learn_from_each_other(connection: Connection, connect: Connect) -> None:

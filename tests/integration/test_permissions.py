@@ -156,6 +156,7 @@ def test_what_is_listed_for_rarer_situations_is_sent_in_them(
     a_fitted_gateway(guarded)
     an_operator_who_goes_back(guarded, tmp_path / "backup")
     a_removed_expert(guarded)
+    an_operator_who_enrols(guarded, tmp_path)
     monkeypatch.setattr("fedmoe.store.gateway.WHOLE_BYTES", 100)
     a_merged_gateway_in_parts(guarded)
     assert guarded.denied() == []
@@ -322,6 +323,17 @@ def an_operator_who_goes_back(guarded: Guarded, backup: Path) -> None:
     assert "version 4 has the weights of version 1" in guarded.fedmoe(OPERATOR, *rollback)
     guarded.admin.client.config_set("maxmemory", 0)
     assert "rolled back" in guarded.fedmoe(OPERATOR, "status")
+
+
+def an_operator_who_enrols(guarded: Guarded, directory: Path) -> None:
+    """And revokes, and reads who did so; this server has no ACL file, which is an error at the end."""
+    for words in (
+        ("worker", "enrol", "w2", "--stream", EXPERT, "--out", str(directory / "w2.toml")),
+        ("worker", "revoke", "w2", "--stream", EXPERT),
+    ):
+        with raises(RedisUnavailableError, about="nodes"):
+            guarded.fedmoe(OPERATOR, *words)
+    assert "revoked" in guarded.fedmoe(OPERATOR, "operator", "audit")
 
 
 def a_removed_expert(guarded: Guarded) -> None:

@@ -10,7 +10,7 @@ import pytest
 from fedmoe.errors import FedMoEError, NotAliveError, SettingsError
 from fedmoe.util import alive as module
 from fedmoe.util.alive import LATE_S, alive, look
-from fedmoe.util.journal import JournalFormatter, is_journal
+from fedmoe.util.journal import is_journal, marked, priority_of
 from tests.errors import raises
 from tests.processes import eventually
 
@@ -74,8 +74,8 @@ def test_a_file_that_cannot_be_written_fails_at_the_start(tmp_path: Path) -> Non
 )
 def test_each_line_for_the_journal_has_its_level(level: str, mark: int) -> None:
     """Also the second line of a message, which the journal stores by itself."""
-    record = logging.LogRecord("x", getattr(logging, level), "x.py", 1, "one\ntwo", (), None)
-    assert JournalFormatter(logging.Formatter("%(message)s")).format(record) == f"<{mark}>one\n<{mark}>two"
+    text = marked("one\ntwo", priority_of(getattr(logging, level)))
+    assert text == f"<{mark}>one\n<{mark}>two"
 
 
 def test_the_journal_is_the_stream_that_systemd_names(

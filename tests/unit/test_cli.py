@@ -1,5 +1,6 @@
 """The command line: quick help, configuration file, environment, precedence."""
 
+import json
 import logging
 import subprocess
 import sys
@@ -8,8 +9,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from fedmoe.cli.main import COMMANDS, SafeFormatter, cli
+from fedmoe.cli.main import COMMANDS, cli
 from fedmoe.errors import RedisUnavailableError, SettingsError
+from fedmoe.util.log import JsonFormatter, TextFormatter
 from tests.errors import raises
 
 
@@ -68,13 +70,13 @@ def test_command_line_wins_over_environment_over_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["redis://:sec#ret@127.0.0.1:1", "redis://:sec/ret@127.0.0.1:1", "redis://u:sec@ret@127.0.0.1:x"]
+    "url", ["redis://:s3c#ret@127.0.0.1:1", "redis://:s3c/ret@127.0.0.1:1", "redis://u:s3c@ret@127.0.0.1:x"]
 )
 def test_password_is_never_shown(url: str) -> None:
     """Not even when it makes the URL unreadable; the message says how to write it."""
     with pytest.raises((SettingsError, RedisUnavailableError)) as error:
         CliRunner().invoke(cli, ["status", "--redis", url], catch_exceptions=False)
-    assert "sec" not in str(error.value)
+    assert "s3c" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -93,11 +95,52 @@ def test_url_that_cannot_work_is_refused(url: str, about: str) -> None:
 def test_control_characters_never_reach_the_terminal() -> None:
     """What a worker wrote is logged escaped."""
     record = logging.LogRecord("n", logging.WARNING, "f", 1, "took %s", ("\x1b[31mevil\a",), None)
-    assert SafeFormatter().format(record).endswith("WARNING took \\x1b[31mevil\\x07")
+    assert TextFormatter().format(record).endswith("WARNING took \\x1b[31mevil\\x07")
 
 
 def test_a_log_line_tells_when_and_how_grave() -> None:
     """UTC as ISO 8601, the level, the message, whatever the time zone here is."""
     record = logging.LogRecord("n", logging.INFO, "f", 1, "served", (), None)
     record.created = 1769860800.9
-    assert SafeFormatter().format(record) == "2026-01-31T12:00:00Z INFO served"
+    assert TextFormatter().format(record) == "2026-01-31T12:00:00Z INFO served"
+
+
+def test_a_missing_option_is_named() -> None:
+    """Not as an error of the class that it is a setting of."""
+    done = CliRunner().invoke(cli, ["worker", "run", "--data", "x"])
+    assert done.exit_code == 2
+    assert "Missing option '--stream'" in done.output
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "redis://ann:pass@h:1/0 is away",
+        "at rediss://:p/a?s#s@h",
+        "x?sentinel_password=pass&db=0",
+        "api_key=pass",
+    ],
+)
+def test_a_log_line_masks_what_may_be_a_password(text: str) -> None:
+    """Also in what a library says, or a traceback quotes."""
+    record = logging.LogRecord("n", logging.WARNING, "f", 1, "%s", (text,), None)
+    shown = TextFormatter().format(record), json.loads(JsonFormatter().format(record))["message"]
+    assert not [one for one in shown if "pass" in one.replace("password=", "") or "p/a" in one]
+    assert all("***" in one for one in shown)
+
+
+def test_a_traceback_is_one_line_of_json_and_escaped() -> None:
+    """What others wrote may be in an exception's message."""
+    try:
+        raise ValueError("\x1b[31mevil")
+    except ValueError as error:
+        failed = (ValueError, error, error.__traceback__)
+    record = logging.LogRecord("n", logging.ERROR, "f", 1, "failed", (), failed)
+    line = JsonFormatter().format(record)
+    assert "\n" not in line
+    said = json.loads(line)
+    assert (said["time"][-1], said["level"], said["message"]) == ("Z", "error", "failed")
+    for text in (said["exception"], TextFormatter().format(record)):
+        assert "Traceback" in text
+        assert "\\x1b[31mevil" in text
+        assert "\x1b" not in text

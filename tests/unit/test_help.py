@@ -17,13 +17,14 @@ from fedmoe.settings import (
     RedisSettings,
     WorkerSettings,
 )
+from fedmoe.tools.metrics.settings import MetricsSettings
 from fedmoe.tools.plan import PlanSettings
 from fedmoe.util.alive import AliveSettings
 from fedmoe.util.setting import UNITS, declared
 
 OWNERS = (
     RedisSettings, IdentitySettings, RuleSet, GatewaySettings, AggregatorSettings, WorkerSettings, HeldOutSettings,
-    AnswerSettings, FitSettings, AliveSettings, PlanSettings,
+    AnswerSettings, FitSettings, MetricsSettings, AliveSettings, PlanSettings,
 )  # fmt: skip
 DEFAULT = re.compile(r"\s*\[default: .*\]$")
 # What a help may not begin with: it would not say what the value is, or what the option does.
@@ -36,7 +37,7 @@ UNIT = re.compile(
 # Factors, exponents and norms have no unit.
 BARE = {
     "alpha", "seed", "lr", "gain", "decay-a", "max-norm", "learning-rate", "weight-decay", "clip-norm", "gateway-scale",
-    "weight", "server-momentum", "server-beta2", "server-epsilon", "port", "temperature",
+    "weight", "server-momentum", "server-beta2", "server-epsilon", "port", "metrics-port", "temperature",
 }  # fmt: skip
 
 

@@ -21,9 +21,11 @@ from ops.bench.fedmoe_side import make_spec
 from ops.bench.learning.carry import BASE, OWN, Outcome, kept, outcomes, write
 from ops.bench.learning.lab import CPU, inputs_of, merges, share_of
 from ops.bench.learning.report import figures, lines_of, plot, table
+from ops.bench.learning.rounds import play_rounds
 from ops.bench.learning.runs import ALL, DOMAINS, GATEWAY, MIXES, PARTS, SCHEMES, Run, WorkerPlan
 from ops.bench.learning.server import Server
 from ops.bench.learning.stage import Stage, StageTrainer
+from ops.bench.learning.times import ALIKE, STRAGGLER, arrivals, reached, time_figures, time_table
 from ops.bench.learning.virtual import Clock, Worker, servers_of, simulate
 from producers.trainer import StepResult
 from tests.strategies import randn
@@ -252,8 +254,9 @@ def outcome(run: Run, **means: float) -> Outcome:
     losses = {name.replace("_", " "): dict.fromkeys(DOMAINS, mean) for name, mean in means.items()}
     fields = asdict(run) | {"delay_s": list(run.delay_s)}
     return Outcome(
-        run=fields, losses=losses, steps={GATEWAY: 144}, updates={}, staleness={}, seconds=1.0, cpu_s=1.0
-    )
+        run=fields, losses=losses, steps={GATEWAY: 144}, updates={}, staleness={}, seconds=1.0, cpu_s=1.0,
+        precision="float32", valid={}, curve=[],
+    )  # fmt: skip
 
 
 def some() -> list[tuple[Run, Outcome]]:
@@ -306,3 +309,70 @@ def test_gateway_without_a_domain_holds_what_the_others_sent() -> None:
     parts = [gateway.weights - gateway.without(domain) for domain in DOMAINS]
     assert all(float(part.abs().max()) > 1e-3 for part in parts)
     assert torch.allclose(first + sum(parts), gateway.weights, atol=1e-5)
+
+
+def test_rounds_move_by_the_mean_and_wait_for_the_slowest() -> None:
+    run = Run(scheme="rounds", mix="straggler", steps=24, sync_s=12.0, gain=2.0, delay_s=(0.25, 0.25))
+    server = servers_of(run, lambda name: Server(name, make_spec(LAYOUT, "fp32", lora=LORA), run.rules))[
+        GATEWAY
+    ]
+    first, walkers, seen = server.weights.clone(), list[Walker](), list[float]()
+
+    def make(plan: WorkerPlan, chain: str, flat: torch.Tensor) -> Walker:
+        walkers.append(Walker(flat, len(walkers), torch.zeros(len(flat), dtype=torch.float64)))
+        return walkers[-1]
+
+    assert play_rounds(run, server, make, watch=seen.append) == 4 * 24
+    assert seen == [0.0, 48.5, 97.0]
+    mean = torch.stack([walker.walked for walker in walkers]).mean(0)
+    assert torch.allclose(server.weights, (first + 2 * mean).float(), atol=1e-5)
+
+
+def test_the_clock_is_watched_once_in_a_sync_interval() -> None:
+    run = Run(scheme="gateway", mix="straggler", steps=24)
+    servers = servers_of(run, lambda name: Server(name, make_spec(LAYOUT, "fp32", lora=LORA), run.rules))
+    seen: list[tuple[float, int]] = []
+
+    def make(plan: WorkerPlan, chain: str, flat: torch.Tensor) -> Walker:
+        return Walker(flat, 0, torch.zeros(len(flat), dtype=torch.float64))
+
+    simulate(run, servers, make, watch=lambda now: seen.append((now, servers[GATEWAY].meta.version)))
+    assert [now for now, _ in seen] == [0.0, 6.0, 12.0, 18.0, 24.0]
+    versions = [version for _, version in seen]
+    assert versions == sorted(versions)
+    assert 0 == versions[0] < versions[2] < versions[4]
+
+
+def test_when_a_loss_is_reached() -> None:
+    curve = [[0.0, 2.0], [6.0, 1.4], [12.0, 1.3], [18.0, 1.1]]
+    assert reached(curve, 2.5) == 0.0
+    assert reached(curve, 1.7) == pytest.approx(3.0)
+    assert reached(curve, 1.2) == pytest.approx(15.0)
+    assert reached(curve, 1.0) is None
+
+
+def test_own_pace_beside_the_fastest_rounds_of_the_same_seed() -> None:
+    """The loss to reach is 2.0 - 0.8 x (2.0 - 1.0) = 1.2."""
+
+    def traced(run: Run, curve: list[list[float]]) -> tuple[Run, Outcome]:
+        return run, replace(outcome(run, gateway=1.0), curve=curve)
+
+    apart = Run(scheme="apart", merges=False, rows=16)
+    paced = {"scheme": "gateway", "gain": 2.0, "trace": True, "rows": 16}
+    rounds = {"scheme": "rounds", "mix": ALIKE, "trace": True, "rows": 16}
+    found = [
+        (apart, outcome(apart, **{BASE: 2.0, OWN.replace(" ", "_"): 1.0})),
+        traced(Run(mix=ALIKE, **paced), [[0.0, 2.0], [10.0, 1.2]]),
+        traced(Run(mix=STRAGGLER, **paced), [[0.0, 2.0], [12.0, 1.2]]),
+        traced(Run(sync_s=6.0, **rounds), [[0.0, 2.0], [7.0, 1.2]]),
+        traced(Run(sync_s=3.0, **rounds), [[0.0, 2.0], [4.0, 1.3], [8.0, 1.2]]),
+        traced(Run(sync_s=12.0, **rounds), [[0.0, 2.0], [13.0, 1.3]]),
+        traced(Run(sync_s=3.0, seed=1, **rounds), [[0.0, 2.0], [1.0, 1.0]]),  # of a seed without experts
+    ]
+    made = arrivals(found)
+    figures_ = {result.name: result for result in time_figures(made)}
+    assert figures_["learning_time_own_pace_vs_rounds_four"].value == pytest.approx(10 / 7)
+    assert figures_["learning_time_own_pace_vs_rounds_straggler"].value == pytest.approx(12 / 25)
+    assert figures_["learning_time_own_pace_vs_rounds_straggler"].met
+    assert figures_["learning_time_own_pace_vs_rounds_straggler_ideal"].value == pytest.approx(1 / 3.25)
+    assert "straggler  rounds of 12 steps  gain 1   -" in time_table(made)

@@ -9,9 +9,9 @@ Everything happens in one process on a virtual clock that the seed fixes; ledger
 ones, and so are the model (SmolLM2-135M-Instruct), the trainer and the demo's three domains.
 
     runs      what a run is, the workers' mixes, the parts
-    virtual   clock, workers, chains; server: the aggregator's side of a chain
+    virtual   clock, workers, chains; server: the aggregator's side of a chain; rounds: workers that wait
     stage     one base model for all chains; lab: rows and held-out losses
-    carry     carries a run out and keeps its outcome; report: table, figures, plot
+    carry     carries a run out and keeps its outcome; report: table, figures, plot; times: when a loss is reached
 """
 
 from collections.abc import Iterator
@@ -19,9 +19,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from ops.bench.learning.carry import outcomes
-from ops.bench.learning.report import Line, figures, lines_of, plot, table
+from ops.bench.learning.carry import Found, outcomes
+from ops.bench.learning.report import figures, lines_of, plot, table
 from ops.bench.learning.runs import PARTS
+from ops.bench.learning.times import arrivals, time_figures, time_table
 from ops.bench.plan import Plan
 from ops.bench.result import Result
 
@@ -34,14 +35,17 @@ def run(plan: Plan) -> Iterator[Result]:
     runs = [run for part in learning.parts for run in PARTS[part](learning.rows, learning.seeds)]
     with ExitStack() as stack:
         keep = learning.keep or Path(stack.enter_context(TemporaryDirectory(prefix="fedmoe-learning-")))
-        lines = lines_of(list(outcomes(runs, keep)))
-    show(lines, learning.keep)
-    yield from figures(lines, short=learning.short)
+        found = list(outcomes(runs, keep))
+    show(found, learning.keep)
+    yield from figures(lines_of(found), short=learning.short)
+    yield from time_figures(arrivals(found))
 
 
-def show(lines: list[Line], keep: Path | None) -> None:
-    """Print the table; with a directory, write it and the plot there too."""
-    print(table(lines), flush=True)
+def show(found: Found, keep: Path | None) -> None:
+    """Print the tables; with a directory, write them and the plot there too."""
+    lines = lines_of(found)
+    text = "\n".join(part for part in (table(lines), time_table(arrivals(found))) if part)
+    print(text, flush=True)
     if keep:
-        (keep / TABLE).write_text(table(lines) + "\n")
+        (keep / TABLE).write_text(text + "\n")
         plot(keep / PICTURE, lines)

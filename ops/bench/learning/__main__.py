@@ -5,7 +5,6 @@ from pathlib import Path
 
 from ops.bench.learning import show
 from ops.bench.learning.carry import kept
-from ops.bench.learning.report import lines_of
 
 
 def main(arguments: list[str]) -> int:
@@ -14,7 +13,7 @@ def main(arguments: list[str]) -> int:
     if not found:
         print("ops.bench.learning: give one directory that `ops/bench.sh --keep` wrote", file=sys.stderr)
         return 2
-    show(lines_of(found), Path(arguments[0]))
+    show(found, Path(arguments[0]))
     return 0
 
 

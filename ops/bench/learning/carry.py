@@ -14,6 +14,7 @@ import torch
 from fedmoe.protocol.lora_init import initial_weights
 from fedmoe.tools.routing import BY_ARROW, BY_VECTORS
 from ops.bench.learning.lab import FITTED, Lab, is_expert, merges
+from ops.bench.learning.rounds import play_rounds
 from ops.bench.learning.runs import DOMAINS, GATEWAY, SCHEMES, Run, WorkerPlan
 from ops.bench.learning.server import Server
 from ops.bench.learning.stage import StageTrainer
@@ -33,6 +34,9 @@ class Outcome:
         steps: chain → optimizer steps of all its workers; updates: chain → updates applied.
         staleness: chain → mean staleness of its updates.
         seconds: of training and evaluation on this machine; cpu_s: of this process, all threads together.
+        precision: dtype of the computation on this machine.
+        valid: domain → loss of the gateway on validation rows, by which rules are chosen.
+        curve: virtual second and held-out loss of the gateway, averaged over the domains; empty unless traced.
     """
 
     run: dict[str, Any]
@@ -42,6 +46,12 @@ class Outcome:
     staleness: dict[str, float]
     seconds: float
     cpu_s: float
+    precision: str
+    valid: dict[str, float]
+    curve: list[list[float]]
+
+
+Found = list[tuple[Run, Outcome]]
 
 
 def domains_of(run: Run) -> tuple[str, ...]:
@@ -63,15 +73,30 @@ def carry_out(run: Run, lab: Lab) -> Outcome:
         under = gateways[plan.name] if run.scheme == "residual" and is_expert(chain) else None
         return lab.trainer(run, plan, chain, flat, under)
 
-    workers = simulate(run, servers, make)
+    seen: list[tuple[float, torch.Tensor]] = []
+    watch = (lambda now: seen.append((now, servers[GATEWAY].weights.clone()))) if run.trace else None
+    if run.scheme == "rounds":
+        steps = {GATEWAY: play_rounds(run, servers[GATEWAY], make, watch=watch)}
+    else:
+        workers = simulate(run, servers, make, watch=watch)
+        steps = {name: _steps(workers, server) for name, server in servers.items()}
+    domains = domains_of(run)
+    losses = _losses(run, lab, servers)
+    valid = lab.valid_losses(run.rows, servers[GATEWAY].weights, domains) if GATEWAY in servers else {}
+    curve = [
+        [round(now, 2), statistics.fmean(lab.losses(run.rows, flat, domains).values())] for now, flat in seen
+    ]
     return Outcome(
         run=asdict(run),
-        losses=_losses(run, lab, servers),
-        steps={name: _steps(workers, server) for name, server in servers.items()},
+        losses=losses,
+        steps=steps,
         updates={name: server.meta.version for name, server in servers.items()},
         staleness={name: statistics.fmean(server.staleness) for name, server in servers.items()},
         seconds=round(time.monotonic() - began, 1),
         cpu_s=round(time.process_time() - cpu_began, 1),
+        precision=lab.precision,
+        valid=valid,
+        curve=curve,
     )
 
 
@@ -86,7 +111,8 @@ def _losses(run: Run, lab: Lab, servers: dict[str, Server]) -> dict[str, dict[st
     if run.scheme == "apart":
         spec = lab.spec(run)
         found[BASE] = lab.losses(run.rows, initial_weights(spec.layout, spec.init_seed), domains)
-        for name, merged in (merges(spec, experts) | {FITTED: lab.fitted(run, experts)}).items():
+        merged_of = merges(spec, experts) | {FITTED: lab.fitted(run, experts)} if run.merges else {}
+        for name, merged in merged_of.items():
             found[name] = lab.losses(run.rows, merged, domains)
     gateway = servers[GATEWAY].weights if GATEWAY in servers else None
     if gateway is not None:
@@ -97,7 +123,7 @@ def _losses(run: Run, lab: Lab, servers: dict[str, Server]) -> dict[str, dict[st
         found[OWN] = {}
         for name, flat in experts.items():
             found[OWN] |= lab.losses(run.rows, flat, [name])
-    if run.scheme == "apart" and len(experts) > 1:
+    if run.scheme == "apart" and run.merges and len(experts) > 1:
         found[BY_VECTORS], found[BY_ARROW] = lab.routed(run.rows, experts), lab.arrow(run.rows, experts)
     if run.scheme == "residual":
         found[OVER] = {}
@@ -144,7 +170,7 @@ def write(file: Path, outcome: Outcome) -> None:
     os.replace(fresh, file)
 
 
-def kept(keep: Path) -> list[tuple[Run, Outcome]]:
+def kept(keep: Path) -> Found:
     """The outcomes that are kept in a directory, with their runs."""
     found = [outcome for file in sorted(keep.glob("*.json")) if (outcome := read(file))]
     pairs = [(_run_of(outcome.run), outcome) for outcome in found]

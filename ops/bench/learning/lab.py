@@ -41,10 +41,8 @@ CPU = torch.device("cpu")
 TRAINING = TrainingSettings(learning_rate=1e-3, batch_size=2, max_length=192, warmup_steps=4)
 VECTOR_ROWS = 40  # of a domain, that its vector is the mean of
 TRAIN_ROWS, VALID_ROWS, TEST_ROWS = 600, 64, 128  # of a domain, where it has so many
-FIT_ROWS, FIT_PASSES = (
-    24,
-    12,
-)  # validation rows of a domain on which a merge is fitted, and passes with gradient
+FIT_ROWS = 24  # validation rows of a domain, on which a merge is fitted and rules are chosen
+FIT_PASSES = 12  # passes with gradient of a fit
 FITTED = "cat fitted"
 THREADS = 2  # at most; OMP_NUM_THREADS=1 is faster on a machine that is busy
 
@@ -60,12 +58,12 @@ class Lab:
 
     def __init__(self, rank: int) -> None:
         torch.set_num_threads(min(THREADS, torch.get_num_threads()))
-        self.train, self.valid, self.test, self.pad_id, model_dir = demo_rows()
-        self._model_dir = model_dir
+        self.train, self.valid, self.test, self.pad_id, self.model_dir = demo_rows()
         lora = LoraSettings(rank=rank, alpha=2.0 * rank)
-        self._spec = make_spec(adapter_layout(load_config(model_dir), lora), "int4", lora=lora)
-        self.stage = Stage(load_base(model_dir, device=CPU, dtype=torch.float32), self._spec)
+        self._spec = make_spec(adapter_layout(load_config(self.model_dir), lora), "int4", lora=lora)
+        self.stage = Stage(load_base(self.model_dir, device=CPU, dtype=torch.float32), self._spec)
         self._autocast = choose_precision("auto", CPU)
+        self.precision = str(self._autocast).removeprefix("torch.")
 
     def spec(self, run: Run) -> Spec:
         """The spec of the run's chains."""
@@ -101,13 +99,25 @@ class Lab:
             self.stage.show_merged(adapter)
         else:
             self.stage.show(adapter, under=under)
+        return self._shown_losses({domain: self.test[domain][:rows] for domain in domains})
+
+    def valid_losses(self, rows: int, flat: torch.Tensor, domains: Iterable[str]) -> dict[str, float]:
+        """The loss of an adapter (numel,) on at most FIT_ROWS validation rows of each of some domains."""
+        self.stage.show(flat)
+        return self._shown_losses({domain: self.valid[domain][: min(FIT_ROWS, rows)] for domain in domains})
+
+    def _shown_losses(self, rows: Rows) -> dict[str, float]:
         return {
             domain: mean_loss(
-                self.stage.model, self.test[domain][:rows], pad_id=self.pad_id, batch_size=4, device=CPU,
+                self.stage.model,
+                examples,
+                pad_id=self.pad_id,
+                batch_size=4,
+                device=CPU,
                 autocast=self._autocast,
             )
-            for domain in domains
-        }  # fmt: skip
+            for domain, examples in rows.items()
+        }
 
     def fitted(self, run: Run, experts: Mapping[str, torch.Tensor]) -> Merged:
         """The merge with the weights that `fedmoe gateway fit` finds on validation rows of these experts' domains."""
@@ -162,7 +172,7 @@ class Lab:
             buffer = AdapterBuffer(self._spec.layout)
             buffer.flat.copy_(flat)
             adapters.append(Adapter(file=bytes(buffer.file), config=self._spec.adapter_config()))
-        base = load_base(self._model_dir, device=CPU, dtype=torch.float32)
+        base = load_base(self.model_dir, device=CPU, dtype=torch.float32)
         with arrow_loaded(base, adapters) as model:
             return {
                 domain: mean_loss(

@@ -44,6 +44,8 @@ def label_of(run: Run, model: str) -> str:
         return model if run.gain == 1 or model == BASE else f"{model}, gain {run.gain:g}"
     if run.scheme == "central":
         return "centralised"
+    if run.scheme == "rounds":
+        return f"gateway, in rounds of {run.sync_s:g} steps, gain {run.gain:g}"
     what = {GATEWAY: "gateway", OWN: "experts", OVER: "experts over gateway"}.get(model, "gateway")
     if run.scheme == "gateway":
         more = ", domains alike" if run.balance != BY_WORKER else ""

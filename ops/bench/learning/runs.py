@@ -8,6 +8,7 @@ from fedmoe.protocol.rules import ADAPTIVE, BY_DOMAIN, BY_WORKER, NESTEROV, SGD,
 
 DOMAINS = ("python_expert", "sql_expert", "docs_expert")
 SYNC_S = 6.0  # virtual seconds between two updates of a worker, and its steps meanwhile
+TRACE_ROWS = 16  # held-out rows of a domain at most, where the loss is measured along the way
 ALL = "all"  # a worker of this domain has the rows of every domain
 SCHEMES = {
     "apart": "each worker trains its domain's expert",
@@ -16,6 +17,7 @@ SCHEMES = {
     "twice": "gateway and expert take a step each on the same rows",
     "residual": "as `twice`; the expert is trained on top of the gateway",
     "central": "one worker has all rows and trains the gateway",
+    "rounds": "every worker trains the gateway, in rounds that end when the slowest has taken its steps",
 }
 
 
@@ -53,8 +55,10 @@ class Run:
         rank: of the adapter; alpha is twice the rank.
         seed: of initial weights, order of rows and delays.
         rows: held-out rows of each domain.
-        sync_s: virtual seconds between two updates of a worker.
+        sync_s: virtual seconds between two updates of a worker; in rounds, the steps of each worker.
         delay_s: least and longest time between making and applying an update, and between applying and pulling.
+        merges: measure merges and routers of experts trained apart, too.
+        trace: measure the gateway's loss also along the way, every `sync_s` virtual seconds or after each round.
     """
 
     scheme: str
@@ -73,6 +77,8 @@ class Run:
     sync_s: float = SYNC_S
     delay_s: tuple[float, float] = (0.1, 0.5)
     wire_format: str = "int4"
+    merges: bool = True
+    trace: bool = False
 
     @property
     def name(self) -> str:
@@ -85,6 +91,7 @@ class Run:
         amount += {NESTEROV: f"-nesterov{self.momentum:g}", ADAPTIVE: f"-adaptive{self.lr:g}"}.get(
             self.optimizer, ""
         )
+        amount += ("" if self.merges else "-plain") + ("-trace" if self.trace else "")
         return f"{self.mix}-{self.steps}-r{self.rank}-s{self.seed}-n{self.rows}-{self.scheme}-{amount}"
 
     @property
@@ -108,7 +115,7 @@ class Run:
         match self.scheme:
             case "apart":
                 return (worker.domain,)
-            case "gateway" | "central":
+            case "gateway" | "central" | "rounds":
                 return (GATEWAY,)
         return (GATEWAY, worker.domain)
 
@@ -146,6 +153,11 @@ MIXES: dict[str, Callable[[float], tuple[WorkerPlan, ...]]] = {
     "stops": lambda seconds: _three(seconds, python={"stop_s": seconds / 2}),
     "rows": lambda seconds: _three(seconds, sql={"share": 0.1}, docs={"share": 0.1}),
     "ten": lambda seconds: _many(seconds / 2, python=10, sql=1),
+    "four": lambda seconds: _many(seconds, python=1, sql=1, docs=2),
+    "straggler": lambda seconds: (
+        *_many(seconds, python=1, sql=1, docs=1),
+        WorkerPlan(name="docs1", domain="docs_expert", stop_s=seconds, speed=0.25),
+    ),
 }
 
 
@@ -203,6 +215,25 @@ def _opt_out(rows: int, seeds: int) -> Iterator[Run]:
         yield Run(scheme="gateway", gain=2.0, without="sql_expert", seed=seed, rows=rows)
 
 
+def _time(rows: int, seeds: int) -> Iterator[Run]:
+    """Time to a loss: four workers at their own pace, or in rounds; one of them may be four times slower.
+
+    Rounds of alike workers and rounds with a straggler go through the same weights, so they are trained once.
+    """
+    rows = min(rows, TRACE_ROWS)
+    for seed in range(seeds):
+        yield Run(scheme="apart", merges=False, seed=seed, rows=rows)
+        for mix in ("four", "straggler"):
+            yield Run(
+                scheme="gateway", mix=mix, gain=2.0, balance=BY_DOMAIN, trace=True, seed=seed, rows=rows
+            )
+        for gain in (1.0, 2.0):
+            for steps in (3.0, 6.0, 12.0):
+                yield Run(
+                    scheme="rounds", mix="four", gain=gain, sync_s=steps, trace=True, seed=seed, rows=rows
+                )
+
+
 def _mixes(rows: int, seeds: int) -> Iterator[Run]:
     for seed in range(seeds):
         for mix in ("eight", "slow", "late", "stops", "rows", "ten"):
@@ -237,4 +268,5 @@ PARTS: dict[str, Callable[[int, int], Iterator[Run]]] = {
     "lengths": _lengths,
     "ranks": _ranks,
     "mixes": _mixes,
+    "time": _time,
 }

@@ -85,6 +85,13 @@ class Server:
         self.staleness.append(verdict.staleness)
         self._applied.append((worker, judged.step, parts))
 
+    def average(self, locals_: Sequence[torch.Tensor], *, gain: float) -> None:
+        """Move the weights `gain` times as far as the mean of these weights (numel,) is away: no ledger, no format."""
+        mean = torch.stack(list(locals_)).mean(0)
+        self._now.weights.lerp_(mean, gain)
+        self.meta = replace(self.meta, version=self.meta.version + 1)
+        self.staleness.append(0)
+
     def without(self, domain: str) -> torch.Tensor:
         """The weights (numel,) fp32 of a replay that leaves the updates of one domain's workers out.
 

@@ -6,6 +6,7 @@ training goes on meanwhile, so staleness arises as in a real federation. The led
 """
 
 import heapq
+import math
 import random
 from collections.abc import Callable, Mapping
 from typing import Protocol
@@ -32,6 +33,7 @@ class Learner(Protocol):
         ...
 
 
+Watch = Callable[[float], None]  # called with the virtual second
 Make = Callable[[WorkerPlan, str, torch.Tensor], Learner]  # of a worker and a chain, on its own flat vector
 
 
@@ -162,8 +164,13 @@ class Worker:
         self._clock.at(next_s, self._boundary)
 
 
-def simulate(run: Run, servers: Mapping[str, Server], make: Make) -> list[Worker]:
-    """Play the whole run; the servers then hold its result, and the workers their books."""
+def simulate(
+    run: Run, servers: Mapping[str, Server], make: Make, *, watch: Watch | None = None
+) -> list[Worker]:
+    """Play the whole run; the servers then hold its result, and the workers their books.
+
+    `watch` is called every `sync_s` virtual seconds while a worker trains.
+    """
     clock, draw = Clock(), random.Random(f"{run.seed}")
 
     def delay() -> float:
@@ -180,6 +187,9 @@ def simulate(run: Run, servers: Mapping[str, Server], make: Make) -> list[Worker
         return chains
 
     workers = [Worker(plan, lambda plan=plan: chains_of(plan), clock) for plan in run.workers()]
+    if watch is not None:
+        for number in range(math.ceil(max(plan.stop_s for plan in run.workers()) / run.sync_s) + 1):
+            clock.at(number * run.sync_s, lambda: watch(clock.now))
     clock.run()
     return workers
 

@@ -1,0 +1,78 @@
+"""`fedmoe init`: the deployment directory of a new federation."""
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from fedmoe.protocol.parties import Party
+
+
+@click.command()
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option("--host", "hosts", multiple=True, metavar="HOST",
+              help="Name or address by which other machines reach Redis; repeatable, the first one stands in the "
+                   "enrolment files.")  # fmt: skip
+@click.option(
+    "--port", default=6379, show_default=True, type=click.IntRange(1, 65_535), help="Port of Redis."
+)
+@click.option("--worker", "workers", multiple=True, metavar="EXPERT/NAME",
+              help="Worker to enrol at once, by its expert and its name; repeatable.")  # fmt: skip
+@click.option("--prefix", default="fedmoe", show_default=True, help="Prefix of every key.")
+@click.option(
+    "--renew",
+    is_flag=True,
+    help="Renew the server's certificate of this deployment, also for each --host; change nothing else.",
+)
+def init(
+    directory: Path, hosts: tuple[str, ...], port: int, workers: tuple[str, ...], prefix: str, renew: bool
+) -> None:
+    """Write what a new federation needs into DIRECTORY: Redis with TLS and users, and an enrolment file for each party.
+
+    Give each party its enrolment file on a safe way: it holds a password.
+    """
+    import time
+
+    from fedmoe.errors import SettingsError
+    from fedmoe.tools.deploy.certificates import SERVER_DAYS, require_cryptography
+    from fedmoe.tools.deploy.deployment import CONF, ENROLMENTS, Deployment
+    from fedmoe.tools.deploy.deployment import renew as renew_certificate
+
+    require_cryptography()
+    if renew:
+        found = renew_certificate(directory, hosts)
+        click.echo(
+            f"{directory}: the server's certificate is valid for {SERVER_DAYS} days, for {', '.join(found)}"
+        )
+        click.echo("Redis takes it when it restarts; fedmoe goes on by itself after that")
+        return
+    if not hosts:
+        raise SettingsError(
+            "no host: name the machine of Redis as the others reach it (--host redis.example.org)",
+            about="host",
+        )
+    made = Deployment(
+        directory=directory, hosts=hosts, port=port, prefix=prefix, workers=tuple(map(_worker, workers))
+    )
+    made.write(now=time.time())
+    place = shlex.quote(str(directory))
+    for file, party in made.parties.items():
+        click.echo(f"{directory / ENROLMENTS / file}: {party}")
+    click.echo(f"start Redis:       redis-server {place}/{CONF}")
+    click.echo(f"the aggregator:    fedmoe --config {place}/fedmoe.toml aggregator run")
+    click.echo(f"one more worker:   fedmoe --config {place}/fedmoe.toml worker enrol NAME --stream EXPERT")
+    click.echo("keep tls/ca.key where only you can read it: whoever has it can pretend to be this Redis")
+
+
+def _worker(text: str) -> "Party":
+    from fedmoe.errors import SettingsError
+    from fedmoe.protocol.parties import Party
+
+    expert, slash, name = text.partition("/")
+    if not slash:
+        raise SettingsError(
+            f"--worker must be EXPERT/NAME, like sql_expert/sql-1, not {text!r}", about="worker"
+        )
+    return Party(role="worker", expert=expert, name=name)

@@ -1,0 +1,219 @@
+"""The users of a federation on every master and replica: ACLs are each node's own.
+
+Redis keeps hashes of passwords only, so nothing here can give a password away.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+from redis.exceptions import ResponseError
+
+from fedmoe.errors import RedisUnavailableError, RedisUnfitError
+from fedmoe.protocol.parties import Party
+from fedmoe.store.connection import Connection
+from fedmoe.store.permissions import Right, party_rules
+from fedmoe.store.rights import lacking
+from fedmoe.store.url import SentinelURL
+
+NO_FILE = "not configured to use an ACL file"
+_HASH = re.compile(r"#[0-9a-f]{64}")
+_SELECTOR = re.compile(r"\(([^()]*)\)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class User:
+    """A party's user on one node; two are equal if their rights and passwords are.
+
+    Args:
+        party: whose it is.
+        hashes: of its passwords, as ACL rules.
+        rules: of the root and of each selector; servers list them in different orders.
+    """
+
+    party: Party
+    hashes: tuple[str, ...]
+    rules: frozenset[frozenset[str]]
+
+    @classmethod
+    def parse(cls, party: Party, line: str) -> "User":
+        """From a line of ACL LIST."""
+        words = _SELECTOR.sub("", line).split()[2:]
+        hashes = tuple(sorted(word for word in words if _HASH.fullmatch(word)))
+        groups = [[word for word in words if word not in hashes and word != "sanitize-payload"]]
+        groups += [found.split() for found in _SELECTOR.findall(line)]
+        return cls(party=party, hashes=hashes, rules=frozenset(map(frozenset, groups)))
+
+
+def password_rule(password: str) -> str:
+    """The ACL rule that sets this password, by its hash."""
+    return f"#{hashlib.sha256(password.encode()).hexdigest()}"
+
+
+def user_line(party: Party, connection: Connection, hashes: tuple[str, ...]) -> str:
+    """The line of an ACL file for a party's user."""
+    return " ".join(["user", party.user(connection.keys.prefix), *_rules(party, connection, hashes)])
+
+
+def _rules(party: Party, connection: Connection, hashes: tuple[str, ...]) -> list[str]:
+    database = connection.client.get_connection_kwargs().get("db") or 0
+    return ["reset", "on", *hashes, *party_rules(party, connection.keys, database=database)]
+
+
+class Users:
+    """The users of the connection's federation, on the master and its replicas.
+
+    Args:
+        connection: of an operator, to the master.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self.notes: list[str] = []  # what is not as it should be after a change, each once
+
+    def parties(self) -> dict[Party, User]:
+        """The users on the master.
+
+        Raises:
+            RedisUnavailableError: if Redis cannot be reached or this user may not list them.
+        """
+        return self._list(self.connection)
+
+    def _list(self, node: Connection) -> dict[Party, User]:
+        with node.errors():
+            lines = [str(line) for line in node.client.execute_command("ACL LIST")]
+        prefix = node.keys.prefix
+        found = {party: line for line in lines if (party := Party.of_user(line.split(" ", 2)[1], prefix))}
+        return {party: User.parse(party, found[party]) for party in sorted(found)}
+
+    def may_enrol(self) -> bool:
+        """False if this server does not let this user change users."""
+        needed = [Right(command="MULTI"), Right(command="EXEC"), Right(command="ACL SETUSER")]
+        return not lacking(self.connection, needed)
+
+    def set(self, party: Party, hashes: tuple[str, ...]) -> None:
+        """Create or change a party's user on every node: these passwords, and the rights of its role."""
+        for _, node in self._reached():
+            self._set(node, party, hashes)
+
+    def _set(self, node: Connection, party: Party, hashes: tuple[str, ...]) -> None:
+        user = party.user(node.keys.prefix)
+        with node.errors():
+            node.client.execute_command("ACL SETUSER", user, *_rules(party, self.connection, hashes))
+        self._save(node)
+
+    def remove(self, party: Party) -> bool:
+        """Remove a party's user from every node, which cuts its connections; False if no node had it."""
+        removed = 0
+        for _, node in self._reached():
+            with node.errors():
+                removed += node.client.execute_command("ACL DELUSER", party.user(node.keys.prefix))
+            self._save(node)
+        return removed > 0
+
+    def refresh(self) -> int:
+        """Give every user the present rights of its role, on every node, and make all nodes equal to the master.
+
+        Returns:
+            The number of users.
+        """
+        there = self.parties()
+        for _, node in self._reached():
+            for party in self._list(node).keys() - there.keys():
+                with node.errors():
+                    node.client.execute_command("ACL DELUSER", party.user(node.keys.prefix))
+            for party, user in there.items():
+                self._set(node, party, user.hashes)
+        return len(there)
+
+    def differences(self) -> list[str]:
+        """One sentence for each replica whose users are not those of the master, or that cannot be asked."""
+        there, found = self.parties(), []
+        for address, node in self._nodes():
+            if node is self.connection:
+                continue
+            with closing(node):
+                try:
+                    users = self._list(node)
+                except RedisUnavailableError as error:
+                    found.append(f"the users on {address} are not known: {error}")
+                    continue
+            parties = users.keys() | there.keys()
+            odd = [one for one in sorted(parties) if users.get(one) != there.get(one)]
+            if odd:
+                names = ", ".join(map(str, odd[:3])) + (f" and {len(odd) - 3} more" if len(odd) > 3 else "")
+                found.append(
+                    f"users on {address} differ from the master's ({names}): run `fedmoe operator refresh`"
+                )
+        return found
+
+    def _save(self, node: Connection) -> None:
+        with node.errors():
+            try:
+                node.client.execute_command("ACL SAVE")
+            except ResponseError as error:
+                self._note(
+                    "the server has no ACL file (aclfile), so its users last until it restarts: write the line into "
+                    "its configuration"
+                    if NO_FILE in str(error)
+                    else f"the server could not save its users, they last until it restarts ({error})"
+                )
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def _reached(self) -> Iterator[tuple[str, Connection]]:
+        """Each node that answers, the master first; the others are noted."""
+        for address, node in self._nodes():
+            if node is self.connection:
+                yield address, node
+                continue
+            with closing(node):
+                try:
+                    with node.errors():
+                        node.client.info("server")  # a right that an operator has
+                except RedisUnavailableError as error:
+                    self._note(
+                        f"NOT done on {address} ({error}): run `fedmoe operator refresh` as soon as it is back"
+                    )
+                else:
+                    yield address, node
+
+    def _nodes(self) -> Iterator[tuple[str, Connection]]:
+        """The address of each node, and a connection to it."""
+        yield "the master", self.connection
+        for host, port in self._replicas():
+            yield f"{host}:{port}", Connection(self.connection.settings, node=(host, port))
+
+    def _replicas(self) -> list[tuple[str, int]]:
+        """The replicas that the master or Sentinel knows, those among them that are down, too."""
+        with self.connection.errors():
+            info = self.connection.client.info("replication")
+        found = [value for name, value in info.items() if re.fullmatch(r"slave\d+", name)]
+        places = [(str(one["ip"]), int(one["port"])) for one in found if isinstance(one, dict)]
+        if (url := self.connection.settings.url).startswith("sentinel://"):
+            places += self._of_sentinel(SentinelURL.parse(url).master)
+        return list(dict.fromkeys(places))
+
+    def _of_sentinel(self, master: str) -> list[tuple[str, int]]:
+        manager: Any = self.connection.client.connection_pool.sentinel_manager
+        for sentinel in manager.sentinels:
+            try:
+                return [(str(one["ip"]), int(one["port"])) for one in sentinel.sentinel_slaves(master)]
+            except (ResponseError, OSError):  # a sentinel that is down, or does not answer this user
+                continue
+        return []
+
+
+def require_users(users: Users) -> None:
+    """Raise RedisUnfitError, which says what to do, if this server does not let this user change users."""
+    if not users.may_enrol():
+        raise RedisUnfitError(
+            f"Redis at {users.connection.settings.shown} does not let this user change users: connect as an operator, "
+            "or remove the user in the server's own console",
+            about="rights",
+        )

@@ -1,0 +1,208 @@
+"""Writes a deployment directory: all that the machine of Redis and the parties of a new federation need."""
+
+import hashlib
+import json
+import re
+import secrets
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from fedmoe.enrolment import Enrolment
+from fedmoe.errors import SettingsError
+from fedmoe.protocol.keys import Keys
+from fedmoe.protocol.parties import Party
+from fedmoe.store.audit import ENROLLED, AuditLine, utc
+from fedmoe.store.permissions import party_rules
+from fedmoe.tools.deploy.certificates import LOOPBACK, Pair, hosts_of, make_authority, make_server
+from fedmoe.tools.deploy.files import enrolment_text, write_private
+
+SECRET_BYTES = 32
+CONF, USERS, SETTINGS, AUDIT = "redis.conf", "users.acl", "fedmoe.toml", "audit.jsonl"
+ENROLMENTS, TLS = "enrolments", "tls"
+REPLICA = "replica"  # the user by which a replica follows its master
+_HOST = re.compile(r"[A-Za-z0-9_.:-]+")
+_LOCAL = "bind 127.0.0.1 -::1\nport 6379\n"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deployment:
+    """A new federation's deployment.
+
+    Args:
+        directory: of the deployment; it must be empty, or not be there.
+        hosts: names and addresses by which other machines reach Redis; the first one stands in the enrolment files.
+        port: of Redis.
+        prefix: of the federation's keys.
+        workers: the workers to enrol at once.
+
+    Raises:
+        SettingsError: for a host or a name that cannot be used.
+    """
+
+    directory: Path
+    hosts: Sequence[str]
+    port: int = 6379
+    prefix: str = "fedmoe"
+    workers: Sequence[Party] = ()
+
+    def __post_init__(self) -> None:
+        Keys(self.prefix)
+        for host in self.hosts:
+            if not _HOST.fullmatch(host):
+                raise SettingsError(
+                    f"{host!r} is neither a host name nor an IP address (the port is --port)", about="host"
+                )
+        names = [worker.name for worker in self.workers]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise SettingsError(
+                f"two workers are named {twice[0]!r}, and their files would be, too: give each its own name here",
+                about="worker",
+            )
+        if odd := {"aggregator", "monitor", "operator"} & set(names):
+            raise SettingsError(
+                f"a worker's file would be named like the {min(odd)}'s: take another name", about="worker"
+            )
+
+    @property
+    def url(self) -> str:
+        """The URL in the enrolment files."""
+        host = f"[{self.hosts[0]}]" if ":" in self.hosts[0] else self.hosts[0]
+        return f"rediss://{host}:{self.port}/0"
+
+    @property
+    def parties(self) -> dict[str, Party]:
+        """Every party, by the name of its file."""
+        central = {role: Party(role=role) for role in ("aggregator", "monitor", "operator")}
+        return {f"{role}.toml": party for role, party in central.items()} | {
+            f"{worker.name}.toml": worker for worker in self.workers
+        }
+
+    def write(self, *, now: float) -> None:
+        """Write all files; `now` is the Unix time for the audit log.
+
+        Raises:
+            SettingsError: if the directory is not empty or cannot be written.
+        """
+        _make_empty(self.directory)
+        for name in (ENROLMENTS, TLS):
+            (self.directory / name).mkdir(mode=0o700)
+        authority = make_authority(f"FedMoE {self.prefix}")
+        self._write_pair("ca", authority)
+        self._write_pair("redis", make_server(authority, [*self.hosts, *LOOPBACK]))
+        users, audit = ["user default off"], []
+        for file, party in self.parties.items():
+            secret, user = secrets.token_urlsafe(SECRET_BYTES), party.user(self.prefix)
+            enrolled = Enrolment(
+                url=self.url, prefix=self.prefix, user=user, password=secret, role=party.role, expert=party.expert,
+                name=party.name, ca=authority.certificate,
+            )  # fmt: skip
+            write_private(self.directory / ENROLMENTS / file, enrolment_text(enrolled, party))
+            users.append(
+                f"user {user} on {_hashed(secret)} {' '.join(party_rules(party, Keys(self.prefix)))}"
+            )
+            line = AuditLine(what=ENROLLED, party=str(party), by="fedmoe init", at=utc(now))
+            audit.append(json.dumps(asdict(line)))
+        link = secrets.token_urlsafe(SECRET_BYTES)
+        users.append(
+            f"user {REPLICA} on {_hashed(link)} resetkeys resetchannels -@all +psync +replconf +ping"
+        )
+        write_private(self.directory / USERS, "\n".join(users) + "\n")
+        write_private(self.directory / AUDIT, "\n".join(audit) + "\n")
+        write_private(self.directory / CONF, self._conf(link))
+        write_private(self.directory / SETTINGS, self._settings())
+
+    def _write_pair(self, name: str, pair: Pair) -> None:
+        write_private(self.directory / TLS / f"{name}.crt", pair.certificate)
+        write_private(self.directory / TLS / f"{name}.key", pair.key)
+
+    def _conf(self, link: str) -> str:
+        """ops/redis.conf for all machines, by TLS and with users; paths are relative to `dir`."""
+        text = (files("fedmoe.tools.deploy") / "redis.conf").read_text(encoding="utf-8")
+        before, found, after = text.partition(_LOCAL)
+        assert found, "redis.conf has no such lines"
+        before = before[: before.index("# Only this machine")]
+        return f"""{before}# From all machines, by TLS only; {USERS} says who may connect.
+bind * -::*
+port 0
+tls-port {self.port}
+dir {self.directory.resolve()}
+aclfile {USERS}
+tls-cert-file {TLS}/redis.crt
+tls-key-file {TLS}/redis.key
+tls-ca-cert-file {TLS}/ca.crt
+# Take client certificates that the CA signed; with `yes`, everybody needs one.
+tls-auth-clients optional
+tls-protocols "TLSv1.2 TLSv1.3"
+# A replica on another machine has a copy of this directory, and a line: replicaof HOST {self.port}
+tls-replication yes
+masteruser {REPLICA}
+masterauth {link}
+{after}"""
+
+    def _settings(self) -> str:
+        experts = list(dict.fromkeys(worker.expert for worker in self.workers))
+        here = self.directory.resolve() / ENROLMENTS
+        listed = f"expert = {json.dumps(experts)}\n" if experts else ""
+        monitor = json.dumps(str(here / "monitor.toml"))
+        monitors = "".join(
+            f"\n[{command}]\nenrolment = {monitor}\n" for command in ("status", "top", "metrics")
+        )
+        return f"""# Settings of the federation for the machine of its operator: fedmoe --config {SETTINGS} …
+enrolment = {json.dumps(str(here / "operator.toml"))}
+
+[aggregator.run]
+enrolment = {json.dumps(str(here / "aggregator.toml"))}
+{listed}{monitors}"""
+
+
+def renew(directory: Path, hosts: Sequence[str]) -> list[str]:
+    """Replace the server's certificate by a new one, for its present hosts and these; all its hosts.
+
+    Raises:
+        SettingsError: if the directory is no deployment, or its CA's key is not there.
+    """
+    authority = read_authority(directory)
+    place = directory / TLS
+    try:
+        old = hosts_of((place / "redis.crt").read_text())
+    except (OSError, ValueError):
+        old = list(LOOPBACK)
+    found = list(dict.fromkeys([*hosts, *old]))
+    pair = make_server(authority, found)
+    write_private(place / "redis.key", pair.key, replace=True)
+    write_private(place / "redis.crt", pair.certificate, replace=True)
+    return found
+
+
+def read_authority(directory: Path) -> Pair:
+    """The deployment's CA; raises SettingsError if it cannot be read."""
+    try:
+        pair = [(directory / TLS / f"ca.{end}").read_text() for end in ("crt", "key")]
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", "") or "it is not a text"
+        raise SettingsError(
+            f"{str(directory)!r} has no certificate authority ({TLS}/ca.crt and {TLS}/ca.key: {why}): name the "
+            "directory that `fedmoe init` wrote",
+            about="deployment",
+        ) from error
+    return Pair(certificate=pair[0], key=pair[1])
+
+
+def _hashed(secret: str) -> str:
+    return f"#{hashlib.sha256(secret.encode()).hexdigest()}"
+
+
+def _make_empty(directory: Path) -> None:
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if any(directory.iterdir()):
+            raise SettingsError(
+                f"the directory {str(directory)!r} is not empty: name a new one, or renew its server certificate "
+                "(--renew)",
+                about="directory",
+            )
+        directory.chmod(0o700)
+    except OSError as error:
+        raise SettingsError(f"cannot use {str(directory)!r}: {error.strerror}", about="directory") from error

@@ -1,0 +1,79 @@
+"""Makes the enrolment of a further party from the connection of an operator."""
+
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from fedmoe.enrolment import Enrolment
+from fedmoe.errors import SettingsError
+from fedmoe.protocol.parties import Party
+from fedmoe.redis_settings import RedisSettings
+from fedmoe.store.url import is_tls
+from fedmoe.tools.deploy.certificates import require_cryptography, sign_request
+from fedmoe.tools.deploy.deployment import read_authority
+
+
+def enrolment_for(
+    redis: RedisSettings, party: Party, secret: str, *, certificate_file: str = ""
+) -> Enrolment:
+    """A party's enrolment: the operator's own URL and CA, the party's own login.
+
+    Raises:
+        SettingsError: if the CA that the operator's URL names cannot be read.
+    """
+    return Enrolment(
+        url=_without_login(redis.url),
+        prefix=redis.prefix,
+        user=party.user(redis.prefix),
+        password=secret,
+        role=party.role,
+        expert=party.expert,
+        name=party.name,
+        ca=redis.enrolled.ca if redis.enrolled else _ca_of(redis.url),
+        certificate_file=certificate_file,
+        key_file=str(Path(certificate_file).with_suffix(".key")) if certificate_file else "",
+    )
+
+
+def certificate_for(party: Party, prefix: str, csr: Path | None, deployment: Path | None) -> str:
+    """The certificate for a party's request; "" if it has none.
+
+    Raises:
+        SettingsError: if one of the two is missing, or cannot be read.
+    """
+    if csr is None and deployment is None:
+        return ""
+    if csr is None or deployment is None:
+        raise SettingsError(
+            "--csr and --deployment go together: the request, and the directory with the CA that signs it",
+            about="csr" if csr is None else "deployment",
+        )
+    require_cryptography()
+    authority = read_authority(deployment)
+    try:
+        request = csr.read_bytes()
+    except OSError as error:
+        raise SettingsError(f"cannot read {str(csr)!r}: {error.strerror}", about="csr") from error
+    return sign_request(authority, request, party.user(prefix))
+
+
+def _without_login(url: str) -> str:
+    """The URL without user, password and certificate files of this machine."""
+    scheme, _, rest = url.partition("://")
+    place, _, query = rest.partition("?")
+    kept = [item for item in query.split("&") if item and not item.startswith("ssl_")]
+    if scheme == "sentinel" and is_tls(url) and "ssl=true" not in kept:
+        kept.append("ssl=true")
+    return f"{scheme}://{place.rpartition('@')[2]}" + (f"?{'&'.join(kept)}" if kept else "")
+
+
+def _ca_of(url: str) -> str:
+    """The text of the file that `ssl_ca_certs` names."""
+    from urllib.parse import parse_qs
+
+    named = parse_qs(urlsplit(url).query).get("ssl_ca_certs")
+    if not named:
+        return ""
+    try:
+        return Path(named[0]).read_text(encoding="ascii")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"cannot read the CA {named[0]!r} of the URL", about="ssl_ca_certs") from error

@@ -1,0 +1,50 @@
+"""The race of `ops.bench.race`: our side of it, with a tiny model. Flower's needs an environment of its own."""
+
+import time
+from array import array
+from pathlib import Path
+
+import torch
+
+from fedmoe.data.encode import Answer, Example
+from fedmoe.protocol.lora_init import initial_weights
+from ops.bench.race_fedmoe import run_fedmoe
+from ops.bench.race_seat import Seat, Setup, prepare
+from tests.tiny import save_tiny_model
+
+
+def made(tmp_path: Path, **changes: object) -> tuple[Path, Setup, dict[str, list[Example]]]:
+    rows = {
+        "sql_expert": [Example(array("i", range(1, 8 + 1)), (Answer(2, 5, 0.5), Answer(6, 8, 1.0)), line=3)]
+        * 4,
+        "docs_expert": [Example(array("i", range(1, 6 + 1)), (Answer(1, 6, 1.0),))] * 4,
+    }
+    settings = {"step_s": (0.05, 0.2), "round_steps": 4, "rounds": 6} | changes
+    setup = Setup(model_dir=str(save_tiny_model(tmp_path / "model")), domains=tuple(rows), **settings)
+    prepare(tmp_path / "race", setup, rows)
+    return tmp_path / "race", setup, rows
+
+
+def test_a_seat_has_the_client_s_rows_and_pace(tmp_path: Path) -> None:
+    directory, setup, rows = made(tmp_path, step_s=(0.05, 0.4))
+    seat = Seat(directory, 1)
+    assert seat.setup == setup
+    assert Seat(directory, 0).trainer._examples == rows["sql_expert"]
+    assert seat.trainer._examples == rows["docs_expert"]
+    seat.flat.copy_(initial_weights(setup.spec().layout, 0))
+    before, began = seat.flat.clone(), time.monotonic()
+    seat.step()
+    assert time.monotonic() - began >= 0.4
+    assert not torch.equal(seat.flat, before)
+
+
+def test_our_side_trains_the_gateway_and_saves_it_along_the_way(tmp_path: Path) -> None:
+    directory, setup, _ = made(tmp_path)
+    seen = run_fedmoe(directory, setup)
+    assert len(seen) == setup.rounds + 1
+    seconds = [second for second, _ in seen]
+    assert seconds == sorted(seconds)
+    assert seconds[-1] >= setup.rounds * setup.round_steps * 0.05
+    first = initial_weights(setup.spec().layout, 0)
+    assert torch.equal(seen[0][1], first)
+    assert not torch.equal(seen[-1][1], first)

@@ -60,7 +60,7 @@ def test_variables_in_the_units_are_those_of_the_commands() -> None:
     """A misspelled one would be ignored."""
     page = (ROOT / "docs" / "settings.md").read_text()
     for path in UNITS.glob("*.service"):
-        for name in re.findall(r"\bFEDMOE_(?!REDIS\b|ALIVE_FILE\b)(\w+)=", path.read_text()):
+        for name in re.findall(r"\bFEDMOE_(?!ENROLMENT\b|ALIVE_FILE\b)(\w+)=", path.read_text()):
             option = name.removeprefix("WORKER_RUN_").replace("_", "-").lower()
             assert name.startswith("WORKER_RUN_"), name
             assert f"`--{option} " in page.partition("## `fedmoe worker run`")[2], name

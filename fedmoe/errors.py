@@ -176,5 +176,9 @@ class StoppedError(FedMoEError):
     exit_code = 0
 
 
+class NotAliveError(FedMoEError, RuntimeError):
+    """A process does not show that it is alive."""
+
+
 class TooLittleMemoryError(FedMoEError, MemoryError):
     """Not even one row fits into the memory of the device."""

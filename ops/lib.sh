@@ -7,15 +7,16 @@
 #     FEDMOE_BIN           the program; default: .venv/bin/fedmoe in the repository, else fedmoe on PATH
 #     FEDMOE_START_WAIT_S  seconds to wait for the first line in the log; default: 30. A daemon has started if it still
 #                          runs one second after that line, or after this time without a line
-#     FEDMOE_STOP_WAIT_S   seconds that a daemon may take to end before it is killed; default: 60. A worker publishes
-#                          its last progress and waits for the decision: keep this above its --drain
+#     FEDMOE_STOP_WAIT_S   seconds that a daemon may take to end before it is killed; default: 100. A worker publishes
+#                          its last progress and waits for the decision (--drain, 30 s), then writes its last checkpoint
+#                          (60 s at most): with a longer --drain, raise this too
 # shellcheck shell=bash
 set -euo pipefail
 
 root=$(dirname "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")")
 run_dir=$(readlink -m "${FEDMOE_RUN_DIR:-$root/run}")
 start_wait_s=${FEDMOE_START_WAIT_S:-30}
-stop_wait_s=${FEDMOE_STOP_WAIT_S:-60}
+stop_wait_s=${FEDMOE_STOP_WAIT_S:-100}
 # Packages come from .venv only, and the log is written without delay.
 unset PYTHONPATH PYTHONHOME
 export PYTHONUNBUFFERED=1
@@ -158,6 +159,10 @@ stop_daemons() { # NAME...: ask all to end, then wait for all together; idempote
         done
         if is_alive "$name"; then
             kill -KILL -- "-$pid" # with its children: it leads its session
+            for _ in {1..50}; do # at most five seconds until the kernel has done it
+                is_alive "$name" || break
+                sleep 0.1
+            done
             say "$name: killed (pid $pid), because it had not ended after $stop_wait_s s"
         else
             say "$name: stopped (pid $pid)"

@@ -10,6 +10,7 @@ from fedmoe.cli.logs import log_options
 from fedmoe.protocol.rules import RuleSet
 from fedmoe.settings import AggregatorSettings, GatewaySettings, IdentitySettings, RedisSettings
 from fedmoe.tools.metrics.settings import MetricsSettings, check_installed
+from fedmoe.util.alive import AliveSettings, alive
 
 if TYPE_CHECKING:
     from consumers.metrics import AggregatorCollector
@@ -34,6 +35,7 @@ add_enrolment(aggregator, "aggregator")
 @options(RuleSet)
 @options(GatewaySettings)
 @options(AggregatorSettings)
+@options(AliveSettings)
 @options(MetricsSettings)
 @log_options
 @click.pass_context
@@ -44,7 +46,8 @@ def run(ctx: click.Context, /, redis: RedisSettings, **values: Any) -> None:
     """
     from fedmoe.util.stopping import Stop, stop_on_signals
 
-    with stop_on_signals(stop := Stop()):
+    file = made(AliveSettings, values).alive_file
+    with stop_on_signals(stop := Stop()), alive(file, "aggregator"):
         _run(ctx, stop, redis, values)
 
 

@@ -1,5 +1,6 @@
 """`fedmoe backup` and `fedmoe restore`."""
 
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,16 +27,25 @@ def _expert_option(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.command()
 @redis_options
 @_expert_option
+@click.option(
+    "--keep",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Number of backups to keep: write the new one to DIR/TIME, then remove the oldest ones that this option "
+    "wrote there.",
+)
 @click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
-def backup(redis: RedisSettings, expert: Sequence[str], directory: Path) -> None:
+def backup(redis: RedisSettings, expert: Sequence[str], keep: int | None, directory: Path) -> None:
     """Write all experts to the new directory DIR, whole or not at all.
 
     The federation may run meanwhile: weights, history and decisions of an expert are read at one moment.
     PeftModel.from_pretrained loads each expert from DIR/EXPERT.
     """
+    from fedmoe.errors import SettingsError
     from fedmoe.store.backup import BackupStore
     from fedmoe.store.connection import Connection
     from fedmoe.tools.backup import back_up
+    from fedmoe.tools.kept import back_up_and_keep
     from fedmoe.util.stopping import end_like_ctrl_c
 
     def report(name: str, saved: "Saved") -> None:
@@ -43,8 +53,25 @@ def backup(redis: RedisSettings, expert: Sequence[str], directory: Path) -> None
 
     end_like_ctrl_c()  # so that a half-written backup is removed
     store = BackupStore(Connection(redis))
-    back_up(store, directory, list(dict.fromkeys(expert)), report=report)
-    click.echo(f"written to {directory}")
+    if keep is None:
+        back_up(store, directory, list(dict.fromkeys(expert)), report=report)
+        click.echo(f"written to {directory}")
+        return
+    if expert:
+        raise SettingsError(
+            "--keep backs up all experts, so that no backup of a part replaces a whole one: leave --expert out",
+            about="expert",
+        )
+    rotation = back_up_and_keep(store, directory, keep, now_s=time.time(), report=report)
+    click.echo(f"written to {rotation.made}")
+    for path in rotation.removed:
+        click.echo(f"removed {path}")
+    for path, experts in rotation.held:
+        click.echo(
+            f"kept {path}: no newer backup holds {experts} of that lineage; rename or remove it yourself"
+        )
+    for path, reason in rotation.strange:
+        click.echo(f"kept {path}: {reason}", err=True)
 
 
 @click.command()

@@ -9,6 +9,7 @@ from fedmoe.cli.enrol import add_enrolment
 from fedmoe.cli.logs import log_options
 from fedmoe.settings import RedisSettings, WorkerSettings
 from fedmoe.tools.metrics.settings import MetricsSettings, check_installed
+from fedmoe.util.alive import AliveSettings, alive
 
 if TYPE_CHECKING:
     from fedmoe.util.stopping import Stop
@@ -25,6 +26,7 @@ add_enrolment(worker, "worker")
 @worker.command()
 @redis_options
 @options(WorkerSettings)
+@options(AliveSettings)
 @options(MetricsSettings)
 @log_options
 def run(redis: RedisSettings, **values: Any) -> None:
@@ -35,7 +37,8 @@ def run(redis: RedisSettings, **values: Any) -> None:
     from fedmoe.util.stopping import Stop, stop_on_signals
 
     _take_enrolment(redis, values)
-    with stop_on_signals(stop := Stop()):
+    file = made(AliveSettings, values).alive_file
+    with stop_on_signals(stop := Stop()), alive(file, "worker"):
         _run(stop, redis, made(WorkerSettings, values), made(MetricsSettings, values))
 
 

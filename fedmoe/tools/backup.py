@@ -66,6 +66,7 @@ def back_up(
     names: Sequence[str] = (),
     *,
     report: Callable[[str, Saved], None] = lambda name, saved: None,
+    kept_as: str = "",
 ) -> None:
     """Atomically write experts to a new directory, while the federation keeps running.
 
@@ -74,6 +75,7 @@ def back_up(
         directory: created by this call; an empty one may exist.
         names: of the experts; all by default.
         report: called for each expert that was read and written.
+        kept_as: name under which `tools.kept` may remove it later, "" for a backup that is never removed.
 
     Raises:
         BackupError: if the directory is not empty or cannot be written, there are no experts, or an expert's parts in
@@ -88,7 +90,7 @@ def back_up(
         staging = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
         try:
             staging.mkdir()
-            _write_backup(staging, store, weights, report)
+            _write_backup(staging, store, weights, report, kept_as)
             put_in_place(staging, target)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
@@ -121,7 +123,11 @@ def _choose(weights: Mapping[str, str], names: Sequence[str], *, where: str) -> 
 
 
 def _write_backup(
-    staging: Path, store: BackupStore, weights: Mapping[str, str], report: Callable[[str, Saved], None]
+    staging: Path,
+    store: BackupStore,
+    weights: Mapping[str, str],
+    report: Callable[[str, Saved], None],
+    kept_as: str,
 ) -> None:
     manifest: dict[str, Any] = {
         "format": FORMAT,
@@ -129,6 +135,7 @@ def _write_backup(
         "made_by": f"fedmoe {__version__}",
         "prefix": store.keys.prefix,
         "experts": {},
+        **({"kept_as": kept_as} if kept_as else {}),
     }
     for name, weight in weights.items():
         saved = _write_expert(staging / name, name, store.read(name), weight)

@@ -13,6 +13,7 @@ import threading
 import time
 from datetime import UTC, datetime
 
+from fedmoe.util.journal import for_stderr, leveled
 from fedmoe.util.text import printable_lines
 
 FORMATS = ("text", "json")
@@ -37,6 +38,10 @@ class TextFormatter(logging.Formatter):
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The lines of a record; for systemd's journal each has its level."""
+        return leveled(super().format(record), record.levelno)
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # logging's name
         """The line without a traceback."""
@@ -65,7 +70,7 @@ class JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             content["exception"] = harmless(self.formatException(record.exc_info))
-        return json.dumps(content)
+        return leveled(json.dumps(content), record.levelno)
 
 
 def _rfc3339(seconds: float) -> str:
@@ -116,7 +121,7 @@ def complain(text: str) -> None:
     if is_json():
         logger.error("%s", text)
     else:
-        print(f"fedmoe: {text}", file=sys.stderr, flush=True)
+        print(for_stderr(f"fedmoe: {text}"), file=sys.stderr, flush=True)
 
 
 def write_last_words(words: str, *, is_error: bool) -> None:
@@ -125,7 +130,7 @@ def write_last_words(words: str, *, is_error: bool) -> None:
     Raises:
         OSError: if nobody reads it any more.
     """
-    text, is_object = f"fedmoe: {words}" if is_error else words, is_json()
+    text, is_object = for_stderr(f"fedmoe: {words}") if is_error else words, is_json()
     if is_object:
         level = logging.ERROR if is_error else logging.INFO
         text = JsonFormatter().format(logging.LogRecord("fedmoe", level, "", 0, words, (), None))

@@ -28,13 +28,16 @@ from tests.documents import PAGES, ROOT, SECURED, Command, commands, mentions, n
 from tests.processes import environment, eventually
 
 EXPERTS = ("python_expert", "sql_expert", "docs_expert")
-FIRST = ("docs/quickstart.md", "README.md", "docs/serving.md", "docs/operate.md", "docs/redis-cli.md")
+FIRST = (
+    "docs/quickstart.md", "README.md", "docs/serving.md", "docs/operate.md", "docs/runbook.md", "docs/redis-cli.md",
+)  # fmt: skip
 
 MINUTES, TESTS = "takes minutes; continuous integration runs it", "the suite itself runs it"
 SETUP, WRITES = (
     "changes the environment that runs the tests",
     "writes into the repository; a test compares the page",
 )
+SYSTEM, DAEMON = "changes the system that runs the tests; a test checks the units", "needs Docker's daemon"
 NOT_TYPED = {
     "bash ops/demo.sh": MINUTES,
     "bash ops/chaos.sh --kills 60": MINUTES,
@@ -65,6 +68,16 @@ NOT_TYPED = {
     ".venv/bin/python -m tests.forbidden": "test_forbidden.py tries the same",
     "pip install pre-commit": SETUP,
     "pre-commit install": SETUP,
+    "python3 -m venv /opt/fedmoe && /opt/fedmoe/bin/pip install .": SETUP,
+    "install -m 644 ops/systemd/fedmoe.sysusers.conf /etc/sysusers.d/fedmoe.conf && systemd-sysusers": SYSTEM,
+    "install -m 644 ops/systemd/fedmoe*.service ops/systemd/fedmoe*.timer /etc/systemd/system/": SYSTEM,
+    "systemctl daemon-reload": SYSTEM,
+    "systemctl enable --now fedmoe-aggregator fedmoe-worker@sql-1 fedmoe-backup.timer": SYSTEM,
+    "journalctl -p warning -u fedmoe-aggregator -u 'fedmoe-worker@*'": SYSTEM,
+    "docker build -f ops/container/Dockerfile -t fedmoe .": DAEMON,
+    "docker compose -f ops/container/compose.yaml up -d": DAEMON,
+    "docker compose -f ops/container/compose.yaml run --rm backup": DAEMON,
+    "kubectl apply -k ops/kubernetes": "needs a cluster; a test checks the manifests",
     "fedmoe top": "needs a terminal; test_top.py runs it in one",
     "prometheus --config.file=ops/monitoring/prometheus.yml": "runs on and on; test_monitoring.py runs another one",
     "promtool check rules ops/monitoring/alerts.yml": "test_monitoring.py runs it",

@@ -18,11 +18,13 @@ from fedmoe.settings import (
     WorkerSettings,
 )
 from fedmoe.tools.metrics.settings import MetricsSettings
+from fedmoe.tools.plan import PlanSettings
+from fedmoe.util.alive import AliveSettings
 from fedmoe.util.setting import UNITS, declared
 
 OWNERS = (
     RedisSettings, IdentitySettings, RuleSet, GatewaySettings, AggregatorSettings, WorkerSettings, HeldOutSettings,
-    AnswerSettings, FitSettings, MetricsSettings,
+    AnswerSettings, FitSettings, MetricsSettings, AliveSettings, PlanSettings,
 )  # fmt: skip
 DEFAULT = re.compile(r"\s*\[default: .*\]$")
 # What a help may not begin with: it would not say what the value is, or what the option does.
@@ -30,7 +32,7 @@ NO_NOUN = re.compile(
     r"(?i)(a|an|the|whether|if|which|what|where|how|when|why|also|so|as|for|another|auto|repeatable|\w+'s)\b"
 )
 UNIT = re.compile(
-    r"(?i)\b(seconds|milliseconds|updates|rows|tokens|steps|epochs|micro-batches|rank|groups|versions|nats)\b"
+    r"(?i)\b(seconds|milliseconds|updates|rows|tokens|steps|epochs|micro-batches|rank|groups|versions|nats|backups|experts|workers|values)\b"
 )
 # Factors, exponents and norms have no unit.
 BARE = {

@@ -21,6 +21,7 @@ COMMANDS = {
     "aggregator": ("fedmoe.cli.aggregator", "aggregator", "Apply the updates of the workers to the experts."),
     "worker": ("fedmoe.cli.worker", "worker", "Fine-tune an expert on private data."),
     "status": ("fedmoe.cli.status", "status", "Show experts, workers and waiting updates."),
+    "dashboard": ("fedmoe.cli.dashboard", "dashboard", "Show the federation in a browser, and as JSON."),
     "expert": ("fedmoe.cli.expert", "expert", "List, show, change, add, remove and roll back experts."),
     "gateway": ("fedmoe.cli.gateway", "gateway", "Export the model that knows all domains."),
     "evaluate": ("fedmoe.cli.evaluate", "evaluate", "Held-out loss of base, experts and gateway."),

@@ -143,13 +143,27 @@ class ExpertView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerView:
-    """The server, for example Redis 7.0.15; memory in bytes; max_memory 0 means no bound, None means unknown."""
+    """The server, for example Redis 7.0.15; memory in bytes; max_memory 0 means no bound, None means unknown.
+
+    Args:
+        latency_s: time of one round trip, as just measured.
+        clients: connections to it; uptime_s: since its start.
+        is_aof_on: it writes an append-only file; is_saved: its last writes to disk succeeded.
+        saved_s: seconds since its last snapshot; unsaved: changes since then.
+    """
 
     url: str
     software: str = "Redis"
     used_memory: int | None = None
     max_memory: int | None = None
     policy: str | None = None
+    latency_s: float | None = None
+    clients: int | None = None
+    uptime_s: int | None = None
+    is_aof_on: bool | None = None
+    is_saved: bool | None = None
+    saved_s: float | None = None
+    unsaved: int | None = None
 
     @property
     def memory_share(self) -> float:
@@ -159,13 +173,14 @@ class ServerView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Federation:
-    """Everything that `fedmoe status` shows."""
+    """Everything that `fedmoe status` shows; `read_at` is the server's clock then (seconds since 1970)."""
 
     prefix: str
     server: ServerView
     experts: tuple[ExpertView, ...]
     merged: MergedView
     problems: tuple[str, ...] = ()
+    read_at: float = 0.0
 
     @property
     def workers(self) -> list[WorkerView]:
@@ -264,6 +279,8 @@ def _refusals(expert: ExpertView) -> str:
 
 
 def _of_server(server: ServerView) -> Iterator[str]:
+    if server.is_saved is False:
+        yield "Redis: it could not write to its disk: see its log"
     if server.memory_share > MEMORY_ALARM:
         used = f"{server.memory_share:.0%} of maxmemory is used"
         yield f"Redis: {used}: raise maxmemory, a full Redis takes no updates"

@@ -45,6 +45,7 @@ def board(
     chosen = DashboardSettings(**({"interval_s": 0.1, "port": 0} | settings))
     watcher, stop = Watcher(redis, interval_s=chosen.interval_s), threading.Event()
     dashboard = Dashboard(watcher, chosen, redis, password=password)
+    watcher.is_watched = lambda: True
     if look_first:
         watcher.look()
     server = HttpServer(dashboard.app, chosen.host, chosen.port)

@@ -30,8 +30,11 @@ def _get(
     return {"get": {"summary": summary, "parameters": parameters or [], "responses": answers}}
 
 
-def _path(name: str, text: str) -> dict[str, Any]:
-    return {"name": name, "in": "path", "required": True, "description": text, "schema": {"type": "string"}}
+def _path(name: str, text: str, example: str) -> dict[str, Any]:
+    return {
+        "name": name, "in": "path", "required": True, "description": text, "schema": {"type": "string"},
+        "example": example,
+    }  # fmt: skip
 
 
 def _query(name: str, text: str, schema: dict[str, Any]) -> dict[str, Any]:
@@ -39,7 +42,8 @@ def _query(name: str, text: str, schema: dict[str, Any]) -> dict[str, Any]:
 
 
 _LIMIT = {"type": "integer", "minimum": 1, "maximum": MAX_PAGE, "default": PAGE}
-_EXPERT, _WORKER = _path("expert", "name of an expert"), _path("worker", "name of one of its workers")
+_EXPERT = _path("expert", "name of an expert", "sql_expert")
+_WORKER = _path("worker", "name of one of its workers", "sql-a")
 _NO_EXPERT, _NO_WORKER = "there is no such expert", "there is no such expert or worker"
 _BAD = "a parameter of the query cannot be used"
 _LIMITED = _query("limit", "most records to return", _LIMIT)

@@ -2,11 +2,12 @@
 
 import math
 import random
+import socket
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import httpx2
 
@@ -26,11 +27,12 @@ from tests.looking import BEAT
 
 @dataclass(frozen=True, slots=True)
 class Board:
-    """A running dashboard."""
+    """A running dashboard, in this process or, with its address alone, in another one."""
 
     url: str
-    watcher: Watcher
-    dashboard: Dashboard
+    watcher: Watcher = field(repr=False, default=None)
+    dashboard: Dashboard = field(repr=False, default=None)
+    listening: socket.socket = field(repr=False, default=None)
 
     def get(self, path: str, **more: object) -> httpx2.Response:
         """Ask for a path; redirects are not followed."""
@@ -52,7 +54,7 @@ def board(
     thread = threading.Thread(target=watcher.run, args=(stop,), daemon=True)
     thread.start()
     try:
-        yield Board(f"http://127.0.0.1:{server.port}", watcher, dashboard)
+        yield Board(f"http://127.0.0.1:{server.port}", watcher, dashboard, server._socket)
     finally:
         stop.set()
         watcher.connection.cut_off()
@@ -100,6 +102,17 @@ def apply(
             pipe.xadd(keys.log, line.to_fields(), id=f"{ms}-{i}")
         pipe.hset(keys.meta, mapping={"version": n, "applied": n, "loss": loss, "staleness_sum": 2 * n})
         pipe.execute()
+
+
+def apply_one(connection: Connection, expert: str, version: int, worker: str = "alice") -> None:
+    """One more applied update, now."""
+    keys = connection.keys.expert(expert)
+    line = AppliedLine(
+        version=version, worker=worker, run="1-00000000", seq=version, base_version=version - 1, rules=1, norm=1.0,
+        loss=1.0, staleness=0, factor=1.0, n_examples=32,
+    )  # fmt: skip
+    connection.client.xadd(keys.log, line.to_fields())
+    connection.client.hset(keys.meta, mapping={"version": version, "applied": version})
 
 
 def change_rules(connection: Connection, expert: str, changed: str) -> None:

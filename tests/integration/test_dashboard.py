@@ -110,7 +110,7 @@ def test_the_api_is_what_its_document_says(shown: Board, tmp_path: Path) -> None
     program = Path(sys.executable).parent / "schemathesis"
     done = subprocess.run(
         [program, "run", f"{shown.url}/api/openapi.json", "--exclude-path", "/api/v1/events", "--phases",
-         "examples,coverage,fuzzing", "--max-examples", "5", "--checks", "all", "--no-color", "--seed", "1",
+         "examples,fuzzing", "--max-examples", "10", "--checks", "all", "--no-color", "--seed", "1",
          "--suppress-health-check", "all"],
         capture_output=True, text=True, timeout=110, check=False, cwd=tmp_path,
     )  # fmt: skip

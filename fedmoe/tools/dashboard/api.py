@@ -14,7 +14,7 @@ from fedmoe.settings import RedisSettings
 from fedmoe.tools.dashboard.guard import refused
 from fedmoe.tools.dashboard.openapi import MAX_PAGE, PAGE, document
 from fedmoe.tools.dashboard.picture import Picture
-from fedmoe.tools.dashboard.stream import EventStream, Hub, last_event_of
+from fedmoe.tools.dashboard.stream import MOST_CLIENTS, EventStream, Hub, last_event_of
 from fedmoe.tools.dashboard.watcher import Look, Watcher
 
 Json = dict[str, Any]
@@ -27,14 +27,11 @@ class Api:
         watcher: the reader of Redis.
         hub: the clients of the event stream.
         redis: how a download reads an adapter; None if downloads are off.
-        most_streams: clients of the event stream at a time.
     """
 
-    def __init__(
-        self, watcher: Watcher, hub: Hub, redis: RedisSettings | None, *, most_streams: int = 200
-    ) -> None:
+    def __init__(self, watcher: Watcher, hub: Hub, redis: RedisSettings | None) -> None:
         self._watcher, self._hub, self._redis = watcher, hub, redis
-        self._most_streams = most_streams
+        self.most_streams = MOST_CLIENTS
 
     async def openapi(self, request: Request) -> Response:
         """The document."""
@@ -85,7 +82,7 @@ class Api:
 
     async def events(self, request: Request) -> Response:
         """The event stream."""
-        if len(self._hub) >= self._most_streams:
+        if len(self._hub) >= self.most_streams:
             return refused(
                 request,
                 503,

@@ -44,7 +44,7 @@ class Dashboard:
         watcher.on_look = self.hub.wake
         watcher.is_watched = lambda: len(self.hub) > 0
         self.login = Login(password)
-        api = Api(watcher, self.hub, redis if settings.downloads else None)
+        self.api = api = Api(watcher, self.hub, redis if settings.downloads else None)
         pages = Pages(
             watcher, self.login, downloads=settings.downloads, is_secure=bool(settings.tls_certificate)
         )

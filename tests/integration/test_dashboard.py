@@ -306,3 +306,21 @@ def test_an_update_that_is_applied_is_seen(connection: Connection) -> None:
     assert content["workers"][0]["contribution"] == {"updates": 1, "examples": 4, "share": 1.0}
     assert content["refusals"][0]["worker"] == "alice"
     assert "norm" in content["refusals"][0]["reason"]
+
+
+def test_mistake_of_its_own_is_said_and_logged_once(
+    connection: Connection, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What was seen stays, and the readers are told; it goes on once it can."""
+    make_expert(connection)
+    with board(connection.settings, interval_s=0.02) as running:
+        with monkeypatch.context() as broken:
+            broken.setattr(running.watcher, "_painter", None)
+            eventually(
+                "a sentence", lambda: "internal error" in running.get("/api/v1/redis").json()["problem"]
+            )
+            looks = running.watcher.last.number
+            eventually("more looks", lambda: running.watcher.last.number > looks + 3)
+            assert "sql_expert" in running.get("/").text
+        eventually("it goes on", lambda: running.get("/api/v1/redis").json()["is_here"])
+    assert sum(bool(one.exc_info) for one in caplog.records) == 1

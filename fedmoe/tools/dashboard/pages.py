@@ -1,6 +1,5 @@
 """The pages: rendered here, kept live by static/app.js, which fetches a page again and puts its parts in place."""
 
-import time
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, quote, urlencode
@@ -107,7 +106,7 @@ class Pages:
         text = self._kept.get(key)
         if text is None:
             text = self._kept[key] = self._render(
-                template, look=look, now=time.time(), federation=federation_of(look), **values
+                template, look=look, federation=federation_of(look), **values
             )
         return HTMLResponse(text, status)
 

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from fedmoe.tools.dashboard.guard import Receive, Scope, Send
-from fedmoe.tools.dashboard.watcher import Watcher
+from fedmoe.tools.dashboard.watcher import Look, Watcher
 
 MOST_CLIENTS = 200
 SEND_S = 10.0  # a client that does not take one message in this time is dropped
@@ -107,18 +107,17 @@ class EventStream(Response):
             waiting.cancel()
             woken.clear()
             look = self._hub.watcher.last
-            text = ": still here\n\n" if look.number == known else self._news(look.last_event)
+            text = ": still here\n\n" if look.number == known else self._news(look)
             known = look.number
             body = {"type": "http.response.body", "body": text.encode(), "more_body": True}
             await asyncio.wait_for(send(body), self._hub.send_s)
 
-    def _news(self, last_event: int) -> str:
-        look = self._hub.watcher.last
+    def _news(self, look: Look) -> str:
         text = ""
-        if last_event > self._after:
+        if look.last_event > self._after:
             for event in reversed(self._hub.watcher.events.newest(MOST_EVENTS, after=self._after)):
                 text += message("event", event, number=event["number"])
-            self._after = last_event
+                self._after = max(self._after, event["number"])
         return text + message("look", {"number": look.number, "at": look.at, "problem": look.problem})
 
 

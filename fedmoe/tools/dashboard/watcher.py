@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from fedmoe.errors import FedMoEError, RedisUnavailableError
+from fedmoe.errors import FedMoEError
 from fedmoe.protocol.federation import ServerView
 from fedmoe.settings import RedisSettings
 from fedmoe.store.chronicles import Chronicles
@@ -17,6 +17,7 @@ from fedmoe.tools.dashboard.picture import Painter, Picture, redis_of
 from fedmoe.util.backoff import Backoff
 
 IDLE_S = 5.0  # between two looks while nobody looks
+INTERNAL = "internal error: see the dashboard's log"
 REST = 3.0  # after a look that took t seconds, it rests for at least REST × t
 
 logger = logging.getLogger(__name__)
@@ -108,16 +109,19 @@ class Watcher:
 
     def run(self, stop: threading.Event) -> None:
         """Look again and again until told to stop; an error is logged, and what was seen before stays."""
-        backoff = Backoff("dashboard", logger)
+        backoff, unexpected = Backoff("dashboard", logger), ""
         while not stop.is_set():
             began = time.monotonic()
             try:
                 self.look()
                 backoff.ok()
-            except RedisUnavailableError as error:
+            except FedMoEError as error:
                 backoff.failed(error)
-            except Exception:
-                logger.exception("unexpected error while reading Redis")
+            except Exception as error:
+                if repr(error) != unexpected:  # else each look would log it
+                    unexpected = repr(error)
+                    logger.exception("unexpected error while reading Redis")
+                self._put(self._look.at, self._look.picture, INTERNAL)
             took = time.monotonic() - began
             self._rest(stop, max(self._interval_s, REST * took))
 

@@ -34,6 +34,7 @@ class Figures:
         validation: worker → its curve: version, loss, rows.
         staleness: how many updates had which staleness.
         contributions: worker → its part.
+        worker_losses: worker → the training losses that it reported: version, loss.
     """
 
     training: Mapping[str, list[Any]]
@@ -41,6 +42,7 @@ class Figures:
     validation: Mapping[str, Mapping[str, Any]]
     staleness: Sequence[Mapping[str, int | None]]
     contributions: Mapping[str, Contribution]
+    worker_losses: Mapping[str, Mapping[str, list[Any]]]
 
 
 def figures_of(chronicle: Chronicle) -> Figures:
@@ -50,13 +52,13 @@ def figures_of(chronicle: Chronicle) -> Figures:
         for step in chronicle.steps
         if step.loss is not None and step.version is not None
     ]
-    thin = list(thinned(losses, MOST_POINTS))
     return Figures(
-        training={"version": [version for version, _ in thin], "loss": [loss for _, loss in thin]},
+        training=_curve(list(thinned(losses, MOST_POINTS))),
         spark=[loss for _, loss in thinned(losses, SPARK_POINTS)],
         validation=_validation(chronicle.steps),
         staleness=_staleness(chronicle.steps),
         contributions=_contributions(chronicle.steps),
+        worker_losses=_worker_losses(chronicle.steps),
     )
 
 
@@ -68,15 +70,16 @@ def thinned(points: Sequence[tuple[int, float]], most: int) -> Iterator[tuple[in
         yield group[-1][0], sum(loss for _, loss in group) / len(group)
 
 
-def loss_of(chronicle: Chronicle, worker: str) -> dict[str, list[Any]]:
-    """The training losses that a worker reported: version, loss."""
-    own = [
-        (step.version, step.loss)
-        for step in chronicle.steps
-        if step.worker == worker and step.loss is not None and step.version is not None
-    ]
-    thin = list(thinned(own, MOST_POINTS))
-    return {"version": [version for version, _ in thin], "loss": [loss for _, loss in thin]}
+def _worker_losses(steps: Iterable[Step]) -> dict[str, Mapping[str, list[Any]]]:
+    losses: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    for step in steps:
+        if step.loss is not None and step.version is not None:
+            losses[step.worker].append((step.version, step.loss))
+    return {worker: _curve(list(thinned(points, MOST_POINTS))) for worker, points in losses.items()}
+
+
+def _curve(points: Sequence[tuple[int, float]]) -> dict[str, list[Any]]:
+    return {"version": [version for version, _ in points], "loss": [loss for _, loss in points]}
 
 
 def _validation(steps: Iterable[Step]) -> dict[str, Mapping[str, Any]]:
@@ -91,11 +94,7 @@ def _validation(steps: Iterable[Step]) -> dict[str, Mapping[str, Any]]:
     curves: dict[str, Mapping[str, Any]] = {}
     for worker in sorted(newest):
         thin = list(thinned(sorted(points[worker].items()), MOST_POINTS))
-        curves[worker] = {
-            "version": [version for version, _ in thin],
-            "loss": [loss for _, loss in thin],
-            "rows": rows[worker],
-        }
+        curves[worker] = _curve(thin) | {"rows": rows[worker]}
     return curves
 
 

@@ -22,7 +22,7 @@ from fedmoe.protocol.federation import (
 )
 from fedmoe.protocol.merged_view import MergedView
 from fedmoe.protocol.names import GATEWAY, is_name
-from fedmoe.tools.dashboard.figures import Contribution, Figures, figures_of, loss_of, rates, throughput
+from fedmoe.tools.dashboard.figures import Contribution, Figures, figures_of, rates, throughput
 from fedmoe.util.text import printable
 
 SHOWN_REFUSALS = 50
@@ -61,20 +61,11 @@ class Painter:
         for view in seen.experts:
             chronicle = chronicles.get(view.name, empty)
             known = figures.get(view.name) or figures_of(empty)
-            own = _workers(view, known)
+            own: list[Json] = plain_json(_workers(view, known))
             experts[view.name] = _expert(view, chronicle, known, own, now)
             workers |= {(view.name, one["name"]): _worker_page(one, chronicle, known) for one in own}
-        rounded = plain_json(
-            Picture(
-                federation=_federation(seen, list(experts.values())),
-                experts=experts,
-                workers={},
-            )
-        )
         return Picture(
-            federation=rounded["federation"],
-            experts=rounded["experts"],
-            workers={key: plain_json(one) for key, one in workers.items()},
+            federation=plain_json(_federation(seen, list(experts.values()))), experts=experts, workers=workers
         )
 
     def _figures_of(self, name: str, chronicle: Chronicle) -> Figures:
@@ -119,7 +110,7 @@ def _expert(view: ExpertView, chronicle: Chronicle, known: Figures, workers: lis
     meta = view.meta
     updates_per_min, examples_per_s = rates(chronicle, now)
     state, is_well = _state(view)
-    return {
+    values: Json = {
         "name": view.name,
         "state": state,
         "is_well": is_well,
@@ -151,6 +142,10 @@ def _expert(view: ExpertView, chronicle: Chronicle, known: Figures, workers: lis
         "weights_bytes": view.weights_bytes,
         "lineage": printable(meta.lineage) if meta else "",
         "problems": list(view.problems),
+        "rules": {"number": meta.rules.number, "values": meta.rules.settings()} if meta else None,
+    }
+    whole: Json = plain_json(values)
+    return whole | {  # what follows holds finite numbers only
         "training_curve": known.training,
         "validation_curves": [{"worker": name, **curve} for name, curve in known.validation.items()],
         "staleness": known.staleness,
@@ -158,7 +153,6 @@ def _expert(view: ExpertView, chronicle: Chronicle, known: Figures, workers: lis
         "workers": workers,
         "refusals": _refusals(chronicle.refusals),
         "changes": [asdict(one) for one in reversed(chronicle.changes)],
-        "rules": {"number": meta.rules.number, "values": meta.rules.settings()} if meta else None,
         "log_updates": len(chronicle.steps),
     }
 
@@ -252,7 +246,7 @@ def _part(known: Figures, worker: str, curve: CurveView | None) -> Json:
 def _worker_page(worker: Json, chronicle: Chronicle, known: Figures) -> Json:
     name = worker["name"]
     return worker | {
-        "training_curve": loss_of(chronicle, name),
+        "training_curve": known.worker_losses.get(name, {"version": [], "loss": []}),
         "validation_curve": known.validation.get(name, {"version": [], "loss": [], "rows": None}),
         "refusals": _refusals(one for one in chronicle.refusals if one.worker == name),
         "log_updates": len(chronicle.steps),

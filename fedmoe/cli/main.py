@@ -24,6 +24,7 @@ COMMANDS = {
     "metrics": ("fedmoe.cli.metrics", "metrics", "Serve the state of the federation for Prometheus."),
     "monitor": ("fedmoe.cli.enrol", "monitor", "Enrol and revoke monitors, who read the status."),
     "operator": ("fedmoe.cli.enrol", "operator", "Enrol and revoke operators, and read the audit log."),
+    "dashboard": ("fedmoe.cli.dashboard", "dashboard", "Show the federation in a browser, and as JSON."),
     "expert": ("fedmoe.cli.expert", "expert", "List, show, change, add, remove and roll back experts."),
     "gateway": ("fedmoe.cli.gateway", "gateway", "Export the model that knows all domains."),
     "evaluate": ("fedmoe.cli.evaluate", "evaluate", "Held-out loss of base, experts and gateway."),

@@ -57,7 +57,8 @@ def _serve(
     from fedmoe.util.log import say
 
     try:
-        from fedmoe.tools.serve.app import Endpoint, HttpServer
+        from fedmoe.tools.http_server import HttpServer
+        from fedmoe.tools.serve.app import Endpoint
     except ModuleNotFoundError as error:
         raise SettingsError(
             f"serving needs {error.name}: install it with the extra `serve` (pip install 'fedmoe[serve]')",

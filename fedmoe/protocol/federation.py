@@ -150,6 +150,10 @@ class ServerView:
         persists: False if its last write to disk (RDB or AOF) failed.
         certificate_ends: when its certificate or the CA's ends (seconds since 1970), None without TLS.
         certificate_left_s: seconds until then, by the clock of this machine.
+        latency_s: time of one round trip, as just measured.
+        clients: connections to it; uptime_s: since its start.
+        is_aof_on: it writes an append-only file.
+        saved_s: seconds since its last snapshot; unsaved: changes since then.
     """
 
     url: str
@@ -160,6 +164,12 @@ class ServerView:
     persists: bool | None = None
     certificate_ends: float | None = None
     certificate_left_s: float | None = None
+    latency_s: float | None = None
+    clients: int | None = None
+    uptime_s: int | None = None
+    is_aof_on: bool | None = None
+    saved_s: float | None = None
+    unsaved: int | None = None
 
     @property
     def memory_share(self) -> float:
@@ -169,13 +179,14 @@ class ServerView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Federation:
-    """Everything that `fedmoe status` shows."""
+    """Everything that `fedmoe status` shows; `read_at` is the server's clock then (seconds since 1970)."""
 
     prefix: str
     server: ServerView
     experts: tuple[ExpertView, ...]
     merged: MergedView
     problems: tuple[str, ...] = ()
+    read_at: float = 0.0
 
     @property
     def workers(self) -> list[WorkerView]:

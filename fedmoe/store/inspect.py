@@ -58,7 +58,10 @@ class Inspector:
             RedisUnavailableError: if Redis does not reply, or refuses to list the experts.
         """
         problems: list[str] = []
+        made, began = self.connection.generation, time.perf_counter()
         weights = self._experts(problems)
+        took_s = time.perf_counter() - began
+        is_trip = self.connection.generation == made  # else it connected, too
         commands: dict[tuple[str, str], Command] = {("", "info"): ("INFO",)}
         for name in (*weights, MERGED):
             commands |= {(name, what): command for what, command in self._commands(name).items()}
@@ -75,10 +78,11 @@ class Inspector:
         )
         return Federation(
             prefix=self.keys.prefix,
-            server=_server(self.connection, replies["", "info"]),
+            server=_server(self.connection, replies["", "info"], now, took_s if is_trip else None),
             experts=experts,
             merged=_merged(of(MERGED), experts, now),
             problems=tuple(problems),
+            read_at=now,
         )
 
     def _experts(self, problems: list[str]) -> dict[str, float | None]:
@@ -337,13 +341,20 @@ def _printable_names(values: Mapping[str, Any]) -> dict[str, Any]:
     return {printable(name): value for name, value in values.items()}
 
 
-def _server(connection: Connection, info: Mapping[str, Any] | Exception) -> ServerView:
+def _server(
+    connection: Connection, info: Mapping[str, Any] | Exception, now: float, latency_s: float | None
+) -> ServerView:
     ends = connection.certificate_ends
-    left_s = None if ends is None else max(0.0, ends - time.time())
-    server = ServerView(url=connection.settings.shown, certificate_ends=ends, certificate_left_s=left_s)
+    server = ServerView(
+        url=connection.settings.shown,
+        certificate_ends=ends,
+        certificate_left_s=None if ends is None else max(0.0, ends - time.time()),
+        latency_s=latency_s,
+    )
     if isinstance(info, Exception):
         return server
     valkey = info.get("valkey_version")
+    saved_at = info.get("rdb_last_save_time")
     return replace(
         server,
         software=f"Valkey {valkey}" if valkey else f"Redis {info.get('redis_version')}",
@@ -351,6 +362,11 @@ def _server(connection: Connection, info: Mapping[str, Any] | Exception) -> Serv
         max_memory=info.get("maxmemory"),
         policy=info.get("maxmemory_policy"),
         persists=_persists(info),
+        clients=info.get("connected_clients"),
+        uptime_s=info.get("uptime_in_seconds"),
+        is_aof_on=bool(info["aof_enabled"]) if "aof_enabled" in info else None,
+        saved_s=max(0.0, now - saved_at) if isinstance(saved_at, int) else None,
+        unsaved=info.get("rdb_changes_since_last_save"),
     )
 
 

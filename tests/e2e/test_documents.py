@@ -11,6 +11,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -88,10 +89,15 @@ NOT_TYPED = {
     "fedmoe gateway follow --dir versions --vllm http://127.0.0.1:8000": "vLLM is not installed",
 }  # fmt: skip
 # What the reader must put in for himself, and we do.
-INSTEAD = {"redis://127.0.0.1:6379/0": "unix://{socket}"}
+INSTEAD = {
+    "redis://127.0.0.1:6379/0": "unix://{socket}",
+    "http://127.0.0.1:5000/": "http://127.0.0.1:{port}/",
+    "--host 0.0.0.0 --port 5001": "--host 127.0.0.1 --port 0",
+}
 # They run until they are stopped: typed in a terminal of their own.
 ON_AND_ON = (
     "redis-server ", "fedmoe aggregator run", "fedmoe worker run", "fedmoe status --watch", "fedmoe gateway serve",
+    "fedmoe dashboard",
 )  # fmt: skip
 SCRIPTS = {
     "bash ops/bench.sh": "ops.bench",
@@ -106,6 +112,8 @@ class Shell:
 
     def __init__(self, directory: Path, base_model: Path) -> None:
         self.directory, self.socket, self._count = directory, directory / "redis.sock", 0
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = int(free.getsockname()[1])  # of the dashboard
         for name in ("ops", "docs", "examples"):
             (directory / name).symlink_to(ROOT / name)
         for name in ("bin", "home", "held-out", "training", "validation"):
@@ -116,6 +124,8 @@ class Shell:
         )
         cli = shutil.which("redis-cli") or "true"  # the server that comes as a wheel has none
         self._write_program("redis-cli", cli, f"-e -s {self.socket}", first=True)
+        if not shutil.which("curl"):
+            self._write_program("curl", "true")
         self._write_program("python", sys.executable)
         programs = f"{directory / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
         settings = {
@@ -123,7 +133,7 @@ class Shell:
         }  # fmt: skip
         self._environment = environment(
             PATH=programs, HOME=str(directory / "home"), FEDMOE_RUN_DIR=str(directory / "run"),
-            FEDMOE_BIN=str(Path(sys.executable).parent / "fedmoe"), PS1="",
+            FEDMOE_DASHBOARD_PORT=str(self.port), FEDMOE_BIN=str(Path(sys.executable).parent / "fedmoe"), PS1="",
             **{f"FEDMOE_AGGREGATOR_RUN_{name}": value for name, value in settings.items()},
         )  # fmt: skip
         source, typed = os.pipe()
@@ -194,6 +204,8 @@ def is_ready(text: str, shell: Shell, log: Path) -> bool:
     """True once what was started in another terminal does what the next command of a page counts on."""
     if text.startswith("fedmoe status"):
         return "sql_expert" in log.read_text()
+    if text.startswith("fedmoe dashboard"):
+        return "dashboard on http://" in log.read_text()
     store = GatewayStore(Connection(RedisSettings(url=f"unix://{shell.socket}")))
     if text.startswith("redis-server"):
         store.connection.ping()
@@ -208,7 +220,7 @@ def typed(one: Command, shell: Shell) -> str:
     """Type one command; "" or what was wrong with it."""
     text = one.text
     for theirs, ours in INSTEAD.items():
-        text = text.replace(theirs, ours.format(socket=shell.socket))
+        text = text.replace(theirs, ours.format(socket=shell.socket, port=shell.port))
     if not text.startswith(ON_AND_ON):
         code, printed = shell.type(text)
         return f"{one}\nexit code {code}\n{printed}" if code else ""

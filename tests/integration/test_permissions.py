@@ -40,6 +40,7 @@ from fedmoe.store.problems import Problems
 from fedmoe.store.remove import look_at_expert, remove_expert
 from fedmoe.store.rights import require
 from fedmoe.store.worker import WorkerStore
+from fedmoe.tools.dashboard.watcher import Watcher
 from fedmoe.util.stopping import Stop
 from producers.worker import Worker
 from tests.errors import raises
@@ -97,6 +98,7 @@ def test_what_real_runs_send_is_what_is_listed(
         eventually("the gateway", lambda: store.merged().experts[EXPERT].version)
         guarded.admin.client.hset(f"fedmoe:{{{EXPERT}}}:worker:another", "run", "1-00000000")
         guarded.fedmoe(MONITOR, "status")
+        Watcher(guarded.settings(MONITOR), interval_s=1.0).look()  # what `fedmoe dashboard` sends
         guarded.fedmoe(MONITOR, "gateway", "show", "--no-compare")
         guarded.fedmoe(OPERATOR, "status")
         guarded.fedmoe(OPERATOR, "backup", str(tmp_path / "backup"))

@@ -28,7 +28,8 @@ from fedmoe.store.connection import Connection
 from fedmoe.store.gateway import GatewayStore
 from fedmoe.tools.export import read_expert, read_gateway
 from fedmoe.tools.export_files import write
-from fedmoe.tools.serve.app import Endpoint, HttpServer
+from fedmoe.tools.http_server import HttpServer
+from fedmoe.tools.serve.app import Endpoint
 from fedmoe.tools.serve.chat import Chat
 from fedmoe.tools.serve.engine import Engine, Finish
 from fedmoe.tools.serve.requests import ChatRequest

@@ -12,12 +12,10 @@ import hmac
 import json
 import logging
 import secrets
-import socket
 import threading
 from collections.abc import AsyncIterator
 from typing import Any, NamedTuple
 
-import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -234,34 +232,3 @@ def _failed(event: _Event) -> Response:
 
 async def _not_found(request: Request, error: Exception) -> Response:
     return _error(404, f"there is no {request.method} {request.url.path} here", "")
-
-
-class HttpServer:
-    """Serves an application until `stop` is called, in a thread of its own.
-
-    Raises:
-        OSError: if the address is taken or is not this machine's.
-    """
-
-    def __init__(self, app: Any, host: str, port: int) -> None:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._socket = socket.create_server((host, port), family=family)  # uvicorn's own way ends the process
-        config = uvicorn.Config(
-            app, log_config=None, log_level="warning", access_log=False, lifespan="off", server_header=False,
-            timeout_graceful_shutdown=1,
-        )  # fmt: skip
-        self._server = uvicorn.Server(config)
-        self.port = int(self._socket.getsockname()[1])
-        self._thread = threading.Thread(
-            target=self._server.run, kwargs={"sockets": [self._socket]}, name="http", daemon=True
-        )
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Stop within a second."""
-        self._server.should_exit = True
-
-    def join(self) -> None:
-        """Wait for the end."""
-        self._thread.join()
-        self._socket.close()

@@ -73,7 +73,7 @@ def test_nothing_else_is_removed(connection: Connection, tmp_path: Path) -> None
     (tmp_path / "2020-01-04T000000Z").write_text("a file")
     (tmp_path / ".2020-01-05T000000Z.mine").mkdir()
     shutil.copytree(oldest, tmp_path / "before the upgrade")
-    strange = back_up(connection, tmp_path, 1).made
+    strange = back_up(connection, tmp_path, 1, keep=9).made
     (strange / NAME / "note").write_text("look at this one")
     theirs = back_up(connection, tmp_path, 2, keep=9).made
     manifest = theirs / MANIFEST

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedmoe.protocol.parties import Party
-from fedmoe.tools.deploy.deployment import ENROLMENTS, TLS, USERS, Deployment
+from fedmoe.tools.deploy.deployment import DEFAULT_USER, ENROLMENTS, TLS, USERS, Deployment
 from tests.chaos.actors import WORKERS
 from tests.proxy import Proxy
 from tests.secured import tls_program
@@ -41,7 +41,7 @@ def secure(directory: Path) -> Secured:
     deployment = Deployment(directory=directory, hosts=["127.0.0.1"], port=proxy.port, workers=workers)
     deployment.write(now=0.0)
     users = directory / USERS
-    users.write_text(users.read_text().replace("user default off", ADMIN))
+    users.write_text(users.read_text().replace(DEFAULT_USER, ADMIN))
     options = (
         "--tls-port", str(tls_port), "--bind", "127.0.0.1", "--aclfile", str(users), "--tls-auth-clients", "no",
         "--tls-cert-file", str(directory / TLS / "redis.crt"), "--tls-key-file", str(directory / TLS / "redis.key"),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from consumers.expert import Expert
 from fedmoe.cli.main import cli
 from fedmoe.errors import RedisUnavailableError, RedisUnfitError, SettingsError, UnknownExpertError
 from fedmoe.protocol.parties import Party
@@ -15,6 +16,7 @@ from fedmoe.redis_settings import RedisSettings
 from fedmoe.store.audit import read_lines
 from fedmoe.store.connection import Connection
 from fedmoe.store.embedded import EmbeddedRedis
+from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore
 from fedmoe.store.users import Users
 from fedmoe.tools.deploy.deployment import Deployment
@@ -109,13 +111,23 @@ def test_a_new_password_needs_no_restart(secured: Secured, tmp_path: Path) -> No
 
 
 def test_users_and_rights_survive_a_restart(secured: Secured, tmp_path: Path) -> None:
-    """ACL SAVE wrote the ACL file."""
+    """ACL SAVE wrote the ACL file, and the append-only file is read with its transactions."""
+    make_expert(secured.connection("aggregator"))
+    worker_of(secured.file(NAME)).push(0.5)
     file = enrol(secured, tmp_path / "w2.toml")
     before = Users(secured.connection("operator")).parties()
     secured.kill()
     secured.start()
     assert worker_login(file)
     assert Users(secured.connection("operator")).parties() == before
+    expert = Expert(ExpertStore(secured.connection("aggregator"), EXPERT), small_spec(), aggregator="test")
+    expert.load()
+    assert serve(expert) == ["applied"]
+    ca = secured.directory / "tls" / "ca.crt"
+    for login in ("", "default:any@"):  # nobody is the default user
+        url = f"rediss://{login}localhost:{secured.port}?ssl_ca_certs={ca}"
+        with pytest.raises(RedisUnavailableError):
+            Connection(RedisSettings(url=url)).ping()
 
 
 def test_a_refresh_gives_the_rights_of_this_release(secured: Secured) -> None:

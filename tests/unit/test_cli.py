@@ -107,9 +107,9 @@ def test_a_log_line_tells_when_and_how_grave() -> None:
 
 def test_a_missing_option_is_named() -> None:
     """Not as an error of the class that it is a setting of."""
-    done = CliRunner().invoke(cli, ["worker", "run", "--data", "x"])
+    done = CliRunner().invoke(cli, ["worker", "run", "--stream", "x"])
     assert done.exit_code == 2
-    assert "Missing option '--stream'" in done.output
+    assert "Missing option '--data'" in done.output
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,9 @@ SECRET_BYTES = 32
 CONF, USERS, SETTINGS, AUDIT = "redis.conf", "users.acl", "fedmoe.toml", "audit.jsonl"
 ENROLMENTS, TLS = "enrolments", "tls"
 REPLICA = "replica"  # the user by which a replica follows its master
+# Nobody can be this user. It has all rights, because Redis reads its append-only file as this user: without rights, it
+# would drop every transaction of the file when it starts (seen in Redis 7.0).
+DEFAULT_USER = "user default off ~* &* +@all"
 _HOST = re.compile(r"[A-Za-z0-9_.:-]+")
 _LOCAL = "bind 127.0.0.1 -::1\nport 6379\n"
 
@@ -91,7 +94,7 @@ class Deployment:
         authority = make_authority(f"FedMoE {self.prefix}")
         self._write_pair("ca", authority)
         self._write_pair("redis", make_server(authority, [*self.hosts, *LOOPBACK]))
-        users, audit = ["user default off"], []
+        users, audit = [DEFAULT_USER], []
         for file, party in self.parties.items():
             secret, user = secrets.token_urlsafe(SECRET_BYTES), party.user(self.prefix)
             enrolled = Enrolment(

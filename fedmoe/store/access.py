@@ -8,6 +8,10 @@ from fedmoe.store.users import Users
 from fedmoe.util.check import FAIL, OK, WARN, Check
 
 SOON_DAYS = 30
+DEFAULT_LACKS = (
+    "the user `default` may not do everything: Redis 7.0 reads its append-only file as that user, and would drop every "
+    "transaction in it at its next start: write `user default off ~* &* +@all`, and nobody can log in as it"
+)
 
 
 def access_checks(connection: Connection) -> list[Check]:
@@ -17,6 +21,8 @@ def access_checks(connection: Connection) -> list[Check]:
         checks.append(certificate_check(connection.certificate_ends, now=time.time()))
     users = Users(connection)
     try:
+        if users.default_lacks_rights():
+            checks.append(Check(FAIL, "durability", DEFAULT_LACKS))
         there = users.parties()
         if odd := users.differences():
             checks += [Check(FAIL, "users", text) for text in odd]

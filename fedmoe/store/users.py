@@ -89,6 +89,16 @@ class Users:
         found = {party: line for line in lines if (party := Party.of_user(line.split(" ", 2)[1], prefix))}
         return {party: User.parse(party, found[party]) for party in sorted(found)}
 
+    def default_lacks_rights(self) -> bool:
+        """True if the user `default` may not do all: Redis reads its append-only file as that user.
+
+        Raises:
+            RedisUnavailableError: if Redis cannot be reached or this user may not list the users.
+        """
+        with self.connection.errors():
+            lines = [str(line).split() for line in self.connection.client.execute_command("ACL LIST")]
+        return any(words[1] == "default" and not {"~*", "+@all"} <= set(words) for words in lines)
+
     def may_enrol(self) -> bool:
         """False if this server does not let this user change users."""
         needed = [Right(command="MULTI"), Right(command="EXEC"), Right(command="ACL SETUSER")]

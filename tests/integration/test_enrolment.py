@@ -130,6 +130,17 @@ def test_users_and_rights_survive_a_restart(secured: Secured, tmp_path: Path) ->
             Connection(RedisSettings(url=url)).ping()
 
 
+def test_doctor_tells_of_a_default_user_without_rights(secured: Secured) -> None:
+    """With it, a restart would lose every expert."""
+    assert secured.fedmoe("operator", "doctor", "--role", "operator").exit_code == 0
+    secured.connection("operator").client.execute_command(
+        "ACL SETUSER", "default", "off", "resetkeys", "-@all"
+    )
+    done = secured.fedmoe("operator", "doctor", "--role", "operator")
+    assert done.exit_code == 1
+    assert "user default off ~* &* +@all" in done.output
+
+
 def test_a_refresh_gives_the_rights_of_this_release(secured: Secured) -> None:
     """And keeps the passwords."""
     users, monitor = Users(secured.connection("operator")), Party(role="monitor")

@@ -88,17 +88,25 @@ class WorkerStore:
 
         Raises:
             UnknownExpertError: names the existing experts.
+            LostExpertError: if it is one of them, and nothing else is there.
             DamagedExpertError: if only the spec is missing.
         """
         with self.connection.errors():
             text = self._redis.get(self.keys.spec)
-            if text is not None:
-                return Spec.from_json(text)
-            meta = self._redis.hgetall(self.keys.meta)
-            check_not_removed(meta)
-            names = sorted(name.decode() for name in self._redis.hkeys(self.connection.keys.experts))
+            if text is None:  # perhaps it is being created: read all that tells why at one moment
+                with self._redis.pipeline(transaction=True) as pipe:
+                    pipe.get(self.keys.spec)
+                    pipe.hgetall(self.keys.meta)
+                    pipe.hkeys(self.connection.keys.experts)
+                    text, meta, listed = pipe.execute()
+        if text is not None:
+            return Spec.from_json(text)
+        check_not_removed(meta)
+        names = sorted(name.decode() for name in listed)
         if meta:
             raise DamagedExpertError(self.expert, "its spec is missing")
+        if self.expert in names:
+            raise LostExpertError(self.expert)
         where = f"there is no expert {self.expert!r} at {self.connection.settings.shown}"
         if not names:
             raise NoExpertsError(

@@ -11,6 +11,7 @@ from click.testing import Result
 from consumers.daemon import Aggregator
 from consumers.expert import Expert
 from consumers.gateway.builder import GatewayBuilder
+from fedmoe.errors import LostExpertError
 from fedmoe.protocol.beat import Beat
 from fedmoe.protocol.layout import values_of
 from fedmoe.protocol.lora_init import initial_weights
@@ -20,6 +21,7 @@ from fedmoe.store.connection import Connection
 from fedmoe.store.gateway import GatewayStore
 from fedmoe.store.remove import remove_expert
 from fedmoe.store.worker import WorkerStore
+from tests.errors import raises
 from tests.federation import ScriptedWorker, make_expert, meta_of, small_spec
 from tests.processes import eventually
 
@@ -122,6 +124,27 @@ def test_expert_that_cannot_be_added_is_a_sentence(connection: Connection, exper
     connection.client.hset("fedmoe:experts", "listed", "1")
     assert "expert 'listed' is gone from Redis" in str(expert_command("add", "listed").exception)
     assert set(GatewayStore(connection).experts()) == {"a", "listed"}
+
+
+def test_worker_finds_an_expert_that_is_created_while_it_looks(
+    connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It did not exist at the first look, and must not be called unknown by a list in which it stands."""
+    make_expert(connection, "a")
+    store = WorkerStore(connection, "late", "alice")
+    get = connection.client.get
+
+    def look(key: str) -> bytes | None:
+        found = get(key)
+        make_expert(connection, "late")
+        return found
+
+    monkeypatch.setattr(connection.client, "get", look)
+    assert store.spec() == GatewayStore(connection).spec("a")
+    monkeypatch.undo()
+    connection.client.hset("fedmoe:experts", "listed", "1")
+    with raises(LostExpertError, about="listed"):
+        WorkerStore(connection, "listed", "alice").spec()
 
 
 def test_list_and_show(expert: Expert, connection: Connection, expert_command: Command) -> None:

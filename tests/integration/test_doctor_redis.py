@@ -26,7 +26,7 @@ from tests.processes import fedmoe, fedmoe_here
 
 MAY_SERVE = "this user may serve experts"
 MAY_TRAIN = "this user may train {} as alice"
-MAY_OPERATE = "this user may back up, restore, change, roll back, add, remove, verify, fit and export"
+MAY_OPERATE = "this user may back up, restore, change, roll back, add, remove, verify, fit, export and enrol"
 MAY_LOOK = "this user may read the status"
 
 
@@ -213,7 +213,9 @@ def test_the_acl_line_makes_that_user(connection: Connection) -> None:
     assert "~fedmoe:{gateway}:payload:sql_expert.alice:*" in both
     done = CliRunner().invoke(cli, ["doctor", "--acl", "worker", "--stream", "a.b", "--name", "alice"])
     assert "gateway" not in done.output  # its workers cannot train it
-    done = CliRunner().invoke(cli, ["doctor", "--acl", "monitor", "--redis", "redis://nowhere/3"])
+    done = CliRunner().invoke(
+        cli, ["doctor", "--acl", "monitor", "--redis", "redis://nowhere/3", "--insecure"]
+    )
     assert done.output.startswith("user monitor on >PASSWORD ")
     assert " +select " in done.output
     done = CliRunner().invoke(cli, ["doctor", "--acl", "worker"])

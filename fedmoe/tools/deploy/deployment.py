@@ -147,7 +147,7 @@ masterauth {link}
         listed = f"expert = {json.dumps(experts)}\n" if experts else ""
         monitor = json.dumps(str(here / "monitor.toml"))
         monitors = "".join(
-            f"\n[{command}]\nenrolment = {monitor}\n" for command in ("status", "top", "metrics")
+            f"\n[{command}]\nenrolment = {monitor}\n" for command in ("status", "top", "metrics", "dashboard")
         )
         return f"""# Settings of the federation for the machine of its operator: fedmoe --config {SETTINGS} …
 enrolment = {json.dumps(str(here / "operator.toml"))}

@@ -131,6 +131,7 @@ def test_what_befalls_three_machines(sites: list[Site]) -> None:
         hand_over(files / f"{worker.partition('/')[2]}.toml", site.machine)
     one.start_redis()
     one.start_aggregator()
+    one.watch()
     for site, worker in zip((one, two, three), WORKERS, strict=True):
         site.start_worker(worker.partition("/")[2])
     for name in EXPERTS:
@@ -169,9 +170,12 @@ def test_what_befalls_three_machines(sites: list[Site]) -> None:
 
     # Machine 1 reboots: Redis, aggregator and the worker of docs_expert die at once.
     one.machine.crash()
+    (one.machine.home / "watch.log").unlink()
     one.start_redis()
     one.start_aggregator()
+    one.watch()
     one.start_worker("docs-1")
+    eventually("the monitor to see again", lambda: one.version(EXPERTS[0]), timeout_s=60)
     known = {name: one.version(name) for name in EXPERTS}
     for name in ("docs_expert", "sql_expert"):
         eventually(f"{name} to go on", lambda name=name: one.version(name) > known[name] + 2, timeout_s=120)

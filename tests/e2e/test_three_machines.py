@@ -87,11 +87,17 @@ class Site:
             "--state-dir", f"state-{name}", "--log-interval", "0.5", "--checkpoint-interval", "1",
         )  # fmt: skip
 
+    def watch(self) -> None:
+        """The monitor looks twice a second; each look is a line."""
+        self.machine.start(
+            "watch.log", str(FEDMOE), "status", "--watch", "0.5", "--json",
+            "--enrolment", "federation/enrolments/monitor.toml",
+        )  # fmt: skip
+
     def expert(self, name: str) -> dict[str, Any]:
-        """What the monitor sees of an expert."""
-        seen = json.loads(
-            self.fedmoe("status", "--enrolment", "federation/enrolments/monitor.toml", "--json")
-        )
+        """What the monitor last saw of an expert."""
+        lines = (self.machine.home / "watch.log").read_text().split("\n")
+        seen = json.loads(next(line for line in reversed(lines[:-1]) if line.startswith("{")))
         return next(one for one in seen["experts"] if one["name"] == name)
 
     def version(self, name: str) -> int:

@@ -11,7 +11,7 @@ the median of the ratios of the single rounds. Nothing here is asserted: these a
     contest     clients that go and pause together; rounds in which contestants take turns
     adapters    layouts of real adapters, from 64 KiB to 34 MiB
     fedmoe_side, raw_side, http_side    the contestants: processes and clients
-    throughput, latency, overlap, growth, wire, machine, turns, size, quality    the benchmarks
+    throughput, latency, overlap, growth, wire, machine, turns, size, quality, tls    the benchmarks
     race        to a loss, beside Flower: race_fedmoe, race_flower, race_seat (what a client has)
     learning    what gateways are worth that are trained, merged, or trained centrally
 """

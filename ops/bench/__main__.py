@@ -17,6 +17,7 @@ ON_REQUEST = (
     "routing",
     "flower",
     "race",
+    "tls",
 )  # take gigabytes, minutes, an environment of its own
 EVERYTHING = ", ".join((*BENCHMARKS, *ON_REQUEST))
 

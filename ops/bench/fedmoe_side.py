@@ -184,7 +184,7 @@ class FedMoE(Contestant):
     """An aggregator, its Redis, and workers spread over client processes.
 
     Args:
-        aof: with the append-only file, everysec.
+        aof: with the append-only file, everysec; tls: over TLS.
         experts, workers: how many; each worker trains one expert, in turn.
         n_clients: processes that play the workers.
     """
@@ -196,6 +196,7 @@ class FedMoE(Contestant):
         wire_format: str,
         *,
         aof: bool = False,
+        tls: bool = False,
         experts: int = 1,
         workers: int = 3,
         n_clients: int = 3,
@@ -203,12 +204,12 @@ class FedMoE(Contestant):
         super().__init__(name, n_clients=min(n_clients, workers))
         self.spec = make_spec(layout, wire_format)
         self.rules = RULES
-        self.aof = aof
+        self.aof, self.tls = aof, tls
         self.experts = [f"expert{number}" for number in range(experts)]
         self.workers = [(self.experts[n % experts], f"worker{n}") for n in range(workers)]
 
     def _start(self) -> None:
-        url = self.processes.redis(aof=self.aof)
+        url = self.processes.redis(aof=self.aof, tls=self.tls)
         for name in self.experts:
             create_expert(url, name, self.spec, rules=self.rules)
         self.processes.command("aggregator", *aggregator_command(url, self.experts))

@@ -20,7 +20,9 @@ from typing import Any, Self
 import psutil
 import torch
 
+from fedmoe.errors import RedisUnavailableError
 from fedmoe.store.embedded import EmbeddedRedis
+from fedmoe.tools.deploy.certificates import make_authority, make_server
 from fedmoe.util.memory import keep_freed
 
 # Children are forked off a process that has imported torch and done nothing else: no second of imports for each.
@@ -106,13 +108,29 @@ class Processes:
 
         self.started.append(Watched(role, process.pid, process.poll, kill, log))
 
-    def redis(self, *, aof: bool = False) -> str:
-        """Start a private server on loopback TCP and return its URL; with `aof`, append-only file everysec."""
+    def redis(self, *, aof: bool = False, tls: bool = False) -> str:
+        """Start a private server on loopback TCP and return its URL.
+
+        Args:
+            aof: with the append-only file, everysec.
+            tls: over TLS, with a certificate that clients check.
+
+        Raises:
+            BenchError: if the server has no TLS.
+        """
         port = free_port()
-        options = ("--port", str(port), "--bind", "127.0.0.1", "--appendonly", "yes" if aof else "no")
+        url, listen = f"redis://127.0.0.1:{port}/0", ["--port", str(port)]
+        if tls:
+            url, listen = self._tls(port)
+        options = (*listen, "--bind", "127.0.0.1", "--appendonly", "yes" if aof else "no")
         server = EmbeddedRedis(options=options)
         try:
             server.start()
+        except RedisUnavailableError as error:
+            server.stop()
+            if tls:
+                raise BenchError(f"{server.server} did not start with TLS: is it built with it?") from error
+            raise
         except BaseException:
             server.stop()
             raise
@@ -120,7 +138,22 @@ class Processes:
         assert process is not None
         log = server.directory / "redis.log"
         self.started.append(Watched("redis", process.pid, process.poll, server.stop, log))
-        return f"redis://127.0.0.1:{port}/0"
+        return url
+
+    def _tls(self, port: int) -> tuple[str, list[str]]:
+        """The URL of a server over TLS, and its options."""
+        authority = make_authority("bench")
+        pair = make_server(authority, ["127.0.0.1"])
+        files = {
+            "tls-ca-cert-file": authority.certificate,
+            "tls-cert-file": pair.certificate,
+            "tls-key-file": pair.key,
+        }
+        options = ["--port", "0", "--tls-port", str(port), "--tls-auth-clients", "no"]
+        for name, text in files.items():
+            (self.directory / name).write_text(text)
+            options += [f"--{name}", str(self.directory / name)]
+        return f"rediss://127.0.0.1:{port}/0?ssl_ca_certs={self.directory / 'tls-ca-cert-file'}", options
 
     def check(self) -> None:
         """Raise BenchError if a process has ended."""

@@ -54,6 +54,7 @@ NOT_TYPED = {
     ".venv/bin/python -m ops.bench.learning bench-learning": "needs what the one before keeps",
     "bash ops/bench.sh --only routing --rows 32": "computes for minutes",
     "bash ops/bench.sh --only flower": "installs Flower",
+    "bash ops/bench.sh --only tls": "a test runs a tiny one",
     "bash ops/bench.sh --only race": "installs Flower, and takes half an hour; a test runs our side",
     "fedmoe gateway export --out routed --router domain": "only one expert here has a worker; test_router.py runs it",
     "fedmoe gateway export --out routed-two --router domain --leave-out docs_expert": "the same",

@@ -56,12 +56,24 @@ def test_it_runs(names: list[str], figures: set[str], tmp_path: Path) -> None:
         assert result["name"] in done.stdout
 
 
+def test_tls_beside_plain_tcp(tmp_path: Path) -> None:
+    """On a server without TLS one sentence says so."""
+    out = tmp_path / "bench.json"
+    done = bench("--tiny", "--only", "tls", "--out", str(out))
+    if done.returncode:
+        assert "did not start with TLS" in done.stderr
+        pytest.skip(done.stderr)
+    results = {result["name"]: result["value"] for result in json.loads(out.read_text())}
+    assert results["tls_vs_plain"] > 0
+    assert results["tls_64kib_cpu_ms"] > 0
+
+
 def test_an_unknown_name_is_one_sentence(tmp_path: Path) -> None:
     done = bench("--only", "latency", "speed", "--out", str(tmp_path / "bench.json"))
     assert done.returncode == 2
     assert done.stderr == (
         "ops/bench.sh: there is no benchmark 'speed': choose among wire, machine, codec, throughput, "
-        "latency, growth, overlap, turns, size, quality, learning, routing, flower, race\n"
+        "latency, growth, overlap, turns, size, quality, learning, routing, flower, race, tls\n"
     )
     assert not done.stdout
 

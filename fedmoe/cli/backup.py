@@ -100,6 +100,7 @@ def restore(redis: RedisSettings, expert: Sequence[str], replace: bool, director
 
     source = Backup(directory)
     store = BackupStore(Connection(redis))
-    put(store, source, list(dict.fromkeys(expert)), replace=replace, report=report)
+    if fit := put(store, source, list(dict.fromkeys(expert)), replace=replace, report=report):
+        click.echo(fit)
     if source.prefix != redis.prefix:
         click.echo(f"under the prefix {redis.prefix!r}; the backup is of {source.prefix!r}")

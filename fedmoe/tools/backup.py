@@ -1,14 +1,14 @@
 """A backup on disk: a directory that holds each expert as Redis had it at one moment, and loads in PEFT.
 
-    manifest.json                     list of experts, and the SHA-256 of every file; written last
+    manifest.json                     list of experts, the SHA-256 of every file, the merged gateway's fit; written last
     EXPERT/adapter_model.safetensors  the weights, byte for byte as in Redis
     EXPERT/adapter_config.json        for peft
     EXPERT/server_state.safetensors   what the server optimizer remembers, if it remembers something
     EXPERT/expert.json                spec, meta, decided, vectors, log and dead as in Redis
 
-Each expert is consistent in itself, because each has its own chain of commits. The gateway is a view of the experts and
-is rebuilt. Bytes in expert.json that are not UTF-8 are written with Python's `surrogateescape`, which restores the same
-bytes and keeps text readable.
+Each expert is consistent in itself, because each has its own chain of commits. The merged gateway is a view of the
+experts and is rebuilt; a backup of all experts holds its fit. Bytes in expert.json that are not UTF-8 are written with
+Python's `surrogateescape`, which restores the same bytes and keeps text readable.
 """
 
 import errno
@@ -25,9 +25,11 @@ from typing import Any
 
 from fedmoe import __version__
 from fedmoe.errors import BackupError, FedMoEError, UnknownExpertError
+from fedmoe.protocol.fit import Fit
 from fedmoe.protocol.integrity import server_state_problem
 from fedmoe.protocol.names import check_expert
 from fedmoe.store.backup import BackupStore, ExpertState, Line
+from fedmoe.store.gateway import GatewayStore
 from fedmoe.tools.export_files import CONFIG_FILE, WEIGHTS_FILE
 from fedmoe.util.disk import put_in_place, to_disk, write_file
 
@@ -90,7 +92,8 @@ def back_up(
         staging = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
         try:
             staging.mkdir()
-            _write_backup(staging, store, weights, report, kept_as)
+            fit = None if names else GatewayStore(store.connection).fit()
+            _write_backup(staging, store, weights, report, kept_as=kept_as, fit=fit)
             put_in_place(staging, target)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
@@ -127,7 +130,9 @@ def _write_backup(
     store: BackupStore,
     weights: Mapping[str, str],
     report: Callable[[str, Saved], None],
+    *,
     kept_as: str,
+    fit: Fit | None,
 ) -> None:
     manifest: dict[str, Any] = {
         "format": FORMAT,
@@ -136,6 +141,7 @@ def _write_backup(
         "prefix": store.keys.prefix,
         "experts": {},
         **({"kept_as": kept_as} if kept_as else {}),
+        **({"fit": fit.to_fields()} if fit and fit.weights else {}),
     }
     for name, weight in weights.items():
         saved = _write_expert(staging / name, name, store.read(name), weight)
@@ -211,6 +217,7 @@ class Backup:
                     about="format",
                 )
             self.prefix = str(content["prefix"])
+            self.fit = Fit.read(content["fit"]) if "fit" in content else None
             self.experts = {check_expert(name): Saved(**saved) for name, saved in content["experts"].items()}
         except BackupError:
             raise
@@ -286,8 +293,10 @@ def restore(
     *,
     replace: bool = False,
     report: Callable[[str, Saved, str | None], None] = lambda name, saved, replaced: None,
-) -> None:
+) -> str:
     """Restore experts of a backup, each one atomically; all are checked before the first one is written.
+
+    With all experts the fit of the merged gateway is restored too, unless there is another and `replace` is false.
 
     Args:
         store: of the federation, which may differ from the backup's.
@@ -295,6 +304,9 @@ def restore(
         names: of the experts; all by default.
         replace: overwrite experts that exist in Redis.
         report: called for each restored expert, with the version that was replaced (None if there was none).
+
+    Returns:
+        What became of the fit, a sentence; "" if the backup holds none, or only some experts are restored.
 
     Raises:
         BackupError: if the backup is damaged, or an expert exists in Redis and `replace` is false.
@@ -307,6 +319,16 @@ def restore(
     for name, weight in weights.items():
         replaced = store.write(name, backup.load(name), gateway_weight=weight, replace=replace)
         report(name, backup.experts[name], replaced)
+    return "" if names or backup.fit is None else _restore_fit(store, backup.fit, replace=replace)
+
+
+def _restore_fit(store: BackupStore, fit: Fit, *, replace: bool) -> str:
+    gateway = GatewayStore(store.connection)
+    present = gateway.fit()
+    if present is not None and present != fit and not replace:
+        return "the fit of the merged gateway in Redis is kept; --replace takes that of the backup"
+    gateway.write_fit(fit)
+    return "the fit of the merged gateway is restored"
 
 
 def _write(path: Path, chunks: Iterable[bytes]) -> str:

@@ -4,6 +4,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from fedmoe.cli.main import main
 from fedmoe.errors import BackupError, StaleStateError
 from fedmoe.model.adapter import adapter_layout
 from fedmoe.model.base import structure
+from fedmoe.protocol.fit import Fit, weights_text
 from fedmoe.protocol.layout import AdapterBuffer
 from fedmoe.protocol.lora import LoraSettings
 from fedmoe.protocol.spec import Spec
@@ -25,7 +27,8 @@ from fedmoe.store.backup import BackupStore, ExpertState
 from fedmoe.store.connection import Connection
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore
-from fedmoe.tools.backup import restore
+from fedmoe.store.remove import remove_expert
+from fedmoe.tools.backup import Backup, back_up, restore
 from tests.backups import NAME, backed_up, content, make
 from tests.errors import raises
 from tests.federation import ScriptedWorker, first_meta, make_expert, serve
@@ -81,6 +84,31 @@ def test_everything_comes_back_byte_for_byte(connect: Connect, tmp_path: Path, r
     # Again from what was restored: the same files but for the commit ids.
     again = backed_up(connection, tmp_path / "again")
     assert [again.load(name).log for name in before] == [backup.load(name).log for name in before]
+
+
+def test_the_fit_of_the_merged_gateway_comes_back(connection: Connection, tmp_path: Path) -> None:
+    """With all experts; one that is there is replaced only with --replace; a backup of some experts holds none."""
+    make_expert(connection, "red")
+    gateway, store = GatewayStore(connection), BackupStore(connection)
+    fit = Fit(weights=weights_text({"red": (0.75,)}), loss=1.5, fitted_at=1.5)
+    other = replace(fit, weights=weights_text({"red": (0.5,)}))
+    gateway.write_fit(fit)
+    back_up(store, tmp_path / "whole")
+    back_up(store, tmp_path / "part", ["red"])
+    assert Backup(tmp_path / "part").fit is None
+    whole = Backup(tmp_path / "whole")
+    connection.client.flushdb()
+    assert restore(store, whole, ["red"]) == ""
+    assert gateway.fit() is None
+    connection.client.flushdb()
+    assert "restored" in restore(store, whole)
+    assert gateway.fit() == fit
+    remove_expert(connection, "red")
+    gateway.write_fit(other)
+    assert "kept" in restore(store, whole)
+    assert gateway.fit() == other
+    assert "restored" in restore(store, whole, replace=True)
+    assert gateway.fit() == fit
 
 
 def test_lines_written_after_a_restore_follow_though_the_clock_is_behind(

@@ -70,7 +70,7 @@ NOT_TYPED = {
     ".venv/bin/python -m tests.forbidden": "test_forbidden.py tries the same",
     "pip install pre-commit": SETUP,
     "pre-commit install": SETUP,
-    "python3 -m venv /opt/fedmoe && /opt/fedmoe/bin/pip install .": SETUP,
+    "python3 -m venv /opt/fedmoe && /opt/fedmoe/bin/pip install '.[dashboard,metrics]'": SETUP,
     "install -m 644 ops/systemd/fedmoe.sysusers.conf /etc/sysusers.d/fedmoe.conf && systemd-sysusers": SYSTEM,
     "install -m 644 ops/systemd/fedmoe*.service ops/systemd/fedmoe*.timer /etc/systemd/system/": SYSTEM,
     "systemctl daemon-reload": SYSTEM,

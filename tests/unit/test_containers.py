@@ -80,13 +80,13 @@ def services() -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("name", sorted(services()))
 def test_services_of_compose_are_closed(name: str) -> None:
-    """Also Redis: no root, no capability, a read-only root file system, and no port outside."""
+    """Also Redis: no root, no capability, a read-only root file system, and no port but the dashboard's, on loopback."""
     service = services()[name]
     assert service["read_only"] is True
     assert service["cap_drop"] == ["ALL"]
     assert service["security_opt"] == ["no-new-privileges:true"]
     assert not service["user"].startswith(("0", "root"))
-    assert "ports" not in service
+    assert service.get("ports", []) == (["127.0.0.1:5000:5000"] if name == "dashboard" else [])
     if name != "redis":
         assert service["user"] == f"{USER}:{USER}"
         assert misfit("fedmoe " + " ".join(service["command"])) == ""
@@ -94,12 +94,10 @@ def test_services_of_compose_are_closed(name: str) -> None:
 
 def test_compose_gives_a_stop_its_time() -> None:
     """The same as the units of systemd."""
-    grace = {
-        name: int(one["stop_grace_period"].rstrip("s"))
-        for name, one in services().items()
-        if name != "backup"
-    }
+    found = services().items()
+    grace = {name: int(one["stop_grace_period"].rstrip("s")) for name, one in found if name != "backup"}
     assert grace["worker"] == int(read("fedmoe-worker@.service")["TimeoutStopSec"])
+    assert grace["dashboard"] == int(read("fedmoe-dashboard.service")["TimeoutStopSec"])
     assert grace["aggregator"] == grace["standby"] == int(read("fedmoe-aggregator.service")["TimeoutStopSec"])
 
 

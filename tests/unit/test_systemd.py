@@ -11,7 +11,10 @@ import pytest
 from tests.documents import ROOT, misfit
 from tests.services import LONGEST_STOP_S, UNITS, read
 
-SERVICES = ("fedmoe-aggregator.service", "fedmoe-worker@sql-1.service", "fedmoe-backup.service")
+SERVICES = (
+    "fedmoe-aggregator.service", "fedmoe-worker@sql-1.service", "fedmoe-backup.service",
+    "fedmoe-dashboard.service",
+)  # fmt: skip
 EXPOSURE = 20  # tenths of systemd's scale from 0 (closed) to 10
 
 

@@ -80,7 +80,7 @@ def services() -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("name", sorted(services()))
 def test_services_of_compose_are_closed(name: str) -> None:
-    """Also Redis: no root, no capability, a read-only root file system, and no port but the dashboard's, on loopback."""
+    """Also Redis: no root, no capability, a read-only root file system; only the dashboard has a port, on loopback."""
     service = services()[name]
     assert service["read_only"] is True
     assert service["cap_drop"] == ["ALL"]

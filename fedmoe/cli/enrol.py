@@ -111,6 +111,7 @@ def _enrol(
     deployment: Path | None,
 ) -> None:
     import secrets
+    from dataclasses import replace
 
     from fedmoe.errors import SettingsError
     from fedmoe.store.audit import ENROLLED, ROTATED, write_line
@@ -119,7 +120,7 @@ def _enrol(
     from fedmoe.tools.deploy.enrol import certificate_for, check_out, enrolment_for
     from fedmoe.tools.deploy.files import enrolment_text, private_file, write_private
 
-    check_out(out, party, redis.prefix, rotate=rotate)
+    old = check_out(out, party, redis.prefix, rotate=rotate)
     users = _users(redis)
     require_master(users)
     connection = users.connection
@@ -134,6 +135,8 @@ def _enrol(
     certificate = certificate_for(party, redis.prefix, csr, deployment)
     secret = secrets.token_urlsafe(SECRET_BYTES)
     enrolled = enrolment_for(redis, party, secret, certificate_file=f"{out.stem}.crt" if certificate else "")
+    if old and not certificate:
+        enrolled = replace(enrolled, certificate_file=old.certificate_file, key_file=old.key_file)
     text, hashes = enrolment_text(enrolled, party), (password_rule(secret),)
     if certificate:
         write_private(out.with_suffix(".crt"), certificate, replace=True)

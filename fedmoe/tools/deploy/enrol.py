@@ -36,8 +36,11 @@ def enrolment_for(
     )
 
 
-def check_out(out: Path, party: Party, prefix: str, *, rotate: bool) -> None:
+def check_out(out: Path, party: Party, prefix: str, *, rotate: bool) -> Enrolment | None:
     """Refuse a file that must not be written as this party's enrolment.
+
+    Returns:
+        The enrolment to replace, None if there is none.
 
     Raises:
         SettingsError: if the files beside it would have its name, or it is there and is not the one to replace.
@@ -48,13 +51,15 @@ def check_out(out: Path, party: Party, prefix: str, *, rotate: bool) -> None:
             about="out",
         )
     if not out.exists():
-        return
+        return None
     if not rotate:
         raise SettingsError(f"there is {str(out)!r} already: name another file (--out)", about="out")
-    if Enrolment.read(out).user != party.user(prefix):
+    there = Enrolment.read(out)
+    if there.user != party.user(prefix):
         raise SettingsError(
             f"{str(out)!r} is not the enrolment file of the {party}: name another file (--out)", about="out"
         )
+    return there
 
 
 def certificate_for(party: Party, prefix: str, csr: Path | None, deployment: Path | None) -> str:

@@ -9,6 +9,8 @@ import pytest
 
 from fedmoe.errors import RedisUnavailableError, RedisUnfitError, SettingsError
 from fedmoe.protocol.parties import Party
+from fedmoe.redis_settings import RedisSettings
+from fedmoe.store.connection import Connection
 from fedmoe.store.users import Users
 from fedmoe.tools.deploy.deployment import Deployment, renew
 from tests.errors import raises
@@ -125,6 +127,37 @@ def test_a_deployment_works_in_an_odd_directory(tmp_path: Path) -> None:
         assert Users(running.connection("operator")).own_name()
     settings = tomllib.loads((place / "fedmoe.toml").read_text())
     assert Path(settings["enrolment"]) == place.resolve() / "enrolments" / "operator.toml"
+
+
+@pytest.mark.parametrize("key", ["", "garbage", "another's"])
+def test_a_renewal_needs_the_authority_s_own_key(tmp_path: Path, key: str) -> None:
+    """Nobody would trust a certificate of another one."""
+    for name in ("d", "other"):
+        Deployment(directory=tmp_path / name, hosts=["h"]).write(now=0.0)
+    other = (tmp_path / "other" / "tls" / "ca.key").read_text()
+    (tmp_path / "d" / "tls" / "ca.key").write_text(other if key == "another's" else key)
+    before = (tmp_path / "d" / "tls" / "redis.crt").read_text()
+    with raises(SettingsError, about="deployment"):
+        renew(tmp_path / "d", [])
+    assert (tmp_path / "d" / "tls" / "redis.crt").read_text() == before
+
+
+def test_a_renewal_does_not_forget_hosts(tmp_path: Path) -> None:
+    """They stand in the old certificate only."""
+    Deployment(directory=tmp_path / "d", hosts=["h"]).write(now=0.0)
+    (tmp_path / "d" / "tls" / "redis.crt").write_text("garbage")
+    with raises(SettingsError, about="host"):
+        renew(tmp_path / "d", [])
+    assert "h2" in renew(tmp_path / "d", ["h2"])
+
+
+def test_a_key_that_is_not_there_is_named(tmp_path: Path) -> None:
+    """Not as a server that cannot be reached, for which a process would wait for ever."""
+    Deployment(directory=tmp_path / "d", hosts=["localhost"]).write(now=0.0)
+    file = tmp_path / "d" / "enrolments" / "monitor.toml"
+    file.write_text(f'certificate_file = "m.crt"\nkey_file = "m.key"\n{file.read_text()}')
+    with raises(SettingsError, about="key_file"):
+        Connection(RedisSettings(enrolment=file))
 
 
 @pytest.mark.parametrize("host", ["redis.example.org:6379", ":", "..", "a" * 300, "a b"])

@@ -16,7 +16,7 @@ from fedmoe.protocol.keys import Keys
 from fedmoe.protocol.parties import Party
 from fedmoe.store.audit import ENROLLED, AuditLine, utc
 from fedmoe.store.permissions import DEFAULT_USER, party_rules
-from fedmoe.tools.deploy.certificates import LOOPBACK, Pair, hosts_of, make_authority, make_server
+from fedmoe.tools.deploy.certificates import LOOPBACK, Pair, fits, hosts_of, make_authority, make_server
 from fedmoe.tools.deploy.files import enrolment_text, write_private
 
 SECRET_BYTES = 32
@@ -180,6 +180,11 @@ def renew(directory: Path, hosts: Sequence[str]) -> list[str]:
     try:
         old = hosts_of((place / "redis.crt").read_text())
     except (OSError, ValueError):
+        if not hosts:
+            raise SettingsError(
+                f"{str(place / 'redis.crt')!r} cannot be read, so its hosts are not known: name each of them (--host)",
+                about="host",
+            ) from None
         old = list(LOOPBACK)
     found = list(dict.fromkeys([*hosts, *old]))
     pair = make_server(authority, found)
@@ -199,7 +204,14 @@ def read_authority(directory: Path) -> Pair:
             "directory that `fedmoe init` wrote",
             about="deployment",
         ) from error
-    return Pair(certificate=pair[0], key=pair[1])
+    authority = Pair(certificate=pair[0], key=pair[1])
+    if not fits(authority):
+        raise SettingsError(
+            f"{TLS}/ca.key in {str(directory)!r} is not the key of {TLS}/ca.crt, or one of them is damaged: put back "
+            "the files that `fedmoe init` wrote",
+            about="deployment",
+        )
+    return authority
 
 
 def _conf_word(path: Path) -> str:

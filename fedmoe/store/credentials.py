@@ -1,5 +1,6 @@
 """Login and TLS of a connection: from an enrolment file or a credential provider, asked at each connection."""
 
+import ssl
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -55,6 +56,16 @@ def login_and_tls(settings: RedisSettings) -> dict[str, Any]:
     return found
 
 
+def _check_ca(enrolled: Enrolment) -> None:
+    try:
+        ssl.create_default_context(cadata=enrolled.ca)
+    except (ssl.SSLError, TypeError) as error:  # TypeError: letters outside ASCII
+        raise SettingsError(
+            f"the enrolment file {str(enrolled.path)!r} has a damaged ca: ask the operator for a new one",
+            about="ca",
+        ) from error
+
+
 def _readable(enrolled: Enrolment, name: str) -> str:
     path = enrolled.beside(name)
     try:
@@ -79,4 +90,6 @@ def _tls(enrolled: Enrolment) -> dict[str, Any]:
             "with rediss://",
             about="url",
         )
+    if enrolled.ca:
+        _check_ca(enrolled)
     return found

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from fedmoe.enrolment import Enrolment
 from fedmoe.errors import RedisUnavailableError, RedisUnfitError, SettingsError
 from fedmoe.protocol.parties import Party
 from fedmoe.redis_settings import RedisSettings
 from fedmoe.store.connection import Connection
+from fedmoe.store.permissions import AGGREGATOR
+from fedmoe.store.rights import require
 from fedmoe.store.users import Users
 from fedmoe.tools.deploy.deployment import Deployment, renew
 from tests.errors import raises
@@ -127,6 +130,41 @@ def test_a_deployment_works_in_an_odd_directory(tmp_path: Path) -> None:
         assert Users(running.connection("operator")).own_name()
     settings = tomllib.loads((place / "fedmoe.toml").read_text())
     assert Path(settings["enrolment"]) == place.resolve() / "enrolments" / "operator.toml"
+
+
+def test_the_enrolment_of_another_role_is_named(secured: Secured) -> None:
+    """Not each of a hundred rights that it lacks."""
+    with pytest.raises(RedisUnfitError, match=r"that of a worker, .* one of the role aggregator"):
+        require(secured.connection(NAME), AGGREGATOR, [EXPERT])
+
+
+def test_a_control_sequence_in_an_enrolment_is_not_printed(tmp_path: Path) -> None:
+    """A variable's name is the operator's text, too."""
+    Deployment(directory=tmp_path / "d", hosts=["localhost"]).write(now=0.0)
+    file = tmp_path / "d" / "enrolments" / "monitor.toml"
+    text = file.read_text().splitlines()
+    file.write_text(
+        "\n".join(r'password_env = "\u001b[31mX"' if "password =" in line else line for line in text)
+    )
+    with pytest.raises(RedisUnfitError) as caught:
+        Enrolment.read(file).login()
+    assert "\x1b" not in str(caught.value)
+
+
+def test_a_damaged_ca_is_named(tmp_path: Path) -> None:
+    """Not as a server that cannot be reached."""
+    Deployment(directory=tmp_path / "d", hosts=["localhost"]).write(now=0.0)
+    file = tmp_path / "d" / "enrolments" / "monitor.toml"
+    for old, new in (
+        ("-----BEGIN", "-----BEGAN"),
+        ("-----\nMII", "-----\nMIIX"),
+        ("-----\nMII", "-----\n😀"),
+    ):
+        broken = tmp_path / "broken.toml"
+        broken.write_text(file.read_text().replace(old, new))
+        broken.chmod(0o600)
+        with raises(SettingsError, about="ca"):
+            Connection(RedisSettings(enrolment=broken))
 
 
 @pytest.mark.parametrize("key", ["", "garbage", "another's"])

@@ -18,7 +18,6 @@ import os
 import stat
 import subprocess
 import tomllib
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -133,7 +132,7 @@ class Enrolment:
         if self.password_env:
             if not (found := os.environ.get(self.password_env)):
                 raise _wrong(
-                    self.path, f"takes the password from ${self.password_env}, which is not set",
+                    self.path, f"takes the password from the variable {self.password_env!r}, which is not set",
                     about="password_env",
                 )  # fmt: skip
             return found
@@ -228,6 +227,3 @@ def as_login(found: Any) -> Login:
     raise SettingsError(
         "the credential provider must return (user, password), both texts", about="credential_provider"
     )
-
-
-Provider = Callable[[], Login]

@@ -111,17 +111,18 @@ def _enrol(
     deployment: Path | None,
 ) -> None:
     import secrets
+    from dataclasses import replace
 
     from fedmoe.errors import SettingsError
     from fedmoe.store.audit import ENROLLED, ROTATED, write_line
-    from fedmoe.store.users import password_rule, user_line
+    from fedmoe.store.users import password_rule, require_master, user_line
     from fedmoe.tools.deploy.deployment import SECRET_BYTES
-    from fedmoe.tools.deploy.enrol import certificate_for, enrolment_for
-    from fedmoe.tools.deploy.files import enrolment_text, write_private
+    from fedmoe.tools.deploy.enrol import certificate_for, check_out, enrolment_for
+    from fedmoe.tools.deploy.files import enrolment_text, private_file, write_private
 
-    if out.exists() and not rotate:
-        raise SettingsError(f"there is {str(out)!r} already: name another file (--out)", about="out")
+    old = check_out(out, party, redis.prefix, rotate=rotate)
     users = _users(redis)
+    require_master(users)
     connection = users.connection
     may_enrol = users.may_enrol()
     there = may_enrol and party in users.parties()
@@ -134,35 +135,48 @@ def _enrol(
     certificate = certificate_for(party, redis.prefix, csr, deployment)
     secret = secrets.token_urlsafe(SECRET_BYTES)
     enrolled = enrolment_for(redis, party, secret, certificate_file=f"{out.stem}.crt" if certificate else "")
-    write_private(out, enrolment_text(enrolled, party), replace=rotate)
+    if old and not certificate:
+        enrolled = replace(enrolled, certificate_file=old.certificate_file, key_file=old.key_file)
+    text, hashes = enrolment_text(enrolled, party), (password_rule(secret),)
     if certificate:
         write_private(out.with_suffix(".crt"), certificate, replace=True)
-    hashes = (password_rule(secret),)
     if not may_enrol:
         line = out.with_suffix(".acl")
+        write_private(out, text, replace=rotate)
         write_private(line, user_line(party, connection, hashes) + "\n", replace=rotate)
         click.echo(
             f"wrote {out} and {line}: this server does not let you set users, so its administrator must add the line "
             f"in {line} to its ACL file and load that (ACL LOAD)"
         )
         return
-    write_line(connection, ROTATED if rotate else ENROLLED, party)
-    users.set(party, hashes)
+    with private_file(out, text, replace=rotate):  # an error leaves what was there
+        write_line(connection, ROTATED if rotate else ENROLLED, party)
+        users.set(party, hashes)
     click.echo(f"{party}: {'has a new password' if rotate else 'enrolled'}; give it {out}")
     _finish(users)
 
 
 def _revoke(redis: RedisSettings, party: "Party") -> None:
-    from fedmoe.errors import SettingsError
+    from fedmoe.errors import RedisUnavailableError, SettingsError
     from fedmoe.store.audit import REVOKED, write_line
-    from fedmoe.store.users import require_users
+    from fedmoe.store.users import require_master, require_users
 
     users = _users(redis)
+    require_master(users)
     require_users(users)
+    if users.own_name() == party.user(redis.prefix):
+        raise SettingsError(
+            f"{party} is the user of this command, whose connection would be cut before the change is saved: revoke "
+            "it as another operator (fedmoe operator enrol NAME)",
+            about="name",
+        )
     if not users.remove(party):
         raise SettingsError(f"{party} is not enrolled: see `fedmoe {party.role} list`", about="name")
     click.echo(f"{party}: revoked, its connections are cut")
-    write_line(users.connection, REVOKED, party)
+    try:
+        write_line(users.connection, REVOKED, party)
+    except RedisUnavailableError as error:
+        users.notes.append(f"the audit log has no line of it ({error})")
     _finish(users)
 
 
@@ -182,9 +196,10 @@ def _list(redis: RedisSettings, role: str) -> None:
 def refresh(redis: RedisSettings) -> None:
     """Give every user the rights of this release, and make the users of all replicas equal to the master's."""
     from fedmoe.store.audit import REFRESHED, write_line
-    from fedmoe.store.users import require_users
+    from fedmoe.store.users import require_master, require_users
 
     users = _users(redis)
+    require_master(users)
     require_users(users)
     write_line(users.connection, REFRESHED, None)
     click.echo(f"{users.refresh()} users have the rights of this release")

@@ -1,4 +1,7 @@
-"""The audit log: who enrolled or revoked whom, and when. Operators add to it and cannot delete it."""
+"""The audit log: who enrolled or revoked whom, and when.
+
+Only operators reach it. They cannot delete the key, but XADD with MAXLEN would remove lines: Redis knows no such right.
+"""
 
 import socket
 import time

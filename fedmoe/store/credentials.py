@@ -1,5 +1,6 @@
 """Login and TLS of a connection: from an enrolment file or a credential provider, asked at each connection."""
 
+import ssl
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -55,17 +56,40 @@ def login_and_tls(settings: RedisSettings) -> dict[str, Any]:
     return found
 
 
+def _check_ca(enrolled: Enrolment) -> None:
+    try:
+        ssl.create_default_context(cadata=enrolled.ca)
+    except (ssl.SSLError, TypeError) as error:  # TypeError: letters outside ASCII
+        raise SettingsError(
+            f"the enrolment file {str(enrolled.path)!r} has a damaged ca: ask the operator for a new one",
+            about="ca",
+        ) from error
+
+
+def _readable(enrolled: Enrolment, name: str) -> str:
+    path = enrolled.beside(name)
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise SettingsError(
+            f"cannot read {str(path)!r}, which the enrolment file names: {error.strerror}", about="key_file"
+        ) from error
+    return str(path)
+
+
 def _tls(enrolled: Enrolment) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if enrolled.ca:
         found["ssl_ca_data"] = enrolled.ca
     if enrolled.key_file:
-        found["ssl_keyfile"] = str(enrolled.beside(enrolled.key_file))
-        found["ssl_certfile"] = str(enrolled.beside(enrolled.certificate_file))
+        found["ssl_keyfile"] = _readable(enrolled, enrolled.key_file)
+        found["ssl_certfile"] = _readable(enrolled, enrolled.certificate_file)
     if found and not is_tls(enrolled.url):
         raise SettingsError(
             f"the enrolment file {str(enrolled.path)!r} has a certificate, but its url has no TLS: it must begin "
             "with rediss://",
             about="url",
         )
+    if enrolled.ca:
+        _check_ca(enrolled)
     return found

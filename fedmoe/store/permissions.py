@@ -206,7 +206,7 @@ def _operator(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
             )
             for command in ("ACL SETUSER", "ACL DELUSER", "ACL LIST", "ACL SAVE", "ACL WHOAMI")
         ),
-        # Its own selectors: an operator adds to the audit log, and cannot delete it.
+        # Its own selectors: an operator's other commands, such as DEL, do not work on the audit log.
         Right(command="XADD", keys=(all_keys.audit,), alone=True, when=enrols),
         Right(command="XREVRANGE", keys=(all_keys.audit,), alone=True, when=enrols),
         *_monitor(all_keys, expert, worker),

@@ -125,6 +125,13 @@ def require(connection: Connection, role: Role, experts: Sequence[str], worker: 
             "of rename-command there, or use another server (Redis 7.0, Valkey 8, or newer)",
             about="command",
         )
+    enrolled = connection.settings.enrolled
+    if enrolled and enrolled.role and enrolled.role != role.name:
+        raise RedisUnfitError(
+            f"the enrolment file {str(enrolled.path)!r} is that of a {enrolled.role}, who may not {role.does}: name "
+            f"one of the role {role.name}",
+            about="rights",
+        )
     text = ", ".join(dict.fromkeys(map(str, lacks)))
     raise RedisUnfitError(
         f"this user of Redis at {connection.settings.shown} may not {role.does}, it lacks {text}: give it the rights "

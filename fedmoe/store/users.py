@@ -5,7 +5,7 @@ Redis keeps hashes of passwords only, so nothing here can give a password away.
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -96,6 +96,11 @@ class Users:
         rules = next((line.split() for line in lines if line.startswith("user default ")), [])
         return {"~*", "+@all"} <= set(rules) and not any(rule.startswith("-") for rule in rules)
 
+    def own_name(self) -> str:
+        """The name of this connection's user."""
+        with self.connection.errors():
+            return str(self.connection.client.execute_command("ACL WHOAMI"))
+
     def may_enrol(self) -> bool:
         """False if this server does not let this user change users."""
         needed = [Right(command="MULTI"), Right(command="EXEC"), Right(command="ACL SETUSER")]
@@ -103,8 +108,7 @@ class Users:
 
     def set(self, party: Party, hashes: tuple[str, ...]) -> None:
         """Create or change a party's user on every node: these passwords, and the rights of its role."""
-        for _, node in self._reached():
-            self._set(node, party, hashes)
+        self._on_each(lambda node: self._set(node, party, hashes))
 
     def _set(self, node: Connection, party: Party, hashes: tuple[str, ...]) -> None:
         user = party.user(node.keys.prefix)
@@ -115,10 +119,14 @@ class Users:
     def remove(self, party: Party) -> bool:
         """Remove a party's user from every node, which cuts its connections; False if no node had it."""
         removed = 0
-        for _, node in self._reached():
+
+        def remove(node: Connection) -> None:
+            nonlocal removed
             with node.errors():
                 removed += node.client.execute_command("ACL DELUSER", party.user(node.keys.prefix))
             self._save(node)
+
+        self._on_each(remove)
         return removed > 0
 
     def refresh(self) -> int:
@@ -128,12 +136,15 @@ class Users:
             The number of users.
         """
         there = self.parties()
-        for _, node in self._reached():
+
+        def equal(node: Connection) -> None:
             for party in self._list(node).keys() - there.keys():
                 with node.errors():
                     node.client.execute_command("ACL DELUSER", party.user(node.keys.prefix))
             for party, user in there.items():
                 self._set(node, party, user.hashes)
+
+        self._on_each(equal)
         return len(there)
 
     def differences(self) -> list[str]:
@@ -158,42 +169,40 @@ class Users:
         return found
 
     def _save(self, node: Connection) -> None:
-        with node.errors():
-            try:
+        try:
+            with node.errors():
                 node.client.execute_command("ACL SAVE")
-            except ResponseError as error:
-                self._note(
-                    "the server has no ACL file (aclfile), so its users last until it restarts: write the line into "
-                    "its configuration"
-                    if NO_FILE in str(error)
-                    else f"the server could not save its users, they last until it restarts ({error})"
-                )
+        except RedisUnavailableError as error:
+            self._note(
+                "the server has no ACL file (aclfile), so its users last until it restarts: write the line into "
+                "its configuration"
+                if NO_FILE in str(error.__cause__)
+                else f"the server could not save its users, they last until it restarts ({error})"
+            )
 
     def _note(self, text: str) -> None:
         if text not in self.notes:
             self.notes.append(text)
 
-    def _reached(self) -> Iterator[tuple[str, Connection]]:
-        """Each node that answers, the master first; the others are noted."""
+    def _on_each(self, change: Callable[[Connection], None]) -> None:
+        """Change each node, the master first, whose errors are raised; a replica that fails is noted."""
         for address, node in self._nodes():
             if node is self.connection:
-                yield address, node
+                change(node)
                 continue
             with closing(node):
                 try:
-                    with node.errors():
-                        node.client.info("server")  # a right that an operator has
+                    change(node)
                 except RedisUnavailableError as error:
                     self._note(
                         f"NOT done on {address} ({error}): run `fedmoe operator refresh` as soon as it is back"
                     )
-                else:
-                    yield address, node
 
     def _nodes(self) -> Iterator[tuple[str, Connection]]:
         """The address of each node, and a connection to it."""
+        replicas = self._replicas()  # before anything is changed: an error here leaves all as it was
         yield "the master", self.connection
-        for host, port in self._replicas():
+        for host, port in replicas:
             yield f"{host}:{port}", Connection(self.connection.settings, node=(host, port))
 
     def _replicas(self) -> list[tuple[str, int]]:
@@ -214,6 +223,18 @@ class Users:
             except (ResponseError, OSError):  # a sentinel that is down, or does not answer this user
                 continue
         return []
+
+
+def require_master(users: Users) -> None:
+    """Raise RedisUnfitError on a replica: only that one node would be changed, and the master would not know."""
+    with users.connection.errors():
+        role = users.connection.client.info("replication").get("role")
+    if role == "slave":
+        raise RedisUnfitError(
+            f"Redis at {users.connection.settings.shown} is a replica, and users are changed from the master on: use "
+            "an enrolment with the master's URL",
+            about="replica",
+        )
 
 
 def require_users(users: Users) -> None:

@@ -222,6 +222,7 @@ def test_keys_of_a_site_stay_there(secured: Secured, tmp_path: Path) -> None:
          "-keyout", key, "-out", csr], check=True, capture_output=True,
     )  # fmt: skip
     file = enrol(secured, tmp_path / "w2.toml", "--csr", str(csr), "--deployment", str(secured.directory))
+    enrol(secured, file, "--rotate")  # with the same certificate
     secured.kill()
     insisting = Secured(
         secured.directory, options=["--tls-auth-clients", "yes"], port=secured.port, answers=file

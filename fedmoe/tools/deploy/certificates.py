@@ -117,6 +117,20 @@ def hosts_of(certificate: str) -> list[str]:
     return [*names.get_values_for_type(x509.DNSName), *map(str, names.get_values_for_type(x509.IPAddress))]
 
 
+def fits(pair: Pair) -> bool:
+    """True if the key is the certificate's, and both can be read."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+    try:
+        key = load_pem_private_key(pair.key.encode(), None)
+        certified = x509.load_pem_x509_certificate(pair.certificate.encode()).public_key()
+    except (ValueError, TypeError):  # TypeError: it has a passphrase
+        return False
+    return isinstance(key, ec.EllipticCurvePrivateKey) and key.public_key() == certified
+
+
 def _now() -> datetime.datetime:
     return datetime.datetime.now(datetime.UTC)
 

@@ -1,6 +1,7 @@
 """Writes a deployment directory: all that the machine of Redis and the parties of a new federation need."""
 
 import hashlib
+import ipaddress
 import json
 import re
 import secrets
@@ -15,14 +16,14 @@ from fedmoe.protocol.keys import Keys
 from fedmoe.protocol.parties import Party
 from fedmoe.store.audit import ENROLLED, AuditLine, utc
 from fedmoe.store.permissions import DEFAULT_USER, party_rules
-from fedmoe.tools.deploy.certificates import LOOPBACK, Pair, hosts_of, make_authority, make_server
+from fedmoe.tools.deploy.certificates import LOOPBACK, Pair, fits, hosts_of, make_authority, make_server
 from fedmoe.tools.deploy.files import enrolment_text, write_private
 
 SECRET_BYTES = 32
 CONF, USERS, SETTINGS, AUDIT = "redis.conf", "users.acl", "fedmoe.toml", "audit.jsonl"
 ENROLMENTS, TLS = "enrolments", "tls"
 REPLICA = "replica"  # the user by which a replica follows its master
-_HOST = re.compile(r"[A-Za-z0-9_.:-]+")
+_HOST = re.compile(r"(?!.{254})[A-Za-z0-9_-]{1,63}(?:\.[A-Za-z0-9_-]{1,63})*")
 _LOCAL = "bind 127.0.0.1 -::1\nport 6379\n"
 
 
@@ -50,10 +51,7 @@ class Deployment:
     def __post_init__(self) -> None:
         Keys(self.prefix)
         for host in self.hosts:
-            if not _HOST.fullmatch(host):
-                raise SettingsError(
-                    f"{host!r} is neither a host name nor an IP address (the port is --port)", about="host"
-                )
+            check_host(host)
         names = [worker.name for worker in self.workers]
         if twice := [name for name in names if names.count(name) > 1]:
             raise SettingsError(
@@ -127,7 +125,7 @@ class Deployment:
 bind * -::*
 port 0
 tls-port {self.port}
-dir {self.directory.resolve()}
+dir {_conf_word(self.directory.resolve())}
 aclfile {USERS}
 tls-cert-file {TLS}/redis.crt
 tls-key-file {TLS}/redis.key
@@ -135,7 +133,8 @@ tls-ca-cert-file {TLS}/ca.crt
 # Take client certificates that the CA signed; with `yes`, everybody needs one.
 tls-auth-clients optional
 tls-protocols "TLSv1.2 TLSv1.3"
-# A replica on another machine has a copy of this directory, and a line: replicaof HOST {self.port}
+# A replica on another machine has a copy of this file, {USERS} and {TLS} (without ca.key), its own `dir`, and one more
+# line: replicaof HOST {self.port}
 tls-replication yes
 masteruser {REPLICA}
 masterauth {link}
@@ -145,29 +144,47 @@ masterauth {link}
         experts = list(dict.fromkeys(worker.expert for worker in self.workers))
         here = self.directory.resolve() / ENROLMENTS
         listed = f"expert = {json.dumps(experts)}\n" if experts else ""
-        monitor = json.dumps(str(here / "monitor.toml"))
+        monitor = _toml_text(here / "monitor.toml")
         monitors = "".join(
             f"\n[{command}]\nenrolment = {monitor}\n" for command in ("status", "top", "metrics", "dashboard")
         )
         return f"""# Settings of the federation for the machine of its operator: fedmoe --config {SETTINGS} …
-enrolment = {json.dumps(str(here / "operator.toml"))}
+enrolment = {_toml_text(here / "operator.toml")}
 
 [aggregator.run]
-enrolment = {json.dumps(str(here / "aggregator.toml"))}
+enrolment = {_toml_text(here / "aggregator.toml")}
 {listed}{monitors}"""
+
+
+def check_host(host: str) -> None:
+    """Raise SettingsError unless this is a host name or an IP address, without a port."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        if not _HOST.fullmatch(host):
+            raise SettingsError(
+                f"{host!r} is neither a host name nor an IP address (the port is --port)", about="host"
+            ) from None
 
 
 def renew(directory: Path, hosts: Sequence[str]) -> list[str]:
     """Replace the server's certificate by a new one, for its present hosts and these; all its hosts.
 
     Raises:
-        SettingsError: if the directory is no deployment, or its CA's key is not there.
+        SettingsError: for a host that cannot be used, or if the directory is no deployment or has no CA's key.
     """
+    for host in hosts:
+        check_host(host)
     authority = read_authority(directory)
     place = directory / TLS
     try:
         old = hosts_of((place / "redis.crt").read_text())
     except (OSError, ValueError):
+        if not hosts:
+            raise SettingsError(
+                f"{str(place / 'redis.crt')!r} cannot be read, so its hosts are not known: name each of them (--host)",
+                about="host",
+            ) from None
         old = list(LOOPBACK)
     found = list(dict.fromkeys([*hosts, *old]))
     pair = make_server(authority, found)
@@ -187,7 +204,27 @@ def read_authority(directory: Path) -> Pair:
             "directory that `fedmoe init` wrote",
             about="deployment",
         ) from error
-    return Pair(certificate=pair[0], key=pair[1])
+    authority = Pair(certificate=pair[0], key=pair[1])
+    if not fits(authority):
+        raise SettingsError(
+            f"{TLS}/ca.key in {str(directory)!r} is not the key of {TLS}/ca.crt, or one of them is damaged: put back "
+            "the files that `fedmoe init` wrote",
+            about="deployment",
+        )
+    return authority
+
+
+def _conf_word(path: Path) -> str:
+    """A path as one word of redis.conf."""
+    text = str(path)
+    if re.fullmatch(r"[\w./-]+", text):
+        return text
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
+
+
+def _toml_text(path: Path) -> str:
+    """A path as a text of TOML, which takes no surrogate pairs as JSON does."""
+    return json.dumps(str(path), ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _hashed(secret: str) -> str:

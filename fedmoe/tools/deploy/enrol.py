@@ -11,6 +11,8 @@ from fedmoe.store.url import is_tls
 from fedmoe.tools.deploy.certificates import require_cryptography, sign_request
 from fedmoe.tools.deploy.deployment import read_authority
 
+BESIDE = (".acl", ".crt", ".key")  # ends of the files beside an enrolment file
+
 
 def enrolment_for(
     redis: RedisSettings, party: Party, secret: str, *, certificate_file: str = ""
@@ -32,6 +34,32 @@ def enrolment_for(
         certificate_file=certificate_file,
         key_file=str(Path(certificate_file).with_suffix(".key")) if certificate_file else "",
     )
+
+
+def check_out(out: Path, party: Party, prefix: str, *, rotate: bool) -> Enrolment | None:
+    """Refuse a file that must not be written as this party's enrolment.
+
+    Returns:
+        The enrolment to replace, None if there is none.
+
+    Raises:
+        SettingsError: if the files beside it would have its name, or it is there and is not the one to replace.
+    """
+    if out.suffix in BESIDE:
+        raise SettingsError(
+            f"{str(out)!r} would be the name of a file beside the enrolment ({', '.join(BESIDE)}): end it with .toml",
+            about="out",
+        )
+    if not out.exists():
+        return None
+    if not rotate:
+        raise SettingsError(f"there is {str(out)!r} already: name another file (--out)", about="out")
+    there = Enrolment.read(out)
+    if there.user != party.user(prefix):
+        raise SettingsError(
+            f"{str(out)!r} is not the enrolment file of the {party}: name another file (--out)", about="out"
+        )
+    return there
 
 
 def certificate_for(party: Party, prefix: str, csr: Path | None, deployment: Path | None) -> str:

@@ -1,6 +1,8 @@
 """Writes files with secrets: readable by their owner alone from the first byte on."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 
@@ -15,22 +17,46 @@ def write_private(path: Path, text: str, *, replace: bool = False) -> None:
     Raises:
         SettingsError: if the file is there and shall not be replaced, or cannot be written.
     """
-    new = path.with_name(f".{path.name}.new") if replace else path
+    with private_file(path, text, replace=replace):
+        pass
+
+
+@contextmanager
+def private_file(path: Path, text: str, *, replace: bool = False) -> Iterator[None]:
+    """The same, but the file appears when the block has ended; after an error in the block, nothing has changed.
+
+    Raises:
+        SettingsError: as above, nearly always before the block.
+    """
+    new = path.with_name(f".{path.name}.new")
     try:
-        if replace:
-            new.unlink(missing_ok=True)
+        if not replace and path.exists():
+            raise FileExistsError
+        new.unlink(missing_ok=True)
         with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as out:
             out.write(text)
             out.flush()
             os.fsync(out.fileno())
-        if replace:
-            new.rename(path)
-    except FileExistsError:
-        raise SettingsError(
-            f"there is {str(path)!r} already: name another file, or move it away", about="out"
-        ) from None
     except OSError as error:
-        raise SettingsError(f"cannot write {str(path)!r}: {error.strerror}", about="out") from error
+        raise _not_written(path, error) from error
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            new.unlink()
+        raise
+    try:
+        new.rename(path)
+    except OSError as error:
+        raise _not_written(path, error) from error
+
+
+def _not_written(path: Path, error: OSError) -> SettingsError:
+    if isinstance(error, FileExistsError):
+        return SettingsError(
+            f"there is {str(path)!r} already: name another file, or move it away", about="out"
+        )
+    return SettingsError(f"cannot write {str(path)!r}: {error.strerror}", about="out")
 
 
 def enrolment_text(enrolled: Enrolment, party: Party) -> str:

@@ -120,6 +120,11 @@ def _enrol(
     from fedmoe.tools.deploy.enrol import certificate_for, check_out, enrolment_for
     from fedmoe.tools.deploy.files import enrolment_text, private_file, write_private
 
+    if redis.enrolled is not None and redis.enrolled.role not in ("", "operator"):
+        raise SettingsError(
+            f"this enrolment is a {redis.enrolled.role}'s: only an operator enrols others (--enrolment operator.toml)",
+            about="enrolment",
+        )
     old = check_out(out, party, redis.prefix, rotate=rotate)
     users = _users(redis)
     require_master(users)

@@ -41,6 +41,11 @@ def init(
     from fedmoe.tools.deploy.deployment import renew as renew_certificate
 
     require_cryptography()
+    if renew and workers:
+        raise SettingsError(
+            "--renew changes the server's certificate only: enrol a worker with `fedmoe worker enrol`",
+            about="worker",
+        )
     if renew:
         found = renew_certificate(directory, hosts)
         click.echo(

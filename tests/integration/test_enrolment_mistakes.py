@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from fedmoe.cli.main import cli
 from fedmoe.enrolment import Enrolment
 from fedmoe.errors import RedisUnavailableError, RedisUnfitError, SettingsError
 from fedmoe.protocol.parties import Party
@@ -205,3 +207,19 @@ def test_a_host_is_a_name_or_an_address(tmp_path: Path, host: str) -> None:
         Deployment(directory=tmp_path / "d", hosts=[host])
     with raises(SettingsError, about="host"):
         renew(tmp_path / "d", [host])
+
+
+@pytest.mark.parametrize("name", [NAME, "monitor", "aggregator"])
+def test_only_an_operator_enrols(secured: Secured, tmp_path: Path, name: str) -> None:
+    """Others have no right to; a file with a password that nobody knows would only confuse."""
+    out = tmp_path / "w2.toml"
+    with raises(SettingsError, about="enrolment"):
+        secured.fedmoe(name, "worker", "enrol", *W2, "--out", str(out))
+    assert not out.exists()
+
+
+def test_renewing_enrols_nobody(secured: Secured) -> None:
+    with raises(SettingsError, about="worker"):
+        CliRunner().invoke(
+            cli, ["init", str(secured.directory), "--renew", "--worker", "a/b"], catch_exceptions=False
+        )

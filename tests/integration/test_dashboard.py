@@ -162,7 +162,8 @@ def test_nobody_leaves_its_directory(shown: Board, path: str) -> None:
     ("host", "status"),
     [("127.0.0.1", 200), ("127.0.0.1:5000", 200), ("localhost", 200), ("[::1]:5000", 200), ("10.1.2.3", 200),
      ("board.example:5000", 200), ("BOARD.example", 200), ("evil.example", 421), ("127.0.0.1.evil.example", 421),
-     ("localhost.evil.example", 421), ("", 421), ("[evil]", 421), ("board.example.", 421)],
+     ("localhost.evil.example", 421), ("", 421), ("[evil]", 421), ("board.example.", 421),
+     ("127.0.0.1:80/static/?", 421), ("localhost:1/login#", 421), ("[::1]/static/", 421), ("localhost:80@evil", 421)],
 )  # fmt: skip
 def test_pages_of_others_cannot_call_it_by_a_name_of_theirs(
     connection: Connection, host: str, status: int

@@ -12,7 +12,7 @@ from fedmoe import __version__
 from fedmoe.errors import RequestError
 from fedmoe.tools.dashboard import show
 from fedmoe.tools.dashboard.api import chosen_workers, federation_of, in_order, whole
-from fedmoe.tools.dashboard.guard import address_of, refused, too_many
+from fedmoe.tools.dashboard.guard import address_of, path_of, refused, too_many
 from fedmoe.tools.dashboard.login import COOKIE, SESSION_S, Login
 from fedmoe.tools.dashboard.openapi import PAGE
 from fedmoe.tools.dashboard.watcher import Look, Watcher
@@ -102,7 +102,7 @@ class Pages:
     ) -> Response:
         if self._kept_of != look.number or len(self._kept) > MOST_KEPT:
             self._kept, self._kept_of = {}, look.number
-        key = f"{request.url.path}?{request.url.query}"
+        key = f"{path_of(request)}?{request.url.query}"
         text = self._kept.get(key)
         if text is None:
             text = self._kept[key] = self._render(

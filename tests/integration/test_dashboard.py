@@ -66,6 +66,7 @@ def test_prometheus_scrapes_the_federation(shown: Board) -> None:
     assert answer.headers["content-type"].startswith("text/plain")
     assert 'fedmoe_expert_version{expert="sql_expert"} 300.0' in answer.text
     assert "fedmoe_redis_up 1.0" in answer.text
+    assert shown.get("/metrics", headers={"Accept": "text/plain;version=abc"}).status_code == 200
     redis = shown.watcher.connection.settings
     with board(redis, password="long enough") as guarded:  # noqa: S106
         assert guarded.get("/metrics").status_code in (303, 401)

@@ -96,6 +96,12 @@ def test_guessing_is_slow(locked: Board) -> None:
     assert (answer.status_code, answer.json()["error"]["about"]) == (429, "login")
 
 
+def test_a_form_of_many_fields_is_a_wrong_password(locked: Board) -> None:
+    """Not an internal error with a traceback in the log: anybody may send one."""
+    many = {f"field{i}": "1" for i in range(50)}
+    assert httpx2.post(f"{locked.url}/login", data=many).status_code == 401
+
+
 def test_pages_of_others_cannot_log_somebody_in_or_out(locked: Board) -> None:
     """A form on another page; and a target that leads away from the dashboard."""
     session = {COOKIE: log_in(locked).cookies[COOKIE]}

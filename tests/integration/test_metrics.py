@@ -149,6 +149,13 @@ def test_the_server_answers_get_of_its_page_only(endpoint: MetricsServer) -> Non
         assert refused.value.code == status
 
 
+def test_an_accept_header_without_sense_gets_text(endpoint: MetricsServer) -> None:
+    """Not an internal error: anybody may send one."""
+    request = urllib.request.Request(endpoint.url, headers={"Accept": "text/plain;version=abc"})  # noqa: S310
+    with urllib.request.urlopen(request, timeout=20) as reply:  # noqa: S310
+        assert b"fedmoe_redis_up 1.0" in reply.read()
+
+
 def test_a_client_that_says_nothing_holds_nobody_up(endpoint: MetricsServer) -> None:
     """Other clients are answered meanwhile."""
     with socket.create_connection(("127.0.0.1", endpoint.port)):

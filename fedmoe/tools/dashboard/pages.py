@@ -166,5 +166,5 @@ async def _password(request: Request) -> str:
         body += piece
         if len(body) > MAX_FORM:
             return ""
-    fields = parse_qs(body.decode(errors="replace"), max_num_fields=10)
+    fields = parse_qs(body.decode(errors="replace"))
     return fields.get("password", [""])[0]

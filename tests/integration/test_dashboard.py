@@ -222,6 +222,17 @@ def test_nothing_hostile_is_ever_rendered(connection: Connection) -> None:
         assert not re.search("[\x00-\x1f\x7f\u202e]", json.dumps(json.loads(text), ensure_ascii=False))
 
 
+def test_workers_that_claim_any_speed_stop_nothing(connection: Connection) -> None:
+    """The sum of their speeds would be infinite, which JSON lacks."""
+    make_expert(connection)
+    with board(connection.settings) as running:
+        for name in ("alice", "bob"):
+            beat(connection, "sql_expert", name, tokens_per_s=1.7e308)
+        running.watcher.look()
+        assert running.get("/api/v1/federation").json()["totals"]["tokens_per_s"] > 1e308
+        assert running.get("/").status_code == 200
+
+
 def test_adapter_is_downloaded_whole(connection: Connection) -> None:
     """As PEFT loads it; unknown ones are named as such, and without --downloads there are none."""
     make_expert(connection)

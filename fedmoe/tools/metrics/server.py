@@ -67,7 +67,9 @@ class MetricsServer:
             start_response("404 Not Found", [("Content-Type", "text/plain; charset=utf-8")])
             return [b"the metrics are at /metrics\n"]
         try:
-            return self._app(environ | {"HTTP_ACCEPT": _understood(environ.get("HTTP_ACCEPT", ""))}, start_response)
+            return self._app(
+                environ | {"HTTP_ACCEPT": _understood(environ.get("HTTP_ACCEPT", ""))}, start_response
+            )
         except Exception:  # a bug here must not end up as HTML, nor as raw lines in the log
             logger.exception("unexpected error while metrics were read")
             start_response("500 Internal Server Error", [("Content-Type", "text/plain; charset=utf-8")])

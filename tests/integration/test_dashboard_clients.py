@@ -14,7 +14,9 @@ import pytest
 
 from fedmoe.store.connection import Connection
 from fedmoe.store.embedded import EmbeddedRedis
+from fedmoe.tools import http_server
 from fedmoe.tools.dashboard import login as login_module
+from fedmoe.tools.dashboard import pages
 from tests.boards import Board, board, lively, refuse
 from tests.processes import eventually, fedmoe_here, running, terminate
 
@@ -222,6 +224,36 @@ def test_client_that_takes_nothing_is_dropped(connection: Connection) -> None:
             heard = len(quick.of("look"))
             eventually("the other hears on", lambda: len(quick.of("look")) > heard)
             assert len(hub) == 1
+
+
+@pytest.mark.parametrize(
+    ("first", "start"),
+    [(b"", b""), (b"", b"GET /login HTT"), (b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", b"GET / HTT")],
+)
+def test_client_that_does_not_finish_its_request_is_dropped(
+    locked: Board, monkeypatch: pytest.MonkeyPatch, first: bytes, start: bytes
+) -> None:
+    """Else a thousand of them would keep everybody out, for ever."""
+    monkeypatch.setattr(http_server, "REQUEST_S", 0.3)
+    host, _, port = locked.url.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port)), timeout=20) as slow:
+        if first:
+            slow.sendall(first)
+            assert slow.recv(65_536).startswith(b"HTTP/1.1 303 ")
+        slow.sendall(start)
+        while slow.recv(65_536):
+            pass
+
+
+def test_client_that_does_not_finish_its_form_is_answered(
+    locked: Board, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for a wrong password."""
+    monkeypatch.setattr(pages, "FORM_S", 0.3)
+    host, _, port = locked.url.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port)), timeout=20) as slow:
+        slow.sendall(b"POST /login HTTP/1.1\r\nHost: localhost\r\nContent-Length: 30\r\n\r\npass")
+        assert slow.recv(65_536).startswith(b"HTTP/1.1 401 ")
 
 
 def test_clients_are_bounded(connection: Connection) -> None:

@@ -1,5 +1,6 @@
 """The pages: rendered here, kept live by static/app.js, which fetches a page again and puts its parts in place."""
 
+import asyncio
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, quote, urlencode
@@ -21,6 +22,7 @@ STATIC = Path(__file__).parent / "static"
 TEMPLATES = Path(__file__).parent / "templates"
 SHOWN_WORKERS, SHOWN_EVENTS, ALL_EVENTS = 12, 8, 200
 MAX_FORM = 8192  # bytes
+FORM_S = 10.0  # for a client to send a form
 MOST_KEPT = 100  # rendered pages of one look
 
 
@@ -162,9 +164,13 @@ def _is_ours(request: Request) -> bool:
 
 async def _password(request: Request) -> str:
     body = b""
-    async for piece in request.stream():
-        body += piece
-        if len(body) > MAX_FORM:
-            return ""
+    try:
+        async with asyncio.timeout(FORM_S):
+            async for piece in request.stream():
+                body += piece
+                if len(body) > MAX_FORM:
+                    return ""
+    except TimeoutError:
+        return ""
     fields = parse_qs(body.decode(errors="replace"))
     return fields.get("password", [""])[0]

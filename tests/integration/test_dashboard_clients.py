@@ -12,11 +12,12 @@ from typing import Any
 import httpx2
 import pytest
 
+from fedmoe.settings import RedisSettings
 from fedmoe.store.connection import Connection
 from fedmoe.store.embedded import EmbeddedRedis
 from fedmoe.tools import http_server
 from fedmoe.tools.dashboard import login as login_module
-from fedmoe.tools.dashboard import pages
+from fedmoe.tools.dashboard import pages, watcher
 from tests.boards import Board, board, lively, refuse
 from tests.processes import eventually, fedmoe_here, running, terminate
 
@@ -254,6 +255,15 @@ def test_client_that_does_not_finish_its_form_is_answered(
     with socket.create_connection((host, int(port)), timeout=20) as slow:
         slow.sendall(b"POST /login HTTP/1.1\r\nHost: localhost\r\nContent-Length: 30\r\n\r\npass")
         assert slow.recv(65_536).startswith(b"HTTP/1.1 401 ")
+
+
+def test_redis_that_hangs_is_asked_again_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A look that waited ten seconds in vain cost Redis nothing, so no long rest follows."""
+    monkeypatch.setattr(watcher, "REST", 1e6)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        redis = RedisSettings(url=f"redis://127.0.0.1:{silent.getsockname()[1]}", timeout_s=2.0)
+        with board(redis, look_first=False) as found:
+            eventually("a second look", lambda: found.watcher.last.number > 1)
 
 
 def test_clients_are_bounded(connection: Connection) -> None:

@@ -49,6 +49,9 @@ class Terminal:
         self._before = {
             signal.SIGWINCH: signal.signal(signal.SIGWINCH, lambda *_: self.wake()),
             signal.SIGTSTP: signal.signal(signal.SIGTSTP, self._suspend),
+            signal.SIGQUIT: signal.signal(
+                signal.SIGQUIT, signal.default_int_handler
+            ),  # Ctrl-\ ends it like Ctrl-C
         }
         self._take()
         return self

@@ -1,5 +1,6 @@
 """Serves an ASGI application from a thread; needs uvicorn (extras `serve` and `dashboard`)."""
 
+import asyncio
 import socket
 import ssl
 import threading
@@ -7,8 +8,39 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 MAX_CONNECTIONS = 1000  # further clients get status 503
+REQUEST_S = 10.0  # for the head of a request; uvicorn itself waits for ever
+
+
+class _Protocol(H11Protocol):
+    """Closes a connection on which no whole head of a request comes, so that such ones do not use up all others."""
+
+    _late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._wait()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._stop_waiting()  # there is a request to answer
+        elif self._late is None:
+            self._wait()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def _wait(self) -> None:
+        self._late = self.loop.call_later(REQUEST_S, self.transport.close)
+
+    def _stop_waiting(self) -> None:
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
 
 
 class HttpServer:
@@ -37,7 +69,7 @@ class HttpServer:
         config = uvicorn.Config(
             app, log_config=None, log_level="warning", access_log=False, lifespan="off", server_header=False,
             timeout_graceful_shutdown=1, limit_concurrency=MAX_CONNECTIONS, proxy_headers=False,
-            ssl_certfile=certificate, ssl_keyfile=key,
+            ssl_certfile=certificate, ssl_keyfile=key, http=_Protocol,
         )  # fmt: skip
         self._server = uvicorn.Server(config)
         self.port = int(self._socket.getsockname()[1])

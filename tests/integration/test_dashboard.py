@@ -66,6 +66,7 @@ def test_prometheus_scrapes_the_federation(shown: Board) -> None:
     assert answer.headers["content-type"].startswith("text/plain")
     assert 'fedmoe_expert_version{expert="sql_expert"} 300.0' in answer.text
     assert "fedmoe_redis_up 1.0" in answer.text
+    assert shown.get("/metrics", headers={"Accept": "text/plain;version=abc"}).status_code == 200
     redis = shown.watcher.connection.settings
     with board(redis, password="long enough") as guarded:  # noqa: S106
         assert guarded.get("/metrics").status_code in (303, 401)
@@ -162,7 +163,8 @@ def test_nobody_leaves_its_directory(shown: Board, path: str) -> None:
     ("host", "status"),
     [("127.0.0.1", 200), ("127.0.0.1:5000", 200), ("localhost", 200), ("[::1]:5000", 200), ("10.1.2.3", 200),
      ("board.example:5000", 200), ("BOARD.example", 200), ("evil.example", 421), ("127.0.0.1.evil.example", 421),
-     ("localhost.evil.example", 421), ("", 421), ("[evil]", 421), ("board.example.", 421)],
+     ("localhost.evil.example", 421), ("", 421), ("[evil]", 421), ("board.example.", 421),
+     ("127.0.0.1:80/static/?", 421), ("localhost:1/login#", 421), ("[::1]/static/", 421), ("localhost:80@evil", 421)],
 )  # fmt: skip
 def test_pages_of_others_cannot_call_it_by_a_name_of_theirs(
     connection: Connection, host: str, status: int
@@ -218,6 +220,17 @@ def test_nothing_hostile_is_ever_rendered(connection: Connection) -> None:
         assert not re.search(r"<script>|<img|<b>|[\x00-\x09\x0b-\x1f\x7f\u202e]", text)
     for text in content:
         assert not re.search("[\x00-\x1f\x7f\u202e]", json.dumps(json.loads(text), ensure_ascii=False))
+
+
+def test_workers_that_claim_any_speed_stop_nothing(connection: Connection) -> None:
+    """The sum of their speeds would be infinite, which JSON lacks."""
+    make_expert(connection)
+    with board(connection.settings) as running:
+        for name in ("alice", "bob"):
+            beat(connection, "sql_expert", name, tokens_per_s=1.7e308)
+        running.watcher.look()
+        assert running.get("/api/v1/federation").json()["totals"]["tokens_per_s"] > 1e308
+        assert running.get("/").status_code == 200
 
 
 def test_adapter_is_downloaded_whole(connection: Connection) -> None:

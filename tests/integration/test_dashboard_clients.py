@@ -12,9 +12,12 @@ from typing import Any
 import httpx2
 import pytest
 
+from fedmoe.settings import RedisSettings
 from fedmoe.store.connection import Connection
 from fedmoe.store.embedded import EmbeddedRedis
+from fedmoe.tools import http_server
 from fedmoe.tools.dashboard import login as login_module
+from fedmoe.tools.dashboard import pages, watcher
 from tests.boards import Board, board, lively, refuse
 from tests.processes import eventually, fedmoe_here, running, terminate
 
@@ -94,6 +97,12 @@ def test_guessing_is_slow(locked: Board) -> None:
     assert 0 < int(answer.headers["retry-after"]) <= 60
     answer = locked.get("/api/v1/experts", headers={"Authorization": f"Bearer {PASSWORD}"})
     assert (answer.status_code, answer.json()["error"]["about"]) == (429, "login")
+
+
+def test_a_form_of_many_fields_is_a_wrong_password(locked: Board) -> None:
+    """Not an internal error with a traceback in the log: anybody may send one."""
+    many = {f"field{i}": "1" for i in range(50)}
+    assert httpx2.post(f"{locked.url}/login", data=many).status_code == 401
 
 
 def test_pages_of_others_cannot_log_somebody_in_or_out(locked: Board) -> None:
@@ -216,6 +225,45 @@ def test_client_that_takes_nothing_is_dropped(connection: Connection) -> None:
             heard = len(quick.of("look"))
             eventually("the other hears on", lambda: len(quick.of("look")) > heard)
             assert len(hub) == 1
+
+
+@pytest.mark.parametrize(
+    ("first", "start"),
+    [(b"", b""), (b"", b"GET /login HTT"), (b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", b"GET / HTT")],
+)
+def test_client_that_does_not_finish_its_request_is_dropped(
+    locked: Board, monkeypatch: pytest.MonkeyPatch, first: bytes, start: bytes
+) -> None:
+    """Else a thousand of them would keep everybody out, for ever."""
+    monkeypatch.setattr(http_server, "REQUEST_S", 0.3)
+    host, _, port = locked.url.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port)), timeout=20) as slow:
+        if first:
+            slow.sendall(first)
+            assert slow.recv(65_536).startswith(b"HTTP/1.1 303 ")
+        slow.sendall(start)
+        while slow.recv(65_536):
+            pass
+
+
+def test_client_that_does_not_finish_its_form_is_answered(
+    locked: Board, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for a wrong password."""
+    monkeypatch.setattr(pages, "FORM_S", 0.3)
+    host, _, port = locked.url.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port)), timeout=20) as slow:
+        slow.sendall(b"POST /login HTTP/1.1\r\nHost: localhost\r\nContent-Length: 30\r\n\r\npass")
+        assert slow.recv(65_536).startswith(b"HTTP/1.1 401 ")
+
+
+def test_redis_that_hangs_is_asked_again_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A look that waited ten seconds in vain cost Redis nothing, so no long rest follows."""
+    monkeypatch.setattr(watcher, "REST", 1e6)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        redis = RedisSettings(url=f"redis://127.0.0.1:{silent.getsockname()[1]}", timeout_s=2.0)
+        with board(redis, look_first=False) as found:
+            eventually("a second look", lambda: found.watcher.last.number > 1)
 
 
 def test_clients_are_bounded(connection: Connection) -> None:

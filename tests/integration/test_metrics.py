@@ -134,6 +134,17 @@ def test_a_redis_that_is_away_is_a_metric(server: EmbeddedRedis) -> None:
         assert samples(shown(connection))["fedmoe_redis_up", ()] == 1
 
 
+def test_why_redis_is_away_is_logged_once(server: EmbeddedRedis, caplog: pytest.LogCaptureFixture) -> None:
+    """For example a wrong password: the metric alone does not tell it from a network that is down."""
+    wrong = RedisSettings(url=server.url.replace("://", "://:wrong-one@"))
+    registry = federation_registry(Inspector(Connection(wrong)).federation)
+    for _ in range(2):
+        assert b"fedmoe_redis_up 0.0" in exposition(registry)[0]
+    (said,) = [one.getMessage() for one in caplog.records if one.name.startswith("fedmoe.tools.metrics")]
+    assert "refuses the login" in said
+    assert "wrong-one" not in said
+
+
 def test_the_server_answers_get_of_its_page_only(endpoint: MetricsServer) -> None:
     """Nothing can be written, and nothing else is there."""
     assert "fedmoe_redis_up 1.0" in get(endpoint.url)
@@ -147,6 +158,13 @@ def test_the_server_answers_get_of_its_page_only(endpoint: MetricsServer) -> Non
         with pytest.raises(urllib.error.HTTPError) as refused:
             urllib.request.urlopen(request, timeout=20)  # noqa: S310
         assert refused.value.code == status
+
+
+def test_an_accept_header_without_sense_gets_text(endpoint: MetricsServer) -> None:
+    """Not an internal error: anybody may send one."""
+    request = urllib.request.Request(endpoint.url, headers={"Accept": "text/plain;version=abc"})  # noqa: S310
+    with urllib.request.urlopen(request, timeout=20) as reply:  # noqa: S310
+        assert b"fedmoe_redis_up 1.0" in reply.read()
 
 
 def test_a_client_that_says_nothing_holds_nobody_up(endpoint: MetricsServer) -> None:

@@ -96,8 +96,8 @@ def sent(number: signal.Signals) -> object:
 
 @pytest.mark.parametrize(
     "end",
-    [typed_q, typed_ctrl_c, sent(signal.SIGTERM), sent(signal.SIGHUP)],
-    ids=["q", "Ctrl-C", "SIGTERM", "SIGHUP"],
+    [typed_q, typed_ctrl_c, sent(signal.SIGTERM), sent(signal.SIGHUP), sent(signal.SIGQUIT)],
+    ids=["q", "Ctrl-C", "SIGTERM", "SIGHUP", "Ctrl-\\"],
 )
 def test_the_terminal_is_clean_afterwards(connection: Connection, end: object) -> None:
     """Screen, cursor and typing are as before, and nothing is left on the screen."""

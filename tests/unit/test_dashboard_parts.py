@@ -100,6 +100,12 @@ def test_thinned_keeps_the_mean_and_the_last_version(losses: list[float], most: 
         assert min(losses) - 1e-9 <= found[0][1] <= max(losses) + 1e-9
 
 
+def test_the_mean_of_huge_losses_is_finite() -> None:
+    """A worker chooses the loss that it reports; JSON has no infinity."""
+    huge = 1.7e308
+    assert all(math.isfinite(loss) for _, loss in thinned([(1, huge), (2, huge), (3, huge)], 1))
+
+
 def test_a_chronicle_keeps_the_newest_lines_only() -> None:
     """So that a dashboard that runs for months does not grow."""
     found = chronicle(*(step(i) for i in range(KEPT_STEPS + 10)))

@@ -5,6 +5,7 @@ import re
 
 import yaml
 
+from fedmoe.settings import RedisSettings
 from fedmoe.tools.metrics.table import METRICS, tables
 from tests.documents import ROOT
 
@@ -63,3 +64,12 @@ def test_the_board_can_be_imported() -> None:
         letters = [one["refId"] for one in panel.get("targets", ())]
         assert len(set(letters)) == len(letters)
     assert len({panel["id"] for panel in BOARD["panels"]}) == len(BOARD["panels"])
+
+
+def test_prometheus_waits_for_a_redis_that_hangs() -> None:
+    """A scrape that takes longer than its time-out is lost, and `fedmoe_redis_up 0` with it."""
+    scraping = yaml.safe_load((MONITORING / "prometheus.yml").read_text())["global"]
+    assert (
+        float(scraping["scrape_timeout"].removesuffix("s"))
+        > RedisSettings(url="redis://localhost").timeout_s + 1
+    )

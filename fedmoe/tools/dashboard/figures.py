@@ -67,7 +67,7 @@ def thinned(points: Sequence[tuple[int, float]], most: int) -> Iterator[tuple[in
     size = -(-len(points) // most) or 1
     for first in range(0, len(points), size):
         group = points[first : first + size]
-        yield group[-1][0], sum(loss for _, loss in group) / len(group)
+        yield group[-1][0], sum(loss / len(group) for _, loss in group)  # no sum of huge losses is infinite
 
 
 def _worker_losses(steps: Iterable[Step]) -> dict[str, Mapping[str, list[Any]]]:

@@ -1,6 +1,7 @@
 """What every request passes before the dashboard answers: host, method, session; and the headers of every answer."""
 
 import ipaddress
+import re
 import socket
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
@@ -28,6 +29,7 @@ HEADERS = {
     "Permissions-Policy": "camera=(), microphone=(), geolocation=()",
 }
 READS = ("GET", "HEAD")
+_HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([a-z0-9._-]+))(?::[0-9]{1,5})?")
 API = "/api/"
 
 
@@ -78,7 +80,7 @@ class Guard:
         if not self._is_our_name(request.headers):
             text = "this dashboard is not called by that name: start it with --allow-host NAME"
             return refused(request, 421, text, "host")
-        path = request.url.path
+        path = path_of(request)
         if request.method not in READS and not (request.method == "POST" and path in self._forms):
             text = f"the dashboard only reads: {request.method} is not allowed"
             return refused(request, 405, text, "method", {"Allow": "GET, HEAD"})
@@ -99,18 +101,20 @@ class Guard:
                 return too_many(request, wait_s)
             if self._login.is_password(given.strip(), address):
                 return None
-        if request.url.path.startswith(API) or scheme:
+        if path_of(request).startswith(API) or scheme:
             text = "log in at /login, or send the password as a bearer token"
             return refused(request, 401, text, "login", {"WWW-Authenticate": "Bearer"})
-        wanted = request.url.path + (f"?{request.url.query}" if request.url.query else "")
+        wanted = path_of(request) + (f"?{request.url.query}" if request.url.query else "")
         return RedirectResponse(f"/login?next={quote(wanted, safe='')}", status_code=303)
 
     def _is_our_name(self, headers: Headers) -> bool:
         """True if the Host header is an address or one of our names: a page of others cannot make it so."""
         if len(headers.getlist("host")) != 1:
             return False
-        host = headers["host"].strip().lower()
-        name = host[1:].partition("]")[0] if host.startswith("[") else host.rpartition(":")[0] or host
+        host = _HOST.fullmatch(headers["host"].strip().lower())
+        if host is None:  # a longer one could put another path into the request's URL
+            return False
+        name = host[1] or host[2]
         if name in self._names:
             return True
         try:
@@ -118,6 +122,11 @@ class Guard:
         except ValueError:
             return False
         return True
+
+
+def path_of(request: Request) -> str:
+    """The path that routes see; that of `request.url` also depends on the Host header, which the client chooses."""
+    return str(request.scope["path"])
 
 
 def address_of(request: Request) -> str:
@@ -135,6 +144,6 @@ def refused(
     request: Request, status: int, text: str, about: str, headers: dict[str, str] | None = None
 ) -> Response:
     """One sentence: JSON for the API, text for everybody else."""
-    if request.url.path.startswith(API):
+    if path_of(request).startswith(API):
         return JSONResponse({"error": {"message": text, "about": about}}, status, headers)
     return PlainTextResponse(f"{text}\n", status, headers)

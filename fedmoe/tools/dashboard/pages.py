@@ -1,5 +1,6 @@
 """The pages: rendered here, kept live by static/app.js, which fetches a page again and puts its parts in place."""
 
+import asyncio
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, quote, urlencode
@@ -12,7 +13,7 @@ from fedmoe import __version__
 from fedmoe.errors import RequestError
 from fedmoe.tools.dashboard import show
 from fedmoe.tools.dashboard.api import chosen_workers, federation_of, in_order, whole
-from fedmoe.tools.dashboard.guard import address_of, refused, too_many
+from fedmoe.tools.dashboard.guard import address_of, path_of, refused, too_many
 from fedmoe.tools.dashboard.login import COOKIE, SESSION_S, Login
 from fedmoe.tools.dashboard.openapi import PAGE
 from fedmoe.tools.dashboard.watcher import Look, Watcher
@@ -21,6 +22,7 @@ STATIC = Path(__file__).parent / "static"
 TEMPLATES = Path(__file__).parent / "templates"
 SHOWN_WORKERS, SHOWN_EVENTS, ALL_EVENTS = 12, 8, 200
 MAX_FORM = 8192  # bytes
+FORM_S = 10.0  # for a client to send a form
 MOST_KEPT = 100  # rendered pages of one look
 
 
@@ -102,7 +104,7 @@ class Pages:
     ) -> Response:
         if self._kept_of != look.number or len(self._kept) > MOST_KEPT:
             self._kept, self._kept_of = {}, look.number
-        key = f"{request.url.path}?{request.url.query}"
+        key = f"{path_of(request)}?{request.url.query}"
         text = self._kept.get(key)
         if text is None:
             text = self._kept[key] = self._render(
@@ -162,9 +164,13 @@ def _is_ours(request: Request) -> bool:
 
 async def _password(request: Request) -> str:
     body = b""
-    async for piece in request.stream():
-        body += piece
-        if len(body) > MAX_FORM:
-            return ""
-    fields = parse_qs(body.decode(errors="replace"), max_num_fields=10)
+    try:
+        async with asyncio.timeout(FORM_S):
+            async for piece in request.stream():
+                body += piece
+                if len(body) > MAX_FORM:
+                    return ""
+    except TimeoutError:
+        return ""
+    fields = parse_qs(body.decode(errors="replace"))
     return fields.get("password", [""])[0]

@@ -3,6 +3,7 @@
 `fedmoe/tools/dashboard/schemas.py` describes every record that is made here; a test fuzzes the API against it.
 """
 
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -91,7 +92,7 @@ def _federation(seen: Federation, experts: list[Json]) -> Json:
             "applied": sum(one["applied"] or 0 for one in experts),
             "refused": sum(one["refused"] or 0 for one in experts),
             "updates_per_min": sum(one["updates_per_min"] for one in experts),
-            "tokens_per_s": sum(one["tokens_per_s"] for one in experts),
+            "tokens_per_s": _bounded_sum(one["tokens_per_s"] for one in experts),
         },
         "experts": [{name: one[name] for name in SUMMARY} for one in experts],
         "gateway": _gateway(seen.merged, experts),
@@ -118,7 +119,7 @@ def _expert(view: ExpertView, chronicle: Chronicle, known: Figures, workers: lis
         "last_update_s": view.last_update_s,
         "updates_per_min": round(updates_per_min, 3),
         "examples_per_s": round(examples_per_s, 3),
-        "tokens_per_s": sum(worker.tokens_per_s or 0.0 for worker in view.workers),
+        "tokens_per_s": _bounded_sum(worker.tokens_per_s or 0.0 for worker in view.workers),
         "loss": meta.loss if meta else None,
         "recent_losses": known.spark,
         "validation": {
@@ -155,6 +156,12 @@ def _expert(view: ExpertView, chronicle: Chronicle, known: Figures, workers: lis
         "changes": [asdict(one) for one in reversed(chronicle.changes)],
         "log_updates": len(chronicle.steps),
     }
+
+
+def _bounded_sum(values: Iterable[float]) -> float:
+    """A sum that stays a number whatever workers say of their speed."""
+    most = sys.float_info.max
+    return max(-most, min(sum(values), most))
 
 
 def _state(view: ExpertView) -> tuple[str, bool]:

@@ -18,7 +18,7 @@ from fedmoe.util.backoff import Backoff
 
 IDLE_S = 5.0  # between two looks while nobody looks
 INTERNAL = "internal error: see the dashboard's log"
-REST = 3.0  # after a look that took t seconds, it rests for at least REST × t
+REST = 3.0  # after a look that took t seconds, it rests for at least REST × t; waiting in vain does not count
 
 logger = logging.getLogger(__name__)
 
@@ -111,9 +111,10 @@ class Watcher:
         """Look again and again until told to stop; an error is logged, and what was seen before stays."""
         backoff, unexpected = Backoff("dashboard", logger), ""
         while not stop.is_set():
-            began = time.monotonic()
+            began, took = time.monotonic(), 0.0
             try:
                 self.look()
+                took = time.monotonic() - began
                 backoff.ok()
             except FedMoEError as error:
                 backoff.failed(error)
@@ -122,7 +123,7 @@ class Watcher:
                     unexpected = repr(error)
                     logger.exception("unexpected error while reading Redis")
                 self._put(self._look.at, self._look.picture, INTERNAL)
-            took = time.monotonic() - began
+                took = time.monotonic() - began
             self._rest(stop, max(self._interval_s, REST * took))
 
     def _rest(self, stop: threading.Event, rest_s: float) -> None:

@@ -1,5 +1,6 @@
 """A federation as metrics: what `fedmoe status --json` shows, for `fedmoe metrics` and the dashboard's /metrics."""
 
+import logging
 import threading
 from collections.abc import Callable, Iterator
 
@@ -16,6 +17,8 @@ HOW = frozenset(
     ("finished", "stopped", "refused", "failed", "vanished")
 )  # how workers leave; any other is unknown
 
+logger = logging.getLogger(__name__)
+
 
 class FederationCollector:
     """Reads the federation at each scrape; one scrape at a time, because a connection is for one thread.
@@ -29,18 +32,27 @@ class FederationCollector:
     def __init__(self, read: Callable[[], Federation]) -> None:
         self._read = read
         self._lock = threading.Lock()
+        self._problem = ""
 
     def collect(self) -> Iterator[Metric]:
         """The metrics of this moment; without Redis only that it is away."""
         with self._lock:
             try:
                 federation = self._read()
-            except RedisUnavailableError:
+            except RedisUnavailableError as error:
+                self._log(str(error))
                 families = Families(FEDERATION)
                 families.add("fedmoe_redis_up", 0)
             else:
+                self._problem = ""
                 families = federation_families(federation)
         return iter(families)
+
+    def _log(self, problem: str) -> None:
+        """Say once why there are no other metrics."""
+        if problem != self._problem:
+            self._problem = problem
+            logger.warning("%s", problem)
 
 
 def federation_registry(read: Callable[[], Federation]) -> CollectorRegistry:

@@ -67,7 +67,9 @@ class MetricsServer:
             start_response("404 Not Found", [("Content-Type", "text/plain; charset=utf-8")])
             return [b"the metrics are at /metrics\n"]
         try:
-            return self._app(environ, start_response)
+            return self._app(
+                environ | {"HTTP_ACCEPT": _understood(environ.get("HTTP_ACCEPT", ""))}, start_response
+            )
         except Exception:  # a bug here must not end up as HTML, nor as raw lines in the log
             logger.exception("unexpected error while metrics were read")
             start_response("500 Internal Server Error", [("Content-Type", "text/plain; charset=utf-8")])
@@ -81,8 +83,17 @@ class MetricsServer:
 
 def exposition(registry: CollectorRegistry, accept: str = "") -> tuple[bytes, str]:
     """The metrics as text, and its content type, in the form that the Accept header of a request asks for."""
-    render, content_type = choose_encoder(accept)
+    render, content_type = choose_encoder(_understood(accept))
     return render(registry), content_type
+
+
+def _understood(accept: str) -> str:
+    """An Accept header that `choose_encoder` can read; "" for one whose version is not made of numbers."""
+    try:
+        choose_encoder(accept)
+    except (TypeError, ValueError):
+        return ""
+    return accept
 
 
 def serve_process(settings: MetricsSettings, collector: Collector) -> MetricsServer:

@@ -56,7 +56,11 @@
       const answer = await fetch(location.href, { credentials: "same-origin", cache: "no-store" });
       if (answer.redirected && new URL(answer.url).pathname === "/login") { location.assign(answer.url); return; }
       const type = answer.headers.get("content-type") || "";
-      if (type.startsWith("text/html")) put(new DOMParser().parseFromString(await answer.text(), "text/html"));
+      if (type.startsWith("text/html")) {
+        const fresh = new DOMParser().parseFromString(await answer.text(), "text/html");
+        if (fresh.title !== document.title) { location.reload(); return; } // what it shows was removed, or is back
+        put(fresh);
+      }
       await Promise.all(charts.map((one) => one.refresh()));
     } catch (error) {
       wanted = true; // the dashboard may be restarting

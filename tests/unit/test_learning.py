@@ -376,3 +376,16 @@ def test_own_pace_beside_the_fastest_rounds_of_the_same_seed() -> None:
     assert figures_["learning_time_own_pace_vs_rounds_straggler"].met
     assert figures_["learning_time_own_pace_vs_rounds_straggler_ideal"].value == pytest.approx(1 / 3.25)
     assert "straggler  rounds of 12 steps  gain 1   -" in time_table(made)
+
+
+def test_the_page_has_the_figures_of_the_kept_runs() -> None:
+    """The runs in the repository are those of the table of docs/benchmarks.md."""
+    root = Path(__file__).parents[2]
+    found = arrivals(kept(root / "ops" / "bench" / "learning" / "measured"))
+    page = (root / "docs" / "benchmarks.md").read_text()
+    for way, name in (("own pace", "own pace, gain 2"), ("rounds of 6 steps", "rounds of 6 steps, gain 2")):
+        seconds = {
+            one.workers: one.seconds for one in found if (one.way, one.gain, one.seed) == (way, 2.0, 0)
+        }
+        (line,) = [line for line in page.splitlines() if line.startswith(f"| {name}")]
+        assert line.endswith(f"| {seconds[ALIKE]:.1f} | {seconds[STRAGGLER]:.1f} |")

@@ -92,8 +92,7 @@ def back_up(
         staging = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
         try:
             staging.mkdir()
-            fit = None if names else GatewayStore(store.connection).fit()
-            _write_backup(staging, store, weights, report, kept_as=kept_as, fit=fit)
+            _write_backup(staging, store, weights, report, kept_as=kept_as, with_fit=not names)
             put_in_place(staging, target)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
@@ -132,7 +131,7 @@ def _write_backup(
     report: Callable[[str, Saved], None],
     *,
     kept_as: str,
-    fit: Fit | None,
+    with_fit: bool,
 ) -> None:
     manifest: dict[str, Any] = {
         "format": FORMAT,
@@ -141,12 +140,14 @@ def _write_backup(
         "prefix": store.keys.prefix,
         "experts": {},
         **({"kept_as": kept_as} if kept_as else {}),
-        **({"fit": fit.to_fields()} if fit and fit.weights else {}),
     }
     for name, weight in weights.items():
         saved = _write_expert(staging / name, name, store.read(name), weight)
         manifest["experts"][name] = asdict(saved)
         report(name, saved)
+    fit = GatewayStore(store.connection).fit() if with_fit else None
+    if fit is not None and fit.weights:
+        manifest["fit"] = fit.to_fields()
     _write(staging / MANIFEST, [_json(manifest)])
     to_disk(staging)
 

@@ -182,16 +182,18 @@ def test_enrolments_reach_every_replica_and_doctor_compares(secured: Secured, tm
 
 
 def test_a_party_without_the_right_cannot_enrol(secured: Secured, tmp_path: Path) -> None:
-    """It writes a line for the server's administrator, who may; a revocation is refused."""
+    """On a managed server: it writes a line for the server's administrator, who may; a revocation is refused."""
     out = tmp_path / "w2.toml"
-    said = secured.fedmoe("monitor", "worker", "enrol", "w2", "--stream", EXPERT, "--out", str(out)).output
+    user = Party(role="operator").user("fedmoe")
+    secured.connection("operator").client.execute_command("ACL SETUSER", user, "-acl|setuser", "-acl|deluser")
+    said = secured.fedmoe("operator", "worker", "enrol", "w2", "--stream", EXPERT, "--out", str(out)).output
     assert "ACL LOAD" in said
     line = out.with_suffix(".acl").read_text()
     assert tomllib.loads(out.read_text())["password"] not in line
     with raises(RedisUnfitError, about="login"):
         Connection(RedisSettings(enrolment=out)).ping()
     with raises(RedisUnfitError, about="rights"):
-        secured.fedmoe("monitor", "worker", "revoke", NAME, "--stream", EXPERT)
+        secured.fedmoe("operator", "worker", "revoke", NAME, "--stream", EXPERT)
     with (secured.directory / "users.acl").open("a") as users:
         users.write(line)
     secured.kill()

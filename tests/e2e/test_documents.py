@@ -235,7 +235,7 @@ def typed(one: Command, shell: Shell) -> str:
     return ""
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_commands_of_the_pages_run(shell: Shell) -> None:
     """Each of them once, in the order of the pages; all that go wrong are named."""
     pages = sorted(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fedmoe.cli.declared import redis_options
+from fedmoe.protocol.names import may_train_gateway
 from fedmoe.redis_settings import RedisSettings
 from fedmoe.util.text import printable
 
@@ -158,6 +159,10 @@ def _enrol(
         write_line(connection, ROTATED if rotate else ENROLLED, party)
         users.set(party, hashes)
     click.echo(f"{party}: {'has a new password' if rotate else 'enrolled'}; give it {out}")
+    if party.role == "worker" and not may_train_gateway(party.expert, party.name):
+        click.echo(
+            f"it cannot train the gateway: {party.expert}.{party.name} would be no name of a worker there"
+        )
     _finish(users)
 
 

@@ -19,7 +19,7 @@ from fedmoe.tools.metrics.settings import check_installed
 def metrics(redis: RedisSettings, host: str, port: int, once: bool) -> None:
     """Serve what `fedmoe status` shows at /metrics until stopped; it only reads, as any monitoring user may.
 
-    Each scrape reads Redis. If Redis does not answer, the only metric is `fedmoe_redis_up 0`.
+    Each scrape reads Redis. If Redis does not answer, the only metric is `fedmoe_redis_up 0`; --once then fails.
     """
     check_installed()
     from fedmoe.store.connection import Connection
@@ -30,11 +30,13 @@ def metrics(redis: RedisSettings, host: str, port: int, once: bool) -> None:
     from fedmoe.util.stopping import Stop, stop_on_signals
 
     connection = Connection(redis)
-    registry = federation_registry(Inspector(connection).federation)
+    inspector = Inspector(connection)
     if once:
-        text, _ = exposition(registry)
+        federation = inspector.federation()
+        text, _ = exposition(federation_registry(lambda: federation))
         click.echo(text.decode(), nl=False)
         return
+    registry = federation_registry(inspector.federation)
     with stop_on_signals(stop := Stop()):
         stop.last_words = lambda: ("stopped", 0)
         stop.when_asked.append(connection.cut_off)

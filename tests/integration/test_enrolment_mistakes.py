@@ -223,3 +223,11 @@ def test_renewing_enrols_nobody(secured: Secured) -> None:
         CliRunner().invoke(
             cli, ["init", str(secured.directory), "--renew", "--worker", "a/b"], catch_exceptions=False
         )
+
+
+def test_a_worker_that_cannot_train_the_gateway_is_told(secured: Secured, tmp_path: Path) -> None:
+    """On the gateway it would be named after its expert, too, and that is too long."""
+    for name, is_told in (("w" * 60, True), ("w2", False)):
+        out = tmp_path / f"{name[:2]}-{len(name)}.toml"
+        done = secured.fedmoe("operator", "worker", "enrol", name, "--stream", EXPERT, "--out", str(out))
+        assert ("cannot train the gateway" in done.output) == is_told

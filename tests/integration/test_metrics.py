@@ -27,8 +27,8 @@ from fedmoe.tools.metrics.federation import federation_families, federation_regi
 from fedmoe.tools.metrics.server import MetricsServer, exposition
 from fedmoe.tools.metrics.table import AGGREGATOR, FEDERATION, METRICS
 from tests.errors import raises
-from tests.federation import ScriptedWorker, make_expert, serve, serving, small_spec
-from tests.looking import BEAT, build_gateway, hold, look
+from tests.federation import ScriptedWorker, make_expert, serving, small_spec
+from tests.looking import BEAT, look, some_updates
 from tests.processes import environment, eventually, fedmoe_here
 from tests.scraping import get, lint, names, samples
 
@@ -51,19 +51,7 @@ def endpoint(connect: Callable[[], Connection]) -> Iterator[MetricsServer]:
 
 def test_the_metrics_are_what_status_shows(connection: Connection) -> None:
     """Two updates applied, one refused, one waiting, a worker that runs, others that left, a gateway."""
-    expert = make_expert(connection)
-    hold(connection)
-    alice, bob = ScriptedWorker(connection, small_spec()), ScriptedWorker(connection, small_spec(), "bob")
-    alice.push(0.5)
-    serve(expert)
-    build_gateway(connection)
-    alice.pull()
-    bob.push(0.25)
-    alice.push(1e6)
-    assert serve(expert) == ["applied", "refused"]
-    alice.pull()
-    alice.push(0.5)
-    alice.store.beat(BEAT, ttl_s=HEARTBEAT_TTL_S - 4)
+    some_updates(connection)
     for name, how in (("ann", "finished"), ("cleo", "failed"), ("dan", "\x1b[2J")):
         gone = WorkerStore(connection, "sql_expert", name)
         gone.beat(BEAT, ttl_s=HEARTBEAT_TTL_S)
@@ -134,6 +122,13 @@ def test_a_redis_that_is_away_is_a_metric(server: EmbeddedRedis) -> None:
         assert samples(shown(connection))["fedmoe_redis_up", ()] == 1
 
 
+def test_once_without_redis_is_an_error() -> None:
+    """A script must not take an empty answer for a state."""
+    done = fedmoe_here("metrics", "--redis", "unix:///nowhere.sock", "--once")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.count("\n") == 1
+
+
 def test_why_redis_is_away_is_logged_once(server: EmbeddedRedis, caplog: pytest.LogCaptureFixture) -> None:
     """For example a wrong password: the metric alone does not tell it from a network that is down."""
     wrong = RedisSettings(url=server.url.replace("://", "://:wrong-one@"))
@@ -154,16 +149,16 @@ def test_the_server_answers_get_of_its_page_only(endpoint: MetricsServer) -> Non
         (endpoint.url.replace("/metrics", "/"), "GET", 404),
         (endpoint.url.replace("/metrics", "/../etc/passwd"), "GET", 404),
     ):
-        request = urllib.request.Request(url, method=method)  # noqa: S310
+        request = urllib.request.Request(url, method=method)  # noqa: S310  # a URL of this test
         with pytest.raises(urllib.error.HTTPError) as refused:
-            urllib.request.urlopen(request, timeout=20)  # noqa: S310
+            urllib.request.urlopen(request, timeout=20)  # noqa: S310  # a URL of this test
         assert refused.value.code == status
 
 
 def test_an_accept_header_without_sense_gets_text(endpoint: MetricsServer) -> None:
     """Not an internal error: anybody may send one."""
-    request = urllib.request.Request(endpoint.url, headers={"Accept": "text/plain;version=abc"})  # noqa: S310
-    with urllib.request.urlopen(request, timeout=20) as reply:  # noqa: S310
+    request = urllib.request.Request(endpoint.url, headers={"Accept": "text/plain;version=abc"})  # noqa: S310  # a URL of this test
+    with urllib.request.urlopen(request, timeout=20) as reply:  # noqa: S310  # a URL of this test
         assert b"fedmoe_redis_up 1.0" in reply.read()
 
 

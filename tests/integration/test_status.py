@@ -15,25 +15,13 @@ from fedmoe.store.connection import Connection
 from fedmoe.store.inspect import REPAIR
 from fedmoe.store.worker import WorkerStore
 from tests.federation import ScriptedWorker, make_expert, serve, serving, small_spec
-from tests.looking import BEAT, build_gateway, hold, look
+from tests.looking import BEAT, build_gateway, hold, look, some_updates
 from tests.processes import eventually, fedmoe
 
 
 def test_all_that_happened_is_shown(connection: Connection) -> None:
     """Two updates applied, one refused, one waiting, two workers, a gateway of an older version."""
-    expert = make_expert(connection)
-    hold(connection)
-    alice, bob = ScriptedWorker(connection, small_spec()), ScriptedWorker(connection, small_spec(), "bob")
-    alice.push(0.5)
-    serve(expert)
-    build_gateway(connection)
-    alice.pull()
-    bob.push(0.25)
-    alice.push(1e6)
-    assert serve(expert) == ["applied", "refused"]
-    alice.pull()
-    alice.push(0.5)
-    alice.store.beat(BEAT, ttl_s=HEARTBEAT_TTL_S - 4)
+    some_updates(connection)
 
     seen = look(connection)
     (shown,) = seen.experts

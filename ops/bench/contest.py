@@ -3,12 +3,13 @@
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Protocol, Self
 
 from ops.bench.processes import CONTEXT, BenchError, Processes
+from ops.bench.result import Result, figure, ratio
 
 WARM_S = 0.5  # of each turn before it counts
 REMEMBERED = 4096  # of a client's updates, how long they took
@@ -133,6 +134,23 @@ class _TakesTurns(Protocol):
     def turn(self, seconds: float) -> Sample:
         """As a Contestant's."""
         ...
+
+
+def side_by_side(
+    one: _TakesTurns, other: _TakesTurns, *, rounds: int, seconds: float, rates: str, costs: str
+) -> Iterator[Result]:
+    """Let two running contestants take turns: updates a second and CPU of each, and the ratios one ÷ other by round.
+
+    `rates` and `costs` are the names of the two ratios.
+    """
+    samples = take_turns([one, other], rounds=rounds, seconds=seconds)
+    per_s = {name: [turn.per_s for turn in turns] for name, turns in samples.items()}
+    cpu_ms = {name: [turn.cpu_ms() for turn in turns] for name, turns in samples.items()}
+    for name in samples:
+        yield figure(f"{name}_updates_per_s", per_s[name], "updates/s")
+        yield figure(f"{name}_cpu_ms", cpu_ms[name], "ms/update")
+    yield ratio(rates, per_s[one.name], per_s[other.name])
+    yield ratio(costs, cpu_ms[one.name], cpu_ms[other.name])
 
 
 def take_turns(contestants: Sequence[_TakesTurns], *, rounds: int, seconds: float) -> dict[str, list[Sample]]:

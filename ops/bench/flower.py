@@ -17,11 +17,11 @@ import psutil
 
 from fedmoe.protocol.layout import Layout
 from ops.bench.adapters import LAYOUTS
-from ops.bench.contest import Sample, take_turns
+from ops.bench.contest import Sample, side_by_side
 from ops.bench.fedmoe_side import DEFAULT_FORMAT, FedMoE
 from ops.bench.plan import Plan
 from ops.bench.processes import ROOT, BenchError, Processes, clean_environment, free_port
-from ops.bench.result import Result, figure, ratio
+from ops.bench.result import Result
 
 VERSION = "1.42.0"
 VENV = ROOT / ".cache" / "flower"
@@ -155,11 +155,11 @@ def run(plan: Plan) -> Iterator[Result]:
     fedmoe = FedMoE(f"beside_flower_fedmoe_{plan.size}", layout, DEFAULT_FORMAT)
     flower = Flower(f"flower_{plan.size}", layout)
     with fedmoe, flower:
-        samples = take_turns([fedmoe, flower], rounds=plan.rounds, seconds=plan.seconds)
-    rates = {name: [turn.per_s for turn in turns] for name, turns in samples.items()}
-    costs = {name: [turn.cpu_ms() for turn in turns] for name, turns in samples.items()}
-    for name in samples:
-        yield figure(f"{name}_updates_per_s", rates[name], "updates/s")
-        yield figure(f"{name}_cpu_ms", costs[name], "ms/update")
-    yield ratio("flower_updates", rates[fedmoe.name], rates[flower.name])
-    yield ratio("flower_cpu", costs[fedmoe.name], costs[flower.name])
+        yield from side_by_side(
+            fedmoe,
+            flower,
+            rounds=plan.rounds,
+            seconds=plan.seconds,
+            rates="flower_updates",
+            costs="flower_cpu",
+        )

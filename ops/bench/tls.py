@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 
 from ops.bench.adapters import LAYOUTS
-from ops.bench.contest import take_turns
+from ops.bench.contest import side_by_side
 from ops.bench.fedmoe_side import DEFAULT_FORMAT, FedMoE
 from ops.bench.plan import Plan
-from ops.bench.result import Result, figure, ratio
+from ops.bench.result import Result
 
 
 def run(plan: Plan) -> Iterator[Result]:
@@ -15,11 +15,11 @@ def run(plan: Plan) -> Iterator[Result]:
     plain = FedMoE(f"plain_{plan.size}", layout, DEFAULT_FORMAT)
     secured = FedMoE(f"tls_{plan.size}", layout, DEFAULT_FORMAT, tls=True)
     with plain, secured:
-        samples = take_turns([plain, secured], rounds=plan.rounds, seconds=plan.seconds)
-    rates = {name: [turn.per_s for turn in turns] for name, turns in samples.items()}
-    costs = {name: [turn.cpu_ms() for turn in turns] for name, turns in samples.items()}
-    for name in samples:
-        yield figure(f"{name}_updates_per_s", rates[name], "updates/s")
-        yield figure(f"{name}_cpu_ms", costs[name], "ms/update")
-    yield ratio("tls_vs_plain", rates[secured.name], rates[plain.name])
-    yield ratio("tls_vs_plain_cpu", costs[secured.name], costs[plain.name])
+        yield from side_by_side(
+            secured,
+            plain,
+            rounds=plan.rounds,
+            seconds=plan.seconds,
+            rates="tls_vs_plain",
+            costs="tls_vs_plain_cpu",
+        )

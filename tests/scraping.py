@@ -21,7 +21,7 @@ def program(name: str) -> str:
 
 def get(url: str) -> str:
     """What a scrape of the URL gives."""
-    with urllib.request.urlopen(url, timeout=20) as reply:  # noqa: S310
+    with urllib.request.urlopen(url, timeout=20) as reply:  # noqa: S310  # a URL of this test
         text: str = reply.read().decode()
     return text
 

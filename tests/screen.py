@@ -163,7 +163,7 @@ def typing(command: Sequence[str], *, columns: int = 120, lines: int = 20, **ext
     before = termios.tcgetattr(terminal)
     process = subprocess.Popen(
         command, stdin=inside, stdout=inside, stderr=inside, env=environment(**{"TERM": "xterm"} | extra),
-        start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # noqa: PLW1509
+        start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # noqa: PLW1509  # the test has one thread
     )  # fmt: skip
     typed = Typed(process, terminal, before)
     try:

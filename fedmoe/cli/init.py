@@ -68,7 +68,7 @@ def init(
     click.echo(f"start Redis:       redis-server {place}/{CONF}")
     click.echo(f"the aggregator:    fedmoe --config {place}/fedmoe.toml aggregator run")
     click.echo(f"one more worker:   fedmoe --config {place}/fedmoe.toml worker enrol NAME --stream EXPERT")
-    click.echo("keep tls/ca.key where only you can read it: whoever has it can pretend to be this Redis")
+    click.echo("keep tls/ca.key where only you can read it: with it others could pretend to be this Redis")
 
 
 def _worker(text: str) -> "Party":

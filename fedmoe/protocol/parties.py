@@ -17,7 +17,7 @@ MAIN = "main"
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
 class Party:
-    """Somebody who may connect: a role, a name, and a worker's expert.
+    """One enrolled user: its role, its name, and the expert if it is a worker.
 
     Raises:
         SettingsError: for a role that does not exist, or a name that cannot be used.

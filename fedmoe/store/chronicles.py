@@ -27,7 +27,7 @@ class Chronicles:
     def read(self, lineages: Mapping[str, str]) -> dict[str, Chronicle]:
         """The chronicles of these experts, by name; `lineages` maps a name to its lineage.
 
-        An expert with another lineage than before is read anew.
+        If the lineage of an expert has changed, its whole chronicle is read again.
 
         Raises:
             RedisUnavailableError: if Redis does not reply.

@@ -241,7 +241,7 @@ def test_axe_finds_nothing(page: Any, connection: Connection) -> None:
             check(where, path, phone=False, scheme="light")
         for path in PAGES:
             check(where, path, phone=True, scheme="dark")
-    with board(connection.settings, password="correct horse") as where:  # noqa: S106
+    with board(connection.settings, password="correct horse") as where:  # noqa: S106  # of nobody
         page.goto(f"{where.url}/")
         found += [f"login: {one['id']}" for one in axe.run(page).response["violations"]]
     assert found == []
@@ -268,7 +268,7 @@ def test_everything_is_reached_by_keyboard(page: Any, connection: Connection) ->
 def test_login_in_a_browser(page: Any, connection: Connection) -> None:
     """The form, a wrong password, the page that was asked for, and out again."""
     lively(connection, experts=1, updates=20)
-    with board(connection.settings, password="correct horse") as where:  # noqa: S106
+    with board(connection.settings, password="correct horse") as where:  # noqa: S106  # of nobody
         page.goto(f"{where.url}/experts/docs_expert")
         page.fill("#password", "wrong horse")
         page.keyboard.press("Enter")

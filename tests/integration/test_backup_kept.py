@@ -88,7 +88,7 @@ def test_nothing_else_is_removed(connection: Connection, tmp_path: Path) -> None
 
 
 def test_the_last_backup_of_a_lost_expert_stays(connection: Connection, tmp_path: Path) -> None:
-    """An expert that is gone, or began anew, must not leave the backups by itself; its older ones may."""
+    """The newest backup of a lost expert, or of its earlier lineage, is never removed; older ones may be."""
     make(connection)
     make(connection, "other")
     older, last = (back_up(connection, tmp_path, day).made for day in (0, 1))

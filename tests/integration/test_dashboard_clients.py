@@ -23,7 +23,7 @@ from tests.processes import eventually, fedmoe_here, running, terminate
 
 pytestmark = pytest.mark.one_server
 
-PASSWORD = "correct horse battery"  # noqa: S105
+PASSWORD = "correct horse battery"  # noqa: S105  # of nobody
 COOKIE = login_module.COOKIE
 
 
@@ -308,7 +308,7 @@ def test_command_serves_until_it_is_stopped(redis_url: str, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("options", "about", "code"),
     [
-        (("--host", "0.0.0.0"), "needs a password", 2),  # noqa: S104
+        (("--host", "0.0.0.0"), "needs a password", 2),  # noqa: S104  # it is refused
         (("--password-file", "/none"), "cannot read the password file", 2),
         (("--port", "70000"), "port must be a whole number", 2),
         (("--host", "203.0.113.7", "--password-file", "FILE"), "cannot listen on 203.0.113.7", 2),

@@ -233,7 +233,7 @@ def test_wrong_passwords_make_their_address_wait() -> None:
 
 @pytest.mark.parametrize(
     ("host", "is_local"),
-    [("127.0.0.1", True), ("127.8.8.8", True), ("::1", True), ("localhost", True), ("0.0.0.0", False),  # noqa: S104
+    [("127.0.0.1", True), ("127.8.8.8", True), ("::1", True), ("localhost", True), ("0.0.0.0", False),  # noqa: S104  # nothing listens
      ("::", False), ("10.0.0.1", False), ("lab.example", False)],
 )  # fmt: skip
 def test_only_this_machine_reads_without_a_password(host: str, is_local: bool) -> None:

@@ -14,6 +14,7 @@ from fedmoe.errors import SettingsError
 if TYPE_CHECKING:
     from cryptography import x509
     from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
 
 CA_DAYS = 3650
 SERVER_DAYS = 730
@@ -33,7 +34,7 @@ class Pair:
 def require_cryptography() -> None:
     """Raise SettingsError, which says what to install, if the package is missing."""
     try:
-        import cryptography.x509  # noqa: F401
+        import cryptography.x509  # noqa: F401  # only to see whether it is installed
     except ImportError:
         raise SettingsError(
             "certificates are made with the package cryptography, which is not installed: pip install "
@@ -70,7 +71,7 @@ def make_server(
     builder = builder.add_extension(names, critical=False)
     # A replica is a client of its master.
     purposes = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
-    return Pair(certificate=_leaf(builder, authority, key.public_key(), purposes), key=_key_text(key))
+    return Pair(certificate=_leaf(builder, authority, purposes), key=_key_text(key))
 
 
 def sign_request(
@@ -105,7 +106,7 @@ def sign_request(
         )
     assert isinstance(key, ec.EllipticCurvePublicKey | rsa.RSAPublicKey)
     builder = _builder(name[:64], _issuer(authority), key, now or _now(), days)
-    return _leaf(builder, authority, key, [ExtendedKeyUsageOID.CLIENT_AUTH])
+    return _leaf(builder, authority, [ExtendedKeyUsageOID.CLIENT_AUTH])
 
 
 def hosts_of(certificate: str) -> list[str]:
@@ -163,7 +164,7 @@ def _issuer(authority: Pair) -> str:
 
 
 def _builder(
-    subject: str, issuer: str, key: "ec.EllipticCurvePublicKey | object", now: datetime.datetime, days: int
+    subject: str, issuer: str, key: "CertificatePublicKeyTypes", now: datetime.datetime, days: int
 ) -> "x509.CertificateBuilder":
     from cryptography import x509
 
@@ -171,16 +172,16 @@ def _builder(
         x509.CertificateBuilder()
         .subject_name(_name(subject))
         .issuer_name(_name(issuer))
-        .public_key(key)  # type: ignore[arg-type]  # EC or RSA
+        .public_key(key)
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - EARLY)
         .not_valid_after(now + datetime.timedelta(days=days))
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)  # type: ignore[arg-type]
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
     )
 
 
 def _leaf(
-    builder: "x509.CertificateBuilder", authority: Pair, key: object, purposes: Sequence[object]
+    builder: "x509.CertificateBuilder", authority: Pair, purposes: "Sequence[x509.ObjectIdentifier]"
 ) -> str:
     from cryptography import x509
     from cryptography.hazmat.primitives.asymmetric import ec
@@ -190,7 +191,7 @@ def _leaf(
     assert isinstance(ca_key, ec.EllipticCurvePrivateKey)
     builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
     builder = builder.add_extension(_usage(is_ca=False), critical=True)
-    builder = builder.add_extension(x509.ExtendedKeyUsage(purposes), critical=False)  # type: ignore[arg-type]
+    builder = builder.add_extension(x509.ExtendedKeyUsage(purposes), critical=False)
     return _signed(builder, ca_key, ca_key.public_key())
 
 

@@ -1,1 +1,1 @@
-"""Metrics for Prometheus: what each process counts, and what Redis tells of a federation."""
+"""Metrics for Prometheus: the counters of each process, and the state of the federation in Redis."""

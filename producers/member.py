@@ -14,12 +14,13 @@ import logging
 import math
 import operator
 import socket
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import torch
 from torch import nn
@@ -27,21 +28,23 @@ from torch.optim import Optimizer
 from transformers import PretrainedConfig
 
 from fedmoe.errors import FedMoEError, SettingsError
-from fedmoe.model.adapter import BoundAdapter, bind_adapter
+from fedmoe.model.adapter import bind_adapter
 from fedmoe.model.base import check_structure, fingerprint
 from fedmoe.model.tokenizer import vocabulary_fingerprint
 from fedmoe.protocol.identity import BaseIdentity
 from fedmoe.protocol.names import GATEWAY, clean_name, domain_of
-from fedmoe.protocol.rules import RuleSet, TrainingSettings
+from fedmoe.protocol.rules import RuleSet
 from fedmoe.settings import RedisSettings, WorkerSettings
 from fedmoe.util.setting import check_whole
 from fedmoe.util.stopping import without_interrupt
 from producers.checkpoint import StateDir, name_in
 from producers.exchange import Exchange
+from producers.foreign import ForeignEvaluator, ForeignTrainer
 from producers.heartbeat import SyncStatus
 from producers.membership import Membership, finish, outcomes
 from producers.trainer import StepResult
 from producers.training import Progress
+from producers.validation import Validation
 from producers.vector import vector_of_prompts
 
 if TYPE_CHECKING:
@@ -50,72 +53,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class _Adapter:
-    """A foreign training as the exchange needs it: the adapter, its optimizer, and the position in the data."""
-
-    def __init__(self, bound: BoundAdapter, optimizer: Optimizer | None) -> None:
-        self.flat = bound.flat
-        self.position = 0
-        self.check = bound.check
-        self._bound = bound
-        # accelerate puts its own around the optimizer.
-        self._optimizer = getattr(optimizer, "optimizer", optimizer)
-
-    def adopt(self, settings: TrainingSettings) -> None:
-        """Nothing: a foreign loop chooses its own settings."""
-
-    def state(self) -> Mapping[str, torch.Tensor]:
-        """A copy on the CPU of the optimizer's state of this adapter, with a mark of the kind of optimizer.
-
-        Empty if the state holds anything but tensors and numbers.
-        """
-        if self._optimizer is None:
-            return {}
-        state = {self._mark(): torch.tensor(0)}
-        for name, parameter in self._bound.parameters().items():
-            for key, value in self._optimizer.state.get(parameter, {}).items():
-                if isinstance(value, torch.Tensor):
-                    state[f"{name}|{key}"] = value.detach().to("cpu", copy=True)
-                elif isinstance(value, int | float):
-                    state[f"{name}|{key}|{type(value).__name__}"] = torch.tensor(value)
-                elif value is not None:
-                    return {}
-        return state
-
-    def load_state(self, state: Mapping[str, torch.Tensor], *, same_data: bool) -> None:
-        """Restore what `state` returned; ignore the state of another kind of optimizer, and log that."""
-        if self._optimizer is None or not state:
-            return
-        if self._mark() not in state:
-            logger.warning("the checkpoint was written with another optimizer: this optimizer starts afresh")
-            return
-        found: dict[str, dict[str, Any]] = {}
-        for full, value in state.items():
-            name, *rest = full.split("|")
-            if rest:
-                found.setdefault(name, {})[rest[0]] = value.item() if len(rest) > 1 else value
-        numbers = {
-            id(one): number
-            for number, one in enumerate(p for group in self._optimizer.param_groups for p in group["params"])
-        }
-        whole = self._optimizer.state_dict()
-        for name, parameter in self._bound.parameters().items():
-            if name in found and id(parameter) in numbers:
-                whole["state"][numbers[id(parameter)]] = found[name]
-        self._optimizer.load_state_dict(whole)
-
-    def _mark(self) -> str:
-        """A name for this kind of optimizer and its switches, which decide what its state consists of."""
-        assert self._optimizer is not None
-        switches = sorted(name for name, value in self._optimizer.defaults.items() if value is True)
-        return "|".join(["", type(self._optimizer).__qualname__, *switches])
-
-
 class _Chain(NamedTuple):
     """One expert that the worker trains."""
 
     membership: Membership
-    adapter: _Adapter
+    adapter: ForeignTrainer
 
     def note(self, done: StepResult) -> None:
         """Note a step."""
@@ -137,13 +79,16 @@ class Member:
     """
 
     def __init__(
-        self, chains: Mapping[str, _Chain], stack: ExitStack, drain_s: float, progress: Progress
-    ) -> None:
+        self, chains: Mapping[str, _Chain], stack: ExitStack, drain_s: float, progress: Progress,
+        validation: Validation,
+    ) -> None:  # fmt: skip
         self.steps = 0
         self._chains = dict(chains)
         self._stack = stack
         self._drain_s = drain_s
         self._progress = progress
+        self._validation = validation
+        self._stepped_at = time.perf_counter()
         self._has_left = False
         atexit.register(self._leave_at_exit)
 
@@ -158,7 +103,8 @@ class Member:
         Raises:
             FedMoEError: if this worker cannot go on (refused, name taken, expert removed, release too old). Undecided
                 updates are kept in the state directory.
-            SettingsError: if n_examples or n_tokens is not a count, or the adapter was replaced after joining.
+            SettingsError: if n_examples or n_tokens is not a count, the adapter was replaced after joining, or the
+                function to validate returned no number.
         """
         n_examples, n_tokens = _count("n_examples", n_examples), _count("n_tokens", n_tokens)
         if self._has_left:
@@ -176,6 +122,9 @@ class Member:
                 chain.note(done)
             for chain in self._chains.values():
                 chain.pass_boundary()
+        self._validation.trained(time.perf_counter() - self._stepped_at)
+        self._validation.between_steps()
+        self._stepped_at = time.perf_counter()
 
     @property
     def status(self) -> dict[str, SyncStatus]:
@@ -263,6 +212,29 @@ def _count(name: str, value: object) -> int:
     return int(value)  # type: ignore[call-overload, no-any-return]  # it is one
 
 
+def _checked(
+    validate: Mapping[str, Callable[[], float]] | None, rows: int, experts: Collection[str]
+) -> Mapping[str, Callable[[], float]]:
+    """`validate` as `join` got it; raises SettingsError if it does not fit the experts or the number of rows."""
+    if not validate:
+        if rows:
+            raise SettingsError(
+                "validation_rows is given, but no function to validate: give validate={expert: function}, too",
+                about="validate",
+            )
+        return {}
+    if not isinstance(validate, Mapping) or not all(callable(measure) for measure in validate.values()):
+        raise SettingsError(
+            'validate must name a function by expert: {"sql_expert": function}', about="validate"
+        )
+    if unknown := set(validate) - set(experts):
+        raise SettingsError(
+            f"validate names experts that are not joined: {', '.join(sorted(unknown))}", about="validate"
+        )
+    check_whole("validation_rows", rows, at_least=1)
+    return validate
+
+
 def join(
     redis: str | RedisSettings,
     adapters: Mapping[str, nn.Module],
@@ -274,6 +246,8 @@ def join(
     data: str = "",
     prompts: Sequence[Sequence[int]] = (),
     vector_noise: float = 0.0,
+    validate: Mapping[str, Callable[[], float]] | None = None,
+    validation_rows: int = 0,
     drain_s: float = 30.0,
     checkpoint_interval_s: float = 60.0,
     wait: bool = True,
@@ -296,6 +270,10 @@ def join(
             router finds the expert; without prompts none is.
         vector_noise: standard deviation of the Gaussian noise on each value of that vector, as a multiple of
             2 / number of prompts, the most by which one of them can move it.
+        validate: by expert, a function that measures its model as it is on rows that are never trained on, and returns
+            the mean loss per token (nats). `step` calls it for a new base now and then, in at most 2 % of the time;
+            the loss goes with the next update. It must leave training mode and random state as they were.
+        validation_rows: number of rows that `validate` measures.
         drain_s: seconds to wait for the last decision when it leaves.
         checkpoint_interval_s: longest time between two checkpoints.
         wait: retry while Redis cannot be reached or has no experts at all, instead of failing.
@@ -322,6 +300,7 @@ def join(
             "worker on each GPU, each with a name of its own",
             about="processes",
         )
+    validate = _checked(validate, validation_rows, adapters)
     root = Path(state_dir) if state_dir else None
     if root and len(adapters) > 1 and name_in(root):
         raise SettingsError(
@@ -360,7 +339,7 @@ def join(
             spec, _ = member.look()
             if isinstance(config := getattr(model, "config", None), PretrainedConfig):
                 check_structure(config, spec.base_config)
-            adapter = _Adapter(bind_adapter(model, spec), optimizer)
+            adapter = ForeignTrainer(bind_adapter(model, spec), optimizer)
             base = fingerprint(model)
             member.claim(BaseIdentity(fingerprint=base, tokenizer=words))
             # One chain brings the vector.
@@ -368,7 +347,20 @@ def join(
             member.begin(
                 adapter, data=data, training_fields=progress.fields, exchange=_exchange, vector=vector
             )
+            if expert in validate:
+                member.exchange.want_base()
+                member.exchange.offer_base(member.sync.ledger.meta.version, member.sync.ledger.base)
             chains[expert] = _Chain(member, adapter)
         for chain in chains.values():
             chain.membership.thread.start()
-        return Member(chains, stack.pop_all(), drain_s, progress)
+        return Member(
+            chains, stack.pop_all(), drain_s, progress,
+            Validation(
+                [
+                    (expert, ForeignEvaluator(chains[expert].adapter.flat, measure, rows=validation_rows, data=data),
+                     chains[expert].membership.exchange)
+                    for expert, measure in validate.items()
+                ],
+                report=lambda expert, line: logger.info("%s: %s", expert, line),
+            ),
+        )  # fmt: skip

@@ -84,6 +84,18 @@ class Evaluator:
         return Measured(loss=loss, version=self._version, rows=self._rows, rows_set=self._rows_set)
 
 
+class Measures(Protocol):
+    """Measures the loss of a base, a part of it at each step."""
+
+    def begin(self, version: int, base: torch.Tensor) -> None:
+        """Begin to measure these weights (numel,) fp32 of a version of the expert."""
+        ...
+
+    def step(self) -> Measured | None:
+        """Go on; the measurement at the end, None before."""
+        ...
+
+
 class Meets(Protocol):
     """The part of an exchange that hands over bases and measurements."""
 
@@ -112,7 +124,7 @@ class Validation:
 
     def __init__(
         self,
-        parts: Sequence[tuple[str, Evaluator, Meets]],
+        parts: Sequence[tuple[str, Measures, Meets]],
         *,
         report: Callable[[str, str], None],
         share: float = VALIDATION_SHARE,

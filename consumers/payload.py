@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 
 from consumers.decide import Admission, Payload, Verdict, judge_payload
-from consumers.fold import Values, fold
 from fedmoe.errors import UpdateError
 from fedmoe.protocol.codec import decoded
+from fedmoe.protocol.fold import Values, fold
 from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.update import Header, Part
 

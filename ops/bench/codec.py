@@ -15,9 +15,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from consumers.decide import Admission
-from consumers.fold import Values
 from consumers.payload import Workspace, fold_payload
 from fedmoe.protocol.codec import EXACT, scratch_values
+from fedmoe.protocol.fold import Values
 from fedmoe.protocol.layout import AdapterBuffer, Layout, values_of_chunks
 from fedmoe.protocol.lora_init import initial_weights
 from fedmoe.protocol.packed import chunks, pack, unpack

@@ -13,7 +13,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from consumers.decide import Outcome
-from consumers.fold import Values
 from consumers.payload import Workspace, fold_payload
 from fedmoe.errors import UpdateError
 from fedmoe.protocol.codec import (
@@ -25,6 +24,7 @@ from fedmoe.protocol.codec import (
     part_count,
     part_lengths,
 )
+from fedmoe.protocol.fold import Values
 from fedmoe.protocol.layout import Layout
 from fedmoe.protocol.records import Decided
 from fedmoe.protocol.update import PART_BYTES, make_run

@@ -16,10 +16,10 @@ from consumers.decide import (
     judge_header,
     judge_payload,
 )
-from consumers.fold import Values, fold
 from consumers.payload import Workspace, fold_payload
 from fedmoe.protocol.balance import Peers
 from fedmoe.protocol.codec import FORMATS, decode, scratch_values
+from fedmoe.protocol.fold import Values, fold
 from fedmoe.protocol.layout import Layout
 from fedmoe.protocol.rules import TrainingSettings
 from fedmoe.protocol.spec import Spec

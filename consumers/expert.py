@@ -22,9 +22,10 @@ from fedmoe.errors import SettingsError, StaleStateError, UpdateError
 from fedmoe.protocol import records
 from fedmoe.protocol.balance import peers_of
 from fedmoe.protocol.beat import protocol_problem
-from fedmoe.protocol.codec import EXACT, scratch_values
+from fedmoe.protocol.codec import scratch_values
 from fedmoe.protocol.doorbell import Doorbell, Garbage, Join, parse_entry
 from fedmoe.protocol.features import features_text
+from fedmoe.protocol.formats import EXACT
 from fedmoe.protocol.identity import BEAT_FIELDS, BaseIdentity
 from fedmoe.protocol.integrity import restamp
 from fedmoe.protocol.layout import AdapterBuffer

@@ -12,15 +12,16 @@ import torch
 
 from consumers.decide import Admission, Payload, Verdict, judge_payload
 from fedmoe.errors import UpdateError
-from fedmoe.protocol.codec import decoded
-from fedmoe.protocol.fold import Values, fold
+from fedmoe.protocol.codec import frames
+from fedmoe.protocol.fold import Values, fold_frame
+from fedmoe.protocol.formats import squared_norm
 from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.update import Header, Part
 
 
 @dataclass(frozen=True, slots=True)
 class Workspace:
-    """Buffers to fold an update from `now` into `out`, (numel,) fp32 each; for `scratch` see codec.decoded."""
+    """Buffers to fold an update from `now` into `out`, (numel,) fp32 each; for `scratch` see codec.scratch_values."""
 
     now: Values
     out: Values
@@ -42,12 +43,8 @@ def _fold(
 ) -> Payload:
     squares = 0.0
     try:
-        for first, values in decoded(
-            _whole(header.parts, parts), spec.wire_format, len(space.now.weights), space.scratch
-        ):
-            squares += _norm(values) ** 2
-            here = slice(first, first + len(values))
-            fold(space.now.at(here), values, admission.step, out=space.out.at(here))
+        for frame in frames(_whole(header.parts, parts), spec.wire_format, len(space.now.weights)):
+            squares += fold_frame(frame, space.now, admission.step, space.out, space.scratch)
     except _NotWholeError as error:
         return Payload(not_whole=str(error))
     except UpdateError as error:
@@ -67,12 +64,6 @@ def _whole(announced: Sequence[Part], parts: Iterable[bytes]) -> Iterator[bytes]
         yield data
 
 
-def _norm(values: torch.Tensor) -> float:
-    """L2 norm of fp32 values; infinite or NaN only if a value is: if fp32 overflows, it is computed in fp64."""
-    norm = float(torch.linalg.vector_norm(values))
-    return norm if math.isfinite(norm) else float(torch.linalg.vector_norm(values, dtype=torch.float64))
-
-
 def _largest(spec: Spec, space: Workspace) -> str:
     """The first tensor with a value that is not finite, otherwise the tensor that the update changed most.
 
@@ -80,6 +71,6 @@ def _largest(spec: Spec, space: Workspace) -> str:
     update, so it runs only for a refusal.
     """
     before, after = spec.layout.views(space.now.weights), spec.layout.views(space.out.weights)
-    norms = {name: _norm(after[name] - before[name]) for name in after}
+    norms = {name: math.sqrt(squared_norm(after[name] - before[name])) for name in after}
     odd = [name for name, norm in norms.items() if not math.isfinite(norm)]
     return odd[0] if odd else max(norms, key=norms.__getitem__)

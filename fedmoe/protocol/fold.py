@@ -22,6 +22,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from fedmoe.protocol.codec import Frame
+from fedmoe.protocol.formats import squared_norm
 from fedmoe.protocol.rules import ADAPTIVE, NESTEROV, SGD
 from fedmoe.protocol.server import ServerStep
 
@@ -47,6 +49,21 @@ def fold(now: Values, delta: torch.Tensor, step: ServerStep, *, out: Values | No
         here = slice(first, first + _AT_ONCE)
         some = delta[here]
         _fold(now.at(here), some, step, out.at(here), rows[:, : len(some)])
+
+
+def fold_frame(frame: Frame, now: Values, step: ServerStep, out: Values, scratch: torch.Tensor) -> float:
+    """Fold one part of an update: write the values at its place to `out`; returns the part's squared L2 norm.
+
+    `now` and `out` are of the whole adapter, (numel,) each; for `scratch` see `codec.scratch_values`.
+
+    Raises:
+        UpdateError: if a scale is not finite; `out` is then undefined at this place.
+    """
+    if step.rules.server_optimizer == SGD:
+        return frame.fold(now.weights, step.factor, out.weights, scratch)
+    values = frame.decode(scratch[: frame.here.stop - frame.here.start])
+    fold(now.at(frame.here), values, step, out=out.at(frame.here))
+    return squared_norm(values)
 
 
 def _fold(now: Values, delta: torch.Tensor, step: ServerStep, out: Values, rows: torch.Tensor) -> None:

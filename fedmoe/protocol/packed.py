@@ -21,7 +21,8 @@ from itertools import accumulate, pairwise
 import torch
 
 from fedmoe.errors import SettingsError, UpdateError
-from fedmoe.protocol.codec import EXACT, decode, encode, part_lengths
+from fedmoe.protocol.codec import add, encode, part_lengths, scratch_values
+from fedmoe.protocol.formats import EXACT
 from fedmoe.protocol.layout import Layout, values_of
 from fedmoe.protocol.lora_init import initial_weights
 from fedmoe.protocol.spec import Spec
@@ -122,5 +123,6 @@ def unpack_again(content: Sequence[bytes], spec: Spec) -> torch.Tensor:
 def _decode(parts: Sequence[bytes], spec: Spec) -> torch.Tensor:
     initial = initial_weights(spec.layout, spec.init_seed)
     weights = torch.empty(spec.layout.numel)
-    decode(parts, spec.wire_format, weights, plus=initial)
+    scratch = torch.empty(scratch_values(len(weights)))
+    add(parts, spec.wire_format, initial, factor=1.0, out=weights, scratch=scratch)
     return weights

@@ -1,5 +1,8 @@
 """What is done with an update besides moving it: CPU time, and bytes that torch reads and writes for each of its bytes.
 
+Each step takes turns with the compiled kernels and with torch alone (`torch_vs_compiled` is the ratio of their times).
+What torch alone moves is in `moved`.
+
 One process, one thread, no Redis, the real code: `make` (the worker's progress, encoded and hashed), `fold` (the
 aggregator's check, decoding and folding), `pull` (decoded, the books settled, the adapter corrected) and `pack` (what
 workers pull, encoded). Their sum is the arithmetic of an update that is a batch of its own: no transport can be so fast
@@ -9,15 +12,19 @@ unwrapped) are in the time, not in `moved`.
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from consumers.decide import Admission
 from consumers.payload import Workspace, fold_payload
-from fedmoe.protocol.codec import EXACT, scratch_values
+from fedmoe.protocol import formats
+from fedmoe.protocol.codec import scratch_values
 from fedmoe.protocol.fold import Values
+from fedmoe.protocol.formats import EXACT
 from fedmoe.protocol.layout import AdapterBuffer, Layout, values_of_chunks
 from fedmoe.protocol.lora_init import initial_weights
 from fedmoe.protocol.packed import chunks, pack, unpack
@@ -30,7 +37,8 @@ from fedmoe.util.memory import keep_freed
 from ops.bench.adapters import LAYOUTS, fp32_bytes
 from ops.bench.fedmoe_side import FINGERPRINT, STEP, make_spec
 from ops.bench.plan import Plan
-from ops.bench.result import Result, figure
+from ops.bench.processes import BenchError
+from ops.bench.result import Result, figure, ratio
 from producers.ledger import Ledger, Trained
 
 COMMIT = "0" * 16
@@ -65,18 +73,35 @@ def run(plan: Plan) -> Iterator[Result]:
         torch.set_num_threads(threads)
 
 
+@contextmanager
+def _by_torch() -> Iterator[None]:
+    """Without the compiled kernels."""
+    with mock.patch.object(formats, "compiled", return_value=None):
+        yield
+
+
+def _cpu_ms(step: Callable[[], object]) -> float:
+    began = time.process_time()
+    for _ in range(TURNS):
+        step()
+    return (time.process_time() - began) * 1000 / TURNS
+
+
 def _measure(plan: Plan, layout: Layout, form: str) -> Iterator[Result]:
+    if formats.compiled() is None:
+        raise BenchError("the kernels cannot be compiled here: install gcc")
     steps = _steps(layout, form)
     ms: dict[str, list[float]] = {name: [] for name in steps}
+    torchs: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(plan.rounds + 1):
         for name, step in steps.items():
-            began = time.process_time()
-            for _ in range(TURNS):
-                step()
-            ms[name].append((time.process_time() - began) * 1000 / TURNS)
+            ms[name].append(_cpu_ms(step))
+            with _by_torch():
+                torchs[name].append(_cpu_ms(step))
     for name, step in steps.items():
         yield figure(f"codec_{form}_{name}_cpu_ms", ms[name][1:], "ms/update")  # the first round warms up
-        with Moved() as moved:
+        yield ratio(f"codec_{form}_{name}_torch_vs_compiled", torchs[name][1:], ms[name][1:])
+        with _by_torch(), Moved() as moved:
             step()
         yield figure(f"codec_{form}_{name}_moved", [moved.n_bytes / fp32_bytes(layout)], "x of fp32")
     yield figure(

@@ -18,8 +18,9 @@ from consumers.decide import (
 )
 from consumers.payload import Workspace, fold_payload
 from fedmoe.protocol.balance import Peers
-from fedmoe.protocol.codec import FORMATS, decode, scratch_values
+from fedmoe.protocol.codec import decode, scratch_values
 from fedmoe.protocol.fold import Values, fold
+from fedmoe.protocol.formats import FORMATS
 from fedmoe.protocol.layout import Layout
 from fedmoe.protocol.rules import TrainingSettings
 from fedmoe.protocol.spec import Spec

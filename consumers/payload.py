@@ -5,27 +5,34 @@ result is discarded.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
 from consumers.decide import Admission, Payload, Verdict, judge_payload
 from fedmoe.errors import UpdateError
-from fedmoe.protocol.codec import frames
+from fedmoe.protocol.codec import check_complete, open_part
 from fedmoe.protocol.fold import Values, fold_frame
 from fedmoe.protocol.formats import squared_norm
 from fedmoe.protocol.spec import Spec
-from fedmoe.protocol.update import Header, Part
+from fedmoe.protocol.update import Header
+from fedmoe.util.threads import ALONE, Threads
+
+MANY_PARTS = 8  # with fewer, one thread is done before others have begun
 
 
 @dataclass(frozen=True, slots=True)
 class Workspace:
-    """Buffers to fold an update from `now` into `out`, (numel,) fp32 each; for `scratch` see codec.scratch_values."""
+    """Buffers to fold an update from `now` into `out`, (numel,) fp32 each; for `scratch` see codec.scratch_values.
+
+    An update of many parts is folded by `threads`, each of which has a scratch of its own.
+    """
 
     now: Values
     out: Values
     scratch: torch.Tensor
+    threads: Threads = ALONE
 
 
 def fold_payload(
@@ -41,10 +48,21 @@ def fold_payload(
 def _fold(
     header: Header, admission: Admission, parts: Iterable[bytes], spec: Spec, space: Workspace
 ) -> Payload:
-    squares = 0.0
+    numel = len(space.now.weights)
+
+    def folded(index: int, part: bytes) -> float:
+        if not header.parts[index].matches(part):
+            raise _NotWholeError(
+                f"part {index} of {len(header.parts)} {'is damaged' if part else 'is missing'}"
+            )
+        frame = open_part(part, index, spec.wire_format, numel)
+        scratch = space.scratch if threads is ALONE else torch.empty_like(space.scratch)
+        return fold_frame(frame, space.now, admission.step, space.out, scratch)
+
+    threads = space.threads if len(header.parts) >= MANY_PARTS else ALONE
     try:
-        for frame in frames(_whole(header.parts, parts), spec.wire_format, len(space.now.weights)):
-            squares += fold_frame(frame, space.now, admission.step, space.out, space.scratch)
+        squares = sum(threads.in_order(folded, parts))
+        check_complete(len(header.parts), spec.wire_format, numel)
     except _NotWholeError as error:
         return Payload(not_whole=str(error))
     except UpdateError as error:
@@ -55,13 +73,6 @@ def _fold(
 
 class _NotWholeError(Exception):
     """A part is missing or does not match the header's length and digest."""
-
-
-def _whole(announced: Sequence[Part], parts: Iterable[bytes]) -> Iterator[bytes]:
-    for index, (part, data) in enumerate(zip(announced, parts, strict=True)):
-        if not part.matches(data):
-            raise _NotWholeError(f"part {index} of {len(announced)} {'is damaged' if data else 'is missing'}")
-        yield data
 
 
 def _largest(spec: Spec, space: Workspace) -> str:

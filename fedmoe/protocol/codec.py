@@ -16,6 +16,7 @@ import torch
 from fedmoe.errors import UpdateError
 from fedmoe.protocol.formats import EXACT, FORMATS, MAX_VALUES_PER_PART, Format
 from fedmoe.protocol.update import PART_BYTES
+from fedmoe.util.threads import ALONE, Threads
 
 _FRAME_FIELDS = frozenset({"format", "first", "count", "scales", "data"})
 
@@ -38,16 +39,21 @@ def part_lengths(numel: int, wire_format: str) -> list[int]:
     ]
 
 
-def encode(flat: torch.Tensor, wire_format: str, *, minus: torch.Tensor | None = None) -> Iterator[bytes]:
+def encode(
+    flat: torch.Tensor, wire_format: str, *, minus: torch.Tensor | None = None, threads: Threads = ALONE
+) -> Iterator[bytes]:
     """Encode an update Δ (n,) fp32, or the difference to `minus` (n,), as its parts, in order of the layout."""
     form = FORMATS[wire_format]
     flat = flat.contiguous()
-    for first in range(0, len(flat), form.values_per_part):
+
+    def encoded(_: int, first: int) -> bytes:
         here = slice(first, first + form.values_per_part)
         values = flat[here]
         scales, data = form.encode(values, None if minus is None else minus[here])
         opening, middle = _frame_around(form, first, len(values))
-        yield b"".join((opening, scales, middle, data))
+        return b"".join((opening, scales, middle, data))
+
+    return threads.in_order(encoded, range(0, len(flat), form.values_per_part))
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,26 +93,42 @@ class Frame:
         return UpdateError(f"part {self.index} {error}", about=error.about)
 
 
+def open_part(part: bytes, index: int, wire_format: str, numel: int) -> Frame:
+    """Open part `index` of an update of `numel` values.
+
+    Raises:
+        UpdateError: if it does not match this format and layout.
+    """
+    form = FORMATS[wire_format]
+    first = index * form.values_per_part
+    count = min(form.values_per_part, numel - first)
+    if count <= 0:
+        raise UpdateError(f"part {index} is one too many for {numel} values", about="parts")
+    try:
+        scales, data = _open(part, form, first, count)
+    except UpdateError as error:
+        raise UpdateError(f"part {index} {error}", about=error.about) from error
+    return Frame(form, index, slice(first, first + count), scales, data)
+
+
+def check_complete(n_parts: int, wire_format: str, numel: int) -> None:
+    """Raise UpdateError if so many parts, each with the values at its place, are not a whole update."""
+    held = min(n_parts * FORMATS[wire_format].values_per_part, numel)
+    if held != numel:
+        raise UpdateError(f"the parts hold {held} values, expected {numel}", about="values")
+
+
 def frames(parts: Iterable[bytes], wire_format: str, numel: int) -> Iterator[Frame]:
     """Open the parts of one update of `numel` values one by one.
 
     Raises:
         UpdateError: if a part does not match this format and layout, or parts are missing.
     """
-    form = FORMATS[wire_format]
-    first = 0
-    for index, part in enumerate(parts):
-        count = min(form.values_per_part, numel - first)
-        if count <= 0:
-            raise UpdateError(f"part {index} is one too many for {numel} values", about="parts")
-        try:
-            scales, data = _open(part, form, first, count)
-        except UpdateError as error:
-            raise UpdateError(f"part {index} {error}", about=error.about) from error
-        yield Frame(form, index, slice(first, first + count), scales, data)
-        first += count
-    if first != numel:
-        raise UpdateError(f"the parts hold {first} values, expected {numel}", about="values")
+    n_parts = 0
+    for part in parts:
+        yield open_part(part, n_parts, wire_format, numel)
+        n_parts += 1
+    check_complete(n_parts, wire_format, numel)
 
 
 def decode(parts: Iterable[bytes], wire_format: str, out: torch.Tensor) -> None:

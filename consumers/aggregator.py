@@ -28,6 +28,7 @@ from fedmoe.store.expert import BLOCKING_MS, ExpertStore
 from fedmoe.store.lease import Lease
 from fedmoe.store.problems import Problems
 from fedmoe.util.backoff import Backoff
+from fedmoe.util.threads import ALONE, Threads
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ class ExpertServer:
         holder: unique name of this process.
         retained: retained state to start with, as if this server had served the expert until now.
         decided: called with the number of updates that each commit decided.
+        threads: fold and pack what is large.
 
     Attributes:
         retained: the retained state; None if none was loaded, or it was dropped.
@@ -73,12 +75,14 @@ class ExpertServer:
         retained: Expert | None = None,
         decided: Callable[[int], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
+        threads: Threads = ALONE,
     ) -> None:
         self.name = name
         self._settings = settings
         self._holder = holder
         self._decided = decided
         self._clock = clock
+        self._threads = threads
         self._connection = connection
         self.store = ExpertStore(connection, name)
         self._archive = Archive(settings.keep_updates / name) if settings.keep_updates else None
@@ -226,7 +230,7 @@ class ExpertServer:
         # The spec is read each time: after Redis was emptied, an expert of this name may have another spec.
         expert = Expert(
             self.store, self.store.spec(), aggregator=self._holder, archive=self._archive,
-            history=self.history, before_each=self._keep_lease,
+            history=self.history, before_each=self._keep_lease, threads=self._threads,
         )  # fmt: skip
         loaded = expert.load()
         self.recovery.wait_for_claims(loaded)

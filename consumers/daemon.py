@@ -1,5 +1,7 @@
 """The aggregator daemon: one thread per expert, one for the gateway, one that watches the list of experts.
 
+The experts share the threads that fold and pack large updates.
+
 Each expert has its own chain of commits, in its own Cluster slot, so its thread shares no data with the others, and a
 problem with one expert does not stop another.
 """
@@ -7,6 +9,7 @@ problem with one expert does not stop another.
 import logging
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from consumers.aggregator import ExpertServer
 from consumers.gateway.builder import GatewayBuilder
@@ -15,6 +18,7 @@ from fedmoe.protocol.names import is_expert
 from fedmoe.settings import AggregatorSettings, GatewaySettings, RedisSettings
 from fedmoe.store.connection import Connection
 from fedmoe.store.gateway import GatewayStore
+from fedmoe.util.threads import ALONE, Threads, n_cores
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +55,8 @@ class Aggregator:
         self._threads: dict[str, threading.Thread] = {}  # of the experts
         self._servers: dict[str, ExpertServer] = {}
         self._experts = list(experts)
+        n_threads = settings.threads or n_cores()
+        self._folding = ALONE if n_threads == 1 else Threads(ThreadPoolExecutor(n_threads, "fold"), n_threads)
         self._list = GatewayStore(self._connect("list of experts"))
         self._gateway = GatewayBuilder(
             self._connect("gateway"), gateway, holder=holder, lease_s=settings.lease_s
@@ -87,7 +93,9 @@ class Aggregator:
 
     def _serve(self, name: str) -> None:
         connection = self._connect(f"expert {name}")
-        server = ExpertServer(connection, name, self._settings, holder=self._holder, decided=self._count)
+        server = ExpertServer(
+            connection, name, self._settings, holder=self._holder, decided=self._count, threads=self._folding
+        )
         self._servers[name] = server
         self._threads[name] = threading.Thread(
             target=server.run, args=(self._ending,), name=name, daemon=True

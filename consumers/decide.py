@@ -14,7 +14,8 @@ from enum import Enum
 from typing import NamedTuple
 
 from fedmoe.protocol.balance import Peers
-from fedmoe.protocol.codec import FORMATS, FRAME_BYTES, part_count
+from fedmoe.protocol.codec import part_count
+from fedmoe.protocol.formats import FORMATS, FRAME_BYTES
 from fedmoe.protocol.identity import BaseIdentity
 from fedmoe.protocol.layout import FLOAT_BYTES
 from fedmoe.protocol.records import Decided, Meta

@@ -22,9 +22,10 @@ from fedmoe.errors import SettingsError, StaleStateError, UpdateError
 from fedmoe.protocol import records
 from fedmoe.protocol.balance import peers_of
 from fedmoe.protocol.beat import protocol_problem
-from fedmoe.protocol.codec import EXACT, scratch_values
+from fedmoe.protocol.codec import scratch_values
 from fedmoe.protocol.doorbell import Doorbell, Garbage, Join, parse_entry
 from fedmoe.protocol.features import features_text
+from fedmoe.protocol.formats import EXACT
 from fedmoe.protocol.identity import BEAT_FIELDS, BaseIdentity
 from fedmoe.protocol.integrity import restamp
 from fedmoe.protocol.layout import AdapterBuffer
@@ -41,6 +42,7 @@ from fedmoe.store.commit import Commit, Loaded
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.lifecycle import new_id
 from fedmoe.util.software import software
+from fedmoe.util.threads import ALONE, Threads
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +62,7 @@ class Expert:
         history: the commits that this state passed through; a new one by default.
         before_each: called before each entry is decided.
         clock: seconds since 1970, for people only.
+        threads: fold and pack what is large.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class Expert:
         history: History | None = None,
         before_each: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.time,
+        threads: Threads = ALONE,
     ) -> None:
         self.store = store
         self.spec = spec
@@ -80,6 +84,7 @@ class Expert:
         self.history = history or History()
         self.before_each = before_each
         self._clock = clock
+        self._threads = threads
         # Values of the last load or commit, and the newest values: the same object until an update is folded.
         self.held = self._folded = Held(spec.layout)
         # Targets of the next folds; the second spare takes memory only once a batch applies more than one update.
@@ -208,7 +213,7 @@ class Expert:
             self._folded.stamp(meta.commit)
             commit.weights, commit.server_state = self._folded.weights.file, self._folded.state_file
             if self.spec.wire_format != EXACT:
-                commit.packed = pack(self._folded.weights.flat, self.spec, meta.commit)
+                commit.packed = pack(self._folded.weights.flat, self.spec, meta.commit, self._threads)
             if (
                 self.meta.server_state and commit.server_state is None
             ):  # of an optimizer not in force any more
@@ -286,10 +291,7 @@ class Expert:
             self.warn_once(f"worker {worker} claims {judged.odd}; it is left out, and the update counts")
         if judged.got_worse:
             logger.warning(
-                "%s: the validation loss of worker %s is worse: %s",
-                self.store.name,
-                worker,
-                judged.got_worse,
+                "%s: the validation loss of worker %s is worse: %s", self.store.name, worker, judged.got_worse
             )
         rules = self.meta.rules
         if why := reason_to_hold(self.decided, self.meta.version, rules):
@@ -308,7 +310,7 @@ class Expert:
         Parts are folded as they arrive, into a spare buffer; unless the update is applied, that buffer is discarded.
         """
         out, rules = self._spares[-1], self.meta.rules.aggregation
-        space = Workspace(self._folded.next_values(out, rules), out.values, self._scratch)
+        space = Workspace(self._folded.next_values(out, rules), out.values, self._scratch, self._threads)
         with closing(self.store.parts(bell.worker, bell.run, bell.seq, header.parts)) as stream:
             parts = stream if self.archive is None else list(stream)
             verdict = fold_payload(header, admission, parts, self.spec, space)

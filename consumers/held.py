@@ -1,6 +1,6 @@
 """The values of an expert in an aggregator's memory: its weights, and what its server optimizer remembers."""
 
-from consumers.fold import Values
+from fedmoe.protocol.fold import Values
 from fedmoe.protocol.layout import AdapterBuffer, Layout
 from fedmoe.protocol.rules import AggregationRules
 from fedmoe.protocol.server import first_value, has_state

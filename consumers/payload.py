@@ -5,26 +5,34 @@ result is discarded.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
 from consumers.decide import Admission, Payload, Verdict, judge_payload
-from consumers.fold import Values, fold
 from fedmoe.errors import UpdateError
-from fedmoe.protocol.codec import decoded
+from fedmoe.protocol.codec import check_complete, open_part
+from fedmoe.protocol.fold import Values, fold_frame
+from fedmoe.protocol.formats import squared_norm
 from fedmoe.protocol.spec import Spec
-from fedmoe.protocol.update import Header, Part
+from fedmoe.protocol.update import Header
+from fedmoe.util.threads import ALONE, Threads
+
+MANY_PARTS = 8  # with fewer, one thread is done before others have begun
 
 
 @dataclass(frozen=True, slots=True)
 class Workspace:
-    """Buffers to fold an update from `now` into `out`, (numel,) fp32 each; for `scratch` see codec.decoded."""
+    """Buffers to fold an update from `now` into `out`, (numel,) fp32 each; for `scratch` see codec.scratch_values.
+
+    An update of many parts is folded by `threads`, each of which has a scratch of its own.
+    """
 
     now: Values
     out: Values
     scratch: torch.Tensor
+    threads: Threads = ALONE
 
 
 def fold_payload(
@@ -40,14 +48,21 @@ def fold_payload(
 def _fold(
     header: Header, admission: Admission, parts: Iterable[bytes], spec: Spec, space: Workspace
 ) -> Payload:
-    squares = 0.0
+    numel = len(space.now.weights)
+
+    def folded(index: int, part: bytes) -> float:
+        if not header.parts[index].matches(part):
+            raise _NotWholeError(
+                f"part {index} of {len(header.parts)} {'is damaged' if part else 'is missing'}"
+            )
+        frame = open_part(part, index, spec.wire_format, numel)
+        scratch = space.scratch if threads is ALONE else torch.empty_like(space.scratch)
+        return fold_frame(frame, space.now, admission.step, space.out, scratch)
+
+    threads = space.threads if len(header.parts) >= MANY_PARTS else ALONE
     try:
-        for first, values in decoded(
-            _whole(header.parts, parts), spec.wire_format, len(space.now.weights), space.scratch
-        ):
-            squares += _norm(values) ** 2
-            here = slice(first, first + len(values))
-            fold(space.now.at(here), values, admission.step, out=space.out.at(here))
+        squares = sum(threads.in_order(folded, parts))
+        check_complete(len(header.parts), spec.wire_format, numel)
     except _NotWholeError as error:
         return Payload(not_whole=str(error))
     except UpdateError as error:
@@ -60,19 +75,6 @@ class _NotWholeError(Exception):
     """A part is missing or does not match the header's length and digest."""
 
 
-def _whole(announced: Sequence[Part], parts: Iterable[bytes]) -> Iterator[bytes]:
-    for index, (part, data) in enumerate(zip(announced, parts, strict=True)):
-        if not part.matches(data):
-            raise _NotWholeError(f"part {index} of {len(announced)} {'is damaged' if data else 'is missing'}")
-        yield data
-
-
-def _norm(values: torch.Tensor) -> float:
-    """L2 norm of fp32 values; infinite or NaN only if a value is: if fp32 overflows, it is computed in fp64."""
-    norm = float(torch.linalg.vector_norm(values))
-    return norm if math.isfinite(norm) else float(torch.linalg.vector_norm(values, dtype=torch.float64))
-
-
 def _largest(spec: Spec, space: Workspace) -> str:
     """The first tensor with a value that is not finite, otherwise the tensor that the update changed most.
 
@@ -80,6 +82,6 @@ def _largest(spec: Spec, space: Workspace) -> str:
     update, so it runs only for a refusal.
     """
     before, after = spec.layout.views(space.now.weights), spec.layout.views(space.out.weights)
-    norms = {name: _norm(after[name] - before[name]) for name in after}
+    norms = {name: math.sqrt(squared_norm(after[name] - before[name])) for name in after}
     odd = [name for name, norm in norms.items() if not math.isfinite(norm)]
     return odd[0] if odd else max(norms, key=norms.__getitem__)

@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from consumers.fold import fold
 from consumers.held import Held
 from consumers.kept import Step, are_kept, is_of, starts
 from fedmoe.errors import UpdateError
 from fedmoe.protocol.codec import decode
+from fedmoe.protocol.fold import fold
 from fedmoe.protocol.layout import AdapterBuffer, digest_of
 from fedmoe.protocol.lines import AnchorLine, AppliedLine, RollbackLine, RulesLine, read_line
 from fedmoe.protocol.lora_init import initial_weights

@@ -123,6 +123,10 @@ class AggregatorSettings:
     batch: int = setting(
         64, "Maximum number of updates in one commit.", at_least=1, at_most=1024, unit="updates"
     )
+    threads: int = setting(
+        0, "Threads that fold and pack the parts of large updates, of all experts together.", at_least=0, at_most=256,
+        unit="threads", words="one for each core",
+    )  # fmt: skip
     keep_updates: Path | None = setting(
         None, "Directory in which applied updates are kept, for `fedmoe verify` and for resends."
     )

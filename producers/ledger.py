@@ -25,7 +25,7 @@ import torch
 
 from fedmoe.errors import NameTakenError
 from fedmoe.protocol import features
-from fedmoe.protocol.codec import decoded, encode, scratch_values
+from fedmoe.protocol.codec import add, encode, scratch_values
 from fedmoe.protocol.records import Decided, Meta
 from fedmoe.protocol.update import Header, Part, UpdateId
 from fedmoe.protocol.validation import Measured
@@ -46,9 +46,8 @@ class Outgoing:
         return self.header.id
 
     def add_to(self, total: torch.Tensor, scratch: torch.Tensor, *, sign: float = 1.0) -> None:
-        """Add Δ as the aggregator decodes it to `total` (numel,) fp32; with sign −1 subtract it (see codec.decoded)."""
-        for first, values in decoded(self.parts, self.header.wire_format, len(total), scratch):
-            total[first : first + len(values)].add_(values, alpha=sign)
+        """Add Δ as the aggregator decodes it to `total` (numel,) fp32; with sign −1 subtract it (see codec.add)."""
+        add(self.parts, self.header.wire_format, total, factor=sign, out=total, scratch=scratch)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

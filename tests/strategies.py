@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from consumers.gateway.merge import MergeInput
-from fedmoe.protocol.codec import FORMATS
+from fedmoe.protocol.formats import FORMATS
 from fedmoe.protocol.layout import Layout
 from fedmoe.protocol.lora import ALL_LINEAR, LoraSettings
 from fedmoe.protocol.rules import SERVER_OPTIMIZERS, AggregationRules, RuleSet, TrainingSettings

@@ -4,7 +4,7 @@ import logging
 
 from consumers.expert import Expert
 from consumers.retention import keep_values
-from fedmoe.protocol.codec import EXACT
+from fedmoe.protocol.formats import EXACT
 from fedmoe.protocol.layout import stamped
 from fedmoe.protocol.lines import AnchorLine, Line
 from fedmoe.protocol.packed import pack

@@ -59,6 +59,7 @@ def _run(ctx: click.Context, stop: "Stop", redis: RedisSettings, values: dict[st
     from consumers.create import STOPPED, SpecRequest, ensure_experts, parse_experts
     from consumers.daemon import Aggregator
     from fedmoe.errors import RedisUnavailableError, RedisUnfitError, StoppedError
+    from fedmoe.protocol.formats import compiled
     from fedmoe.store.connection import Connection
     from fedmoe.store.permissions import AGGREGATOR
     from fedmoe.store.probe import eviction_warning
@@ -91,6 +92,7 @@ def _run(ctx: click.Context, stop: "Stop", redis: RedisSettings, values: dict[st
     torch.set_num_threads(
         1
     )  # a fold takes a millisecond, but threads that wait for the next one spin and occupy whole cores
+    compiled()  # now, and not while the first update waits
     keep_freed(
         blocks_mib=4, free_mib=8, heaps=4
     )  # parts (1 MiB) reuse freed memory; that of weights goes back to the system

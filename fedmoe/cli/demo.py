@@ -1,19 +1,15 @@
 """`fedmoe demo`."""
 
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from fedmoe.util.disk import cache_directory
+
 if TYPE_CHECKING:
     from fedmoe.protocol.federation import Federation
-
-
-def cache_dir() -> Path:
-    """Directory that keeps the converted model: $XDG_CACHE_HOME/fedmoe or ~/.cache/fedmoe."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedmoe"
 
 
 @click.command()
@@ -49,8 +45,8 @@ def demo(redis: str, prefix: str, model: str, data: Path | None, out: Path, seco
     from fedmoe.util.stopping import end_like_ctrl_c
 
     settings = DemoSettings(
-        out=out, cache=cache_dir(), redis=redis, prefix=prefix, model=model, data=data, train_s=seconds, rows=rows,
-        learning_rate=learning_rate, gain=gain, gateway_scale=gateway_scale,
+        out=out, cache=cache_directory(), redis=redis, prefix=prefix, model=model, data=data, train_s=seconds,
+        rows=rows, learning_rate=learning_rate, gain=gain, gateway_scale=gateway_scale,
     )  # fmt: skip
     end_like_ctrl_c()
     Demo(settings, report=click.echo, show=Display().show).run()

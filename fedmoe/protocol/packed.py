@@ -21,10 +21,12 @@ from itertools import accumulate, pairwise
 import torch
 
 from fedmoe.errors import SettingsError, UpdateError
-from fedmoe.protocol.codec import EXACT, decode, encode, part_lengths
+from fedmoe.protocol.codec import add, encode, part_lengths, scratch_values
+from fedmoe.protocol.formats import EXACT
 from fedmoe.protocol.layout import Layout, values_of
 from fedmoe.protocol.lora_init import initial_weights
 from fedmoe.protocol.spec import Spec
+from fedmoe.util.threads import ALONE, Threads
 
 _WHAT = b"fedmoe packed 1 "
 _ID_BYTES = 16  # length of a commit id, and of the digest of W⁰, both in hex
@@ -50,13 +52,13 @@ def packed_commit(preamble: bytes) -> str:
     return preamble[len(_WHAT) : len(_WHAT) + _ID_BYTES].decode(errors="backslashreplace")
 
 
-def pack(weights: torch.Tensor, spec: Spec, commit: str) -> bytes:
+def pack(weights: torch.Tensor, spec: Spec, commit: str, threads: Threads = ALONE) -> bytes:
     """Pack an expert's weights (numel,) fp32, written by this weights commit."""
     initial = initial_weights(spec.layout, spec.init_seed)
     return b"".join(
         (
             _preamble(commit, _digest(spec.layout, spec.init_seed)),
-            *encode(weights, spec.wire_format, minus=initial),
+            *encode(weights, spec.wire_format, minus=initial, threads=threads),
         )
     )
 
@@ -122,5 +124,6 @@ def unpack_again(content: Sequence[bytes], spec: Spec) -> torch.Tensor:
 def _decode(parts: Sequence[bytes], spec: Spec) -> torch.Tensor:
     initial = initial_weights(spec.layout, spec.init_seed)
     weights = torch.empty(spec.layout.numel)
-    decode(parts, spec.wire_format, weights, plus=initial)
+    scratch = torch.empty(scratch_values(len(weights)))
+    add(parts, spec.wire_format, initial, factor=1.0, out=weights, scratch=scratch)
     return weights

@@ -12,7 +12,8 @@ The constants are what a real federation showed; tests/e2e/test_plan.py compares
 
 from dataclasses import dataclass
 
-from fedmoe.protocol.codec import EXACT, part_lengths
+from fedmoe.protocol.codec import part_lengths
+from fedmoe.protocol.formats import EXACT
 from fedmoe.protocol.layout import FLOAT_BYTES
 
 HEADER_BYTES = 1000  # of an update, beside its parts

@@ -13,9 +13,9 @@ from functools import cached_property
 from typing import Any
 
 from fedmoe.errors import FedMoEError, ProtocolError, SettingsError, SpecError
-from fedmoe.protocol.codec import FORMATS
 from fedmoe.protocol.features import check_requires
 from fedmoe.protocol.fields import put_back, take_unknown
+from fedmoe.protocol.formats import FORMATS
 from fedmoe.protocol.layout import MAX_STRING_BYTES, Layout
 from fedmoe.protocol.lora import DEFAULT_WIRE_FORMAT, LoraSettings, alpha_at
 from fedmoe.util.setting import check_whole
@@ -38,7 +38,7 @@ class Spec:
         base_config: the numbers of its config that define the architecture (see `fedmoe.model.base`).
         layout: the adapter's tensors.
         init_seed: seed of the one LoRA initialisation that all experts of the base share.
-        wire_format: how updates are encoded (see `fedmoe.protocol.codec`).
+        wire_format: how updates are encoded (see `fedmoe.protocol.formats`).
         towers: parts of the base model that process no text and have no adapter.
         chat_template: formats the rows (Jinja); "" means the base model's template, or else the first worker's.
         requires: features needed to train or serve the expert (see `fedmoe.protocol.features`).

@@ -22,8 +22,8 @@ from fedmoe.errors import (
 )
 from fedmoe.protocol import features, records
 from fedmoe.protocol.beat import Beat
-from fedmoe.protocol.codec import EXACT
 from fedmoe.protocol.doorbell import Doorbell, Join
+from fedmoe.protocol.formats import EXACT
 from fedmoe.protocol.packed import chunks
 from fedmoe.protocol.records import TRACE_TTL_S, Decided, Meta, check_not_removed, read_protocol
 from fedmoe.protocol.rollback import RolledBack

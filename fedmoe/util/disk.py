@@ -1,9 +1,18 @@
-"""Atomic and durable file writes."""
+"""Atomic and durable file writes, and where a user's cache lies."""
 
 import os
 import secrets
 from collections.abc import Iterable
 from pathlib import Path
+
+
+def cache_directory() -> Path:
+    """Directory of what this user's processes can make again: $XDG_CACHE_HOME/fedmoe, else ~/.cache/fedmoe.
+
+    Raises:
+        RuntimeError: if the user has no home directory.
+    """
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedmoe"
 
 
 def to_disk(path: Path) -> None:

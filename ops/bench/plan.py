@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedmoe.protocol.codec import FORMATS
+from fedmoe.protocol.formats import FORMATS
 from ops.bench.fedmoe_side import DEFAULT_FORMAT
 
 

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from consumers.expert import Expert
-from fedmoe.cli.demo import cache_dir
 from fedmoe.data.bad_rows import BadRows
 from fedmoe.data.encode import Example
 from fedmoe.data.examples import make_examples, padding_id
@@ -23,7 +22,7 @@ from fedmoe.demo.pretrained import ensure_demo_model
 from fedmoe.model.adapter import adapter_layout, attach_adapter
 from fedmoe.model.base import load_base, load_config
 from fedmoe.model.tokenizer import load_tokenizer
-from fedmoe.protocol.codec import FORMATS
+from fedmoe.protocol.formats import FORMATS
 from fedmoe.protocol.lora import LoraSettings
 from fedmoe.protocol.rules import TrainingSettings
 from fedmoe.protocol.spec import Spec
@@ -31,6 +30,7 @@ from fedmoe.settings import RedisSettings
 from fedmoe.store.connection import Connection
 from fedmoe.store.expert import ExpertStore
 from fedmoe.tools.evaluate import mean_loss
+from fedmoe.util.disk import cache_directory
 from ops.bench.fedmoe_side import DEFAULT_FORMAT, RULES, Client, create_expert, make_spec
 from ops.bench.plan import Plan, Quality
 from ops.bench.processes import BenchError, Processes
@@ -62,8 +62,8 @@ class Learner(Client):
 def run(plan: Plan) -> Iterator[Result]:
     """Held-out loss in every format, of every domain; relative to fp32 as the mean over the domains' ratios."""
     torch.set_num_threads(2)
-    model_dir = str(ensure_demo_model(cache_dir(), report=print))
-    data = find_data(None, cache_dir() / "bench-data")
+    model_dir = str(ensure_demo_model(cache_directory(), report=print))
+    data = find_data(None, cache_directory() / "bench-data")
     spec = make_spec(adapter_layout(load_config(model_dir), LORA), "fp32", lora=LORA)
     models = []
     for _ in range(N_WORKERS):

@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 
-from fedmoe.protocol.codec import EXACT, part_lengths
+from fedmoe.protocol.codec import part_lengths
+from fedmoe.protocol.formats import EXACT
 from fedmoe.protocol.layout import Layout
 from ops.bench.adapters import LAYOUTS, fp32_bytes
 from ops.bench.contest import Contestant, Sample, take_turns

@@ -3,7 +3,7 @@
 import subprocess
 from collections.abc import Callable, Iterator
 
-from fedmoe.protocol.codec import FORMATS
+from fedmoe.protocol.formats import FORMATS
 from fedmoe.settings import RedisSettings
 from fedmoe.store.connection import Connection
 from ops.bench.adapters import LAYOUTS, fp32_bytes

@@ -5,8 +5,7 @@
     steps.json                                what happens: batches of updates in stream order, and changes of rules
     out/weights.safetensors, out/trace.json   what comes of it: weights, log, dead letters, decisions and counts
 
-All but `out/` stays as it is. Every factor here is a power of two, so that no processor's fused multiply-add rounds
-otherwise than another's.
+All but `out/` stays as it is. Every factor here is a power of two: products are exact, and only sums round.
 """
 
 import json

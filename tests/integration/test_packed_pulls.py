@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from consumers.expert import Expert
-from fedmoe.protocol.codec import FORMATS, Format
+from fedmoe.protocol.formats import FORMATS, Format
 from fedmoe.protocol.layout import Layout, values_of
 from fedmoe.protocol.lora_init import initial_weights
 from fedmoe.protocol.packed import pack
@@ -206,34 +206,34 @@ def test_refused_update_in_a_batch_leaves_no_trace(connection: Connection, wire_
     sent = [delta_of(worker.ledger.queue[0], LAYOUT.numel) for worker in workers]
     assert serve(expert) == ["applied", "refused", "applied", "applied"]
     for staleness, number in enumerate((0, 2, 3)):
-        weights.add_(sent[number], alpha=1 / (1 + staleness))
+        weights.add_(sent[number] * (1 / (1 + staleness)))
     assert torch.equal(exact(expert), weights)
 
 
 def test_every_update_of_a_batch_is_folded_as_it_comes(
     connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """None of them is held as a whole: each part is decoded before the next is asked for, and only once."""
+    """None of them is held as a whole: each part is folded before the next is asked for, and only once."""
     numel = 2 * FORMATS["fp32"].values_per_part + 1
     spec = small_spec(layout=Layout.of([("a", (numel,))]))
     expert = make_expert(connection, spec=spec, weights=torch.zeros(numel))
     for name in ("alice", "bob", "carol"):
         ScriptedWorker(connection, spec, name).push(0.001)
-    told, parts, decode = [], expert.store.parts, Format.decode
+    told, parts, fold = [], expert.store.parts, Format.fold
 
     def asked(*update: Any) -> Iterator[bytes]:
         for part in parts(*update):
             told.append("asked")
             yield part
 
-    def decoded(self: Format, *part: Any) -> torch.Tensor:
-        told.append("decoded")
-        return decode(self, *part)
+    def folded(self: Format, *part: Any) -> float:
+        told.append("folded")
+        return fold(self, *part)
 
     monkeypatch.setattr(expert.store, "parts", asked)
-    monkeypatch.setattr(Format, "decode", decoded)
+    monkeypatch.setattr(Format, "fold", folded)
     assert serve(expert) == ["applied"] * 3
-    assert told == ["asked", "decoded"] * 9
+    assert told == ["asked", "folded"] * 9
 
 
 def test_batch_that_fails_leaves_memory_as_it_was(

@@ -13,18 +13,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from consumers.decide import Outcome
-from consumers.fold import Values
 from consumers.payload import Workspace, fold_payload
 from fedmoe.errors import UpdateError
-from fedmoe.protocol.codec import (
-    BLOCK,
-    FORMATS,
-    MAX_VALUES_PER_PART,
-    decode,
-    encode,
-    part_count,
-    part_lengths,
-)
+from fedmoe.protocol.codec import decode, encode, part_count, part_lengths
+from fedmoe.protocol.fold import Values
+from fedmoe.protocol.formats import BLOCK, FORMATS, MAX_VALUES_PER_PART
 from fedmoe.protocol.layout import Layout
 from fedmoe.protocol.records import Decided
 from fedmoe.protocol.update import PART_BYTES, make_run

@@ -17,7 +17,7 @@ from fedmoe.cli.declared import key, made
 from fedmoe.cli.main import cli
 from fedmoe.cli.page import page
 from fedmoe.errors import SettingsError
-from fedmoe.protocol.codec import FORMATS
+from fedmoe.protocol.formats import FORMATS
 from fedmoe.protocol.lora import WIRE_FORMATS
 from fedmoe.settings import METHODS, AggregatorSettings, GatewaySettings, WorkerSettings
 from fedmoe.util.setting import declared

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -16,14 +17,17 @@ from consumers.decide import (
     judge_header,
     judge_payload,
 )
-from consumers.fold import Values, fold
-from consumers.payload import Workspace, fold_payload
+from consumers.payload import MANY_PARTS, Workspace, fold_payload
 from fedmoe.protocol.balance import Peers
-from fedmoe.protocol.codec import FORMATS, decode, scratch_values
+from fedmoe.protocol.codec import decode, scratch_values
+from fedmoe.protocol.fold import Values, fold
+from fedmoe.protocol.formats import FORMATS
 from fedmoe.protocol.layout import Layout
-from fedmoe.protocol.rules import TrainingSettings
+from fedmoe.protocol.rules import SERVER_OPTIMIZERS, AggregationRules, TrainingSettings
+from fedmoe.protocol.server import ServerStep
 from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.update import Part, make_run
+from fedmoe.util.threads import ALONE, Threads
 from producers.ledger import Ledger, Outgoing, Trained
 from tests.federation import FINGERPRINT, admission, aggregating, first_meta, small_spec
 from tests.strategies import randn
@@ -66,6 +70,51 @@ def test_parts_give_the_same_bits_as_the_whole(wire_format: str) -> None:
     )
     fold(Values(weights, weights), delta, ADMISSION.step)
     assert torch.equal(space.out.weights, weights)
+
+
+LARGE = (MANY_PARTS - 1) * FORMATS["int4"].values_per_part + 77
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Executor]:
+    """Threads, more than this machine has cores."""
+    with ThreadPoolExecutor(3) as executor:
+        yield executor
+
+
+@pytest.mark.parametrize("optimizer", SERVER_OPTIMIZERS)
+def test_threads_give_the_same_bits(pool: Executor, optimizer: str) -> None:
+    """Each part has its own place, and norms are added up in order of the parts."""
+    weights, state = randn(2, LARGE), randn(3, LARGE).abs()
+    spec, update = update_of(randn(1, LARGE), "int4")
+    assert len(update.parts) == MANY_PARTS
+    step = ServerStep(AggregationRules(server_optimizer=optimizer, max_norm=1e9), FACTOR, ends_round=True)
+    admitted = replace(ADMISSION, step=step)
+    found = []
+    for threads in (ALONE, Threads(pool, 3)):
+        out = Values(torch.empty(LARGE), torch.zeros(LARGE))
+        space = Workspace(Values(weights, state), out, torch.empty(scratch_values(LARGE)), threads)
+        verdict = fold_payload(update.header, admitted, iter(update.parts), spec, space)
+        assert verdict.outcome is Outcome.APPLIED
+        found.append((verdict.norm, out))
+    assert found[0][0] == found[1][0]
+    assert torch.equal(found[0][1].weights, found[1][1].weights)
+    assert torch.equal(found[0][1].state, found[1][1].state)
+
+
+def test_the_first_wrong_part_decides_whichever_thread_is_first(pool: Executor) -> None:
+    """Undecidable or refused, as one thread finds it."""
+    spec, update = update_of(torch.ones(LARGE), "int4")
+    parts = list(update.parts)
+    parts[2], parts[5] = b"damaged", parts[4]
+    announced = [*update.header.parts[:5], Part.of(parts[5]), *update.header.parts[6:]]
+    header = replace(update.header, parts=tuple(announced))
+    space = replace(space_for(torch.zeros(LARGE)), threads=Threads(pool, 3))
+    assert fold_payload(header, ADMISSION, parts, spec, space).outcome is Outcome.UNDECIDABLE
+    parts[2] = update.parts[2]
+    verdict = fold_payload(header, ADMISSION, parts, spec, space)
+    assert verdict.outcome is Outcome.REFUSED
+    assert "part 5 says first" in verdict.reason
 
 
 def test_no_more_than_one_part_is_asked_for_at_a_time() -> None:

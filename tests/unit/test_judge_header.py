@@ -13,7 +13,7 @@ import pytest
 
 from consumers.decide import Admission, Outcome, judge_header
 from fedmoe.protocol.balance import Peers
-from fedmoe.protocol.codec import FORMATS, FRAME_BYTES
+from fedmoe.protocol.formats import FORMATS, FRAME_BYTES
 from fedmoe.protocol.layout import Layout
 from fedmoe.protocol.records import Decided
 from fedmoe.protocol.rollback import RolledBack

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmoe.protocol.codec import BLOCK, decode, encode
+from fedmoe.protocol.codec import decode, encode
+from fedmoe.protocol.formats import BLOCK
 from fedmoe.protocol.layout import Layout
 from fedmoe.protocol.lora_init import initial_weights
 from fedmoe.protocol.packed import chunks, pack, unpack

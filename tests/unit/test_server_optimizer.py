@@ -1,4 +1,4 @@
-"""fedmoe.protocol.server and consumers.fold: the steps of the server optimizers, by closed form and by their bounds."""
+"""fedmoe.protocol.server and fold: the steps of the server optimizers, by closed form and by their bounds."""
 
 import math
 import re
@@ -10,10 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from consumers.fold import Values, fold
 from fedmoe.errors import ProtocolError
 from fedmoe.protocol import features
 from fedmoe.protocol.balance import peers_of
+from fedmoe.protocol.fold import Values, fold
 from fedmoe.protocol.names import GATEWAY
 from fedmoe.protocol.records import Decided
 from fedmoe.protocol.rules import ADAPTIVE, NESTEROV, SERVER_OPTIMIZERS, SGD, AggregationRules, RuleSet

@@ -13,7 +13,6 @@ import torch
 
 from consumers.gateway.merge import Merged, MergeInput, merge
 from consumers.gateway.search import SCALES, Objective, search, side_by_side
-from fedmoe.cli.demo import cache_dir
 from fedmoe.data.bad_rows import BadRows
 from fedmoe.data.encode import Example
 from fedmoe.data.examples import make_examples, padding_id
@@ -32,6 +31,7 @@ from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.vectors import DomainVector, nearest
 from fedmoe.tools.arrow import arrow_loaded
 from fedmoe.tools.evaluate import Adapter, mean_loss, mean_of_rows, row_losses
+from fedmoe.util.disk import cache_directory
 from ops.bench.fedmoe_side import make_spec
 from ops.bench.learning.runs import ALL, DOMAINS, GATEWAY, Run, WorkerPlan
 from ops.bench.learning.stage import Stage, StageTrainer
@@ -215,7 +215,7 @@ def is_expert(chain: str) -> bool:
 @cache
 def demo_rows() -> tuple[Rows, Rows, Rows, int, str]:
     """Training, validation and test rows of every domain, the padding id, and the model's directory."""
-    model_dir = str(ensure_demo_model(cache_dir(), report=print))
+    model_dir = str(ensure_demo_model(cache_directory(), report=print))
     tokenizer = load_tokenizer(model_dir)
     bad_rows = BadRows(report=print)
 

@@ -6,10 +6,11 @@ from dataclasses import replace
 import torch
 
 from consumers.decide import Admission, Outcome, judge_header
-from consumers.fold import Values, fold
 from consumers.payload import Workspace, fold_payload
 from fedmoe.protocol.balance import peers_of
-from fedmoe.protocol.codec import EXACT, decode, scratch_values
+from fedmoe.protocol.codec import decode, scratch_values
+from fedmoe.protocol.fold import Values, fold
+from fedmoe.protocol.formats import EXACT
 from fedmoe.protocol.lora_init import initial_weights
 from fedmoe.protocol.names import domain_of
 from fedmoe.protocol.packed import chunks, pack, unpack

@@ -12,12 +12,13 @@ from dataclasses import replace
 
 import torch
 
-from consumers.applied import line_of, meta_after
+from consumers.applied import line_of, meta_after, tell_applied
 from consumers.decide import Admission, Outcome, Verdict, counts_of, judge_header
 from consumers.early_warning import Judged, judge, reason_to_hold
 from consumers.held import Held
 from consumers.history import History
-from consumers.payload import Workspace, fold_payload, keep, keeping
+from consumers.kept import keep
+from consumers.payload import Workspace, fold_payload, keeping
 from fedmoe.errors import StaleStateError, UpdateError
 from fedmoe.protocol import records
 from fedmoe.protocol.balance import peers_of
@@ -220,14 +221,7 @@ class Expert:
             else:
                 meta = self.write_weights(commit, meta)
         self.send(commit, meta)
-        for line in commit.log:
-            if "worker" not in line:
-                continue
-            logger.info(
-                "%s version %s: %s seq %s, staleness %s, factor %.3g, norm %s, loss %s", self.store.name,
-                line["version"], line["worker"], line["seq"], line["staleness"], float(line["factor"]), line["norm"],
-                line["loss"],
-            )  # fmt: skip
+        tell_applied(self.store.name, commit.log)
 
     def write_weights(self, commit: Commit, meta: Meta) -> Meta:
         """Have a commit write the weights, and the server state, and remove the tail; returns its meta."""

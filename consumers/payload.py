@@ -11,12 +11,11 @@ from dataclasses import dataclass
 import torch
 
 from consumers.decide import Admission, Payload, Verdict, judge_payload
-from fedmoe.errors import SettingsError, UpdateError
+from fedmoe.errors import UpdateError
 from fedmoe.protocol.codec import decoded
 from fedmoe.protocol.fold import Values, fold
 from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.update import Header, Part
-from fedmoe.store.archive import Archive
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,18 +90,3 @@ def keeping(stream: Iterable[bytes], parts: list[bytes]) -> Iterator[bytes]:
     for part in stream:
         parts.append(part)
         yield part
-
-
-def keep(archive: Archive, header: Header, parts: list[bytes]) -> str:
-    """Keep an update that is about to be applied; returns its digest.
-
-    Raises:
-        SettingsError: if the disk is full or gone.
-    """
-    try:
-        return archive.keep(header, parts)
-    except OSError as error:
-        raise SettingsError(
-            f"updates cannot be kept in {archive.directory} ({error.strerror}), so none is applied: make room",
-            about="keep_updates",
-        ) from error

@@ -221,6 +221,7 @@ class Expert:
             else:
                 meta = self.write_weights(commit, meta)
         self.send(commit, meta)
+        self._growth.close()  # its parts are in Redis
         tell_applied(self.store.name, commit.log)
 
     def write_weights(self, commit: Commit, meta: Meta) -> Meta:
@@ -319,8 +320,7 @@ class Expert:
         space = Workspace(self._folded.next_values(out, rules), out.values, self._scratch)
         parts: list[bytes] = []
         with closing(self.store.parts(bell.worker, bell.run, bell.seq, header.parts)) as stream:
-            is_for_later = self.archive is not None or self._growth.is_open
-            read = keeping(stream, parts) if is_for_later else stream
+            read = keeping(stream, parts) if self.archive is not None or self._growth.is_open else stream
             verdict = fold_payload(header, admission, read, self.spec, space)
         if verdict.outcome is not Outcome.APPLIED:
             return verdict, ""

@@ -47,7 +47,7 @@ for i = 2, #KEYS do
 return {redis.call('HGET', KEYS[1], 'commit'), types, lengths}"""
 _GROUP = """#!lua flags=allow-oom
 return redis.call('XGROUP', 'CREATE', KEYS[1], ARGV[1], '0', 'MKSTREAM')"""
-_UNLINK_AT_ONCE = 1000  # keys; a command in a script can have only a few thousand words
+_AT_ONCE = 1000  # keys or fields; a command in a script can have only a few thousand words
 
 logger = logging.getLogger(__name__)
 
@@ -338,8 +338,9 @@ class ExpertStore(ExpertLifecycle):
                 put(pipe, key, value, present.get(key, 0))
         if commit.weights is not None or commit.begins_tail:
             pipe.unlink(keys.tail)
-        if commit.tail:
-            pipe.hset(keys.tail, mapping=dict(commit.tail))
+        fields = list(commit.tail.items())
+        for first in range(0, len(fields), _AT_ONCE):
+            pipe.hset(keys.tail, mapping=dict(fields[first : first + _AT_ONCE]))
         pipe.hset(keys.meta, mapping=commit.meta.to_hash())
         if commit.decided:
             pipe.hset(keys.decided, mapping={worker: d.to_json() for worker, d in commit.decided.items()})
@@ -354,8 +355,8 @@ class ExpertStore(ExpertLifecycle):
         if commit.entries:
             pipe.xack(keys.updates, GROUP, *commit.entries)
             pipe.xdel(keys.updates, *commit.entries)
-        for first in range(0, len(commit.unlink), _UNLINK_AT_ONCE):
-            pipe.unlink(*commit.unlink[first : first + _UNLINK_AT_ONCE])
+        for first in range(0, len(commit.unlink), _AT_ONCE):
+            pipe.unlink(*commit.unlink[first : first + _AT_ONCE])
 
 
 def _text(raw: bytes) -> str:

@@ -207,6 +207,8 @@ class WorkerStore:
         weights = stamped(b"".join((spec.layout.header, *values)), commit)
         try:
             exact = exact_values(pulled.meta, spec, weights=weights, server_state=state, tail=tail)
+        except ProtocolError:
+            raise
         except (SpecError, UpdateError) as error:
             raise DamagedExpertError(self.expert, str(error)) from error
         return replace(pulled, exact=(bytes(values_bytes(exact.weights)),))

@@ -1,5 +1,6 @@
 """fedmoe.protocol.tail, growth and exact: snapshot and tail give the exact weights, bit for bit."""
 
+import json
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -270,3 +271,15 @@ def test_complete_says_what_is_damaged() -> None:
     condition, exact = complete(spec, meta, {}, **given, tail=None)
     assert exact is None
     assert "lacks the field 1" in condition.damage
+
+
+def test_what_a_later_release_adds_is_left_alone() -> None:
+    """In records, which their digests cover as they are stored, and in meta."""
+    record = TailRecord.of(
+        4, ServerStep(AggregationRules(server_optimizer=NESTEROV, server_momentum=0.1), 0.1 + 0.2, True), [b"x"],
+        rules=2, prev="c", new_state=True,
+    )  # fmt: skip
+    text = json.dumps(json.loads(record.to_json()) | {"added_later": "x"})
+    assert TailRecord.from_json(text.encode()) == record
+    tail = Tail(snapshot="c", snapshot_version=3, head="d", fields=4, n_bytes=5)
+    assert Tail.from_json(json.dumps(json.loads(tail.to_json()) | {"added_later": 1})) == tail

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from consumers.compaction import Compaction
 from consumers.decide import Outcome, Verdict
 from consumers.expert import Expert
 from consumers.history import History
@@ -62,7 +63,7 @@ class ExpertServer:
         retained: the retained state; None if none was loaded, or it was dropped.
         is_serving: the retained state equals that of Redis, as far as is known.
         tally: what it has done; any thread may read it.
-        store, problems, history, recovery: what it works with.
+        store, problems, history, recovery, compaction: what it works with.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class ExpertServer:
         self.reclaimed_at = 0.0
         self._held_at = 0.0
         self.history = History()
+        self.compaction = Compaction(clock)
         self.recovery = Recovery(self.store, holder=holder, archive=self._archive, clock=clock)
 
     def run(self, stop: threading.Event) -> None:
@@ -162,6 +164,7 @@ class ExpertServer:
             )
         entries = self._load() if not self.is_serving else []
         assert self.retained is not None
+        self.compaction.tend(self.retained)
         if self.retained.is_held:
             return self._rest(stop)
         if not entries and self.is_time_to_reclaim():
@@ -175,6 +178,7 @@ class ExpertServer:
             began = time.perf_counter()
             verdicts = self.retained.process(some, more=self.more(self._settings.batch - len(some)))
             self.tally.add(verdicts, time.perf_counter() - began)
+            self.compaction.committed()
             if self._retention is not None:
                 self._retention.tend(self.retained)
             self._decided(sum(v.outcome in (Outcome.APPLIED, Outcome.REFUSED) for v in verdicts))
@@ -238,6 +242,7 @@ class ExpertServer:
         if expert.is_behind:
             expert.process(())  # commits meta, so that workers see this aggregator's protocol and features
         self.retained, self.is_serving = expert, True
+        self.compaction.look(expert)
         meta = expert.meta
         logger.info("%s: serving from version %d, under rules %d", self.name, meta.version, meta.rules.number)
         if rebuilt := rebuild(expert, loaded):
@@ -261,13 +266,11 @@ class ExpertServer:
         self.reclaimed_at = self._clock()
         expert = self.retained
         assert expert is not None
-        meta, n_decided = expert.meta, len(expert.decided)
-        if not self.store.is_unchanged(
-            commit=meta.commit, weights_commit=meta.weights_commit, n_decided=n_decided
-        ):
+        if not self.store.is_unchanged(expert.meta, n_decided=len(expert.decided)):
             raise StaleStateError(
                 f"{self.name}: Redis holds another state than this aggregator retains", about="rollback"
             )
+        self.compaction.look(expert)
         if self.store.mend():
             logger.warning(
                 "%s: an entry with the highest id blocked its stream; repaired, nothing to do", self.name

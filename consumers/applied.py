@@ -1,12 +1,16 @@
 """What an applied update leaves: the meta after it, and its line of the log. Pure."""
 
+import logging
+from collections.abc import Sequence
 from dataclasses import replace
 
 from consumers.decide import Counts, Verdict
-from fedmoe.protocol.lines import AppliedLine
+from fedmoe.protocol.lines import AppliedLine, Line
 from fedmoe.protocol.records import Meta
 from fedmoe.protocol.update import Header
 from fedmoe.protocol.validation import Measured
+
+logger = logging.getLogger(__name__)
 
 
 def meta_after(meta: Meta, header: Header, verdict: Verdict, counts: Counts) -> Meta:
@@ -60,3 +64,13 @@ def line_of(
         **(measured.fields if measured else {}),
         update=kept,
     )
+
+
+def tell_applied(expert: str, log: Sequence[Line]) -> None:
+    """Say of each update in these lines of the log that it was applied."""
+    for line in log:
+        if "worker" in line:
+            logger.info(
+                "%s version %s: %s seq %s, staleness %s, factor %.3g, norm %s, loss %s", expert, line["version"],
+                line["worker"], line["seq"], line["staleness"], float(line["factor"]), line["norm"], line["loss"],
+            )  # fmt: skip

@@ -12,20 +12,23 @@ from dataclasses import replace
 
 import torch
 
-from consumers.applied import line_of, meta_after
+from consumers.applied import line_of, meta_after, tell_applied
 from consumers.decide import Admission, Outcome, Verdict, counts_of, judge_header
 from consumers.early_warning import Judged, judge, reason_to_hold
 from consumers.held import Held
 from consumers.history import History
-from consumers.payload import Workspace, fold_payload
-from fedmoe.errors import SettingsError, StaleStateError, UpdateError
+from consumers.kept import keep
+from consumers.payload import Workspace, fold_payload, keeping
+from fedmoe.errors import StaleStateError, UpdateError
 from fedmoe.protocol import records
 from fedmoe.protocol.balance import peers_of
 from fedmoe.protocol.beat import protocol_problem
 from fedmoe.protocol.codec import scratch_values
 from fedmoe.protocol.doorbell import Doorbell, Garbage, Join, parse_entry
+from fedmoe.protocol.exact import digests_of
 from fedmoe.protocol.features import features_text
 from fedmoe.protocol.formats import EXACT
+from fedmoe.protocol.growth import Growth
 from fedmoe.protocol.identity import BEAT_FIELDS, BaseIdentity
 from fedmoe.protocol.integrity import restamp
 from fedmoe.protocol.layout import AdapterBuffer
@@ -35,6 +38,7 @@ from fedmoe.protocol.records import Decided, Entry, Meta
 from fedmoe.protocol.rules import MAX_REASON_CHARS
 from fedmoe.protocol.server import has_state
 from fedmoe.protocol.spec import Spec
+from fedmoe.protocol.tail import Tail
 from fedmoe.protocol.update import ForeignHeaderError, Header
 from fedmoe.protocol.vectors import stored_text
 from fedmoe.store.archive import Archive
@@ -91,6 +95,7 @@ class Expert:
         self._spares = [Held(spec.layout), Held(spec.layout)]
         self._scratch = torch.empty(scratch_values(spec.layout.numel))
         self.warned: set[str] = set()
+        self.writes_weights = False  # in each commit, because Redis has no room for a tail
 
     @property
     def buffer(self) -> AdapterBuffer:
@@ -125,12 +130,13 @@ class Expert:
 
     def next_meta(self, *, new_weights: bool = False) -> Meta:
         """The present meta under a new commit id, which also becomes the weights commit if `new_weights`."""
-        commit = new_id()
+        commit, now, held = new_id(), self.meta, self._folded
         return replace(
-            self.meta,
+            now,
             commit=commit,
-            weights_commit=commit if new_weights else self.meta.weights_commit,
-            server_state=self._folded.optimizer if new_weights else self.meta.server_state,
+            weights_commit=commit if new_weights else now.weights_commit,
+            digests=digests_of(commit, held.weights.file, held.state_file) if new_weights else now.digests,
+            server_state=held.optimizer if new_weights else now.server_state,
             updated_at=self._clock(),
             aggregator=self._aggregator,
             protocol=records.PROTOCOL,
@@ -172,6 +178,7 @@ class Expert:
 
     def _process(self, entries: Sequence[Entry], more: More) -> list[Verdict]:
         commit = Commit(on=self.meta.commit, generation=self.generation, meta=self.meta)
+        self._growth = Growth(self.meta, self.spec, is_wanted=not self.writes_weights)
         verdicts: list[Verdict] = []
         while entries and not self.is_held:
             verdicts += self._decide_all(entries, commit)
@@ -211,22 +218,24 @@ class Expert:
         meta = self.next_meta(new_weights=is_new)
         if is_new:
             self._folded.stamp(meta.commit)
-            commit.weights, commit.server_state = self._folded.weights.file, self._folded.state_file
             if self.spec.wire_format != EXACT:
                 commit.packed = pack(self._folded.weights.flat, self.spec, meta.commit, self._threads)
-            if (
-                self.meta.server_state and commit.server_state is None
-            ):  # of an optimizer not in force any more
-                commit.unlink.append(self.store.keys.server_state)
+            if self._growth.is_open:
+                commit.tail, commit.begins_tail = self._growth.fields, not self.meta.tail
+                meta = meta.with_tail(self._growth.tail)
+            else:
+                meta = self.write_weights(commit, meta)
         self.send(commit, meta)
-        for line in commit.log:
-            if "worker" not in line:
-                continue
-            logger.info(
-                "%s version %s: %s seq %s, staleness %s, factor %.3g, norm %s, loss %s", self.store.name,
-                line["version"], line["worker"], line["seq"], line["staleness"], float(line["factor"]), line["norm"],
-                line["loss"],
-            )  # fmt: skip
+        self._growth.close()  # its parts are in Redis
+        tell_applied(self.store.name, commit.log)
+
+    def write_weights(self, commit: Commit, meta: Meta) -> Meta:
+        """Have a commit write the weights, and the server state, and remove the tail; returns its meta."""
+        commit.weights, commit.server_state = self._folded.weights.file, self._folded.state_file
+        # It may be there, of an optimizer that is not in force any more.
+        if commit.server_state is None and (self.meta.server_state or self.meta.tail):
+            commit.unlink.append(self.store.keys.server_state)
+        return meta.with_tail(Tail())
 
     def decide(self, bell: Doorbell, raw: bytes, entry: Entry, commit: Commit) -> Verdict | None:
         """Decide one entry, whose header is `raw`, and note it in the commit; None if the header is garbage."""
@@ -311,13 +320,18 @@ class Expert:
         """
         out, rules = self._spares[-1], self.meta.rules.aggregation
         space = Workspace(self._folded.next_values(out, rules), out.values, self._scratch, self._threads)
+        parts: list[bytes] = []
         with closing(self.store.parts(bell.worker, bell.run, bell.seq, header.parts)) as stream:
-            parts = stream if self.archive is None else list(stream)
-            verdict = fold_payload(header, admission, parts, self.spec, space)
+            read = keeping(stream, parts) if self.archive is not None or self._growth.is_open else stream
+            verdict = fold_payload(header, admission, read, self.spec, space)
         if verdict.outcome is not Outcome.APPLIED:
             return verdict, ""
-        kept = self._keep(header, list(parts)) if self.archive is not None else ""
+        kept = keep(self.archive, header, parts) if self.archive is not None else ""
         verdict = replace(verdict, new_state=self._folded.lacks_state(rules))
+        self._growth.add(
+            self.meta.version + 1, admission.step, parts,
+            rules=self.meta.rules.number, new_state=verdict.new_state,
+        )  # fmt: skip
         out.optimizer = rules.server_optimizer if has_state(rules) else ""
         self._spares.pop()
         if self._folded is not self.held:
@@ -354,17 +368,6 @@ class Expert:
             commit.vectors[worker] = self.vectors[worker] = text
         if text == "":
             del self.vectors[worker]
-
-    def _keep(self, header: Header, parts: list[bytes]) -> str:
-        """Keep an update that is about to be applied; returns its digest."""
-        assert self.archive is not None
-        try:
-            return self.archive.keep(header, parts)
-        except OSError as error:
-            raise SettingsError(
-                f"updates cannot be kept in {self.archive.directory} ({error.strerror}), so none is applied: make room",
-                about="keep_updates",
-            ) from error
 
     def _refuse(self, worker: str, header: Header, verdict: Verdict, commit: Commit) -> None:
         self.meta = replace(self.meta, refused=self.meta.refused + 1)

@@ -1,9 +1,11 @@
-"""Which versions of an expert can be recomputed from its log and the kept updates, and where a replay can start."""
+"""Kept updates: keep one; which versions can be recomputed from log and kept updates, and where a replay can start."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from fedmoe.errors import SettingsError
 from fedmoe.protocol.lines import AnchorLine, AppliedLine, RollbackLine
+from fedmoe.protocol.update import Header
 from fedmoe.store.archive import Anchor, Archive
 
 Step = AppliedLine | RollbackLine  # a line that makes a version
@@ -84,3 +86,18 @@ def kept_versions(
         elif version in begins:
             runs.append((version, version))
     return runs
+
+
+def keep(archive: Archive, header: Header, parts: list[bytes]) -> str:
+    """Keep an update that is about to be applied; returns its digest.
+
+    Raises:
+        SettingsError: if the disk is full or gone.
+    """
+    try:
+        return archive.keep(header, parts)
+    except OSError as error:
+        raise SettingsError(
+            f"updates cannot be kept in {archive.directory} ({error.strerror}), so none is applied: make room",
+            about="keep_updates",
+        ) from error

@@ -5,7 +5,7 @@ result is discarded.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -85,3 +85,10 @@ def _largest(spec: Spec, space: Workspace) -> str:
     norms = {name: math.sqrt(squared_norm(after[name] - before[name])) for name in after}
     odd = [name for name, norm in norms.items() if not math.isfinite(norm)]
     return odd[0] if odd else max(norms, key=norms.__getitem__)
+
+
+def keeping(stream: Iterable[bytes], parts: list[bytes]) -> Iterator[bytes]:
+    """The parts of a stream, each added to `parts` as it comes."""
+    for part in stream:
+        parts.append(part)
+        yield part

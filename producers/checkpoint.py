@@ -32,6 +32,7 @@ from fedmoe.protocol.records import Meta
 from fedmoe.protocol.rollback import RolledBack
 from fedmoe.protocol.rules import RuleSet
 from fedmoe.protocol.spec import Spec
+from fedmoe.protocol.tail import Tail
 from fedmoe.protocol.update import Header, UpdateId
 from fedmoe.store.archive import Archive
 from fedmoe.util.disk import to_disk, write_whole
@@ -170,7 +171,11 @@ class StateDir:
             "seq": ledger.seq,
             "start": list(ledger.start) if ledger.start else None,
             "meta": asdict(ledger.meta)
-            | {"rules": ledger.meta.rules.to_json(), "rolled_back": ledger.meta.rolled_back.to_json()},
+            | {
+                "rules": ledger.meta.rules.to_json(),
+                "rolled_back": ledger.meta.rolled_back.to_json(),
+                "tail": ledger.meta.tail.to_json(),
+            },
             "trained": asdict(checkpoint.trained),
             "position": checkpoint.position,
             "data": checkpoint.data,
@@ -318,6 +323,7 @@ def _meta(content: dict[str, Any]) -> Meta:
     parsed = {
         "rules": RuleSet.from_json(content["rules"]),
         "rolled_back": RolledBack.from_json(content.get("rolled_back", "[]")),
+        "tail": Tail.from_json(content.get("tail", "")),
     }
     return Meta(**known_fields(Meta, content) | parsed)
 

@@ -235,6 +235,12 @@ def more_lines(federation: "Federation") -> list[str]:
         for expert in federation.experts
         if expert.meta and _is_news(expert.meta)
     ]
+    lines += [
+        f"{expert.name}: the key `weights` is of version {expert.meta.tail.snapshot_version}, the updates since then "
+        "are in its tail"
+        for expert in federation.experts
+        if expert.meta and expert.meta.tail
+    ]
     lines += [validation_line(expert) for expert in federation.experts if expert.curves]
     if federation.experts:
         lines.append(merged_line(federation.merged))

@@ -44,13 +44,13 @@ def verify(redis: RedisSettings, experts: Sequence[str], directory: Path) -> Non
     for name in names:
         spec = store.spec(name)
         try:
-            meta, weights, lines, vectors = store.history_and_vectors(name)
+            meta, exact, lines, vectors = store.whole_history(name)
         except DamagedExpertError as error:
             click.echo(str(error))
             wrong.append(name)
             continue
         done = replay(spec, meta, lines, Archive(directory / name, read_only=True))
-        state = store.server_state(name, meta, len(weights))
+        weights, state = exact.weights, exact.server_state
         odd = done.odd_vectors(vectors)
         equal = not done.problem and done.same_values(weights, state) and not odd
         verdict = "equal"

@@ -18,10 +18,11 @@ class Condition:
         commit: the head of its history, "" if there is none.
         meta: None if it is missing or malformed.
         damage: what is missing or does not match this meta, as the end of a sentence; "" if the expert is whole.
-        weights_commit: the commit that wrote the present weights; "" if there are none.
+        weights_commit: the commit that wrote the weights that are there; "" if there are none.
         decided: the last decided update of each worker.
         logged_version: of the log's last line, -1 if there is none.
         last_line: the log's last line; empty if there is none.
+        spec: None if it is missing or malformed.
     """
 
     commit: str
@@ -31,6 +32,7 @@ class Condition:
     decided: Mapping[str, Decided]
     logged_version: int
     last_line: Mapping[bytes, bytes] = field(default_factory=dict)
+    spec: Spec | None = None
 
 
 def examine(
@@ -40,11 +42,13 @@ def examine(
     decided: Mapping[bytes, bytes],
     *,
     weights_bytes: int | None = None,
+    tail_fields: int | None = None,
     last_line: Sequence[tuple[bytes, Mapping[bytes, bytes]]] = (),
 ) -> Condition:
     """Parse the parts of an expert as Redis holds them, and compare them.
 
-    The first bytes of the weights suffice if `weights_bytes` gives the length of the whole.
+    The first bytes of the weights suffice if `weights_bytes` gives the length of the whole. `tail_fields` is the number
+    of fields of the tail, None if `fedmoe.protocol.exact` looks at the tail itself.
 
     Raises:
         ProtocolError: if a later FedMoE wrote the expert; its parts then cannot be judged.
@@ -77,6 +81,8 @@ def examine(
         found.append(damage(root, spec=parsed.digest if parsed else None, weights=weights, decided=records))
     if parsed is not None and length not in (0, parsed.layout.file_bytes):
         found.append(f"its weights have {length} bytes, but its spec expects {parsed.layout.file_bytes}")
+    if root is not None and tail_fields is not None and tail_fields < root.tail.fields:
+        found.append(f"its tail has {tail_fields} fields, but its meta expects {root.tail.fields}")
     return Condition(
         commit=meta.get(b"commit", b"").decode(errors="backslashreplace"),
         meta=root,
@@ -85,6 +91,7 @@ def examine(
         decided=records,
         logged_version=version_of(last_line),
         last_line=last_line[-1][1] if last_line else {},
+        spec=parsed,
     )
 
 

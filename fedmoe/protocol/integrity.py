@@ -1,8 +1,8 @@
 """Checks whether the parts of an expert in Redis belong together. Pure.
 
 `meta` is the root: it names the spec by its digest, the weights by the commit that wrote them (a stamp in their
-header), and the decided updates of all workers by a stamp over them. So loading an expert detects a missing or foreign
-part, and nobody trains on a damaged expert or commits on top of it.
+header), the tail by the digest of its last record, and the decided updates of all workers by a stamp over them. So
+loading an expert detects a missing or foreign part, and nobody trains on a damaged expert or commits on top of it.
 
 The stamp of the decided updates is the XOR of one digest per worker. So the cost of updating the stamp depends on the
 updates in the commit, not on the number of workers.
@@ -43,15 +43,18 @@ def server_state_problem(meta: Meta, state: bytes | None, length: int) -> str:
         state: the safetensors file, None if there is none.
         length: of the weights' file (bytes); both files have the same layout.
     """
-    if not meta.server_state:
-        return ""
+    return server_state_misfit(meta, state, length) if meta.server_state else ""
+
+
+def server_state_misfit(meta: Meta, state: bytes | None, length: int) -> str:
+    """As `server_state_problem`, if there should be a server state in any case."""
     if not state:
         return "its server state is missing"
     if len(state) != length:
         return f"its server state has {len(state)} bytes and its weights {length}"
-    if (stamp := stamp_of(state)) != meta.weights_commit:
+    if (stamp := stamp_of(state)) != meta.snapshot_commit:
         return (
-            f"its server state belongs to commit {stamp or 'unknown'}, its weights to {meta.weights_commit}"
+            f"its server state belongs to commit {stamp or 'unknown'}, its weights to {meta.snapshot_commit}"
         )
     return ""
 
@@ -74,9 +77,9 @@ def damage(
         found.append(f"its spec has digest {spec}, but its meta expects {meta.spec}")
     if not weights:
         found.append("its weights are missing")
-    elif (stamp := stamp_of(weights)) != meta.weights_commit:
+    elif (stamp := stamp_of(weights)) != meta.snapshot_commit:
         found.append(
-            f"its weights belong to commit {stamp or 'unknown'}, but its meta expects {meta.weights_commit}"
+            f"its weights belong to commit {stamp or 'unknown'}, but its meta expects {meta.snapshot_commit}"
         )
     if stamp_decided(decided) != meta.decided_stamp:
         found.append(

@@ -11,7 +11,8 @@ transaction. The prefix `fedmoe` is a setting, so that several federations can s
     fedmoe:{E}:payload:<worker>:incarnation         string  counts the worker's runs; expires
     fedmoe:{E}:payload:<worker>:trace               hash    how the worker left; outlives the heartbeat; expires
     fedmoe:{E}:payload:<worker>:trial:<name>        hash    `fedmoe doctor` tries transactions here; expires
-    fedmoe:{E}:weights                              string  the expert, a safetensors file
+    fedmoe:{E}:weights                              string  the expert, a safetensors file; the tail comes on top
+    fedmoe:{E}:tail                                 hash    updates applied since `weights` were written (tail.py)
     fedmoe:{E}:packed                               string  packed weights, for pulls (packed.py); none in format fp32
     fedmoe:{E}:server_state                         string  what the server optimizer remembers, a safetensors file;
                                                             none with the optimizer sgd
@@ -63,6 +64,11 @@ class ExpertKeys:
     def weights_part(self, generation: str, index: int | str) -> str:
         """Key of a part of the merged gateway's weights; `*` for all parts and generations."""
         return f"{self.root}:weights:{generation}:{index}"
+
+    @property
+    def tail(self) -> str:
+        """Key of the updates that were applied since the weights were written."""
+        return f"{self.root}:tail"
 
     @property
     def packed(self) -> str:

@@ -164,6 +164,11 @@ def digest_of(file: bytes | memoryview) -> str:
     return hashlib.sha256(stamped(file, "")).hexdigest()
 
 
+def values_bytes(file: bytes | memoryview) -> memoryview:
+    """The bytes of the values in an adapter's safetensors file, without its header, not copied."""
+    return memoryview(file)[8 + int.from_bytes(file[:8], "little") :]
+
+
 def _stamp(commit: str) -> bytes:
     stamp = commit.encode()
     if len(stamp) > STAMP_CHARS:

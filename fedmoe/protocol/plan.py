@@ -3,6 +3,7 @@
     n   values of one adapter               w = 4 n     the weights, in fp32, and their file's header
     E   experts that workers train          u           an update in the wire format
     G   1 if the gateway is trained too     p           the weights as workers pull them: u, in format fp32 w
+                                            t           the tail: 2 w at most, in format fp32 0
     M   memberships: the workers, twice     s           server state: w, with the optimizer sgd 0
         if they train expert and gateway    m           the merged gateway: E w with `cat`, else w
     r   updates a second: M / sync interval             g   rebuilds of it a second: at most r, and one each interval
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 
 from fedmoe.protocol.codec import part_lengths
 from fedmoe.protocol.formats import EXACT
+from fedmoe.protocol.growth import MOST_WEIGHTS
 from fedmoe.protocol.layout import FLOAT_BYTES
 
 HEADER_BYTES = 1000  # of an update, beside its parts
@@ -64,6 +66,17 @@ class Shape:
     def pull(self) -> int:
         """Bytes that a worker pulls."""
         return self.weights if self.wire_format == EXACT else self.update - HEADER_BYTES
+
+    @property
+    def tail(self) -> int:
+        """Bytes of an expert's tail at most."""
+        return 0 if self.wire_format == EXACT else MOST_WEIGHTS * self.weights
+
+    @property
+    def commit(self) -> float:
+        """Bytes that a commit of one update writes, on average: its tail fills up, and then the weights are written."""
+        whole = self.weights + self.state
+        return self.pull + self.update + whole * self.update / self.tail if self.tail else whole
 
     @property
     def all_experts(self) -> int:
@@ -125,6 +138,7 @@ def terms(shape: Shape) -> list[Term]:
     parts = sum(map(allocated, part_lengths(shape.values, shape.wire_format)))
     memory = [
         Term(MEMORY, "weights", "(E+G) w", every * allocated(weights)),
+        Term(MEMORY, "tails, when full", "(E+G) t", every * shape.tail),
         Term(MEMORY, "packed weights", "(E+G) p, in fp32 0", every * allocated(packed)),
         Term(MEMORY, "server state", "(E+G) s", every * allocated(state)),
         Term(MEMORY, "merged gateway", "m", allocated(merged)),
@@ -135,13 +149,23 @@ def terms(shape: Shape) -> list[Term]:
     ]
     received = [
         Term(IN, "updates, from workers", "r u", rate * update),
-        Term(IN, "commits, from the aggregator", "r (w + p + s)", rate * (weights + packed + state)),
+        Term(
+            IN,
+            "commits, from the aggregator",
+            "r (p + u + (w + s) u / t), in fp32 r (w + s)",
+            rate * shape.commit,
+        ),
         Term(IN, "merged gateway, from the aggregator", "g m", rebuilds * merged),
     ]
     sent = [
         Term(OUT, "pulls, to workers", "r p", rate * pull),
         Term(OUT, "updates, to the aggregator", "r u", rate * update),
-        Term(OUT, "experts to merge, to the aggregator", "g E w", rebuilds * shape.experts * weights),
+        Term(
+            OUT,
+            "experts to merge, to the aggregator",
+            "g E (w + s + t / 2)",
+            rebuilds * shape.experts * (weights + state + shape.tail / 2),
+        ),
     ]
     data = total(memory, MEMORY) - members * pull
     disk = [

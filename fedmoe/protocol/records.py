@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fedmoe.errors import ProtocolError, RemovedExpertError, SpecError
-from fedmoe.protocol.features import check_requires
+from fedmoe.protocol.features import TAIL, check_requires, with_feature
 from fedmoe.protocol.fields import from_text, optional, to_text
 from fedmoe.protocol.rollback import RolledBack
 from fedmoe.protocol.rules import RuleSet
+from fedmoe.protocol.tail import Tail
 from fedmoe.protocol.update import UpdateId
 from fedmoe.protocol.validation import Curve
 
@@ -72,6 +73,10 @@ class Meta:
         lineage: random id given at creation.
         commit: random id of the transaction that made this state: the head of the expert's chain.
         weights_commit: the last commit that changed the weights.
+        tail: of which version the key `weights` is, and the updates that lie in the tail since then, as JSON (see
+            `fedmoe.protocol.tail`); "" if the weights are of the weights commit.
+        digests: quick digests of the weights, and of the server state if there is one, after the weights commit that
+            they are of; "" if an earlier release wrote them.
         spec: digest of the spec.
         rules: the rule set in force, as JSON with its number (see `fedmoe.protocol.rules`).
         decided_stamp: stamp over the hash `decided`, which must match (integrity.py).
@@ -130,6 +135,17 @@ class Meta:
     knows: str = optional("")
     requires: str = optional("")
     rolled_back: RolledBack = field(default=RolledBack(), metadata={"optional": True})
+    tail: Tail = field(default=Tail(), metadata={"optional": True})
+    digests: str = optional("")
+
+    @property
+    def snapshot_commit(self) -> str:
+        """The commit whose weights lie under the key `weights`."""
+        return self.tail.snapshot or self.weights_commit
+
+    def with_tail(self, tail: Tail) -> "Meta":
+        """The same state with this tail; without one (`Tail()`), the weights are of the weights commit."""
+        return replace(self, tail=tail, requires=with_feature(self.requires, TAIL, bool(tail)))
 
     @property
     def mean_staleness(self) -> float:

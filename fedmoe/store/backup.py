@@ -8,13 +8,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedmoe.errors import BackupError, FedMoEError, UnknownExpertError
-from fedmoe.protocol.condition import examine
+from fedmoe.errors import BackupError, DamagedExpertError, FedMoEError, UnknownExpertError
+from fedmoe.protocol.exact import complete
 from fedmoe.protocol.layout import check_file, stamped
 from fedmoe.protocol.names import check_expert
 from fedmoe.protocol.packed import pack_file
 from fedmoe.protocol.records import Meta
 from fedmoe.protocol.spec import Spec
+from fedmoe.protocol.tail import Tail
 from fedmoe.store.connection import Connection, execute
 from fedmoe.store.full import read_together
 from fedmoe.store.lifecycle import new_id
@@ -27,7 +28,10 @@ MAX_ID = 2**64 - 1  # maximum of either half of a stream entry's id
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertState:
-    """Everything that Redis keeps of one expert, byte for byte, except the updates that wait in its stream.
+    """Everything that Redis keeps of one expert, except the updates that wait in its stream.
+
+    It is as Redis holds it, byte for byte, but for the tail: that is folded into weights and server state, and meta
+    names none. So an earlier release can read a backup, too.
 
     Args:
         spec: the JSON text.
@@ -57,7 +61,16 @@ class ExpertState:
             check_file(spec.layout, len(self.weights), self.weights[: len(spec.layout.header)])
         except FedMoEError as error:
             raise BackupError(f"{name}: {error}", about=error.about) from error
-        if wrong := examine(self.spec, self.weights, self.meta, self.decided).damage:
+        condition, exact = complete(
+            self.spec,
+            self.meta,
+            self.decided,
+            weights=self.weights,
+            server_state=self.server_state,
+            tail=None,
+        )
+        if exact is None:
+            wrong = condition.damage
             raise BackupError(
                 f"{name}: its parts do not belong together ({wrong}): use another backup, or back up after the repair",
                 about="damage",
@@ -105,13 +118,15 @@ class BackupStore:
 
         Raises:
             UnknownExpertError: if its spec, weights or meta are missing.
+            DamagedExpertError: if its tail cannot be folded.
         """
         keys = self.keys.expert(name)
         with self.connection.errors():
-            spec, weights, meta, decided, log, dead, vectors, state = read_together(
+            spec, weights, meta, decided, log, dead, vectors, state, tail = read_together(
                 self._redis,
                 ("get", keys.spec), ("get", keys.weights), ("hgetall", keys.meta), ("hgetall", keys.decided),
                 ("xrange", keys.log), ("xrange", keys.dead), ("hgetall", keys.vectors), ("get", keys.server_state),
+                ("hgetall", keys.tail),
             )  # fmt: skip
         found = {"spec": spec, "weights": weights, "meta": meta}
         if missing := [what for what, content in found.items() if not content]:
@@ -119,6 +134,13 @@ class BackupStore:
                 f"expert {name!r} has no {missing[0]} in Redis (any more): back up the others with --expert",
                 about=name,
             )
+        condition, exact = complete(spec, meta, decided, weights=weights, server_state=state, tail=tail)
+        if condition.meta is not None and condition.meta.tail:
+            if exact is None:
+                raise DamagedExpertError(name, condition.damage)
+            weights, state = exact.weights, exact.server_state
+            without = condition.meta.with_tail(Tail())
+            meta = meta | {b"tail": b"", b"requires": without.requires.encode()}
         return ExpertState(
             spec=spec,
             weights=weights,
@@ -189,7 +211,7 @@ class BackupStore:
             pipe.hset(keys.decided, mapping=state.decided)
         if state.vectors:
             pipe.hset(keys.vectors, mapping=state.vectors)
-        pipe.unlink(keys.packed, keys.server_state, keys.lost, keys.claims)
+        pipe.unlink(keys.packed, keys.server_state, keys.tail, keys.lost, keys.claims)
         if state.server_state is not None:
             pipe.set(keys.server_state, stamped(state.server_state, commit))
         if packed:

@@ -1,5 +1,6 @@
 """An expert as an aggregator reads it, and the changes that it commits."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fedmoe.protocol.lines import Line
@@ -11,7 +12,8 @@ class Loaded:
     """An expert as one MULTI read it.
 
     Args:
-        meta, weights, decided: contents of the keys of these names; they belong together.
+        meta, decided: contents of the keys of these names.
+        weights: the exact weights that meta means, a safetensors file: the snapshot with the tail folded into it.
         server_state: what the server optimizer remembers, None if there is none that belongs to these weights.
         vectors: worker -> its domain vector as stored.
         generation: number of the connection that read it.
@@ -40,6 +42,8 @@ class Loaded:
 class Commit:
     """The changes of one commit on top of the loaded state (commit id `on`, connection `generation`).
 
+    `weights`, `server_state`: a new snapshot; writing it removes the tail. `tail`: the fields to add to the tail;
+    `begins_tail`: its fields so far, if there are any, are of another history.
     `vectors`: worker -> its domain vector as stored; "" removes it.
     """
 
@@ -49,6 +53,8 @@ class Commit:
     weights: memoryview | None = None
     server_state: memoryview | None = None
     packed: bytes | None = None
+    tail: Mapping[str, str | bytes] = field(default_factory=dict)
+    begins_tail: bool = False
     decided: dict[str, Decided] = field(default_factory=dict)
     vectors: dict[str, str] = field(default_factory=dict)
     log: list[Line] = field(default_factory=list)

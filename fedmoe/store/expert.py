@@ -15,8 +15,8 @@ import redis
 
 from fedmoe.errors import DamagedExpertError, LostExpertError, ProtocolError, SpecError, StaleStateError
 from fedmoe.protocol.beat import Beat
-from fedmoe.protocol.condition import examine, version_of
-from fedmoe.protocol.integrity import server_state_problem
+from fedmoe.protocol.condition import version_of
+from fedmoe.protocol.exact import complete
 from fedmoe.protocol.keys import GROUP
 from fedmoe.protocol.layout import STAMPED_BYTES, stamp_of
 from fedmoe.protocol.packed import PREAMBLE_BYTES, packed_commit
@@ -26,7 +26,7 @@ from fedmoe.protocol.update import MAX_HEADER_BYTES, Part
 from fedmoe.store.chunks import places, put
 from fedmoe.store.commit import Commit, Loaded
 from fedmoe.store.connection import execute
-from fedmoe.store.full import is_full, read_together, transact
+from fedmoe.store.full import NEARLY_FULL, is_full, memory_share, read_together, transact
 from fedmoe.store.lifecycle import ExpertLifecycle
 
 # All aggregators read under one consumer name: the lease holder owns the whole pending list, and the list of dead
@@ -37,7 +37,7 @@ DEAD_LENGTH = 10_000
 BLOCKING_MS = 2**63  # no server clock reaches this; after the highest possible id a stream accepts no entry
 _PAGE = 256
 _LINEAGE = re.compile(r"[0-9a-f]{16}")
-_TYPES = {"decided": b"hash", "vectors": b"hash", "log": b"stream", "dead": b"stream"}
+_TYPES = {"tail": b"hash", "decided": b"hash", "vectors": b"hash", "log": b"stream", "dead": b"stream"}
 # The head in meta, the types of the other keys, and the lengths of those that are strings.
 _LOOK = """#!lua flags=no-writes
 local types, lengths = {}, {}
@@ -47,7 +47,7 @@ for i = 2, #KEYS do
 return {redis.call('HGET', KEYS[1], 'commit'), types, lengths}"""
 _GROUP = """#!lua flags=allow-oom
 return redis.call('XGROUP', 'CREATE', KEYS[1], ARGV[1], '0', 'MKSTREAM')"""
-_UNLINK_AT_ONCE = 1000  # keys; a command in a script can have only a few thousand words
+_AT_ONCE = 1000  # keys or fields; a command in a script can have only a few thousand words
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,12 @@ class ExpertStore(ExpertLifecycle):
 
     Every method raises RedisUnavailableError if Redis cannot be reached or refuses a command. After that error, and
     after StaleStateError, the caller must load the expert again.
+
+    Attributes:
+        was_full: Redis has refused a commit for memory, and the commit went beyond its limit.
     """
+
+    was_full = False
 
     def spec(self) -> Spec:
         """The expert's spec.
@@ -83,20 +88,22 @@ class ExpertStore(ExpertLifecycle):
         except SpecError as error:
             raise DamagedExpertError(self.name, f"its spec cannot be read ({error})") from error
 
-    def is_unchanged(self, *, commit: str, weights_commit: str, n_decided: int) -> bool:
-        """True if the expert is at this commit and whole: spec, weights, decided updates of `n_decided` workers."""
+    def is_unchanged(self, meta: Meta, *, n_decided: int) -> bool:
+        """True if the expert has this meta and is whole: spec, weights, tail, decisions of `n_decided` workers."""
         keys = self.keys
         with self.connection.errors():
-            head, n_there, n_workers, begin = read_together(
+            head, n_there, n_workers, begin, n_fields = read_together(
                 self._redis,
                 ("hget", keys.meta, "commit"),
                 ("exists", keys.meta, keys.spec),
                 ("hlen", keys.decided),
                 ("getrange", keys.weights, 0, STAMPED_BYTES - 1),
+                ("hlen", keys.tail),
                 wrong_type_is_none=True,
             )
         found = ((head or b"").decode(errors="replace"), n_there, n_workers, stamp_of(begin or b""))
-        return found == (commit, 2, n_decided, weights_commit)
+        is_here = found == (meta.commit, 2, n_decided, meta.snapshot_commit)
+        return is_here and (n_fields or 0) >= meta.tail.fields
 
     def load(self) -> Loaded:
         """Read the expert as of one moment, then create the consumer group (from 0) if it is missing.
@@ -111,47 +118,48 @@ class ExpertStore(ExpertLifecycle):
         """
         keys = self.keys
         with self.connection.errors():
-            weights, state, meta, decided, vectors, spec, packed, last_line, claims, *types = read_together(
-                self._redis,
-                ("get", keys.weights),
-                ("get", keys.server_state),
-                ("hgetall", keys.meta),
-                ("hgetall", keys.decided),
-                ("hgetall", keys.vectors),
-                ("get", keys.spec),
-                ("getrange", keys.packed, 0, PREAMBLE_BYTES - 1),
-                ("xrevrange", keys.log, "+", "-", 1),
-                ("hgetall", keys.claims),
-                *(("type", getattr(keys, name)) for name in _TYPES),
-                wrong_type_is_none=True,
+            weights, state, tail, meta, decided, vectors, spec, packed, last_line, claims, *types = (
+                read_together(
+                    self._redis,
+                    ("get", keys.weights),
+                    ("get", keys.server_state),
+                    ("hgetall", keys.tail),
+                    ("hgetall", keys.meta),
+                    ("hgetall", keys.decided),
+                    ("hgetall", keys.vectors),
+                    ("get", keys.spec),
+                    ("getrange", keys.packed, 0, PREAMBLE_BYTES - 1),
+                    ("xrevrange", keys.log, "+", "-", 1),
+                    ("hgetall", keys.claims),
+                    *(("type", getattr(keys, name)) for name in _TYPES),
+                    wrong_type_is_none=True,
+                )
             )
         self._check_types(types)
         if not (weights or meta or decided):
             raise LostExpertError(self.name)
-        condition = examine(spec, weights, meta or {}, decided or {})
-        if condition.damage or condition.meta is None:
+        condition, exact = complete(
+            spec, meta or {}, decided or {}, weights=weights, server_state=state, tail=tail
+        )
+        if condition.meta is None or exact is None:
             raise DamagedExpertError(self.name, condition.damage)
+        if exact.problem:
+            logger.warning(
+                "%s: %s: the server optimizer begins anew with the next update, the weights are not affected",
+                self.name, exact.problem,
+            )  # fmt: skip
         self._make_group()
         return Loaded(
             meta=condition.meta,
-            weights=weights,
+            weights=exact.weights,
             decided=dict(condition.decided),
             vectors={_text(worker): _text(record) for worker, record in (vectors or {}).items()},
             generation=self.connection.generation,
             packed_commit=packed_commit(packed or b""),
             logged_version=version_of(last_line),
             claims={who.decode(): int(version) for who, version in (claims or {}).items()},
-            server_state=self._fitting(state, condition.meta, len(weights)),
+            server_state=exact.server_state,
         )
-
-    def _fitting(self, state: bytes | None, meta: Meta, length: int) -> bytes | None:
-        """The server state if it belongs to the weights, which have this length (bytes); else None, with a warning."""
-        if problem := server_state_problem(meta, state, length):
-            logger.warning(
-                "%s: %s: the server optimizer begins anew with the next update, the weights are not affected",
-                self.name, problem,
-            )  # fmt: skip
-        return state if meta.server_state and not problem else None
 
     def _make_group(self) -> None:
         with self.connection.errors():
@@ -199,6 +207,11 @@ class ExpertStore(ExpertLifecycle):
                 GROUP, CONSUMER, {self.keys.updates: ">"}, count=count, block=block_ms
             )
         return [Entry.of(*item) for _, page in reply or () for item in page]
+
+    def is_nearly_full(self) -> bool:
+        """True if Redis has less than a tenth of its memory left."""
+        with self.connection.errors():
+            return memory_share(self._redis) > NEARLY_FULL
 
     def mend(self) -> bool:
         """Repair a stream blocked by an XADD with the highest possible id; True if it was repaired.
@@ -280,6 +293,7 @@ class ExpertStore(ExpertLifecycle):
                 if not is_full(error):
                     raise
                 done = self._commit_to_full(pipe, commit)
+                self.was_full = True
             if not done:
                 raise StaleStateError(f"{self.name}: another process committed meanwhile", about="commit")
 
@@ -322,6 +336,11 @@ class ExpertStore(ExpertLifecycle):
         for key, value in self._large(commit).items():
             if value is not None:
                 put(pipe, key, value, present.get(key, 0))
+        if commit.weights is not None or commit.begins_tail:
+            pipe.unlink(keys.tail)
+        fields = list(commit.tail.items())
+        for first in range(0, len(fields), _AT_ONCE):
+            pipe.hset(keys.tail, mapping=dict(fields[first : first + _AT_ONCE]))
         pipe.hset(keys.meta, mapping=commit.meta.to_hash())
         if commit.decided:
             pipe.hset(keys.decided, mapping={worker: d.to_json() for worker, d in commit.decided.items()})
@@ -336,8 +355,8 @@ class ExpertStore(ExpertLifecycle):
         if commit.entries:
             pipe.xack(keys.updates, GROUP, *commit.entries)
             pipe.xdel(keys.updates, *commit.entries)
-        for first in range(0, len(commit.unlink), _UNLINK_AT_ONCE):
-            pipe.unlink(*commit.unlink[first : first + _UNLINK_AT_ONCE])
+        for first in range(0, len(commit.unlink), _AT_ONCE):
+            pipe.unlink(*commit.unlink[first : first + _AT_ONCE])
 
 
 def _text(raw: bytes) -> str:

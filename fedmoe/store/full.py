@@ -28,6 +28,17 @@ while at <= #ARGV do
 end
 return 1"""
 _TRIES = 20
+NEARLY_FULL = 0.9  # of maxmemory
+
+
+def memory_share(client: Any, more: int = 0) -> float:
+    """The share of maxmemory that is in use, with so many bytes more; 0 if there is no limit, or nobody may ask."""
+    try:
+        memory = client.info("memory")
+    except redis.ResponseError:  # this user may not run INFO, or a managed server renamed it
+        return 0.0  # then only a refused write shows that Redis is full
+    bound = memory.get("maxmemory", 0)
+    return (memory.get("used_memory", 0) + more) / bound if bound else 0.0
 
 
 def is_full(error: Exception) -> bool:

@@ -13,9 +13,8 @@ from fedmoe.errors import (
     StaleStateError,
     UnknownExpertError,
 )
-from fedmoe.protocol.condition import examine
+from fedmoe.protocol.exact import Exact, complete
 from fedmoe.protocol.fit import Fit
-from fedmoe.protocol.integrity import server_state_problem
 from fedmoe.protocol.layout import MAX_STRING_BYTES
 from fedmoe.protocol.merged import MergedMeta
 from fedmoe.protocol.names import is_expert
@@ -113,13 +112,13 @@ class GatewayStore:
         return found
 
     def read(self, expert: str) -> tuple[Meta, bytes]:
-        """An expert's meta and weights, in one MULTI.
+        """An expert's meta and exact weights, in one MULTI.
 
         Raises:
             DamagedExpertError: if its parts do not belong together.
         """
-        meta, weights, _ = self._parts(expert)
-        return meta, weights
+        meta, exact, _ = self._parts(expert)
+        return meta, exact.weights
 
     def vectors(self, expert: str) -> dict[str, bytes]:
         """The domain vectors of an expert's workers, as stored; empty if there are none."""
@@ -133,35 +132,30 @@ class GatewayStore:
         Raises:
             DamagedExpertError: if its parts do not belong together.
         """
-        meta, weights, lines, _ = self.history_and_vectors(expert)
-        return meta, weights, lines
+        meta, exact, lines, _ = self.whole_history(expert)
+        return meta, exact.weights, lines
 
-    def history_and_vectors(self, expert: str) -> tuple[Meta, bytes, list[dict[str, str]], dict[str, bytes]]:
-        """Like `history`; also the domain vectors of its workers, as stored."""
+    def whole_history(self, expert: str) -> tuple[Meta, Exact, list[dict[str, str]], dict[str, bytes]]:
+        """Like `history`; with the server state, and with the domain vectors of its workers, as stored."""
         keys = self.connection.keys.expert(expert)
-        meta, weights, (log, vectors) = self._parts(expert, ("xrange", keys.log), ("hgetall", keys.vectors))
-        return meta, weights, [Entry.of(*line).fields for line in log], _by_worker(vectors)
+        meta, exact, (log, vectors) = self._parts(expert, ("xrange", keys.log), ("hgetall", keys.vectors))
+        return meta, exact, [Entry.of(*line).fields for line in log], _by_worker(vectors)
 
-    def server_state(self, expert: str, meta: Meta, length: int) -> bytes | None:
-        """What the server optimizer remembers, for weights of this meta and length (bytes); None if there is none."""
-        with self.connection.errors():
-            state = self._redis.get(self.connection.keys.expert(expert).server_state)
-        return state if meta.server_state and not server_state_problem(meta, state, length) else None
-
-    def _parts(self, expert: str, *more: tuple[str, ...]) -> tuple[Meta, bytes, list[Any]]:
-        """Check that an expert's parts belong together; returns its meta and weights, and the replies to `more`."""
+    def _parts(self, expert: str, *more: tuple[str, ...]) -> tuple[Meta, Exact, list[Any]]:
+        """Check that an expert's parts belong together; returns its meta, exact values, and the replies to `more`."""
         keys = self.connection.keys.expert(expert)
         with self.connection.errors():
-            raw, weights, decided, spec, *replies = read_together(
+            raw, weights, state, tail, decided, spec, *replies = read_together(
                 self._redis,
-                ("hgetall", keys.meta), ("get", keys.weights), ("hgetall", keys.decided), ("get", keys.spec), *more,
+                ("hgetall", keys.meta), ("get", keys.weights), ("get", keys.server_state), ("hgetall", keys.tail),
+                ("hgetall", keys.decided), ("get", keys.spec), *more,
             )  # fmt: skip
         if not raw and weights is None:
             raise UnknownExpertError(f"expert {expert!r} is gone from Redis", about=expert)
-        condition = examine(spec, weights, raw, decided)
-        if condition.meta is None or condition.damage:
+        condition, exact = complete(spec, raw, decided, weights=weights, server_state=state, tail=tail)
+        if condition.meta is None or exact is None:
             raise DamagedExpertError(expert, condition.damage)
-        return condition.meta, weights, replies
+        return condition.meta, exact, replies
 
     def merged(self) -> MergedMeta | None:
         """The merged gateway's meta; None if there is none yet, or its meta is damaged (it is then rebuilt)."""

@@ -70,12 +70,14 @@ class ExpertLifecycle:
                 ("hgetall", keys.decided),
                 ("strlen", keys.weights),
                 ("xrevrange", keys.log, "+", "-", 1),
+                ("hlen", keys.tail),
                 wrong_type_is_none=True,
             )
-        spec, weights, meta, decided, length, last_line = replies
+        spec, weights, meta, decided, length, last_line, tail_fields = replies
         return examine(
-            spec, weights, meta or {}, decided or {}, weights_bytes=length or 0, last_line=last_line or ()
-        )
+            spec, weights, meta or {}, decided or {},
+            weights_bytes=length or 0, last_line=last_line or (), tail_fields=tail_fields or 0,
+        )  # fmt: skip
 
     def claim(self, holder: str, version: int) -> tuple[bool, str]:
         """Tell all aggregators that this one can write back a version that Redis has lost.
@@ -139,7 +141,14 @@ class ExpertLifecycle:
                 if though_removed:
                     pipe.unlink(keys.meta)
                 pipe.unlink(  # of an earlier history
-                    keys.log, keys.dead, keys.vectors, keys.packed, keys.server_state, keys.lost, keys.claims
+                    keys.log,
+                    keys.dead,
+                    keys.vectors,
+                    keys.packed,
+                    keys.server_state,
+                    keys.tail,
+                    keys.lost,
+                    keys.claims,
                 )
                 self._queue_parts(pipe, spec, meta, stamped(weights, meta.weights_commit), packed)
                 if execute(pipe) is None:
@@ -191,6 +200,7 @@ class ExpertLifecycle:
                     keys.vectors,
                     keys.packed,
                     keys.server_state,
+                    keys.tail,
                     keys.lost,
                     keys.claims,
                 )

@@ -55,6 +55,9 @@ def _on(*keys: str, may: str, when: str = "") -> Iterator[Right]:
         yield Right(command=command, keys=keys, when=when)
 
 
+NO_EXACT_PULL = "a worker that cannot use the packed weights waits until they are repaired"
+
+
 def _worker(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
     keys = all_keys.expert(expert)
     own, payloads = keys.worker(worker), keys.payloads(worker)
@@ -64,6 +67,10 @@ def _worker(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
         *_on(keys.decided, may="HGET"),
         *_on(keys.packed, may="GETRANGE"),
         *_on(keys.weights, may="STRLEN, GETRANGE", when="the format is fp32, or the packed weights are damaged"),
+        *(
+            Right(command=command, keys=(key,), when="the packed weights are damaged", without=NO_EXACT_PULL)
+            for command, key in (("HGETALL", keys.tail), ("GET", keys.server_state))
+        ),
         *_on(keys.updates, may="XRANGE"),
         Right(command="XADD", keys=(keys.updates,), alone=True),  # otherwise a worker could delete the stream
         *_on(own, may="HGETALL"),
@@ -106,6 +113,7 @@ def _aggregator(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
         *_on(keys.meta, keys.spec, keys.weights, keys.decided, keys.vectors, may="UNLINK", when=lost),
         *_on(keys.meta, may="TYPE", when=lost),
         *_on(keys.weights, may="EXISTS, GET, SET, TYPE, STRLEN, WATCH, EVAL"),
+        *_on(keys.tail, may="HGETALL, HLEN, HSET, UNLINK, TYPE, WATCH, EVAL"),
         *_on(keys.packed, may="SET, UNLINK, TYPE, STRLEN, WATCH, EVAL"),
         *_on(keys.weights, keys.packed, may="GETRANGE"),
         *_on(keys.weights, keys.packed, may="SETRANGE, PTTL", when=large),
@@ -158,6 +166,7 @@ def _operator(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
         *_on(keys.spec, keys.weights, may="GET, SET"),
         *_on(keys.meta, may="HGET"),
         *_on(keys.meta, keys.decided, keys.vectors, may="HGETALL, HSET"),
+        *_on(keys.tail, may="HGETALL, UNLINK"),
         *_on(keys.log, keys.dead, may="XRANGE, XADD"),
         *_on(keys.packed, may="SET"),
         *_on(keys.server_state, may="GET"),
@@ -177,7 +186,9 @@ def _operator(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
             when="it removes an expert",
         ),
         *_on(keys.meta, may="EVAL", when=changes),
+        *_on(keys.tail, may="HLEN, WATCH", when=changes),
         *_on(
+            keys.tail,
             keys.decided,
             keys.vectors,
             keys.log,

@@ -54,8 +54,8 @@ def remove_expert(connection: Connection, name: str, *, clock: Callable[[], floa
     with connection.errors():
         with client.pipeline(transaction=True) as pipe:
             pipe.unlink(
-                keys.meta, keys.spec, keys.weights, keys.server_state, keys.packed, keys.decided, keys.vectors,
-                keys.updates, keys.log, keys.dead, keys.lost, keys.claims, keys.problem, keys.lease,
+                keys.meta, keys.spec, keys.weights, keys.tail, keys.server_state, keys.packed, keys.decided,
+                keys.vectors, keys.updates, keys.log, keys.dead, keys.lost, keys.claims, keys.problem, keys.lease,
             )  # fmt: skip
             pipe.hset(keys.meta, mapping=grave(name, new_id(), when))
             pipe.execute()

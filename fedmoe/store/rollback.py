@@ -9,12 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from fedmoe.errors import BackupError, FedMoEError, SettingsError, StaleStateError
+from fedmoe.protocol.exact import digests_of
 from fedmoe.protocol.features import ROLLBACK, with_feature
 from fedmoe.protocol.layout import digest_of, stamped
 from fedmoe.protocol.lines import RollbackLine
 from fedmoe.protocol.packed import pack_file
 from fedmoe.protocol.records import Meta
 from fedmoe.protocol.spec import Spec
+from fedmoe.protocol.tail import Tail
 from fedmoe.store.change import PAUSE_S, whole_expert
 from fedmoe.store.commit import Commit
 from fedmoe.store.expert import ExpertStore
@@ -51,6 +53,7 @@ class Rollback:
         weights, packed: as they are written; packed is None if workers pull the weights themselves.
         server_state: as it is written; None if that version had none.
         digest, state_digest: of weights and server state, for the log; "" for none.
+        quick_digests: of both, for meta.
         generation: number of the connection over which the history of `to` was read.
     """
 
@@ -62,6 +65,7 @@ class Rollback:
     server_state: bytes | None
     digest: str
     state_digest: str
+    quick_digests: str
     generation: int
 
 
@@ -77,6 +81,7 @@ def prepare(spec: Spec, state: VersionState, *, by: str, generation: int) -> Rol
         server_state=None if server_state is None else stamped(server_state, commit),
         digest=digest_of(state.weights),
         state_digest="" if server_state is None else digest_of(server_state),
+        quick_digests=digests_of(commit, state.weights, server_state),
         generation=generation,
     )
 
@@ -132,11 +137,12 @@ def roll_back(store: ExpertStore, rollback: Rollback, *, clock: Callable[[], flo
         version=version,
         commit=rollback.commit,
         weights_commit=rollback.commit,
+        digests=rollback.quick_digests,
         server_state=to.optimizer,
         requires=with_feature(meta.requires, ROLLBACK, True),
         rolled_back=meta.rolled_back.and_also(to.version, meta.version),
         updated_at=clock(),
-    )
+    ).with_tail(Tail())
     line = RollbackLine(
         version=version, rolled_back_to=to.version, by=rollback.by, weights=rollback.digest,
         server_state=rollback.state_digest, optimizer=to.optimizer,

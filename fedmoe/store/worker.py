@@ -19,11 +19,14 @@ from fedmoe.errors import (
     RemovedExpertError,
     SpecError,
     UnknownExpertError,
+    UpdateError,
 )
 from fedmoe.protocol import features, records
 from fedmoe.protocol.beat import Beat
 from fedmoe.protocol.doorbell import Doorbell, Join
+from fedmoe.protocol.exact import exact_values
 from fedmoe.protocol.formats import EXACT
+from fedmoe.protocol.layout import stamped, values_bytes
 from fedmoe.protocol.packed import chunks
 from fedmoe.protocol.records import TRACE_TTL_S, Decided, Meta, check_not_removed, read_protocol
 from fedmoe.protocol.rollback import RolledBack
@@ -32,11 +35,10 @@ from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.update import PAYLOAD_TTL_S, Header, UpdateId
 from fedmoe.store.chunks import values_and_stamp, weights_reads
 from fedmoe.store.connection import Connection
-from fedmoe.store.full import is_full, read_together
+from fedmoe.store.full import NEARLY_FULL, is_full, memory_share, read_together
 from fedmoe.util.software import software
 
 HALF_WRITTEN_TTL_S = 3600  # of an update that is not announced yet: its worker may die while it writes
-NEARLY_FULL = 0.9  # of maxmemory
 
 
 class NoExpertsError(UnknownExpertError):
@@ -183,10 +185,12 @@ class WorkerStore:
 
     def pull_exact(self, spec: Spec) -> Pull:
         """Like `pull`, but always with the exact weights."""
+        above = () if spec.wire_format == EXACT else self._above_weights
         with self.connection.errors():
             raw, decided, *file = read_together(
-                self._redis, *self._reads, *weights_reads(self.keys.weights, spec.layout)
+                self._redis, *self._reads, *above, *weights_reads(self.keys.weights, spec.layout)
             )
+        state, tail, *file = file if above else [None, {}, *file]
         pulled = self._pulled(raw, decided)
         if pulled.meta.spec != spec.digest:
             return pulled
@@ -194,11 +198,25 @@ class WorkerStore:
         if found is None:
             raise DamagedExpertError(self.expert, "its weights are missing")
         values, commit = found
-        if commit != pulled.meta.weights_commit:
+        if commit != pulled.meta.snapshot_commit:
             raise DamagedExpertError(
                 self.expert, f"its weights belong to another commit ({commit}) than its meta expects"
             )
-        return replace(pulled, exact=tuple(values))
+        if not pulled.meta.tail:
+            return replace(pulled, exact=tuple(values))
+        weights = stamped(b"".join((spec.layout.header, *values)), commit)
+        try:
+            exact = exact_values(pulled.meta, spec, weights=weights, server_state=state, tail=tail)
+        except ProtocolError:
+            raise
+        except (SpecError, UpdateError) as error:
+            raise DamagedExpertError(self.expert, str(error)) from error
+        return replace(pulled, exact=(bytes(values_bytes(exact.weights)),))
+
+    @property
+    def _above_weights(self) -> tuple[tuple[str, str], ...]:
+        """The reads of what is folded into the weights."""
+        return ("get", self.keys.server_state), ("hgetall", self.keys.tail)
 
     @property
     def _reads(self) -> tuple[tuple[str, ...], ...]:
@@ -305,13 +323,9 @@ class WorkerStore:
         Their commit will free memory. If no updates wait, holding back does not help: the worker tries to write.
         """
         with self.connection.errors():
-            try:
-                memory = self._redis.info("memory")
-            except redis.ResponseError:  # this user may not run INFO, or a managed server renamed it
-                return  # then only a refused write shows that Redis is full
-            bound = memory.get("maxmemory", 0)
-            share = (memory.get("used_memory", 0) + n_bytes) / bound if bound else 0.0
-            if share > NEARLY_FULL and self._redis.xrange(self.keys.updates, count=1):
+            if memory_share(self._redis, n_bytes) > NEARLY_FULL and self._redis.xrange(
+                self.keys.updates, count=1
+            ):
                 raise RedisUnavailableError(
                     f"Redis at {self.connection.settings.shown} is nearly full and updates wait: "
                     "this worker holds its update back",

@@ -68,7 +68,7 @@ def make_rules(sync_interval_s: float, max_staleness: int, server_optimizer: str
 # Payloads of 1 KiB, and of 2.4 million values (SmolLM2-135M with rank 8) as int8 in three parts.
 # The workers of `tiny` train the gateway, too, whose server optimizer has a state.
 EXPERTS = {
-    "tiny": make_spec(2, 64, "fp32"), "real": make_spec(16, 75_000, "int8"), GATEWAY: make_spec(2, 64, "fp32"),
+    "tiny": make_spec(2, 64, "fp32"), "real": make_spec(16, 75_000, "int8"), GATEWAY: make_spec(2, 64, "bf16"),
 }  # fmt: skip
 RULES = {
     "tiny": replace(make_rules(0.3, 10), train="both"), "real": make_rules(4.0, 256),

@@ -59,7 +59,7 @@ def settle(connection: Connection, place: Place) -> Books:
     store = GatewayStore(connection)
     for name, spec in EXPERTS.items():
         keys = connection.keys.expert(name)
-        meta, weights, log = store.history(name)
+        meta, exact, log, _ = store.whole_history(name)
         dead = [
             {k.decode(): v.decode() for k, v in fields.items()}
             for _, fields in connection.client.xrange(keys.dead)
@@ -79,9 +79,8 @@ def settle(connection: Connection, place: Place) -> Books:
         done = replay(spec, meta, log, Archive(place.kept / name))
         if done.problem:
             books.problems.append(f"{name} cannot be replayed: {done.problem}")
-        state = store.server_state(name, meta, len(weights))
-        books.equal &= not done.problem and done.same_values(weights, state)
-        if meta.server_state and state is None:
+        books.equal &= not done.problem and done.same_values(exact.weights, exact.server_state)
+        if meta.server_state and exact.server_state is None:
             books.problems.append(f"{name}: the state of its server optimizer does not fit the weights")
         waiting, pending = (
             connection.client.xlen(keys.updates),

@@ -21,7 +21,7 @@ from tests.processes import eventually, running, terminate
 from tests.tiny_federation import write_rows
 
 EXPERTS = ("red_expert", "blue_expert")
-INTERVAL_S, REBUILD_S, WINDOW_S = 1.0, 2.0, 10.0
+INTERVAL_S, REBUILD_S, WINDOW_S = 1.0, 2.0, 24.0  # tails fill up three times
 AGREES = 0.2  # the promise
 
 
@@ -142,6 +142,7 @@ def compare(shape: Shape, moved: Mapping[str, float], held: Mapping[str, int], p
         "merged gateway": held["merged gateway"],
         "undecided updates": held["payload"],
     }
+    assert 0 <= held.get("tail", 0) < 1.2 * amount[MEMORY, "tails, when full"]
     predicted = {name: amount[MEMORY, name] for name in measured}
     measured |= {part: moved[part] / moved["s"] for part in (IN, OUT)}
     predicted |= {part: total(found, part) for part in (IN, OUT)}

@@ -3,18 +3,20 @@
 import redis.client
 
 import consumers.aggregator as aggregator
+import consumers.compaction
 import consumers.early_warning
 import consumers.gateway.builder as gateway
 import consumers.recovery.settle
 from consumers.expert import Expert
 from fedmoe.protocol import condition, keys
 from fedmoe.protocol.names import GATEWAY
+from fedmoe.protocol.tail import TailRecord
 from fedmoe.store import change, rollback
 from fedmoe.store.expert import ExpertStore
 from producers.ledger import Ledger
-from tests.hazards import commits, gateways, holds, recovery, rollbacks, updates, vectors, without
+from tests.hazards import commits, gateways, holds, recovery, rollbacks, tails, updates, vectors, without
 from tests.hazards.hazard import Hazard, of_store
-from tests.protocol import broken, broken_recovery, broken_rollback
+from tests.protocol import broken, broken_recovery, broken_rollback, broken_tail
 
 OF_REDIS = {
     "H14a": Hazard(
@@ -226,5 +228,54 @@ OF_REDIS = {
         scenario=vectors.h27_vector_of_a_refused_update,
         without=((Ledger, "make_update", without.make_update_and_forget_the_vector),),
         symptom="alice's domain vector is lost",
+    ),
+    "H28a": Hazard(
+        wrong="somebody puts back the weights of another moment: the tail is folded onto them, and more is committed",
+        rule="meta names the commit of the weights, the last record of the tail, and the digest of what both give",
+        scenario=tails.h28_weights_of_another_moment,
+        without=(*without.NO_COMPARISON, (ExpertStore, "is_unchanged", lambda *_, **__: True)),
+        symptom="was committed to although its parts do not belong together",
+    ),
+    "H28b": Hazard(
+        wrong="a record of the tail is overwritten by one of another version: its update is lost, another counts twice",
+        rule="each record of the tail names the record before it by its digest, and meta names the last one",
+        scenario=tails.h28_tail_of_another_history,
+        without=without.NO_COMPARISON,
+        symptom="was committed to although its parts do not belong together",
+    ),
+    "H28c": Hazard(
+        wrong="a value of the weights is overwritten: whoever loads the expert commits on top of it",
+        rule="each commit that changes the weights stores their digest, and a reader compares it",
+        scenario=tails.h28_value_changed_by_hand,
+        without=without.NO_DIGESTS,
+        symptom="was committed to although its parts do not belong together",
+    ),
+    "H28d": Hazard(
+        wrong="a part of the tail is removed, and nobody notices until the only aggregator that retains it is gone",
+        rule="the lease holder looks now and then whether the tail is whole, and writes the expert back",
+        scenario=tails.h28_part_removed,
+        without=of_store(without.LooksAtNoTail),
+        symptom="the expert is damaged: its tail lacks the field 2:0",
+    ),
+    "H28e": Hazard(
+        wrong="a rival commits before an aggregator writes the weights: its update is overwritten",
+        rule="writing the weights in place of the tail is a commit: it compares meta's commit, and has a new id",
+        scenario=tails.h28_rival_before_the_compaction,
+        without=((consumers.compaction, "compact", without.compact_without_comparing),),
+        symptom="the expert is damaged: its hash of decided updates",
+    ),
+    "H28f": Hazard(
+        wrong="an operator rolls an expert back, and the tail is folded onto the weights of the earlier version",
+        rule="whatever writes the weights removes the tail, and meta names none, in the same transaction",
+        scenario=tails.h28_rolled_back,
+        without=broken_tail.KEEPS_TAIL,
+        symptom="the expert is damaged: its weights belong to commit",
+    ),
+    "H28g": Hazard(
+        wrong="the rules change after an update: whoever folds the tail folds it under other rules, to other weights",
+        rule="a record of the tail holds all that its step depends on",
+        scenario=tails.h28_rules_changed,
+        without=((TailRecord, "of", without.record_without_momentum),),
+        symptom="the expert is damaged: its weights have digests",
     ),
 }

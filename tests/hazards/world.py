@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,7 +17,8 @@ import consumers.gateway.builder
 import consumers.verify
 import producers.membership
 from consumers.rollback import state_from_updates
-from fedmoe.errors import NameTakenError
+from fedmoe.errors import DamagedExpertError, NameTakenError
+from fedmoe.protocol.exact import exact_values
 from fedmoe.protocol.features import features_text
 from fedmoe.protocol.identity import BaseIdentity
 from fedmoe.protocol.layout import AdapterBuffer, values_of
@@ -243,17 +245,19 @@ class World:
         for connection in self._open:
             connection.close()
 
-    def create(self, *, max_staleness: int = 100, decay: str = "constant") -> None:
-        """Create the expert as version 0."""
+    def create(
+        self, *, max_staleness: int = 100, decay: str = "constant", wire_format: str = "fp32", **more: Any
+    ) -> None:
+        """Create the expert as version 0, with `more` rules of aggregation."""
         self._rules = RuleSet(
-            aggregation=AggregationRules(decay=Decay(kind=decay), max_staleness=max_staleness)
+            aggregation=AggregationRules(decay=Decay(kind=decay), max_staleness=max_staleness, **more)
         )
         self.spec = Spec(
             base_model="tiny",
             base_config={},
             layout=LAYOUT,
             lora=LoraSettings(rank=2, alpha=4.0),
-            wire_format="fp32",  # units are counted to the bit
+            wire_format=wire_format,  # units are counted to the bit, so fp32, or bf16 with a tail
         )
         self._write_expert()
 
@@ -363,8 +367,20 @@ class World:
 
     @property
     def flat(self) -> torch.Tensor:
-        """The expert's weights (numel,)."""
-        return values_of(LAYOUT, self.redis.get(self.keys.weights))
+        """The expert's exact weights (numel,), as Redis has them."""
+        get = self.redis.get
+        exact = exact_values(
+            self.meta, self.spec, weights=get(self.keys.weights), server_state=get(self.keys.server_state),
+            tail=self.redis.hgetall(self.keys.tail),
+        )  # fmt: skip
+        return values_of(LAYOUT, exact.weights)
+
+    def expect_whole(self) -> None:
+        """Assert that whoever loads the expert can serve it."""
+        try:
+            GatewayStore(self._operator).read(EXPERT)
+        except DamagedExpertError as error:
+            expect(False, f"the expert is damaged: {error.damage}")
 
     def expect_expert(self, **wanted: Sequence[float]) -> None:
         """Assert what the expert is made of."""
@@ -388,8 +404,8 @@ class World:
 
     def expect_replay(self) -> None:
         """Assert that the weights are, byte for byte, those of a sequential run over the log."""
-        meta, weights, lines = GatewayStore(self._operator).history(EXPERT)
+        meta, exact, lines, _ = GatewayStore(self._operator).whole_history(EXPERT)
         found = consumers.verify.replay(self.spec, meta, lines, Archive(self.directory / "kept" / EXPERT))
         expect(not found.problem, f"the log cannot be replayed: {found.problem}")
-        state = GatewayStore(self._operator).server_state(EXPERT, meta, len(weights))
-        expect(found.same_values(weights, state), "weights or server state are not those of the log")
+        same = found.same_values(exact.weights, exact.server_state)
+        expect(same, "weights or server state are not those of the log")

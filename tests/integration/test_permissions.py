@@ -186,6 +186,7 @@ def commit_and_pull(guarded: Guarded, wire_format: str) -> None:
     worker.push(0.1)
     assert serve(expert) == ["applied"]
     worker.pull()
+    worker.store.pull_exact(spec)
     worker.ledger.vector, worker.ledger.has_told = WITHHELD, False
     worker.train(0.1)
     update = worker.make_update()

@@ -84,7 +84,7 @@ def test_what_does_not_fit_is_named(
     fourth, fields = lines[3]
     file = tmp_path / "sql_expert" / (fields[b"update"].decode() + ".update")
     expected = {
-        "weights": "other weights than in Redis",
+        "weights": "is damaged: its weights have digests",
         "file": "version 4: the file of update",
         "missing": "version 4: the file of update",
         "log": "version 4: the log goes from version 3 to 5",

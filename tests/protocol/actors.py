@@ -14,13 +14,16 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import consumers.aggregator
+import consumers.compaction
 import consumers.expert
 from consumers.aggregator import ExpertServer
 from consumers.expert import Expert
 from consumers.history import History
 from fedmoe.protocol.features import features_text
+from fedmoe.protocol.growth import Growth
 from fedmoe.protocol.keys import Keys
 from fedmoe.protocol.layout import Layout, stamped
+from fedmoe.protocol.packed import pack_file
 from fedmoe.protocol.records import PROTOCOL, Decided, Meta
 from fedmoe.protocol.rules import NESTEROV, AggregationRules, RuleSet
 from fedmoe.protocol.spec import Spec
@@ -36,14 +39,16 @@ from tests.protocol.world import FOR_PEOPLE, KEYS, NAME, Db, Reply, Request, Sus
 
 NEW_LR = 0.5  # what the operator sets; then an update weighs half
 NEW_ID = Request((("NEWID",),))  # answered by the search: an id that occurs nowhere
+QUIET_INTERVALS = 9  # over once it is time to reclaim
+MOST_FIELDS = 4  # of a tail: two updates, each a record and one part
 HISTORY = 4  # commits that an aggregator remembers: more make more states, and nothing new
 Values = tuple[float, ...]
 
 
-def make_spec(workers: int, units: int) -> Spec:
-    """One value for each (worker, unit of training)."""
+def make_spec(workers: int, units: int, wire_format: str = "fp32") -> Spec:
+    """One value for each (worker, unit of training); in bf16 they are exact, too, and the expert has a tail."""
     layout = Layout.of([("x", (workers * units,))])
-    return Spec(base_model="m", base_config={}, layout=layout, wire_format="fp32")
+    return Spec(base_model="m", base_config={}, layout=layout, wire_format=wire_format)
 
 
 def first_rules(max_staleness: int, max_norm: float, momentum: float) -> RuleSet:
@@ -74,8 +79,11 @@ def first_db(spec: Spec, rules: RuleSet) -> Db:
         loss=0.0,
         reach=1.0,
     )
+    strings = {KEYS.spec: spec.to_json().encode(), KEYS.weights: first_file(spec)}
+    if packed := pack_file(first_file(spec), spec, "c0"):
+        strings[KEYS.packed] = packed
     return Db(
-        strings=((KEYS.spec, spec.to_json().encode()), (KEYS.weights, first_file(spec))),
+        strings=tuple(sorted(strings.items())),
         hashes=((KEYS.meta, tuple(sorted(meta.to_hash().items()))),),
     )
 
@@ -184,9 +192,9 @@ class Aggregator:
         self._rules = rules
 
     def choices(self, memory: Served, db: Db) -> tuple[int, ...]:
-        """With nothing pending it makes no difference whether it reclaims, unless the expert is held."""
-        held = memory.meta and memory.meta.rules.held
-        due = memory.loaded and (db.pending or held) and self._rules.reclaims_now_and_then
+        """With nothing pending it makes no difference whether it reclaims, unless the expert is held or has a tail."""
+        more = memory.meta and (memory.meta.rules.held or memory.meta.tail)
+        due = memory.loaded and (db.pending or more) and self._rules.reclaims_now_and_then
         return (0, 1) if due else (0,)
 
     def fair_choice(self, memory: Served) -> int:
@@ -286,6 +294,8 @@ class Aggregator:
             return str(port.ask(NEW_ID)[0])
 
         replaced = (
+            (consumers.compaction, "QUIET_INTERVALS", QUIET_INTERVALS),
+            (Growth, "_is_too_heavy", lambda growth: growth.tail.fields > MOST_FIELDS),
             *self._rules.patches,
             (consumers.expert, "new_id", new_id),
             (consumers.aggregator, "Expert", self._expert),

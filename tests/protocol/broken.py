@@ -55,7 +55,7 @@ class AckFirst(ExpertStore):
 class NeverCompares(ExpertStore):
     """Whether memory is still that of Redis is not looked at between two commits, which would end a stale memory."""
 
-    def is_unchanged(self, **_: Any) -> bool:
+    def is_unchanged(self, meta: Meta, **_: Any) -> bool:
         return self.exists()
 
 

@@ -5,7 +5,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fedmoe.errors import SpecError
 from fedmoe.protocol.codec import decode
+from fedmoe.protocol.exact import Exact, complete
 from fedmoe.protocol.layout import values_of
 from fedmoe.protocol.records import Decided
 from fedmoe.protocol.rollback import RolledBack
@@ -26,11 +28,31 @@ class At(NamedTuple):
     state: Values | None = None
 
 
+def exact_of(db: Db, spec: Spec) -> Exact:
+    """The expert's weights and server state as the database holds them, by its own rules.
+
+    Raises:
+        SpecError: if they cannot be told; the text says why.
+    """
+    decided, tail = (
+        {k.encode(): _raw(v) for k, v in db.hash(key).items()} for key in (KEYS.decided, KEYS.tail)
+    )
+    condition, exact = complete(
+        db.string(KEYS.spec), {k.encode(): _raw(v) for k, v in db.hash(KEYS.meta).items()}, decided,
+        weights=db.string(KEYS.weights), server_state=db.string(KEYS.server_state), tail=tail,
+    )  # fmt: skip
+    if exact is None:
+        raise SpecError(condition.damage, about="damage")
+    return exact
+
+
 def weights_of(db: Db, spec: Spec) -> Values:
-    """The expert's weights as the database holds them."""
-    file = db.string(KEYS.weights)
-    assert file is not None
-    return tuple(values_of(spec.layout, file).tolist())
+    """The expert's exact weights."""
+    return tuple(values_of(spec.layout, exact_of(db, spec).weights).tolist())
+
+
+def _raw(value: str | bytes) -> bytes:
+    return value.encode() if isinstance(value, str) else value
 
 
 def check_db(db: Db, spec: Spec, *, refuses_nothing: bool) -> str:
@@ -54,7 +76,12 @@ def check_db(db: Db, spec: Spec, *, refuses_nothing: bool) -> str:
         if not rolled_back.holds(Header.unpack(written[KEYS.header(*name)]).base_version):
             return f"update {name} was refused without cause"
     since = db.base[0] if db.base else 0
-    weights = weights_of(db, spec)
+    try:
+        exact = exact_of(db, spec)
+    except SpecError as error:
+        return f"the expert is damaged: {error}"
+    weights = _values_of(spec, exact.weights)
+    assert weights is not None
     if TWO_CONTENTS in written.values():
         return "one name of an update has two contents"
     if db.rules_went_back:
@@ -71,7 +98,7 @@ def check_db(db: Db, spec: Spec, *, refuses_nothing: bool) -> str:
     if weights != replay.weights:
         return f"the weights are {weights}, a replay of the log gives {replay.weights}"
     if meta.get("server_state"):
-        now = _values_of(spec, db.string(KEYS.server_state))
+        now = _values_of(spec, exact.server_state)
         if now != replay.state:
             return f"the server state is {now}, a replay of the log gives {replay.state}"
     elif replay.state is None and any(value not in (0.0, NEW_LR, 1.0) for value in weights):
@@ -129,7 +156,7 @@ def _values_of(spec: Spec, file: bytes | None) -> Values | None:
 def delta_in(db: Db, line: tuple[Any, ...], spec: Spec) -> list[float]:
     """Δ of the update that a line of the log names."""
     worker, run, seq, *_ = line
-    return _decoded(dict(db.written)[KEYS.part(worker, run, seq, 0)], spec.layout.numel)
+    return _decoded(dict(db.written)[KEYS.part(worker, run, seq, 0)], spec)
 
 
 def taken_back(db: Db, spec: Spec) -> frozenset[int]:
@@ -169,7 +196,7 @@ def _units(values: Iterable[float]) -> set[int]:
     return {unit for unit, value in enumerate(values) if value}
 
 
-def _decoded(part: bytes, numel: int) -> list[float]:
-    out = torch.empty(numel)
-    decode([part], "fp32", out)
+def _decoded(part: bytes, spec: Spec) -> list[float]:
+    out = torch.empty(spec.layout.numel)
+    decode([part], spec.wire_format, out)
     return list(out.tolist())

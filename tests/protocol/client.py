@@ -39,7 +39,7 @@ def _bytes(text: str | bytes | None) -> bytes | None:
 
 
 def _hash(pairs: Pairs) -> dict[bytes, bytes]:
-    return {k.encode(): v.encode() for k, v in pairs}
+    return {k.encode(): v.encode() if isinstance(v, str) else v for k, v in pairs}
 
 
 def _entries(found: Any) -> list[tuple[bytes, dict[bytes, bytes]]]:
@@ -49,7 +49,9 @@ def _entries(found: Any) -> list[tuple[bytes, dict[bytes, bytes]]]:
 
 
 def _pairs(mapping: Mapping[str, Any]) -> Pairs:
-    return tuple(sorted((key, str(value)) for key, value in mapping.items()))
+    return tuple(
+        sorted((key, value if isinstance(value, bytes) else str(value)) for key, value in mapping.items())
+    )
 
 
 class Client:
@@ -131,7 +133,7 @@ class Pipeline:
         assert self._immediate
         assert n_keys == 1 + len(others)
         head = self._client._one("HGET", meta, "commit", watched=self._watching)
-        types = [b"hash", b"hash", b"stream", b"stream", b"string", b"string", b"string"]
+        types = [b"hash", b"hash", b"hash", b"stream", b"stream", b"string", b"string", b"string"]
         assert len(types) == len(others)
         return [_bytes(head), types, [0] * len(others)]
 

@@ -2,6 +2,8 @@
 
 from tests.protocol.state import Scope
 
+TAIL = "bf16"  # experts of this format have a tail
+
 SMALL = {
     "lost replies": Scope(units=1, faults={"lost": 1, "late": 1}),
     "kills": Scope(faults={"kill_worker": 1, "kill_aggregator": 1}),
@@ -27,6 +29,16 @@ SMALL = {
     "momentum, refusals, two aggregators": Scope(
         aggregators=2, units=1, momentum=0.5, max_norm=0.5, faults={"lease": 1}
     ),
+    "tail": Scope(wire_format=TAIL, units=3),
+    "tail, lost replies": Scope(wire_format=TAIL, units=1, faults={"lost": 1}),
+    "tail, a killed aggregator": Scope(wire_format=TAIL, faults={"kill_aggregator": 1}),
+    "tail, failover": Scope(wire_format=TAIL, units=1, lag=2, faults={"failover": 1}),
+    "tail, emptied": Scope(wire_format=TAIL, units=1, faults={"empty": 1}),
+    "tail, rolled back": Scope(wire_format=TAIL, units=1, faults={"rollback": 1}),
+    "tail, changed rules": Scope(wire_format=TAIL, units=1, faults={"rules": 1}),
+    "tail, new lineage": Scope(wire_format=TAIL, units=1, faults={"new_lineage": 1}),
+    "tail, momentum": Scope(wire_format=TAIL, units=3, momentum=0.5),
+    "tail, momentum, rolled back": Scope(wire_format=TAIL, units=1, momentum=0.5, faults={"rollback": 1}),
     "new lineage": Scope(faults={"new_lineage": 1}),
     "departure": Scope(units=1, disk=False, faults={"leave": 1, "kill_aggregator": 1}),
     "changed rules": Scope(workers=2, units=1, faults={"rules": 1}),
@@ -53,6 +65,15 @@ SMALL = {
 }
 
 BIG = {
+    "tail, two workers": Scope(wire_format=TAIL, workers=2, units=1),
+    "tail, two aggregators": Scope(wire_format=TAIL, aggregators=2, units=1, faults={"lease": 1}),
+    "tail, changed rules": Scope(wire_format=TAIL, faults={"rules": 1}),
+    "tail, emptied": Scope(wire_format=TAIL, faults={"empty": 1}),
+    "tail, rolled back": Scope(wire_format=TAIL, faults={"rollback": 1}),
+    "tail, momentum, rolled back": Scope(wire_format=TAIL, momentum=0.5, faults={"rollback": 1}),
+    "tail, two workers of two updates": Scope(wire_format=TAIL, workers=2),
+    "tail, two aggregators, two updates": Scope(wire_format=TAIL, aggregators=2, faults={"lease": 1}),
+    "tail, kills and failover": Scope(wire_format=TAIL, faults={"kill_aggregator": 1, "failover": 1}),
     "two workers": Scope(workers=2),
     "lost replies": Scope(faults={"lost": 2, "late": 1}),
     "lost replies, two aggregators": Scope(aggregators=2, units=1, faults={"late": 1, "lease": 1}),

@@ -26,6 +26,7 @@ class Scope:
         disk: workers have a state directory; checkpoints: and write it while an update is in flight.
         max_staleness, max_norm: what is above is refused; one unit of training has norm 1.
         momentum: of the server optimizer nesterov; 0: sgd.
+        wire_format: of updates and pulls; fp32, or bf16, with which experts have a tail.
         lag: writes that a failover takes back at most.
         paused: it begins with aggregator 0 loaded, and paused past its lease; nobody has the lease.
         resent: entries that the stream takes at most beyond one for each update and forgery; a worker can be so
@@ -41,6 +42,7 @@ class Scope:
     max_staleness: int = 9
     max_norm: float = 9.0
     momentum: float = 0.0
+    wire_format: str = "fp32"
     lag: int = 6
     resent: int = 2
     paused: bool = False

@@ -34,7 +34,7 @@ class Steps:
 
     def __init__(self, scope: Scope, rules: Rules | None = None) -> None:
         rules = rules or Rules()
-        spec = make_spec(scope.workers, scope.units)
+        spec = make_spec(scope.workers, scope.units, scope.wire_format)
         self.scope = scope
         self._spec = spec
         self.aggregators = [Aggregator(f"aggregator {i}", spec, rules) for i in range(scope.aggregators)]

@@ -26,7 +26,7 @@ LOG_FIELDS = ("worker", "run", "seq")
 ROLLBACK = ""  # as a worker in the log: an operator's rollback, with its line (JSON), new version and target
 
 Command = tuple[Any, ...]
-Pairs = tuple[tuple[str, str], ...]
+Pairs = tuple[tuple[str, Any], ...]
 
 
 class Request(NamedTuple):
@@ -106,7 +106,7 @@ class Db(NamedTuple):
         """The server after it lost all that it held."""
         return Db(written=self.written)
 
-    def hash(self, key: str) -> dict[str, str]:
+    def hash(self, key: str) -> dict[str, Any]:
         """One of the hashes."""
         return dict(dict(self.hashes).get(key, ()))
 
@@ -182,7 +182,9 @@ class _Server:
         """What an operator does who gives the expert a new lineage: nothing of before counts any more."""
         self.strings[KEYS.weights] = stamped(weights, "c99")
         self.hashes[KEYS.meta] |= {"lineage": "M", "commit": "c99", "weights_commit": "c99", "version": "0"}
-        self.hashes[KEYS.meta]["decided_stamp"] = NO_DECISIONS
+        self.hashes[KEYS.meta] |= {"decided_stamp": NO_DECISIONS, "tail": "", "requires": ""}
+        self.strings.pop(KEYS.packed, None)
+        self.hashes.pop(KEYS.tail, None)
         self.hashes[KEYS.meta] |= {"applied": "0", "refused": "0", "n_examples": "0", "n_tokens": "0"}
         self.hashes.pop(KEYS.decided, None)
         self.log = self.refused = ()
@@ -206,7 +208,7 @@ class _Server:
         return sum((self.strings.pop(key, None) or self.hashes.pop(key, None)) is not None for key in keys)
 
     def type(self, key: str) -> bytes:
-        return b"hash" if key in (KEYS.decided, KEYS.vectors) else b"stream"
+        return b"hash" if key in (KEYS.decided, KEYS.vectors, KEYS.tail) else b"stream"
 
     def hgetall(self, key: str) -> Pairs:
         return tuple(sorted(self.hashes.get(key, {}).items()))

@@ -1,0 +1,54 @@
+"""Decides when an aggregator writes an expert's weights although no update makes it: compaction of the tail."""
+
+import logging
+from collections.abc import Callable
+
+from consumers.expert import Expert
+from fedmoe.store.commit import Commit
+
+logger = logging.getLogger(__name__)
+
+QUIET_INTERVALS = 10  # sync intervals without an update
+
+
+class Compaction:
+    """When to compact the tail of one expert: in a quiet time, or if Redis has no room for it.
+
+    An expert without a tail is what every tool can read under `weights`, and nobody waits for the commit.
+
+    Args:
+        clock: seconds, monotonic.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self.committed_at = 0.0
+
+    def committed(self) -> None:
+        """Updates were just committed."""
+        self.committed_at = self._clock()
+
+    def look(self, expert: Expert) -> None:
+        """Ask how full Redis is; call it now and then."""
+        expert.writes_weights = expert.store.is_nearly_full()
+
+    def tend(self, expert: Expert) -> None:
+        """Compact the tail if it is time; raises what a commit raises."""
+        if expert.store.was_full:  # it will be asked again how full it is
+            expert.store.was_full, expert.writes_weights = False, True
+        if not expert.meta.tail:
+            return
+        quiet_s = self._clock() - self.committed_at
+        if expert.writes_weights or quiet_s > QUIET_INTERVALS * expert.meta.rules.sync_interval_s:
+            tail = expert.meta.tail
+            compact(expert)
+            logger.info(
+                "%s: wrote the weights of version %d, and removed the %d updates of its tail",
+                expert.store.name, expert.meta.version, expert.meta.version - tail.snapshot_version,
+            )  # fmt: skip
+
+
+def compact(expert: Expert) -> None:
+    """Write the weights and remove the tail, in a commit that changes no value; raises what `send` raises."""
+    commit = Commit(on=expert.meta.commit, generation=expert.generation, meta=expert.meta)
+    expert.send(commit, expert.write_weights(commit, expert.next_meta()))

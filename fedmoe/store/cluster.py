@@ -128,7 +128,9 @@ class Cluster:
                 refusals.append(error)
                 continue
             except _NO_ANSWER as error:
-                silent.append(f"{text_of(node)}: {_reason(error, text_of(node))}")
+                if tls_problem(str(error), self.shown):
+                    refusals.append(error)
+                silent.append(f"{text_of(node)}: {str(error).rstrip('.')}")
                 self.suspect(node)
                 continue
             answered += 1
@@ -239,8 +241,3 @@ def _fields(pairs: list[Any]) -> dict[str, Any]:
 def text_of(node: Address) -> str:
     """A node's address for people."""
     return f"[{node[0]}]:{node[1]}" if ":" in node[0] else f"{node[0]}:{node[1]}"
-
-
-def _reason(error: Exception, where: str) -> str:
-    found = tls_problem(str(error), where)
-    return found[1] if found else str(error).rstrip(".")

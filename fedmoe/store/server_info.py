@@ -125,7 +125,7 @@ def server_checks(info: Mapping[str, Any], url: str = "") -> list[Check]:
         checks = [Check(FAIL, "redis", f"{name} {version} is too old: 7.0 or later is needed")]
     if info.get("role") == "slave":
         checks.append(Check(FAIL, "redis", "this is a read-only replica: use the URL of the master"))
-    if info.get("cluster_enabled"):
+    if info.get("cluster_enabled") and not url.startswith("cluster://"):
         checks.append(
             Check(FAIL, "redis", "this is a node of a Redis Cluster: begin the URL with cluster://")
         )

@@ -33,7 +33,11 @@ class Clustered:
     def faults(self, run: Chaos) -> dict[str, tuple[int, Callable[[], None]]]:
         """Its faults."""
         return {
-            "kill -9 a master": (9, lambda: self._kill(run)),
+            "kill -9 a master": (6, lambda: self._kill(run)),
+            "kill -9 a master, ahead of its replica": (
+                6,
+                lambda: self._kill(run, ahead_s=run.dice.uniform(0.2, 1.0)),
+            ),
             "CLUSTER FAILOVER": (8, lambda: self._fail_over(run)),
             "move a slot": (8, lambda: self._move(run)),
             "freeze a master": (4, lambda: self._freeze(run)),
@@ -48,12 +52,19 @@ class Clustered:
             return not self._away and not self._frozen and self._cluster.is_whole()
         return False
 
-    def _kill(self, run: Chaos) -> None:
+    def _kill(self, run: Chaos, *, ahead_s: float = 0.0) -> None:
+        """Kill a master; with `ahead_s`, what it was sent in that many seconds before has not reached its replica."""
         if not self._is_whole():
             return
         node = self._cluster.master_of(self._key(run))
         is_watched = node is self._cluster.master_of(Keys().expert(WATCHED).meta)
+        replica = self._cluster.replica_of(node)
+        if ahead_s:
+            replica.signal(signal.SIGSTOP)
+            node.client.execute_command("CLIENT KILL TYPE replica")
+            time.sleep(ahead_s)
         node.kill()
+        replica.signal(signal.SIGCONT)
         killed = time.monotonic()
         self._away[killed + run.dice.choice((0.1, 3.0, 5.0))] = node
         run.kills += 1

@@ -85,7 +85,7 @@ class Cluster:
             SlotError: if no node that answers knows one, or none answers.
             redis.RedisError: if the nodes refuse the question.
         """
-        for view in self._views():
+        for _, view in self.views():
             for one in view:
                 if one.first <= slot <= one.last:
                     return self._routable(one.master)
@@ -113,11 +113,16 @@ class Cluster:
         return sorted({*found} - {node})
 
     def ranges(self) -> list[Range]:
-        """Who serves which slots, as the first node says that answers; raises the errors of `master_of`."""
-        return next(self._views())
+        """Who serves which slots, as the first node says that knows; raises the errors of `master_of`."""
+        for _, view in self.views():
+            if view:
+                return view
+        raise SlotError(
+            f"no node of the Redis Cluster at {self.shown} serves any slot: create it (redis-cli --cluster create)"
+        )
 
-    def _views(self) -> Iterator[list[Range]]:
-        """What each node that answers says who serves which slots; at least one."""
+    def views(self) -> Iterator[tuple[Address, list[Range]]]:
+        """What each node that answers says who serves which slots, at least one; raises the errors of `master_of`."""
         refusals: list[Exception] = []
         silent: list[str] = []
         answered = 0
@@ -135,7 +140,7 @@ class Cluster:
                 continue
             answered += 1
             self._learn(view)
-            yield view
+            yield node, view
         if refusals and not answered:
             raise refusals[0]
         if not answered:
@@ -201,8 +206,8 @@ class _SlotConnection(redis.Connection):
             self._cluster.suspect(node)
             raise SlotError(
                 f"{text_of(node)} serves slot {self._slot} of the Redis Cluster at {self._cluster.shown} and cannot be "
-                f"reached ({str(error).rstrip('.')}): if it is up, let it announce an address that all can reach "
-                "(cluster-announce-ip or cluster-announce-hostname, and -port)"
+                f"reached ({str(error).rstrip('.')}): a replica takes its place if it is down; if it is up, let it "
+                "announce an address that all can reach (cluster-announce-ip or cluster-announce-hostname, and -port)"
             ) from error
 
     def read_response(self, *args: Any, **kwargs: Any) -> Any:

@@ -24,7 +24,7 @@ def cluster_checks(connection: Connection) -> list[Check]:
     cluster = _cluster(connection)
     with connection.errors():
         ranges = cluster.ranges()
-    checks = [_coverage(ranges)]
+        checks = [_coverage(ranges), *_agreement(dict(cluster.views()))]
     for node in cluster.masters():
         master, name = connection.to(node), text_of(node)
         try:
@@ -57,6 +57,22 @@ def _coverage(ranges: Sequence[Range]) -> Check:
             "node that had them, or give them to another one (redis-cli --cluster fix)",
         )  # fmt: skip
     return Check(OK, "cluster", f"{masters} masters serve all {SLOTS} slots")
+
+
+def _agreement(views: Mapping[Address, Sequence[Range]]) -> list[Check]:
+    """One failed check for each node that names other masters than the first one. Pure."""
+    said = {node: {(one.first, one.last, one.master) for one in view} for node, view in views.items()}
+    first = next(iter(said))
+    return [
+        Check(
+            FAIL,
+            "cluster",
+            f"{text_of(node)} and {text_of(first)} name different masters of some slots: look again when a failover or "
+            "move is over; if they still do, one of them is cut off from the cluster (redis-cli --cluster check)",
+        )
+        for node in said
+        if said[node] != said[first]
+    ]
 
 
 def _settings(master: Connection, name: str) -> list[Check]:

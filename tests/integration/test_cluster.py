@@ -14,10 +14,12 @@ from fedmoe.errors import FedMoEError, RedisUnavailableError, RedisUnfitError
 from fedmoe.protocol.keys import absent
 from fedmoe.settings import RedisSettings
 from fedmoe.store.cluster import QUESTION_TIMEOUT_S
+from fedmoe.store.cluster_checks import cluster_checks
 from fedmoe.store.connection import Connection, execute
 from fedmoe.store.embedded import EmbeddedRedis
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.full import is_full, read_together, transact
+from fedmoe.util.check import FAIL
 from tests.cluster import Cluster
 from tests.errors import raises
 from tests.federation import ScriptedWorker, make_expert, serve
@@ -250,16 +252,24 @@ def test_uncovered_slots_are_said_and_hurt_only_their_experts(cluster: Cluster, 
         assert type(error) is RedisUnavailableError
         assert error.about == "slot"
         assert f"127.0.0.1:{node.port} does not serve slot {slot}" in str(error)
+        assert any("name different masters" in check.text for check in cluster_checks(connection))
         for each in cluster.nodes:
             if each is not node:
                 each.client.execute_command("CLUSTER DELSLOTS", slot)
         assert f"serves slot {slot}" in str(refuse(at, lambda: at.client.get(key)))
+        (covered,) = (
+            check for check in cluster_checks(connection) if "slots are served by no node" in check.text
+        )
+        assert covered.level == FAIL
         there = connection.at(other)
         there.client.set(other, "reached")
         assert there.client.get(other) == b"reached"
     finally:
         node.client.execute_command("CLUSTER ADDSLOTS", slot)
     assert eventually("the slot", lambda: at.client.get(key)) == b"here"
+    eventually(
+        "all to agree", lambda: all("different" not in check.text for check in cluster_checks(connection))
+    )
 
 
 def test_an_address_that_clients_cannot_route_is_named(

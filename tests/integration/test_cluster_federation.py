@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from consumers.daemon import Aggregator
+from consumers.recovery.listing import ExpertList
 from fedmoe.cli.main import cli
 from fedmoe.errors import RedisUnavailableError
 from fedmoe.protocol.lora_init import initial_weights
@@ -243,3 +244,23 @@ def test_every_command_reads_by_expert(cluster: Cluster, reach: Reach, tmp_path:
     finally:
         stop.set()
         thread.join()
+
+
+def test_a_crash_between_two_slots_leaves_what_is_repaired(cluster: Cluster, reach: Reach) -> None:
+    """List and expert lie in two slots: what died between the two writes, an aggregator's next look sets right."""
+    connection = reach()
+    for name in EXPERTS:
+        make_expert(connection, name)
+    store = GatewayStore(connection)
+    experts = ExpertList(store)
+    assert set(experts.reconcile()) == set(EXPERTS)
+    listed, key = connection.at(connection.keys.experts), connection.keys.expert("docs_expert").meta
+    assert connection.at(key) is not listed
+    removed = {"removed": "2026-11-30T00:00:00Z", "commit": "a"}
+    with connection.at(key).client.pipeline(transaction=True) as pipe:  # a removal that died before the list
+        pipe.delete(key)
+        pipe.hset(key, mapping=removed)
+        pipe.execute()
+    listed.client.hdel(connection.keys.experts, "sql_expert")  # a restore that died before it
+    assert set(experts.reconcile()) == {"python_expert", "sql_expert"}
+    assert set(store.experts()) == {"python_expert", "sql_expert"}

@@ -84,7 +84,6 @@ class ExpertServer:
         self._decided = decided
         self._clock = clock
         self._threads = threads
-        self._connection = connection
         self.store = ExpertStore(connection, name)
         self._archive = Archive(settings.keep_updates / name) if settings.keep_updates else None
         self._retention = (
@@ -158,7 +157,7 @@ class ExpertServer:
         if not self.is_serving and may_have_gone_back:
             stop.wait(0.1)
             return False
-        if self.is_serving and self.retained and self.retained.generation != self._connection.generation:
+        if self.is_serving and self.retained and self.retained.generation != self.store.connection.generation:
             raise StaleStateError(
                 f"{self.name}: the connection to Redis was opened again", about="connection"
             )

@@ -33,7 +33,7 @@ class AggregatorCollector(Collector):
         if self.daemon is None:
             return iter(families)
         connections = self.daemon.connections
-        families.add("fedmoe_redis_connections_total", sum(one.generation for one in connections))
+        families.add("fedmoe_redis_connections_total", sum(one.connections_made for one in connections))
         ends = [one.certificate_ends for one in connections if one.certificate_ends is not None]
         families.add("fedmoe_redis_certificate_expiry_timestamp_seconds", min(ends, default=None))
         for server in self.daemon.servers:

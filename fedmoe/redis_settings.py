@@ -18,7 +18,8 @@ class RedisSettings:
     """How to reach Redis, and the prefix of the federation's keys.
 
     Args:
-        url: redis://, rediss:// (TLS), unix:// or sentinel:// URL (see store/url.py); may carry user and password.
+        url: redis://, rediss:// (TLS), unix://, sentinel:// or cluster:// URL (see store/url.py); may carry user and
+            password.
         prefix: first part of every key, so that several federations can share a server.
         timeout_s: seconds to wait for a reply before a command has failed; longer than any blocking read (1 s).
         enrolment: file with URL, prefix, login and CA; then `url` and `prefix` come from it.
@@ -32,8 +33,8 @@ class RedisSettings:
 
     url: str = setting(
         DEFAULT_URL,
-        "URL of Redis: redis://, rediss:// (TLS), unix:// or sentinel://HOST[:PORT][,HOST...]/MASTER; "
-        "it may carry user:password@.",
+        "URL of Redis: redis://, rediss:// (TLS), unix://, sentinel://HOST[:PORT][,HOST...]/MASTER or "
+        "cluster://HOST[:PORT][,HOST...]; it may carry user:password@.",
         option="redis", metavar="URL", variable="FEDMOE_REDIS",
     )  # fmt: skip
     prefix: str = setting(

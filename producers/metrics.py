@@ -30,7 +30,7 @@ class WorkerCollector(Collector):
         families.add_disk("state_dir", self._state_dir)
         turns = self._worker.turns
         connections = [turn.member.store.connection for turn in turns]
-        families.add("fedmoe_redis_connections_total", sum(one.generation for one in connections))
+        families.add("fedmoe_redis_connections_total", sum(one.connections_made for one in connections))
         ends = [one.certificate_ends for one in connections if one.certificate_ends is not None]
         families.add("fedmoe_redis_certificate_expiry_timestamp_seconds", min(ends, default=None))
         for turn in turns:

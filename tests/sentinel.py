@@ -65,6 +65,10 @@ class Process:
         )
         eventually(f"port {self.port} to answer", self.client.ping, timeout_s=10)
 
+    def is_running(self) -> bool:
+        """True unless it was killed, or ended by itself."""
+        return self._process is not None and self._process.poll() is None
+
     def signal(self, number: signal.Signals) -> None:
         """Send it a signal."""
         assert self._process is not None

@@ -96,8 +96,10 @@ def acl_line(settings: "RedisSettings", role: str, *, stream: str, worker: str) 
     else:
         rights = ROLES[role].rights(keys, stream or ANY, worker)
     user = worker if role == "worker" else role
-    database = Connection(settings).client.get_connection_kwargs().get("db") or 0
-    return f"user {user} on >PASSWORD {' '.join(acl_rules(rights, database=database))}"
+    connection = Connection(settings)
+    database = connection.client.get_connection_kwargs().get("db") or 0
+    rules = acl_rules(rights, database=database, cluster=connection.cluster is not None)
+    return f"user {user} on >PASSWORD {' '.join(rules)}"
 
 
 def run_checks(

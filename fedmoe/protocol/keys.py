@@ -47,6 +47,15 @@ DEFAULT_PREFIX = "fedmoe"
 GROUP = "aggregator"
 
 
+def absent(key: str) -> str:
+    """A key in the slot of this one that never exists: no worker may write it, and nobody else does.
+
+    A script names it among its keys. While a Redis Cluster moves the slot to another node, it then refuses the script
+    as a whole: it would refuse a command in the middle of it, after others were executed.
+    """
+    return f"{key.partition('}')[0]}}}:payload::absent"
+
+
 @dataclass(frozen=True, slots=True)
 class ExpertKeys:
     """The keys of one expert (or of the merged gateway, which has no updates)."""

@@ -33,6 +33,7 @@ class AuditLine:
 
 def write_line(connection: Connection, what: str, party: Party | None) -> None:
     """Add a line; raises RedisUnavailableError if it cannot be added."""
+    connection = connection.at(connection.keys.audit)
     with connection.errors():
         by = str(connection.client.execute_command("ACL WHOAMI"))
         words = {"what": what, "party": str(party or "all"), "by": by, "host": socket.gethostname()}
@@ -41,6 +42,7 @@ def write_line(connection: Connection, what: str, party: Party | None) -> None:
 
 def read_lines(connection: Connection) -> list[AuditLine]:
     """The newest lines, the oldest of them first; raises RedisUnavailableError."""
+    connection = connection.at(connection.keys.audit)
     with connection.errors():
         entries = connection.client.xrevrange(connection.keys.audit, count=SHOWN)
     return [

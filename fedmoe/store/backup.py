@@ -101,7 +101,10 @@ class BackupStore:
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
         self.keys = connection.keys
-        self._redis = connection.client
+        self._list = connection.at(self.keys.experts)
+
+    def _at(self, name: str) -> Connection:
+        return self.connection.at(self.keys.expert(name).meta)
 
     def experts(self) -> dict[str, str]:
         """The federation's experts and their gateway weights as stored text, sorted by name.
@@ -109,8 +112,8 @@ class BackupStore:
         Raises:
             SettingsError: if a name is not a valid expert name.
         """
-        with self.connection.errors():
-            raw = self._redis.hgetall(self.keys.experts)
+        with self._list.errors():
+            raw = self._list.client.hgetall(self.keys.experts)
         return {check_expert(_text(name)): _text(weight) for name, weight in sorted(raw.items())}
 
     def read(self, name: str) -> ExpertState:
@@ -120,10 +123,10 @@ class BackupStore:
             UnknownExpertError: if its spec, weights or meta are missing.
             DamagedExpertError: if its tail cannot be folded.
         """
-        keys = self.keys.expert(name)
-        with self.connection.errors():
+        keys, there = self.keys.expert(name), self._at(name)
+        with there.errors():
             spec, weights, meta, decided, log, dead, vectors, state, tail = read_together(
-                self._redis,
+                there.client,
                 ("get", keys.spec), ("get", keys.weights), ("hgetall", keys.meta), ("hgetall", keys.decided),
                 ("xrange", keys.log), ("xrange", keys.dead), ("hgetall", keys.vectors), ("get", keys.server_state),
                 ("hgetall", keys.tail),
@@ -176,12 +179,12 @@ class BackupStore:
         Raises:
             BackupError: if the expert exists and `replace` is false, or concurrent commits aborted every attempt.
         """
-        keys, commit = self._of(name), new_id()
+        keys, commit, at = self._of(name), new_id(), self._at(name)
         packed = pack_file(
             state.weights, Spec.from_json(state.spec), commit
         )  # packing takes time, so it comes before the WATCH
         for _ in range(ATTEMPTS):
-            with self.connection.errors(), self._redis.pipeline(transaction=True) as pipe:
+            with at.errors(), at.client.pipeline(transaction=True) as pipe:
                 # WATCH even if replacing: an EXEC whose reply was lost may run late; it must not overwrite commits made
                 # since.
                 pipe.watch(*keys)
@@ -193,8 +196,9 @@ class BackupStore:
                 self.queue(pipe, name, state, commit, packed)
                 if execute(pipe) is None:
                     continue
-                self._redis.hset(self.keys.experts, name, gateway_weight)
-                return there
+            with self._list.errors():
+                self._list.client.hset(self.keys.experts, name, gateway_weight)
+            return there
         raise BackupError(
             f"commits to {name} abort its replacement each time: stop its aggregator, restore, and start it again",
             about="commits",
@@ -230,14 +234,14 @@ class BackupStore:
 
         It uses MULTI to fail early: for a user without MULTI, Redis would execute the commands of `write` one by one.
         """
-        with self.connection.errors(), self._redis.pipeline(transaction=True) as pipe:
-            pipe.hget(self.keys.experts, name)  # fails if the key is not a hash, or this user may not read it
+        with self._list.errors():  # fails if the key is not a hash, or this user may not read it
+            self._list.client.hget(self.keys.experts, name)
+        there = self._at(name)
+        with there.errors(), there.client.pipeline(transaction=True) as pipe:
             pipe.exists(*self._of(name))
             pipe.hget(self.keys.expert(name).meta, "version")
             pipe.hget(self.keys.expert(name).meta, "removed")
-            listed, exists, version, removed = pipe.execute(raise_on_error=False)
-            if isinstance(listed, Exception):
-                raise listed
+            exists, version, removed = pipe.execute(raise_on_error=False)
         if not exists or isinstance(removed, bytes):
             return None
         return _text(version) if isinstance(version, bytes) else "?"

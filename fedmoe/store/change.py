@@ -133,20 +133,23 @@ def set_gateway_weight(connection: Connection, name: str, weight: float) -> str:
     """
     check_weight(weight)
     key, meta = connection.keys.experts, connection.keys.expert(name).meta
-    with connection.errors():
-        raw, listed = connection.client.hgetall(meta), connection.client.hget(key, name)
+    of_expert, of_list = connection.at(meta), connection.at(key)
+    with of_expert.errors():
+        raw = of_expert.client.hgetall(meta)
+    with of_list.errors():
+        listed = of_list.client.hget(key, name)
     check_not_removed(raw)
     if listed is None and not raw:
         raise SettingsError(no_such_expert(connection, name), about=name)
-    with connection.errors():
-        connection.client.hset(key, name, f"{weight:g}")
+    with of_list.errors():
+        of_list.client.hset(key, name, f"{weight:g}")
     return (listed or b"").decode(errors="backslashreplace")
 
 
 def no_such_expert(connection: Connection, name: str) -> str:
     """The message that this expert does not exist, with the names of the existing experts."""
-    with connection.errors():
-        names = sorted(
-            one.decode(errors="replace") for one in connection.client.hkeys(connection.keys.experts)
-        )
+    key = connection.keys.experts
+    there = connection.at(key)
+    with there.errors():
+        names = sorted(one.decode(errors="replace") for one in there.client.hkeys(key))
     return f"there is no expert {name!r} at {connection.settings.shown}; there are: {', '.join(names) or 'none yet'}"

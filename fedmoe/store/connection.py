@@ -7,6 +7,7 @@ the server compares `generation` before it relies on that state.
 
 import logging
 import socket
+import threading
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -22,12 +23,13 @@ from fedmoe.protocol.keys import Keys
 from fedmoe.redis_settings import RedisSettings
 from fedmoe.store.certificate import earliest_end
 from fedmoe.store.client import Client, asked, note, noting
+from fedmoe.store.cluster import Cluster, slot_of
 from fedmoe.store.credentials import login_and_tls
 from fedmoe.store.limits import too_large
 from fedmoe.store.redis_private import Encoder, socket_of
 from fedmoe.store.refusals import explain, is_broken
 from fedmoe.store.sentinel import master_client
-from fedmoe.store.url import SentinelURL, unusable
+from fedmoe.store.url import Address, ClusterURL, SentinelURL, unusable
 
 CONNECT_S = 4.0  # connection timeout; also, how long a stop may have to wait for a connection
 _BUFFER_CUTOFF = 6000  # bytes; smaller parts of a command are joined before they are sent
@@ -39,38 +41,88 @@ logger = logging.getLogger(__name__)
 class Connection:
     """A client for one thread, with `generation`, the number of connections it has made so far.
 
+    On a Redis Cluster it reaches one slot, at first that of the list of experts; `at` gives the connection to another.
+
+    `cluster`: the Redis Cluster that the URL names, else None.
     `certificate_ends`: when the certificate of the server or its CA ends (seconds since 1970); None without TLS.
 
     Args:
         settings: how to reach Redis.
         node: host and port of one server, instead of those in the URL or of Sentinel's present master.
+        beside: connection of the same thread to another slot or node of the cluster: both are cut off and closed
+            together.
+        slot: of a cluster; None for that of the list of experts.
     """
 
-    def __init__(self, settings: RedisSettings, *, node: tuple[str, int] | None = None) -> None:
+    def __init__(
+        self,
+        settings: RedisSettings,
+        *,
+        node: Address | None = None,
+        beside: "Connection | None" = None,
+        slot: int | None = None,
+    ) -> None:
         self.settings = settings
         self.keys = Keys(settings.prefix)
         self.generation = 0
         self.certificate_ends: float | None = None
         self._made: list[Any] = []  # redis-py's connection objects; its pool reconnects the same few
-        self._is_cut_off = False
-        # Any: redis-py types every reply as a union of many types.
-        self.client: Any = _client(
-            settings.url,
-            node,
-            **login_and_tls(settings),
-            protocol=2,  # RESP2: the shape of replies does not depend on redis-py's default
-            socket_timeout=settings.timeout_s,
-            socket_connect_timeout=min(CONNECT_S, settings.timeout_s),
-            retry=Retry(NoBackoff(), 0),
-            redis_connect_func=self._on_connect,
-            command_packer=_packer(),
+        self._cut_off: threading.Event = beside._cut_off if beside else threading.Event()
+        arguments = login_and_tls(settings) | {
+            "protocol": 2,  # RESP2: the shape of replies does not depend on redis-py's default
+            "socket_timeout": settings.timeout_s,
+            "socket_connect_timeout": min(CONNECT_S, settings.timeout_s),
+            "retry": Retry(NoBackoff(), 0),
+            "redis_connect_func": self._on_connect,
+            "command_packer": _packer(),
             **_keepalive(settings.url),
-        )
+        }
+        self.cluster: Cluster | None = beside.cluster if beside else _cluster(settings, arguments)
+        self._slot = None
+        if self.cluster and not node:
+            self._slot = slot_of(self.keys.experts) if slot is None else slot
+        self._beside: dict[int | Address | None, Connection] = beside._beside if beside else {}
+        self._beside[node or self._slot] = self
+        # Any: redis-py types every reply as a union of many types.
+        self.client: Any
+        if self.cluster and node:
+            self.client = self.cluster.client_of(node, redis_connect_func=self._on_connect)
+        elif self.cluster and self._slot is not None:
+            self.client = self.cluster.client(self._slot, self._on_connect)
+        else:
+            self.client = _client(settings.url, node, **arguments)
+
+    def at(self, key: str) -> "Connection":
+        """The connection for commands on this key, and on others of its slot: this one, except on a Redis Cluster."""
+        if self.cluster is None or self._slot is None:
+            return self
+        slot = slot_of(key)
+        return self._beside.get(slot) or Connection(self.settings, beside=self, slot=slot)
+
+    def to(self, node: Address) -> "Connection":
+        """The connection to one node of the cluster."""
+        return self._beside.get(node) or Connection(self.settings, node=node, beside=self)
+
+    def masters(self) -> list["Connection"]:
+        """A connection to each server that holds keys: to every master of a Redis Cluster, else this one.
+
+        Raises:
+            RedisUnavailableError: if no node of the cluster can be asked.
+        """
+        if self.cluster is None:
+            return [self]
+        with self.errors():
+            return [self.to(node) for node in self.cluster.masters()]
+
+    @property
+    def connections_made(self) -> int:
+        """The number of connections that this one and those beside it have made so far; any thread may ask."""
+        return sum(one.generation for one in list(self._beside.values()))
 
     def _on_connect(self, connection: Any) -> None:
         if connection not in self._made:
             self._made.append(connection)
-        if self._is_cut_off:
+        if self._cut_off.is_set():
             raise redis.ConnectionError("told to stop")
         connection.on_connect()
         self.generation += 1
@@ -80,8 +132,8 @@ class Connection:
 
     def cut_off(self) -> None:
         """Called from another thread: fail the command that waits for its reply, and every later command."""
-        self._is_cut_off = True
-        for connection in self._made:
+        self._cut_off.set()
+        for connection in [made for one in list(self._beside.values()) for made in one._made]:
             if (used := socket_of(connection)) is not None:
                 with suppress(OSError):  # the socket was closed meanwhile
                     socket.socket.shutdown(
@@ -134,8 +186,9 @@ class Connection:
             pool.release(connection)
 
     def close(self) -> None:
-        """Close the connection; a later command makes a new one."""
-        self.client.close()
+        """Close the connection, and those beside it; a later command makes a new one."""
+        for one in self._beside.values():
+            one.client.close()
 
     @contextmanager
     def errors(self) -> Iterator[None]:
@@ -150,7 +203,7 @@ class Connection:
         except FedMoEError:
             raise
         except (redis.RedisError, OSError) as error:
-            if self._is_cut_off:
+            if self._cut_off.is_set():
                 raise RedisUnavailableError(
                     f"Redis at {self.settings.shown} had not answered when it was time to stop", about="stop"
                 ) from error
@@ -168,7 +221,14 @@ class Connection:
         return too_large(self.client, asked(error), url=self.settings.shown, prefix=self.settings.prefix)
 
 
-def _client(url: str, node: tuple[str, int] | None, **arguments: Any) -> redis.Redis:
+def _cluster(settings: RedisSettings, arguments: dict[str, Any]) -> Cluster | None:
+    """The cluster that the URL names; None if it names something else."""
+    if not settings.url.startswith("cluster://"):
+        return None
+    return Cluster(ClusterURL.parse(settings.url), settings.shown, arguments)
+
+
+def _client(url: str, node: Address | None, **arguments: Any) -> redis.Redis:
     """A redis-py client for a URL, or for one node with the same login, with these connection arguments."""
     if url.startswith("sentinel://"):
         found = SentinelURL.parse(url)

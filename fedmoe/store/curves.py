@@ -10,6 +10,7 @@ MOST_LINES = 10_000  # of the log; the newest
 def read_points(connection: Connection, expert: str) -> list[dict[str, str | float | int | None]]:
     """The validation losses in the newest MOST_LINES lines, oldest first: worker, version, loss, rows and rows_set."""
     key = connection.keys.expert(expert).log
+    connection = connection.at(key)
     with connection.errors():
         lines = connection.client.xrevrange(key, count=MOST_LINES)
     return [

@@ -12,12 +12,13 @@ from typing import Any
 import redis
 
 from fedmoe.errors import RedisUnavailableError
+from fedmoe.protocol.keys import absent
 from fedmoe.store.connection import execute
 
 Command = Sequence[Any]
 
 # KEYS[1] is a hash whose field `commit` must equal ARGV[1] ("" if it is missing). The other arguments are commands,
-# each preceded by the number of its words.
+# each preceded by the number of its words. KEYS[2] never exists (`absent`).
 _TRANSACTION = """#!lua flags=allow-oom
 if (redis.call('HGET', KEYS[1], 'commit') or '') ~= ARGV[1] then return 0 end
 local at = 2
@@ -101,4 +102,4 @@ def transact(pipe: Any, key: str, commit: str, commands: Sequence[Command]) -> b
         commands: as redis-py's pipeline holds them.
     """
     words = [word for command in commands for word in (len(command), *command)]
-    return bool(pipe.eval(_TRANSACTION, 1, key, commit, *words))
+    return bool(pipe.eval(_TRANSACTION, 2, key, absent(key), commit, *words))

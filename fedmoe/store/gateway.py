@@ -22,6 +22,7 @@ from fedmoe.protocol.records import Entry, Meta
 from fedmoe.protocol.spec import Spec
 from fedmoe.store.connection import Connection, execute
 from fedmoe.store.full import read_together
+from fedmoe.store.reading import ask
 
 WHOLE_BYTES = MAX_STRING_BYTES  # longer weights of the merged gateway are stored in parts
 PART_BYTES = 64 * 2**20
@@ -35,12 +36,16 @@ class GatewayStore:
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
         self.keys = connection.keys.merged
-        self._redis = connection.client
+        self._list = connection.at(connection.keys.experts)
+        self._merged = connection.at(self.keys.meta)
+
+    def _at(self, expert: str) -> Connection:
+        return self.connection.at(self.connection.keys.expert(expert).meta)
 
     def experts(self) -> dict[str, float]:
         """The federation's experts, with the trained gateway, and their gateway weights, sorted by name."""
-        with self.connection.errors():
-            raw = self._redis.hgetall(self.connection.keys.experts)
+        with self._list.errors():
+            raw = self._list.client.hgetall(self.connection.keys.experts)
         try:
             return {name.decode(): float(weight) for name, weight in sorted(raw.items())}
         except ValueError as error:
@@ -52,30 +57,34 @@ class GatewayStore:
 
     def compare(self, names: Iterable[str]) -> tuple[set[str], set[str]]:
         """The experts of these that are in Redis, and those that an operator removed; the rest are lost for now."""
-        names = list(names)
-        with self.connection.errors(), self._redis.pipeline(transaction=False) as pipe:
-            for name in names:
-                pipe.hget(self.connection.keys.expert(name).meta, "version")
-                pipe.hget(self.connection.keys.expert(name).meta, "removed")
-            replies = pipe.execute()
-        there = {name for name, version in zip(names, replies[::2], strict=True) if version is not None}
-        removed = {name for name, when in zip(names, replies[1::2], strict=True) if when is not None}
-        return there, removed
+        fields = [(name, field) for name in names for field in ("version", "removed")]
+        commands = {
+            (name, field): ("HGET", self.connection.keys.expert(name).meta, field) for name, field in fields
+        }
+        found: dict[str, set[str]] = {"version": set(), "removed": set()}
+        for (name, field), reply in ask(self.connection, commands).items():
+            if isinstance(reply, Exception):
+                with self.connection.errors():
+                    raise reply
+            if reply is not None:
+                found[field].add(name)
+        return found["version"], found["removed"]
 
     def register(self, name: str, weight: float) -> None:
         """Add an expert to the federation's list, if it is missing there."""
-        with self.connection.errors():
-            self._redis.hsetnx(self.connection.keys.experts, name, f"{weight:g}")
+        with self._list.errors():
+            self._list.client.hsetnx(self.connection.keys.experts, name, f"{weight:g}")
 
     def unregister(self, name: str) -> None:
         """Remove an expert from the federation's list."""
-        with self.connection.errors():
-            self._redis.hdel(self.connection.keys.experts, name)
+        with self._list.errors():
+            self._list.client.hdel(self.connection.keys.experts, name)
 
     def spec(self, expert: str) -> Spec:
         """An expert's spec; raises UnknownExpertError."""
-        with self.connection.errors():
-            text = self._redis.get(self.connection.keys.expert(expert).spec)
+        at = self._at(expert)
+        with at.errors():
+            text = at.client.get(self.connection.keys.expert(expert).spec)
         if text is None:
             there = ", ".join(self.experts()) or "none yet"
             raise UnknownExpertError(f"there is no expert {expert!r}; there are: {there}", about=expert)
@@ -83,25 +92,23 @@ class GatewayStore:
 
     def meta(self, expert: str) -> Meta:
         """An expert's meta hash."""
-        with self.connection.errors():
-            raw = self._redis.hgetall(self.connection.keys.expert(expert).meta)
+        at = self._at(expert)
+        with at.errors():
+            raw = at.client.hgetall(self.connection.keys.expert(expert).meta)
         if not raw:
             raise UnknownExpertError(f"expert {expert!r} is gone from Redis", about=expert)
         return Meta.from_hash(raw)
 
     def metas(self) -> dict[str, Meta]:
         """The meta hashes of the listed experts, by name, without lost, removed and malformed ones."""
-        with self.connection.errors():
-            listed = self._redis.hgetall(self.connection.keys.experts)
-            names = [
-                name for name in sorted(key.decode(errors="replace") for key in listed) if is_expert(name)
-            ]
-            with self._redis.pipeline(transaction=False) as pipe:
-                for name in names:
-                    pipe.hgetall(self.connection.keys.expert(name).meta)
-                replies = pipe.execute(raise_on_error=False)
+        with self._list.errors():
+            listed = self._list.client.hgetall(self.connection.keys.experts)
+        names = [name for name in sorted(key.decode(errors="replace") for key in listed) if is_expert(name)]
+        replies = ask(
+            self.connection, {name: ("HGETALL", self.connection.keys.expert(name).meta) for name in names}
+        )
         found = {}
-        for name, raw in zip(names, replies, strict=True):
+        for name, raw in replies.items():
             if isinstance(raw, Exception):
                 if "WRONGTYPE" not in str(raw):
                     with self.connection.errors():
@@ -122,8 +129,9 @@ class GatewayStore:
 
     def vectors(self, expert: str) -> dict[str, bytes]:
         """The domain vectors of an expert's workers, as stored; empty if there are none."""
-        with self.connection.errors():
-            raw = self._redis.hgetall(self.connection.keys.expert(expert).vectors)
+        at = self._at(expert)
+        with at.errors():
+            raw = at.client.hgetall(self.connection.keys.expert(expert).vectors)
         return _by_worker(raw)
 
     def history(self, expert: str) -> tuple[Meta, bytes, list[dict[str, str]]]:
@@ -143,10 +151,10 @@ class GatewayStore:
 
     def _parts(self, expert: str, *more: tuple[str, ...]) -> tuple[Meta, Exact, list[Any]]:
         """Check that an expert's parts belong together; returns its meta, exact values, and the replies to `more`."""
-        keys = self.connection.keys.expert(expert)
-        with self.connection.errors():
+        keys, at = self.connection.keys.expert(expert), self._at(expert)
+        with at.errors():
             raw, weights, state, tail, decided, spec, *replies = read_together(
-                self._redis,
+                at.client,
                 ("hgetall", keys.meta), ("get", keys.weights), ("get", keys.server_state), ("hgetall", keys.tail),
                 ("hgetall", keys.decided), ("get", keys.spec), *more,
             )  # fmt: skip
@@ -159,17 +167,17 @@ class GatewayStore:
 
     def merged(self) -> MergedMeta | None:
         """The merged gateway's meta; None if there is none yet, or its meta is damaged (it is then rebuilt)."""
-        with self.connection.errors():
-            raw = self._redis.hgetall(self.keys.meta)
+        with self._merged.errors():
+            raw = self._merged.client.hgetall(self.keys.meta)
         return _built(raw)
 
     def load_merged(self) -> tuple[MergedMeta, bytes] | None:
         """The merged gateway's meta and its safetensors file, which belong together; None if there is none yet."""
         known = ""
         while True:
-            with self.connection.errors():
+            with self._merged.errors():
                 raw, weights = read_together(
-                    self._redis, ("hgetall", self.keys.meta), ("get", self.keys.weights)
+                    self._merged.client, ("hgetall", self.keys.meta), ("get", self.keys.weights)
                 )
             meta = _built(raw)
             if meta is None or not meta.parts:
@@ -184,8 +192,8 @@ class GatewayStore:
         """The weights that are stored in parts; None if a part is gone, because the gateway was replaced meanwhile."""
         found = []
         for key in self._parts_of(meta):
-            with self.connection.errors():
-                found.append(self._redis.get(key))
+            with self._merged.errors():
+                found.append(self._merged.client.get(key))
             if found[-1] is None:
                 return None
         return b"".join(found)
@@ -207,7 +215,7 @@ class GatewayStore:
             meta = replace(meta, generation=secrets.token_hex(4), parts=count)
             parts = self._parts_of(meta)
         before = self._parts_of(self.merged())
-        with self.connection.errors(), self._redis.pipeline(transaction=True) as pipe:
+        with self._merged.errors(), self._merged.client.pipeline(transaction=True) as pipe:
             if parts or before:
                 pipe.watch(self.keys.meta)
                 if self._parts_of(_built(pipe.hgetall(self.keys.meta))) != before:
@@ -231,20 +239,20 @@ class GatewayStore:
 
     def fit(self) -> Fit | None:
         """The merged gateway's fit; None if Redis holds none. One that an operator gave up has no weights."""
-        with self.connection.errors():
-            raw = self._redis.hgetall(self.keys.fit)
+        with self._merged.errors():
+            raw = self._merged.client.hgetall(self.keys.fit)
         return Fit.read(raw) if raw else None
 
     def write_fit(self, fit: Fit) -> None:
         """Replace the merged gateway's fit."""
-        with self.connection.errors(), self._redis.pipeline(transaction=True) as pipe:
+        with self._merged.errors(), self._merged.client.pipeline(transaction=True) as pipe:
             pipe.delete(self.keys.fit)
             pipe.hset(self.keys.fit, mapping=fit.to_fields())
             pipe.execute()
 
     def put_back_fit(self, fit: Fit) -> bool:
         """Write a fit that Redis lost; False if there is one again."""
-        with self.connection.errors(), self._redis.pipeline(transaction=True) as pipe:
+        with self._merged.errors(), self._merged.client.pipeline(transaction=True) as pipe:
             pipe.watch(self.keys.fit)
             if pipe.exists(self.keys.fit):
                 return False
@@ -254,8 +262,8 @@ class GatewayStore:
 
     def complain(self, reason: str) -> None:
         """Write to the merged gateway's meta why it cannot be built; the old one stays."""
-        with self.connection.errors():
-            self._redis.hset(self.keys.meta, "error", reason)
+        with self._merged.errors():
+            self._merged.client.hset(self.keys.meta, "error", reason)
 
 
 def _by_worker(raw: Mapping[bytes, bytes]) -> dict[str, bytes]:

@@ -19,7 +19,6 @@ from fedmoe.protocol.federation import (
     DeadLetterView,
     ExpertView,
     Federation,
-    ServerView,
     WorkerView,
 )
 from fedmoe.protocol.fields import number
@@ -34,6 +33,7 @@ from fedmoe.protocol.validation import Curve, best_version
 from fedmoe.store.connection import Connection
 from fedmoe.store.members import Members, read_members
 from fedmoe.store.reading import Command, ask, texts, why
+from fedmoe.store.server_info import clock_of, read_info, server_view
 from fedmoe.util.text import printable
 
 SHOWN_DEAD, SHOWN_LOG = 3, 5
@@ -62,12 +62,13 @@ class Inspector:
         weights = self._experts(problems)
         took_s = time.perf_counter() - began
         is_trip = self.connection.generation == made  # else it connected, too
-        commands: dict[tuple[str, str], Command] = {("", "info"): ("INFO",)}
+        info = read_info(self.connection)
+        commands: dict[tuple[str, str], Command] = {}
         for name in (*weights, MERGED):
             commands |= {(name, what): command for what, command in self._commands(name).items()}
         replies = ask(self.connection, commands)
         members = read_members(self.connection, list(weights), problems)
-        now = _now(replies["", "info"])
+        now = clock_of(info)
 
         def of(name: str) -> dict[str, Any]:
             return {what: reply for (owner, what), reply in replies.items() if owner == name}
@@ -78,7 +79,7 @@ class Inspector:
         )
         return Federation(
             prefix=self.keys.prefix,
-            server=_server(self.connection, replies["", "info"], now, took_s if is_trip else None),
+            server=server_view(self.connection, info, now, took_s if is_trip else None),
             experts=experts,
             merged=_merged(of(MERGED), experts, now),
             problems=tuple(problems),
@@ -255,12 +256,6 @@ def _behind(worker: WorkerView, version: int) -> WorkerView:
     return replace(worker, behind=max(0, version - worker.base_version))
 
 
-def _now(info: Mapping[str, Any] | Exception) -> float:
-    """The server's clock (seconds since 1970), or this machine's if INFO does not give it."""
-    microseconds = None if isinstance(info, Exception) else info.get("server_time_usec")
-    return microseconds / 1e6 if isinstance(microseconds, int) else time.time()
-
-
 def _age_of_last(log: Sequence[tuple[bytes, Mapping[bytes, bytes]]], now: float) -> float | None:
     """Seconds since the last update was applied, by the server's clock; `log` has the newest line first."""
     for line_id, fields in log:
@@ -339,37 +334,3 @@ def _fit(fit: Fit, merged: MergedMeta, experts: Sequence[ExpertView], now: float
 
 def _printable_names(values: Mapping[str, Any]) -> dict[str, Any]:
     return {printable(name): value for name, value in values.items()}
-
-
-def _server(
-    connection: Connection, info: Mapping[str, Any] | Exception, now: float, latency_s: float | None
-) -> ServerView:
-    ends = connection.certificate_ends
-    server = ServerView(
-        url=connection.settings.shown,
-        certificate_ends=ends,
-        certificate_left_s=None if ends is None else max(0.0, ends - time.time()),
-        latency_s=latency_s,
-    )
-    if isinstance(info, Exception):
-        return server
-    valkey = info.get("valkey_version")
-    saved_at = info.get("rdb_last_save_time")
-    return replace(
-        server,
-        software=f"Valkey {valkey}" if valkey else f"Redis {info.get('redis_version')}",
-        used_memory=info.get("used_memory"),
-        max_memory=info.get("maxmemory"),
-        policy=info.get("maxmemory_policy"),
-        persists=_persists(info),
-        clients=info.get("connected_clients"),
-        uptime_s=info.get("uptime_in_seconds"),
-        is_aof_on=bool(info["aof_enabled"]) if "aof_enabled" in info else None,
-        saved_s=max(0.0, now - saved_at) if isinstance(saved_at, int) else None,
-        unsaved=info.get("rdb_changes_since_last_save"),
-    )
-
-
-def _persists(info: Mapping[str, Any]) -> bool | None:
-    states = {info.get(name) for name in ("rdb_last_bgsave_status", "aof_last_write_status")} - {None}
-    return states == {"ok"} if states else None

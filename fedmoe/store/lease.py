@@ -31,12 +31,12 @@ class Lease:
     """
 
     def __init__(self, connection: Connection, key: str, *, holder: str, ttl_ms: int) -> None:
-        self._connection = connection
+        self._connection = connection.at(key)
         self._key = key
         self._holder = holder
         self._ttl_ms = ttl_ms
-        self._hold = connection.client.register_script(_HOLD)
-        self._release = connection.client.register_script(_RELEASE)
+        self._hold = self._connection.client.register_script(_HOLD)
+        self._release = self._connection.client.register_script(_RELEASE)
 
     def hold(self) -> bool:
         """Take or renew the lease; False while another process holds it."""

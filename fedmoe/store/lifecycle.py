@@ -40,10 +40,10 @@ class ExpertLifecycle:
     """
 
     def __init__(self, connection: Connection, name: str) -> None:
-        self.connection = connection
         self.name = name
         self.keys = connection.keys.expert(name)
-        self._redis = connection.client
+        self.connection = connection.at(self.keys.meta)
+        self._redis = self.connection.client
 
     def exists(self) -> bool:
         """True if the expert was created."""
@@ -282,7 +282,8 @@ class ExpertLifecycle:
     def register(self, gateway_weight: float, *, overwrite: bool = False) -> None:
         """Add the expert to the federation's list; a listed expert keeps its weight unless `overwrite`."""
         key, weight = self.connection.keys.experts, f"{gateway_weight:g}"
-        with self.connection.errors():
-            listed = self._redis.hget(key, self.name)
+        there = self.connection.at(key)
+        with there.errors():
+            listed = there.client.hget(key, self.name)
             if listed is None or (overwrite and listed.decode() != weight):  # a full Redis takes no write
-                (self._redis.hset if overwrite else self._redis.hsetnx)(key, self.name, weight)
+                (there.client.hset if overwrite else there.client.hsetnx)(key, self.name, weight)

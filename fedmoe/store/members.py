@@ -1,18 +1,17 @@
 """Reads the workers of each expert: those alive, and how and when others left.
 
-One SCAN finds them all; only known fields of a heartbeat are read. The age of a heartbeat or trace is derived from its
-key's expiry, so that no two clocks are compared.
+One SCAN finds them all, on a Redis Cluster one on each master; only known fields of a heartbeat are read. The age of a
+heartbeat or trace is derived from its key's expiry, so that no two clocks are compared.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import redis
 from redis.exceptions import NoPermissionError
 
-from fedmoe.errors import create_from_zero
+from fedmoe.errors import RedisUnavailableError, create_from_zero
 from fedmoe.protocol.beat import SHORT_FIELDS, Beat
 from fedmoe.protocol.federation import GoneWorker, WorkerView
 from fedmoe.protocol.names import MAX_NAME_LENGTH
@@ -52,13 +51,13 @@ def read_members(connection: Connection, experts: Sequence[str], problems: list[
     members: dict[str, Members] = {name: Members() for name in experts}
     for key, beat, ttl_ms in _read(connection, alive, SHORT_FIELDS):
         expert, name = alive[key]
-        if isinstance(beat, redis.ResponseError):
+        if isinstance(beat, Exception):
             problems.append(f"{expert}: the heartbeat of {name} cannot be read: {why(beat)}")
         elif ttl_ms != -2:  # -2: the heartbeat expired after the SCAN
             members[expert].alive.append(_worker(expert, name, beat, ttl_ms))
     for key, trace, ttl_ms in _read(connection, gone, _TRACE):
         expert, name = gone[key]
-        if not isinstance(trace, redis.ResponseError) and ttl_ms != -2:
+        if not isinstance(trace, Exception) and ttl_ms != -2:
             members[expert].traces[name] = _gone(name, trace, ttl_ms)
     return members
 
@@ -68,24 +67,35 @@ def _find(connection: Connection, experts: Sequence[str], problems: list[str]) -
     alive: Found = {}
     gone: Found = {}
     orphans: dict[str, str] = {}
-    pattern = connection.keys.expert("*").members
-    with connection.errors():
-        try:
-            for key in connection.client.scan_iter(match=pattern, count=1000):
-                found = alive
-                if not (match := _HEARTBEAT_KEY.fullmatch(key)):
-                    found = gone
-                    if not (match := _TRACE_KEY.fullmatch(key)):
-                        continue
-                worker = printable(match[2], MAX_NAME_LENGTH)
-                if match[1].decode(errors="replace") in experts:
-                    found[key] = (match[1].decode(), worker)
-                elif found is alive:
-                    orphans[printable(match[1], MAX_NAME_LENGTH)] = worker
-        except NoPermissionError:
-            problems.append("the workers cannot be read: this user may not SCAN")
+    for key in _scan(connection, problems):
+        found = alive
+        if not (match := _HEARTBEAT_KEY.fullmatch(key)):
+            found = gone
+            if not (match := _TRACE_KEY.fullmatch(key)):
+                continue
+        worker = printable(match[2], MAX_NAME_LENGTH)
+        if match[1].decode(errors="replace") in experts:
+            found[key] = (match[1].decode(), worker)
+        elif found is alive:
+            orphans[printable(match[1], MAX_NAME_LENGTH)] = worker
     problems += _of_orphans(connection, orphans)
     return alive, gone
+
+
+def _scan(connection: Connection, problems: list[str]) -> Iterator[bytes]:
+    """The keys that look like heartbeats and traces, on each server that holds keys."""
+    pattern, masters = connection.keys.expert("*").members, connection.masters()
+    for master in masters:
+        try:
+            with master.errors():
+                yield from master.client.scan_iter(match=pattern, count=1000)
+        except RedisUnavailableError as error:
+            if isinstance(error.__cause__, NoPermissionError):
+                problems.append("the workers cannot be read: this user may not SCAN")
+                return
+            if len(masters) == 1:
+                raise
+            problems.append(f"some workers cannot be read: {error}")
 
 
 def _of_orphans(connection: Connection, orphans: Mapping[str, str]) -> list[str]:

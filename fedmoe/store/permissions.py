@@ -7,7 +7,7 @@ runs.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from fedmoe.protocol.keys import Keys
+from fedmoe.protocol.keys import Keys, absent
 from fedmoe.protocol.names import GATEWAY, may_train_gateway, name_on_gateway
 from fedmoe.protocol.parties import Party
 
@@ -15,6 +15,8 @@ ANY = "*"  # stands for any expert's or worker's name
 # Nobody can log in as this user. But Redis loads transactions from its append-only file with the rights of this
 # user, and forgets those that it may not run (redis/redis#14541, valkey-io/valkey#3983).
 DEFAULT_USER = "user default off resetpass ~* &* +@all"
+# On a Redis Cluster everybody asks who serves a slot; operators also for the nodes that are down.
+CLUSTER_RIGHTS = ("cluster|shards", "cluster|slots")
 READS = frozenset({
     "EXISTS", "GET", "GETRANGE", "HGET", "HGETALL", "HKEYS", "HLEN", "HMGET", "MGET", "PTTL", "STRLEN",
     "TYPE", "WATCH", "XINFO GROUPS", "XINFO STREAM", "XLEN", "XRANGE", "XREVRANGE",
@@ -124,7 +126,7 @@ def _aggregator(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
         *_on(keys.log, may="XREVRANGE"),
         *_on(keys.updates, may="XGROUP CREATE, XREADGROUP, XAUTOCLAIM, XACK, XDEL, XINFO STREAM, WATCH"),
         *_on(keys.updates, may="DEL", when="somebody blocked the stream with its highest id"),
-        *_on(keys.updates, keys.claims, may="EVAL", when=full),
+        *_on(keys.updates, keys.claims, absent(keys.meta), may="EVAL", when=full),
         *_on(keys.spec, keys.claims, may="WATCH", when=full),
         *_on(keys.updates, may="XADD", when=older),
         *_on(payloads, may="SET", when=older),
@@ -199,6 +201,7 @@ def _operator(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
             may="EVAL, TYPE",
             when=changes,
         ),
+        *_on(absent(keys.meta), may="EVAL", when="Redis is full"),
         *_on(keys.packed, keys.server_state, may="WATCH, STRLEN", when=changes),
         *_on(keys.weights, may="GETRANGE", when=changes),
         *_on(keys.packed, keys.server_state, may="GETRANGE", when=large),
@@ -274,22 +277,24 @@ def party_rights(party: Party, keys: Keys) -> tuple[Right, ...]:
     return worker_rights(keys, party.expert, party.name, trains_gateway=both)
 
 
-def party_rules(party: Party, keys: Keys, *, database: int = 0) -> list[str]:
+def party_rules(party: Party, keys: Keys, *, database: int = 0, cluster: bool = False) -> list[str]:
     """ACL rules of a party's user."""
-    return acl_rules(party_rights(party, keys), database=database)
+    return acl_rules(party_rights(party, keys), database=database, cluster=cluster)
 
 
-def acl_rules(rights: tuple[Right, ...], *, database: int = 0) -> list[str]:
+def acl_rules(rights: tuple[Right, ...], *, database: int = 0, cluster: bool = False) -> list[str]:
     """ACL rules that grant these rights and no others, for an ACL file or ACL SETUSER (Redis 7.0, Valkey).
 
     Args:
         rights: of one role, or of several roles that share a user.
         database: of the URL; one other than 0 needs SELECT, which is then allowed.
+        cluster: of a Redis Cluster, whose users also ask it for its nodes.
     """
     shared = [right for right in rights if not right.alone]
     touched = dict.fromkeys(key for right in shared for key in right.keys)
     written = {key for right in shared if right.command not in READS for key in right.keys}
-    commands = sorted({_acl_name(right.command) for right in shared} | ({"select"} if database else set()))
+    more = ["select"] * bool(database) + list(CLUSTER_RIGHTS) * cluster
+    commands = sorted({*(_acl_name(right.command) for right in shared), *more})
     selectors = [
         f"({' '.join(f'{_mode(right.command)}~{key}' for key in right.keys)} -@all +{_acl_name(right.command)})"
         for right in rights

@@ -3,100 +3,41 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from redis.exceptions import NoPermissionError, ResponseError
+from redis.exceptions import ResponseError
 
 from fedmoe.errors import RedisUnavailableError
 from fedmoe.protocol.eviction import eviction_threat
-from fedmoe.protocol.federation import MEMORY_ALARM, ExpertView
+from fedmoe.protocol.federation import ExpertView
 from fedmoe.protocol.rules import TRAIN_GATEWAY
 from fedmoe.store.access import access_checks
+from fedmoe.store.cluster_checks import cluster_checks, node_rights_checks
 from fedmoe.store.connection import Connection
 from fedmoe.store.inspect import Inspector
 from fedmoe.store.permissions import AGGREGATOR, ROLES, WORKER, Role, worker_rights
 from fedmoe.store.rights import Lack, lacking, try_transactions
+from fedmoe.store.server_info import info_checks
 from fedmoe.util.check import FAIL, OK, WARN, Check
 
-OLDEST = (7, 0)
 EXAMPLE_EXPERT = "python_expert"
 
 Command = tuple[str | int, ...]
 
 
-def server_checks(info: Mapping[str, Any], url: str = "") -> list[Check]:
-    """Judge a server by its reply to INFO. Pure."""
-    name, version = (
-        ("Valkey", info["valkey_version"])
-        if "valkey_version" in info
-        else ("Redis", info.get("redis_version", "of an unknown version"))
-    )
-    checks = [Check(OK, "redis", f"{name} {version}")]
-    numbers = [int(part) for part in str(info.get("redis_version", "")).split(".")[:2] if part.isdigit()]
-    if numbers and tuple(numbers) < OLDEST:
-        checks = [Check(FAIL, "redis", f"{name} {version} is too old: 7.0 or later is needed")]
-    if info.get("role") == "slave":
-        checks.append(Check(FAIL, "redis", "this is a read-only replica: use the URL of the master"))
-    if info.get("cluster_enabled"):
-        checks.append(
-            Check(FAIL, "redis", "this is a node of a Redis Cluster: use a server without cluster mode")
-        )
-    return [*checks, _memory(info, url), *_durability(info)]
-
-
 def eviction_warning(connection: Connection) -> str:
-    """A sentence if this server may evict keys, "" if it may not, or its policy is unknown.
+    """A sentence if this server, or a master of this cluster, may evict keys, else "" (also if that is unknown).
 
     Raises:
         RedisUnavailableError: if Redis cannot be reached.
     """
-    info = _try(connection, ("INFO", "memory"))
-    policy = "" if isinstance(info, Exception) else info.get("maxmemory_policy", "")
-    if not policy:
-        settings = _try(connection, ("CONFIG GET", "maxmemory-policy"))
-        policy = "" if isinstance(settings, Exception) else settings.get("maxmemory-policy", "")
-    threat = eviction_threat(str(policy), connection.settings.shown)
-    return f"Redis at {connection.settings.shown} {threat}" if threat else ""
-
-
-def _memory(info: Mapping[str, Any], url: str) -> Check:
-    bound = info.get("maxmemory", 0)
-    if threat := eviction_threat(info.get("maxmemory_policy", ""), url):
-        # Without maxmemory nothing is evicted yet; once it is set, keys are.
-        return Check(FAIL if bound else WARN, "memory", threat)
-    if not bound:
-        return Check(
-            WARN,
-            "memory",
-            "no maxmemory is set: set it to half the machine's memory, else the system may kill Redis",
-        )
-    share = info.get("used_memory", 0) / bound
-    if share > MEMORY_ALARM:
-        return Check(
-            FAIL if share >= 1 else WARN,
-            "memory",
-            f"{share:.0%} of maxmemory is used: raise it, a full Redis takes no updates",
-        )
-    return Check(OK, "memory", f"noeviction, {share:.0%} of {bound / 2**30:.1f} GiB used")
-
-
-def _durability(info: Mapping[str, Any]) -> list[Check]:
-    broken = [
-        f"{what} ({state})"
-        for what in ("aof_last_write_status", "aof_last_bgrewrite_status", "rdb_last_bgsave_status")
-        if (state := info.get(what, "ok")) != "ok"
-    ]
-    if broken:
-        return [
-            Check(FAIL, "durability", f"Redis cannot write to its disk: {', '.join(broken)}; see its log")
-        ]
-    if not info.get("aof_enabled"):
-        return [
-            Check(
-                WARN,
-                "durability",
-                "appendonly is off, so a restart loses all writes since the last snapshot: set appendonly yes",
-            )
-        ]
-    return [Check(OK, "durability", "appendonly is on")]
+    for master in connection.masters():
+        info = _try(master, ("INFO", "memory"))
+        policy = "" if isinstance(info, Exception) else info.get("maxmemory_policy", "")
+        if not policy:
+            settings = _try(master, ("CONFIG GET", "maxmemory-policy"))
+            policy = "" if isinstance(settings, Exception) else settings.get("maxmemory-policy", "")
+        if threat := eviction_threat(str(policy), connection.settings.shown):
+            return f"Redis at {connection.settings.shown} {threat}"
+    return ""
 
 
 def check_redis(connection: Connection, *, stream: str, worker: str, role: str) -> tuple[list[Check], str]:
@@ -111,16 +52,7 @@ def check_redis(connection: Connection, *, stream: str, worker: str, role: str) 
     Raises:
         RedisUnavailableError: if Redis cannot be reached.
     """
-    info = _try(connection, ("INFO",))
-    if isinstance(info, Exception):
-        why = (
-            "this user may not run INFO"
-            if isinstance(info, NoPermissionError)
-            else "the server does not answer INFO"
-        )
-        checks = [Check(WARN, "redis", f"answers; version and memory are not checked: {why}")]
-    else:
-        checks = server_checks(info, connection.settings.shown)
+    checks = cluster_checks(connection) if connection.cluster else info_checks(connection)
     experts = _look(connection)
     stream = stream or (experts[0].name if experts else EXAMPLE_EXPERT)
     trains_gateway = any(
@@ -133,6 +65,11 @@ def check_redis(connection: Connection, *, stream: str, worker: str, role: str) 
     trained = f"{stream} and the gateway" if trains_gateway else stream
     does = {each.name: each.does for each in ROLES.values()} | {WORKER.name: f"train {trained} as {worker}"}
     checks += permission_checks({name: (does[name], lacks[name]) for name in ROLES}, required=role)
+    if connection.cluster:
+        able = {
+            name: rights[name] for name in ROLES if not any(not lack.right.without for lack in lacks[name])
+        }
+        checks += node_rights_checks(connection, {role: able[role]} if role in able else able)
     for each in (AGGREGATOR, WORKER):
         if role in ("", each.name) and not any(not lack.right.without for lack in lacks[each.name]):
             checks.append(_transactions(connection, each, stream, worker))

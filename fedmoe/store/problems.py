@@ -28,7 +28,7 @@ class Problems:
     def __init__(
         self, connection: Connection, key: str, *, holder: str, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._connection = connection
+        self._connection = connection.at(key)
         self._key = key
         self._holder = holder
         self._clock = clock

@@ -13,6 +13,7 @@ from redis.sentinel import MasterNotFoundError
 
 from fedmoe.errors import RedisUnavailableError, RedisUnfitError
 from fedmoe.store.client import Words, asked
+from fedmoe.store.cluster import SlotError
 from fedmoe.store.tls import tls_problem
 
 _UNKNOWN_COMMAND = re.compile(r"unknown (?:sub)?command [`'\"]?(\w+)|Unknown Redis command")
@@ -83,6 +84,8 @@ def _unfit(
     what = command_text(command, prefix) if command else ""
     if isinstance(error, MasterNotFoundError):  # its message already says what each sentinel replied
         return None
+    if isinstance(error, SlotError):
+        return tls_problem(text, url)
     if isinstance(error, exceptions.AuthenticationError | exceptions.AuthorizationError):
         return "login", (
             f"Redis at {url} refuses the login ({text}): the password is wrong, or this user was revoked or never "
@@ -102,11 +105,13 @@ def _unfit(
             f"Redis at {url} has no command {name}, and FedMoE needs it: take it out of rename-command there, or use "
             "another server (Redis 7.0, Valkey 8, or newer)"
         )
-    if _of_a_cluster(error):
+    if _of_a_cluster(error) and not url.startswith("cluster://"):
         return (
             "cluster",
-            f"Redis at {url} is a node of a Redis Cluster ({text}): use a server without cluster mode",
+            f"Redis at {url} is a node of a Redis Cluster ({text}): begin the URL with cluster://",
         )
+    if "cluster support disabled" in text:
+        return "cluster", f"Redis at {url} is no Redis Cluster: begin the URL with redis:// or rediss://"
     if "WRONGTYPE" in text:
         return "key", _wrong_type(keys_of(command, prefix) if command else [], url)
     if _TOO_LONG.search(text):
@@ -152,6 +157,13 @@ def _passing(error: Exception, text: str, url: str) -> tuple[str, str]:
     match error:
         case MasterNotFoundError():
             return "sentinel", text
+        case SlotError():
+            return "slot", text
+        case exceptions.AskError() | exceptions.TryAgainError():
+            return (
+                "slot",
+                f"the cluster at {url} is moving a slot to another node ({text}): it is tried again",
+            )
         case _ if isinstance(error, exceptions.OutOfMemoryError) or "because of: OOM" in text:
             return "maxmemory", f"Redis at {url} is full: raise its maxmemory, nothing is lost meanwhile"
         case exceptions.ReadOnlyError() if url.startswith("sentinel://"):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import redis
 
-from fedmoe.errors import UnknownExpertError
+from fedmoe.errors import RedisUnavailableError, UnknownExpertError
 from fedmoe.protocol.records import check_not_removed, grave
 from fedmoe.store.connection import Connection
 from fedmoe.store.lifecycle import new_id
@@ -28,10 +28,13 @@ def look_at_expert(connection: Connection, name: str) -> Remaining:
         UnknownExpertError: if the expert does not exist; names the existing experts.
         RemovedExpertError: if it was removed already.
     """
-    keys, client = connection.keys.expert(name), connection.client
+    keys, experts = connection.keys.expert(name), connection.keys.experts
+    of_list, connection = connection.at(experts), connection.at(keys.meta)
+    client = connection.client
+    with of_list.errors():
+        listed = sorted(one.decode(errors="replace") for one in of_list.client.hkeys(experts))
     with connection.errors():
         meta, lease = client.hgetall(keys.meta), client.get(keys.lease)
-        listed = sorted(one.decode(errors="replace") for one in client.hkeys(connection.keys.experts))
         if name not in listed:
             check_not_removed(meta)
         workers = _workers(connection, name)
@@ -49,23 +52,27 @@ def remove_expert(connection: Connection, name: str, *, clock: Callable[[], floa
     A meta hash that says so remains. It has a new commit id, so no retained state can be committed or written back on
     top of it; aggregators and workers that read it stop serving or training the expert and report it.
     """
-    keys, client = connection.keys.expert(name), connection.client
+    keys, experts = connection.keys.expert(name), connection.keys.experts
+    of_list, connection = connection.at(experts), connection.at(keys.meta)
     when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(clock()))
-    with connection.errors():
-        with client.pipeline(transaction=True) as pipe:
-            pipe.unlink(
-                keys.meta, keys.spec, keys.weights, keys.tail, keys.server_state, keys.packed, keys.decided,
-                keys.vectors, keys.updates, keys.log, keys.dead, keys.lost, keys.claims, keys.problem, keys.lease,
-            )  # fmt: skip
-            pipe.hset(keys.meta, mapping=grave(name, new_id(), when))
-            pipe.execute()
-        client.hdel(connection.keys.experts, name)
+    with connection.errors(), connection.client.pipeline(transaction=True) as pipe:
+        pipe.unlink(
+            keys.meta, keys.spec, keys.weights, keys.tail, keys.server_state, keys.packed, keys.decided, keys.vectors,
+            keys.updates, keys.log, keys.dead, keys.lost, keys.claims, keys.problem, keys.lease,
+        )  # fmt: skip
+        pipe.hset(keys.meta, mapping=grave(name, new_id(), when))
+        pipe.execute()
+    # Last: an aggregator takes an expert that was removed off the list, if this is not reached.
+    with of_list.errors():
+        of_list.client.hdel(experts, name)
     sweep(connection, name)
 
 
 def sweep(connection: Connection, name: str) -> tuple[str, ...]:
     """Remove keys that workers wrote after their expert's removal; returns the workers that still have a heartbeat."""
-    keys, client = connection.keys.expert(name), connection.client
+    keys = connection.keys.expert(name)
+    connection = connection.at(keys.meta)
+    client = connection.client
     with connection.errors():
         if client.hget(keys.meta, "removed") is None:
             return ()  # the expert was created again
@@ -85,8 +92,9 @@ def remove_federation(connection: Connection) -> None:
     """Remove every key of the federation; if Redis cannot be reached, do nothing."""
     keys = connection.keys
     try:
-        for pattern in (keys.experts, keys.expert("*").root + ":*"):
-            for key in connection.client.scan_iter(match=pattern, count=1000):
-                connection.client.unlink(key)
-    except (redis.RedisError, OSError):
+        for master in connection.masters():
+            for pattern in (keys.experts, keys.expert("*").root + ":*"):
+                for key in master.client.scan_iter(match=pattern, count=1000):
+                    master.client.unlink(key)
+    except (RedisUnavailableError, redis.RedisError, OSError):
         return

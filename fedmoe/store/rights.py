@@ -76,6 +76,14 @@ def lacking(connection: Connection, rights: Sequence[Right]) -> list[Lack]:
         RedisUnavailableError: if Redis cannot be reached.
     """
     each = [replace(right, keys=(key,) if key else ()) for right in rights for key in right.keys or ("",)]
+    places: dict[Connection, list[Right]] = {}
+    for right in each:
+        places.setdefault(connection.at(_key(right)) if right.keys else connection, []).append(right)
+    return [lack for there, some in places.items() for lack in _lacking(there, some)]
+
+
+def _lacking(connection: Connection, each: Sequence[Right]) -> list[Lack]:
+    """The same for rights on keys of one slot."""
     watches = [right for right in each if right.command == "WATCH"]  # it cannot be queued
     others = [right for right in each if right.command not in ("WATCH", "MULTI", "EXEC")]
     with connection.errors():
@@ -107,9 +115,13 @@ def _replies(connection: Connection, commands: Sequence[Words]) -> list[object]:
 
 def words(right: Right) -> Words:
     """The command of a right with one key or none; a key pattern becomes the name of a key that does not exist."""
-    key = right.keys[0].replace("*", _NO_NAME) if right.keys else ""
+    key = _key(right) if right.keys else ""
     around = _WORDS.get(right.command, (_KEY,) if key else ())
     return [*right.command.split(), *(key if word == _KEY else word for word in around)]
+
+
+def _key(right: Right) -> str:
+    return right.keys[0].replace("*", _NO_NAME)
 
 
 def require(connection: Connection, role: Role, experts: Sequence[str], worker: str = "") -> None:
@@ -149,8 +161,8 @@ def try_transactions(connection: Connection, role: Role, expert: str, worker: st
     Raises:
         RedisUnavailableError: if one of the commands is refused.
     """
-    other = Connection(connection.settings)
     key = connection.keys.expert(expert).trial(worker, secrets.token_hex(8))
+    connection, other = connection.at(key), Connection(connection.settings).at(key)
     try:
         with connection.errors(), other.errors():
             wrong = _try_watch(connection.client, other.client, key)

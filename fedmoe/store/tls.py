@@ -38,7 +38,8 @@ def _certificate_problem(text: str, now: float | None) -> str | None:
     if found := _OTHER_HOST.search(text):
         return (
             f"has a certificate for other hosts, not for {found[1]}: use a host that it names, or renew it for this "
-            f"one too (fedmoe init DIR --renew --host {found[1]}); behind Sentinel it is what Sentinel announces"
+            f"one too (fedmoe init DIR --renew --host {found[1]}); behind Sentinel or in a cluster, it is what "
+            "these announce"
         )
     if "CERTIFICATE_VERIFY_FAILED" in text or "certificate verify failed" in text:
         return (

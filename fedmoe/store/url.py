@@ -3,8 +3,9 @@
     redis://[user:password@]host[:port][/db]        rediss:// the same over TLS
     unix://[user:password@]/path[?db=0]
     sentinel://[user:password@]host[:port][,host[:port]...]/MASTER[?db=0&sentinel_password=...&ssl=true]
+    cluster://[user:password@]host[:port][,host[:port]...][?ssl=true]
 
-redis-py parses the first three; this module parses sentinel://.
+redis-py parses the first three; this module parses sentinel:// and cluster://.
 """
 
 import inspect
@@ -20,8 +21,11 @@ from redis.connection import URL_QUERY_ARGUMENT_PARSERS, SSLConnection
 from fedmoe.errors import SettingsError
 from fedmoe.redis_settings import DEFAULT_URL
 
-SENTINEL_PORT = 26379
 SENTINEL_FORM = "sentinel://HOST[:PORT][,HOST[:PORT]...]/MASTER"
+CLUSTER_FORM = "cluster://HOST[:PORT][,HOST[:PORT]...]"
+_FORMS = {"sentinel": SENTINEL_FORM, "cluster": CLUSTER_FORM}
+_PORTS = {"sentinel": 26379, "cluster": 6379}
+Address = tuple[str, int]  # host and port
 _ESCAPE = "write / # ? @ in a password as %2F %23 %3F %40"
 
 _TLS = frozenset(n for n in inspect.signature(SSLConnection.__init__).parameters if n.startswith("ssl_"))
@@ -30,12 +34,14 @@ _OPTIONS = {
     "rediss": frozenset(("db", *_TLS)),
     "unix": frozenset(("db",)),
     "sentinel": frozenset(("db", "ssl", "sentinel_username", "sentinel_password", *_TLS)),
+    "cluster": frozenset(("ssl", *_TLS)),
 }
 _ALLOWED = {
     "redis": "only db is allowed (rediss:// is for TLS)",
     "rediss": "only db and ssl_... are allowed",
     "unix": "only db is allowed",
     "sentinel": "only db, sentinel_username, sentinel_password, ssl and ssl_... are allowed",
+    "cluster": "only ssl and ssl_... are allowed (a cluster has one database)",
 }
 
 _HOST = r"(?:\[[\w.:%]+\]|[\w.-]+)(?::\d+)?"
@@ -64,12 +70,15 @@ def check(url: str) -> None:
     scheme, separator, _ = url.partition("://")
     if not separator or scheme not in _OPTIONS:
         raise SettingsError(
-            f"the Redis URL {shown(url)!r} must begin with redis://, rediss://, unix:// or sentinel://, "
-            f"for example {DEFAULT_URL}",
+            f"the Redis URL {shown(url)!r} must begin with redis://, rediss://, unix://, sentinel:// or "
+            f"cluster://, for example {DEFAULT_URL}",
             about="scheme",
         )
     if scheme == "sentinel":
         SentinelURL.parse(url)
+        return
+    if scheme == "cluster":
+        ClusterURL.parse(url)
         return
     _options(url)
     try:
@@ -104,14 +113,16 @@ def check_encrypted(url: str) -> None:
     if not is_tls(url):
         raise _wrong(
             url, "would send password and updates as plain text over the network: use TLS (rediss://, or ?ssl=true "
-            "behind sentinel://; `fedmoe init` makes certificates), or say --insecure if the network itself is "
-            "encrypted", about="insecure",
+            "behind sentinel:// and cluster://; `fedmoe init` makes certificates), or say --insecure if the network "
+            "itself is encrypted", about="insecure",
         )  # fmt: skip
 
 
 def is_tls(url: str) -> bool:
     """True if connections to this URL use TLS."""
     scheme = url.partition("://")[0]
+    if scheme == "cluster":
+        return "ssl" in ClusterURL.parse(url).server
     return scheme == "rediss" or (scheme == "sentinel" and "ssl" in SentinelURL.parse(url).server)
 
 
@@ -146,7 +157,7 @@ class SentinelURL:
         sentinel: the same for the sentinels, whose login is their own.
     """
 
-    sentinels: tuple[tuple[str, int], ...]
+    sentinels: tuple[Address, ...]
     master: str
     server: dict[str, Any] = field(repr=False)
     sentinel: dict[str, Any] = field(repr=False)
@@ -167,23 +178,58 @@ class SentinelURL:
                 "(a database is given as ?db=0)",
                 about="master",
             )
-        tls = {name: value for name, value in options.items() if name.startswith("ssl")}
-        tls |= {"ssl": True} if tls else {}
-        user, _, password = login.partition(":")
+        tls = _tls(options)
         return cls(
             sentinels=sentinels,
             master=master,
-            server=_login(unquote(user), unquote(password)) | {"db": options.get("db", 0)} | tls,
+            server=_login_of(login) | {"db": options.get("db", 0)} | tls,
             sentinel=_login(options.get("sentinel_username"), options.get("sentinel_password")) | tls,
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterURL:
+    """A parsed cluster:// URL.
+
+    Args:
+        nodes: host and port of some nodes; the others are asked for.
+        server: redis-py's arguments for every node: login and TLS.
+    """
+
+    nodes: tuple[Address, ...]
+    server: dict[str, Any] = field(repr=False)
+
+    @classmethod
+    def parse(cls, url: str) -> "ClusterURL":
+        """Parse a URL; raises SettingsError, without any secret in the message."""
+        options = _options(url)
+        login, _, place = url.partition("://")[2].partition("?")[0].rpartition("@")
+        hosts, slash, rest = place.partition("/")
+        nodes = tuple(_address(item, url) for item in hosts.split(","))
+        if slash and rest not in ("", "0"):
+            raise _wrong(url, f"names a database, and a cluster has only 0: write {CLUSTER_FORM}", about="db")
+        return cls(nodes=nodes, server=_login_of(login) | _tls(options))
+
+
+def _tls(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of TLS; any of them means TLS."""
+    tls = {name: value for name, value in options.items() if name.startswith("ssl")}
+    return tls | {"ssl": True} if tls else {}
+
+
+def _login_of(text: str) -> dict[str, Any]:
+    user, _, password = text.partition(":")
+    return _login(unquote(user), unquote(password))
 
 
 def _login(user: str | None, password: str | None) -> dict[str, Any]:
     return {name: said for name, said in (("username", user), ("password", password)) if said}
 
 
-def _address(item: str, url: str) -> tuple[str, int]:
-    """Host and port of one sentinel."""
+def _address(item: str, url: str) -> Address:
+    """Host and port of one sentinel or node."""
+    scheme = url.partition("://")[0]
+    form, one = _FORMS[scheme], {"sentinel": "sentinel", "cluster": "node"}[scheme]
     host, colon, port = item.rpartition(":") if re.search(r":[^:\]]*$", item) else (item, "", "")
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
@@ -192,17 +238,15 @@ def _address(item: str, url: str) -> tuple[str, int]:
         except ValueError:
             raise _wrong(
                 url,
-                f"has brackets around a host that is not an IPv6 address: write {SENTINEL_FORM}",
+                f"has brackets around a host that is not an IPv6 address: write {form}",
                 about="IPv6",
             ) from None
     elif not _WORD.fullmatch(host):
-        what = (
-            "an unreadable host (write an IPv6 address in brackets)" if host else "a sentinel without a host"
-        )
-        raise _wrong(url, f"has {what}: write {SENTINEL_FORM}", about="host" if host else "sentinel")
+        what = "an unreadable host (write an IPv6 address in brackets)" if host else f"a {one} without a host"
+        raise _wrong(url, f"has {what}: write {form}", about="host" if host else one)
     if colon and not (port.isascii() and port.isdecimal() and 0 < int(port) < 2**16):
-        raise _wrong(url, f"has a port that is not 1 to 65535: write {SENTINEL_FORM}", about="port")
-    return host, int(port) if colon else SENTINEL_PORT
+        raise _wrong(url, f"has a port that is not 1 to 65535: write {form}", about="port")
+    return host, int(port) if colon else _PORTS[scheme]
 
 
 def _options(url: str) -> dict[str, Any]:

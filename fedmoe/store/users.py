@@ -1,5 +1,7 @@
 """The users of a federation on every master and replica: ACLs are each node's own.
 
+On a Redis Cluster, "the master" is the one that has the list of experts.
+
 Redis keeps hashes of passwords only, so nothing here can give a password away.
 """
 
@@ -14,10 +16,11 @@ from redis.exceptions import ResponseError
 
 from fedmoe.errors import RedisUnavailableError, RedisUnfitError
 from fedmoe.protocol.parties import Party
+from fedmoe.store.cluster import slot_of
 from fedmoe.store.connection import Connection
 from fedmoe.store.permissions import Right, party_rules
 from fedmoe.store.rights import lacking
-from fedmoe.store.url import SentinelURL
+from fedmoe.store.url import Address, SentinelURL
 
 NO_FILE = "not configured to use an ACL file"
 _HASH = re.compile(r"#[0-9a-f]{64}")
@@ -60,7 +63,8 @@ def user_line(party: Party, connection: Connection, hashes: tuple[str, ...]) -> 
 
 def _rules(party: Party, connection: Connection, hashes: tuple[str, ...]) -> list[str]:
     database = connection.client.get_connection_kwargs().get("db") or 0
-    return ["reset", "on", *hashes, *party_rules(party, connection.keys, database=database)]
+    cluster = connection.cluster is not None
+    return ["reset", "on", *hashes, *party_rules(party, connection.keys, database=database, cluster=cluster)]
 
 
 class Users:
@@ -205,8 +209,11 @@ class Users:
         for host, port in replicas:
             yield f"{host}:{port}", Connection(self.connection.settings, node=(host, port))
 
-    def _replicas(self) -> list[tuple[str, int]]:
-        """The replicas that the master or Sentinel knows, those among them that are down, too."""
+    def _replicas(self) -> list[Address]:
+        """The other nodes that the master, Sentinel or the cluster knows, those among them that are down, too."""
+        if self.connection.cluster:
+            with self.connection.errors():
+                return self.connection.cluster.others(slot_of(self.connection.keys.experts))
         with self.connection.errors():
             info = self.connection.client.info("replication")
         found = [value for name, value in info.items() if re.fullmatch(r"slave\d+", name)]
@@ -215,7 +222,7 @@ class Users:
             places += self._of_sentinel(SentinelURL.parse(url).master)
         return list(dict.fromkeys(places))
 
-    def _of_sentinel(self, master: str) -> list[tuple[str, int]]:
+    def _of_sentinel(self, master: str) -> list[Address]:
         manager: Any = self.connection.client.connection_pool.sentinel_manager
         for sentinel in manager.sentinels:
             try:

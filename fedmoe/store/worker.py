@@ -78,11 +78,11 @@ class WorkerStore:
     """Redis commands of one worker of one expert. Every method may raise RedisUnavailableError."""
 
     def __init__(self, connection: Connection, expert: str, worker: str) -> None:
-        self.connection = connection
         self.expert = expert
         self.worker = worker
         self.keys = connection.keys.expert(expert)
-        self._redis = connection.client
+        self.connection = connection.at(self.keys.meta)
+        self._redis = self.connection.client
         self.announced: UpdateId | None = None  # the update whose XADD was sent and may have been executed
 
     def spec(self) -> Spec:
@@ -93,14 +93,18 @@ class WorkerStore:
             LostExpertError: if it is one of them, and nothing else is there.
             DamagedExpertError: if only the spec is missing.
         """
+        listed: list[bytes] = []
         with self.connection.errors():
             text = self._redis.get(self.keys.spec)
-            if text is None:  # perhaps it is being created: read all that tells why at one moment
-                with self._redis.pipeline(transaction=True) as pipe:
-                    pipe.get(self.keys.spec)
-                    pipe.hgetall(self.keys.meta)
-                    pipe.hkeys(self.connection.keys.experts)
-                    text, meta, listed = pipe.execute()
+        if text is None:  # why? The list is read first: an expert is listed only after it was created
+            experts = self.connection.keys.experts
+            there = self.connection.at(experts)
+            with there.errors():
+                listed = there.client.hkeys(experts)
+            with self.connection.errors(), self._redis.pipeline(transaction=True) as pipe:
+                pipe.get(self.keys.spec)
+                pipe.hgetall(self.keys.meta)
+                text, meta = pipe.execute()
         if text is not None:
             return Spec.from_json(text)
         check_not_removed(meta)

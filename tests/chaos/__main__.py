@@ -7,9 +7,10 @@ import shutil
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
-from fedmoe.store.embedded import EmbeddedRedis
+from fedmoe.store.embedded import EmbeddedRedis, find_server
 
 
 def _count(text: str) -> int:
@@ -27,13 +28,21 @@ def main() -> int:
     parser.add_argument("--without", default="", choices=["", "commit-check", "prev", "checkpoint-first"],
                         help="do without a rule of the protocol, to see what happens")  # fmt: skip
     parser.add_argument("--tls", action="store_true", help="over TLS, each process as a user of its own")
+    parser.add_argument(
+        "--cluster", action="store_true", help="on a Redis Cluster: three masters, three replicas"
+    )
     options = parser.parse_args()
+    if options.cluster and options.tls:
+        parser.error("--cluster and --tls are two runs")
 
     from tests.chaos.actors import AGGREGATORS, WORKERS, Place
     from tests.chaos.announced import announced
+    from tests.chaos.clustered import Clustered
     from tests.chaos.ledger import settle
-    from tests.chaos.scheduler import Chaos
+    from tests.chaos.one_redis import OneRedis
+    from tests.chaos.scheduler import Chaos, Redis
     from tests.chaos.secured import secure
+    from tests.cluster import Cluster
     from tests.proxy import Proxy
 
     directory = options.dir or Path(tempfile.mkdtemp(prefix="fedmoe-chaos-"))
@@ -53,16 +62,27 @@ def main() -> int:
             tls = secure(directory / "deployment")
         except LookupError as error:
             parser.error(str(error))
-    server = EmbeddedRedis(
-        directory / "redis", server=tls.server if tls else None, options=tls.options if tls else ()
-    )
-    with server, tls.proxy if tls else Proxy(server.socket) as proxy:
-        how = ", over TLS" if tls else ""
-        print(f"{server.server}, two aggregators, six workers{how}; files in {directory}", flush=True)
-        place = Place(directory, proxy.url, tls.enrolments if tls else None)
+    with ExitStack() as stack:
+        if options.cluster:
+            cluster = stack.enter_context(Cluster(program := find_server(), directory / "redis"))
+            redis: Redis = Clustered(cluster)
+            place = Place(directory, cluster.url)
+        else:
+            server = stack.enter_context(
+                EmbeddedRedis(
+                    directory / "redis",
+                    server=tls.server if tls else None,
+                    options=tls.options if tls else (),
+                )
+            )
+            proxy = stack.enter_context(tls.proxy if tls else Proxy(server.socket))
+            program, redis = server.server, OneRedis(server, proxy, directory / "copies", is_readable=not tls)
+            place = Place(directory, proxy.url, tls.enrolments if tls else None)
+        how = ", over TLS" if tls else ", three masters, three replicas" if options.cluster else ""
+        print(f"{program}, two aggregators, six workers{how}; files in {directory}", flush=True)
         dice = random.Random(options.seed)  # dice, not a secret
         run = Chaos(
-            place, server, proxy, dice, kills=options.kills, report=lambda line: print(line, flush=True),
+            place, redis, dice, kills=options.kills, report=lambda line: print(line, flush=True),
             without=options.without,
         )  # fmt: skip
         try:

@@ -59,11 +59,9 @@ def settle(connection: Connection, place: Place) -> Books:
     store = GatewayStore(connection)
     for name, spec in EXPERTS.items():
         keys = connection.keys.expert(name)
+        client = connection.at(keys.meta).client
         meta, exact, log, _ = store.whole_history(name)
-        dead = [
-            {k.decode(): v.decode() for k, v in fields.items()}
-            for _, fields in connection.client.xrange(keys.dead)
-        ]
+        dead = [{k.decode(): v.decode() for k, v in fields.items()} for _, fields in client.xrange(keys.dead)]
         applied = [line for line in log if "ended" not in line]  # the others tell of a change of the rules
         for line in [*applied, *dead]:
             if "seq" not in line:
@@ -82,10 +80,7 @@ def settle(connection: Connection, place: Place) -> Books:
         books.equal &= not done.problem and done.same_values(exact.weights, exact.server_state)
         if meta.server_state and exact.server_state is None:
             books.problems.append(f"{name}: the state of its server optimizer does not fit the weights")
-        waiting, pending = (
-            connection.client.xlen(keys.updates),
-            connection.client.xpending(keys.updates, GROUP),
-        )
+        waiting, pending = client.xlen(keys.updates), client.xpending(keys.updates, GROUP)
         if waiting or pending["pending"]:
             books.problems.append(f"{name}: {waiting} entries wait, {pending['pending']} are pending")
     books.lost = len(published.keys() - decided.keys())

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import redis
 
@@ -20,7 +20,6 @@ from fedmoe.protocol.lora_init import initial_weights
 from fedmoe.settings import RedisSettings
 from fedmoe.store.change import change_rules_soon
 from fedmoe.store.connection import Connection
-from fedmoe.store.embedded import EmbeddedRedis
 from fedmoe.store.expert import ExpertStore
 from tests.chaos.actors import (
     AGGREGATORS,
@@ -34,9 +33,7 @@ from tests.chaos.actors import (
     run_worker,
 )
 from tests.chaos.failpoints import AGGREGATOR, WORKER, Arm
-from tests.chaos.files import RedisFiles
 from tests.federation import first_meta
-from tests.proxy import Proxy
 
 TICK_S = 0.02
 DRAIN_S = 180.0
@@ -79,20 +76,48 @@ class Recoveries:
         return f"{self.what}: median {median:.2f} s, max {longest:.2f} s, n {len(self.seconds)}"
 
 
+class Redis(Protocol):
+    """The Redis of a run, and what is done to it."""
+
+    url: str
+    down: str  # from when it is measured how long a kill of it stops all
+
+    def faults(self, run: "Chaos") -> dict[str, tuple[int, Callable[[], None]]]:
+        """Its faults: name -> how often beside the others, and what does it."""
+
+    def tick(self, now: float) -> None:
+        """Called every few milliseconds, at a monotonic time."""
+
+    def calm(self) -> None:
+        """No more faults: undo those that last."""
+
+    def disturbances(self) -> int:
+        """Faults so far that delay a commit, without those that come with a kill."""
+
+    def report(self) -> list[str]:
+        """What was done to it, a line each."""
+
+
 class Chaos:
-    """A run: two aggregators, six workers, a Redis behind a proxy, and a dice.
+    """A run: two aggregators, six workers, a Redis (one server, or a cluster), and a dice.
 
     Args:
-        place: its files; the URL is the proxy's.
-        server: the Redis itself.
+        place: its files; the URL is the proxy's, if there is one.
+        server: the Redis.
         report: where a line for people goes.
         without: a rule to do without (tests/chaos/without.py), "" for none.
     """
 
     def __init__(
-        self, place: Place, server: EmbeddedRedis, proxy: Proxy, dice: random.Random, *, kills: int,
-        report: Callable[[str], None], without: str = "",
-    ) -> None:  # fmt: skip
+        self,
+        place: Place,
+        server: Redis,
+        dice: random.Random,
+        *,
+        kills: int,
+        report: Callable[[str], None],
+        without: str = "",
+    ) -> None:
         self.place = place
         self.kills = 0
         self.killed: Counter[str] = Counter()  # by kind of process
@@ -101,11 +126,10 @@ class Chaos:
         self.changes = 0  # of rules
         self.failures: list[str] = []
         self.takeovers = Recoveries("aggregator killed until the next commit")
-        self.restarts = Recoveries("Redis answers again until the next commit")
+        self.restarts = Recoveries(f"{server.down} until the next commit")
         self._wanted = kills
-        self._server = server
-        self._proxy = proxy
-        self._dice = dice
+        self._redis = server
+        self.dice = dice
         self._report = report
         self._without = without
         self._context = multiprocessing.get_context("forkserver")
@@ -114,8 +138,6 @@ class Chaos:
         self._actors: dict[str, Actor] = {}
         self._journal = 0  # bytes of the failpoints' journal that were read
         self._disturbed = 0  # faults so far that delay a commit
-        self._files = RedisFiles(server.directory, place.directory / "copies")
-        self.ages_s: list[float] = []  # of the older files that were brought back
         self._armed = True
 
     # ---- processes
@@ -130,8 +152,8 @@ class Chaos:
 
     def _start(self, name: str) -> None:
         is_worker = name in WORKERS
-        armed = self._armed and self._dice.random() < ARMED
-        arm = Arm.draw(WORKER if is_worker else AGGREGATOR, self._dice) if armed else None
+        armed = self._armed and self.dice.random() < ARMED
+        arm = Arm.draw(WORKER if is_worker else AGGREGATOR, self.dice) if armed else None
         target = run_worker if is_worker else run_aggregator
         process = self._context.Process(
             target=target, args=(self.place, name, arm, self._without), daemon=True
@@ -157,7 +179,7 @@ class Chaos:
                 self._start(actor.name)
             elif not actor.alive and not actor.start_at and not actor.ended:
                 self._reap(actor, now)
-        self._files.note(now)
+        self._redis.tick(now)
 
     def _reap(self, actor: Actor, now: float) -> None:
         code = actor.process.exitcode
@@ -165,7 +187,7 @@ class Chaos:
             self.kills += 1
             self.killed["worker" if actor.name in WORKERS else "aggregator"] += 1
             self._disturbed += actor.name in AGGREGATORS
-            actor.start_at = now + self._dice.choice((0.01, 0.01, 0.5, 1.5))
+            actor.start_at = now + self.dice.choice((0.01, 0.01, 0.5, 1.5))
         elif not self._armed and code in (0, -signal.SIGTERM):
             if code == 0:
                 actor.ended = True
@@ -189,23 +211,24 @@ class Chaos:
                 self._disturbed += name in AGGREGATORS
                 actor = self._actors[name]
                 if action == "stop" and actor.process.pid == int(pid):
-                    actor.resume_at = time.monotonic() + self._dice.uniform(0.5, 3 * LEASE_S)
+                    actor.resume_at = time.monotonic() + self.dice.uniform(0.5, 3 * LEASE_S)
             self._journal = lines.tell()
 
     # ---- faults
 
     def _pick(self, names: Any) -> Actor | None:
         there = [a for a in map(self._actors.__getitem__, names) if a.alive and not a.stopped]
-        return self._dice.choice(there) if there else None
+        return self.dice.choice(there) if there else None
 
     def _serving(self) -> Actor | None:
         """The aggregator that serves the watched expert."""
-        holder = self.connection.client.get(self.connection.keys.expert(WATCHED).lease)
+        lease = self.connection.keys.expert(WATCHED).lease
+        holder = self.connection.at(lease).client.get(lease)
         pid = int(holder.decode().rsplit("-", 2)[1]) if holder else 0
         return next((a for a in self._actors.values() if a.process.pid == pid and a.alive), None)
 
     def _kill_aggregator(self) -> None:
-        victim = self._serving() if self._dice.random() < 0.7 else self._pick(AGGREGATORS)
+        victim = self._serving() if self.dice.random() < 0.7 else self._pick(AGGREGATORS)
         if victim is None:
             return
         other = next(self._actors[name] for name in AGGREGATORS if name != victim.name)
@@ -219,7 +242,7 @@ class Chaos:
         killed = time.monotonic()
         self._reap(victim, killed)
         if fair:
-            self._watch(self.takeovers, killed)
+            self.watch(self.takeovers, killed)
 
     def _kill_worker(self) -> None:
         if victim := self._pick(WORKERS):
@@ -228,76 +251,41 @@ class Chaos:
     def _pause(self, names: Any) -> None:
         if victim := self._pick(names):
             os.kill(victim.process.pid, signal.SIGSTOP)
-            victim.resume_at = time.monotonic() + self._dice.uniform(0.3, 3 * LEASE_S)
-
-    def _kill_redis(self, damage: Callable[[], None] = lambda: None) -> None:
-        self._server.kill()
-        self.kills += 1
-        self.killed["redis"] += 1
-        damage()
-        time.sleep(self._dice.choice((0.0, 0.2, 1.0)))
-        self._server.start()
-        self._watch(self.restarts, time.monotonic())
-
-    def _cut_its_file(self) -> None:
-        self.killed["bytes of its file"] += self._files.cut(self._dice)
-
-    def _bring_back_older_file(self) -> None:
-        self.ages_s.append(self._files.bring_back(self._dice, time.monotonic()))
-
-    def _cut_bytes(self) -> None:
-        self._proxy.cut_after(self._dice.randint(1, 4_000_000), self._dice.choice(("up", "down")))
-
-    def _freeze(self) -> None:
-        self._proxy.freeze()
-        time.sleep(self._dice.uniform(0.2, 1.5 * TICK_S + 2.5))
-        self._proxy.thaw()
-
-    def _lose_reply(self) -> None:
-        if self.place.enrolments:  # the proxy cannot read over TLS: any byte of a reply, which are few
-            self._proxy.cut_after(self._dice.randint(1, 2000), "down")
-            return
-        self._proxy.on(
-            self._dice.choice((b"EXEC", b"XADD", b"SET")),
-            self._dice.choice(("cut_before", "cut_in_middle", "cut_after", "late")),
-            skip=self._dice.randint(0, 20),
-        )
+            victim.resume_at = time.monotonic() + self.dice.uniform(0.3, 3 * LEASE_S)
 
     def _fault(self) -> None:
         faults: dict[str, tuple[int, Callable[[], None]]] = {
             "kill -9 aggregator": (25, self._kill_aggregator),
             "kill -9 worker": (30, self._kill_worker),
-            "kill -9 redis": (5, self._kill_redis),
-            "kill -9 redis, last second gone": (4, lambda: self._kill_redis(self._cut_its_file)),
-            "kill -9 redis, an older file": (4, lambda: self._kill_redis(self._bring_back_older_file)),
             "pause aggregator": (6, lambda: self._pause(AGGREGATORS)),
             "pause worker": (4, lambda: self._pause(WORKERS)),
-            "cut all connections": (6, self._proxy.cut),
-            "cut in a payload": (6, self._cut_bytes),
-            "lose a reply": (10, self._lose_reply),
-            "freeze the network": (3, self._freeze),
             "change the rules": (16, self._change_rules),
+            **self._redis.faults(self),
         }
-        name = self._dice.choices(list(faults), [weight for weight, _ in faults.values()])[0]
+        name = self.dice.choices(list(faults), [weight for weight, _ in faults.values()])[0]
         self.faults[name] += 1
         with suppress(redis.RedisError):
             faults[name][1]()
 
     def _change_rules(self) -> None:
         """What `fedmoe expert set` does."""
-        store = ExpertStore(self.connection, self._dice.choice(list(EXPERTS)))
+        store = ExpertStore(self.connection, self.dice.choice(list(EXPERTS)))
         with suppress(FedMoEError):  # Redis is away
-            before, after = change_rules_soon(store, {"lr": round(self._dice.uniform(0.2, 1.0), 3)})
+            before, after = change_rules_soon(store, {"lr": round(self.dice.uniform(0.2, 1.0), 3)})
             self.changes += after != before
+
+    def _of(self, expert: str, field: str) -> Any:
+        meta = self.connection.keys.expert(expert).meta
+        return self.connection.at(meta).client.hget(meta, field)
 
     def _commit(self) -> bytes | None:
         with suppress(redis.RedisError):
-            return self.connection.client.hget(self.connection.keys.expert(WATCHED).meta, "commit")
+            return self._of(WATCHED, "commit")
         return None
 
-    def _watch(self, recoveries: Recoveries, since: float) -> None:
+    def watch(self, recoveries: Recoveries, since: float) -> None:
         """More often than not, wait for the next commit before the next fault, and note how long it took."""
-        if self._dice.random() < 0.3:
+        if self.dice.random() < 0.3:
             return
         before, disturbances = self._commit(), self._disturbances()
         while time.monotonic() < since + 10.0 and self._commit() in (None, before):
@@ -307,11 +295,8 @@ class Chaos:
             recoveries.seconds.append(time.monotonic() - since)
 
     def _disturbances(self) -> int:
-        """Faults so far that delay a commit, without cuts that the killed server itself made."""
-        hits = self._proxy.hits
-        return self._disturbed + sum(
-            n for how, n in hits.items() if how.startswith(("cut", "late", "frozen"))
-        )
+        """Faults so far that delay a commit."""
+        return self._disturbed + self._redis.disturbances()
 
     def report(self) -> str:
         """What was done, and how long it took to recover."""
@@ -320,15 +305,11 @@ class Chaos:
         return "\n".join(
             [
                 f"killed: {killed['aggregator']} aggregators, {killed['worker']} workers, {killed['redis']} x Redis",
-                f"bytes that the append-only file of Redis lost: {killed['bytes of its file']}",
-                "seconds that the older files which it came back from were old: "
-                + (", ".join(f"{age:.0f}" for age in self.ages_s) or "-"),
+                *self._redis.report(),
                 f"of these at failpoints: {points['kill']}; stopped there {points['stop']}, cut there {points['cut']}",
                 f"at {len(places)} points: {', '.join(places)}",
                 f"rules changed: {self.changes} times",
                 "faults: " + ", ".join(f"{name} {count}" for name, count in sorted(self.faults.items())),
-                "connections: "
-                + ", ".join(f"{how} {count}" for how, count in sorted(self._proxy.hits.items())),
                 str(self.takeovers),
                 str(self.restarts),
             ]
@@ -344,7 +325,7 @@ class Chaos:
         while self.kills < self._wanted and not self.failures:
             self._tick()
             self._fault()
-            until = time.monotonic() + self._dice.choice((0.05, 0.3, 0.6, 1.0))
+            until = time.monotonic() + self.dice.choice((0.05, 0.3, 0.6, 1.0))
             while time.monotonic() < until:
                 self._tick()
                 time.sleep(TICK_S)
@@ -355,11 +336,7 @@ class Chaos:
 
     def _versions(self) -> str:
         with suppress(redis.RedisError):
-            metas = {
-                n: self.connection.client.hget(self.connection.keys.expert(n).meta, "version")
-                for n in EXPERTS
-            }
-            return ", ".join(f"{name} at version {int(v)}" for name, v in metas.items())
+            return ", ".join(f"{name} at version {int(self._of(name, 'version'))}" for name in EXPERTS)
         return "Redis is away"
 
     def _all_published(self) -> bool:
@@ -377,7 +354,7 @@ class Chaos:
     def _end(self) -> None:
         """No more faults: workers publish the rest and leave, then the aggregators."""
         self._armed = False
-        self._proxy.thaw()
+        self._redis.calm()
         told: set[int] = set()
 
         def ended(names: Any) -> bool:

@@ -42,6 +42,12 @@ SYSTEM, DAEMON = "changes the system that runs the tests; a test checks the unit
 NOT_TYPED = {
     "bash ops/demo.sh": MINUTES,
     "bash ops/chaos.sh --kills 60": MINUTES,
+    "bash ops/chaos.sh --cluster --kills 100": MINUTES,
+    **{
+        f"fedmoe {what} --redis cluster://node-1:6379,node-2:6379,node-3:6379?ssl=true":
+            "needs a cluster; test_cluster_federation.py runs it on one"
+        for what in ("status", "doctor")
+    },
     "bash ops/test.sh": "is what runs this test",
     "bash ops/test.sh tests/unit -k ledger": "is what runs this test",
     "bash ops/bench.sh --out bench.json": "takes forty minutes; a test runs a tiny one",

@@ -11,8 +11,9 @@ import pytest
 
 from fedmoe.protocol.eviction import eviction_threat
 from fedmoe.store.permissions import Right
-from fedmoe.store.probe import permission_checks, server_checks
+from fedmoe.store.probe import permission_checks
 from fedmoe.store.rights import Lack
+from fedmoe.store.server_info import server_checks
 from fedmoe.tools.doctor import (
     ROOMS,
     check_base_model,

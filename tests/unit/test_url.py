@@ -1,4 +1,4 @@
-"""Redis URLs: what is read from sentinel://, what is refused, and that no secret is ever shown."""
+"""Redis URLs: what is read from sentinel:// and cluster://, what is refused, and that no secret is ever shown."""
 
 import ssl
 
@@ -8,7 +8,7 @@ from fedmoe.errors import RedisUnavailableError, SettingsError
 from fedmoe.settings import RedisSettings
 from fedmoe.store.connection import Connection
 from fedmoe.store.sentinel import QUESTION_TIMEOUT_S
-from fedmoe.store.url import SentinelURL, shown
+from fedmoe.store.url import ClusterURL, SentinelURL, check_encrypted, is_tls, shown
 from tests.errors import raises
 
 HIDDEN = "5ecret"
@@ -52,6 +52,31 @@ def test_sentinel_url_is_read(
 
 
 @pytest.mark.parametrize(
+    ("url", "nodes", "server"),
+    [
+        ("cluster://h", (("h", 6379),), {}),
+        ("cluster://a:1,b.example,[::1]:3/0", (("a", 1), ("b.example", 6379), ("::1", 3)), {}),
+        ("cluster://me:p%40%2Fw@h/", (("h", 6379),), {"username": "me", "password": "p@/w"}),
+        ("cluster://h?ssl_ca_certs=/a/b.pem", (("h", 6379),), {"ssl": True, "ssl_ca_certs": "/a/b.pem"}),
+    ],
+)
+def test_cluster_url_is_read(url: str, nodes: object, server: dict[str, object]) -> None:
+    """Hosts with and without port, IPv6, login and TLS; there is one database."""
+    read = ClusterURL.parse(url)
+    assert (read.nodes, read.server) == (nodes, server)
+    assert is_tls(url) is ("ssl" in server)
+    assert shown(url).startswith("cluster://")
+
+
+def test_every_node_of_a_cluster_must_be_encrypted() -> None:
+    """One of them on another machine is enough."""
+    check_encrypted("cluster://127.0.0.1:1,[::1]:2")
+    check_encrypted("cluster://127.0.0.1,elsewhere?ssl=true")
+    with raises(SettingsError, about="insecure"):
+        check_encrypted("cluster://127.0.0.1,elsewhere")
+
+
+@pytest.mark.parametrize(
     ("url", "about"),
     [
         ("sentinel://h", "master"),
@@ -85,6 +110,15 @@ def test_sentinel_url_is_read(
         ("rediss://h?ssl_oops=x", "option"),
         ("redis://h?ssl=true", "option"),
         ("redis://h/one", "db"),
+        ("cluster://", "node"),
+        ("cluster://a,,b", "node"),
+        ("cluster://h:0", "port"),
+        ("cluster://::1", "host"),
+        ("cluster://[h]", "IPv6"),
+        ("cluster://h/1", "db"),
+        ("cluster://h?db=0", "option"),
+        ("cluster://h?ssl=yes", "ssl"),
+        ("cluster://h", "insecure"),
         ("redis+cluster://h", "scheme"),
         ("h:6379", "scheme"),
         ("", "scheme"),
@@ -115,7 +149,7 @@ def test_url_that_cannot_work_says_how_to_write_it(url: str, remedy: str) -> Non
     assert remedy in str(error.value)
 
 
-@pytest.mark.parametrize("scheme", ["redis", "rediss", "unix", "sentinel", "http"])
+@pytest.mark.parametrize("scheme", ["redis", "rediss", "unix", "sentinel", "cluster", "http"])
 @pytest.mark.parametrize(
     "rest",
     [

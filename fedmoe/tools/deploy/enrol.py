@@ -89,7 +89,7 @@ def _without_login(url: str) -> str:
     scheme, _, rest = url.partition("://")
     place, _, query = rest.partition("?")
     kept = [item for item in query.split("&") if item and not item.startswith("ssl_")]
-    if scheme == "sentinel" and is_tls(url) and "ssl=true" not in kept:
+    if scheme in ("sentinel", "cluster") and is_tls(url) and "ssl=true" not in kept:
         kept.append("ssl=true")
     return f"{scheme}://{place.rpartition('@')[2]}" + (f"?{'&'.join(kept)}" if kept else "")
 

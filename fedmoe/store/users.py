@@ -5,9 +5,8 @@ Redis keeps hashes of passwords only, so nothing here can give a password away.
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from typing import Any
 
 from redis.exceptions import ResponseError
@@ -18,34 +17,10 @@ from fedmoe.store.connection import Connection
 from fedmoe.store.permissions import Right, party_rules
 from fedmoe.store.rights import lacking
 from fedmoe.store.url import SentinelURL
+from fedmoe.store.user import User
 
 NO_FILE = "not configured to use an ACL file"
-_HASH = re.compile(r"#[0-9a-f]{64}")
-_SELECTOR = re.compile(r"\(([^()]*)\)")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class User:
-    """A party's user on one node; two are equal if their rights and passwords are.
-
-    Args:
-        party: whose it is.
-        hashes: of its passwords, as ACL rules.
-        rules: of the root and of each selector; servers list them in different orders.
-    """
-
-    party: Party
-    hashes: tuple[str, ...]
-    rules: frozenset[frozenset[str]]
-
-    @classmethod
-    def parse(cls, party: Party, line: str) -> "User":
-        """From a line of ACL LIST."""
-        words = _SELECTOR.sub("", line).split()[2:]
-        hashes = tuple(sorted(word for word in words if _HASH.fullmatch(word)))
-        groups = [[word for word in words if word not in hashes and word != "sanitize-payload"]]
-        groups += [found.split() for found in _SELECTOR.findall(line)]
-        return cls(party=party, hashes=hashes, rules=frozenset(map(frozenset, groups)))
+SHOWN = 3  # users, and rights of each, in a sentence
 
 
 def password_rule(password: str) -> str:
@@ -162,11 +137,31 @@ class Users:
             parties = users.keys() | there.keys()
             odd = [one for one in sorted(parties) if users.get(one) != there.get(one)]
             if odd:
-                names = ", ".join(map(str, odd[:3])) + (f" and {len(odd) - 3} more" if len(odd) > 3 else "")
                 found.append(
-                    f"users on {address} differ from the master's ({names}): run `fedmoe operator refresh`"
+                    f"users on {address} differ from the master's ({_few(map(str, odd))}): run `fedmoe operator "
+                    "refresh`"
                 )
         return found
+
+    def outdated(self) -> tuple[str, str]:
+        """Whose rights are not those that this release gives to its role: two sentences, "" if there are none.
+
+        Returns:
+            Who lacks rights, and who has more.
+        """
+        lacking, surplus = [], []
+        for party, user in self.parties().items():
+            right = User.parse(party, user_line(party, self.connection, ())).rights
+            if lacks := sorted(right - user.rights):
+                lacking.append(f"{party}: {_few(lacks)}")
+            if more := sorted(user.rights - right):
+                surplus.append(f"{party}: {_few(more)}")
+        return (
+            f"users lack rights that this release gives to their roles ({_few(lacking, '; ')}): run `fedmoe operator "
+            "refresh`" if lacking else "",
+            f"users have rights that this release does not give to their roles ({_few(surplus, '; ')}): run `fedmoe "
+            "operator refresh`, unless a later release gave them" if surplus else "",
+        )  # fmt: skip
 
     def _save(self, node: Connection) -> None:
         try:
@@ -223,6 +218,13 @@ class Users:
             except (ResponseError, OSError):  # a sentinel that is down, or does not answer this user
                 continue
         return []
+
+
+def _few(texts: Iterable[str], between: str = ", ") -> str:
+    """The first texts, and how many more there are."""
+    shown = list(texts)
+    more = f" and {len(shown) - SHOWN} more" if len(shown) > SHOWN else ""
+    return between.join(shown[:SHOWN]) + more
 
 
 def require_master(users: Users) -> None:

@@ -12,6 +12,7 @@ import pytest
 from consumers.expert import Expert
 from fedmoe.cli.main import cli
 from fedmoe.errors import RedisUnavailableError, RedisUnfitError, SettingsError, UnknownExpertError
+from fedmoe.protocol.keys import Keys
 from fedmoe.protocol.parties import Party
 from fedmoe.redis_settings import RedisSettings
 from fedmoe.store.audit import read_lines
@@ -19,7 +20,7 @@ from fedmoe.store.connection import Connection
 from fedmoe.store.embedded import EmbeddedRedis
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore
-from fedmoe.store.permissions import DEFAULT_USER
+from fedmoe.store.permissions import DEFAULT_USER, party_rules
 from fedmoe.store.users import Users
 from fedmoe.tools.deploy.deployment import Deployment
 from fedmoe.tools.deploy.enrol import certificate_for
@@ -147,12 +148,25 @@ def test_a_refresh_gives_the_rights_of_this_release(secured: Secured) -> None:
     """And keeps the passwords."""
     users, monitor = Users(secured.connection("operator")), Party(role="monitor")
     whole = users.parties()[monitor]
-    secured.connection("operator").client.execute_command(
-        "ACL SETUSER", monitor.user("fedmoe"), "-info", "clearselectors"
-    )
+    assert users.outdated() == ("", "")
+
+    def change(party: Party, *rules: str) -> None:
+        secured.connection("operator").client.execute_command("ACL SETUSER", party.user("fedmoe"), *rules)
+
+    change(monitor, "-info", "clearselectors")
+    change(W1, "+xdel", "~fedmoe:{sql_expert}:meta")
     assert users.parties()[monitor] != whole
+    doctor = secured.fedmoe("operator", "doctor", "--role", "operator")
+    assert doctor.exit_code == 1
+    lacking, surplus = [line for line in doctor.output.splitlines() if "operator refresh" in line]
+    assert "(monitor main: %R~fedmoe:{*}:lease %R~fedmoe:{merged}:lease +get, +info)" in lacking
+    assert f"(worker {NAME} of {EXPERT}: %W~fedmoe:{{sql_expert}}:meta, +xdel)" in surplus
+    change(monitor, *party_rules(monitor, Keys()))
+    assert [bool(text) for text in users.outdated()] == [False, True]
+    assert secured.fedmoe("operator", "doctor", "--role", "operator").exit_code == 0  # more rights: a warning
     assert "4 users" in secured.fedmoe("operator", "operator", "refresh").output
     assert users.parties()[monitor] == whole
+    assert users.outdated() == ("", "")
 
 
 def test_enrolments_reach_every_replica_and_doctor_compares(secured: Secured, tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ class Inspector:
             return {what: reply for (owner, what), reply in replies.items() if owner == name}
 
         experts = tuple(
-            self._expert(name, weight, of(name), members.get(name, Members()), now)
+            self._expert(name, weight, of(name), (members or {}).get(name, Members()), now)
             for name, weight in weights.items()
         )
         return Federation(
@@ -83,6 +83,7 @@ class Inspector:
             merged=_merged(of(MERGED), experts, now),
             problems=tuple(problems),
             read_at=now,
+            sees_workers=members is not None,
         )
 
     def _experts(self, problems: list[str]) -> dict[str, float | None]:

@@ -43,9 +43,13 @@ class Members:
         return tuple(gone[name] for name in sorted(gone.keys() - here)[:SHOWN_WORKERS])
 
 
-def read_members(connection: Connection, experts: Sequence[str], problems: list[str]) -> dict[str, Members]:
-    """The workers of each expert; findings are added to `problems`."""
-    alive, gone = _find(connection, experts, problems)
+def read_members(
+    connection: Connection, experts: Sequence[str], problems: list[str]
+) -> dict[str, Members] | None:
+    """The workers of each expert, None if this user may not look for them; findings are added to `problems`."""
+    if (both := _find(connection, experts, problems)) is None:
+        return None
+    alive, gone = both
     for what, found in (("heartbeats", alive), ("workers that left", gone)):
         if len(found) > SHOWN_WORKERS:
             problems.append(f"there are {len(found)} {what}, of which only {SHOWN_WORKERS} are shown")
@@ -63,8 +67,8 @@ def read_members(connection: Connection, experts: Sequence[str], problems: list[
     return members
 
 
-def _find(connection: Connection, experts: Sequence[str], problems: list[str]) -> tuple[Found, Found]:
-    """Find the keys of all heartbeats and traces, with expert and worker."""
+def _find(connection: Connection, experts: Sequence[str], problems: list[str]) -> tuple[Found, Found] | None:
+    """Find the keys of all heartbeats and traces, with expert and worker; None if this user may not SCAN."""
     alive: Found = {}
     gone: Found = {}
     orphans: dict[str, str] = {}
@@ -84,6 +88,7 @@ def _find(connection: Connection, experts: Sequence[str], problems: list[str]) -
                     orphans[printable(match[1], MAX_NAME_LENGTH)] = worker
         except NoPermissionError:
             problems.append("the workers cannot be read: this user may not SCAN")
+            return None
     problems += _of_orphans(connection, orphans)
     return alive, gone
 

@@ -12,6 +12,7 @@ from typing import Any
 from redis.exceptions import ResponseError
 
 from fedmoe.errors import RedisUnavailableError, RedisUnfitError
+from fedmoe.protocol.keys import Keys
 from fedmoe.protocol.parties import Party
 from fedmoe.store.connection import Connection
 from fedmoe.store.permissions import Right, party_rules
@@ -28,25 +29,16 @@ def password_rule(password: str) -> str:
     return f"#{hashlib.sha256(password.encode()).hexdigest()}"
 
 
-def user_line(party: Party, connection: Connection, hashes: tuple[str, ...]) -> str:
-    """The line of an ACL file for a party's user."""
-    return " ".join(["user", party.user(connection.keys.prefix), *_rules(party, connection, hashes)])
-
-
-def _rules(party: Party, connection: Connection, hashes: tuple[str, ...]) -> list[str]:
-    database = connection.client.get_connection_kwargs().get("db") or 0
-    return ["reset", "on", *hashes, *party_rules(party, connection.keys, database=database)]
-
-
 class Users:
-    """The users of the connection's federation, on the master and its replicas.
+    """The users of a federation, on the master and its replicas.
 
     Args:
         connection: of an operator, to the master.
+        keys: of the federation whose users these are; the connection's own by default.
     """
 
-    def __init__(self, connection: Connection) -> None:
-        self.connection = connection
+    def __init__(self, connection: Connection, keys: Keys | None = None) -> None:
+        self.connection, self._keys = connection, keys or connection.keys
         self.notes: list[str] = []  # what is not as it should be after a change, each once
 
     def parties(self) -> dict[Party, User]:
@@ -60,7 +52,7 @@ class Users:
     def _list(self, node: Connection) -> dict[Party, User]:
         with node.errors():
             lines = [str(line) for line in node.client.execute_command("ACL LIST")]
-        prefix = node.keys.prefix
+        prefix = self._keys.prefix
         found = {party: line for line in lines if (party := Party.of_user(line.split(" ", 2)[1], prefix))}
         return {party: User.parse(party, found[party]) for party in sorted(found)}
 
@@ -81,14 +73,22 @@ class Users:
         needed = [Right(command="MULTI"), Right(command="EXEC"), Right(command="ACL SETUSER")]
         return not lacking(self.connection, needed)
 
+    def line(self, party: Party, hashes: tuple[str, ...] = ()) -> str:
+        """The line of an ACL file for a party's user, with these passwords."""
+        return " ".join(["user", party.user(self._keys.prefix), *self._rules(party, hashes)])
+
+    def _rules(self, party: Party, hashes: tuple[str, ...]) -> list[str]:
+        database = self.connection.client.get_connection_kwargs().get("db") or 0
+        return ["reset", "on", *hashes, *party_rules(party, self._keys, database=database)]
+
     def set(self, party: Party, hashes: tuple[str, ...]) -> None:
         """Create or change a party's user on every node: these passwords, and the rights of its role."""
         self._on_each(lambda node: self._set(node, party, hashes))
 
     def _set(self, node: Connection, party: Party, hashes: tuple[str, ...]) -> None:
-        user = party.user(node.keys.prefix)
+        user = party.user(self._keys.prefix)
         with node.errors():
-            node.client.execute_command("ACL SETUSER", user, *_rules(party, self.connection, hashes))
+            node.client.execute_command("ACL SETUSER", user, *self._rules(party, hashes))
         self._save(node)
 
     def remove(self, party: Party) -> bool:
@@ -98,7 +98,7 @@ class Users:
         def remove(node: Connection) -> None:
             nonlocal removed
             with node.errors():
-                removed += node.client.execute_command("ACL DELUSER", party.user(node.keys.prefix))
+                removed += node.client.execute_command("ACL DELUSER", party.user(self._keys.prefix))
             self._save(node)
 
         self._on_each(remove)
@@ -115,7 +115,7 @@ class Users:
         def equal(node: Connection) -> None:
             for party in self._list(node).keys() - there.keys():
                 with node.errors():
-                    node.client.execute_command("ACL DELUSER", party.user(node.keys.prefix))
+                    node.client.execute_command("ACL DELUSER", party.user(self._keys.prefix))
             for party, user in there.items():
                 self._set(node, party, user.hashes)
 
@@ -151,7 +151,7 @@ class Users:
         """
         lacking, surplus = [], []
         for party, user in self.parties().items():
-            right = User.parse(party, user_line(party, self.connection, ())).rights
+            right = User.parse(party, self.line(party)).rights
             if lacks := sorted(right - user.rights):
                 lacking.append(f"{party}: {_few(lacks)}")
             if more := sorted(user.rights - right):

@@ -8,6 +8,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,16 @@ def test_the_metrics_are_what_status_shows(connection: Connection) -> None:
         "fedmoe_redis_certificate_expiry_timestamp_seconds", "fedmoe_gateway_fit_loss", "fedmoe_expert_best_version",
         "fedmoe_worker_validation_loss", "fedmoe_worker_validation_worse",
     }  # fmt: skip
+
+
+def test_workers_that_nobody_may_look_for_are_no_metric(connection: Connection) -> None:
+    """A 0 would say that none runs, and the alert of an expert that stands still could not fire."""
+    some_updates(connection)
+    seen = look(connection)
+    blind = exposition(federation_registry(lambda: replace(seen, sees_workers=False)))[0].decode()
+    assert "fedmoe_expert_workers{" in shown(connection)
+    assert "fedmoe_expert_workers{" not in blind
+    assert samples(blind)["fedmoe_expert_version", ("sql_expert",)] == 2
 
 
 def test_promtool_finds_nothing_to_complain_of(connection: Connection) -> None:

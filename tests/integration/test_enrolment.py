@@ -144,6 +144,17 @@ def test_doctor_tells_of_a_default_user_without_rights(secured: Secured) -> None
     assert DEFAULT_USER in done.output
 
 
+def test_doctor_tells_of_an_acl_file_that_others_can_read(secured: Secured) -> None:
+    """Redis writes it for everybody to read; that does no harm while the directory is closed."""
+    users = secured.directory / "users.acl"
+    users.chmod(0o644)  # as ACL SAVE leaves it
+    assert "others on this machine" not in secured.fedmoe("operator", "doctor").output
+    secured.directory.chmod(0o755)
+    assert f"can read {users}" in secured.fedmoe("operator", "doctor").output
+    users.chmod(0o600)
+    assert "others on this machine" not in secured.fedmoe("operator", "doctor").output
+
+
 def test_a_refresh_gives_the_rights_of_this_release(secured: Secured) -> None:
     """And keeps the passwords."""
     users, monitor = Users(secured.connection("operator")), Party(role="monitor")

@@ -116,6 +116,7 @@ bind * -::*
 port 0
 tls-port {self.port}
 dir {_conf_word(self.directory.resolve())}
+# Redis writes it again when somebody is enrolled, readable by all unless its umask is 077: keep this directory closed.
 aclfile {USERS}
 tls-cert-file {TLS}/redis.crt
 tls-key-file {TLS}/redis.key

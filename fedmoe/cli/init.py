@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 @click.option(
     "--port", default=6379, show_default=True, type=click.IntRange(1, 65_535), help="Port of Redis."
 )
+@click.option("--redis-dir", type=click.Path(path_type=Path), metavar="DIR",
+              help="Directory of redis.conf, users.acl and tls on the machine or in the container of Redis; copy them "
+                   "there.  [default: DIRECTORY]")  # fmt: skip
 @click.option("--worker", "workers", multiple=True, metavar="EXPERT/NAME",
               help="Worker to enrol at once, by its expert and its name; repeatable.")  # fmt: skip
 @click.option("--prefix", default="fedmoe", show_default=True, help="Prefix of every key.")
@@ -39,6 +42,7 @@ def init(
     directory: Path,
     hosts: tuple[str, ...],
     port: int,
+    redis_dir: Path | None,
     workers: tuple[str, ...],
     prefix: str,
     beside: Path | None,
@@ -59,12 +63,12 @@ def init(
     if beside is not None:
         given = {
             name
-            for name in ("hosts", "port", "renew")
+            for name in ("hosts", "port", "redis_dir", "renew")
             if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
         }
         if given:
             raise SettingsError(
-                "--beside says where Redis is, which has its certificate: leave --host, --port and --renew out",
+                "--beside says where Redis is, which has its certificate: leave out the options of a server",
                 about="beside",
             )
         _share(directory, prefix, tuple(map(_worker, workers)), beside)
@@ -88,10 +92,11 @@ def init(
             about="host",
         )
     made = Deployment(
-        directory=directory, hosts=hosts, port=port, prefix=prefix, workers=tuple(map(_worker, workers))
-    )
+        directory=directory, hosts=hosts, port=port, prefix=prefix, workers=tuple(map(_worker, workers)),
+        redis_dir=redis_dir,
+    )  # fmt: skip
     made.write(now=time.time())
-    _tell(directory, made.workers, start=f"redis-server {shlex.quote(str(directory))}/{CONF}")
+    _tell(directory, made.workers, start=f"redis-server {shlex.quote(str(redis_dir or directory))}/{CONF}")
     if is_loopback(made.url):
         click.echo(
             f"warning: {hosts[0]} is this machine itself, and another one cannot reach it: --host", err=True

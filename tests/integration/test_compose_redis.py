@@ -16,7 +16,8 @@ from tests.processes import eventually
 from tests.secured import EXPERT, Secured
 
 pytestmark = pytest.mark.one_server
-SERVICE = yaml.safe_load((ROOT / "ops" / "container" / "compose.yaml").read_text())["services"]["redis"]
+COMPOSE = (ROOT / "ops" / "container" / "compose.yaml").read_text()
+SERVICE = yaml.safe_load(COMPOSE)["services"]["redis"]
 
 
 def mapped(words: list[str], places: dict[str, Path]) -> list[str]:
@@ -29,6 +30,7 @@ def mapped(words: list[str], places: dict[str, Path]) -> list[str]:
 def test_redis_of_compose_serves_a_deployment_and_saves_its_users(tmp_path: Path) -> None:
     """Its data are not among the secrets, its health check is answered, and what ACL SAVE writes is its own alone."""
     secured = Secured(tmp_path / "federation")
+    assert "--redis-dir /federation " in COMPOSE  # for a `dir` that is there in the container, as here
     places = {"/federation": secured.directory, "/data": tmp_path / "data"}
     assert {volume.split(":")[1] for volume in SERVICE["volumes"]} == places.keys()
     assert not [volume for volume in SERVICE["volumes"] if volume.endswith(":ro")]

@@ -11,10 +11,17 @@ import pytest
 
 from consumers.expert import Expert
 from fedmoe.cli.main import cli
-from fedmoe.errors import RedisUnavailableError, RedisUnfitError, SettingsError, UnknownExpertError
+from fedmoe.errors import (
+    FedMoEError,
+    RedisUnavailableError,
+    RedisUnfitError,
+    SettingsError,
+    UnknownExpertError,
+)
 from fedmoe.protocol.keys import Keys
 from fedmoe.protocol.parties import Party
 from fedmoe.redis_settings import RedisSettings
+from fedmoe.settings import WorkerSettings
 from fedmoe.store.audit import read_lines
 from fedmoe.store.connection import Connection
 from fedmoe.store.embedded import EmbeddedRedis
@@ -24,6 +31,8 @@ from fedmoe.store.permissions import DEFAULT_USER, party_rules
 from fedmoe.store.users import Users
 from fedmoe.tools.deploy.deployment import Deployment
 from fedmoe.tools.deploy.enrol import certificate_for
+from fedmoe.util.stopping import Stop
+from producers.worker import Worker
 from tests.errors import raises
 from tests.federation import ScriptedWorker, make_expert, serve, serving, small_spec
 from tests.processes import eventually
@@ -324,6 +333,14 @@ def test_the_aggregator_serves_with_its_enrolment(secured: Secured) -> None:
         eventually("the update", lambda: worker.store.meta().version == 1)
 
 
+def test_redis_finds_its_files_where_they_will_be(tmp_path: Path) -> None:
+    """It enters `dir` while it reads its configuration, and ends if that is not there."""
+    Deployment(directory=tmp_path / "d", hosts=["h"], redis_dir=Path("/srv/redis")).write(now=0.0)
+    assert "\ndir /srv/redis\n" in (tmp_path / "d" / "redis.conf").read_text()
+    with raises(SettingsError, about="redis_dir"):
+        Deployment(directory=tmp_path / "e", hosts=["h"], redis_dir=Path("srv"))
+
+
 def test_deployment_fits_replicas(tmp_path: Path) -> None:
     """The password of the link is in redis.conf and its hash in users.acl."""
     import hashlib
@@ -343,3 +360,13 @@ def test_the_scripts_name_a_worker_by_its_enrolment(tmp_path: Path) -> None:
         typed = ["bash", "-c", f"source {lib}; worker_name {options} --data x"]
         said = subprocess.run(typed, capture_output=True, text=True, check=True).stdout
         assert said == f"worker-{EXPERT}-{NAME}\n"
+
+
+def test_a_worker_says_where_its_name_comes_from(secured: Secured, tmp_path: Path) -> None:
+    """From the enrolment, not from an option that nobody gave."""
+    rows = tmp_path / "rows.jsonl"
+    said: list[str] = []
+    settings = WorkerSettings(stream=EXPERT, name=NAME, data=rows)
+    with pytest.raises(FedMoEError):  # there are no rows
+        Worker(secured.settings(NAME), settings, stop=Stop(), report=said.append).run()
+    assert said[0].endswith("(name from its enrolment)")

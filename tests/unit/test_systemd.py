@@ -59,7 +59,7 @@ def test_redis_keeps_what_it_writes_to_itself() -> None:
     """ACL SAVE writes the hashes of all passwords again, with the mode that the umask allows."""
     unit = read(REDIS.name)
     assert (unit["UMask"], unit["StateDirectoryMode"]) == ("0077", "0700")
-    assert "redis.conf --dir %S/fedmoe-redis" in unit["ExecStart"]
+    assert unit["ExecStart"].endswith("%S/fedmoe-redis/redis.conf")
 
 
 def test_a_stop_may_take_as_long_as_it_takes() -> None:

@@ -44,6 +44,7 @@ class Deployment:
         port: of Redis.
         prefix: of the federation's keys.
         workers: the workers to enrol at once.
+        redis_dir: where redis.conf, users.acl and tls will lie on the machine of Redis; None for `directory`.
 
     Raises:
         SettingsError: for a host or a name that cannot be used.
@@ -54,11 +55,17 @@ class Deployment:
     port: int = 6379
     prefix: str = "fedmoe"
     workers: Sequence[Party] = ()
+    redis_dir: Path | None = None
 
     def __post_init__(self) -> None:
         Keys(self.prefix)
         for host in self.hosts:
             check_host(host)
+        if self.redis_dir is not None and not self.redis_dir.is_absolute():
+            raise SettingsError(
+                f"--redis-dir {str(self.redis_dir)!r} must begin with /: Redis may start elsewhere",
+                about="redis_dir",
+            )
         check_files(self.workers)
 
     @property
@@ -115,7 +122,7 @@ class Deployment:
 bind * -::*
 port 0
 tls-port {self.port}
-dir {_conf_word(self.directory.resolve())}
+dir {_conf_word(self.redis_dir or self.directory.resolve())}
 # Redis writes it again when somebody is enrolled, readable by all unless its umask is 077: keep this directory closed.
 aclfile {USERS}
 tls-cert-file {TLS}/redis.crt

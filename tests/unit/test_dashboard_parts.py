@@ -207,6 +207,13 @@ class Clock:
         return self.now
 
 
+@pytest.mark.parametrize("address", ["*", "10.0.0.0/8", "proxy.example.org", ""])
+def test_only_addresses_are_proxies(address: str) -> None:
+    """A network, a name or everybody may hold clients, who would choose their own address."""
+    with raises(SettingsError, about="forwarded_allow_ips"):
+        DashboardSettings(forwarded_allow_ips=("127.0.0.1", address))
+
+
 def test_sessions_end_and_are_bounded() -> None:
     """By the clock, by a logout, and by newer sessions."""
     clock = Clock()

@@ -99,7 +99,8 @@ def init(
     _tell(directory, made.workers, start=f"redis-server {shlex.quote(str(redis_dir or directory))}/{CONF}")
     if is_loopback(made.url):
         click.echo(
-            f"warning: {hosts[0]} is this machine itself, and another one cannot reach it: --host", err=True
+            f"warning: {hosts[0]} is this machine itself, and others cannot reach it: name it as they do (--host)",
+            err=True,
         )
     click.echo("keep tls/ca.key where only you can read it: with it others could pretend to be this Redis")
 

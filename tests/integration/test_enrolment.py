@@ -320,6 +320,8 @@ def test_worker_run_takes_expert_and_name_from_its_enrolment(secured: Secured, t
     for option, value in (("--stream", "docs_expert"), ("--name", "other")):
         with raises(SettingsError, about=option.removeprefix("--")):
             secured.fedmoe(NAME, "worker", "run", "--data", str(rows), option, value)
+    with raises(SettingsError, about="rights"):
+        secured.fedmoe("monitor", "worker", "run", "--data", str(rows), "--stream", EXPERT)
     with raises(UnknownExpertError, about=EXPERT):
         secured.fedmoe(NAME, "worker", "run", "--data", str(rows), "--no-wait")
 

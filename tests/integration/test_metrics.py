@@ -93,13 +93,15 @@ def test_the_metrics_are_what_status_shows(connection: Connection) -> None:
     }  # fmt: skip
 
 
-def test_workers_that_nobody_may_look_for_are_no_metric(connection: Connection) -> None:
+def test_what_nobody_may_look_at_is_no_metric(connection: Connection) -> None:
     """A 0 would say that none runs, and the alert of an expert that stands still could not fire."""
     some_updates(connection)
     seen = look(connection)
-    blind = exposition(federation_registry(lambda: replace(seen, sees_workers=False)))[0].decode()
-    assert "fedmoe_expert_workers{" in shown(connection)
-    assert "fedmoe_expert_workers{" not in blind
+    less = replace(seen, sees_workers=False, merged=replace(seen.merged, is_known=False))
+    blind = exposition(federation_registry(lambda: less))[0].decode()
+    for line in ("fedmoe_expert_workers{", "\nfedmoe_gateway_exists "):
+        assert line in shown(connection)
+        assert line not in blind
     assert samples(blind)["fedmoe_expert_version", ("sql_expert",)] == 2
 
 

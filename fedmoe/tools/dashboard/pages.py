@@ -155,7 +155,7 @@ def _inside(target: str) -> str:
 
 def _is_secure(request: Request) -> bool:
     """True if the request came by TLS, to us or to a proxy that we believe: then the cookie travels by TLS only."""
-    return request.scope["scheme"] == "https"
+    return str(request.scope["scheme"]) == "https"
 
 
 def _is_ours(request: Request) -> bool:

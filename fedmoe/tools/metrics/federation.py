@@ -79,7 +79,7 @@ def federation_families(federation: Federation) -> Families:
         )
         for worker in expert.workers:
             _add_worker(families, worker)
-    families.add("fedmoe_gateway_exists", merged.exists)
+    families.add("fedmoe_gateway_exists", merged.exists if merged.is_known else None)
     if merged.exists:
         families.add("fedmoe_gateway_outdated_experts", len(merged.outdated))
         families.add("fedmoe_gateway_updated_timestamp_seconds", merged.updated_at)

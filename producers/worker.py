@@ -63,7 +63,8 @@ class Worker:
         prepare: Callable[..., Material] = prepare,
     ) -> None:
         self._redis = redis
-        self._settings, self._why = (settings, "--name") if settings.name else with_name(settings)
+        given = "its enrolment" if redis.enrolled and redis.enrolled.name else "--name"
+        self._settings, self._why = (settings, given) if settings.name else with_name(settings)
         self._stop = stop
         self._print = report
         self._prepare = prepare

@@ -51,7 +51,7 @@ def board(
     watcher.is_watched = lambda: True
     if look_first:
         watcher.look()
-    server = HttpServer(dashboard.app, chosen.host, chosen.port)
+    server = HttpServer(dashboard.app, chosen.host, chosen.port, proxies=chosen.forwarded_allow_ips)
     thread = threading.Thread(target=watcher.run, args=(stop,), daemon=True)
     thread.start()
     try:

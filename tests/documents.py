@@ -27,6 +27,8 @@ SECURED = (
     "fedmoe worker revoke sql-2 --stream sql_expert",
     "fedmoe operator audit",
     "fedmoe operator refresh",
+    "fedmoe init second --prefix second --beside federation/enrolments/operator.toml --worker sql_expert/sql-1",
+    "fedmoe --config second/fedmoe.toml operator audit",
     "fedmoe doctor --role operator",
     "openssl req -new -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=w -keyout sql-3.key -out sql-3.csr",
     "fedmoe worker enrol sql-3 --stream sql_expert --csr sql-3.csr --deployment federation",

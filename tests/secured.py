@@ -64,7 +64,7 @@ class Secured:
     ) -> None:
         self.directory, self.port = directory, port or free_port()
         self._asks_with = answers or self.file("monitor")
-        self._program, self._options = tls_server(), options
+        self.program, self._options = tls_server(), options
         self._process: subprocess.Popen[bytes] | None = None
         if not directory.exists():
             Deployment(directory=directory, hosts=[host], port=self.port, workers=workers).write(now=0.0)
@@ -80,11 +80,11 @@ class Secured:
     def start(self) -> None:
         """Start it, again too, and wait until it answers; it listens on loopback only."""
         self.start_anyhow()
-        eventually(f"port {self.port} to answer", self._answers, timeout_s=20)
+        eventually(f"port {self.port} to answer", self.answers, timeout_s=20)
 
     def start_anyhow(self) -> None:
         """The same; until it listens, because its certificate may be wrong."""
-        command = [self._program, str(self.directory / "redis.conf"), "--bind", "127.0.0.1", "--tls-port",
+        command = [self.program, str(self.directory / "redis.conf"), "--bind", "127.0.0.1", "--tls-port",
                    str(self.port), "--dir", str(self.directory), *self._options]  # fmt: skip
         log = (self.directory / "log").open("ab")
         self._process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
@@ -97,7 +97,8 @@ class Secured:
         with socket.create_connection(("127.0.0.1", self.port)):
             return True
 
-    def _answers(self) -> bool:
+    def answers(self) -> bool:
+        """True if the server answers a party."""
         connection = Connection(RedisSettings(enrolment=self._asks_with, timeout_s=5.0))
         try:
             with connection.errors():

@@ -68,6 +68,7 @@ def _run(stop: "Stop", redis: RedisSettings, settings: DashboardSettings) -> Non
             settings.port,
             certificate=settings.tls_certificate,
             key=settings.tls_key,
+            proxies=settings.forwarded_allow_ips,
         )
     except ssl.SSLError as error:
         raise SettingsError(

@@ -120,6 +120,8 @@ def run_checks(
     if settings is not None:
         found, spec_base = check_server_and_user(settings, role=role, stream=stream, worker=worker)
         yield from found
+        if settings.enrolment and (open_file := checks.check_users_file(settings.enrolment)):
+            yield open_file
         base_model = base_model or spec_base
     if torch.level != FAIL:
         from fedmoe.protocol.lora import DEFAULT_BASE_MODEL

@@ -37,6 +37,12 @@ def add_enrolment(group: click.Group, role: str) -> None:
                   help="Enrolment file to write.  [default: NAME.toml here]")  # fmt: skip
     @click.option("--rotate", is_flag=True,
                   help="Replace the password of who is enrolled already; connections that stand are kept.")  # fmt: skip
+    @click.option(
+        "--url",
+        default="",
+        metavar="URL",
+        help="URL by which the party reaches Redis, without user and password.  [default: this command's]",
+    )
     @click.option("--csr", type=click.Path(path_type=Path), metavar="FILE",
                   help="Certificate request (PEM) of the party's own key; its certificate is written beside the "
                        "enrolment file. Needs --deployment.")  # fmt: skip
@@ -47,12 +53,14 @@ def add_enrolment(group: click.Group, role: str) -> None:
         redis: RedisSettings,
         out: Path | None,
         rotate: bool,
+        url: str,
         csr: Path | None,
         deployment: Path | None,
         **who: str,
     ) -> None:
         party = _party(role, **who)
-        _enrol(redis, party, out or Path(_file_of(party)), rotate=rotate, csr=csr, deployment=deployment)
+        file = out or Path(_file_of(party))
+        _enrol(redis, party, file, rotate=rotate, url=url, csr=csr, deployment=deployment)
 
     @redis_options
     @_named(role)
@@ -108,16 +116,14 @@ def _enrol(
     out: Path,
     *,
     rotate: bool,
+    url: str,
     csr: Path | None,
     deployment: Path | None,
 ) -> None:
-    import secrets
-    from dataclasses import replace
-
     from fedmoe.errors import SettingsError
     from fedmoe.store.audit import ENROLLED, ROTATED, write_line
-    from fedmoe.store.users import password_rule, require_master, user_line
-    from fedmoe.tools.deploy.deployment import SECRET_BYTES
+    from fedmoe.store.url import is_loopback, shown
+    from fedmoe.store.users import password_rule, require_master
     from fedmoe.tools.deploy.enrol import certificate_for, check_out, enrolment_for
     from fedmoe.tools.deploy.files import enrolment_text, private_file, write_private
 
@@ -139,17 +145,22 @@ def _enrol(
             about="rotate" if rotate else "name",
         )  # fmt: skip
     certificate = certificate_for(party, redis.prefix, csr, deployment)
-    secret = secrets.token_urlsafe(SECRET_BYTES)
-    enrolled = enrolment_for(redis, party, secret, certificate_file=f"{out.stem}.crt" if certificate else "")
-    if old and not certificate:
-        enrolled = replace(enrolled, certificate_file=old.certificate_file, key_file=old.key_file)
-    text, hashes = enrolment_text(enrolled, party), (password_rule(secret),)
+    enrolled = enrolment_for(
+        redis, party, old, url=url, certificate_file=f"{out.stem}.crt" if certificate else ""
+    )
+    text, hashes = enrolment_text(enrolled, party), (password_rule(enrolled.password),)
+    if is_loopback(enrolled.url):
+        click.echo(
+            f"warning: {shown(enrolled.url)} in {out} is this machine itself, and another one cannot reach it: name "
+            "the URL for the others (--url rediss://HOST:PORT/0)",
+            err=True,
+        )
     if certificate:
         write_private(out.with_suffix(".crt"), certificate, replace=True)
     if not may_enrol:
         line = out.with_suffix(".acl")
         write_private(out, text, replace=rotate)
-        write_private(line, user_line(party, connection, hashes) + "\n", replace=rotate)
+        write_private(line, users.line(party, hashes) + "\n", replace=rotate)
         click.echo(
             f"wrote {out} and {line}: this server does not let you set users, so its administrator must add the line "
             f"in {line} to its ACL file and load that (ACL LOAD)"
@@ -205,13 +216,13 @@ def _list(redis: RedisSettings, role: str) -> None:
 @redis_options
 def refresh(redis: RedisSettings) -> None:
     """Give every user the rights of this release, and make the users of all replicas equal to the master's."""
-    from fedmoe.store.audit import REFRESHED, write_line
+    from fedmoe.store.audit import ALL, REFRESHED, write_line
     from fedmoe.store.users import require_master, require_users
 
     users = _users(redis)
     require_master(users)
     require_users(users)
-    write_line(users.connection, REFRESHED, None)
+    write_line(users.connection, REFRESHED, ALL)
     click.echo(f"{users.refresh()} users have the rights of this release")
     _finish(users)
 

@@ -5,8 +5,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from fedmoe.protocol.parties import Party
 
 
@@ -18,16 +21,32 @@ if TYPE_CHECKING:
 @click.option(
     "--port", default=6379, show_default=True, type=click.IntRange(1, 65_535), help="Port of Redis."
 )
+@click.option("--redis-dir", type=click.Path(path_type=Path), metavar="DIR",
+              help="Directory of redis.conf, users.acl and tls on the machine or in the container of Redis; copy them "
+                   "there.  [default: DIRECTORY]")  # fmt: skip
 @click.option("--worker", "workers", multiple=True, metavar="EXPERT/NAME",
               help="Worker to enrol at once, by its expert and its name; repeatable.")  # fmt: skip
 @click.option("--prefix", default="fedmoe", show_default=True, help="Prefix of every key.")
+@click.option("--beside", type=click.Path(path_type=Path), metavar="FILE",
+              help="Enrolment file of an operator whose Redis the new federation shares, under another --prefix; its "
+                   "users are created there at once.")  # fmt: skip
 @click.option(
     "--renew",
     is_flag=True,
     help="Renew the server's certificate of this deployment, also for each --host; change nothing else.",
 )
+@click.pass_context
 def init(
-    directory: Path, hosts: tuple[str, ...], port: int, workers: tuple[str, ...], prefix: str, renew: bool
+    ctx: click.Context,
+    /,
+    directory: Path,
+    hosts: tuple[str, ...],
+    port: int,
+    redis_dir: Path | None,
+    workers: tuple[str, ...],
+    prefix: str,
+    beside: Path | None,
+    renew: bool,
 ) -> None:
     """Write what a new federation needs into DIRECTORY: Redis with TLS and users, and an enrolment file for each party.
 
@@ -36,10 +55,24 @@ def init(
     import time
 
     from fedmoe.errors import SettingsError
+    from fedmoe.store.url import is_loopback
     from fedmoe.tools.deploy.certificates import SERVER_DAYS, require_cryptography
-    from fedmoe.tools.deploy.deployment import CONF, ENROLMENTS, Deployment
+    from fedmoe.tools.deploy.deployment import CONF, Deployment
     from fedmoe.tools.deploy.deployment import renew as renew_certificate
 
+    if beside is not None:
+        given = {
+            name
+            for name in ("hosts", "port", "redis_dir", "renew")
+            if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
+        }
+        if given:
+            raise SettingsError(
+                "--beside says where Redis is, which has its certificate: leave out the options of a server",
+                about="beside",
+            )
+        _share(directory, prefix, tuple(map(_worker, workers)), beside)
+        return
     require_cryptography()
     if renew and workers:
         raise SettingsError(
@@ -59,16 +92,41 @@ def init(
             about="host",
         )
     made = Deployment(
-        directory=directory, hosts=hosts, port=port, prefix=prefix, workers=tuple(map(_worker, workers))
-    )
+        directory=directory, hosts=hosts, port=port, prefix=prefix, workers=tuple(map(_worker, workers)),
+        redis_dir=redis_dir,
+    )  # fmt: skip
     made.write(now=time.time())
-    place = shlex.quote(str(directory))
-    for file, party in made.parties.items():
-        click.echo(f"{directory / ENROLMENTS / file}: {party}")
-    click.echo(f"start Redis:       redis-server {place}/{CONF}")
-    click.echo(f"the aggregator:    fedmoe --config {place}/fedmoe.toml aggregator run")
-    click.echo(f"one more worker:   fedmoe --config {place}/fedmoe.toml worker enrol NAME --stream EXPERT")
+    _tell(directory, made.workers, start=f"redis-server {shlex.quote(str(redis_dir or directory))}/{CONF}")
+    if is_loopback(made.url):
+        click.echo(
+            f"warning: {hosts[0]} is this machine itself, and others cannot reach it: name it as they do (--host)",
+            err=True,
+        )
     click.echo("keep tls/ca.key where only you can read it: with it others could pretend to be this Redis")
+
+
+def _share(directory: Path, prefix: str, workers: tuple["Party", ...], enrolment: Path) -> None:
+    from fedmoe.errors import RedisUnavailableError
+    from fedmoe.redis_settings import RedisSettings
+    from fedmoe.tools.deploy.shared import share
+
+    notes = share(directory, prefix, workers, RedisSettings(enrolment=enrolment))
+    _tell(directory, workers)
+    if notes:
+        raise RedisUnavailableError("; ".join(notes), about="nodes")
+
+
+def _tell(directory: Path, workers: "Sequence[Party]", start: str = "") -> None:
+    """Print which files there are, and what to type next."""
+    from fedmoe.tools.deploy.parties import ENROLMENTS, parties
+
+    fedmoe = f"fedmoe --config {shlex.quote(str(directory))}/fedmoe.toml"
+    for file, party in parties(workers).items():
+        click.echo(f"{directory / ENROLMENTS / file}: {party}")
+    if start:
+        click.echo(f"start Redis:       {start}")
+    click.echo(f"the aggregator:    {fedmoe} aggregator run")
+    click.echo(f"one more worker:   {fedmoe} worker enrol NAME --stream EXPERT")
 
 
 def _worker(text: str) -> "Party":

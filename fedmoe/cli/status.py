@@ -275,7 +275,7 @@ def trained_line(federation: "Federation") -> str:
 def merged_line(merged: "MergedView") -> str:
     """How the merged gateway was built, and from which versions; present versions are named where they differ."""
     if not merged.exists:
-        return "merged gateway: none yet"
+        return "merged gateway: none yet" if merged.is_known else "merged gateway: not known"
     made = f"{merged.method or NONE}, rank {cell(merged.rank)}"
     by_fit = ", weights by the fit" if merged.fit and merged.fit.is_used else ""
     return f"merged gateway: {made}{by_fit}, built from {built_from(merged)}"

@@ -46,8 +46,14 @@ def _take_enrolment(redis: RedisSettings, values: dict[str, Any]) -> None:
     """Expert and name of the enrolment; others could not be used, as its user has no rights on them."""
     from fedmoe.errors import SettingsError
 
-    if redis.enrolled is None or not redis.enrolled.expert:
+    if redis.enrolled is None or not redis.enrolled.role:
         return
+    if not redis.enrolled.expert:
+        raise SettingsError(
+            f"the enrolment file {str(redis.enrolled.path)!r} is that of a {redis.enrolled.role}, who may not train: "
+            "name one of the role worker",
+            about="rights",
+        )
     for option, enrolled in (("stream", redis.enrolled.expert), ("name", redis.enrolled.name)):
         if values[option] not in (None, enrolled):
             raise SettingsError(

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import get_hf_file_metadata, hf_hub_url
+from huggingface_hub.errors import HfHubHTTPError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -36,6 +38,7 @@ STRUCTURE = (
 ADAPTER_CONFIG = "adapter_config.json"
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 SAMPLES_PER_TENSOR = 16
+HUB_TIMEOUT_S = 10.0
 PRECISIONS = ("auto", "fp32", "bf16")
 _WITH_ADAPTER = (
     "the base model {} holds an adapter_config.json, so an adapter would be loaded with it: take the bare base model, "
@@ -74,6 +77,22 @@ def load_config(base_model: str) -> PretrainedConfig:
             about="quantization_config",
         )
     return config
+
+
+def check_reachable(base_model: str) -> None:
+    """Ask the hub once for a model that is not on this machine; without this, its library retries for half a minute.
+
+    Raises:
+        BaseModelError: if the hub cannot be reached; another error is left for `load_config` to name.
+    """
+    if Path(base_model).is_dir() or local_file(base_model, "config.json") is not None:
+        return
+    try:
+        get_hf_file_metadata(hf_hub_url(base_model, "config.json"), timeout=HUB_TIMEOUT_S)
+    except HfHubHTTPError:
+        pass  # the hub has answered
+    except Exception as error:  # of its HTTP library, which changes
+        raise BaseModelError(why_not(base_model, error), about="base_model") from error
 
 
 def structure(config: PretrainedConfig) -> dict[str, Any]:

@@ -16,6 +16,7 @@ KEPT_REFUSALS = 200
 KEPT_CHANGES = 50
 
 RawLine = tuple[bytes, Mapping[bytes, bytes]]  # as Redis gives it: id, fields
+LineId = tuple[int, int]  # milliseconds since 1970, and the line's number in this millisecond
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,8 +44,9 @@ class Step:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
-    """An operator's change, or the reason why the log begins again."""
+    """An operator's change, or the reason why the log begins again; `line` is the id in the log."""
 
+    line: LineId
     at: float
     version: int | None
     text: str
@@ -52,8 +54,9 @@ class Change:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refusal:
-    """A refused update, or garbage (`worker` is then empty)."""
+    """A refused update, or garbage (`worker` is then empty); `line` is the id of the dead letter."""
 
+    line: LineId
     at: float
     worker: str
     seq: int | None
@@ -77,7 +80,12 @@ class Chronicle:
                 self.steps.append(_step(line_id, fields))
             elif text := _change(fields):
                 self.changes.append(
-                    Change(at=_at(line_id), version=whole(fields.get(b"version")), text=printable(text))
+                    Change(
+                        line=_id(line_id),
+                        at=_at(line_id),
+                        version=whole(fields.get(b"version")),
+                        text=printable(text),
+                    )
                 )
 
     def add_refusals(self, lines: Iterable[RawLine]) -> None:
@@ -87,7 +95,7 @@ class Chronicle:
             letter = DeadLetter.read(fields)
             self.refusals.append(
                 Refusal(
-                    at=_at(line_id), worker=printable(letter.worker, 64), seq=letter.seq,
+                    line=_id(line_id), at=_at(line_id), worker=printable(letter.worker, 64), seq=letter.seq,
                     reason=printable(letter.reason or "no reason is given"),
                 )
             )  # fmt: skip
@@ -123,5 +131,10 @@ def _change(fields: Mapping[bytes, bytes]) -> str:
     return f"the log begins again: {said(b'restored')}" if b"restored" in fields else ""
 
 
+def _id(line_id: bytes) -> LineId:
+    at_ms, _, number = line_id.partition(b"-")
+    return int(at_ms), int(number)
+
+
 def _at(line_id: bytes) -> float:
-    return int(line_id.partition(b"-")[0]) / 1000
+    return _id(line_id)[0] / 1000

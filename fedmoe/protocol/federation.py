@@ -179,7 +179,12 @@ class ServerView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Federation:
-    """Everything that `fedmoe status` shows; `read_at` is the server's clock then (seconds since 1970)."""
+    """Everything that `fedmoe status` shows.
+
+    Args:
+        read_at: the server's clock then (seconds since 1970).
+        sees_workers: False if this user may not look for workers, so that none are known.
+    """
 
     prefix: str
     server: ServerView
@@ -187,6 +192,7 @@ class Federation:
     merged: MergedView
     problems: tuple[str, ...] = ()
     read_at: float = 0.0
+    sees_workers: bool = True
 
     @property
     def workers(self) -> list[WorkerView]:

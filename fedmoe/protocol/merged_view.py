@@ -38,12 +38,14 @@ class MergedView:
     """The merged gateway.
 
     Args:
+        is_known: False if this user may not read its meta, so that nothing is known of it.
         relative_error: distance to the exact weighted sum of the experts, ‖ΔW − result‖ / ‖ΔW‖.
         weights: expert → its weight in each group of layers; empty if unknown.
         built_from: the versions it was built from; present: the experts' present ones; outdated: experts that changed.
         fit: None if there is none.
     """
 
+    is_known: bool = True
     exists: bool = False
     method: str = ""
     rank: int | None = None

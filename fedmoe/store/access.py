@@ -1,4 +1,4 @@
-"""Checks of TLS and users: how long the certificate lasts, and whether all nodes have the same users."""
+"""Checks of TLS and users: the end of the certificate, and the users' rights on all nodes."""
 
 import time
 
@@ -27,6 +27,8 @@ def access_checks(connection: Connection) -> list[Check]:
             checks += [Check(FAIL, "users", text) for text in odd]
         elif there:
             checks.append(Check(OK, "users", f"{len(there)} enrolled, the same on every master and replica"))
+        lacking, surplus = users.outdated()
+        checks += [Check(level, "users", text) for level, text in ((FAIL, lacking), (WARN, surplus)) if text]
         if not users.may_default_do_all():
             checks.append(Check(FAIL, "users", _FORGETS))
     except RedisUnavailableError:  # not an operator

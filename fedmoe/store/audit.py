@@ -13,6 +13,7 @@ from fedmoe.store.connection import Connection
 
 SHOWN = 1000
 ENROLLED, ROTATED, REVOKED, REFRESHED = "enrolled", "rotated", "revoked", "refreshed"
+ALL = "all"  # parties
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,12 +32,12 @@ class AuditLine:
     at: str = ""
 
 
-def write_line(connection: Connection, what: str, party: Party | None) -> None:
+def write_line(connection: Connection, what: str, party: Party | str) -> None:
     """Add a line; raises RedisUnavailableError if it cannot be added."""
     connection = connection.at(connection.keys.audit)
     with connection.errors():
         by = str(connection.client.execute_command("ACL WHOAMI"))
-        words = {"what": what, "party": str(party or "all"), "by": by, "host": socket.gethostname()}
+        words = {"what": what, "party": str(party), "by": by, "host": socket.gethostname()}
         connection.client.xadd(connection.keys.audit, words)
 
 

@@ -74,7 +74,7 @@ class Inspector:
             return {what: reply for (owner, what), reply in replies.items() if owner == name}
 
         experts = tuple(
-            self._expert(name, weight, of(name), members.get(name, Members()), now)
+            self._expert(name, weight, of(name), None if members is None else members[name], now)
             for name, weight in weights.items()
         )
         return Federation(
@@ -84,6 +84,7 @@ class Inspector:
             merged=_merged(of(MERGED), experts, now),
             problems=tuple(problems),
             read_at=now,
+            sees_workers=members is not None,
         )
 
     def _experts(self, problems: list[str]) -> dict[str, float | None]:
@@ -129,7 +130,7 @@ class Inspector:
         }
 
     def _expert(
-        self, name: str, weight: float | None, replies: dict[str, Any], members: Members, now: float
+        self, name: str, weight: float | None, replies: dict[str, Any], members: Members | None, now: float
     ) -> ExpertView:
         problems = _refused(replies)
         meta = _meta(replies["meta"], problems)
@@ -137,7 +138,7 @@ class Inspector:
         waiting = replies["updates"]
         pending, lag = _group(replies["groups"], waiting)
         problems += _of_aggregators(replies)
-        workers = members.alive
+        workers = members.alive if members else []
         curves = _curves(replies["decided"] or {}, meta)
         if meta:
             workers = [_behind(worker, meta.version) for worker in workers]
@@ -151,7 +152,7 @@ class Inspector:
             lag=lag,
             lease=_lease(replies),
             workers=tuple(workers),
-            left=members.left(map(printable, replies["decided"] or ())),
+            left=members.left(map(printable, replies["decided"] or ())) if members else (),
             dead=replies["dead"],
             last_dead=tuple(_dead_letter(entry) for entry in replies["last_dead"] or ()),
             log=tuple(texts(fields) for _, fields in replies["log"] or ()),
@@ -295,6 +296,7 @@ def _merged(replies: dict[str, Any], experts: Sequence[ExpertView], now: float) 
     except (ProtocolError, SpecError) as error:
         problems.append(printable(str(error)))
     return MergedView(
+        is_known=replies["meta"] is not None,
         exists=exists,
         method=printable(meta.method),
         rank=meta.rank,

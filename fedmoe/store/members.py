@@ -42,9 +42,13 @@ class Members:
         return tuple(gone[name] for name in sorted(gone.keys() - here)[:SHOWN_WORKERS])
 
 
-def read_members(connection: Connection, experts: Sequence[str], problems: list[str]) -> dict[str, Members]:
-    """The workers of each expert; findings are added to `problems`."""
-    alive, gone = _find(connection, experts, problems)
+def read_members(
+    connection: Connection, experts: Sequence[str], problems: list[str]
+) -> dict[str, Members] | None:
+    """The workers of each expert, None if this user may not look for them; findings are added to `problems`."""
+    if (both := _find(connection, experts, problems)) is None:
+        return None
+    alive, gone = both
     for what, found in (("heartbeats", alive), ("workers that left", gone)):
         if len(found) > SHOWN_WORKERS:
             problems.append(f"there are {len(found)} {what}, of which only {SHOWN_WORKERS} are shown")
@@ -62,22 +66,28 @@ def read_members(connection: Connection, experts: Sequence[str], problems: list[
     return members
 
 
-def _find(connection: Connection, experts: Sequence[str], problems: list[str]) -> tuple[Found, Found]:
-    """Find the keys of all heartbeats and traces, with expert and worker."""
+def _find(connection: Connection, experts: Sequence[str], problems: list[str]) -> tuple[Found, Found] | None:
+    """Find the keys of all heartbeats and traces, with expert and worker; None if this user may not SCAN."""
     alive: Found = {}
     gone: Found = {}
     orphans: dict[str, str] = {}
-    for key in _scan(connection, problems):
-        found = alive
-        if not (match := _HEARTBEAT_KEY.fullmatch(key)):
-            found = gone
-            if not (match := _TRACE_KEY.fullmatch(key)):
-                continue
-        worker = printable(match[2], MAX_NAME_LENGTH)
-        if match[1].decode(errors="replace") in experts:
-            found[key] = (match[1].decode(), worker)
-        elif found is alive:
-            orphans[printable(match[1], MAX_NAME_LENGTH)] = worker
+    try:
+        for key in _scan(connection, problems):
+            found = alive
+            if not (match := _HEARTBEAT_KEY.fullmatch(key)):
+                found = gone
+                if not (match := _TRACE_KEY.fullmatch(key)):
+                    continue
+            worker = printable(match[2], MAX_NAME_LENGTH)
+            if match[1].decode(errors="replace") in experts:
+                found[key] = (match[1].decode(), worker)
+            elif found is alive:
+                orphans[printable(match[1], MAX_NAME_LENGTH)] = worker
+    except RedisUnavailableError as error:
+        if not isinstance(error.__cause__, NoPermissionError):
+            raise
+        problems.append("the workers cannot be read: this user may not SCAN")
+        return None
     problems += _of_orphans(connection, orphans)
     return alive, gone
 
@@ -90,10 +100,7 @@ def _scan(connection: Connection, problems: list[str]) -> Iterator[bytes]:
             with master.errors():
                 yield from master.client.scan_iter(match=pattern, count=1000)
         except RedisUnavailableError as error:
-            if isinstance(error.__cause__, NoPermissionError):
-                problems.append("the workers cannot be read: this user may not SCAN")
-                return
-            if len(masters) == 1:
+            if len(masters) == 1 or isinstance(error.__cause__, NoPermissionError):
                 raise
             problems.append(f"some workers cannot be read: {error}")
 

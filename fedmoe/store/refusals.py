@@ -184,6 +184,8 @@ def _passing(error: Exception, text: str, url: str) -> tuple[str, str]:
             return "maxclients", f"Redis at {url} takes no more connections: raise its maxclients"
         case exceptions.ConnectionError() | exceptions.TimeoutError() | redis.WatchError() | OSError():
             hint = AT_ONCE if "EOF occurred in violation of protocol" in text else ""
+            if url.startswith("redis://") and ("reset by peer" in text or "closed by server" in text):
+                hint = ": if it speaks TLS only, its URL begins with rediss://"
             return "connection", f"Redis at {url} cannot be reached ({text}){hint}"
     if "MISCONF" in text:
         return "disk", f"Redis at {url} cannot write to its disk and so takes no writes: see its log"

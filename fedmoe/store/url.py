@@ -101,9 +101,7 @@ def check_encrypted(url: str) -> None:
     Raises:
         SettingsError: for plain TCP to another machine, or TLS that accepts any certificate.
     """
-    scheme, _, rest = url.partition("://")
-    hosts = rest.partition("?")[0].rpartition("@")[2].partition("/")[0].split(",")
-    if scheme == "unix" or all(map(_is_loopback, hosts)):
+    if is_loopback(url):
         return
     if _options(url).get("ssl_cert_reqs") == "none":
         raise _wrong(
@@ -126,7 +124,14 @@ def is_tls(url: str) -> bool:
     return scheme == "rediss" or (scheme == "sentinel" and "ssl" in SentinelURL.parse(url).server)
 
 
-def _is_loopback(place: str) -> bool:
+def is_loopback(url: str) -> bool:
+    """True if only this machine can be reached by this URL, which passed `check`."""
+    scheme, _, rest = url.partition("://")
+    hosts = rest.partition("?")[0].rpartition("@")[2].partition("/")[0].split(",")
+    return scheme == "unix" or all(map(_is_this_machine, hosts))
+
+
+def _is_this_machine(place: str) -> bool:
     """True if this host, with or without a port, is this machine; its name is not looked up."""
     host = re.sub(r":\d*$", "", place).strip("[]") if not place.count(":") > 1 or "]" in place else place
     if host in ("", "localhost"):

@@ -7,48 +7,24 @@ Redis keeps hashes of passwords only, so nothing here can give a password away.
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from typing import Any
 
 from redis.exceptions import ResponseError
 
 from fedmoe.errors import RedisUnavailableError, RedisUnfitError
+from fedmoe.protocol.keys import Keys
 from fedmoe.protocol.parties import Party
 from fedmoe.store.cluster import slot_of
 from fedmoe.store.connection import Connection
 from fedmoe.store.permissions import Right, party_rules
 from fedmoe.store.rights import lacking
 from fedmoe.store.url import Address, SentinelURL
+from fedmoe.store.user import User
 
 NO_FILE = "not configured to use an ACL file"
-_HASH = re.compile(r"#[0-9a-f]{64}")
-_SELECTOR = re.compile(r"\(([^()]*)\)")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class User:
-    """A party's user on one node; two are equal if their rights and passwords are.
-
-    Args:
-        party: whose it is.
-        hashes: of its passwords, as ACL rules.
-        rules: of the root and of each selector; servers list them in different orders.
-    """
-
-    party: Party
-    hashes: tuple[str, ...]
-    rules: frozenset[frozenset[str]]
-
-    @classmethod
-    def parse(cls, party: Party, line: str) -> "User":
-        """From a line of ACL LIST."""
-        words = _SELECTOR.sub("", line).split()[2:]
-        hashes = tuple(sorted(word for word in words if _HASH.fullmatch(word)))
-        groups = [[word for word in words if word not in hashes and word != "sanitize-payload"]]
-        groups += [found.split() for found in _SELECTOR.findall(line)]
-        return cls(party=party, hashes=hashes, rules=frozenset(map(frozenset, groups)))
+SHOWN = 3  # users, and rights of each, in a sentence
 
 
 def password_rule(password: str) -> str:
@@ -56,26 +32,16 @@ def password_rule(password: str) -> str:
     return f"#{hashlib.sha256(password.encode()).hexdigest()}"
 
 
-def user_line(party: Party, connection: Connection, hashes: tuple[str, ...]) -> str:
-    """The line of an ACL file for a party's user."""
-    return " ".join(["user", party.user(connection.keys.prefix), *_rules(party, connection, hashes)])
-
-
-def _rules(party: Party, connection: Connection, hashes: tuple[str, ...]) -> list[str]:
-    database = connection.client.get_connection_kwargs().get("db") or 0
-    cluster = connection.cluster is not None
-    return ["reset", "on", *hashes, *party_rules(party, connection.keys, database=database, cluster=cluster)]
-
-
 class Users:
-    """The users of the connection's federation, on the master and its replicas.
+    """The users of a federation, on the master and its replicas.
 
     Args:
         connection: of an operator, to the master.
+        keys: of the federation whose users these are; the connection's own by default.
     """
 
-    def __init__(self, connection: Connection) -> None:
-        self.connection = connection
+    def __init__(self, connection: Connection, keys: Keys | None = None) -> None:
+        self.connection, self._keys = connection, keys or connection.keys
         self.notes: list[str] = []  # what is not as it should be after a change, each once
 
     def parties(self) -> dict[Party, User]:
@@ -89,7 +55,7 @@ class Users:
     def _list(self, node: Connection) -> dict[Party, User]:
         with node.errors():
             lines = [str(line) for line in node.client.execute_command("ACL LIST")]
-        prefix = node.keys.prefix
+        prefix = self._keys.prefix
         found = {party: line for line in lines if (party := Party.of_user(line.split(" ", 2)[1], prefix))}
         return {party: User.parse(party, found[party]) for party in sorted(found)}
 
@@ -110,14 +76,23 @@ class Users:
         needed = [Right(command="MULTI"), Right(command="EXEC"), Right(command="ACL SETUSER")]
         return not lacking(self.connection, needed)
 
+    def line(self, party: Party, hashes: tuple[str, ...] = ()) -> str:
+        """The line of an ACL file for a party's user, with these passwords."""
+        return " ".join(["user", party.user(self._keys.prefix), *self._rules(party, hashes)])
+
+    def _rules(self, party: Party, hashes: tuple[str, ...]) -> list[str]:
+        database = self.connection.client.get_connection_kwargs().get("db") or 0
+        cluster = self.connection.cluster is not None
+        return ["reset", "on", *hashes, *party_rules(party, self._keys, database=database, cluster=cluster)]
+
     def set(self, party: Party, hashes: tuple[str, ...]) -> None:
         """Create or change a party's user on every node: these passwords, and the rights of its role."""
         self._on_each(lambda node: self._set(node, party, hashes))
 
     def _set(self, node: Connection, party: Party, hashes: tuple[str, ...]) -> None:
-        user = party.user(node.keys.prefix)
+        user = party.user(self._keys.prefix)
         with node.errors():
-            node.client.execute_command("ACL SETUSER", user, *_rules(party, self.connection, hashes))
+            node.client.execute_command("ACL SETUSER", user, *self._rules(party, hashes))
         self._save(node)
 
     def remove(self, party: Party) -> bool:
@@ -127,7 +102,7 @@ class Users:
         def remove(node: Connection) -> None:
             nonlocal removed
             with node.errors():
-                removed += node.client.execute_command("ACL DELUSER", party.user(node.keys.prefix))
+                removed += node.client.execute_command("ACL DELUSER", party.user(self._keys.prefix))
             self._save(node)
 
         self._on_each(remove)
@@ -144,7 +119,7 @@ class Users:
         def equal(node: Connection) -> None:
             for party in self._list(node).keys() - there.keys():
                 with node.errors():
-                    node.client.execute_command("ACL DELUSER", party.user(node.keys.prefix))
+                    node.client.execute_command("ACL DELUSER", party.user(self._keys.prefix))
             for party, user in there.items():
                 self._set(node, party, user.hashes)
 
@@ -166,11 +141,31 @@ class Users:
             parties = users.keys() | there.keys()
             odd = [one for one in sorted(parties) if users.get(one) != there.get(one)]
             if odd:
-                names = ", ".join(map(str, odd[:3])) + (f" and {len(odd) - 3} more" if len(odd) > 3 else "")
                 found.append(
-                    f"users on {address} differ from the master's ({names}): run `fedmoe operator refresh`"
+                    f"users on {address} differ from the master's ({_few(map(str, odd))}): run `fedmoe operator "
+                    "refresh`"
                 )
         return found
+
+    def outdated(self) -> tuple[str, str]:
+        """Whose rights are not those that this release gives to its role: two sentences, "" if there are none.
+
+        Returns:
+            Who lacks rights, and who has more.
+        """
+        lacking, surplus = [], []
+        for party, user in self.parties().items():
+            right = User.parse(party, self.line(party)).rights
+            if lacks := sorted(right - user.rights):
+                lacking.append(f"{party}: {_few(lacks)}")
+            if more := sorted(user.rights - right):
+                surplus.append(f"{party}: {_few(more)}")
+        return (
+            f"users lack rights that this release gives to their roles ({_few(lacking, '; ')}): run `fedmoe operator "
+            "refresh`" if lacking else "",
+            f"users have rights that this release does not give to their roles ({_few(surplus, '; ')}): run `fedmoe "
+            "operator refresh`, unless a later release gave them" if surplus else "",
+        )  # fmt: skip
 
     def _save(self, node: Connection) -> None:
         try:
@@ -230,6 +225,13 @@ class Users:
             except (ResponseError, OSError):  # a sentinel that is down, or does not answer this user
                 continue
         return []
+
+
+def _few(texts: Iterable[str], between: str = ", ") -> str:
+    """The first texts, and how many more there are."""
+    shown = list(texts)
+    more = f" and {len(shown) - SHOWN} more" if len(shown) > SHOWN else ""
+    return between.join(shown[:SHOWN]) + more
 
 
 def require_master(users: Users) -> None:

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -137,6 +138,30 @@ def check_server() -> Check:
         return Check(OK, "server", f"{find_server()} (for fedmoe demo; not needed with --redis)")
     except FedMoEError as error:
         return Check(WARN, "server", str(error))
+
+
+def check_users_file(enrolment: Path) -> Check | None:
+    """Check that nobody else can read the ACL file of the deployment in which this enrolment file lies.
+
+    Redis writes it again with each change of users, for everybody to read unless its umask forbids that.
+    """
+    from fedmoe.tools.deploy.deployment import USERS
+    from fedmoe.tools.deploy.parties import ENROLMENTS
+
+    place = enrolment.resolve().parent
+    try:
+        if place.name != ENROLMENTS or not all(
+            path.stat().st_mode & 0o077 for path in (place.parent / USERS, place.parent)
+        ):
+            return None
+    except OSError:
+        return None
+    return Check(
+        WARN,
+        "users",
+        f"others on this machine can read {place.parent / USERS}, which holds hashes of passwords: run "
+        f"`chmod 700 {shlex.quote(str(place.parent))}`, or start Redis with umask 077 and run chmod 600 on the file",
+    )
 
 
 def check_base_model(base_model: str) -> Check:

@@ -4,6 +4,7 @@ import asyncio
 import socket
 import ssl
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ class HttpServer:
         host: address to listen on.
         port: to listen on; 0 takes a free one.
         certificate, key: PEM files for TLS; None for plain HTTP.
+        proxies: addresses whose X-Forwarded-For and X-Forwarded-Proto are believed.
 
     Raises:
         OSError: if the address is taken or is not this machine's.
@@ -58,7 +60,14 @@ class HttpServer:
     """
 
     def __init__(
-        self, app: Any, host: str, port: int, *, certificate: Path | None = None, key: Path | None = None
+        self,
+        app: Any,
+        host: str,
+        port: int,
+        *,
+        certificate: Path | None = None,
+        key: Path | None = None,
+        proxies: Sequence[str] = (),
     ) -> None:
         if certificate:
             ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
@@ -68,8 +77,8 @@ class HttpServer:
         self._socket = socket.create_server((host, port), family=family)  # uvicorn's own way ends the process
         config = uvicorn.Config(
             app, log_config=None, log_level="warning", access_log=False, lifespan="off", server_header=False,
-            timeout_graceful_shutdown=1, limit_concurrency=MAX_CONNECTIONS, proxy_headers=False,
-            ssl_certfile=certificate, ssl_keyfile=key, http=_Protocol,
+            timeout_graceful_shutdown=1, limit_concurrency=MAX_CONNECTIONS, proxy_headers=bool(proxies),
+            forwarded_allow_ips=list(proxies), ssl_certfile=certificate, ssl_keyfile=key, http=_Protocol,
         )  # fmt: skip
         self._server = uvicorn.Server(config)
         self.port = int(self._socket.getsockname()[1])

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fedmoe.errors import SettingsError
+from fedmoe.errors import BaseModelError, SettingsError
 from fedmoe.protocol.lora import (
     ALL_LINEAR,
     DEFAULT_BASE_MODEL,
@@ -86,8 +86,14 @@ def shape_of(settings: PlanSettings) -> "Shape":
 
 def _adapter_values(settings: PlanSettings) -> int:
     from fedmoe.model.adapter import adapter_layout
-    from fedmoe.model.base import load_config
+    from fedmoe.model.base import check_reachable, load_config
 
     lora = LoraSettings(rank=settings.rank, targets=settings.targets)
-    config: Any = load_config(settings.base_model)
+    try:
+        check_reachable(settings.base_model)
+        config: Any = load_config(settings.base_model)
+    except BaseModelError as error:
+        raise BaseModelError(
+            f"{error}; or give the number of values of an adapter (--values)", about=error.about
+        ) from error
     return adapter_layout(config, lora).numel

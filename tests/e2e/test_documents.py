@@ -81,8 +81,14 @@ NOT_TYPED = {
     "python3 -m venv /opt/fedmoe && /opt/fedmoe/bin/pip install '.[dashboard,metrics]'": SETUP,
     "install -m 644 ops/systemd/fedmoe.sysusers.conf /etc/sysusers.d/fedmoe.conf && systemd-sysusers": SYSTEM,
     "install -m 644 ops/systemd/fedmoe*.service ops/systemd/fedmoe*.timer /etc/systemd/system/": SYSTEM,
+    "fedmoe init federation --host the-redis --redis-dir /var/lib/fedmoe-redis --worker sql_expert/sql-1":
+        "test_secured_pages.py types the same without --redis-dir, test_units.py uses it",
+    "install -d -o fedmoe-redis -g fedmoe-redis -m 700 /var/lib/fedmoe-redis": SYSTEM,
+    "cp -r federation/redis.conf federation/users.acl federation/tls /var/lib/fedmoe-redis": SYSTEM,
+    "rm /var/lib/fedmoe-redis/tls/ca.key && chown -R fedmoe-redis:fedmoe-redis /var/lib/fedmoe-redis": SYSTEM,
     "systemctl daemon-reload": SYSTEM,
-    "systemctl enable --now fedmoe-aggregator fedmoe-worker@sql-1 fedmoe-dashboard fedmoe-backup.timer": SYSTEM,
+    "systemctl enable --now fedmoe-redis fedmoe-aggregator fedmoe-worker@sql-1 fedmoe-dashboard fedmoe-backup.timer":
+        SYSTEM,
     "journalctl -p warning -u fedmoe-aggregator -u 'fedmoe-worker@*'": SYSTEM,
     "docker build -f ops/container/Dockerfile -t fedmoe .": DAEMON,
     "docker compose -f ops/container/compose.yaml up -d": DAEMON,

@@ -64,6 +64,13 @@ def test_a_wrong_certificate_is_named(secured: Secured, make: Callable[[Pair], P
     secured.fedmoe("monitor", "status")
 
 
+def test_a_url_without_tls_says_what_may_be_wrong(secured: Secured) -> None:
+    """The server drops the connection without a word."""
+    url = f"redis://localhost:{secured.port}"
+    with pytest.raises(RedisUnavailableError, match="begins with rediss://"):
+        Connection(RedisSettings(url=url)).ping()
+
+
 @pytest.mark.parametrize(
     ("old", "new"),
     [

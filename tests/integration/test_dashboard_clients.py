@@ -99,6 +99,33 @@ def test_guessing_is_slow(locked: Board) -> None:
     assert (answer.status_code, answer.json()["error"]["about"]) == (429, "login")
 
 
+def guess(where: Board, forwarded: str) -> int:
+    """One wrong password, with this X-Forwarded-For."""
+    return log_in(where, "guess", **{"X-Forwarded-For": forwarded}).status_code
+
+
+def test_a_client_does_not_choose_its_address(locked: Board) -> None:
+    """By default nobody's X-Forwarded-For is believed."""
+    assert [guess(locked, f"10.0.0.{i}") for i in range(login_module.ATTEMPTS + 1)] == [401] * 5 + [429]
+
+
+def test_clients_behind_a_proxy_are_told_apart(connection: Connection) -> None:
+    """By the last address that is no proxy's, which the proxy itself has added; what the client put before is not."""
+    with board(
+        connection.settings, password=PASSWORD, forwarded_allow_ips=("127.0.0.1", "10.0.0.9")
+    ) as behind:
+        said = [guess(behind, f"10.0.0.9, 10.9.9.{i}, 10.0.0.1") for i in range(login_module.ATTEMPTS + 1)]
+        assert said == [401] * 5 + [429]
+        assert guess(behind, "10.0.0.1, 10.0.0.9") == 429  # through two proxies
+        assert guess(behind, "10.0.0.2") == 401
+        by_tls = log_in(behind, **{"X-Forwarded-For": "10.0.0.3", "X-Forwarded-Proto": "https"})
+        assert "; Secure" in by_tls.headers["set-cookie"]
+        assert "; Secure" not in log_in(behind, **{"X-Forwarded-For": "10.0.0.3"}).headers["set-cookie"]
+    with board(connection.settings, password=PASSWORD, forwarded_allow_ips=("10.0.0.9",)) as elsewhere:
+        said = [guess(elsewhere, f"10.0.0.{i}") for i in range(login_module.ATTEMPTS + 1)]
+        assert said == [401] * 5 + [429]
+
+
 def test_a_form_of_many_fields_is_a_wrong_password(locked: Board) -> None:
     """Not an internal error with a traceback in the log: anybody may send one."""
     many = {f"field{i}": "1" for i in range(50)}

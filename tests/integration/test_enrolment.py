@@ -11,18 +11,28 @@ import pytest
 
 from consumers.expert import Expert
 from fedmoe.cli.main import cli
-from fedmoe.errors import RedisUnavailableError, RedisUnfitError, SettingsError, UnknownExpertError
+from fedmoe.errors import (
+    FedMoEError,
+    RedisUnavailableError,
+    RedisUnfitError,
+    SettingsError,
+    UnknownExpertError,
+)
+from fedmoe.protocol.keys import Keys
 from fedmoe.protocol.parties import Party
 from fedmoe.redis_settings import RedisSettings
+from fedmoe.settings import WorkerSettings
 from fedmoe.store.audit import read_lines
 from fedmoe.store.connection import Connection
 from fedmoe.store.embedded import EmbeddedRedis
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore
-from fedmoe.store.permissions import DEFAULT_USER
+from fedmoe.store.permissions import DEFAULT_USER, party_rules
 from fedmoe.store.users import Users
 from fedmoe.tools.deploy.deployment import Deployment
 from fedmoe.tools.deploy.enrol import certificate_for
+from fedmoe.util.stopping import Stop
+from producers.worker import Worker
 from tests.errors import raises
 from tests.federation import ScriptedWorker, make_expert, serve, serving, small_spec
 from tests.processes import eventually
@@ -143,16 +153,40 @@ def test_doctor_tells_of_a_default_user_without_rights(secured: Secured) -> None
     assert DEFAULT_USER in done.output
 
 
+def test_doctor_tells_of_an_acl_file_that_others_can_read(secured: Secured) -> None:
+    """Redis writes it for everybody to read; that does no harm while the directory is closed."""
+    users = secured.directory / "users.acl"
+    users.chmod(0o644)  # as ACL SAVE leaves it
+    assert "others on this machine" not in secured.fedmoe("operator", "doctor").output
+    secured.directory.chmod(0o755)
+    assert f"can read {users}" in secured.fedmoe("operator", "doctor").output
+    users.chmod(0o600)
+    assert "others on this machine" not in secured.fedmoe("operator", "doctor").output
+
+
 def test_a_refresh_gives_the_rights_of_this_release(secured: Secured) -> None:
     """And keeps the passwords."""
     users, monitor = Users(secured.connection("operator")), Party(role="monitor")
     whole = users.parties()[monitor]
-    secured.connection("operator").client.execute_command(
-        "ACL SETUSER", monitor.user("fedmoe"), "-info", "clearselectors"
-    )
+    assert users.outdated() == ("", "")
+
+    def change(party: Party, *rules: str) -> None:
+        secured.connection("operator").client.execute_command("ACL SETUSER", party.user("fedmoe"), *rules)
+
+    change(monitor, "-info", "clearselectors")
+    change(W1, "+xdel", "~fedmoe:{sql_expert}:meta")
     assert users.parties()[monitor] != whole
+    doctor = secured.fedmoe("operator", "doctor", "--role", "operator")
+    assert doctor.exit_code == 1
+    lacking, surplus = [line for line in doctor.output.splitlines() if "operator refresh" in line]
+    assert "(monitor main: %R~fedmoe:{*}:lease %R~fedmoe:{merged}:lease +get, +info)" in lacking
+    assert f"(worker {NAME} of {EXPERT}: %W~fedmoe:{{sql_expert}}:meta, +xdel)" in surplus
+    change(monitor, *party_rules(monitor, Keys()))
+    assert [bool(text) for text in users.outdated()] == [False, True]
+    assert secured.fedmoe("operator", "doctor", "--role", "operator").exit_code == 0  # more rights: a warning
     assert "4 users" in secured.fedmoe("operator", "operator", "refresh").output
     assert users.parties()[monitor] == whole
+    assert users.outdated() == ("", "")
 
 
 def test_enrolments_reach_every_replica_and_doctor_compares(secured: Secured, tmp_path: Path) -> None:
@@ -286,6 +320,8 @@ def test_worker_run_takes_expert_and_name_from_its_enrolment(secured: Secured, t
     for option, value in (("--stream", "docs_expert"), ("--name", "other")):
         with raises(SettingsError, about=option.removeprefix("--")):
             secured.fedmoe(NAME, "worker", "run", "--data", str(rows), option, value)
+    with raises(SettingsError, about="rights"):
+        secured.fedmoe("monitor", "worker", "run", "--data", str(rows), "--stream", EXPERT)
     with raises(UnknownExpertError, about=EXPERT):
         secured.fedmoe(NAME, "worker", "run", "--data", str(rows), "--no-wait")
 
@@ -297,6 +333,14 @@ def test_the_aggregator_serves_with_its_enrolment(secured: Secured) -> None:
     with serving(secured.connection("aggregator")):
         worker.push(0.5)
         eventually("the update", lambda: worker.store.meta().version == 1)
+
+
+def test_redis_finds_its_files_where_they_will_be(tmp_path: Path) -> None:
+    """It enters `dir` while it reads its configuration, and ends if that is not there."""
+    Deployment(directory=tmp_path / "d", hosts=["h"], redis_dir=Path("/srv/redis")).write(now=0.0)
+    assert "\ndir /srv/redis\n" in (tmp_path / "d" / "redis.conf").read_text()
+    with raises(SettingsError, about="redis_dir"):
+        Deployment(directory=tmp_path / "e", hosts=["h"], redis_dir=Path("srv"))
 
 
 def test_deployment_fits_replicas(tmp_path: Path) -> None:
@@ -318,3 +362,13 @@ def test_the_scripts_name_a_worker_by_its_enrolment(tmp_path: Path) -> None:
         typed = ["bash", "-c", f"source {lib}; worker_name {options} --data x"]
         said = subprocess.run(typed, capture_output=True, text=True, check=True).stdout
         assert said == f"worker-{EXPERT}-{NAME}\n"
+
+
+def test_a_worker_says_where_its_name_comes_from(secured: Secured, tmp_path: Path) -> None:
+    """From the enrolment, not from an option that nobody gave."""
+    rows = tmp_path / "rows.jsonl"
+    said: list[str] = []
+    settings = WorkerSettings(stream=EXPERT, name=NAME, data=rows)
+    with pytest.raises(FedMoEError):  # there are no rows
+        Worker(secured.settings(NAME), settings, stop=Stop(), report=said.append).run()
+    assert said[0].endswith("(name from its enrolment)")

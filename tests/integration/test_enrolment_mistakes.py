@@ -231,3 +231,34 @@ def test_a_worker_that_cannot_train_the_gateway_is_told(secured: Secured, tmp_pa
         out = tmp_path / f"{name[:2]}-{len(name)}.toml"
         done = secured.fedmoe("operator", "worker", "enrol", name, "--stream", EXPERT, "--out", str(out))
         assert ("cannot train the gateway" in done.output) == is_told
+
+
+def test_an_enrolment_names_redis_as_its_party_reaches_it(secured: Secured, tmp_path: Path) -> None:
+    """The operator's own URL is of this machine only: it is named, another is taken, and a rotation keeps it."""
+
+    def enrol(name: str, *more: str) -> str:
+        words = ("worker", "enrol", name, "--stream", EXPERT, "--out", str(tmp_path / f"{name}.toml"), *more)
+        return secured.fedmoe("operator", *words).stderr
+
+    def url(name: str) -> str:
+        return Enrolment.read(tmp_path / f"{name}.toml").url
+
+    warning = enrol("w2")
+    assert warning.startswith(f"warning: rediss://localhost:{secured.port}/0")
+    assert "--url" in warning
+    there = f"rediss://redis.example.org:{secured.port}/0"
+    assert enrol("w3", "--url", there) == ""
+    assert url("w3") == there
+    assert enrol("w3", "--rotate") == ""
+    assert url("w3") == there
+    for wrong, about in (
+        ("rediss://u:p@there/0", "url"),
+        ("redis://there/0", "insecure"),
+        ("there", "scheme"),
+    ):
+        with raises(SettingsError, about=about):
+            enrol("w4", "--url", wrong)
+    assert not (tmp_path / "w4.toml").exists()
+    assert (
+        Party(role="worker", expert=EXPERT, name="w4") not in Users(secured.connection("operator")).parties()
+    )

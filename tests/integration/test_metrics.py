@@ -8,6 +8,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,18 @@ def test_the_metrics_are_what_status_shows(connection: Connection) -> None:
         "fedmoe_redis_certificate_expiry_timestamp_seconds", "fedmoe_gateway_fit_loss", "fedmoe_expert_best_version",
         "fedmoe_worker_validation_loss", "fedmoe_worker_validation_worse",
     }  # fmt: skip
+
+
+def test_what_nobody_may_look_at_is_no_metric(connection: Connection) -> None:
+    """A 0 would say that none runs, and the alert of an expert that stands still could not fire."""
+    some_updates(connection)
+    seen = look(connection)
+    less = replace(seen, sees_workers=False, merged=replace(seen.merged, is_known=False))
+    blind = exposition(federation_registry(lambda: less))[0].decode()
+    for line in ("fedmoe_expert_workers{", "\nfedmoe_gateway_exists "):
+        assert line in shown(connection)
+        assert line not in blind
+    assert samples(blind)["fedmoe_expert_version", ("sql_expert",)] == 2
 
 
 def test_promtool_finds_nothing_to_complain_of(connection: Connection) -> None:

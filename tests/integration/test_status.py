@@ -177,6 +177,9 @@ def test_what_a_user_may_not_read_is_said_in_one_line(connection: Connection, vi
         "weights, lease, problem, updates, dead, log, decided, spec cannot be read: this user may not",
     )
     assert seen.problems == ("the workers cannot be read: this user may not SCAN",)
+    assert not seen.sees_workers
+    assert not seen.merged.is_known
+    assert shown.left == ()
     assert (
         list(findings(seen))[-1]
         == "merged gateway: meta, weights, lease, problem, fit cannot be read: this user may not"

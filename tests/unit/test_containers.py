@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
+from fedmoe.protocol.parties import Party
+from fedmoe.tools.deploy.parties import parties
 from tests.documents import ROOT, misfit
 from tests.services import LONGEST_STOP_S, read
 
@@ -92,6 +94,33 @@ def test_services_of_compose_are_closed(name: str) -> None:
         assert misfit("fedmoe " + " ".join(service["command"])) == ""
 
 
+@pytest.mark.parametrize("name", sorted(services().keys() - {"redis"}))
+def test_services_of_compose_have_the_enrolment_of_their_role(name: str) -> None:
+    """As `fedmoe init` writes it, mounted as a secret; and no password is in the environment."""
+    compose = yaml.safe_load(COMPOSE.read_text())
+    service, command = compose["services"][name], compose["services"][name]["command"]
+    role = {"standby": "aggregator", "dashboard": "monitor", "backup": "operator"}.get(name, name)
+    assert command[command.index("--enrolment") + 1] == f"/run/secrets/{role}"
+    files = {Path(compose["secrets"][secret]["file"]).name for secret in service["secrets"]}
+    written = parties([Party(role="worker", expert="sql_expert", name="sql-1")])
+    assert [written[file].role for file in files - {"dashboard.password"}] == [role]
+    assert "env_file" not in service
+    assert "environment" not in service
+
+
+@pytest.mark.parametrize("name", ["aggregator", "standby", "worker"])
+def test_services_that_read_the_base_model_can_download_it(name: str) -> None:
+    """The aggregators its config; the root file system is read-only."""
+    home = str(
+        Path(next(rest for word, rest in instructions() if "HF_HOME" in rest).partition("HF_HOME=")[2]).parent
+    )
+    service = services()[name]
+    places = [one.partition(":")[0] for one in service["tmpfs"]] + [
+        one.split(":")[1] for one in service.get("volumes", [])
+    ]
+    assert home in places
+
+
 def test_compose_gives_a_stop_its_time() -> None:
     """The same as the units of systemd."""
     found = services().items()
@@ -144,6 +173,12 @@ def test_pods_are_closed_and_have_time(component: str, pod: dict[str, Any]) -> N
     mounts = {one["name"] for one in container["volumeMounts"]}
     claims = {"home"} if component == "worker" else set()
     assert mounts - claims == {one["name"] for one in pod["volumes"]}
+    (secret,) = [one["secret"] for one in pod["volumes"] if one["name"] == "enrolment"]
+    assert (
+        secret["defaultMode"] == 0o440
+    )  # root's, and of the pod's group: `fedmoe` takes no file that others can read
+    (mounted,) = [one["mountPath"] for one in container["volumeMounts"] if one["name"] == "enrolment"]
+    assert container["args"][container["args"].index("--enrolment") + 1].startswith(mounted)
     if component != "backup":
         assert container["livenessProbe"]["exec"]["command"] == ["fedmoe", "healthy"]
         assert container["startupProbe"]["exec"]["command"] == ["fedmoe", "healthy"]
@@ -152,13 +187,12 @@ def test_pods_are_closed_and_have_time(component: str, pod: dict[str, Any]) -> N
 
 
 def test_workers_keep_their_identity() -> None:
-    """Name, rows, settings and state directory follow the pod's name; the longest stop fits."""
+    """Enrolment, and with it name and expert, rows and state directory follow the pod's name; the longest stop fits."""
     (pod,) = [pod for name, pod in pods() if name == "worker"]
     (container,) = pod["containers"]
-    values = {one["name"]: one.get("value") for one in container["env"]}
-    assert values["FEDMOE_WORKER_RUN_NAME"] == "$(POD)"
-    assert values["FEDMOE_WORKER_RUN_DATA"] == "/data/$(POD).jsonl"
+    values = dict(zip(container["args"], container["args"][1:], strict=False))
+    assert values["--data"] == "/data/$(POD).jsonl"
     paths = {one["mountPath"]: one.get("subPathExpr") for one in container["volumeMounts"]}
-    assert paths[values["FEDMOE_CONFIG"]] == "$(POD).toml"
-    assert str(values["FEDMOE_WORKER_RUN_STATE_DIR"]).startswith("/var/lib/fedmoe/")
+    assert paths[values["--enrolment"]] == "$(POD).toml"
+    assert values["--state-dir"].startswith("/var/lib/fedmoe/")
     assert pod["terminationGracePeriodSeconds"] > LONGEST_STOP_S

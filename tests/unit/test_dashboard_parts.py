@@ -184,6 +184,19 @@ def test_each_refusal_is_told_once() -> None:
     ]  # fmt: skip
 
 
+def test_refusals_of_one_millisecond_are_all_told() -> None:
+    """Redis numbers them; the second one comes after the look that saw the first."""
+    events, known = Events(), Chronicle()
+    at = int(NOW * 1000)
+    for number in range(12):  # 10 comes after 9, as numbers do and texts do not
+        known.add_refusals([(f"{at}-{number}".encode(), {b"worker": b"w", b"seq": str(number).encode()})])
+        known.add_log([(f"{at}-{number}".encode(), {b"changed": str(number).encode()})])
+        events.tell({"e": known})
+        events.tell({"e": known})
+    for kind in ("refused", "changed"):
+        assert sum(one["kind"] == kind for one in events.newest()) == 12
+
+
 # ---- login ----------------------------------------------------------------------------------------------------------
 
 
@@ -192,6 +205,13 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+
+@pytest.mark.parametrize("address", ["*", "10.0.0.0/8", "proxy.example.org", ""])
+def test_only_addresses_are_proxies(address: str) -> None:
+    """A network, a name or everybody may hold clients, who would choose their own address."""
+    with raises(SettingsError, about="forwarded_allow_ips"):
+        DashboardSettings(forwarded_allow_ips=("127.0.0.1", address))
 
 
 def test_sessions_end_and_are_bounded() -> None:

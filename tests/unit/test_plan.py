@@ -1,6 +1,7 @@
 """The formula of `fedmoe plan`, and its command; tests/e2e/test_plan.py compares it with a real federation."""
 
 import json
+import socket
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from fedmoe.tools.plan import PlanSettings, shape_of
 from fedmoe.util.setting import declared
 from producers.ledger import Ledger
 from tests.errors import raises
-from tests.processes import fedmoe_here
+from tests.processes import fedmoe, fedmoe_here
 
 MILLION = Shape(
     values=1_000_000, experts=3, trained_gateway=False, memberships=6, wire_format="fp32", sync_interval_s=2.0,
@@ -137,3 +138,14 @@ def test_the_command_prints_a_table_or_json(tmp_path: Path) -> None:
     ):
         wrong = fedmoe_here("plan", *words)
         assert (wrong.returncode > 0, wrong.stderr.count("\n")) == (True, 1), wrong.stderr
+
+
+def test_a_hub_that_cannot_be_reached_is_named_at_once(tmp_path: Path) -> None:
+    """Its library retries for half a minute; nobody waits that long for an estimate."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # nobody listens there
+        hub = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        done = fedmoe("plan", HF_ENDPOINT=hub, HF_HOME=str(tmp_path), HF_HUB_OFFLINE="0")
+    assert done.returncode != 0
+    assert "--values" in done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr  # none of the library's own, which names each retry

@@ -13,8 +13,9 @@ from tests.services import LONGEST_STOP_S, UNITS, read
 
 SERVICES = (
     "fedmoe-aggregator.service", "fedmoe-worker@sql-1.service", "fedmoe-backup.service",
-    "fedmoe-dashboard.service",
+    "fedmoe-dashboard.service", "fedmoe-redis.service",
 )  # fmt: skip
+REDIS = UNITS / "fedmoe-redis.service"
 EXPOSURE = 20  # tenths of systemd's scale from 0 (closed) to 10
 
 
@@ -25,7 +26,8 @@ def units(tmp_path: Path) -> Path:
         pytest.skip("there is no systemd-analyze here: apt-get install systemd")
     for path in UNITS.glob("fedmoe*"):
         name = path.name.replace("@.", "@sql-1.")
-        (tmp_path / name).write_text(path.read_text().replace("/opt/fedmoe/bin/fedmoe", sys.executable))
+        text = re.sub(r"(?<=^ExecStart=)\S+", sys.executable, path.read_text(), flags=re.MULTILINE)
+        (tmp_path / name).write_text(text)
     return tmp_path
 
 
@@ -46,11 +48,18 @@ def test_units_are_closed(units: Path, name: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("path", sorted(UNITS.glob("*.service")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted({*UNITS.glob("*.service")} - {REDIS}), ids=lambda path: path.name)
 def test_their_commands_exist(path: Path) -> None:
     """As an operator would type them."""
     command = read(path.name)["ExecStart"]
     assert misfit(command.replace("/opt/fedmoe/bin/", "").replace("%S", "/var/lib")) == ""
+
+
+def test_redis_keeps_what_it_writes_to_itself() -> None:
+    """ACL SAVE writes the hashes of all passwords again, with the mode that the umask allows."""
+    unit = read(REDIS.name)
+    assert (unit["UMask"], unit["StateDirectoryMode"]) == ("0077", "0700")
+    assert unit["ExecStart"].endswith("%S/fedmoe-redis/redis.conf")
 
 
 def test_a_stop_may_take_as_long_as_it_takes() -> None:

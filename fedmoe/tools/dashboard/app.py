@@ -45,9 +45,7 @@ class Dashboard:
         watcher.is_watched = lambda: len(self.hub) > 0
         self.login = Login(password)
         self.api = api = Api(watcher, self.hub, redis if settings.downloads else None)
-        pages = Pages(
-            watcher, self.login, downloads=settings.downloads, is_secure=bool(settings.tls_certificate)
-        )
+        pages = Pages(watcher, self.login, downloads=settings.downloads)
         routes = [
             Route("/", pages.overview),
             Route("/workers", pages.workers),

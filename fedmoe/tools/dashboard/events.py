@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fedmoe.protocol.chronicle import Chronicle
+from fedmoe.protocol.chronicle import Chronicle, LineId
 from fedmoe.tools.dashboard.picture import Picture
 
 KEPT = 500
@@ -40,7 +40,7 @@ class Events:
         self._events: deque[tuple[int, Event]] = deque(maxlen=KEPT)
         self._next = 1
         self._lock = threading.Lock()
-        self._told: dict[tuple[str, str], float] = {}  # expert, stream → time of the last line told
+        self._told: dict[tuple[str, str], LineId] = {}  # expert, stream → the last line told
 
     def add(self, events: Iterable[Event]) -> None:
         """Add events, oldest first."""
@@ -57,11 +57,11 @@ class Events:
                 ("dead", _of_refusals(name, chronicle)),
                 ("log", _of_changes(name, chronicle)),
             ):
-                since = self._told.get((name, what), 0.0)
-                new = [event for event in events if event.at > since]
+                since = self._told.get((name, what), (0, 0))
+                new = [(line, event) for line, event in events if line > since]
                 if new:
-                    self._told[name, what] = new[-1].at
-                found += new
+                    self._told[name, what] = new[-1][0]
+                found += [event for _, event in new]
         found.sort(key=lambda event: event.at)
         self.add(found if self._events else found[-FIRST:])
 
@@ -85,20 +85,21 @@ def record(number: int, event: Event) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _of_refusals(name: str, chronicle: Chronicle) -> list[Event]:
+def _of_refusals(name: str, chronicle: Chronicle) -> list[tuple[LineId, Event]]:
     return [
-        Event(
+        (one.line, Event(
             at=one.at, kind="refused", is_bad=True, expert=name, worker=one.worker,
             text=f"{name}: update {one.seq} of {one.worker} was refused: {one.reason}"
             if one.worker else f"{name}: an entry was garbage: {one.reason}",
-        )
+        ))
         for one in chronicle.refusals
     ]  # fmt: skip
 
 
-def _of_changes(name: str, chronicle: Chronicle) -> list[Event]:
+def _of_changes(name: str, chronicle: Chronicle) -> list[tuple[LineId, Event]]:
     return [
-        Event(at=one.at, kind="changed", expert=name, text=f"{name}: {one.text}") for one in chronicle.changes
+        (one.line, Event(at=one.at, kind="changed", expert=name, text=f"{name}: {one.text}"))
+        for one in chronicle.changes
     ]
 
 

@@ -33,11 +33,10 @@ class Pages:
         watcher: the reader of Redis.
         login: who may read.
         downloads: offer adapters.
-        is_secure: the dashboard itself speaks TLS, so that its cookie may travel by TLS only.
     """
 
-    def __init__(self, watcher: Watcher, login: Login, *, downloads: bool, is_secure: bool) -> None:
-        self._watcher, self._login, self._is_secure = watcher, login, is_secure
+    def __init__(self, watcher: Watcher, login: Login, *, downloads: bool) -> None:
+        self._watcher, self._login = watcher, login
         self._kept: dict[str, str] = {}
         self._kept_of = -1
         self._templates = Environment(
@@ -134,7 +133,7 @@ class Pages:
         answer = RedirectResponse(target, 303)
         answer.set_cookie(
             COOKIE, self._login.begin(), max_age=int(SESSION_S), httponly=True, samesite="strict",
-            secure=self._is_secure,
+            secure=_is_secure(request),
         )  # fmt: skip
         return answer
 
@@ -144,7 +143,7 @@ class Pages:
             return refused(request, 403, "log out from the dashboard's own page", "origin")
         self._login.end(request.cookies.get(COOKIE, ""))
         answer = RedirectResponse("/login", 303)
-        answer.delete_cookie(COOKIE, httponly=True, samesite="strict", secure=self._is_secure)
+        answer.delete_cookie(COOKIE, httponly=True, samesite="strict", secure=_is_secure(request))
         return answer
 
 
@@ -152,6 +151,11 @@ def _inside(target: str) -> str:
     """A path of this dashboard; another target becomes the overview."""
     is_path = target.startswith("/") and not target.startswith("//") and "\\" not in target
     return target if is_path and target.isprintable() and len(target) < 1000 else "/"
+
+
+def _is_secure(request: Request) -> bool:
+    """True if the request came by TLS, to us or to a proxy that we believe: then the cookie travels by TLS only."""
+    return str(request.scope["scheme"]) == "https"
 
 
 def _is_ours(request: Request) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from fedmoe.protocol.chronicle import Chronicle, Refusal
+from fedmoe.protocol.chronicle import Change, Chronicle, Refusal
 from fedmoe.protocol.federation import (
     QUIET_AFTER_S,
     STILL_AFTER_S,
@@ -153,7 +153,7 @@ def _expert(view: ExpertView, chronicle: Chronicle, known: Figures, workers: lis
         "throughput": throughput(chronicle, now),
         "workers": workers,
         "refusals": _refusals(chronicle.refusals),
-        "changes": [asdict(one) for one in reversed(chronicle.changes)],
+        "changes": [_shown(one) for one in reversed(chronicle.changes)],
         "log_updates": len(chronicle.steps),
     }
 
@@ -182,7 +182,12 @@ def _state(view: ExpertView) -> tuple[str, bool]:
 
 
 def _refusals(refusals: Iterable[Refusal]) -> list[Json]:
-    return [asdict(one) for one in reversed(list(refusals))][:SHOWN_REFUSALS]
+    return [_shown(one) for one in reversed(list(refusals))][:SHOWN_REFUSALS]
+
+
+def _shown(one: Change | Refusal) -> Json:
+    """Its fields, without the id of its line."""
+    return {name: value for name, value in asdict(one).items() if name != "line"}
 
 
 def _workers(view: ExpertView, known: Figures) -> list[Json]:

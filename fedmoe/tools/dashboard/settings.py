@@ -41,6 +41,10 @@ class DashboardSettings:
     tls_key: Path | None = setting(
         None, "PEM file with the key of the certificate.", metavar="FILE", words="in the certificate's file"
     )
+    forwarded_allow_ips: tuple[str, ...] = setting(
+        (), "Addresses, separated by commas, of proxies whose X-Forwarded-For and X-Forwarded-Proto are believed.",
+        words="none", metavar="ADDRESS,...",
+    )  # fmt: skip
     interval_s: float = setting(
         1.0, "Time between two looks at Redis while somebody looks, like 1s.", option="interval", above=0,
         at_most=3600, unit="s", is_duration=True, words="1s",
@@ -55,6 +59,15 @@ class DashboardSettings:
             raise SettingsError(
                 "tls_key needs tls_certificate: name the certificate, too", about="tls_certificate"
             )
+        for address in self.forwarded_allow_ips:
+            try:  # a network could hold clients, who would choose the address that they are known by
+                ipaddress.ip_address(address)
+            except ValueError:
+                raise SettingsError(
+                    f"forwarded_allow_ips names {address!r}, which is not the address of a proxy: name each proxy by "
+                    "its own, no network, no name and not *",
+                    about="forwarded_allow_ips",
+                ) from None
 
     @property
     def is_local(self) -> bool:

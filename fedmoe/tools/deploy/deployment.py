@@ -1,6 +1,5 @@
 """Writes a deployment directory: all that the machine of Redis and the parties of a new federation need."""
 
-import hashlib
 import ipaddress
 import json
 import re
@@ -10,18 +9,26 @@ from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from fedmoe.enrolment import Enrolment
 from fedmoe.errors import SettingsError
 from fedmoe.protocol.keys import Keys
 from fedmoe.protocol.parties import Party
 from fedmoe.store.audit import ENROLLED, AuditLine, utc
 from fedmoe.store.permissions import DEFAULT_USER, party_rules
+from fedmoe.store.users import password_rule
 from fedmoe.tools.deploy.certificates import LOOPBACK, Pair, fits, hosts_of, make_authority, make_server
 from fedmoe.tools.deploy.files import enrolment_text, write_private
+from fedmoe.tools.deploy.parties import (
+    ENROLMENTS,
+    SECRET_BYTES,
+    SETTINGS,
+    check_files,
+    make_empty,
+    new_enrolment,
+    parties,
+    settings_text,
+)
 
-SECRET_BYTES = 32
-CONF, USERS, SETTINGS, AUDIT = "redis.conf", "users.acl", "fedmoe.toml", "audit.jsonl"
-ENROLMENTS, TLS = "enrolments", "tls"
+CONF, USERS, AUDIT, TLS = "redis.conf", "users.acl", "audit.jsonl", "tls"
 REPLICA = "replica"  # the user by which a replica follows its master
 _HOST = re.compile(r"(?!.{254})[A-Za-z0-9_-]{1,63}(?:\.[A-Za-z0-9_-]{1,63})*")
 _LOCAL = "bind 127.0.0.1 -::1\nport 6379\n"
@@ -37,6 +44,7 @@ class Deployment:
         port: of Redis.
         prefix: of the federation's keys.
         workers: the workers to enrol at once.
+        redis_dir: where redis.conf, users.acl and tls will lie on the machine of Redis; None for `directory`.
 
     Raises:
         SettingsError: for a host or a name that cannot be used.
@@ -47,21 +55,18 @@ class Deployment:
     port: int = 6379
     prefix: str = "fedmoe"
     workers: Sequence[Party] = ()
+    redis_dir: Path | None = None
 
     def __post_init__(self) -> None:
         Keys(self.prefix)
         for host in self.hosts:
             check_host(host)
-        names = [worker.name for worker in self.workers]
-        if twice := [name for name in names if names.count(name) > 1]:
+        if self.redis_dir is not None and not self.redis_dir.is_absolute():
             raise SettingsError(
-                f"two workers are named {twice[0]!r}, and their files would be, too: give each its own name here",
-                about="worker",
+                f"--redis-dir {str(self.redis_dir)!r} must begin with /: Redis may start elsewhere",
+                about="redis_dir",
             )
-        if odd := {"aggregator", "monitor", "operator"} & set(names):
-            raise SettingsError(
-                f"a worker's file would be named like the {min(odd)}'s: take another name", about="worker"
-            )
+        check_files(self.workers)
 
     @property
     def url(self) -> str:
@@ -72,10 +77,7 @@ class Deployment:
     @property
     def parties(self) -> dict[str, Party]:
         """Every party, by the name of its file."""
-        central = {role: Party(role=role) for role in ("aggregator", "monitor", "operator")}
-        return {f"{role}.toml": party for role, party in central.items()} | {
-            f"{worker.name}.toml": worker for worker in self.workers
-        }
+        return parties(self.workers)
 
     def write(self, *, now: float) -> None:
         """Write all files; `now` is the Unix time for the audit log.
@@ -83,7 +85,7 @@ class Deployment:
         Raises:
             SettingsError: if the directory is not empty or cannot be written.
         """
-        _make_empty(self.directory)
+        make_empty(self.directory)
         for name in (ENROLMENTS, TLS):
             (self.directory / name).mkdir(mode=0o700)
         authority = make_authority(f"FedMoE {self.prefix}")
@@ -91,25 +93,20 @@ class Deployment:
         self._write_pair("redis", make_server(authority, [*self.hosts, *LOOPBACK]))
         users, audit = [DEFAULT_USER], []
         for file, party in self.parties.items():
-            secret, user = secrets.token_urlsafe(SECRET_BYTES), party.user(self.prefix)
-            enrolled = Enrolment(
-                url=self.url, prefix=self.prefix, user=user, password=secret, role=party.role, expert=party.expert,
-                name=party.name, ca=authority.certificate,
-            )  # fmt: skip
+            enrolled = new_enrolment(party, url=self.url, prefix=self.prefix, ca=authority.certificate)
             write_private(self.directory / ENROLMENTS / file, enrolment_text(enrolled, party))
-            users.append(
-                f"user {user} on {_hashed(secret)} {' '.join(party_rules(party, Keys(self.prefix)))}"
-            )
+            rules = " ".join(party_rules(party, Keys(self.prefix)))
+            users.append(f"user {enrolled.user} on {password_rule(enrolled.password)} {rules}")
             line = AuditLine(what=ENROLLED, party=str(party), by="fedmoe init", at=utc(now))
             audit.append(json.dumps(asdict(line)))
         link = secrets.token_urlsafe(SECRET_BYTES)
         users.append(
-            f"user {REPLICA} on {_hashed(link)} resetkeys resetchannels -@all +psync +replconf +ping"
+            f"user {REPLICA} on {password_rule(link)} resetkeys resetchannels -@all +psync +replconf +ping"
         )
         write_private(self.directory / USERS, "\n".join(users) + "\n")
         write_private(self.directory / AUDIT, "\n".join(audit) + "\n")
         write_private(self.directory / CONF, self._conf(link))
-        write_private(self.directory / SETTINGS, self._settings())
+        write_private(self.directory / SETTINGS, settings_text(self.directory, self.workers))
 
     def _write_pair(self, name: str, pair: Pair) -> None:
         write_private(self.directory / TLS / f"{name}.crt", pair.certificate)
@@ -125,7 +122,8 @@ class Deployment:
 bind * -::*
 port 0
 tls-port {self.port}
-dir {_conf_word(self.directory.resolve())}
+dir {_conf_word(self.redis_dir or self.directory.resolve())}
+# Redis writes it again when somebody is enrolled, readable by all unless its umask is 077: keep this directory closed.
 aclfile {USERS}
 tls-cert-file {TLS}/redis.crt
 tls-key-file {TLS}/redis.key
@@ -139,21 +137,6 @@ tls-replication yes
 masteruser {REPLICA}
 masterauth {link}
 {after}"""
-
-    def _settings(self) -> str:
-        experts = list(dict.fromkeys(worker.expert for worker in self.workers))
-        here = self.directory.resolve() / ENROLMENTS
-        listed = f"expert = {json.dumps(experts)}\n" if experts else ""
-        monitor = _toml_text(here / "monitor.toml")
-        monitors = "".join(
-            f"\n[{command}]\nenrolment = {monitor}\n" for command in ("status", "top", "metrics", "dashboard")
-        )
-        return f"""# Settings of the federation for the machine of its operator: fedmoe --config {SETTINGS} …
-enrolment = {_toml_text(here / "operator.toml")}
-
-[aggregator.run]
-enrolment = {_toml_text(here / "aggregator.toml")}
-{listed}{monitors}"""
 
 
 def check_host(host: str) -> None:
@@ -220,26 +203,3 @@ def _conf_word(path: Path) -> str:
     if re.fullmatch(r"[\w./-]+", text):
         return text
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
-
-
-def _toml_text(path: Path) -> str:
-    """A path as a text of TOML, which takes no surrogate pairs as JSON does."""
-    return json.dumps(str(path), ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-def _hashed(secret: str) -> str:
-    return f"#{hashlib.sha256(secret.encode()).hexdigest()}"
-
-
-def _make_empty(directory: Path) -> None:
-    try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if any(directory.iterdir()):
-            raise SettingsError(
-                f"the directory {str(directory)!r} is not empty: name a new one, or renew its server certificate "
-                "(--renew)",
-                about="directory",
-            )
-        directory.chmod(0o700)
-    except OSError as error:
-        raise SettingsError(f"cannot use {str(directory)!r}: {error.strerror}", about="directory") from error

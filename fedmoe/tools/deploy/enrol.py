@@ -1,5 +1,6 @@
 """Makes the enrolment of a further party from the connection of an operator."""
 
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -7,32 +8,43 @@ from fedmoe.enrolment import Enrolment
 from fedmoe.errors import SettingsError
 from fedmoe.protocol.parties import Party
 from fedmoe.redis_settings import RedisSettings
-from fedmoe.store.url import is_tls
+from fedmoe.store.url import is_loopback, is_tls
 from fedmoe.tools.deploy.certificates import require_cryptography, sign_request
 from fedmoe.tools.deploy.deployment import read_authority
+from fedmoe.tools.deploy.parties import new_enrolment
 
 BESIDE = (".acl", ".crt", ".key")  # ends of the files beside an enrolment file
 
 
 def enrolment_for(
-    redis: RedisSettings, party: Party, secret: str, *, certificate_file: str = ""
+    redis: RedisSettings, party: Party, old: Enrolment | None, *, url: str = "", certificate_file: str = ""
 ) -> Enrolment:
-    """A party's enrolment: the operator's own URL and CA, the party's own login.
+    """A party's enrolment, with a new password: the operator's CA, and a URL by which the party reaches Redis.
+
+    Args:
+        redis: of the operator.
+        party: whom it enrols.
+        old: the enrolment that it replaces, None if there is none; its certificate is kept.
+        url: "" for the operator's own; or for the old one's, if the operator's is of this machine only.
+        certificate_file: of a new certificate, "" for none.
 
     Raises:
-        SettingsError: if the CA that the operator's URL names cannot be read.
+        SettingsError: if the URL cannot be used, or the CA that the operator's URL names cannot be read.
     """
-    return Enrolment(
-        url=_without_login(redis.url),
-        prefix=redis.prefix,
-        user=party.user(redis.prefix),
-        password=secret,
-        role=party.role,
-        expert=party.expert,
-        name=party.name,
-        ca=redis.enrolled.ca if redis.enrolled else _ca_of(redis.url),
-        certificate_file=certificate_file,
-        key_file=str(Path(certificate_file).with_suffix(".key")) if certificate_file else "",
+    own = _without_login(redis.url)
+    if url:
+        if "@" in url:
+            raise SettingsError("--url has a login: the enrolment has its own", about="url")
+        RedisSettings(url=url, insecure=redis.insecure)
+    elif old and is_loopback(own):
+        url = old.url
+    ca = redis.enrolled.ca if redis.enrolled else _ca_of(redis.url)
+    enrolled = new_enrolment(party, url=url or own, prefix=redis.prefix, ca=ca)
+    if certificate_file:
+        key_file = str(Path(certificate_file).with_suffix(".key"))
+        return replace(enrolled, certificate_file=certificate_file, key_file=key_file)
+    return (
+        replace(enrolled, certificate_file=old.certificate_file, key_file=old.key_file) if old else enrolled
     )
 
 

@@ -74,9 +74,12 @@ def federation_families(federation: Federation) -> Families:
     families.add("fedmoe_findings", sum(1 for _ in findings(federation)))
     for expert in federation.experts:
         _add_expert(families, expert)
+        families.add(
+            "fedmoe_expert_workers", len(expert.workers) if federation.sees_workers else None, expert.name
+        )
         for worker in expert.workers:
             _add_worker(families, worker)
-    families.add("fedmoe_gateway_exists", merged.exists)
+    families.add("fedmoe_gateway_exists", merged.exists if merged.is_known else None)
     if merged.exists:
         families.add("fedmoe_gateway_outdated_experts", len(merged.outdated))
         families.add("fedmoe_gateway_updated_timestamp_seconds", merged.updated_at)
@@ -103,7 +106,6 @@ def _add_expert(families: Families, expert: ExpertView) -> None:
         ("fedmoe_expert_served", None if expert.lease is None else expert.lease != ""),
         ("fedmoe_expert_problems", len(expert.problems)),
         ("fedmoe_expert_dead_letters", expert.dead),
-        ("fedmoe_expert_workers", len(expert.workers)),
         ("fedmoe_expert_weights_bytes", expert.weights_bytes),
         ("fedmoe_expert_gateway_weight", expert.gateway_weight),
         ("fedmoe_expert_best_version", expert.best_version),

@@ -35,6 +35,7 @@ def bench(*arguments: str, **extra: str) -> subprocess.CompletedProcess[str]:
         (["codec"], {"codec_int4_cpu_ms", "codec_fp32_fold_moved"}),
         (["throughput"], {"fp32_vs_raw", "default_vs_raw_fp32", "updates_vs_http"}),
         (["latency"], {"publish_to_visible_p50_ms", "publish_to_visible_p99_ms"}),
+        (["file"], {"aof_bytes_vs_update", "aof_vs_memory"}),
         (["growth"], {"growth_2_vs_1_experts_cpu", "endurance_aggregator_rss_growth_mib"}),
         (["size"], {"size_fp32_mib", "size_int4_updates_per_s"}),
         (["overlap"], {"overlap_0.5s", "overlap_0.5s_boundary_ms"}),
@@ -73,7 +74,7 @@ def test_an_unknown_name_is_one_sentence(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr == (
         "ops/bench.sh: there is no benchmark 'speed': choose among wire, machine, codec, throughput, "
-        "latency, growth, overlap, turns, size, quality, learning, routing, flower, race, tls\n"
+        "latency, file, growth, overlap, turns, size, quality, learning, routing, flower, race, tls\n"
     )
     assert not done.stdout
 

@@ -1,4 +1,7 @@
-"""The aggregator daemon: one thread per expert, one for the gateway, one that watches the list of experts.
+"""The aggregator daemon: one thread per expert, one for the gateway, one for the list of experts, one for heartbeats.
+
+All aggregators that live share the experts (see `fedmoe.protocol.assignment`). The thread of an expert that another
+aggregator serves only waits.
 
 Each expert has its own chain of commits, in its own Cluster slot, so its thread shares no data with the others, and a
 problem with one expert does not stop another.
@@ -10,6 +13,7 @@ from collections.abc import Sequence
 
 from consumers.aggregator import ExpertServer
 from consumers.gateway.builder import GatewayBuilder
+from consumers.rebalance import Rebalancer
 from fedmoe.errors import FedMoEError
 from fedmoe.protocol.names import is_expert
 from fedmoe.settings import AggregatorSettings, GatewaySettings, RedisSettings
@@ -22,7 +26,7 @@ LOOK_FOR_ADDED_S = 2.0
 
 
 class Aggregator:
-    """Serves all experts of a federation and the gateway, each with its own thread and connection.
+    """Serves its share of the experts of a federation and the gateway, each with its own thread and connection.
 
     It also serves experts that are added to the federation later.
 
@@ -52,8 +56,18 @@ class Aggregator:
         self._servers: dict[str, ExpertServer] = {}
         self._experts = list(experts)
         self._list = GatewayStore(self._connect("list of experts"))
+        # With --burst it decides whatever waits and is free, and ends: there is nothing to share.
+        self._rebalancer = (
+            None
+            if settings.burst
+            else Rebalancer(self._connect("heartbeat"), holder, lease_s=settings.lease_s)
+        )
         self._gateway = GatewayBuilder(
-            self._connect("gateway"), gateway, holder=holder, lease_s=settings.lease_s
+            self._connect("gateway"),
+            gateway,
+            holder=holder,
+            lease_s=settings.lease_s,
+            rebalancer=self._rebalancer,
         )
 
     @property
@@ -87,12 +101,22 @@ class Aggregator:
 
     def _serve(self, name: str) -> None:
         connection = self._connect(f"expert {name}")
-        server = ExpertServer(connection, name, self._settings, holder=self._holder, decided=self._count)
-        self._servers[name] = server
-        self._threads[name] = threading.Thread(
-            target=server.run, args=(self._ending,), name=name, daemon=True
+        server = ExpertServer(
+            connection,
+            name,
+            self._settings,
+            holder=self._holder,
+            rebalancer=self._rebalancer,
+            decided=self._count,
         )
+        self._servers[name] = server
+        self._threads[name] = threading.Thread(target=self._run, args=(server,), name=name, daemon=True)
         self._threads[name].start()
+
+    def _run(self, server: ExpertServer) -> None:
+        server.run(self._ending)
+        if self._rebalancer:
+            self._rebalancer.assignment.remove(server.name)  # an operator removed it
 
     def _watch_list(self) -> None:
         while not self._ending.wait(LOOK_FOR_ADDED_S):
@@ -123,6 +147,12 @@ class Aggregator:
             target=self._gateway.run, args=(gateway_stop,), name="gateway", daemon=True
         )
         watch = threading.Thread(target=self._watch_list, name="list of experts", daemon=True)
+        if self._rebalancer:
+            self._rebalancer.beat()
+            beats = threading.Thread(
+                target=self._rebalancer.run, args=(self._ending,), name="heartbeat", daemon=True
+            )
+            beats.start()
         for name in self._experts:
             self._serve(name)
         self._serve_listed()
@@ -137,6 +167,8 @@ class Aggregator:
 
     def _end(self, watch: threading.Thread) -> None:
         self._ending.set()
+        if self._rebalancer:
+            self._rebalancer.leave()
         if watch.ident is not None:
             watch.join()
         for thread in self._threads.values():

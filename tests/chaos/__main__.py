@@ -58,7 +58,7 @@ def main() -> int:
     )
     with server, tls.proxy if tls else Proxy(server.socket) as proxy:
         how = ", over TLS" if tls else ""
-        print(f"{server.server}, two aggregators, six workers{how}; files in {directory}", flush=True)
+        print(f"{server.server}, three aggregators, six workers{how}; files in {directory}", flush=True)
         place = Place(directory, proxy.url, tls.enrolments if tls else None)
         dice = random.Random(options.seed)  # dice, not a secret
         run = Chaos(

@@ -12,21 +12,24 @@ from consumers.compaction import Compaction
 from consumers.decide import Outcome, Verdict
 from consumers.expert import Expert
 from consumers.history import History
+from consumers.rebalance import Rebalancer, lease
 from consumers.recovery.settle import Recovery
 from consumers.recovery.write_back import keep_rolled_back, rebuild
 from consumers.retention import Retention
 from fedmoe.errors import (
     FedMoEError,
     ProtocolError,
+    RedisUnavailableError,
+    RedisUnfitError,
     RemovedExpertError,
     StaleStateError,
+    UnknownExpertError,
 )
 from fedmoe.protocol.records import Entry
 from fedmoe.settings import AggregatorSettings
 from fedmoe.store.archive import Archive
 from fedmoe.store.connection import Connection
 from fedmoe.store.expert import BLOCKING_MS, ExpertStore
-from fedmoe.store.lease import Lease
 from fedmoe.store.problems import Problems
 from fedmoe.util.backoff import Backoff
 from fedmoe.util.threads import ALONE, Threads
@@ -56,6 +59,7 @@ class ExpertServer:
         connection: used by this thread only.
         holder: unique name of this process.
         retained: retained state to start with, as if this server had served the expert until now.
+        rebalancer: shares the experts with other aggregators; None: take the lease whenever it is free.
         decided: called with the number of updates that each commit decided.
         threads: fold and pack what is large.
 
@@ -74,6 +78,7 @@ class ExpertServer:
         *,
         holder: str,
         retained: Expert | None = None,
+        rebalancer: Rebalancer | None = None,
         decided: Callable[[int], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
         threads: Threads = ALONE,
@@ -91,9 +96,11 @@ class ExpertServer:
             if self._archive and settings.keep_updates_for_s
             else None
         )
-        self.lease = Lease(
-            connection, self.store.keys.lease, holder=holder, ttl_ms=int(settings.lease_s * 1000)
-        )
+        self._rebalancer = rebalancer
+        self.lease = lease(
+            connection, self.store.keys.lease, holder=holder, ttl_s=settings.lease_s, rebalancer=rebalancer,
+            expert=name,
+        )  # fmt: skip
         self.problems = Problems(connection, self.store.keys.problem, holder=holder, clock=clock)
         self.retained = retained
         self.is_serving = False
@@ -101,6 +108,7 @@ class ExpertServer:
         self._standing_by = False
         self.reclaimed_at = 0.0
         self._held_at = 0.0
+        self._served_since = 0.0
         self.history = History()
         self.compaction = Compaction(clock)
         self.recovery = Recovery(self.store, holder=holder, archive=self._archive, clock=clock)
@@ -120,7 +128,7 @@ class ExpertServer:
                 self.is_serving = False
             except ProtocolError as error:
                 self.is_serving = False
-                self.lease.give_up()  # an aggregator that speaks this protocol can take it
+                self.lease.cannot()  # an aggregator that speaks this protocol can take it
                 stop.wait(backoff.failed(error) + self._settings.lease_s / 4)
             except RemovedExpertError as error:
                 logger.warning("%s", error)
@@ -133,6 +141,7 @@ class ExpertServer:
                     logger.warning("%s: %s", self.name, error)
                 else:
                     stop.wait(backoff.failed(error))
+                    self._leave_to_another(error, backoff)
             except Exception as error:  # a bug may pause one expert for seconds but must not end the daemon
                 logger.exception("%s: unexpected error", self.name)
                 self.is_serving, self.retained = False, None
@@ -140,7 +149,24 @@ class ExpertServer:
                     f"unexpected error, see the traceback in this aggregator's log: {error!r}"
                 )
                 stop.wait(backoff.failed(error))
+                self._leave_to_another(error, backoff)
         self.lease.give_up()
+
+    def _leave_to_another(self, error: Exception, backoff: Backoff) -> None:
+        """After a lease of failures, leave the expert to an aggregator that may not have the problem.
+
+        An unreachable Redis and a lost or damaged expert are the same for all aggregators.
+        """
+        is_of_all = isinstance(error, RedisUnavailableError | UnknownExpertError)
+        if (
+            (is_of_all and not isinstance(error, RedisUnfitError))
+            or backoff.since is None
+            or not self._rebalancer
+        ):
+            return
+        lasted_s = time.monotonic() - backoff.since
+        if lasted_s > self._settings.lease_s and self._rebalancer.assignment.is_another_able(self.name):
+            self.lease.cannot()
 
     def turn(self, stop: threading.Event) -> bool:
         """Read once and commit; True if no entry was waiting."""
@@ -181,6 +207,11 @@ class ExpertServer:
             if self._retention is not None:
                 self._retention.tend(self.retained)
             self._decided(sum(v.outcome in (Outcome.APPLIED, Outcome.REFUSED) for v in verdicts))
+        if entries and self._rebalancer:
+            self._rebalancer.waited(
+                self.name, entries[0].ms, served_s=self._clock() - self._served_since,
+                sync_interval_s=self.retained.meta.rules.sync_interval_s,
+            )  # fmt: skip
         return not entries
 
     def _rest(self, stop: threading.Event) -> bool:
@@ -188,11 +219,12 @@ class ExpertServer:
         if self.is_time_to_reclaim():
             self._reclaim()
         stop.wait(self._settings.block_ms / 1000)
+        self._served_since = self._clock()  # what waits now waits for the release
         return True
 
     def _hold(self) -> bool:
         self._held_at = self._clock()
-        return self.lease.hold()
+        return self.lease.hold()  # between two batches: here an expert is handed over
 
     def _keep_lease(self) -> None:
         """Renew the lease during a batch: large updates can outlast it, and a standby would then repeat the work.
@@ -200,7 +232,8 @@ class ExpertServer:
         Losing the lease does not abort the batch; otherwise two aggregators that alternate as holder could livelock.
         """
         if self._clock() - self._held_at > self._settings.lease_s / 4:
-            self._hold()
+            self._held_at = self._clock()
+            self.lease.renew()
 
     def _look_for_block(self, entries: Sequence[Entry]) -> None:
         if any(entry.ms >= BLOCKING_MS for entry in entries):
@@ -240,7 +273,7 @@ class ExpertServer:
         keep_rolled_back(expert)
         if expert.is_behind:
             expert.process(())  # commits meta, so that workers see this aggregator's protocol and features
-        self.retained, self.is_serving = expert, True
+        self.retained, self.is_serving, self._served_since = expert, True, self._clock()
         self.compaction.look(expert)
         meta = expert.meta
         logger.info("%s: serving from version %d, under rules %d", self.name, meta.version, meta.rules.number)

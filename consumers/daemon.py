@@ -1,4 +1,7 @@
-"""The aggregator daemon: one thread per expert, one for the gateway, one that watches the list of experts.
+"""The aggregator daemon: one thread per expert, one for the gateway, one for the list of experts, one for heartbeats.
+
+All aggregators that live share the experts (see `fedmoe.protocol.assignment`). The thread of an expert that another
+aggregator serves only waits.
 
 The experts share the threads that fold and pack large updates.
 
@@ -13,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from consumers.aggregator import ExpertServer
 from consumers.gateway.builder import GatewayBuilder
+from consumers.rebalance import Rebalancer
 from fedmoe.errors import FedMoEError
 from fedmoe.protocol.names import is_expert
 from fedmoe.settings import AggregatorSettings, GatewaySettings, RedisSettings
@@ -26,7 +30,7 @@ LOOK_FOR_ADDED_S = 2.0
 
 
 class Aggregator:
-    """Serves all experts of a federation and the gateway, each with its own thread and connection.
+    """Serves its share of the experts of a federation and the gateway, each with its own thread and connection.
 
     It also serves experts that are added to the federation later.
 
@@ -58,8 +62,18 @@ class Aggregator:
         n_threads = settings.threads or n_cores()
         self._folding = ALONE if n_threads == 1 else Threads(ThreadPoolExecutor(n_threads, "fold"), n_threads)
         self._list = GatewayStore(self._connect("list of experts"))
+        # With --burst it decides whatever waits and is free, and ends: there is nothing to share.
+        self._rebalancer = (
+            None
+            if settings.burst
+            else Rebalancer(self._connect("heartbeat"), holder, lease_s=settings.lease_s)
+        )
         self._gateway = GatewayBuilder(
-            self._connect("gateway"), gateway, holder=holder, lease_s=settings.lease_s
+            self._connect("gateway"),
+            gateway,
+            holder=holder,
+            lease_s=settings.lease_s,
+            rebalancer=self._rebalancer,
         )
 
     @property
@@ -94,13 +108,22 @@ class Aggregator:
     def _serve(self, name: str) -> None:
         connection = self._connect(f"expert {name}")
         server = ExpertServer(
-            connection, name, self._settings, holder=self._holder, decided=self._count, threads=self._folding
+            connection,
+            name,
+            self._settings,
+            holder=self._holder,
+            rebalancer=self._rebalancer,
+            decided=self._count,
+            threads=self._folding,
         )
         self._servers[name] = server
-        self._threads[name] = threading.Thread(
-            target=server.run, args=(self._ending,), name=name, daemon=True
-        )
+        self._threads[name] = threading.Thread(target=self._run, args=(server,), name=name, daemon=True)
         self._threads[name].start()
+
+    def _run(self, server: ExpertServer) -> None:
+        server.run(self._ending)
+        if self._rebalancer:
+            self._rebalancer.assignment.remove(server.name)  # an operator removed it
 
     def _watch_list(self) -> None:
         while not self._ending.wait(LOOK_FOR_ADDED_S):
@@ -131,6 +154,12 @@ class Aggregator:
             target=self._gateway.run, args=(gateway_stop,), name="gateway", daemon=True
         )
         watch = threading.Thread(target=self._watch_list, name="list of experts", daemon=True)
+        if self._rebalancer:
+            self._rebalancer.beat()
+            beats = threading.Thread(
+                target=self._rebalancer.run, args=(self._ending,), name="heartbeat", daemon=True
+            )
+            beats.start()
         for name in self._experts:
             self._serve(name)
         self._serve_listed()
@@ -145,6 +174,8 @@ class Aggregator:
 
     def _end(self, watch: threading.Thread) -> None:
         self._ending.set()
+        if self._rebalancer:
+            self._rebalancer.leave()
         if watch.ident is not None:
             watch.join()
         for thread in self._threads.values():

@@ -114,8 +114,8 @@ class GatewaySettings:
 class AggregatorSettings:
     """How the aggregator runs."""
 
-    lease_s: float = setting(5.0, "Seconds without a renewal of the lease until a standby takes over.", option="lease",
-                             at_least=0.2, at_most=MAX_SECONDS, unit="s")  # fmt: skip
+    lease_s: float = setting(5.0, "Seconds without a renewal of a lease until another aggregator takes over.",
+                             option="lease", at_least=0.2, at_most=MAX_SECONDS, unit="s")  # fmt: skip
     block_ms: int = setting(
         500, "Milliseconds that one read waits for new entries; stopping may take as long.", at_least=1, at_most=1000,
         unit="ms",

@@ -5,10 +5,11 @@
 #     bash ops/chaos.sh --kills 60 --tls
 #     bash ops/chaos.sh --kills 100 --cluster
 #
-# It runs a real Redis, two aggregators and six workers as processes. The faults are kill -9, SIGSTOP, cut connections,
-# lost replies, and an append-only file without its last second; with --cluster, on three masters and three replicas,
-# they are killed and frozen masters, failovers and moved slots. The last line is the ledger. The exit code is 0 only if
-# no update is lost, none is doubled, and a replay of the log gives the weights byte for byte.
+# It runs a real Redis, three aggregators, which share three experts, and six workers as processes. The faults are
+# kill -9, SIGSTOP, cut connections, lost replies, and an append-only file without its last second; with --cluster, on
+# three masters and three replicas, they are killed and frozen masters, failovers and moved slots. The last line is the
+# ledger. The exit code is 0 only if no update is lost, none is doubled, and a replay of the log gives the weights byte
+# for byte.
 set -euo pipefail
 
 root=$(dirname "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")")

@@ -13,17 +13,17 @@ from collections.abc import Callable
 from consumers.gateway.inputs import read_inputs
 from consumers.gateway.merge import merge
 from consumers.gateway.methods import METHODS
+from consumers.rebalance import Rebalancer, lease
 from consumers.recovery.listing import ExpertList
 from fedmoe.errors import FedMoEError, ProtocolError, RedisUnavailableError, StaleStateError
 from fedmoe.protocol.fit import Fit, weights_text
 from fedmoe.protocol.lora import alpha_at
 from fedmoe.protocol.lora_init import initial_weights
 from fedmoe.protocol.merged import MergedMeta, built_from_text
-from fedmoe.protocol.names import GATEWAY
+from fedmoe.protocol.names import GATEWAY, MERGED
 from fedmoe.settings import GatewaySettings
 from fedmoe.store.connection import Connection
 from fedmoe.store.gateway import GatewayStore
-from fedmoe.store.lease import Lease
 from fedmoe.store.problems import Problems
 from fedmoe.util.backoff import Backoff
 from fedmoe.util.software import software
@@ -41,6 +41,7 @@ class GatewayBuilder:
         *,
         holder: str,
         lease_s: float,
+        rebalancer: Rebalancer | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._store = GatewayStore(connection)
@@ -50,12 +51,10 @@ class GatewayBuilder:
         self._problems = Problems(connection, self._store.keys.problem, holder=holder)
         self._experts = ExpertList(self._store)
         self._lease_s = lease_s
-        self._lease = Lease(
-            connection,
-            self._store.keys.lease,
-            holder=holder,
-            ttl_ms=int(lease_s * 1000 + settings.interval_s * 2000),
-        )
+        self._lease = lease(
+            connection, self._store.keys.lease, holder=holder, ttl_s=lease_s + 2 * settings.interval_s,
+            rebalancer=rebalancer, expert=MERGED,
+        )  # fmt: skip
 
     def run(self, stop: threading.Event) -> None:
         """Rebuild until `stop` is set, then once more."""
@@ -81,7 +80,7 @@ class GatewayBuilder:
                     stop.wait(backoff.failed(error))
             except ProtocolError as error:  # release the lease to an aggregator that can read the records
                 self._problems.report(str(error))
-                self._lease.give_up()
+                self._lease.cannot()
                 stop.wait(backoff.failed(error) + self._lease_s / 4)
             except StaleStateError as error:
                 logger.info("merged gateway: %s", error)

@@ -42,7 +42,7 @@ add_enrolment(aggregator, "aggregator")
 def run(ctx: click.Context, /, redis: RedisSettings, **values: Any) -> None:
     """Create the experts that do not exist yet, then serve all experts of the federation until stopped.
 
-    A second aggregator on the same Redis is a hot standby.
+    Several aggregators on the same Redis share the experts, and each takes over those of one that is gone.
     """
     from fedmoe.util.stopping import Stop, stop_on_signals
 

@@ -244,6 +244,10 @@ def more_lines(federation: "Federation") -> list[str]:
     lines += [validation_line(expert) for expert in federation.experts if expert.curves]
     if federation.experts:
         lines.append(merged_line(federation.merged))
+    lines += [
+        f"aggregator {one.name}: serves {len(one.serves)}{': ' if one.serves else ''}{', '.join(one.serves)}"
+        for one in federation.aggregators
+    ]
     return lines
 
 

@@ -143,6 +143,24 @@ class ExpertView:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AggregatorView:
+    """A living aggregator, as its heartbeat tells.
+
+    Args:
+        serves: the experts (or `merged`, the merged gateway) that it serves; overdue: those that it serves too slowly.
+        limit: the most experts that it takes, None without a limit.
+        since: when it started, by its own clock (seconds since 1970).
+    """
+
+    name: str
+    serves: tuple[str, ...] = ()
+    overdue: tuple[str, ...] = ()
+    limit: int | None = None
+    since: float = 0.0
+    software: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServerView:
     """The server, for example Redis 7.0.15; memory in bytes; max_memory 0 means no bound, None means unknown.
 
@@ -190,6 +208,7 @@ class Federation:
     server: ServerView
     experts: tuple[ExpertView, ...]
     merged: MergedView
+    aggregators: tuple[AggregatorView, ...] = ()
     problems: tuple[str, ...] = ()
     read_at: float = 0.0
     sees_workers: bool = True
@@ -215,6 +234,13 @@ def findings(federation: Federation) -> Iterator[str]:
     for expert in federation.experts:
         yield from _of_expert(expert)
     yield from federation.merged.findings()
+    for one in federation.aggregators:
+        if one.limit is not None:
+            slow = f" (overdue: {', '.join(one.overdue)})" if one.overdue else ""
+            yield (
+                f"aggregator {one.name} could not keep up{slow} and serves at most "
+                f"{_count(one.limit, 'expert', 'experts')}: start one more, on a machine with free cores"
+            )
     yield from _of_server(federation.server)
 
 

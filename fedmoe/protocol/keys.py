@@ -4,6 +4,7 @@ All keys of one expert carry its name as a hash tag, so that they share one Clus
 transaction. The prefix `fedmoe` is a setting, so that several federations can share a server.
 
     fedmoe:experts                                  hash    expert -> its weight in the merged gateway
+    fedmoe:aggregators                              hash    aggregator -> its heartbeat and when that ends
     fedmoe:audit                                    stream  who enrolled or revoked whom, and when
     fedmoe:{E}:updates                              stream  one readable entry per waiting update; a doorbell only
     fedmoe:{E}:payload:<worker>:<run>:<seq>:header  string  header (msgpack), decides; expires
@@ -174,6 +175,10 @@ class Keys:
     @property
     def experts(self) -> str:
         return f"{self.prefix}:experts"
+
+    @property
+    def aggregators(self) -> str:
+        return f"{self.prefix}:aggregators"
 
     @property
     def audit(self) -> str:

@@ -30,6 +30,7 @@ from fedmoe.protocol.merged_view import FitView, MergedView
 from fedmoe.protocol.names import GATEWAY, MERGED, is_expert
 from fedmoe.protocol.records import NO_DECISIONS, Decided, Meta
 from fedmoe.protocol.validation import Curve, best_version
+from fedmoe.store.aggregators import views
 from fedmoe.store.connection import Connection
 from fedmoe.store.members import Members, read_members
 from fedmoe.store.reading import Command, ask, texts, why
@@ -63,7 +64,7 @@ class Inspector:
         took_s = time.perf_counter() - began
         is_trip = self.connection.generation == made  # else it connected, too
         info = read_info(self.connection)
-        commands: dict[tuple[str, str], Command] = {}
+        commands: dict[tuple[str, str], Command] = {("", "aggregators"): ("HGETALL", self.keys.aggregators)}
         for name in (*weights, MERGED):
             commands |= {(name, what): command for what, command in self._commands(name).items()}
         replies = ask(self.connection, commands)
@@ -82,6 +83,7 @@ class Inspector:
             server=server_view(self.connection, info, now, took_s if is_trip else None),
             experts=experts,
             merged=_merged(of(MERGED), experts, now),
+            aggregators=views(replies["", "aggregators"], now),
             problems=tuple(problems),
             read_at=now,
             sees_workers=members is not None,

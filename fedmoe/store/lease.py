@@ -39,6 +39,10 @@ class Lease:
         self._release = self._connection.client.register_script(_RELEASE)
 
     def hold(self) -> bool:
+        """Take or renew the lease, unless another aggregator is to have it; False if this process does not hold it."""
+        return self.renew()
+
+    def renew(self) -> bool:
         """Take or renew the lease; False while another process holds it."""
         with self._connection.errors():
             return bool(self._hold(keys=[self._key], args=[self._holder, self._ttl_ms]))
@@ -49,6 +53,10 @@ class Lease:
             self.release()
         except RedisUnavailableError:
             logger.debug("the lease %s could not be released; it expires", self._key)
+
+    def cannot(self) -> None:
+        """Release the lease, because this process cannot serve the expert."""
+        self.give_up()
 
     def release(self) -> None:
         """Release the lease, so that a standby need not wait for its expiry."""

@@ -135,6 +135,7 @@ def _aggregator(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
         *_on(keys.lease, may="EVALSHA, GET, SET, DEL"),
         *_on(keys.lease, may="PTTL", when="a second aggregator runs"),
         *_on(keys.lease, may="PEXPIRE", when="somebody set a lease that does not expire"),
+        *_heartbeats(all_keys),
         *_on(keys.lost, may="HGETALL, UNLINK"),
         *_on(keys.lost, may="HSET", when=lost),
         *_on(keys.claims, may="HGETALL, UNLINK"),
@@ -155,6 +156,14 @@ def _aggregator(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
             without="the aggregator does not notice that Redis may evict keys (maxmemory-policy)",
         ),
     )
+
+
+def _heartbeats(keys: Keys) -> Iterator[Right]:
+    """An aggregator's rights on the heartbeats; a user enrolled by an earlier release lacks them."""
+    alone = "the aggregator shares no experts with others: it serves those that are free, and hands none over"
+    for command in ("EVALSHA", "HSET", "PEXPIRE", "HGETALL", "HDEL"):
+        yield Right(command=command, keys=(keys.aggregators,), without=alone)
+    yield Right(command="TIME", without=alone)
 
 
 def _operator(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
@@ -242,6 +251,9 @@ def _monitor(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
         *_on(*leases, may="PTTL"),
         *_on(may="SCAN"),
         Right(command="GET", keys=leases, alone=True, without="who serves an expert is shown as `somebody`"),
+        Right(
+            command="HGETALL", keys=(all_keys.aggregators,), without="it is not shown which aggregators live"
+        ),
         Right(command="INFO", without="version and memory of the server are not shown"),
     )
 

@@ -79,7 +79,7 @@ def main() -> int:
             program, redis = server.server, OneRedis(server, proxy, directory / "copies", is_readable=not tls)
             place = Place(directory, proxy.url, tls.enrolments if tls else None)
         how = ", over TLS" if tls else ", three masters, three replicas" if options.cluster else ""
-        print(f"{program}, two aggregators, six workers{how}; files in {directory}", flush=True)
+        print(f"{program}, three aggregators, six workers{how}; files in {directory}", flush=True)
         dice = random.Random(options.seed)  # dice, not a secret
         run = Chaos(
             place, redis, dice, kills=options.kills, report=lambda line: print(line, flush=True),

@@ -80,7 +80,7 @@ LEDGERS = WORKERS | {  # a worker's name on an expert -> the expert
     for worker, expert in WORKERS.items()
     if RULES[expert].train == "both"
 }
-AGGREGATORS = ("a1", "a2")
+AGGREGATORS = ("a1", "a2", "a3")
 
 
 @dataclass(frozen=True)

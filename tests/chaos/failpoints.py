@@ -28,9 +28,9 @@ WORKER = {
 }  # fmt: skip
 AGGREGATOR = {
     "ExpertStore.commit": 30, "ExpertStore.load": 12, "ExpertStore.read": 8, "ExpertStore.reclaim": 4,
-    "ExpertStore.headers": 4, "ExpertStore.parts": 4, "Lease.hold": 4, "Archive.keep": 6, "GatewayStore.write": 8,
+    "ExpertStore.headers": 4, "ExpertStore.parts": 4, "Lease.renew": 4, "Archive.keep": 6, "GatewayStore.write": 8,
     "ExpertLifecycle.condition": 6, "ExpertLifecycle.claim": 6, "ExpertLifecycle.write_back": 12,
-    "ExpertLifecycle.announce": 12,
+    "ExpertLifecycle.announce": 12, "Lease.release": 4, "Aggregators.beat": 4,
 }  # fmt: skip
 
 

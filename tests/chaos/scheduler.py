@@ -99,7 +99,7 @@ class Redis(Protocol):
 
 
 class Chaos:
-    """A run: two aggregators, six workers, a Redis (one server, or a cluster), and a dice.
+    """A run: three aggregators, six workers, a Redis (one server, or a cluster), and a dice.
 
     Args:
         place: its files; the URL is the proxy's, if there is one.
@@ -231,12 +231,9 @@ class Chaos:
         victim = self._serving() if self.dice.random() < 0.7 else self._pick(AGGREGATORS)
         if victim is None:
             return
-        other = next(self._actors[name] for name in AGGREGATORS if name != victim.name)
-        fair = (
-            other.alive
-            and not other.stopped
-            and time.monotonic() - other.began > 1.0
-            and victim == self._serving()
+        others = [self._actors[name] for name in AGGREGATORS if name != victim.name]
+        fair = victim == self._serving() and all(
+            other.alive and not other.stopped and time.monotonic() - other.began > 1.0 for other in others
         )
         self._kill(victim)
         killed = time.monotonic()

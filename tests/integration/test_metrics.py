@@ -17,9 +17,11 @@ from prometheus_client import CollectorRegistry
 from consumers.daemon import Aggregator
 from consumers.metrics import AggregatorCollector
 from fedmoe.errors import SettingsError
+from fedmoe.protocol.assignment import AggregatorBeat
 from fedmoe.protocol.federation import findings
 from fedmoe.protocol.records import HEARTBEAT_TTL_S
 from fedmoe.settings import AggregatorSettings, GatewaySettings, RedisSettings
+from fedmoe.store.aggregators import Aggregators
 from fedmoe.store.connection import Connection
 from fedmoe.store.embedded import EmbeddedRedis
 from fedmoe.store.inspect import Inspector
@@ -57,9 +59,13 @@ def test_the_metrics_are_what_status_shows(connection: Connection) -> None:
         gone = WorkerStore(connection, "sql_expert", name)
         gone.beat(BEAT, ttl_s=HEARTBEAT_TTL_S)
         gone.leave(how)
+    beat = AggregatorBeat(serves=frozenset(("merged", "sql_expert")), overdue=frozenset(["sql_expert"]))
+    Aggregators(connection, holder="agg-1", ttl_ms=60_000).beat(beat)
     found = samples(shown(connection))
     seen = look(connection)
     for name, labels, value in (
+        ("fedmoe_aggregator_served_experts", ("agg-1",), 2),
+        ("fedmoe_aggregator_overdue_experts", ("agg-1",), 1),
         ("fedmoe_redis_up", (), 1),
         ("fedmoe_redis_persistence_ok", (), 1),
         ("fedmoe_findings", (), len(list(findings(seen)))),

@@ -136,6 +136,7 @@ _NOTHING: Json = {
          "tokens_per_s"), 0,
     ),
     "experts": [],
+    "aggregators": [],
     "gateway": {
         "trained": None,
         "merged": {

@@ -95,6 +95,7 @@ def _federation(seen: Federation, experts: list[Json]) -> Json:
             "tokens_per_s": _bounded_sum(one["tokens_per_s"] for one in experts),
         },
         "experts": [{name: one[name] for name in SUMMARY} for one in experts],
+        "aggregators": plain_json(list(seen.aggregators)),
         "gateway": _gateway(seen.merged, experts),
         "redis": redis_of(seen.server),
     }

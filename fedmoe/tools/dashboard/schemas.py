@@ -131,6 +131,14 @@ SCHEMAS: dict[str, Schema] = {
         log_updates=WHOLE,
     ),
     "Workers": record(total=WHOLE, workers=listed(ref("Worker"))),
+    "Aggregator": record(
+        name=TEXT,
+        serves=listed(TEXT, "experts, and `merged` for the merged gateway"),
+        overdue=listed(TEXT, "experts of these whose updates waited for several sync intervals"),
+        limit=maybe(WHOLE, "the most experts that it takes, because it could not keep up with more"),
+        since=said(NUMBER, f"when it started, by its own clock ({S} since 1970)"),
+        software=TEXT,
+    ),
     "Gateway": record(
         trained=maybe(TEXT, "the expert that is the trained gateway"),
         merged=record(
@@ -189,6 +197,7 @@ SCHEMAS: dict[str, Schema] = {
             updates_per_min=NUMBER, tokens_per_s=NUMBER,
         ),
         experts=listed(ref("ExpertSummary")),
+        aggregators=listed(ref("Aggregator"), "those that live"),
         gateway=ref("Gateway"),
         redis=ref("Redis"),
     ),

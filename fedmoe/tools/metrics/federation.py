@@ -79,6 +79,9 @@ def federation_families(federation: Federation) -> Families:
         )
         for worker in expert.workers:
             _add_worker(families, worker)
+    for one in federation.aggregators:
+        families.add("fedmoe_aggregator_served_experts", len(one.serves), one.name)
+        families.add("fedmoe_aggregator_overdue_experts", len(one.overdue), one.name)
     families.add("fedmoe_gateway_exists", merged.exists if merged.is_known else None)
     if merged.exists:
         families.add("fedmoe_gateway_outdated_experts", len(merged.outdated))

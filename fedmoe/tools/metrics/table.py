@@ -77,6 +77,11 @@ METRICS = (
     Metric("fedmoe_worker_left_age_seconds", GAUGE,
            "Time since a worker left, and how: finished, stopped, refused, failed, vanished, unknown.",
            ("expert", "worker", "how")),
+    # Of each aggregator, as its heartbeat tells
+    Metric("fedmoe_aggregator_served_experts", GAUGE, "Experts that the aggregator serves, with the merged gateway.",
+           ("aggregator",)),
+    Metric("fedmoe_aggregator_overdue_experts", GAUGE,
+           "Experts of these with updates that waited for several sync intervals.", ("aggregator",)),
     # Of the merged gateway
     Metric("fedmoe_gateway_exists", GAUGE, "1 if there is a merged gateway, else 0."),
     Metric("fedmoe_gateway_outdated_experts", GAUGE, "Experts that changed since it was built."),
@@ -84,7 +89,8 @@ METRICS = (
     Metric("fedmoe_gateway_relative_error_ratio", GAUGE, "Distance to the exact weighted sum of the experts."),
     Metric("fedmoe_gateway_fit_loss", GAUGE, "Loss of its fit on validation rows, in nats per token."),
     # Of an aggregator
-    Metric("fedmoe_aggregator_serving", GAUGE, "1 if this process serves the expert, 0 on standby.", _E, (AGGREGATOR,)),
+    Metric("fedmoe_aggregator_serving", GAUGE, "1 if this process serves the expert, 0 if another one does.", _E,
+           (AGGREGATOR,)),
     Metric("fedmoe_aggregator_updates_total", COUNTER,
            "Updates that this process has decided: applied, refused, duplicate, undecidable.",
            ("expert", "outcome"), (AGGREGATOR,)),

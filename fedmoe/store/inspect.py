@@ -73,7 +73,7 @@ class Inspector:
             return {what: reply for (owner, what), reply in replies.items() if owner == name}
 
         experts = tuple(
-            self._expert(name, weight, of(name), members and members[name], now)
+            self._expert(name, weight, of(name), members[name] if members else None, now)
             for name, weight in weights.items()
         )
         return Federation(

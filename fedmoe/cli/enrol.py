@@ -121,7 +121,7 @@ def _enrol(
     deployment: Path | None,
 ) -> None:
     from fedmoe.errors import SettingsError
-    from fedmoe.store.audit import ENROLLED, ROTATED, write_line
+    from fedmoe.store.audit import ENROLLED, PREPARED, ROTATED, write_line
     from fedmoe.store.url import is_loopback, shown
     from fedmoe.store.users import password_rule, require_master
     from fedmoe.tools.deploy.enrol import certificate_for, check_out, enrolment_for
@@ -165,6 +165,8 @@ def _enrol(
             f"wrote {out} and {line}: this server does not let you set users, so its administrator must add the line "
             f"in {line} to its ACL file and load that (ACL LOAD)"
         )
+        _write_line(users, PREPARED, party)
+        _finish(users)
         return
     with private_file(out, text, replace=rotate):  # an error leaves what was there
         write_line(connection, ROTATED if rotate else ENROLLED, party)
@@ -178,8 +180,8 @@ def _enrol(
 
 
 def _revoke(redis: RedisSettings, party: "Party") -> None:
-    from fedmoe.errors import RedisUnavailableError, SettingsError
-    from fedmoe.store.audit import REVOKED, write_line
+    from fedmoe.errors import SettingsError
+    from fedmoe.store.audit import REVOKED
     from fedmoe.store.users import require_master, require_users
 
     users = _users(redis)
@@ -194,11 +196,19 @@ def _revoke(redis: RedisSettings, party: "Party") -> None:
     if not users.remove(party):
         raise SettingsError(f"{party} is not enrolled: see `fedmoe {party.role} list`", about="name")
     click.echo(f"{party}: revoked, its connections are cut")
+    _write_line(users, REVOKED, party)
+    _finish(users)
+
+
+def _write_line(users: "Users", what: str, party: "Party") -> None:
+    """Add what is done already to the audit log; that there is no line of it is a note."""
+    from fedmoe.errors import RedisUnavailableError
+    from fedmoe.store.audit import write_line
+
     try:
-        write_line(users.connection, REVOKED, party)
+        write_line(users.connection, what, party)
     except RedisUnavailableError as error:
         users.notes.append(f"the audit log has no line of it ({error})")
-    _finish(users)
 
 
 def _list(redis: RedisSettings, role: str) -> None:

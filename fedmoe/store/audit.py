@@ -13,6 +13,7 @@ from fedmoe.store.connection import Connection
 
 SHOWN = 1000
 ENROLLED, ROTATED, REVOKED, REFRESHED = "enrolled", "rotated", "revoked", "refreshed"
+PREPARED = "prepared"  # the line of an ACL file, for the server's administrator
 ALL = "all"  # parties
 
 
@@ -22,7 +23,8 @@ class AuditLine:
 
     Args:
         at: RFC 3339 time, by the server's clock.
-        what: enrolled, rotated (a new password), revoked or refreshed (the rights of all).
+        what: enrolled, rotated (a new password), prepared (its user is for the server's administrator to create),
+            revoked or refreshed (the rights of all).
     """
 
     what: str = ""

@@ -224,6 +224,8 @@ def test_a_party_without_the_right_cannot_enrol(secured: Secured, tmp_path: Path
     assert "ACL LOAD" in said
     line = out.with_suffix(".acl").read_text()
     assert tomllib.loads(out.read_text())["password"] not in line
+    audit = read_lines(secured.connection("operator"))
+    assert [(one.what, one.party) for one in audit] == [("prepared", f"worker w2 of {EXPERT}")]
     with raises(RedisUnfitError, about="login"):
         Connection(RedisSettings(enrolment=out)).ping()
     with raises(RedisUnfitError, about="rights"):

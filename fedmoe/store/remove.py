@@ -57,9 +57,9 @@ def remove_expert(connection: Connection, name: str, *, clock: Callable[[], floa
     when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(clock()))
     with connection.errors(), connection.client.pipeline(transaction=True) as pipe:
         pipe.unlink(
-                keys.meta, keys.spec, keys.weights, keys.server_state, keys.packed, keys.decided, keys.vectors,
-                keys.updates, keys.log, keys.dead, keys.lost, keys.claims, keys.problem, keys.lease,
-            )  # fmt: skip
+            keys.meta, keys.spec, keys.weights, keys.server_state, keys.packed, keys.decided, keys.vectors,
+            keys.updates, keys.log, keys.dead, keys.lost, keys.claims, keys.problem, keys.lease,
+        )  # fmt: skip
         pipe.hset(keys.meta, mapping=grave(name, new_id(), when))
         pipe.execute()
     # Last: an aggregator takes an expert that was removed off the list, if this is not reached.

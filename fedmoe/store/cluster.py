@@ -23,10 +23,8 @@ from fedmoe.store.url import Address, ClusterURL
 
 # Short, because the node that is asked may be down together with the slot's master: then the next one is asked.
 QUESTION_TIMEOUT_S = 2.0
-_NO_ANSWER = (redis.ConnectionError, redis.TimeoutError, OSError)
-
-
 SLOTS = 16384
+_NO_ANSWER = (redis.ConnectionError, redis.TimeoutError, OSError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -75,11 +75,7 @@ class Inspector:
             return {what: reply for (owner, what), reply in replies.items() if owner == name}
 
         experts = tuple(
-<<<<<<< ours
-            self._expert(name, weight, of(name), None if members is None else members[name], now)
-=======
             self._expert(name, weight, of(name), members[name] if members else None, now)
->>>>>>> theirs
             for name, weight in weights.items()
         )
         return Federation(

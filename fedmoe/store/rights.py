@@ -79,11 +79,16 @@ def lacking(connection: Connection, rights: Sequence[Right]) -> list[Lack]:
     places: dict[Connection, list[Right]] = {}
     for right in each:
         places.setdefault(connection.at(_key(right)) if right.keys else connection, []).append(right)
-    return [lack for there, some in places.items() for lack in _lacking(there, some)]
+    needs_multi = any(right.command == "MULTI" for right in each)
+    lacks = [
+        lack for there, some in places.items() for lack in _lacking(there, some, needs_multi=needs_multi)
+    ]
+    without_multi = [lack for lack in lacks if lack.right.command == "MULTI"]
+    return without_multi[:1] or lacks
 
 
-def _lacking(connection: Connection, each: Sequence[Right]) -> list[Lack]:
-    """The same for rights on keys of one slot."""
+def _lacking(connection: Connection, each: Sequence[Right], *, needs_multi: bool) -> list[Lack]:
+    """The same for rights on keys of one slot; with `needs_multi` nothing is tried outside a MULTI."""
     watches = [right for right in each if right.command == "WATCH"]  # it cannot be queued
     others = [right for right in each if right.command not in ("WATCH", "MULTI", "EXEC")]
     with connection.errors():
@@ -91,7 +96,7 @@ def _lacking(connection: Connection, each: Sequence[Right]) -> list[Lack]:
         if not is_refusal(begun):
             replies = _replies(connection, [*map(words, watches), ("MULTI",), *map(words, others)])
             del replies[len(watches)]
-        elif any(right.command == "MULTI" for right in each):
+        elif needs_multi:
             return [_lack(Right(command="MULTI"), begun)]
         else:  # a role that writes nothing
             replies = _replies(connection, [words(right) for right in watches + others])

@@ -161,6 +161,16 @@ def test_a_user_without_the_rights_of_a_cluster_is_told(cluster: Cluster, admin:
     with raises(RedisUnfitError, about="rights") as error:
         Connection(settings).ping()
     assert "CLUSTER SLOTS" in str(error.value)
+    for node in cluster.nodes:  # nothing is tried outside a transaction
+        node.client.execute_command("ACL SETUSER", "old", "+cluster|slots", "-multi")
+    key = KEYS.expert(EXPERT).meta
+    before = admin.at(key).client.hgetall(key)
+    connection = Connection(settings)
+    with raises(RedisUnfitError, about="rights") as error:
+        require(connection, AGGREGATOR, [EXPERT])
+    assert "it lacks MULTI:" in str(error.value)
+    assert admin.at(key).client.hgetall(key) == before
+    connection.close()
     line = CliRunner().invoke(cli, ["doctor", "--acl", "aggregator", "--redis", cluster.url])
     assert "+cluster|slots" in line.output
     line = CliRunner().invoke(cli, ["doctor", "--acl", "aggregator"])

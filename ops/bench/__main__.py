@@ -18,6 +18,7 @@ ON_REQUEST = (
     "flower",
     "race",
     "tls",
+    "scale",
 )  # take gigabytes, minutes, an environment of its own
 EVERYTHING = ", ".join((*BENCHMARKS, *ON_REQUEST))
 

@@ -35,6 +35,10 @@ class Seats:
             self.go.wait()
             self._busy[index] = 1
 
+    def report(self, index: int, *, busy: bool) -> None:
+        """Client: whether it has an update in flight, or is about to make one."""
+        self._busy[index] = busy
+
     def count(self, index: int, seconds: float = math.nan) -> None:
         """Client: one more update was made, all the way to the pull that shows it, in so many seconds."""
         self._seconds[index * REMEMBERED + self._done[index] % REMEMBERED] = seconds

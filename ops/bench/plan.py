@@ -71,6 +71,7 @@ class Plan:
         overlap: of training and sync, for each interval; overlap_hidden is the model's hidden size.
         turns: of a worker that trains expert and gateway by turns.
         workers, experts: how many of them, for the cost of an update as a federation grows.
+        scale: numbers of workers of 16 experts, the fewest first; idle_s: seconds for which an idle one is watched.
         updates: small updates after which memory must not have grown.
         quality: trainings in each format.
         learning: trained, merged and centralised gateways.
@@ -90,6 +91,8 @@ class Plan:
     turns: Overlap
     workers: tuple[int, ...]
     experts: tuple[int, ...]
+    scale: tuple[int, ...]
+    idle_s: float
     updates: int
     quality: Quality
     learning: Learning
@@ -104,6 +107,8 @@ QUICK = Plan(
     turns=Overlap(5.0, 12.0, rounds=5),
     workers=(1, 4, 16, 64),
     experts=(1, 8, 32),
+    scale=(64, 1000),
+    idle_s=10.0,
     updates=2_000,
     quality=Quality(("sql_expert", "python_expert", "docs_expert"), syncs=12, steps=2, rows=32),
     learning=Learning(parts=("short",), rows=32, seeds=1, short=True),
@@ -122,6 +127,8 @@ FULL = Plan(
     turns=Overlap(10.0, 24.0, rounds=9),
     workers=(1, 4, 16, 64),
     experts=(1, 8, 32),
+    scale=(64, 128, 256, 512, 768, 1000),
+    idle_s=20.0,
     updates=100_000,
     quality=Quality(("sql_expert", "python_expert", "docs_expert"), syncs=48, steps=2, rows=64),
     learning=Learning(parts=FULL_LEARNING, rows=128, seeds=3),
@@ -138,6 +145,8 @@ TINY = Plan(
     overlap_hidden=32,
     workers=(1,),
     experts=(2,),
+    scale=(2, 4),
+    idle_s=1.0,
     updates=40,
     quality=Quality(("sql_expert",), syncs=1, steps=1, rows=2),
     learning=Learning(parts=("tiny",), rows=2, seeds=1, short=True),

@@ -18,6 +18,7 @@ BARS: dict[str, tuple[str, float]] = {
     "publish_to_visible_p50_ms": ("<=", 60.0),
     "wire_bytes_default_vs_fp32": ("<=", 1 / 4),
     "wire_bytes_int4_vs_fp32": ("<=", 1 / 7),
+    "scale_update_cpu_most_vs_fewest": ("<=", 1.2),
     "turns_both_vs_one": (">=", 0.97),
     "overlap_10s": (">=", 0.98),
     "overlap_1s": (">=", 0.98),

@@ -52,6 +52,8 @@ NOT_TYPED = {
     "bash ops/test.sh tests/unit -k ledger": "is what runs this test",
     "bash ops/bench.sh --out bench.json": "takes forty minutes; a test runs a tiny one",
     "bash ops/bench.sh --quick --out bench.json": "takes seven minutes; a test runs a tiny one",
+    "bash ops/bench.sh --only scale": "takes a quarter of an hour; a test runs a tiny one",
+    "bash ops/bench.sh --only scale --quick": "takes minutes; a test runs a tiny one",
     "bash ops/bench.sh --only codec": "a test runs a tiny one",
     "bash ops/bench.sh --only quality": "trains for minutes",
     "bash ops/bench.sh --only learning --quick": "trains for minutes",

@@ -40,6 +40,7 @@ def bench(*arguments: str, **extra: str) -> subprocess.CompletedProcess[str]:
         (["size"], {"size_fp32_mib", "size_int4_updates_per_s"}),
         (["overlap"], {"overlap_0.5s", "overlap_0.5s_boundary_ms"}),
         (["turns"], {"turns_both_vs_one", "turns_boundary_ms"}),
+        (["scale"], {"scale_update_cpu_most_vs_fewest", "scale_4_workers_idle_redis_mib_vs_predicted"}),
     ],
 )
 def test_it_runs(names: list[str], figures: set[str], tmp_path: Path) -> None:
@@ -74,7 +75,7 @@ def test_an_unknown_name_is_one_sentence(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr == (
         "ops/bench.sh: there is no benchmark 'speed': choose among wire, machine, codec, throughput, "
-        "latency, file, growth, overlap, turns, size, quality, learning, routing, flower, race, tls\n"
+        "latency, file, growth, overlap, turns, size, quality, learning, routing, flower, race, tls, scale\n"
     )
     assert not done.stdout
 

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,8 +16,10 @@ from consumers.aggregator import ExpertServer
 from consumers.daemon import Aggregator
 from consumers.expert import Expert
 from fedmoe.errors import ProtocolError, SpecError
+from fedmoe.protocol.federation import findings
 from fedmoe.protocol.names import MERGED
 from fedmoe.settings import AggregatorSettings, GatewaySettings
+from fedmoe.store.change import change_rules_soon
 from fedmoe.store.connection import Connection
 from fedmoe.store.inspect import Inspector
 from fedmoe.store.lease import Lease
@@ -274,6 +277,37 @@ def test_a_hanging_thread_keeps_no_expert_from_being_served(
                 eventually("the others are shared", lambda: counts(connection, 2) == [4, 4])
         finally:
             free.set()
+
+
+def test_a_slow_one_gives_up_what_it_cannot_keep_up_with(
+    connection: Connection, experts: dict[str, Expert], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Updates of one expert wait for it too long: a faster one gets that expert, and an operator is told."""
+    decide = Expert.decide
+
+    def slowly(expert: Expert, *rest: Any) -> Any:
+        if expert.store.name == "e0" and expert._aggregator == "one":
+            time.sleep(0.35)  # so the batch takes more than two leases, and than three of the sync intervals
+        return decide(expert, *rest)
+
+    monkeypatch.setattr(Expert, "decide", slowly)
+    change_rules_soon(experts["e0"].store, {"sync_interval": 0.1})
+    workers = [ScriptedWorker(connection, small_spec(), f"w{n}", "e0") for n in range(8)]
+    with sharing(connection, "one"):
+        eventually("the lease", lambda: holders(connection)["e0"] == "one")
+        with sharing(connection, "two"):
+            eventually("an even share", lambda: counts(connection, 2) == [4, 4])
+            assert holders(connection)["e0"] == "one"
+            for worker in workers:
+                worker.push(1.0)
+            eventually("the faster one has it", lambda: holders(connection)["e0"] == "two", timeout_s=20)
+            told = eventually(
+                "a finding",
+                lambda: [line for line in findings(Inspector(connection).federation()) if "keep up" in line],
+            )
+            assert told[0].startswith("aggregator one could not keep up")
+            eventually("the rest stays", lambda: counts(connection, 2) == [3, 5])
+    assert experts["e0"].store.load().meta.version == 8
 
 
 def test_a_user_of_an_earlier_release_serves_what_is_free(

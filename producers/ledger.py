@@ -25,7 +25,7 @@ import torch
 
 from fedmoe.errors import NameTakenError
 from fedmoe.protocol import features
-from fedmoe.protocol.codec import add, encode, scratch_values
+from fedmoe.protocol.codec import Cut, add, cut, scratch_values
 from fedmoe.protocol.records import Decided, Meta
 from fedmoe.protocol.update import Header, Part, UpdateId
 from fedmoe.protocol.validation import Measured
@@ -205,18 +205,22 @@ class Ledger:
             update.add_to(progress, self._scratch, sign=-1.0)
         return progress
 
+    def cut(self, local: torch.Tensor, wire_format: str) -> Cut:
+        """The progress, local − base − pending, encoded as the parts of an update, with its L2 norm."""
+        if self.queue:
+            return cut(self.progress(local), wire_format)
+        return cut(local, wire_format, minus=self.base)
+
     def make_update(
         self,
-        progress: torch.Tensor,
+        cut: Cut,
         trained: Trained,
         *,
-        wire_format: str,
         fingerprint: str,
         tokenizer: str = "",
         measured: Measured | None = None,
     ) -> Outgoing:
-        """Encode the result of `progress` as the next update and append it to the queue."""
-        parts = tuple(encode(progress, wire_format))
+        """Make the result of `cut` the next update and append it to the queue."""
         vector = None if self.has_told else self.vector
         self.seq += 1
         header = Header(
@@ -226,7 +230,7 @@ class Ledger:
             seq=self.seq,
             prev=self.queue[-1].id if self.queue else self.head,
             base_version=self.meta.version,
-            wire_format=wire_format,
+            wire_format=cut.wire_format,
             base_fingerprint=fingerprint,
             tokenizer=tokenizer,
             n_examples=trained.n_examples,
@@ -234,13 +238,13 @@ class Ledger:
             steps=trained.steps,
             loss=trained.loss,
             position=trained.position,
-            parts=tuple(Part.of(part) for part in parts),
+            parts=tuple(Part.of(part) for part in cut.parts),
             requires=features.UPDATES_REQUIRE,
             vector=vector.values if vector else None,
             vector_rows=vector.rows if vector else 0,
             **(measured.fields if measured else {}),
         )
-        self.queue.append(Outgoing(header, parts))
+        self.queue.append(Outgoing(header, cut.parts))
         return self.queue[-1]
 
     def to_send(self) -> tuple[Header, tuple[bytes, ...]]:

@@ -4,8 +4,6 @@ import logging
 from dataclasses import replace
 from typing import NamedTuple
 
-import torch
-
 from fedmoe.protocol.rules import RuleSet
 from producers.heartbeat import SyncStatus
 from producers.ledger import Change, Ledger
@@ -78,9 +76,8 @@ def change_of_rules(before: RuleSet, now: RuleSet, fixed: Fixed) -> str:
     return text
 
 
-def has_diverged(progress: torch.Tensor, steps: int, bound: float) -> bool:
+def has_diverged(norm: float, steps: int, bound: float) -> bool:
     """Return True, with a warning, if the steps changed the adapter by more than the maximum L2 norm of an update."""
-    norm = float(torch.linalg.vector_norm(progress))
     if norm <= bound:
         return False
     logger.warning(

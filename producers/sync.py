@@ -12,8 +12,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 
-import torch
-
 from fedmoe.errors import (
     FedMoEError,
     NameTakenError,
@@ -252,11 +250,11 @@ class Sync:
         self.times.update_at = now + self.ledger.meta.rules.sync_interval_s
         self.times.save_at = now + self._checkpoint_interval_s
         if state.trained.steps:
-            progress = self.ledger.progress(state.local)
-            if self._diverged(progress, state.trained.steps):
+            cut = self.ledger.cut(state.local, self._spec.wire_format)
+            if self._diverged(cut.norm, state.trained.steps):
                 return True
             update = self.ledger.make_update(
-                progress, state.trained, wire_format=self._spec.wire_format, fingerprint=self._identity.fingerprint,
+                cut, state.trained, fingerprint=self._identity.fingerprint,
                 tokenizer=self._identity.tokenizer, measured=self._exchange.take_measured(),
             )  # fmt: skip
             self.status = replace(self.status, in_flight=update.header.seq, in_flight_since=now)
@@ -277,13 +275,13 @@ class Sync:
         if self._saver.is_due and self._save(self.unsaved):
             self.outbox, self.unsaved = self.outbox.saved(), None
 
-    def _diverged(self, progress: torch.Tensor, steps: int) -> bool:
+    def _diverged(self, norm: float, steps: int) -> bool:
         """True if the progress could only be refused; then it is dropped, and training goes on from the expert.
 
         It must not be published: taken off again after the refusal, numbers that large leave nothing of the rest.
         """
         bound = self.ledger.meta.rules.aggregation.max_norm
-        if not self._drops_diverged or not has_diverged(progress, steps, bound):
+        if not self._drops_diverged or not has_diverged(norm, steps, bound):
             return False
         self._exchange.correct(Change(correction=self.ledger.base + self.ledger.pending(), replace=True))
         return True

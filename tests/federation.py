@@ -138,9 +138,8 @@ class ScriptedWorker:
         """Make an update; `changes` falsify fields of its header."""
         trained = Trained(n_examples=4, n_tokens=40, steps=2, loss_sum=3.0, position=str(self.ledger.seq * 4))
         update = self.ledger.make_update(
-            self.ledger.progress(self.local),
+            self.ledger.cut(self.local, self.spec.wire_format),
             trained,
-            wire_format=self.spec.wire_format,
             fingerprint=self.fingerprint,
         )
         if changes:

@@ -11,6 +11,7 @@ import torch
 
 from fedmoe.errors import FedMoEError, ProtocolError
 from fedmoe.protocol.beat import Beat
+from fedmoe.protocol.codec import cut
 from fedmoe.protocol.doorbell import Doorbell, Join, parse_entry
 from fedmoe.protocol.fit import Fit
 from fedmoe.protocol.lines import AnchorLine, AppliedLine, DeadLetter, RollbackLine, RulesLine, read_line
@@ -125,8 +126,9 @@ def make_checkpoint(directory: Path) -> Checkpoint:
     )
     for amount in (1.0, 2.0):
         ledger.make_update(
-            torch.full((numel,), amount), Trained(n_examples=4, n_tokens=40, steps=2, loss_sum=3.0, position="8"),
-            wire_format=SPEC.wire_format, fingerprint="f", tokenizer="template:ab",
+            cut(torch.full((numel,), amount), SPEC.wire_format),
+            Trained(n_examples=4, n_tokens=40, steps=2, loss_sum=3.0, position="8"), fingerprint="f",
+            tokenizer="template:ab",
         )  # fmt: skip
     ledger.kept = [ledger.queue.pop(0)]
     checkpoint = Checkpoint(

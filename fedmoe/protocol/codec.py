@@ -5,16 +5,17 @@ and the data (see `fedmoe.protocol.formats`). So a part can be checked, decoded 
 decoding runs no code from it.
 """
 
+import math
 import reprlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgpack
 import torch
 
 from fedmoe.errors import UpdateError
-from fedmoe.protocol.formats import EXACT, FORMATS, MAX_VALUES_PER_PART, Format
+from fedmoe.protocol.formats import EXACT, FORMATS, MAX_VALUES_PER_PART, Encoded, Format
 from fedmoe.protocol.update import PART_BYTES
 from fedmoe.util.threads import ALONE, Threads
 
@@ -47,13 +48,39 @@ def encode(
     flat = flat.contiguous()
 
     def encoded(_: int, first: int) -> bytes:
-        here = slice(first, first + form.values_per_part)
-        values = flat[here]
-        scales, data = form.encode(values, None if minus is None else minus[here])
-        opening, middle = _frame_around(form, first, len(values))
-        return b"".join((opening, scales, middle, data))
+        return _part(form, first, len(flat), _encoded(form, flat, minus, first))
 
     return threads.in_order(encoded, range(0, len(flat), form.values_per_part))
+
+
+class Cut(NamedTuple):
+    """An update that was cut from the training: its parts, and the L2 norm of what they encode."""
+
+    wire_format: str
+    parts: tuple[bytes, ...]
+    norm: float
+
+
+def cut(flat: torch.Tensor, wire_format: str, *, minus: torch.Tensor | None = None) -> Cut:
+    """Encode as `encode` does, with the norm; it is NaN or infinite only if a value is."""
+    form = FORMATS[wire_format]
+    flat = flat.contiguous()
+    parts, squares = [], 0.0
+    for first in range(0, len(flat), form.values_per_part):
+        one = _encoded(form, flat, minus, first)
+        squares += one.squares()
+        parts.append(_part(form, first, len(flat), one))
+    return Cut(wire_format, tuple(parts), math.sqrt(squares))
+
+
+def _encoded(form: Format, flat: torch.Tensor, minus: torch.Tensor | None, first: int) -> Encoded:
+    here = slice(first, first + form.values_per_part)
+    return form.encode(flat[here], None if minus is None else minus[here])
+
+
+def _part(form: Format, first: int, numel: int, encoded: Encoded) -> bytes:
+    opening, middle = _frame_around(form, first, min(form.values_per_part, numel - first))
+    return b"".join((opening, encoded.scales, middle, encoded.data))
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,8 +19,10 @@ methods named `by_torch` are the reference.
 import logging
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -51,6 +53,14 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
 
 def _raw(view: memoryview) -> torch.Tensor:
     return torch.frombuffer(view, dtype=torch.uint8) if view else torch.empty(0, dtype=torch.uint8)
+
+
+class Encoded(NamedTuple):
+    """The bytes of the scales and of the values; `squares` gives the squared L2 norm of what was encoded."""
+
+    scales: memoryview
+    data: memoryview
+    squares: Callable[[], float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,27 +99,25 @@ class Format:
         """Bytes of the scales of `count` values."""
         return -(-count // BLOCK) * self.scale.itemsize if self.limit else 0
 
-    def encode(
-        self, values: torch.Tensor, minus: torch.Tensor | None = None
-    ) -> tuple[memoryview, memoryview]:
-        """Encode (n,) fp32 values, or their difference to `minus`, as (bytes of the scales, bytes of the values)."""
-        kernels = compiled() if self.limit else None
-        if kernels is None:
-            return self.encode_by_torch(values if minus is None else values - minus)
-        return self.encode_by(kernels, values, minus)
+    def encode(self, values: torch.Tensor, minus: torch.Tensor | None = None) -> "Encoded":
+        """Encode (n,) fp32 values, or their difference to `minus`."""
+        if self.limit and (kernels := compiled()):
+            return self.encode_by(kernels, values, minus)
+        return self.encode_by_torch(values if minus is None else values - minus)
 
-    def encode_by(
-        self, kernels: Kernels, values: torch.Tensor, minus: torch.Tensor | None
-    ) -> tuple[memoryview, memoryview]:
+    def encode_by(self, kernels: Kernels, values: torch.Tensor, minus: torch.Tensor | None) -> "Encoded":
         """The same as `encode`, of a format that quantises."""
         count = len(values)
         scales = torch.empty(self.scale_bytes(count), dtype=torch.uint8)
         data = torch.empty(self.data_bytes(count), dtype=torch.uint8)
-        kernels.encode(self.bits, values, minus, scales, data)
-        return scales.numpy().data, data.numpy().data
+        squares = kernels.encode(self.bits, values, minus, scales, data)
+        return Encoded(scales.numpy().data, data.numpy().data, lambda: squares)
 
-    def encode_by_torch(self, values: torch.Tensor) -> tuple[memoryview, memoryview]:
-        """Encode (n,) fp32 values as (bytes of the scales, bytes of the values)."""
+    def encode_by_torch(self, values: torch.Tensor) -> "Encoded":
+        """Encode (n,) fp32 values."""
+        return Encoded(*self._quantised(values), lambda: squared_norm(values))
+
+    def _quantised(self, values: torch.Tensor) -> tuple[memoryview, memoryview]:
         if not self.limit:
             return memoryview(b""), _bytes(values.to(self.dtype))
         n = len(values)
@@ -273,9 +281,9 @@ def _agrees(form: Format, kernels: Kernels) -> bool:
     chance = torch.Generator().manual_seed(0)
     values, now = torch.rand(2, count, generator=chance).sub_(0.5)
     values *= torch.logspace(-44, 37, count)
-    scales, data = form.encode_by_torch(values - now)
+    scales, data, _ = form.encode_by_torch(values - now)
     ours, torchs, scratch = torch.empty(3, count)
     form.fold_by(kernels, scales, data, now, factor, ours)
     form.fold_by_torch(scales, data, now, factor, torchs, scratch)
-    same = not form.limit or form.encode_by(kernels, values, now) == (scales, data)
+    same = not form.limit or form.encode_by(kernels, values, now)[:2] == (scales, data)
     return same and ours.numpy().tobytes() == torchs.numpy().tobytes()

@@ -28,12 +28,24 @@ INLINE float float_of(uint32_t bits) {
     return both.value;
 }
 
+/* Add the squares of one block to eight sums, which compilers keep in vectors. */
+INLINE void add_squares(const float *values, double *sums) {
+    for (int i = 0; i < BLOCK; i += 8)
+        for (int lane = 0; lane < 8; lane++) sums[lane] += (double)values[i + lane] * values[i + lane];
+}
+
+INLINE double total_of(const double *sums) {
+    return ((sums[0] + sums[4]) + (sums[1] + sums[5])) + ((sums[2] + sums[6]) + (sums[3] + sums[7]));
+}
+
 /* The scale and the codes of one block; the codes of a block whose scale is not finite are 0. */
 INLINE float quantise(const loose_float *values, const loose_float *minus, int count, float limit, uint32_t kept,
-                      int8_t *codes) {
+                      int8_t *codes, double *sums) {
     float difference[BLOCK];
     uint32_t largest = 0; /* of the bits without the sign, which are ordered like the numbers; NaN is above infinity */
     for (int i = 0; i < count; i++) difference[i] = minus ? values[i] - minus[i] : values[i];
+    for (int i = count; i < BLOCK; i++) difference[i] = 0;
+    add_squares(difference, sums);
     for (int i = 0; i < count; i++) {
         uint32_t bits = bits_of(difference[i]) & 0x7fffffff;
         largest = bits > largest ? bits : largest;
@@ -48,9 +60,11 @@ INLINE float quantise(const loose_float *values, const loose_float *minus, int c
     return scale;
 }
 
-/* Encode `count` values, or their difference to `minus` unless that is NULL, in format int8 or int4. */
-void fedmoe_encode(int format, const loose_float *values, const loose_float *minus, int64_t count, void *scales,
+/* Encode `count` values, or their difference to `minus` unless that is NULL, in format int8 or int4; returns the sum of
+what was encoded, squared. */
+double fedmoe_encode(int format, const loose_float *values, const loose_float *minus, int64_t count, void *scales,
                    int8_t *data) {
+    double sums[8] = {0};
     int64_t half = (count + 1) / 2;
     for (int64_t at = 0; at < count; at += BLOCK) {
         int8_t codes[BLOCK];
@@ -58,9 +72,9 @@ void fedmoe_encode(int format, const loose_float *values, const loose_float *min
         const loose_float *other = minus ? minus + at : 0;
         float limit = format == INT4 ? 7.0f : 127.0f;
         uint32_t kept = format == INT4 ? 0xffff0000 : 0xffffffff; /* of the scale's bits */
-        float scale = here < BLOCK ? quantise(values + at, other, here, limit, kept, codes)
-                      : other      ? quantise(values + at, other, BLOCK, limit, kept, codes)
-                                   : quantise(values + at, 0, BLOCK, limit, kept, codes);
+        float scale = here < BLOCK ? quantise(values + at, other, here, limit, kept, codes, sums)
+                      : other      ? quantise(values + at, other, BLOCK, limit, kept, codes, sums)
+                                   : quantise(values + at, 0, BLOCK, limit, kept, codes, sums);
         if (format == INT8) {
             ((loose_float *)scales)[at / BLOCK] = scale;
             for (int i = 0; i < here; i++) data[at + i] = codes[i];
@@ -71,21 +85,20 @@ void fedmoe_encode(int format, const loose_float *values, const loose_float *min
         for (int i = 0; i < low; i++) data[at + i] = codes[i];
         for (int i = low; i < here; i++) data[at + i - half] = (int8_t)(data[at + i - half] + codes[i] * 16);
     }
+    return total_of(sums);
 }
 
 /* Decode `count` values of one block that lie from `at` on; returns the sum of their squares. */
 INLINE double decode(int format, const void *scales, const int8_t *data, int64_t at, int64_t half, int count,
                      float *values) {
     if (format == FP32 || format == BF16) {
-        double squares[8] = {0};
+        double sums[8] = {0};
         for (int i = 0; i < count; i++)
             values[i] = format == FP32 ? ((const loose_float *)data)[at + i]
                                        : float_of((uint32_t)((const loose_uint16 *)data)[at + i] << 16);
         for (int i = count; i < BLOCK; i++) values[i] = 0;
-        for (int i = 0; i < BLOCK; i += 8)
-            for (int lane = 0; lane < 8; lane++) squares[lane] += (double)values[i + lane] * values[i + lane];
-        return ((squares[0] + squares[4]) + (squares[1] + squares[5])) +
-               ((squares[2] + squares[6]) + (squares[3] + squares[7]));
+        add_squares(values, sums);
+        return total_of(sums);
     }
     float scale = format == INT8 ? ((const loose_float *)scales)[at / BLOCK]
                                  : float_of((uint32_t)((const loose_uint16 *)scales)[at / BLOCK] << 16);

@@ -12,7 +12,10 @@ SOURCE = Path(__file__).with_suffix(".c")
 _WIDE = "x86-64-v3"
 _POINTER = ctypes.c_void_p
 _SIGNATURES = {
-    "fedmoe_encode": (None, (ctypes.c_int, _POINTER, _POINTER, ctypes.c_int64, _POINTER, _POINTER)),
+    "fedmoe_encode": (
+        ctypes.c_double,
+        (ctypes.c_int, _POINTER, _POINTER, ctypes.c_int64, _POINTER, _POINTER),
+    ),
     "fedmoe_fold": (
         ctypes.c_double,
         (ctypes.c_int, _POINTER, _POINTER, ctypes.c_int64, _POINTER, ctypes.c_float, _POINTER),
@@ -43,15 +46,18 @@ class Kernels:
         minus: torch.Tensor | None,
         scales: torch.Tensor,
         data: torch.Tensor,
-    ) -> None:
+    ) -> float:
         """Encode values (n,) fp32, or their difference to `minus` (n,), in the format of 8 or 4 bits.
 
+        Returns the squared L2 norm of what is encoded, in fp64.
         The bytes are written to `scales` and `data`, uint8, whose lengths are those of the format.
         """
-        self._library.fedmoe_encode(
-            bits, _address(values), None if minus is None else _address(minus), len(values), _address(scales),
-            _address(data),
-        )  # fmt: skip
+        other = None if minus is None else _address(minus)
+        return float(
+            self._library.fedmoe_encode(
+                bits, _address(values), other, len(values), _address(scales), _address(data)
+            )
+        )
 
     def fold(
         self,

@@ -150,13 +150,9 @@ def _steps(layout: Layout, form: str, threads: Threads = ALONE) -> dict[str, Cal
 
     def make() -> object:
         ledger.queue.clear()
-        return ledger.make_update(
-            ledger.progress(local), Trained(steps=1), wire_format=form, fingerprint=FINGERPRINT
-        )
+        return ledger.make_update(ledger.cut(local, form), Trained(steps=1), fingerprint=FINGERPRINT)
 
-    update = ledger.make_update(
-        ledger.progress(local), Trained(steps=1), wire_format=form, fingerprint=FINGERPRINT
-    )
+    update = ledger.make_update(ledger.cut(local, form), Trained(steps=1), fingerprint=FINGERPRINT)
 
     def fold() -> object:
         return fold_payload(update.header, admission, update.parts, spec, space)

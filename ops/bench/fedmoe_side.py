@@ -117,11 +117,9 @@ class Client:
         trained = Trained(n_examples=4, n_tokens=400, steps=1, loss_sum=1.0, position="4")
         self._began = time.monotonic()
         copy = self.local.clone()  # as the training makes it at a step boundary, to go on
-        progress = self.ledger.progress(copy)
-        self.norm = float(torch.linalg.vector_norm(progress))  # a worker keeps what is too large to itself
-        update = self.ledger.make_update(
-            progress, trained, wire_format=self.spec.wire_format, fingerprint=FINGERPRINT
-        )
+        cut = self.ledger.cut(copy, self.spec.wire_format)
+        self.norm = cut.norm
+        update = self.ledger.make_update(cut, trained, fingerprint=FINGERPRINT)
         self.ledger.keep_decided_bytes = KEPT * update.header.payload_bytes
         return update
 

@@ -19,6 +19,7 @@ from consumers.gateway.builder import GatewayBuilder
 from fedmoe.errors import ProtocolError
 from fedmoe.protocol import features, records
 from fedmoe.protocol.beat import Beat
+from fedmoe.protocol.codec import cut
 from fedmoe.protocol.identity import BaseIdentity
 from fedmoe.protocol.rules import RuleSet
 from fedmoe.settings import GatewaySettings
@@ -312,7 +313,7 @@ def test_undecided_update_is_sent_again_more_and_more_seldom(expert: Expert, con
     now = 0.0
     run = Run(connection, clock=lambda: now)
     run.sync.ledger.make_update(
-        torch.ones(LAYOUT.numel), Trained(steps=1), wire_format="fp32", fingerprint=FINGERPRINT
+        cut(torch.ones(LAYOUT.numel), "fp32"), Trained(steps=1), fingerprint=FINGERPRINT
     )
     run.sync.finish(1000.0)
     sent = []

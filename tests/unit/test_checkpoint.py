@@ -47,7 +47,7 @@ def test_update_that_cannot_be_decoded_is_noticed_at_once(
     spec = small_spec(wire_format="int4")
     ledger = Ledger(base=torch.zeros(LAYOUT.numel), meta=first_meta(spec), run=make_run(1, "00000001"))
     update = ledger.make_update(
-        ledger.progress(torch.ones(LAYOUT.numel)), Trained(steps=1), wire_format="int4", fingerprint="f"
+        ledger.cut(torch.ones(LAYOUT.numel), "int4"), Trained(steps=1), fingerprint="f"
     )
     if part is not None:
         update = replace(update, header=replace(update.header, parts=(Part.of(part),)), parts=(part,))

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 import producers.checkpoint
 from fedmoe.errors import SettingsError
+from fedmoe.protocol import codec
 from fedmoe.protocol.layout import Layout
 from fedmoe.protocol.lora_init import initial_weights
 from fedmoe.protocol.packed import chunks, pack, unpack
@@ -52,7 +53,7 @@ def cut(ledger: Ledger, number: int) -> None:
     ledger.queue = []
     trained = Trained(n_examples=number, steps=1, position=str(number))
     delta = torch.full((len(ledger.base),), float(number))
-    ledger.make_update(delta, trained, wire_format=ledger_format(ledger), fingerprint="f")
+    ledger.make_update(codec.cut(delta, ledger_format(ledger)), trained, fingerprint="f")
 
 
 def ledger_format(ledger: Ledger) -> str:

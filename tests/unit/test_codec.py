@@ -143,9 +143,7 @@ def test_fifty_rounds_lose_nothing(seed: int, numel: int, wire_format: str) -> N
         delta = randn(seed + number + 1, numel) * 1e-3
         trained = trained + delta.double()
         local = local + delta
-        update = ledger.make_update(
-            ledger.progress(local), Trained(steps=1), wire_format=wire_format, fingerprint="f"
-        )
+        update = ledger.make_update(ledger.cut(local, wire_format), Trained(steps=1), fingerprint="f")
         sent += delta_of(update, numel)
         applied = Decided(id=update.id, how="applied", version=number + 1)
         change = ledger.observe(meta, ledger.base + delta_of(update, numel), applied, now=0.0)
@@ -161,6 +159,19 @@ def test_encoding_is_deterministic_and_idempotent(flat: torch.Tensor, wire_forma
     decoded = round_trip(flat, wire_format)
     assert torch.allclose(round_trip(decoded, wire_format), decoded, rtol=1e-6, atol=1e-36)
     assert list(encode(flat, wire_format)) == list(encode(flat.clone(), wire_format))
+
+
+@given(small_flats, seeds, wire_formats)
+def test_a_cut_is_the_progress_encoded(flat: torch.Tensor, seed: int, wire_format: str) -> None:
+    """To the byte, with nothing in flight and with an update; its norm is that of the progress."""
+    base = randn(seed, len(flat))
+    ledger = Ledger(base=base, meta=first_meta(small_spec()), run=make_run(1, "00000001"))
+    for _ in range(2):
+        progress = ledger.progress(flat).clone()
+        cut = ledger.cut(flat, wire_format)
+        assert list(cut.parts) == list(encode(progress, wire_format))
+        assert cut.norm == pytest.approx(float(progress.double().norm()), rel=1e-5, abs=1e-20)
+        ledger.make_update(cut, Trained(steps=1), fingerprint="f")
 
 
 @pytest.mark.parametrize("wire_format", sorted(FORMATS))
@@ -196,9 +207,7 @@ def test_non_finite_values_are_refused(wire_format: str, poison: float, place: i
     flat[place] = poison
     spec = small_spec(layout=Layout.of([("a", (SMALL,))]), wire_format=wire_format)
     ledger = Ledger(base=torch.zeros(SMALL), meta=first_meta(spec), run=make_run(1, "00000001"))
-    update = ledger.make_update(
-        ledger.progress(flat), Trained(steps=1), wire_format=wire_format, fingerprint="f"
-    )
+    update = ledger.make_update(ledger.cut(flat, wire_format), Trained(steps=1), fingerprint="f")
     now, out = (Values(torch.zeros(SMALL), torch.empty(0)) for _ in range(2))
     space = Workspace(now, out, torch.empty(SMALL))
     verdict = fold_payload(update.header, admission(), update.parts, spec, space)

@@ -42,9 +42,7 @@ def update_of(delta: torch.Tensor, wire_format: str, layout: Layout | None = Non
         wire_format=wire_format,
     )
     ledger = Ledger(base=torch.zeros(len(delta)), meta=first_meta(spec), run=make_run(1, "00000001"))
-    return spec, ledger.make_update(
-        ledger.progress(delta), Trained(steps=1), wire_format=wire_format, fingerprint="f"
-    )
+    return spec, ledger.make_update(ledger.cut(delta, wire_format), Trained(steps=1), fingerprint="f")
 
 
 def space_for(weights: torch.Tensor) -> Workspace:
@@ -225,7 +223,7 @@ def test_base_may_be_as_far_ahead_as_behind(base_version: int, admitted: bool) -
     meta = first_meta(spec, version=10, rules=aggregating(max_staleness=3))
     ledger = Ledger(base=torch.zeros(spec.layout.numel), meta=meta, run=make_run(1, "00000001"))
     update = ledger.make_update(
-        torch.ones(spec.layout.numel), Trained(), wire_format="fp32", fingerprint=FINGERPRINT
+        ledger.cut(torch.ones(spec.layout.numel), "fp32"), Trained(), fingerprint=FINGERPRINT
     )
     judged = judge_header(replace(update.header, base_version=base_version), None, meta, spec, Peers(1))
     assert judged.staleness == max(0, 10 - base_version)

@@ -69,7 +69,7 @@ class Books(RuleBasedStateMachine):
     @rule()
     def cut(self) -> None:
         update = self.ledger.make_update(
-            self.ledger.progress(self.local), Trained(steps=1), wire_format="fp32", fingerprint="f"
+            self.ledger.cut(self.local, "fp32"), Trained(steps=1), fingerprint="f"
         )
         self.in_cut[update.id], self.uncut = self.uncut, []
 
@@ -168,7 +168,7 @@ def test_what_quantisation_loses_stays_in_progress() -> None:
     """Error feedback: pending is the decoded update, so the rounding error is progress of the next one."""
     ledger = fresh(64)
     local = torch.linspace(0.1, 1.0, 64)
-    update = ledger.make_update(ledger.progress(local), Trained(steps=1), wire_format="int8", fingerprint="f")
+    update = ledger.make_update(ledger.cut(local, "int8"), Trained(steps=1), fingerprint="f")
     error = local - delta_of(update, 64)
     assert error.abs().max() > 0
     assert torch.equal(ledger.progress(local), error)
@@ -177,9 +177,7 @@ def test_what_quantisation_loses_stays_in_progress() -> None:
 def test_refused_update_leaves_local_with_the_weights_and_what_came_after() -> None:
     """The refused part is dropped, progress since stays."""
     ledger = fresh()
-    update = ledger.make_update(
-        ledger.progress(torch.ones(4)), Trained(steps=1), wire_format="fp32", fingerprint="f"
-    )
+    update = ledger.make_update(ledger.cut(torch.ones(4), "fp32"), Trained(steps=1), fingerprint="f")
     local = torch.ones(4) * 3  # two more units trained while it was in flight
     change = ledger.observe(meta_of(1), None, decision(update.id, "refused"), now=0.0)
     assert change.how is not None
@@ -190,9 +188,7 @@ def test_refused_update_leaves_local_with_the_weights_and_what_came_after() -> N
 def test_partly_weighted_update_is_rebased() -> None:
     """After a stale update (factor 1/2) local is the new weights plus progress, not the worker's own sum."""
     ledger = fresh()
-    update = ledger.make_update(
-        ledger.progress(torch.ones(4)), Trained(steps=1), wire_format="fp32", fingerprint="f"
-    )
+    update = ledger.make_update(ledger.cut(torch.ones(4), "fp32"), Trained(steps=1), fingerprint="f")
     weights = torch.full((4,), 0.5) + 7.0
     change = ledger.observe(meta_of(2), weights, decision(update.id), now=0.0)
     assert torch.equal(torch.ones(4) + change.correction, weights)
@@ -201,9 +197,7 @@ def test_partly_weighted_update_is_rebased() -> None:
 def test_new_lineage_forgets_everything() -> None:
     """An operator's new lineage replaces local; pending and progress are gone."""
     ledger = fresh()
-    update = ledger.make_update(
-        ledger.progress(torch.ones(4)), Trained(steps=1), wire_format="fp32", fingerprint="f"
-    )
+    update = ledger.make_update(ledger.cut(torch.ones(4), "fp32"), Trained(steps=1), fingerprint="f")
     change = ledger.observe(meta_of(0, "second"), torch.full((4,), 9.0), None, now=0.0)
     assert change.replace
     assert change.dropped == (update.id,)
@@ -214,9 +208,7 @@ def test_new_lineage_forgets_everything() -> None:
     assert torch.equal(then.correction, torch.full((4,), 2.0))
     assert ledger.head is None
     assert (
-        ledger.make_update(
-            ledger.progress(torch.ones(4)), Trained(steps=1), wire_format="fp32", fingerprint="f"
-        ).header.seq
+        ledger.make_update(ledger.cut(torch.ones(4), "fp32"), Trained(steps=1), fingerprint="f").header.seq
         == 2
     )
 
@@ -224,13 +216,13 @@ def test_new_lineage_forgets_everything() -> None:
 def test_old_checkpoint_adopts_the_later_update_of_its_run() -> None:
     """H5: `decided` names a later update of this run: drop pending and progress, go to its data position."""
     ledger = fresh()
-    ledger.make_update(ledger.progress(torch.ones(4)), Trained(steps=1), wire_format="fp32", fingerprint="f")
+    ledger.make_update(ledger.cut(torch.ones(4), "fp32"), Trained(steps=1), fingerprint="f")
     head = replace(decision(UpdateId(RUN, 5)), position="120")
     change = ledger.observe(meta_of(7), torch.full((4,), 2.0), head, now=0.0)
     assert change.replace
     assert change.position == "120"
     following = ledger.make_update(
-        ledger.progress(torch.zeros(4)), Trained(steps=1), wire_format="fp32", fingerprint="f"
+        ledger.cut(torch.zeros(4), "fp32"), Trained(steps=1), fingerprint="f"
     ).header
     assert (following.seq, following.prev) == (6, UpdateId(RUN, 5))
 
@@ -244,7 +236,7 @@ def test_another_process_of_the_name_stops_this_one() -> None:
 def test_run_of_the_same_epoch_is_none_of_a_stranger() -> None:
     """H22: Redis forgot the first run of this incarnation, and got it back; this one goes on after it."""
     ledger = fresh()
-    ledger.make_update(ledger.progress(torch.ones(4)), Trained(steps=1), wire_format="fp32", fingerprint="f")
+    ledger.make_update(ledger.cut(torch.ones(4), "fp32"), Trained(steps=1), fingerprint="f")
     head = UpdateId(make_run(3, "ffffffff"), 1)
     change = ledger.observe(meta_of(1), torch.zeros(4), decision(head), now=0.0)
     assert (change.lost, change.replace) == ("", False)
@@ -269,9 +261,7 @@ def test_kept_updates_are_forgotten_after_their_time_but_the_last() -> None:
     """`keep_decided_s` bounds the kept payloads; one always stays."""
     ledger = replace(fresh(), keep_decided_s=5.0)
     for number in range(3):
-        update = ledger.make_update(
-            ledger.progress(torch.zeros(4)), Trained(steps=1), wire_format="fp32", fingerprint="f"
-        )
+        update = ledger.make_update(ledger.cut(torch.zeros(4), "fp32"), Trained(steps=1), fingerprint="f")
         ledger.observe(meta_of(number + 1), torch.zeros(4), decision(update.id), now=10.0 * number)
     assert [u.header.seq for u in ledger.kept] == [3]
     assert ledger.start == UpdateId(RUN, 2)
@@ -285,9 +275,7 @@ def test_what_a_deep_rollback_lost_is_named(back_to: int, lost: str) -> None:
     """Three updates decided, the last one kept: what lies between is gone, and the worker knows from where to where."""
     ledger = replace(fresh(), keep_decided_s=5.0)
     for number in range(3):
-        update = ledger.make_update(
-            ledger.progress(torch.zeros(4)), Trained(steps=1), wire_format="fp32", fingerprint="f"
-        )
+        update = ledger.make_update(ledger.cut(torch.zeros(4), "fp32"), Trained(steps=1), fingerprint="f")
         ledger.observe(meta_of(number + 1), torch.zeros(4), decision(update.id), now=10.0 * number)
     head = decision(UpdateId(RUN, back_to)) if back_to else None
     change = ledger.observe(meta_of(back_to), torch.zeros(4), head, now=99.0)
@@ -302,9 +290,7 @@ def test_an_error_half_way_leaves_the_books_as_they_were(rolled_back: bool) -> N
     In an advance, or a rollback that sends a decided update again.
     """
     ledger = fresh()
-    update = ledger.make_update(
-        ledger.progress(torch.ones(4)), Trained(steps=1), wire_format="fp32", fingerprint="f"
-    )
+    update = ledger.make_update(ledger.cut(torch.ones(4), "fp32"), Trained(steps=1), fingerprint="f")
     damaged = replace(update, parts=(b"garbage",))
     head: Decided | None = decision(update.id)
     if rolled_back:
@@ -338,9 +324,7 @@ def test_what_was_trained_on_what_an_operator_took_back_is_dropped(
 ) -> None:
     """Versions 3 and 4 were rolled back to version 2; what is in flight is decided by the aggregator."""
     ledger = Ledger(base=torch.zeros(4), meta=meta_of(base), run=RUN)
-    update = ledger.make_update(
-        ledger.progress(torch.ones(4)), Trained(steps=1), wire_format="fp32", fingerprint="f"
-    )
+    update = ledger.make_update(ledger.cut(torch.ones(4), "fp32"), Trained(steps=1), fingerprint="f")
     local = torch.ones(4) * 3  # two more units trained while it was in flight
     meta = replace(meta_of(6), rolled_back=RolledBack().and_also(2, 4))
     weights = torch.full((4,), 8.0)

@@ -113,10 +113,8 @@ class Chain:
             self._publish()
 
     def _publish(self) -> None:
-        progress = self.ledger.progress(self.learner.flat)
-        self.ledger.make_update(
-            progress, self._trained, wire_format=self.server.spec.wire_format, fingerprint=FINGERPRINT
-        )
+        cut = self.ledger.cut(self.learner.flat, self.server.spec.wire_format)
+        self.ledger.make_update(cut, self._trained, fingerprint=FINGERPRINT)
         self._trained = Trained()
         self._clock.at(self._clock.now + self._delay(), self._arrive)
 

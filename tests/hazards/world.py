@@ -17,7 +17,7 @@ import consumers.gateway.builder
 import consumers.verify
 import producers.membership
 from consumers.rollback import state_from_updates
-from fedmoe.errors import DamagedExpertError, NameTakenError
+from fedmoe.errors import NameTakenError
 from fedmoe.protocol.exact import exact_values
 from fedmoe.protocol.features import features_text
 from fedmoe.protocol.identity import BaseIdentity
@@ -43,11 +43,7 @@ from tests.hazards.units import FINGERPRINT, LAYOUT, OFFSETS, expect, expect_uni
 from tests.protocol.actors import OneTurn, TurnOver
 
 EXPERT = "sql_expert"
-
-
 ROUNDS = 15
-
-
 Snapshot = Mapping[bytes, tuple[bytes, int]]
 
 
@@ -368,19 +364,10 @@ class World:
     @property
     def flat(self) -> torch.Tensor:
         """The expert's exact weights (numel,), as Redis has them."""
-        get = self.redis.get
-        exact = exact_values(
-            self.meta, self.spec, weights=get(self.keys.weights), server_state=get(self.keys.server_state),
-            tail=self.redis.hgetall(self.keys.tail),
-        )  # fmt: skip
+        weights, state = (self.redis.get(key) for key in (self.keys.weights, self.keys.server_state))
+        tail = self.redis.hgetall(self.keys.tail)
+        exact = exact_values(self.meta, self.spec, weights=weights, server_state=state, tail=tail)
         return values_of(LAYOUT, exact.weights)
-
-    def expect_whole(self) -> None:
-        """Assert that whoever loads the expert can serve it."""
-        try:
-            GatewayStore(self._operator).read(EXPERT)
-        except DamagedExpertError as error:
-            expect(False, f"the expert is damaged: {error.damage}")
 
     def expect_expert(self, **wanted: Sequence[float]) -> None:
         """Assert what the expert is made of."""

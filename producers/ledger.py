@@ -25,7 +25,7 @@ import torch
 
 from fedmoe.errors import NameTakenError
 from fedmoe.protocol import features
-from fedmoe.protocol.codec import Cut, add, cut, scratch_values
+from fedmoe.protocol.codec import EncodedUpdate, add, cut, scratch_values
 from fedmoe.protocol.records import Decided, Meta
 from fedmoe.protocol.update import Header, Part, UpdateId
 from fedmoe.protocol.validation import Measured
@@ -205,7 +205,7 @@ class Ledger:
             update.add_to(progress, self._scratch, sign=-1.0)
         return progress
 
-    def cut(self, local: torch.Tensor, wire_format: str) -> Cut:
+    def cut(self, local: torch.Tensor, wire_format: str) -> EncodedUpdate:
         """The progress, local − base − pending, encoded as the parts of an update, with its L2 norm."""
         if self.queue:
             return cut(self.progress(local), wire_format)
@@ -213,7 +213,7 @@ class Ledger:
 
     def make_update(
         self,
-        cut: Cut,
+        cut: EncodedUpdate,
         trained: Trained,
         *,
         fingerprint: str,

@@ -53,7 +53,7 @@ def encode(
     return threads.in_order(encoded, range(0, len(flat), form.values_per_part))
 
 
-class Cut(NamedTuple):
+class EncodedUpdate(NamedTuple):
     """An update that was cut from the training: its parts, and the L2 norm of what they encode."""
 
     wire_format: str
@@ -61,7 +61,7 @@ class Cut(NamedTuple):
     norm: float
 
 
-def cut(flat: torch.Tensor, wire_format: str, *, minus: torch.Tensor | None = None) -> Cut:
+def cut(flat: torch.Tensor, wire_format: str, *, minus: torch.Tensor | None = None) -> EncodedUpdate:
     """Encode as `encode` does, with the norm; it is NaN or infinite only if a value is."""
     form = FORMATS[wire_format]
     flat = flat.contiguous()
@@ -70,7 +70,7 @@ def cut(flat: torch.Tensor, wire_format: str, *, minus: torch.Tensor | None = No
         one = _encoded(form, flat, minus, first)
         squares += one.squares()
         parts.append(_part(form, first, len(flat), one))
-    return Cut(wire_format, tuple(parts), math.sqrt(squares))
+    return EncodedUpdate(wire_format, tuple(parts), math.sqrt(squares))
 
 
 def _encoded(form: Format, flat: torch.Tensor, minus: torch.Tensor | None, first: int) -> Encoded:

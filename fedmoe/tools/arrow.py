@@ -7,7 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
 from peft import ArrowConfig, PeftModel, create_arrow_model
+from peft.tuners.lora.arrow import ArrowLoraLinearLayer
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -38,6 +40,9 @@ def arrow_loaded(model: PreTrainedModel, adapters: Sequence[Adapter]) -> Iterato
         except (ValueError, TypeError, RuntimeError) as error:
             raise SpecError(f"arrow does not fit these adapters ({error})", about="arrow") from error
     adapted: PeftModel = routed.eval()
+    for layer in adapted.modules():
+        if isinstance(layer, ArrowLoraLinearLayer):  # under autocast, peft mixes dtypes there, and fails
+            layer.forward = torch.autocast(model.device.type, enabled=False)(layer.forward)
     try:
         yield adapted
     finally:

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -183,7 +184,7 @@ def test_enrolment_files_name_a_cluster(cluster: Cluster, admin: Connection, tmp
     operator = as_user(cluster, PARTIES[1])
     for secret, is_right in (("pw", True), ("wr0ng", False)):
         file = tmp_path / f"{secret}.toml"
-        enrolled = enrolment_for(operator, PARTIES[3], secret)
+        enrolled = replace(enrolment_for(operator, PARTIES[3], None), password=secret)
         assert enrolled.url == cluster.url
         write_private(file, enrolment_text(enrolled, PARTIES[3]))
         assert Enrolment.read(file).url == cluster.url

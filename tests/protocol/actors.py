@@ -91,12 +91,13 @@ def first_db(spec: Spec, rules: RuleSet) -> Db:
 class ModelConnection(Connection):
     """A connection of the project, over a Port instead of a socket."""
 
+    cluster = None
+
     def __init__(self, client: Client, *, counts: bool = True) -> None:
         self.settings = RedisSettings()
         self.keys = Keys()
         self.client = client
         self._counts = counts
-        self._is_cut_off = False
 
     @property
     def generation(self) -> int:

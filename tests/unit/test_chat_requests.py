@@ -61,8 +61,8 @@ def test_no_object_is_refused() -> None:
 def test_a_text_is_cut_at_the_first_stop_however_it_comes(
     text: str, stops: list[str], data: st.DataObject
 ) -> None:
-    """In pieces of any length, as in one."""
-    ends = [at for stop in stops if (at := text.find(stop)) >= 0]
+    """In pieces of any length, as in one: the first is the one that is complete first."""
+    ends = [(at + len(stop), at) for stop in stops if (at := text.find(stop)) >= 0]
     cutter, left, sent = StopCutter(stops), text, ""
     while left:
         length = data.draw(st.integers(1, len(left)))
@@ -72,4 +72,4 @@ def test_a_text_is_cut_at_the_first_stop_however_it_comes(
             assert text.startswith(sent)
     sent += cutter.cut("", is_last=True)
     assert cutter.is_done == bool(ends)
-    assert sent == (text[: min(ends)] if ends else text)
+    assert sent == (text[: min(ends)[1]] if ends else text)

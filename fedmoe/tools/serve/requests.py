@@ -119,7 +119,7 @@ def _stops(value: Any) -> tuple[str, ...]:
 
 
 class StopCutter:
-    """Cuts a text that comes in pieces before the first of some stop texts.
+    """Cuts a text that comes in pieces before the stop text that is complete first; of two at once, the longer one.
 
     The end of a piece that may begin a stop text is held back until the next piece decides.
     """
@@ -134,10 +134,10 @@ class StopCutter:
         if self.is_done:
             return ""
         text = self._held + piece
-        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+        found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
             self.is_done, self._held = True, ""
-            return text[: min(found)]
+            return text[: min(found)[1]]
         kept = 0 if is_last else max((self._beginning(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - kept :]
         return text[: len(text) - kept]

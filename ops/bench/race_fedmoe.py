@@ -1,6 +1,5 @@
 """FedMoE's side of the race: a Redis, an aggregator, and workers that train the gateway."""
 
-import itertools
 import time
 from pathlib import Path
 from typing import Any
@@ -65,15 +64,14 @@ def run_fedmoe(directory: Path, setup: Setup) -> list[tuple[float, torch.Tensor]
             processes.until("a worker to load the model", pipe.poll, timeout_s=READY_S)
             pipe.recv()
         connection = Connection(RedisSettings(url=url))
-        store, seen = GatewayStore(connection), []
+        store = GatewayStore(connection)
+        seen = [(0.0, _weights(store, setup))]
         began = time.monotonic()
         for pipe in pipes:
             pipe.send(None)
-        for moment in itertools.count():
+        for moment in range(1, setup.rounds + 1):
             processes.sleep(began + moment * interval_s - time.monotonic())
             seen.append((time.monotonic() - began, _weights(store, setup)))
-            if moment >= setup.rounds:
-                break
         connection.close()
     return seen
 

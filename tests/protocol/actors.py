@@ -7,6 +7,7 @@ the request that comes next.
 """
 
 import sys
+import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -98,6 +99,7 @@ class ModelConnection(Connection):
         self.keys = Keys()
         self.client = client
         self._counts = counts
+        self._cut_off = threading.Event()
 
     @property
     def generation(self) -> int:

@@ -203,7 +203,8 @@ class ExpertServer:
             began = time.perf_counter()
             verdicts = self.retained.process(some, more=self.more(self._settings.batch - len(some)))
             self.tally.add(verdicts, time.perf_counter() - began)
-            self.compaction.committed()
+            if any(verdict.outcome is Outcome.APPLIED for verdict in verdicts):
+                self.compaction.committed()
             if self._retention is not None:
                 self._retention.tend(self.retained)
             self._decided(sum(v.outcome in (Outcome.APPLIED, Outcome.REFUSED) for v in verdicts))

@@ -117,6 +117,8 @@ class Assignment:
             one.asked_at = now
             had, one.had = one.had, is_held
             one.held_until = now + one.ttl_s if is_held else 0.0
+            if not is_held and one.free_since is not None:
+                one.free_since = now  # held by one that sends no heartbeats: whose it is takes it first
             if is_held and not had and (self._assigned or {}).get(expert, self._name) != self._name:
                 one.kept_until = now + PATIENCE_LEASES * self._lease_s
 

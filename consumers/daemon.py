@@ -68,6 +68,7 @@ class Aggregator:
             if settings.burst
             else Rebalancer(self._connect("heartbeat"), holder, lease_s=settings.lease_s)
         )
+        self._beats: threading.Thread | None = None
         self._gateway = GatewayBuilder(
             self._connect("gateway"),
             gateway,
@@ -156,10 +157,10 @@ class Aggregator:
         watch = threading.Thread(target=self._watch_list, name="list of experts", daemon=True)
         if self._rebalancer:
             self._rebalancer.beat()
-            beats = threading.Thread(
+            self._beats = threading.Thread(
                 target=self._rebalancer.run, args=(self._ending,), name="heartbeat", daemon=True
             )
-            beats.start()
+            self._beats.start()
         for name in self._experts:
             self._serve(name)
         self._serve_listed()
@@ -174,7 +175,8 @@ class Aggregator:
 
     def _end(self, watch: threading.Thread) -> None:
         self._ending.set()
-        if self._rebalancer:
+        if self._rebalancer and self._beats:
+            self._beats.join()
             self._rebalancer.leave()
         if watch.ident is not None:
             watch.join()

@@ -17,6 +17,8 @@ logger = logging.getLogger(__name__)
 # In leases: so a dead aggregator's heartbeat has ended, and the others have seen it, before its leases expire.
 BEAT_LEASES = 0.2
 TTL_LEASES = 0.6
+# Of a Redis Cluster only the heartbeats' master may be away: then nobody waits longer for the heartbeats.
+SILENT_LEASES = 2
 
 
 class Rebalancer:
@@ -39,7 +41,9 @@ class Rebalancer:
     ) -> None:
         self.assignment = Assignment(name, lease_s=lease_s)
         self.clock = clock
+        self._lease_s = lease_s
         self._interval_s = BEAT_LEASES * lease_s
+        self._silent_since: float | None = None  # the first heartbeat in a row that failed
         self._store = Aggregators(connection, holder=name, ttl_ms=int(TTL_LEASES * lease_s * 1000))
         self._backoff = Backoff("heartbeat of the aggregator", logger)
         self._generation = 0
@@ -60,7 +64,14 @@ class Rebalancer:
             return
         except RedisUnavailableError as error:
             self._backoff.failed(error)
+            now = self.clock()
+            if self._silent_since is None:
+                self._silent_since = now
+            is_long = now - self._silent_since > SILENT_LEASES * self._lease_s
+            if is_long and self._store.others_answer():
+                self.assignment.is_blind()
             return
+        self._silent_since = None
         self._backoff.ok()
         self._ahead_s = server_s - self.clock()
         generation = self._store.connection.generation
@@ -119,7 +130,7 @@ class AssignedLease(Lease):
         if self._assignment.wants(self._expert, self._clock()):
             return self.renew()
         if self._is_held:
-            logger.info("%s: handed over to another aggregator", self._expert)
+            logger.info("%s: released for another aggregator", self._expert)
             self.release()
         return False
 

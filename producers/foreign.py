@@ -113,8 +113,10 @@ class ForeignEvaluator:
             with torch.no_grad():
                 self._flat.copy_(trained)
         try:
+            if isinstance(found, str | bytes | bool):
+                raise TypeError("it is no number")
             loss = float(found)  # type: ignore[arg-type]  # the except clause is for what is no number
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise SettingsError(
                 f"the function given as validate must return the mean loss, a number, not {found!r}",
                 about="validate",

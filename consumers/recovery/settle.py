@@ -82,7 +82,11 @@ class Recovery:
             UnknownExpertError: while it is undecided which aggregator writes the expert back.
             StaleStateError: if another process has just written to the expert.
         """
-        found = self.store.condition()
+        found = self.store.whole_condition()  # what is dropped here could repair it
+        if found.damage and found.meta and self._differs_by_rules(expert, found.meta):
+            self._follow_rules(expert, found.meta)
+            expert.meta = found.meta
+            expert.history.arrive(found.commit)
         is_known = is_of_this_history(expert.history, expert.meta, found)
         if is_known and (found.commit != expert.meta.commit or found.damage):
             self._write_back(expert, found)
@@ -153,7 +157,7 @@ class Recovery:
                 self.store.name,
                 f"{found.damage} (this aggregator retains another history in memory and cannot repair it)",
             )
-        if expert.history.last == mine.commit and is_change_of_rules(mine, theirs):
+        if self._differs_by_rules(expert, theirs):
             self._follow_rules(expert, theirs)
             return
         line = rollback_of(mine, theirs, found.last_line)
@@ -187,6 +191,10 @@ class Recovery:
             self.store.name, mine.version, theirs.version, theirs.aggregator or "nobody", len(lost),
             self._announce(lost, theirs.version + theirs.rules.aggregation.staleness_bound(0)),
         )  # fmt: skip
+
+    @staticmethod
+    def _differs_by_rules(expert: Expert, theirs: Meta) -> bool:
+        return expert.history.last == expert.meta.commit and is_change_of_rules(expert.meta, theirs)
 
     def _follow_rules(self, expert: Expert, theirs: Meta) -> None:
         """Add an operator's commit, which follows the retained one, to the history."""

@@ -53,7 +53,7 @@ class AggregatorBeat:
         """Read a heartbeat; a field that is missing or malformed counts as not given, so none stops an aggregator."""
         try:
             raw = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             raw = None
         if not isinstance(raw, dict):
             return cls()
@@ -73,7 +73,7 @@ class AggregatorBeat:
             unable=names("unable"),
             overdue=names("overdue"),
             limit=max(0, limit) if isinstance(limit, int) else None,
-            since=float(since) if isinstance(since, int | float) else 0.0,
+            since=float(since) if isinstance(since, int | float) and abs(since) < 2**53 else 0.0,
             software=software if isinstance(software, str) else "",
         )
 

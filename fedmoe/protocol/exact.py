@@ -92,13 +92,14 @@ def complete(
     weights: bytes | None,
     server_state: bytes | None,
     tail: Mapping[bytes, bytes] | None,
+    last_line: Sequence[tuple[bytes, Mapping[bytes, bytes]]] = (),
 ) -> tuple[Condition, Exact | None]:
     """Parse and compare all parts of an expert as Redis holds them; its exact values if it is whole.
 
     Raises:
         ProtocolError: if a later FedMoE wrote the expert; its parts then cannot be judged.
     """
-    found = examine(spec, weights, meta, decided)
+    found = examine(spec, weights, meta, decided, last_line=last_line)
     if found.damage or found.meta is None or found.spec is None or weights is None:
         return found, None
     try:

@@ -1,4 +1,4 @@
-/* The wire formats in one pass over memory, bit for bit as fedmoe/protocol/codec.py defines them with torch.
+/* The wire formats in one pass over memory, bit for bit as fedmoe/protocol/formats.py defines them with torch.
 
 It is compiled without libraries, and must not be compiled with -ffast-math or fused multiply-add: each operation rounds
 by itself. Blocks of BLOCK values share a scale; whole blocks have a constant length, so that compilers vectorise them.

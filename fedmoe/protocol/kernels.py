@@ -84,8 +84,7 @@ def _address(tensor: torch.Tensor) -> int:
     return tensor.data_ptr()
 
 
-if (
-    __name__ == "__main__"
-):  # compile them for each processor of this kind, as a container image does when it is built
+# Compile them for each processor of this kind, as a container image does when it is built.
+if __name__ == "__main__":
     for processor in ("", _WIDE) if platform.machine() == "x86_64" else ("",):
         load(SOURCE, processor)

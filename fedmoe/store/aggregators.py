@@ -5,16 +5,17 @@ clocks are compared.
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
+from fedmoe.errors import RedisUnavailableError
 from fedmoe.protocol.assignment import AggregatorBeat
 from fedmoe.protocol.federation import AggregatorView
 from fedmoe.store.connection import Connection
 from fedmoe.util.text import printable
 
-_LONGEST_MS = (
-    3_600_000  # the hash expires after the last heartbeat; a later expiry means that the clock was set back
-)
+# The hash expires after so many times a heartbeat's; a heartbeat that ends later means that the clock was set back.
+_LONGEST_TTLS = 10
 # It also works on a full Redis: whoever frees its memory must be found.
 _BEAT = """#!lua flags=allow-oom
 local time = redis.call('TIME')
@@ -58,10 +59,24 @@ class Aggregators:
         with self.connection.errors():
             now_ms, *found = self._beat(
                 keys=[self.connection.keys.aggregators],
-                args=[self._holder, self._ttl_ms, beat.to_json(), _LONGEST_MS],
+                args=[self._holder, self._ttl_ms, beat.to_json(), _LONGEST_TTLS * self._ttl_ms],
             )
         beats = zip(found[::2], found[1::2], strict=True)
         return now_ms / 1000, {_text(name): _read(field) for name, field in beats}
+
+    def others_answer(self) -> bool:
+        """True if another master of the Redis Cluster answers than the heartbeats' own."""
+        if self.connection.cluster is None:
+            return False
+        try:
+            masters = self.connection.masters()
+        except RedisUnavailableError:
+            return False
+        for master in masters:
+            with suppress(RedisUnavailableError):
+                master.ping()
+                return True
+        return False
 
     def leave(self) -> None:
         """Remove the heartbeat, so that the others need not wait for its expiry."""
@@ -72,14 +87,12 @@ class Aggregators:
 def views(raw: Mapping[bytes, bytes] | Exception, now_s: float) -> tuple[AggregatorView, ...]:
     """The aggregators that live at this time of the server (seconds since 1970), by name, from the whole hash.
 
-    None if the hash could not be read: without the right, it is only not shown.
+    Empty if the hash could not be read: without the right, it is only not shown.
     """
     if isinstance(raw, Exception):
         return ()
     beats = {
-        printable(name): _read(field)
-        for name, field in sorted(raw.items())
-        if 0 < _ends(field) - now_s * 1000 <= _LONGEST_MS
+        printable(name): _read(field) for name, field in sorted(raw.items()) if _ends(field) > now_s * 1000
     }
     return tuple(
         AggregatorView(

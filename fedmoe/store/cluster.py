@@ -83,10 +83,14 @@ class Cluster:
             SlotError: if no node that answers knows one, or none answers.
             redis.RedisError: if the nodes refuse the question.
         """
-        for _, view in self.views():
+        return self.who_says(slot)[1]
+
+    def who_says(self, slot: int) -> tuple[Address, Address]:
+        """The node that answered, and the master that it named; raises the errors of `master_of`."""
+        for node, view in self.views():
             for one in view:
                 if one.first <= slot <= one.last:
-                    return self._routable(one.master)
+                    return node, self._routable(one.master)
         raise SlotError(
             f"no node of the Redis Cluster at {self.shown} serves slot {slot}: start the node that had it, or give the "
             "slot to another one (redis-cli --cluster fix)"
@@ -195,12 +199,14 @@ class _SlotConnection(redis.Connection):
         """Ask for the slot's master, and connect to it."""
         if self.is_connected:
             return
-        self.host, self.port = node = self._cluster.master_of(self._slot)
+        said_by, node = self._cluster.who_says(self._slot)
+        self.host, self.port = node
         try:
             super().connect_check_health(check_health, retry_socket_connect)
         except (redis.ConnectionError, redis.TimeoutError) as error:
             if type(error) not in (redis.ConnectionError, redis.TimeoutError):  # it answered
                 raise
+            self._cluster.suspect(said_by)  # it may be cut off from the cluster, and not know of a failover
             self._cluster.suspect(node)
             raise SlotError(
                 f"{text_of(node)} serves slot {self._slot} of the Redis Cluster at {self._cluster.shown} and cannot be "

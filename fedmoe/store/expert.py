@@ -135,7 +135,7 @@ class ExpertStore(ExpertLifecycle):
                     wrong_type_is_none=True,
                 )
             )
-        self._check_types(types)
+        self._check_types(types, but=() if (meta or {}).get(b"tail") else ("tail",))
         if not (weights or meta or decided):
             raise LostExpertError(self.name)
         condition, exact = complete(
@@ -178,10 +178,13 @@ class ExpertStore(ExpertLifecycle):
             if "BUSYGROUP" not in str(error):
                 raise
 
-    def _check_types(self, types: Sequence[bytes]) -> None:
-        """Raise SpecError if a key of _TYPES has the wrong type: only its command in an EXEC would fail."""
+    def _check_types(self, types: Sequence[bytes], *, but: Sequence[str] = ()) -> None:
+        """Raise SpecError if a key of _TYPES has the wrong type: only its command in an EXEC would fail.
+
+        The keys named in `but` may have any type: nothing is read from them, and a commit removes them first.
+        """
         for (name, wanted), kind in zip(_TYPES.items(), types, strict=True):
-            if kind not in (wanted, b"none"):
+            if name not in but and kind not in (wanted, b"none"):
                 raise SpecError(
                     f"the key {getattr(self.keys, name)} is a {kind.decode()} and should be a {wanted.decode()}: "
                     "another program overwrote it, rename the key",
@@ -314,7 +317,8 @@ class ExpertStore(ExpertLifecycle):
         head, types, lengths = pipe.eval(_LOOK, len(written), *written)
         if head is None or head != commit.on.encode():
             raise StaleStateError(f"{self.name}: another process committed meanwhile", about="commit")
-        self._check_types(types[: len(_TYPES)])
+        is_new_tail = commit.weights is not None or commit.begins_tail
+        self._check_types(types[: len(_TYPES)], but=("tail",) if is_new_tail else ())
         if self.connection.generation != commit.generation:
             raise StaleStateError(
                 f"{self.name}: the connection to Redis was opened again", about="connection"

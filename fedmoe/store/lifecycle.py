@@ -11,6 +11,7 @@ import redis
 
 from fedmoe.protocol.condition import Condition, examine
 from fedmoe.protocol.doorbell import Doorbell
+from fedmoe.protocol.exact import complete
 from fedmoe.protocol.features import check_requires
 from fedmoe.protocol.layout import STAMPED_BYTES, stamped
 from fedmoe.protocol.lines import Line
@@ -78,6 +79,21 @@ class ExpertLifecycle:
             spec, weights, meta or {}, decided or {},
             weights_bytes=length or 0, last_line=last_line or (), tail_fields=tail_fields or 0,
         )  # fmt: skip
+
+    def whole_condition(self) -> Condition:
+        """Like `condition`, with all values read: it also finds those that differ from meta's digests."""
+        keys = self.keys
+        with self.connection.errors():
+            spec, weights, meta, decided, last_line, state, tail = read_together(
+                self._redis,
+                ("get", keys.spec), ("get", keys.weights), ("hgetall", keys.meta), ("hgetall", keys.decided),
+                ("xrevrange", keys.log, "+", "-", 1), ("get", keys.server_state), ("hgetall", keys.tail),
+                wrong_type_is_none=True,
+            )  # fmt: skip
+        found, _ = complete(
+            spec, meta or {}, decided or {}, weights=weights, server_state=state, tail=tail, last_line=last_line or (),
+        )  # fmt: skip
+        return found
 
     def claim(self, holder: str, version: int) -> tuple[bool, str]:
         """Tell all aggregators that this one can write back a version that Redis has lost.

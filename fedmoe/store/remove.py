@@ -76,7 +76,7 @@ def sweep(connection: Connection, name: str) -> tuple[str, ...]:
     with connection.errors():
         if client.hget(keys.meta, "removed") is None:
             return ()  # the expert was created again
-        client.unlink(keys.updates)
+        client.unlink(keys.updates, keys.tail)  # an earlier release does not know the tail
         for key in client.scan_iter(match=f"{keys.root}:payload:*", count=1000):
             client.unlink(key)
         return _workers(connection, name)
@@ -93,7 +93,7 @@ def remove_federation(connection: Connection) -> None:
     keys = connection.keys
     try:
         for master in connection.masters():
-            for pattern in (keys.experts, keys.expert("*").root + ":*"):
+            for pattern in (keys.experts, keys.aggregators, keys.expert("*").root + ":*"):
                 for key in master.client.scan_iter(match=pattern, count=1000):
                     master.client.unlink(key)
     except (RedisUnavailableError, redis.RedisError, OSError):

@@ -20,6 +20,7 @@ from fedmoe.util.disk import cache_directory, write_whole
 _OPTIONS = ("-O3", "-std=c11", "-ffp-contract=off", "-ffreestanding", "-fPIC", "-shared")
 _LINK = ("-nostdlib",) if sys.platform == "linux" else ()
 _COMPILE_S = 60.0
+_DIGEST_BYTES = hashlib.sha256().digest_size  # before the library, in the file that is kept
 
 logger = logging.getLogger(__name__)
 
@@ -34,16 +35,13 @@ def load(source: Path, processor: str = "") -> ctypes.CDLL:
     """
     content = source.read_bytes()
     key = (content, *(word.encode() for word in (*_OPTIONS, *_LINK, processor, platform.machine())))
-    name = f"{source.stem}-{hashlib.sha256(b' '.join(key)).hexdigest()[:16]}.so"
+    name = f"{source.stem}-{hashlib.sha256(b' '.join(key)).hexdigest()[:16]}"
     kept = _kept(name)
-    if kept is not None and _is_ours(kept):
-        try:
-            return ctypes.CDLL(str(kept))
-        except OSError as error:
-            logger.info("%s cannot be loaded (%s); it is compiled anew", kept, error)
     try:
         with tempfile.TemporaryDirectory(prefix="fedmoe-") as work:
             made = Path(work, name)
+            if kept is not None and (library := _copied(kept, made)):
+                return library
             _compile(source, made, processor)
             library = ctypes.CDLL(str(made))
             _keep(made, kept)
@@ -62,12 +60,26 @@ def _kept(name: str) -> Path | None:
         return None
 
 
-def _is_ours(file: Path) -> bool:
-    """True if nobody else could have written this file."""
+def _copied(kept: Path, made: Path) -> ctypes.CDLL | None:
+    """Load a copy of a kept library, which nobody else can exchange; None if it cannot be used."""
     try:
-        found = file.stat()
-    except OSError:
-        return False
+        with kept.open("rb") as file:
+            if not _is_ours(os.fstat(file.fileno())):
+                return None
+            digest, content = file.read(_DIGEST_BYTES), file.read()
+        if hashlib.sha256(content).digest() != digest:  # loading it could end this process
+            raise OSError("it is damaged")
+        made.write_bytes(content)
+        return ctypes.CDLL(str(made))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        logger.info("%s cannot be loaded (%s); it is compiled anew", kept, error)
+        return None
+
+
+def _is_ours(found: os.stat_result) -> bool:
+    """True if nobody else could have written this file."""
     return found.st_uid in (0, os.getuid()) and not found.st_mode & 0o022
 
 
@@ -76,7 +88,8 @@ def _keep(made: Path, kept: Path | None) -> None:
         if kept is None:
             raise OSError("there is no home directory")
         kept.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_whole(kept, made.read_bytes())
+        content = made.read_bytes()
+        write_whole(kept, hashlib.sha256(content).digest() + content, mode=0o644)
     except OSError as error:
         logger.info(
             "%s is compiled at each start, for it cannot be kept in %s (%s): set XDG_CACHE_HOME to a directory that "
@@ -110,9 +123,13 @@ def compiler() -> tuple[str, ...]:
     """The command of a C compiler: what CC names, else the first on PATH, else that of the extra `fast`.
 
     Raises:
-        SettingsError: if there is none.
+        SettingsError: if there is none, or CC is not a command.
     """
-    if named := shlex.split(os.environ.get("CC", "")):
+    try:
+        named = shlex.split(os.environ.get("CC", ""))
+    except ValueError as error:
+        raise SettingsError(f"CC is not a command ({error})", about="compiler") from error
+    if named:
         return tuple(named)
     for name in ("cc", "gcc", "clang"):
         if path := shutil.which(name):

@@ -3,6 +3,7 @@
 import os
 import secrets
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 
@@ -28,15 +29,15 @@ def to_disk(path: Path) -> None:
         os.close(opened)
 
 
-def write_file(file: Path, chunks: Iterable[bytes | memoryview]) -> None:
-    """Write a new file, and wait until its bytes have reached the disk.
+def write_file(file: Path, chunks: Iterable[bytes | memoryview], *, mode: int = 0o666) -> None:
+    """Write a new file of at most this mode, and wait until its bytes have reached the disk.
 
     Its name in the directory is durable only after `to_disk` of the directory.
 
     Raises:
         OSError: if the disk is full or gone.
     """
-    with file.open("xb") as out:
+    with open(file, "xb", opener=partial(os.open, mode=mode)) as out:
         out.writelines(chunks)
         out.flush()
         os.fsync(out.fileno())
@@ -52,7 +53,7 @@ def put_in_place(fresh: Path, file: Path) -> None:
     to_disk(file.parent)
 
 
-def write_whole(file: Path, content: bytes | memoryview) -> None:
+def write_whole(file: Path, content: bytes | memoryview, *, mode: int = 0o666) -> None:
     """Write a file atomically: after a crash at any moment, either the old or the new file exists.
 
     Raises:
@@ -60,7 +61,7 @@ def write_whole(file: Path, content: bytes | memoryview) -> None:
     """
     fresh = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
     try:
-        write_file(fresh, [content])
+        write_file(fresh, [content], mode=mode)
         put_in_place(fresh, file)
     finally:
         fresh.unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """Redis Cluster: what holds on one server holds in each slot, and what the cluster answers is said in one sentence."""
 
 import signal
+import socketserver
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -333,6 +334,29 @@ def test_a_node_that_does_not_answer_is_passed_over(cluster: Cluster, reach: Rea
     finally:
         cluster.nodes[0].signal(signal.SIGCONT)
     eventually("the cluster", cluster.is_whole)
+
+
+def test_a_node_that_knows_of_no_failover_is_asked_last(cluster: Cluster, reach: Reach) -> None:
+    """It is cut off from the others, and names a master that is down."""
+    gone = free_port()
+    view = b"*1\r\n*3\r\n:0\r\n:16383\r\n*2\r\n$9\r\n127.0.0.1\r\n:%d\r\n" % gone
+
+    class CutOff(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            while asked := self.request.recv(65536):
+                self.request.sendall(view if b"SLOTS" in asked else b"+OK\r\n" * asked.count(b"*"))
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), CutOff) as node:
+        node.daemon_threads = True
+        threading.Thread(target=node.serve_forever, daemon=True).start()
+        try:
+            there = reach(f"cluster://127.0.0.1:{node.server_address[1]},{cluster.hosts}", 5.0)
+            with pytest.raises(RedisUnavailableError, match=str(gone)):
+                there.ping()
+            there.ping()
+            there.close()
+        finally:
+            node.shutdown()
 
 
 def test_all_connections_of_a_thread_are_cut_off_together(cluster: Cluster, reach: Reach) -> None:

@@ -16,6 +16,7 @@ from consumers.aggregator import ExpertServer
 from consumers.daemon import Aggregator
 from consumers.expert import Expert
 from fedmoe.errors import ProtocolError, SpecError
+from fedmoe.protocol.assignment import AggregatorBeat
 from fedmoe.protocol.federation import findings
 from fedmoe.protocol.names import MERGED
 from fedmoe.settings import AggregatorSettings, GatewaySettings
@@ -343,6 +344,17 @@ def test_a_heartbeat_that_somebody_overwrote_stops_nobody(
         connection.client.delete(connection.keys.aggregators)
         with sharing(connection, "two"):
             eventually("an even share", lambda: counts(connection, 2) == [4, 4])
+
+
+def test_a_heartbeat_that_outlives_its_aggregator_keeps_nobody_from_its_experts(
+    connection: Connection, experts: dict[str, Expert]
+) -> None:
+    """The server's clock was set back by half an hour, and the aggregator died at that time."""
+    ends = int(time.time() * 1000) + 1_800_000
+    beat = AggregatorBeat(serves=frozenset(ALL))
+    connection.client.hset(connection.keys.aggregators, "dead", f"{ends} {beat.to_json()}")
+    with sharing(connection, "one"):
+        eventually("it serves all", lambda: counts(connection, 1) == [8])
 
 
 def test_nobody_asks_for_the_leases_of_others(

@@ -3,6 +3,7 @@
 import base64
 import json
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,8 @@ from fedmoe.store.gateway import GatewayStore
 from fedmoe.store.remove import remove_expert
 from fedmoe.store.rollback import roll_back_soon
 from tests.errors import raises
-from tests.federation import ScriptedWorker, aggregating, make_expert, serve, small_spec
+from tests.federation import ScriptedWorker, aggregating, make_expert, serve, serving, small_spec
+from tests.processes import eventually
 from tests.protocol.actors import OneTurn, TurnOver
 from tests.strategies import randn
 
@@ -128,6 +130,7 @@ def test_weights_are_written_in_a_quiet_time(connection: Connection, tmp_path: P
     turn()
     quiet = QUIET_INTERVALS * meta_of(expert).rules.sync_interval_s
     now += quiet - 1
+    connection.client.xadd(expert.store.keys.updates, {"no": "update"})
     turn()
     assert meta_of(expert).tail
     now += 2
@@ -213,15 +216,63 @@ def test_a_removed_part_is_said_in_one_sentence(connection: Connection, tmp_path
     assert digest_of(bytes(heir.buffer.file)) == digest_of(retained)
 
 
+@pytest.mark.parametrize("changes_rules", [False, True])
+@pytest.mark.parametrize("overwritten", ["tail", "weights", "server_state"])
+def test_memory_mends_what_only_a_whole_read_finds(
+    connection: Connection,
+    connect: Callable[[], Connection],
+    tmp_path: Path,
+    overwritten: str,
+    changes_rules: bool,
+) -> None:
+    """As long as the aggregator that served it lives: also if an operator changes the rules meanwhile."""
+    expert = begin(connection, tmp_path, NESTEROV)
+    train(expert, 1)
+    compact(expert)
+    worker = train(expert, 1, seed=1, name="bob")
+    keys, last = expert.store.keys, expert.spec.layout.file_bytes - 4
+    with serving(connect(), memory=expert) as served:
+        eventually("it serves", lambda: served.server.is_serving)
+        worker.push(0.1 * randn(3, expert.spec.layout.numel))
+        eventually("a tail", lambda: meta_of(expert).version == 3 and bool(meta_of(expert).tail))
+        before = served.server.retained
+        assert before is not None
+        weights = bytes(before.buffer.file)
+        if overwritten == "tail":
+            connection.client.hset(keys.tail, "3:0", "x")
+        elif overwritten == "weights":
+            connection.client.setrange(keys.weights, last, b"\0\0\x80\x3f")
+        else:
+            connection.client.delete(keys.server_state)
+        if changes_rules:
+            change_rules(expert.store, {"lr": 0.5})
+        else:
+            connection.client.client_kill_filter(_type="normal", skipme=True)  # so that it looks again
+        eventually("whole", lambda: not expert.store.whole_condition().damage, timeout_s=10)
+        assert GatewayStore(connection).read(NAME)[1][-16:] == weights[-16:]
+        assert meta_of(expert).rules.aggregation.lr == (0.5 if changes_rules else 1.0)
+
+
 def test_a_tail_of_another_type_is_said(connection: Connection, tmp_path: Path) -> None:
     """Before a commit: its HSET would fail in the middle of the EXEC."""
     expert = begin(connection, tmp_path)
+    train(expert, 1)
     connection.client.set(expert.store.keys.tail, "overwritten")
     with raises(SpecError, about="tail"):
         expert.load()
     ScriptedWorker(connection, expert.spec).push(0.1)
     with raises(SpecError, about="tail"):
         serve(expert)
+
+
+def test_a_key_where_no_tail_is_expected_stops_nobody(connection: Connection, tmp_path: Path) -> None:
+    """Of any type: the next commit removes it."""
+    expert = begin(connection, tmp_path)
+    connection.client.set(expert.store.keys.tail, "overwritten")
+    expert.load()
+    train(expert, 1)
+    assert connection.client.type(expert.store.keys.tail) == b"hash"
+    check_readers(expert, tmp_path)
 
 
 def test_what_an_earlier_release_left_of_a_tail_is_removed(connection: Connection, tmp_path: Path) -> None:

@@ -140,11 +140,15 @@ def test_overdue_experts_are_given_up_first() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "7", '{"serves": 3, "limit": "x"}', '{"limit": -1, "unable": [4]}']
-)
+    "text",
+    [
+        "", "{", "[]", "7", '{"serves": 3, "limit": "x"}', '{"limit": -1, "unable": [4]}', "[" * 200_000,
+        f'{{"since": 1{"0" * 400}}}', '{"since": NaN}', '{"since": 1e999}',
+    ],
+)  # fmt: skip
 def test_a_malformed_heartbeat_says_nothing(text: str) -> None:
     beat = AggregatorBeat.read(text)
-    assert (beat.serves, beat.unable, beat.limit or 0) == (frozenset(), frozenset(), 0)
+    assert (beat.serves, beat.unable, beat.limit or 0, beat.since) == (frozenset(), frozenset(), 0, 0.0)
 
 
 def test_a_heartbeat_is_read_as_it_was_written_also_that_of_a_later_release() -> None:
@@ -385,6 +389,21 @@ def test_what_one_should_serve_and_does_not_anybody_takes_after_a_lease() -> Non
         longest = max(longest, *world.unserved_s.values())
     assert longest < 2.5 * LEASE_S
     assert set(world.served().values()) == {"agg-1", "agg-2"}
+
+
+def test_what_one_without_heartbeats_held_goes_to_those_who_should_have_it() -> None:
+    """An aggregator of an earlier release sends none: when it ends, nobody takes more than its share."""
+    one, other, now = Assignment("one", lease_s=LEASE_S), AggregatorBeat(), 1000.0
+    for expert in "ab":
+        one.add(expert, ttl_s=LEASE_S, now=now)
+    for _ in range(100):
+        one.see({"one": one.present(now), "other": other}, now)
+        for expert in "ab":
+            if one.wants(expert, now):
+                one.has(expert, False, now)  # the earlier release has it
+        now += LEASE_S / 20
+    taken = [expert for expert in "ab" for _ in range(4) if one.wants(expert, now)]
+    assert set(taken) == {"a"}
 
 
 def test_whoever_is_too_slow_gives_up_what_it_cannot_keep_up_with_and_tries_again_later() -> None:

@@ -1,6 +1,7 @@
 """fedmoe.util.compiled: one library from a C file, kept where only its user may write, and one sentence if not."""
 
 import ctypes
+import os
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 
@@ -66,10 +67,40 @@ def test_a_damaged_library_is_compiled_again(source: Path, cache: Path) -> None:
     """A disk that was full, for example."""
     load(source)
     (kept,) = cache.iterdir()
-    kept.unlink()
-    kept.write_bytes(b"")
+    whole = kept.read_bytes()
+    for damaged in (b"", whole[: len(whole) // 2], whole[:-1] + bytes((whole[-1] ^ 1,))):
+        kept.write_bytes(damaged)
+        assert answer(load(source)) == 42
+        assert kept.read_bytes() != damaged
+
+
+def test_it_is_kept_whatever_the_umask(source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many systems let a user's group write by default."""
+    before = os.umask(0o002)
+    try:
+        load(source)
+    finally:
+        os.umask(before)
+    monkeypatch.setenv("CC", "false")
     assert answer(load(source)) == 42
-    assert kept.stat().st_size
+
+
+def test_what_is_looked_at_is_what_is_loaded(
+    source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody who may write the directory puts another file there, right after its owner was looked at."""
+    load(source)
+    (kept,) = cache.iterdir()
+    is_ours = compiled._is_ours
+
+    def late(found: os.stat_result) -> bool:
+        kept.rename(kept.with_suffix(".old"))
+        kept.write_bytes(b"another library")
+        return is_ours(found)
+
+    monkeypatch.setattr(compiled, "_is_ours", late)
+    monkeypatch.setenv("CC", "false")
+    assert answer(load(source)) == 42
 
 
 def test_without_a_place_to_keep_it(
@@ -108,7 +139,7 @@ def test_without_a_compiler(source: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert compiled.compiler()[-2:] == ("ziglang", "cc")
 
 
-@pytest.mark.parametrize("command", ["false", "/nowhere/cc --fast"])
+@pytest.mark.parametrize("command", ["false", "/nowhere/cc --fast", 'cc "'])
 def test_a_compiler_that_fails(source: Path, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
     """Or that is not there."""
     monkeypatch.setenv("CC", command)

@@ -65,14 +65,17 @@ OF_REDIS = {
         wrong="a key that commits write has a wrong type: half of an EXEC is executed",
         rule="a load checks the types and reports the key that is wrong",
         scenario=commits.h18_log_of_the_wrong_type,
-        without=(*of_store(without.LoadsWithoutLooking), (ExpertStore, "_check_types", lambda *_: None)),
+        without=(
+            *of_store(without.LoadsWithoutLooking),
+            (ExpertStore, "_check_types", lambda *_, **__: None),
+        ),
         symptom="half of a commit was executed",
     ),
     "H18c": Hazard(
         wrong="the same while the aggregator serves: the head is not written, and the update counts twice",
         rule="a commit checks the types after its WATCH",
         scenario=commits.h18_overwritten_while_serving,
-        without=((ExpertStore, "_check_types", lambda *_: None),),
+        without=((ExpertStore, "_check_types", lambda *_, **__: None),),
         symptom="half of a commit was executed",
     ),
     "H18b": Hazard(

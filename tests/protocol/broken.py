@@ -201,7 +201,7 @@ BROKEN = {
         what="a commit compares versions instead of commit ids",
         rules=Rules(commit_ids=_commit_id_of_version),
         scope=Scope(aggregators=2, max_norm=0.5, faults={"lease": 1}),
-        symptom="twice",
+        symptom="the expert is damaged: its hash of decided updates",
     ),
     "H2_prev_not_checked": Broken(
         what="an update is accepted if its seq is above the last one's, whatever its prev",
@@ -267,7 +267,7 @@ BROKEN = {
         what="a duplicate is written to `decided`",
         rules=Rules(expert=DuplicateDecides),
         scope=Scope(workers=2, units=1, max_staleness=0, faults={"lost": 1}),
-        symptom="times in local",
+        symptom="the expert is damaged: its hash of decided updates",
     ),
     "H11_no_load_after_reconnect": Broken(
         what="an aggregator does not load again when its connection was opened again",

@@ -97,6 +97,6 @@ BROKEN_ROLLBACK = {
         what="the operator writes the earlier weights without a new commit id and version",
         rules=Rules(roll_back=roll_back_in_place),
         scope=Scope(units=1, faults={"rollback": 1}),
-        symptom="replay",
+        symptom="the expert is damaged: its weights have digests",
     ),
 }

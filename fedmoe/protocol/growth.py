@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from fedmoe.protocol.formats import EXACT
 from fedmoe.protocol.records import Meta
-from fedmoe.protocol.server import ServerStep
+from fedmoe.protocol.server import ServerStep, has_state
 from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.tail import Tail, TailRecord, part_field, quick_digest, record_field
 
@@ -54,6 +54,7 @@ class Growth:
             head=quick_digest(text.encode()),
             fields=before.fields + 1 + len(parts),
             n_bytes=before.n_bytes + n_bytes,
+            state=before.state or _state_of(step, new_state),
         )
         self.fields[record_field(version)] = text
         self.fields |= {part_field(version, index): part for index, part in enumerate(parts)}
@@ -68,3 +69,9 @@ class Growth:
         """The weights are to be written: forget what was kept for the tail."""
         self.is_open = False
         self.fields.clear()
+
+
+def _state_of(step: ServerStep, new_state: bool) -> str:
+    if not has_state(step.rules):
+        return ""
+    return "new" if new_state else "snapshot"

@@ -45,6 +45,8 @@ class Tail:
         head: digest of the tail's last record.
         fields: of the hash.
         n_bytes: of records and parts.
+        state: where its first update with a server optimizer began: `snapshot`, at the server state that lies with the
+            snapshot, or `new`; "" without such an update.
     """
 
     snapshot: str = ""
@@ -52,6 +54,7 @@ class Tail:
     head: str = ""
     fields: int = 0
     n_bytes: int = 0
+    state: str = ""
 
     def __bool__(self) -> bool:
         return bool(self.snapshot)
@@ -69,7 +72,10 @@ class Tail:
             found = cls(**known_fields(cls, json.loads(text)))
         except (TypeError, AttributeError) as error:
             raise ValueError(f"tail is {text!r}") from error
-        texts, numbers = (found.snapshot, found.head), (found.snapshot_version, found.fields, found.n_bytes)
+        texts, numbers = (
+            (found.snapshot, found.head, found.state),
+            (found.snapshot_version, found.fields, found.n_bytes),
+        )
         if not all(isinstance(one, str) for one in texts) or not all(type(one) is int for one in numbers):
             raise ValueError(f"tail is {text!r}")
         return found

@@ -92,15 +92,18 @@ class ExpertStore(ExpertLifecycle):
         """True if the expert has this meta and is whole: spec, weights, tail, decisions of `n_decided` workers."""
         keys = self.keys
         with self.connection.errors():
-            head, n_there, n_workers, begin, n_fields = read_together(
+            head, n_there, n_workers, begin, n_fields, state = read_together(
                 self._redis,
                 ("hget", keys.meta, "commit"),
                 ("exists", keys.meta, keys.spec),
                 ("hlen", keys.decided),
                 ("getrange", keys.weights, 0, STAMPED_BYTES - 1),
                 ("hlen", keys.tail),
+                ("getrange", keys.server_state, 0, STAMPED_BYTES - 1),
                 wrong_type_is_none=True,
             )
+        if meta.tail.state == "snapshot" and stamp_of(state or b"") != meta.snapshot_commit:
+            return False
         found = ((head or b"").decode(errors="replace"), n_there, n_workers, stamp_of(begin or b""))
         is_here = found == (meta.commit, 2, n_decided, meta.snapshot_commit)
         return is_here and (n_fields or 0) >= meta.tail.fields

@@ -216,6 +216,26 @@ def test_a_removed_part_is_said_in_one_sentence(connection: Connection, tmp_path
     assert digest_of(bytes(heir.buffer.file)) == digest_of(retained)
 
 
+def test_a_lost_server_state_from_which_the_tail_goes_on_is_noticed(
+    connection: Connection, tmp_path: Path
+) -> None:
+    """While the expert is served, as a lost part of the tail is; not if the tail began it anew."""
+    expert = begin(connection, tmp_path, NESTEROV)
+
+    def is_unchanged() -> bool:
+        return expert.store.is_unchanged(expert.meta, n_decided=len(expert.decided))
+
+    train(expert, 1)
+    assert meta_of(expert).tail.state == "new"
+    assert is_unchanged()
+    compact(expert)
+    train(expert, 1, seed=1, name="bob")
+    assert meta_of(expert).tail.state == "snapshot"
+    assert is_unchanged()
+    connection.client.delete(expert.store.keys.server_state)
+    assert not is_unchanged()
+
+
 @pytest.mark.parametrize("changes_rules", [False, True])
 @pytest.mark.parametrize("overwritten", ["tail", "weights", "server_state"])
 def test_memory_mends_what_only_a_whole_read_finds(

@@ -106,9 +106,7 @@ class Expert:
         """Load the state from Redis. Raises like ExpertStore.load; SpecError if the weights do not fit the spec."""
         loaded: Loaded = self.store.load()
         if loaded.meta.spec != self.spec.digest:
-            raise StaleStateError(
-                f"{self.store.name}: the expert was created again, with another spec", about="spec"
-            )
+            raise StaleStateError(f"{self.store.name}: it was created again, with another spec", about="spec")
         self.held.load(loaded.weights, loaded.server_state, loaded.server_optimizer)
         self._folded = self.held
         self.meta = loaded.meta

@@ -97,8 +97,12 @@ def test_a_federation_trains_under_its_units(machine: Booted) -> None:
 def test_the_dashboard_answers(machine: Booted) -> None:
     """On port 5000 of loopback."""
     get = "import urllib.request as u; print(u.urlopen('http://127.0.0.1:5000/api/v1/federation').read().decode())"
-    found = eventually("the dashboard", lambda: json.loads(machine.ask("python3", "-c", get)))
-    assert [one["name"] for one in found["experts"]] == ["sql_expert"]
+
+    def listed() -> bool:
+        experts = json.loads(machine.ask("python3", "-c", get))["experts"]
+        return [one["name"] for one in experts] == ["sql_expert"]
+
+    eventually("the expert on the dashboard", listed)
 
 
 def test_users_that_are_enrolled_are_saved_for_redis_alone(machine: Booted) -> None:

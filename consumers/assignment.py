@@ -32,7 +32,7 @@ class _Expert:
         had: this aggregator held the lease when it last asked, so it may retain the expert's state.
         free_since: since when no living aggregator serves it, None if one does.
         unable_until: until then this aggregator says that it is unable.
-        kept_until: until then it is not handed over: the one that should have it did not take it.
+        kept_until: until then this aggregator keeps it, because the assigned one did not take it.
         overdue_at: when an overdue update of it was seen.
     """
 

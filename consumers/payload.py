@@ -26,7 +26,7 @@ MANY_PARTS = 8  # with fewer, one thread is done before others have begun
 class Workspace:
     """Buffers to fold an update from `now` into `out`, (numel,) fp32 each; for `scratch` see codec.scratch_values.
 
-    An update of many parts is folded by `threads`, each of which has a scratch of its own.
+    `threads` fold an update of many parts. Each of them then has its own scratch.
     """
 
     now: Values

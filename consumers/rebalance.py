@@ -135,7 +135,7 @@ class AssignedLease(Lease):
         return False
 
     def renew(self) -> bool:
-        """Take or renew the lease, whoever is to have it: in the middle of a batch nothing is handed over."""
+        """Take or renew the lease, also one that the assignment gives to another: a batch is finished first."""
         self._is_held = super().renew()
         self._assignment.has(self._expert, self._is_held, self._clock())
         return self._is_held

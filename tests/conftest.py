@@ -8,6 +8,7 @@ these tests elsewhere.
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -114,3 +115,16 @@ def expert_command(redis_url: str) -> Callable[..., Result]:
         return CliRunner().invoke(cli, ["expert", words[0], "--redis", redis_url, *words[1:]])
 
     return run
+
+
+@pytest.fixture
+def reach() -> Iterator[Callable[..., Connection]]:
+    """Make connections to a URL, with a time-out in seconds; all are closed at the end."""
+    with ExitStack() as made:
+
+        def make(url: str, timeout_s: float = 2.0) -> Connection:
+            connection = Connection(RedisSettings(url=url, timeout_s=timeout_s))
+            made.callback(connection.close)
+            return connection
+
+        yield make

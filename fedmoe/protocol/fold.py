@@ -3,12 +3,12 @@
 Updates are folded one after the other in stream order, and each value independently: neither batching updates nor
 folding them part by part changes a bit of the result.
 
-The rounding is part of the protocol: whoever folds the same updates must get the same bits. Every operation rounds its
-result to the nearest fp32, ties to even, before the next operation. No multiplication and addition are fused: torch's
-`add` with `alpha`, `addcmul` and `addcdiv` fuse them on some processors, and there not at the end of a vector. The root
-is numpy's: torch's is not always the nearest fp32. Each coefficient (the factor, β, β₂, 1 − β₂, ε) is computed in fp64
-and rounded once to fp32. With w the weight, s the server
-state, Δ the update's value, f the factor, and brackets for the order of the operations:
+The rounding is part of the protocol: all readers that fold the same updates must get the same bits. Every operation
+rounds its result to the nearest fp32, ties to even, before the next operation. No multiplication is fused with an
+addition: torch's `add` with `alpha`, `addcmul` and `addcdiv` fuse them on some processors, and there not at the end of
+a vector. The root is numpy's, because torch's is not always the nearest fp32. Each coefficient (the factor, β, β₂,
+1 − β₂, ε) is computed in fp64 and rounded once to fp32. With w the weight, s the server state, Δ the update's value, f
+the factor, and brackets for the order of the operations:
 
     sgd        w ← w + (f Δ)
     nesterov   w ← w + (f Δ); s ← s + (f Δ); at the end of a round then s ← β s; w ← w + s

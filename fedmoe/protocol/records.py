@@ -73,7 +73,7 @@ class Meta:
         lineage: random id given at creation.
         commit: random id of the transaction that made this state: the head of the expert's chain.
         weights_commit: the last commit that changed the weights.
-        tail: of which version the key `weights` is, and the updates that lie in the tail since then, as JSON (see
+        tail: the version under the key `weights`, and the size and last record of the tail after it, as JSON (see
             `fedmoe.protocol.tail`); "" if the weights are of the weights commit.
         digests: quick digests of the weights, and of the server state if there is one, after the weights commit that
             they are of; "" if an earlier release wrote them.

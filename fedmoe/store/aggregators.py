@@ -16,7 +16,7 @@ from fedmoe.util.text import printable
 
 # The hash expires after so many times a heartbeat's; a heartbeat that ends later means that the clock was set back.
 _LONGEST_TTLS = 10
-# It also works on a full Redis: whoever frees its memory must be found.
+# It also works on a full Redis: only an aggregator that serves an expert frees memory.
 _BEAT = """#!lua flags=allow-oom
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)

@@ -148,7 +148,7 @@ class ExpertStore(ExpertLifecycle):
             raise DamagedExpertError(self.name, condition.damage)
         if exact.problem:
             logger.warning(
-                "%s: %s: the server optimizer begins anew with the next update, the weights are not affected",
+                "%s: %s: the server optimizer starts from zero with the next update; the weights are not affected",
                 self.name, exact.problem,
             )  # fmt: skip
         self._make_group()

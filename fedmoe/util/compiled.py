@@ -74,7 +74,7 @@ def _copied(kept: Path, made: Path) -> ctypes.CDLL | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        logger.info("%s cannot be loaded (%s); it is compiled anew", kept, error)
+        logger.info("%s cannot be loaded (%s); it is compiled again", kept, error)
         return None
 
 

@@ -106,7 +106,7 @@ def test_the_dashboard_answers(machine: Booted) -> None:
 
 
 def test_users_that_are_enrolled_are_saved_for_redis_alone(machine: Booted) -> None:
-    """ACL SAVE writes the file anew, with the unit's umask."""
+    """ACL SAVE writes the file again, with the unit's umask."""
     out = "/srv/sql-9.toml"
     enrol = ("worker", "enrol", "sql-9", "--stream", "sql_expert", "--enrolment", "/etc/fedmoe/operator.toml")
     machine.ask(FEDMOE, *enrol, "--out", out)

@@ -247,7 +247,7 @@ OF_REDIS = {
         symptom="was committed to although its parts do not belong together",
     ),
     "H28c": Hazard(
-        wrong="a value of the weights is overwritten: whoever loads the expert commits on top of it",
+        wrong="a value of the weights is overwritten: the next aggregator loads it and commits on top of it",
         rule="each commit that changes the weights stores their digest, and a reader compares it",
         scenario=tails.h28_value_changed_by_hand,
         without=without.NO_DIGESTS,
@@ -275,7 +275,7 @@ OF_REDIS = {
         symptom="the expert is damaged: its weights belong to commit",
     ),
     "H28g": Hazard(
-        wrong="the rules change after an update: whoever folds the tail folds it under other rules, to other weights",
+        wrong="the rules change after an update: a reader folds the tail under the new rules and gets other weights",
         rule="a record of the tail holds all that its step depends on",
         scenario=tails.h28_rules_changed,
         without=((TailRecord, "of", without.record_without_momentum),),

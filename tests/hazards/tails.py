@@ -28,7 +28,7 @@ def _tail_of_one(world: World) -> tuple[AggregatorProcess, WorkerProcess]:
 
 
 def h28_weights_of_another_moment(world: World) -> None:
-    """Somebody puts back the weights of version 0, alone, and the aggregator starts anew; later he corrects it."""
+    """Somebody puts back the weights of version 0 alone. The aggregator starts again; later this is corrected."""
     a0, alice = _tail_of_one(world)
     right = world.redis.get(world.keys.weights)
     first = AdapterBuffer(LAYOUT)
@@ -158,7 +158,7 @@ def h28_rules_changed(world: World) -> None:
 
 
 def _expect_whole(world: World) -> None:
-    """Assert that whoever loads the expert can serve it."""
+    """Assert that the next aggregator can load and serve the expert."""
     try:
         GatewayStore(world.connect()).read(EXPERT)
     except DamagedExpertError as error:

@@ -5,7 +5,6 @@ import socketserver
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -46,19 +45,6 @@ def cluster(shared: Cluster) -> Cluster:
         node.client.config_set("maxmemory", 0)
         node.client.flushall()
     return shared
-
-
-@pytest.fixture
-def reach() -> Iterator[Reach]:
-    """Make connections; all are closed at the end."""
-    with ExitStack() as made:
-
-        def make(url: str, timeout_s: float = 2.0) -> Connection:
-            connection = Connection(RedisSettings(url=url, timeout_s=timeout_s))
-            made.callback(connection.close)
-            return connection
-
-        yield make
 
 
 @pytest.fixture

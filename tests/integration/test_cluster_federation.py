@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from fedmoe.cli.main import cli
 from fedmoe.errors import RedisUnavailableError
 from fedmoe.protocol.lora_init import initial_weights
 from fedmoe.protocol.spec import Spec
-from fedmoe.settings import AggregatorSettings, GatewaySettings, RedisSettings
+from fedmoe.settings import AggregatorSettings, GatewaySettings
 from fedmoe.store.connection import Connection
 from fedmoe.store.embedded import EmbeddedRedis
 from fedmoe.store.gateway import GatewayStore
@@ -37,19 +38,6 @@ def cluster(server: EmbeddedRedis, tmp_path: Path) -> Iterator[Cluster]:
     """Three masters, each with a replica."""
     with Cluster(server.server, tmp_path / "cluster") as running:
         yield running
-
-
-@pytest.fixture
-def reach(cluster: Cluster) -> Iterator[Reach]:
-    """Make connections; all are closed at the end."""
-    with ExitStack() as made:
-
-        def make(timeout_s: float = 2.0) -> Connection:
-            connection = Connection(RedisSettings(url=cluster.url, timeout_s=timeout_s))
-            made.callback(connection.close)
-            return connection
-
-        yield make
 
 
 @dataclass
@@ -83,16 +71,18 @@ class Federation:
 
 
 @contextmanager
-def federation(reach: Reach, archive: Path, spec: Spec | None = None) -> Iterator[Federation]:
+def federation(
+    connect: Callable[[], Connection], archive: Path, spec: Spec | None = None
+) -> Iterator[Federation]:
     """At work, a few updates in."""
     spec = spec or counting_spec()
-    look = reach()
+    look = connect()
     create_expert(look, spec)
     with ExitStack() as running:
         workers = []
         for name in ("alice", "bob"):
-            running.enter_context(serving(reach(), f"{name}'s", keep_updates=archive))
-            workers.append(running.enter_context(CountingWorker(reach(), spec, name)))
+            running.enter_context(serving(connect(), f"{name}'s", keep_updates=archive))
+            workers.append(running.enter_context(CountingWorker(connect(), spec, name)))
         made = Federation(spec, workers, archive, look.at(look.keys.expert(EXPERT).meta))
         made.more()
         yield made
@@ -100,7 +90,7 @@ def federation(reach: Reach, archive: Path, spec: Spec | None = None) -> Iterato
 
 def test_training_goes_through_a_failover(cluster: Cluster, reach: Reach, tmp_path: Path) -> None:
     """CLUSTER FAILOVER, there and back: a planned one loses nothing."""
-    with federation(reach, tmp_path / "archive") as run:
+    with federation(partial(reach, cluster.url), tmp_path / "archive") as run:
         key = run.look.keys.expert(EXPERT).meta
         for _ in range(2):
             cluster.fail_over(key)
@@ -114,7 +104,7 @@ def test_a_killed_master_loses_what_its_replica_never_got(
 ) -> None:
     """Acknowledged commits are undone by the failover; workers send their updates again, each counts once."""
     caplog.set_level(logging.INFO)
-    with federation(reach, tmp_path / "archive") as run:
+    with federation(partial(reach, cluster.url), tmp_path / "archive") as run:
         key = run.look.keys.expert(EXPERT).meta
         master = cluster.master_of(key)
         replica = cluster.replica_of(master)
@@ -135,7 +125,7 @@ def test_a_killed_master_loses_what_its_replica_never_got(
 
 def test_a_master_that_answers_for_slots_it_has_lost(cluster: Cluster, reach: Reach, tmp_path: Path) -> None:
     """It sleeps through its own failover, wakes, and for a moment answers as if nothing had been: nothing is lost."""
-    with federation(reach, tmp_path / "archive") as run:
+    with federation(partial(reach, cluster.url), tmp_path / "archive") as run:
         key = run.look.keys.expert(EXPERT).meta
         master = cluster.master_of(key)
         replica = cluster.replica_of(master)
@@ -150,7 +140,7 @@ def test_a_master_that_answers_for_slots_it_has_lost(cluster: Cluster, reach: Re
 
 def test_a_slot_moves_under_load(cluster: Cluster, reach: Reach, tmp_path: Path) -> None:
     """Three times, key by key, while all publish and commit."""
-    with federation(reach, tmp_path / "archive") as run:
+    with federation(partial(reach, cluster.url), tmp_path / "archive") as run:
         for _ in range(3):
             assert cluster.move_slot(run.look.keys.expert(EXPERT).meta, pause_s=0.02) >= 6
             run.more()
@@ -162,7 +152,7 @@ def test_a_slot_moves_under_load(cluster: Cluster, reach: Reach, tmp_path: Path)
 def test_a_slot_of_large_values_moves_under_load(cluster: Cluster, reach: Reach, tmp_path: Path) -> None:
     """Weights of 35 MiB: MIGRATE blocks both nodes for each, perhaps longer than a command may take."""
     spec = counting_spec(35 * 2**20 // 4)
-    with federation(lambda: reach(10.0), tmp_path / "archive", spec) as run:
+    with federation(partial(reach, cluster.url, 10.0), tmp_path / "archive", spec) as run:
         began = time.monotonic()
         assert cluster.move_slot(run.look.keys.expert(EXPERT).meta) >= 6
         print(
@@ -175,7 +165,7 @@ def test_uncovered_slots_stop_their_experts_and_nobody_else(
     cluster: Cluster, reach: Reach, tmp_path: Path
 ) -> None:
     """A master and its replica die; status shows the other experts and says what is missing; then they come back."""
-    connection = reach()
+    connection = reach(cluster.url)
     for name in EXPERTS:
         make_expert(connection, name)
     masters = {name: cluster.master_of(connection.keys.expert(name).meta) for name in EXPERTS}
@@ -205,7 +195,7 @@ def test_uncovered_slots_stop_their_experts_and_nobody_else(
 
 def test_every_command_reads_by_expert(cluster: Cluster, reach: Reach, tmp_path: Path) -> None:
     """Experts on three masters and the merged gateway: status, list, backup, removal, restore, verify, doctor."""
-    connection = reach()
+    connection = reach(cluster.url)
     stop, spec = threading.Event(), small_spec()
     for name in EXPERTS:
         make_expert(connection, name, spec, initial_weights(spec.layout, spec.init_seed))
@@ -248,7 +238,7 @@ def test_every_command_reads_by_expert(cluster: Cluster, reach: Reach, tmp_path:
 
 def test_a_crash_between_two_slots_leaves_what_is_repaired(cluster: Cluster, reach: Reach) -> None:
     """List and expert lie in two slots: what died between the two writes, an aggregator's next look sets right."""
-    connection = reach()
+    connection = reach(cluster.url)
     for name in EXPERTS:
         make_expert(connection, name)
     store = GatewayStore(connection)

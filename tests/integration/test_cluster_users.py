@@ -1,8 +1,6 @@
 """Users, rights and TLS on a Redis Cluster: every node has its own users, and any replica may become a master."""
 
 import hashlib
-import shutil
-import subprocess
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -33,6 +31,7 @@ from tests.errors import raises
 from tests.federation import ScriptedWorker, make_expert
 from tests.guarded import EXPERT, KEYS, NAME
 from tests.processes import eventually
+from tests.self_signed import certificate_for
 
 PARTIES = (
     Party(role="aggregator"), Party(role="operator"), Party(role="monitor"),
@@ -201,19 +200,7 @@ def test_enrolment_files_name_a_cluster(cluster: Cluster, admin: Connection, tmp
 @pytest.mark.one_server
 def test_tls(server: EmbeddedRedis, tmp_path: Path) -> None:
     """To every node, checked against the given CA."""
-    openssl = shutil.which("openssl")
-    without = [server.server, "--port", "0", "--tls-port", "1"]  # no certificate: it ends, and says why
-    said = subprocess.run(without, capture_output=True, text=True, check=False, cwd=tmp_path).stdout
-    if openssl is None or "Failed finding TLS support" in said:
-        pytest.skip("no openssl, or a server that was built without TLS")
-    file = tmp_path / "both.pem"
-    subprocess.run(
-        [openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2",
-         "-subj", "/CN=test", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", file, "-out", tmp_path / "c.pem"],
-        check=True, capture_output=True,
-    )  # fmt: skip
-    with file.open("a") as both:
-        both.write((tmp_path / "c.pem").read_text())
+    file = certificate_for(server.server, tmp_path)
     with Cluster(server.server, tmp_path / "cluster", certificate=file) as running:
         connection = Connection(RedisSettings(url=f"{running.url}?ssl_ca_certs={file}"))
         key = KEYS.expert(EXPERT).meta

@@ -2,9 +2,7 @@
 
 import logging
 import re
-import shutil
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +17,6 @@ from click.testing import CliRunner
 from fedmoe.cli.main import cli
 from fedmoe.errors import RedisUnavailableError
 from fedmoe.protocol.spec import Spec
-from fedmoe.settings import RedisSettings
 from fedmoe.store.connection import Connection
 from fedmoe.store.embedded import EmbeddedRedis
 from fedmoe.store.expert import ExpertStore
@@ -29,6 +26,7 @@ from tests.counting import EXPERT, CountingWorker, assert_settled, counting_spec
 from tests.errors import raises
 from tests.federation import serving
 from tests.processes import eventually
+from tests.self_signed import certificate_for
 from tests.sentinel import MASTER, Process, Replicated, free_port
 
 Reach = Callable[..., Connection]
@@ -39,19 +37,6 @@ def replicated(server: EmbeddedRedis, tmp_path: Path) -> Iterator[Replicated]:
     """A master, its replica and one sentinel."""
     with Replicated(server.server, tmp_path) as running:
         yield running
-
-
-@pytest.fixture
-def reach() -> Iterator[Reach]:
-    """Make connections; all are closed at the end."""
-    with ExitStack() as made:
-
-        def make(url: str, timeout_s: float = 2.0) -> Connection:
-            connection = Connection(RedisSettings(url=url, timeout_s=timeout_s))
-            made.callback(connection.close)
-            return connection
-
-        yield make
 
 
 @dataclass
@@ -326,19 +311,7 @@ def test_logins(replicated: Replicated, reach: Reach) -> None:
 
 def test_tls(server: EmbeddedRedis, reach: Reach, tmp_path: Path) -> None:
     """To the sentinels and to the server, both checked against the given CA."""
-    openssl = shutil.which("openssl")
-    without = [server.server, "--port", "0", "--tls-port", "1"]  # no certificate: it ends, and says why
-    said = subprocess.run(without, capture_output=True, text=True, check=False, cwd=tmp_path).stdout
-    if openssl is None or "Failed finding TLS support" in said:
-        pytest.skip("no openssl, or a server that was built without TLS")
-    file = tmp_path / "both.pem"
-    subprocess.run(
-        [openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2",
-         "-subj", "/CN=test", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", file, "-out", tmp_path / "c.pem"],
-        check=True, capture_output=True,
-    )  # fmt: skip
-    with file.open("a") as both:
-        both.write((tmp_path / "c.pem").read_text())
+    file = certificate_for(server.server, tmp_path)
     with Replicated(server.server, tmp_path, certificate=file) as running:
         connection = reach(f"{running.url}?ssl_ca_certs={file}")
         connection.client.set("over", "tls")

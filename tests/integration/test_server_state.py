@@ -189,7 +189,9 @@ def test_lost_state_begins_anew_and_training_goes_on(
         heir = site.again()
     said = [record.getMessage() for record in caplog.records if "server state" in record.getMessage()]
     assert len(said) == 1
-    assert "the server optimizer begins anew with the next update, the weights are not affected" in said[0]
+    assert (
+        "the server optimizer starts from zero with the next update; the weights are not affected" in said[0]
+    )
     site = site._replace(expert=heir)
     site.rounds()
     assert site.beginnings() == [1, 3]

@@ -219,7 +219,7 @@ def test_a_removed_part_is_said_in_one_sentence(connection: Connection, tmp_path
 def test_a_lost_server_state_from_which_the_tail_goes_on_is_noticed(
     connection: Connection, tmp_path: Path
 ) -> None:
-    """While the expert is served, as a lost part of the tail is; not if the tail began it anew."""
+    """While the expert is served, as a lost part of the tail is; not if the tail began with a new one."""
     expert = begin(connection, tmp_path, NESTEROV)
 
     def is_unchanged() -> bool:

@@ -210,7 +210,7 @@ def test_other_weights_under_the_tail_are_found_by_the_digest() -> None:
 
 
 def test_a_server_state_that_the_tail_goes_on_from_must_be_there() -> None:
-    """Without a tail it may be missing: the optimizer begins anew."""
+    """Without a tail it may be missing: the optimizer starts from zero."""
     nesterov = (AggregationRules(server_optimizer=NESTEROV), 0.5, True)
     chain = Chain(_spec("int4"), 0)
     chain.apply(nesterov)
@@ -236,7 +236,7 @@ def test_the_digests_of_an_earlier_release_do_not_count() -> None:
 
 
 def test_a_record_of_a_later_release_that_requires_more() -> None:
-    """Whoever does not know it does not fold."""
+    """A reader that does not know it does not fold."""
     chain = _with_tail(1)
     record = replace(TailRecord.from_json(chain.hash[b"1"]), requires="more")
     with raises(ProtocolError, about="requires"):

@@ -62,7 +62,7 @@ def share(directory: Path, prefix: str, workers: Sequence[Party], host: RedisSet
     (directory / ENROLMENTS).mkdir(mode=0o700)
     new, audit = parties(workers), connection
     try:
-        # The operator first, through whom the audit log of the new federation tells of the others.
+        # The operator first: the audit log then has a line for each of the others.
         for file in sorted(new, key=lambda file: new[file].role != "operator"):
             party, path = new[file], directory / ENROLMENTS / file
             enrolled = new_enrolment(party, url=host.url, prefix=prefix, ca=host.enrolled.ca)

@@ -10,8 +10,9 @@ from typing import Any, Self
 import redis
 
 from fedmoe.store.cluster import SLOTS, slot_of
+from tests.ports import free_port
 from tests.processes import eventually
-from tests.sentinel import Process, free_port
+from tests.sentinel import Process
 
 NODE_TIMEOUT_MS = 1000  # a master that does not answer for so long has failed
 

@@ -18,8 +18,8 @@ from fedmoe.protocol.parties import Party
 from fedmoe.redis_settings import RedisSettings
 from fedmoe.store.connection import Connection
 from fedmoe.tools.deploy.deployment import Deployment
+from tests.ports import free_port
 from tests.processes import eventually
-from tests.sentinel import free_port
 
 EXPERT, NAME = "sql_expert", "w1"
 W1 = Party(role="worker", expert=EXPERT, name=NAME)

@@ -1,7 +1,6 @@
 """A master, one replica and Sentinel on loopback, as real processes that can be stopped, killed and started again."""
 
 import signal
-import socket
 import subprocess
 from collections.abc import Sequence
 from contextlib import suppress
@@ -10,7 +9,10 @@ from types import TracebackType
 from typing import Any, Self
 
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
+from tests.ports import free_port
 from tests.processes import eventually
 
 MASTER = "federation"
@@ -18,13 +20,6 @@ DOWN_AFTER_MS = 1000
 # Sentinel's clockwork, quicker than usual. It promotes no replica that it has not heard of for five ping periods, and
 # while the master is down it asks a replica only once a second.
 PERIODS_MS = {"info-period": 300, "ping-period": 300, "ask-period": 100, "publish-period": 200}
-
-
-def free_port() -> int:
-    """A port of loopback that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Process:
@@ -54,7 +49,7 @@ class Process:
         self._command = [program, str(self._config), *(["--sentinel"] if sentinel else [])]
         self._process: subprocess.Popen[bytes] | None = None
         self.client: Any = redis.Redis(
-            "127.0.0.1", self.port, socket_timeout=5.0, retry=None,
+            "127.0.0.1", self.port, socket_timeout=5.0, retry=Retry(NoBackoff(), 0),
             ssl=certificate is not None, ssl_ca_certs=str(certificate), ssl_check_hostname=checks_host,
         )  # fmt: skip
 
@@ -64,6 +59,7 @@ class Process:
             self._command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         )
         eventually(f"port {self.port} to answer", self.client.ping, timeout_s=10)
+        assert self.client.info("server")["process_id"] == self._process.pid, "another server has this port"
 
     def is_running(self) -> bool:
         """True unless it was killed, or ended by itself."""

@@ -7,9 +7,9 @@ from fedmoe.protocol.parties import Party
 from fedmoe.store.permissions import DEFAULT_USER
 from fedmoe.tools.deploy.deployment import ENROLMENTS, TLS, USERS, Deployment
 from tests.chaos.actors import WORKERS
+from tests.ports import free_port
 from tests.proxy import Proxy
 from tests.secured import tls_program
-from tests.sentinel import free_port
 
 ADMIN = "user default on nopass ~* &* +@all"  # on the socket, for who makes the faults
 

@@ -16,9 +16,9 @@ from fedmoe.redis_settings import RedisSettings
 from fedmoe.store.connection import Connection
 from fedmoe.store.gateway import GatewayStore
 from tests.documents import SECURED
+from tests.ports import free_port
 from tests.processes import environment, eventually, fedmoe_here
 from tests.secured import tls_server
-from tests.sentinel import free_port
 
 ON_AND_ON = {"redis-server": "Redis", "aggregator": "the expert", "worker run": "an update"}
 

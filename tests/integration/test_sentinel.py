@@ -25,9 +25,10 @@ from fedmoe.store.sentinel import QUESTION_TIMEOUT_S
 from tests.counting import EXPERT, CountingWorker, assert_settled, counting_spec, create_expert
 from tests.errors import raises
 from tests.federation import serving
+from tests.ports import free_port
 from tests.processes import eventually
 from tests.self_signed import certificate_for
-from tests.sentinel import MASTER, Process, Replicated, free_port
+from tests.sentinel import MASTER, Process, Replicated
 
 Reach = Callable[..., Connection]
 

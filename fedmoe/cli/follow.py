@@ -82,10 +82,11 @@ def _follow(stop: "Stop", redis: RedisSettings, values: dict[str, Any]) -> None:
     if len(given) > 1:
         raise SettingsError("give one of --vllm, --sglang and --run, or none", about=given[1])
     rank, dtype, base_name = values["rank"], values["dtype"], values["base_name"]
+    changed = {"rank": rank, "dtype": "" if dtype == "fp32" else dtype, "base_name": base_name}
     settings = FollowSettings(
         kind=values["kind"] or "",
         name=check_name("name", values["name"]),
-        options=f"{rank} {dtype} {base_name}",
+        options=" ".join(f"{option}={value}" for option, value in changed.items() if value),
         min_gain=values["min_gain"],
         keep=values["keep"],
         interval_s=values["interval"],

@@ -137,6 +137,11 @@ def export(
             click.echo(f"{out}: routes by {router} among {whole.summary}; python {out / 'load.py'} PROMPT")
         else:
             warning = write(out, adapter, force=force)
+            if not warning and (out / "router.json").exists():
+                warning = (
+                    f"{out} also holds the router of an earlier export (load.py, experts/), which stays as it was: "
+                    "export with --router to renew it"
+                )
         size_text = f"rank {adapter.config.get('r')}, {adapter.dtype}, {len(adapter.file) / 2**20:.1f} MiB"
         click.echo(f"{out}: {adapter.name} ({size_text}), built from {adapter.versions}")
         if hint := vllm_hint(int(adapter.config["r"])):

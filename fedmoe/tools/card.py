@@ -63,6 +63,8 @@ def card(export: "Export", *, is_model: bool = False) -> str:
     lines += [*(_load_model(export) if is_model else _load_adapter(base)), ""]
     if not is_model:
         lines += [*_serve(export, base), ""]
+    if router := export.info.get("router"):
+        lines += [f"`load.py` answers with the experts in `experts/` instead, routed by {router}.", ""]
     return "\n".join(lines)
 
 
@@ -71,12 +73,12 @@ def _contents(export: "Export") -> Iterator[str]:
     yield "| built from | version | commit | weight | rows | training loss | validation loss |"
     yield "| --- | --- | --- | --- | --- | --- | --- |"
     for name, part in export.built_from.items():
-        weight = export.weights.get(name)
+        weights = export.weights.get(name, ())
         cells = [
             name,
             str(part["version"]),
             f"`{part['weights_commit']}`",
-            "" if weight is None else f"{weight:g}",
+            " / ".join(f"{weight:.3g}" for weight in weights),
         ]
         meta = export.metas.get(name)
         if meta is None or meta.weights_commit != part["weights_commit"]:  # its losses are of another version

@@ -1,5 +1,6 @@
 """Reads an expert or the gateway from Redis for an export; needs neither peft nor a model."""
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -28,6 +29,22 @@ from fedmoe.tools.losses import Validation, validation
 MERGED_NAME = "merged gateway"
 
 
+def version_name(
+    name: str, version: int, commits: Mapping[str, str], *, settings: str = "", options: str = ""
+) -> str:
+    """A name that changes with the content, for example gateway-v12-3fa9c1e0.
+
+    Args:
+        name: its first part.
+        version: the number of updates in it.
+        commits: expert -> the weights_commit that is in it.
+        settings: of the merge.
+        options: of the export that change the files, as text; "" for the defaults.
+    """
+    content = json.dumps([sorted(commits.items()), settings, options])
+    return f"{name}-v{version}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
+
+
 class Team(NamedTuple):
     """What the workers of one expert did for the trained gateway, as far as its log reaches back."""
 
@@ -49,7 +66,7 @@ class Export:
         info: further fields of fedmoe.json.
         chat_template: of its workers, "" for the base model's own.
         specs, metas: of the experts that it is of, as they are now: what they know of base model, tokenizer and losses.
-        weights: expert -> its weight in the merged gateway, where that is known.
+        weights: expert -> its weight in each group of layers of the merged gateway, where that is known.
         trained_by: expert -> its workers' part in the trained gateway.
         validation: losses that the workers measured on rows that they held back, None if unknown.
         dtype: of the values in `file`.
@@ -65,7 +82,7 @@ class Export:
     chat_template: str = ""
     specs: Mapping[str, Spec] = field(default_factory=dict)
     metas: Mapping[str, Meta] = field(default_factory=dict)
-    weights: Mapping[str, float] = field(default_factory=dict)
+    weights: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     trained_by: Mapping[str, Team] = field(default_factory=dict)
     validation: Validation | None = None
     dtype: Literal["fp32", "bf16"] = "fp32"
@@ -85,6 +102,13 @@ class Export:
     def version(self) -> int:
         """The number of updates in it: of the expert, or of all experts that were merged."""
         return sum(int(part["version"]) for part in self.built_from.values())
+
+    def version_name(self, name: str = "", *, options: str = "") -> str:
+        """The name of this version, see the function `version_name`; `name` is by default the expert's or "gateway"."""
+        commits = {name: str(part["weights_commit"]) for name, part in self.built_from.items()}
+        name = name or (GATEWAY if self.kind == "merged" else self.name)
+        settings = str(self.info.get("settings", ""))
+        return version_name(name, self.version, commits, settings=settings, options=options)
 
 
 def read_expert(store: GatewayStore, name: str) -> Export:
@@ -196,7 +220,7 @@ def read_merged(store: GatewayStore) -> Export:
         chat_template=_common_template(specs, metas),
         specs=specs,
         metas=metas,
-        weights=_weights(merged.settings),
+        weights=merged.by_expert,
     )
 
 
@@ -205,14 +229,6 @@ def _with_whole_alpha(config: dict[str, Any]) -> dict[str, Any]:
     with suppress(LookupError, TypeError, ZeroDivisionError):
         return config | {"lora_alpha": alpha_at(config["lora_alpha"] / config["r"], config["r"])}
     return config
-
-
-def _weights(settings: str) -> dict[str, float]:
-    """The experts' weights in the merged gateway, if its settings name them."""
-    with suppress(ValueError, TypeError, AttributeError):
-        found = json.loads(settings.partition(" weights=")[2])
-        return {str(name): float(weight) for name, weight in found.items()}
-    return {}
 
 
 def _common_template(specs: Mapping[str, Spec], metas: Mapping[str, Meta]) -> str:

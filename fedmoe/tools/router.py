@@ -9,7 +9,7 @@ load.py             loads all of it with torch, transformers and peft, without F
 import json
 import shutil
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -119,7 +119,9 @@ def write_router(directory: str | Path, export: RouterExport, *, force: bool = F
     Returns and raises as `export.write`.
     """
     target = Path(directory).resolve()
-    warning = write(target, export.gateway, force=force)
+    info = {**export.gateway.info, "router": f"{export.kind} among {export.summary}"}
+    gateway = replace(export.gateway, info=info)
+    warning = write(target, gateway, force=force)
     for name, expert in export.experts.items():
         write(target / EXPERTS / name, expert, force=force)
     try:

@@ -270,8 +270,8 @@ def test_the_card_says_what_is_in_it(make: Make, connection: Connection, tmp_pat
     write(tmp_path, export)
     card = (tmp_path / "README.md").read_text()
     assert "The merge of all experts of a FedMoE federation: a LoRA adapter (rank 32, alpha 64, fp32)" in card
-    assert f"| a | 1 | `{a.metas['a'].weights_commit}` | 1 | 40 | 1.2500 |  |\n" in card
-    assert "| 3 |  |  |  |\n" in card  # b moved on: its losses are of another version
+    assert f"| a | 1 | `{a.metas['a'].weights_commit}` | 0.45 | 40 | 1.2500 |  |\n" in card
+    assert "| 1.35 |  |  |  |\n" in card  # b moved on: its losses are of another version
     assert "Merged with `cat scale=1.8 rank=0 weights=" in card
     assert "--max-lora-rank 32 --lora-modules merged-gateway=" in card
     measured = replace(a, trained_by={"a": Team(2, 7, 1.5)})

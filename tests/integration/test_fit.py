@@ -277,4 +277,5 @@ def test_experts_without_weight_or_training_are_left_out(
     assert fit(connection, str(write_rows(tmp_path / "x.jsonl", "red"))).by_expert.keys() == {"red"}
     builder(connection).refresh()
     export = read_gateway(GatewayStore(connection), "merged")
+    assert export.weights.keys() == {"red"}  # the card has them, of a fit too
     assert export.config["r"] == 4

@@ -17,6 +17,7 @@ from fedmoe.protocol.names import GATEWAY
 from fedmoe.settings import GatewaySettings
 from fedmoe.store.connection import Connection
 from fedmoe.store.gateway import GatewayStore
+from fedmoe.tools.export import read_gateway
 from fedmoe.tools.follow.directory import VersionDirectory
 from fedmoe.tools.follow.follower import Follower, FollowSettings
 from fedmoe.tools.follow.servers import AdapterServer
@@ -80,6 +81,7 @@ def test_each_version_is_served_under_its_own_name(connection: Connection, follo
         for _ in range(3):
             assert following.look()
             names.append(following.directory.current)
+            assert names[-1] == read_gateway(GatewayStore(connection)).version_name()  # as `serve` calls it
             assert list(server.adapters) == [names[-1]]
             assert server.adapters[names[-1]] == str(following.directory.path(names[-1]))
             assert following.look()  # nothing new

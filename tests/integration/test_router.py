@@ -157,6 +157,14 @@ def test_a_domain_router_answers_without_fedmoe(
             == tiny_tokenizer().decode(tokens, skip_special_tokens=True).strip()
         )
     PeftModel.from_pretrained(tiny_model(), str(out))  # the gateway
+    assert (
+        "routed by domain among blue v4 (vector of 1 worker, 6 rows), green"
+        in (out / "README.md").read_text()
+    )
+    bare = subprocess.run([sys.executable, out / "load.py"], capture_output=True, text=True, check=False)
+    assert bare.returncode == 1
+    assert bare.stderr.startswith("Answers a prompt with the expert whose domain it belongs to.")
+    assert "Traceback" not in bare.stderr
     done = fedmoe_here(
         "gateway", "export", "--redis", url, "--out", str(out), "--router", "domain", "--leave-out", "green"
     )
@@ -178,6 +186,10 @@ def test_an_arrow_router_answers_without_fedmoe_or_vectors(
     assert "routes by arrow among blue v4, red v3" in done.stdout
     assert not (out / "router.safetensors").exists()
     assert script(out, tiny_model_dir, "red roses 9")
+    done = fedmoe_here("gateway", "export", "--redis", connection.settings.url, "--out", str(out))
+    assert (
+        "also holds the router of an earlier export (load.py, experts/), which stays as it was" in done.stderr
+    )
 
 
 def test_a_router_that_cannot_be_made_is_one_sentence(

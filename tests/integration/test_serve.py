@@ -155,8 +155,15 @@ def test_the_model_that_is_named_answers(
 def test_a_new_version_answers_from_then_on(
     federation: Connection, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    """An expert that changed, another rank of it, a trained gateway, one that is gone; Redis away changes nothing."""
+    """An expert that changed, another rank of it, a trained gateway, one that is gone; Redis away changes nothing.
+
+    A merge of the same experts by other settings is another version, too.
+    """
     engine = engine_of(federation)
+    merged = engine.model(GATEWAY).version
+    GatewayBuilder(federation, GatewaySettings(scale=1.8), holder="one", lease_s=5.0).refresh()
+    engine.refresh()
+    assert engine.model(GATEWAY).version != merged
 
     def ask(name: str) -> tuple[str, str]:
         said: list[str] = []
@@ -279,6 +286,7 @@ def test_a_chat_goes_on_and_changes_its_model(
     monkeypatch.setattr(engine, "_settings", AnswerSettings(max_tokens=4))
     lines = (
         "hello\n",
+        "word " * 1000,
         "\n",
         "again",
         "/model a",
@@ -291,11 +299,12 @@ def test_a_chat_goes_on_and_changes_its_model(
         "no",
     )
     chat.run(lines)
-    assert [request.model for request in asked] == [GATEWAY, GATEWAY, "a"]
-    assert [len(request.messages) for request in asked] == [1, 3, 1]
+    assert [request.model for request in asked] == [GATEWAY, GATEWAY, GATEWAY, "a"]
+    assert [len(request.messages) for request in asked] == [1, 3, 3, 1]
     text = "".join(said)
     assert text.startswith("[gateway-v2-")
     assert "there is no model 'nobody'" in text
+    assert "the model takes 1024: shorten them, or begin a new conversation with /new\n" in text
     assert "/model NAME asks another model" in text
     with raises(UnknownModelError, about="model"):
         Chat(engine, "nobody", said.append)

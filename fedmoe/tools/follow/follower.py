@@ -11,7 +11,6 @@ A version passes these steps, and each is repeated until it is done, whatever fa
 A server that was restarted is told to load the served version again.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -33,7 +32,7 @@ from fedmoe.errors import (
 from fedmoe.protocol.names import GATEWAY
 from fedmoe.store.gateway import GatewayStore
 from fedmoe.tools.card import max_lora_rank
-from fedmoe.tools.export import Export, is_gateway_trained, read_gateway
+from fedmoe.tools.export import Export, is_gateway_trained, read_gateway, version_name
 from fedmoe.tools.export_files import CONFIG_FILE, WEIGHTS_FILE
 from fedmoe.tools.follow.directory import VersionDirectory
 from fedmoe.tools.follow.servers import AdapterServer
@@ -148,7 +147,7 @@ class Follower:
         if (found := self._look()).name in known:
             return
         export = read_gateway(self._store, found.kind)
-        name = self._name(export.kind, _commits(export), export.version)
+        name = export.version_name(self._settings.name, options=self._settings.options)
         if name in known:  # an older one was read again
             return
         export = self._shape(export)
@@ -174,18 +173,18 @@ class Follower:
             except UnknownExpertError:
                 read_gateway(self._store, kind)  # says what to do
                 raise
-            return Found(kind, self._name(kind, {GATEWAY: meta.weights_commit}, meta.version))
+            return Found(kind, self._name(meta.version, {GATEWAY: meta.weights_commit}))
         merged = self._store.merged()
         if merged is None:
             read_gateway(self._store, kind)  # says why there is none
             raise UnknownExpertError("there is no merged gateway yet", about="gateway")
         commits = {name: one.weights_commit for name, one in merged.experts.items()}
         total = sum(one.version for one in merged.experts.values())
-        return Found(kind, self._name(kind, commits | {"": merged.settings}, total))
+        return Found(kind, self._name(total, commits, merged.settings))
 
-    def _name(self, kind: str, commits: dict[str, str], version: int) -> str:
-        content = json.dumps([kind, sorted(commits.items()), self._settings.options])
-        return f"{self._settings.name}-v{version}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
+    def _name(self, version: int, commits: dict[str, str], settings: str = "") -> str:
+        chosen = self._settings
+        return version_name(chosen.name, version, commits, settings=settings, options=chosen.options)
 
     def _measured(self, export: Export) -> Validation | None:
         """What is known of its validation loss; that of a merged gateway only `judge` can measure."""
@@ -302,11 +301,6 @@ class Follower:
         if code != 0:
             how = "was stopped" if code is None else f"ended with exit code {code}"
             raise AdapterRefusedError(f"the command {self._settings.command!r} {how}", about="run")
-
-
-def _commits(export: Export) -> dict[str, str]:
-    commits = {name: str(part["weights_commit"]) for name, part in export.built_from.items()}
-    return commits | ({"": str(export.info["settings"])} if export.kind == "merged" else {})
 
 
 def _rank(directory: VersionDirectory, name: str) -> int:

@@ -13,6 +13,8 @@ import torch
 from peft import ArrowConfig, create_arrow_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+if __name__ == "__main__" and len(sys.argv) < 2:
+    sys.exit(__doc__)
 HERE = Path(__file__).resolve().parent
 router = json.loads((HERE / "router.json").read_text())
 base = sys.argv[2] if len(sys.argv) > 2 else router["base_model"]

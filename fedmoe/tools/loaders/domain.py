@@ -14,6 +14,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+if __name__ == "__main__" and len(sys.argv) < 2:
+    sys.exit(__doc__)
 HERE = Path(__file__).resolve().parent
 router = json.loads((HERE / "router.json").read_text())
 base = sys.argv[2] if len(sys.argv) > 2 else router["base_model"]

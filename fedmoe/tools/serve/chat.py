@@ -76,7 +76,12 @@ class Chat:
         except KeyboardInterrupt:
             self._write(" (interrupted)")
         except RequestError as error:
-            self._write(f"{error}\n")
+            after = (
+                ", or begin a new conversation with /new"
+                if error.about == "messages" and self._messages
+                else ""
+            )
+            self._write(f"{error}{after}\n")
             if self._model not in {one.name for one in self._engine.models()}:
                 self._model = BASE
             return

@@ -1,6 +1,5 @@
 """One base model in memory, with the adapters of the gateway and of all experts; answers one question at a time."""
 
-import hashlib
 import logging
 import threading
 import warnings
@@ -163,11 +162,9 @@ class Engine:
         lora = replace(first.lora, rank=int(export.config["r"]), alpha=float(export.config["lora_alpha"]))
         key = f"adapter{self._count}"  # peft takes no dot in a name
         self._count += 1
-        commits = "".join(str(part["weights_commit"]) for part in export.built_from.values())
-        short = hashlib.sha256(commits.encode()).hexdigest()[:8]
         fresh = Served(
             name=name,
-            version=f"{name}-v{export.version}-{short}",
+            version=export.version_name(),
             mark=mark,
             key=key,
             template=export.chat_template,

@@ -115,7 +115,7 @@ QUICK = Plan(
     race=Race(step_s=4.0, round_steps=6, rounds=6, apart_steps=48, rows=16),
 )
 FULL_LEARNING = (
-    "main", "shared", "formats", "optimizers", "opt_out", "time", "lengths", "ranks", "mixes",
+    "main", "shared", "formats", "optimizers", "opt_out", "time", "real", "six", "lengths", "ranks", "mixes",
 )  # fmt: skip
 FULL = Plan(
     seconds=6.0,

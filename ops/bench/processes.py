@@ -47,6 +47,7 @@ class Watched:
     exit_code: Callable[[], int | None]
     kill: Callable[[], object]
     log: Path
+    may_end: bool = False  # with exit code 0
 
 
 @dataclass
@@ -85,8 +86,8 @@ class Processes:
 
         self.started.append(Watched(role, process.pid, lambda: process.exitcode, kill, log))
 
-    def command(self, role: str, *arguments: str, **environment: str) -> None:
-        """Run a command in a session of its own."""
+    def command(self, role: str, *arguments: str, may_end: bool = False, **environment: str) -> None:
+        """Run a command in a session of its own; only with `may_end` it may end before it is killed."""
         log = self._log(role)
         with log.open("wb") as out:
             process = subprocess.Popen(
@@ -106,7 +107,11 @@ class Processes:
                         child.kill()
             process.wait()
 
-        self.started.append(Watched(role, process.pid, process.poll, kill, log))
+        self.started.append(Watched(role, process.pid, process.poll, kill, log, may_end))
+
+    def has_ended(self, role: str) -> bool:
+        """True if all processes of a role have ended well."""
+        return all(process.exit_code() == 0 for process in self.started if process.role == role)
 
     def redis(self, *, aof: bool = False, tls: bool = False) -> str:
         """Start a private server on loopback TCP and return its URL.
@@ -159,7 +164,7 @@ class Processes:
         """Raise BenchError if a process has ended."""
         for process in self.started:
             code = process.exit_code()
-            if code is not None:
+            if code is not None and not (code == 0 and process.may_end):
                 words = process.log.read_text(errors="replace").split("\n") if process.log.exists() else []
                 last = next((line.strip() for line in reversed(words) if line.strip()), "it said nothing")
                 raise BenchError(f"{self.name}: the {process.role} process ended with code {code}: {last}")

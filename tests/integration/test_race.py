@@ -1,16 +1,26 @@
-"""The race of `ops.bench.race`: our side of it, with a tiny model. Flower's needs an environment of its own."""
+"""The race of `ops.bench.race`: our side of it, with a tiny model. Flower's needs an environment of its own.
+
+And a run of `ops.bench.learning` in real processes.
+"""
 
 import time
 from array import array
 from pathlib import Path
 
+import pytest
 import torch
 
 from fedmoe.data.encode import Answer, Example
+from fedmoe.demo.corpus_rows import Row
+from fedmoe.model.adapter import adapter_layout
+from fedmoe.protocol.lora import LoraSettings
 from fedmoe.protocol.lora_init import initial_weights
+from fedmoe.protocol.rules import TrainingSettings
+from ops.bench.learning.real import play_real
+from ops.bench.learning.runs import Run
 from ops.bench.race_fedmoe import run_fedmoe
 from ops.bench.race_seat import Seat, Setup, prepare
-from tests.tiny import save_tiny_model
+from tests.tiny import save_tiny_model, tiny_config
 
 
 def made(tmp_path: Path, **changes: object) -> tuple[Path, Setup, dict[str, list[Example]]]:
@@ -48,3 +58,18 @@ def test_our_side_trains_the_gateway_and_saves_it_along_the_way(tmp_path: Path) 
     first = initial_weights(setup.spec().layout, 0)
     assert torch.equal(seen[0][1], first)
     assert not torch.equal(seen[-1][1], first)
+
+
+@pytest.mark.slow
+def test_a_run_of_the_learning_benchmark_in_real_processes(tmp_path: Path) -> None:
+    """The workers take their steps and end; the gateway holds what they trained."""
+    run = Run(scheme="real", mix="one", steps=4, rank=4, sync_s=0.5, seed=3)
+    rows = {"sql_expert": [Row(prompt=f"what {n}", completion="red", source="") for n in range(6)]}
+    training = TrainingSettings(learning_rate=1e-3, batch_size=2, max_length=64, warmup_steps=1)
+    played = play_real(run, str(save_tiny_model(tmp_path / "model")), rows, training)
+    assert played.steps == 4
+    assert 1 <= played.updates <= 4
+    assert played.staleness == 0.0
+    assert not torch.equal(
+        played.weights, initial_weights(adapter_layout(tiny_config(), LoraSettings(rank=4)), 3)
+    )

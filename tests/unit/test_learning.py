@@ -11,6 +11,7 @@ import torch
 from consumers.gateway.merge import merge
 from consumers.gateway.search import Objective, side_by_side
 from fedmoe.data.encode import Answer, Example
+from fedmoe.demo.corpus_rows import Row, Split
 from fedmoe.model.adapter import adapter_layout
 from fedmoe.protocol.lora import LoraSettings
 from fedmoe.protocol.lora_init import initial_weights
@@ -19,13 +20,12 @@ from fedmoe.protocol.spec import Spec
 from fedmoe.tools.evaluate import mean_loss
 from ops.bench.fedmoe_side import make_spec
 from ops.bench.learning.carry import BASE, OWN, Outcome, kept, outcomes, write
-from ops.bench.learning.lab import CPU, inputs_of, merges, share_of
+from ops.bench.learning.lab import CPU, halves_of, inputs_of, merges, share_of
 from ops.bench.learning.report import figures, lines_of, plot, table
 from ops.bench.learning.rounds import play_rounds
-from ops.bench.learning.runs import ALL, DOMAINS, GATEWAY, MIXES, PARTS, SCHEMES, Run, WorkerPlan
+from ops.bench.learning.runs import ALL, DOMAINS, GATEWAY, HALVES, MIXES, PARTS, SCHEMES, Run, WorkerPlan
 from ops.bench.learning.server import Server
 from ops.bench.learning.stage import Stage, StageTrainer
-from ops.bench.learning.times import ALIKE, STRAGGLER, arrivals, reached, time_figures, time_table
 from ops.bench.learning.virtual import Clock, Worker, servers_of, simulate
 from producers.trainer import StepResult
 from tests.strategies import randn
@@ -250,6 +250,28 @@ def test_rows_of_workers() -> None:
     assert both[16:22] == [*rows[DOMAINS[2]], *rows[DOMAINS[2]]]
 
 
+def test_six_domains_are_the_halves_of_three_by_source() -> None:
+    """Each row is in one half, all rows of a source are in the same, and no half is empty if there are two sources."""
+
+    def rows(*sources: str) -> tuple[Row, ...]:
+        return tuple(Row(prompt=f"{n}", completion=f"{n}", source=source) for n, source in enumerate(sources))
+
+    split = Split(train=rows(*"aabbccd"), valid=rows("x", "y", "x"), test=rows("z", "w"))
+    first, second = halves_of(split)
+    assert [row.source for row in first.train] == ["a", "a", "c", "c"]
+    assert [row.source for row in second.train] == ["b", "b", "d"]
+    assert [len(half.valid) for half in (first, second)] == [2, 1]
+    assert [row.source for half in (first, second) for row in half.test] == ["w", "z"]
+    six = Run(scheme="gateway", mix="six", steps=24)
+    assert six.domains == HALVES == tuple(plan.domain for plan in six.workers())
+    assert len(HALVES) == 6
+    central = Run(scheme="central", mix="six", steps=24)
+    assert central.domains == HALVES
+    assert central.workers()[0].stop_s == 6 * 24
+    every = {name: examples(seed) for seed, name in enumerate(HALVES)}
+    assert len(share_of(every, WorkerPlan(name="w", domain=ALL, stop_s=1.0), HALVES)) == 6 * 8
+
+
 def outcome(run: Run, **means: float) -> Outcome:
     losses = {name.replace("_", " "): dict.fromkeys(DOMAINS, mean) for name, mean in means.items()}
     fields = asdict(run) | {"delay_s": list(run.delay_s)}
@@ -296,6 +318,11 @@ def test_outcomes_are_kept_and_not_repeated(tmp_path: Path) -> None:
     report: Callable[[str], None] = reports.append
     assert list(outcomes([run for run, _ in some()], tmp_path, report=report)) == some()
     assert not reports
+    (first, one), *_ = some()
+    earlier = {name: value for name, value in one.run.items() if name != "trace"}  # a field that came later
+    write(tmp_path / f"{first.name}.json", replace(one, run=earlier))
+    assert [run for run, _ in outcomes([first], tmp_path, report=report)] == [first]
+    assert not reports
     plot(tmp_path / "plot.png", lines_of(some()))
     assert (tmp_path / "plot.png").stat().st_size > 5000
 
@@ -341,51 +368,3 @@ def test_the_clock_is_watched_once_in_a_sync_interval() -> None:
     versions = [version for _, version in seen]
     assert versions == sorted(versions)
     assert 0 == versions[0] < versions[2] < versions[4]
-
-
-def test_when_a_loss_is_reached() -> None:
-    curve = [[0.0, 2.0], [6.0, 1.4], [12.0, 1.3], [18.0, 1.1]]
-    assert reached(curve, 2.5) == 0.0
-    assert reached(curve, 1.7) == pytest.approx(3.0)
-    assert reached(curve, 1.2) == pytest.approx(15.0)
-    assert reached(curve, 1.0) is None
-
-
-def test_own_pace_beside_the_fastest_rounds_of_the_same_seed() -> None:
-    """The loss to reach is 2.0 - 0.8 x (2.0 - 1.0) = 1.2."""
-
-    def traced(run: Run, curve: list[list[float]]) -> tuple[Run, Outcome]:
-        return run, replace(outcome(run, gateway=1.0), curve=curve)
-
-    apart = Run(scheme="apart", merges=False, rows=16)
-    paced = {"scheme": "gateway", "gain": 2.0, "trace": True, "rows": 16}
-    rounds = {"scheme": "rounds", "mix": ALIKE, "trace": True, "rows": 16}
-    found = [
-        (apart, outcome(apart, **{BASE: 2.0, OWN.replace(" ", "_"): 1.0})),
-        traced(Run(mix=ALIKE, **paced), [[0.0, 2.0], [10.0, 1.2]]),
-        traced(Run(mix=STRAGGLER, **paced), [[0.0, 2.0], [12.0, 1.2]]),
-        traced(Run(sync_s=6.0, **rounds), [[0.0, 2.0], [7.0, 1.2]]),
-        traced(Run(sync_s=3.0, **rounds), [[0.0, 2.0], [4.0, 1.3], [8.0, 1.2]]),
-        traced(Run(sync_s=12.0, **rounds), [[0.0, 2.0], [13.0, 1.3]]),
-        traced(Run(sync_s=3.0, seed=1, **rounds), [[0.0, 2.0], [1.0, 1.0]]),  # of a seed without experts
-    ]
-    made = arrivals(found)
-    figures_ = {result.name: result for result in time_figures(made)}
-    assert figures_["learning_time_own_pace_vs_rounds_four"].value == pytest.approx(10 / 7)
-    assert figures_["learning_time_own_pace_vs_rounds_straggler"].value == pytest.approx(12 / 25)
-    assert figures_["learning_time_own_pace_vs_rounds_straggler"].met
-    assert figures_["learning_time_own_pace_vs_rounds_straggler_ideal"].value == pytest.approx(1 / 3.25)
-    assert "straggler  rounds of 12 steps  gain 1   -" in time_table(made)
-
-
-def test_the_page_has_the_figures_of_the_kept_runs() -> None:
-    """The runs in the repository are those of the table of docs/benchmarks.md."""
-    root = Path(__file__).parents[2]
-    found = arrivals(kept(root / "ops" / "bench" / "learning" / "measured"))
-    page = (root / "docs" / "benchmarks.md").read_text()
-    for way, name in (("own pace", "own pace, gain 2"), ("rounds of 6 steps", "rounds of 6 steps, gain 2")):
-        seconds = {
-            one.workers: one.seconds for one in found if (one.way, one.gain, one.seed) == (way, 2.0, 0)
-        }
-        (line,) = [line for line in page.splitlines() if line.startswith(f"| {name}")]
-        assert line.endswith(f"| {seconds[ALIKE]:.1f} | {seconds[STRAGGLER]:.1f} |")

@@ -5,11 +5,13 @@
                                                          is not made again; --part NAME … makes some parts only
     .venv/bin/python -m ops.bench.learning DIR           the table of what is in DIR
 
-Everything happens in one process on a virtual clock that the seed fixes; ledger, codec, judging and fold are the real
-ones, and so are the model (SmolLM2-135M-Instruct), the trainer and the demo's three domains.
+A run happens in one process on a virtual clock that the seed fixes; ledger, codec, judging and fold are the real ones,
+and so are the model (SmolLM2-135M-Instruct), the trainer and the demo's three domains. The runs of the part `real`
+start real processes.
 
     runs      what a run is, the workers' mixes, the parts
     virtual   clock, workers, chains; server: the aggregator's side of a chain; rounds: workers that wait
+    real      the same in real processes
     stage     one base model for all chains; lab: rows and held-out losses
     carry     carries a run out and keeps its outcome; report: table, figures, plot; times: when a loss is reached
 """

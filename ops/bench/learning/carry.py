@@ -13,9 +13,10 @@ import torch
 
 from fedmoe.protocol.lora_init import initial_weights
 from fedmoe.tools.routing import BY_ARROW, BY_VECTORS
-from ops.bench.learning.lab import FITTED, Lab, is_expert, merges
+from ops.bench.learning.lab import FITTED, TRAINING, Lab, is_expert, merges
+from ops.bench.learning.real import play_real
 from ops.bench.learning.rounds import play_rounds
-from ops.bench.learning.runs import DOMAINS, GATEWAY, SCHEMES, Run, WorkerPlan
+from ops.bench.learning.runs import GATEWAY, SCHEMES, Run, WorkerPlan
 from ops.bench.learning.server import Server
 from ops.bench.learning.stage import StageTrainer
 from ops.bench.learning.virtual import Worker, servers_of, simulate
@@ -54,14 +55,29 @@ class Outcome:
 Found = list[tuple[Run, Outcome]]
 
 
-def domains_of(run: Run) -> tuple[str, ...]:
-    """The domains on which the run's models are measured: those that its mix trains."""
-    present = {plan.domain for plan in Run(scheme="gateway", mix=run.mix).workers()}
-    return tuple(domain for domain in DOMAINS if domain in present)
-
-
 def carry_out(run: Run, lab: Lab) -> Outcome:
     """Train and measure."""
+    return _carry_out_real(run, lab) if run.scheme == "real" else _carry_out_virtual(run, lab)
+
+
+def _carry_out_real(run: Run, lab: Lab) -> Outcome:
+    began, cpu_began = time.monotonic(), time.process_time()
+    played = play_real(run, lab.model_dir, lab.training_rows(run.domains), TRAINING)
+    return Outcome(
+        run=asdict(run),
+        losses={GATEWAY: lab.losses(run.rows, played.weights, run.domains)},
+        steps={GATEWAY: played.steps},
+        updates={GATEWAY: played.updates},
+        staleness={GATEWAY: played.staleness},
+        seconds=round(time.monotonic() - began, 1),
+        cpu_s=round(time.process_time() - cpu_began, 1),
+        precision=lab.precision,
+        valid=lab.valid_losses(run.rows, played.weights, run.domains),
+        curve=[],
+    )
+
+
+def _carry_out_virtual(run: Run, lab: Lab) -> Outcome:
     began, cpu_began = time.monotonic(), time.process_time()
     spec = lab.spec(run)
     servers = servers_of(run, lambda name: Server(name, spec, run.rules))
@@ -80,7 +96,7 @@ def carry_out(run: Run, lab: Lab) -> Outcome:
     else:
         workers = simulate(run, servers, make, watch=watch)
         steps = {name: _steps(workers, server) for name, server in servers.items()}
-    domains = domains_of(run)
+    domains = run.domains
     losses = _losses(run, lab, servers)
     valid = lab.valid_losses(run.rows, servers[GATEWAY].weights, domains) if GATEWAY in servers else {}
     curve = [
@@ -105,7 +121,7 @@ def _steps(workers: Iterable[Worker], server: Server) -> int:
 
 
 def _losses(run: Run, lab: Lab, servers: dict[str, Server]) -> dict[str, dict[str, float]]:
-    domains = domains_of(run)
+    domains = run.domains
     experts = {name: server.weights for name, server in servers.items() if is_expert(name)}
     found: dict[str, dict[str, float]] = {}
     if run.scheme == "apart":
@@ -141,7 +157,7 @@ def outcomes(
     for run in dict.fromkeys(runs):
         file = keep / f"{run.name}.json"
         outcome = read(file)
-        if outcome is None or outcome.run != _plain(run):
+        if outcome is None or _run_of(outcome.run) != run:
             if run.rank not in labs:
                 labs.clear()  # one base model in memory
                 labs[run.rank] = Lab(run.rank)
@@ -149,10 +165,6 @@ def outcomes(
             write(file, outcome)
             report(f"    {run.name}: {outcome.seconds:.0f} s, {outcome.cpu_s:.0f} s of CPU")
         yield run, outcome
-
-
-def _plain(run: Run) -> dict[str, Any]:
-    return dict(json.loads(json.dumps(asdict(run))))
 
 
 def read(file: Path) -> Outcome | None:

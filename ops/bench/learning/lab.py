@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import cache, cached_property
+from functools import cache
 from itertools import cycle, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,7 +18,7 @@ from fedmoe.data.encode import Example
 from fedmoe.data.examples import make_examples, padding_id
 from fedmoe.data.jsonl import open_data
 from fedmoe.demo.corpus import DOMAINS as SOURCES
-from fedmoe.demo.corpus_rows import Row, split_by_source
+from fedmoe.demo.corpus_rows import Row, Split, split_by_source
 from fedmoe.demo.pretrained import ensure_demo_model
 from fedmoe.model.adapter import adapter_layout
 from fedmoe.model.base import choose_precision, load_base, load_config
@@ -33,7 +33,7 @@ from fedmoe.tools.arrow import arrow_loaded
 from fedmoe.tools.evaluate import Adapter, mean_loss, mean_of_rows, row_losses
 from fedmoe.util.disk import cache_directory
 from ops.bench.fedmoe_side import make_spec
-from ops.bench.learning.runs import ALL, DOMAINS, GATEWAY, Run, WorkerPlan
+from ops.bench.learning.runs import ALL, DOMAINS, GATEWAY, HALVES, Run, WorkerPlan
 from ops.bench.learning.stage import Stage, StageTrainer
 from producers.vector import some_of
 
@@ -62,6 +62,7 @@ class Lab:
         lora = LoraSettings(rank=rank, alpha=2.0 * rank)
         self._spec = make_spec(adapter_layout(load_config(self.model_dir), lora), "int4", lora=lora)
         self.stage = Stage(load_base(self.model_dir, device=CPU, dtype=torch.float32), self._spec)
+        self._vectors: dict[str, torch.Tensor] = {}
         self._autocast = choose_precision("auto", CPU)
         self.precision = str(self._autocast).removeprefix("torch.")
 
@@ -78,7 +79,7 @@ class Lab:
         return StageTrainer(
             stage=self.stage,
             flat=flat,
-            examples=share_of(self.train, plan),
+            examples=share_of(self.train, plan, run.domains),
             pad_id=self.pad_id,
             settings=TRAINING,
             seed=int.from_bytes(hashlib.sha256(order.encode()).digest()[:4], "big"),
@@ -133,11 +134,16 @@ class Lab:
         weighted = [replace(inputs[name], in_groups=weights) for name, weights in found.weights.items()]
         return merge(weighted, scale=None)
 
-    @cached_property
-    def vectors(self) -> torch.Tensor:
-        """The domain vectors (e, d) of DOMAINS, as workers publish them."""
-        sent = (self._states(some_of(self.train[name], VECTOR_ROWS)).mean(0) for name in DOMAINS)
-        return torch.stack([DomainVector.of(mean, VECTOR_ROWS).tensor() for mean in sent])
+    def training_rows(self, domains: Sequence[str]) -> dict[str, Sequence[Row]]:
+        """The training rows of some domains as text."""
+        return {name: demo_splits()[name].train for name in domains}
+
+    def _vector(self, name: str) -> torch.Tensor:
+        """The vector (d,) of a domain, as workers publish it."""
+        if name not in self._vectors:
+            mean = self._states(some_of(self.train[name], VECTOR_ROWS)).mean(0)
+            self._vectors[name] = DomainVector.of(mean, VECTOR_ROWS).tensor()
+        return self._vectors[name]
 
     def _states(self, examples: Sequence[Example]) -> torch.Tensor:
         model = self.stage.model
@@ -148,8 +154,8 @@ class Lab:
 
     def routed(self, rows: int, experts: Mapping[str, torch.Tensor]) -> dict[str, float]:
         """The held-out loss on the domains of these experts, each row with the one to which its vector routes it."""
-        names = [name for name in DOMAINS if name in experts]
-        vectors = self.vectors[[DOMAINS.index(name) for name in names]]
+        names = list(experts)
+        vectors = torch.stack([self._vector(name) for name in names])
         found = {}
         for domain in names:
             examples = list(self.test[domain][:rows])
@@ -183,13 +189,13 @@ class Lab:
             }  # fmt: skip
 
 
-def share_of(rows: Rows, plan: WorkerPlan) -> list[Example]:
-    """The first part of the domain's rows; for ALL as many of every domain, so that small ones come several times."""
+def share_of(rows: Rows, plan: WorkerPlan, domains: Sequence[str] = DOMAINS) -> list[Example]:
+    """The first part of the domain's rows; for ALL as many of all `domains`, so that small ones come several times."""
     if plan.domain != ALL:
         own = list(rows[plan.domain])
         return own[: max(1, round(len(own) * plan.share))]
-    most = max(len(rows[name]) for name in DOMAINS)
-    return [row for name in DOMAINS for row in islice(cycle(rows[name]), most)]
+    most = max(len(rows[name]) for name in domains)
+    return [row for name in domains for row in islice(cycle(rows[name]), most)]
 
 
 def inputs_of(spec: Spec, experts: Mapping[str, torch.Tensor]) -> dict[str, MergeInput]:
@@ -213,6 +219,33 @@ def is_expert(chain: str) -> bool:
 
 
 @cache
+def demo_splits() -> dict[str, Split]:
+    """The rows of DOMAINS, and of HALVES."""
+    splits = {
+        name: split_by_source(
+            SOURCES[name].collect(0), seed=0, train=TRAIN_ROWS, valid=VALID_ROWS, test=TEST_ROWS
+        )
+        for name in DOMAINS
+    }
+    halves = [half for split in splits.values() for half in halves_of(split)]
+    return splits | dict(zip(HALVES, halves, strict=True))
+
+
+def halves_of(split: Split) -> tuple[Split, Split]:
+    """A domain as two: in each part of the split, every other source goes to the other half."""
+
+    def half(rows: Sequence[Row], number: int) -> tuple[Row, ...]:
+        mine = set(sorted({row.source for row in rows})[number::2])
+        return tuple(row for row in rows if row.source in mine)
+
+    first, second = (
+        Split(train=half(split.train, number), valid=half(split.valid, number), test=half(split.test, number))
+        for number in (0, 1)
+    )
+    return first, second
+
+
+@cache
 def demo_rows() -> tuple[Rows, Rows, Rows, int, str]:
     """Training, validation and test rows of every domain, the padding id, and the model's directory."""
     model_dir = str(ensure_demo_model(cache_directory(), report=print))
@@ -227,10 +260,7 @@ def demo_rows() -> tuple[Rows, Rows, Rows, int, str]:
 
     train, valid, test = {}, {}, {}
     with TemporaryDirectory(prefix="fedmoe-learning-") as scratch:
-        for name in DOMAINS:
-            split = split_by_source(
-                SOURCES[name].collect(0), seed=0, train=TRAIN_ROWS, valid=VALID_ROWS, test=TEST_ROWS
-            )
+        for name, split in demo_splits().items():
             train[name] = encoded(split.train, Path(scratch, f"{name}.train.jsonl"))
             valid[name] = encoded(split.valid, Path(scratch, f"{name}.valid.jsonl"))
             test[name] = encoded(split.test, Path(scratch, f"{name}.test.jsonl"))

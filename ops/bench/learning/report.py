@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from consumers.gateway.search import SCALES
-from fedmoe.protocol.rules import ADAPTIVE, BY_WORKER, NESTEROV
+from fedmoe.protocol.rules import ADAPTIVE, BY_WORKER, NESTEROV, RuleSet
 from fedmoe.tools.routing import BY_VECTORS
 from ops.bench.learning.carry import BASE, OPTED_OUT, OVER, OWN, Outcome
 from ops.bench.learning.lab import FITTED
@@ -21,6 +21,7 @@ from ops.bench.result import Result, figure
 FIXED = tuple(f"cat {scale:g}" for scale in SCALES)
 MERGED = (*FIXED, "svd 1.8", FITTED)
 BEST_GAIN = 2.0  # of the figures with a bar
+SYNC_DEFAULT_S = RuleSet().sync_interval_s
 Group = tuple[str, int, int, int]
 
 
@@ -46,6 +47,8 @@ def label_of(run: Run, model: str) -> str:
         return "centralised"
     if run.scheme == "rounds":
         return f"gateway, in rounds of {run.sync_s:g} steps, gain {run.gain:g}"
+    if run.scheme == "real":
+        return f"gateway in real processes, every {run.sync_s:g} s, gain {run.gain:g}"
     what = {GATEWAY: "gateway", OWN: "experts", OVER: "experts over gateway"}.get(model, "gateway")
     if run.scheme == "gateway":
         more = ", domains alike" if run.balance != BY_WORKER else ""
@@ -134,6 +137,10 @@ def figures(lines: Iterable[Line], *, short: bool) -> Iterator[Result]:
             yield _mean(f"{mark}_gateway_share", list(trained.values()), "of perfect")
             yield figure(f"{mark}_gateway_least_share", [min(trained.values())], "of perfect")
             yield _mean(f"{mark}_above_merged_points", _above(trained, block, MERGED), "points")
+        real = block.get(f"gateway in real processes, every {SYNC_DEFAULT_S:g} s, gain {BEST_GAIN:g}")
+        if group[:3] == ("three", 48, 8) and real:
+            yield _mean(f"{mark}_real_share", list(real.values()), "of perfect")
+            yield figure(f"{mark}_real_least_share", [min(real.values())], "of perfect")
         if group[:3] == ("three", 48, 8) and (routed := block.get(BY_VECTORS)):
             yield _mean(f"{mark}_routed_share", list(routed.values()), "of perfect")
 

@@ -7,6 +7,9 @@ from fedmoe.protocol.names import GATEWAY
 from fedmoe.protocol.rules import ADAPTIVE, BY_DOMAIN, BY_WORKER, NESTEROV, SGD, AggregationRules
 
 DOMAINS = ("python_expert", "sql_expert", "docs_expert")
+HALVES = tuple(
+    f"{name.removesuffix('_expert')}{half}_expert" for name in DOMAINS for half in (1, 2)
+)  # by source
 SYNC_S = 6.0  # virtual seconds between two updates of a worker, and its steps meanwhile
 TRACE_ROWS = 16  # held-out rows of a domain at most, where the loss is measured along the way
 ALL = "all"  # a worker of this domain has the rows of every domain
@@ -17,6 +20,7 @@ SCHEMES = {
     "twice": "gateway and expert take a step each on the same rows",
     "residual": "as `twice`; the expert is trained on top of the gateway",
     "central": "one worker has all rows and trains the gateway",
+    "real": "every worker trains the gateway, in real processes, with the rules of a new gateway",
     "rounds": "every worker trains the gateway, in rounds that end when the slowest has taken its steps",
 }
 
@@ -55,7 +59,8 @@ class Run:
         rank: of the adapter; alpha is twice the rank.
         seed: of initial weights, order of rows and delays.
         rows: held-out rows of each domain.
-        sync_s: virtual seconds between two updates of a worker; in rounds, the steps of each worker.
+        sync_s: virtual seconds between two updates of a worker; in rounds, the steps of each worker; in real
+            processes, real seconds.
         delay_s: least and longest time between making and applying an update, and between applying and pulling.
         merges: measure merges and routers of experts trained apart, too.
         trace: measure the gateway's loss also along the way, every `sync_s` virtual seconds or after each round.
@@ -110,12 +115,18 @@ class Run:
         """The runs with which it may be compared have the same group."""
         return self.mix, self.steps, self.rank, self.rows
 
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """The domains on which its models are measured: those that its mix trains."""
+        present = {plan.domain for plan in MIXES[self.mix](self.steps)}
+        return tuple(name for name in (*DOMAINS, *HALVES) if name in present)
+
     def chains(self, worker: WorkerPlan) -> tuple[str, ...]:
         """The chains that a worker trains, in turn."""
         match self.scheme:
             case "apart":
                 return (worker.domain,)
-            case "gateway" | "central" | "rounds":
+            case "gateway" | "central" | "rounds" | "real":
                 return (GATEWAY,)
         return (GATEWAY, worker.domain)
 
@@ -146,6 +157,7 @@ def _many(seconds: float, **counts: int) -> tuple[WorkerPlan, ...]:
 
 MIXES: dict[str, Callable[[float], tuple[WorkerPlan, ...]]] = {
     "three": _three,
+    "six": lambda seconds: tuple(WorkerPlan(name=name, domain=name, stop_s=seconds) for name in HALVES),
     "one": lambda seconds: _many(seconds, sql=1),
     "eight": lambda seconds: _many(seconds * 3 / 8, python=3, sql=3, docs=2),
     "slow": lambda seconds: _three(seconds, sql={"speed": 0.25}),
@@ -189,6 +201,23 @@ def _ranks(rows: int, seeds: int) -> Iterator[Run]:
     for seed in range(seeds):
         for scheme, gain in (("apart", 1.0), ("gateway", 2.0), ("central", 1.0)):
             yield Run(scheme=scheme, gain=gain, rank=16, seed=seed, rows=rows)
+
+
+def _six(rows: int, seeds: int) -> Iterator[Run]:
+    """Six domains, each half of the sources of one of the three."""
+    for seed in range(seeds):
+        for scheme, gain in (
+            ("apart", 1.0), ("gateway", 2.0), ("gateway", 3.0), ("gateway", 1.0), ("central", 1.0),
+        ):  # fmt: skip
+            yield Run(scheme=scheme, mix="six", gain=gain, seed=seed, rows=rows)
+
+
+def _real(rows: int, seeds: int) -> Iterator[Run]:
+    """Real processes, with the default interval between two updates and with half of it."""
+    for seed in range(seeds):
+        yield Run(scheme="apart", merges=False, seed=seed, rows=rows)
+        for sync_s in (10.0, 5.0):
+            yield Run(scheme="real", gain=2.0, balance=BY_DOMAIN, sync_s=sync_s, seed=seed, rows=rows)
 
 
 def _formats(rows: int, seeds: int) -> Iterator[Run]:
@@ -265,6 +294,8 @@ PARTS: dict[str, Callable[[int, int], Iterator[Run]]] = {
     "formats": _formats,
     "optimizers": _optimizers,
     "opt_out": _opt_out,
+    "real": _real,
+    "six": _six,
     "lengths": _lengths,
     "ranks": _ranks,
     "mixes": _mixes,

@@ -63,12 +63,7 @@ def read_inputs(
         experts.append(replace(as_input(specs[name], file), weight=weight, in_groups=in_groups))
     total = sum(expert.weight for expert in experts)
     if not total:
-        raise SpecError(
-            "the fit of the merged gateway is of none of the present experts: fit again (fedmoe gateway fit)"
-            if fit
-            else "every expert's gateway weight is 0: nothing to merge yet",
-            about="gateway_weight",
-        )
+        raise SpecError(_why_nothing(listed, fit), about="gateway_weight")
     return Inputs(
         spec=next(iter(specs.values())),
         experts=experts,
@@ -80,6 +75,18 @@ def read_inputs(
             if expert.weight
         },
     )
+
+
+def _why_nothing(listed: Mapping[str, float], fit: Fit | None) -> str:
+    if not any(listed.values()):
+        return (
+            "every expert's gateway weight is 0, so there is nothing to merge: fedmoe expert weight EXPERT 1"
+        )
+    if fit:
+        return (
+            "the fit of the merged gateway is of none of the present experts: fit again (fedmoe gateway fit)"
+        )
+    return "no expert was trained yet, so all weights are 0 and there is nothing to merge"
 
 
 def as_input(spec: Spec, file: bytes) -> MergeInput:

@@ -32,7 +32,11 @@ COMMANDS = {
     "backup": ("fedmoe.cli.backup", "backup", "Write all experts to a directory, also while they train."),
     "restore": ("fedmoe.cli.backup", "restore", "Put the experts of a backup into a Redis."),
     "plan": ("fedmoe.cli.plan", "plan", "Estimate memory, disk and network of a federation."),
-    "demo": ("fedmoe.cli.demo", "demo", "Train and merge three experts on this machine, with a real model."),
+    "demo": (
+        "fedmoe.cli.demo",
+        "demo",
+        "Train three experts and a gateway on this machine, with a real model.",
+    ),
     "config": ("fedmoe.cli.config", "config", "Show settings and their sources, check a configuration file."),
     "healthy": ("fedmoe.cli.healthy", "healthy", "Say whether a process of this machine is alive."),
     "doctor": ("fedmoe.cli.doctor", "doctor", "Check this installation and the Redis."),

@@ -55,6 +55,11 @@ class Race:
     apart_steps: int
     rows: int
 
+    @property
+    def label(self) -> str:
+        """For the names of files."""
+        return f"{self.rounds}x{self.round_steps}-{self.step_s:g}s-n{self.rows}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:

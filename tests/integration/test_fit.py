@@ -9,7 +9,7 @@ import torch
 
 from consumers.gateway.builder import GatewayBuilder
 from consumers.gateway.fit import fit_gateway
-from consumers.gateway.inputs import as_input
+from consumers.gateway.inputs import as_input, read_inputs
 from consumers.gateway.merge import merge
 from fedmoe.errors import BaseModelError, DataError, SpecError, UnknownExpertError
 from fedmoe.protocol.fit import Fit, weights_text
@@ -279,3 +279,6 @@ def test_experts_without_weight_or_training_are_left_out(
     export = read_gateway(GatewayStore(connection), "merged")
     assert export.weights.keys() == {"red"}  # the card has them, of a fit too
     assert export.config["r"] == 4
+    store = GatewayStore(connection)
+    with pytest.raises(SpecError, match="every expert's gateway weight is 0"):
+        read_inputs(store, dict.fromkeys(("red", "blue", "green"), 0.0), GatewaySettings(), store.fit())

@@ -18,6 +18,8 @@ from fedmoe.protocol.lora_init import initial_weights
 from fedmoe.protocol.rules import TrainingSettings
 from ops.bench.learning.real import play_real
 from ops.bench.learning.runs import Run
+from ops.bench.learning.times import reached
+from ops.bench.race import losses_until
 from ops.bench.race_fedmoe import run_fedmoe
 from ops.bench.race_seat import Seat, Setup, prepare
 from tests.tiny import save_tiny_model, tiny_config
@@ -46,6 +48,15 @@ def test_a_seat_has_the_client_s_rows_and_pace(tmp_path: Path) -> None:
     seat.step()
     assert time.monotonic() - began >= 0.4
     assert not torch.equal(seat.flat, before)
+
+
+def test_snapshots_are_tested_until_one_has_the_loss() -> None:
+    """And all of them if none has it: then there is no time, and the race goes on."""
+    snapshots = [(float(second), torch.tensor(loss)) for second, loss in enumerate((2.0, 1.5, 1.0, 0.5))]
+    assert losses_until(1.2, snapshots, float) == [(0.0, 2.0), (1.0, 1.5), (2.0, 1.0)]
+    curve = losses_until(0.1, snapshots, float)
+    assert len(curve) == 4
+    assert reached(curve, 0.1) is None
 
 
 def test_our_side_trains_the_gateway_and_saves_it_along_the_way(tmp_path: Path) -> None:

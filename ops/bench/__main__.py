@@ -39,7 +39,7 @@ def _parse() -> argparse.Namespace:
         "--keep",
         type=Path,
         metavar="DIR",
-        help="learning: keep each run in DIR; runs that are there are not repeated",
+        help="learning and race: keep each run in DIR; runs that are there are not repeated",
     )
     parser.add_argument(
         "--part",

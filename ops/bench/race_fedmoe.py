@@ -15,7 +15,7 @@ from fedmoe.store.connection import Connection
 from fedmoe.store.gateway import GatewayStore
 from ops.bench.fedmoe_side import FINGERPRINT, aggregator_command, create_expert
 from ops.bench.processes import CONTEXT, Processes
-from ops.bench.race_seat import TRAINING, Seat, Setup
+from ops.bench.race_seat import TRAINING, Seat, Setup, Snapshot
 from producers.checkpoint import StateDir
 from producers.membership import Membership, pass_boundaries
 
@@ -41,7 +41,7 @@ def train(pipe: Any, url: str, directory: Path, number: int) -> None:
         member.exchange.record(seat.step())
 
 
-def run_fedmoe(directory: Path, setup: Setup) -> list[tuple[float, torch.Tensor]]:
+def run_fedmoe(directory: Path, setup: Setup) -> list[Snapshot]:
     """The weights about once in `round_steps` steps of an ordinary client, for as long as Flower's rounds may take."""
     spec, interval_s = setup.spec(), setup.round_steps * min(setup.step_s)
     rules = RuleSet(
@@ -65,13 +65,13 @@ def run_fedmoe(directory: Path, setup: Setup) -> list[tuple[float, torch.Tensor]
             pipe.recv()
         connection = Connection(RedisSettings(url=url))
         store = GatewayStore(connection)
-        seen = [(0.0, _weights(store, setup))]
+        seen = [Snapshot(0.0, _weights(store, setup))]
         began = time.monotonic()
         for pipe in pipes:
             pipe.send(None)
         for moment in range(1, setup.rounds + 1):
             processes.sleep(began + moment * interval_s - time.monotonic())
-            seen.append((time.monotonic() - began, _weights(store, setup)))
+            seen.append(Snapshot(time.monotonic() - began, _weights(store, setup)))
         connection.close()
     return seen
 

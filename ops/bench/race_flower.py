@@ -6,19 +6,18 @@ Its environment sees FedMoE's packages behind its own, so that its clients have 
 import site
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file, save_file
 
 from fedmoe.protocol.lora_init import initial_weights
 from ops.bench.flower import VENV, start_flower
 from ops.bench.processes import ROOT, Processes
-from ops.bench.race_seat import Setup
+from ops.bench.race_seat import Setup, Snapshot
 
 APP = Path(__file__).parent / "race_app"
 SAVED = "round-*.safetensors"
 
 
-def run_flower(directory: Path, setup: Setup) -> list[tuple[float, torch.Tensor]]:
+def run_flower(directory: Path, setup: Setup) -> list[Snapshot]:
     """The weights before the first round and after each; a round takes as long as its slowest client."""
     packages = next(VENV.glob("lib/python3*/site-packages"))
     (packages / "behind.pth").write_text("\n".join((str(ROOT), *site.getsitepackages())) + "\n")
@@ -33,8 +32,8 @@ def run_flower(directory: Path, setup: Setup) -> list[tuple[float, torch.Tensor]
         for number in range(setup.rounds):
             file = directory / SAVED.replace("*", str(number + 1))
             processes.until(f"round {number + 1}", file.exists, timeout_s=longest_s)
-    seen = [(0.0, first)]
+    seen = [Snapshot(0.0, first)]
     for number in range(setup.rounds):
         saved = load_file(directory / SAVED.replace("*", str(number + 1)))
-        seen.append((float(saved["second"]), saved["flat"]))
+        seen.append(Snapshot(float(saved["second"]), saved["flat"], float(saved["starts"])))
     return seen

@@ -6,6 +6,7 @@ from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -46,6 +47,18 @@ class Setup:
     def spec(self) -> Spec:
         """The spec of the adapter that all train."""
         return make_spec(adapter_layout(load_config(self.model_dir), LORA), "int4", lora=LORA)
+
+
+class Snapshot(NamedTuple):
+    """Weights (numel,) fp32 that were saved along the way.
+
+    Args:
+        second: since the training began; starts: of them, seconds in which all waited for processes to start.
+    """
+
+    second: float
+    weights: torch.Tensor
+    starts: float = 0.0
 
 
 def prepare(directory: Path, setup: Setup, rows: Mapping[str, Sequence[Example]]) -> None:

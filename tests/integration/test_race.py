@@ -21,7 +21,7 @@ from ops.bench.learning.runs import Run
 from ops.bench.learning.times import reached
 from ops.bench.race import losses_until
 from ops.bench.race_fedmoe import run_fedmoe
-from ops.bench.race_seat import Seat, Setup, prepare
+from ops.bench.race_seat import Seat, Setup, Snapshot, prepare
 from tests.tiny import save_tiny_model, tiny_config
 
 
@@ -52,18 +52,20 @@ def test_a_seat_has_the_client_s_rows_and_pace(tmp_path: Path) -> None:
 
 def test_snapshots_are_tested_until_one_has_the_loss() -> None:
     """And all of them if none has it: then there is no time, and the race goes on."""
-    snapshots = [(float(second), torch.tensor(loss)) for second, loss in enumerate((2.0, 1.5, 1.0, 0.5))]
-    assert losses_until(1.2, snapshots, float) == [(0.0, 2.0), (1.0, 1.5), (2.0, 1.0)]
+    snapshots = [
+        Snapshot(float(second), torch.tensor(loss), 0.25) for second, loss in enumerate((2.0, 1.5, 1.0, 0.5))
+    ]
+    assert losses_until(1.2, snapshots, float) == [(0.0, 2.0, 0.25), (1.0, 1.5, 0.25), (2.0, 1.0, 0.25)]
     curve = losses_until(0.1, snapshots, float)
     assert len(curve) == 4
-    assert reached(curve, 0.1) is None
+    assert reached([point[:2] for point in curve], 0.1) is None
 
 
 def test_our_side_trains_the_gateway_and_saves_it_along_the_way(tmp_path: Path) -> None:
     directory, setup, _ = made(tmp_path)
     seen = run_fedmoe(directory, setup)
     assert len(seen) == setup.rounds + 1
-    seconds = [second for second, _ in seen]
+    seconds = [one.second for one in seen]
     assert seconds == sorted(seconds)
     assert seconds[-1] >= setup.rounds * setup.round_steps * 0.05
     first = initial_weights(setup.spec().layout, 0)

@@ -1,6 +1,7 @@
 """FedAvg of a LoRA adapter in Flower: a client takes a round's steps with FedMoE's trainer, and keeps its optimizer.
 
-The server saves the weights after each round, with the second since the first round began.
+The server saves the weights after each round, with the second since the first round began, and with the seconds that
+the slowest clients' processes took to start: Flower starts one for each message.
 """
 
 import os
@@ -10,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -29,10 +31,17 @@ def seat_of(directory: str, number: int) -> Seat:
     return Seat(Path(directory), number)
 
 
+def start_s() -> float:
+    """Seconds since this process began."""
+    return time.time() - psutil.Process().create_time()
+
+
 @client.train()
 def train(message: Message, context: Context) -> Message:
     """Take a round's steps from the weights that came."""
+    made = seat_of.cache_info().misses
     seat = seat_of(str(context.run_config["directory"]), int(context.node_config["partition-id"]))
+    began_s = start_s() if seat_of.cache_info().misses > made else 0.0
     trainer = seat.trainer
     if "optimizer" in context.state:
         kept = context.state["optimizer"]
@@ -48,7 +57,7 @@ def train(message: Message, context: Context) -> Message:
     state = trainer.state() | {"position": torch.tensor(trainer.position)}
     context.state["optimizer"] = ArrayRecord({name: Array(one.numpy()) for name, one in state.items()})
     changed = ArrayRecord({"flat": Array(seat.flat.detach().numpy())})
-    content = RecordDict({"arrays": changed, "metrics": MetricRecord({"num-examples": 1})})
+    content = RecordDict({"arrays": changed, "metrics": MetricRecord({"num-examples": 1, "start": began_s})})
     return Message(content=content, reply_to=message)
 
 
@@ -60,7 +69,7 @@ class SavingFedAvg(FedAvg):
             fraction_train=1.0, fraction_evaluate=0.0, min_train_nodes=clients, min_available_nodes=clients
         )
         self.directory = directory
-        self.began = 0.0
+        self.began = self.starts = 0.0
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -80,9 +89,11 @@ class SavingFedAvg(FedAvg):
                 raise RuntimeError(f"a client failed: {reply.error}")
         arrays, metrics = super().aggregate_train(server_round, replies)
         assert arrays is not None
+        self.starts += max(float(reply.content["metrics"]["start"]) for reply in replies)
         tensors = {
             "flat": torch.from_numpy(np.array(arrays["flat"].numpy())),
             "second": torch.tensor(time.monotonic() - self.began, dtype=torch.float64),
+            "starts": torch.tensor(self.starts, dtype=torch.float64),
         }
         fresh = self.directory / "saving"
         save_file(tensors, fresh)

@@ -57,7 +57,7 @@ class Chat:
         try:
             self._engine.refresh()
         except RedisUnavailableError as error:
-            self._write(f"({error}; the versions of before answer)\n")
+            self._write(f"({error}; the versions that were read before answer)\n")
         said: list[str] = []
 
         def on_text(text: str) -> None:

@@ -311,6 +311,8 @@ def test_outcomes_are_kept_and_not_repeated(tmp_path: Path) -> None:
     for run, one in some():
         write(tmp_path / f"{run.name}.json", one)
     (tmp_path / "broken.json").write_text("{")
+    (_, odd), *_ = some()
+    write(tmp_path / "later.json", replace(odd, run=odd.run | {"a_later_field": 1}))
     assert [run for run, _ in kept(tmp_path)] == sorted(
         (r for r, _ in some()), key=lambda r: (r.scheme, r.seed)
     )

@@ -170,9 +170,11 @@ def outcomes(
 def read(file: Path) -> Outcome | None:
     """A kept outcome, None if there is none of this form."""
     try:
-        return Outcome(**json.loads(file.read_text()))
-    except (OSError, ValueError, TypeError):
+        outcome = Outcome(**json.loads(file.read_text()))
+        _run_of(outcome.run)
+    except (OSError, ValueError, TypeError, LookupError):
         return None
+    return outcome
 
 
 def write(file: Path, outcome: Outcome) -> None:

@@ -283,9 +283,7 @@ class Membership:
         if sync.failure is not None:
             raise sync.failure
         left = self.exchange.steps_left
-        text = (
-            f"{status.applied} updates applied, {status.refused} refused, expert at version {status.version}"
-        )
+        text = f"updates applied: {status.applied}, refused: {status.refused}; expert at version {status.version}"
         if not sync.ledger.queue and not left:
             return f"done: {text}"
         if sync.saved:

@@ -199,7 +199,7 @@ def test_stopped_worker_publishes_what_it_trained(
     with running(tmp_path / "aggregator.log", "aggregator", "run", "--redis", redis_url, "--expert", "b"):
         done = fedmoe(*command, "--max-steps", "3")
     assert done.returncode == 0, done.stderr
-    assert "done: 1 updates applied" in done.stdout
+    assert "done: updates applied: 1" in done.stdout
     assert GatewayStore(connection).meta("b").n_examples == 12
     assert not connection.client.exists("fedmoe:{b}:worker:ben")
 

@@ -117,7 +117,7 @@ def test_each_gets_half_of_the_steps_and_has_its_own_books(served: Federation) -
     ends = [line for line in served.said if ": done: " in line]
     for end, name in zip(ends, (EXPERT, GATEWAY), strict=True):
         version = served.store.meta(name).version
-        assert end == f"{name}: done: {version} updates applied, 0 refused, expert at version {version}"
+        assert end == f"{name}: done: updates applied: {version}, refused: 0; expert at version {version}"
     assert any(line.startswith("gateway: step ") for line in served.said)
 
 

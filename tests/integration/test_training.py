@@ -85,7 +85,7 @@ def test_what_was_trained_is_published_before_it_ends(
     said: list[str] = []
     with serving(connect(), block_ms=20), pytest.raises(raised, match=sentence):
         make_training(connect(), error, said, drain_s=30.0).run()
-    assert said[-1].startswith("done: 1 updates applied, 0 refused")
+    assert said[-1].startswith("done: updates applied: 1, refused: 0")
     assert expert.store.load().meta.n_examples == 7
 
 
@@ -109,7 +109,7 @@ def test_what_is_lost_is_said_beside_the_failure(connect: Connect) -> None:
     error = TooLittleMemoryError("no memory", about="memory")
     training = make_training(connect(), error, [], drain_s=0.0, is_cut_off=True)
     with pytest.raises(
-        FedMoEError, match=r"^no memory; 0 updates applied.*; 7 steps since the last .* are lost: "
+        FedMoEError, match=r"^no memory; updates applied: 0.*; 7 steps since the last .* are lost: "
     ):
         training.run()
 

@@ -6,21 +6,17 @@ Redis keeps hashes of passwords only, so nothing here can give a password away.
 """
 
 import hashlib
-import re
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
-from typing import Any
-
-from redis.exceptions import ResponseError
+from contextlib import closing, suppress
 
 from fedmoe.errors import RedisUnavailableError, RedisUnfitError
 from fedmoe.protocol.keys import Keys
 from fedmoe.protocol.parties import Party
-from fedmoe.store.cluster import slot_of
 from fedmoe.store.connection import Connection
+from fedmoe.store.nodes import other_nodes
 from fedmoe.store.permissions import Right, party_rules
 from fedmoe.store.rights import lacking
-from fedmoe.store.url import Address, SentinelURL
+from fedmoe.store.url import text_of
 from fedmoe.store.user import User
 
 NO_FILE = "not configured to use an ACL file"
@@ -59,12 +55,19 @@ class Users:
         found = {party: line for line in lines if (party := Party.of_user(line.split(" ", 2)[1], prefix))}
         return {party: User.parse(party, found[party]) for party in sorted(found)}
 
-    def may_default_do_all(self) -> bool:
-        """True if the server's user `default`, on or off, has every right on every key."""
-        with self.connection.errors():
-            lines = [str(line) for line in self.connection.client.execute_command("ACL LIST")]
-        rules = next((line.split() for line in lines if line.startswith("user default ")), [])
-        return {"~*", "+@all"} <= set(rules) and not any(rule.startswith("-") for rule in rules)
+    def defaults(self) -> dict[str, set[str]]:
+        """The rules of the server's user `default` on each node that answers: {node: rules}."""
+        found = {}
+        for address, node in self._nodes():
+            with suppress(RedisUnavailableError):  # `differences` names it
+                try:
+                    with node.errors():
+                        lines = [str(line).split() for line in node.client.execute_command("ACL LIST")]
+                finally:
+                    if node is not self.connection:
+                        node.close()
+                found[address] = {rule for line in lines if line[1] == "default" for rule in line[2:]}
+        return found
 
     def own_name(self) -> str:
         """The name of this connection's user."""
@@ -199,32 +202,12 @@ class Users:
 
     def _nodes(self) -> Iterator[tuple[str, Connection]]:
         """The address of each node, and a connection to it."""
-        replicas = self._replicas()  # before anything is changed: an error here leaves all as it was
+        replicas = other_nodes(
+            self.connection
+        )  # before anything is changed: an error here leaves all as it was
         yield "the master", self.connection
         for host, port in replicas:
-            yield f"{host}:{port}", Connection(self.connection.settings, node=(host, port))
-
-    def _replicas(self) -> list[Address]:
-        """The other nodes that the master, Sentinel or the cluster knows, those among them that are down, too."""
-        if self.connection.cluster:
-            with self.connection.errors():
-                return self.connection.cluster.others(slot_of(self.connection.keys.experts))
-        with self.connection.errors():
-            info = self.connection.client.info("replication")
-        found = [value for name, value in info.items() if re.fullmatch(r"slave\d+", name)]
-        places = [(str(one["ip"]), int(one["port"])) for one in found if isinstance(one, dict)]
-        if (url := self.connection.settings.url).startswith("sentinel://"):
-            places += self._of_sentinel(SentinelURL.parse(url).master)
-        return list(dict.fromkeys(places))
-
-    def _of_sentinel(self, master: str) -> list[Address]:
-        manager: Any = self.connection.client.connection_pool.sentinel_manager
-        for sentinel in manager.sentinels:
-            try:
-                return [(str(one["ip"]), int(one["port"])) for one in sentinel.sentinel_slaves(master)]
-            except (ResponseError, OSError):  # a sentinel that is down, or does not answer this user
-                continue
-        return []
+            yield text_of((host, port)), Connection(self.connection.settings, node=(host, port))
 
 
 def _few(texts: Iterable[str], between: str = ", ") -> str:

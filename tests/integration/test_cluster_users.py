@@ -19,6 +19,7 @@ from fedmoe.settings import AggregatorSettings, GatewaySettings, RedisSettings
 from fedmoe.store.connection import Connection
 from fedmoe.store.embedded import EmbeddedRedis
 from fedmoe.store.gateway import GatewayStore
+from fedmoe.store.nodes import other_nodes
 from fedmoe.store.permissions import AGGREGATOR, WORKER, acl_rules
 from fedmoe.store.probe import check_redis
 from fedmoe.store.rights import require
@@ -207,7 +208,7 @@ def test_tls(server: EmbeddedRedis, tmp_path: Path) -> None:
         connection.at(key).client.set(key, "tls")
         assert running.master_of(key).client.get(key) == b"tls"
         assert connection.at(key).certificate_ends is not None
-        assert len(Users(connection)._replicas()) == 5
+        assert len(other_nodes(connection)) == 5
         with raises(RedisUnfitError, about="certificate"):
             Connection(RedisSettings(url=f"{running.url}?ssl=true")).ping()
         connection.close()

@@ -28,6 +28,7 @@ from fedmoe.store.embedded import EmbeddedRedis
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore
 from fedmoe.store.permissions import DEFAULT_USER, party_rules
+from fedmoe.store.probe import check_redis
 from fedmoe.store.users import Users
 from fedmoe.tools.deploy.deployment import Deployment
 from fedmoe.tools.deploy.enrol import certificate_for
@@ -206,13 +207,28 @@ def test_enrolments_reach_every_replica_and_doctor_compares(secured: Secured, tm
         assert Users(secured.connection("operator")).parties() == there._list(there.connection)
         assert "the same on every master" in secured.fedmoe("operator", "doctor").output
         user = Party(role="worker", expert=EXPERT, name="w2").user("fedmoe")
+        assert "the same on all 2 nodes" in doctor_of(file)
+        there.connection.client.execute_command("ACL SETUSER", user, "-xadd", "clearselectors")
+        assert "this user lacks XADD" in doctor_of(file)
         there.connection.client.execute_command("ACL DELUSER", user)
+        assert f"the rights on 127.0.0.1:{replica.port} are not known" in doctor_of(file)
+        there.connection.client.execute_command("ACL SETUSER", "default", "-@all")
         doctor = secured.fedmoe("operator", "doctor")
         assert doctor.exit_code == 1
         assert f"differ from the master's (worker w2 of {EXPERT})" in doctor.output
+        assert f"on 127.0.0.1:{replica.port} the user default lacks rights" in doctor.output
+        there.connection.client.execute_command("ACL SETUSER", "default", "+@all")
         secured.fedmoe("operator", "operator", "refresh")
         assert "the same on every master" in secured.fedmoe("operator", "doctor").output
         assert file.exists()
+
+
+def doctor_of(file: Path) -> str:
+    """What doctor tells a worker about its rights on the replicas."""
+    checks, _ = check_redis(
+        Connection(RedisSettings(enrolment=file)), stream=EXPERT, worker="w2", role="worker"
+    )
+    return "\n".join(check.text for check in checks if check.what == "permissions")
 
 
 def test_a_party_without_the_right_cannot_enrol(secured: Secured, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from fedmoe.store.rights import lacking
 from fedmoe.store.url import text_of
 from fedmoe.store.user import User
 
-NO_FILE = "not configured to use an ACL file"
+_NO_FILE = "not configured to use an ACL file"
 SHOWN = 3  # users, and rights of each, in a sentence
 
 
@@ -39,6 +39,7 @@ class Users:
     def __init__(self, connection: Connection, keys: Keys | None = None) -> None:
         self.connection, self._keys = connection, keys or connection.keys
         self.notes: list[str] = []  # what is not as it should be after a change, each once
+        self.has_file = True  # False after a change that a node cannot save, because it has no ACL file
 
     def parties(self) -> dict[Party, User]:
         """The users on the master.
@@ -78,6 +79,10 @@ class Users:
         """False if this server does not let this user change users."""
         needed = [Right(command="MULTI"), Right(command="EXEC"), Right(command="ACL SETUSER")]
         return not lacking(self.connection, needed)
+
+    def may_list(self) -> bool:
+        """False if this server does not let this user list users."""
+        return not lacking(self.connection, [Right(command="ACL LIST")])
 
     def line(self, party: Party, hashes: tuple[str, ...] = ()) -> str:
         """The line of an ACL file for a party's user, with these passwords."""
@@ -175,12 +180,15 @@ class Users:
             with node.errors():
                 node.client.execute_command("ACL SAVE")
         except RedisUnavailableError as error:
-            self._note(
-                "the server has no ACL file (aclfile), so its users last until it restarts: write the line into "
-                "its configuration"
-                if NO_FILE in str(error.__cause__)
-                else f"the server could not save its users, they last until it restarts ({error})"
-            )
+            if _NO_FILE in str(error.__cause__):
+                self.has_file = False
+            else:
+                self._note(f"the server could not save its users, they last until it restarts ({error})")
+
+    def keep_by_hand(self, how: str) -> None:
+        """Note how the server's administrator keeps a change, if a node has no ACL file."""
+        if not self.has_file:
+            self._note(f"the server has no ACL file (aclfile), so its users last until it restarts: {how}")
 
     def _note(self, text: str) -> None:
         if text not in self.notes:

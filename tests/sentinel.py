@@ -61,6 +61,10 @@ class Process:
         eventually(f"port {self.port} to answer", self.client.ping, timeout_s=10)
         assert self.client.info("server")["process_id"] == self._process.pid, "another server has this port"
 
+    def configure(self, lines: str) -> None:
+        """Add lines to its configuration, which it reads at its next start."""
+        self._config.write_text(self._config.read_text() + lines)
+
     def is_running(self) -> bool:
         """True unless it was killed, or ended by itself."""
         return self._process is not None and self._process.poll() is None

@@ -13,6 +13,7 @@ from fedmoe.util.text import printable
 
 if TYPE_CHECKING:
     from fedmoe.protocol.parties import Party
+    from fedmoe.store.connection import Connection
     from fedmoe.store.users import Users
 
 Command = Callable[..., Any]
@@ -169,6 +170,7 @@ def _enrol(
         _finish(users)
         return
     with private_file(out, text, replace=rotate):  # an error leaves what was there
+        _add_first_lines(redis, connection)
         write_line(connection, ROTATED if rotate else ENROLLED, party)
         users.set(party, hashes)
     click.echo(f"{party}: {'has a new password' if rotate else 'enrolled'}; give it {out}")
@@ -176,6 +178,10 @@ def _enrol(
         click.echo(
             f"it cannot train the gateway: {party.expert}.{party.name} would be no name of a worker there"
         )
+    if not users.has_file:
+        line = out.with_suffix(".acl")
+        write_private(line, users.line(party, hashes) + "\n", replace=True)
+        users.keep_by_hand(f"write the line in {line} into its redis.conf, in place of an earlier one")
     _finish(users)
 
 
@@ -197,6 +203,7 @@ def _revoke(redis: RedisSettings, party: "Party") -> None:
         raise SettingsError(f"{party} is not enrolled: see `fedmoe {party.role} list`", about="name")
     click.echo(f"{party}: revoked, its connections are cut")
     _write_line(users, REVOKED, party)
+    users.keep_by_hand(f"take the line of `user {party.user(redis.prefix)}` out of its redis.conf")
     _finish(users)
 
 
@@ -206,6 +213,7 @@ def _write_line(users: "Users", what: str, party: "Party") -> None:
     from fedmoe.store.audit import write_line
 
     try:
+        _add_first_lines(users.connection.settings, users.connection)
         write_line(users.connection, what, party)
     except RedisUnavailableError as error:
         users.notes.append(f"the audit log has no line of it ({error})")
@@ -232,8 +240,10 @@ def refresh(redis: RedisSettings) -> None:
     users = _users(redis)
     require_master(users)
     require_users(users)
+    _add_first_lines(redis, users.connection)
     write_line(users.connection, REFRESHED, ALL)
     click.echo(f"{users.refresh()} users have the rights of this release")
+    users.keep_by_hand("write the users' lines into its redis.conf (redis-cli ACL LIST prints them)")
     _finish(users)
 
 
@@ -242,13 +252,29 @@ def refresh(redis: RedisSettings) -> None:
 def audit(redis: RedisSettings) -> None:
     """Print who enrolled and revoked whom, the oldest line first."""
     from fedmoe.store.audit import read_lines
-    from fedmoe.store.connection import Connection
 
+    users = _users(redis)
+    _add_first_lines(redis, users.connection)
+    lines = read_lines(users.connection)
     rows = [
-        [printable(text) for text in (line.at, line.what, line.party, line.by, line.host)]
-        for line in read_lines(Connection(redis))
+        [printable(text) for text in (line.at, line.what, line.party, line.by, line.host)] for line in lines
     ]
     _print(("at", "what", "party", "by", "host"), rows)
+    there = map(str, users.parties()) if users.may_list() else []
+    if unknown := sorted(set(there) - {line.party for line in lines}):
+        click.echo(
+            f"warning: no line says who enrolled {', '.join(unknown)}: somebody did it without this command, or the "
+            "lines were removed",
+            err=True,
+        )
+
+
+def _add_first_lines(redis: RedisSettings, connection: "Connection") -> None:
+    """Add the lines of `fedmoe init`, which had no Redis to write them to."""
+    from fedmoe.store.audit import add_missing
+    from fedmoe.tools.deploy.deployment import first_lines
+
+    add_missing(connection, first_lines(redis.enrolment))
 
 
 def _print(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

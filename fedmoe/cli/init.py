@@ -27,9 +27,11 @@ if TYPE_CHECKING:
 @click.option("--worker", "workers", multiple=True, metavar="EXPERT/NAME",
               help="Worker to enrol at once, by its expert and its name; repeatable.")  # fmt: skip
 @click.option("--prefix", default="fedmoe", show_default=True, help="Prefix of every key.")
-@click.option("--beside", type=click.Path(path_type=Path), metavar="FILE",
-              help="Enrolment file of an operator whose Redis the new federation shares, under another --prefix; its "
-                   "users are created there at once.")  # fmt: skip
+@click.option("--beside", metavar="FILE|URL",
+              help="Redis or cluster that runs already, by the enrolment file of an operator there (give another "
+                   "--prefix), or by the URL of a user who may set users; its users are created at once.")  # fmt: skip
+@click.option("--insecure", is_flag=True, envvar="FEDMOE_INSECURE",
+              help="Allow plain TCP to a Redis of --beside on another machine.")  # fmt: skip
 @click.option(
     "--renew",
     is_flag=True,
@@ -45,7 +47,8 @@ def init(
     redis_dir: Path | None,
     workers: tuple[str, ...],
     prefix: str,
-    beside: Path | None,
+    beside: str | None,
+    insecure: bool,
     renew: bool,
 ) -> None:
     """Write what a new federation needs into DIRECTORY: Redis with TLS and users, and an enrolment file for each party.
@@ -71,7 +74,7 @@ def init(
                 "--beside says where Redis is, which has its certificate: leave out the options of a server",
                 about="beside",
             )
-        _share(directory, prefix, tuple(map(_worker, workers)), beside)
+        _share(directory, prefix, tuple(map(_worker, workers)), beside, insecure=insecure)
         return
     require_cryptography()
     if renew and workers:
@@ -98,22 +101,35 @@ def init(
     made.write(now=time.time())
     _tell(directory, made.workers, start=f"redis-server {shlex.quote(str(redis_dir or directory))}/{CONF}")
     if is_loopback(made.url):
-        click.echo(
-            f"warning: {hosts[0]} is this machine itself, and others cannot reach it: name it as they do (--host)",
-            err=True,
-        )
+        _warn_of_loopback(hosts[0])
     click.echo("keep tls/ca.key where only you can read it: with it others could pretend to be this Redis")
 
 
-def _share(directory: Path, prefix: str, workers: tuple["Party", ...], enrolment: Path) -> None:
+def _share(
+    directory: Path, prefix: str, workers: tuple["Party", ...], beside: str, *, insecure: bool
+) -> None:
     from fedmoe.errors import RedisUnavailableError
     from fedmoe.redis_settings import RedisSettings
+    from fedmoe.store.url import is_loopback
     from fedmoe.tools.deploy.shared import share
 
-    notes = share(directory, prefix, workers, RedisSettings(enrolment=enrolment))
+    if "://" in beside:
+        host = RedisSettings(url=beside, insecure=insecure)
+    else:
+        host = RedisSettings(enrolment=Path(beside), insecure=insecure)
+    notes = share(directory, prefix, workers, host)
     _tell(directory, workers)
+    click.echo(f"check it:          fedmoe --config {shlex.quote(str(directory))}/fedmoe.toml doctor")
+    if is_loopback(host.url):
+        _warn_of_loopback(host.shown)
     if notes:
         raise RedisUnavailableError("; ".join(notes), about="nodes")
+
+
+def _warn_of_loopback(name: str) -> None:
+    click.echo(
+        f"warning: {name} is this machine itself, and others cannot reach it: name it as they do", err=True
+    )
 
 
 def _tell(directory: Path, workers: "Sequence[Party]", start: str = "") -> None:

@@ -287,7 +287,7 @@ def left_line(worker: GoneWorker) -> str:
         case "vanished":
             what, ago = (
                 "stopped sending heartbeats",
-                f"{ago}{host}: if it was killed, start it again with the same command",
+                f"{ago}{host}: if it was killed and not revoked, start it again with the same command",
             )
         case "refused":
             what = "was refused and ended"

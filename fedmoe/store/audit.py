@@ -5,16 +5,18 @@ Only operators reach it. They cannot delete the key, but XADD with MAXLEN would 
 
 import socket
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 
 from fedmoe.protocol.fields import from_untrusted
 from fedmoe.protocol.parties import Party
 from fedmoe.store.connection import Connection
 
-SHOWN = 1000
+PAGE = 1000  # lines read at once
 ENROLLED, ROTATED, REVOKED, REFRESHED = "enrolled", "rotated", "revoked", "refreshed"
 PREPARED = "prepared"  # the line of an ACL file, for the server's administrator
 ALL = "all"  # parties
+INIT = "fedmoe init"  # who enrolled the first parties: Redis did not run yet
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +24,7 @@ class AuditLine:
     """One line: what was done to which party, by which Redis user, from which host.
 
     Args:
-        at: RFC 3339 time, by the server's clock.
+        at: RFC 3339 time, by the server's clock; of what `fedmoe init` did, by the clock of its machine.
         what: enrolled, rotated (a new password), prepared (its user is for the server's administrator to create),
             revoked or refreshed (the rights of all).
     """
@@ -43,15 +45,29 @@ def write_line(connection: Connection, what: str, party: Party | str) -> None:
         connection.client.xadd(connection.keys.audit, words)
 
 
-def read_lines(connection: Connection) -> list[AuditLine]:
-    """The newest lines, the oldest of them first; raises RedisUnavailableError."""
+def add_missing(connection: Connection, lines: Sequence[AuditLine]) -> None:
+    """Add those of these lines that are not there; raises RedisUnavailableError if they cannot be added."""
+    there = read_lines(connection) if lines else []
     connection = connection.at(connection.keys.audit)
     with connection.errors():
-        entries = connection.client.xrevrange(connection.keys.audit, count=SHOWN)
-    return [
-        from_untrusted(AuditLine, fields | {b"at": utc(int(entry.split(b"-")[0]) / 1000)})
-        for entry, fields in reversed(entries)
-    ]
+        for line in lines:
+            if line not in there:
+                connection.client.xadd(connection.keys.audit, asdict(line))
+
+
+def read_lines(connection: Connection) -> list[AuditLine]:
+    """All lines, the oldest first; raises RedisUnavailableError."""
+    connection = connection.at(connection.keys.audit)
+    lines: list[AuditLine] = []
+    newest = "+"
+    with connection.errors():
+        while entries := connection.client.xrevrange(connection.keys.audit, newest, count=PAGE):
+            for entry, fields in entries:
+                at = utc(int(entry.split(b"-")[0]) / 1000)
+                lines.append(from_untrusted(AuditLine, {b"at": at} | fields))
+            newest = f"({entries[-1][0].decode()}"
+    lines.reverse()
+    return sorted(lines, key=lambda line: line.at)
 
 
 def utc(at: float) -> str:

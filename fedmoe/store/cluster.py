@@ -8,7 +8,7 @@ became a replica and a cluster that is down break the connection, like a network
     being moved (ASK, TRYAGAIN)    the connection stays; the command is tried again later
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ from redis.crc import key_slot
 
 from fedmoe.store.client import Client
 from fedmoe.store.tls import tls_problem
-from fedmoe.store.url import Address, ClusterURL
+from fedmoe.store.url import Address, ClusterURL, text_of
 
 # Short, because the node that is asked may be down together with the slot's master: then the next one is asked.
 QUESTION_TIMEOUT_S = 2.0
@@ -53,10 +53,14 @@ class Cluster:
         url: names some nodes, and the login.
         shown: the URL for people.
         arguments: redis-py's connection arguments.
+        log_in: called with each connection that only asks the cluster.
     """
 
-    def __init__(self, url: ClusterURL, shown: str, arguments: dict[str, Any]) -> None:
+    def __init__(
+        self, url: ClusterURL, shown: str, arguments: dict[str, Any], log_in: Callable[[Any], None]
+    ) -> None:
         self.shown = shown
+        self._log_in = log_in
         self._arguments = arguments | url.server
         self._kind = redis.SSLConnection if self._arguments.pop("ssl", False) else redis.Connection
         self._nodes = list(url.nodes)  # the one to ask first is the first
@@ -103,7 +107,7 @@ class Cluster:
     def others(self, slot: int) -> list[Address]:
         """All nodes but the master of a slot, also those that are down or serve none; raises those errors, too."""
         node = self.master_of(slot)
-        with closing(self.client_of(node, redis_connect_func=None)) as client:
+        with closing(self.client_of(node, redis_connect_func=self._log_in)) as client:
             shards = client.execute_command("CLUSTER SHARDS")
         ports = ("tls-port", "port") if self._kind is redis.SSLConnection else ("port", "tls-port")
         found = []
@@ -150,7 +154,7 @@ class Cluster:
 
     def _ask(self, node: Address) -> list[Range]:
         timeouts = {"socket_timeout": QUESTION_TIMEOUT_S, "socket_connect_timeout": QUESTION_TIMEOUT_S}
-        with closing(self.client_of(node, redis_connect_func=None, **timeouts)) as client:
+        with closing(self.client_of(node, redis_connect_func=self._log_in, **timeouts)) as client:
             rows = client.execute_command("CLUSTER SLOTS")
         found = []
         for first, last, *servers in rows:
@@ -245,8 +249,3 @@ class _SlotSSLConnection(_SlotConnection, redis.SSLConnection):
 
 def _fields(pairs: list[Any]) -> dict[str, Any]:
     return {name.decode(): value for name, value in zip(pairs[::2], pairs[1::2], strict=True)}
-
-
-def text_of(node: Address) -> str:
-    """A node's address for people."""
-    return f"[{node[0]}]:{node[1]}" if ":" in node[0] else f"{node[0]}:{node[1]}"

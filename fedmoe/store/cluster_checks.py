@@ -1,15 +1,13 @@
-"""Checks of a Redis Cluster: are all slots served, what survives a master, and do all nodes know this user."""
+"""Checks of a Redis Cluster: are all slots served, and what survives a master."""
 
 from collections.abc import Mapping, Sequence
 
 from fedmoe.errors import RedisUnavailableError
-from fedmoe.store.cluster import SLOTS, Cluster, Range, slot_of, text_of
+from fedmoe.store.cluster import SLOTS, Cluster, Range
 from fedmoe.store.connection import Connection
-from fedmoe.store.permissions import Right
 from fedmoe.store.reading import ask
-from fedmoe.store.rights import lacking
 from fedmoe.store.server_info import info_checks
-from fedmoe.store.url import Address
+from fedmoe.store.url import Address, text_of
 from fedmoe.util.check import FAIL, OK, WARN, Check
 
 _COVERAGE, _REPLICAS = "cluster-require-full-coverage", "min-replicas-to-write"
@@ -25,20 +23,21 @@ def cluster_checks(connection: Connection) -> list[Check]:
     with connection.errors():
         ranges = cluster.ranges()
         checks = [_coverage(ranges), *_agreement(dict(cluster.views()))]
+    settings = {}
     for node in cluster.masters():
         master, name = connection.to(node), text_of(node)
         try:
             checks += [
                 Check(check.level, check.what, f"{name}: {check.text}") for check in info_checks(master)
             ]
-            checks += _settings(master, name)
+            settings[name] = _settings(master)
         except RedisUnavailableError as error:
             checks.append(Check(FAIL, "cluster", f"{name}, a master, does not answer: {error}"))
         if not any(one.replicas for one in ranges if one.master == node):
             checks.append(
                 Check(WARN, "cluster", f"{name} has no replica: its experts stop while it is away; add one")
             )
-    return checks
+    return checks + setting_checks(settings)
 
 
 def _cluster(connection: Connection) -> Cluster:
@@ -75,54 +74,40 @@ def _agreement(views: Mapping[Address, Sequence[Range]]) -> list[Check]:
     ]
 
 
-def _settings(master: Connection, name: str) -> list[Check]:
+def _settings(master: Connection) -> dict[str, str]:
     """What CONFIG says of one master; nothing if this user may not read it."""
     found = ask(master, {key: ("CONFIG GET", key) for key in (_COVERAGE, _REPLICAS)})
-    said = {key: reply.get(key, "") for key, reply in found.items() if isinstance(reply, Mapping)}
+    return {key: reply[key] for key, reply in found.items() if isinstance(reply, Mapping) and key in reply}
+
+
+def setting_checks(said: Mapping[str, Mapping[str, str]]) -> list[Check]:
+    """Judge the settings of the masters that answered: {master: {setting: value}}. Pure."""
     checks = []
-    if said.get(_COVERAGE) == "yes":
-        checks.append(
-            Check(
-                WARN,
-                "cluster",
-                f"{name}: {_COVERAGE} is yes, so if one slot is not served no expert can be reached: set it to no",
+    for name, settings in said.items():
+        if settings.get(_COVERAGE) == "yes":
+            checks.append(
+                Check(
+                    WARN,
+                    "cluster",
+                    f"{name}: {_COVERAGE} is yes, so if one slot is not served no expert can be reached: set it to no",
+                )
             )
-        )
-    if said.get(_REPLICAS) == "0":
+        if settings.get(_REPLICAS) == "0":
+            checks.append(
+                Check(
+                    WARN,
+                    "cluster",
+                    f"{name}: {_REPLICAS} is 0, so a master that is cut off takes commits that its failover will undo, "
+                    "and their updates are sent again: set it to 1 to refuse them",
+                )
+            )
+    if unread := [name for name, settings in said.items() if len(settings) < len((_COVERAGE, _REPLICAS))]:
         checks.append(
             Check(
                 WARN,
                 "cluster",
-                f"{name}: {_REPLICAS} is 0, so a master that is cut off takes commits that its failover will undo, "
-                "and their updates are sent again: set it to 1 to refuse them",
+                f"{_COVERAGE} and {_REPLICAS} were not read on {', '.join(unread)}, because this user may not run "
+                "CONFIG GET: see for yourself that they are no and 1",
             )
         )
     return checks
-
-
-def node_rights_checks(connection: Connection, roles: Mapping[str, tuple[Right, ...]]) -> list[Check]:
-    """Whether this user has the rights of these roles on every node, as any replica may become a master."""
-    with connection.errors():
-        others: list[Address] = _cluster(connection).others(slot_of(connection.keys.experts))
-    checks = []
-    for node in others:
-        try:
-            lacks = [
-                str(lack)
-                for rights in roles.values()
-                for lack in lacking(connection.to(node), rights)
-                if not lack.right.without
-            ]
-        except RedisUnavailableError as error:
-            checks.append(Check(WARN, "permissions", f"the rights on {text_of(node)} are not known: {error}"))
-            continue
-        if lacks:
-            checks.append(
-                Check(
-                    FAIL,
-                    "permissions",
-                    f"this user lacks {', '.join(dict.fromkeys(lacks))} on {text_of(node)}: an operator gives all "
-                    "nodes the same users (fedmoe operator refresh)",
-                )
-            )
-    return checks or [Check(OK, "permissions", f"the same on all {len(others) + 1} nodes")]

@@ -8,7 +8,7 @@ the server compares `generation` before it relies on that state.
 import logging
 import socket
 import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
@@ -18,7 +18,7 @@ from redis.backoff import NoBackoff
 from redis.connection import PythonRespSerializer
 from redis.retry import Retry
 
-from fedmoe.errors import FedMoEError, RedisUnavailableError
+from fedmoe.errors import FedMoEError, RedisUnavailableError, RedisUnfitError
 from fedmoe.protocol.keys import Keys
 from fedmoe.redis_settings import RedisSettings
 from fedmoe.store.certificate import earliest_end
@@ -29,7 +29,7 @@ from fedmoe.store.limits import too_large
 from fedmoe.store.redis_private import Encoder, socket_of
 from fedmoe.store.refusals import explain, is_broken
 from fedmoe.store.sentinel import master_client
-from fedmoe.store.url import Address, ClusterURL, SentinelURL, unusable
+from fedmoe.store.url import Address, ClusterURL, SentinelURL, is_this_machine, text_of, unusable
 
 CONNECT_S = 4.0  # connection timeout; also, how long a stop may have to wait for a connection
 _BUFFER_CUTOFF = 6000  # bytes; smaller parts of a command are joined before they are sent
@@ -77,7 +77,9 @@ class Connection:
             "command_packer": _packer(),
             **_keepalive(settings.url),
         }
-        self.cluster: Cluster | None = beside.cluster if beside else _cluster(settings, arguments)
+        self.cluster: Cluster | None = (
+            beside.cluster if beside else _cluster(settings, arguments, self._log_in)
+        )
         self._slot = None
         if self.cluster and not node:
             self._slot = slot_of(self.keys.experts) if slot is None else slot
@@ -124,11 +126,25 @@ class Connection:
             self._made.append(connection)
         if self._cut_off.is_set():
             raise redis.ConnectionError("told to stop")
-        connection.on_connect()
+        self._log_in(connection)
         self.generation += 1
         self.certificate_ends = earliest_end(
             socket_of(connection), getattr(connection, "ca_certs", None), getattr(connection, "ca_data", None)
         )
+
+    def _log_in(self, connection: Any) -> None:
+        """Send user and password; not as plain text to a node on another machine, which the URL does not name."""
+        host = getattr(connection, "host", None) or ""  # none of a socket
+        is_plain = not isinstance(connection, redis.SSLConnection)
+        if is_plain and not self.settings.insecure and not is_this_machine(host):
+            connection.disconnect()  # redis-py keeps it open after errors that are not its own
+            raise RedisUnfitError(
+                f"Redis at {self.settings.shown} names the node {text_of((host, connection.port))}, and password and "
+                "updates would go there as plain text over the network: use TLS (rediss://, or ?ssl=true behind "
+                "sentinel:// and cluster://), or say --insecure if the network itself is encrypted",
+                about="insecure",
+            )
+        connection.on_connect()
 
     def cut_off(self) -> None:
         """Called from another thread: fail the command that waits for its reply, and every later command."""
@@ -221,11 +237,13 @@ class Connection:
         return too_large(self.client, asked(error), url=self.settings.shown, prefix=self.settings.prefix)
 
 
-def _cluster(settings: RedisSettings, arguments: dict[str, Any]) -> Cluster | None:
+def _cluster(
+    settings: RedisSettings, arguments: dict[str, Any], log_in: Callable[[Any], None]
+) -> Cluster | None:
     """The cluster that the URL names; None if it names something else."""
     if not settings.url.startswith("cluster://"):
         return None
-    return Cluster(ClusterURL.parse(settings.url), settings.shown, arguments)
+    return Cluster(ClusterURL.parse(settings.url), settings.shown, arguments, log_in)
 
 
 def _client(url: str, node: Address | None, **arguments: Any) -> redis.Redis:
@@ -244,7 +262,11 @@ def _client(url: str, node: Address | None, **arguments: Any) -> redis.Redis:
     except ValueError:  # its message may quote the password
         raise unusable(url) from None
     if node:
-        client.connection_pool.connection_kwargs.update(host=node[0], port=node[1])
+        pool = client.connection_pool
+        if url.startswith("unix://"):  # a replica has no socket here
+            pool.connection_class = redis.Connection
+            pool.connection_kwargs.pop("path")
+        pool.connection_kwargs.update(host=node[0], port=node[1])
     return client
 
 

@@ -9,8 +9,8 @@ from fedmoe.errors import RedisUnavailableError
 from fedmoe.protocol.eviction import eviction_threat
 from fedmoe.protocol.federation import ExpertView
 from fedmoe.protocol.rules import TRAIN_GATEWAY
-from fedmoe.store.access import access_checks
-from fedmoe.store.cluster_checks import cluster_checks, node_rights_checks
+from fedmoe.store.access import access_checks, node_rights_checks
+from fedmoe.store.cluster_checks import cluster_checks
 from fedmoe.store.connection import Connection
 from fedmoe.store.inspect import Inspector
 from fedmoe.store.permissions import AGGREGATOR, ROLES, WORKER, Role, worker_rights
@@ -65,11 +65,8 @@ def check_redis(connection: Connection, *, stream: str, worker: str, role: str) 
     trained = f"{stream} and the gateway" if trains_gateway else stream
     does = {each.name: each.does for each in ROLES.values()} | {WORKER.name: f"train {trained} as {worker}"}
     checks += permission_checks({name: (does[name], lacks[name]) for name in ROLES}, required=role)
-    if connection.cluster:
-        able = {
-            name: rights[name] for name in ROLES if not any(not lack.right.without for lack in lacks[name])
-        }
-        checks += node_rights_checks(connection, {role: able[role]} if role in able else able)
+    able = {name: rights[name] for name in ROLES if not any(not lack.right.without for lack in lacks[name])}
+    checks += node_rights_checks(connection, {role: able[role]} if role in able else able)
     for each in (AGGREGATOR, WORKER):
         if role in ("", each.name) and not any(not lack.right.without for lack in lacks[each.name]):
             checks.append(_transactions(connection, each, stream, worker))

@@ -103,6 +103,10 @@ def info_checks(connection: Connection) -> list[Check]:
     """The checks of one server's INFO."""
     info = ask(connection, {"info": ("INFO",)})["info"]
     if not isinstance(info, Exception):
+        if "maxmemory_policy" not in info:  # some managed servers leave it out
+            said = ask(connection, {"policy": ("CONFIG GET", "maxmemory-policy")})["policy"]
+            if isinstance(said, Mapping) and "maxmemory-policy" in said:
+                info = {**info, "maxmemory_policy": said["maxmemory-policy"]}
         return server_checks(info, connection.settings.shown)
     why = (
         "this user may not run INFO"
@@ -134,6 +138,13 @@ def server_checks(info: Mapping[str, Any], url: str = "") -> list[Check]:
 
 def _memory(info: Mapping[str, Any], url: str) -> Check:
     bound = info.get("maxmemory", 0)
+    if "maxmemory_policy" not in info:
+        return Check(
+            WARN,
+            "memory",
+            "neither INFO nor CONFIG GET tells maxmemory-policy: see for yourself that it is noeviction, because "
+            "others throw away updates and experts when Redis is full",
+        )
     if threat := eviction_threat(info.get("maxmemory_policy", ""), url):
         # Without maxmemory nothing is evicted yet; once it is set, keys are.
         return Check(FAIL if bound else WARN, "memory", threat)

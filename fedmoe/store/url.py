@@ -128,10 +128,10 @@ def is_loopback(url: str) -> bool:
     """True if only this machine can be reached by this URL, which passed `check`."""
     scheme, _, rest = url.partition("://")
     hosts = rest.partition("?")[0].rpartition("@")[2].partition("/")[0].split(",")
-    return scheme == "unix" or all(map(_is_this_machine, hosts))
+    return scheme == "unix" or all(map(is_this_machine, hosts))
 
 
-def _is_this_machine(place: str) -> bool:
+def is_this_machine(place: str) -> bool:
     """True if this host, with or without a port, is this machine; its name is not looked up."""
     host = re.sub(r":\d*$", "", place).strip("[]") if not place.count(":") > 1 or "]" in place else place
     if host in ("", "localhost"):
@@ -140,6 +140,11 @@ def _is_this_machine(place: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def text_of(node: Address) -> str:
+    """A node's address for people."""
+    return f"[{node[0]}]:{node[1]}" if ":" in node[0] else f"{node[0]}:{node[1]}"
 
 
 def unusable(url: str) -> SettingsError:

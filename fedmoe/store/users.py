@@ -6,24 +6,20 @@ Redis keeps hashes of passwords only, so nothing here can give a password away.
 """
 
 import hashlib
-import re
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
-from typing import Any
-
-from redis.exceptions import ResponseError
+from contextlib import closing, suppress
 
 from fedmoe.errors import RedisUnavailableError, RedisUnfitError
 from fedmoe.protocol.keys import Keys
 from fedmoe.protocol.parties import Party
-from fedmoe.store.cluster import slot_of
 from fedmoe.store.connection import Connection
+from fedmoe.store.nodes import other_nodes
 from fedmoe.store.permissions import Right, party_rules
 from fedmoe.store.rights import lacking
-from fedmoe.store.url import Address, SentinelURL
+from fedmoe.store.url import text_of
 from fedmoe.store.user import User
 
-NO_FILE = "not configured to use an ACL file"
+_NO_FILE = "not configured to use an ACL file"
 SHOWN = 3  # users, and rights of each, in a sentence
 
 
@@ -43,6 +39,7 @@ class Users:
     def __init__(self, connection: Connection, keys: Keys | None = None) -> None:
         self.connection, self._keys = connection, keys or connection.keys
         self.notes: list[str] = []  # what is not as it should be after a change, each once
+        self.has_file = True  # False after a change that a node cannot save, because it has no ACL file
 
     def parties(self) -> dict[Party, User]:
         """The users on the master.
@@ -59,12 +56,19 @@ class Users:
         found = {party: line for line in lines if (party := Party.of_user(line.split(" ", 2)[1], prefix))}
         return {party: User.parse(party, found[party]) for party in sorted(found)}
 
-    def may_default_do_all(self) -> bool:
-        """True if the server's user `default`, on or off, has every right on every key."""
-        with self.connection.errors():
-            lines = [str(line) for line in self.connection.client.execute_command("ACL LIST")]
-        rules = next((line.split() for line in lines if line.startswith("user default ")), [])
-        return {"~*", "+@all"} <= set(rules) and not any(rule.startswith("-") for rule in rules)
+    def defaults(self) -> dict[str, set[str]]:
+        """The rules of the server's user `default` on each node that answers: {node: rules}."""
+        found = {}
+        for address, node in self._nodes():
+            with suppress(RedisUnavailableError):  # `differences` names it
+                try:
+                    with node.errors():
+                        lines = [str(line).split() for line in node.client.execute_command("ACL LIST")]
+                finally:
+                    if node is not self.connection:
+                        node.close()
+                found[address] = {rule for line in lines if line[1] == "default" for rule in line[2:]}
+        return found
 
     def own_name(self) -> str:
         """The name of this connection's user."""
@@ -75,6 +79,10 @@ class Users:
         """False if this server does not let this user change users."""
         needed = [Right(command="MULTI"), Right(command="EXEC"), Right(command="ACL SETUSER")]
         return not lacking(self.connection, needed)
+
+    def may_list(self) -> bool:
+        """False if this server does not let this user list users."""
+        return not lacking(self.connection, [Right(command="ACL LIST")])
 
     def line(self, party: Party, hashes: tuple[str, ...] = ()) -> str:
         """The line of an ACL file for a party's user, with these passwords."""
@@ -172,12 +180,15 @@ class Users:
             with node.errors():
                 node.client.execute_command("ACL SAVE")
         except RedisUnavailableError as error:
-            self._note(
-                "the server has no ACL file (aclfile), so its users last until it restarts: write the line into "
-                "its configuration"
-                if NO_FILE in str(error.__cause__)
-                else f"the server could not save its users, they last until it restarts ({error})"
-            )
+            if _NO_FILE in str(error.__cause__):
+                self.has_file = False
+            else:
+                self._note(f"the server could not save its users, they last until it restarts ({error})")
+
+    def keep_by_hand(self, how: str) -> None:
+        """Note how the server's administrator keeps a change, if a node has no ACL file."""
+        if not self.has_file:
+            self._note(f"the server has no ACL file (aclfile), so its users last until it restarts: {how}")
 
     def _note(self, text: str) -> None:
         if text not in self.notes:
@@ -199,32 +210,12 @@ class Users:
 
     def _nodes(self) -> Iterator[tuple[str, Connection]]:
         """The address of each node, and a connection to it."""
-        replicas = self._replicas()  # before anything is changed: an error here leaves all as it was
+        replicas = other_nodes(
+            self.connection
+        )  # before anything is changed: an error here leaves all as it was
         yield "the master", self.connection
         for host, port in replicas:
-            yield f"{host}:{port}", Connection(self.connection.settings, node=(host, port))
-
-    def _replicas(self) -> list[Address]:
-        """The other nodes that the master, Sentinel or the cluster knows, those among them that are down, too."""
-        if self.connection.cluster:
-            with self.connection.errors():
-                return self.connection.cluster.others(slot_of(self.connection.keys.experts))
-        with self.connection.errors():
-            info = self.connection.client.info("replication")
-        found = [value for name, value in info.items() if re.fullmatch(r"slave\d+", name)]
-        places = [(str(one["ip"]), int(one["port"])) for one in found if isinstance(one, dict)]
-        if (url := self.connection.settings.url).startswith("sentinel://"):
-            places += self._of_sentinel(SentinelURL.parse(url).master)
-        return list(dict.fromkeys(places))
-
-    def _of_sentinel(self, master: str) -> list[Address]:
-        manager: Any = self.connection.client.connection_pool.sentinel_manager
-        for sentinel in manager.sentinels:
-            try:
-                return [(str(one["ip"]), int(one["port"])) for one in sentinel.sentinel_slaves(master)]
-            except (ResponseError, OSError):  # a sentinel that is down, or does not answer this user
-                continue
-        return []
+            yield text_of((host, port)), Connection(self.connection.settings, node=(host, port))
 
 
 def _few(texts: Iterable[str], between: str = ", ") -> str:

@@ -48,6 +48,12 @@ NOT_TYPED = {
             "needs a cluster; test_cluster_federation.py runs it on one"
         for what in ("status", "doctor")
     },
+    **dict.fromkeys(
+        (
+            "fedmoe init federation --beside 'cluster://admin:PASSWORD@node-1?ssl_ca_certs=ca.crt'",
+            "fedmoe --config federation/fedmoe.toml doctor",
+        ), "needs a cluster; test_cluster_users.py runs it on one",
+    ),
     "bash ops/test.sh": "is what runs this test",
     "bash ops/test.sh tests/unit -k ledger": "is what runs this test",
     "bash ops/bench.sh --out bench.json": "takes forty minutes; a test runs a tiny one",

@@ -19,6 +19,7 @@ from fedmoe.settings import AggregatorSettings, GatewaySettings, RedisSettings
 from fedmoe.store.connection import Connection
 from fedmoe.store.embedded import EmbeddedRedis
 from fedmoe.store.gateway import GatewayStore
+from fedmoe.store.nodes import other_nodes
 from fedmoe.store.permissions import AGGREGATOR, WORKER, acl_rules
 from fedmoe.store.probe import check_redis
 from fedmoe.store.rights import require
@@ -197,6 +198,33 @@ def test_enrolment_files_name_a_cluster(cluster: Cluster, admin: Connection, tmp
         assert "wr0ng" not in str(error.value)
 
 
+def test_init_enrols_on_every_node(cluster: Cluster, tmp_path: Path) -> None:
+    """Given the URL of a user who may set users; the operator that it makes goes on from there."""
+    place = tmp_path / "third"
+    words = ["--prefix", "third", "--beside", cluster.url, "--worker", f"{EXPERT}/{NAME}"]
+    said = CliRunner().invoke(cli, ["init", str(place), *words]).exception
+    assert "no ACL file" in str(said)  # of these nodes
+    for node in cluster.nodes:
+        assert {party.user("third") for party in PARTIES} <= set(node.client.acl_users())
+    assert f"user third:worker:{EXPERT}:{NAME} reset on #" in (place / "users.acl").read_text()
+    config = ["--config", str(place / "fedmoe.toml")]
+    audit = CliRunner().invoke(cli, [*config, "operator", "audit"], catch_exceptions=False)
+    assert [line.split()[2] for line in audit.output.splitlines()[1:]] == [
+        "operator", "aggregator", "monitor", "worker",
+    ]  # fmt: skip
+    make_expert(Connection(RedisSettings(enrolment=place / "enrolments" / "aggregator.toml")), EXPERT)
+    assert EXPERT in CliRunner().invoke(cli, [*config, "status"], catch_exceptions=False).output
+    checks, _ = check_redis(
+        Connection(RedisSettings(enrolment=place / "enrolments" / "operator.toml")),
+        stream=EXPERT, worker=NAME, role="operator",
+    )  # fmt: skip
+    texts = [check.text for check in checks if check.what in ("users", "permissions", "cluster")]
+    assert "4 enrolled, the same on every master and replica" in texts
+    assert "the same on all 6 nodes" in texts
+    assert any("were not read on" in text for text in texts)
+    assert any("anybody who reaches Redis may do everything" in text for text in texts)
+
+
 @pytest.mark.one_server
 def test_tls(server: EmbeddedRedis, tmp_path: Path) -> None:
     """To every node, checked against the given CA."""
@@ -207,7 +235,7 @@ def test_tls(server: EmbeddedRedis, tmp_path: Path) -> None:
         connection.at(key).client.set(key, "tls")
         assert running.master_of(key).client.get(key) == b"tls"
         assert connection.at(key).certificate_ends is not None
-        assert len(Users(connection)._replicas()) == 5
+        assert len(other_nodes(connection)) == 5
         with raises(RedisUnfitError, about="certificate"):
             Connection(RedisSettings(url=f"{running.url}?ssl=true")).ping()
         connection.close()

@@ -15,6 +15,7 @@ from fedmoe.protocol.parties import Party
 from fedmoe.redis_settings import RedisSettings
 from fedmoe.store.connection import Connection
 from fedmoe.store.permissions import AGGREGATOR
+from fedmoe.store.probe import check_redis
 from fedmoe.store.rights import require
 from fedmoe.store.users import Users
 from fedmoe.tools.deploy.deployment import Deployment, renew
@@ -94,6 +95,38 @@ def test_a_revocation_without_a_line_in_the_audit_log_says_so(full: Secured) -> 
 def test_an_operator_gives_itself_a_new_password_on_every_node(secured: Secured, replica: Secured) -> None:
     """The replicas are asked with the old one, which they still know."""
     rotate_self(secured)
+    assert "the same on every master" in secured.fedmoe("operator", "doctor").output
+
+
+def doctor_of(file: Path) -> str:
+    """What doctor tells a worker about its rights, also on the replicas."""
+    connection = Connection(RedisSettings(enrolment=file))
+    checks, _ = check_redis(connection, stream=EXPERT, worker="w2", role="worker")
+    return "\n".join(check.text for check in checks if check.what == "permissions")
+
+
+def test_enrolments_reach_every_replica_and_doctor_compares(
+    secured: Secured, replica: Secured, tmp_path: Path
+) -> None:
+    """What a replica has otherwise is named, to a worker as to an operator, and repaired."""
+    file = tmp_path / "w2.toml"
+    secured.fedmoe("operator", "worker", "enrol", *W2, "--out", str(file))
+    there = Users(replica.connection("operator"))
+    assert Users(secured.connection("operator")).parties() == there.parties()
+    assert "the same on every master" in secured.fedmoe("operator", "doctor").output
+    assert "the same on all 2 nodes" in doctor_of(file)
+    user = Party(role="worker", expert=EXPERT, name="w2").user("fedmoe")
+    acl = there.connection.client.execute_command
+    acl("ACL SETUSER", user, "-xadd", "clearselectors")
+    assert "this user lacks XADD" in doctor_of(file)
+    acl("ACL DELUSER", user)
+    assert f"the rights on 127.0.0.1:{replica.port} are not known" in doctor_of(file)
+    acl("ACL SETUSER", "default", "-@all")
+    doctor = secured.fedmoe("operator", "doctor")
+    assert doctor.exit_code == 1
+    assert f"differ from the master's (worker w2 of {EXPERT})" in doctor.output
+    assert f"on 127.0.0.1:{replica.port} the user default lacks rights" in doctor.output
+    secured.fedmoe("operator", "operator", "refresh")
     assert "the same on every master" in secured.fedmoe("operator", "doctor").output
 
 

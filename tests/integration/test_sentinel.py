@@ -15,8 +15,9 @@ import redis
 from click.testing import CliRunner
 
 from fedmoe.cli.main import cli
-from fedmoe.errors import RedisUnavailableError
+from fedmoe.errors import RedisUnavailableError, RedisUnfitError
 from fedmoe.protocol.spec import Spec
+from fedmoe.redis_settings import RedisSettings
 from fedmoe.store.connection import Connection
 from fedmoe.store.embedded import EmbeddedRedis
 from fedmoe.store.expert import ExpertStore
@@ -321,3 +322,41 @@ def test_tls(server: EmbeddedRedis, reach: Reach, tmp_path: Path) -> None:
             reach(f"{running.url}?ssl=true").ping()
         with raises(RedisUnavailableError, about="sentinel"):
             reach(running.url).ping()
+
+
+@pytest.mark.one_server
+@pytest.mark.parametrize("kind", ["node", "cluster", "sentinel"])
+def test_a_node_on_another_machine_is_not_reached_without_tls(
+    server: EmbeddedRedis, tmp_path: Path, kind: str
+) -> None:
+    """The URL is of this machine only, and the address that it leads to is not: no password may go there."""
+    away = "0.0.0.0"  # noqa: S104  # reaches this machine on Linux, and is no address of loopback
+    options = {
+        "cluster": ["cluster-enabled yes", f"cluster-announce-ip {away}", f"cluster-port {free_port()}"]
+    }
+    one = Process(server.server, tmp_path / "one", options.get(kind, []))
+    asked = one
+    if kind == "sentinel":
+        watch = [f"sentinel monitor {MASTER} {away} {one.port} 1"]
+        asked = Process(server.server, tmp_path / "sentinel", watch, sentinel=True)
+    try:
+        for process in dict.fromkeys((one, asked)):
+            process.start()
+        if kind == "cluster":
+            one.client.execute_command("CLUSTER ADDSLOTSRANGE", 0, 16383)
+            eventually("the cluster", lambda: one.client.cluster("INFO")["cluster_state"] == "ok")
+        url = {
+            "node": f"redis://127.0.0.1:{one.port}", "cluster": f"cluster://127.0.0.1:{one.port}",
+            "sentinel": f"sentinel://127.0.0.1:{asked.port}/{MASTER}",
+        }[kind]  # fmt: skip
+        node = (away, one.port) if kind == "node" else None
+        for _ in range(2):  # a connection that was refused is not used later
+            before = one.client.info("stats")["total_commands_processed"]
+            with raises(RedisUnfitError, about="insecure"):
+                Connection(RedisSettings(url=url), node=node).ping()
+            sent = one.client.info("stats")["total_commands_processed"] - before
+            assert sent <= {"node": 1, "cluster": 4, "sentinel": 1}[kind]
+        Connection(RedisSettings(url=url, insecure=True), node=node).ping()
+    finally:
+        asked.kill()
+        one.kill()

@@ -245,7 +245,7 @@ def test_how_and_when_each_worker_left_is_shown(connection: Connection) -> None:
     assert [(gone.name, gone.how) for gone in shown.left] == [
         ("ann", "finished"), ("bob", "refused"), ("cleo", "vanished"), ("dan", ""),
     ]  # fmt: skip
-    again = "if it was killed, start it again with the same command"
+    again = "if it was killed and not revoked, start it again with the same command"
     assert list(findings(seen)) == [
         "sql_expert: worker bob was refused and ended 0 s ago: its base model is another one",
         f"sql_expert: worker cleo stopped sending heartbeats 5 min ago (host lab): {again}",

@@ -13,6 +13,7 @@ from fedmoe.protocol.parties import Party
 from fedmoe.redis_settings import RedisSettings
 from fedmoe.store.audit import read_lines
 from fedmoe.store.connection import Connection
+from fedmoe.store.embedded import EmbeddedRedis
 from fedmoe.store.permissions import party_rights
 from fedmoe.store.rights import lacking
 from fedmoe.store.users import Users
@@ -20,6 +21,7 @@ from tests.errors import raises
 from tests.federation import make_expert, serve
 from tests.integration.test_enrolment import worker_of
 from tests.secured import EXPERT, NAME, W1, Secured
+from tests.sentinel import Process
 
 pytestmark = pytest.mark.one_server
 ROLES = (Party(role="aggregator"), Party(role="monitor"), Party(role="operator"), W1)
@@ -65,7 +67,9 @@ def test_two_federations_share_a_server_and_nothing_else(secured: Secured) -> No
             assert refused == {(right.command, key) for right in foreign for key in right.keys}
     operator = Connection(RedisSettings(enrolment=second["operator"]))
     assert list(Users(operator).parties()) == sorted(ROLES)
-    assert [line.party for line in read_lines(operator)] == [f"{one}" for one in (ROLES[0], ROLES[1], W1)]
+    assert [line.party for line in read_lines(operator)] == [
+        f"{one}" for one in (ROLES[2], ROLES[0], ROLES[1], W1)
+    ]
     assert read_lines(secured.connection("operator"))[-1].party == "operator main of the federation second"
 
 
@@ -104,3 +108,27 @@ def test_a_federation_that_cannot_be_made_leaves_nothing(tmp_path: Path) -> None
             share(secured)
         assert not (tmp_path / "second").exists()
         assert not Users(secured.connection("operator"), Keys("second")).parties()
+
+
+def test_a_server_without_an_acl_file_gets_lines_to_write(server: EmbeddedRedis, tmp_path: Path) -> None:
+    """From `init --beside` and from `enrol`: with them in redis.conf, the parties may log in after a restart."""
+    one, place, out = Process(server.server, tmp_path / "one", []), tmp_path / "new", tmp_path / "w2.toml"
+    url = f"redis://127.0.0.1:{one.port}/0"
+    files = [place / "enrolments" / f"{name}.toml" for name in FILES]
+    try:
+        one.start()
+        words = ["init", str(place), "--beside", url, "--worker", f"{EXPERT}/{NAME}"]
+        said = str(CliRunner().invoke(cli, words).exception)
+        assert f"write the lines in {place / 'users.acl'} into its redis.conf" in said
+        words = ["worker", "enrol", "w2", "--stream", EXPERT, "--out", str(out), "--enrolment", str(files[2])]
+        said = str(CliRunner().invoke(cli, words).exception)
+        assert f"write the line in {tmp_path / 'w2.acl'} into its redis.conf" in said
+        one.kill()
+        one.configure((place / "users.acl").read_text() + (tmp_path / "w2.acl").read_text())
+        one.start()
+        for file in (*files, out):
+            connection = Connection(RedisSettings(enrolment=file))
+            with connection.errors():
+                assert connection.client.info("server")
+    finally:
+        one.kill()

@@ -121,6 +121,16 @@ def test_services_that_read_the_base_model_can_download_it(name: str) -> None:
     assert home in places
 
 
+def test_the_image_s_kernels_can_be_loaded() -> None:
+    """User 10001 reads what root compiled, in a directory made for one user, and loads a copy of it from /tmp."""
+    (built,) = [rest for word, rest in instructions() if word == "RUN" and "fedmoe.protocol.kernels" in rest]
+    place = next(rest for word, rest in instructions() if "XDG_CACHE_HOME" in rest and word == "ENV")
+    assert built.endswith(f"&& chmod -R a+rX {place.partition('XDG_CACHE_HOME=')[2].split()[0]}")
+    for name, service in services().items():
+        if name != "redis":
+            assert service["tmpfs"][0].endswith(":exec"), name  # Docker's default is noexec
+
+
 def test_compose_gives_a_stop_its_time() -> None:
     """The same as the units of systemd."""
     found = services().items()

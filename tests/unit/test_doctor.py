@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from fedmoe.protocol.eviction import eviction_threat
+from fedmoe.store.access import default_checks
+from fedmoe.store.cluster_checks import setting_checks
 from fedmoe.store.permissions import Right
 from fedmoe.store.probe import permission_checks
 from fedmoe.store.rights import Lack
@@ -206,3 +208,35 @@ def test_a_broken_torch_is_one_line(tmp_path: Path) -> None:
     )
     assert "level='fail'" in done.stdout
     assert "libcudart.so.13" in done.stdout
+
+
+def test_an_eviction_policy_that_is_not_told_is_not_called_noeviction() -> None:
+    """INFO of some managed servers leaves it out, and they refuse CONFIG."""
+    silent = {name: value for name, value in INFO.items() if name != "maxmemory_policy"}
+    (wrong,) = (check for check in server_checks(silent) if check.level != OK)
+    assert (wrong.level, wrong.what) == (WARN, "memory")
+    assert "neither INFO nor CONFIG GET" in wrong.text
+
+
+def test_settings_of_a_cluster_that_were_not_read_are_named() -> None:
+    """A user who may not run CONFIG GET would otherwise take silence for approval."""
+    coverage, replicas = "cluster-require-full-coverage", "min-replicas-to-write"
+    assert setting_checks({"a:1": {coverage: "no", replicas: "1"}}) == []
+    (full, none, unread) = setting_checks({"a:1": {coverage: "yes", replicas: "0"}, "b:1": {}, "c:1": {}})
+    assert {full.level, none.level, unread.level} == {WARN}
+    assert f"a:1: {coverage} is yes" in full.text
+    assert f"a:1: {replicas} is 0" in none.text
+    assert "not read on b:1, c:1" in unread.text
+
+
+def test_the_default_user_is_judged_on_every_node() -> None:
+    """It must have all rights, or a restart loses experts; and nobody may be it, once parties are enrolled."""
+    closed, opened, weak = {"off", "~*", "&*", "+@all"}, {"on", "nopass", "~*", "+@all"}, {"off", "-@all"}
+    assert default_checks({"the master": closed, "b:1": closed}, is_secured=True) == []
+    assert default_checks({"the master": opened}, is_secured=False) == []
+    (check,) = default_checks({"the master": closed, "b:1": opened}, is_secured=True)
+    assert check.level == WARN
+    assert "on b:1 anybody" in check.text
+    (check,) = default_checks({"the master": closed, "b:1": weak}, is_secured=True)
+    assert check.level == FAIL
+    assert "on b:1 the user default lacks rights" in check.text

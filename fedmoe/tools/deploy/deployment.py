@@ -4,6 +4,7 @@ import ipaddress
 import json
 import re
 import secrets
+import socket
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.resources import files
@@ -12,7 +13,7 @@ from pathlib import Path
 from fedmoe.errors import SettingsError
 from fedmoe.protocol.keys import Keys
 from fedmoe.protocol.parties import Party
-from fedmoe.store.audit import ENROLLED, AuditLine, utc
+from fedmoe.store.audit import ENROLLED, INIT, AuditLine, utc
 from fedmoe.store.permissions import DEFAULT_USER, party_rules
 from fedmoe.store.users import password_rule
 from fedmoe.tools.deploy.certificates import LOOPBACK, Pair, fits, hosts_of, make_authority, make_server
@@ -97,7 +98,7 @@ class Deployment:
             write_private(self.directory / ENROLMENTS / file, enrolment_text(enrolled, party))
             rules = " ".join(party_rules(party, Keys(self.prefix)))
             users.append(f"user {enrolled.user} on {password_rule(enrolled.password)} {rules}")
-            line = AuditLine(what=ENROLLED, party=str(party), by="fedmoe init", at=utc(now))
+            line = AuditLine(what=ENROLLED, party=str(party), by=INIT, host=socket.gethostname(), at=utc(now))
             audit.append(json.dumps(asdict(line)))
         link = secrets.token_urlsafe(SECRET_BYTES)
         users.append(
@@ -174,6 +175,17 @@ def renew(directory: Path, hosts: Sequence[str]) -> list[str]:
     write_private(place / "redis.key", pair.key, replace=True)
     write_private(place / "redis.crt", pair.certificate, replace=True)
     return found
+
+
+def first_lines(enrolment: Path | None) -> list[AuditLine]:
+    """What `fedmoe init` noted in the deployment in which this enrolment file lies; nothing if it lies in none."""
+    if enrolment is None or (place := enrolment.resolve().parent).name != ENROLMENTS:
+        return []
+    try:
+        noted = [json.loads(line) for line in (place.parent / AUDIT).read_text(encoding="utf-8").splitlines()]
+        return [AuditLine(**words) for words in noted]
+    except (OSError, ValueError, TypeError):  # it was moved or changed: nobody depends on it
+        return []
 
 
 def read_authority(directory: Path) -> Pair:

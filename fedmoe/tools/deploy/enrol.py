@@ -31,14 +31,14 @@ def enrolment_for(
     Raises:
         SettingsError: if the URL cannot be used, or the CA that the operator's URL names cannot be read.
     """
-    own = _without_login(redis.url)
+    own = without_login(redis.url)
     if url:
         if "@" in url:
             raise SettingsError("--url has a login: the enrolment has its own", about="url")
         RedisSettings(url=url, insecure=redis.insecure)
     elif old and is_loopback(own):
         url = old.url
-    ca = redis.enrolled.ca if redis.enrolled else _ca_of(redis.url)
+    ca = ca_of(redis)
     enrolled = new_enrolment(party, url=url or own, prefix=redis.prefix, ca=ca)
     if certificate_file:
         key_file = str(Path(certificate_file).with_suffix(".key"))
@@ -96,7 +96,7 @@ def certificate_for(party: Party, prefix: str, csr: Path | None, deployment: Pat
     return sign_request(authority, request, party.user(prefix))
 
 
-def _without_login(url: str) -> str:
+def without_login(url: str) -> str:
     """The URL without user, password and certificate files of this machine."""
     scheme, _, rest = url.partition("://")
     place, _, query = rest.partition("?")
@@ -106,11 +106,17 @@ def _without_login(url: str) -> str:
     return f"{scheme}://{place.rpartition('@')[2]}" + (f"?{'&'.join(kept)}" if kept else "")
 
 
-def _ca_of(url: str) -> str:
-    """The text of the file that `ssl_ca_certs` names."""
+def ca_of(redis: RedisSettings) -> str:
+    """The CA in the operator's enrolment, or the text of the file that `ssl_ca_certs` in the URL names; "" for neither.
+
+    Raises:
+        SettingsError: if that file cannot be read.
+    """
     from urllib.parse import parse_qs
 
-    named = parse_qs(urlsplit(url).query).get("ssl_ca_certs")
+    if redis.enrolled:
+        return redis.enrolled.ca
+    named = parse_qs(urlsplit(redis.url).query).get("ssl_ca_certs")
     if not named:
         return ""
     try:

@@ -9,6 +9,7 @@ is that moment's, or it is gone; then the reader begins again.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from itertools import count
 from typing import Any
 
 import redis
@@ -52,19 +53,22 @@ def read_whole(
     them are read in one transaction.
     """
     at = reads.index(("hgetall", keys.meta))
-    before, tries = WeightsParts(), 0
-    while True:
-        tries += 1
-        names = [*weights_keys(keys, before), *state_keys(keys, before)] if tries > _TRIES else []
+    before = NO_PARTS
+    for tries in count(1):
+        expected = WeightsParts.in_meta(client.hgetall(keys.meta)) if tries > _TRIES else NO_PARTS
+        names = part_keys(keys, expected)
         replies = read_together(
             client, *reads, *(("get", name) for name in names), wrong_type_is_none=wrong_type_is_none
         )
         there = dict(zip(names, replies[len(reads) :], strict=True))
         del replies[len(reads) :]
         parts = WeightsParts.in_meta(replies[at])
+        if expected and parts != expected:
+            continue
         if not parts or _complete(client, keys, parts, reads, replies, there) or parts == before:
-            return replies
+            break
         before = parts
+    return replies
 
 
 def read_chunks(client: Any, keys: ExpertKeys, layout: Layout, *reads: tuple[Any, ...]) -> list[Any]:

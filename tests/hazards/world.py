@@ -366,9 +366,8 @@ class World:
     def flat(self) -> torch.Tensor:
         """The expert's exact weights (numel,), as Redis has them."""
         keys, meta = self.keys, self.meta
-        files = ("get", keys.weights), ("get", keys.server_state)
+        files, tail = (("get", keys.weights), ("get", keys.server_state)), self.redis.hgetall(keys.tail)
         weights, state, _ = read_whole(self.redis, keys, *files, ("hgetall", keys.meta))
-        tail = self.redis.hgetall(keys.tail)
         exact = exact_values(meta, self.spec, weights=weights, server_state=state, tail=tail)
         return values_of(LAYOUT, exact.weights)
 

@@ -14,7 +14,9 @@ from fedmoe.protocol.fields import known_fields
 
 MAX_STRING_BYTES = 512 * 1024 * 1024  # the limit of a Redis string
 WHOLE_BYTES = MAX_STRING_BYTES  # a longer file lies in parts
-PART_BYTES = 64 * 2**20
+PART_BYTES = (
+    64 * 2**20 - 4096
+)  # with the few bytes that Redis adds, 64 MiB of its allocator, whose next size is 80
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

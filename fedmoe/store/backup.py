@@ -19,7 +19,7 @@ from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.weights_parts import WeightsParts
 from fedmoe.store.connection import Connection, execute
 from fedmoe.store.lifecycle import new_id
-from fedmoe.store.parts import Snapshot, read_whole, stray_parts
+from fedmoe.store.parts import NewWeights, read_whole, stray_parts
 
 Line = tuple[bytes, Mapping[bytes, bytes]]  # id and fields of a stream entry
 
@@ -209,12 +209,12 @@ class BackupStore:
             about="commits",
         )
 
-    def _snapshot(self, name: str, state: ExpertState, commit: str) -> tuple[Snapshot, WeightsParts]:
+    def _snapshot(self, name: str, state: ExpertState, commit: str) -> tuple[NewWeights, WeightsParts]:
         """The weights and the server state as this commit writes them; parts are written already."""
         weights, remembered, at = state.weights, state.server_state, self._at(name)
         parts = WeightsParts.of(commit, weights)
         with at.errors():
-            snapshot = Snapshot(
+            snapshot = NewWeights(
                 at.client,
                 self.keys.expert(name),
                 parts,
@@ -230,7 +230,7 @@ class BackupStore:
         state: ExpertState,
         commit: str,
         packed: bytes | None,
-        snapshot: Snapshot,
+        snapshot: NewWeights,
         parts: WeightsParts,
     ) -> None:
         """Queue the commands of a restore."""

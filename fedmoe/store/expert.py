@@ -29,7 +29,7 @@ from fedmoe.store.commit import Commit, Loaded
 from fedmoe.store.connection import execute
 from fedmoe.store.full import NEARLY_FULL, is_full, memory_share, read_together, transact
 from fedmoe.store.lifecycle import ExpertLifecycle
-from fedmoe.store.parts import Snapshot, part_keys, read_whole, state_keys, weights_keys
+from fedmoe.store.parts import NewWeights, part_keys, read_whole, state_keys, weights_keys
 
 # All aggregators read under one consumer name: the lease holder owns the whole pending list, and the list of dead
 # consumers does not grow with each restart.
@@ -311,22 +311,22 @@ class ExpertStore(ExpertLifecycle):
             if not done:
                 raise self._overtaken()
 
-    def _snapshot(self, commit: Commit) -> Snapshot:
+    def _snapshot(self, commit: Commit) -> NewWeights:
         """The weights that a commit writes; before it writes parts of them, it makes sure that it may be in time."""
         parts = commit.meta.parts
         head = self._redis.hget(self.keys.meta, "commit") if parts and commit.weights is not None else None
         if head not in (None, commit.on.encode()):
             raise self._overtaken()
-        return Snapshot(self._redis, self.keys, parts, commit.weights, commit.server_state)
+        return NewWeights(self._redis, self.keys, parts, commit.weights, commit.server_state)
 
     def _overtaken(self) -> StaleStateError:
         return StaleStateError(f"{self.name}: another process committed meanwhile", about="commit")
 
-    def _large(self, commit: Commit, snapshot: Snapshot) -> dict[str, memoryview | bytes | None]:
+    def _large(self, commit: Commit, snapshot: NewWeights) -> dict[str, memoryview | bytes | None]:
         """The values of a commit that may be large, by key; None for one that does not change."""
         return {**snapshot.strings, self.keys.packed: commit.packed}
 
-    def check_head(self, pipe: Any, commit: Commit, snapshot: Snapshot) -> dict[str, int]:
+    def check_head(self, pipe: Any, commit: Commit, snapshot: NewWeights) -> dict[str, int]:
         """WATCH the keys of a commit, check head and types; returns key -> bytes of values it can write in place."""
         keys = self.keys
         large = self._large(commit, snapshot)
@@ -348,7 +348,7 @@ class ExpertStore(ExpertLifecycle):
         now = dict(zip(written[1:], lengths, strict=True))
         return {key: length for key, length in found.items() if length == now[key]}
 
-    def _commit_to_full(self, pipe: Any, commit: Commit, snapshot: Snapshot) -> bool:
+    def _commit_to_full(self, pipe: Any, commit: Commit, snapshot: NewWeights) -> bool:
         """Repeat a commit that a full Redis has refused: it frees the memory of the decided updates."""
         logger.warning("%s: Redis is full: committing beyond its limit to free memory", self.name)
         present = self.check_head(pipe, commit, snapshot)
@@ -356,7 +356,7 @@ class ExpertStore(ExpertLifecycle):
         self.queue(queued, commit, snapshot, present)
         return transact(pipe, self.keys.meta, commit.on, [words for words, _ in queued.command_stack])
 
-    def queue(self, pipe: Any, commit: Commit, snapshot: Snapshot, present: Mapping[str, int]) -> None:
+    def queue(self, pipe: Any, commit: Commit, snapshot: NewWeights, present: Mapping[str, int]) -> None:
         """Queue the commands of a commit."""
         keys = self.keys
         for key, value in self._large(commit, snapshot).items():

@@ -21,7 +21,7 @@ from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.update import PAYLOAD_TTL_S, Header
 from fedmoe.store.connection import Connection, execute
 from fedmoe.store.full import is_full, transact
-from fedmoe.store.parts import Snapshot, read_whole, stray_parts
+from fedmoe.store.parts import NewWeights, read_whole, stray_parts
 
 CLAIM_MS = 10_000  # all claims to write an expert back expire together, so those of dead aggregators do too
 _CLAIM = """#!lua flags=allow-oom
@@ -152,7 +152,7 @@ class ExpertLifecycle:
         packed = pack_file(weights, spec, meta.weights_commit)
         meta, weights = meta.with_snapshot(weights), memoryview(stamped(weights, meta.weights_commit))
         with self.connection.errors():
-            snapshot = Snapshot(self._redis, keys, meta.parts, weights, None)
+            snapshot = NewWeights(self._redis, keys, meta.parts, weights, None)
             with self._redis.pipeline(transaction=True) as pipe:
                 pipe.watch(*parts)
                 snapshot.check(pipe, self.name)
@@ -207,7 +207,7 @@ class ExpertLifecycle:
         keys = self.keys
         packed = pack_file(weights, spec, meta.weights_commit)
         with self.connection.errors(), self._redis.pipeline(transaction=True) as pipe:
-            snapshot = Snapshot(self._redis, keys, meta.parts, weights, server_state)
+            snapshot = NewWeights(self._redis, keys, meta.parts, weights, server_state)
             if (wrong := self._watch(pipe, on)) is None:
                 return False
             snapshot.check(pipe, self.name)
@@ -273,7 +273,7 @@ class ExpertLifecycle:
         }
 
     def _queue_parts(
-        self, pipe: Any, spec: Spec, meta: Meta, snapshot: Snapshot, packed: bytes | None
+        self, pipe: Any, spec: Spec, meta: Meta, snapshot: NewWeights, packed: bytes | None
     ) -> None:
         keys = self.keys
         pipe.set(keys.spec, spec.to_json())

@@ -122,7 +122,7 @@ def _ask(command: Callable[[str], Any], name: str) -> Any:
     return None
 
 
-class Snapshot:
+class NewWeights:
     """The strings of weights and server state that a commit writes; their parts are written at once, if there are some.
 
     Args:

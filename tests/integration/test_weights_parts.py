@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+import fedmoe
 import fedmoe.protocol.features
 from consumers.compaction import compact
 from consumers.expert import Expert
@@ -69,6 +70,8 @@ def test_all_readers_get_the_same_bytes(connection: Connection, tmp_path: Path, 
     check_readers(expert, tmp_path)
     check_parts(expert)
     assert meta_of(expert).requires == PARTS
+    read = fedmoe.connect(connection.settings).expert(NAME).weights()
+    assert {name: tuple(tensor.shape) for name, tensor in read.items()} == dict(expert.spec.layout.tensors)
     view = Inspector(connection).federation().experts[0]
     assert (view.weights_bytes, view.problems) == (expert.spec.layout.file_bytes, ())
 

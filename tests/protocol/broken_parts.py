@@ -51,7 +51,7 @@ BROKEN_PARTS = {
         what="parts are overwritten before the commit",
         rules=Rules(patches=IN_PLACE),
         scope=Scope(parts=True, units=2),
-        symptom="the expert is damaged: its weights have digests",
+        symptom="is in use and expires",
     ),
     "H29_nothing_is_checked": Broken(
         what="parts expire before the commit that names them",

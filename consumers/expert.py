@@ -38,7 +38,6 @@ from fedmoe.protocol.records import Decided, Entry, Meta
 from fedmoe.protocol.rules import MAX_REASON_CHARS
 from fedmoe.protocol.server import has_state
 from fedmoe.protocol.spec import Spec
-from fedmoe.protocol.tail import Tail
 from fedmoe.protocol.update import ForeignHeaderError, Header
 from fedmoe.protocol.vectors import stored_text
 from fedmoe.store.archive import Archive
@@ -233,7 +232,7 @@ class Expert:
         # It may be there, of an optimizer that is not in force any more.
         if commit.server_state is None and (self.meta.server_state or self.meta.tail):
             commit.unlink.append(self.store.keys.server_state)
-        return meta.with_tail(Tail())
+        return meta.with_snapshot(commit.weights)
 
     def decide(self, bell: Doorbell, raw: bytes, entry: Entry, commit: Commit) -> Verdict | None:
         """Decide one entry, whose header is `raw`, and note it in the commit; None if the header is garbage."""

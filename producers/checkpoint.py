@@ -34,6 +34,7 @@ from fedmoe.protocol.rules import RuleSet
 from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.tail import Tail
 from fedmoe.protocol.update import Header, UpdateId
+from fedmoe.protocol.weights_parts import WeightsParts
 from fedmoe.store.archive import Archive
 from fedmoe.util.disk import to_disk, write_whole
 from producers.ledger import Ledger, Outgoing, Trained
@@ -175,6 +176,7 @@ class StateDir:
                 "rules": ledger.meta.rules.to_json(),
                 "rolled_back": ledger.meta.rolled_back.to_json(),
                 "tail": ledger.meta.tail.to_json(),
+                "parts": ledger.meta.parts.to_json(),
             },
             "trained": asdict(checkpoint.trained),
             "position": checkpoint.position,
@@ -324,6 +326,7 @@ def _meta(content: dict[str, Any]) -> Meta:
         "rules": RuleSet.from_json(content["rules"]),
         "rolled_back": RolledBack.from_json(content.get("rolled_back", "[]")),
         "tail": Tail.from_json(content.get("tail", "")),
+        "parts": WeightsParts.from_json(content.get("parts", "")),
     }
     return Meta(**known_fields(Meta, content) | parsed)
 

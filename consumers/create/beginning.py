@@ -9,13 +9,14 @@ import torch
 
 from consumers.create.request import SpecRequest
 from fedmoe.protocol import records
-from fedmoe.protocol.features import features_text
+from fedmoe.protocol.features import PARTS, features_text
 from fedmoe.protocol.identity import BaseIdentity
 from fedmoe.protocol.layout import Layout
 from fedmoe.protocol.lora_init import initial_weights
 from fedmoe.protocol.records import Meta
 from fedmoe.protocol.rules import RuleSet
 from fedmoe.protocol.spec import Spec
+from fedmoe.protocol.weights_parts import MAX_STRING_BYTES
 from fedmoe.store.lifecycle import new_id
 from fedmoe.util.software import software
 
@@ -24,15 +25,17 @@ NORM_BOUND = 10.0  # default max_norm, as a multiple of the initial adapter's L2
 
 def make_spec(request: SpecRequest, described: Mapping[str, Any]) -> Spec:
     """The spec for a request, with the facts about the base model that `look_at_base` found."""
+    layout = Layout(tuple((name, tuple(shape)) for name, shape in described["layout"]))
     return Spec(  # refuses a too large adapter before memory is allocated for it
         base_model=request.base_model,
         base_config=described["base_config"],
-        layout=Layout(tuple((name, tuple(shape)) for name, shape in described["layout"])),
+        layout=layout,
         lora=request.lora,
         wire_format=request.wire_format,
         init_seed=request.seed,
         chat_template=request.chat_template,
         towers=tuple(described["towers"]),
+        requires=PARTS if layout.file_bytes > MAX_STRING_BYTES else "",
     )
 
 

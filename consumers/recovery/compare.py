@@ -72,7 +72,7 @@ def rollback_of(mine: Meta, theirs: Meta, last_line: Mapping[bytes, bytes]) -> R
     same = replace(
         theirs, commit=mine.commit, weights_commit=mine.weights_commit, version=mine.version,
         rolled_back=mine.rolled_back, server_state=mine.server_state, requires=mine.requires,
-        tail=mine.tail, digests=mine.digests, updated_at=mine.updated_at,
+        tail=mine.tail, parts=mine.parts, digests=mine.digests, updated_at=mine.updated_at,
     )  # fmt: skip
     if theirs.version != mine.version + 1 or same.to_hash() != mine.to_hash() or not last_line:
         return None

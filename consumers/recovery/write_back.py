@@ -8,7 +8,6 @@ from fedmoe.protocol.formats import EXACT
 from fedmoe.protocol.layout import stamped
 from fedmoe.protocol.lines import AnchorLine, Line
 from fedmoe.protocol.packed import pack
-from fedmoe.protocol.tail import Tail
 from fedmoe.store.commit import Commit, Loaded
 
 logger = logging.getLogger(__name__)
@@ -25,7 +24,7 @@ def write_back(expert: Expert, *, on: str, anchor: bool = True) -> bool:
         on: the commit in Redis, one of this history; "" if Redis has none.
         anchor: write an anchor line if Redis has no commit, because its log lacks lines too.
     """
-    meta = expert.next_meta(new_weights=True).with_tail(Tail())
+    meta = expert.next_meta(new_weights=True).with_snapshot(expert.buffer.file)
     log: list[Line] = []
     dead: list[Line] = []
     if on:

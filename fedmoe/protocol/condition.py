@@ -79,7 +79,9 @@ def examine(
         )
     if root is not None and not found:
         found.append(damage(root, spec=parsed.digest if parsed else None, weights=weights, decided=records))
-    if parsed is not None and length not in (0, parsed.layout.file_bytes):
+    if root is not None and root.parts and 0 < length < root.parts.n_bytes:
+        found.append(root.parts.lost)
+    elif parsed is not None and length not in (0, parsed.layout.file_bytes):
         found.append(f"its weights have {length} bytes, but its spec expects {parsed.layout.file_bytes}")
     if root is not None and tail_fields is not None and tail_fields < root.tail.fields:
         found.append(f"its tail has {tail_fields} fields, but its meta expects {root.tail.fields}")

@@ -14,11 +14,12 @@ from fedmoe.protocol.codec import frames, scratch_values
 from fedmoe.protocol.condition import Condition, examine
 from fedmoe.protocol.fold import Values, fold_frame
 from fedmoe.protocol.integrity import server_state_misfit, server_state_problem
-from fedmoe.protocol.layout import AdapterBuffer, check_file, values_bytes
+from fedmoe.protocol.layout import AdapterBuffer, check_file
 from fedmoe.protocol.records import Meta
 from fedmoe.protocol.server import first_value, has_state
 from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.tail import TailRecord, quick_digest, tail_updates
+from fedmoe.protocol.weights_parts import values_bytes
 
 Update = tuple[TailRecord, Sequence[bytes]]
 

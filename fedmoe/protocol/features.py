@@ -11,7 +11,10 @@ HOLD = "hold"  # an expert whose rules say that it is held applies no updates
 SERVER_OPTIMIZER = "server_optimizer"  # the step of an update may depend on what past updates left
 ROLLBACK = "rollback"  # updates that were trained on rolled-back versions are refused, and workers drop such progress
 TAIL = "tail"  # the key `weights` lags behind meta by the updates in the tail
-FEATURES: frozenset[str] = frozenset({HOLD, ROLLBACK, SERVER_OPTIMIZER, TAIL})  # those that this FedMoE knows
+PARTS = "parts"  # weights above 512 MiB lie in several strings
+FEATURES: frozenset[str] = frozenset(
+    {HOLD, PARTS, ROLLBACK, SERVER_OPTIMIZER, TAIL}
+)  # those that this FedMoE knows
 UPDATES_REQUIRE = ""  # features that an aggregator must know to decide this FedMoE's updates
 MAX_FEATURE_CHARS = 32
 SHOWN_FEATURES = 5

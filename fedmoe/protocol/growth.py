@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from fedmoe.protocol.formats import EXACT
+from fedmoe.protocol.packed import packed_bytes
 from fedmoe.protocol.records import Meta
 from fedmoe.protocol.server import ServerStep, has_state
 from fedmoe.protocol.spec import Spec
@@ -11,6 +12,8 @@ from fedmoe.protocol.tail import Tail, TailRecord, part_field, quick_digest, rec
 # The weights are written once the tail outweighs them this many times. With 1, writing them costs as much as all
 # updates together; with 2 half of that, for as much memory again (docs/decisions/snapshot-and-tail.md).
 MOST_WEIGHTS = 2
+# A server closes a connection that queues more than 1 GiB in a MULTI (client-query-buffer-limit); the rest is for logs.
+TRANSACTION_BYTES = 896 * 2**20
 
 
 class Growth:
@@ -26,7 +29,8 @@ class Growth:
     Attributes:
         tail: what meta says after the commit.
         fields: of the hash, to be written.
-        is_open: False once the weights are to be written instead: the tail, or this batch, outweighs them.
+        is_open: False once the weights are to be written instead: the tail, or this batch, outweighs them, or the batch
+            does not fit into one transaction.
     """
 
     def __init__(self, meta: Meta, spec: Spec, *, is_wanted: bool = True) -> None:
@@ -35,6 +39,9 @@ class Growth:
         self.fields: dict[str, str | bytes] = {}
         self.is_open = is_wanted and spec.wire_format != EXACT
         self._weights_bytes = spec.layout.file_bytes
+        self._most_added = (
+            min(self._weights_bytes, TRANSACTION_BYTES - packed_bytes(spec)) if self.is_open else 0
+        )
         self._added = 0
 
     def add(
@@ -62,8 +69,7 @@ class Growth:
             self.close()
 
     def _is_too_heavy(self) -> bool:
-        most = self._weights_bytes
-        return self._added > most or self.tail.n_bytes > MOST_WEIGHTS * most
+        return self._added > self._most_added or self.tail.n_bytes > MOST_WEIGHTS * self._weights_bytes
 
     def close(self) -> None:
         """The weights are to be written: forget what was kept for the tail."""

@@ -14,6 +14,8 @@ transaction. The prefix `fedmoe` is a setting, so that several federations can s
     fedmoe:{E}:payload:<worker>:trial:<name>        hash    `fedmoe doctor` tries transactions here; expires
     fedmoe:{E}:weights                              string  the expert, a safetensors file; the tail comes on top
     fedmoe:{E}:tail                                 hash    updates applied since `weights` were written (tail.py)
+    fedmoe:{E}:weights:<commit>:<part>              string  values of weights that are too long for one string;
+    fedmoe:{E}:server_state:<commit>:<part>                 the keys before then hold the headers (weights_parts.py)
     fedmoe:{E}:packed                               string  packed weights, for pulls (packed.py); none in format fp32
     fedmoe:{E}:server_state                         string  what the server optimizer remembers, a safetensors file;
                                                             none with the optimizer sgd
@@ -72,8 +74,12 @@ class ExpertKeys:
         return f"{self.root}:weights"
 
     def weights_part(self, generation: str, index: int | str) -> str:
-        """Key of a part of the merged gateway's weights; `*` for all parts and generations."""
-        return f"{self.root}:weights:{generation}:{index}"
+        """Key of a part of weights; `generation` is their commit, or that of a merged gateway. `*` stands for all."""
+        return f"{self.weights}:{generation}:{index}"
+
+    def server_state_part(self, commit: str, index: int | str) -> str:
+        """Key of a part of a server state."""
+        return f"{self.server_state}:{commit}:{index}"
 
     @property
     def tail(self) -> str:

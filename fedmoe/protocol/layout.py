@@ -25,7 +25,6 @@ FLOAT_BYTES = 4
 # `values_of` returns tensors over read-only memory. torch warns that it cannot protect them; nothing writes to them.
 warnings.filterwarnings("ignore", message="The given buffer is not writable")
 
-MAX_STRING_BYTES = 512 * 1024 * 1024  # the limit of a Redis string
 STAMP_CHARS = 16  # length of the stamp in the header; a shorter commit id is padded with spaces
 _BEFORE_STAMP = b'{"__metadata__":{"commit":"'
 _STAMP_AT = slice(8 + len(_BEFORE_STAMP), 8 + len(_BEFORE_STAMP) + STAMP_CHARS)
@@ -164,11 +163,6 @@ def digest_of(file: bytes | memoryview) -> str:
     return hashlib.sha256(stamped(file, "")).hexdigest()
 
 
-def values_bytes(file: bytes | memoryview) -> memoryview:
-    """The bytes of the values in an adapter's safetensors file, without its header, not copied."""
-    return memoryview(file)[8 + int.from_bytes(file[:8], "little") :]
-
-
 def _stamp(commit: str) -> bytes:
     stamp = commit.encode()
     if len(stamp) > STAMP_CHARS:
@@ -187,7 +181,7 @@ def values_of(layout: Layout, file: bytes | memoryview) -> torch.Tensor:
     return torch.frombuffer(file, dtype=torch.float32, offset=n_bytes, count=layout.numel)
 
 
-def values_of_chunks(layout: Layout, chunks: Iterable[bytes]) -> torch.Tensor:
+def values_of_chunks(layout: Layout, chunks: Iterable[bytes | memoryview]) -> torch.Tensor:
     """The values (numel,) fp32 of these bytes, copied; each chunk holds whole values."""
     values, at = torch.empty(layout.numel), 0
     for chunk in chunks:

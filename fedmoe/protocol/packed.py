@@ -25,12 +25,12 @@ from fedmoe.protocol.codec import add, encode, part_lengths, scratch_values
 from fedmoe.protocol.formats import EXACT
 from fedmoe.protocol.layout import Layout, values_of
 from fedmoe.protocol.lora_init import initial_weights
-from fedmoe.protocol.spec import Spec
+from fedmoe.protocol.spec import PREAMBLE_BYTES, Spec
 from fedmoe.util.threads import ALONE, Threads
 
 _WHAT = b"fedmoe packed 1 "
 _ID_BYTES = 16  # length of a commit id, and of the digest of W⁰, both in hex
-PREAMBLE_BYTES = len(_WHAT) + _ID_BYTES + 1 + _ID_BYTES
+assert len(_WHAT) + _ID_BYTES + 1 + _ID_BYTES == PREAMBLE_BYTES
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +72,11 @@ def chunks(spec: Spec) -> list[tuple[int, int]]:
     """Offsets of the first and last byte of the preamble, and of each part, in packed weights."""
     lengths = (PREAMBLE_BYTES, *part_lengths(spec.layout.numel, spec.wire_format))
     return [(first, after - 1) for first, after in pairwise(accumulate(lengths, initial=0))]
+
+
+def packed_bytes(spec: Spec) -> int:
+    """The length of packed weights; workers of format fp32 pull the weights themselves, and theirs is 0."""
+    return 0 if spec.wire_format == EXACT else chunks(spec)[-1][1] + 1
 
 
 def unpack(content: Sequence[bytes], spec: Spec, commit: str) -> torch.Tensor | None:

@@ -6,6 +6,8 @@
                                             t           the tail: 2 w at most, in format fp32 0
     M   memberships: the workers, twice     s           server state: w, with the optimizer sgd 0
         if they train expert and gateway    m           the merged gateway: E w with `cat`, else w
+    Values above 512 MiB lie in parts; while w, s or m is written in parts, Redis holds it twice.
+
     r   updates a second: M / sync interval             g   rebuilds of it a second: at most r, and one each interval
 
 The constants are what a real federation showed; tests/e2e/test_plan.py compares the formula with one.
@@ -17,6 +19,7 @@ from fedmoe.protocol.codec import part_lengths
 from fedmoe.protocol.formats import EXACT
 from fedmoe.protocol.growth import MOST_WEIGHTS
 from fedmoe.protocol.layout import FLOAT_BYTES
+from fedmoe.protocol.weights_parts import PART_BYTES, WHOLE_BYTES
 
 HEADER_BYTES = 1000  # of an update, beside its parts
 FILE_HEADER_BYTES = 32 * 1024  # of a file of weights, with the names and shapes of its tensors
@@ -125,6 +128,23 @@ def allocated(n_bytes: int) -> int:
     return -(-n_bytes // step) * step
 
 
+def stored(n_bytes: int) -> int:
+    """The memory that Redis takes for weights: one string, or parts."""
+    if n_bytes <= WHOLE_BYTES:
+        return allocated(n_bytes)
+    parts, rest = divmod(n_bytes, PART_BYTES)
+    return parts * allocated(PART_BYTES) + allocated(rest)
+
+
+def _while_written(shape: Shape) -> list[Term]:
+    """The second copies of what lies in parts, while all of it is written again; none if nothing does."""
+    values = [(shape.weights, shape.all_experts), (shape.state, shape.all_experts), (shape.merged, 1)]
+    amount = sum(number * stored(n_bytes) for n_bytes, number in values if n_bytes > WHOLE_BYTES)
+    return [Term(MEMORY, "parts, while written again", "(E+G) (w + s) + m, if above 512 MiB", amount)] * bool(
+        amount
+    )
+
+
 def terms(shape: Shape) -> list[Term]:
     """All terms: memory and disk in bytes, network in bytes a second, as Redis sees it (`in` is what it receives)."""
     every, members, rate, rebuilds = (
@@ -137,11 +157,12 @@ def terms(shape: Shape) -> list[Term]:
     packed = 0 if shape.wire_format == EXACT else update
     parts = sum(map(allocated, part_lengths(shape.values, shape.wire_format)))
     memory = [
-        Term(MEMORY, "weights", "(E+G) w", every * allocated(weights)),
+        Term(MEMORY, "weights", "(E+G) w", every * stored(weights)),
         Term(MEMORY, "tails, when full", "(E+G) t", every * shape.tail),
         Term(MEMORY, "packed weights", "(E+G) p, in fp32 0", every * allocated(packed)),
-        Term(MEMORY, "server state", "(E+G) s", every * allocated(state)),
-        Term(MEMORY, "merged gateway", "m", allocated(merged)),
+        Term(MEMORY, "server state", "(E+G) s", every * stored(state)),
+        Term(MEMORY, "merged gateway", "m", stored(merged)),
+        *_while_written(shape),
         Term(MEMORY, "undecided updates", "M u", members * (parts + HEADER_BYTES)),
         Term(MEMORY, "replies in flight", "M p", members * pull),
         Term(MEMORY, "logs, when full", "(E+G) 11 MB", every * LOG_LINES * LOG_LINE_BYTES),

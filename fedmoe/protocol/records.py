@@ -5,13 +5,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from fedmoe.errors import ProtocolError, RemovedExpertError, SpecError
-from fedmoe.protocol.features import TAIL, check_requires, with_feature
+from fedmoe.protocol.features import PARTS, TAIL, check_requires, with_feature
 from fedmoe.protocol.fields import from_text, optional, to_text
 from fedmoe.protocol.rollback import RolledBack
 from fedmoe.protocol.rules import RuleSet
 from fedmoe.protocol.tail import Tail
 from fedmoe.protocol.update import UpdateId
 from fedmoe.protocol.validation import Curve
+from fedmoe.protocol.weights_parts import WeightsParts
 
 NO_DECISIONS = "0" * 16  # the stamp of no decided updates, see fedmoe/protocol/integrity.py
 # The protocol version of this FedMoE. Raise it whenever an earlier release would misread a record of this one, also
@@ -75,6 +76,8 @@ class Meta:
         weights_commit: the last commit that changed the weights.
         tail: the version under the key `weights`, and the size and last record of the tail after it, as JSON (see
             `fedmoe.protocol.tail`); "" if the weights are of the weights commit.
+        parts: the strings in which weights and server state lie, as JSON (see `fedmoe.protocol.weights_parts`); "" if
+            each is one string.
         digests: quick digests of the weights, and of the server state if there is one, after the weights commit that
             they are of; "" if an earlier release wrote them.
         spec: digest of the spec.
@@ -136,6 +139,7 @@ class Meta:
     requires: str = optional("")
     rolled_back: RolledBack = field(default=RolledBack(), metadata={"optional": True})
     tail: Tail = field(default=Tail(), metadata={"optional": True})
+    parts: WeightsParts = field(default=WeightsParts(), metadata={"optional": True})
     digests: str = optional("")
 
     @property
@@ -146,6 +150,18 @@ class Meta:
     def with_tail(self, tail: Tail) -> "Meta":
         """The same state with this tail; without one (`Tail()`), the weights are of the weights commit."""
         return replace(self, tail=tail, requires=with_feature(self.requires, TAIL, bool(tail)))
+
+    def with_snapshot(self, weights: bytes | memoryview) -> "Meta":
+        """The same state, whose commit writes this file of weights: without a tail, and in parts if it is long."""
+        return self.with_parts(WeightsParts.of(self.commit, weights)).with_tail(Tail())
+
+    def in_one_string(self) -> "Meta":
+        """The same state with the exact weights in one string, as backups hold it: without tail and parts."""
+        return self.with_parts(WeightsParts()).with_tail(Tail())
+
+    def with_parts(self, parts: WeightsParts) -> "Meta":
+        """The same state, whose weights lie in these parts; without them (`WeightsParts()`), in one string."""
+        return replace(self, parts=parts, requires=with_feature(self.requires, PARTS, bool(parts)))
 
     @property
     def mean_staleness(self) -> float:

@@ -13,14 +13,18 @@ from functools import cached_property
 from typing import Any
 
 from fedmoe.errors import FedMoEError, ProtocolError, SettingsError, SpecError
+from fedmoe.protocol.codec import part_lengths
 from fedmoe.protocol.features import check_requires
 from fedmoe.protocol.fields import put_back, take_unknown
-from fedmoe.protocol.formats import FORMATS
-from fedmoe.protocol.layout import MAX_STRING_BYTES, Layout
+from fedmoe.protocol.formats import EXACT, FORMATS
+from fedmoe.protocol.layout import Layout
 from fedmoe.protocol.lora import DEFAULT_WIRE_FORMAT, LoraSettings, alpha_at
+from fedmoe.protocol.update import MAX_PARTS
+from fedmoe.protocol.weights_parts import MAX_STRING_BYTES
 from fedmoe.util.setting import check_whole
 from fedmoe.util.template_file import MAX_TEMPLATE_CHARS
 
+PREAMBLE_BYTES = 49  # of packed weights (packed.py)
 SPEC_FORMAT = 3  # 3: the spec holds no rules
 
 
@@ -70,10 +74,18 @@ class Spec:
                 f"chat_template must be text of at most {MAX_TEMPLATE_CHARS} characters",
                 about="chat_template",
             )
-        if self.layout.file_bytes > MAX_STRING_BYTES:
+        if self.layout.file_bytes > MAX_STRING_BYTES:  # then it lies in parts (fedmoe.protocol.weights_parts)
+            self._check_large()
+
+    def _check_large(self) -> None:
+        """Raise SettingsError if an update has too many parts, or packed weights do not fit into one Redis string."""
+        lengths = part_lengths(self.layout.numel, self.wire_format)
+        packed = 0 if self.wire_format == EXACT else PREAMBLE_BYTES + sum(lengths)
+        if len(lengths) > MAX_PARTS or packed > MAX_STRING_BYTES:
             raise SettingsError(
-                f"an adapter of {self.layout.file_bytes / 2**20:.0f} MiB does not fit into one Redis string "
-                "(512 MiB): choose a smaller rank or fewer targets",
+                f"an adapter of {self.layout.file_bytes / 2**20:.0f} MiB is too large for format {self.wire_format}: "
+                f"an update would have {len(lengths)} parts (at most {MAX_PARTS}) and {sum(lengths) / 2**20:.0f} MiB "
+                "(at most 512, in fp32 1024); choose a smaller rank, fewer targets, or another format",
                 about="layout",
             )
 

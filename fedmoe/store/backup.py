@@ -10,15 +10,16 @@ from typing import Any
 
 from fedmoe.errors import BackupError, DamagedExpertError, FedMoEError, UnknownExpertError
 from fedmoe.protocol.exact import complete
+from fedmoe.protocol.features import PARTS, with_feature
 from fedmoe.protocol.layout import check_file, stamped
 from fedmoe.protocol.names import check_expert
 from fedmoe.protocol.packed import pack_file
 from fedmoe.protocol.records import Meta
 from fedmoe.protocol.spec import Spec
-from fedmoe.protocol.tail import Tail
+from fedmoe.protocol.weights_parts import WeightsParts
 from fedmoe.store.connection import Connection, execute
-from fedmoe.store.full import read_together
 from fedmoe.store.lifecycle import new_id
+from fedmoe.store.parts import NewWeights, read_whole, stray_parts
 
 Line = tuple[bytes, Mapping[bytes, bytes]]  # id and fields of a stream entry
 
@@ -30,8 +31,9 @@ MAX_ID = 2**64 - 1  # maximum of either half of a stream entry's id
 class ExpertState:
     """Everything that Redis keeps of one expert, except the updates that wait in its stream.
 
-    It is as Redis holds it, byte for byte, but for the tail: that is folded into weights and server state, and meta
-    names none. So an earlier release can read a backup, too.
+    It is as Redis holds it, byte for byte, but for two things: the tail is folded into weights and server state, and
+    each of these is a whole file even if it lies in parts in Redis. Meta names neither tail nor parts. So an earlier
+    release can read a backup, too.
 
     Args:
         spec: the JSON text.
@@ -125,8 +127,8 @@ class BackupStore:
         """
         keys, there = self.keys.expert(name), self._at(name)
         with there.errors():
-            spec, weights, meta, decided, log, dead, vectors, state, tail = read_together(
-                there.client,
+            spec, weights, meta, decided, log, dead, vectors, state, tail = read_whole(
+                there.client, keys,
                 ("get", keys.spec), ("get", keys.weights), ("hgetall", keys.meta), ("hgetall", keys.decided),
                 ("xrange", keys.log), ("xrange", keys.dead), ("hgetall", keys.vectors), ("get", keys.server_state),
                 ("hgetall", keys.tail),
@@ -138,12 +140,12 @@ class BackupStore:
                 about=name,
             )
         condition, exact = complete(spec, meta, decided, weights=weights, server_state=state, tail=tail)
-        if condition.meta is not None and condition.meta.tail:
+        if condition.meta is not None and (condition.meta.tail or condition.meta.parts):
             if exact is None:
                 raise DamagedExpertError(name, condition.damage)
             weights, state = exact.weights, exact.server_state
-            without = condition.meta.with_tail(Tail())
-            meta = meta | {b"tail": b"", b"requires": without.requires.encode()}
+            without = condition.meta.in_one_string()
+            meta = meta | {b"tail": b"", b"parts": b"", b"requires": without.requires.encode()}
         return ExpertState(
             spec=spec,
             weights=weights,
@@ -183,17 +185,20 @@ class BackupStore:
         packed = pack_file(
             state.weights, Spec.from_json(state.spec), commit
         )  # packing takes time, so it comes before the WATCH
+        snapshot, parts = self._snapshot(name, state, commit)
         for _ in range(ATTEMPTS):
             with at.errors(), at.client.pipeline(transaction=True) as pipe:
                 # WATCH even if replacing: an EXEC whose reply was lost may run late; it must not overwrite commits made
                 # since.
                 pipe.watch(*keys)
+                snapshot.check(pipe, name)
                 there = self._look(name)  # over another connection: a change after the WATCH aborts the EXEC
                 if not replace:
                     _refuse(there, name, state)
+                snapshot.replaced = list(stray_parts(at.client, self.keys.expert(name), but=parts))
                 pipe.multi()
                 pipe.unlink(*keys)  # also a meta hash that says that an operator removed the expert
-                self.queue(pipe, name, state, commit, packed)
+                self.queue(pipe, name, state, commit, packed, snapshot, parts)
                 if execute(pipe) is None:
                     continue
             with self._list.errors():
@@ -204,20 +209,48 @@ class BackupStore:
             about="commits",
         )
 
-    def queue(self, pipe: Any, name: str, state: ExpertState, commit: str, packed: bytes | None) -> None:
+    def _snapshot(self, name: str, state: ExpertState, commit: str) -> tuple[NewWeights, WeightsParts]:
+        """The weights and the server state as this commit writes them; parts are written already."""
+        weights, remembered, at = state.weights, state.server_state, self._at(name)
+        parts = WeightsParts.of(commit, weights)
+        with at.errors():
+            snapshot = NewWeights(
+                at.client,
+                self.keys.expert(name),
+                parts,
+                stamped(weights, commit),
+                None if remembered is None else stamped(remembered, commit),
+            )
+        return snapshot, parts
+
+    def queue(
+        self,
+        pipe: Any,
+        name: str,
+        state: ExpertState,
+        commit: str,
+        packed: bytes | None,
+        snapshot: NewWeights,
+        parts: WeightsParts,
+    ) -> None:
         """Queue the commands of a restore."""
         keys = self.keys.expert(name)
         pipe.set(keys.spec, state.spec)
-        pipe.set(keys.weights, stamped(state.weights, commit))
-        ids = dict.fromkeys((b"commit", b"weights_commit", b"restored"), commit)
-        pipe.hset(keys.meta, mapping={**state.meta, **ids})
+        meta: dict[bytes, bytes] = dict(state.meta)
+        meta |= dict.fromkeys((b"commit", b"weights_commit", b"restored"), commit.encode())
+        if parts:
+            requires = with_feature(meta.get(b"requires", b"").decode(), PARTS, True)
+            meta |= {b"parts": parts.to_json().encode(), b"requires": requires.encode()}
+        pipe.hset(keys.meta, mapping=meta)
         if state.decided:
             pipe.hset(keys.decided, mapping=state.decided)
         if state.vectors:
             pipe.hset(keys.vectors, mapping=state.vectors)
         pipe.unlink(keys.packed, keys.server_state, keys.tail, keys.lost, keys.claims)
-        if state.server_state is not None:
-            pipe.set(keys.server_state, stamped(state.server_state, commit))
+        for key, value in snapshot.strings.items():
+            if value is not None:
+                pipe.set(key, value)
+        snapshot.queue(pipe)
         if packed:
             pipe.set(keys.packed, packed)
         for key, lines in ((keys.log, state.log), (keys.dead, state.dead)):

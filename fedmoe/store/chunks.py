@@ -62,7 +62,15 @@ def weights_reads(key: str, layout: Layout) -> Iterator[tuple[Any, ...]]:
         yield "getrange", key, first, min(first + CHUNK_BYTES, layout.file_bytes) - 1
 
 
-def values_and_stamp(layout: Layout, replies: Sequence[Any]) -> tuple[Sequence[bytes], str] | None:
+def as_read(layout: Layout, file: bytes | memoryview | None) -> list[Any]:
+    """A whole file (None: the key is missing) as the replies to `weights_reads`, in one chunk that is not copied."""
+    view, begin = memoryview(file or b""), len(layout.header)
+    return [len(view), bytes(view[:begin]), view[begin:]]
+
+
+def values_and_stamp(
+    layout: Layout, replies: Sequence[Any]
+) -> tuple[Sequence[bytes | memoryview], str] | None:
     """Values (in chunks) and stamp of the file, from the replies to `weights_reads`; None if the key is missing.
 
     Raises:

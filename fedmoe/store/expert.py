@@ -19,15 +19,17 @@ from fedmoe.protocol.condition import version_of
 from fedmoe.protocol.exact import complete
 from fedmoe.protocol.keys import GROUP
 from fedmoe.protocol.layout import STAMPED_BYTES, stamp_of
-from fedmoe.protocol.packed import PREAMBLE_BYTES, packed_commit
+from fedmoe.protocol.packed import packed_commit
 from fedmoe.protocol.records import Entry, Meta, check_not_removed
-from fedmoe.protocol.spec import Spec
+from fedmoe.protocol.spec import PREAMBLE_BYTES, Spec
 from fedmoe.protocol.update import MAX_HEADER_BYTES, Part
+from fedmoe.protocol.weights_parts import WeightsParts
 from fedmoe.store.chunks import places, put
 from fedmoe.store.commit import Commit, Loaded
 from fedmoe.store.connection import execute
 from fedmoe.store.full import NEARLY_FULL, is_full, memory_share, read_together, transact
 from fedmoe.store.lifecycle import ExpertLifecycle
+from fedmoe.store.parts import NewWeights, part_keys, read_whole, state_keys, weights_keys
 
 # All aggregators read under one consumer name: the lease holder owns the whole pending list, and the list of dead
 # consumers does not grow with each restart.
@@ -38,13 +40,13 @@ BLOCKING_MS = 2**63  # no server clock reaches this; after the highest possible 
 _PAGE = 256
 _LINEAGE = re.compile(r"[0-9a-f]{16}")
 _TYPES = {"tail": b"hash", "decided": b"hash", "vectors": b"hash", "log": b"stream", "dead": b"stream"}
-# The head in meta, the types of the other keys, and the lengths of those that are strings.
+# The head in meta, the types of the other keys, the lengths of those that are strings, and the parts in meta.
 _LOOK = """#!lua flags=no-writes
 local types, lengths = {}, {}
 for i = 2, #KEYS do
   types[i - 1] = redis.call('TYPE', KEYS[i]).ok
   lengths[i - 1] = types[i - 1] == 'string' and redis.call('STRLEN', KEYS[i]) or 0 end
-return {redis.call('HGET', KEYS[1], 'commit'), types, lengths}"""
+return {redis.call('HGET', KEYS[1], 'commit'), types, lengths, redis.call('HGET', KEYS[1], 'parts')}"""
 _GROUP = """#!lua flags=allow-oom
 return redis.call('XGROUP', 'CREATE', KEYS[1], ARGV[1], '0', 'MKSTREAM')"""
 _AT_ONCE = 1000  # keys or fields; a command in a script can have only a few thousand words
@@ -90,9 +92,10 @@ class ExpertStore(ExpertLifecycle):
 
     def is_unchanged(self, meta: Meta, *, n_decided: int) -> bool:
         """True if the expert has this meta and is whole: spec, weights, tail, decisions of `n_decided` workers."""
-        keys = self.keys
+        keys, needs_state = self.keys, meta.tail.state == "snapshot"
+        parts = weights_keys(keys, meta.parts) + (state_keys(keys, meta.parts) if needs_state else [])
         with self.connection.errors():
-            head, n_there, n_workers, begin, n_fields, state = read_together(
+            head, n_there, n_workers, begin, n_fields, state, *n_parts = read_together(
                 self._redis,
                 ("hget", keys.meta, "commit"),
                 ("exists", keys.meta, keys.spec),
@@ -100,9 +103,12 @@ class ExpertStore(ExpertLifecycle):
                 ("getrange", keys.weights, 0, STAMPED_BYTES - 1),
                 ("hlen", keys.tail),
                 ("getrange", keys.server_state, 0, STAMPED_BYTES - 1),
+                *([("exists", *parts)] if parts else []),
                 wrong_type_is_none=True,
             )
-        if meta.tail.state == "snapshot" and stamp_of(state or b"") != meta.snapshot_commit:
+        if parts and n_parts != [len(parts)]:
+            return False
+        if needs_state and stamp_of(state or b"") != meta.snapshot_commit:
             return False
         found = ((head or b"").decode(errors="replace"), n_there, n_workers, stamp_of(begin or b""))
         is_here = found == (meta.commit, 2, n_decided, meta.snapshot_commit)
@@ -122,8 +128,9 @@ class ExpertStore(ExpertLifecycle):
         keys = self.keys
         with self.connection.errors():
             weights, state, tail, meta, decided, vectors, spec, packed, last_line, claims, *types = (
-                read_together(
+                read_whole(
                     self._redis,
+                    keys,
                     ("get", keys.weights),
                     ("get", keys.server_state),
                     ("hgetall", keys.tail),
@@ -290,59 +297,72 @@ class ExpertStore(ExpertLifecycle):
         Raises StaleStateError if the expert's head is not `commit.on`, or the connection was reopened.
         """
         with self.connection.errors(), self._redis.pipeline(transaction=True) as pipe:
-            present = self.check_head(pipe, commit)
+            snapshot = self._snapshot(commit)
+            present = self.check_head(pipe, commit, snapshot)
             pipe.multi()
-            self.queue(pipe, commit, present)
+            self.queue(pipe, commit, snapshot, present)
             try:
                 done = execute(pipe) is not None
             except redis.RedisError as error:
                 if not is_full(error):
                     raise
-                done = self._commit_to_full(pipe, commit)
+                done = self._commit_to_full(pipe, commit, snapshot)
                 self.was_full = True
             if not done:
-                raise StaleStateError(f"{self.name}: another process committed meanwhile", about="commit")
+                raise self._overtaken()
 
-    def _large(self, commit: Commit) -> dict[str, memoryview | bytes | None]:
+    def _snapshot(self, commit: Commit) -> NewWeights:
+        """The weights that a commit writes; before it writes parts of them, it makes sure that it may be in time."""
+        parts = commit.meta.parts
+        head = self._redis.hget(self.keys.meta, "commit") if parts and commit.weights is not None else None
+        if head not in (None, commit.on.encode()):
+            raise self._overtaken()
+        return NewWeights(self._redis, self.keys, parts, commit.weights, commit.server_state)
+
+    def _overtaken(self) -> StaleStateError:
+        return StaleStateError(f"{self.name}: another process committed meanwhile", about="commit")
+
+    def _large(self, commit: Commit, snapshot: NewWeights) -> dict[str, memoryview | bytes | None]:
         """The values of a commit that may be large, by key; None for one that does not change."""
-        keys = self.keys
-        return {
-            keys.weights: commit.weights, keys.packed: commit.packed, keys.server_state: commit.server_state,
-        }  # fmt: skip
+        return {**snapshot.strings, self.keys.packed: commit.packed}
 
-    def check_head(self, pipe: Any, commit: Commit) -> dict[str, int]:
+    def check_head(self, pipe: Any, commit: Commit, snapshot: NewWeights) -> dict[str, int]:
         """WATCH the keys of a commit, check head and types; returns key -> bytes of values it can write in place."""
         keys = self.keys
-        large = self._large(commit)
+        large = self._large(commit, snapshot)
         found = places(self._redis, large)
         written = (keys.meta, *(getattr(keys, name) for name in _TYPES), *large)
         pipe.watch(*written)
-        head, types, lengths = pipe.eval(_LOOK, len(written), *written)
+        snapshot.check(pipe, self.name)
+        head, types, lengths, parts = pipe.eval(_LOOK, len(written), *written)
         if head is None or head != commit.on.encode():
-            raise StaleStateError(f"{self.name}: another process committed meanwhile", about="commit")
+            raise self._overtaken()
         is_new_tail = commit.weights is not None or commit.begins_tail
         self._check_types(types[: len(_TYPES)], but=("tail",) if is_new_tail else ())
         if self.connection.generation != commit.generation:
             raise StaleStateError(
                 f"{self.name}: the connection to Redis was opened again", about="connection"
             )
+        if commit.weights is not None:
+            snapshot.replaced = part_keys(keys, WeightsParts.in_meta({b"parts": parts or b""}))
         now = dict(zip(written[1:], lengths, strict=True))
         return {key: length for key, length in found.items() if length == now[key]}
 
-    def _commit_to_full(self, pipe: Any, commit: Commit) -> bool:
+    def _commit_to_full(self, pipe: Any, commit: Commit, snapshot: NewWeights) -> bool:
         """Repeat a commit that a full Redis has refused: it frees the memory of the decided updates."""
         logger.warning("%s: Redis is full: committing beyond its limit to free memory", self.name)
-        present = self.check_head(pipe, commit)
+        present = self.check_head(pipe, commit, snapshot)
         queued = self._redis.pipeline(transaction=True)
-        self.queue(queued, commit, present)
+        self.queue(queued, commit, snapshot, present)
         return transact(pipe, self.keys.meta, commit.on, [words for words, _ in queued.command_stack])
 
-    def queue(self, pipe: Any, commit: Commit, present: Mapping[str, int]) -> None:
+    def queue(self, pipe: Any, commit: Commit, snapshot: NewWeights, present: Mapping[str, int]) -> None:
         """Queue the commands of a commit."""
         keys = self.keys
-        for key, value in self._large(commit).items():
+        for key, value in self._large(commit, snapshot).items():
             if value is not None:
                 put(pipe, key, value, present.get(key, 0))
+        snapshot.queue(pipe)
         if commit.weights is not None or commit.begins_tail:
             pipe.unlink(keys.tail)
         fields = list(commit.tail.items())

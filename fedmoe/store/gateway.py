@@ -15,18 +15,16 @@ from fedmoe.errors import (
 )
 from fedmoe.protocol.exact import Exact, complete
 from fedmoe.protocol.fit import Fit
-from fedmoe.protocol.layout import MAX_STRING_BYTES
 from fedmoe.protocol.merged import MergedMeta
 from fedmoe.protocol.names import is_expert
 from fedmoe.protocol.records import Entry, Meta
 from fedmoe.protocol.spec import Spec
+from fedmoe.protocol.weights_parts import PART_BYTES, WHOLE_BYTES
 from fedmoe.store.connection import Connection, execute
 from fedmoe.store.full import read_together
+from fedmoe.store.parts import PART_TTL_MS, read_whole
 from fedmoe.store.reading import ask
 
-WHOLE_BYTES = MAX_STRING_BYTES  # longer weights of the merged gateway are stored in parts
-PART_BYTES = 64 * 2**20
-PART_TTL_MS = 600_000  # parts expire if their builder ends before it has switched to them
 _REPLACED = "another aggregator replaced the merged gateway meanwhile: it is looked at again"
 
 
@@ -153,8 +151,8 @@ class GatewayStore:
         """Check that an expert's parts belong together; returns its meta, exact values, and the replies to `more`."""
         keys, at = self.connection.keys.expert(expert), self._at(expert)
         with at.errors():
-            raw, weights, state, tail, decided, spec, *replies = read_together(
-                at.client,
+            raw, weights, state, tail, decided, spec, *replies = read_whole(
+                at.client, keys,
                 ("hgetall", keys.meta), ("get", keys.weights), ("get", keys.server_state), ("hgetall", keys.tail),
                 ("hgetall", keys.decided), ("get", keys.spec), *more,
             )  # fmt: skip
@@ -188,15 +186,16 @@ class GatewayStore:
             if (weights := self._read_parts(meta)) is not None:
                 return meta, weights
 
-    def _read_parts(self, meta: MergedMeta) -> bytes | None:
+    def _read_parts(self, meta: MergedMeta) -> Any:
         """The weights that are stored in parts; None if a part is gone, because the gateway was replaced meanwhile."""
-        found = []
+        found = bytearray()  # it does what bytes do here, and needs no second copy
         for key in self._parts_of(meta):
             with self._merged.errors():
-                found.append(self._merged.client.get(key))
-            if found[-1] is None:
+                part = self._merged.client.get(key)
+            if part is None:
                 return None
-        return b"".join(found)
+            found += part
+        return found
 
     def _parts_of(self, meta: MergedMeta | None) -> list[str]:
         if meta is None or not meta.parts:

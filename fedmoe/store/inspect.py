@@ -148,7 +148,7 @@ class Inspector:
             name=name,
             gateway_weight=weight,
             meta=meta,
-            weights_bytes=replies["weights"],
+            weights_bytes=meta.parts.n_bytes if meta and meta.parts else replies["weights"],
             waiting=waiting,
             pending=pending,
             lag=lag,

@@ -20,7 +20,8 @@ from fedmoe.protocol.records import Decided, Meta, read_protocol
 from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.update import PAYLOAD_TTL_S, Header
 from fedmoe.store.connection import Connection, execute
-from fedmoe.store.full import is_full, read_together, transact
+from fedmoe.store.full import is_full, transact
+from fedmoe.store.parts import NewWeights, read_whole, stray_parts
 
 CLAIM_MS = 10_000  # all claims to write an expert back expire together, so those of dead aggregators do too
 _CLAIM = """#!lua flags=allow-oom
@@ -63,8 +64,9 @@ class ExpertLifecycle:
         """What is left of the expert, read atomically."""
         keys = self.keys
         with self.connection.errors():
-            replies = read_together(
+            replies = read_whole(
                 self._redis,
+                keys,
                 ("get", keys.spec),
                 ("getrange", keys.weights, 0, STAMPED_BYTES - 1),
                 ("hgetall", keys.meta),
@@ -84,8 +86,8 @@ class ExpertLifecycle:
         """Like `condition`, with all values read: it also finds those that differ from meta's digests."""
         keys = self.keys
         with self.connection.errors():
-            spec, weights, meta, decided, last_line, state, tail = read_together(
-                self._redis,
+            spec, weights, meta, decided, last_line, state, tail = read_whole(
+                self._redis, keys,
                 ("get", keys.spec), ("get", keys.weights), ("hgetall", keys.meta), ("hgetall", keys.decided),
                 ("xrevrange", keys.log, "+", "-", 1), ("get", keys.server_state), ("hgetall", keys.tail),
                 wrong_type_is_none=True,
@@ -148,9 +150,12 @@ class ExpertLifecycle:
         keys = self.keys
         parts = (keys.meta, keys.weights, keys.decided)
         packed = pack_file(weights, spec, meta.weights_commit)
+        meta, weights = meta.with_snapshot(weights), memoryview(stamped(weights, meta.weights_commit))
         with self.connection.errors():
+            snapshot = NewWeights(self._redis, keys, meta.parts, weights, None)
             with self._redis.pipeline(transaction=True) as pipe:
                 pipe.watch(*parts)
+                snapshot.check(pipe, self.name)
                 if pipe.exists(*parts) and not (though_removed and pipe.hget(keys.meta, "removed")):
                     return False
                 pipe.multi()
@@ -166,7 +171,7 @@ class ExpertLifecycle:
                     keys.lost,
                     keys.claims,
                 )
-                self._queue_parts(pipe, spec, meta, stamped(weights, meta.weights_commit), packed)
+                self._queue_parts(pipe, spec, meta, snapshot, packed)
                 if execute(pipe) is None:
                     return False
             if gateway_weight is not None:
@@ -202,8 +207,12 @@ class ExpertLifecycle:
         keys = self.keys
         packed = pack_file(weights, spec, meta.weights_commit)
         with self.connection.errors(), self._redis.pipeline(transaction=True) as pipe:
+            snapshot = NewWeights(self._redis, keys, meta.parts, weights, server_state)
             if (wrong := self._watch(pipe, on)) is None:
                 return False
+            snapshot.check(pipe, self.name)
+            if meta.parts:  # what lies there besides is not named by meta any more after this
+                snapshot.replaced = list(stray_parts(self._redis, keys, but=meta.parts))
             raised = self._raised_incarnations(pipe, decided)
 
             def queue(pipe: Any) -> None:
@@ -220,9 +229,7 @@ class ExpertLifecycle:
                     keys.lost,
                     keys.claims,
                 )
-                self._queue_parts(pipe, spec, meta, weights, packed)
-                if server_state is not None:
-                    pipe.set(keys.server_state, server_state)
+                self._queue_parts(pipe, spec, meta, snapshot, packed)
                 if decided:
                     pipe.hset(keys.decided, mapping={w: d.to_json() for w, d in decided.items()})
                 if vectors:
@@ -266,11 +273,14 @@ class ExpertLifecycle:
         }
 
     def _queue_parts(
-        self, pipe: Any, spec: Spec, meta: Meta, weights: bytes | memoryview, packed: bytes | None
+        self, pipe: Any, spec: Spec, meta: Meta, snapshot: NewWeights, packed: bytes | None
     ) -> None:
         keys = self.keys
         pipe.set(keys.spec, spec.to_json())
-        pipe.set(keys.weights, weights)
+        for key, value in snapshot.strings.items():
+            if value is not None:
+                pipe.set(key, value)
+        snapshot.queue(pipe)
         pipe.hset(keys.meta, mapping=meta.to_hash())
         if packed:
             pipe.set(keys.packed, packed)

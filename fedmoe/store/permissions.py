@@ -7,7 +7,7 @@ runs.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from fedmoe.protocol.keys import Keys, absent
+from fedmoe.protocol.keys import ExpertKeys, Keys, absent
 from fedmoe.protocol.names import GATEWAY, may_train_gateway, name_on_gateway
 from fedmoe.protocol.parties import Party
 
@@ -57,7 +57,13 @@ def _on(*keys: str, may: str, when: str = "") -> Iterator[Right]:
         yield Right(command=command, keys=keys, when=when)
 
 
+LONG = "the weights of an expert exceed 512 MiB"
 NO_EXACT_PULL = "a worker that cannot use the packed weights waits until they are repaired"
+
+
+def _parts(keys: ExpertKeys) -> tuple[str, str]:
+    """Patterns of the parts of weights and server states."""
+    return keys.weights_part(ANY, ANY), keys.server_state_part(ANY, ANY)
 
 
 def _worker(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
@@ -73,6 +79,7 @@ def _worker(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
             Right(command=command, keys=(key,), when="the packed weights are damaged", without=NO_EXACT_PULL)
             for command, key in (("HGETALL", keys.tail), ("GET", keys.server_state))
         ),
+        Right(command="GET", keys=(keys.weights, *_parts(keys)), when=LONG, without=NO_EXACT_PULL),
         *_on(keys.updates, may="XRANGE"),
         Right(command="XADD", keys=(keys.updates,), alone=True),  # otherwise a worker could delete the stream
         *_on(own, may="HGETALL"),
@@ -121,6 +128,8 @@ def _aggregator(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
         *_on(keys.weights, keys.packed, may="SETRANGE, PTTL", when=large),
         *_on(keys.server_state, may="GET, UNLINK, TYPE, WATCH, EVAL"),
         *_on(keys.server_state, may="SET, STRLEN, GETRANGE, SETRANGE, PTTL", when=remembers),
+        *_on(*_parts(keys), may="SET, GET, EXISTS, PERSIST, UNLINK, WATCH, EVAL", when=LONG),
+        *_on(keys.weights_part(ANY, ANY), may="STRLEN", when=LONG),
         *_on(keys.spec, may="EXISTS, GET, SET"),
         *_on(keys.log, keys.dead, may="XADD, UNLINK, TYPE, WATCH, EVAL"),
         *_on(keys.log, may="XREVRANGE"),
@@ -184,6 +193,8 @@ def _operator(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
         *_on(keys.server_state, may="SET", when="it restores a server optimizer's state"),
         *_on(keys.packed, keys.server_state, keys.lost, keys.claims, may="UNLINK"),
         *_on(*written, may="WATCH, EXISTS, UNLINK"),
+        *_on(*_parts(keys), may="SET, GET, EXISTS, PERSIST, UNLINK, WATCH, EVAL", when=LONG),
+        *_on(keys.weights_part(ANY, ANY), may="STRLEN", when=LONG),
         *_on(merged.weights, may="GET"),
         *_on(merged.fit, may="HGETALL, HSET, DEL", when="it fits the merged gateway"),
         *_on(merged.weights_part(ANY, ANY), may="GET", when="the merged gateway exceeds 512 MiB"),

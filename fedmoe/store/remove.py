@@ -10,6 +10,7 @@ from fedmoe.errors import RedisUnavailableError, UnknownExpertError
 from fedmoe.protocol.records import check_not_removed, grave
 from fedmoe.store.connection import Connection
 from fedmoe.store.lifecycle import new_id
+from fedmoe.store.parts import stray_parts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +80,8 @@ def sweep(connection: Connection, name: str) -> tuple[str, ...]:
         client.unlink(keys.updates, keys.tail)  # an earlier release does not know the tail
         for key in client.scan_iter(match=f"{keys.root}:payload:*", count=1000):
             client.unlink(key)
+        for part in stray_parts(client, keys):
+            client.unlink(part)
         return _workers(connection, name)
 
 

@@ -16,7 +16,6 @@ from fedmoe.protocol.lines import RollbackLine
 from fedmoe.protocol.packed import pack_file
 from fedmoe.protocol.records import Meta
 from fedmoe.protocol.spec import Spec
-from fedmoe.protocol.tail import Tail
 from fedmoe.store.change import PAUSE_S, whole_expert
 from fedmoe.store.commit import Commit
 from fedmoe.store.expert import ExpertStore
@@ -142,7 +141,7 @@ def roll_back(store: ExpertStore, rollback: Rollback, *, clock: Callable[[], flo
         requires=with_feature(meta.requires, ROLLBACK, True),
         rolled_back=meta.rolled_back.and_also(to.version, meta.version),
         updated_at=clock(),
-    ).with_tail(Tail())
+    ).with_snapshot(rollback.weights)
     line = RollbackLine(
         version=version, rolled_back_to=to.version, by=rollback.by, weights=rollback.digest,
         server_state=rollback.state_digest, optimizer=to.optimizer,

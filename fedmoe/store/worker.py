@@ -26,16 +26,18 @@ from fedmoe.protocol.beat import Beat
 from fedmoe.protocol.doorbell import Doorbell, Join
 from fedmoe.protocol.exact import exact_values
 from fedmoe.protocol.formats import EXACT
-from fedmoe.protocol.layout import stamped, values_bytes
+from fedmoe.protocol.layout import stamped
 from fedmoe.protocol.packed import chunks
 from fedmoe.protocol.records import TRACE_TTL_S, Decided, Meta, check_not_removed, read_protocol
 from fedmoe.protocol.rollback import RolledBack
 from fedmoe.protocol.rules import RuleSet
 from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.update import PAYLOAD_TTL_S, Header, UpdateId
-from fedmoe.store.chunks import values_and_stamp, weights_reads
+from fedmoe.protocol.weights_parts import values_bytes
+from fedmoe.store.chunks import values_and_stamp
 from fedmoe.store.connection import Connection
 from fedmoe.store.full import NEARLY_FULL, is_full, memory_share, read_together
+from fedmoe.store.parts import read_chunks
 from fedmoe.util.software import software
 
 HALF_WRITTEN_TTL_S = 3600  # of an update that is not announced yet: its worker may die while it writes
@@ -60,7 +62,7 @@ class Pull:
     meta: Meta
     decided: Decided | None
     packed: tuple[bytes, ...] = ()
-    exact: tuple[bytes, ...] = ()
+    exact: tuple[bytes | memoryview, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,13 +193,13 @@ class WorkerStore:
         """Like `pull`, but always with the exact weights."""
         above = () if spec.wire_format == EXACT else self._above_weights
         with self.connection.errors():
-            raw, decided, *file = read_together(
-                self._redis, *self._reads, *above, *weights_reads(self.keys.weights, spec.layout)
-            )
+            raw, decided, *file = read_chunks(self._redis, self.keys, spec.layout, *self._reads, *above)
         state, tail, *file = file if above else [None, {}, *file]
         pulled = self._pulled(raw, decided)
         if pulled.meta.spec != spec.digest:
             return pulled
+        if 0 < file[0] < pulled.meta.parts.n_bytes:
+            raise DamagedExpertError(self.expert, pulled.meta.parts.lost)
         found = values_and_stamp(spec.layout, file)
         if found is None:
             raise DamagedExpertError(self.expert, "its weights are missing")
@@ -215,7 +217,7 @@ class WorkerStore:
             raise
         except (SpecError, UpdateError) as error:
             raise DamagedExpertError(self.expert, str(error)) from error
-        return replace(pulled, exact=(bytes(values_bytes(exact.weights)),))
+        return replace(pulled, exact=(values_bytes(exact.weights),))
 
     @property
     def _above_weights(self) -> tuple[tuple[str, str], ...]:

@@ -52,7 +52,7 @@ class Adapter:
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The tensors, fp32 on the CPU, by their names in adapter_model.safetensors."""
-        return load(self._export.file)
+        return load(bytes(self._export.file))  # a file that lay in parts is a bytearray
 
     def save(self, directory: str | Path, *, force: bool = False) -> None:
         """Write a directory that `PeftModel.from_pretrained` loads; see `fedmoe gateway export`.

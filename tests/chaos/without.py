@@ -10,7 +10,7 @@ from tests.protocol.broken import _any_prev
 
 
 def _no_commit_check() -> None:
-    def unchecked(store: Any, pipe: Any, commit: Any) -> dict[str, int]:
+    def unchecked(store: Any, pipe: Any, commit: Any, snapshot: Any) -> dict[str, int]:
         pipe.watch(store.keys.meta)
         return {}
 

@@ -11,6 +11,7 @@ from producers.checkpoint import StateDir
 from producers.ledger import Ledger
 from tests.hazards import chains, commits, updates, without
 from tests.hazards.hazard import Hazard, of_expert, of_store, of_worker_store
+from tests.hazards.table_parts import OF_PARTS
 from tests.hazards.table_redis import OF_REDIS
 from tests.protocol import broken
 
@@ -297,4 +298,4 @@ HAZARDS = {
         symptom="the log cannot be replayed: version 1: staleness",
     ),
 }
-HAZARDS |= OF_REDIS
+HAZARDS |= OF_REDIS | OF_PARTS

@@ -33,6 +33,7 @@ H25  what the server optimizer remembers
 H26  an expert is held, because its validation loss got worse
 H27  a domain vector in an emptied Redis, or in a refused update
 H28  weights of an earlier version, and a tail of updates on top of them
+H29  weights that lie in several Redis strings
 """
 
 from collections.abc import Iterator

@@ -35,6 +35,7 @@ from fedmoe.store.connection import Connection
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore
 from fedmoe.store.lifecycle import new_id
+from fedmoe.store.parts import read_whole
 from producers.checkpoint import StateDir
 from producers.exchange import Exchange, TrainingState
 from producers.ledger import Change, Trained
@@ -364,9 +365,10 @@ class World:
     @property
     def flat(self) -> torch.Tensor:
         """The expert's exact weights (numel,), as Redis has them."""
-        weights, state = (self.redis.get(key) for key in (self.keys.weights, self.keys.server_state))
-        tail = self.redis.hgetall(self.keys.tail)
-        exact = exact_values(self.meta, self.spec, weights=weights, server_state=state, tail=tail)
+        keys, meta = self.keys, self.meta
+        files, tail = (("get", keys.weights), ("get", keys.server_state)), self.redis.hgetall(keys.tail)
+        weights, state, _ = read_whole(self.redis, keys, *files, ("hgetall", keys.meta))
+        exact = exact_values(meta, self.spec, weights=weights, server_state=state, tail=tail)
         return values_of(LAYOUT, exact.weights)
 
     def expect_expert(self, **wanted: Sequence[float]) -> None:

@@ -159,6 +159,9 @@ def test_what_is_listed_for_rarer_situations_is_sent_in_them(
     an_operator_who_goes_back(guarded, tmp_path / "backup")
     a_removed_expert(guarded)
     an_operator_who_enrols(guarded, tmp_path)
+    monkeypatch.setattr("fedmoe.protocol.weights_parts.WHOLE_BYTES", 100)
+    commit_and_pull(guarded, "int8")
+    an_operator_who_goes_back(guarded, tmp_path / "backup-of-parts")
     monkeypatch.setattr("fedmoe.store.gateway.WHOLE_BYTES", 100)
     a_merged_gateway_in_parts(guarded)
     assert guarded.denied() == []
@@ -187,6 +190,7 @@ def commit_and_pull(guarded: Guarded, wire_format: str) -> None:
     assert serve(expert) == ["applied"]
     worker.pull()
     worker.store.pull_exact(spec)
+    expert.store.condition()
     worker.ledger.vector, worker.ledger.has_told = WITHHELD, False
     worker.train(0.1)
     update = worker.make_update()
@@ -218,6 +222,7 @@ def commit_and_pull(guarded: Guarded, wire_format: str) -> None:
             read()
     admin.config_set("maxmemory", 0)
     admin.rename("kept", expert.store.keys.decided)
+    worker.store.pull_exact(spec)
     expert.store.announce(NAME, update.header, update.parts)
 
 

@@ -331,7 +331,11 @@ def test_an_expert_of_the_release_before(connection: Connection, tmp_path: Path)
     assert torch.equal(heir.buffer.flat, expert.buffer.flat)
     compact(expert)
     after = connection.client.hgetall(keys.meta)
-    assert {field: after[field] for field in after.keys() - before.keys()}.keys() <= {b"tail", b"digests"}
+    assert {field: after[field] for field in after.keys() - before.keys()}.keys() <= {
+        b"tail",
+        b"parts",
+        b"digests",
+    }
     assert (after[b"requires"], after[b"tail"]) == (b"", b"")
 
 

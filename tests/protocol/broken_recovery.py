@@ -17,6 +17,7 @@ from fedmoe.protocol.records import NO_DECISIONS, PROTOCOL, Entry, Meta
 from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.update import Header, UpdateId
 from fedmoe.store.expert import ExpertStore
+from fedmoe.store.parts import NewWeights
 from fedmoe.store.worker import Poll, WorkerStore
 from producers.ledger import HeadPlace, locate
 from tests.protocol.actors import Rules, make_spec
@@ -44,7 +45,8 @@ class Overwrites(ExpertStore):
 
     def write_back(self, spec: Spec, meta: Meta, weights: memoryview, **more: Any) -> bool:
         pipe = self._redis.pipeline(transaction=True)
-        self._queue_parts(pipe, spec, meta, weights, None)
+        new = NewWeights(self._redis, self.keys, meta.parts, weights, None)
+        self._queue_parts(pipe, spec, meta, new, None)
         if more["decided"]:
             pipe.hset(self.keys.decided, mapping={w: d.to_json() for w, d in more["decided"].items()})
         for line in more["log"]:

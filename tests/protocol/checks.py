@@ -15,6 +15,7 @@ from fedmoe.protocol.rules import RuleSet
 from fedmoe.protocol.server import has_state
 from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.update import Header
+from fedmoe.store.parts import part_keys
 from tests.protocol.actors import NEW_LR, Values, first_file
 from tests.protocol.world import KEYS, OVERWRITTEN, ROLLBACK, TWO_CONTENTS, Db
 
@@ -39,7 +40,7 @@ def exact_of(db: Db, spec: Spec) -> Exact:
     )
     condition, exact = complete(
         db.string(KEYS.spec), {k.encode(): _raw(v) for k, v in db.hash(KEYS.meta).items()}, decided,
-        weights=db.string(KEYS.weights), server_state=db.string(KEYS.server_state), tail=tail,
+        weights=db.file(KEYS.weights), server_state=db.file(KEYS.server_state), tail=tail,
     )  # fmt: skip
     if exact is None:
         raise SpecError(condition.damage, about="damage")
@@ -80,6 +81,8 @@ def check_db(db: Db, spec: Spec, *, refuses_nothing: bool) -> str:
         exact = exact_of(db, spec)
     except SpecError as error:
         return f"the expert is damaged: {error}"
+    if wrong := _check_parts(db):
+        return wrong
     weights = _values_of(spec, exact.weights)
     assert weights is not None
     if TWO_CONTENTS in written.values():
@@ -107,6 +110,17 @@ def check_db(db: Db, spec: Spec, *, refuses_nothing: bool) -> str:
         return "the version is not the number of lines in the log"
     if len(rolled_back.intervals) != sum(line[0] == ROLLBACK for line in db.log) and not db.base:
         return "meta and the log do not tell of the same rollbacks"
+    return ""
+
+
+def _check_parts(db: Db) -> str:
+    """What is wrong with the parts of the weights, or nothing: those in use stay, and no others do."""
+    named = set(part_keys(KEYS, db.parts))
+    there = {key for key, _ in db.strings if key.startswith((f"{KEYS.weights}:", f"{KEYS.server_state}:"))}
+    if short := sorted(named & db.volatile):
+        return f"{short[0]} is in use and expires"
+    if stray := sorted(there - named - db.volatile):
+        return f"{stray[0]} is of no use and stays for ever"
     return ""
 
 

@@ -12,6 +12,8 @@ import redis
 
 from tests.protocol.world import KEYS, NO_GROUP, Command, Pairs, Reply, Request, Suspended
 
+_PARTS = (f"{KEYS.weights}:", f"{KEYS.server_state}:")
+
 
 class Port:
     """Where a client's requests go: answered from `replies` as far as they reach."""
@@ -83,6 +85,15 @@ class Client:
     def exists(self, *keys: str) -> int:
         return self._one("EXISTS", *keys)
 
+    def strlen(self, key: str) -> int:
+        return self._one("STRLEN", key)
+
+    def set(self, key: str, value: Any, px: int) -> None:
+        self._one("SETPX", key, bytes(value))
+
+    def scan_iter(self, match: str, count: int) -> list[bytes]:
+        return [key.encode() for key in self._one("SCAN", match)]
+
     def hkeys(self, key: str) -> list[bytes]:
         """The list of experts, for a sentence."""
         return []
@@ -115,6 +126,7 @@ class Pipeline:
         self._queue: list[Command] = []
         self._parsers: list[Any] = []
         self._watching = self._immediate = False
+        self._parts: tuple[str, ...] = ()
 
     def __enter__(self) -> "Pipeline":
         return self
@@ -126,22 +138,23 @@ class Pipeline:
         self._immediate = True
         self._watching = self._client.watches
         if self._watching:
+            self._parts += tuple(key for key in keys if key.startswith(_PARTS))
             self._client._one("WATCH", *keys, watched=True)
 
     def eval(self, script: str, n_keys: int, meta: str, *others: str) -> Any:
         """The script that looks at the head, at types, which never change here, and at lengths, which are small."""
         assert self._immediate
         assert n_keys == 1 + len(others)
-        head = self._client._one("HGET", meta, "commit", watched=self._watching)
+        head, parts = self._client._one("HMGET", meta, "commit", "parts", watched=self._watching)
         types = [b"hash", b"hash", b"hash", b"stream", b"stream", b"string", b"string", b"string"]
         assert len(types) == len(others)
-        return [_bytes(head), types, [0] * len(others)]
+        return [_bytes(head), types, [0] * len(others), _bytes(parts)]
 
     def multi(self) -> None:
         self._immediate = False
 
     def execute(self, raise_on_error: bool = True) -> list[Any]:
-        values = self._client.port.ask(Request(tuple(self._queue), self._watching))
+        values = self._client.port.ask(Request(tuple(self._queue), self._watching, self._parts))
         return [parse(value) for parse, value in zip(self._parsers, values, strict=True)]
 
     def _add(self, *command: Any, parse: Any = lambda value: value) -> None:
@@ -159,6 +172,9 @@ class Pipeline:
 
     def pexpire(self, key: str, ms: int, nx: bool = False) -> None:
         self._add("EXPIRE", key)
+
+    def persist(self, key: str) -> None:
+        self._add("PERSIST", key)
 
     def strlen(self, key: str) -> None:
         self._add("STRLEN", key)

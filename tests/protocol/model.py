@@ -123,7 +123,8 @@ class Model(Steps):
 
     def _arrive(self, state: State, entry: tuple[int, int]) -> State:
         state = without(state, entry)
-        return state if entry[1] == DIRTY else self._write(state, entry[0])[0]
+        is_off = entry[1] == DIRTY or (entry[1] and self._lacks_parts(state.db, entry[0]))
+        return state if is_off else self._write(state, entry[0])[0]
 
     def _disasters(self, state: State, db: Db) -> Iterator[tuple[Label, State]]:
         if state.replica >= 0:
@@ -143,6 +144,9 @@ class Model(Steps):
             for key, _ in db.strings:
                 if ":payload:" in key and not key.endswith(":incarnation"):
                     yield Label(what=f"{key} expires"), self._do(spent, ("UNLINK", key))
+        if db.volatile and (spent := self.spend(state, "orphans")):
+            after = self._dbs(db.without_volatile())
+            yield Label(what="what no commit has made permanent expires"), spent._replace(db=after)
         if db.stream and (spent := self.spend(state, "trim")):
             yield Label(what="somebody empties the stream"), self._do(spent, ("XTRIM", KEYS.updates))
         if not db.gone and (spent := self.spend(state, "new_lineage")):

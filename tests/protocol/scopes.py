@@ -39,6 +39,13 @@ SMALL = {
     "tail, new lineage": Scope(wire_format=TAIL, units=1, faults={"new_lineage": 1}),
     "tail, momentum": Scope(wire_format=TAIL, units=3, momentum=0.5),
     "tail, momentum, rolled back": Scope(wire_format=TAIL, units=1, momentum=0.5, faults={"rollback": 1}),
+    "parts": Scope(parts=True),
+    "parts, a reader beside a commit": Scope(parts=True, workers=2, units=1),
+    "parts, orphans": Scope(parts=True, units=1, faults={"orphans": 1, "kill_aggregator": 1}),
+    "parts, emptied": Scope(parts=True, units=1, faults={"empty": 1}),
+    "parts, rolled back": Scope(parts=True, units=1, faults={"rollback": 1}),
+    "parts, momentum": Scope(parts=True, momentum=0.5, units=1, faults={"kill_aggregator": 1}),
+    "parts and tail": Scope(parts=True, wire_format=TAIL, units=1, faults={"kill_aggregator": 1}),
     "new lineage": Scope(faults={"new_lineage": 1}),
     "departure": Scope(units=1, disk=False, faults={"leave": 1, "kill_aggregator": 1}),
     "changed rules": Scope(workers=2, units=1, faults={"rules": 1}),
@@ -65,6 +72,12 @@ SMALL = {
 }
 
 BIG = {
+    "parts and tail, two aggregators": Scope(
+        parts=True, wire_format=TAIL, units=1, aggregators=2, faults={"lease": 1}
+    ),
+    "parts, failover": Scope(parts=True, units=1, lag=2, faults={"failover": 1}),
+    "parts, two aggregators": Scope(parts=True, units=1, aggregators=2, faults={"lease": 1}),
+    "parts, lost replies": Scope(parts=True, units=1, faults={"lost": 1, "late": 1}),
     "tail, two workers": Scope(wire_format=TAIL, workers=2, units=1),
     "tail, two aggregators": Scope(wire_format=TAIL, aggregators=2, units=1, faults={"lease": 1}),
     "tail, changed rules": Scope(wire_format=TAIL, faults={"rules": 1}),

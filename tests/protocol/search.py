@@ -6,9 +6,12 @@ lost. The first state that breaks this is a shortest one, and its trace is told.
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from unittest.mock import patch
 
+from fedmoe.protocol import weights_parts
 from tests.protocol.actors import Rules
 from tests.protocol.model import Model
 from tests.protocol.state import Label, Scope, State
@@ -45,8 +48,19 @@ def search(
     Raises:
         ViolationError: with a shortest trace to a state that should not be.
     """
+    with strings_of_one_value() if scope.parts else nullcontext():
+        return _search(Model(scope, rules), limit, report)
+
+
+@contextmanager
+def strings_of_one_value() -> Iterator[None]:
+    """All weights lie in parts, each of one value."""
+    with patch.object(weights_parts, "WHOLE_BYTES", 0), patch.object(weights_parts, "PART_BYTES", 4):
+        yield
+
+
+def _search(model: Model, limit: int, report: Callable[[int], None]) -> Found:
     began = time.monotonic()
-    model = Model(scope, rules)
     first = model.first()
     parents: dict[State, tuple[State, Label] | None] = {first: None}
     waiting = deque([first])

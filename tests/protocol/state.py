@@ -9,7 +9,7 @@ from tests.protocol.world import Reply
 
 FAULTS = (
     "lost", "late", "kill_worker", "kill_aggregator", "lease", "failover", "expire", "trim", "forge", "leave",
-    "new_lineage", "empty", "rules", "hold", "rollback",
+    "new_lineage", "empty", "rules", "hold", "rollback", "orphans",
 )  # fmt: skip
 SOUND, BROKEN = 0, 1  # a connection
 FREE, CLEAN, DIRTY = 0, 1, 2  # a WATCH
@@ -27,6 +27,7 @@ class Scope:
         max_staleness, max_norm: what is above is refused; one unit of training has norm 1.
         momentum: of the server optimizer nesterov; 0: sgd.
         wire_format: of updates and pulls; fp32, or bf16, with which experts have a tail.
+        parts: a Redis string holds one value of the weights, so they lie in parts once they are written.
         lag: writes that a failover takes back at most.
         paused: it begins with aggregator 0 loaded, and paused past its lease; nobody has the lease.
         resent: entries that the stream takes at most beyond one for each update and forgery; a worker can be so
@@ -43,6 +44,7 @@ class Scope:
     max_norm: float = 9.0
     momentum: float = 0.0
     wire_format: str = "fp32"
+    parts: bool = False
     lag: int = 6
     resent: int = 2
     paused: bool = False

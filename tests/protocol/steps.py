@@ -128,7 +128,7 @@ class Steps:
             reply, connection = Reply(error="lost"), BROKEN
             state = state._replace(late=tuple(sorted((*state.late, (number, watch)))))
             watch = FREE
-        elif is_exec and watch == DIRTY:
+        elif is_exec and (watch == DIRTY or (watch and self._lacks_parts(state.db, number))):
             reply, watch = Reply(error="watch", reconnected=connection == BROKEN), FREE
         else:
             reconnected = connection == BROKEN
@@ -138,6 +138,11 @@ class Steps:
             if request.watched:
                 watch = FREE if is_exec else CLEAN if request.commands[0][0] == "WATCH" else watch
         return Label(i, number, reply, fault), self._settle(state, i, slot, reply, connection, watch)
+
+    def _lacks_parts(self, db: int, request: int) -> bool:
+        """True if a part that this request watches has expired."""
+        strings = dict(self._dbs.values[db].strings)
+        return any(part not in strings for part in self._requests.values[request].parts)
 
     def _is_exec(self, number: int) -> bool:
         return self._execs.setdefault(number, self._requests.values[number].is_exec)

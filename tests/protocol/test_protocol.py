@@ -12,6 +12,7 @@ import pytest
 
 from tests.protocol.actors import Rules
 from tests.protocol.broken import BROKEN, WritesBackFolded
+from tests.protocol.broken_parts import BROKEN_PARTS
 from tests.protocol.broken_recovery import BROKEN_RECOVERY
 from tests.protocol.broken_rollback import BROKEN_ROLLBACK
 from tests.protocol.broken_tail import BROKEN_TAIL
@@ -52,7 +53,7 @@ def test_without_the_prefix() -> None:
         forked_memory_is_written_back(Rules(expert=WritesBackFolded))
 
 
-ALL_BROKEN = BROKEN | BROKEN_RECOVERY | BROKEN_ROLLBACK | BROKEN_TAIL
+ALL_BROKEN = BROKEN | BROKEN_RECOVERY | BROKEN_ROLLBACK | BROKEN_TAIL | BROKEN_PARTS
 # The federations in which rules are taken out, each once, less those that are searched to their end.
 OTHER_SCOPES = {
     name: broken.scope

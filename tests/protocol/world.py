@@ -8,13 +8,15 @@ people read stay 0, else a harmless loop would make states without end.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from fedmoe.protocol.keys import Keys
 from fedmoe.protocol.layout import stamped
 from fedmoe.protocol.records import NO_DECISIONS
 from fedmoe.protocol.rules import RuleSet
+from fedmoe.protocol.weights_parts import WeightsParts
+from fedmoe.store.parts import part_keys, state_keys, weights_keys
 
 NAME = "e"
 KEYS = Keys().expert(NAME)
@@ -30,10 +32,11 @@ Pairs = tuple[tuple[str, Any], ...]
 
 
 class Request(NamedTuple):
-    """Commands that are executed as one; `watched`: sent on a connection that holds a WATCH."""
+    """Commands that are executed as one; `watched`: on a connection that holds a WATCH, `parts`: on these parts too."""
 
     commands: tuple[Command, ...]
     watched: bool = False
+    parts: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return "; ".join(_shown(command) for command in self.commands)
@@ -94,6 +97,7 @@ class Db(NamedTuple):
     refused: tuple[tuple[str, str, int], ...] = ()
     written: tuple[tuple[str, bytes], ...] = ()
     base: tuple[int, bytes, bytes | None] | None = None
+    volatile: frozenset[str] = frozenset()  # parts of weights that will expire
     rules_went_back: bool = False
     applied_while_held: bool = False
 
@@ -114,6 +118,28 @@ class Db(NamedTuple):
         """One of the strings."""
         return dict(self.strings).get(key)
 
+    @property
+    def parts(self) -> WeightsParts:
+        """The parts that meta names."""
+        return WeightsParts.from_json(self.hash(KEYS.meta).get("parts", ""))
+
+    def file(self, key: str) -> bytes | None:
+        """The weights or the server state: the string, or the header with the parts that are there."""
+        return whole_file(dict(self.strings), self.parts, key)
+
+    def without_volatile(self) -> "Db":
+        """After a time in which nobody commits, and all that expires has expired."""
+        kept = tuple(pair for pair in self.strings if pair[0] not in self.volatile)
+        return self._replace(strings=kept, volatile=frozenset())
+
+
+def whole_file(strings: Mapping[str, bytes], parts: WeightsParts, key: str) -> bytes | None:
+    """A file, put together from its strings."""
+    if key not in strings:
+        return None
+    names = weights_keys(KEYS, parts) if key == KEYS.weights else state_keys(KEYS, parts)
+    return b"".join((strings[key], *(strings.get(name, b"") for name in names)))
+
 
 def execute(db: Db, commands: Iterable[Command]) -> tuple[Db, tuple[Any, ...]]:
     """Execute commands as one transaction."""
@@ -133,6 +159,7 @@ class _Server:
         self.written = dict(db.written)
         self.last_id, self.delivered, self.log, self.refused = db.last_id, db.delivered, db.log, db.refused
         self.base, self.rules_went_back = db.base, db.rules_went_back
+        self.volatile = set(db.volatile)
         self.applied_while_held = db.applied_while_held
 
     def freeze(self) -> Db:
@@ -147,6 +174,7 @@ class _Server:
             refused=self.refused,
             written=tuple(sorted(self.written.items())),
             base=self.base,
+            volatile=frozenset(self.volatile & self.strings.keys()),
             rules_went_back=self.rules_went_back,
             applied_while_held=self.applied_while_held,
         )
@@ -160,8 +188,27 @@ class _Server:
     def strlen(self, key: str) -> int:
         return len(self.strings.get(key, b""))
 
+    def setpx(self, key: str, value: bytes) -> bool:
+        """SET with an expiry."""
+        self.volatile.add(key)
+        self.strings[key] = value
+        return True
+
+    def persist(self, key: str) -> bool:
+        self.volatile.discard(key)
+        return key in self.strings
+
+    def scan(self, *patterns: str) -> tuple[str, ...]:
+        """The keys that begin like these patterns."""
+        return tuple(
+            key
+            for key in sorted(self.strings)
+            if key.startswith(tuple(p.rstrip("*:") + ":" for p in patterns))
+        )
+
     def set(self, key: str, value: bytes) -> bool:
         self.strings[key] = value
+        self.volatile.discard(key)
         if key.startswith(KEYS.root + ":payload:"):
             old, self.written[key] = self.written.get(key, value), value
             if key.endswith(":0") and old != value:
@@ -182,7 +229,8 @@ class _Server:
         """What an operator does who gives the expert a new lineage: nothing of before counts any more."""
         self.strings[KEYS.weights] = stamped(weights, "c99")
         self.hashes[KEYS.meta] |= {"lineage": "M", "commit": "c99", "weights_commit": "c99", "version": "0"}
-        self.hashes[KEYS.meta] |= {"decided_stamp": NO_DECISIONS, "tail": "", "requires": ""}
+        self.unlink(*part_keys(KEYS, WeightsParts.from_json(self.hashes[KEYS.meta].get("parts", ""))))
+        self.hashes[KEYS.meta] |= {"decided_stamp": NO_DECISIONS, "tail": "", "parts": "", "requires": ""}
         self.strings.pop(KEYS.packed, None)
         self.hashes.pop(KEYS.tail, None)
         self.hashes[KEYS.meta] |= {"applied": "0", "refused": "0", "n_examples": "0", "n_tokens": "0"}
@@ -244,8 +292,10 @@ class _Server:
         content = dict(fields)
         if key == KEYS.log and "restored" in content:
             over = self.log or self.base
-            files = self.strings[KEYS.weights], self.strings.get(KEYS.server_state)
-            self.base = OVERWRITTEN if over else (int(content["version"]), *files)
+            parts = WeightsParts.from_json(self.hashes[KEYS.meta].get("parts", ""))
+            files = [whole_file(self.strings, parts, key) for key in (KEYS.weights, KEYS.server_state)]
+            assert files[0] is not None
+            self.base = OVERWRITTEN if over else (int(content["version"]), files[0], files[1])
         elif key == KEYS.log and "rolled_back_to" in content:
             to, version = int(content["rolled_back_to"]), int(content["version"])
             self.log += ((ROLLBACK, json.dumps(content, sort_keys=True), version, to),)

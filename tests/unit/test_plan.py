@@ -72,6 +72,16 @@ def test_what_a_choice_adds() -> None:
     assert (plain["memory packed weights"], int4["memory packed weights"] > 0) == (0, True)
 
 
+def test_weights_in_parts_lie_in_redis_twice_while_they_are_written() -> None:
+    """Above 512 MiB, and the merged gateway with them; each part is one size of the allocator."""
+    large = replace(MILLION, values=217_000_000, has_server_state=True)
+    found, weights = amounts(large), 13 * 64 * 2**20
+    assert 0.97 * weights < found["memory weights"] / 3 <= weights
+    once = found["memory weights"] + found["memory server state"] + found["memory merged gateway"]
+    assert found["memory parts, while written again"] == once
+    assert "memory parts, while written again" not in amounts(replace(MILLION, has_server_state=True))
+
+
 def test_a_worker_keeps_no_more_than_its_bound() -> None:
     """Of the updates of a minute, 256 MiB; but always the last one."""
     name = "disk workers: updates of the last minute"

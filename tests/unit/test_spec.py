@@ -97,7 +97,7 @@ def test_settings_that_cannot_work_are_refused(settings: type, bad: dict[str, An
         ({"base_model": ""}, "base_model"),
         ({"wire_format": "int2"}, "wire_format"),
         ({"init_seed": -1}, "init_seed"),
-        ({"layout": Layout.of([("a", (2**27,))])}, "layout"),
+        ({"layout": Layout.of([("a", (2**30,))])}, "layout"),
     ],
 )
 def test_specs_that_cannot_work_are_refused(bad: dict[str, Any], about: str) -> None:

@@ -1,0 +1,200 @@
+"""Weights and server state that are too long for one Redis string: written part by part, and read part by part.
+
+A commit writes its parts before its transaction, because a server closes a connection that queues more than 1 GiB.
+Until then they expire, so a process that dies leaves nothing behind. The transaction makes them permanent, switches
+`meta` and the headers to them, and removes those of the commit before.
+
+A reader takes all other keys as of one moment, then the parts that this meta names. A part never changes, so either it
+is that moment's, or it is gone; then the reader begins again.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from itertools import count
+from typing import Any
+
+import redis
+
+from fedmoe.errors import StaleStateError
+from fedmoe.protocol.keys import ExpertKeys
+from fedmoe.protocol.layout import Layout
+from fedmoe.protocol.weights_parts import WeightsParts, header_bytes, values_parts
+from fedmoe.store.chunks import as_read, weights_reads
+from fedmoe.store.full import is_full, read_together
+
+NO_PARTS = WeightsParts()
+PART_TTL_MS = 600_000  # of parts that no commit has made permanent
+_TRIES = 3  # at reading part by part, before all parts are read in one transaction
+_SET = """#!lua flags=allow-oom
+return redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])"""
+
+File = bytes | memoryview
+
+
+def weights_keys(keys: ExpertKeys, parts: WeightsParts) -> list[str]:
+    """The keys of the parts of the weights."""
+    return [keys.weights_part(parts.commit, index) for index in range(parts.count)]
+
+
+def state_keys(keys: ExpertKeys, parts: WeightsParts) -> list[str]:
+    """The keys of the parts of the server state; it need not exist."""
+    return [keys.server_state_part(parts.commit, index) for index in range(parts.count)]
+
+
+def read_whole(
+    client: Any, keys: ExpertKeys, *reads: tuple[Any, ...], wrong_type_is_none: bool = False
+) -> list[Any]:
+    """Like `read_together`, with weights and server state as whole files, whether they lie in parts or not.
+
+    One of the reads is ("hgetall", keys.meta). The reply to a "get" of `keys.weights` or `keys.server_state` is the
+    file (a bytearray if it lies in parts), and the reply to a "strlen" of them its length. If a part is lost, the reply
+    is the header alone, or a shorter length.
+
+    At most one part is in memory beside the file; if commits remove the parts each time while they are read, all of
+    them are read in one transaction.
+    """
+    at = reads.index(("hgetall", keys.meta))
+    before = NO_PARTS
+    for tries in count(1):
+        expected = WeightsParts.in_meta(client.hgetall(keys.meta)) if tries > _TRIES else NO_PARTS
+        names = part_keys(keys, expected)
+        replies = read_together(
+            client, *reads, *(("get", name) for name in names), wrong_type_is_none=wrong_type_is_none
+        )
+        there = dict(zip(names, replies[len(reads) :], strict=True))
+        del replies[len(reads) :]
+        parts = WeightsParts.in_meta(replies[at])
+        if expected and parts != expected:
+            continue
+        if not parts or _complete(client, keys, parts, reads, replies, there) or parts == before:
+            break
+        before = parts
+    return replies
+
+
+def read_chunks(client: Any, keys: ExpertKeys, layout: Layout, *reads: tuple[Any, ...]) -> list[Any]:
+    """Like `read_together`, with the replies to `weights_reads` at the end, whether the weights lie in parts or not.
+
+    One of the reads is ("hgetall", keys.meta).
+    """
+    replies = read_together(client, *reads, *weights_reads(keys.weights, layout))
+    if not WeightsParts.in_meta(replies[reads.index(("hgetall", keys.meta))]):
+        return replies
+    *replies, file = read_whole(client, keys, *reads, ("get", keys.weights))
+    return replies + as_read(layout, file)
+
+
+def _complete(
+    client: Any,
+    keys: ExpertKeys,
+    parts: WeightsParts,
+    reads: tuple[tuple[Any, ...], ...],
+    replies: list[Any],
+    there: Mapping[str, bytes | None],
+) -> bool:
+    """Put whole files, and their lengths, in the place of headers; False if a part is missing."""
+    names = {keys.weights: weights_keys(keys, parts), keys.server_state: state_keys(keys, parts)}
+    is_whole = True
+    for number, (method, key, *_) in enumerate(reads):
+        if key not in names or method not in ("get", "strlen") or not replies[number]:
+            continue
+        if method == "strlen":
+            replies[number] += sum(_ask(client.strlen, name) or 0 for name in names[key])
+            is_whole &= replies[number] == parts.n_bytes
+            continue
+        whole = bytearray(replies[number])
+        for name in names[key]:
+            if (part := there.get(name) or _ask(client.get, name)) is None:
+                is_whole = False
+                break
+            whole += part
+        else:
+            replies[number] = whole
+    return is_whole
+
+
+def _ask(command: Callable[[str], Any], name: str) -> Any:
+    """The reply to a command on a part; None if the key is of the wrong type."""
+    try:
+        return command(name)
+    except redis.ResponseError as error:
+        if "WRONGTYPE" not in str(error):
+            raise
+    return None
+
+
+class NewWeights:
+    """The strings of weights and server state that a commit writes; their parts are written at once, if there are some.
+
+    Args:
+        client: a redis client.
+        keys: of the expert.
+        parts: as the commit's meta names them.
+        weights, server_state: the files; None for what the commit does not write.
+
+    Attributes:
+        strings: what the transaction writes: key -> file, or its header if the values lie in parts.
+        parts: keys that the transaction makes permanent.
+        replaced: keys of the parts that it removes.
+    """
+
+    def __init__(
+        self,
+        client: Any,
+        keys: ExpertKeys,
+        parts: WeightsParts,
+        weights: File | None,
+        server_state: File | None,
+    ) -> None:
+        files = {keys.weights: weights, keys.server_state: server_state}
+        self.strings: dict[str, File | None] = dict(files)
+        self.parts: list[str] = []
+        self.replaced: list[str] = []
+        if not parts or weights is None:
+            return
+        for key, names in ((keys.weights, weights_keys), (keys.server_state, state_keys)):
+            if (file := files[key]) is None:
+                continue
+            for name, values in zip(names(keys, parts), values_parts(file), strict=True):
+                _write(client, name, values)
+                self.parts.append(name)
+            self.strings[key] = header_bytes(file)
+
+    def check(self, pipe: Any, expert: str) -> None:
+        """WATCH the parts, so that the transaction fails if one expires; raises StaleStateError if one has expired."""
+        if not self.parts:
+            return
+        pipe.watch(*self.parts)
+        if pipe.exists(*self.parts) != len(self.parts):
+            raise StaleStateError(
+                f"{expert}: the parts of its weights expired before they were committed", about="parts"
+            )
+
+    def queue(self, pipe: Any) -> None:
+        """Queue the commands that switch from the parts of the commit before to these; none if neither has parts."""
+        for name in self.parts:
+            pipe.persist(name)
+        for name in self.replaced:
+            pipe.unlink(name)
+
+
+def _write(client: Any, name: str, values: memoryview) -> None:
+    try:
+        client.set(name, values, px=PART_TTL_MS)
+    except redis.RedisError as error:
+        if not is_full(error):
+            raise
+        client.eval(_SET, 1, name, values, PART_TTL_MS)
+
+
+def part_keys(keys: ExpertKeys, parts: WeightsParts) -> list[str]:
+    """The keys of all parts of a snapshot, which the commit after it removes."""
+    return [*weights_keys(keys, parts), *state_keys(keys, parts)]
+
+
+def stray_parts(client: Any, keys: ExpertKeys, but: WeightsParts = NO_PARTS) -> Iterator[str]:
+    """All parts in Redis but these: of an earlier snapshot that meta does not name any more, or half written."""
+    kept = set(part_keys(keys, but))
+    for pattern in (keys.weights_part("*", "*"), keys.server_state_part("*", "*")):
+        for key in client.scan_iter(match=pattern, count=1000):
+            if (name := key.decode(errors="surrogateescape")) not in kept:
+                yield name

@@ -1,0 +1,22 @@
+"""Patches that take rules about weights in parts out of the project's own code, as in `without`."""
+
+from dataclasses import replace
+from typing import Any
+
+from fedmoe.protocol.records import Meta
+from fedmoe.protocol.weights_parts import WeightsParts
+from fedmoe.store.expert import ExpertStore
+from fedmoe.store.parts import _complete
+
+
+def complete_or_not(*what: Any) -> bool:
+    """Whoever misses a part does not begin again."""
+    _complete(*what)
+    return True
+
+
+class LooksAtNoParts(ExpertStore):
+    """Whether the parts are still there is not looked at."""
+
+    def is_unchanged(self, meta: Meta, *, n_decided: int) -> bool:
+        return super().is_unchanged(replace(meta, parts=WeightsParts()), n_decided=n_decided)

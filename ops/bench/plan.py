@@ -76,6 +76,7 @@ class Plan:
         quality: trainings in each format.
         learning: trained, merged and centralised gateways.
         race: to a loss, beside Flower.
+        before: git revision of the release before; None if nothing is compared with it.
     """
 
     rounds: int = 5
@@ -97,6 +98,7 @@ class Plan:
     quality: Quality
     learning: Learning
     race: Race
+    before: str | None = None
 
 
 _NEEDED = tuple(dict.fromkeys(["fp32", DEFAULT_FORMAT]))

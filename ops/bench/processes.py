@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,12 +108,13 @@ class Processes:
 
         self.started.append(Watched(role, process.pid, process.poll, kill, log))
 
-    def redis(self, *, aof: bool = False, tls: bool = False) -> str:
+    def redis(self, *, aof: bool = False, tls: bool = False, options: Sequence[str] = ()) -> str:
         """Start a private server on loopback TCP and return its URL.
 
         Args:
             aof: with the append-only file, everysec.
             tls: over TLS, with a certificate that clients check.
+            options: further server options.
 
         Raises:
             BenchError: if the server has no TLS.
@@ -122,8 +123,8 @@ class Processes:
         url, listen = f"redis://127.0.0.1:{port}/0", ["--port", str(port)]
         if tls:
             url, listen = self._tls(port)
-        options = (*listen, "--bind", "127.0.0.1", "--appendonly", "yes" if aof else "no")
-        server = EmbeddedRedis(options=options)
+        listen += ["--bind", "127.0.0.1", "--appendonly", "yes" if aof else "no"]
+        server = EmbeddedRedis(options=[*listen, *options])
         try:
             server.start()
         except RedisUnavailableError as error:
@@ -230,6 +231,22 @@ def clean_environment() -> dict[str, str]:
     """The environment without the settings of the person who runs this."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("FEDMOE_") or k == "FEDMOE_REDIS_SERVER"}
     return kept | {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def finish(what: str, command: Sequence[str]) -> None:
+    """Run a command that installs something, to its end.
+
+    Args:
+        what: it installs, for the message.
+        command: its words.
+
+    Raises:
+        BenchError: with what it said last.
+    """
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = (done.stderr.strip() or "it said nothing").splitlines()[-1]
+        raise BenchError(f"{what} could not be installed: {last}")
 
 
 def free_port() -> int:

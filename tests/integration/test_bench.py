@@ -137,7 +137,7 @@ def test_a_figure_is_judged_by_its_bar() -> None:
 
 
 def test_the_lower_end_of_an_interval() -> None:
-    """Of 15 values the fourth: at most three of 15 are below the median with a probability of 1.8 %, four with 5.9 %."""
+    """Of 15 values the fourth: at most three are below the median with a probability of 1.8 %, four with 5.9 %."""
     assert at_least("r", [float(n) for n in range(15, 0, -1)]).value == 4.0
     assert at_least("r", [float(n) for n in range(1, 7)]).value == 1.0
 

@@ -195,9 +195,12 @@ def _large(installed: Release, plan: Plan) -> Iterator[Result]:
     rates = {when: [turn.per_s for turn in samples[when, "memory"]] for when in ("now", "before")}
     for when, per_s in rates.items():
         yield figure(f"{when}_large_updates_per_s", per_s, "updates/s")
-        for role in samples[when, "memory"][0].cpu_s:
-            turns = samples[when, "memory"]
+        turns = samples[when, "memory"]
+        for role in turns[0].cpu_s:
             yield figure(f"{when}_large_cpu_ms_{role}", [turn.cpu_ms(role) for turn in turns], "ms/update")
+        for role in turns[0].pages:  # an earlier harness does not count them
+            new = [turn.pages[role] / turn.updates for turn in turns]
+            yield figure(f"{when}_large_pages_{role}", new, "pages/update")
     yield ratio("vs_before_large_updates", rates["now"], rates["before"])
 
 

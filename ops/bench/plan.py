@@ -105,7 +105,7 @@ _NEEDED = tuple(dict.fromkeys(["fp32", DEFAULT_FORMAT]))
 QUICK = Plan(
     seconds=4.0,
     formats=_NEEDED,
-    overlap=(Overlap(10.0, 10.0, rounds=5), Overlap(1.0, 4.0, rounds=10)),
+    overlap=(Overlap(10.0, 10.0, rounds=5), Overlap(1.0, 4.0, rounds=15)),
     turns=Overlap(5.0, 12.0, rounds=5),
     workers=(1, 4, 16, 64),
     experts=(1, 8, 32),

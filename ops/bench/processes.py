@@ -206,6 +206,10 @@ class Processes:
         """CPU-seconds (user and system) used so far, by role."""
         return self._by_role(_cpu_s)
 
+    def pages(self) -> dict[str, float]:
+        """Pages of memory that the kernel has given the processes so far (minor faults), by role."""
+        return self._by_role(_pages)
+
     def rss_mib(self) -> dict[str, float]:
         """Resident memory in MiB now, by role."""
         return self._by_role(lambda pid: psutil.Process(pid).memory_info().rss / 2**20)
@@ -218,6 +222,11 @@ class Processes:
 def _cpu_s(pid: int) -> float:
     """To the nanosecond, where psutil counts ticks of 10 ms: the clock that clock_getcpuclockid(3) names."""
     return time.clock_gettime(~pid << 3 | _CPUCLOCK_SCHED)
+
+
+def _pages(pid: int) -> float:
+    """The tenth field of /proc/PID/stat; the second one, the program's name in brackets, may hold spaces."""
+    return float(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[7])
 
 
 def _peak_rss_mib(pid: int) -> float:

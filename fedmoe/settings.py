@@ -94,7 +94,7 @@ class GatewaySettings:
                         words="the experts' rank")  # fmt: skip
     interval_s: float = setting(
         2.0,
-        "Seconds between two rebuilds of the gateway.",
+        "Seconds between two rebuilds of the gateway; more if they need more than a tenth of a core.",
         option="gateway_interval",
         above=0,
         at_most=MAX_SECONDS,

@@ -4,6 +4,7 @@
 #     bash ops/bench.sh --quick --out bench.json     only the measurements with a bar, in at most eight minutes
 #     bash ops/bench.sh --out bench.json             all sizes and formats, with and without the append-only file
 #     bash ops/bench.sh --only latency wire          only these parts; --help lists all
+#     bash ops/bench.sh --only before --before REV   beside the release before, a git revision
 #
 # Prints a table and writes a JSON list of name, value, unit, min, max, n, bar, met. Compare ratios, and run it on an
 # idle machine. The exit code is 0 if everything was measured, whether the bars are met or not.

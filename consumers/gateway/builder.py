@@ -26,13 +26,16 @@ from fedmoe.store.connection import Connection
 from fedmoe.store.gateway import GatewayStore
 from fedmoe.store.problems import Problems
 from fedmoe.util.backoff import Backoff
+from fedmoe.util.rest import Rest
 from fedmoe.util.software import software
 
 logger = logging.getLogger(__name__)
 
+REST = 9.0  # times the CPU time of a rebuild: rebuilding large experts takes a tenth of a core, and no more
+
 
 class GatewayBuilder:
-    """Rebuilds the merged gateway while it holds its lease."""
+    """Rebuilds the merged gateway while it holds its lease; see `REST` for how often at most."""
 
     def __init__(
         self,
@@ -43,10 +46,12 @@ class GatewayBuilder:
         lease_s: float,
         rebalancer: Rebalancer | None = None,
         clock: Callable[[], float] = time.time,
+        rest: Rest | None = None,
     ) -> None:
         self._store = GatewayStore(connection)
         self._settings = settings
         self._clock = clock
+        self._rest = rest or Rest(REST)
         self._fit: Fit | None = None  # last seen, also one that was given up
         self._problems = Problems(connection, self._store.keys.problem, holder=holder)
         self._experts = ExpertList(self._store)
@@ -63,7 +68,7 @@ class GatewayBuilder:
         while not ending:
             ending = stop.wait(self._settings.interval_s)
             try:
-                if self._lease.hold():
+                if self._lease.hold() and (self._rest.is_over or ending):
                     self.refresh()
                 else:
                     self._experts.reconcile()
@@ -115,7 +120,8 @@ class GatewayBuilder:
         built = {name: one.weights_commit for name, one in merged.experts.items()} if merged else None
         if merged and built == present and merged.settings == self._settings_text(weights, fit):
             return False
-        self._build(weights, fit)
+        with self._rest.after():
+            self._build(weights, fit)
         return True
 
     def _fit_in_force(self) -> Fit | None:

@@ -12,6 +12,8 @@ the median of the ratios of the single rounds. Nothing here is asserted: these a
     adapters    layouts of real adapters, from 64 KiB to 34 MiB
     fedmoe_side, raw_side, http_side    the contestants: processes and clients
     throughput, latency, overlap, growth, wire, machine, turns, size, quality, tls    the benchmarks
+    cluster     three masters and three aggregators, beside one and one
+    before      the release before as a contestant; release: what runs in its environment
     race        to a loss, beside Flower: race_fedmoe, race_flower, race_seat (what a client has)
     learning    what gateways are worth that are trained, merged, or trained centrally
 """

@@ -19,6 +19,8 @@ ON_REQUEST = (
     "race",
     "tls",
     "scale",
+    "cluster",
+    "before",
 )  # take gigabytes, minutes, an environment of its own
 EVERYTHING = ", ".join((*BENCHMARKS, *ON_REQUEST))
 
@@ -48,6 +50,11 @@ def _parse() -> argparse.Namespace:
         metavar="NAME",
         help="learning: only these parts of the full form",
     )
+    parser.add_argument(
+        "--before",
+        metavar="REV",
+        help="also compare with the release before: a git revision, which is installed beside this one",
+    )
     parser.add_argument("--rows", type=int, metavar="N", help="learning: held-out rows of each domain")
     parser.add_argument("--out", type=Path, default=Path("bench.json"), help="the results  [bench.json]")
     return parser.parse_args()
@@ -64,6 +71,10 @@ def main() -> int:
     names = options.only or BENCHMARKS
     if unknown := [name for name in names if name not in (*BENCHMARKS, *ON_REQUEST)]:
         return _refuse(f"there is no benchmark {unknown[0]!r}: choose among {EVERYTHING}")
+    if options.before:
+        names = ("before", *names)  # at first, so that a revision that is not there is said at once
+    elif "before" in names:
+        return _refuse("the benchmark 'before' needs the release to compare with: --before REV")
     if options.out.is_dir() or not os.access(options.out.absolute().parent, os.W_OK):
         return _refuse(f"{options.out} cannot be written: give --out another file")
 
@@ -81,7 +92,8 @@ def main() -> int:
         return _refuse(f"there is no part {odd[0]!r}: choose among {', '.join(plan.learning.parts)}")
     parts = tuple(dict.fromkeys(options.part or plan.learning.parts))
     rows = options.rows or plan.learning.rows
-    plan = replace(plan, learning=replace(plan.learning, parts=parts, rows=rows, keep=options.keep))
+    learning = replace(plan.learning, parts=parts, rows=rows, keep=options.keep)
+    plan = replace(plan, before=options.before, learning=learning)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the processes are ended first
     results: list[Result] = []
     began = time.monotonic()

@@ -5,7 +5,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, Self
 
 from ops.bench.processes import CONTEXT, BenchError, Processes
@@ -65,12 +65,18 @@ class Seats:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One turn of one contestant; cpu_s is by role, update_s what single updates took for their clients."""
+    """One turn of one contestant.
+
+    Args:
+        cpu_s: CPU seconds, by role; pages: new pages of memory that the kernel gave the processes, by role.
+        update_s: what single updates took for their clients.
+    """
 
     updates: int
     seconds: float
     cpu_s: Mapping[str, float]
     update_s: Sequence[float] = ()
+    pages: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def per_s(self) -> float:
@@ -122,14 +128,16 @@ class Contestant(ABC):
         self.seats.go.set()
         self.processes.sleep(min(WARM_S, seconds))
         began, before, cpu = time.monotonic(), self.seats.done, self.processes.cpu_s()
+        had = self.processes.pages()
         self.processes.sleep(seconds)
         took, updates = time.monotonic() - began, sum(self.seats.done) - sum(before)
         update_s = self.seats.seconds_since(before)
         used = {role: s - cpu[role] for role, s in self.processes.cpu_s().items()}
+        pages = {role: n - had[role] for role, n in self.processes.pages().items()}
         self.pause()
         if updates <= 0:
             raise BenchError(f"{self.name}: no client made an update in {seconds:g} s")
-        return Sample(updates, took, used, update_s)
+        return Sample(updates, took, used, update_s, pages)
 
 
 class _TakesTurns(Protocol):

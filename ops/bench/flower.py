@@ -20,7 +20,7 @@ from ops.bench.adapters import LAYOUTS
 from ops.bench.contest import Sample, side_by_side
 from ops.bench.fedmoe_side import DEFAULT_FORMAT, FedMoE
 from ops.bench.plan import Plan
-from ops.bench.processes import ROOT, BenchError, Processes, clean_environment, free_port
+from ops.bench.processes import ROOT, BenchError, Processes, clean_environment, finish, free_port
 from ops.bench.result import Result
 
 VERSION = "1.42.0"
@@ -45,10 +45,7 @@ def install() -> None:
         [sys.executable, "-m", "venv", "--clear", str(VENV)],
         [python, "-m", "pip", "install", "--quiet", f"flwr=={VERSION}"],
     ):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            last = (done.stderr.strip() or "it said nothing").splitlines()[-1]
-            raise BenchError(f"Flower could not be installed: {last}")
+        finish("Flower", command)
     stamp.write_text(VERSION)
 
 

@@ -41,7 +41,7 @@ from ops.bench.fedmoe_side import (
 )
 from ops.bench.plan import Plan
 from ops.bench.processes import CONTEXT, BenchError, Processes
-from ops.bench.result import Result, figure, ratio
+from ops.bench.result import Result, at_least, figure, ratio
 from producers.checkpoint import StateDir
 from producers.exchange import Exchange
 from producers.ledger import Ledger
@@ -52,6 +52,7 @@ from producers.trainer import Trainer
 VOCAB = 512
 ROW_TOKENS = 24
 DRAIN_S = 20.0
+ENOUGH = 15  # rounds, for an interval
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,3 +205,5 @@ def _describe(name: str, rounds: Sequence[tuple[Window, Window]]) -> Iterator[Re
     waited = [window.waiting_s * 1000 / window.published for window, _ in rounds]
     yield figure(f"{name}_boundary_ms", waited, "ms/update")
     yield ratio(name, on, off)
+    if len(rounds) >= ENOUGH:
+        yield at_least(f"{name}_at_least", [a / b for a, b in zip(on, off, strict=True)])

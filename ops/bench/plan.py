@@ -81,6 +81,7 @@ class Plan:
         quality: trainings in each format.
         learning: trained, merged and centralised gateways.
         race: to a loss, beside Flower.
+        before: git revision of the release before; None if nothing is compared with it.
     """
 
     rounds: int = 5
@@ -102,13 +103,14 @@ class Plan:
     quality: Quality
     learning: Learning
     race: Race
+    before: str | None = None
 
 
 _NEEDED = tuple(dict.fromkeys(["fp32", DEFAULT_FORMAT]))
 QUICK = Plan(
     seconds=4.0,
     formats=_NEEDED,
-    overlap=(Overlap(10.0, 10.0, rounds=5), Overlap(1.0, 4.0, rounds=10)),
+    overlap=(Overlap(10.0, 10.0, rounds=5), Overlap(1.0, 4.0, rounds=15)),
     turns=Overlap(5.0, 12.0, rounds=5),
     workers=(1, 4, 16, 64),
     experts=(1, 8, 32),

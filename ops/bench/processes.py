@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,12 +113,13 @@ class Processes:
         """True if all processes of a role have ended well."""
         return all(process.exit_code() == 0 for process in self.started if process.role == role)
 
-    def redis(self, *, aof: bool = False, tls: bool = False) -> str:
+    def redis(self, *, aof: bool = False, tls: bool = False, options: Sequence[str] = ()) -> str:
         """Start a private server on loopback TCP and return its URL.
 
         Args:
             aof: with the append-only file, everysec.
             tls: over TLS, with a certificate that clients check.
+            options: further server options.
 
         Raises:
             BenchError: if the server has no TLS.
@@ -127,8 +128,8 @@ class Processes:
         url, listen = f"redis://127.0.0.1:{port}/0", ["--port", str(port)]
         if tls:
             url, listen = self._tls(port)
-        options = (*listen, "--bind", "127.0.0.1", "--appendonly", "yes" if aof else "no")
-        server = EmbeddedRedis(options=options)
+        listen += ["--bind", "127.0.0.1", "--appendonly", "yes" if aof else "no"]
+        server = EmbeddedRedis(options=[*listen, *options])
         try:
             server.start()
         except RedisUnavailableError as error:
@@ -210,6 +211,10 @@ class Processes:
         """CPU-seconds (user and system) used so far, by role."""
         return self._by_role(_cpu_s)
 
+    def pages(self) -> dict[str, float]:
+        """Pages of memory that the kernel has given the processes so far (minor faults), by role."""
+        return self._by_role(_pages)
+
     def rss_mib(self) -> dict[str, float]:
         """Resident memory in MiB now, by role."""
         return self._by_role(lambda pid: psutil.Process(pid).memory_info().rss / 2**20)
@@ -224,6 +229,11 @@ def _cpu_s(pid: int) -> float:
     return time.clock_gettime(~pid << 3 | _CPUCLOCK_SCHED)
 
 
+def _pages(pid: int) -> float:
+    """The tenth field of /proc/PID/stat; the second one, the program's name in brackets, may hold spaces."""
+    return float(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[7])
+
+
 def _peak_rss_mib(pid: int) -> float:
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
@@ -235,6 +245,22 @@ def clean_environment() -> dict[str, str]:
     """The environment without the settings of the person who runs this."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("FEDMOE_") or k == "FEDMOE_REDIS_SERVER"}
     return kept | {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def finish(what: str, command: Sequence[str]) -> None:
+    """Run a command that installs something, to its end.
+
+    Args:
+        what: it installs, for the message.
+        command: its words.
+
+    Raises:
+        BenchError: with what it said last.
+    """
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = (done.stderr.strip() or "it said nothing").splitlines()[-1]
+        raise BenchError(f"{what} could not be installed: {last}")
 
 
 def free_port() -> int:

@@ -11,11 +11,12 @@ import psutil
 import pytest
 
 from fedmoe.protocol.rules import AggregationRules, RuleSet
+from ops.bench import before
 from ops.bench.adapters import LAYOUTS, fp32_bytes
 from ops.bench.contest import Contestant, Sample, Seats, take_turns
 from ops.bench.fedmoe_side import FedMoE
 from ops.bench.processes import BenchError
-from ops.bench.result import BARS, figure, ratio
+from ops.bench.result import BARS, at_least, figure, ratio
 from tests.processes import environment
 
 SMALL = LAYOUTS["64kib"]
@@ -40,6 +41,7 @@ def bench(*arguments: str, **extra: str) -> subprocess.CompletedProcess[str]:
         (["size"], {"size_fp32_mib", "size_int4_updates_per_s"}),
         (["overlap"], {"overlap_0.5s", "overlap_0.5s_boundary_ms"}),
         (["turns"], {"turns_both_vs_one", "turns_boundary_ms"}),
+        (["cluster"], {"cluster_vs_one_cpu", "cluster_vs_one_server_cpu"}),
         (["scale"], {"scale_update_cpu_most_vs_fewest", "scale_4_workers_idle_redis_mib_vs_predicted"}),
     ],
 )
@@ -75,9 +77,43 @@ def test_an_unknown_name_is_one_sentence(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr == (
         "ops/bench.sh: there is no benchmark 'speed': choose among wire, machine, codec, throughput, "
-        "latency, file, growth, overlap, turns, size, quality, learning, routing, flower, race, tls, scale\n"
+        "latency, file, growth, overlap, turns, size, quality, learning, routing, flower, race, tls, scale, cluster, "
+        "before\n"
     )
     assert not done.stdout
+
+
+def test_a_release_before_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
+    out = tmp_path / "bench.json"
+    done = bench("--tiny", "--only", "wire", "--before", "no-such-release", "--out", str(out))
+    assert done.returncode == 1
+    assert done.stderr == (
+        "ops/bench.sh: this clone has no revision 'no-such-release' to be the release before: fetch it, for example "
+        "with git fetch --unshallow, or give --before another one; all processes were ended, nothing is written\n"
+    )
+    assert not out.exists()
+    done = bench("--tiny", "--only", "before", "--out", str(out))
+    assert done.returncode == 2
+    assert (
+        done.stderr
+        == "ops/bench.sh: the benchmark 'before' needs the release to compare with: --before REV\n"
+    )
+
+
+def test_the_release_before_takes_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With an environment and processes of its own; what breaks there is said with its own words."""
+    monkeypatch.setattr(before, "HOME", tmp_path / "before")
+    try:
+        head = before.Release("HEAD")
+    except BenchError as error:  # an unpacked archive has no revisions
+        pytest.skip(str(error))
+    with before.Before(head, "memory", "64kib") as contestant:
+        sample = contestant.turn(0.3)
+    assert sample.updates > 0
+    assert sample.cpu_s.keys() == {"redis", "aggregator", "clients"}
+    says = r"^before_memory_9tib ended with code 1: KeyError: '9tib'$"
+    with pytest.raises(BenchError, match=says), before.Before(head, "memory", "9tib"):
+        pass
 
 
 def test_a_server_that_does_not_start_is_one_sentence_and_no_numbers(tmp_path: Path) -> None:
@@ -98,6 +134,12 @@ def test_a_figure_is_judged_by_its_bar() -> None:
     judged = figure("memcpy_gb_per_s", [3.0, 1.0, 2.0], "GB/s")
     assert (judged.value, judged.min, judged.max, judged.n) == (2.0, 1.0, 3.0, 3)
     assert judged.bar is judged.met is None
+
+
+def test_the_lower_end_of_an_interval() -> None:
+    """Of 15 values the fourth: at most three are below the median with a probability of 1.8 %, four with 5.9 %."""
+    assert at_least("r", [float(n) for n in range(15, 0, -1)]).value == 4.0
+    assert at_least("r", [float(n) for n in range(1, 7)]).value == 1.0
 
 
 def test_a_ratio_is_the_median_of_the_rounds() -> None:

@@ -99,7 +99,7 @@ class ExpertServer:
         self._rebalancer = rebalancer
         self.lease = lease(
             connection, self.store.keys.lease, holder=holder, ttl_s=settings.lease_s, rebalancer=rebalancer,
-            expert=name,
+            expert=name, clock=clock,
         )  # fmt: skip
         self.problems = Problems(connection, self.store.keys.problem, holder=holder, clock=clock)
         self.retained = retained
@@ -107,7 +107,6 @@ class ExpertServer:
         self.tally = Tally()
         self._standing_by = False
         self.reclaimed_at = 0.0
-        self._held_at = 0.0
         self._served_since = 0.0
         self.history = History()
         self.compaction = Compaction(clock)
@@ -224,17 +223,17 @@ class ExpertServer:
         return True
 
     def _hold(self) -> bool:
-        self._held_at = self._clock()
-        return self.lease.hold()  # between two batches: here an expert is handed over
+        """Take or keep the lease; between two batches, because here an expert is handed over."""
+        if not self.is_serving:
+            self.lease.doubt()
+        return self.lease.hold()
 
     def _keep_lease(self) -> None:
-        """Renew the lease during a batch: large updates can outlast it, and a standby would then repeat the work.
+        """Keep the lease during a batch: large updates can outlast it, and a standby would then repeat the work.
 
         Losing the lease does not abort the batch; otherwise two aggregators that alternate as holder could livelock.
         """
-        if self._clock() - self._held_at > self._settings.lease_s / 4:
-            self._held_at = self._clock()
-            self.lease.renew()
+        self.lease.keep()
 
     def _look_for_block(self, entries: Sequence[Entry]) -> None:
         if any(entry.ms >= BLOCKING_MS for entry in entries):

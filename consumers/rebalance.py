@@ -119,16 +119,16 @@ class AssignedLease(Lease):
         rebalancer: Rebalancer,
         expert: str,
     ) -> None:
-        super().__init__(connection, key, holder=holder, ttl_ms=ttl_ms)
+        super().__init__(connection, key, holder=holder, ttl_ms=ttl_ms, clock=rebalancer.clock)
         self._expert = expert
-        self._assignment, self._clock = rebalancer.assignment, rebalancer.clock
+        self._assignment = rebalancer.assignment
         self._is_held = False
         self._assignment.add(expert, ttl_s=ttl_ms / 1000, now=self._clock())
 
     def hold(self) -> bool:
-        """As the assignment says; sends nothing while another aggregator is to have the lease."""
+        """As the assignment says; asks Redis nothing while another aggregator is to have the lease."""
         if self._assignment.wants(self._expert, self._clock()):
-            return self.renew()
+            return self.keep()
         if self._is_held:
             logger.info("%s: released for another aggregator", self._expert)
             self.release()
@@ -153,10 +153,17 @@ class AssignedLease(Lease):
 
 
 def lease(
-    connection: Connection, key: str, *, holder: str, ttl_s: float, rebalancer: Rebalancer | None, expert: str
+    connection: Connection,
+    key: str,
+    *,
+    holder: str,
+    ttl_s: float,
+    rebalancer: Rebalancer | None,
+    expert: str,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Lease:
     """The lease of an expert; without a rebalancer it is taken whenever it is free."""
     ttl_ms = int(ttl_s * 1000)
     if rebalancer is None:
-        return Lease(connection, key, holder=holder, ttl_ms=ttl_ms)
+        return Lease(connection, key, holder=holder, ttl_ms=ttl_ms, clock=clock)
     return AssignedLease(connection, key, holder=holder, ttl_ms=ttl_ms, rebalancer=rebalancer, expert=expert)

@@ -80,7 +80,7 @@ def _worker(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
         *_on(payloads, may="SET, STRLEN, PEXPIRE, INCRBY"),
         *_on(payloads, may="DEL", when="Redis is full"),
         Right(
-            command="GET", keys=(keys.lease,), when="it runs for some seconds",
+            command="GET", keys=(keys.lease,),
             without="the worker does not notice that no aggregator serves its expert",
         ),
         *_on(all_keys.experts, may="HKEYS", when="there is no such expert"),

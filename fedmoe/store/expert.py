@@ -237,14 +237,19 @@ class ExpertStore(ExpertLifecycle):
 
     def lineages(self) -> dict[str, str]:
         """The lineages that living workers name in their heartbeats: worker -> lineage."""
+        named = {worker: beat.lineage for worker, beat in self.heartbeats(["lineage"]).items()}
+        return {worker: lineage for worker, lineage in named.items() if _LINEAGE.fullmatch(lineage)}
+
+    def heartbeats(self, names: Sequence[str]) -> dict[str, Beat]:
+        """These fields of the heartbeats of all living workers, by name of the worker."""
         prefix = self.keys.worker("")
-        found = {}
         with self.connection.errors():
-            for key in self._redis.scan_iter(match=f"{prefix}*", count=1000):
-                worker = key.decode(errors="backslashreplace").removeprefix(prefix)
-                lineage = self.heartbeat(worker, ["lineage"]).lineage
-                if _LINEAGE.fullmatch(lineage):
-                    found[worker] = lineage
+            keys = list(self._redis.scan_iter(match=f"{prefix}*", count=1000))
+        workers = [key.decode(errors="backslashreplace").removeprefix(prefix) for key in keys]
+        found: dict[str, Beat] = {}
+        for first in range(0, len(workers), _AT_ONCE):
+            some = workers[first : first + _AT_ONCE]
+            found |= zip(some, self._heartbeats(some, names), strict=True)
         return found
 
     def headers(self, updates: Sequence[tuple[str, str, int]]) -> list[bytes]:
@@ -258,11 +263,16 @@ class ExpertStore(ExpertLifecycle):
 
     def heartbeat(self, worker: str, names: Sequence[str]) -> Beat:
         """These fields of a worker's heartbeat."""
+        return self._heartbeats([worker], names)[0]
+
+    def _heartbeats(self, workers: Sequence[str], names: Sequence[str]) -> list[Beat]:
         with self.connection.errors(), self._redis.pipeline(transaction=False) as pipe:
-            for name in names:
-                pipe.hget(self.keys.worker(worker), name)
+            for worker in workers:
+                for name in names:
+                    pipe.hget(self.keys.worker(worker), name)
             values = [_absent_if_wrong_type(reply) or None for reply in pipe.execute(raise_on_error=False)]
-        return Beat.read(dict(zip(names, values, strict=True)))
+        each = [values[first : first + len(names)] for first in range(0, len(values), len(names))]
+        return [Beat.read(dict(zip(names, one, strict=True))) for one in each]
 
     def parts(self, worker: str, run: str, seq: int, parts: Sequence[Part]) -> Generator[bytes, None, None]:
         """The payload, part by part: b"" for a missing part, at most one byte more than its header announces.

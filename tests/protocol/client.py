@@ -5,7 +5,7 @@ Instead of sending a request it asks its `Port`, which answers from a list of re
 one reply more, is a step machine whose steps are single commands and transactions.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import redis
@@ -86,6 +86,10 @@ class Client:
     def hkeys(self, key: str) -> list[bytes]:
         """The list of experts, for a sentence."""
         return []
+
+    def scan_iter(self, **_: Any) -> Iterator[bytes]:
+        """There are no heartbeats."""
+        return iter(())
 
     def info(self, section: str) -> dict[str, int]:
         """A server without a memory limit."""

@@ -16,6 +16,7 @@ from consumers.rebalance import Rebalancer, lease
 from consumers.recovery.settle import Recovery
 from consumers.recovery.write_back import keep_rolled_back, rebuild
 from consumers.retention import Retention
+from consumers.waiting import Waiting
 from fedmoe.errors import (
     FedMoEError,
     ProtocolError,
@@ -99,7 +100,7 @@ class ExpertServer:
         self._rebalancer = rebalancer
         self.lease = lease(
             connection, self.store.keys.lease, holder=holder, ttl_s=settings.lease_s, rebalancer=rebalancer,
-            expert=name,
+            expert=name, clock=clock,
         )  # fmt: skip
         self.problems = Problems(connection, self.store.keys.problem, holder=holder, clock=clock)
         self.retained = retained
@@ -107,8 +108,7 @@ class ExpertServer:
         self.tally = Tally()
         self._standing_by = False
         self.reclaimed_at = 0.0
-        self._held_at = 0.0
-        self._served_since = 0.0
+        self._waiting = Waiting(clock)
         self.history = History()
         self.compaction = Compaction(clock)
         self.recovery = Recovery(self.store, holder=holder, archive=self._archive, clock=clock)
@@ -196,22 +196,24 @@ class ExpertServer:
             entries = self._reclaim()
         if not entries:
             block_ms = 1 if self._settings.burst else self._settings.block_ms
-            entries = self.store.read(block_ms=block_ms, count=self._settings.batch)
+            entries = self._read(block_ms, self._settings.batch)
         self._look_for_block(entries)
+        waits_since, has_applied = self._waiting.oldest, False
         for first in range(0, len(entries), self._settings.batch):
             some = entries[first : first + self._settings.batch]
             began = time.perf_counter()
             verdicts = self.retained.process(some, more=self.more(self._settings.batch - len(some)))
             self.tally.add(verdicts, time.perf_counter() - began)
             if any(verdict.outcome is Outcome.APPLIED for verdict in verdicts):
+                has_applied = True
                 self.compaction.committed()
             if self._retention is not None:
                 self._retention.tend(self.retained)
             self._decided(sum(v.outcome in (Outcome.APPLIED, Outcome.REFUSED) for v in verdicts))
-        if entries and self._rebalancer:
-            self._rebalancer.waited(
-                self.name, entries[0].ms, served_s=self._clock() - self._served_since,
-                sync_interval_s=self.retained.meta.rules.sync_interval_s,
+        if has_applied and self._rebalancer:  # garbage may wait
+            self._rebalancer.assignment.waited(
+                self.name, self._clock() - waits_since,
+                sync_interval_s=self.retained.meta.rules.sync_interval_s, now=self._rebalancer.clock(),
             )  # fmt: skip
         return not entries
 
@@ -220,21 +222,24 @@ class ExpertServer:
         if self.is_time_to_reclaim():
             self._reclaim()
         stop.wait(self._settings.block_ms / 1000)
-        self._served_since = self._clock()  # what waits now waits for the release
+        self._waiting.begin()
         return True
 
     def _hold(self) -> bool:
-        self._held_at = self._clock()
-        return self.lease.hold()  # between two batches: here an expert is handed over
+        """Take or keep the lease; between two batches, because here an expert is handed over."""
+        if not self.is_serving:
+            self.lease.doubt()
+        return self.lease.hold()
 
     def _keep_lease(self) -> None:
-        """Renew the lease during a batch: large updates can outlast it, and a standby would then repeat the work.
+        """Keep the lease during a batch: large updates can outlast it, and a standby would then repeat the work.
 
         Losing the lease does not abort the batch; otherwise two aggregators that alternate as holder could livelock.
         """
-        if self._clock() - self._held_at > self._settings.lease_s / 4:
-            self._held_at = self._clock()
-            self.lease.renew()
+        self.lease.keep()
+
+    def _read(self, block_ms: int | None, count: int) -> list[Entry]:
+        return self._waiting.read(lambda: self.store.read(block_ms=block_ms, count=count), count)
 
     def _look_for_block(self, entries: Sequence[Entry]) -> None:
         if any(entry.ms >= BLOCKING_MS for entry in entries):
@@ -251,7 +256,7 @@ class ExpertServer:
             nonlocal left
             if not left or self._clock() > until:
                 return ()
-            entries = self.store.read(block_ms=None, count=left)
+            entries = self._read(None, left)
             self._look_for_block(entries)
             left -= len(entries)
             return entries
@@ -274,7 +279,8 @@ class ExpertServer:
         keep_rolled_back(expert)
         if expert.is_behind:
             expert.process(())  # commits meta, so that workers see this aggregator's protocol and features
-        self.retained, self.is_serving, self._served_since = expert, True, self._clock()
+        self.retained, self.is_serving = expert, True
+        self._waiting.begin()
         self.compaction.look(expert)
         meta = expert.meta
         logger.info("%s: serving from version %d, under rules %d", self.name, meta.version, meta.rules.number)

@@ -1,14 +1,21 @@
-"""Decides when an aggregator writes an expert's weights although no update makes it: compaction of the tail."""
+"""Decides when an aggregator writes an expert's weights although no update makes it: compaction of the tail.
+
+It also decides whether an expert may have a tail at all.
+"""
 
 import logging
 from collections.abc import Callable
 
 from consumers.expert import Expert
+from fedmoe.protocol.features import TAIL
+from fedmoe.protocol.formats import EXACT
 from fedmoe.store.commit import Commit
+from fedmoe.util.text import printable
 
 logger = logging.getLogger(__name__)
 
 QUIET_INTERVALS = 10  # sync intervals without an update
+SHOWN_WORKERS = 5
 
 
 class Compaction:
@@ -21,16 +28,37 @@ class Compaction:
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
         self.committed_at = 0.0
+        self._clock = clock
+        self._may_begin = False  # a tail, because no worker of an earlier release is there
+        self._told: set[str] = set()  # workers of an earlier release that the log names
 
     def committed(self) -> None:
         """Updates were just committed."""
         self.committed_at = self._clock()
 
     def look(self, expert: Expert) -> None:
-        """Ask how full Redis is; call it now and then."""
-        expert.writes_weights = expert.store.is_nearly_full()
+        """Ask how full Redis is, and whether all workers know tails; call it now and then."""
+        expert.writes_weights = expert.store.is_nearly_full() or not self._may_have_tail(expert)
+
+    def _may_have_tail(self, expert: Expert) -> bool:
+        """False while the expert has no tail, and workers of an earlier release train it: a tail would stop them.
+
+        Once none is there, a worker of an earlier release is told to upgrade, and nobody is asked again.
+        """
+        if not self._may_begin and not expert.meta.tail and expert.spec.wire_format != EXACT:
+            beats = expert.store.heartbeats(["knows"])
+            lacking = {worker for worker, beat in beats.items() if TAIL not in beat.knows.split()}
+            if lacking - self._told:
+                logger.info(
+                    "%s: each commit writes the weights until workers of an earlier release are upgraded: %s",
+                    expert.store.name, ", ".join(map(printable, sorted(lacking)[:SHOWN_WORKERS])),
+                )  # fmt: skip
+            self._told = lacking
+            if lacking:
+                return False
+        self._may_begin = True
+        return True
 
     def tend(self, expert: Expert) -> None:
         """Compact the tail if it is time; raises what a commit raises."""

@@ -94,7 +94,7 @@ class Expert:
         self._spares = [Held(spec.layout), Held(spec.layout)]
         self._scratch = torch.empty(scratch_values(spec.layout.numel))
         self.warned: set[str] = set()
-        self.writes_weights = False  # in each commit, because Redis has no room for a tail
+        self.writes_weights = False  # in each commit, because the expert may have no tail
 
     @property
     def buffer(self) -> AdapterBuffer:

@@ -47,7 +47,6 @@ class Rebalancer:
         self._store = Aggregators(connection, holder=name, ttl_ms=int(TTL_LEASES * lease_s * 1000))
         self._backoff = Backoff("heartbeat of the aggregator", logger)
         self._generation = 0
-        self._ahead_s: float | None = None  # the server's time minus this clock's
 
     def run(self, stop: threading.Event) -> None:
         """Send heartbeats until `stop` is set."""
@@ -57,7 +56,7 @@ class Rebalancer:
     def beat(self) -> None:
         """Send one heartbeat; a problem is logged, and the threads of the experts report it, too."""
         try:
-            server_s, living = self._store.beat(self.assignment.present(self.clock()))
+            living = self._store.beat(self.assignment.present(self.clock()))
         except RedisUnfitError as error:
             self.assignment.is_blind()
             self._backoff.failed(error)
@@ -73,25 +72,9 @@ class Rebalancer:
             return
         self._silent_since = None
         self._backoff.ok()
-        self._ahead_s = server_s - self.clock()
         generation = self._store.connection.generation
         self.assignment.see(living, self.clock(), reconnected=self._generation not in (0, generation))
         self._generation = generation
-
-    def waited(self, expert: str, entry_ms: int, *, served_s: float, sync_interval_s: float) -> None:
-        """An entry of this time was just decided; it waited for this aggregator, but not before that served the expert.
-
-        Args:
-            expert: whose entry it is.
-            entry_ms: from the entry's id, by the server's clock.
-            served_s: how long this aggregator has served the expert.
-            sync_interval_s: of the expert's workers.
-        """
-        if self._ahead_s is None:
-            return
-        now = self.clock()
-        waited_s = min(now + self._ahead_s - entry_ms / 1000, served_s)
-        self.assignment.waited(expert, waited_s, sync_interval_s=sync_interval_s, now=now)
 
     def leave(self) -> None:
         """Remove the heartbeat if Redis can be reached, so that the others take over at once."""
@@ -119,16 +102,16 @@ class AssignedLease(Lease):
         rebalancer: Rebalancer,
         expert: str,
     ) -> None:
-        super().__init__(connection, key, holder=holder, ttl_ms=ttl_ms)
+        super().__init__(connection, key, holder=holder, ttl_ms=ttl_ms, clock=rebalancer.clock)
         self._expert = expert
-        self._assignment, self._clock = rebalancer.assignment, rebalancer.clock
+        self._assignment = rebalancer.assignment
         self._is_held = False
         self._assignment.add(expert, ttl_s=ttl_ms / 1000, now=self._clock())
 
     def hold(self) -> bool:
-        """As the assignment says; sends nothing while another aggregator is to have the lease."""
+        """As the assignment says; asks Redis nothing while another aggregator is to have the lease."""
         if self._assignment.wants(self._expert, self._clock()):
-            return self.renew()
+            return self.keep()
         if self._is_held:
             logger.info("%s: released for another aggregator", self._expert)
             self.release()
@@ -153,10 +136,17 @@ class AssignedLease(Lease):
 
 
 def lease(
-    connection: Connection, key: str, *, holder: str, ttl_s: float, rebalancer: Rebalancer | None, expert: str
+    connection: Connection,
+    key: str,
+    *,
+    holder: str,
+    ttl_s: float,
+    rebalancer: Rebalancer | None,
+    expert: str,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Lease:
     """The lease of an expert; without a rebalancer it is taken whenever it is free."""
     ttl_ms = int(ttl_s * 1000)
     if rebalancer is None:
-        return Lease(connection, key, holder=holder, ttl_ms=ttl_ms)
+        return Lease(connection, key, holder=holder, ttl_ms=ttl_ms, clock=clock)
     return AssignedLease(connection, key, holder=holder, ttl_ms=ttl_ms, rebalancer=rebalancer, expert=expert)

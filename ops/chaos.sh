@@ -4,6 +4,7 @@
 #     bash ops/chaos.sh --kills 60 --seed 1
 #     bash ops/chaos.sh --kills 60 --tls
 #     bash ops/chaos.sh --kills 100 --cluster
+#     bash ops/chaos.sh --kills 100 --cluster --valkey
 #
 # It runs a real Redis, three aggregators, which share three experts, and six workers as processes. The faults are
 # kill -9, SIGSTOP, cut connections, lost replies, and an append-only file without its last second; with --cluster, on

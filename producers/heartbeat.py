@@ -92,9 +92,9 @@ class Heartbeat:
         self._beats = 0
         self._started_at = time.time()
 
-    def hasten(self) -> None:
-        """Make the next heartbeat due now, because the status changed."""
-        self.next_at = min(self.next_at, self._clock())
+    def hasten(self, in_s: float = 0.0) -> None:
+        """Make the next heartbeat due in so many seconds, if it is not due before: now, because the status changed."""
+        self.next_at = min(self.next_at, self._clock() + in_s)
 
     def beat(self, ledger: Ledger, status: SyncStatus) -> None:
         """Write the heartbeat if it is due.

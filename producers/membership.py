@@ -384,11 +384,11 @@ def wire(
 ) -> Sync:
     """The sync of a worker whose ledger is open, with heartbeat and, given a state directory, checkpoints."""
     state_id = state_dir.id if state_dir else ""
+    heart = Heartbeat(store, identity, state_id=state_id, training_fields=training_fields, clock=clock)
     return Sync(
         store, ledger, exchange, spec,
         identity=identity, data=data,
-        heart=Heartbeat(store, identity, state_id=state_id, training_fields=training_fields, clock=clock),
-        watch=AggregatorWatch(store, clock),
+        heart=heart, watch=AggregatorWatch(store, heart.hasten),
         saver=Saver(state_dir, clock) if state_dir else None,
         outbox=Outbox(must_pull=bool(ledger.seq)),  # a resumed worker looks first
         fixed=fixed, checkpoint_interval_s=checkpoint_interval_s, clock=clock,

@@ -66,14 +66,12 @@ class Timetable:
 
     Args:
         update_at: make the next update. save_at: write a checkpoint between two updates.
-        rules_at: check for new rules.
         hurry_at: stop waiting for the end of a step. end_at: end, even with undecided updates.
         is_ending: the sync was told to end.
     """
 
     update_at: float = 0.0
     save_at: float = math.inf
-    rules_at: float = math.inf
     hurry_at: float = math.inf
     end_at: float = math.inf
     is_ending: bool = False

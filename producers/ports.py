@@ -17,8 +17,8 @@ class Heart(Protocol):
         """Write the heartbeat if it is due."""
         ...
 
-    def hasten(self) -> None:
-        """Make the next heartbeat due now."""
+    def hasten(self, in_s: float = 0.0) -> None:
+        """Make the next heartbeat due in so many seconds, if it is not due before."""
         ...
 
 

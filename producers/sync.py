@@ -26,6 +26,7 @@ from fedmoe.protocol.records import Meta
 from fedmoe.protocol.rules import RuleSet
 from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.update import UpdateId
+from fedmoe.store.presence import Seen
 from fedmoe.store.worker import Poll, WorkerStore
 from fedmoe.util.backoff import Backoff
 from producers.checkpoint import Checkpoint
@@ -42,7 +43,6 @@ from producers.watch import LOOK_S
 
 logger = logging.getLogger(__name__)
 
-LOOK_FOR_RULES_S = 10.0
 NO_ENTRY = "0-1"  # an id that no entry has
 
 
@@ -96,7 +96,6 @@ class Sync:
         self.times = Timetable(
             update_at=clock() + ledger.meta.rules.sync_interval_s,
             save_at=clock() + checkpoint_interval_s,
-            rules_at=clock() + LOOK_FOR_RULES_S,
         )
         self._store = store
         if ledger.queue:  # a resumed worker does not know how far it had got
@@ -115,6 +114,7 @@ class Sync:
         self._checkpoint_interval_s = checkpoint_interval_s
         self._drops_diverged = drops_diverged
         self._waiting_for_state = False
+        self._seen: Seen | None = None  # the last heartbeat's, in which it looked for new rules
 
     @property
     def in_redis(self) -> bool:
@@ -228,7 +228,7 @@ class Sync:
                 return self._announce(look=todo is Talk.LOOK)
             case Talk.POLL:
                 return self._poll()
-        self._look_for_rules(now)
+        self._look_for_rules()
         return 0.0 if self.times.is_ending else min(self.times.update_at - now, LOOK_S)
 
     def _copy(self, *, consume: bool) -> TrainingState | None:
@@ -381,12 +381,14 @@ class Sync:
         if refusal := self._identity.refusal(meta, self._store.expert):
             raise RefusedError(refusal, about=self._identity.differing(meta)[0])
 
-    def _look_for_rules(self, now: float) -> None:
-        """Pull if an operator changed the rules or rolled the expert back: the next pull may be far away."""
-        if not self.times.is_ending and now >= self.times.rules_at:
-            self.times.rules_at, meta = now + LOOK_FOR_RULES_S, self.ledger.meta
-            if self._store.orders() not in (None, (meta.rules, meta.rolled_back)):
-                self._pull()
+    def _look_for_rules(self) -> None:
+        """Pull if a heartbeat found that an operator changed the rules or rolled the expert back."""
+        seen, meta = self._store.seen, self.ledger.meta
+        if self.times.is_ending or seen is None or seen is self._seen:
+            return
+        self._seen = seen
+        if seen.orders not in (None, (meta.rules, meta.rolled_back)):
+            self._pull()
 
     def _follow_rules(self, before: RuleSet) -> None:
         """Adopt the rules that an operator changed since the last pull, and log them."""

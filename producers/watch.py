@@ -1,59 +1,56 @@
 """Checks that an aggregator serves the expert and applies updates; otherwise training is in vain, unnoticed."""
 
 import logging
-import time
 from collections.abc import Callable
 
+from fedmoe.store.presence import Seen
 from fedmoe.store.worker import WorkerStore
 from fedmoe.util.text import printable
 
 logger = logging.getLogger(__name__)
 
-LOOK_S = 2.0  # so that the problem is reported within two leases, which last 5 s by default
+LOOK_S = 2.0  # until a second look, so that the problem is reported soon, and not while a standby takes over
 
 
 class AggregatorWatch:
-    """Checks every LOOK_S seconds whether an aggregator holds the expert's lease, and whether the expert is held.
+    """Checks with each heartbeat whether an aggregator holds the expert's lease, and whether the expert is held.
 
     Args:
-        clock: seconds, monotonic.
+        hasten: makes the next heartbeat due after so many seconds.
 
     Attributes:
         held: why the expert is held, "" if it is not.
         problem: the message that nobody holds the lease, or that the expert is held; "" if neither is so, as far as
             this user may read it.
-        next_at: when the next check is due, on that clock.
     """
 
-    def __init__(self, store: WorkerStore, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, store: WorkerStore, hasten: Callable[[float], None]) -> None:
         self.problem = ""
-        self.next_at = 0.0
-        self._store = store
-        self._clock = clock
-        self._missed = 0
         self.held = ""
+        self._store = store
+        self._hasten = hasten
+        self._seen: Seen | None = None
+        self._missed = 0
 
     def look(self) -> str:
-        """Check the lease if it is due; return the problem.
+        """Check what the last heartbeat found, if there is a new one; return the problem.
 
         Two checks in a row must fail, because a standby needs a moment to take over.
-
-        Raises:
-            RedisUnavailableError: if Redis cannot be reached.
         """
-        now = self._clock()
-        if now < self.next_at:
+        seen = self._store.seen
+        if seen is None or seen is self._seen:
             return self.problem
-        self.next_at = now + LOOK_S
-        is_served, held = self._store.served()
-        if is_served is not False:
+        self._seen = seen
+        if seen.is_served is not False:
             if self._missed and self.problem:
                 logger.warning("an aggregator serves expert %r again", self._store.expert)
             self._missed = 0
-            self.problem = self._told(held)
+            self.problem = self._told(seen.held)
             return self.problem
         self._missed += 1
-        if self._missed >= 2 and not self.problem:
+        if self._missed == 1:
+            self._hasten(LOOK_S)
+        elif not self.problem:
             self.problem = (
                 f"no aggregator serves expert {self._store.expert!r}: start `fedmoe aggregator run`; until then no "
                 "update is applied"

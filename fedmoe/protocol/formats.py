@@ -151,6 +151,8 @@ class Format:
         """Write `now` + factor × Δ to `out`, (n,) fp32 each and possibly the same; returns Δ's squared L2 norm.
 
         The product is rounded to fp32, and then the sum. The caller has checked the lengths. `scratch` is (n,) fp32.
+        The norm is infinite if a code times its scale is beyond fp32; the last digits of another one depend on how it
+        is added up, and so on whether the kernels are used.
 
         Raises:
             UpdateError: if a scale is not finite; `out` is then undefined.
@@ -171,7 +173,7 @@ class Format:
         """The same as `fold`."""
         squares = kernels.fold(self.bits, _raw(scales), _raw(data), now, factor, out)
         if self.limit and not math.isfinite(squares):
-            raise _not_finite()
+            self._scales(scales)
         return squares
 
     def fold_by_torch(
@@ -189,6 +191,13 @@ class Format:
         torch.add(now, torch.mul(values, factor, out=scratch), out=out)
         return squares
 
+    def _scales(self, scales: memoryview) -> torch.Tensor:
+        """The scales (blocks,) fp32; raises UpdateError if one is not finite."""
+        factors = torch.frombuffer(scales, dtype=self.scale).float()
+        if not math.isfinite(factors.abs().amax()):  # amax is NaN if one of them is
+            raise UpdateError("has a scale that is not finite (NaN or infinity)", about="scales")
+        return factors
+
     def decode(self, scales: memoryview, data: memoryview, out: torch.Tensor) -> torch.Tensor:
         """The values (n,) fp32: decoded into `out`; fp32 data as a view. The caller has checked the lengths.
 
@@ -198,9 +207,7 @@ class Format:
         if not self.limit:
             values = torch.frombuffer(data, dtype=self.dtype)
             return values if values.dtype == out.dtype else out.copy_(values)
-        factors = torch.frombuffer(scales, dtype=self.scale).float()
-        if not math.isfinite(factors.abs().amax()):  # amax is NaN if one of them is
-            raise _not_finite()
+        factors = self._scales(scales)
         codes = torch.frombuffer(data, dtype=torch.int8)
         if self.bits == 4:
             _unpack(codes, out)
@@ -211,10 +218,6 @@ class Format:
         if whole < len(out):
             out[whole:].mul_(factors[-1])
         return out
-
-
-def _not_finite() -> UpdateError:
-    return UpdateError("has a scale that is not finite (NaN or infinity)", about="scales")
 
 
 def squared_norm(values: torch.Tensor) -> float:

@@ -88,6 +88,9 @@ double fedmoe_encode(int format, const loose_float *values, const loose_float *m
     return total_of(sums);
 }
 
+/* True if the scale times 128, the largest code, is beyond fp32: from 2^121 on, and if it is infinite or NaN. */
+INLINE int is_huge(float scale) { return (bits_of(scale) & 0x7f800000) >= (uint32_t)(127 + 121) << 23; }
+
 /* Decode `count` values of one block that lie from `at` on; returns the sum of their squares. */
 INLINE double decode(int format, const void *scales, const int8_t *data, int64_t at, int64_t half, int count,
                      float *values) {
@@ -113,6 +116,11 @@ INLINE double decode(int format, const void *scales, const int8_t *data, int64_t
         int32_t code = (int8_t)(data[at + i - half] + 8) >> 4;
         squares += code * code;
         values[i] = (float)code * scale;
+    }
+    if (is_huge(scale)) { /* a value may be infinite although its code and the scale are not */
+        double sum = 0;
+        for (int i = 0; i < count; i++) sum += (double)values[i] * values[i];
+        return sum;
     }
     return (double)scale * scale * squares;
 }

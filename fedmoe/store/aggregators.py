@@ -22,7 +22,7 @@ local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 redis.call('HSET', KEYS[1], ARGV[1], string.format('%d %s', now + ARGV[2], ARGV[3]))
 redis.call('PEXPIRE', KEYS[1], ARGV[4])
-local living = {now}
+local living = {}
 local all = redis.call('HGETALL', KEYS[1])
 for i = 1, #all, 2 do
   local ends = tonumber(string.match(all[i + 1], '^%d+') or 0)
@@ -51,18 +51,15 @@ class Aggregators:
         self._ttl_ms = ttl_ms
         self._beat = self.connection.client.register_script(_BEAT)
 
-    def beat(self, beat: AggregatorBeat) -> tuple[float, dict[str, AggregatorBeat]]:
-        """Write this aggregator's heartbeat.
-
-        Returns the server's time (seconds since 1970), and the heartbeats of all that live, this one included.
-        """
+    def beat(self, beat: AggregatorBeat) -> dict[str, AggregatorBeat]:
+        """Write this aggregator's heartbeat; returns the heartbeats of all that live, this one included."""
         with self.connection.errors():
-            now_ms, *found = self._beat(
+            found = self._beat(
                 keys=[self.connection.keys.aggregators],
                 args=[self._holder, self._ttl_ms, beat.to_json(), _LONGEST_TTLS * self._ttl_ms],
             )
         beats = zip(found[::2], found[1::2], strict=True)
-        return now_ms / 1000, {_text(name): _read(field) for name, field in beats}
+        return {_text(name): _read(field) for name, field in beats}
 
     def others_answer(self) -> bool:
         """True if another master of the Redis Cluster answers than the heartbeats' own."""

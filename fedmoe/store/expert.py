@@ -6,15 +6,12 @@ expert's state.
 """
 
 import logging
-import re
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import redis
 
 from fedmoe.errors import DamagedExpertError, LostExpertError, ProtocolError, SpecError, StaleStateError
-from fedmoe.protocol.beat import Beat
 from fedmoe.protocol.condition import version_of
 from fedmoe.protocol.exact import complete
 from fedmoe.protocol.keys import GROUP
@@ -22,14 +19,13 @@ from fedmoe.protocol.layout import STAMPED_BYTES, stamp_of
 from fedmoe.protocol.packed import packed_commit
 from fedmoe.protocol.records import Entry, Meta, check_not_removed
 from fedmoe.protocol.spec import PREAMBLE_BYTES, Spec
-from fedmoe.protocol.update import MAX_HEADER_BYTES, Part
 from fedmoe.protocol.weights_parts import WeightsParts
 from fedmoe.store.chunks import places, put
 from fedmoe.store.commit import Commit, Loaded
 from fedmoe.store.connection import execute
 from fedmoe.store.full import NEARLY_FULL, is_full, memory_share, read_together, transact
-from fedmoe.store.lifecycle import ExpertLifecycle
 from fedmoe.store.parts import NewWeights, part_keys, read_whole, state_keys, weights_keys
+from fedmoe.store.submissions import Submissions
 
 # All aggregators read under one consumer name: the lease holder owns the whole pending list, and the list of dead
 # consumers does not grow with each restart.
@@ -38,7 +34,6 @@ LOG_LENGTH = 100_000
 DEAD_LENGTH = 10_000
 BLOCKING_MS = 2**63  # no server clock reaches this; after the highest possible id a stream accepts no entry
 _PAGE = 256
-_LINEAGE = re.compile(r"[0-9a-f]{16}")
 _TYPES = {"tail": b"hash", "decided": b"hash", "vectors": b"hash", "log": b"stream", "dead": b"stream"}
 # The head in meta, the types of the other keys, the lengths of those that are strings, and the parts in meta.
 _LOOK = """#!lua flags=no-writes
@@ -54,7 +49,7 @@ _AT_ONCE = 1000  # keys or fields; a command in a script can have only a few tho
 logger = logging.getLogger(__name__)
 
 
-class ExpertStore(ExpertLifecycle):
+class ExpertStore(Submissions):
     """Redis commands of an aggregator for one expert.
 
     Every method raises RedisUnavailableError if Redis cannot be reached or refuses a command. After that error, and
@@ -242,55 +237,6 @@ class ExpertStore(ExpertLifecycle):
             pipe.xgroup_create(self.keys.updates, GROUP, id="0", mkstream=True)
             return execute(pipe) is not None
 
-    def lineages(self) -> dict[str, str]:
-        """The lineages that living workers name in their heartbeats: worker -> lineage."""
-        prefix = self.keys.worker("")
-        found = {}
-        with self.connection.errors():
-            for key in self._redis.scan_iter(match=f"{prefix}*", count=1000):
-                worker = key.decode(errors="backslashreplace").removeprefix(prefix)
-                lineage = self.heartbeat(worker, ["lineage"]).lineage
-                if _LINEAGE.fullmatch(lineage):
-                    found[worker] = lineage
-        return found
-
-    def headers(self, updates: Sequence[tuple[str, str, int]]) -> list[bytes]:
-        """The headers of updates (worker, run, seq), each at most MAX_HEADER_BYTES + 1 bytes; b"" for a missing one."""
-        if not updates:
-            return []
-        with self.connection.errors(), self._redis.pipeline(transaction=False) as pipe:
-            for update in updates:
-                pipe.getrange(self.keys.header(*update), 0, MAX_HEADER_BYTES)
-            return [_absent_if_wrong_type(reply) for reply in pipe.execute(raise_on_error=False)]
-
-    def heartbeat(self, worker: str, names: Sequence[str]) -> Beat:
-        """These fields of a worker's heartbeat."""
-        with self.connection.errors(), self._redis.pipeline(transaction=False) as pipe:
-            for name in names:
-                pipe.hget(self.keys.worker(worker), name)
-            values = [_absent_if_wrong_type(reply) or None for reply in pipe.execute(raise_on_error=False)]
-        return Beat.read(dict(zip(names, values, strict=True)))
-
-    def parts(self, worker: str, run: str, seq: int, parts: Sequence[Part]) -> Generator[bytes, None, None]:
-        """The payload, part by part: b"" for a missing part, at most one byte more than its header announces.
-
-        Call no other method before the generator is closed: the replies with the next parts are in flight.
-        """
-        commands = [
-            ("GETRANGE", self.keys.part(worker, run, seq, index), 0, part.length)
-            for index, part in enumerate(parts)
-        ]
-        with self.connection.errors(), closing(self.connection.stream(commands)) as replies:
-            for reply in replies:
-                yield _absent_if_wrong_type(reply)
-
-    def payload_keys(self, worker: str, run: str, seq: int, n_parts: int) -> list[str]:
-        """The keys of an update's header and parts."""
-        return [
-            self.keys.header(worker, run, seq),
-            *(self.keys.part(worker, run, seq, index) for index in range(n_parts)),
-        ]
-
     def commit(self, commit: Commit) -> None:
         """Make a batch part of the expert, atomically.
 
@@ -388,12 +334,3 @@ class ExpertStore(ExpertLifecycle):
 
 def _text(raw: bytes) -> str:
     return raw.decode(errors="backslashreplace")
-
-
-def _absent_if_wrong_type(reply: Any) -> Any:
-    """A reply about a key that workers write; a key of the wrong type counts as missing, so it cannot stop others."""
-    if not isinstance(reply, Exception):
-        return reply
-    if "WRONGTYPE" not in str(reply):
-        raise reply
-    return b""

@@ -1,6 +1,9 @@
 """The lease keeps two aggregators from doing the same work. Safety does not depend on it but on the commit's check."""
 
 import logging
+import math
+import time
+from collections.abc import Callable
 
 from fedmoe.errors import RedisUnavailableError
 from fedmoe.store.connection import Connection
@@ -21,6 +24,9 @@ return 1"""
 _RELEASE = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0"
 
 
+_FRESH = 0.25  # of its time, after a renewal
+
+
 class Lease:
     """A key that names its holder and expires by itself.
 
@@ -28,24 +34,50 @@ class Lease:
         key: of the lease.
         holder: unique name of this process.
         ttl_ms: the lease expires this long after its last renewal.
+        clock: seconds, monotonic.
     """
 
-    def __init__(self, connection: Connection, key: str, *, holder: str, ttl_ms: int) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        key: str,
+        *,
+        holder: str,
+        ttl_ms: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._connection = connection.at(key)
         self._key = key
         self._holder = holder
         self._ttl_ms = ttl_ms
+        self._clock = clock
+        self._renewed_at = -math.inf
         self._hold = self._connection.client.register_script(_HOLD)
         self._release = self._connection.client.register_script(_RELEASE)
 
     def hold(self) -> bool:
-        """Take or renew the lease, unless another aggregator is to have it; False if this process does not hold it."""
-        return self.renew()
+        """Take or keep the lease, unless another aggregator is to have it; False if this process does not hold it."""
+        return self.keep()
+
+    def keep(self) -> bool:
+        """Take the lease, or renew it if a quarter of its time is over; False while another process holds it.
+
+        So a lease that was lost meanwhile is noticed late: two aggregators may do the same work, and one commits it.
+        """
+        return self._clock() - self._renewed_at < _FRESH * self._ttl_ms / 1000 or self.renew()
 
     def renew(self) -> bool:
         """Take or renew the lease; False while another process holds it."""
+        now, self._renewed_at = self._clock(), -math.inf
         with self._connection.errors():
-            return bool(self._hold(keys=[self._key], args=[self._holder, self._ttl_ms]))
+            is_held = bool(self._hold(keys=[self._key], args=[self._holder, self._ttl_ms]))
+        if is_held:
+            self._renewed_at = now
+        return is_held
+
+    def doubt(self) -> None:
+        """Ask Redis at the next `hold` or `keep`, however fresh the lease is."""
+        self._renewed_at = -math.inf
 
     def give_up(self) -> None:
         """Release the lease if Redis can be reached; otherwise it expires."""
@@ -60,5 +92,6 @@ class Lease:
 
     def release(self) -> None:
         """Release the lease, so that a standby need not wait for its expiry."""
+        self.doubt()
         with self._connection.errors():
             self._release(keys=[self._key], args=[self._holder])

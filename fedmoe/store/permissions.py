@@ -87,7 +87,7 @@ def _worker(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
         *_on(payloads, may="SET, STRLEN, PEXPIRE, INCRBY"),
         *_on(payloads, may="DEL", when="Redis is full"),
         Right(
-            command="GET", keys=(keys.lease,), when="it runs for some seconds",
+            command="GET", keys=(keys.lease,),
             without="the worker does not notice that no aggregator serves its expert",
         ),
         *_on(all_keys.experts, may="HKEYS", when="there is no such expert"),
@@ -150,7 +150,7 @@ def _aggregator(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
         *_on(keys.claims, may="HGETALL, UNLINK"),
         *_on(keys.claims, may="HSET, PEXPIRE", when=lost),
         *_on(keys.problem, merged.problem, may="HSET, PEXPIRE, UNLINK", when="it cannot do something"),
-        *_on(keys.worker(ANY), may="HGET", when="no base model is pinned yet, or Redis has lost an expert"),
+        *_on(keys.worker(ANY), may="HGET", when="a worker was there before it"),
         *_on(merged.meta, may="HGETALL, HSET, DEL"),
         *_on(merged.weights, may="SET"),
         *_on(merged.fit, may="HGETALL"),

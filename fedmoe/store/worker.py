@@ -1,4 +1,4 @@
-"""The worker's side of one expert: join, publish, poll, pull, heartbeat.
+"""The worker's side of one expert: publish, poll and pull, beside its presence.
 
 Each method makes one attempt; the caller retries. Publishing twice is harmless: (run, seq) always names the same
 content, and the aggregator decides it once.
@@ -22,15 +22,12 @@ from fedmoe.errors import (
     UpdateError,
 )
 from fedmoe.protocol import features, records
-from fedmoe.protocol.beat import Beat
-from fedmoe.protocol.doorbell import Doorbell, Join
+from fedmoe.protocol.doorbell import Doorbell
 from fedmoe.protocol.exact import exact_values
 from fedmoe.protocol.formats import EXACT
 from fedmoe.protocol.layout import stamped
 from fedmoe.protocol.packed import chunks
-from fedmoe.protocol.records import TRACE_TTL_S, Decided, Meta, check_not_removed, read_protocol
-from fedmoe.protocol.rollback import RolledBack
-from fedmoe.protocol.rules import RuleSet
+from fedmoe.protocol.records import Decided, Meta, check_not_removed, read_protocol
 from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.update import PAYLOAD_TTL_S, Header, UpdateId
 from fedmoe.protocol.weights_parts import values_bytes
@@ -38,7 +35,7 @@ from fedmoe.store.chunks import values_and_stamp
 from fedmoe.store.connection import Connection
 from fedmoe.store.full import NEARLY_FULL, is_full, memory_share, read_together
 from fedmoe.store.parts import read_chunks
-from fedmoe.util.software import software
+from fedmoe.store.presence import Presence
 
 HALF_WRITTEN_TTL_S = 3600  # of an update that is not announced yet: its worker may die while it writes
 
@@ -76,15 +73,11 @@ class Poll:
     entry_waits: bool
 
 
-class WorkerStore:
+class WorkerStore(Presence):
     """Redis commands of one worker of one expert. Every method may raise RedisUnavailableError."""
 
     def __init__(self, connection: Connection, expert: str, worker: str) -> None:
-        self.expert = expert
-        self.worker = worker
-        self.keys = connection.keys.expert(expert)
-        self.connection = connection.at(self.keys.meta)
-        self._redis = self.connection.client
+        super().__init__(connection, expert, worker)
         self.announced: UpdateId | None = None  # the update whose XADD was sent and may have been executed
 
     def spec(self) -> Spec:
@@ -127,21 +120,6 @@ class WorkerStore:
         with self.connection.errors():
             raw = self._redis.hgetall(self.keys.meta)
         return self._meta(raw)
-
-    def orders(self) -> tuple[RuleSet, RolledBack] | None:
-        """What operators decided: the rules in force, and the rollbacks.
-
-        None if they cannot be parsed (the next pull then raises the error).
-        """
-        with self.connection.errors():
-            rules, rolled_back = self._redis.hmget(self.keys.meta, ["rules", "rolled_back"])
-        try:
-            present = _rules(rules)
-            if present is None:
-                return None
-            return present, RolledBack.from_json((rolled_back or b"[]").decode())
-        except ValueError:
-            return None
 
     def _meta(self, raw: Mapping[bytes, bytes]) -> Meta:
         if not raw:
@@ -346,53 +324,3 @@ class WorkerStore:
             pipe.pexpire(key, PAYLOAD_TTL_S * 1000)
             incarnation, _ = pipe.execute()
         return int(incarnation)
-
-    def join(self) -> None:
-        """Ask the aggregator to read this worker's heartbeat and pin the base model's fingerprint from it."""
-        with self.connection.errors():
-            self._redis.xadd(self.keys.updates, Join(worker=self.worker, software=software()).to_fields())
-
-    def beat(self, beat: Beat, *, ttl_s: float) -> None:
-        """Write the heartbeat, which expires after ttl_s, and a trace whose age later tells when it was last seen."""
-        key, trace = self.keys.worker(self.worker), self.keys.trace(self.worker)
-        with self.connection.errors(), self._redis.pipeline(transaction=True) as pipe:
-            pipe.delete(key, trace)
-            pipe.hset(key, mapping=beat.to_fields())
-            pipe.pexpire(key, int(ttl_s * 1000))
-            pipe.hset(trace, "host", beat.host)
-            pipe.pexpire(trace, int(TRACE_TTL_S * 1000))
-            pipe.execute()
-
-    def heartbeat(self) -> Beat | None:
-        """The heartbeat under this worker's name, None if there is none."""
-        with self.connection.errors():
-            raw = self._redis.hgetall(self.keys.worker(self.worker))
-        return Beat.read(raw) if raw else None
-
-    def served(self) -> tuple[bool | None, str]:
-        """True if an aggregator holds the lease, None if this user may not read it; and why it is held, or ""."""
-        with self.connection.errors(), self._redis.pipeline(transaction=False) as pipe:
-            pipe.get(self.keys.lease)
-            pipe.hmget(self.keys.meta, ["rules"])
-            lease, meta = pipe.execute(raise_on_error=False)
-        is_served = None if isinstance(lease, redis.ResponseError) else lease is not None
-        rules = None if isinstance(meta, redis.ResponseError) else _rules(meta[0])
-        return is_served, rules.held if rules else ""
-
-    def leave(self, how: str = "stopped", reason: str = "") -> None:
-        """Delete the heartbeat and write a trace: how the worker left (finished, stopped, refused, failed), and why."""
-        trace = self.keys.trace(self.worker)
-        with self.connection.errors():
-            self._redis.delete(self.keys.worker(self.worker))  # first: a full Redis takes no trace
-            with self._redis.pipeline(transaction=True) as pipe:
-                pipe.hset(trace, mapping={"how": how, "reason": reason})
-                pipe.pexpire(trace, int(TRACE_TTL_S * 1000))
-                pipe.execute()
-
-
-def _rules(text: bytes | None) -> RuleSet | None:
-    """The rules in a field of meta; None if they are missing or cannot be parsed."""
-    try:
-        return RuleSet.from_json(text.decode()) if text else None
-    except (SpecError, UnicodeDecodeError):
-        return None

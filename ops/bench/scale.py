@@ -1,14 +1,15 @@
 """What a thousand workers cost, of 16 experts with two aggregators: memory, connections, commands when idle, CPU.
 
-Adapters of 64 KiB. A worker has its connection, sends its heartbeats and looks for an aggregator as `producers.sync`
-does, also while it publishes nothing. Constants are measured without workers and with the fewest; what follows for
-more is compared with what is measured there.
+Adapters of 64 KiB. A worker has its connection, and sends its heartbeats as `producers.sync` does, also while it
+publishes nothing. Constants are measured without workers and with the fewest; what follows for more is compared with
+what is measured there.
 """
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from statistics import fmean
 
 from fedmoe.protocol.identity import BaseIdentity
 from fedmoe.settings import RedisSettings
@@ -19,6 +20,7 @@ from ops.bench.contest import Contestant, Sample, Seats, take_turns
 from ops.bench.fedmoe_side import (
     DEFAULT_FORMAT,
     FINGERPRINT,
+    RULES,
     Client,
     aggregator_command,
     create_expert,
@@ -33,6 +35,7 @@ from producers.watch import AggregatorWatch
 LAYOUT = LAYOUTS["64kib"]
 EXPERTS, AGGREGATORS, PROCESSES = 16, 2, 2
 SERVER = ("aggregator", "redis")
+QUIET_SOON = replace(RULES, sync_interval_s=0.5)  # so an idle expert has no tail after ten of them
 COUNTS = ("commands_per_s", "redis_mib", "connections", "server_cpu")
 
 
@@ -41,7 +44,6 @@ class Worker(Client):
 
     def __init__(self, url: str, expert: str, name: str, phase: float) -> None:
         super().__init__(url, expert, name)
-        self._watch = AggregatorWatch(self.store)
         self._heartbeat = Heartbeat(
             self.store,
             BaseIdentity(fingerprint=FINGERPRINT),
@@ -50,20 +52,17 @@ class Worker(Client):
             clock=time.monotonic,
         )
         self._heartbeat.next_at = time.monotonic() + phase
-        self._watch.next_at = self._heartbeat.next_at
+        self._watch = AggregatorWatch(self.store, self._heartbeat.hasten)
 
     @property
     def due_at(self) -> float:
-        """When the next heartbeat or look is due."""
-        return min(self._heartbeat.next_at, self._watch.next_at)
+        """When the next heartbeat is due."""
+        return self._heartbeat.next_at
 
     def live(self) -> None:
-        """Send what is due."""
-        now = time.monotonic()
-        if now >= self._heartbeat.next_at:
-            self._heartbeat.beat(self.ledger, SyncStatus(in_flight=int(self.busy)))
-        if now >= self._watch.next_at:
-            self._watch.look()
+        """Send the heartbeat if it is due."""
+        self._heartbeat.beat(self.ledger, SyncStatus(in_flight=int(self.busy)))
+        self._watch.look()
 
 
 def play(seats: Seats, index: int, url: str, names: Sequence[tuple[str, str]]) -> None:
@@ -110,7 +109,7 @@ class Scale(Contestant):
         self._url = self.processes.redis()
         spec = make_spec(LAYOUT, DEFAULT_FORMAT)
         for name in self._experts:
-            create_expert(self._url, name, spec)
+            create_expert(self._url, name, spec, rules=QUIET_SOON)
         for _ in range(AGGREGATORS):
             # The merged gateway of 16 experts would be rebuilt all the time, and is no part of an update.
             self.processes.command(
@@ -118,7 +117,7 @@ class Scale(Contestant):
             )
         names = [(self._experts[n % EXPERTS], f"worker{n}") for n in range(self.n_workers)]
         if not names:
-            self.processes.call("clients", _nobody, self.seats)
+            self.processes.call("clients", leave, self.seats, self._url, self._experts)
         for index in range(self.n_clients if names else 0):
             self.processes.call("clients", play, self.seats, index, self._url, names[index :: self.n_clients])
 
@@ -137,14 +136,18 @@ class Scale(Contestant):
                 time.monotonic(),
             )
 
-        (commands, cpu, began), _ = now(), self.processes.sleep(seconds)
+        commands, cpu, began = now()
+        used = []  # the buffers of connections come and go
+        while time.monotonic() < began + seconds:
+            self.processes.sleep(0.5)
+            used.append(connection.client.info("memory")["used_memory"])
         more, after, ended = now()
-        info = connection.client.info()
+        n_connections = connection.client.info("clients")["connected_clients"]
         connection.close()
         return Idle(
             commands_per_s=(more - commands) / (ended - began),
-            redis_mib=info["used_memory"] / 2**20,
-            connections=info["connected_clients"] - 1.0,
+            redis_mib=fmean(used) / 2**20,
+            connections=n_connections - 1.0,
             server_cpu=sum(after[role] - cpu[role] for role in SERVER) / (ended - began),
         )
 
@@ -171,8 +174,13 @@ class Scale(Contestant):
         return len(set(connection.client.mget(keys)) - {None}) == AGGREGATORS
 
 
-def _nobody(seats: Seats) -> None:
-    """No worker at all."""
+def leave(seats: Seats, url: str, experts: Sequence[str]) -> None:
+    """Body of a process: each expert gets its first update, and nobody stays."""
+    for expert in experts:
+        client = Client(url, expert, "gone")
+        while not client.turn():
+            time.sleep(0.01)
+        client.store.connection.close()
     seats.count(0)
     while True:
         time.sleep(1.0)

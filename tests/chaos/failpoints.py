@@ -24,13 +24,14 @@ WHERE = ("/fedmoe/store/", "/fedmoe/store/archive.py", "/producers/checkpoint.py
 # Method -> about how many points one call passes; a process dies within its first few calls.
 WORKER = {
     "WorkerStore.publish": 20, "WorkerStore.pull": 12, "WorkerStore.poll": 8, "StateDir.save": 16,
-    "WorkerStore.beat": 8, "WorkerStore.spec": 4, "WorkerStore.heartbeat": 4,
+    "Presence.beat": 8, "WorkerStore.spec": 4, "Presence.heartbeat": 4,
 }  # fmt: skip
 AGGREGATOR = {
     "ExpertStore.commit": 30, "ExpertStore.load": 12, "ExpertStore.read": 8, "ExpertStore.reclaim": 4,
-    "ExpertStore.headers": 4, "ExpertStore.parts": 4, "Lease.renew": 4, "Archive.keep": 6, "GatewayStore.write": 8,
+    "ExpertStore.headers": 4, "ExpertStore.parts": 4, "Lease.keep": 4, "Archive.keep": 6,
     "ExpertLifecycle.condition": 6, "ExpertLifecycle.claim": 6, "ExpertLifecycle.write_back": 12,
     "ExpertLifecycle.announce": 12, "Lease.release": 4, "Aggregators.beat": 4,
+    "GatewayStore.write_merged": 8,
 }  # fmt: skip
 
 

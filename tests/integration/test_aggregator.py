@@ -146,6 +146,29 @@ def test_lease_has_one_holder(connection: Connection, connect: Connect) -> None:
     assert not first.hold()
 
 
+def test_lease_is_renewed_once_in_a_quarter_of_its_time(connection: Connection) -> None:
+    """A holder that asks at each read costs Redis three commands each time; one in doubt asks at once."""
+    now = 0.0
+    lease = Lease(connection, "l", holder="first", ttl_ms=4000, clock=lambda: now)
+
+    def asks() -> bool:
+        connection.client.delete("l")
+        assert lease.hold()
+        return bool(connection.client.exists("l"))
+
+    assert asks()
+    for then, due in ((0.9, False), (1.1, True), (2.0, False)):
+        now = then
+        assert asks() is due
+    lease.doubt()
+    assert asks()
+    connection.client.set("l", "second")
+    now += 1.1
+    assert not lease.hold()
+    connection.client.delete("l")
+    assert asks()
+
+
 def test_more_notices_a_blocked_stream_and_does_not_outstay_the_lease(connection: Connection) -> None:
     """What comes while a batch is folded: at most so many entries, and for a quarter of the lease."""
     expert = make_expert(connection)

@@ -23,7 +23,7 @@ from fedmoe.store.archive import Archive
 from fedmoe.store.connection import Connection
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore
-from producers import sync
+from producers import heartbeat
 from tests.counting import CountingWorker, counting_spec, create_expert
 from tests.errors import raises
 from tests.federation import ScriptedWorker, make_expert, meta_of, serve, serving, small_spec
@@ -285,7 +285,7 @@ def test_idle_worker_notices_a_shorter_interval(
     connection: Connection, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It looks now and then, although its next update is an hour away."""
-    monkeypatch.setattr(sync, "LOOK_FOR_RULES_S", 0.1)
+    monkeypatch.setattr(heartbeat, "HEARTBEAT_INTERVAL_S", 0.1)
     spec = counting_spec()
     store = create_expert(connection, spec, sync_interval_s=3600.0)
     with serving(connect()), CountingWorker(connect(), spec) as worker:

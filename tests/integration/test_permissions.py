@@ -196,7 +196,6 @@ def commit_and_pull(guarded: Guarded, wire_format: str) -> None:
     update = worker.make_update()
     entry = worker.publish()
     admin.config_set("maxmemory", 1)
-    assert worker.store.served()[0] is False
     assert worker.store.poll(entry, update.header).entry_waits
     assert serve(expert) == ["applied"]
     worker.pull()
@@ -260,6 +259,8 @@ def an_emptied_redis(guarded: Guarded) -> None:
     assert store.lost() == {NAME: "0123456789abcdef"}
     worker = WorkerStore(guarded.connection(WORKER), EXPERT, NAME)
     worker.beat(Beat(lineage="0123456789abcdef"), ttl_s=15)
+    assert worker.seen
+    assert worker.seen.is_served is False
     assert store.lineages() == store.lost()
     with pytest.raises(UnknownExpertError):
         worker.spec()

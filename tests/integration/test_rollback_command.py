@@ -27,7 +27,7 @@ from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore
 from fedmoe.store.inspect import Inspector
 from fedmoe.tools.backup import Backup, restore
-from producers import sync
+from producers import heartbeat
 from tests.counting import CountingWorker, counting_spec, create_expert
 from tests.errors import raises
 from tests.federation import ScriptedWorker, serve, serving, small_spec
@@ -314,7 +314,7 @@ def test_idle_worker_notices(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     """It looks now and then, although its next update is an hour away, and drops what it trained for nothing."""
-    monkeypatch.setattr(sync, "LOOK_FOR_RULES_S", 0.1)
+    monkeypatch.setattr(heartbeat, "HEARTBEAT_INTERVAL_S", 0.1)
     spec = counting_spec()
     store = create_expert(connection, spec, sync_interval_s=0.02)
     with serving(connect(), keep_updates=tmp_path / "kept"), CountingWorker(connect(), spec) as worker:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from fedmoe.store.lease import Lease
 from tests.protocol.actors import Rules
 from tests.protocol.broken import BROKEN, WritesBackFolded
 from tests.protocol.broken_parts import BROKEN_PARTS
@@ -40,6 +41,12 @@ def test_every_state_is_right_and_ends_well(name: str) -> None:
     found = search(SMALL[name])
     print(f"{name}: {found.states} states in {found.seconds:.1f} s")
     assert found.exhausted
+
+
+def test_nothing_rests_on_the_lease() -> None:
+    """Two aggregators that both believe to hold it, as one may do for a while that has lost it."""
+    always = Rules(patches=((Lease, "keep", lambda _: True),))
+    assert search(Scope(aggregators=2, units=1), always).exhausted
 
 
 def test_what_is_written_back_is_a_prefix_of_the_history() -> None:

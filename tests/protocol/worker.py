@@ -181,7 +181,7 @@ class _Silent:
     def beat(self, ledger: Ledger, status: SyncStatus) -> None:
         """Nobody listens."""
 
-    def hasten(self) -> None:
+    def hasten(self, in_s: float = 0.0) -> None:
         """It never beats."""
 
     def look(self) -> str:

@@ -12,7 +12,6 @@ from fedmoe.errors import SettingsError, UpdateError
 from fedmoe.protocol import formats
 from fedmoe.protocol.formats import BLOCK, FORMATS, Format, compiled
 from fedmoe.protocol.kernels import Kernels
-from fedmoe.protocol.rules import MAX_NORM
 from tests.compilers import need_compiler
 from tests.strategies import seeds, wire_formats
 
@@ -106,10 +105,26 @@ def test_the_same_weights(
         return
     squares = form.fold_by(kernels, raw, data, ours if in_place else now, factor, ours)
     assert same(ours, torchs)
-    if math.isfinite(wanted):
-        assert squares == pytest.approx(wanted, rel=1e-5, abs=1e-40)
-    else:
-        assert not squares <= MAX_NORM**2  # refused, whichever number it is
+    assert squares == pytest.approx(wanted, rel=1e-5, abs=1e-40, nan_ok=True)
+
+
+@given(CODED, st.floats(118, 128), st.sampled_from([1.0, -1.0]), seeds, counts)
+@example("int8", 121.0, 1.0, 0, 1)
+@example("int4", 125.5, -1.0, 0, 2 * BLOCK + 1)
+def test_the_same_norm_where_codes_overflow(
+    name: str, exponent: float, sign: float, seed: int, count: int
+) -> None:
+    """A finite scale times a code can be infinite: so is the norm then, and no scale is blamed for it."""
+    form, kernels = FORMATS[name], compiled()
+    assert kernels is not None
+    chance = np.random.default_rng(seed)
+    scales = torch.full((form.scale_bytes(count) // form.scale.itemsize,), sign * 2.0 ** min(exponent, 127.9))
+    raw = scales.to(form.scale).view(torch.uint8).numpy().data
+    data = chance.integers(0, 256, form.data_bytes(count), dtype=np.uint8).data
+    now, out = torch.zeros(2, count)
+    wanted = form.fold_by_torch(raw, data, now, 1.0, out, torch.empty(count))
+    assert math.isinf(wanted) is bool(out.isinf().any())
+    assert form.fold_by(kernels, raw, data, now, 1.0, out) == pytest.approx(wanted, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", sorted(FORMATS))

@@ -89,10 +89,11 @@ def sweep(connection: Connection, name: str) -> tuple[str, ...]:
 
 def _sweep_parts(client: Any, keys: ExpertKeys) -> None:
     """Remove the parts that a commit made permanent before its expert's removal; if it is created meanwhile, none."""
+    if not (left := list(stray_parts(client, keys))):
+        return
     with client.pipeline(transaction=True) as pipe:
         pipe.watch(keys.meta)
-        left = list(stray_parts(client, keys))
-        if left and pipe.hget(keys.meta, "removed") is not None:
+        if pipe.hget(keys.meta, "removed") is not None:
             pipe.multi()
             pipe.unlink(*left)
             execute(pipe)

@@ -12,7 +12,6 @@ import fedmoe.protocol.features
 from consumers.compaction import compact
 from consumers.expert import Expert
 from consumers.recovery.write_back import write_back
-from consumers.rollback import state_from_updates
 from fedmoe.errors import DamagedExpertError, ProtocolError, RedisUnavailableError, StaleStateError
 from fedmoe.protocol.features import PARTS
 from fedmoe.protocol.rules import NESTEROV
@@ -24,10 +23,9 @@ from fedmoe.store.inspect import Inspector
 from fedmoe.store.lifecycle import new_id
 from fedmoe.store.parts import part_keys, stray_parts
 from fedmoe.store.remove import remove_expert, sweep
-from fedmoe.store.rollback import roll_back_soon
 from tests.errors import raises
 from tests.federation import ScriptedWorker, serve
-from tests.integration.test_tail import NAME, begin, check_readers, meta_of, train
+from tests.integration.test_tail import NAME, begin, check_readers, meta_of, roll_back_to_1, train
 from tests.strategies import randn
 
 pytestmark = pytest.mark.one_server
@@ -86,10 +84,7 @@ def test_whatever_writes_the_weights_leaves_no_part_behind(connection: Connectio
     backup = BackupStore(connection).read(NAME)
 
     def rolled_back() -> None:
-        def find(spec: object) -> object:
-            return state_from_updates(connection, NAME, expert.spec, to=1, directory=tmp_path)
-
-        roll_back_soon(expert.store, find, by="operator")
+        roll_back_to_1(expert, tmp_path)
 
     def restored() -> None:
         BackupStore(connection).write(NAME, backup, gateway_weight="1", replace=True)

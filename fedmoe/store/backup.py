@@ -18,6 +18,7 @@ from fedmoe.protocol.records import Meta
 from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.weights_parts import WeightsParts
 from fedmoe.store.connection import Connection, execute
+from fedmoe.store.full import read_together
 from fedmoe.store.lifecycle import new_id
 from fedmoe.store.parts import NewWeights, read_whole, stray_parts
 
@@ -195,7 +196,7 @@ class BackupStore:
                 there = self._look(name)  # over another connection: a change after the WATCH aborts the EXEC
                 if not replace:
                     _refuse(there, name, state)
-                snapshot.replaced = list(stray_parts(at.client, self.keys.expert(name), but=parts))
+                snapshot.replaced = self._replaced(name, parts)
                 pipe.multi()
                 pipe.unlink(*keys)  # also a meta hash that says that an operator removed the expert
                 self.queue(pipe, name, state, commit, packed, snapshot, parts)
@@ -222,6 +223,12 @@ class BackupStore:
                 None if remembered is None else stamped(remembered, commit),
             )
         return snapshot, parts
+
+    def _replaced(self, name: str, parts: WeightsParts) -> list[str | bytes]:
+        """All parts of the expert in Redis but these; there are none to look for if both states are without parts."""
+        client, keys = self._at(name).client, self.keys.expert(name)
+        [named] = read_together(client, ("hget", keys.meta, "parts"), wrong_type_is_none=True)
+        return list(stray_parts(client, keys, but=parts)) if parts or named else []
 
     def queue(
         self,

@@ -242,8 +242,7 @@ class ExpertStore(Submissions):
 
         Raises StaleStateError if the expert's head is not `commit.on`, or the connection was reopened.
         """
-        with self.connection.errors(), self._redis.pipeline(transaction=True) as pipe:
-            snapshot = self._snapshot(commit)
+        with self.connection.errors(), self._redis.pipeline() as pipe, self._snapshot(commit) as snapshot:
             present = self.check_head(pipe, commit, snapshot)
             pipe.multi()
             self.queue(pipe, commit, snapshot, present)
@@ -259,11 +258,10 @@ class ExpertStore(Submissions):
 
     def _snapshot(self, commit: Commit) -> NewWeights:
         """The weights that a commit writes; before it writes parts of them, it makes sure that it may be in time."""
-        parts = commit.meta.parts
-        head = self._redis.hget(self.keys.meta, "commit") if parts and commit.weights is not None else None
-        if head not in (None, commit.on.encode()):
+        parts, keys, writes = commit.meta.parts, self.keys, commit.weights is not None
+        if parts and writes and self._redis.hget(keys.meta, "commit") != commit.on.encode():
             raise self._overtaken()
-        return NewWeights(self._redis, self.keys, parts, commit.weights, commit.server_state)
+        return NewWeights(self._redis, keys, parts, commit.weights, commit.server_state, though_full=True)
 
     def _overtaken(self) -> StaleStateError:
         return StaleStateError(f"{self.name}: another process committed meanwhile", about="commit")
@@ -290,7 +288,7 @@ class ExpertStore(Submissions):
                 f"{self.name}: the connection to Redis was opened again", about="connection"
             )
         if commit.weights is not None:
-            snapshot.replaced = part_keys(keys, WeightsParts.in_meta({b"parts": parts or b""}))
+            snapshot.replaced = [*part_keys(keys, WeightsParts.in_meta({b"parts": parts or b""}))]
         now = dict(zip(written[1:], lengths, strict=True))
         return {key: length for key, length in found.items() if length == now[key]}
 

@@ -158,6 +158,8 @@ class ExpertLifecycle:
                 snapshot.check(pipe, self.name)
                 if pipe.exists(*parts) and not (though_removed and pipe.hget(keys.meta, "removed")):
                     return False
+                if meta.parts:  # those of an expert whose meta was lost
+                    snapshot.replaced = list(stray_parts(self._redis, keys, but=meta.parts))
                 pipe.multi()
                 if though_removed:
                     pipe.unlink(keys.meta)
@@ -207,7 +209,7 @@ class ExpertLifecycle:
         keys = self.keys
         packed = pack_file(weights, spec, meta.weights_commit)
         with self.connection.errors(), self._redis.pipeline(transaction=True) as pipe:
-            snapshot = NewWeights(self._redis, keys, meta.parts, weights, server_state)
+            snapshot = NewWeights(self._redis, keys, meta.parts, weights, server_state, though_full=True)
             if (wrong := self._watch(pipe, on)) is None:
                 return False
             snapshot.check(pipe, self.name)
@@ -247,6 +249,7 @@ class ExpertLifecycle:
             except redis.RedisError as error:
                 if not is_full(error) or self._watch(pipe, on) is None:
                     raise
+            snapshot.check(pipe, self.name)
             queued = self._redis.pipeline(transaction=True)
             queue(queued)
             return transact(pipe, keys.meta, on, [words for words, _ in queued.command_stack])

@@ -125,11 +125,15 @@ def _ask(command: Callable[[str], Any], name: str) -> Any:
 class NewWeights:
     """The strings of weights and server state that a commit writes; their parts are written at once, if there are some.
 
+    As a context it removes the parts if the commit fails with StaleStateError. After another error the commit may still
+    be executed, so they are left to expire.
+
     Args:
         client: a redis client.
         keys: of the expert.
         parts: as the commit's meta names them.
         weights, server_state: the files; None for what the commit does not write.
+        though_full: write the parts beyond the limit of a full Redis, as the commit does itself.
 
     Attributes:
         strings: what the transaction writes: key -> file, or its header if the values lie in parts.
@@ -144,20 +148,45 @@ class NewWeights:
         parts: WeightsParts,
         weights: File | None,
         server_state: File | None,
+        *,
+        though_full: bool = False,
     ) -> None:
+        self._client = client
         files = {keys.weights: weights, keys.server_state: server_state}
         self.strings: dict[str, File | None] = dict(files)
         self.parts: list[str] = []
-        self.replaced: list[str] = []
+        self.replaced: list[str | bytes] = []
         if not parts or weights is None:
             return
         for key, names in ((keys.weights, weights_keys), (keys.server_state, state_keys)):
             if (file := files[key]) is None:
                 continue
             for name, values in zip(names(keys, parts), values_parts(file), strict=True):
-                _write(client, name, values)
+                self._write(name, values, though_full)
                 self.parts.append(name)
             self.strings[key] = header_bytes(file)
+
+    def _write(self, name: str, values: memoryview, though_full: bool) -> None:
+        try:
+            self._client.set(name, values, px=PART_TTL_MS)
+        except redis.RedisError as error:
+            if not is_full(error):
+                raise
+            if not though_full:
+                self._remove()
+                raise
+            self._client.eval(_SET, 1, name, values, PART_TTL_MS)
+
+    def _remove(self) -> None:
+        if self.parts:
+            self._client.unlink(*self.parts)
+
+    def __enter__(self) -> "NewWeights":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is StaleStateError:
+            self._remove()
 
     def check(self, pipe: Any, expert: str) -> None:
         """WATCH the parts, so that the transaction fails if one expires; raises StaleStateError if one has expired."""
@@ -173,17 +202,8 @@ class NewWeights:
         """Queue the commands that switch from the parts of the commit before to these; none if neither has parts."""
         for name in self.parts:
             pipe.persist(name)
-        for name in self.replaced:
-            pipe.unlink(name)
-
-
-def _write(client: Any, name: str, values: memoryview) -> None:
-    try:
-        client.set(name, values, px=PART_TTL_MS)
-    except redis.RedisError as error:
-        if not is_full(error):
-            raise
-        client.eval(_SET, 1, name, values, PART_TTL_MS)
+        for replaced in self.replaced:
+            pipe.unlink(replaced)
 
 
 def part_keys(keys: ExpertKeys, parts: WeightsParts) -> list[str]:
@@ -191,10 +211,10 @@ def part_keys(keys: ExpertKeys, parts: WeightsParts) -> list[str]:
     return [*weights_keys(keys, parts), *state_keys(keys, parts)]
 
 
-def stray_parts(client: Any, keys: ExpertKeys, but: WeightsParts = NO_PARTS) -> Iterator[str]:
+def stray_parts(client: Any, keys: ExpertKeys, but: WeightsParts = NO_PARTS) -> Iterator[bytes]:
     """All parts in Redis but these: of an earlier snapshot that meta does not name any more, or half written."""
-    kept = set(part_keys(keys, but))
+    kept = {name.encode() for name in part_keys(keys, but)}
     for pattern in (keys.weights_part("*", "*"), keys.server_state_part("*", "*")):
         for key in client.scan_iter(match=pattern, count=1000):
-            if (name := key.decode(errors="surrogateescape")) not in kept:
-                yield name
+            if key not in kept:
+                yield key

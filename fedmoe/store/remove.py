@@ -3,12 +3,14 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import redis
 
 from fedmoe.errors import RedisUnavailableError, UnknownExpertError
+from fedmoe.protocol.keys import ExpertKeys
 from fedmoe.protocol.records import check_not_removed, grave
-from fedmoe.store.connection import Connection
+from fedmoe.store.connection import Connection, execute
 from fedmoe.store.lifecycle import new_id
 from fedmoe.store.parts import stray_parts
 
@@ -60,6 +62,7 @@ def remove_expert(connection: Connection, name: str, *, clock: Callable[[], floa
         pipe.unlink(
             keys.meta, keys.spec, keys.weights, keys.tail, keys.server_state, keys.packed, keys.decided, keys.vectors,
             keys.updates, keys.log, keys.dead, keys.lost, keys.claims, keys.problem, keys.lease,
+            *stray_parts(connection.client, keys),
         )  # fmt: skip
         pipe.hset(keys.meta, mapping=grave(name, new_id(), when))
         pipe.execute()
@@ -80,9 +83,20 @@ def sweep(connection: Connection, name: str) -> tuple[str, ...]:
         client.unlink(keys.updates, keys.tail)  # an earlier release does not know the tail
         for key in client.scan_iter(match=f"{keys.root}:payload:*", count=1000):
             client.unlink(key)
-        for part in stray_parts(client, keys):
-            client.unlink(part)
+        _sweep_parts(client, keys)
         return _workers(connection, name)
+
+
+def _sweep_parts(client: Any, keys: ExpertKeys) -> None:
+    """Remove the parts that a commit made permanent before its expert's removal; if it is created meanwhile, none."""
+    if not (left := list(stray_parts(client, keys))):
+        return
+    with client.pipeline(transaction=True) as pipe:
+        pipe.watch(keys.meta)
+        if pipe.hget(keys.meta, "removed") is not None:
+            pipe.multi()
+            pipe.unlink(*left)
+            execute(pipe)
 
 
 def _workers(connection: Connection, name: str) -> tuple[str, ...]:

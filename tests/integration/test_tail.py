@@ -58,6 +58,15 @@ def train(expert: Expert, updates: int, *, seed: int = 0, name: str = "alice") -
     return worker
 
 
+def roll_back_to_1(expert: Expert, directory: Path) -> None:
+    """An operator rolls the expert back to version 1."""
+
+    def find(spec: object) -> object:
+        return state_from_updates(expert.store.connection, NAME, expert.spec, to=1, directory=directory)
+
+    roll_back_soon(expert.store, find, by="operator")
+
+
 def meta_of(expert: Expert) -> Meta:
     return Meta.from_hash(expert.store.connection.client.hgetall(expert.store.keys.meta))
 
@@ -153,10 +162,7 @@ def test_whatever_writes_the_weights_ends_the_tail(
     backup = BackupStore(connection).read(NAME)
 
     def rolled_back() -> None:
-        def find(spec: object) -> object:
-            return state_from_updates(connection, NAME, expert.spec, to=1, directory=tmp_path)
-
-        roll_back_soon(expert.store, find, by="operator")
+        roll_back_to_1(expert, tmp_path)
 
     def restored() -> None:
         BackupStore(connection).write(NAME, backup, gateway_weight="1", replace=True)

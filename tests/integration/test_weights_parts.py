@@ -1,6 +1,7 @@
 """Weights that are too long for one Redis string: all readers get the same bytes, and no part is left behind."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,7 @@ import fedmoe.protocol.features
 from consumers.compaction import compact
 from consumers.expert import Expert
 from consumers.recovery.write_back import write_back
-from consumers.rollback import state_from_updates
-from fedmoe.errors import DamagedExpertError, ProtocolError, StaleStateError
+from fedmoe.errors import DamagedExpertError, ProtocolError, RedisUnavailableError, StaleStateError
 from fedmoe.protocol.features import PARTS
 from fedmoe.protocol.rules import NESTEROV
 from fedmoe.store.backup import BackupStore
@@ -20,12 +20,12 @@ from fedmoe.store.change import change_rules
 from fedmoe.store.connection import Connection
 from fedmoe.store.gateway import GatewayStore
 from fedmoe.store.inspect import Inspector
-from fedmoe.store.parts import part_keys
-from fedmoe.store.remove import remove_expert
-from fedmoe.store.rollback import roll_back_soon
+from fedmoe.store.lifecycle import new_id
+from fedmoe.store.parts import part_keys, stray_parts
+from fedmoe.store.remove import remove_expert, sweep
 from tests.errors import raises
 from tests.federation import ScriptedWorker, serve
-from tests.integration.test_tail import NAME, begin, check_readers, meta_of, train
+from tests.integration.test_tail import NAME, begin, check_readers, meta_of, roll_back_to_1, train
 from tests.strategies import randn
 
 pytestmark = pytest.mark.one_server
@@ -84,10 +84,7 @@ def test_whatever_writes_the_weights_leaves_no_part_behind(connection: Connectio
     backup = BackupStore(connection).read(NAME)
 
     def rolled_back() -> None:
-        def find(spec: object) -> object:
-            return state_from_updates(connection, NAME, expert.spec, to=1, directory=tmp_path)
-
-        roll_back_soon(expert.store, find, by="operator")
+        roll_back_to_1(expert, tmp_path)
 
     def restored() -> None:
         BackupStore(connection).write(NAME, backup, gateway_weight="1", replace=True)
@@ -188,9 +185,61 @@ def test_an_aggregator_that_dies_before_its_commit_changes_nothing(
         serve(expert)
     assert parts_in(connection) == named
     expert.load()
+    with monkeypatch.context() as patched, raises(StaleStateError, about="commit"):
+        patched.setattr("fedmoe.store.expert.execute", lambda pipe: None)
+        expert.process(expert.store.reclaim())
+    assert parts_in(connection) == named, "what an overtaken commit wrote is removed at once"
+    expert.load()
     connection.client.xautoclaim(expert.store.keys.updates, "aggregator", "aggregator", 0)
     expert.process(expert.store.reclaim())
     assert expert.meta.applied == 1
+    check_parts(expert)
+
+
+def test_a_removal_takes_all_parts_and_none_of_an_expert_created_meanwhile(
+    connection: Connection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one that dies before it sweeps; and parts that nothing names any more are gone with the next creation."""
+    expert = begin(connection, tmp_path, wire_format="fp32")
+    client, keys = connection.client, expert.store.keys
+    client.set(b"fedmoe:{%s}:weights:\xff:0" % NAME.encode(), "x")  # nobody's
+    with monkeypatch.context() as patched:
+        patched.setattr("fedmoe.store.remove.sweep", lambda *_: ())
+        remove_expert(connection, NAME)
+    assert list(stray_parts(client, keys)) == []
+
+    def create() -> None:
+        meta = replace(expert.meta, commit=(commit := new_id()), weights_commit=commit)
+        assert expert.store.create(expert.spec, meta, expert.buffer.file, though_removed=True)
+
+    def listed_before_a_creation(*_: object) -> Iterator[bytes]:
+        create()
+        yield from stray_parts(client, keys)
+
+    client.set(keys.weights_part("0", 0), "x")  # a commit before the removal made it permanent
+    with monkeypatch.context() as patched:
+        patched.setattr("fedmoe.store.remove.stray_parts", listed_before_a_creation)
+        sweep(connection, NAME)
+    check_parts(expert)
+    client.delete(keys.meta, keys.weights, keys.decided)
+    create()
+    check_parts(expert)
+
+
+def test_a_full_redis_gets_no_parts_for_a_restore_that_it_refuses(
+    connection: Connection, tmp_path: Path
+) -> None:
+    """Only commits may go beyond its limit: they free memory."""
+    expert = begin(connection, tmp_path, wire_format="fp32")
+    store = BackupStore(connection)
+    backup, named = store.read(NAME), parts_in(connection)
+    connection.client.config_set("maxmemory", 1)
+    try:
+        with raises(RedisUnavailableError, about="maxmemory"):
+            store.write(NAME, backup, gateway_weight="1", replace=True)
+        assert parts_in(connection) == named
+    finally:
+        connection.client.config_set("maxmemory", 0)
     check_parts(expert)
 
 
@@ -208,8 +257,13 @@ def test_an_earlier_release_refuses_and_a_short_file_stays_one_string(
     assert parts_in(connection) == []
     assert connection.client.get(expert.store.keys.weights) == bytes(expert.buffer.file)
     assert (meta_of(expert).requires, bool(meta_of(expert).parts)) == ("", False)
+    store = BackupStore(connection)
+    short = store.read(NAME)
     monkeypatch.setattr("fedmoe.protocol.weights_parts.WHOLE_BYTES", 300)
     worker.push(0.1)
     assert serve(expert) == ["applied"]
     check_parts(expert)
     check_readers(expert, tmp_path)
+    monkeypatch.setattr("fedmoe.protocol.weights_parts.WHOLE_BYTES", 10_000)
+    store.write(NAME, short, gateway_weight="1", replace=True)
+    assert parts_in(connection) == []

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import redis
+
 from fedmoe.protocol.records import Meta
 from fedmoe.protocol.weights_parts import WeightsParts
 from fedmoe.store.parts import NewWeights
@@ -44,6 +46,12 @@ def removes_only_others(new: NewWeights, pipe: Any) -> None:
             pipe.unlink(name)
 
 
+def removed_after_any_error(new: NewWeights, kind: type[BaseException] | None, *_: object) -> None:
+    """Whoever gets no reply to its commit removes its parts."""
+    if kind and new.parts and issubclass(kind, redis.RedisError):
+        new._client.unlink(*new.parts)
+
+
 IN_PLACE = ((WeightsParts, "of", one_name_for_all), (NewWeights, "queue", removes_only_others))
 
 BROKEN_PARTS = {
@@ -57,6 +65,12 @@ BROKEN_PARTS = {
         what="parts expire before the commit that names them",
         rules=Rules(patches=((NewWeights, "check", lambda *_: None),)),
         scope=Scope(parts=True, units=1, faults={"orphans": 1}),
+        symptom="the expert is damaged: of the 1 parts of its weights",
+    ),
+    "H29_removed_after_a_lost_reply": Broken(
+        what="parts are removed after a commit that may have been executed",
+        rules=Rules(patches=((NewWeights, "__exit__", removed_after_any_error),)),
+        scope=Scope(parts=True, units=1, faults={"lost": 1}),
         symptom="the expert is damaged: of the 1 parts of its weights",
     ),
     "H29_nothing_is_permanent": Broken(

@@ -91,6 +91,9 @@ class Client:
     def set(self, key: str, value: Any, px: int) -> None:
         self._one("SETPX", key, bytes(value))
 
+    def unlink(self, *keys: str) -> None:
+        self._one("UNLINK", *keys)
+
     def scan_iter(self, match: str, count: int) -> list[bytes]:
         """There are no heartbeats."""
         return [] if ":worker:" in match else [key.encode() for key in self._one("SCAN", match)]

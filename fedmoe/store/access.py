@@ -28,8 +28,8 @@ def access_checks(connection: Connection) -> list[Check]:
             checks += [Check(FAIL, "users", text) for text in odd]
         elif there:
             checks.append(Check(OK, "users", f"{len(there)} enrolled, the same on every master and replica"))
-        lacking, surplus = users.outdated()
-        checks += [Check(level, "users", text) for level, text in ((FAIL, lacking), (WARN, surplus)) if text]
+        less, more = users.outdated()
+        checks += [Check(level, "users", text) for level, text in ((FAIL, less), (WARN, more)) if text]
         checks += default_checks(users.defaults(), is_secured=bool(there))
     except RedisUnavailableError:  # not an operator
         pass

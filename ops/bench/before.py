@@ -44,7 +44,7 @@ class Release:
         except FileNotFoundError:
             raise BenchError("the release before is taken from git, which is not installed") from None
         self.commit = found.stdout.strip()
-        if found.stderr:  # not about the revision
+        if found.returncode and found.stderr:  # it is no repository, or not one of this user
             raise BenchError(f"the release before cannot be taken from git: {found.stderr.splitlines()[0]}")
         if found.returncode:
             raise BenchError(

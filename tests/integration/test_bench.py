@@ -101,6 +101,14 @@ def test_a_release_before_that_is_not_there_is_one_sentence(tmp_path: Path) -> N
     )
 
 
+def test_a_release_before_without_a_repository_is_git_s_own_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(before, "ROOT", tmp_path)
+    with pytest.raises(BenchError, match=r"cannot be taken from git: fatal: not a git repository"):
+        before.Release("HEAD")
+
+
 def test_the_release_before_takes_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With an environment and processes of its own; what breaks there is said with its own words."""
     if not (ROOT / ".git").exists():

@@ -244,9 +244,7 @@ def works_slowly(seats: Seats, index: int) -> None:
 def test_a_turn_lasts_until_it_has_an_update() -> None:
     """A large adapter on a busy machine has none in the seconds of a turn."""
     with Odd(works_slowly) as odd:
-        sample = odd.turn(0.01)
-    assert sample.updates >= 1
-    assert sample.per_s <= 2 / 0.1
+        assert odd.turn(0.01).updates >= 1
 
 
 def test_an_aggregator_that_dies_ends_it() -> None:

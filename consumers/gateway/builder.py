@@ -68,12 +68,17 @@ class GatewayBuilder:
         while not ending:
             ending = stop.wait(self._settings.interval_s)
             try:
-                if self._lease.hold() and (self._rest.is_over or ending):
+                holds = self._lease.hold()
+                rests = holds and not (self._rest.is_over or ending)
+                if holds and not rests:
                     self.refresh()
                 else:
                     self._experts.reconcile()
-                backoff.ok()
-                self._problems.solved()
+                if rests:  # if the rebuild before failed, it was not tried again yet
+                    self._problems.repeat()
+                else:
+                    backoff.ok()
+                    self._problems.solved()
             except RedisUnavailableError as error:
                 if ending:
                     logger.warning(

@@ -263,8 +263,9 @@ def audit(redis: RedisSettings) -> None:
     there = map(str, users.parties()) if users.may_list() else []
     if unknown := sorted(set(there) - {line.party for line in lines}):
         click.echo(
-            f"warning: no line says who enrolled {', '.join(unknown)}: somebody did it without this command, or the "
-            "lines were removed",
+            f"warning: no line says who enrolled {', '.join(unknown)}: somebody did it without these commands, or the "
+            "lines were removed; those of `fedmoe init` come with a command that uses the enrolment file in its "
+            "directory",
             err=True,
         )
 

@@ -25,7 +25,7 @@ def fit(redis: RedisSettings, data: Sequence[str], remove: bool, as_json: bool, 
     """Fit the experts' weights in the merged gateway on validation rows, and write them to Redis.
 
     The weights with the lowest loss replace the gateway weights and the scale; the aggregator rebuilds the merged
-    gateway with them within seconds. It leaves out experts that the fit does not name.
+    gateway with them within seconds, or minutes if they are large. It leaves out experts that the fit does not name.
     """
     from fedmoe.errors import SettingsError
 
@@ -60,4 +60,4 @@ def fit(redis: RedisSettings, data: Sequence[str], remove: bool, as_json: bool, 
         return
     click.echo(f"fitted: {losses_text(done.loss, done.losses_before)}")
     click.echo(f"weights: {weights_line(done.by_expert)}")
-    click.echo("written; the aggregator rebuilds the merged gateway with these weights within seconds")
+    click.echo("written; the aggregator rebuilds the merged gateway with these weights")

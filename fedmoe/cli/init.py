@@ -113,7 +113,8 @@ def _share(
     from fedmoe.store.url import is_loopback
     from fedmoe.tools.deploy.shared import share
 
-    if "://" in beside:
+    # Without a scheme it is refused as a URL: the message for a file would show its password.
+    if "://" in beside or ("@" in beside and not Path(beside).exists()):
         host = RedisSettings(url=beside, insecure=insecure)
     else:
         host = RedisSettings(enrolment=Path(beside), insecure=insecure)

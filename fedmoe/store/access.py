@@ -28,8 +28,8 @@ def access_checks(connection: Connection) -> list[Check]:
             checks += [Check(FAIL, "users", text) for text in odd]
         elif there:
             checks.append(Check(OK, "users", f"{len(there)} enrolled, the same on every master and replica"))
-        lacking, surplus = users.outdated()
-        checks += [Check(level, "users", text) for level, text in ((FAIL, lacking), (WARN, surplus)) if text]
+        less, more = users.outdated()
+        checks += [Check(level, "users", text) for level, text in ((FAIL, less), (WARN, more)) if text]
         checks += default_checks(users.defaults(), is_secured=bool(there))
     except RedisUnavailableError:  # not an operator
         pass
@@ -55,8 +55,8 @@ def default_checks(rules: Mapping[str, set[str]], *, is_secured: bool) -> list[C
                 FAIL,
                 "users",
                 f"on {', '.join(forgets)} the user default lacks rights, and with its rights Redis loads transactions "
-                "from its append-only file: a restart may lose everything. In the ACL file its line must be "
-                f"`{DEFAULT_USER}`; nobody can log in as it",
+                "from its append-only file: a restart may lose everything. In its ACL file or redis.conf the line must "
+                f"be `{DEFAULT_USER}`; nobody can log in as it",
             )
         )
     opened = [node for node, found in rules.items() if {"on", "nopass"} <= found]
@@ -66,7 +66,7 @@ def default_checks(rules: Mapping[str, set[str]], *, is_secured: bool) -> list[C
                 WARN,
                 "users",
                 f"on {', '.join(opened)} anybody who reaches Redis may do everything, because the user default needs "
-                f"no password: in the ACL file its line must be `{DEFAULT_USER}`",
+                f"no password: in its ACL file or redis.conf the line must be `{DEFAULT_USER}`",
             )
         )
     return checks

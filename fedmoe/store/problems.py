@@ -49,6 +49,11 @@ class Problems:
         except RedisUnavailableError as error:
             logger.debug("the problem cannot be written to Redis: %s", error)
 
+    def repeat(self) -> None:
+        """Keep the stored problem from expiring, if there is one."""
+        if self.said:
+            self.report(self.said)
+
     def solved(self) -> None:
         """Remove the stored problem. This also removes other processes' problems, until they report them again."""
         if not self.said:

@@ -210,9 +210,7 @@ class Users:
 
     def _nodes(self) -> Iterator[tuple[str, Connection]]:
         """The address of each node, and a connection to it."""
-        replicas = other_nodes(
-            self.connection
-        )  # before anything is changed: an error here leaves all as it was
+        replicas = other_nodes(self.connection)  # an error here leaves all as it was: nothing is changed yet
         yield "the master", self.connection
         for host, port in replicas:
             yield text_of((host, port)), Connection(self.connection.settings, node=(host, port))

@@ -105,7 +105,7 @@ class Export:
 
     def version_name(self, name: str = "", *, options: str = "") -> str:
         """The name of this version, see the function `version_name`; `name` is by default the expert's or "gateway"."""
-        commits = {name: str(part["weights_commit"]) for name, part in self.built_from.items()}
+        commits = {expert: str(part["weights_commit"]) for expert, part in self.built_from.items()}
         name = name or (GATEWAY if self.kind == "merged" else self.name)
         settings = str(self.info.get("settings", ""))
         return version_name(name, self.version, commits, settings=settings, options=options)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from ops.bench import release
-from ops.bench.contest import Contestant, Sample, take_turns
+from ops.bench.contest import Sample, take_turns
 from ops.bench.plan import Plan
 from ops.bench.processes import ROOT, BenchError, clean_environment, finish
 from ops.bench.result import Result, figure, ratio
@@ -44,6 +44,8 @@ class Release:
         except FileNotFoundError:
             raise BenchError("the release before is taken from git, which is not installed") from None
         self.commit = found.stdout.strip()
+        if found.returncode and found.stderr:  # it is no repository, or not one of this user
+            raise BenchError(f"the release before cannot be taken from git: {found.stderr.splitlines()[0]}")
         if found.returncode:
             raise BenchError(
                 f"this clone has no revision {revision!r} to be the release before: fetch it, for example with "
@@ -104,8 +106,8 @@ class Before:
         self._process = self._release.start(*self._arguments, errors=self._errors)
         try:
             self.first = self.answer()
-        except BaseException:
-            self.__exit__()
+        except BaseException as error:
+            self.__exit__(error)
             raise
         return self
 
@@ -113,6 +115,8 @@ class Before:
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):
             self._process.stdin.close()  # it ends all that it has started, and itself
+        if any(error):
+            self._process.terminate()  # the same, but at once
         try:
             self._process.wait(END_S)
         except subprocess.TimeoutExpired:
@@ -142,9 +146,6 @@ class Before:
         with suppress(BrokenPipeError):  # the answer says why
             print(seconds, file=self._process.stdin, flush=True)
         return Sample(**self.answer())
-
-
-Pair = tuple[Contestant, Before]
 
 
 def _contest(

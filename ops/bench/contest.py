@@ -12,6 +12,7 @@ from ops.bench.processes import CONTEXT, BenchError, Processes
 from ops.bench.result import Result, figure, ratio
 
 WARM_S = 0.5  # of each turn before it counts
+LONGER_S = 30.0  # a turn lasts at most, until it has an update
 REMEMBERED = 4096  # of a client's updates, how long they took
 
 
@@ -120,7 +121,7 @@ class Contestant(ABC):
         self.processes.until("the clients to pause", lambda: self.seats.resting)
 
     def turn(self, seconds: float) -> Sample:
-        """Let the clients go for so long, after a short warming up that does not count.
+        """Let the clients go for so long, and until one has made an update, after a warming up that does not count.
 
         Raises:
             BenchError: if a process ends, or no client makes an update.
@@ -130,13 +131,15 @@ class Contestant(ABC):
         began, before, cpu = time.monotonic(), self.seats.done, self.processes.cpu_s()
         had = self.processes.pages()
         self.processes.sleep(seconds)
-        took, updates = time.monotonic() - began, sum(self.seats.done) - sum(before)
+        while (updates := sum(self.seats.done) - sum(before)) <= 0:
+            if time.monotonic() - began > seconds + LONGER_S:
+                raise BenchError(f"{self.name}: no client made an update in {seconds + LONGER_S:g} s")
+            self.processes.sleep(0.05)
+        took = time.monotonic() - began
         update_s = self.seats.seconds_since(before)
         used = {role: s - cpu[role] for role, s in self.processes.cpu_s().items()}
         pages = {role: n - had[role] for role, n in self.processes.pages().items()}
         self.pause()
-        if updates <= 0:
-            raise BenchError(f"{self.name}: no client made an update in {seconds:g} s")
         return Sample(updates, took, used, update_s, pages)
 
 

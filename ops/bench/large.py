@@ -89,7 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--mib", type=int, default=828, help="Size of the weights.")
+    parser.add_argument("--mib", type=int, default=828, help="size of the weights in MiB  [828]")
     mib = parser.parse_args().mib
     spawn = multiprocessing.get_context("spawn")
     with EmbeddedRedis(options=["--appendonly", "no", "--save", ""]) as redis:

@@ -1,8 +1,10 @@
 """Real processes that are watched: one that ends by itself ends the benchmark, and none outlives it."""
 
 import ctypes
+import itertools
 import multiprocessing
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -32,6 +34,11 @@ _PR_SET_PDEATHSIG = 1  # from <linux/prctl.h>
 _CPUCLOCK_SCHED = 2  # from Linux' posix-timers.h
 READY_TIMEOUT_S = 90.0
 ROOT = Path(__file__).parents[2]
+# Below the range from which Linux takes the ports of clients (32768 to 60999): what is free stays free. From a random
+# one on, so that two benchmarks at once seldom meet.
+PORTS, _FIRST = 10_000, 10_000
+_BEGIN = random.SystemRandom().randrange(PORTS)
+_PORTS = itertools.cycle(_FIRST + (_BEGIN + number) % PORTS for number in range(PORTS))
 
 
 class BenchError(Exception):
@@ -264,9 +271,12 @@ def finish(what: str, command: Sequence[str]) -> None:
 
 
 def free_port() -> int:
-    """A TCP port of the loopback interface that nobody listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
+    """A TCP port of the loopback interface that nobody listens on; each call gives another one."""
+    for port in itertools.islice(_PORTS, PORTS):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise BenchError(f"none of {PORTS} ports is free")
 
 
 def _die_with_parent() -> None:

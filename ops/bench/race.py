@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from fedmoe.util.disk import write_whole
 from ops.bench.flower import install
 from ops.bench.learning.carry import BASE, OWN, outcomes
 from ops.bench.learning.lab import Lab
@@ -32,6 +33,7 @@ from ops.bench.result import Result, figure, ratio
 
 CLIENTS = ("python_expert", "sql_expert", "docs_expert", "docs_expert")
 RACES = {"alike": (1.0, 1.0, 1.0, 1.0), "straggler": (1.0, 1.0, 1.0, 4.0)}  # times as long as the pace
+Points = list[tuple[float, float, float]]
 
 
 def run(plan: Plan) -> Iterator[Result]:
@@ -59,14 +61,13 @@ def run(plan: Plan) -> Iterator[Result]:
             for system, play in (("fedmoe", run_fedmoe), ("flower", run_flower)):
                 label = f"{name}-{system}"
                 file = (keep or Path(scratch)) / f"race-{label}-{race.label}.json"
-                if not file.exists():
+                if (points := kept_points(file, goal)) is None:
                     directory = Path(scratch, label)
                     prepare(directory, setup, lab.train)
                     points = losses_until(
                         goal, play(directory, setup), lambda flat: _loss(lab, race.rows, flat)
                     )
-                    file.write_text(json.dumps({"goal": goal, "points": points}) + "\n")
-                points = json.loads(file.read_text())["points"]
+                    write_whole(file, (json.dumps({"goal": goal, "points": points}) + "\n").encode())
                 if (found := reached([point[:2] for point in points], goal)) is None:
                     print(f"    {label}: the loss was not reached within {points[-1][0]:.0f} s", flush=True)
                     continue
@@ -87,11 +88,21 @@ def _loss(lab: Lab, rows: int, flat: torch.Tensor) -> float:
     return statistics.fmean(lab.losses(rows, flat, DOMAINS).values())
 
 
+def kept_points(file: Path, goal: float) -> Points | None:
+    """What `losses_until` found in an earlier race to this loss; None if there was none, or none to this loss."""
+    try:
+        kept = json.loads(file.read_text())
+        points = [(float(second), float(loss), float(starts)) for second, loss, starts in kept["points"]]
+        return points if kept["goal"] == goal else None
+    except (OSError, ValueError, TypeError, LookupError):
+        return None
+
+
 def losses_until(
     goal: float, snapshots: Iterable[Snapshot], loss_of: Callable[[torch.Tensor], float]
-) -> list[tuple[float, float, float]]:
+) -> Points:
     """Second, loss and `starts` of each snapshot, in order, up to the first that has the loss."""
-    points: list[tuple[float, float, float]] = []
+    points: Points = []
     for second, flat, starts in snapshots:
         points.append((round(second, 2), loss_of(flat), round(starts, 2)))
         print(f"    after {second:.0f} s: {points[-1][1]:.3f}", flush=True)

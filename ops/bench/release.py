@@ -8,6 +8,7 @@ So this module uses only what both releases have.
 
 import dataclasses
 import json
+import signal
 import sys
 import time
 
@@ -25,7 +26,7 @@ from ops.bench.fedmoe_side import (
     make_spec,
 )
 from ops.bench.latency import Idle
-from ops.bench.processes import Processes
+from ops.bench.processes import BenchError, Processes
 
 EXPERT = "expert"
 UPDATES = 16  # of a round; in int4 the weights are written once in so many
@@ -38,6 +39,8 @@ class Visible(Idle):
         """As a Contestant's."""
         first = len(self.visible_ms)
         sample = super().turn(seconds)
+        if len(self.visible_ms) == first:
+            raise BenchError(f"{self.name}: the observer saw none of the updates")
         return dataclasses.replace(sample, update_s=[ms / 1000 for ms in self.visible_ms[first:]])
 
 
@@ -92,6 +95,7 @@ def _serve(kind: str, size: str) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the processes are ended first
     match sys.argv[1:]:
         case ["written", of_size, of_rounds]:
             print(json.dumps(written(of_size, int(of_rounds))))

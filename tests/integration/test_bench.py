@@ -5,17 +5,18 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
 import pytest
 
 from fedmoe.protocol.rules import AggregationRules, RuleSet
-from ops.bench import before
+from ops.bench import before, contest
 from ops.bench.adapters import LAYOUTS, fp32_bytes
 from ops.bench.contest import Contestant, Sample, Seats, take_turns
 from ops.bench.fedmoe_side import FedMoE
-from ops.bench.processes import BenchError
+from ops.bench.processes import ROOT, BenchError
 from ops.bench.result import BARS, at_least, figure, ratio
 from tests.processes import environment
 
@@ -100,13 +101,20 @@ def test_a_release_before_that_is_not_there_is_one_sentence(tmp_path: Path) -> N
     )
 
 
+def test_a_release_before_without_a_repository_is_git_s_own_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(before, "ROOT", tmp_path)
+    with pytest.raises(BenchError, match=r"cannot be taken from git: fatal: not a git repository"):
+        before.Release("HEAD")
+
+
 def test_the_release_before_takes_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With an environment and processes of its own; what breaks there is said with its own words."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("an unpacked archive has no revisions")
     monkeypatch.setattr(before, "HOME", tmp_path / "before")
-    try:
-        head = before.Release("HEAD")
-    except BenchError as error:  # an unpacked archive has no revisions
-        pytest.skip(str(error))
+    head = before.Release("HEAD")
     with before.Before(head, "memory", "64kib") as contestant:
         sample = contestant.turn(0.3)
     assert sample.updates > 0
@@ -215,14 +223,28 @@ def test_a_client_that_breaks_ends_it_with_its_own_words() -> None:
         odd.turn(5.0)
 
 
-def test_a_client_that_does_nothing_gives_no_number() -> None:
+def test_a_client_that_does_nothing_gives_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
     """And whatever happened: no process is left."""
+    monkeypatch.setattr(contest, "LONGER_S", 0.0)
     with Odd(does_nothing_more) as odd:
         pid = pids(odd)["clients"]
         assert lives(pid)
         with pytest.raises(BenchError, match=r"^odd: no client made an update in 0\.1 s$"):
             odd.turn(0.1)
     assert not lives(pid)
+
+
+def works_slowly(seats: Seats, index: int) -> None:
+    while True:
+        seats.wait_for_go(index)
+        seats.count(index)
+        time.sleep(0.3)
+
+
+def test_a_turn_lasts_until_it_has_an_update() -> None:
+    """A large adapter on a busy machine has none in the seconds of a turn."""
+    with Odd(works_slowly) as odd:
+        assert odd.turn(0.01).updates >= 1
 
 
 def test_an_aggregator_that_dies_ends_it() -> None:

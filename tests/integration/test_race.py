@@ -3,6 +3,7 @@
 And a run of `ops.bench.learning` in real processes.
 """
 
+import json
 import time
 from array import array
 from pathlib import Path
@@ -19,7 +20,7 @@ from fedmoe.protocol.rules import TrainingSettings
 from ops.bench.learning.real import play_real
 from ops.bench.learning.runs import Run
 from ops.bench.learning.times import reached
-from ops.bench.race import losses_until
+from ops.bench.race import kept_points, losses_until
 from ops.bench.race_fedmoe import run_fedmoe
 from ops.bench.race_seat import Seat, Setup, Snapshot, prepare
 from tests.tiny import save_tiny_model, tiny_config
@@ -59,6 +60,19 @@ def test_snapshots_are_tested_until_one_has_the_loss() -> None:
     curve = losses_until(0.1, snapshots, float)
     assert len(curve) == 4
     assert reached([point[:2] for point in curve], 0.1) is None
+
+
+def test_a_kept_race_is_one_to_the_same_loss(tmp_path: Path) -> None:
+    """Its snapshots end with the first that had the loss; a file that was cut short is none."""
+    file = tmp_path / "race.json"
+    assert kept_points(file, 1.5) is None
+    text = json.dumps({"goal": 1.5, "points": [[0.0, 2.0, 0.0], [6.0, 1.4, 0.5]]})
+    file.write_text(text)
+    assert kept_points(file, 1.5) == [(0.0, 2.0, 0.0), (6.0, 1.4, 0.5)]
+    assert kept_points(file, 1.2) is None
+    for odd in (text[:30], json.dumps({"goal": 1.5, "points": [[0.0, 2.0]]}), "[]"):
+        file.write_text(odd)
+        assert kept_points(file, 1.5) is None
 
 
 def test_our_side_trains_the_gateway_and_saves_it_along_the_way(tmp_path: Path) -> None:

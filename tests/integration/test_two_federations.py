@@ -110,6 +110,14 @@ def test_a_federation_that_cannot_be_made_leaves_nothing(tmp_path: Path) -> None
         assert not Users(secured.connection("operator"), Keys("second")).parties()
 
 
+def test_a_url_without_its_scheme_is_not_shown_with_its_password(tmp_path: Path) -> None:
+    """It looks like the name of a file that is not there."""
+    words = ["init", str(tmp_path / "new"), "--beside", "admin:S3CRET@node-1:6379"]
+    said = str(CliRunner().invoke(cli, words).exception)
+    assert "must begin with redis://" in said
+    assert "S3CRET" not in said
+
+
 def test_a_server_without_an_acl_file_gets_lines_to_write(server: EmbeddedRedis, tmp_path: Path) -> None:
     """From `init --beside` and from `enrol`: with them in redis.conf, the parties may log in after a restart."""
     one, place, out = Process(server.server, tmp_path / "one", []), tmp_path / "new", tmp_path / "w2.toml"

@@ -23,7 +23,7 @@ from fedmoe.store.connection import Connection
 from fedmoe.store.gateway import GatewayStore
 from ops.bench.fedmoe_side import aggregator_command
 from ops.bench.learning.runs import GATEWAY, Run, WorkerPlan
-from ops.bench.processes import Processes
+from ops.bench.processes import BenchError, Processes
 
 LONGEST_S = 3600.0  # of one run
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
@@ -50,7 +50,7 @@ def play_real(
         training: how they train.
 
     Raises:
-        BenchError: if a process fails.
+        BenchError: if a process fails, or no update was applied.
     """
     plans = run.workers()
     with Processes("real") as processes:
@@ -78,6 +78,8 @@ def play_real(
         weights = values_of(spec.layout, file).clone()
         connection.close()
     applied = [line for line in map(read_line, log) if isinstance(line, AppliedLine)]
+    if not applied:
+        raise BenchError(f"{run.name}: the gateway has none of its workers' updates")
     return Played(
         weights=weights,
         steps=sum(line.n_examples for line in applied) // training.batch_size,

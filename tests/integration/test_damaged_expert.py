@@ -121,7 +121,7 @@ def test_memory_mends_it(
         connection.client.client_kill_filter(_type="normal", skipme=True)  # so that it looks again
         eventually("all parts", lambda: not expert.store.condition().damage, timeout_s=10)
         assert weights(connection) == before
-        assert "wrote it back from memory at version 2" in caplog.text
+        eventually("its line", lambda: "wrote it back from memory at version 2" in caplog.text)
         for worker in (alice, bob):
             assert not worker.pull().resent
             worker.push(1.0)

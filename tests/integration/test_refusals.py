@@ -203,7 +203,7 @@ def test_a_disk_that_is_full_is_one_sentence_for_a_worker_too(
                 "the failure",
                 lambda: connection.client.info("persistence")["rdb_last_bgsave_status"] == "err",
             )
-            eventually("failed heartbeats between polls", lambda: _rejected(connection, "del") > 3)
+            eventually("failed heartbeats between polls", lambda: _rejected(connection, "hset") > 3)
             problem = worker.sync.status.problem
             with serving(Connection(connection.settings)):
                 eventually("the aggregator's", lambda: f"{EXPERT}: Redis" in caplog.text)

@@ -28,7 +28,7 @@ WORKER = {
 }  # fmt: skip
 AGGREGATOR = {
     "ExpertStore.commit": 30, "ExpertStore.load": 12, "ExpertStore.read": 8, "ExpertStore.reclaim": 4,
-    "ExpertStore.headers": 4, "ExpertStore.parts": 4, "Lease.keep": 4, "Archive.keep": 6,
+    "Submissions.headers": 4, "Submissions.parts": 4, "Lease.keep": 4, "Archive.keep": 6,
     "ExpertLifecycle.condition": 6, "ExpertLifecycle.claim": 6, "ExpertLifecycle.write_back": 12,
     "ExpertLifecycle.announce": 12, "Lease.release": 4, "Aggregators.beat": 4,
     "GatewayStore.write_merged": 8,

@@ -226,7 +226,7 @@ def test_checkpoint_of_the_format_before_is_read(tmp_path: Path) -> None:
         for number, update in enumerate(updates):
             tensors |= _inside(f"{group}.{number:04d}", update)
     meta = asdict(ledger.meta) | {"rules": ledger.meta.rules.to_json()}
-    del meta["rolled_back"], meta["tail"]
+    del meta["rolled_back"], meta["tail"], meta["parts"]
     info = {
         "format": "1", "run": ledger.run, "seq": ledger.seq, "start": None, "meta": meta,
         "trained": asdict(new.trained), "position": 7, "data": "d", "expert": "sql_expert", "worker": "alice",

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.machines import machines, why_not
+from tests.processes import eventually
 
 pytestmark = pytest.mark.one_server
 PING = "import socket,sys; socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=1.0); print('there')"
@@ -20,16 +21,13 @@ def test_links(tmp_path: Path) -> None:
         def there(address: str = one.address) -> bool:
             return two.run(sys.executable, "-c", PING, address, "8000").returncode == 0
 
-        for _ in range(100):
-            if there():
-                break
-        assert there()
+        eventually("the server", there)
         assert not there("10.77.0.2")
         assert "unreachable" in two.run(sys.executable, "-c", PING, "192.0.2.1", "80").stderr
         two.unplug()
         assert not there()
         two.plug_in()
-        assert there()
+        eventually("the link", there)
         one.crash()
         assert server.poll() is not None
         assert not one.pids()

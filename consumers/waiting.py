@@ -1,7 +1,7 @@
 """How long updates waited for this aggregator. Pure.
 
-It is measured by the aggregator's own clock. The id of an entry has a time, too, but whoever adds an entry may choose
-its id, and that time is of another machine's clock.
+It is measured by the aggregator's own clock. The id of an entry holds a time, too, but that comes from the clock of
+another machine, and a worker may choose any id for the entry that it adds.
 """
 
 from collections.abc import Callable

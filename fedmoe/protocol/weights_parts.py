@@ -69,7 +69,7 @@ class WeightsParts:
 
     @classmethod
     def in_meta(cls, raw: Mapping[bytes, bytes] | None) -> "WeightsParts":
-        """Those that a meta hash names; none if it is missing or malformed, which whoever reads meta then reports."""
+        """The parts that a meta hash names; none if the field is missing or malformed (parsing meta reports that)."""
         try:
             return cls.from_json((raw or {}).get(b"parts", b"").decode())
         except ValueError:

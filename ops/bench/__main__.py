@@ -72,7 +72,7 @@ def main() -> int:
     if unknown := [name for name in names if name not in (*BENCHMARKS, *ON_REQUEST)]:
         return _refuse(f"there is no benchmark {unknown[0]!r}: choose among {EVERYTHING}")
     if options.before:
-        names = ("before", *names)  # at first, so that a revision that is not there is said at once
+        names = ("before", *names)  # first: a missing revision ends the run before anything is measured
     elif "before" in names:
         return _refuse("the benchmark 'before' needs the release to compare with: --before REV")
     if options.out.is_dir() or not os.access(options.out.absolute().parent, os.W_OK):

@@ -31,7 +31,7 @@ OF_PARTS = {
     ),
     "H29d": Hazard(
         wrong="an aggregator is paused between the parts and the commit: it commits parts that have expired",
-        rule="a commit watches its parts, and looks whether all of them are there",
+        rule="a commit watches its parts, and checks that all of them exist",
         scenario=parts.h29_expired_before_the_commit,
         without=((NewWeights, "check", lambda *_: None),),
         symptom="the expert is damaged: of the 2 parts of its weights",

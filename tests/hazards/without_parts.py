@@ -10,7 +10,7 @@ from fedmoe.store.parts import _complete
 
 
 def complete_or_not(*what: Any) -> bool:
-    """Whoever misses a part does not begin again."""
+    """A reader that misses a part does not begin again."""
     _complete(*what)
     return True
 

@@ -110,7 +110,7 @@ def test_a_release_before_without_a_repository_is_git_s_own_sentence(
 
 
 def test_the_release_before_takes_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With an environment and processes of its own; what breaks there is said with its own words."""
+    """The release has its own environment and processes; its error messages are passed on unchanged."""
     if not (ROOT / ".git").exists():
         pytest.skip("an unpacked archive has no revisions")
     monkeypatch.setattr(before, "HOME", tmp_path / "before")

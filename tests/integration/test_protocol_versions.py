@@ -335,7 +335,7 @@ def test_undecided_update_is_sent_again_more_and_more_seldom(expert: Expert, con
 def test_no_tail_while_a_worker_of_an_earlier_release_is_there(
     connection: Connection, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """An upgraded aggregator stops nobody who trains; its next look after the last one's upgrade begins the tail."""
+    """An upgraded aggregator serves old workers without a tail; it begins one after the last of them is upgraded."""
     expert, now = make_expert(connection, spec=small_spec(wire_format="int4")), 100.0
     settings = AggregatorSettings(lease_s=4.0, burst=True)
     server = ExpertServer(connection, "sql_expert", settings, holder="h", clock=lambda: now)

@@ -47,7 +47,7 @@ def removes_only_others(new: NewWeights, pipe: Any) -> None:
 
 
 def removed_after_any_error(new: NewWeights, kind: type[BaseException] | None, *_: object) -> None:
-    """Whoever gets no reply to its commit removes its parts."""
+    """An aggregator that gets no reply to its commit removes the parts it wrote."""
     if kind and new.parts and issubclass(kind, redis.RedisError):
         new._client.unlink(*new.parts)
 

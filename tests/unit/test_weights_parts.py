@@ -42,7 +42,7 @@ def test_header_and_parts_are_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
     "text", ["[]", "x", "{}", '{"commit": 1}', '{"commit": "c", "count": -1, "n_bytes": 1}', '{"count": 1.5}']
 )
 def test_a_malformed_field_is_no_parts(text: str) -> None:
-    """Meta then says so; whoever only reads parts does not stumble."""
+    """Parsing meta fails then; a reader of parts takes it for a snapshot without parts."""
     with pytest.raises(ValueError, match=r"parts|Expecting"):
         WeightsParts.from_json(text)
     assert not WeightsParts.in_meta({b"parts": text.encode()})

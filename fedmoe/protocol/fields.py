@@ -11,6 +11,7 @@ So a release adds an optional field, and names a feature in `requires` only if a
 record without it.
 """
 
+import json
 import math
 import types
 from collections.abc import Mapping
@@ -77,6 +78,21 @@ def known_fields(record: type, content: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a JSON object that the record has; a later release may have written more."""
     names = {one.name for one in fields(record)}
     return {name: value for name, value in content.items() if name in names}
+
+
+def from_json(record: type[Record], text: str, name: str) -> Record:
+    """Read a record whose fields are texts and whole numbers from the JSON object in the field `name` of meta.
+
+    Fields that are missing have their default. Raises ValueError if it is malformed.
+    """
+    try:
+        found = record(**known_fields(record, json.loads(text)))
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"{name} is {text!r}") from error
+    kinds = {one.name: one.type for one in fields(record)}  # type: ignore[arg-type]  # every record is a dataclass
+    if any(type(getattr(found, name)) is not kind for name, kind in kinds.items()):
+        raise ValueError(f"{name} is {text!r}")
+    return found
 
 
 def take_unknown(record: type, content: dict[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ import xxhash
 
 from fedmoe.errors import SpecError
 from fedmoe.protocol.features import check_requires
-from fedmoe.protocol.fields import exact, from_text, known_fields, optional, to_text
+from fedmoe.protocol.fields import exact, from_json, from_text, optional, to_text
 from fedmoe.protocol.rules import ADAPTIVE, NESTEROV, SGD, AggregationRules
 from fedmoe.protocol.server import ServerStep
 
@@ -66,19 +66,7 @@ class Tail:
     @classmethod
     def from_json(cls, text: str) -> "Tail":
         """Parse the field of meta. Raises ValueError if it is malformed."""
-        if not text:
-            return cls()
-        try:
-            found = cls(**known_fields(cls, json.loads(text)))
-        except (TypeError, AttributeError) as error:
-            raise ValueError(f"tail is {text!r}") from error
-        texts, numbers = (
-            (found.snapshot, found.head, found.state),
-            (found.snapshot_version, found.fields, found.n_bytes),
-        )
-        if not all(isinstance(one, str) for one in texts) or not all(type(one) is int for one in numbers):
-            raise ValueError(f"tail is {text!r}")
-        return found
+        return from_json(cls, text, "tail") if text else cls()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

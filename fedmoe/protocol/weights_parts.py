@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 
-from fedmoe.protocol.fields import known_fields
+from fedmoe.protocol.fields import from_json
 
 MAX_STRING_BYTES = 512 * 1024 * 1024  # the limit of a Redis string
 WHOLE_BYTES = MAX_STRING_BYTES  # a longer file lies in parts
@@ -53,12 +53,8 @@ class WeightsParts:
         """Parse the field of meta. Raises ValueError if it is malformed."""
         if not text:
             return cls()
-        try:
-            found = cls(**known_fields(cls, json.loads(text)))
-        except (TypeError, AttributeError) as error:
-            raise ValueError(f"parts is {text!r}") from error
-        numbers = (found.count, found.n_bytes)
-        if not isinstance(found.commit, str) or not all(type(one) is int and one > 0 for one in numbers):
+        found = from_json(cls, text, "parts")
+        if found.count < 1 or found.n_bytes < 1:
             raise ValueError(f"parts is {text!r}")
         return found
 

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -70,8 +71,8 @@ def checkpoint_of(ledger: Ledger, position: int) -> Checkpoint:
 
 
 def load(path: Path, spec: Spec) -> Checkpoint:
-    state = StateDir(path)
-    saved = state.load(expert="sql_expert", worker="alice", spec=spec, now=0.0)
+    with closing(StateDir(path)) as state:
+        saved = state.load(expert="sql_expert", worker="alice", spec=spec, now=0.0)
     assert saved is not None
     return saved
 
@@ -245,7 +246,8 @@ def test_checkpoint_of_another_version_is_not_called_damaged(
     with monkeypatch.context() as patch:
         if other == "format":
             patch.setattr(producers.checkpoint, "_FORMAT", "9")
-        StateDir(tmp_path).save(checkpoint_of(make_ledger(spec), 7))
+        with closing(StateDir(tmp_path)) as state:
+            state.save(checkpoint_of(make_ledger(spec), 7))
     with raises(SettingsError, about=other):
         # Another seed stands for another torch: either makes other initial weights.
         load(tmp_path, replace(spec, init_seed=1) if other == "torch" else spec)

@@ -44,6 +44,7 @@ class Walker:
     seed: int
     walked: torch.Tensor
     n: int = 0
+    frozen: Sequence[torch.Tensor] = ()
 
     def step(self) -> StepResult:
         step = randn(1000 * self.seed + self.n, len(self.flat)) * 1e-2
@@ -160,11 +161,13 @@ def stage_of(spec: Spec) -> Stage:
     return Stage(tiny_model(), spec)
 
 
-def trainer_of(stage: Stage, seed: int, under: torch.Tensor | None = None) -> StageTrainer:
-    flat = initial_weights(LAYOUT, 0).clone()
+def trainer_of(
+    stage: Stage, seed: int, *, init_seed: int = 0, leader: StageTrainer | None = None
+) -> StageTrainer:
+    flat = initial_weights(LAYOUT, init_seed).clone()
     return StageTrainer(
         stage=stage, flat=flat, examples=examples(seed), pad_id=0, settings=TRAINING, seed=seed,
-        autocast=torch.float32, under=under,
+        autocast=torch.float32, leader=leader,
     )  # fmt: skip
 
 
@@ -190,7 +193,8 @@ def test_an_adapter_under_another_is_frozen_and_counts() -> None:
     for _ in range(3):
         lower.step()
     before = lower.flat.clone()
-    upper, plain = trainer_of(stage, 1, under=lower.flat), trainer_of(stage, 1)
+    upper, plain = trainer_of(stage, 1), trainer_of(stage, 1)
+    upper.frozen = (lower.flat,)
     on_top, bare = upper.step(), plain.step()
     assert torch.equal(lower.flat, before)
     assert on_top.loss != bare.loss
@@ -219,7 +223,7 @@ def test_merged_adapters_are_shown_and_gone_again() -> None:
     assert not torch.equal(logits(), before)
     stage.show(experts["0"])
     assert torch.equal(logits(), before)
-    stage.show(experts["0"], under=torch.zeros(LAYOUT.numel))
+    stage.show(experts["0"], frozen=(torch.zeros(LAYOUT.numel),))
     assert torch.allclose(logits(), before, atol=1e-6)
 
 

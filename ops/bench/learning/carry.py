@@ -13,15 +13,16 @@ import torch
 
 from fedmoe.protocol.lora_init import initial_weights
 from fedmoe.tools.routing import BY_ARROW, BY_VECTORS
-from ops.bench.learning.lab import FITTED, TRAINING, Lab, is_expert, merges
+from ops.bench.learning.lab import FITTED, TRAINING, Lab, is_expert, merges, sum_of
 from ops.bench.learning.real import play_real
 from ops.bench.learning.rounds import play_rounds
-from ops.bench.learning.runs import GATEWAY, SCHEMES, Run, WorkerPlan
+from ops.bench.learning.runs import BLOCKS, GATEWAY, ONE_PASS, SCHEMES, Run, WorkerPlan
 from ops.bench.learning.server import Server
 from ops.bench.learning.stage import StageTrainer
 from ops.bench.learning.virtual import Worker, servers_of, simulate
 
 BASE, OWN, OVER = "base", "own experts", "own experts over gateway"
+SUMS = {"sum of blocks": 1.0, "sum of blocks × 0.85": 0.85}  # and by how much the sum is multiplied
 OPTED_OUT = "gateway replayed without a domain"
 
 
@@ -79,15 +80,17 @@ def _carry_out_real(run: Run, lab: Lab) -> Outcome:
 
 def _carry_out_virtual(run: Run, lab: Lab) -> Outcome:
     began, cpu_began = time.monotonic(), time.process_time()
-    spec = lab.spec(run)
-    servers = servers_of(run, lambda name: Server(name, spec, run.rules))
-    gateways: dict[str, torch.Tensor] = {}  # worker → its local gateway
+    servers = servers_of(run, lambda name: Server(name, lab.spec(run, name), run.rules))
+    gateways: dict[str, StageTrainer] = {}  # worker → its trainer of the gateway
 
     def make(plan: WorkerPlan, chain: str, flat: torch.Tensor) -> StageTrainer:
-        if chain == GATEWAY:
-            gateways[plan.name] = flat
-        under = gateways[plan.name] if run.scheme == "residual" and is_expert(chain) else None
-        return lab.trainer(run, plan, chain, flat, under)
+        gateway = gateways.get(plan.name)
+        trainer = lab.trainer(run, plan, chain, flat, gateway if run.scheme == ONE_PASS else None)
+        if gateway is None and chain == GATEWAY:
+            gateways[plan.name] = trainer
+        elif gateway is not None and run.scheme == "residual":
+            trainer.frozen = (gateway.flat,)
+        return trainer
 
     seen: list[tuple[float, torch.Tensor]] = []
     watch = (lambda now: seen.append((now, servers[GATEWAY].weights.clone()))) if run.trace else None
@@ -141,10 +144,13 @@ def _losses(run: Run, lab: Lab, servers: dict[str, Server]) -> dict[str, dict[st
             found[OWN] |= lab.losses(run.rows, flat, [name])
     if run.scheme == "apart" and run.merges and len(experts) > 1:
         found[BY_VECTORS], found[BY_ARROW] = lab.routed(run.rows, experts), lab.arrow(run.rows, experts)
-    if run.scheme == "residual":
+    if run.scheme in ("residual", ONE_PASS) and gateway is not None:
         found[OVER] = {}
         for name, flat in experts.items():
-            found[OVER] |= lab.losses(run.rows, flat, [name], under=gateway)
+            found[OVER] |= lab.losses(run.rows, flat, [name], frozen=(gateway,))
+    if run.scheme == BLOCKS:
+        for name, factor in SUMS.items():
+            found[name] = lab.losses(run.rows, sum_of(lab.spec(run), experts, factor), domains)
     return found
 
 

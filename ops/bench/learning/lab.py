@@ -8,6 +8,7 @@ from functools import cache
 from itertools import cycle, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 import torch
 
@@ -49,16 +50,27 @@ THREADS = 2  # at most; OMP_NUM_THREADS=1 is faster on a machine that is busy
 Rows = Mapping[str, Sequence[Example]]  # of each domain
 
 
+class Material(NamedTuple):
+    """Training, validation and test rows of every domain, the padding id, and the model's directory."""
+
+    train: Rows
+    valid: Rows
+    test: Rows
+    pad_id: int
+    model_dir: str
+
+
 class Lab:
     """One base model at one rank, with the rows of all domains.
 
     Args:
         rank: of the adapters; alpha is twice the rank.
+        material: the demo's by default.
     """
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, rank: int, material: Material | None = None) -> None:
         torch.set_num_threads(min(THREADS, torch.get_num_threads()))
-        self.train, self.valid, self.test, self.pad_id, self.model_dir = demo_rows()
+        self.train, self.valid, self.test, self.pad_id, self.model_dir = material or demo_rows()
         lora = LoraSettings(rank=rank, alpha=2.0 * rank)
         self._spec = make_spec(adapter_layout(load_config(self.model_dir), lora), "int4", lora=lora)
         self.stage = Stage(load_base(self.model_dir, device=CPU, dtype=torch.float32), self._spec)
@@ -66,13 +78,14 @@ class Lab:
         self._autocast = choose_precision("auto", CPU)
         self.precision = str(self._autocast).removeprefix("torch.")
 
-    def spec(self, run: Run) -> Spec:
-        """The spec of the run's chains."""
-        fields = {"init_seed": run.seed, "wire_format": run.wire_format}
+    def spec(self, run: Run, chain: str = GATEWAY) -> Spec:
+        """The spec of a chain of the run."""
+        seed = seed_of(f"{run.seed} {chain}") if run.adds_up and is_expert(chain) else run.seed
+        fields = {"init_seed": seed, "wire_format": run.wire_format}
         return make_spec(self._spec.layout, lora=self._spec.lora, **fields)
 
     def trainer(
-        self, run: Run, plan: WorkerPlan, chain: str, flat: torch.Tensor, under: torch.Tensor | None
+        self, run: Run, plan: WorkerPlan, chain: str, flat: torch.Tensor, leader: StageTrainer | None = None
     ) -> StageTrainer:
         """A real trainer on the worker's rows; if it takes turns, each of its chains has an order of its own."""
         order = f"{run.seed} {plan.name}" + (f" {chain}" if run.scheme == "turns" else "")
@@ -82,9 +95,9 @@ class Lab:
             examples=share_of(self.train, plan, run.domains),
             pad_id=self.pad_id,
             settings=TRAINING,
-            seed=int.from_bytes(hashlib.sha256(order.encode()).digest()[:4], "big"),
+            seed=seed_of(order),
             autocast=self._autocast,
-            under=under,
+            leader=leader,
         )
 
     def losses(
@@ -93,13 +106,13 @@ class Lab:
         adapter: torch.Tensor | Merged,
         domains: Iterable[str],
         *,
-        under: torch.Tensor | None = None,
+        frozen: Sequence[torch.Tensor] = (),
     ) -> dict[str, float]:
-        """The held-out loss of an adapter on some domains."""
+        """The held-out loss of an adapter on some domains, with others (numel,) active beside it."""
         if isinstance(adapter, Merged):
             self.stage.show_merged(adapter)
         else:
-            self.stage.show(adapter, under=under)
+            self.stage.show(adapter, frozen=frozen)
         return self._shown_losses({domain: self.test[domain][:rows] for domain in domains})
 
     def valid_losses(self, rows: int, flat: torch.Tensor, domains: Iterable[str]) -> dict[str, float]:
@@ -213,6 +226,17 @@ def merges(spec: Spec, experts: Mapping[str, torch.Tensor]) -> dict[str, Merged]
     return {name: merge(inputs, method=method, scale=scale) for name, (method, scale) in chosen.items()}
 
 
+def sum_of(spec: Spec, adapters: Mapping[str, torch.Tensor], factor: float) -> Merged:
+    """The sum of adapters (numel,), times a factor; it is exact, of all their ranks together."""
+    weighted = [replace(one, weight=factor) for one in inputs_of(spec, adapters).values()]
+    return merge(weighted, scale=None)
+
+
+def seed_of(text: str) -> int:
+    """A number below 2^32 that differs from text to text."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+
+
 def is_expert(chain: str) -> bool:
     """True if a chain is a domain's expert."""
     return chain != GATEWAY
@@ -246,8 +270,8 @@ def halves_of(split: Split) -> tuple[Split, Split]:
 
 
 @cache
-def demo_rows() -> tuple[Rows, Rows, Rows, int, str]:
-    """Training, validation and test rows of every domain, the padding id, and the model's directory."""
+def demo_rows() -> Material:
+    """The demo's model, and the rows of DOMAINS and HALVES."""
     model_dir = str(ensure_demo_model(cache_directory(), report=print))
     tokenizer = load_tokenizer(model_dir)
     bad_rows = BadRows(report=print)
@@ -264,4 +288,4 @@ def demo_rows() -> tuple[Rows, Rows, Rows, int, str]:
             train[name] = encoded(split.train, Path(scratch, f"{name}.train.jsonl"))
             valid[name] = encoded(split.valid, Path(scratch, f"{name}.valid.jsonl"))
             test[name] = encoded(split.test, Path(scratch, f"{name}.test.jsonl"))
-    return train, valid, test, padding_id(tokenizer), model_dir
+    return Material(train, valid, test, padding_id(tokenizer), model_dir)

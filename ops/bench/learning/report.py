@@ -15,7 +15,7 @@ from fedmoe.protocol.rules import ADAPTIVE, BY_WORKER, NESTEROV, RuleSet
 from fedmoe.tools.routing import BY_VECTORS
 from ops.bench.learning.carry import BASE, OPTED_OUT, OVER, OWN, Outcome
 from ops.bench.learning.lab import FITTED
-from ops.bench.learning.runs import GATEWAY, SYNC_S, Run
+from ops.bench.learning.runs import BLOCKS, GATEWAY, ONE_PASS, SYNC_S, Run
 from ops.bench.result import Result, figure
 
 FIXED = tuple(f"cat {scale:g}" for scale in SCALES)
@@ -32,7 +32,7 @@ class Line:
     group: Group
     label: str
     gateway_steps: int  # of all workers together
-    all_steps: int
+    all_steps: int  # a pass that trains two adapters is one
     loss: dict[int, float] = field(default_factory=dict)
     share: dict[int, float] = field(default_factory=dict)
 
@@ -49,6 +49,8 @@ def label_of(run: Run, model: str) -> str:
         return f"gateway, in rounds of {run.sync_s:g} steps, gain {run.gain:g}"
     if run.scheme == "real":
         return f"gateway in real processes, every {run.sync_s:g} s, gain {run.gain:g}"
+    if run.scheme == BLOCKS:
+        return {OWN: "each block alone, on its own domain"}.get(model, model)
     what = {GATEWAY: "gateway", OWN: "experts", OVER: "experts over gateway"}.get(model, "gateway")
     if run.scheme == "gateway":
         more = ", domains alike" if run.balance != BY_WORKER else ""
@@ -70,7 +72,8 @@ def lines_of(found: Iterable[tuple[Run, Outcome]]) -> list[Line]:
     for run, outcome in pairs:
         for model, losses in outcome.losses.items():
             label, loss = label_of(run, model), statistics.fmean(losses.values())
-            steps = outcome.steps.get(GATEWAY, 0), sum(outcome.steps.values())
+            of_gateway, of_all = outcome.steps.get(GATEWAY, 0), sum(outcome.steps.values())
+            steps = of_gateway, of_gateway if run.scheme == ONE_PASS else of_all
             if model == BASE:
                 steps = 0, 0
             line = lines.setdefault((run.group, label), Line(run.group, label, *steps))

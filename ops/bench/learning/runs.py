@@ -13,12 +13,15 @@ HALVES = tuple(
 SYNC_S = 6.0  # virtual seconds between two updates of a worker, and its steps meanwhile
 TRACE_ROWS = 16  # held-out rows of a domain at most, where the loss is measured along the way
 ALL = "all"  # a worker of this domain has the rows of every domain
+ONE_PASS, BLOCKS = "onepass", "blocks"
 SCHEMES = {
     "apart": "each worker trains its domain's expert",
     "gateway": "every worker trains the gateway",
     "turns": "gateway and expert take steps in turn, each on rows of its own",
     "twice": "gateway and expert take a step each on the same rows",
     "residual": "as `twice`; the expert is trained on top of the gateway",
+    ONE_PASS: "gateway and expert are active together and take their steps by the same pass",
+    BLOCKS: "each worker trains its domain's adapter, with those of the other domains active and frozen as last pulled",
     "central": "one worker has all rows and trains the gateway",
     "real": "every worker trains the gateway, in real processes, with the rules of a new gateway",
     "rounds": "every worker trains the gateway, in rounds that end when the slowest has taken its steps",
@@ -85,6 +88,10 @@ class Run:
     merges: bool = True
     trace: bool = False
 
+    def __post_init__(self) -> None:
+        if self.scheme != "apart":  # it has nothing to merge, so both are the same run
+            object.__setattr__(self, "merges", True)
+
     @property
     def name(self) -> str:
         """The name of the run and of its file."""
@@ -124,11 +131,23 @@ class Run:
     def chains(self, worker: WorkerPlan) -> tuple[str, ...]:
         """The chains that a worker trains, in turn."""
         match self.scheme:
-            case "apart":
+            case "apart" | "blocks":
                 return (worker.domain,)
             case "gateway" | "central" | "rounds" | "real":
                 return (GATEWAY,)
         return (GATEWAY, worker.domain)
+
+    def beside(self, chain: str) -> tuple[str, ...]:
+        """The chains whose weights are active and frozen while a worker trains this one."""
+        return tuple(name for name in self.domains if name != chain) if self.scheme == BLOCKS else ()
+
+    @property
+    def adds_up(self) -> bool:
+        """True if a model is the sum of several chains.
+
+        Then each chain has an initialisation of its own: with the same one they would get the same gradients.
+        """
+        return self.scheme in (ONE_PASS, BLOCKS)
 
     def workers(self) -> tuple[WorkerPlan, ...]:
         """The workers of this run."""
@@ -188,6 +207,8 @@ def _shared(rows: int, seeds: int) -> Iterator[Run]:
         yield Run(scheme="residual", gain=2.0, compute=2.0, seed=seed, rows=rows)
         yield Run(scheme="turns", gain=2.0, compute=2.0, seed=seed, rows=rows)
         yield Run(scheme="twice", gain=2.0, compute=2.0, seed=seed, rows=rows)
+        yield Run(scheme=ONE_PASS, gain=2.0, seed=seed, rows=rows)
+        yield Run(scheme=BLOCKS, seed=seed, rows=rows)
 
 
 def _lengths(rows: int, seeds: int) -> Iterator[Run]:

@@ -8,14 +8,14 @@ training goes on meanwhile, so staleness arises as in a real federation. The led
 import heapq
 import math
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
 
 from fedmoe.protocol.update import make_run
 from ops.bench.fedmoe_side import FINGERPRINT
-from ops.bench.learning.runs import GATEWAY, Run, WorkerPlan
+from ops.bench.learning.runs import GATEWAY, ONE_PASS, Run, WorkerPlan
 from ops.bench.learning.server import Server
 from producers.exchange import Step
 from producers.ledger import Change, Ledger, Trained
@@ -24,9 +24,15 @@ MOMENT_S = 1e-9  # times that differ by less are the same
 
 
 class Learner(Protocol):
-    """What a chain needs of a trainer: `flat` (numel,) fp32, which a step changes."""
+    """What a chain needs of a trainer.
+
+    Attributes:
+        flat: (numel,) fp32, which a step changes.
+        frozen: adapters (numel,) that are active beside it; they are replaced when they are pulled.
+    """
 
     flat: torch.Tensor
+    frozen: Sequence[torch.Tensor]
 
     def step(self) -> Step:
         """One optimizer step."""
@@ -63,11 +69,12 @@ class Chain:
     Args:
         delay: draws the time of one way over the network.
         first_s: virtual second of the first update.
+        beside: other chains, whose weights are active and frozen beside this one's; each pull brings them too.
     """
 
     def __init__(
         self, worker: str, server: Server, learner: Learner, run: Run, clock: Clock,
-        delay: Callable[[], float], first_s: float,
+        delay: Callable[[], float], first_s: float, beside: Sequence[Server] = (),
     ) -> None:  # fmt: skip
         self.server, self.learner = server, learner
         self.ledger = Ledger(base=server.pulled(), meta=server.meta, run=make_run(1, "00000001"))
@@ -78,9 +85,13 @@ class Chain:
         self._changes: list[Change] = []
         self._trained = Trained()
         self._rest = False  # the training has ended, and what it left is to be published
+        self._beside = beside
+        self._seen = [other.pulled() for other in beside]  # since the last boundary
 
     def settle(self) -> None:
         """Apply what was pulled since the last boundary."""
+        if self._seen:
+            self.learner.frozen, self._seen = self._seen, []
         for change in self._changes:
             if change.correction is not None:
                 self.learner.flat.add_(change.correction)
@@ -127,6 +138,7 @@ class Chain:
         server = self.server
         decided = server.decided[self._worker]
         self._changes.append(self.ledger.observe(server.meta, server.pulled(), decided, now=self._clock.now))
+        self._seen = [other.pulled() for other in self._beside]
         if self._rest:
             self._rest = False
             self.settle()
@@ -134,10 +146,17 @@ class Chain:
 
 
 class Worker:
-    """A virtual worker: trains its chains in turn until its time is over."""
+    """A virtual worker: trains its chains until its time is over, in turn, or all of them at each step."""
 
-    def __init__(self, plan: WorkerPlan, make_chains: Callable[[], list[Chain]], clock: Clock) -> None:
-        self.plan = plan
+    def __init__(
+        self,
+        plan: WorkerPlan,
+        make_chains: Callable[[], list[Chain]],
+        clock: Clock,
+        *,
+        together: bool = False,
+    ) -> None:
+        self.plan, self._together = plan, together
         self.chains: list[Chain] = []
         self._make, self._clock = make_chains, clock
         self._steps = 0
@@ -157,7 +176,9 @@ class Worker:
             return
         for chain in self.chains:
             chain.publish_if_due()
-        self.chains[self._steps % len(self.chains)].step()
+        in_turn = [self.chains[self._steps % len(self.chains)]]
+        for chain in self.chains if self._together else in_turn:
+            chain.step()
         self._steps += 1
         self._clock.at(next_s, self._boundary)
 
@@ -180,11 +201,15 @@ def simulate(
             server = servers[name]
             learner = make(plan, name, torch.empty(server.spec.layout.numel))
             first_s = plan.start_s + draw.uniform(0.0, run.sync_s)  # workers do not start in step
-            name = f"{plan.domain}.{plan.name}" if server.name == GATEWAY else plan.name
-            chains.append(Chain(name, server, learner, run, clock, delay, first_s))
+            worker = f"{plan.domain}.{plan.name}" if server.name == GATEWAY else plan.name
+            beside = [servers[other] for other in run.beside(name)]
+            chains.append(Chain(worker, server, learner, run, clock, delay, first_s, beside))
         return chains
 
-    workers = [Worker(plan, lambda plan=plan: chains_of(plan), clock) for plan in run.workers()]
+    workers = [
+        Worker(plan, lambda plan=plan: chains_of(plan), clock, together=run.scheme == ONE_PASS)
+        for plan in run.workers()
+    ]
     if watch is not None:
         for number in range(math.ceil(max(plan.stop_s for plan in run.workers()) / run.sync_s) + 1):
             clock.at(number * run.sync_s, lambda: watch(clock.now))

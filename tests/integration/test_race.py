@@ -16,7 +16,7 @@ from fedmoe.demo.corpus_rows import Row
 from fedmoe.model.adapter import adapter_layout
 from fedmoe.protocol.lora import LoraSettings
 from fedmoe.protocol.lora_init import initial_weights
-from fedmoe.protocol.rules import TrainingSettings
+from fedmoe.protocol.rules import BY_WORKER, TrainingSettings
 from ops.bench.learning.real import play_real
 from ops.bench.learning.runs import Run
 from ops.bench.learning.times import reached
@@ -90,13 +90,15 @@ def test_our_side_trains_the_gateway_and_saves_it_along_the_way(tmp_path: Path) 
 @pytest.mark.slow
 def test_a_run_of_the_learning_benchmark_in_real_processes(tmp_path: Path) -> None:
     """The workers take their steps and end; the gateway holds what they trained."""
-    run = Run(scheme="real", mix="one", steps=4, rank=4, sync_s=0.5, seed=3)
+    run = Run(scheme="real", mix="one", steps=4, rank=4, sync_s=0.5, gain=1.5, seed=3)
     rows = {"sql_expert": [Row(prompt=f"what {n}", completion="red", source="") for n in range(6)]}
     training = TrainingSettings(learning_rate=1e-3, batch_size=2, max_length=64, warmup_steps=1)
     played = play_real(run, str(save_tiny_model(tmp_path / "model")), rows, training)
     assert played.steps == 4
     assert 1 <= played.updates <= 4
     assert played.staleness == 0.0
+    rules = played.rules.aggregation
+    assert (played.rules.sync_interval_s, rules.gain, rules.balance) == (0.5, 1.5, BY_WORKER)
     assert not torch.equal(
         played.weights, initial_weights(adapter_layout(tiny_config(), LoraSettings(rank=4)), 3)
     )

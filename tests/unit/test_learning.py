@@ -1,9 +1,8 @@
-"""ops.bench.learning: the virtual clock, the books of virtual workers, one model for many chains, and the table."""
+"""ops.bench.learning: the virtual clock, the books of virtual workers, and one model for many chains."""
 
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -19,9 +18,7 @@ from fedmoe.protocol.rules import TrainingSettings
 from fedmoe.protocol.spec import Spec
 from fedmoe.tools.evaluate import mean_loss
 from ops.bench.fedmoe_side import make_spec
-from ops.bench.learning.carry import BASE, OWN, Outcome, kept, outcomes, write
 from ops.bench.learning.lab import CPU, halves_of, inputs_of, merges, share_of
-from ops.bench.learning.report import figures, lines_of, plot, table
 from ops.bench.learning.rounds import play_rounds
 from ops.bench.learning.runs import ALL, DOMAINS, GATEWAY, HALVES, MIXES, PARTS, SCHEMES, Run, WorkerPlan
 from ops.bench.learning.server import Server
@@ -139,6 +136,11 @@ def test_steps_and_starts_are_those_of_the_mix() -> None:
     assert [[chain.n_steps for chain in worker.chains] for worker in workers] == [[12, 12]] * 3
     (central,) = Run(scheme="central", mix="slow", steps=24).workers()
     assert central.stop_s == 54.0
+
+
+def test_a_run_that_merges_nothing_is_the_same_with_merges() -> None:
+    assert Run(scheme="gateway", merges=False) == Run(scheme="gateway")
+    assert Run(scheme="apart", merges=False) != Run(scheme="apart")
 
 
 def test_names_of_runs_are_unique() -> None:
@@ -274,63 +276,6 @@ def test_six_domains_are_the_halves_of_three_by_source() -> None:
     assert central.workers()[0].stop_s == 6 * 24
     every = {name: examples(seed) for seed, name in enumerate(HALVES)}
     assert len(share_of(every, WorkerPlan(name="w", domain=ALL, stop_s=1.0), HALVES)) == 6 * 8
-
-
-def outcome(run: Run, **means: float) -> Outcome:
-    losses = {name.replace("_", " "): dict.fromkeys(DOMAINS, mean) for name, mean in means.items()}
-    fields = asdict(run) | {"delay_s": list(run.delay_s)}
-    return Outcome(
-        run=fields, losses=losses, steps={GATEWAY: 144}, updates={}, staleness={}, seconds=1.0, cpu_s=1.0,
-        precision="float32", valid={}, curve=[],
-    )  # fmt: skip
-
-
-def some() -> list[tuple[Run, Outcome]]:
-    pairs = []
-    for seed, own in ((0, 1.0), (1, 1.2)):
-        apart = Run(scheme="apart", seed=seed)
-        merged = {"cat 1": 1.6, "cat 1.8": 1.5, "svd 1.8": 1.55, "cat fitted": 1.5 - seed / 10}
-        pairs.append((apart, outcome(apart, **{BASE: 2.0, OWN.replace(" ", "_"): own, **merged})))
-        trained = Run(scheme="gateway", gain=2.0, seed=seed)
-        pairs.append((trained, outcome(trained, gateway=own + 0.01)))
-    return pairs
-
-
-def test_shares_are_of_the_same_seed_s_perfect_routing() -> None:
-    lines = {line.label: line for line in lines_of(some())}
-    assert lines["own experts"].share == {0: 1.0, 1: 1.0}
-    assert lines["base"].share == {0: 0.0, 1: 0.0}
-    assert lines["gateway, all train it, gain 2"].share == pytest.approx({0: 0.99, 1: 0.79 / 0.8})
-    found = {result.name: result for result in figures(list(lines.values()), short=False)}
-    assert found["learning_gateway_share"].value == pytest.approx(0.98875)
-    assert found["learning_gateway_share"].met
-    assert found["learning_above_merged_points"].value == pytest.approx(100 * (0.98875 - (0.5 + 0.75) / 2))
-    fitted = found["learning_fitted_above_fixed_points"]
-    assert (fitted.value, fitted.max, fitted.met) == (0.0, pytest.approx(12.5), True)
-    assert found["learning_gateway_least_share"].value == pytest.approx(0.9875)
-    assert "98.9 %  98.8 .. 99.0" in table(list(lines.values()))
-
-
-def test_outcomes_are_kept_and_not_repeated(tmp_path: Path) -> None:
-    for run, one in some():
-        write(tmp_path / f"{run.name}.json", one)
-    (tmp_path / "broken.json").write_text("{")
-    (_, odd), *_ = some()
-    write(tmp_path / "later.json", replace(odd, run=odd.run | {"a_later_field": 1}))
-    assert [run for run, _ in kept(tmp_path)] == sorted(
-        (r for r, _ in some()), key=lambda r: (r.scheme, r.seed)
-    )
-    reports: list[str] = []
-    report: Callable[[str], None] = reports.append
-    assert list(outcomes([run for run, _ in some()], tmp_path, report=report)) == some()
-    assert not reports
-    (first, one), *_ = some()
-    earlier = {name: value for name, value in one.run.items() if name != "trace"}  # a field that came later
-    write(tmp_path / f"{first.name}.json", replace(one, run=earlier))
-    assert [run for run, _ in outcomes([first], tmp_path, report=report)] == [first]
-    assert not reports
-    plot(tmp_path / "plot.png", lines_of(some()))
-    assert (tmp_path / "plot.png").stat().st_size > 5000
 
 
 def test_gateway_without_a_domain_holds_what_the_others_sent() -> None:

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from consumers.gateway.merge import Merged
 from fedmoe.protocol.lora_init import initial_weights
 from fedmoe.protocol.rules import AggregationRules
 from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.update import Header
 from ops.bench.fedmoe_side import make_spec
 from ops.bench.learning.carry import OVER, OWN, SUMS, _losses, carry_out
-from ops.bench.learning.lab import Lab, Material, sum_of
+from ops.bench.learning.lab import FITTED, FITTED_GROUPS, Lab, Material, merges, sum_of
 from ops.bench.learning.report import lines_of
 from ops.bench.learning.runs import DOMAINS, GATEWAY, Run, WorkerPlan
 from ops.bench.learning.server import Server
@@ -192,3 +193,27 @@ def test_sums_are_trained_through_ledger_and_fold(lab: Lab, scheme: str) -> None
     assert all(updates > 0 for updates in outcome.updates.values())
     (line, *_) = lines_of([(run, outcome)])
     assert line.all_steps == 144  # passes: one trains both adapters
+
+
+def test_merges_are_fitted_on_validation_rows_only(lab: Lab) -> None:
+    """By one weight an expert, or by layer groups: neither has a higher loss there than the best fixed scale."""
+    run = Run(scheme="apart", rank=2, rows=4)
+    spec = lab.spec(run)
+    experts = {
+        name: initial_weights(spec.layout, 0) + 0.05 * randn(seed, spec.layout.numel)
+        for seed, name in enumerate(DOMAINS)
+    }
+    blind = Lab(2, Material({}, lab.valid, {}, pad_id=0, model_dir=lab.model_dir))
+    blind._autocast = torch.float32
+    found = blind.fitted(run, experts)
+    assert list(found) == [FITTED, FITTED_GROUPS]
+    rows = {name: lab.valid[name][:4] for name in DOMAINS}
+
+    def loss(merged: Merged) -> float:
+        lab.stage.show_merged(merged)
+        return statistics.fmean(lab._shown_losses(rows).values())
+
+    fixed = min(loss(merged) for name, merged in merges(spec, experts).items() if name.startswith("cat"))
+    losses = [loss(merged) for merged in found.values()]
+    assert max(losses) <= fixed + 1e-6
+    assert losses[1] != pytest.approx(losses[0], abs=1e-6)

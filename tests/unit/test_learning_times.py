@@ -8,7 +8,7 @@ import pytest
 from ops.bench.learning.carry import BASE, OWN, Outcome, kept
 from ops.bench.learning.runs import Run
 from ops.bench.learning.times import ALIKE, STRAGGLER, arrivals, reached, time_figures, time_table
-from tests.unit.test_learning import outcome
+from tests.unit.test_learning_report import outcome
 
 
 def test_when_a_loss_is_reached() -> None:

@@ -5,7 +5,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 
 from fedmoe.protocol.lora_init import initial_weights
 from fedmoe.tools.routing import BY_ARROW, BY_VECTORS
-from ops.bench.learning.lab import FITTED, TRAINING, Lab, is_expert, merges, sum_of
+from ops.bench.learning.lab import TRAINING, Lab, is_expert, merges, sum_of
 from ops.bench.learning.real import play_real
 from ops.bench.learning.rounds import play_rounds
 from ops.bench.learning.runs import BLOCKS, GATEWAY, ONE_PASS, SCHEMES, Run, WorkerPlan
@@ -130,7 +130,7 @@ def _losses(run: Run, lab: Lab, servers: dict[str, Server]) -> dict[str, dict[st
     if run.scheme == "apart":
         spec = lab.spec(run)
         found[BASE] = lab.losses(run.rows, initial_weights(spec.layout, spec.init_seed), domains)
-        merged_of = merges(spec, experts) | {FITTED: lab.fitted(run, experts)} if run.merges else {}
+        merged_of = merges(spec, experts) | lab.fitted(run, experts) if run.merges else {}
         for name, merged in merged_of.items():
             found[name] = lab.losses(run.rows, merged, domains)
     gateway = servers[GATEWAY].weights if GATEWAY in servers else None
@@ -157,13 +157,16 @@ def _losses(run: Run, lab: Lab, servers: dict[str, Server]) -> dict[str, dict[st
 def outcomes(
     runs: Iterable[Run], keep: Path, *, report: Callable[[str], None] = print
 ) -> Iterator[tuple[Run, Outcome]]:
-    """The outcome of every run: read from `keep` if it is there, else carried out and written there."""
+    """The outcome of every run: one that is kept there, under whatever name, or else carried out and written there.
+
+    Experts trained apart with their merges are also those without.
+    """
     labs: dict[int, Lab] = {}
     keep.mkdir(parents=True, exist_ok=True)
     for run in dict.fromkeys(runs):
-        file = keep / f"{run.name}.json"
-        outcome = read(file)
-        if outcome is None or _run_of(outcome.run) != run:
+        file, found = keep / f"{run.name}.json", dict(kept(keep))
+        outcome = found.get(run) or found.get(replace(run, merges=True))
+        if outcome is None:
             if run.rank not in labs:
                 labs.clear()  # one base model in memory
                 labs[run.rank] = Lab(run.rank)

@@ -45,6 +45,8 @@ TRAIN_ROWS, VALID_ROWS, TEST_ROWS = 600, 64, 128  # of a domain, where it has so
 FIT_ROWS = 24  # validation rows of a domain, on which a merge is fitted and rules are chosen
 FIT_PASSES = 12  # passes with gradient of a fit
 FITTED = "cat fitted"
+FIT_GROUPS = 3  # groups of layers with weights of their own, in the second fit
+FITTED_GROUPS = f"cat fitted, {FIT_GROUPS} groups of layers"
 THREADS = 2  # at most; OMP_NUM_THREADS=1 is faster on a machine that is busy
 
 Rows = Mapping[str, Sequence[Example]]  # of each domain
@@ -133,8 +135,8 @@ class Lab:
             for domain, examples in rows.items()
         }
 
-    def fitted(self, run: Run, experts: Mapping[str, torch.Tensor]) -> Merged:
-        """The merge with the weights that `fedmoe gateway fit` finds on validation rows of these experts' domains."""
+    def fitted(self, run: Run, experts: Mapping[str, torch.Tensor]) -> dict[str, Merged]:
+        """The merges with the weights that `fedmoe gateway fit` finds on validation rows of these experts' domains."""
         inputs = inputs_of(self.spec(run), experts)
         rows = {name: self.valid[name][: min(FIT_ROWS, run.rows)] for name in experts}
         stacked = side_by_side(inputs.values())
@@ -143,9 +145,17 @@ class Lab:
             pad_id=self.pad_id, batch_size=4, device=CPU, autocast=self._autocast, report=lambda line: None,
             adapter=self.stage.show_merged(stacked),
         ) as objective:  # fmt: skip
-            found = search(objective, n_groups=1, max_passes=FIT_PASSES, present={})
-        weighted = [replace(inputs[name], in_groups=weights) for name, weights in found.weights.items()]
-        return merge(weighted, scale=None)
+            found = {
+                label: search(objective, n_groups=n_groups, max_passes=FIT_PASSES, present={})
+                for label, n_groups in ((FITTED, 1), (FITTED_GROUPS, FIT_GROUPS))
+            }
+        return {
+            label: merge(
+                [replace(inputs[name], in_groups=weights) for name, weights in one.weights.items()],
+                scale=None,
+            )
+            for label, one in found.items()
+        }
 
     def training_rows(self, domains: Sequence[str]) -> dict[str, Sequence[Row]]:
         """The training rows of some domains as text."""

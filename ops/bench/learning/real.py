@@ -1,7 +1,8 @@
 """A run in real processes: a Redis, an aggregator, and a `fedmoe worker run` for each worker of the mix.
 
-The gateway has the rules of a new one, and updates travel in the run's wire format. The workers take their steps as
-fast as this machine lets them, so the number of steps between two updates depends on it.
+The gateway has the rules of a new one, but for the run's gain, balance and interval of updates; these travel in the
+run's wire format. The workers take their steps as fast as this machine lets them, so the number of steps between two
+updates depends on it.
 """
 
 import json
@@ -17,9 +18,11 @@ import torch
 from fedmoe.demo.corpus_rows import Row
 from fedmoe.protocol.layout import values_of
 from fedmoe.protocol.lines import AppliedLine, read_line
-from fedmoe.protocol.rules import TRAIN_GATEWAY, TrainingSettings
+from fedmoe.protocol.rules import TRAIN_GATEWAY, RuleSet, TrainingSettings
 from fedmoe.settings import RedisSettings
+from fedmoe.store.change import change_rules_soon
 from fedmoe.store.connection import Connection
+from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore
 from ops.bench.fedmoe_side import aggregator_command
 from ops.bench.learning.runs import GATEWAY, Run, WorkerPlan
@@ -30,12 +33,13 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 
 class Played(NamedTuple):
-    """The gateway after a run: its weights (numel,) fp32, the steps and updates in it, and their mean staleness."""
+    """The gateway after a run: its weights (numel,) fp32, steps, updates and their mean staleness, and its rules."""
 
     weights: torch.Tensor
     steps: int
     updates: int
     staleness: float
+    rules: RuleSet
 
 
 def play_real(
@@ -67,6 +71,10 @@ def play_real(
         store = GatewayStore(connection)
         wanted = {GATEWAY, *run.domains}
         processes.until("the experts", lambda: wanted <= store.experts().keys())
+        change_rules_soon(
+            ExpertStore(connection, GATEWAY),
+            {"sync_interval": run.sync_s, "gain": run.gain, "balance": run.balance},
+        )
         for name in run.domains:
             lines = (json.dumps(asdict(row)) + "\n" for row in rows[name])
             (processes.directory / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
@@ -74,7 +82,7 @@ def play_real(
             command = worker_command(url, plan, processes.directory / f"{plan.domain}.jsonl", model_dir)
             processes.command("worker", *command, may_end=True, **ONE_THREAD)
         processes.until("the workers", lambda: processes.has_ended("worker"), timeout_s=LONGEST_S)
-        spec, (_, file, log) = store.spec(GATEWAY), store.history(GATEWAY)
+        spec, (meta, file, log) = store.spec(GATEWAY), store.history(GATEWAY)
         weights = values_of(spec.layout, file).clone()
         connection.close()
     applied = [line for line in map(read_line, log) if isinstance(line, AppliedLine)]
@@ -85,6 +93,7 @@ def play_real(
         steps=sum(line.n_examples for line in applied) // training.batch_size,
         updates=len(applied),
         staleness=statistics.fmean(line.staleness for line in applied),
+        rules=meta.rules,
     )
 
 

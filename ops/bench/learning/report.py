@@ -11,17 +11,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from consumers.gateway.search import SCALES
-from fedmoe.protocol.rules import ADAPTIVE, BY_WORKER, NESTEROV, RuleSet
+from fedmoe.protocol.rules import ADAPTIVE, BY_WORKER, NESTEROV
 from fedmoe.tools.routing import BY_VECTORS
 from ops.bench.learning.carry import BASE, OPTED_OUT, OVER, OWN, Outcome
-from ops.bench.learning.lab import FITTED
-from ops.bench.learning.runs import BLOCKS, GATEWAY, ONE_PASS, SYNC_S, Run
+from ops.bench.learning.lab import FITTED, FITTED_GROUPS
+from ops.bench.learning.runs import BLOCKS, GATEWAY, NEW_GATEWAY, ONE_PASS, SYNC_S, Run
 from ops.bench.result import Result, figure
 
 FIXED = tuple(f"cat {scale:g}" for scale in SCALES)
-MERGED = (*FIXED, "svd 1.8", FITTED)
-BEST_GAIN = 2.0  # of the figures with a bar
-SYNC_DEFAULT_S = RuleSet().sync_interval_s
+MERGED = (*FIXED, "svd 1.8", FITTED, FITTED_GROUPS)
 Group = tuple[str, int, int, int]
 
 
@@ -124,38 +122,50 @@ def figures(lines: Iterable[Line], *, short: bool) -> Iterator[Result]:
     """A result for every line; then the figures with a bar, of three workers, a domain each."""
     lines = list(lines)
     for line in lines:
-        mix, steps, rank, _ = line.group
+        mix, steps, rank, rows = line.group
         label = line.label.replace("×", "x").replace(",", "").replace(" ", "_")
-        name = f"learning_{mix}_{steps}_r{rank}_{label}"
+        name = f"learning_{mix}_{steps}_r{rank}_n{rows}_{label}"
         yield _mean(f"{name}_loss", list(line.loss.values()), "nats/token")
         if line.share:
             yield _mean(f"{name}_share", list(line.share.values()), "of perfect")
-    mark = "learning_short" if short else "learning"
-    for group in {line.group: None for line in lines}:
-        block = {line.label: line.share for line in lines if line.group == group}
-        if group[:3] == ("three", 48, 8) and FITTED in block:
-            yield _least(f"{mark}_fitted_above_fixed_points", _above(block[FITTED], block, FIXED), "points")
-        trained = block.get(f"gateway, all train it, gain {BEST_GAIN:g}")
-        if group[:3] == ("three", 48, 8) and trained:
-            yield _mean(f"{mark}_gateway_share", list(trained.values()), "of perfect")
-            yield figure(f"{mark}_gateway_least_share", [min(trained.values())], "of perfect")
-            yield _mean(f"{mark}_above_merged_points", _above(trained, block, MERGED), "points")
-        real = block.get(f"gateway in real processes, every {SYNC_DEFAULT_S:g} s, gain {BEST_GAIN:g}")
-        if group[:3] == ("three", 48, 8) and real:
-            yield _mean(f"{mark}_real_share", list(real.values()), "of perfect")
-            yield figure(f"{mark}_real_least_share", [min(real.values())], "of perfect")
-        if group[:3] == ("three", 48, 8) and (routed := block.get(BY_VECTORS)):
-            yield _mean(f"{mark}_routed_share", list(routed.values()), "of perfect")
+    mark, done = "learning_short" if short else "learning", set[str]()
+    with_bars = {line.group for line in lines if line.group[:3] == ("three", 48, 8)}
+    for group in sorted(with_bars, key=lambda group: -group[3]):  # of a figure, that on the most rows
+        for result in _bars({line.label: line.share for line in lines if line.group == group}, mark):
+            if result.name not in done:
+                done.add(result.name)
+                yield result
+
+
+def _bars(block: Mapping[str, Mapping[int, float]], mark: str) -> Iterator[Result]:
+    """The figures with a bar of one group, whose shares these are: label → seed → share."""
+    if fitted := block.get(FITTED):
+        yield _least(f"{mark}_fitted_above_fixed_points", _above(fitted, block, FIXED), "points")
+    gain, sync_s = NEW_GATEWAY.aggregation.gain, NEW_GATEWAY.sync_interval_s
+    for name, label in (
+        ("gateway", f"gateway, all train it, gain {gain:g}"),
+        ("real", f"gateway in real processes, every {sync_s:g} s, gain {gain:g}"),
+    ):
+        if not (trained := block.get(label)):
+            continue
+        yield _mean(f"{mark}_{name}_share", list(trained.values()), "of perfect")
+        yield figure(f"{mark}_{name}_least_share", [min(trained.values())], "of perfect")
+        if above := _above(trained, block, MERGED):
+            yield _mean(f"{mark}_{name}_above_merged_points", above, "points")
+    if routed := block.get(BY_VECTORS):
+        yield _mean(f"{mark}_routed_share", list(routed.values()), "of perfect")
 
 
 def _above(
     one: Mapping[int, float], block: Mapping[str, Mapping[int, float]], others: Sequence[str]
 ) -> list[float]:
-    """Percentage points, for each seed, between a model and that of the others which is best on the test rows."""
-    return [
-        100 * (share - max(block[name][seed] for name in others if seed in block.get(name, {})))
-        for seed, share in one.items()
-    ]
+    """Percentage points between a model and that of the others which is best on the test rows, of seeds with both."""
+    best = {
+        seed: max(found)
+        for seed in one
+        if (found := [block[name][seed] for name in others if seed in block.get(name, {})])
+    }
+    return [100 * (one[seed] - share) for seed, share in best.items()]
 
 
 def _least(name: str, values: Sequence[float], unit: str) -> Result:

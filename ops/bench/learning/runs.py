@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from fedmoe.protocol.names import GATEWAY
-from fedmoe.protocol.rules import ADAPTIVE, BY_DOMAIN, BY_WORKER, NESTEROV, SGD, AggregationRules
+from fedmoe.protocol.rules import ADAPTIVE, BY_DOMAIN, BY_WORKER, NESTEROV, SGD, AggregationRules, RuleSet
 
 DOMAINS = ("python_expert", "sql_expert", "docs_expert")
 HALVES = tuple(
@@ -12,6 +12,7 @@ HALVES = tuple(
 )  # by source
 SYNC_S = 6.0  # virtual seconds between two updates of a worker, and its steps meanwhile
 TRACE_ROWS = 16  # held-out rows of a domain at most, where the loss is measured along the way
+NEW_GATEWAY = RuleSet().for_gateway()  # its rules, unless an operator chooses others
 ALL = "all"  # a worker of this domain has the rows of every domain
 ONE_PASS, BLOCKS = "onepass", "blocks"
 SCHEMES = {
@@ -234,11 +235,14 @@ def _six(rows: int, seeds: int) -> Iterator[Run]:
 
 
 def _real(rows: int, seeds: int) -> Iterator[Run]:
-    """Real processes, with the default interval between two updates and with half of it."""
+    """Real processes: the interval of a new gateway, ten and five seconds between two updates."""
+    rules = NEW_GATEWAY.aggregation
     for seed in range(seeds):
         yield Run(scheme="apart", merges=False, seed=seed, rows=rows)
-        for sync_s in (10.0, 5.0):
-            yield Run(scheme="real", gain=2.0, balance=BY_DOMAIN, sync_s=sync_s, seed=seed, rows=rows)
+        for sync_s in dict.fromkeys((NEW_GATEWAY.sync_interval_s, 10.0, 5.0)):
+            yield Run(
+                scheme="real", gain=rules.gain, balance=rules.balance, sync_s=sync_s, seed=seed, rows=rows
+            )
 
 
 def _formats(rows: int, seeds: int) -> Iterator[Run]:

@@ -4,7 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedmoe.protocol.formats import FORMATS
+from fedmoe.protocol.rules import RuleSet
 from ops.bench.fedmoe_side import DEFAULT_FORMAT
+
+NEW_GATEWAY = RuleSet().for_gateway()  # its rules, unless an operator chooses others
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,20 +48,23 @@ class Race:
     """FedMoE beside Flower to a loss; see `ops.bench.race`.
 
     Args:
-        step_s: seconds of a step; round_steps: steps in a round; rounds: at most so many.
+        step_s: seconds of an ordinary client's step; steps: it takes at most so many.
+        sync_s: seconds between two updates of a client of FedMoE.
+        round_steps: lengths of Flower's rounds, each a race of its own, of which the best counts.
         apart_steps: steps of the experts trained apart, which fix the loss to reach; rows: held-out, of a domain.
     """
 
     step_s: float
-    round_steps: int
-    rounds: int
+    steps: int
+    sync_s: float = NEW_GATEWAY.sync_interval_s
+    round_steps: tuple[int, ...]
     apart_steps: int
     rows: int
 
     @property
     def label(self) -> str:
         """For the names of files."""
-        return f"{self.rounds}x{self.round_steps}-{self.step_s:g}s-n{self.rows}"
+        return f"{self.steps}x{self.step_s:g}s-n{self.rows}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +125,7 @@ QUICK = Plan(
     updates=2_000,
     quality=Quality(("sql_expert", "python_expert", "docs_expert"), syncs=12, steps=2, rows=32),
     learning=Learning(parts=("short",), rows=32, seeds=1, short=True),
-    race=Race(step_s=4.0, round_steps=6, rounds=6, apart_steps=48, rows=16),
+    race=Race(step_s=4.0, steps=48, round_steps=(6,), apart_steps=48, rows=16),
 )
 FULL_LEARNING = (
     "main", "shared", "formats", "optimizers", "opt_out", "time", "real", "six", "lengths", "ranks", "mixes",
@@ -139,7 +145,7 @@ FULL = Plan(
     updates=100_000,
     quality=Quality(("sql_expert", "python_expert", "docs_expert"), syncs=48, steps=2, rows=64),
     learning=Learning(parts=FULL_LEARNING, rows=128, seeds=3),
-    race=Race(step_s=4.0, round_steps=6, rounds=8, apart_steps=48, rows=16),
+    race=Race(step_s=4.0, steps=48, round_steps=(6, 12, 3), apart_steps=48, rows=16),
 )
 TINY = Plan(
     rounds=1,
@@ -157,5 +163,5 @@ TINY = Plan(
     updates=40,
     quality=Quality(("sql_expert",), syncs=1, steps=1, rows=2),
     learning=Learning(parts=("tiny",), rows=2, seeds=1, short=True),
-    race=Race(step_s=0.1, round_steps=1, rounds=2, apart_steps=1, rows=1),
+    race=Race(step_s=0.1, steps=2, sync_s=0.1, round_steps=(1, 2), apart_steps=1, rows=1),
 )

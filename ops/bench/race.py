@@ -3,7 +3,8 @@
 Four clients fine-tune SmolLM2-135M-Instruct: one on the rows of python_expert, one on sql_expert, two on docs_expert.
 Every step of a client takes as long as its pace says, since the clients share this machine's cores: computing takes
 less, and the client sleeps for the rest. In the second race the pace of the last client is four times as slow. FedMoE's
-clients train the gateway with the rules of a new one; Flower's are averaged (FedAvg) in rounds of `ROUND_STEPS` steps.
+clients train the gateway with the rules of a new one; Flower's are averaged (FedAvg) in rounds. Flower races once with
+each round length of the plan, and the best counts, separately in each race.
 
 The weights are saved along the way with the second since the training began, and tested afterwards on held-out rows.
 Flower starts a process for each message, which loads the model again. Its time is given with and without that.
@@ -11,29 +12,37 @@ With a directory to keep them in, each system's losses stay there, and what is t
 The loss to reach is that of `ops.bench.learning.times`: 80 % of what experts trained apart gain.
 """
 
-import json
 import statistics
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from fedmoe.util.disk import write_whole
 from ops.bench.flower import install
 from ops.bench.learning.carry import BASE, OWN, outcomes
-from ops.bench.learning.lab import Lab
+from ops.bench.learning.lab import Lab, Rows
 from ops.bench.learning.runs import DOMAINS, Run
 from ops.bench.learning.times import PART, reached
 from ops.bench.plan import Plan
 from ops.bench.race_fedmoe import run_fedmoe
 from ops.bench.race_flower import run_flower
+from ops.bench.race_kept import Curve, Points, read, write
 from ops.bench.race_seat import Setup, Snapshot, prepare
 from ops.bench.result import Result, figure, ratio
 
 CLIENTS = ("python_expert", "sql_expert", "docs_expert", "docs_expert")
 RACES = {"alike": (1.0, 1.0, 1.0, 1.0), "straggler": (1.0, 1.0, 1.0, 4.0)}  # times as long as the pace
-Points = list[tuple[float, float, float]]
+System = Callable[[Path, Setup], list[Snapshot]]
+
+
+class Arrival(NamedTuple):
+    """Seconds until a contestant had the loss; `spared` without the time in which all waited for processes to start."""
+
+    seconds: float
+    spared: float
 
 
 def run(plan: Plan) -> Iterator[Result]:
@@ -48,54 +57,94 @@ def run(plan: Plan) -> Iterator[Result]:
         goal = base - PART * (base - own)
         yield figure("race_loss_to_reach", [goal], "nats/token")
         lab = Lab(apart.rank)
+
+        def loss_of(flat: torch.Tensor) -> float:
+            return statistics.fmean(lab.losses(race.rows, flat, DOMAINS).values())
+
+        course = Course(goal, lab.train, loss_of, keep or Path(scratch), Path(scratch), race.label)
         for name, slower in RACES.items():
             setup = Setup(
                 model_dir=lab.model_dir,
                 domains=CLIENTS,
                 pad_id=lab.pad_id,
                 step_s=tuple(race.step_s * factor for factor in slower),
-                round_steps=race.round_steps,
-                rounds=race.rounds,
+                steps=race.steps,
+                sync_s=race.sync_s,
+                round_steps=race.steps,
             )
-            seconds = {}
-            for system, play in (("fedmoe", run_fedmoe), ("flower", run_flower)):
-                label = f"{name}-{system}"
-                file = (keep or Path(scratch)) / f"race-{label}-{race.label}.json"
-                if (points := kept_points(file, goal)) is None:
-                    directory = Path(scratch, label)
-                    prepare(directory, setup, lab.train)
-                    points = losses_until(
-                        goal, play(directory, setup), lambda flat: _loss(lab, race.rows, flat)
-                    )
-                    write_whole(file, (json.dumps({"goal": goal, "points": points}) + "\n").encode())
-                if (found := reached([point[:2] for point in points], goal)) is None:
-                    print(f"    {label}: the loss was not reached within {points[-1][0]:.0f} s", flush=True)
-                    continue
-                seconds[system] = found
-                yield figure(f"race_{name}_{system}_s", [found], "s")
-                if system == "flower":
-                    spared = reached([(second - starts, loss) for second, loss, starts in points], goal)
-                    assert spared is not None
-                    seconds["flower_without_starts"] = spared
-                    yield figure(f"race_{name}_flower_without_starts_s", [spared], "s")
-            for other in sorted(seconds.keys() - {"fedmoe"} if "fedmoe" in seconds else ()):
-                yield ratio(
-                    f"race_{name}" + other.removeprefix("flower"), [seconds["fedmoe"]], [seconds[other]]
+            ours = course.arrival(name, f"FedMoE, every {race.sync_s:g} s", run_fedmoe, setup)
+            theirs = {
+                steps: course.arrival(
+                    name, f"Flower, rounds of {steps}", run_flower, replace(setup, round_steps=steps)
                 )
+                for steps in race.round_steps
+            }
+            yield from race_figures(name, ours, theirs)
 
 
-def _loss(lab: Lab, rows: int, flat: torch.Tensor) -> float:
-    return statistics.fmean(lab.losses(rows, flat, DOMAINS).values())
+@dataclass(frozen=True, slots=True)
+class Course:
+    """What the contestants of all races share.
+
+    Args:
+        goal: loss to reach.
+        rows: training rows of each domain.
+        loss_of: the held-out loss of an adapter (numel,).
+        keep, scratch: directories of what is kept, and of the running race.
+        label: of the plan.
+    """
+
+    goal: float
+    rows: Rows
+    loss_of: Callable[[torch.Tensor], float]
+    keep: Path
+    scratch: Path
+    label: str
+
+    def arrival(self, race: str, who: str, system: System, setup: Setup) -> Arrival | None:
+        """When one contestant has the loss, from its file if it ran before; None if never."""
+        empty = Curve(race, who, self.goal, [])
+        file = self.keep / empty.file_name(self.label)
+        curve = read(file)
+        if curve is None or replace(curve, points=[]) != empty:
+            directory = self.scratch / file.stem
+            prepare(directory, setup, self.rows)
+            curve = replace(empty, points=losses_until(self.goal, system(directory, setup), self.loss_of))
+            write(file, curve)
+        if (found := arrival_of(curve)) is None:
+            last = curve.points[-1][0]
+            print(f"    {race}, {who}: the loss was not reached within {last:.0f} s", flush=True)
+        return found
 
 
-def kept_points(file: Path, goal: float) -> Points | None:
-    """What `losses_until` found in an earlier race to this loss; None if there was none, or none to this loss."""
-    try:
-        kept = json.loads(file.read_text())
-        points = [(float(second), float(loss), float(starts)) for second, loss, starts in kept["points"]]
-        return points if kept["goal"] == goal else None
-    except (OSError, ValueError, TypeError, LookupError):
-        return None
+def arrival_of(curve: Curve) -> Arrival | None:
+    """When a curve comes down to its loss; None if it never does."""
+    seconds = reached([(second, loss) for second, loss, _ in curve.points], curve.goal)
+    spared = reached([(second - starts, loss) for second, loss, starts in curve.points], curve.goal)
+    return None if seconds is None or spared is None else Arrival(seconds, spared)
+
+
+def race_figures(name: str, ours: Arrival | None, theirs: Mapping[int, Arrival | None]) -> Iterator[Result]:
+    """The seconds of each contestant in a race, and FedMoE's ÷ those of Flower's best round length.
+
+    Args:
+        name: of the race.
+        ours: None if FedMoE did not reach the loss.
+        theirs: length of a round in steps → arrival; with and without starts, another length may be the best.
+    """
+    if ours is not None:
+        yield figure(f"race_{name}_fedmoe_s", [ours.seconds], "s")
+    arrived = {steps: one for steps, one in theirs.items() if one is not None}
+    for steps, one in arrived.items():
+        yield figure(f"race_{name}_flower_{steps}_steps_s", [one.seconds], "s")
+    if not arrived:
+        return
+    best = Arrival(*(min(seconds) for seconds in zip(*arrived.values(), strict=True)))
+    yield figure(f"race_{name}_flower_s", [best.seconds], "s")
+    yield figure(f"race_{name}_flower_without_starts_s", [best.spared], "s")
+    if ours is not None:
+        yield ratio(f"race_{name}", [ours.seconds], [best.seconds])
+        yield ratio(f"race_{name}_without_starts", [ours.seconds], [best.spared])
 
 
 def losses_until(

@@ -1,6 +1,7 @@
 """FedMoE's side of the race: a Redis, an aggregator, and workers that train the gateway."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,11 @@ from safetensors.torch import load
 
 from fedmoe.protocol.identity import BaseIdentity
 from fedmoe.protocol.names import GATEWAY, name_on_gateway
-from fedmoe.protocol.rules import BY_DOMAIN, AggregationRules, RuleSet
 from fedmoe.settings import RedisSettings
 from fedmoe.store.connection import Connection
 from fedmoe.store.gateway import GatewayStore
 from ops.bench.fedmoe_side import FINGERPRINT, aggregator_command, create_expert
+from ops.bench.plan import NEW_GATEWAY
 from ops.bench.processes import CONTEXT, Processes
 from ops.bench.race_seat import TRAINING, Seat, Setup, Snapshot
 from producers.checkpoint import StateDir
@@ -42,13 +43,10 @@ def train(pipe: Any, url: str, directory: Path, number: int) -> None:
 
 
 def run_fedmoe(directory: Path, setup: Setup) -> list[Snapshot]:
-    """The weights about once in `round_steps` steps of an ordinary client, for as long as Flower's rounds may take."""
-    spec, interval_s = setup.spec(), setup.round_steps * min(setup.step_s)
-    rules = RuleSet(
-        aggregation=AggregationRules(gain=2.0, balance=BY_DOMAIN),
-        training=TRAINING,
-        sync_interval_s=interval_s,
-    )
+    """The weights once in `sync_s`, until an ordinary client has taken its steps."""
+    spec = setup.spec()
+    rules = replace(NEW_GATEWAY, training=TRAINING, sync_interval_s=setup.sync_s)
+    n_moments = round(setup.steps * min(setup.step_s) / setup.sync_s)
     with Processes("race") as processes:
         url = processes.redis()
         experts = list(dict.fromkeys(setup.domains))
@@ -69,8 +67,8 @@ def run_fedmoe(directory: Path, setup: Setup) -> list[Snapshot]:
         began = time.monotonic()
         for pipe in pipes:
             pipe.send(None)
-        for moment in range(1, setup.rounds + 1):
-            processes.sleep(began + moment * interval_s - time.monotonic())
+        for moment in range(1, n_moments + 1):
+            processes.sleep(began + moment * setup.sync_s - time.monotonic())
             seen.append(Snapshot(time.monotonic() - began, _weights(store, setup)))
         connection.close()
     return seen

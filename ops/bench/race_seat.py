@@ -1,6 +1,7 @@
 """One client's place in the race: model, rows, trainer and pace. Both systems use this, each in its own processes."""
 
 import json
+import math
 import time
 from array import array
 from collections.abc import Mapping, Sequence
@@ -32,17 +33,24 @@ class Setup:
         model_dir: of the base model.
         domains: of each client's rows.
         step_s: seconds that a step of each client takes.
-        round_steps: steps of a client between two updates, in a round or at its own pace.
-        rounds: at most so many of them.
+        steps: an ordinary client takes at most so many.
+        sync_s: seconds between two updates of a client at its own pace.
+        round_steps: steps of each client in a round.
         pad_id: padding token.
     """
 
     model_dir: str
     domains: tuple[str, ...]
     step_s: tuple[float, ...]
+    steps: int
+    sync_s: float
     round_steps: int
-    rounds: int
     pad_id: int = 0
+
+    @property
+    def rounds(self) -> int:
+        """The number of rounds, until an ordinary client has taken its steps."""
+        return math.ceil(self.steps / self.round_steps)
 
     def spec(self) -> Spec:
         """The spec of the adapter that all train."""

@@ -6,6 +6,7 @@ And a run of `ops.bench.learning` in real processes.
 import json
 import time
 from array import array
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,9 @@ from fedmoe.protocol.rules import BY_WORKER, TrainingSettings
 from ops.bench.learning.real import play_real
 from ops.bench.learning.runs import Run
 from ops.bench.learning.times import reached
-from ops.bench.race import kept_points, losses_until
+from ops.bench.race import Arrival, Course, arrival_of, losses_until, race_figures
 from ops.bench.race_fedmoe import run_fedmoe
+from ops.bench.race_kept import Curve, kept_races, read, write
 from ops.bench.race_seat import Seat, Setup, Snapshot, prepare
 from tests.tiny import save_tiny_model, tiny_config
 
@@ -32,7 +34,7 @@ def made(tmp_path: Path, **changes: object) -> tuple[Path, Setup, dict[str, list
         * 4,
         "docs_expert": [Example(array("i", range(1, 6 + 1)), (Answer(1, 6, 1.0),))] * 4,
     }
-    settings = {"step_s": (0.05, 0.2), "round_steps": 4, "rounds": 6} | changes
+    settings = {"step_s": (0.05, 0.2), "steps": 24, "sync_s": 0.2, "round_steps": 4} | changes
     setup = Setup(model_dir=str(save_tiny_model(tmp_path / "model")), domains=tuple(rows), **settings)
     prepare(tmp_path / "race", setup, rows)
     return tmp_path / "race", setup, rows
@@ -62,26 +64,67 @@ def test_snapshots_are_tested_until_one_has_the_loss() -> None:
     assert reached([point[:2] for point in curve], 0.1) is None
 
 
-def test_a_kept_race_is_one_to_the_same_loss(tmp_path: Path) -> None:
-    """Its snapshots end with the first that had the loss; a file that was cut short is none."""
-    file = tmp_path / "race.json"
-    assert kept_points(file, 1.5) is None
-    text = json.dumps({"goal": 1.5, "points": [[0.0, 2.0, 0.0], [6.0, 1.4, 0.5]]})
-    file.write_text(text)
-    assert kept_points(file, 1.5) == [(0.0, 2.0, 0.0), (6.0, 1.4, 0.5)]
-    assert kept_points(file, 1.2) is None
-    for odd in (text[:30], json.dumps({"goal": 1.5, "points": [[0.0, 2.0]]}), "[]"):
-        file.write_text(odd)
-        assert kept_points(file, 1.5) is None
+def test_a_race_is_kept(tmp_path: Path) -> None:
+    """A file that was cut short, or that another release wrote, is none."""
+    curve = Curve("alike", "Flower, rounds of 6", 1.5, [(0.0, 2.0, 0.0), (6.0, 1.4, 0.5)])
+    file = tmp_path / curve.file_name("48x4s-n16")
+    assert file.name == "race-alike-Flower-rounds-of-6-48x4s-n16.json"
+    assert read(file) is None
+    write(file, curve)
+    assert read(file) == curve
+    text = file.read_text()
+    for odd in (text[:30], json.dumps({"goal": 1.5, "points": [[0.0, 2.0, 0.0]]}), "[]"):
+        (tmp_path / "race-odd.json").write_text(odd)
+        assert kept_races(tmp_path.glob("*.json")) == [curve]
+
+
+def test_a_contestant_races_once(tmp_path: Path) -> None:
+    """Later its file is read, unless another loss is to be reached."""
+    _, setup, rows = made(tmp_path)
+    played: list[Setup] = []
+
+    def system(directory: Path, setup: Setup) -> list[Snapshot]:
+        played.append(Seat(directory, 1).setup)
+        return [Snapshot(0.0, torch.tensor(2.0)), Snapshot(8.0, torch.tensor(1.0), 2.0)]
+
+    who = "Flower, rounds of 4"
+    course = Course(1.5, rows, float, tmp_path, tmp_path / "scratch", "24x0.05s-n2")
+    assert course.arrival("alike", who, system, setup) == Arrival(4.0, 3.0)
+    assert course.arrival("alike", who, system, setup) == Arrival(4.0, 3.0)
+    assert played == [setup]
+    other = replace(course, goal=0.5, scratch=tmp_path / "again")
+    assert other.arrival("alike", who, system, setup) is None
+    assert len(played) == 2
+    assert [curve.who for curve in kept_races(tmp_path.glob("race-*.json"))] == [who]
+
+
+def test_flower_s_best_round_length_counts() -> None:
+    """With and without the starts of its processes, that may be another length; one that arrives never is none."""
+    theirs = {3: Arrival(100.0, 40.0), 6: Arrival(90.0, 50.0), 12: None}
+    found = {one.name: one for one in race_figures("alike", Arrival(36.0, 36.0), theirs)}
+    assert found["race_alike"].value == pytest.approx(36 / 90)
+    assert found["race_alike"].met
+    assert found["race_alike_without_starts"].value == pytest.approx(36 / 40)
+    assert found["race_alike_flower_3_steps_s"].value == 100
+    assert "race_alike_flower_12_steps_s" not in found
+    assert "race_alike" not in {one.name for one in race_figures("alike", None, theirs)}
+    alone = [one.name for one in race_figures("straggler", Arrival(1.0, 1.0), {6: None})]
+    assert alone == ["race_straggler_fedmoe_s"]
+
+
+def test_an_arrival_is_between_two_snapshots() -> None:
+    curve = Curve("alike", "Flower, rounds of 6", 1.5, [(0.0, 2.0, 0.0), (20.0, 1.0, 8.0)])
+    assert arrival_of(curve) == Arrival(10.0, 6.0)
+    assert arrival_of(replace(curve, goal=0.5)) is None
 
 
 def test_our_side_trains_the_gateway_and_saves_it_along_the_way(tmp_path: Path) -> None:
     directory, setup, _ = made(tmp_path)
     seen = run_fedmoe(directory, setup)
-    assert len(seen) == setup.rounds + 1
+    assert len(seen) == 6 + 1
     seconds = [one.second for one in seen]
     assert seconds == sorted(seconds)
-    assert seconds[-1] >= setup.rounds * setup.round_steps * 0.05
+    assert seconds[-1] >= 24 * 0.05
     first = initial_weights(setup.spec().layout, 0)
     assert torch.equal(seen[0][1], first)
     assert not torch.equal(seen[-1][1], first)

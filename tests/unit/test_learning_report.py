@@ -11,7 +11,8 @@ from fedmoe.tools.routing import BY_VECTORS
 from ops.bench.learning.carry import BASE, OWN, Outcome, kept, outcomes, write
 from ops.bench.learning.lab import FITTED, FITTED_GROUPS
 from ops.bench.learning.report import figures, lines_of, plot, table
-from ops.bench.learning.runs import DOMAINS, GATEWAY, NEW_GATEWAY, Run
+from ops.bench.learning.runs import DOMAINS, GATEWAY, Run
+from ops.bench.plan import NEW_GATEWAY
 from ops.bench.result import BARS, Result
 
 MEASURED = Path(__file__).parents[2] / "ops" / "bench" / "learning" / "measured"

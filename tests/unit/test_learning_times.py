@@ -3,12 +3,15 @@
 from dataclasses import replace
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
 
 from ops.bench.learning.carry import BASE, OWN, Outcome, kept
+from ops.bench.learning.curves import plot_times
 from ops.bench.learning.runs import Run
-from ops.bench.learning.times import ALIKE, STRAGGLER, arrivals, reached, time_figures, time_table
-from tests.unit.test_learning_report import outcome
+from ops.bench.learning.times import ALIKE, STRAGGLER, arrivals, reached, time_figures, time_table, traced
+from ops.bench.race_kept import Curve
+from tests.unit.test_learning_report import MEASURED, outcome
 
 
 def test_when_a_loss_is_reached() -> None:
@@ -46,11 +49,25 @@ def test_own_pace_beside_the_fastest_rounds_of_the_same_seed() -> None:
     assert "straggler  rounds of 12 steps  gain 1   -" in time_table(made)
 
 
+def test_curves_are_drawn_with_their_goals_and_races(tmp_path: Path) -> None:
+    """A panel for each mix of workers and each race; without curves there is no file."""
+    file = tmp_path / "curves.png"
+    plot_times(file, [], [])
+    assert not file.exists()
+    ours = Curve("alike", "FedMoE, every 10 s", 1.5, [(0.0, 2.0, 0.0), (9.0, 1.4, 0.0)])
+    sizes = []
+    for curves, races in (([], [ours]), (traced(kept(MEASURED)), []), (traced(kept(MEASURED)), [ours])):
+        plot_times(file, curves, races)
+        sizes.append(plt.imread(file).shape)
+    (race_height, race_width, _), (height, width, _), both = sizes
+    assert width == 2 * race_width
+    assert both[:2] == (height + race_height, width)
+
+
 def test_the_page_has_the_figures_of_the_kept_runs() -> None:
     """The runs in the repository are those of the table of docs/benchmarks.md."""
-    root = Path(__file__).parents[2]
-    found = arrivals(kept(root / "ops" / "bench" / "learning" / "measured"))
-    page = (root / "docs" / "benchmarks.md").read_text()
+    found = arrivals(kept(MEASURED))
+    page = (Path(__file__).parents[2] / "docs" / "benchmarks.md").read_text()
     for way, name in (("own pace", "own pace, gain 2"), ("rounds of 6 steps", "rounds of 6 steps, gain 2")):
         seconds = {
             one.workers: one.seconds for one in found if (one.way, one.gain, one.seed) == (way, 2.0, 0)

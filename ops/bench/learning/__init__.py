@@ -14,6 +14,7 @@ start real processes.
     real      the same in real processes
     stage     one base model for all chains; lab: rows and held-out losses
     carry     carries a run out and keeps its outcome; report: table, figures, plot; times: when a loss is reached
+    curves    plots losses over time, also those of `ops.bench.race`
 """
 
 from collections.abc import Iterator
@@ -22,17 +23,19 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from ops.bench.learning.carry import Found, outcomes
+from ops.bench.learning.curves import plot_times
 from ops.bench.learning.report import figures, lines_of, plot, table
 from ops.bench.learning.runs import PARTS
-from ops.bench.learning.times import arrivals, time_figures, time_table
+from ops.bench.learning.times import arrivals, time_figures, time_table, traced
 from ops.bench.plan import Plan
+from ops.bench.race_kept import kept_races
 from ops.bench.result import Result
 
-TABLE, PICTURE = "learning.txt", "learning.png"
+TABLE, PICTURE, TIMES = "learning.txt", "learning.png", "learning-time.png"
 
 
 def run(plan: Plan) -> Iterator[Result]:
-    """All runs of the plan's parts, then the table; with a directory to keep them in, also the plot."""
+    """All runs of the plan's parts, then the table; with a directory to keep them in, also the plots."""
     learning = plan.learning
     runs = [run for part in learning.parts for run in PARTS[part](learning.rows, learning.seeds)]
     with ExitStack() as stack:
@@ -44,10 +47,11 @@ def run(plan: Plan) -> Iterator[Result]:
 
 
 def show(found: Found, keep: Path | None) -> None:
-    """Print the tables; with a directory, write them and the plot there too."""
+    """Print the tables; with a directory, write them and the plots there too."""
     lines = lines_of(found)
     text = "\n".join(part for part in (table(lines), time_table(arrivals(found))) if part)
     print(text, flush=True)
     if keep:
         (keep / TABLE).write_text(text + "\n")
         plot(keep / PICTURE, lines)
+        plot_times(keep / TIMES, traced(found), kept_races(keep.glob("race-*.json")))

@@ -15,7 +15,8 @@ from fedmoe.protocol.rules import ADAPTIVE, BY_WORKER, NESTEROV
 from fedmoe.tools.routing import BY_VECTORS
 from ops.bench.learning.carry import BASE, OPTED_OUT, OVER, OWN, Outcome
 from ops.bench.learning.lab import FITTED, FITTED_GROUPS
-from ops.bench.learning.runs import BLOCKS, GATEWAY, NEW_GATEWAY, ONE_PASS, SYNC_S, Run
+from ops.bench.learning.runs import BLOCKS, GATEWAY, ONE_PASS, SYNC_S, Run
+from ops.bench.plan import NEW_GATEWAY
 from ops.bench.result import Result, figure
 
 FIXED = tuple(f"cat {scale:g}" for scale in SCALES)

@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from fedmoe.protocol.names import GATEWAY
-from fedmoe.protocol.rules import ADAPTIVE, BY_DOMAIN, BY_WORKER, NESTEROV, SGD, AggregationRules, RuleSet
+from fedmoe.protocol.rules import ADAPTIVE, BY_DOMAIN, BY_WORKER, NESTEROV, SGD, AggregationRules
+from ops.bench.plan import NEW_GATEWAY
 
 DOMAINS = ("python_expert", "sql_expert", "docs_expert")
 HALVES = tuple(
@@ -12,7 +13,6 @@ HALVES = tuple(
 )  # by source
 SYNC_S = 6.0  # virtual seconds between two updates of a worker, and its steps meanwhile
 TRACE_ROWS = 16  # held-out rows of a domain at most, where the loss is measured along the way
-NEW_GATEWAY = RuleSet().for_gateway()  # its rules, unless an operator chooses others
 ALL = "all"  # a worker of this domain has the rows of every domain
 ONE_PASS, BLOCKS = "onepass", "blocks"
 SCHEMES = {

@@ -15,7 +15,20 @@ from ops.bench.result import Result, figure
 
 PART = 0.8  # of perfect routing's gain
 ALIKE, STRAGGLER = "four", "straggler"
+OWN_PACE = "own pace"
 Curve = Sequence[Sequence[float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Traced:
+    """How the loss of one run fell: (virtual second, loss) with the loss to reach; the other fields as in Arrival."""
+
+    workers: str
+    way: str
+    gain: float
+    seed: int
+    goal: float
+    curve: Curve
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +37,7 @@ class Arrival:
 
     Args:
         workers: the mix, ALIKE or STRAGGLER.
-        way: "own pace" or "rounds of K steps"; gain: of the run.
+        way: OWN_PACE or "rounds of K steps"; gain: of the run.
         seconds: virtual seconds; None if the run ended before.
     """
 
@@ -56,8 +69,8 @@ def with_straggler(run: Run, curve: Curve) -> list[list[float]]:
     ]
 
 
-def arrivals(found: Iterable[tuple[Run, Outcome]]) -> list[Arrival]:
-    """An arrival for every traced run whose seed has experts trained apart, on as many rows."""
+def traced(found: Iterable[tuple[Run, Outcome]]) -> list[Traced]:
+    """A curve for every traced run whose seed has experts trained apart, on as many rows; two of a run in rounds."""
     pairs = list(found)
     goals = {
         (run.seed, run.rows): _goal(outcome)
@@ -69,13 +82,20 @@ def arrivals(found: Iterable[tuple[Run, Outcome]]) -> list[Arrival]:
         goal = goals.get((run.seed, run.rows))
         if not run.trace or goal is None:
             continue
+        curves = {run.mix: outcome.curve}
         if run.scheme == "rounds":
-            way, late = f"rounds of {run.sync_s:g} steps", with_straggler(run, outcome.curve)
-            made.append(Arrival(ALIKE, way, run.gain, run.seed, reached(outcome.curve, goal)))
-            made.append(Arrival(STRAGGLER, way, run.gain, run.seed, reached(late, goal)))
-        else:
-            made.append(Arrival(run.mix, "own pace", run.gain, run.seed, reached(outcome.curve, goal)))
+            curves = {ALIKE: outcome.curve, STRAGGLER: with_straggler(run, outcome.curve)}
+        way = f"rounds of {run.sync_s:g} steps" if run.scheme == "rounds" else OWN_PACE
+        made += [Traced(workers, way, run.gain, run.seed, goal, curve) for workers, curve in curves.items()]
     return made
+
+
+def arrivals(found: Iterable[tuple[Run, Outcome]]) -> list[Arrival]:
+    """When each curve of `traced` comes down to its goal."""
+    return [
+        Arrival(one.workers, one.way, one.gain, one.seed, reached(one.curve, one.goal))
+        for one in traced(found)
+    ]
 
 
 def _goal(outcome: Outcome) -> float:
@@ -103,13 +123,13 @@ def time_figures(all_: Sequence[Arrival]) -> Iterator[Result]:
     for workers in (ALIKE, STRAGGLER):
         ratios = []
         for one in all_:
-            if one.workers != workers or one.way != "own pace" or one.seconds is None:
+            if one.workers != workers or one.way != OWN_PACE or one.seconds is None:
                 continue
             others = [
                 other.seconds
                 for other in all_
                 if (other.workers, other.seed) == (workers, one.seed)
-                and other.way != "own pace"
+                and other.way != OWN_PACE
                 and other.seconds is not None
             ]
             if others:

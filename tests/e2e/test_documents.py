@@ -65,6 +65,7 @@ NOT_TYPED = {
     "bash ops/bench.sh --only learning --quick": "trains for minutes",
     "bash ops/bench.sh --only learning --keep bench-learning": "trains for hours",
     "bash ops/bench.sh --only learning --part main formats --rows 32 --keep bench-learning": "trains for hours",
+    "bash ops/bench.sh --only learning --part shared --keep bench-learning": "trains for hours",
     "bash ops/bench.sh --only learning --part real --keep bench-learning": "trains for minutes; a test runs a tiny one",
     ".venv/bin/python -m ops.bench.learning bench-learning": "needs what the one before keeps",
     ".venv/bin/python -m ops.bench.learning ops/bench/learning/measured": WRITES,

@@ -133,9 +133,8 @@ def test_a_block_sees_the_others_as_last_pulled() -> None:
 @cache
 def _lab(directory: Path) -> Lab:
     rows = {name: examples(seed) for seed, name in enumerate(DOMAINS)}
-    lab = Lab(2, Material(rows, rows, rows, pad_id=0, model_dir=str(save_tiny_model(directory))))
-    lab._autocast = torch.float32  # also on a machine that computes in bf16
-    return lab
+    material = Material(rows, rows, rows, pad_id=0, model_dir=str(save_tiny_model(directory)))
+    return Lab(2, material, precision="fp32")
 
 
 @pytest.fixture
@@ -203,8 +202,7 @@ def test_merges_are_fitted_on_validation_rows_only(lab: Lab) -> None:
         name: initial_weights(spec.layout, 0) + 0.05 * randn(seed, spec.layout.numel)
         for seed, name in enumerate(DOMAINS)
     }
-    blind = Lab(2, Material({}, lab.valid, {}, pad_id=0, model_dir=lab.model_dir))
-    blind._autocast = torch.float32
+    blind = Lab(2, Material({}, lab.valid, {}, pad_id=0, model_dir=lab.model_dir), precision="fp32")
     found = blind.fitted(run, experts)
     assert list(found) == [FITTED, FITTED_GROUPS]
     rows = {name: lab.valid[name][:4] for name in DOMAINS}

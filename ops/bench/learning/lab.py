@@ -8,7 +8,7 @@ from functools import cache
 from itertools import cycle, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -31,11 +31,11 @@ from fedmoe.protocol.rules import TrainingSettings
 from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.vectors import DomainVector, nearest
 from fedmoe.tools.arrow import arrow_loaded
-from fedmoe.tools.evaluate import Adapter, mean_loss, mean_of_rows, row_losses
+from fedmoe.tools.evaluate import BASE, Adapter, mean_loss, mean_of_rows, row_losses
 from fedmoe.util.disk import cache_directory
 from ops.bench.fedmoe_side import make_spec
 from ops.bench.learning.runs import ALL, DOMAINS, GATEWAY, HALVES, Run, WorkerPlan
-from ops.bench.learning.stage import Stage, StageTrainer
+from ops.bench.learning.stage import Stage, StageTrainer, linears_in
 from producers.vector import some_of
 
 CPU = torch.device("cpu")
@@ -62,23 +62,44 @@ class Material(NamedTuple):
     model_dir: str
 
 
+class Remembering(Objective):
+    """An objective that computes the loss of equal weights once, for however many groups of layers they are."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._known: dict[tuple[float, ...], float] = {}
+
+    def __call__(self, weights: torch.Tensor) -> float:
+        """As Objective."""
+        if weights.requires_grad or not torch.equal(weights, weights[:1].expand_as(weights)):
+            return super().__call__(weights)
+        key = tuple(weights[0].tolist())
+        if key not in self._known:
+            self._known[key] = super().__call__(weights)
+        return self._known[key]
+
+
 class Lab:
     """One base model at one rank, with the rows of all domains.
 
     Args:
         rank: of the adapters; alpha is twice the rank.
         material: the demo's by default.
+        precision: as in `choose_precision`.
     """
 
-    def __init__(self, rank: int, material: Material | None = None) -> None:
+    def __init__(self, rank: int, material: Material | None = None, precision: str = "auto") -> None:
         torch.set_num_threads(min(THREADS, torch.get_num_threads()))
         self.train, self.valid, self.test, self.pad_id, self.model_dir = material or demo_rows()
         lora = LoraSettings(rank=rank, alpha=2.0 * rank)
         self._spec = make_spec(adapter_layout(load_config(self.model_dir), lora), "int4", lora=lora)
         self.stage = Stage(load_base(self.model_dir, device=CPU, dtype=torch.float32), self._spec)
         self._vectors: dict[str, torch.Tensor] = {}
-        self._autocast = choose_precision("auto", CPU)
+        self._prompts: dict[tuple[str, int], torch.Tensor] = {}  # domain, rows → their states
+        self._known: dict[tuple[str, str, int], torch.Tensor] = {}  # adapters, domain, rows → their losses
+        self._autocast = choose_precision(precision, CPU)
         self.precision = str(self._autocast).removeprefix("torch.")
+        linears_in(self.stage.model, self._autocast)
 
     def spec(self, run: Run, chain: str = GATEWAY) -> Spec:
         """The spec of a chain of the run."""
@@ -110,12 +131,39 @@ class Lab:
         *,
         frozen: Sequence[torch.Tensor] = (),
     ) -> dict[str, float]:
-        """The held-out loss of an adapter on some domains, with others (numel,) active beside it."""
-        if isinstance(adapter, Merged):
-            self.stage.show_merged(adapter)
-        else:
-            self.stage.show(adapter, frozen=frozen)
-        return self._shown_losses({domain: self.test[domain][:rows] for domain in domains})
+        """The held-out loss of an adapter on some domains, with others (numel,) active beside it.
+
+        What was computed before is not computed again.
+        """
+        key = None if isinstance(adapter, Merged) else self._key(adapter, *frozen)
+        found = {}
+        for domain in domains:
+            examples, known = self.test[domain][:rows], key and (key, domain, rows)
+            losses = self._known.get(known) if known else None
+            if losses is None:
+                if isinstance(adapter, Merged):
+                    self.stage.show_merged(adapter)
+                else:
+                    self.stage.show(adapter, frozen=frozen)
+                losses = self._row_losses(examples)
+            if known:
+                self._known[known] = losses
+            found[domain] = mean_of_rows(losses, examples)
+        return found
+
+    def _key(self, *adapters: torch.Tensor) -> str:
+        """What identifies these adapters (numel,) together: those with B = 0 are all alike, because they do nothing."""
+        used = [
+            flat
+            for flat in adapters
+            if any(view.any() for name, view in self._spec.layout.views(flat).items() if ".lora_B." in name)
+        ]
+        return " ".join(hashlib.sha256(flat.numpy()).hexdigest() for flat in used) or BASE
+
+    def _row_losses(self, examples: Sequence[Example]) -> torch.Tensor:
+        return row_losses(
+            self.stage.model, examples, pad_id=self.pad_id, batch_size=4, device=CPU, autocast=self._autocast
+        )
 
     def valid_losses(self, rows: int, flat: torch.Tensor, domains: Iterable[str]) -> dict[str, float]:
         """The loss of an adapter (numel,) on at most FIT_ROWS validation rows of each of some domains."""
@@ -123,24 +171,14 @@ class Lab:
         return self._shown_losses({domain: self.valid[domain][: min(FIT_ROWS, rows)] for domain in domains})
 
     def _shown_losses(self, rows: Rows) -> dict[str, float]:
-        return {
-            domain: mean_loss(
-                self.stage.model,
-                examples,
-                pad_id=self.pad_id,
-                batch_size=4,
-                device=CPU,
-                autocast=self._autocast,
-            )
-            for domain, examples in rows.items()
-        }
+        return {domain: mean_of_rows(self._row_losses(each), each) for domain, each in rows.items()}
 
     def fitted(self, run: Run, experts: Mapping[str, torch.Tensor]) -> dict[str, Merged]:
         """The merges with the weights that `fedmoe gateway fit` finds on validation rows of these experts' domains."""
         inputs = inputs_of(self.spec(run), experts)
         rows = {name: self.valid[name][: min(FIT_ROWS, run.rows)] for name in experts}
         stacked = side_by_side(inputs.values())
-        with Objective(
+        with Remembering(
             self.stage.model, inputs, rows,
             pad_id=self.pad_id, batch_size=4, device=CPU, autocast=self._autocast, report=lambda line: None,
             adapter=self.stage.show_merged(stacked),
@@ -179,18 +217,20 @@ class Lab:
         """The held-out loss on the domains of these experts, each row with the one to which its vector routes it."""
         names = list(experts)
         vectors = torch.stack([self._vector(name) for name in names])
-        found = {}
+        found: dict[str, float] = {}
         for domain in names:
             examples = list(self.test[domain][:rows])
-            chosen = nearest(self._states(examples), vectors).tolist()
+            if (domain, rows) not in self._prompts:
+                self._prompts[domain, rows] = self._states(examples)
+            chosen = nearest(self._prompts[domain, rows], vectors).tolist()
+            if len(set(chosen)) == 1:
+                found |= self.losses(rows, experts[names[chosen[0]]], [domain])
+                continue
             losses = torch.zeros(len(examples), dtype=torch.float64)
             for number in set(chosen):
                 self.stage.show(experts[names[number]])
                 here = [place for place, one in enumerate(chosen) if one == number]
-                losses[here] = row_losses(
-                    self.stage.model, [examples[place] for place in here],
-                    pad_id=self.pad_id, batch_size=4, device=CPU, autocast=self._autocast,
-                )  # fmt: skip
+                losses[here] = self._row_losses([examples[place] for place in here])
             found[domain] = mean_of_rows(losses, examples)
         return found
 
@@ -203,6 +243,7 @@ class Lab:
             adapters.append(Adapter(file=bytes(buffer.file), config=self._spec.adapter_config()))
         base = load_base(self.model_dir, device=CPU, dtype=torch.float32)
         with arrow_loaded(base, adapters) as model:
+            linears_in(model, self._autocast)
             return {
                 domain: mean_loss(
                     model, self.test[domain][:rows], pad_id=self.pad_id, batch_size=4, device=CPU,

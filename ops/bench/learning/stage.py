@@ -21,6 +21,16 @@ from producers.trainer import Computed, Trainer
 OWN, PARTNER = "default", "partner"  # the trained adapter, and one that is trained by the same pass
 
 
+def linears_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Keep the frozen linear layers of a model, with or without adapters, in the dtype in which autocast computes.
+
+    Autocast would convert their fp32 weights to it at every pass, to the same bits.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and ".lora_" not in name:
+            module.weight = nn.Parameter(module.weight.detach().to(dtype), requires_grad=False)
+
+
 class Stage:
     """A model whose adapters are views of whatever flat vectors are shown on it."""
 

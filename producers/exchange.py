@@ -17,6 +17,7 @@ import torch
 from fedmoe.protocol.rules import TrainingSettings
 from fedmoe.protocol.validation import Measured
 from producers.ledger import Change, Trained
+from producers.spares import Spares
 
 
 class Step(Protocol):
@@ -52,8 +53,8 @@ class Trains(Protocol):
     flat: torch.Tensor
     position: int
 
-    def state(self) -> Mapping[str, torch.Tensor]:
-        """A copy on the CPU of the optimizer's state."""
+    def state(self, spares: Spares) -> Mapping[str, torch.Tensor]:
+        """A copy on the CPU of the optimizer's state, in spare vectors where they fit."""
         ...
 
     def adopt(self, settings: TrainingSettings) -> None:
@@ -79,16 +80,24 @@ class Exchange:
         with_optimizer: copy the optimizer's state too (for a checkpoint).
         trained: counts of what a resumed worker had trained since its last update.
         abandons: the current step may be abandoned at the end, because the training takes its steps by `take_step`.
+        spares: from which copies are taken, and to which corrections are given when they are added; the ledger's.
     """
 
     def __init__(
-        self, trainer: Trains, *, with_optimizer: bool, trained: Trained | None = None, abandons: bool = True
+        self,
+        trainer: Trains,
+        *,
+        with_optimizer: bool,
+        trained: Trained | None = None,
+        abandons: bool = True,
+        spares: Spares | None = None,
     ) -> None:
         self._trainer = trainer
         self._with_optimizer = with_optimizer
         self._lock = threading.Lock()
         self._changes: deque[Change] = deque()
         self._settings: TrainingSettings | None = None  # to be adopted at the next boundary
+        self._spares = spares or Spares(trainer.flat.numel())
         self._trained = trained or Trained()
         self._wanted = False
         self._consume = False
@@ -142,7 +151,8 @@ class Exchange:
                 self._settings = None
             while self._changes:
                 self.apply_change(self._changes[0])  # stays in the queue if memory runs out
-                self._changes.popleft()
+                if (added := self._changes.popleft().correction) is not None:
+                    self._spares.give(added)
             self._copy_if_wanted()
 
     def _copy_if_wanted(self) -> None:
@@ -150,17 +160,17 @@ class Exchange:
         if not self._wanted:
             return
         self._wanted = False
-        local = self._trainer.flat.detach().to("cpu", copy=True)
+        local = self._spares.copy(self._trainer.flat)
         trained, position = self._trained, self._trainer.position
         for change in self._changes:
-            local = _changed(local, change)
+            _add(change, local)
             trained = Trained() if change.replace else trained
             position = int(change.position) if change.position.isdecimal() else position
         self._state = TrainingState(
             local=local,
             trained=replace(trained, position=str(position)),
             position=position,
-            optimizer=self._trainer.state() if self._with_optimizer else {},
+            optimizer=self._trainer.state(self._spares) if self._with_optimizer else {},
         )
         if self._consume:
             self._trained = Trained()
@@ -168,11 +178,7 @@ class Exchange:
 
     def apply_change(self, change: Change) -> None:
         """Add a correction to the adapter, or replace the adapter by it."""
-        flat = self._trainer.flat
-        if change.correction is not None:
-            correction = change.correction.to(flat.device)
-            with torch.no_grad():
-                flat.copy_(correction) if change.replace else flat.add_(correction)
+        _add(change, self._trainer.flat)
         if change.replace:
             self._trained = Trained()
         if change.position.isdecimal():
@@ -204,6 +210,11 @@ class Exchange:
             return None
         state, self._state = self._state, None
         return state
+
+    def give_back(self, state: TrainingState) -> None:
+        """Sync thread: use the memory of a copy again, which nobody needs any more."""
+        for copy in (state.local, *state.optimizer.values()):
+            self._spares.give(copy)
 
     def take_now(self) -> TrainingState | None:
         """Sync thread, at the end of the drain: the requested copy, without waiting for the end of a step.
@@ -250,7 +261,8 @@ class Exchange:
         return measured
 
 
-def _changed(local: torch.Tensor, change: Change) -> torch.Tensor:
-    if change.correction is None:
-        return local
-    return change.correction.clone() if change.replace else local + change.correction
+def _add(change: Change, local: torch.Tensor) -> None:
+    if change.correction is not None:
+        correction = change.correction.to(local.device)
+        with torch.no_grad():
+            local.copy_(correction) if change.replace else local.add_(correction)

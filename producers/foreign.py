@@ -12,6 +12,7 @@ from fedmoe.errors import SettingsError
 from fedmoe.model.adapter import BoundAdapter
 from fedmoe.protocol.rules import TrainingSettings
 from fedmoe.protocol.validation import MAX_SET_CHARS, Measured
+from producers.spares import Spares
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ class ForeignTrainer:
     def adopt(self, settings: TrainingSettings) -> None:
         """Nothing: a foreign loop chooses its own settings."""
 
-    def state(self) -> Mapping[str, torch.Tensor]:
+    def state(self, spares: Spares) -> Mapping[str, torch.Tensor]:
         """A copy on the CPU of the optimizer's state of this adapter, with a mark of the kind of optimizer.
 
         Empty if the state holds anything but tensors and numbers.
@@ -41,7 +42,7 @@ class ForeignTrainer:
         for name, parameter in self._bound.parameters().items():
             for key, value in self._optimizer.state.get(parameter, {}).items():
                 if isinstance(value, torch.Tensor):
-                    state[f"{name}|{key}"] = value.detach().to("cpu", copy=True)
+                    state[f"{name}|{key}"] = spares.copy(value)
                 elif isinstance(value, int | float):
                     state[f"{name}|{key}|{type(value).__name__}"] = torch.tensor(value)
                 elif value is not None:

@@ -30,6 +30,7 @@ from fedmoe.protocol.records import Decided, Meta
 from fedmoe.protocol.update import Header, Part, UpdateId
 from fedmoe.protocol.validation import Measured
 from fedmoe.protocol.vectors import DomainVector
+from producers.spares import Spares
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +165,9 @@ class Ledger:
         vector: this worker's domain vector, which updates bring until one of them is applied (`has_told`); None: they
             bring none.
         keep_decided_s, keep_decided_bytes: how many seconds decided updates are kept, and their maximum size (bytes).
+
+    Attributes:
+        spares: from which the ledger takes the vectors it makes, and to which it gives each base that it replaces.
     """
 
     base: torch.Tensor
@@ -178,12 +182,11 @@ class Ledger:
     has_told: bool = False
     keep_decided_s: float = 60.0
     keep_decided_bytes: int = 256 * 1024 * 1024
-    # Buffers to reuse: to allocate memory of an adapter's size takes longer than to compute in it.
-    _progress: torch.Tensor = field(init=False, repr=False, compare=False)
+    spares: Spares = field(init=False, repr=False, compare=False)
     _scratch: torch.Tensor = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        self._progress = torch.empty(len(self.base))
+        self.spares = Spares(len(self.base))
         self._scratch = torch.empty(scratch_values(len(self.base)))
 
     @property
@@ -199,8 +202,8 @@ class Ledger:
         return total
 
     def progress(self, local: torch.Tensor) -> torch.Tensor:
-        """Local − base − pending, (numel,) fp32, in a buffer that the next call on the ledger overwrites."""
-        progress = torch.sub(local, self.base, out=self._progress)
+        """Local − base − pending, (numel,) fp32, in memory of its own."""
+        progress = torch.sub(local, self.base, out=self.spares.take())
         for update in self.queue:
             update.add_to(progress, self._scratch, sign=-1.0)
         return progress
@@ -208,7 +211,10 @@ class Ledger:
     def cut(self, local: torch.Tensor, wire_format: str) -> EncodedUpdate:
         """The progress, local − base − pending, encoded as the parts of an update, with its L2 norm."""
         if self.queue:
-            return cut(self.progress(local), wire_format)
+            progress = self.progress(local)
+            encoded = cut(progress, wire_format)
+            self.spares.give(progress)
+            return encoded
         return cut(local, wire_format, minus=self.base)
 
     def make_update(
@@ -267,6 +273,7 @@ class Ledger:
         """Update the books from what one MULTI read in Redis; `weights` None means that the base is still current.
 
         The ledger takes ownership of `weights`, which become the base, and the caller may no longer use the old base.
+        The caller owns the correction, and may give it to `spares` once it is added.
         `packed` are the bytes from which the weights were unpacked.
 
         Raises:
@@ -347,14 +354,15 @@ class Ledger:
         old, new = {u.id for u in self.queue}, {u.id for u in queue}
         correction = None
         if weights is not None:
-            correction = torch.sub(weights, self.base, out=self._progress)
+            correction = torch.sub(weights, self.base, out=self.spares.take())
         elif old != new:
-            correction = torch.zeros_like(self.base)
+            correction = self.spares.take().zero_()
         for update in (*self.queue, *queue):
             if correction is not None and (update.id in old) != (update.id in new):
                 update.add_to(correction, self._scratch, sign=1.0 if update.id in new else -1.0)
-        if weights is not None:  # the correction owns its memory now; the old base becomes the buffer
-            self.base, self._progress = weights, self.base
+        if weights is not None:
+            self.spares.give(self.base)
+            self.base = weights
         self.meta, self.kept, self.queue = meta, kept, queue
         return correction
 

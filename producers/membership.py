@@ -199,7 +199,9 @@ class Membership:
         ledger.vector = vector
         trainer.adopt(ledger.meta.rules.training)  # until the next pull
         state_dir = self._state_dir
-        self.exchange = exchange(trainer, with_optimizer=state_dir is not None, trained=trained)
+        self.exchange = exchange(
+            trainer, with_optimizer=state_dir is not None, trained=trained, spares=ledger.spares
+        )
         self.sync = wire(
             self.store, ledger, self.exchange, self.spec,
             identity=self.identity, data=data, state_dir=state_dir, training_fields=training_fields,

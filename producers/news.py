@@ -1,14 +1,28 @@
-"""Reports the result of a pull: in the log, and in the status that progress line and heartbeat show."""
+"""Says what a pull means: whether to go on, in the log, and in the status that progress line and heartbeat show."""
 
 import logging
 from dataclasses import replace
 from typing import NamedTuple
 
+from fedmoe.errors import RefusedError
+from fedmoe.protocol.identity import BaseIdentity
+from fedmoe.protocol.records import Meta
 from fedmoe.protocol.rules import RuleSet
+from fedmoe.protocol.spec import Spec
 from producers.heartbeat import SyncStatus
 from producers.ledger import Change, Ledger
 
 logger = logging.getLogger(__name__)
+
+
+def check_still_welcome(meta: Meta, spec: Spec, identity: BaseIdentity, expert: str) -> None:
+    """Raise RefusedError if every further update of a worker with this spec and base model would be refused."""
+    if meta.spec != spec.digest:
+        raise RefusedError(
+            f"expert {expert!r} was created again with another spec: restart this worker", about="spec"
+        )
+    if refusal := identity.refusal(meta, expert):
+        raise RefusedError(refusal, about=identity.differing(meta)[0])
 
 
 def status_after(status: SyncStatus, change: Change, ledger: Ledger, steps: int) -> SyncStatus:

@@ -9,6 +9,7 @@ from fedmoe.protocol.packed import unpack
 from fedmoe.protocol.records import Decided, Meta
 from fedmoe.protocol.spec import Spec
 from fedmoe.store.worker import WorkerStore
+from producers.spares import Spares
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,14 +26,19 @@ class Pulled:
     packed: tuple[bytes, ...] = ()
 
 
-def pull(store: WorkerStore, spec: Spec, *, known: str) -> Pulled:
-    """Read the expert, and its weights unless their commit is `known`; raises what WorkerStore.pull raises."""
+def pull(store: WorkerStore, spec: Spec, *, known: str, spares: Spares | None = None) -> Pulled:
+    """Read the expert, and its weights unless their commit is `known`; raises what WorkerStore.pull raises.
+
+    The weights are written to one of the `spares`, if they are given.
+    """
+    spares = spares or Spares(spec.layout.numel)
     found = store.pull(spec, known=known)
     if found.packed:
-        weights = unpack(found.packed, spec, found.meta.weights_commit)
-        if weights is not None:
-            return Pulled(found.meta, found.decided, weights, found.packed)
+        out = spares.take()
+        if unpack(found.packed, spec, found.meta.weights_commit, out) is not None:
+            return Pulled(found.meta, found.decided, out, found.packed)
+        spares.give(out)
         # The packed weights were overwritten, or were made from other initial weights.
         found = store.pull_exact(spec)
-    exact = values_of_chunks(spec.layout, found.exact) if found.exact else None
+    exact = values_of_chunks(spec.layout, found.exact, spares.take()) if found.exact else None
     return Pulled(found.meta, found.decided, exact)

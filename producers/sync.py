@@ -22,7 +22,6 @@ from fedmoe.errors import (
     UnknownExpertError,
 )
 from fedmoe.protocol.identity import BaseIdentity
-from fedmoe.protocol.records import Meta
 from fedmoe.protocol.rules import RuleSet
 from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.update import UpdateId
@@ -33,7 +32,7 @@ from producers.checkpoint import Checkpoint
 from producers.exchange import Exchange, TrainingState
 from producers.heartbeat import SyncStatus
 from producers.ledger import Change, Ledger, Trained
-from producers.news import Fixed, change_of_rules, has_diverged, status_after
+from producers.news import Fixed, change_of_rules, check_still_welcome, has_diverged, status_after
 from producers.outbox import Outbox, Prepare, Talk
 from producers.pace import Pace, Timetable
 from producers.ports import Heart, Saves, Watch
@@ -259,8 +258,12 @@ class Sync:
             )  # fmt: skip
             self.status = replace(self.status, in_flight=update.header.seq, in_flight_since=now)
             self.outbox = self.outbox.made(must_save=self._saver is not None)
-            self.unsaved = replace(state, trained=Trained()) if self._saver else None
+            if self._saver:
+                self.unsaved = replace(state, trained=Trained())
+            else:
+                self._exchange.give_back(state)
         elif not self.times.is_ending:
+            self._exchange.give_back(state)
             self._pull()  # nothing was trained on the old base, so a newer one costs nothing
         else:
             if self._saver:
@@ -273,6 +276,7 @@ class Sync:
         assert self._saver is not None
         assert self.unsaved is not None
         if self._saver.is_due and self._save(self.unsaved):
+            self._exchange.give_back(self.unsaved)
             self.outbox, self.unsaved = self.outbox.saved(), None
 
     def _diverged(self, norm: float, steps: int) -> bool:
@@ -293,6 +297,7 @@ class Sync:
         self.outbox = replace(self.outbox, checkpointing=state is None)
         if state is not None:
             self.times.save_at = now + (self._checkpoint_interval_s if self._save(state) else RETRY_S)
+            self._exchange.give_back(state)
         return state is not None
 
     def _save(self, state: TrainingState) -> bool:
@@ -358,8 +363,10 @@ class Sync:
         `seen` is the weights' commit that a poll has just shown, "" if nobody has looked.
         """
         mine, rules = self.ledger.meta.weights_commit, self.ledger.meta.rules
-        pulled = pull(self._store, self._spec, known=mine if seen in ("", mine) else "")
-        self._check_still_welcome(pulled.meta)
+        pulled = pull(
+            self._store, self._spec, known=mine if seen in ("", mine) else "", spares=self.ledger.spares
+        )
+        check_still_welcome(pulled.meta, self._spec, self._identity, self._store.expert)
         change = self.ledger.observe(
             pulled.meta, pulled.weights, pulled.decided, now=self._clock(), packed=pulled.packed
         )
@@ -370,16 +377,6 @@ class Sync:
         self.pace.moved_on()
         self.status = status_after(self.status, change, self.ledger, steps)
         self._follow_rules(rules)
-
-    def _check_still_welcome(self, meta: Meta) -> None:
-        """Raise RefusedError if every further update would be refused."""
-        if meta.spec != self._spec.digest:
-            raise RefusedError(
-                f"expert {self._store.expert!r} was created again with another spec: restart this worker",
-                about="spec",
-            )
-        if refusal := self._identity.refusal(meta, self._store.expert):
-            raise RefusedError(refusal, about=self._identity.differing(meta)[0])
 
     def _look_for_rules(self) -> None:
         """Pull if a heartbeat found that an operator changed the rules or rolled the expert back."""

@@ -16,6 +16,7 @@ from fedmoe.data.examples import collate, indices
 from fedmoe.errors import TooLittleMemoryError
 from fedmoe.model.loss import completion_loss
 from fedmoe.protocol.rules import TrainingSettings
+from producers.spares import Spares
 
 MICRO_BATCH, TOO_LARGE = "micro_batch", "too_large"  # names in the state
 MOST_MISSES = 8  # if so many examples in a row do not fit alone, the memory is too small, not they too large
@@ -221,13 +222,14 @@ class Trainer:
             applied=computed.n_tokens > 0 and self._apply(computed.loss),
         )
 
-    def state(self) -> dict[str, torch.Tensor]:
-        """A copy on the CPU of the state that a restart needs.
+    def state(self, spares: Spares | None = None) -> dict[str, torch.Tensor]:
+        """A copy on the CPU of the state that a restart needs, in spare vectors if they are given.
 
         It holds the optimizer's exp_avg (numel,), exp_avg_sq (numel,) and step (); micro_batch (), the number of
         examples at a time that fit into memory; and too_large (k,), the examples that do not fit alone, if any.
         """
-        state = {name: tensor.to("cpu", copy=True) for name, tensor in self._moments.items()}
+        spares = spares or Spares(len(self.flat))
+        state = {name: spares.copy(tensor) for name, tensor in self._moments.items()}
         state[MICRO_BATCH] = torch.tensor(self._micro_batch)
         if self._too_large:
             state[TOO_LARGE] = torch.tensor(sorted(self._too_large))

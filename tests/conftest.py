@@ -5,6 +5,7 @@ Integration tests run once on each server there is: Redis on PATH and the Valkey
 these tests elsewhere.
 """
 
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from fedmoe.cli.main import cli
 from fedmoe.settings import RedisSettings
 from fedmoe.store.connection import Connection
 from fedmoe.store.embedded import EmbeddedRedis, wheel_server
+from producers.spares import Spares
 
 torch.set_num_threads(1)
 
@@ -67,6 +69,18 @@ def server(request: pytest.FixtureRequest) -> Iterator[EmbeddedRedis]:
 def _no_workers_to_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """No worker of an earlier life is about to write its heartbeat."""
     monkeypatch.setattr("consumers.recovery.creation.HEARD_WITHIN_S", 0.0)
+
+
+@pytest.fixture(autouse=True)
+def _spares_are_spoiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A vector is NaN from when it is given back until whoever takes it writes to it: no other use goes unnoticed."""
+    give, take = Spares.give, Spares.take
+
+    def spoil(self: Spares, tensor: torch.Tensor) -> None:
+        give(self, tensor.fill_(math.nan) if tensor.is_floating_point() else tensor)
+
+    monkeypatch.setattr(Spares, "give", spoil)
+    monkeypatch.setattr(Spares, "take", lambda self: take(self).fill_(math.nan))
 
 
 @pytest.fixture

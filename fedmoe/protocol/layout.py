@@ -181,9 +181,11 @@ def values_of(layout: Layout, file: bytes | memoryview) -> torch.Tensor:
     return torch.frombuffer(file, dtype=torch.float32, offset=n_bytes, count=layout.numel)
 
 
-def values_of_chunks(layout: Layout, chunks: Iterable[bytes | memoryview]) -> torch.Tensor:
-    """The values (numel,) fp32 of these bytes, copied; each chunk holds whole values."""
-    values, at = torch.empty(layout.numel), 0
+def values_of_chunks(
+    layout: Layout, chunks: Iterable[bytes | memoryview], out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The values (numel,) fp32 of these bytes, copied, to `out` if it is given; each chunk holds whole values."""
+    values, at = torch.empty(layout.numel) if out is None else out, 0
     for chunk in chunks:
         part = torch.frombuffer(chunk, dtype=torch.float32)
         values[at : at + len(part)].copy_(part)

@@ -79,11 +79,15 @@ def packed_bytes(spec: Spec) -> int:
     return 0 if spec.wire_format == EXACT else chunks(spec)[-1][1] + 1
 
 
-def unpack(content: Sequence[bytes], spec: Spec, commit: str) -> torch.Tensor | None:
+def unpack(
+    content: Sequence[bytes], spec: Spec, commit: str, out: torch.Tensor | None = None
+) -> torch.Tensor | None:
     """The weights (numel,) fp32 of this weights commit, as every worker decodes them, from the bytes of `chunks`.
 
+    They are written to `out` (numel,) fp32, if it is given.
+
     None if the content belongs to another commit (the expert was restored), is relative to other initial weights, or is
-    not packed weights; the caller then pulls the exact weights.
+    not packed weights; the caller then pulls the exact weights, and `out` is undefined.
     """
     preamble, *parts = content
     if not preamble:
@@ -98,7 +102,7 @@ def unpack(content: Sequence[bytes], spec: Spec, commit: str) -> torch.Tensor | 
                     "this torch draws other initial weights than the aggregator's torch: pulling the exact weights"
                 )
             return None
-        return _decode(parts, spec)
+        return _decode(parts, spec, out)
     except UpdateError as error:
         logger.warning(
             "the packed weights are not what this FedMoE writes (%s): another version wrote them, or the key was "
@@ -126,9 +130,9 @@ def unpack_again(content: Sequence[bytes], spec: Spec) -> torch.Tensor:
     return _decode(parts, spec)
 
 
-def _decode(parts: Sequence[bytes], spec: Spec) -> torch.Tensor:
+def _decode(parts: Sequence[bytes], spec: Spec, out: torch.Tensor | None = None) -> torch.Tensor:
     initial = initial_weights(spec.layout, spec.init_seed)
-    weights = torch.empty(spec.layout.numel)
+    weights = torch.empty(spec.layout.numel) if out is None else out
     scratch = torch.empty(scratch_values(len(weights)))
     add(parts, spec.wire_format, initial, factor=1.0, out=weights, scratch=scratch)
     return weights

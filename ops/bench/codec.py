@@ -139,7 +139,7 @@ def _steps(layout: Layout, form: str, threads: Threads = ALONE) -> dict[str, Cal
     weights.flat.copy_(initial_weights(layout, spec.init_seed))
     local = weights.flat + torch.randn(layout.numel, generator=torch.Generator().manual_seed(0)) * STEP
     ledger = Ledger(base=weights.flat.clone(), meta=meta, run=make_run(1, "00000001"))
-    none = torch.empty(0)
+    spares, none = ledger.spares, torch.empty(0)
     space = Workspace(
         Values(weights.flat, none),
         Values(folded.flat, none),
@@ -168,12 +168,13 @@ def _steps(layout: Layout, form: str, threads: Threads = ALONE) -> dict[str, Cal
     def pull() -> None:
         if form == EXACT:
             found = values_and_stamp(layout, replies)
-            pulled = values_of_chunks(layout, found[0] if found else ())
+            pulled = values_of_chunks(layout, found[0] if found else (), spares.take())
         else:
-            pulled = unpack(packed, spec, COMMIT)
+            pulled = unpack(packed, spec, COMMIT, spares.take())
         ledger.start, ledger.kept, ledger.queue = None, [], [update]
         change = ledger.observe(meta, pulled, Decided(id=update.id, how="applied", version=1), now=0.0)
         local.add_(change.correction)
+        spares.give(change.correction)
 
     steps: dict[str, Callable[[], object]] = {"make": make, "fold": fold, "pull": pull}
     if form != EXACT:

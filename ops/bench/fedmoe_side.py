@@ -116,8 +116,9 @@ class Client:
         """Make the progress an update."""
         trained = Trained(n_examples=4, n_tokens=400, steps=1, loss_sum=1.0, position="4")
         self._began = time.monotonic()
-        copy = self.local.clone()  # as the training makes it at a step boundary, to go on
+        copy = self.ledger.spares.copy(self.local)  # as the training makes it at a step boundary, to go on
         cut = self.ledger.cut(copy, self.spec.wire_format)
+        self.ledger.spares.give(copy)
         self.norm = cut.norm
         update = self.ledger.make_update(cut, trained, fingerprint=FINGERPRINT)
         self.ledger.keep_decided_bytes = KEPT * update.header.payload_bytes
@@ -149,7 +150,8 @@ class Client:
     def pull(self, seen: str = "") -> int:
         """Read the expert, settle the books, correct the adapter; returns how many updates were applied."""
         mine = self.ledger.meta.weights_commit
-        pulled = pull(self.store, self.spec, known=mine if seen == mine else "")
+        spares = self.ledger.spares
+        pulled = pull(self.store, self.spec, known=mine if seen == mine else "", spares=spares)
         change = self.ledger.observe(pulled.meta, pulled.weights, pulled.decided, now=time.monotonic())
         if change.how is not None and change.how.how != "applied":
             raise BenchError(f"update {change.how.id} was {change.how.how}: {change.how.reason}")
@@ -157,6 +159,7 @@ class Client:
             raise BenchError("the expert's history is not the one that this client knew")
         if change.correction is not None:
             self.local += change.correction
+            spares.give(change.correction)
         if change.how is not None:
             self.decided = (change.how.id, change.how.version)
             self.took_s = time.monotonic() - self._began

@@ -102,7 +102,7 @@ def train(pipe: Any, url: str, expert: str, hidden: int, state_dir: Path) -> Non
         model=adapted, flat=flat, examples=[row] * 8, pad_id=0, settings=pulled.meta.rules.training, seed=0,
         device=torch.device("cpu"),
     )  # fmt: skip
-    exchange = Exchange(trainer, with_optimizer=True)
+    exchange = Exchange(trainer, with_optimizer=True, spares=ledger.spares)
     for _ in range(3):
         trainer.step()
     pipe.send(None)

@@ -187,7 +187,7 @@ class CountingTrainer:
         self.flat.add_(self._direction, alpha=NORM * (1 + self.position % 7))
         return Step()
 
-    def state(self) -> Mapping[str, torch.Tensor]:
+    def state(self, spares: object) -> Mapping[str, torch.Tensor]:
         return {"step": torch.tensor(float(self.position))}
 
     def load_state(self, state: Mapping[str, torch.Tensor], *, same_data: bool) -> None:

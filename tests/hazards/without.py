@@ -192,7 +192,7 @@ class GatewayByMemory(GatewayBuilder):
 # ---- the worker ----
 
 
-def pull_if_newer(store: WorkerStore, spec: Spec, *, known: str) -> Pulled:
+def pull_if_newer(store: WorkerStore, spec: Spec, *, known: str, **_: object) -> Pulled:
     """Weights are pulled when their version is higher than the base's."""
     pulled = pull(store, spec, known="")
     version = pulled.meta.version

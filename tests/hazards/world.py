@@ -38,7 +38,7 @@ from fedmoe.store.lifecycle import new_id
 from fedmoe.store.parts import read_whole
 from producers.checkpoint import StateDir
 from producers.exchange import Exchange, TrainingState
-from producers.ledger import Change, Trained
+from producers.ledger import Change
 from tests.hazards.stepping import Killed, Stepper
 from tests.hazards.units import FINGERPRINT, LAYOUT, OFFSETS, expect, expect_units
 from tests.protocol.actors import OneTurn, TurnOver
@@ -64,7 +64,7 @@ class Training:
         self.position = position
         self._offset = OFFSETS[name]
 
-    def state(self) -> Mapping[str, torch.Tensor]:
+    def state(self, spares: object) -> Mapping[str, torch.Tensor]:
         return {}
 
     def load_state(self, state: Mapping[str, torch.Tensor], *, same_data: bool) -> None:
@@ -82,8 +82,8 @@ class Training:
 class OneThread(Exchange):
     """The meeting point of training and sync, in one thread; remembers what the sync told the training."""
 
-    def __init__(self, trainer: Training, *, with_optimizer: bool, trained: Trained | None) -> None:
-        super().__init__(trainer, with_optimizer=with_optimizer, trained=trained)
+    def __init__(self, trainer: Training, **options: Any) -> None:
+        super().__init__(trainer, **options)
         self.changes: list[Change] = []
 
     def take(self, timeout_s: float) -> TrainingState | None:

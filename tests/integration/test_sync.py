@@ -18,6 +18,7 @@ from fedmoe.protocol.spec import Spec
 from fedmoe.store.connection import Connection
 from producers import heartbeat
 from producers.checkpoint import StateDir
+from producers.spares import Spares
 from tests.counting import Counter, join
 from tests.federation import FINGERPRINT, LAYOUT, ScriptedWorker, make_expert, serve, serving, small_spec
 from tests.processes import eventually
@@ -255,3 +256,27 @@ def test_a_step_that_does_not_end_costs_only_itself(expert: Expert, connect: Con
     assert saved.position == 10
     assert saved.trained.steps + sum(update.header.steps for update in saved.ledger.queue) == 10
     assert torch.equal(saved.local, torch.arange(LAYOUT.numel) + 10.0)
+
+
+@pytest.mark.parametrize("with_disk", [False, True])
+def test_memory_is_used_again(
+    expert: Expert, connect: Connect, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_disk: bool
+) -> None:
+    """However many updates a worker makes, it needs memory for few vectors of its adapter's size."""
+    made: list[torch.Tensor] = []  # kept, so that no two have the same address
+    take = Spares.take
+
+    def counted(self: Spares) -> torch.Tensor:
+        vector = take(self)
+        made.append(vector)
+        return vector
+
+    monkeypatch.setattr(Spares, "take", counted)
+    run = Run(connect(), StateDir(tmp_path) if with_disk else None)
+    with serving(connect(), block_ms=20):
+        while run.sync.status.applied < 10:
+            run.train(1)
+        run.finish(10.0)
+    assert run.sync.failure is None
+    assert len(made) > 20
+    assert len({vector.data_ptr() for vector in made}) <= 4

@@ -121,14 +121,14 @@ class DuplicateDecides(Expert):
         return verdict
 
 
-def _torn_pull(store: WorkerStore, spec: Spec, *, known: str) -> Pulled:
+def _torn_pull(store: WorkerStore, spec: Spec, *, known: str, **_: object) -> Pulled:
     """Weights and one's own decision are read one after the other."""
     weights = values_of(spec.layout, store.connection.client.get(store.keys.weights)).clone()
     pulled = pull(store, spec, known=known)
     return replace(pulled, weights=weights if pulled.weights is not None else None)
 
 
-def _pull_by_version(store: WorkerStore, spec: Spec, *, known: str) -> Pulled:
+def _pull_by_version(store: WorkerStore, spec: Spec, *, known: str, **_: object) -> Pulled:
     """Equal version numbers are taken for equal weights."""
     pulled = pull(store, spec, known="")
     meta = replace(pulled.meta, weights_commit=f"version {pulled.meta.version}")

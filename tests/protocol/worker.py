@@ -115,7 +115,7 @@ class _Trainer:
     flat: torch.Tensor
     position: int
 
-    def state(self) -> Mapping[str, torch.Tensor]:
+    def state(self, spares: object) -> Mapping[str, torch.Tensor]:
         return {}
 
     def adopt(self, settings: TrainingSettings) -> None:
@@ -134,7 +134,7 @@ class _Exchange(Exchange):
     """The meeting point, in one thread: training passes a boundary whenever the sync asks for a copy."""
 
     def __init__(self, trainer: _Trainer, trained: Trained, ledger: Ledger) -> None:
-        super().__init__(trainer, with_optimizer=True, trained=trained)
+        super().__init__(trainer, with_optimizer=True, trained=trained, spares=ledger.spares)
         self.told: set[UpdateId] = set()
         self.dropped: set[int] = set()  # units that were in no update, and that a rollback took back
         self.new_lineage = False

@@ -20,6 +20,7 @@ ON_REQUEST = (
     "tls",
     "scale",
     "cluster",
+    "exchange",
     "before",
 )  # take gigabytes, minutes, an environment of its own
 EVERYTHING = ", ".join((*BENCHMARKS, *ON_REQUEST))

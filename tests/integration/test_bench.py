@@ -43,6 +43,10 @@ def bench(*arguments: str, **extra: str) -> subprocess.CompletedProcess[str]:
         (["overlap"], {"overlap_0.5s", "overlap_0.5s_boundary_ms"}),
         (["turns"], {"turns_both_vs_one", "turns_boundary_ms"}),
         (["cluster"], {"cluster_vs_one_cpu", "cluster_vs_one_server_cpu"}),
+        (
+            ["exchange"],
+            {"exchange_64kib_cpu_ms_unpack", "exchange_64kib_pages_all", "exchange_64kib_peak_rss_mib"},
+        ),
         (["scale"], {"scale_update_cpu_most_vs_fewest", "scale_4_workers_idle_redis_mib_vs_predicted"}),
     ],
 )

@@ -125,7 +125,7 @@ QUICK = Plan(
     updates=2_000,
     quality=Quality(("sql_expert", "python_expert", "docs_expert"), syncs=12, steps=2, rows=32),
     learning=Learning(parts=("short",), rows=32, seeds=1, short=True),
-    race=Race(step_s=4.0, steps=48, round_steps=(6,), apart_steps=48, rows=16),
+    race=Race(step_s=5.0, steps=72, round_steps=(6,), apart_steps=48, rows=16),
 )
 FULL_LEARNING = (
     "main", "shared", "formats", "optimizers", "opt_out", "time", "real", "six", "lengths", "ranks", "mixes",
@@ -145,7 +145,7 @@ FULL = Plan(
     updates=100_000,
     quality=Quality(("sql_expert", "python_expert", "docs_expert"), syncs=48, steps=2, rows=64),
     learning=Learning(parts=FULL_LEARNING, rows=128, seeds=3),
-    race=Race(step_s=4.0, steps=48, round_steps=(6, 12, 3), apart_steps=48, rows=16),
+    race=Race(step_s=5.0, steps=72, round_steps=(6, 12, 3), apart_steps=48, rows=16),
 )
 TINY = Plan(
     rounds=1,

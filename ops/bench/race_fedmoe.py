@@ -1,6 +1,7 @@
 """FedMoE's side of the race: a Redis, an aggregator, and workers that train the gateway."""
 
 import time
+from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def train(pipe: Any, url: str, directory: Path, number: int) -> None:
         member.exchange.record(seat.step())
 
 
-def run_fedmoe(directory: Path, setup: Setup) -> list[Snapshot]:
+def run_fedmoe(directory: Path, setup: Setup) -> Generator[Snapshot]:
     """The weights once in `sync_s`, until an ordinary client has taken its steps."""
     spec = setup.spec()
     rules = replace(NEW_GATEWAY, training=TRAINING, sync_interval_s=setup.sync_s)
@@ -71,7 +72,7 @@ def run_fedmoe(directory: Path, setup: Setup) -> list[Snapshot]:
             processes.sleep(began + moment * setup.sync_s - time.monotonic())
             seen.append(Snapshot(time.monotonic() - began, _weights(store, setup)))
         connection.close()
-    return seen
+    yield from seen
 
 
 def _weights(store: GatewayStore, setup: Setup) -> torch.Tensor:

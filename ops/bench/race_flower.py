@@ -4,6 +4,7 @@ Its environment sees FedMoE's packages behind its own, so that its clients have 
 """
 
 import site
+from collections.abc import Generator
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
@@ -17,7 +18,7 @@ APP = Path(__file__).parent / "race_app"
 SAVED = "round-*.safetensors"
 
 
-def run_flower(directory: Path, setup: Setup) -> list[Snapshot]:
+def run_flower(directory: Path, setup: Setup) -> Generator[Snapshot]:
     """The weights before the first round and after each; a round takes as long as its slowest client."""
     packages = next(VENV.glob("lib/python3*/site-packages"))
     (packages / "behind.pth").write_text("\n".join((str(ROOT), *site.getsitepackages())) + "\n")
@@ -29,11 +30,9 @@ def run_flower(directory: Path, setup: Setup) -> list[Snapshot]:
         start_flower(
             processes, directory / "flower", APP, f'directory="{directory}"', clients=len(setup.domains)
         )
+        yield Snapshot(0.0, first)
         for number in range(setup.rounds):
             file = directory / SAVED.replace("*", str(number + 1))
             processes.until(f"round {number + 1}", file.exists, timeout_s=longest_s)
-    seen = [Snapshot(0.0, first)]
-    for number in range(setup.rounds):
-        saved = load_file(directory / SAVED.replace("*", str(number + 1)))
-        seen.append(Snapshot(float(saved["second"]), saved["flat"], float(saved["starts"])))
-    return seen
+            saved = load_file(file)
+            yield Snapshot(float(saved["second"]), saved["flat"], float(saved["starts"]))

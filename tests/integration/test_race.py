@@ -120,7 +120,7 @@ def test_an_arrival_is_between_two_snapshots() -> None:
 
 def test_our_side_trains_the_gateway_and_saves_it_along_the_way(tmp_path: Path) -> None:
     directory, setup, _ = made(tmp_path)
-    seen = run_fedmoe(directory, setup)
+    seen = list(run_fedmoe(directory, setup))
     assert len(seen) == 6 + 1
     seconds = [one.second for one in seen]
     assert seconds == sorted(seconds)

@@ -11,6 +11,7 @@ JSON error if it refuses; SGLang answers {"success", "error_message", "loaded_ad
 Sources: docs.vllm.ai/en/stable/features/lora, docs.sglang.io/docs/advanced_features/lora.
 """
 
+import http.client
 import json
 import urllib.error
 import urllib.request
@@ -46,13 +47,14 @@ class AdapterServer:
     """
 
     def __init__(self, kind: str, url: str, *, api_key: str = "") -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        _check_address(kind, url)
+        if not (api_key.isascii() and api_key.isprintable()):
             raise SettingsError(
-                f"--{kind} must be the server's address, like http://127.0.0.1:8000, not {url!r}", about=kind
+                "--api-key must have printable ASCII characters only: it is sent in a header", about="api_key"
             )
+        parts = urlsplit(url)
         self.kind = kind
-        self.shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+        self.shown = f"{parts.scheme}://{parts.netloc}{parts.path}"
         self._url = url.rstrip("/").removesuffix("/v1")
         self._headers = {"Content-Type": "application/json"}
         if api_key:
@@ -99,10 +101,11 @@ class AdapterServer:
         except urllib.error.HTTPError as error:
             with error:
                 self._raise_refusal(path, error.code, _message(error))
-        except (OSError, ValueError) as error:  # ValueError: no HTTP reply
-            reason = getattr(error, "reason", error)
+        except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: no host's name
+            what = "answers no HTTP" if isinstance(error, http.client.HTTPException) else "cannot be reached"
+            reason = " ".join(str(getattr(error, "reason", error)).split())
             raise ServerAwayError(
-                f"the server at {self.shown} cannot be reached ({printable(str(reason))})", about=self.kind
+                f"the server at {self.shown} {what} ({printable(reason)})", about=self.kind
             ) from error
         raise AssertionError("unreachable")
 
@@ -118,6 +121,26 @@ class AdapterServer:
             )
         said = f"the server at {self.shown} answers {code} to {path}: {message}"
         raise (ServerAwayError if code >= 500 else AdapterRefusedError)(said, about="refused")
+
+
+def _check_address(kind: str, url: str) -> None:
+    """Raise SettingsError unless this is an address that can be asked; a password in it is not shown."""
+    try:
+        parts = urlsplit(url)
+        host, user, _ = parts.hostname, parts.username, parts.port  # the port is checked when it is read
+        can_be = parts.scheme in ("http", "https") and host and not any(map(str.isspace, url))
+    except ValueError:
+        can_be, user = False, None
+    if not can_be:
+        shown = "" if "@" in url else f", not {url!r}"
+        raise SettingsError(
+            f"--{kind} must be the server's address, like http://127.0.0.1:8000{shown}", about=kind
+        )
+    if user is not None:
+        raise SettingsError(
+            f"--{kind} holds a user or a password, which is not sent: leave it out, and give a key with --api-key",
+            about=kind,
+        )
 
 
 def _message(error: urllib.error.HTTPError) -> str:

@@ -141,6 +141,18 @@ class GatewayStore:
         meta, exact, lines, _ = self.whole_history(expert)
         return meta, exact.weights, lines
 
+    def newest_lines(self, experts: Iterable[str], count: int) -> dict[str, list[dict[str, str]]]:
+        """The newest lines of each expert's log, at most `count`, oldest first; none of a log that cannot be read."""
+        logs = {name: self.connection.keys.expert(name).log for name in experts}
+        replies = ask(
+            self.connection,
+            {name: ("XREVRANGE", log, "+", "-", "COUNT", count) for name, log in logs.items()},
+        )
+        return {
+            name: [] if isinstance(reply, Exception) else [Entry.of(*line).fields for line in reversed(reply)]
+            for name, reply in replies.items()
+        }
+
     def whole_history(self, expert: str) -> tuple[Meta, Exact, list[dict[str, str]], dict[str, bytes]]:
         """Like `history`; with the server state, and with the domain vectors of its workers, as stored."""
         keys = self.connection.keys.expert(expert)

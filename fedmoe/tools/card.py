@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from fedmoe.tools.losses import training_loss
 
 if TYPE_CHECKING:
-    from fedmoe.tools.export import Export
+    from fedmoe.tools.export import Export, Fitted
 
 # What vLLM takes as --max-lora-rank; it serves adapters up to that rank. (It takes 1 too.)
 # Source: vllm/config/lora.py, MaxLoRARanks.
@@ -78,18 +78,25 @@ def _contents(export: "Export") -> Iterator[str]:
             name,
             str(part["version"]),
             f"`{part['weights_commit']}`",
-            " / ".join(f"{weight:.3g}" for weight in weights),
+            " / ".join(f"{weight:.3g}" for weight in weights) or ("0" if export.weights else ""),
         ]
         meta = export.metas.get(name)
         if meta is None or meta.weights_commit != part["weights_commit"]:  # its losses are of another version
-            cells += ["", "", ""]
+            cells += ["", ""]
         else:
-            measured = export.validation.mean if export.validation and name == export.name else None
-            cells += [str(meta.n_examples), _loss(training_loss(meta)), _loss(measured)]
+            cells += [str(meta.n_examples), _loss(training_loss(meta))]
+        measured = export.validation if name == export.name else export.validations.get(name)
+        cells.append(f"{measured.mean:.4f} (v{measured.version})" if measured else "")
         yield f"| {' | '.join(cells)} |"
     if settings := export.info.get("settings"):
         yield ""
         yield f"Merged with `{settings}`."
+    if export.fitted:
+        yield ""
+        yield _fit_text(export.fitted)
+    if export.kind == "merged" and export.validation:
+        yield ""
+        yield f"Validation loss of the merged gateway itself: {export.validation.mean:.4f}."
     if export.trained_by:
         yield ""
         yield "| trained by the workers of | workers | updates | last training loss |"
@@ -98,8 +105,8 @@ def _contents(export: "Export") -> Iterator[str]:
             yield f"| {name} | {team.workers} | {team.updates} | {_loss(team.loss)} |"
     yield ""
     yield (
-        "Losses are in nats per token. The training loss is that of the last update; the validation loss is that on "
-        "rows which the workers held back, where they measure it."
+        "Losses are in nats per token. The training loss is that of the last update. The validation loss is the newest "
+        "one that the workers measured, on rows which they held back, with the version that they measured."
     )
     if error := export.info.get("truncation_relative_error"):
         yield ""
@@ -108,6 +115,13 @@ def _contents(export: "Export") -> Iterator[str]:
         if text := export.info.get(known):
             yield ""
             yield f"{name}: {'fingerprint ' if name == 'Base model' else ''}`{text}`."
+
+
+def _fit_text(fitted: "Fitted") -> str:
+    rows = ", ".join(f"{count} rows of {domain}" for domain, count in fitted.rows.items())
+    before = ", ".join(f"{name} {loss:.4f}" for name, loss in fitted.before.items())
+    text = f"The weights were fitted on {rows or 'validation rows'}. Loss on them: {_loss(fitted.loss) or 'unknown'}"
+    return f"{text} (before the fit: {before})." if before else f"{text}."
 
 
 def _loss(loss: float | None) -> str:

@@ -19,6 +19,7 @@ from fedmoe.protocol.federation import Federation
 from fedmoe.protocol.identity import expert_template
 from fedmoe.protocol.lines import AppliedLine, read_line
 from fedmoe.protocol.lora import alpha_at
+from fedmoe.protocol.merged import MergedMeta
 from fedmoe.protocol.names import GATEWAY, check_expert, domain_of
 from fedmoe.protocol.records import Meta
 from fedmoe.protocol.spec import Spec
@@ -27,6 +28,7 @@ from fedmoe.store.inspect import Inspector
 from fedmoe.tools.losses import Validation, validation
 
 MERGED_NAME = "merged gateway"
+LOG_LINES = 1000  # of an expert's log that are read for the newest validation losses
 
 
 def version_name(
@@ -53,6 +55,14 @@ class Team(NamedTuple):
     loss: float
 
 
+class Fitted(NamedTuple):
+    """The loss of a fit, what else was measured on its rows → loss, and the number of rows of each domain."""
+
+    loss: float | None
+    before: Mapping[str, float]
+    rows: Mapping[str, int]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Export:
     """An adapter to write.
@@ -69,6 +79,8 @@ class Export:
         weights: expert -> its weight in each group of layers of the merged gateway, where that is known.
         trained_by: expert -> its workers' part in the trained gateway.
         validation: losses that the workers measured on rows that they held back, None if unknown.
+        validations: the same of each expert in the merged gateway, as far as they are known.
+        fitted: how the weights of the merged gateway were fitted, None if they were not.
         dtype: of the values in `file`.
         extra: further files, with their content: the tokenizer's.
     """
@@ -85,6 +97,8 @@ class Export:
     weights: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     trained_by: Mapping[str, Team] = field(default_factory=dict)
     validation: Validation | None = None
+    validations: Mapping[str, Validation] = field(default_factory=dict)
+    fitted: Fitted | None = None
     dtype: Literal["fp32", "bf16"] = "fp32"
     extra: Mapping[str, bytes] = field(default_factory=dict)
 
@@ -137,7 +151,7 @@ def read_expert(store: GatewayStore, name: str) -> Export:
         specs={name: spec},
         metas={name: meta},
         trained_by=_teams(lines) if name == GATEWAY else {},
-        validation=validation(lines, meta.version),
+        validation=validation(lines, meta.version, meta.rolled_back),
     )
 
 
@@ -221,7 +235,28 @@ def read_merged(store: GatewayStore) -> Export:
         specs=specs,
         metas=metas,
         weights=merged.by_expert,
+        validations=_validations(store, merged, metas),
+        fitted=_fitted(store, merged),
     )
+
+
+def _validations(store: GatewayStore, merged: MergedMeta, metas: Mapping[str, Meta]) -> dict[str, Validation]:
+    """What the workers of each expert measured last, at the version that was merged or before."""
+    lines = store.newest_lines(merged.experts.keys() & metas.keys(), LOG_LINES)
+    found = {
+        name: validation(log, merged.experts[name].version, metas[name].rolled_back)
+        for name, log in lines.items()
+    }
+    return {name: one for name, one in found.items() if one is not None}
+
+
+def _fitted(store: GatewayStore, merged: MergedMeta) -> Fitted | None:
+    """How it was fitted; None if it was not, or its fit was replaced since."""
+    with suppress(ProtocolError, SpecError):  # the card of a model must not hinder its export
+        fit = store.fit() if merged.fit else None
+        if fit and fit.id == merged.fit:
+            return Fitted(fit.loss, fit.losses_before, {name: one.rows for name, one in fit.rows.items()})
+    return None
 
 
 def _with_whole_alpha(config: dict[str, Any]) -> dict[str, Any]:

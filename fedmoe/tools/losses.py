@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from fedmoe.protocol.fields import number, whole
 from fedmoe.protocol.records import Meta
+from fedmoe.protocol.rollback import RolledBack
+
+_NEVER = RolledBack()
 
 
 def training_loss(meta: Meta) -> float | None:
@@ -49,8 +52,12 @@ class Validation:
         return None
 
 
-def validation(lines: Iterable[Mapping[str, str]], version: int) -> Validation | None:
+def validation(
+    lines: Iterable[Mapping[str, str]], version: int, rolled_back: RolledBack = _NEVER
+) -> Validation | None:
     """What the workers measured last, at this version or before; None if nobody measures.
+
+    What was measured on a version that was rolled back does not count: its training is no longer there.
 
     A worker measures the version that it pulled, and the loss comes with its next update. So lines of the log hold
     `val_loss`, the `val_version` that was measured and `val_set`, a digest of the rows.
@@ -58,7 +65,7 @@ def validation(lines: Iterable[Mapping[str, str]], version: int) -> Validation |
     latest: dict[str, tuple[int, float]] = {}
     for line in lines:
         measured, loss = whole(line.get("val_version")), number(line.get("val_loss"))
-        if measured is None or loss is None or measured > version:
+        if measured is None or loss is None or measured > version or rolled_back.holds(measured):
             continue
         rows = f"{line.get('worker', '')} {line.get('val_set', '')}"
         if rows not in latest or latest[rows][0] <= measured:

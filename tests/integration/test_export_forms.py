@@ -30,6 +30,7 @@ from fedmoe.store.gateway import GatewayStore
 from fedmoe.tools.card import vllm_hint
 from fedmoe.tools.export import Export, Team, read_expert, read_gateway
 from fedmoe.tools.export_files import write
+from fedmoe.tools.losses import Validation
 from fedmoe.tools.shape import as_bf16
 from fedmoe.tools.whole_model import write_model
 from tests.errors import raises
@@ -266,14 +267,20 @@ def test_the_card_says_what_is_in_it(make: Make, connection: Connection, tmp_pat
     connection.client.hset("fedmoe:experts", "b", 3)
     GatewayBuilder(connection, GatewaySettings(scale=1.8), holder="one", lease_s=5.0).refresh()
     connection.client.hset(connection.keys.expert("b").meta, "weights_commit", "another")
+    for name, loss, version in (("a", 1.75, 0), ("a", 1.5, 1), ("b", 1.25, 2), ("b", 9.0, 3)):
+        line = {"worker": "w", "val_loss": loss, "val_version": version, "val_set": "s"}
+        connection.client.xadd(connection.keys.expert(name).log, line)
     export = read_gateway(GatewayStore(connection))
     write(tmp_path, export)
     card = (tmp_path / "README.md").read_text()
     assert "The merge of all experts of a FedMoE federation: a LoRA adapter (rank 32, alpha 64, fp32)" in card
-    assert f"| a | 1 | `{a.metas['a'].weights_commit}` | 0.45 | 40 | 1.2500 |  |\n" in card
-    assert "| 1.35 |  |  |  |\n" in card  # b moved on: its losses are of another version
+    assert f"| a | 1 | `{a.metas['a'].weights_commit}` | 0.45 | 40 | 1.2500 | 1.5000 (v1) |\n" in card
+    assert "| 1.35 |  |  | 1.2500 (v2) |\n" in card  # b moved on: its other figures are of a later version
+    assert "fitted" not in card
     assert "Merged with `cat scale=1.8 rank=0 weights=" in card
     assert "--max-lora-rank 32 --lora-modules merged-gateway=" in card
+    write(tmp_path, replace(export, validation=Validation(version=3, losses={"rows": 1.125})), force=True)
+    assert "Validation loss of the merged gateway itself: 1.1250." in (tmp_path / "README.md").read_text()
     measured = replace(a, trained_by={"a": Team(2, 7, 1.5)})
     write(tmp_path, measured)
     assert "| a | 2 | 7 | 1.5000 |" in (tmp_path / "README.md").read_text()

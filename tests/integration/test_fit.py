@@ -1,6 +1,7 @@
 """`fedmoe gateway fit` and `fedmoe gateway show`: the aggregator builds by the fit, and says what it leaves out."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from fedmoe.settings import FitSettings, GatewaySettings
 from fedmoe.store.connection import Connection
 from fedmoe.store.gateway import GatewayStore
 from fedmoe.store.inspect import Inspector
+from fedmoe.tools.card import card
 from fedmoe.tools.export import read_gateway
 from tests.errors import raises
 from tests.integration.test_evaluate_cli import make_federation, run, write_rows
@@ -99,6 +101,10 @@ def test_a_fit_is_written_and_built_by(connection: Connection, tiny_model_dir: P
     assert merged.fit is not None
     assert merged.fit.is_used
     assert merged.weights == found.by_expert
+    in_card = (
+        f"The weights were fitted on 6 rows of pooled. Loss on them: {found.loss:.4f} (before the fit: base "
+    )
+    assert in_card in card(read_gateway(store))
     shown = fedmoe_here("gateway", "show", *common).stdout
     assert "merged gateway: cat, rank 8, weights by the fit, built from blue v4, red v3" in shown
     assert "fitted on blue v4, red v3; the weights also hold for later versions" in shown
@@ -164,6 +170,9 @@ def test_what_the_fit_does_not_name_is_left_out_and_said(
     assert merged.fit is not None
     assert (merged.fit.missing, merged.fit.strange) == (("green",), ())
     assert "leaves out green, because its fit does not name them" in next(merged.findings())
+    text = card(read_gateway(store))
+    assert "The weights were fitted on validation rows. Loss on them: 1.5000." in text
+    assert re.search(r"\| green \| 5 \| `\w+` \| 0 \|", text)
     connection.client.hset(connection.keys.expert("red").meta, "lineage", "e" * 16)
     connection.client.delete(connection.keys.merged.meta)
     assert builder(connection).refresh()

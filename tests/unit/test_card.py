@@ -2,6 +2,7 @@
 
 import pytest
 
+from fedmoe.protocol.rollback import RolledBack
 from fedmoe.tools.card import max_lora_rank
 from fedmoe.tools.losses import Validation, training_loss, validation
 from tests.federation import first_meta, small_spec
@@ -29,6 +30,15 @@ def test_the_validation_loss_is_the_last_that_each_worker_measured() -> None:
     assert validation(lines, 0) is None
     for junk in (None, {}, {"version": 1, "losses": {}}, {"version": 1, "losses": {"a": "x"}}):
         assert Validation.from_json(junk) is None
+
+
+def test_what_was_rolled_back_is_not_the_validation_loss() -> None:
+    """Version 3 has the weights of version 1; the loss of version 2 is of training that is gone."""
+    lines = [line("a", 3.0, 1), line("a", 9.0, 2)]
+    rolled_back = RolledBack().and_also(1, 2)
+    assert validation(lines, 3, rolled_back) == Validation(version=1, losses={"a r": 3.0})
+    lines.append(line("a", 2.0, 3))
+    assert validation(lines, 4, rolled_back) == Validation(version=3, losses={"a r": 2.0})
 
 
 def test_losses_on_other_rows_are_not_compared() -> None:

@@ -207,6 +207,14 @@ def test_what_cannot_be_answered_is_an_error_of_the_api(
     with pytest.raises(openai.BadRequestError) as refused:
         ask(model="a", messages=[QUESTION], n=2)
     assert refused.value.param == "n"
+    with pytest.raises(openai.BadRequestError, match="top_k is not supported here: leave it out"):
+        ask(model="a", messages=[QUESTION], extra_body={"top_k": 3})
+    for streamed in (False, True):
+        raw = client.chat.completions.with_raw_response.create(
+            model="a", messages=[QUESTION], user="me", store=True, max_tokens=1, stream=streamed
+        )
+        assert raw.headers["X-FedMoE-Ignored"] == "store, user"
+        assert "X-FedMoE-Ignored" not in client.models.with_raw_response.list().headers
     with pytest.raises(openai.BadRequestError, match="the model takes 1024: shorten them"):
         ask(model="a", messages=[QUESTION | {"content": "x" * 2000}])
     with pytest.raises(openai.BadRequestError, match="the model takes 1024: shorten them"):

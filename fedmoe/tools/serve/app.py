@@ -4,7 +4,8 @@
     POST /v1/chat/completions   one answer, whole or as a stream of server-sent events
     GET  /health                200 as soon as it answers
 
-`system_fingerprint` in an answer says which version gave it. To try a federation out: it answers one at a time.
+`system_fingerprint` in an answer says which version gave it, and the header X-FedMoE-Ignored which fields of the
+request were not used. To try a federation out: it answers one at a time.
 """
 
 import asyncio
@@ -101,10 +102,14 @@ class Endpoint:
             reply = Reply(f"chatcmpl-{secrets.token_hex(12)}", wanted.model, begun.version)
             if streams := wanted.stream:
                 stream = _chunks(events, cancel, self.closing, reply, with_usage=wanted.include_usage)
-                return StreamingResponse(
+                response: Response = StreamingResponse(
                     stream, media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
                 )
-            return await self._whole(request, events, reply)
+            else:
+                response = await self._whole(request, events, reply)
+            if wanted.ignored:
+                response.headers["X-FedMoE-Ignored"] = ", ".join(wanted.ignored)
+            return response
         finally:
             if not streams:
                 cancel.set()

@@ -1,6 +1,7 @@
 """Requests for a chat completion, as OpenAI's API has them, and where an answer ends. Pure.
 
-Fields that change an answer and are not known here are refused; others are ignored, as the API's servers do.
+No field is dropped without a word: those that would change an answer are refused, also those that are not known here,
+and the few that do not are named in the answer's header X-FedMoE-Ignored.
 """
 
 import time
@@ -10,15 +11,25 @@ from typing import Any
 
 from fedmoe.errors import RequestError
 
+_NOTHING: tuple[Any, ...] = (None, "", [], {})  # an answer that a client sends back has such fields
 ROLES = ("system", "developer", "user", "assistant")
 MAX_STOPS = 4
 # Each would change the answer: the value that a client may send all the same, because it means "without".
 _WITHOUT: dict[str, tuple[Any, ...]] = {
     "tools": (None, []), "functions": (None, []), "tool_choice": (None, "none", "auto"),
     "response_format": (None, {"type": "text"}), "logprobs": (None, False), "top_logprobs": (None, 0), "n": (None, 1),
-    "logit_bias": (None, {}), "presence_penalty": (None, 0), "frequency_penalty": (None, 0), "audio": (None,),
-    "modalities": (None, ["text"]),
+    "logit_bias": (None, {}), "presence_penalty": (None, 0), "frequency_penalty": (None, 0),
+    "modalities": (None, ["text"]), "function_call": (None, "none", "auto"),
 }  # fmt: skip
+_USED = frozenset({
+    "model", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "stop", "seed", "stream",
+    "stream_options",
+})  # fmt: skip
+# These say who asks and how a server keeps or bills it; without tools the last one says nothing.
+IGNORED = frozenset({
+    "user", "safety_identifier", "metadata", "store", "service_tier", "prompt_cache_key", "prompt_cache_options",
+    "prompt_cache_retention", "parallel_tool_calls",
+})  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +44,7 @@ class ChatRequest:
         stop: texts that end the answer.
         seed: of the sampling.
         stream, include_usage: how the answer is sent.
+        ignored: fields of the request that are not used.
     """
 
     model: str
@@ -44,6 +56,7 @@ class ChatRequest:
     seed: int | None = None
     stream: bool = False
     include_usage: bool = False
+    ignored: tuple[str, ...] = ()
 
 
 def read_request(content: Any) -> ChatRequest:
@@ -54,32 +67,66 @@ def read_request(content: Any) -> ChatRequest:
     """
     if not isinstance(content, dict):
         raise RequestError("the request must be a JSON object", about="body")
-    for name, without in _WITHOUT.items():
-        if content.get(name) not in without:
-            raise RequestError(f"{name} is not supported here: leave it out", about=name)
+    _refuse_unknown(content)
     model, messages = content.get("model"), content.get("messages")
     if not isinstance(model, str) or not model:
         raise RequestError("model must be the name of a model; GET /v1/models lists them", about="model")
     if not isinstance(messages, list) or not messages:
         raise RequestError("messages must be a list of at least one message", about="messages")
-    stream_options = content.get("stream_options")
-    tokens = "max_completion_tokens" if content.get("max_completion_tokens") is not None else "max_tokens"
+    limits = {name: _number(content, name, int, 1, 2**31) for name in ("max_completion_tokens", "max_tokens")}
+    limit = next((value for value in limits.values() if value is not None), None)
     return ChatRequest(
         model=model,
         messages=tuple(map(_message, messages)),
-        max_tokens=_number(content, tokens, int, 1, 2**31),
+        max_tokens=limit,
         temperature=_number(content, "temperature", float, 0, 2),
         top_p=_number(content, "top_p", float, 0, 1),
         stop=_stops(content.get("stop")),
         seed=_number(content, "seed", int, -(2**63), 2**63 - 1),
-        stream=bool(content.get("stream")),
-        include_usage=isinstance(stream_options, dict) and bool(stream_options.get("include_usage")),
+        stream=_flag(content, "stream"),
+        include_usage=_include_usage(content.get("stream_options")),
+        ignored=(
+            *sorted(name for name in IGNORED if content.get(name) is not None),
+            *(name for name, value in limits.items() if value not in (None, limit)),
+            *["messages[].name"] * any(message.get("name") for message in messages),
+        ),
     )
+
+
+def _refuse_unknown(content: Mapping[str, Any]) -> None:
+    """Raise RequestError if a field would change the answer and cannot."""
+    for name, value in content.items():
+        if name in _USED or name in IGNORED:
+            continue
+        if value not in _WITHOUT.get(name, (None,)):
+            raise RequestError(f"{name} is not supported here: leave it out", about=name)
+
+
+def _flag(content: Mapping[str, Any], name: str) -> bool:
+    value = content.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise RequestError(f"{name} must be true or false", about=name)
+    return bool(value)
+
+
+def _include_usage(options: Any) -> bool:
+    if options is None:
+        return False
+    if not isinstance(options, dict) or options.keys() - {"include_usage", "include_obfuscation"}:
+        raise RequestError("stream_options must be an object with include_usage only", about="stream_options")
+    if _flag(options, "include_obfuscation"):
+        raise RequestError("include_obfuscation is not supported here: leave it out", about="stream_options")
+    return _flag(options, "include_usage")
 
 
 def _message(message: Any) -> dict[str, str]:
     if not isinstance(message, dict) or message.get("role") not in ROLES:
         raise RequestError(f"a message needs a role, one of {', '.join(ROLES)}", about="messages")
+    for name, value in message.items():
+        if name not in ("role", "content", "name") and value not in _NOTHING:
+            raise RequestError(
+                f"the {name} of a message is not supported here: leave it out", about="messages"
+            )
     role = "system" if message["role"] == "developer" else str(message["role"])
     return {"role": role, "content": _text(message.get("content"))}
 
@@ -103,7 +150,7 @@ def _number(content: Mapping[str, Any], name: str, kind: type, low: float, high:
     is_number = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
     if not is_number or not low <= value <= high:
         what = "a whole number" if kind is int else "a number"
-        raise RequestError(f"{name} must be {what} between {low:g} and {high:g}", about=name)
+        raise RequestError(f"{name} must be {what} between {low} and {high}", about=name)
     return kind(value)
 
 

@@ -53,6 +53,14 @@ class GatewayStore:
                 about="gateway_weight",
             ) from error
 
+    def listed(self) -> set[str]:
+        """The names of the federation's experts, with the trained gateway, whatever their gateway weights hold."""
+        with self._list.errors():
+            return {
+                key.decode(errors="replace")
+                for key in self._list.client.hgetall(self.connection.keys.experts)
+            }
+
     def compare(self, names: Iterable[str]) -> tuple[set[str], set[str]]:
         """The experts of these that are in Redis, and those that an operator removed; the rest are lost for now."""
         fields = [(name, field) for name in names for field in ("version", "removed")]

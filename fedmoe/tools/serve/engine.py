@@ -3,7 +3,7 @@
 import logging
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ from fedmoe.errors import (
     FedMoEError,
     RedisUnavailableError,
     RequestError,
+    SpecError,
     UnknownExpertError,
     UnknownModelError,
 )
@@ -103,7 +104,11 @@ class Engine:
         self._count = 0
         self._lock = threading.Lock()  # the model computes for one at a time
         self._served = {BASE: Served(name=BASE, version=BASE, mark="", key="", template="")}
-        self._odd: set[tuple[str, str]] = set()  # models that cannot be served, and their marks
+        self._odd: set[tuple[str, str]] = (
+            set()
+        )  # models that cannot be served, and their marks or what is wrong
+        if BASE in metas:
+            report(f"the expert {BASE} cannot be asked, because the base model has this name")
 
     def models(self) -> list[Served]:
         """What can be asked now: the gateway first, the base model last."""
@@ -122,7 +127,9 @@ class Engine:
         return found
 
     def refresh(self) -> None:
-        """Load every adapter that changed in Redis, and drop those that are gone; others that cannot be read stay.
+        """Load every adapter that changed in Redis, and drop those that an operator removed.
+
+        What cannot be read stays, and so does what Redis has lost for now: aggregators write it back.
 
         Raises:
             RedisUnavailableError: if Redis does not answer; all stays as it is.
@@ -140,8 +147,26 @@ class Engine:
             except FedMoEError as error:
                 self._odd.add((name, mark))
                 logger.warning("%s: this version is left out: %s", name, error)
-        for name in self._served.keys() - marks.keys() - {BASE}:
+        for name in self._removed(self._served.keys() - marks.keys() - {BASE}):
             self._drop(self._served.pop(name))
+
+    def _removed(self, missing: Set[str]) -> list[str]:
+        """Those of the models without a mark that are gone for good; the others are reported once."""
+        if not missing:
+            return []
+        listed = self._store.listed()
+        there, removed = self._store.compare(missing)
+        gone = [name for name in missing if name in removed or (name in there and name not in listed)]
+        for name in missing - set(gone):
+            self._warn_once(
+                name, f"it cannot be read in Redis now, and {self._served[name].version} answers on"
+            )
+        return gone
+
+    def _warn_once(self, name: str, problem: str) -> None:
+        if (name, problem) not in self._odd:
+            self._odd.add((name, problem))
+            logger.warning("%s: %s", name, problem)
 
     def _marks(self) -> dict[str, str]:
         """Model -> the commits that its present version is made of."""
@@ -150,7 +175,12 @@ class Engine:
         trained = metas.get(GATEWAY)
         if trained is not None and trained.version > 0:
             return marks | {GATEWAY: trained.weights_commit}
-        if (merged := self._store.merged()) is not None:
+        try:
+            merged = self._store.merged()
+        except SpecError as error:
+            self._warn_once(GATEWAY, str(error))
+            merged = None
+        if merged is not None:
             commits = sorted((name, one.weights_commit) for name, one in merged.experts.items())
             marks[GATEWAY] = f"{merged.settings} {commits}"
         return marks

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -151,13 +152,10 @@ def _load_model(export: "Export") -> list[str]:
 
 
 def _serve(export: "Export", base: str) -> list[str]:
+    """How vLLM serves it."""
     fits = max_lora_rank(int(export.config.get("r", 0)))
     if fits is None:
         return [f"vLLM serves no adapter of a rank above {VLLM_RANKS[-1]}."]
     name = export.name.replace(" ", "-")
-    return [
-        "With vLLM:", "",
-        "```sh",
-        f"vllm serve {base} --enable-lora --max-lora-rank {fits} --lora-modules {name}=the/directory/of/this/file",
-        "```",
-    ]  # fmt: skip
+    options = f"--enable-lora --max-lora-rank {fits} --lora-modules {name}=the/directory/of/this/file"
+    return ["With vLLM:", "", "```sh", f"vllm serve {shlex.quote(base)} {options}", "```"]

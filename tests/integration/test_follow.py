@@ -380,7 +380,7 @@ def test_a_command_serves_it(
     (tmp_path / "broken").touch()
     assert not following.look()
     assert following.directory.current == first
-    assert "ended with exit code 1; trying again with the next version" in caplog.text
+    assert "ended with exit code 1; trying again in a minute, and with the next version" in caplog.text
     (tmp_path / "broken").unlink()
     gateway.publish()
     assert following.look()

@@ -282,6 +282,7 @@ def test_sampling_stop_and_seed(serving: Callable[..., tuple[openai.OpenAI, Engi
     assert one == same != other
     whole = ask(temperature=0).choices[0].message.content
     assert whole
+    assert ask(temperature=1e-40).choices[0].message.content == whole  # divided by it, logits overflow
     stop = whole[3:5]
     cut = ask(temperature=0, stop=[stop])
     assert cut.choices[0].message.content == whole[: whole.index(stop)]

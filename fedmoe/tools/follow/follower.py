@@ -258,7 +258,9 @@ class Follower:
             if rank and error.about == "refused"
             else ""
         )
-        logger.warning("%s is not served: %s%s; trying again with the next version", name, error, hint)
+        logger.warning(
+            "%s is not served: %s%s; trying again in a minute, and with the next version", name, error, hint
+        )
 
     def _put(self, name: str) -> None:
         loaded = self._server.loaded() if self._server else set()

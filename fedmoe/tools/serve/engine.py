@@ -37,6 +37,9 @@ from fedmoe.tools.serve.requests import ChatRequest, StopCutter
 logger = logging.getLogger(__name__)
 
 BASE = "base"
+LIKELIEST = (
+    1e-5  # a temperature below takes the likeliest token, as vLLM does: fp32 logits divided by it overflow
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -315,7 +318,7 @@ class Engine:
 
 def _sampling(request: ChatRequest) -> dict[str, Any]:
     """The arguments of `generate`; those that a request leaves out are the base model's own."""
-    if request.temperature == 0:
+    if request.temperature is not None and request.temperature < LIKELIEST:
         return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     found = {name: getattr(request, name) for name in ("temperature", "top_p")}
     given = {name: value for name, value in found.items() if value is not None}

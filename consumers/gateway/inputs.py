@@ -45,7 +45,7 @@ def read_inputs(
         fit: of the merged gateway. It leaves out an expert that it does not name, or names with another lineage.
 
     Raises:
-        SpecError: if all weights are 0, or the fit is malformed.
+        SpecError: if all weights are 0, the fit is malformed, or experts with weight are of different base models.
         UnknownExpertError: if an expert is not there, or damaged.
     """
     specs = {name: store.spec(name) for name in listed}
@@ -64,6 +64,8 @@ def read_inputs(
     total = sum(expert.weight for expert in experts)
     if not total:
         raise SpecError(_why_nothing(listed, fit), about="gateway_weight")
+    used = [name for name, expert in zip(listed, experts, strict=True) if expert.weight]
+    check_one_base({name: metas[name].base_fingerprint for name in used})
     return Inputs(
         spec=next(iter(specs.values())),
         experts=experts,
@@ -75,6 +77,19 @@ def read_inputs(
             if expert.weight
         },
     )
+
+
+def check_one_base(prints: Mapping[str, str]) -> None:
+    """Raise SpecError unless all experts have one base model; `prints`: its fingerprints, "" if not known yet."""
+    known = {name: one for name, one in prints.items() if one}
+    first = next(iter(known), "")
+    for name, one in known.items():
+        if one != known[first]:
+            raise SpecError(
+                f"{name} is trained on another base model than {first} (fingerprint {one}, not {known[first]}), so "
+                f"they cannot be merged: leave one of them out (fedmoe expert weight {name} 0)",
+                about="base_model",
+            )
 
 
 def _why_nothing(listed: Mapping[str, float], fit: Fit | None) -> str:

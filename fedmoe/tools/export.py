@@ -75,7 +75,8 @@ class Export:
         behind: expert -> its present version, for experts that changed since the gateway was built.
         info: further fields of fedmoe.json.
         chat_template: of its workers, "" for the base model's own.
-        specs, metas: of the experts that it is of, as they are now: what they know of base model, tokenizer and losses.
+        specs, metas: of the experts that have weight in it, as they are now: what they know of base model, tokenizer
+            and losses.
         weights: expert -> its weight in each group of layers of the merged gateway, where that is known.
         trained_by: expert -> its workers' part in the trained gateway.
         validation: losses that the workers measured on rows that they held back, None if unknown.
@@ -222,8 +223,9 @@ def read_merged(store: GatewayStore) -> Export:
     metas = store.metas()
     metas.pop(GATEWAY, None)
     commits = {name: part["weights_commit"] for name, part in built_from.items()}
-    prints = {meta.base_fingerprint for meta in metas.values()}
-    specs = {name: store.spec(name) for name in metas}
+    used = {name: meta for name, meta in metas.items() if name in (merged.by_expert or built_from)}
+    prints = {meta.base_fingerprint for meta in used.values()}
+    specs = {name: store.spec(name) for name in used}
     return Export(
         name=MERGED_NAME,
         file=file,
@@ -231,11 +233,11 @@ def read_merged(store: GatewayStore) -> Export:
         built_from=built_from,
         behind={n: meta.version for n, meta in metas.items() if meta.weights_commit != commits.get(n)},
         info=info | {"base_fingerprint": prints.pop() if len(prints) == 1 else ""},
-        chat_template=_common_template(specs, metas),
+        chat_template=_common_template(specs, used),
         specs=specs,
-        metas=metas,
+        metas=used,
         weights=merged.by_expert,
-        validations=_validations(store, merged, metas),
+        validations=_validations(store, merged, used),
         fitted=_fitted(store, merged),
     )
 

@@ -286,6 +286,21 @@ def test_the_card_says_what_is_in_it(make: Make, connection: Connection, tmp_pat
     assert "| a | 2 | 7 | 1.5000 |" in (tmp_path / "README.md").read_text()
 
 
+def test_experts_of_two_base_models_are_not_merged(make: Make, connection: Connection) -> None:
+    """One sentence; one of weight 0 is no part of the merge, so its base model and template do not count."""
+    make("a")
+    make("b", base_fingerprint="e" * 32, template=TEMPLATE)
+    builder = GatewayBuilder(connection, GatewaySettings(), holder="one", lease_s=5.0)
+    with raises(SpecError, about="base_model") as caught:
+        builder.refresh()
+    assert "b is trained on another base model than a" in str(caught.value)
+    connection.client.hset("fedmoe:experts", "b", 0)
+    assert builder.refresh()
+    export = read_gateway(GatewayStore(connection))
+    assert list(export.specs) == ["a"]
+    assert export.info["base_fingerprint"] == export.metas["a"].base_fingerprint
+
+
 def test_a_trained_gateways_card_names_its_teams(connection: Connection, tmp_path: Path) -> None:
     """By its log: the workers of which experts, how often, and their last loss."""
     gateway = make_expert(connection, "gateway")

@@ -152,7 +152,7 @@ class Aggregator:
         """Serve until `stop` is set; the gateway is rebuilt once more after the experts' threads have ended."""
         gateway_stop = threading.Event()
         gateway = threading.Thread(
-            target=self._gateway.run, args=(gateway_stop,), name="gateway", daemon=True
+            target=self._gateway.run, args=(gateway_stop,), name="merged gateway", daemon=True
         )
         watch = threading.Thread(target=self._watch_list, name="list of experts", daemon=True)
         if self._rebalancer:

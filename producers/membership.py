@@ -40,6 +40,7 @@ from fedmoe.protocol.vectors import DomainVector
 from fedmoe.settings import RedisSettings
 from fedmoe.store.connection import Connection
 from fedmoe.store.worker import WorkerStore
+from fedmoe.util.log import SYNC
 from fedmoe.util.stopping import without_interrupt
 from producers.checkpoint import StateDir
 from producers.claim import claim_name
@@ -207,7 +208,7 @@ class Membership:
             identity=self.identity, data=data, state_dir=state_dir, training_fields=training_fields,
             fixed=fixed, checkpoint_interval_s=self._checkpoint_interval_s, clock=clock,
         )  # fmt: skip
-        self.thread = threading.Thread(target=self.sync.run, name=f"sync {self.store.expert}", daemon=True)
+        self.thread = threading.Thread(target=self.sync.run, name=f"{SYNC}{self.store.expert}", daemon=True)
 
     def open_books(
         self, trainer: Resumes, spec: Spec, data: str, source: str = "the data"

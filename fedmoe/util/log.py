@@ -19,6 +19,7 @@ from fedmoe.util.text import printable_lines
 FORMATS = ("text", "json")
 LEVELS = ("debug", "info", "warning", "error")
 OURS = ("fedmoe", "producers", "consumers")
+SYNC = "sync "  # the first part of a thread's name; the rest is the expert with which a worker's thread is in sync
 _TALKATIVE = ("transformers", "httpx", "huggingface_hub", "urllib3")
 _LOGIN = re.compile(r"(\w://)\S*@")
 _SECRET = re.compile(r"(?i)((?:password|secret|token|api[_-]?key)=)[^\s&'\"]+")
@@ -44,8 +45,10 @@ class TextFormatter(logging.Formatter):
         return leveled(super().format(record), record.levelno)
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # logging's name
-        """The line without a traceback."""
+        """The line without a traceback; what a worker's sync logs begins with its expert, for it may train two."""
         record.message = harmless(record.message)
+        if (record.threadName or "").startswith(SYNC):
+            record.message = f"{harmless(str(record.threadName)).removeprefix(SYNC)}: {record.message}"
         return super().formatMessage(record)
 
     def formatException(self, ei: object) -> str:  # noqa: N802  # logging's name

@@ -103,6 +103,8 @@ def test_a_log_line_tells_when_and_how_grave() -> None:
     record = logging.LogRecord("n", logging.INFO, "f", 1, "served", (), None)
     record.created = 1769860800.9
     assert TextFormatter().format(record) == "2026-01-31T12:00:00Z INFO served"
+    record.threadName = "sync gateway"  # a worker may train two experts
+    assert TextFormatter().format(record) == "2026-01-31T12:00:00Z INFO gateway: served"
 
 
 def test_a_missing_option_is_named() -> None:

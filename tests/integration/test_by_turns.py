@@ -26,7 +26,7 @@ from producers.checkpoint import name_in
 from producers.worker import Worker
 from tests.chaos.actors import EXPERTS, prepare
 from tests.errors import raises
-from tests.federation import make_expert, serving
+from tests.federation import make_expert, serving, small_spec
 from tests.processes import eventually
 
 pytestmark = pytest.mark.one_server
@@ -258,6 +258,21 @@ def test_gateway_that_is_removed_while_it_is_trained_leaves_the_expert(
         before = served.store.meta(EXPERT).version
         eventually("the expert goes on", lambda: served.store.meta(EXPERT).version > before + 2)
     assert [type(error) for error in errors] == [RemovedExpertError]
+
+
+def test_gateway_made_anew_with_another_adapter_leaves_the_expert(
+    served: Federation, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It vanishes, and is there again with other targets: the worker trains the expert alone, and says so."""
+    client = served.connection.client
+    with served.training() as errors:
+        client.delete(*client.keys("fedmoe:{gateway}:*"))
+        make_expert(served.connection, GATEWAY, small_spec())
+        left = "gateway is trained no more (expert 'gateway' was created again with another spec: restart this worker)"
+        eventually("the drop is logged", lambda: left in caplog.text, timeout_s=30)
+        before = served.store.meta(EXPERT).version
+        eventually("the expert goes on", lambda: served.store.meta(EXPERT).version > before + 2)
+    assert [error.about for error in errors if isinstance(error, FedMoEError)] == ["spec"]
 
 
 def test_change_of_the_rule_takes_effect_at_the_next_start(

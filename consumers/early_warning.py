@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from fedmoe.protocol.balance import active_of
 from fedmoe.protocol.records import Decided
+from fedmoe.protocol.rollback import NEVER, RolledBack
 from fedmoe.protocol.rules import RuleSet
 from fedmoe.protocol.update import Header
 from fedmoe.protocol.validation import AGREEING, HOLD, Curve, Measured, advance, checked
@@ -31,33 +32,46 @@ class Judged:
     got_worse: str = ""
 
 
-def judge(header: Header, head: Decided | None, version: int, rules: RuleSet) -> Judged:
+def counts_since(rules: RuleSet, rolled_back: RolledBack) -> int:
+    """The version from which on measurements count: that of the last release or rollback, 0 without one.
+
+    An operator who goes back to an earlier version accepts its losses, whatever those of the versions that are gone.
+    """
+    return max(rules.released, rolled_back.latest[1] if rolled_back.intervals else 0)
+
+
+def judge(
+    header: Header, head: Decided | None, version: int, rules: RuleSet, rolled_back: RolledBack = NEVER
+) -> Judged:
     """Judge the validation loss in the header of an update that is applied to this version of the expert.
 
-    `head` is the worker's last decided update, which has the curve before it.
+    `head` is the worker's last decided update, which has the curve before it; `rolled_back` are the expert's rollbacks.
     """
     before, text = (head.curve, head.validation) if head else (None, "")
     found = checked(header.val_loss, header.val_version, header.val_rows, header.val_set, at_most=version)
     if not isinstance(found, Measured):
         return Judged(odd=found or "", curve=text)
-    after = advance(before, found, since=rules.released)
+    after = advance(before, found, since=counts_since(rules, rolled_back))
     if after is None or after == before:
         return Judged(measured=found, curve=text)
     is_new = after.is_worse and not (before and before.is_worse and before.since == after.since)
     return Judged(measured=found, curve=after.to_json(), got_worse=str(after) if is_new else "")
 
 
-def reason_to_hold(decided: Mapping[str, Decided], version: int, rules: RuleSet) -> str:
+def reason_to_hold(
+    decided: Mapping[str, Decided], version: int, rules: RuleSet, rolled_back: RolledBack = NEVER
+) -> str:
     """Why the expert is to be held from this version on, "" if it is not.
 
-    Only workers count that are active (see `fedmoe.protocol.balance`) and measured since the last release.
+    Only workers count that are active (see `fedmoe.protocol.balance`) and measured since the last release or rollback.
     """
+    since = counts_since(rules, rolled_back)
     if rules.on_worse != HOLD or rules.held:
         return ""
     worse: dict[str, Curve] = {}
     for name, last in sorted(active_of(decided, version).items()):
         curve = last.curve
-        if curve is not None and curve.is_worse and curve.since == rules.released:
+        if curve is not None and curve.is_worse and curve.since == since:
             worse[name] = curve
     if len(worse) < AGREEING:
         return ""

@@ -273,7 +273,7 @@ class Expert:
                 self._refuse(bell.worker, header, verdict, commit)
                 judged_loss = Judged(curve=head.validation if head else "")
             case Outcome.APPLIED:
-                judged_loss = judge(header, head, self.meta.version, self.meta.rules)
+                judged_loss = judge(header, head, self.meta.version, self.meta.rules, self.meta.rolled_back)
                 self._apply(bell.worker, header, verdict, kept, judged_loss, commit)
         decided = Decided(
             id=header.id,
@@ -300,7 +300,7 @@ class Expert:
                 "%s: the validation loss of worker %s is worse: %s", self.store.name, worker, judged.got_worse
             )
         rules = self.meta.rules
-        if why := reason_to_hold(self.decided, self.meta.version, rules):
+        if why := reason_to_hold(self.decided, self.meta.version, rules, self.meta.rolled_back):
             after = rules.hold(why[:MAX_REASON_CHARS])
             line = RulesLine(version=self.meta.version, changed=rules.differences(after), ended=rules)
             commit.log.append(line.to_fields())

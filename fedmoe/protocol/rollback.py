@@ -85,3 +85,6 @@ class RolledBack:
         if not all(type(number) is int for pair in pairs for number in pair):
             raise ValueError(f"rolled_back is {text!r}")
         return cls(tuple(Interval(to, last) for to, last in pairs))
+
+
+NEVER = RolledBack()

@@ -51,14 +51,14 @@ class Measured:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Curve:
-    """The summary of a worker's measurements on the same rows, since its first or since an operator's release.
+    """The summary of a worker's measurements on the same rows, since its first, or an operator's release or rollback.
 
     Args:
         rows, rows_set: as in `Measured`.
         best, best_version: the lowest loss, and the version it was measured on.
         last, last_version: the newest loss.
         worse: how many of the newest measurements in a row are above the best by more than MARGIN.
-        since: version of the expert at the release since when measurements count, 0 if there was none.
+        since: version of the expert at the release or rollback since when measurements count, 0 if there was none.
     """
 
     rows: int
@@ -137,7 +137,7 @@ def advance(curve: Curve | None, measured: Measured, *, since: int) -> Curve | N
     Args:
         curve: before it, None if there is none.
         measured: the measurement. One of a version that is not later than the last one changes nothing.
-        since: version of the expert at the operator's last release: earlier measurements do not count any more.
+        since: version of the expert at the operator's last release or rollback; earlier measurements do not count.
     """
     if measured.version < since:
         return curve

@@ -244,13 +244,16 @@ def _dead_letter(entry: tuple[bytes, Mapping[bytes, bytes]]) -> DeadLetterView:
 
 
 def _curves(raw: Mapping[bytes, bytes], meta: Meta | None) -> dict[str, Curve]:
-    """The validation losses of the active workers."""
+    """The validation losses of the active workers, without those of before the last rollback."""
     decided = {}
     for name, text in raw.items():
         with suppress(SpecError):  # a load names what is malformed
             decided[name.decode(errors="replace")] = Decided.from_json(text)
-    last = active_of(decided, meta.version) if meta else {}
-    return {name: curve for name, one in last.items() if (curve := one.curve)}
+    if meta is None:
+        return {}
+    since = meta.rolled_back.latest[1] if meta.rolled_back.intervals else 0
+    last = active_of(decided, meta.version)
+    return {name: curve for name, one in last.items() if (curve := one.curve) and curve.since >= since}
 
 
 def _behind(worker: WorkerView, version: int) -> WorkerView:

@@ -6,9 +6,7 @@ from dataclasses import dataclass
 
 from fedmoe.protocol.fields import number, whole
 from fedmoe.protocol.records import Meta
-from fedmoe.protocol.rollback import RolledBack
-
-_NEVER = RolledBack()
+from fedmoe.protocol.rollback import NEVER, RolledBack
 
 
 def training_loss(meta: Meta) -> float | None:
@@ -53,7 +51,7 @@ class Validation:
 
 
 def validation(
-    lines: Iterable[Mapping[str, str]], version: int, rolled_back: RolledBack = _NEVER
+    lines: Iterable[Mapping[str, str]], version: int, rolled_back: RolledBack = NEVER
 ) -> Validation | None:
     """What the workers measured last, at this version or before; None if nobody measures.
 

@@ -28,6 +28,23 @@ def h26_one_forged_loss(world: World) -> None:
     world.expect_expert(alice=[1] * 3, bob=[1] * 3, carol=[1] * 3)
 
 
+def h26_going_back(world: World) -> None:
+    """An operator goes back to version 0, whose loss is above that of the versions that are gone."""
+    world.create()
+    world.change_rules(on_worse="hold")
+    alice, bob = world.worker("alice"), world.worker("bob")
+    a0 = world.aggregator()
+    for _ in range(2):
+        measures(world, a0, alice, 1.0)
+        measures(world, a0, bob, 1.0)
+    world.roll_back_to(0)
+    world.settle(a0, alice, bob)
+    for number in range(2 + IN_A_ROW):
+        measures(world, a0, alice, 2.0 - 0.01 * number)
+        measures(world, a0, bob, 2.0 - 0.01 * number)
+    expect(not world.meta.rules.held, "the expert is held for what an operator went back to")
+
+
 def h26_batch_goes_on(world: World) -> None:
     """Alice and bob measure a worse loss; the update that makes them two lies in one batch with carol's."""
     world.create()

@@ -218,6 +218,13 @@ OF_REDIS = {
         without=((Expert, "is_held", False),),
         symptom="an update was applied after the one that held the expert",
     ),
+    "H26c": Hazard(
+        wrong="an operator goes back to an earlier version, and the expert is held, as it is worse than what is gone",
+        rule="a worker's losses are compared with those that it measured since the last release or rollback",
+        scenario=holds.h26_going_back,
+        without=((consumers.early_warning, "counts_since", without.counts_since_the_release),),
+        symptom="the expert is held for what an operator went back to",
+    ),
     "H27a": Hazard(
         wrong="Redis is emptied, and no worker sends its domain vector again: nothing is routed to the expert any more",
         rule="an aggregator retains the vectors, and writes them back with the expert",

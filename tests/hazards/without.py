@@ -22,6 +22,8 @@ from fedmoe.protocol.balance import Peers
 from fedmoe.protocol.doorbell import Doorbell
 from fedmoe.protocol.keys import GROUP
 from fedmoe.protocol.records import Decided, Entry, Meta
+from fedmoe.protocol.rollback import RolledBack
+from fedmoe.protocol.rules import RuleSet
 from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.tail import Tail, TailRecord, part_field, record_field
 from fedmoe.protocol.update import Header, UpdateId, make_run
@@ -113,6 +115,11 @@ class WritesBackWeightsAlone(ExpertStore):
 def connect_uncounted(connection: Connection, client: Any) -> None:
     """A reconnection is not noticed."""
     client.on_connect()
+
+
+def counts_since_the_release(rules: RuleSet, rolled_back: RolledBack) -> int:
+    """A rollback is not looked at."""
+    return rules.released
 
 
 class TrustsEntries(Expert):

@@ -17,6 +17,7 @@ from fedmoe.cli.status import plain
 from fedmoe.errors import StaleStateError
 from fedmoe.protocol.names import GATEWAY
 from fedmoe.protocol.spec import Spec
+from fedmoe.protocol.validation import Measured
 from fedmoe.settings import AggregatorSettings
 from fedmoe.store import rollback
 from fedmoe.store.archive import SUFFIX, Anchor
@@ -95,6 +96,31 @@ def test_verify_show_and_status_tell(
     seen = Inspector(connection).federation().to_dict()["experts"][0]
     assert seen["meta"]["rolled_back"]["intervals"] == [[1, 3]]
     assert seen["log"][0]["rolled_back_to"] == "1"
+
+
+def test_losses_of_before_it_are_not_shown(
+    federation: KeptExpert, connection: Connection, expert_command: Command, kept: tuple[str, str]
+) -> None:
+    """The best version is none that was rolled back, and the first loss measured since is the best."""
+
+    def measure(loss: float, version: int) -> None:
+        measured = Measured(loss=loss, version=version, rows=8, rows_set="a")
+        federation.worker.push(0.25, **measured.fields)
+        federation.expert.load()
+        assert serve(federation.expert) == ["applied"]
+        federation.worker.pull()
+
+    measure(1.5, 0)
+    measure(1.0, 1)
+    assert Inspector(connection).federation().experts[0].best_version == 1
+    expert_command("rollback", NAME, "--to", "0", *kept)
+    view = Inspector(connection).federation().experts[0]
+    assert (view.curves, view.best_version) == ((), None)
+    federation.worker.pull()
+    measure(2.0, 3)
+    view = Inspector(connection).federation().experts[0]
+    assert [str(curve) for curve in view.curves] == ["alice 2.0000 at version 3, its best"]
+    assert view.best_version == 3
 
 
 def test_what_was_trained_on_what_is_gone_is_refused(

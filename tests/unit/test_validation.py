@@ -7,9 +7,10 @@ from dataclasses import replace
 import msgpack
 import pytest
 
-from consumers.early_warning import Judged, judge, reason_to_hold
+from consumers.early_warning import Judged, counts_since, judge, reason_to_hold
 from fedmoe.protocol.balance import LEAST_ACTIVE_VERSIONS
 from fedmoe.protocol.records import Decided
+from fedmoe.protocol.rollback import RolledBack
 from fedmoe.protocol.rules import RuleSet
 from fedmoe.protocol.update import Header, UpdateId
 from fedmoe.protocol.validation import (
@@ -84,6 +85,20 @@ def test_release_accepts_the_losses_as_they_are() -> None:
     later = advance(WORSE, replace(early, version=6), since=6)
     assert later is not None
     assert (later.best, later.best_version, later.worse, later.since) == (1.5, 6, 0, 6)
+
+
+def test_rollback_accepts_the_losses_of_the_version_gone_back_to() -> None:
+    """They are compared with what is measured from then on, not with the best of the versions that are gone."""
+    back = RolledBack().and_also(2, 5)  # version 6 has the weights of version 2
+    assert counts_since(HOLDING, back) == 6
+    assert counts_since(HOLDING.hold("why").release(9), back) == 9
+    assert reason_to_hold(decided(a=WORSE, b=WORSE), 10, HOLDING, back) == ""
+    head = replace(DECIDED, validation=WORSE.to_json())
+    measured = Measured(loss=8.0, version=7, rows=8, rows_set="a").fields
+    judged = judge(replace(HEADER, **measured), head, 8, HOLDING, back)
+    curve = Curve.from_json(judged.curve)
+    assert curve is not None
+    assert (curve.best, curve.best_version, curve.since, judged.got_worse) == (8.0, 7, 6, "")
 
 
 def test_two_workers_hold_an_expert_and_one_does_not() -> None:

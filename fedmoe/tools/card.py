@@ -45,20 +45,21 @@ def vllm_hint(rank: int) -> str:
     )
 
 
-def card(export: "Export", *, is_model: bool = False) -> str:
-    """The model card of an adapter, or of a whole model into which it was merged.
+def card(export: "Export", *, model_dtype: str = "") -> str:
+    """The model card of an adapter, or of a whole model of this dtype into which it was merged.
 
     The front matter names the base model only if that may be a hub id.
     """
+    is_model = bool(model_dtype)
     base = str(export.info["base_model"])
     relation = "finetune" if is_model else "adapter"
     front = [f"base_model: {base}", f"base_model_relation: {relation}"] if _HUB_ID.fullmatch(base) else []
     front += [f"library_name: {'transformers' if is_model else 'peft'}", "pipeline_tag: text-generation"]
     front += ["tags:", "- lora", "- fedmoe"]
     shape = f"rank {export.config.get('r')}, alpha {export.config.get('lora_alpha')}, {export.dtype}"
-    form = f"`{base}` with a LoRA adapter ({shape}) merged into its weights" if is_model else (
-        f"a LoRA adapter ({shape}) for `{base}`"
-    )  # fmt: skip
+    form = f"a LoRA adapter ({shape}) for `{base}`"
+    if is_model:
+        form = f"`{base}` with a LoRA adapter ({shape}) merged into its weights, which are {model_dtype}"
     lines = ["---", *front, "---", f"# {export.name}", ""]
     lines += [f"{_WHAT[export.kind]} of a FedMoE federation: {form}.", "", *_contents(export), ""]
     lines += [*(_load_model(export) if is_model else _load_adapter(base)), ""]

@@ -78,6 +78,11 @@ def find_validation_files(texts: Sequence[str], experts: Sequence[str]) -> dict[
     Raises:
         SettingsError: if a file is named as test rows; else as find_files.
     """
+    for text in texts:
+        if "=" not in text and not Path(text).exists():
+            raise SettingsError(
+                f"there is no {text!r}: --data takes a directory, a file, or EXPERT=FILE", about="data"
+            )
     named = [
         f"{clean_name(Path(text).name.removesuffix('.gz').removesuffix('.jsonl'))}={text}"
         if "=" not in text and Path(text).is_file()

@@ -91,7 +91,7 @@ def write_model(
             version / INFO_FILE,
             [json_bytes(info_of(export) | {WHOLE_MODEL: True, "dtype": _name(model.dtype)})],
         )
-        write_file(version / CARD_FILE, [card(export, is_model=True).encode()])
+        write_file(version / CARD_FILE, [card(export, model_dtype=_name(model.dtype)).encode()])
         for path in version.iterdir():
             to_disk(path)
 

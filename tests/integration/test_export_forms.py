@@ -207,6 +207,7 @@ def test_a_whole_model_is_what_peft_makes_of_both(make: Make, connection: Connec
     half = fedmoe_here(*command, "--dtype", "bf16", "--kind", "merged")
     assert half.returncode == 0, half.stderr
     assert {tensor.dtype for tensor in load_file(out / "model.safetensors").values()} == {torch.bfloat16}
+    assert "merged into its weights, which are bf16.\n" in (out / "README.md").read_text()
     torch.testing.assert_close(model_logits(out), logits(tmp_path / "adapter"), atol=0.1, rtol=0.1)
     with raises(SettingsError, about="config.json"):
         write(out, read_gateway(GatewayStore(connection)), force=True)  # an adapter into a whole model

@@ -92,6 +92,9 @@ def test_validation_files_are_never_test_rows(tmp_path: Path) -> None:
     for text in (f"red={tmp_path / 'red.test.jsonl'}", str(tmp_path / "red.test.jsonl")):
         with raises(SettingsError, about="test"):
             find_validation_files([text], ["red"])
+    with raises(SettingsError, about="data") as caught:
+        find_validation_files([str(tmp_path / "nothing.jsonl")], ["red"])
+    assert "there is no " in str(caught.value)
 
 
 def test_settings_have_bounds() -> None:

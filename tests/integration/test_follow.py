@@ -302,7 +302,7 @@ def test_what_the_workers_measured_decides(
         following.look()
         served.append(following.directory.current.split("-")[1])
     assert served == ["v1", "v2", "v2", "v2", "v5", "v6"]
-    assert "| 1.4000 |" in (following.directory.root / "current" / "README.md").read_text()
+    assert "| 1.4000 (v6) |" in (following.directory.root / "current" / "README.md").read_text()
 
 
 def test_without_a_loss_min_gain_is_said_not_to_apply(
@@ -332,6 +332,27 @@ def test_the_last_versions_stay(connection: Connection, follow: Follow) -> None:
     assert config_in(link)["r"] == 2
     assert (following.directory.root / "notes").is_dir()
     assert [path.name for path in following.directory.root.glob(".new-*")] == []
+
+
+@pytest.mark.parametrize("away", [True, False])
+def test_versions_do_not_pile_up_while_none_is_served(
+    connection: Connection, follow: Follow, away: bool
+) -> None:
+    """The server is away for long, or refuses each: the served version stays, and the last ones."""
+    gateway = Gateway(connection)
+    gateway.publish()
+    with stand_in() as server:
+        following = follow(server, keep=2)
+        assert following.look()
+        served = following.directory.current
+        server.max_rank = 1
+        if away:
+            server.stop()
+        for _ in range(5):
+            gateway.publish()
+            assert not following.look()
+    assert following.directory.current == served
+    assert [name.split("-")[1] for name in following.versions] == ["v1", "v5", "v6"]
 
 
 def test_the_merged_gateway_is_followed_until_there_is_a_trained_one(

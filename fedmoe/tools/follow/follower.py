@@ -163,6 +163,7 @@ class Follower:
             self._directory.add(name, export)
         self._candidate = name
         logger.info("%s: written, built from %s", name, export.versions)
+        self._prune()  # also while the server is away, or the disk would fill up
 
     def _look(self) -> Found:
         """The present version, by a few small reads."""
@@ -279,7 +280,11 @@ class Follower:
                 if self._directory.is_version(other):
                     self._server.unload(other)
                     logger.info("%s: unloaded", other)
-        self._directory.prune(self._settings.keep, {name, self._candidate})
+        self._prune()
+
+    def _prune(self) -> None:
+        """Remove all directories but the newest, the served one and the one that is to be served."""
+        self._directory.prune(self._settings.keep, {self._directory.current, self._candidate})
 
     def _run_command(self, name: str) -> None:
         """Run the operator's command for a version.

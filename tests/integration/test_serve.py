@@ -26,7 +26,6 @@ from fedmoe.protocol.spec import Spec
 from fedmoe.settings import AnswerSettings, GatewaySettings
 from fedmoe.store.connection import Connection
 from fedmoe.store.gateway import GatewayStore
-from fedmoe.store.remove import remove_expert
 from fedmoe.tools.export import read_expert, read_gateway
 from fedmoe.tools.export_files import write
 from fedmoe.tools.http_server import HttpServer
@@ -192,46 +191,6 @@ def test_a_new_version_answers_from_then_on(
     federation.client.hset(federation.keys.expert("a").meta, "weights_commit", "another")
     engine.refresh()  # reported, and the version before answers
     assert ask("a") == (text, version)
-
-
-def test_what_redis_has_lost_answers_on(federation: Connection, caplog: pytest.LogCaptureFixture) -> None:
-    """Emptied, malformed, of a later release: the versions that were read before answer. What was removed is gone."""
-    engine = engine_of(federation)
-    before = [one.version for one in engine.models()]
-    client, keys = federation.client, federation.keys
-    merged = client.hgetall(keys.merged.meta)
-    client.hset(keys.merged.meta, "requires", "teleport")
-    client.hset(keys.expert("a").meta, "version", "many")
-    engine.refresh()
-    assert [one.version for one in engine.models()] == before
-    assert "the merged gateway needs teleport" in caplog.text
-    saved = {key: client.dump(key) for key in client.keys("fedmoe:*")}
-    client.delete(*saved)
-    engine.refresh()
-    engine.refresh()
-    assert [one.version for one in engine.models()] == before
-    assert caplog.text.count("b.c: it cannot be read in Redis now, and b.c-v1-") == 1
-    for key, value in saved.items():
-        client.restore(key, 0, value)
-    client.hdel(keys.merged.meta, "requires")
-    assert client.hgetall(keys.merged.meta) == merged
-    remove_expert(federation, "b.c")
-    engine.refresh()
-    assert [one.name for one in engine.models()] == [GATEWAY, "a", "base"]
-
-
-def test_an_expert_named_like_the_base_model_is_said_not_to_answer(
-    connection: Connection, tiny_model_dir: Path
-) -> None:
-    """`base` is the base model."""
-    make(connection, tiny_model_dir, "base", seed=1)
-    said: list[str] = []
-    engine = Engine(
-        GatewayStore(connection), AnswerSettings(device="cpu", precision="fp32"), report=said.append
-    )
-    engine.refresh()
-    assert [one.version for one in engine.models()] == ["base"]
-    assert any("the expert base cannot be asked" in line for line in said)
 
 
 def test_what_cannot_be_answered_is_an_error_of_the_api(

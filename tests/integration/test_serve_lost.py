@@ -1,0 +1,61 @@
+"""Which models `fedmoe gateway serve` and `chat` have when Redis has lost some, or names are taken."""
+
+from pathlib import Path
+
+import pytest
+
+from consumers.gateway.builder import GatewayBuilder
+from fedmoe.protocol.names import GATEWAY
+from fedmoe.settings import AnswerSettings, GatewaySettings
+from fedmoe.store.connection import Connection
+from fedmoe.store.gateway import GatewayStore
+from fedmoe.store.remove import remove_expert
+from fedmoe.tools.serve.engine import Engine
+from tests.integration.test_serve import engine_of, make
+
+pytestmark = pytest.mark.one_server
+
+
+def test_what_redis_has_lost_answers_on(
+    connection: Connection, tiny_model_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Emptied, malformed, of a later release: the versions that were read before answer. What was removed is gone."""
+    for seed, name in enumerate(("a", "b.c"), start=1):
+        make(connection, tiny_model_dir, name, seed=seed)
+    GatewayBuilder(connection, GatewaySettings(), holder="one", lease_s=5.0).refresh()
+    engine = engine_of(connection)
+    before = [one.version for one in engine.models()]
+    client, keys = connection.client, connection.keys
+    merged = client.hgetall(keys.merged.meta)
+    client.hset(keys.merged.meta, "requires", "teleport")
+    client.hset(keys.expert("a").meta, "version", "many")
+    engine.refresh()
+    assert [one.version for one in engine.models()] == before
+    assert "the merged gateway needs teleport" in caplog.text
+    saved = {key: client.dump(key) for key in client.keys("fedmoe:*")}
+    client.delete(*saved)
+    engine.refresh()
+    engine.refresh()
+    assert [one.version for one in engine.models()] == before
+    assert caplog.text.count("b.c: it cannot be read in Redis now, and b.c-v1-") == 1
+    for key, value in saved.items():
+        client.restore(key, 0, value)
+    client.hdel(keys.merged.meta, "requires")
+    assert client.hgetall(keys.merged.meta) == merged
+    remove_expert(connection, "b.c")
+    engine.refresh()
+    assert [one.name for one in engine.models()] == [GATEWAY, "a", "base"]
+
+
+def test_an_expert_named_like_the_base_model_is_said_not_to_answer(
+    connection: Connection, tiny_model_dir: Path
+) -> None:
+    """`base` is the base model."""
+    make(connection, tiny_model_dir, "base", seed=1)
+    said: list[str] = []
+    engine = Engine(
+        GatewayStore(connection), AnswerSettings(device="cpu", precision="fp32"), report=said.append
+    )
+    engine.refresh()
+    assert [one.version for one in engine.models()] == ["base"]
+    assert any("the expert base cannot be asked" in line for line in said)

@@ -42,7 +42,7 @@ def line_of(
         measured: the validation loss that it brought, if there is one.
         kept: digest of the kept update, "" if it was not kept.
     """
-    is_clamped = counts != (header.n_examples, header.n_tokens)
+    is_clamped = _is_clamped(header, counts)
     return AppliedLine(
         version=meta.version,
         worker=worker,
@@ -64,6 +64,20 @@ def line_of(
         **(measured.fields if measured else {}),
         update=kept,
     )
+
+
+def _is_clamped(header: Header, counts: Counts) -> bool:
+    return counts != (header.n_examples, header.n_tokens)
+
+
+def tell_clamped(expert: str, worker: str, header: Header, counts: Counts) -> None:
+    """Warn if an update claims more rows or tokens than it counts for."""
+    if _is_clamped(header, counts):
+        logger.warning(
+            "%s: worker %s claims %d rows and %d tokens in one update; it is applied, but counts as only %d rows "
+            "and %d tokens: check that worker",
+            expert, worker, header.n_examples, header.n_tokens, *counts,
+        )  # fmt: skip
 
 
 def tell_applied(expert: str, log: Sequence[Line]) -> None:

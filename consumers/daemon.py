@@ -18,6 +18,7 @@ from consumers.aggregator import ExpertServer
 from consumers.gateway.builder import GatewayBuilder
 from consumers.rebalance import Rebalancer
 from fedmoe.errors import FedMoEError
+from fedmoe.protocol.layout import AdapterBuffer
 from fedmoe.protocol.names import is_expert
 from fedmoe.settings import AggregatorSettings, GatewaySettings, RedisSettings
 from fedmoe.store.connection import Connection
@@ -75,7 +76,13 @@ class Aggregator:
             holder=holder,
             lease_s=settings.lease_s,
             rebalancer=self._rebalancer,
+            served=self._weights,
         )
+
+    def _weights(self, name: str, commit: str) -> AdapterBuffer | None:
+        """A copy of the weights of an expert that this process serves, if they are of this weights commit."""
+        retained = server.retained if (server := self._servers.get(name)) else None
+        return retained.settled.copy(commit) if retained else None
 
     @property
     def servers(self) -> list[ExpertServer]:

@@ -12,13 +12,15 @@ from dataclasses import replace
 
 import torch
 
-from consumers.applied import line_of, meta_after, tell_applied
+from consumers.applied import line_of, meta_after, tell_applied, tell_clamped
 from consumers.decide import Admission, Outcome, Verdict, counts_of, judge_header
 from consumers.early_warning import Judged, judge, reason_to_hold
 from consumers.held import Held
 from consumers.history import History
 from consumers.kept import keep
+from consumers.packer import Packer
 from consumers.payload import Workspace, fold_payload, keeping
+from consumers.settled import Settled
 from fedmoe.errors import StaleStateError, UpdateError
 from fedmoe.protocol import records
 from fedmoe.protocol.balance import peers_of
@@ -33,7 +35,6 @@ from fedmoe.protocol.identity import BEAT_FIELDS, BaseIdentity
 from fedmoe.protocol.integrity import restamp
 from fedmoe.protocol.layout import AdapterBuffer
 from fedmoe.protocol.lines import DeadLetter, RulesLine
-from fedmoe.protocol.packed import pack
 from fedmoe.protocol.records import Decided, Entry, Meta
 from fedmoe.protocol.rules import MAX_REASON_CHARS
 from fedmoe.protocol.server import has_state
@@ -90,9 +91,11 @@ class Expert:
         self._threads = threads
         # Values of the last load or commit, and the newest values: the same object until an update is folded.
         self.held = self._folded = Held(spec.layout)
+        self.settled = Settled()  # for other threads
         # Targets of the next folds; the second spare takes memory only once a batch applies more than one update.
         self._spares = [Held(spec.layout), Held(spec.layout)]
         self._scratch = torch.empty(scratch_values(spec.layout.numel))
+        self._packer = Packer(spec, threads)
         self.warned: set[str] = set()
         self.writes_weights = False  # in each commit, because the expert may have no tail
 
@@ -106,7 +109,9 @@ class Expert:
         loaded: Loaded = self.store.load()
         if loaded.meta.spec != self.spec.digest:
             raise StaleStateError(f"{self.store.name}: it was created again, with another spec", about="spec")
+        self.settled.name("", None)
         self.held.load(loaded.weights, loaded.server_state, loaded.server_optimizer)
+        self.settled.name(loaded.meta.weights_commit, self.held)
         self._folded = self.held
         self.meta = loaded.meta
         self.decided = loaded.decided
@@ -164,6 +169,7 @@ class Expert:
             self._revert(*before)
             raise
         if self._folded is not self.held:
+            self.settled.name(self.meta.weights_commit, self._folded)
             self._spares.append(self.held)
             self.held = self._folded
         return verdicts
@@ -174,7 +180,7 @@ class Expert:
         self.meta, self.decided, self.vectors, self._folded = meta, decided, vectors, self.held
 
     def _process(self, entries: Sequence[Entry], more: More) -> list[Verdict]:
-        commit = Commit(on=self.meta.commit, generation=self.generation, meta=self.meta)
+        commit = Commit.on_top(self.meta, self.generation)
         self._growth = Growth(self.meta, self.spec, is_wanted=not self.writes_weights)
         verdicts: list[Verdict] = []
         while entries and not self.is_held:
@@ -216,7 +222,7 @@ class Expert:
         if is_new:
             self._folded.stamp(meta.commit)
             if self.spec.wire_format != EXACT:
-                commit.packed = pack(self._folded.weights.flat, self.spec, meta.commit, self._threads)
+                commit.packed = self._packer.pack(self._folded.weights.flat, meta.commit)
             if self._growth.is_open:
                 commit.tail, commit.begins_tail = self._growth.fields, not self.meta.tail
                 meta = meta.with_tail(self._growth.tail)
@@ -343,12 +349,7 @@ class Expert:
         self.meta = meta_after(self.meta, header, verdict, counts)
         self._pin(BaseIdentity.from_header(header), worker)
         line = line_of(worker, self.meta, header, verdict, counts, measured=judged.measured, kept=kept)
-        if line.claimed_examples is not None:
-            logger.warning(
-                "%s: worker %s claims %d rows and %d tokens in one update; it is applied, but counts as only %d rows "
-                "and %d tokens: check that worker",
-                self.store.name, worker, header.n_examples, header.n_tokens, *counts,
-            )  # fmt: skip
+        tell_clamped(self.store.name, worker, header, counts)
         commit.log.append(line.to_fields())
         self._take_vector(worker, header, commit)
 

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from consumers.gateway.inputs import read_inputs
+from consumers.gateway.inputs import Served, not_served, read_inputs
 from consumers.gateway.merge import merge
 from consumers.gateway.methods import METHODS
 from consumers.rebalance import Rebalancer, lease
@@ -35,7 +35,10 @@ REST = 9.0  # times the CPU time of a rebuild: rebuilding large experts takes a 
 
 
 class GatewayBuilder:
-    """Rebuilds the merged gateway while it holds its lease; see `REST` for how often at most."""
+    """Rebuilds the merged gateway while it holds its lease; see `REST` for how often at most.
+
+    `served` is as in `read_inputs`.
+    """
 
     def __init__(
         self,
@@ -47,11 +50,13 @@ class GatewayBuilder:
         rebalancer: Rebalancer | None = None,
         clock: Callable[[], float] = time.time,
         rest: Rest | None = None,
+        served: Served = not_served,
     ) -> None:
         self._store = GatewayStore(connection)
         self._settings = settings
         self._clock = clock
         self._rest = rest or Rest(REST)
+        self._served = served
         self._fit: Fit | None = None  # last seen, also one that was given up
         self._problems = Problems(connection, self._store.keys.problem, holder=holder)
         self._experts = ExpertList(self._store)
@@ -150,7 +155,7 @@ class GatewayBuilder:
 
     def _build(self, weights: dict[str, float], fit: Fit | None) -> None:
         started = self._clock()
-        inputs = read_inputs(self._store, weights, self._settings, fit)
+        inputs = read_inputs(self._store, weights, self._settings, fit, self._served)
         spec = inputs.spec
         needs_init = METHODS[self._settings.method].needs_init
         merged = merge(

@@ -1,12 +1,12 @@
 """The experts as the merged gateway takes them: their values, and their weights by the settings or by a fit."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from consumers.gateway.merge import MergeInput
 from fedmoe.errors import SpecError
 from fedmoe.protocol.fit import Fit, Weights
-from fedmoe.protocol.layout import values_of
+from fedmoe.protocol.layout import AdapterBuffer, values_of
 from fedmoe.protocol.merged import BuiltFrom
 from fedmoe.protocol.records import Meta
 from fedmoe.protocol.spec import Spec
@@ -33,8 +33,20 @@ class Inputs:
     weights: Weights
 
 
+Served = Callable[[str, str], AdapterBuffer | None]
+TRIES = 2  # to find an expert in memory that is committed to meanwhile
+
+
+def not_served(_expert: str, _commit: str) -> None:
+    """No expert is in this process's memory."""
+
+
 def read_inputs(
-    store: GatewayStore, listed: Mapping[str, float], settings: GatewaySettings, fit: Fit | None
+    store: GatewayStore,
+    listed: Mapping[str, float],
+    settings: GatewaySettings,
+    fit: Fit | None,
+    served: Served = not_served,
 ) -> Inputs:
     """Read the experts of the federation.
 
@@ -43,6 +55,7 @@ def read_inputs(
         listed: expert → its gateway weight; with 0 it is left out.
         settings: source and sum of the weights, without a fit.
         fit: of the merged gateway. It leaves out an expert that it does not name, or names with another lineage.
+        served: the exact weights of an expert's weights commit, if this process has them in memory, else None.
 
     Raises:
         SpecError: if all weights are 0, the fit is malformed, or experts with weight are of different base models.
@@ -53,7 +66,7 @@ def read_inputs(
     experts = []
     by_fit = fit.by_expert if fit else {}
     for name, configured in listed.items():
-        metas[name], file = store.read(name)
+        metas[name], file = _read(store, name, served)
         in_groups: tuple[float, ...] = ()
         if not fit:
             weight = _weight(configured, metas[name], settings.weighting)
@@ -92,6 +105,15 @@ def check_one_base(prints: Mapping[str, str]) -> None:
             )
 
 
+def _read(store: GatewayStore, name: str, served: Served) -> tuple[Meta, bytes | memoryview]:
+    """Meta and exact weights of an expert: from memory if it is there, for Redis holds a snapshot and a tail."""
+    for _ in range(TRIES):
+        meta = store.meta(name)
+        if (weights := served(name, meta.weights_commit)) is not None:
+            return meta, weights.file
+    return store.read(name)
+
+
 def _why_nothing(listed: Mapping[str, float], fit: Fit | None) -> str:
     if not any(listed.values()):
         return (
@@ -104,7 +126,7 @@ def _why_nothing(listed: Mapping[str, float], fit: Fit | None) -> str:
     return "no expert was trained yet, so all weights are 0 and there is nothing to merge"
 
 
-def as_input(spec: Spec, file: bytes) -> MergeInput:
+def as_input(spec: Spec, file: bytes | memoryview) -> MergeInput:
     """An expert of weight 1 from its safetensors file."""
     return MergeInput(
         layout=spec.layout, flat=values_of(spec.layout, file), scaling=spec.lora.scaling, weight=1.0

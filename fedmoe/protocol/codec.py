@@ -9,6 +9,7 @@ import math
 import reprlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import msgpack
@@ -51,6 +52,34 @@ def encode(
         return _part(form, first, len(flat), _encoded(form, flat, minus, first))
 
     return threads.in_order(encoded, range(0, len(flat), form.values_per_part))
+
+
+def encode_to(
+    out: memoryview,
+    flat: torch.Tensor,
+    wire_format: str,
+    *,
+    minus: torch.Tensor | None = None,
+    threads: Threads = ALONE,
+) -> None:
+    """Write the parts that `encode` makes to `out` (uint8), one after the other; it has the sum of `part_lengths`."""
+    form = FORMATS[wire_format]
+    flat = flat.contiguous()
+    firsts = range(0, len(flat), form.values_per_part)
+    ends = list(accumulate(part_lengths(len(flat), wire_format), initial=0))
+
+    def write(index: int, first: int) -> None:
+        here = slice(first, first + form.values_per_part)
+        count = len(flat[here])
+        opening, middle = _frame_around(form, first, count)
+        part = out[ends[index] : ends[index + 1]]
+        scales = slice(len(opening), len(opening) + form.scale_bytes(count))
+        data = slice(scales.stop + len(middle), len(part))
+        part[: scales.start], part[scales.stop : data.start] = opening, middle
+        form.encode_to(flat[here], None if minus is None else minus[here], part[scales], part[data])
+
+    for _ in threads.in_order(write, firsts):
+        pass
 
 
 class EncodedUpdate(NamedTuple):

@@ -41,6 +41,17 @@ def to_text(record: Any, *, sparse: bool = False) -> dict[str, str]:
     }
 
 
+def changed(record: Any, before: Any) -> dict[str, str]:
+    """The fields of a record, as `to_text` gives them, whose values differ from those of `before`, of its class."""
+    return {
+        one.name: _text(value, one)
+        for one in fields(record)
+        if (value := getattr(record, one.name)) is not (old := getattr(before, one.name))
+        and value is not None
+        and value != old
+    }
+
+
 def from_text(record: type[Record], raw: Mapping[Any, bytes | str]) -> Record:
     """Read what `to_text` wrote.
 

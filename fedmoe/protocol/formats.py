@@ -105,6 +105,16 @@ class Format:
             return self.encode_by(kernels, values, minus)
         return self.encode_by_torch(values if minus is None else values - minus)
 
+    def encode_to(
+        self, values: torch.Tensor, minus: torch.Tensor | None, scales: memoryview, data: memoryview
+    ) -> None:
+        """Encode as `encode` does, into memory of the caller, which has `scale_bytes` and `data_bytes`."""
+        if self.limit and (kernels := compiled()):
+            kernels.encode(self.bits, values, minus, _raw(scales), _raw(data))
+            return
+        encoded = self.encode_by_torch(values if minus is None else values - minus)
+        scales[:], data[:] = encoded.scales, encoded.data
+
     def encode_by(self, kernels: Kernels, values: torch.Tensor, minus: torch.Tensor | None) -> "Encoded":
         """The same as `encode`, of a format that quantises."""
         count = len(values)

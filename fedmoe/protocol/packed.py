@@ -21,7 +21,7 @@ from itertools import accumulate, pairwise
 import torch
 
 from fedmoe.errors import SettingsError, UpdateError
-from fedmoe.protocol.codec import add, encode, part_lengths, scratch_values
+from fedmoe.protocol.codec import add, encode_to, part_lengths, scratch_values
 from fedmoe.protocol.formats import EXACT
 from fedmoe.protocol.layout import Layout, values_of
 from fedmoe.protocol.lora_init import initial_weights
@@ -52,15 +52,20 @@ def packed_commit(preamble: bytes) -> str:
     return preamble[len(_WHAT) : len(_WHAT) + _ID_BYTES].decode(errors="backslashreplace")
 
 
-def pack(weights: torch.Tensor, spec: Spec, commit: str, threads: Threads = ALONE) -> bytes:
+def pack(weights: torch.Tensor, spec: Spec, commit: str) -> bytes:
     """Pack an expert's weights (numel,) fp32, written by this weights commit."""
+    content = bytearray(packed_bytes(spec))
+    pack_to(memoryview(content), weights, spec, commit)
+    return bytes(content)
+
+
+def pack_to(
+    out: memoryview, weights: torch.Tensor, spec: Spec, commit: str, threads: Threads = ALONE
+) -> None:
+    """Pack as `pack` does, into memory of the caller, of `packed_bytes`."""
+    out[:PREAMBLE_BYTES] = _preamble(commit, _digest(spec.layout, spec.init_seed))
     initial = initial_weights(spec.layout, spec.init_seed)
-    return b"".join(
-        (
-            _preamble(commit, _digest(spec.layout, spec.init_seed)),
-            *encode(weights, spec.wire_format, minus=initial, threads=threads),
-        )
-    )
+    encode_to(out[PREAMBLE_BYTES:], weights, spec.wire_format, minus=initial, threads=threads)
 
 
 def pack_file(file: bytes | memoryview, spec: Spec, commit: str) -> bytes | None:

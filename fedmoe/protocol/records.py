@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from fedmoe.errors import ProtocolError, RemovedExpertError, SpecError
 from fedmoe.protocol.features import PARTS, TAIL, check_requires, with_feature
-from fedmoe.protocol.fields import from_text, optional, to_text
+from fedmoe.protocol.fields import changed, from_text, optional, to_text
 from fedmoe.protocol.rollback import RolledBack
 from fedmoe.protocol.rules import RuleSet
 from fedmoe.protocol.tail import Tail
@@ -170,7 +170,15 @@ class Meta:
 
     def to_hash(self) -> dict[str, str]:
         """The fields as Redis stores them."""
-        return to_text(self) | {"mean_staleness": f"{self.mean_staleness:.6g}"}
+        return to_text(self) | self._derived
+
+    def changes(self, before: "Meta") -> dict[str, str]:
+        """The fields of `to_hash` that may differ from those of `before`."""
+        return changed(self, before) | self._derived
+
+    @property
+    def _derived(self) -> dict[str, str]:
+        return {"mean_staleness": f"{self.mean_staleness:.6g}"}
 
     @classmethod
     def from_hash(cls, raw: Mapping[bytes, bytes]) -> "Meta":

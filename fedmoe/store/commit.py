@@ -42,6 +42,7 @@ class Loaded:
 class Commit:
     """The changes of one commit on top of the loaded state (commit id `on`, connection `generation`).
 
+    `before`: the meta of the loaded state, of which only what differs is written; None: all of `meta` is written.
     `weights`, `server_state`: a new snapshot; writing it removes the tail. `tail`: the fields to add to the tail;
     `begins_tail`: its fields so far, if there are any, are of another history.
     `vectors`: worker -> its domain vector as stored; "" removes it.
@@ -50,9 +51,10 @@ class Commit:
     on: str
     generation: int
     meta: Meta
+    before: Meta | None = None
     weights: memoryview | None = None
     server_state: memoryview | None = None
-    packed: bytes | None = None
+    packed: memoryview | bytes | None = None
     tail: Mapping[str, str | bytes] = field(default_factory=dict)
     begins_tail: bool = False
     decided: dict[str, Decided] = field(default_factory=dict)
@@ -61,3 +63,8 @@ class Commit:
     dead: list[Line] = field(default_factory=list)
     entries: list[str] = field(default_factory=list)
     unlink: list[str] = field(default_factory=list)
+
+    @classmethod
+    def on_top(cls, meta: Meta, generation: int) -> "Commit":
+        """A commit without changes yet, on a state with this meta that was loaded over this connection."""
+        return cls(on=meta.commit, generation=generation, meta=meta, before=meta)

@@ -312,7 +312,8 @@ class ExpertStore(Submissions):
         fields = list(commit.tail.items())
         for first in range(0, len(fields), _AT_ONCE):
             pipe.hset(keys.tail, mapping=dict(fields[first : first + _AT_ONCE]))
-        pipe.hset(keys.meta, mapping=commit.meta.to_hash())
+        meta, before = commit.meta, commit.before
+        pipe.hset(keys.meta, mapping=meta.changes(before) if before else meta.to_hash())
         if commit.decided:
             pipe.hset(keys.decided, mapping={worker: d.to_json() for worker, d in commit.decided.items()})
         if kept := {worker: text for worker, text in commit.vectors.items() if text}:

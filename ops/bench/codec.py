@@ -29,7 +29,7 @@ from fedmoe.protocol.fold import Values
 from fedmoe.protocol.formats import EXACT
 from fedmoe.protocol.layout import AdapterBuffer, Layout, values_of_chunks
 from fedmoe.protocol.lora_init import initial_weights
-from fedmoe.protocol.packed import chunks, pack, unpack
+from fedmoe.protocol.packed import chunks, pack, pack_to, packed_bytes, unpack
 from fedmoe.protocol.records import Decided, Meta
 from fedmoe.protocol.rules import AggregationRules
 from fedmoe.protocol.server import ServerStep
@@ -178,5 +178,6 @@ def _steps(layout: Layout, form: str, threads: Threads = ALONE) -> dict[str, Cal
 
     steps: dict[str, Callable[[], object]] = {"make": make, "fold": fold, "pull": pull}
     if form != EXACT:
-        steps["pack"] = lambda: pack(folded.flat, spec, COMMIT, threads)
+        content = memoryview(bytearray(packed_bytes(spec)))
+        steps["pack"] = lambda: pack_to(content, folded.flat, spec, COMMIT, threads)
     return steps

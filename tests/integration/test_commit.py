@@ -48,6 +48,49 @@ def test_update_becomes_part_of_the_expert(connection: Connection) -> None:
     assert (line[b"worker"], line[b"version"], line[b"staleness"]) == (b"alice", b"1", b"0")
 
 
+def test_a_commit_writes_of_meta_what_changed(connection: Connection) -> None:
+    """All of meta is then in Redis as the aggregator has it, and a field that another release wrote is still there."""
+    expert = make_expert(connection)
+    redis, key = connection.client, expert.store.keys.meta
+    redis.hset(key, mapping={"later": "kept", "base_model": expert.meta.base_model})
+    worker = ScriptedWorker(connection, expert.spec)
+    for amount in (2.0, 1e6, 3.0):
+        worker.push(amount)
+        serve(expert)
+        worker.pull()
+        found = {name.decode(): value.decode() for name, value in redis.hgetall(key).items()}
+        assert found == {**expert.meta.to_hash(), "later": "kept"}
+    before = expert.meta
+    expert.process(())
+    assert expert.meta is before
+    worker.push(1.0)
+    serve(expert)
+    assert expert.meta.changes(before).keys() == {
+        "commit", "weights_commit", "version", "decided_stamp", "applied", "n_examples", "n_tokens", "updated_at",
+        "digests", "mean_staleness",
+    }  # fmt: skip
+
+
+def test_the_weights_of_the_last_commit_for_other_threads(connection: Connection) -> None:
+    """Of the last commit that succeeded, not those of one that was overtaken."""
+    expert = make_expert(connection)
+    worker = ScriptedWorker(connection, expert.spec)
+    worker.push(2.0)
+    serve(expert)
+    first = expert.meta.weights_commit
+    copy = expert.settled.copy(first)
+    assert copy is not None
+    assert torch.equal(copy.flat, start_weights() + 2)
+    worker.pull()
+    worker.push(3.0)
+    connection.client.hset(expert.store.keys.meta, "commit", "f" * 16)
+    with pytest.raises(StaleStateError):
+        serve(expert)
+    copy = expert.settled.copy(first)
+    assert copy is not None
+    assert torch.equal(copy.flat, start_weights() + 2)
+
+
 def test_worker_follows(connection: Connection) -> None:
     """After pull and push of two workers all have the expert's weights."""
     expert = make_expert(connection)

@@ -3,8 +3,11 @@
 import json
 import re
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import msgpack
 import pytest
@@ -15,12 +18,14 @@ from hypothesis import strategies as st
 from consumers.decide import Outcome
 from consumers.payload import Workspace, fold_payload
 from fedmoe.errors import UpdateError
-from fedmoe.protocol.codec import decode, encode, part_count, part_lengths
+from fedmoe.protocol import formats
+from fedmoe.protocol.codec import decode, encode, encode_to, part_count, part_lengths
 from fedmoe.protocol.fold import Values
 from fedmoe.protocol.formats import BLOCK, FORMATS, MAX_VALUES_PER_PART
 from fedmoe.protocol.layout import Layout
 from fedmoe.protocol.records import Decided
 from fedmoe.protocol.update import PART_BYTES, make_run
+from fedmoe.util.threads import Threads
 from producers.ledger import Ledger, Trained
 from tests.federation import admission, delta_of, first_meta, small_spec
 from tests.strategies import flats, flip_bytes, oddities, randn, seeds, wire_formats
@@ -322,3 +327,27 @@ def test_absurd_sizes_are_refused_before_they_are_allocated(bomb: bytes) -> None
         assert tracemalloc.get_traced_memory()[1] < 4 * PART_BYTES
     finally:
         tracemalloc.stop()
+
+
+@given(small_flats, wire_formats, st.booleans(), st.booleans())
+def test_parts_in_memory_of_the_caller(
+    flat: torch.Tensor, wire_format: str, relative: bool, slowly: bool
+) -> None:
+    """They are byte for byte those that stand alone, one after the other, with and without the kernels."""
+    minus = randn(1, len(flat)) if relative else None
+    wanted = b"".join(encode(flat, wire_format, minus=minus))
+    found = bytearray(b"\xff" * len(wanted))
+    with mock.patch.object(formats, "compiled", return_value=None) if slowly else nullcontext():
+        encode_to(memoryview(found), flat, wire_format, minus=minus)
+    assert found == wanted
+
+
+@pytest.mark.parametrize("wire_format", sorted(FORMATS))
+def test_several_parts_in_memory_of_the_caller(wire_format: str) -> None:
+    """By several threads, with a last part that is not whole."""
+    flat = randn(0, 2 * FORMATS[wire_format].values_per_part + 65)
+    wanted = b"".join(encode(flat, wire_format))
+    found = bytearray(len(wanted))
+    with ThreadPoolExecutor(2) as pool:
+        encode_to(memoryview(found), flat, wire_format, threads=Threads(pool, 2))
+    assert found == wanted

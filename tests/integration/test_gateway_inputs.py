@@ -1,0 +1,59 @@
+"""The merged gateway of experts that its aggregator serves: from memory, to the same bytes as from Redis."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from consumers.gateway.builder import GatewayBuilder
+from consumers.gateway.inputs import TRIES
+from fedmoe.protocol.layout import AdapterBuffer
+from fedmoe.settings import GatewaySettings
+from fedmoe.store.connection import Connection
+from fedmoe.store.gateway import GatewayStore
+from tests.federation import ScriptedWorker, make_expert, serve, small_spec
+
+pytestmark = pytest.mark.one_server
+Served = Callable[[str, str], AdapterBuffer | None]
+
+
+def builder(connection: Connection, served: Served | None = None) -> GatewayBuilder:
+    more = {"served": served} if served else {}
+    return GatewayBuilder(connection, GatewaySettings(), holder="agg-1", lease_s=5.0, **more)
+
+
+def test_the_same_bytes_as_from_redis(connection: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And Redis is not asked for the weights."""
+    spec = small_spec(wire_format="int4")
+    expert = make_expert(connection, spec=spec)
+    for name in ("alice", "bob"):
+        ScriptedWorker(connection, spec, name).push(torch.randn(spec.layout.numel))
+    serve(expert)
+    store = GatewayStore(connection)
+    assert builder(connection).refresh()
+    wanted = store.load_merged()
+    assert wanted is not None
+    connection.client.delete(store.keys.meta)
+    with monkeypatch.context() as patch:
+        patch.delattr(GatewayStore, "read")
+        assert builder(connection, lambda _, commit: expert.settled.copy(commit)).refresh()
+    found = store.load_merged()
+    assert found is not None
+    assert found[1] == wanted[1]
+    assert found[0].built_from == wanted[0].built_from
+
+
+def test_weights_of_another_commit_are_not_taken(connection: Connection) -> None:
+    """Another aggregator serves the expert by now: what this one remembers is of an earlier commit."""
+    expert = make_expert(connection)
+    asked = []
+
+    def served(name: str, commit: str) -> AdapterBuffer | None:
+        asked.append((name, commit))
+        return expert.settled.copy("0" * 16)
+
+    assert builder(connection, served).refresh()
+    assert asked == [("sql_expert", expert.meta.weights_commit)] * TRIES
+    merged = GatewayStore(connection).merged()
+    assert merged is not None
+    assert merged.experts["sql_expert"].weights_commit == expert.meta.weights_commit

@@ -245,7 +245,7 @@ class Ledger:
             loss=trained.loss,
             position=trained.position,
             parts=tuple(Part.of(part) for part in cut.parts),
-            requires=features.UPDATES_REQUIRE,
+            requires=features.with_feature(features.UPDATES_REQUIRE, features.QUICK_DIGESTS, True),
             vector=vector.values if vector else None,
             vector_rows=vector.rows if vector else 0,
             **(measured.fields if measured else {}),

@@ -161,7 +161,11 @@ def headers(draw: st.DrawFn) -> Header:
     run, seq = draw(update_ids())
     count = st.integers(0, MAX_COUNT)
     text = st.text(max_size=30)
-    parts = st.builds(Part, st.integers(1, 2**20), st.binary(min_size=32, max_size=32))
+    parts = st.builds(
+        Part,
+        st.integers(1, 2**20),
+        st.sampled_from([16, 32]).flatmap(lambda n: st.binary(min_size=n, max_size=n)),
+    )
     return Header(
         lineage=draw(text),
         spec=draw(text),

@@ -12,8 +12,9 @@ SERVER_OPTIMIZER = "server_optimizer"  # the step of an update may depend on wha
 ROLLBACK = "rollback"  # updates that were trained on rolled-back versions are refused, and workers drop such progress
 TAIL = "tail"  # the key `weights` lags behind meta by the updates in the tail
 PARTS = "parts"  # weights above 512 MiB lie in several strings
+QUICK_DIGESTS = "quick_digests"  # the parts of an update have digests by XXH3
 FEATURES: frozenset[str] = frozenset(
-    {HOLD, PARTS, ROLLBACK, SERVER_OPTIMIZER, TAIL}
+    {HOLD, PARTS, QUICK_DIGESTS, ROLLBACK, SERVER_OPTIMIZER, TAIL}
 )  # those that this FedMoE knows
 UPDATES_REQUIRE = ""  # features that an aggregator must know to decide this FedMoE's updates
 MAX_FEATURE_CHARS = 32

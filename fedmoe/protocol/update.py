@@ -7,13 +7,15 @@ incarnation grows with each new run of a worker, the nonce distinguishes two pro
 
 import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import Field, asdict, dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import msgpack
+import xxhash
 
 from fedmoe.errors import UpdateError
-from fedmoe.protocol.features import lacking
+from fedmoe.protocol.features import QUICK_DIGESTS, lacking, with_feature
 from fedmoe.protocol.fields import optional
 
 HEADER_FORMAT = 1
@@ -24,6 +26,7 @@ PART_BYTES = 1024 * 1024  # a payload part is at most this long
 MAX_PARTS = 1024  # enough for an adapter of 1 GiB in fp32, and of 2 GiB in int4
 MAX_TEXT_CHARS = 1024
 PAYLOAD_TTL_S = 7 * 24 * 3600  # of header and parts in Redis; far longer than any expected outage
+_QUICK_BYTES, _SHA_BYTES = 16, 32  # of a part's digest
 _RUN = re.compile(r"([0-9]{1,12})-([0-9a-f]{8})")
 _MAX_INT = 2**53
 _VALIDATION = ("val_loss", "val_version", "val_rows", "val_set")
@@ -68,19 +71,28 @@ def is_run(text: str) -> bool:
 
 
 class Part(NamedTuple):
-    """Length in bytes and SHA-256 (32 bytes) of one payload part."""
+    """Length in bytes and digest of one payload part: XXH3 (16 bytes), or SHA-256 (32) as earlier releases have it.
+
+    The digest finds damage, and need not find forgery: whoever can write a worker's parts can write its headers, too.
+    """
 
     length: int
     digest: bytes
 
     @classmethod
-    def of(cls, data: bytes) -> "Part":
-        """Describe a part."""
-        return cls(len(data), hashlib.sha256(data).digest())
+    def of(cls, data: bytes, *, quick: bool = True) -> "Part":
+        """Describe a part, with a digest by XXH3 if `quick`."""
+        return cls(len(data), _digest(data, _QUICK_BYTES if quick else _SHA_BYTES))
 
     def matches(self, data: bytes) -> bool:
         """True if `data` has this length and digest."""
-        return len(data) == self.length and hashlib.sha256(data).digest() == self.digest
+        return len(data) == self.length and _digest(data, len(self.digest)) == self.digest
+
+
+def _digest(data: bytes, n_bytes: int) -> bytes:
+    if n_bytes == _QUICK_BYTES:
+        return xxhash.xxh3_128(data).digest()
+    return hashlib.sha256(data).digest()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,6 +158,13 @@ class Header:
         After a rollback of many updates, a resent update may name a base version that the expert has not reached again.
         """
         return replace(self, base_version=min(self.base_version, base_version))
+
+    def known_by(self, knows: str, parts: Sequence[bytes]) -> "Header":
+        """The same update for aggregators that know these features: with SHA-256 if they know no quick digests."""
+        if QUICK_DIGESTS in knows.split() or QUICK_DIGESTS not in self.requires.split():
+            return self
+        described = tuple(Part.of(part, quick=False) for part in parts)
+        return replace(self, parts=described, requires=with_feature(self.requires, QUICK_DIGESTS, False))
 
     def pack(self) -> bytes:
         """The header as msgpack."""
@@ -251,7 +270,10 @@ def _parse_parts(value: Any) -> tuple[Part, ...]:
     parts = []
     for item in value:
         match item:
-            case [int() as length, bytes() as digest] if _is_count(length) and len(digest) == 32:
+            case [int() as length, bytes() as digest] if _is_count(length) and len(digest) in (
+                _QUICK_BYTES,
+                _SHA_BYTES,
+            ):
                 if not 0 < length <= PART_BYTES:
                     raise UpdateError(
                         f"the header names a part of {length} bytes, allowed are {PART_BYTES}", about="length"

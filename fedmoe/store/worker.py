@@ -78,6 +78,7 @@ class WorkerStore(Presence):
 
     def __init__(self, connection: Connection, expert: str, worker: str) -> None:
         super().__init__(connection, expert, worker)
+        self._knows = ""  # the features of the expert's aggregators, as seen last
         self.announced: UpdateId | None = None  # the update whose XADD was sent and may have been executed
 
     def spec(self) -> Spec:
@@ -130,6 +131,7 @@ class WorkerStore(Presence):
 
     def _check_aggregators(self, protocol: int, knows: str) -> None:
         """Raise ProtocolError if the aggregators are too old for this worker; parsing meta detects the reverse."""
+        self._knows = knows
         if protocol < records.PROTOCOL:
             raise ProtocolError(
                 f"the aggregators of expert {self.expert!r} speak protocol {protocol} and this worker protocol "
@@ -267,6 +269,7 @@ class WorkerStore(Presence):
             RedisUnavailableError: also if a part is incomplete on the server, or Redis is nearly full: retry.
         """
         self._hold_back_if_nearly_full(header.payload_bytes)
+        header = header.known_by(self._knows, parts)
         again = self.announced == header.id
         run, seq = header.run, header.seq
         blobs = {self.keys.part(self.worker, run, seq, index): part for index, part in enumerate(parts)}

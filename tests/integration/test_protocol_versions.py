@@ -23,6 +23,7 @@ from fedmoe.protocol.beat import Beat
 from fedmoe.protocol.codec import cut
 from fedmoe.protocol.identity import BaseIdentity
 from fedmoe.protocol.rules import RuleSet
+from fedmoe.protocol.update import Header
 from fedmoe.settings import AggregatorSettings, GatewaySettings
 from fedmoe.store.connection import Connection
 from fedmoe.store.inspect import Inspector
@@ -71,6 +72,40 @@ def require_signing_in_spec(expert: Expert) -> None:
 
 
 LATER = [raise_protocol, require_signing, require_signing_in_spec]
+
+
+# ---- digests of parts ----
+
+
+def forget_quick_digests(expert: Expert) -> None:
+    """As an aggregator of an earlier release does it."""
+    known = features.FEATURES - {features.QUICK_DIGESTS}
+    expert.store.connection.client.hset(
+        expert.store.keys.meta, mapping={"knows": " ".join(sorted(known)), "commit": "earlier"}
+    )
+
+
+def test_the_digests_that_the_aggregators_know(expert: Expert, connection: Connection) -> None:
+    """Also if an earlier aggregator takes over while an update is in flight: it is sent again as that one reads it."""
+    worker = ScriptedWorker(connection, SPEC)
+    update = worker.push(1.0)
+
+    def sent() -> Header:
+        return Header.unpack(connection.client.get(expert.store.keys.header("alice", *update.id)))
+
+    assert [len(part.digest) for part in sent().parts] == [16]
+    assert sent().requires == features.QUICK_DIGESTS
+    entry = worker.publish()
+    forget_quick_digests(expert)
+    assert worker.store.poll(entry, update.header).entry_waits
+    worker.publish()
+    assert [len(part.digest) for part in sent().parts] == [32]
+    assert sent().requires == ""
+    expert.load()
+    assert serve(expert) == ["applied", "duplicate", "duplicate"]
+    change = worker.pull()
+    assert change.how is not None
+    assert change.how.how == "applied"
 
 
 # ---- the aggregator ----

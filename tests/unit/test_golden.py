@@ -53,7 +53,8 @@ def test_checkpoint_of_an_earlier_release_is_resumed(release: Path, tmp_path: Pa
     assert torch.equal(loaded.optimizer["step"], expected.optimizer["step"])
     assert loaded.ledger.meta == expected.ledger.meta
     assert [update.header for update in loaded.ledger.kept] == [
-        update.header for update in expected.ledger.kept
+        update.header.known_by("", update.parts)
+        for update in expected.ledger.kept  # digests as they were
     ]
     assert (loaded.ledger.run, loaded.ledger.seq, loaded.ledger.start) == (
         expected.ledger.run, expected.ledger.seq, expected.ledger.start,

@@ -1,6 +1,7 @@
 """fedmoe.protocol.update: a header survives its journey, and one from anybody is accepted whole or refused."""
 
 import dataclasses
+import hashlib
 import tracemalloc
 from typing import Any
 
@@ -10,6 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fedmoe.errors import UpdateError
+from fedmoe.protocol.features import features_text
 from fedmoe.protocol.update import (
     MAX_HEADER_BYTES,
     MAX_PARTS,
@@ -75,6 +77,30 @@ def test_a_header_of_the_most_parts_fits() -> None:
     header = dataclasses.replace(PLAIN, parts=(Part(PART_BYTES, b"\xff" * 32),) * MAX_PARTS)
     assert len(header.pack()) < MAX_HEADER_BYTES
     assert Header.unpack(header.pack()).payload_bytes == MAX_PARTS * PART_BYTES
+
+
+@given(st.binary(min_size=1, max_size=300), st.booleans(), seeds)
+def test_a_part_is_told_from_a_damaged_one(data: bytes, quick: bool, seed: int) -> None:
+    """By the digest of this release, and by that of earlier ones."""
+    part = Part.of(data, quick=quick)
+    assert len(part.digest) == (16 if quick else 32)
+    assert part.matches(data)
+    damaged = flip_bytes(data, seed, 1)
+    assert part.matches(damaged) is (damaged == data)
+
+
+def test_a_header_for_earlier_aggregators() -> None:
+    """They read digests by SHA-256 only; what the header says of its parts is the same otherwise."""
+    parts = [b"one", b"another"]
+    header = dataclasses.replace(PLAIN, parts=tuple(map(Part.of, parts)), requires="quick_digests")
+    assert header.known_by(features_text(), parts) is header
+    earlier = header.known_by("hold tail", parts)
+    assert earlier.requires == ""
+    assert [part.digest for part in earlier.parts] == [hashlib.sha256(part).digest() for part in parts]
+    assert dataclasses.replace(earlier, parts=header.parts, requires=header.requires) == header
+    signed = dataclasses.replace(header, requires="quick_digests signing")
+    assert signed.known_by("", parts).requires == "signing"
+    assert earlier.known_by("", parts) is earlier
 
 
 @given(st.binary(max_size=300) | oddities().map(msgpack.packb))

@@ -31,6 +31,12 @@ from fedmoe.util.memory import keep_freed
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["ops.bench.fedmoe_side", "ops.bench.raw_side", "ops.bench.http_side"])
 _PR_SET_PDEATHSIG = 1  # from <linux/prctl.h>
+_FILE_SETTINGS = (
+    "auto-aof-rewrite-min-size",
+    "auto-aof-rewrite-percentage",
+    "aof-use-rdb-preamble",
+    "rdbcompression",
+)
 _CPUCLOCK_SCHED = 2  # from Linux' posix-timers.h
 READY_TIMEOUT_S = 90.0
 ROOT = Path(__file__).parents[2]
@@ -124,7 +130,7 @@ class Processes:
         """Start a private server on loopback TCP and return its URL.
 
         Args:
-            aof: with the append-only file, everysec.
+            aof: with the append-only file, and the settings for it that ops/redis.conf recommends.
             tls: over TLS, with a certificate that clients check.
             options: further server options.
 
@@ -135,7 +141,13 @@ class Processes:
         url, listen = f"redis://127.0.0.1:{port}/0", ["--port", str(port)]
         if tls:
             url, listen = self._tls(port)
-        listen += ["--bind", "127.0.0.1", "--appendonly", "yes" if aof else "no"]
+        listen += [
+            "--bind",
+            "127.0.0.1",
+            "--appendonly",
+            "yes" if aof else "no",
+            *(file_settings() if aof else ()),
+        ]
         server = EmbeddedRedis(options=[*listen, *options])
         try:
             server.start()
@@ -229,6 +241,13 @@ class Processes:
     def peak_rss_mib(self) -> dict[str, float]:
         """The most resident memory in MiB that the processes had, by role."""
         return self._by_role(_peak_rss_mib)
+
+
+def file_settings() -> list[str]:
+    """Options for the append-only file, from ops/redis.conf."""
+    lines = (ROOT / "ops" / "redis.conf").read_text().splitlines()
+    settings = [line.split() for line in lines if line.partition(" ")[0] in _FILE_SETTINGS]
+    return [word for name, value in settings for word in (f"--{name}", value)]
 
 
 def _cpu_s(pid: int) -> float:

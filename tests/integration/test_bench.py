@@ -16,7 +16,7 @@ from ops.bench import before, contest
 from ops.bench.adapters import LAYOUTS, fp32_bytes
 from ops.bench.contest import Contestant, Sample, Seats, take_turns
 from ops.bench.fedmoe_side import FedMoE
-from ops.bench.processes import ROOT, BenchError
+from ops.bench.processes import ROOT, BenchError, file_settings
 from ops.bench.result import BARS, at_least, figure, ratio
 from tests.processes import environment
 
@@ -28,6 +28,14 @@ def bench(*arguments: str, **extra: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-m", "ops.bench", *arguments],
         env=environment(**extra), capture_output=True, text=True, timeout=110, check=False,
     )  # fmt: skip
+
+
+def test_the_file_is_that_of_redis_conf() -> None:
+    """By default Redis would rewrite it every few updates, which costs more than they do."""
+    assert file_settings() == [
+        "--auto-aof-rewrite-min-size", "1gb", "--auto-aof-rewrite-percentage", "100", "--aof-use-rdb-preamble", "yes",
+        "--rdbcompression", "no",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

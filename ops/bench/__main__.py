@@ -9,7 +9,18 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-BENCHMARKS = ("wire", "machine", "codec", "throughput", "latency", "file", "growth", "overlap", "turns")
+BENCHMARKS = (
+    "wire",
+    "machine",
+    "codec",
+    "stages",
+    "throughput",
+    "latency",
+    "file",
+    "growth",
+    "overlap",
+    "turns",
+)
 ON_REQUEST = (
     "size",
     "quality",

@@ -228,7 +228,7 @@ class Processes:
 
     def cpu_s(self) -> dict[str, float]:
         """CPU-seconds (user and system) used so far, by role."""
-        return self._by_role(_cpu_s)
+        return self._by_role(cpu_s)
 
     def pages(self) -> dict[str, float]:
         """Pages of memory that the kernel has given the processes so far (minor faults), by role."""
@@ -250,8 +250,11 @@ def file_settings() -> list[str]:
     return [word for name, value in settings for word in (f"--{name}", value)]
 
 
-def _cpu_s(pid: int) -> float:
-    """To the nanosecond, where psutil counts ticks of 10 ms: the clock that clock_getcpuclockid(3) names."""
+def cpu_s(pid: int) -> float:
+    """CPU seconds of a process, to the nanosecond (psutil counts ticks of 10 ms).
+
+    The clock is the one that clock_getcpuclockid(3) names.
+    """
     return time.clock_gettime(~pid << 3 | _CPUCLOCK_SCHED)
 
 

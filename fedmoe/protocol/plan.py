@@ -10,6 +10,9 @@
 
     r   updates a second: M / sync interval             g   rebuilds of it a second: at most r, and one each interval
 
+An aggregator has the experts that it serves in memory. With several aggregators, the one that builds the merged gateway
+also reads the experts of the others from Redis, at most g E (w + s + t / 2).
+
 The constants are what a real federation showed; tests/e2e/test_plan.py compares the formula with one.
 """
 
@@ -181,12 +184,6 @@ def terms(shape: Shape) -> list[Term]:
     sent = [
         Term(OUT, "pulls, to workers", "r p", rate * pull),
         Term(OUT, "updates, to the aggregator", "r u", rate * update),
-        Term(
-            OUT,
-            "experts to merge, to the aggregator",
-            "g E (w + s + t / 2)",
-            rebuilds * shape.experts * (weights + state + shape.tail / 2),
-        ),
     ]
     data = total(memory, MEMORY) - members * pull
     disk = [

@@ -48,7 +48,6 @@ def test_terms_are_what_their_formulas_say() -> None:
     assert found["in commits, from the aggregator"] == 3.0 * W
     assert found["in merged gateway, from the aggregator"] == 0.2 * 3 * W
     assert found["out pulls, to workers"] == 3.0 * W
-    assert found["out experts to merge, to the aggregator"] == 0.2 * 3 * W
     assert found["disk backups"] == 8 * 3 * W
     assert found["disk workers: checkpoints, old and new"] == 2 * 6 * (3 * W + W)
     assert total(terms(MILLION), "in") == 3.0 * (U + W) + 0.6 * W

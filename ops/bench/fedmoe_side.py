@@ -185,7 +185,7 @@ class FedMoE(Contestant):
     """An aggregator, its Redis, and workers spread over client processes.
 
     Args:
-        aof: with the append-only file, everysec; tls: over TLS.
+        aof: with the append-only file, everysec; tls: over TLS; redis_options: further options of the server.
         experts, workers: how many; each worker trains one expert, in turn.
         n_clients: processes that play the workers.
     """
@@ -198,6 +198,7 @@ class FedMoE(Contestant):
         *,
         aof: bool = False,
         tls: bool = False,
+        redis_options: Sequence[str] = (),
         experts: int = 1,
         workers: int = 3,
         n_clients: int = 3,
@@ -206,11 +207,12 @@ class FedMoE(Contestant):
         self.spec = make_spec(layout, wire_format)
         self.rules = RULES
         self.aof, self.tls = aof, tls
+        self.redis_options = redis_options
         self.experts = [f"expert{number}" for number in range(experts)]
         self.workers = [(self.experts[n % experts], f"worker{n}") for n in range(workers)]
 
     def _start(self) -> None:
-        url = self.processes.redis(aof=self.aof, tls=self.tls)
+        url = self.processes.redis(aof=self.aof, tls=self.tls, options=self.redis_options)
         for name in self.experts:
             create_expert(url, name, self.spec, rules=self.rules)
         self.processes.command("aggregator", *aggregator_command(url, self.experts))

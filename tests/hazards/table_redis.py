@@ -135,11 +135,11 @@ OF_REDIS = {
         symptom="the operator's change is lost: rules 1 are in force",
     ),
     "H23a": Hazard(
-        wrong="an aggregator in the middle of a batch overwrites the rules that an operator has just changed",
+        wrong="an aggregator in the middle of a batch goes on by the rules that an operator has just changed",
         rule="a change of rules is a commit: it gives the expert a new commit id",
         scenario=commits.h23_rules_changed_between_two_updates,
         without=((change, "change_rules", broken.change_in_place),),
-        symptom="the operator's change was overwritten",
+        symptom="the log names rules [b'1', b'1']",
     ),
     "H23b": Hazard(
         wrong="after a change of rules, nobody can tell under which rules an earlier update was decided",

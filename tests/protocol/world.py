@@ -207,7 +207,7 @@ class _Server:
         )
 
     def set(self, key: str, value: bytes) -> bool:
-        self.strings[key] = value
+        self.strings[key] = bytes(value)  # the memory may be used again
         self.volatile.discard(key)
         if key.startswith(KEYS.root + ":payload:"):
             old, self.written[key] = self.written.get(key, value), value
@@ -270,7 +270,7 @@ class _Server:
     def hset(self, key: str, mapping: Pairs) -> int:
         before = self.hashes.get(key, {})
         if key == KEYS.meta and "rules" in before:
-            after = dict(mapping)
+            after = before | dict(mapping)
             self.rules_went_back |= _number_of(after["rules"]) < _number_of(before["rules"])
             is_held = bool(RuleSet.from_json(before["rules"]).held)
             self.applied_while_held |= is_held and after["version"] != before["version"]

@@ -123,7 +123,10 @@ def test_the_model_that_is_named_answers(
     """Exactly what peft computes with the export, whole and streamed; by turns, so that nothing of another stays."""
     client, _ = serving()
     names = [GATEWAY, "a", "b.c", "base"]
+    assert list(client.models.list()) == [client.models.retrieve(name) for name in names]
     assert [model.id for model in client.models.list()] == names
+    with pytest.raises(openai.NotFoundError, match="there is no model 'c'; there are: gateway, a"):
+        client.models.retrieve("c")
     wanted = {name: by_hand(tmp_path, federation, name) for name in names}
     assert len(set(wanted.values())) == 4
     for name in (*names, *reversed(names)):
@@ -223,6 +226,8 @@ def test_what_cannot_be_answered_is_an_error_of_the_api(
         ask(model="a", messages=[QUESTION | {"content": "x" * 5 * 2**20}])
     with pytest.raises(openai.AuthenticationError):
         client.with_options(api_key="wrong").models.list()
+    with pytest.raises(openai.AuthenticationError):
+        client.with_options(api_key="wrong").models.retrieve("a")
     with pytest.raises(openai.NotFoundError):
         client.embeddings.create(model="a", input="x")
     assert ask(model="a", messages=[QUESTION], max_tokens=1).choices[0].finish_reason == "length"

@@ -1,6 +1,7 @@
 """The endpoint of `fedmoe gateway serve`: the part of OpenAI's API that a chat needs, over HTTP.
 
     GET  /v1/models             the gateway, the experts, the base model
+    GET  /v1/models/NAME        one of them
     POST /v1/chat/completions   one answer, whole or as a stream of server-sent events
     GET  /health                200 as soon as it answers
 
@@ -23,7 +24,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from fedmoe.errors import FedMoEError, RequestError, StoppedError, UnknownModelError
-from fedmoe.tools.serve.engine import Engine, Finish
+from fedmoe.tools.serve.engine import Engine, Finish, Served
 from fedmoe.tools.serve.requests import ChatRequest, Reply, read_request
 
 logger = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ class Endpoint:
         self.app = Starlette(
             routes=[
                 Route("/v1/models", self._models),
+                Route("/v1/models/{name:path}", self._one_model),
                 Route("/v1/chat/completions", self._chat, methods=["POST"]),
                 Route("/health", self._health),
             ],
@@ -73,11 +75,15 @@ class Endpoint:
     async def _models(self, request: Request) -> Response:
         if refusal := self._refusal(request):
             return refusal
-        data = [
-            {"id": one.name, "object": "model", "created": 0, "owned_by": "fedmoe", "version": one.version}
-            for one in self._engine.models()
-        ]
-        return JSONResponse({"object": "list", "data": data})
+        return JSONResponse({"object": "list", "data": [_model(one) for one in self._engine.models()]})
+
+    async def _one_model(self, request: Request) -> Response:
+        if refusal := self._refusal(request):
+            return refusal
+        try:
+            return JSONResponse(_model(self._engine.model(request.path_params["name"])))
+        except RequestError as error:
+            return _refused(error)
 
     def _refusal(self, request: Request) -> Response | None:
         sent = request.headers.get("authorization", "")
@@ -195,6 +201,10 @@ async def _chunks(
                     return
     finally:
         cancel.set()
+
+
+def _model(one: Served) -> dict[str, Any]:
+    return {"id": one.name, "object": "model", "created": 0, "owned_by": "fedmoe", "version": one.version}
 
 
 def _event(content: dict[str, Any]) -> str:

@@ -26,7 +26,8 @@ class Spares:
         try:
             return self._spares.pop()
         except IndexError:
-            return torch.empty(self._numel)
+            # Whatever defaults the training of a user has set.
+            return torch.empty(self._numel, dtype=torch.float32, device="cpu")
 
     def copy(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy on the CPU of any tensor, in a spare vector if it fits."""

@@ -1,5 +1,6 @@
 """producers.spares: memory is used again, and never by two at once."""
 
+import pytest
 import torch
 
 from producers.spares import KEPT, Spares
@@ -44,3 +45,18 @@ def test_the_copy_is_of_its_own() -> None:
     copy = spares.copy(vector)
     vector += 1
     assert copy.tolist() == [0.0, 1.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_defaults_of_a_foreign_loop_change_nothing(dtype: torch.dtype) -> None:
+    """Loading a model with transformers sets the default dtype meanwhile, and a loop may set the default device."""
+    vector, before = torch.tensor([1.0001, 2.0, 3.0, 4.0], dtype=torch.float32), torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            spares = Spares(SIZE)
+            copy, taken = spares.copy(vector), spares.take()
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(copy, vector)
+    assert (taken.dtype, taken.device) == (torch.float32, torch.device("cpu"))

@@ -189,7 +189,7 @@ class Recovery:
             "%s: Redis has an older state: version %d in memory, version %d in Redis, last committed by %s; %d updates "
             "are missing, %d of them are resent from --keep-updates; workers resend the others that they still keep",
             self.store.name, mine.version, theirs.version, theirs.aggregator or "nobody", len(lost),
-            self._announce(lost, theirs.version + theirs.rules.aggregation.staleness_bound(0)),
+            self._announce(lost, theirs),
         )  # fmt: skip
 
     @staticmethod
@@ -216,16 +216,17 @@ class Recovery:
             self.store.name, line.by, line.rolled_back_to, line.version, line.rolled_back_to + 1, line.version - 1,
         )  # fmt: skip
 
-    def _announce(self, lines: Sequence[AppliedLine], latest: int) -> int:
-        """Resend the kept updates of these lines, with bases of at most version `latest`.
+    def _announce(self, lines: Sequence[AppliedLine], theirs: Meta) -> int:
+        """Resend the kept updates of these lines, as the aggregators of this meta can decide them.
 
         Returns how many were resent; if Redis is full, fewer than are kept.
         """
-        announced = 0
+        announced, latest = 0, theirs.version + theirs.rules.aggregation.staleness_bound(0)
         for line in lines:
             if update := self._load(line):
                 header, parts = update
-                if not self.store.announce(line.worker, header.at_most(latest), parts):
+                header = header.at_most(latest).known_by(theirs.knows, parts)
+                if not self.store.announce(line.worker, header, parts):
                     break
                 announced += 1
         return announced

@@ -17,6 +17,7 @@ from fedmoe.protocol import features
 from fedmoe.protocol.layout import stamped
 from fedmoe.protocol.lora_init import initial_weights
 from fedmoe.protocol.spec import Spec
+from fedmoe.protocol.update import Header
 from fedmoe.settings import AggregatorSettings
 from fedmoe.store.archive import Archive
 from fedmoe.store.backup import BackupStore
@@ -186,6 +187,24 @@ def test_kept_updates_are_announced_again_if_somebody_committed_first(
     assert not done.problem
     assert done.weights.same_values(file)
     assert not alice.pull().resent
+
+
+def test_kept_updates_are_announced_as_an_earlier_aggregator_reads_them(
+    connection: Connection, connect: Connect, tmp_path: Path
+) -> None:
+    """It committed first and holds the lease, and bob, whose update would be undecidable, has gone."""
+    expert, other, (_, bob, _) = forked(connection, tmp_path)
+    keys, earlier = other.store.keys, features.FEATURES - {features.QUICK_DIGESTS}
+    connection.client.hset(keys.meta, "knows", " ".join(sorted(earlier)))
+    connection.client.set(keys.lease, "an earlier one")
+    header = keys.header("bob", *bob.ledger.queue[0].id)
+    assert not connection.client.exists(header)
+    with serving(connect(), "one", keep_updates=tmp_path, memory=expert):
+        eventually("bob's update", lambda: connection.client.exists(header), timeout_s=10)
+    sent = Header.unpack(connection.client.get(header))
+    assert sent.requires == ""
+    assert [len(part.digest) for part in sent.parts] == [32]
+    assert serve(other) == ["applied"] * 3
 
 
 def test_kept_updates_of_a_later_release_stop_nobody(

@@ -26,8 +26,9 @@ class Spares:
         try:
             return self._spares.pop()
         except IndexError:
-            # Whatever defaults the training of a user has set.
-            return torch.empty(self._numel, dtype=torch.float32, device="cpu")
+            # Whatever a user's training loop has set: other threads write into the vector, too.
+            with torch.inference_mode(False):
+                return torch.empty(self._numel, dtype=torch.float32, device="cpu")
 
     def copy(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy on the CPU of any tensor, in a spare vector if it fits."""

@@ -60,3 +60,11 @@ def test_the_defaults_of_a_foreign_loop_change_nothing(dtype: torch.dtype) -> No
         torch.set_default_dtype(before)
     assert torch.equal(copy, vector)
     assert (taken.dtype, taken.device) == (torch.float32, torch.device("cpu"))
+
+
+def test_a_vector_that_was_made_in_inference_mode_can_be_used_elsewhere() -> None:
+    """A loop may leave the federation amid an evaluation; the sync thread, which is in no such mode, writes into it."""
+    spares, vector = Spares(SIZE), torch.ones(SIZE)
+    with torch.inference_mode():
+        spares.give(spares.copy(vector))
+    assert torch.equal(torch.sub(vector, vector, out=spares.take()), torch.zeros(SIZE))

@@ -280,7 +280,10 @@ class StateDir:
             *ledger.kept,
             *ledger.queue,
         ):  # raises if a part is damaged, or if another FedMoE divided the updates otherwise
-            update.add_to(torch.zeros_like(ledger.base), torch.empty(scratch_values(len(ledger.base))))
+            update.add_to(
+                torch.zeros_like(ledger.base),
+                torch.empty_like(ledger.base[: scratch_values(len(ledger.base))]),
+            )
         return Checkpoint(
             ledger=ledger,
             local=tensors["local"],

@@ -187,7 +187,7 @@ class Ledger:
 
     def __post_init__(self) -> None:
         self.spares = Spares(len(self.base))
-        self._scratch = torch.empty(scratch_values(len(self.base)))
+        self._scratch = torch.empty_like(self.base[: scratch_values(len(self.base))])
 
     @property
     def head(self) -> UpdateId | None:

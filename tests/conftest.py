@@ -18,6 +18,7 @@ import torch
 from click.testing import CliRunner, Result
 
 from fedmoe.cli.main import cli
+from fedmoe.protocol.lora_init import initial_weights
 from fedmoe.settings import RedisSettings
 from fedmoe.store.connection import Connection
 from fedmoe.store.embedded import EmbeddedRedis, wheel_server
@@ -81,6 +82,17 @@ def _spares_are_spoiled(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Spares, "give", spoil)
     monkeypatch.setattr(Spares, "take", lambda self: take(self).fill_(math.nan))
+
+
+@pytest.fixture
+def of_bf16() -> Iterator[None]:
+    """The default dtype is bf16, as many a training script sets it."""
+    before = torch.get_default_dtype()
+    initial_weights.cache_clear()
+    torch.set_default_dtype(torch.bfloat16)
+    yield
+    torch.set_default_dtype(before)
+    initial_weights.cache_clear()
 
 
 @pytest.fixture

@@ -273,7 +273,7 @@ def bind_adapter(model: nn.Module, spec: Spec) -> BoundAdapter:
             about="dtype",
         )
     ((_, device),) = kinds
-    flat = torch.empty(spec.layout.numel, device=device)
+    flat = torch.empty(spec.layout.numel, dtype=torch.float32, device=device)
     for name, view in spec.layout.views(flat).items():
         view.copy_(parameters[name].data)
         parameters[name].data = view

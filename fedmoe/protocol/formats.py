@@ -136,7 +136,7 @@ class Format:
         blocks = values.view(-1, BLOCK)
         scales = torch.empty(len(blocks), dtype=self.scale)
         codes = torch.empty(blocks.shape, dtype=torch.int8)
-        scratch = torch.empty(min(len(blocks), _CHUNK), BLOCK)
+        scratch = torch.empty(min(len(blocks), _CHUNK), BLOCK, dtype=torch.float32)
         chunks = (torch.split(tensor, _CHUNK) for tensor in (blocks, scales, codes))
         for block, scale, code in zip(*chunks, strict=True):
             steps = torch.abs(block, out=scratch[: len(block)])
@@ -292,10 +292,10 @@ def _agrees(form: Format, kernels: Kernels) -> bool:
     """True if the kernels give the same bits as torch for a few values of every size, and a part that is not whole."""
     count, factor = 20 * BLOCK + 13, 0.3
     chance = torch.Generator().manual_seed(0)
-    values, now = torch.rand(2, count, generator=chance).sub_(0.5)
-    values *= torch.logspace(-44, 37, count)
+    values, now = torch.rand(2, count, generator=chance, dtype=torch.float32).sub_(0.5)
+    values *= torch.logspace(-44, 37, count, dtype=torch.float32)
     scales, data, _ = form.encode_by_torch(values - now)
-    ours, torchs, scratch = torch.empty(3, count)
+    ours, torchs, scratch = torch.empty(3, count, dtype=torch.float32)
     form.fold_by(kernels, scales, data, now, factor, ours)
     form.fold_by_torch(scales, data, now, factor, torchs, scratch)
     same = not form.limit or form.encode_by(kernels, values, now)[:2] == (scales, data)

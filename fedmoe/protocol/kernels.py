@@ -52,10 +52,15 @@ class Kernels:
         Returns the squared L2 norm of what is encoded, in fp64.
         The bytes are written to `scales` and `data`, uint8, whose lengths are those of the format.
         """
-        other = None if minus is None else _address(minus)
+        other = None if minus is None else _address(minus, torch.float32)
         return float(
             self._library.fedmoe_encode(
-                bits, _address(values), other, len(values), _address(scales), _address(data)
+                bits,
+                _address(values, torch.float32),
+                other,
+                len(values),
+                _address(scales, torch.uint8),
+                _address(data, torch.uint8),
             )
         )
 
@@ -74,13 +79,20 @@ class Kernels:
         """
         return float(
             self._library.fedmoe_fold(
-                bits, _address(scales), _address(data), len(out), _address(now), factor, _address(out)
+                bits,
+                _address(scales, torch.uint8),
+                _address(data, torch.uint8),
+                len(out),
+                _address(now, torch.float32),
+                factor,
+                _address(out, torch.float32),
             )
         )
 
 
-def _address(tensor: torch.Tensor) -> int:
+def _address(tensor: torch.Tensor, dtype: torch.dtype) -> int:
     assert tensor.is_contiguous()
+    assert tensor.dtype == dtype  # else C would write beyond it
     return tensor.data_ptr()
 
 

@@ -185,7 +185,7 @@ def values_of_chunks(
     layout: Layout, chunks: Iterable[bytes | memoryview], out: torch.Tensor | None = None
 ) -> torch.Tensor:
     """The values (numel,) fp32 of these bytes, copied, to `out` if it is given; each chunk holds whole values."""
-    values, at = torch.empty(layout.numel) if out is None else out, 0
+    values, at = torch.empty(layout.numel, dtype=torch.float32) if out is None else out, 0
     for chunk in chunks:
         part = torch.frombuffer(chunk, dtype=torch.float32)
         values[at : at + len(part)].copy_(part)

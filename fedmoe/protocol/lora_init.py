@@ -20,7 +20,7 @@ def initial_weights(layout: Layout, seed: int) -> torch.Tensor:
 
     The vector is cached and all callers share it: copy it before you change it.
     """
-    flat = torch.zeros(layout.numel)
+    flat = torch.zeros(layout.numel, dtype=torch.float32)
     for name, view in layout.views(flat).items():
         if ".lora_A." in name:
             generator = torch.Generator().manual_seed(_tensor_seed(seed, name))

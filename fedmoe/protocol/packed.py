@@ -137,7 +137,7 @@ def unpack_again(content: Sequence[bytes], spec: Spec) -> torch.Tensor:
 
 def _decode(parts: Sequence[bytes], spec: Spec, out: torch.Tensor | None = None) -> torch.Tensor:
     initial = initial_weights(spec.layout, spec.init_seed)
-    weights = torch.empty(spec.layout.numel) if out is None else out
-    scratch = torch.empty(scratch_values(len(weights)))
+    weights = torch.empty(spec.layout.numel, dtype=torch.float32) if out is None else out
+    scratch = torch.empty_like(weights[: scratch_values(len(weights))])
     add(parts, spec.wire_format, initial, factor=1.0, out=weights, scratch=scratch)
     return weights

@@ -51,7 +51,7 @@ def tiny_spec(wire_format: str = "fp32") -> Spec:
 def make_tiny(connection: Connection, name: str = NAME) -> None:
     """An expert of the tiny model whose weights are small and not zero."""
     spec = tiny_spec()
-    weights = torch.linspace(-0.01, 0.01, spec.layout.numel)
+    weights = torch.linspace(-0.01, 0.01, spec.layout.numel, dtype=torch.float32)
     make_expert(connection, name, spec, weights, base_fingerprint=fingerprint(tiny_model()), rules=RULES)
 
 
@@ -102,6 +102,16 @@ def test_what_a_loop_trains_becomes_the_expert(connection: Connection, connect: 
     assert member.status[NAME].applied == meta.version
     assert torch.allclose(values(model, tiny_spec()), weights_in_redis(connection), atol=1e-7)
     assert not torch.allclose(weights_in_redis(connection), begin, atol=1e-4)
+
+
+def test_the_default_dtype_of_a_loop_changes_nothing(connection: Connection, of_bf16: None) -> None:
+    """The adapter begins at the expert's weights, to the bit, and stays fp32."""
+    make_tiny(connection)
+    model, begin = adapted(connection), weights_in_redis(connection)
+    with fedmoe.join(connection.settings, {NAME: model}, name="own"):
+        found = values(model, tiny_spec())
+    assert found.dtype == torch.float32
+    assert torch.equal(found, begin)
 
 
 def test_prompts_become_the_domain_vector(connection: Connection, connect: Connect, tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedmoe.protocol.codec import decode, encode
-from fedmoe.protocol.formats import BLOCK
+from fedmoe.protocol.formats import BLOCK, compiled
+from fedmoe.protocol.kernels import Kernels
 from fedmoe.protocol.layout import Layout
 from fedmoe.protocol.lora_init import initial_weights
 from fedmoe.protocol.packed import chunks, pack, unpack
@@ -63,6 +64,22 @@ def test_version_0_is_exact(wire_format: str) -> None:
     got = unpacked(packed(initial, wire_format), wire_format)
     assert got is not None
     assert torch.equal(got, initial)
+
+
+@pytest.mark.parametrize("kernels", [compiled(), None])
+def test_the_default_dtype_changes_nothing(
+    kernels: Kernels | None, of_bf16: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A training loop of one's own may have set it: weights are fp32 all the same, in memory of that size."""
+    monkeypatch.setattr("fedmoe.protocol.formats.compiled", lambda: kernels)
+    weights = torch.arange(LAYOUT.numel, dtype=torch.float32) / 1000
+    found = unpacked(packed(weights, "int4"), "int4")
+    torch.set_default_dtype(torch.float32)
+    initial_weights.cache_clear()
+    wanted = unpacked(packed(weights, "int4"), "int4")
+    assert found is not None
+    assert wanted is not None
+    assert torch.equal(found, wanted)
 
 
 def test_weights_of_another_commit_are_not_taken() -> None:

@@ -48,7 +48,7 @@ def fold_updates(values: Values, updates: Sequence[Update], spec: Spec) -> None:
         UpdateError: if a part does not match the spec's format and layout.
     """
     numel = spec.layout.numel
-    scratch = torch.empty(scratch_values(numel))
+    scratch = torch.empty_like(values.weights[: scratch_values(numel)])
     for record, parts in updates:
         step = record.step
         if record.new_state and has_state(step.rules):

@@ -44,7 +44,7 @@ class Values(NamedTuple):
 def fold(now: Values, delta: torch.Tensor, step: ServerStep, *, out: Values | None = None) -> None:
     """Write the values after the step of `delta` (n,) fp32 to `out` (default: `now` itself)."""
     out, is_adaptive = out or now, step.rules.server_optimizer == ADAPTIVE
-    rows = torch.empty(2 if is_adaptive else 1, min(len(delta), _AT_ONCE))
+    rows = torch.empty(2 if is_adaptive else 1, min(len(delta), _AT_ONCE), dtype=torch.float32)
     for first in range(0, len(delta), _AT_ONCE):
         here = slice(first, first + _AT_ONCE)
         some = delta[here]

@@ -43,6 +43,18 @@ def test_nesterov_repeats_a_share_of_each_round(momentum: float, workers: int) -
     assert float(now.state) == pytest.approx(momentum * (1 - momentum**rounds) / (1 - momentum), rel=1e-5)
 
 
+@pytest.mark.parametrize("optimizer", SERVER_OPTIMIZERS)
+def test_the_default_dtype_changes_no_step(optimizer: str, of_bf16: None) -> None:
+    """Every party folds to the same bits, whatever a training loop has set."""
+    rules, results = AggregationRules(server_optimizer=optimizer), []
+    for dtype in (torch.bfloat16, torch.float32):
+        torch.set_default_dtype(dtype)
+        now = Values(*torch.zeros(2, 1, dtype=torch.float32))
+        fold(now, torch.tensor([1.0001], dtype=torch.float32), ServerStep(rules, 0.3, ends_round=True))
+        results.append(now.weights)
+    assert torch.equal(*results)
+
+
 def test_nesterov_is_that_of_the_paper() -> None:
     """Liu et al., arXiv 2401.09135, algorithm 3 with c = 0 and N = 2, on updates that differ."""
     beta, updates = 0.7, [1.0, -3.0, 0.5, 2.0, 4.0, -1.0]

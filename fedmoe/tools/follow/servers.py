@@ -71,7 +71,7 @@ class AdapterServer:
             return {str(model["id"]) for model in models}
         except AdapterRefusedError as error:
             raise ServerAwayError(str(error), about="models") from error
-        except (ValueError, LookupError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise ServerAwayError(
                 f"the server at {self.shown} lists no models: is it {self.kind}?", about="models"
             ) from error
@@ -146,9 +146,9 @@ def _check_address(kind: str, url: str) -> None:
 def _message(error: urllib.error.HTTPError) -> str:
     """What the body of an error reply says, in one line."""
     text = ""
-    with suppress(OSError):
+    with suppress(OSError, http.client.HTTPException):  # an error page that breaks off
         text = error.read(MAX_REPLY).decode(errors="replace")
-    with suppress(ValueError, AttributeError):
+    with suppress(ValueError, AttributeError, RecursionError):
         content = json.loads(text)
         inner = content.get("error")
         content = inner if isinstance(inner, dict) else content

@@ -32,6 +32,14 @@ def test_what_redis_has_lost_answers_on(
     engine.refresh()
     assert [one.version for one in engine.models()] == before
     assert "the merged gateway needs teleport" in caplog.text
+    client.hdel(keys.merged.meta, "requires")
+    client.hset(keys.expert("a").meta, "version", 1)
+    listed = client.hgetall(keys.experts)  # alone on a master of a cluster that lost its memory
+    client.delete(keys.experts)
+    engine.refresh()
+    assert [one.version for one in engine.models()] == before
+    client.hset(keys.experts, mapping=listed)
+    client.hset(keys.merged.meta, "requires", "teleport")
     saved = {key: client.dump(key) for key in client.keys("fedmoe:*")}
     client.delete(*saved)
     engine.refresh()

@@ -153,14 +153,15 @@ class Engine:
         for name in self._removed(self._served.keys() - marks.keys() - {BASE}):
             self._drop(self._served.pop(name))
 
-    def _removed(self, missing: Set[str]) -> list[str]:
-        """Those of the models without a mark that are gone for good; the others are reported once."""
+    def _removed(self, missing: Set[str]) -> Set[str]:
+        """Those of the models without a mark that an operator removed, or took off the list; reports others once."""
         if not missing:
-            return []
+            return set()
         listed = self._store.listed()
         there, removed = self._store.compare(missing)
-        gone = [name for name in missing if name in removed or (name in there and name not in listed)]
-        for name in missing - set(gone):
+        # Without any list Redis has lost it: on a cluster it may lie on another master than the experts.
+        gone = missing & (removed | (there - listed if listed else set()))
+        for name in missing - gone:
             self._warn_once(
                 name, f"it cannot be read in Redis now, and {self._served[name].version} answers on"
             )

@@ -49,6 +49,7 @@ def test_a_plain_request_and_a_whole_one() -> None:
         ({"stream_options": {"usage": True}}, "stream_options"), ({"stream_options": True}, "stream_options"),
         ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}, "messages"),
         ({"messages": [{"role": "user", "content": "x", "images": ["a"]}]}, "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "odd": 1}]}]}, "messages"),
     ],
 )  # fmt: skip
 def test_what_would_change_the_answer_is_refused(change: dict[str, Any], about: str) -> None:
@@ -72,6 +73,19 @@ def test_an_answer_can_be_sent_back_and_a_name_is_said_to_be_ignored() -> None:
         {"role": "assistant", "content": "42"}, {"role": "user", "content": "why?"},
     )  # fmt: skip
     assert request.ignored == ("messages[].name",)
+
+
+def test_what_a_part_says_of_caches_is_said_to_be_ignored() -> None:
+    """LiteLLM sends it for other servers; null is nothing."""
+    part = {
+        "type": "text",
+        "text": "hi",
+        "cache_control": {"type": "ephemeral"},
+        "prompt_cache_breakpoint": None,
+    }
+    request = read_request(PLAIN | {"messages": [{"role": "user", "content": [part]}]})
+    assert request.messages == ({"role": "user", "content": "hi"},)
+    assert request.ignored == ("messages[].content[].cache_control",)
 
 
 @pytest.mark.parametrize("name", sorted(CompletionCreateParamsBase.__annotations__))

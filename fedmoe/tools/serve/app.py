@@ -218,9 +218,13 @@ async def _json(request: Request) -> Any:
         if len(body) > MAX_BODY:
             raise RequestError(f"a request has at most {MAX_BODY // 2**20} MiB", about="body")
     try:
-        return json.loads(body)
+        content = json.loads(body)
+        json.dumps(
+            content, ensure_ascii=False
+        ).encode()  # half of a surrogate pair is no text, and no reply holds it
     except (ValueError, RecursionError) as error:
-        raise RequestError("the request is not JSON", about="body") from error
+        raise RequestError("the request is not JSON in UTF-8", about="body") from error
+    return content
 
 
 def _content(message: str, param: str, kind: str = "invalid_request_error") -> dict[str, Any]:

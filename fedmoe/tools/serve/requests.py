@@ -5,7 +5,7 @@ and the few that do not are named in the answer's header X-FedMoE-Ignored.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,7 @@ IGNORED = frozenset({
     "user", "safety_identifier", "metadata", "store", "service_tier", "prompt_cache_key", "prompt_cache_options",
     "prompt_cache_retention", "parallel_tool_calls",
 })  # fmt: skip
+_OF_PART = ("cache_control", "prompt_cache_breakpoint")  # the same of a part of a message
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +90,7 @@ def read_request(content: Any) -> ChatRequest:
             *sorted(name for name in IGNORED if content.get(name) is not None),
             *(name for name, value in limits.items() if value not in (None, limit)),
             *["messages[].name"] * any(message.get("name") for message in messages),
+            *(f"messages[].content[].{name}" for name in _OF_PART if any(map(_has(name), messages))),
         ),
     )
 
@@ -139,8 +141,21 @@ def _text(content: Any) -> str:
         isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
         for part in content
     ):
+        for name, value in (field for part in content for field in part.items()):
+            if name not in ("type", "text", *_OF_PART) and value not in _NOTHING:
+                raise RequestError(
+                    f"the {name} of a part of a message is not supported here: leave it out", about="messages"
+                )
         return "".join(part["text"] for part in content)
     raise RequestError("the content of a message must be text", about="messages")
+
+
+def _has(name: str) -> Callable[[Mapping[str, Any]], bool]:
+    """Whether a part of a message, which has been read, has this field."""
+    return lambda message: (
+        isinstance(message["content"], list)
+        and any(part.get(name) is not None for part in message["content"])
+    )
 
 
 def _number(content: Mapping[str, Any], name: str, kind: type, low: float, high: float) -> Any:

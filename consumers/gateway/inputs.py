@@ -83,7 +83,9 @@ def read_inputs(
         spec=next(iter(specs.values())),
         experts=experts,
         scale=None if fit else settings.scale,
-        built_from={name: BuiltFrom(meta.version, meta.weights_commit) for name, meta in metas.items()},
+        built_from={
+            name: BuiltFrom(meta.version, meta.weights_commit, meta.lineage) for name, meta in metas.items()
+        },
         weights={
             name: expert.in_groups if fit else (settings.scale * expert.weight / total,)
             for name, expert in zip(listed, experts, strict=True)

@@ -12,10 +12,11 @@ from fedmoe.protocol.fit import parse_weights
 
 
 class BuiltFrom(NamedTuple):
-    """The state of an expert that the gateway contains."""
+    """The state of an expert that the gateway contains; lineage "" if an earlier release built it."""
 
     version: int
     weights_commit: str
+    lineage: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +58,10 @@ class MergedMeta:
         """Expert -> the state of it that the gateway contains. Raises SpecError if the field is malformed."""
         try:
             content = json.loads(self.built_from)
-            return {n: BuiltFrom(int(p["version"]), str(p["weights_commit"])) for n, p in content.items()}
+            return {
+                n: BuiltFrom(int(p["version"]), str(p["weights_commit"]), str(p.get("lineage", "")))
+                for n, p in content.items()
+            }
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             raise SpecError(
                 "the merged gateway's meta hash is malformed; was it edited by hand?", about="experts"
@@ -97,4 +101,9 @@ class MergedMeta:
 
 def built_from_text(experts: Mapping[str, BuiltFrom]) -> str:
     """`MergedMeta.built_from` as JSON."""
-    return json.dumps({name: one._asdict() for name, one in experts.items()})
+    return json.dumps(
+        {
+            name: {field: value for field, value in one._asdict().items() if value != ""}
+            for name, one in experts.items()
+        }
+    )

@@ -214,7 +214,10 @@ def read_merged(store: GatewayStore) -> Export:
     config = _with_whole_alpha(merged.config)
     if not {"base_model_name_or_path", "r"} <= config.keys() or merged.updated_at is None:
         raise SpecError("the merged gateway's meta hash is malformed; was it edited by hand?", about="config")
-    built_from: dict[str, dict[str, str | int]] = {n: one._asdict() for n, one in merged.experts.items()}
+    built_from: dict[str, dict[str, str | int]] = {
+        name: {"version": one.version, "weights_commit": one.weights_commit}
+        for name, one in merged.experts.items()
+    }
     info = {
         "base_model": str(config["base_model_name_or_path"]),
         "updated_at": merged.updated_at,
@@ -224,7 +227,12 @@ def read_merged(store: GatewayStore) -> Export:
     metas.pop(GATEWAY, None)
     commits = {name: part["weights_commit"] for name, part in built_from.items()}
     used = {name: meta for name, meta in metas.items() if name in (merged.by_expert or built_from)}
-    prints = {meta.base_fingerprint for meta in used.values()}
+    same = {  # one that was created again since says nothing of what is in the merge
+        name: meta
+        for name, meta in used.items()
+        if name in merged.experts and merged.experts[name].lineage in ("", meta.lineage)
+    }
+    prints = {meta.base_fingerprint for meta in same.values()}
     specs = {name: store.spec(name) for name in used}
     return Export(
         name=MERGED_NAME,
@@ -237,14 +245,14 @@ def read_merged(store: GatewayStore) -> Export:
         specs=specs,
         metas=used,
         weights=merged.by_expert,
-        validations=_validations(store, merged, used),
+        validations=_validations(store, merged, same),
         fitted=_fitted(store, merged),
     )
 
 
 def _validations(store: GatewayStore, merged: MergedMeta, metas: Mapping[str, Meta]) -> dict[str, Validation]:
     """What the workers of each expert measured last, at the version that was merged or before."""
-    lines = store.newest_lines(merged.experts.keys() & metas.keys(), LOG_LINES)
+    lines = store.newest_lines(metas, LOG_LINES)
     found = {
         name: validation(log, merged.experts[name].version, metas[name].rolled_back)
         for name, log in lines.items()

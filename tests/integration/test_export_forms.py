@@ -302,6 +302,22 @@ def test_experts_of_two_base_models_are_not_merged(make: Make, connection: Conne
     assert export.info["base_fingerprint"] == export.metas["a"].base_fingerprint
 
 
+def test_what_is_not_of_the_expert_that_was_merged_is_not_said(make: Make, connection: Connection) -> None:
+    """An expert that was created again under its name says nothing of losses and base model of the merge."""
+    make("a")
+    GatewayBuilder(connection, GatewaySettings(), holder="one", lease_s=5.0).refresh()
+    line = {"worker": "w", "val_loss": 1.5, "val_version": 1, "val_set": "s"}
+    connection.client.xadd(connection.keys.expert("a").log, line)
+    export = read_gateway(GatewayStore(connection))
+    assert export.validations["a"].mean == 1.5
+    assert export.info["base_fingerprint"] == export.metas["a"].base_fingerprint
+    connection.client.hset(
+        connection.keys.expert("a").meta, mapping={"lineage": "f" * 16, "base_fingerprint": "e" * 16}
+    )
+    export = read_gateway(GatewayStore(connection))
+    assert (export.validations, export.info["base_fingerprint"]) == ({}, "")
+
+
 def test_a_trained_gateways_card_names_its_teams(connection: Connection, tmp_path: Path) -> None:
     """By its log: the workers of which experts, how often, and their last loss."""
     gateway = make_expert(connection, "gateway")

@@ -255,6 +255,38 @@ def test_what_the_workers_measured_decides(
     assert "| 1.4000 (v6) |" in (following.directory.root / "current" / "README.md").read_text()
 
 
+def test_what_was_rolled_back_is_replaced_whatever_its_loss(
+    connection: Connection, follow: Follow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An operator went back to an earlier version: that is not for losses to prevent."""
+    read = GatewayStore.history
+
+    def with_losses(self: GatewayStore, name: str) -> Any:
+        meta, file, _ = read(self, name)
+        loss = 1.0 if meta.version == 2 else 2.0
+        line = {
+            "worker": "sql.alice",
+            "val_loss": str(loss),
+            "val_version": str(meta.version),
+            "val_set": "rows",
+        }
+        return meta, file, [line]
+
+    monkeypatch.setattr(GatewayStore, "history", with_losses)
+    gateway, following = Gateway(connection), follow()
+    gateway.publish()
+    gateway.publish()
+    assert following.look()
+    assert following.directory.current.startswith("gateway-v2-")
+    gateway.publish()
+    assert following.look()
+    assert following.directory.current.startswith("gateway-v2-")  # version 3 is worse
+    gateway.publish()
+    connection.client.hset(connection.keys.expert(GATEWAY).meta, "rolled_back", "[[1,3]]")
+    assert following.look()
+    assert following.directory.current.startswith("gateway-v4-")
+
+
 def test_without_a_loss_min_gain_is_said_not_to_apply(
     connection: Connection, follow: Follow, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -3,7 +3,8 @@
 A version passes these steps, and each is repeated until it is done, whatever fails meanwhile:
 
     found      it is in Redis, and it is not the served one
-    judged     its validation loss is no worse than that of the served version, where both are known
+    judged     its validation loss is no worse than that of the served version, where both are known; a served version
+               that an operator rolled back is replaced in any case
     written    it has a directory of its own
     served     the server has loaded it, or the operator's command has ended with 0; then `current` is moved
     the rest   the server unloads the versions before; all directories but the last ones are removed
@@ -152,7 +153,7 @@ class Follower:
             return
         export = self._shape(export)
         measured = self._measured(export)
-        if worse := self._why_not(measured):
+        if worse := "" if self._was_rolled_back(export) else self._why_not(measured):
             self._left_out = name
             logger.info("%s is not served: %s", name, worse)
             return
@@ -208,6 +209,14 @@ class Follower:
                 self._of_served = (current, Validation(version=0, losses={self._rows: loss}))
             return self._of_served[1]
         return known
+
+    def _was_rolled_back(self, export: Export) -> bool:
+        """True if an operator rolled the served version back: it is replaced, whatever the losses."""
+        meta = export.metas.get(GATEWAY)
+        match self._directory.info(self._directory.current):
+            case {"lineage": str(lineage), "built_from": {"gateway": {"version": int(version)}}} if meta:
+                return meta.lineage == lineage and meta.rolled_back.holds(version)
+        return False
 
     def _why_not(self, measured: Validation | None) -> str:
         """Why a version of which this is known is not to be served; "" if it is."""

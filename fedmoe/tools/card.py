@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from fedmoe.tools.losses import training_loss
+from fedmoe.util.text import printable
 
 if TYPE_CHECKING:
     from fedmoe.tools.export import Export, Fitted
@@ -57,9 +58,10 @@ def card(export: "Export", *, model_dtype: str = "") -> str:
     front += [f"library_name: {'transformers' if is_model else 'peft'}", "pipeline_tag: text-generation"]
     front += ["tags:", "- lora", "- fedmoe"]
     shape = f"rank {export.config.get('r')}, alpha {export.config.get('lora_alpha')}, {export.dtype}"
-    form = f"a LoRA adapter ({shape}) for `{base}`"
+    code = "`" + printable(base, None).replace("`", "'") + "`"
+    form = f"a LoRA adapter ({shape}) for {code}"
     if is_model:
-        form = f"`{base}` with a LoRA adapter ({shape}) merged into its weights, which are {model_dtype}"
+        form = f"{code} with a LoRA adapter ({shape}) merged into its weights, which are {model_dtype}"
     lines = ["---", *front, "---", f"# {export.name}", ""]
     lines += [f"{_WHAT[export.kind]} of a FedMoE federation: {form}.", "", *_contents(export), ""]
     lines += [*(_load_model(export) if is_model else _load_adapter(base)), ""]
@@ -159,4 +161,4 @@ def _serve(export: "Export", base: str) -> list[str]:
         return [f"vLLM serves no adapter of a rank above {VLLM_RANKS[-1]}."]
     name = export.name.replace(" ", "-")
     options = f"--enable-lora --max-lora-rank {fits} --lora-modules {name}=the/directory/of/this/file"
-    return ["With vLLM:", "", "```sh", f"vllm serve {shlex.quote(base)} {options}", "```"]
+    return ["With vLLM:", "", "```sh", f"vllm serve {shlex.quote(printable(base, None))} {options}", "```"]

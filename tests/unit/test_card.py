@@ -3,7 +3,8 @@
 import pytest
 
 from fedmoe.protocol.rollback import RolledBack
-from fedmoe.tools.card import max_lora_rank
+from fedmoe.tools.card import card, max_lora_rank
+from fedmoe.tools.export import Export
 from fedmoe.tools.losses import Validation, training_loss, validation
 from tests.federation import first_meta, small_spec
 
@@ -39,6 +40,18 @@ def test_what_was_rolled_back_is_not_the_validation_loss() -> None:
     assert validation(lines, 3, rolled_back) == Validation(version=1, losses={"a r": 3.0})
     lines.append(line("a", 2.0, 3))
     assert validation(lines, 4, rolled_back) == Validation(version=3, losses={"a r": 2.0})
+
+
+def test_a_path_writes_nothing_into_the_card() -> None:
+    """The base model may be any path: it stays in its line and its code, whatever it holds."""
+    base = "a`<b>`\n```\n# Heading\n"
+    export = Export(
+        name="a", file=b"", config={"r": 8, "lora_alpha": 16}, built_from={}, behind={}, info={"base_model": base}
+    )  # fmt: skip
+    text = card(export)
+    assert "# Heading" not in text.splitlines()
+    assert "`<b>`" not in text.split("```")[0]
+    assert sum(line.startswith("```") for line in text.splitlines()) == 4
 
 
 def test_losses_on_other_rows_are_not_compared() -> None:

@@ -1,10 +1,7 @@
 """`fedmoe gateway follow`: each version under a name of its own, never a worse one, whatever is away meanwhile."""
 
-import json
 import os
-import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,55 +16,19 @@ from fedmoe.store.connection import Connection
 from fedmoe.store.gateway import GatewayStore
 from fedmoe.tools.export import read_gateway
 from fedmoe.tools.follow.directory import VersionDirectory
-from fedmoe.tools.follow.follower import Follower, FollowSettings
-from fedmoe.tools.follow.servers import AdapterServer
-from tests.adapter_server import StandIn, stand_in
+from tests.adapter_server import stand_in
 from tests.errors import raises
 from tests.federation import ScriptedWorker, make_expert, serve, small_spec
-from tests.following import Gateway, config_in
+from tests.following import Follow, Gateway, config_in, followers
 
 pytestmark = pytest.mark.one_server
-
-
-@dataclass
-class Following:
-    """A follower in this process, and the directory."""
-
-    follower: Follower
-    directory: VersionDirectory
-
-    def look(self) -> bool:
-        return self.follower.run(threading.Event(), once=True)
-
-    @property
-    def versions(self) -> list[str]:
-        return sorted(path.name for path in self.directory.root.iterdir() if path.name.startswith(GATEWAY))
-
-
-Follow = Callable[..., Following]
 
 
 @pytest.fixture
 def follow(connection: Connection, tmp_path: Path) -> Iterator[Follow]:
     """Make followers of the test's federation."""
-    opened: list[VersionDirectory] = []
-
-    def make(
-        server: StandIn | None = None, *, out: Path = tmp_path / "out", judge: Any = None, **settings: Any
-    ) -> Following:
-        for directory in opened:  # a process of before
-            directory.close()
-        opened.clear()
-        opened.append(VersionDirectory(out, GATEWAY))
-        follower = Follower(
-            GatewayStore(connection), opened[0], FollowSettings(**settings), judge=judge,
-            server=AdapterServer(server.kind, server.url + "/v1", api_key=server.key) if server else None,
-        )  # fmt: skip
-        return Following(follower, opened[0])
-
-    yield make
-    for directory in opened:
-        directory.close()
+    with followers(connection, tmp_path) as make:
+        yield make
 
 
 @pytest.mark.parametrize("kind", ["vllm", "sglang"])
@@ -191,113 +152,6 @@ def test_a_wrong_key_is_one_sentence(
         server.key = "another"
         assert not following.look()
         assert "refuses the key (401): set the right one (--api-key)" in caplog.text
-
-
-def test_a_worse_version_is_never_served(
-    connection: Connection, follow: Follow, caplog: pytest.LogCaptureFixture
-) -> None:
-    """By the loss that is measured, also after a restart; a smaller gain than asked for is not enough."""
-    gateway = Gateway(connection)
-    losses: dict[int, float] = {}
-
-    def judge(file: bytes, config: dict[str, object]) -> float:
-        return losses[hash(file)]
-
-    def version(loss: float) -> None:
-        gateway.publish()
-        losses[hash(GatewayStore(connection).read(GATEWAY)[1])] = loss
-
-    caplog.set_level("INFO")
-    following = follow(judge=judge, min_gain=0.1)
-    served = []
-    for loss in (2.0, 2.5, 1.95, 1.9, 1.9):
-        version(loss)
-        following.look()
-        served.append(following.directory.current.split("-")[1])
-    assert served == ["v1", "v1", "v1", "v4", "v4"]
-    assert "its validation loss, 2.5000, is 0.5000 above that of gateway-v1-" in caplog.text
-    assert json.loads((following.directory.path(following.directory.current) / "fedmoe.json").read_text())[
-        "validation_loss"
-    ] == pytest.approx(1.9)
-    version(1.89)
-    following = follow(judge=judge)  # without --min-gain: no worse is enough
-    following.look()
-    assert following.directory.current.startswith("gateway-v6-")
-    version(1.891)
-    following.look()
-    assert following.directory.current.startswith("gateway-v6-")
-
-
-def test_what_the_workers_measured_decides(
-    connection: Connection, follow: Follow, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By the newest loss in the log, compared on the same rows; before a new one is measured, nothing changes."""
-    gateway, measured = Gateway(connection), dict[int, float]()
-    history = GatewayStore.history
-
-    def with_losses(self: GatewayStore, name: str) -> Any:
-        meta, file, lines = history(self, name)
-        more = [
-            {"worker": "sql.alice", "val_loss": str(loss), "val_version": str(version), "val_set": "rows"}
-            for version, loss in measured.items()
-        ]
-        return meta, file, lines + more
-
-    monkeypatch.setattr(GatewayStore, "history", with_losses)
-    following, served = follow(), []
-    for version, loss in ((1, 2.0), (2, 1.5), (3, None), (4, 1.6), (5, 1.4), (6, 1.4)):
-        gateway.publish()
-        if loss is not None:
-            measured[version] = loss
-        following.look()
-        served.append(following.directory.current.split("-")[1])
-    assert served == ["v1", "v2", "v2", "v2", "v5", "v6"]
-    assert "| 1.4000 (v6) |" in (following.directory.root / "current" / "README.md").read_text()
-
-
-def test_what_was_rolled_back_is_replaced_whatever_its_loss(
-    connection: Connection, follow: Follow, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An operator went back to an earlier version: that is not for losses to prevent."""
-    read = GatewayStore.history
-
-    def with_losses(self: GatewayStore, name: str) -> Any:
-        meta, file, _ = read(self, name)
-        loss = 1.0 if meta.version == 2 else 2.0
-        line = {
-            "worker": "sql.alice",
-            "val_loss": str(loss),
-            "val_version": str(meta.version),
-            "val_set": "rows",
-        }
-        return meta, file, [line]
-
-    monkeypatch.setattr(GatewayStore, "history", with_losses)
-    gateway, following = Gateway(connection), follow()
-    gateway.publish()
-    gateway.publish()
-    assert following.look()
-    assert following.directory.current.startswith("gateway-v2-")
-    gateway.publish()
-    assert following.look()
-    assert following.directory.current.startswith("gateway-v2-")  # version 3 is worse
-    gateway.publish()
-    connection.client.hset(connection.keys.expert(GATEWAY).meta, "rolled_back", "[[1,3]]")
-    assert following.look()
-    assert following.directory.current.startswith("gateway-v4-")
-
-
-def test_without_a_loss_min_gain_is_said_not_to_apply(
-    connection: Connection, follow: Follow, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Once; every version is served then."""
-    gateway = Gateway(connection)
-    following = follow(min_gain=0.1)
-    for _ in range(3):
-        gateway.publish()
-        following.look()
-    assert following.directory.current.startswith("gateway-v3-")
-    assert caplog.text.count("--min-gain is not applied") == 1
 
 
 def test_the_last_versions_stay(connection: Connection, follow: Follow) -> None:

@@ -153,7 +153,7 @@ class Follower:
             return
         export = self._shape(export)
         measured = self._measured(export)
-        if worse := "" if self._was_rolled_back(export) else self._why_not(measured):
+        if worse := "" if self._was_rolled_back(export) else self._why_not(export, measured):
             self._left_out = name
             logger.info("%s is not served: %s", name, worse)
             return
@@ -218,8 +218,8 @@ class Follower:
                 return meta.lineage == lineage and meta.rolled_back.holds(version)
         return False
 
-    def _why_not(self, measured: Validation | None) -> str:
-        """Why a version of which this is known is not to be served; "" if it is."""
+    def _why_not(self, export: Export, measured: Validation | None) -> str:
+        """Why a version of which this is measured is not to be served; "" if it is."""
         if not (current := self._directory.current):
             return ""
         served = self._measured_served()
@@ -232,7 +232,8 @@ class Follower:
                     "it on (--data)"
                 )
             return ""
-        if not self._judge and measured.version <= served.version:
+        made_again = self._directory.info(current).get("lineage") != export.info.get("lineage")
+        if not self._judge and not made_again and measured.version <= served.version:
             return f"its workers have measured no validation loss since {current}, which is served"
         if gain >= (self._settings.min_gain or 0.0):
             return ""

@@ -12,6 +12,7 @@ BARS: dict[str, tuple[str, float]] = {
     "fp32_vs_raw": (">=", 0.8),
     "default_vs_raw_fp32": (">=", 2.0),
     "updates_vs_http": (">=", 10.0),
+    "cpu_vs_http": ("<=", 1 / 8),
     "flower_updates": (">=", 100.0),
     "flower_cpu": ("<=", 1 / 50),
     "aof_bytes_vs_update": ("<=", 3.5),

@@ -44,7 +44,10 @@ def _contest(plan: Plan, size: str, aof: bool) -> Iterator[Result]:
         yield ratio("fp32_vs_raw", rates[fedmoe["fp32"].name], rates[raw.name])
         yield ratio("default_vs_raw_fp32", rates[fedmoe[DEFAULT_FORMAT].name], rates[raw.name])
         if http:
-            yield ratio("updates_vs_http", rates[fedmoe[DEFAULT_FORMAT].name], rates[http.name])
+            ours, theirs = fedmoe[DEFAULT_FORMAT].name, http.name
+            yield ratio("updates_vs_http", rates[ours], rates[theirs])
+            spent = {name: [turn.cpu_ms() for turn in samples[name]] for name in (ours, theirs)}
+            yield ratio("cpu_vs_http", spent[ours], spent[theirs])
 
 
 def _other_raws(plan: Plan, layout: Layout, where: str) -> list[Raw]:

@@ -44,7 +44,7 @@ def test_the_file_is_that_of_redis_conf() -> None:
         (["wire", "machine"], {"wire_bytes_default_vs_fp32", "memcpy_gb_per_s", "redis_chunks_vs_whole_cpu"}),
         (["codec"], {"codec_int4_cpu_ms", "codec_fp32_fold_moved"}),
         (["stages"], {"stages_memory_aggregator_pack_cpu_ms", "stages_file_redis_cpu_ms"}),
-        (["throughput"], {"fp32_vs_raw", "default_vs_raw_fp32", "updates_vs_http"}),
+        (["throughput"], {"fp32_vs_raw", "default_vs_raw_fp32", "updates_vs_http", "cpu_vs_http"}),
         (["latency"], {"publish_to_visible_p50_ms", "publish_to_visible_p99_ms"}),
         (["file"], {"aof_bytes_vs_update", "aof_vs_memory", "aof_defaults_vs_memory"}),
         (["growth"], {"growth_2_vs_1_experts_cpu", "endurance_aggregator_rss_growth_mib"}),

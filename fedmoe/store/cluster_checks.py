@@ -17,14 +17,15 @@ def cluster_checks(connection: Connection) -> list[Check]:
     """The checks of a cluster and of each of its masters; those of one master name it.
 
     Raises:
-        RedisUnavailableError: if no node can be asked.
+        RedisUnavailableError: if no node can be asked, or a master announces no address.
     """
     cluster = _cluster(connection)
     with connection.errors():
         ranges = cluster.ranges()
         checks = [_coverage(ranges), *_agreement(dict(cluster.views()))]
+        masters = cluster.masters()
     settings = {}
-    for node in cluster.masters():
+    for node in masters:
         master, name = connection.to(node), text_of(node)
         try:
             checks += [

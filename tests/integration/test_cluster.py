@@ -276,6 +276,23 @@ def test_an_address_that_clients_cannot_route_is_named(
         assert eventually("the node", lambda: connection.client.set("fedmoe:experts", "1"))
 
 
+def test_a_node_that_announces_no_address_is_named_by_its_port(
+    server: EmbeddedRedis, reach: Reach, tmp_path: Path
+) -> None:
+    """It is to be reached by its hostname, and has none."""
+    options = ["cluster-preferred-endpoint-type hostname"]
+    with Cluster(server.server, tmp_path, masters=1, replicas=0, options=options) as one:
+        (node,), connection = one.nodes, reach(one.url)
+        error = refuse(connection, lambda: connection.client.get("k"))
+        assert error.about == "slot"
+        assert f"announces no address for its node at port {node.port}" in str(error)
+        assert "cluster-announce-hostname" in str(error)
+        with pytest.raises(RedisUnavailableError, match="announces no address"):
+            cluster_checks(connection)
+        node.client.config_set("cluster-announce-hostname", "localhost")
+        assert eventually("the node", lambda: connection.client.set("fedmoe:experts", "1"))
+
+
 def test_a_server_that_is_no_cluster_and_a_node_by_its_own_url(
     cluster: Cluster, server: EmbeddedRedis, reach: Reach, tmp_path: Path
 ) -> None:

@@ -1,12 +1,15 @@
-"""The fold of awkward inputs, for a process of its own: `python -m tests.folded` prints capability and digest."""
+"""The fold of awkward inputs, for a process of its own: `python -m tests.folded` prints capability and digests."""
 
 import hashlib
 import json
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 
-from fedmoe.protocol.fold import Values, fold
+from fedmoe.protocol.codec import encode, frames, scratch_values
+from fedmoe.protocol.fold import Values, fold, fold_frame
+from fedmoe.protocol.formats import FORMATS, compiled
 from fedmoe.protocol.rules import NESTEROV, SERVER_OPTIMIZERS, SGD, AggregationRules
 from fedmoe.protocol.server import ServerStep
 
@@ -74,5 +77,38 @@ def digest() -> str:
     return total.hexdigest()
 
 
+def parts_digest() -> str:
+    """SHA-256 of updates as they travel, and of what an aggregator folds from them: by the kernels if they are here."""
+    total = hashlib.sha256()
+    for wire_format in FORMATS:
+        for numel in LENGTHS:
+            for result in _travelled(wire_format, numel):
+                total.update(result)
+    return total.hexdigest()
+
+
+def _travelled(wire_format: str, numel: int) -> Iterator[bytes]:
+    now, delta = inputs(numel)
+    delta[delta.abs() > 1.0] = 1.0  # the largest value would leave nothing but zeros in its block
+    parts = list(encode(delta, wire_format, minus=now.state))
+    yield from parts
+    for step in steps():
+        out = Values(torch.empty(numel), torch.zeros(numel))
+        scratch = torch.empty(scratch_values(numel))
+        for frame in frames(parts, wire_format, numel):
+            fold_frame(frame, now, step, out, scratch)
+        yield from (tensor.numpy().tobytes() for tensor in out)
+
+
+def report() -> dict[str, object]:
+    """What must be the same with every capability, and the capability."""
+    return {
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "digest": digest(),
+        "parts": parts_digest(),
+        "kernels": compiled() is not None,
+    }
+
+
 if __name__ == "__main__":
-    print(json.dumps({"capability": torch.backends.cpu.get_cpu_capability(), "digest": digest()}))
+    print(json.dumps(report()))

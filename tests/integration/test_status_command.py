@@ -10,6 +10,7 @@ import sys
 import pytest
 from rich.console import Console
 
+from consumers.compaction import compact
 from fedmoe.cli.status import render
 from fedmoe.cli.status import screen as status_screen
 from fedmoe.protocol.federation import duration
@@ -96,6 +97,18 @@ def test_the_command_prints_columns_json_and_the_gateway(connection: Connection)
     assert shown["experts"][0]["workers"][0]["loss"] == 1.25
     assert shown["experts"][0]["mean_staleness"] == 0
     assert shown["findings"] == ["sql_expert: no aggregator serves it: start `fedmoe aggregator run`"]
+
+
+def test_it_says_that_the_key_with_the_weights_lags(connection: Connection) -> None:
+    """As long as there is a tail: who reads the key by hand gets an earlier version."""
+    url, spec = connection.settings.url, small_spec(wire_format="int4")
+    expert = make_expert(connection, spec=spec)
+    ScriptedWorker(connection, spec).push(0.5)
+    serve(expert)
+    lags = "sql_expert: the key `weights` is of version 0, the updates since then are in its tail"
+    assert lags in fedmoe("status", "--redis", url).stdout.splitlines()
+    compact(expert)
+    assert "tail" not in fedmoe("status", "--redis", url).stdout
 
 
 def test_a_redis_that_does_not_answer_is_one_sentence() -> None:

@@ -26,6 +26,7 @@ from fedmoe.store.parts import PART_TTL_MS, read_whole
 from fedmoe.store.reading import ask
 
 _REPLACED = "another aggregator replaced the merged gateway meanwhile: it is looked at again"
+_EXPIRED = "the parts of the merged gateway expired before all were written: it is built again"
 
 
 class GatewayStore:
@@ -226,7 +227,7 @@ class GatewayStore:
         """Replace the merged gateway; weights that are too long for one Redis string are stored in parts.
 
         Raises:
-            StaleStateError: if another builder replaced a gateway in parts meanwhile.
+            StaleStateError: if another builder replaced a gateway in parts meanwhile, or a part expired.
         """
         parts: list[str] = []
         if len(weights) > WHOLE_BYTES:
@@ -242,6 +243,10 @@ class GatewayStore:
                 # Not in the transaction: a server closes a connection that queues more than 1 GiB.
                 for index, key in enumerate(parts):
                     pipe.set(key, weights[index * PART_BYTES : (index + 1) * PART_BYTES], px=PART_TTL_MS)
+                if parts:
+                    pipe.watch(*parts)
+                    if pipe.exists(*parts) != len(parts):
+                        raise StaleStateError(_EXPIRED, about="gateway")
                 pipe.multi()
             if parts:
                 pipe.unlink(self.keys.weights)
@@ -253,7 +258,7 @@ class GatewayStore:
                 pipe.persist(key)
             if before:
                 pipe.unlink(*before)
-            if execute(pipe) is None:
+            if execute(pipe) is None:  # or a part has expired just now
                 raise StaleStateError(_REPLACED, about="gateway")
 
     def fit(self) -> Fit | None:

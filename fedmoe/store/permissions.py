@@ -155,7 +155,7 @@ def _aggregator(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
         *_on(merged.weights, may="SET"),
         *_on(merged.fit, may="HGETALL"),
         *_on(merged.fit, may="WATCH, EXISTS, HSET", when="Redis has lost the fit of the merged gateway"),
-        *_on(merged.weights_part(ANY, ANY), may="SET, PERSIST, UNLINK", when=long),
+        *_on(merged.weights_part(ANY, ANY), may="SET, EXISTS, PERSIST, UNLINK, WATCH", when=long),
         *_on(merged.weights, may="UNLINK", when=long),
         *_on(merged.meta, may="WATCH", when=long),
         *_on(merged.lease, may="EVALSHA, GET, SET, DEL"),

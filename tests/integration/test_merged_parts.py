@@ -3,17 +3,19 @@
 from collections.abc import Callable
 
 import pytest
+from redis.client import Pipeline
 
 import fedmoe.store.gateway
 from consumers.gateway.builder import GatewayBuilder
 from fedmoe.errors import StaleStateError
 from fedmoe.protocol.merged import MergedMeta
 from fedmoe.settings import GatewaySettings
-from fedmoe.store.connection import Connection
+from fedmoe.store.connection import Connection, execute
 from fedmoe.store.gateway import GatewayStore
 from fedmoe.store.inspect import Inspector
 from tests.errors import raises
 from tests.federation import ScriptedWorker, make_expert, serve, small_spec
+from tests.processes import eventually
 
 PARTS = "fedmoe:{merged}:weights:*"
 META = MergedMeta(built_from='{"a": {"version": 1, "weights_commit": "c"}}')
@@ -127,3 +129,42 @@ def test_a_builder_that_is_killed_before_the_switch_leaves_the_old_gateway(
     assert len(lives) == 8
     assert lives[:4] == [-1] * 4
     assert min(lives[4:]) > 0
+
+
+@pytest.mark.parametrize("late", ["multi", "execute"])
+def test_parts_that_expire_before_the_switch_are_not_switched_to(
+    connection: Connection, monkeypatch: pytest.MonkeyPatch, late: str
+) -> None:
+    """A builder is paused before its transaction: meta would name a gateway that nobody can read."""
+    store, rival = GatewayStore(connection), Connection(connection.settings)
+    store.write_merged(META, memoryview(bytes([1]) * 200))
+    before = set(connection.client.keys(PARTS))
+
+    def expire() -> None:
+        (part, *_) = set(rival.client.keys(PARTS)) - before
+        rival.client.pexpire(part, 1)
+        eventually("its end", lambda: not rival.client.exists(part))
+
+    if late == "execute":
+
+        def then_execute(pipe: object) -> object:
+            expire()
+            return execute(pipe)
+
+        monkeypatch.setattr(fedmoe.store.gateway, "execute", then_execute)
+    else:
+        set_to = Pipeline.set
+
+        def then_expire(pipe: Pipeline, name: str, *words: object, **options: object) -> object:
+            done = set_to(pipe, name, *words, **options)
+            if name.endswith(":3"):  # the last one
+                expire()
+            return done
+
+        monkeypatch.setattr(Pipeline, "set", then_expire)
+    with raises(StaleStateError, about="gateway"):
+        store.write_merged(META, memoryview(bytes([2]) * 200))
+    loaded = store.load_merged()
+    assert loaded is not None
+    assert loaded[1] == bytes([1]) * 200
+    rival.close()

@@ -10,7 +10,10 @@ from pathlib import Path
 # What the figures of these names must reach. A figure without a bar is there to be looked at.
 BARS: dict[str, tuple[str, float]] = {
     "fp32_vs_raw": (">=", 0.8),
-    "default_vs_raw_fp32": (">=", 2.0),
+    "default_vs_raw_fp32": (
+        ">=",
+        1.5,
+    ),  # where the commit before snapshot and tail has 0.62; it depends on the machine
     "updates_vs_http": (">=", 10.0),
     "cpu_vs_http": ("<=", 1 / 8),
     "flower_updates": (">=", 100.0),

@@ -90,9 +90,9 @@ def test_an_unknown_name_is_one_sentence(tmp_path: Path) -> None:
     done = bench("--only", "latency", "speed", "--out", str(tmp_path / "bench.json"))
     assert done.returncode == 2
     assert done.stderr == (
-        "ops/bench.sh: there is no benchmark 'speed': choose among wire, machine, codec, throughput, "
+        "ops/bench.sh: there is no benchmark 'speed': choose among wire, machine, codec, stages, throughput, "
         "latency, file, growth, overlap, turns, size, quality, learning, routing, flower, race, tls, scale, cluster, "
-        "before\n"
+        "exchange, before\n"
     )
     assert not done.stdout
 

@@ -155,8 +155,8 @@ def test_parts_that_expire_before_the_switch_are_not_switched_to(
     else:
         set_to = Pipeline.set
 
-        def then_expire(pipe: Pipeline, name: str, *words: object, **options: object) -> object:
-            done = set_to(pipe, name, *words, **options)
+        def then_expire(pipe: Pipeline, name: str, value: memoryview, px: int) -> object:
+            done = set_to(pipe, name, value, px=px)
             if name.endswith(":3"):  # the last one
                 expire()
             return done

@@ -6,6 +6,7 @@ And a run of `ops.bench.learning` in real processes.
 import json
 import time
 from array import array
+from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
 
@@ -83,9 +84,10 @@ def test_a_contestant_races_once(tmp_path: Path) -> None:
     _, setup, rows = made(tmp_path)
     played: list[Setup] = []
 
-    def system(directory: Path, setup: Setup) -> list[Snapshot]:
+    def system(directory: Path, setup: Setup) -> Generator[Snapshot]:
         played.append(Seat(directory, 1).setup)
-        return [Snapshot(0.0, torch.tensor(2.0)), Snapshot(8.0, torch.tensor(1.0), 2.0)]
+        yield Snapshot(0.0, torch.tensor(2.0))
+        yield Snapshot(8.0, torch.tensor(1.0), 2.0)
 
     who = "Flower, rounds of 4"
     course = Course(1.5, rows, float, tmp_path, tmp_path / "scratch", "24x0.05s-n2")

@@ -201,7 +201,7 @@ BROKEN = {
         what="a commit compares versions instead of commit ids",
         rules=Rules(commit_ids=_commit_id_of_version),
         scope=Scope(aggregators=2, max_norm=0.5, faults={"lease": 1}),
-        symptom="the expert is damaged: its hash of decided updates",
+        symptom="is twice in the history",
     ),
     "H2_prev_not_checked": Broken(
         what="an update is accepted if its seq is above the last one's, whatever its prev",
@@ -303,7 +303,7 @@ BROKEN = {
         what="the operator writes the new rules into meta without a new commit id",
         rules=Rules(change=change_in_place),
         scope=Scope(units=1, faults={"rules": 1}),
-        symptom="taken back",
+        symptom="passed over",
     ),
     "H23_decided_under_the_first_rules": Broken(
         what="an aggregator decides under the rules that the expert was created with",

@@ -88,7 +88,7 @@ def check_db(db: Db, spec: Spec, *, refuses_nothing: bool) -> str:
     if TWO_CONTENTS in written.values():
         return "one name of an update has two contents"
     if db.rules_went_back:
-        return "the operator's rules were taken back"
+        return "the operator's rules were taken back, or passed over"
     if db.applied_while_held:
         return "an update was applied while the expert was held"
     for worker, run, seq, *_ in db.log:

@@ -302,6 +302,8 @@ class _Server:
         elif key in (KEYS.log, KEYS.dead) and "seq" in content:
             line = (content["worker"], content["run"], int(content["seq"]))
             if key == KEYS.log:
+                in_force = self.hashes[KEYS.meta]["rules"]
+                self.rules_went_back |= int(content["rules"]) < _number_of(in_force)
                 self.log += ((*line, int(content["rules"]), "ends_round" in content, "new_state" in content),)
             else:
                 self.refused += (line,)

@@ -14,8 +14,7 @@ import warnings
 
 import torch
 
-from tests.protocol.broken import BROKEN
-from tests.protocol.broken_rollback import BROKEN_ROLLBACK
+from tests.protocol.all_broken import ALL_BROKEN
 from tests.protocol.scopes import BIG, SMALL
 from tests.protocol.search import ViolationError, search
 from tests.protocol.state import Scope
@@ -35,13 +34,9 @@ def main() -> int:
     torch.set_num_threads(1)
     gc.disable()  # nothing of this is cyclic, and there are millions of tuples
     if args.broken:
-        chosen = {
-            name: broken
-            for name, broken in (BROKEN | BROKEN_ROLLBACK).items()
-            if name.startswith(args.broken)
-        }
+        chosen = {name: broken for name, broken in ALL_BROKEN.items() if name.startswith(args.broken)}
         if not chosen:
-            parser.error(f"no rule begins with {args.broken!r}; there are {', '.join(BROKEN)}")
+            parser.error(f"no rule begins with {args.broken!r}; there are {', '.join(ALL_BROKEN)}")
         missed = 0
         for name, broken in chosen.items():
             try:

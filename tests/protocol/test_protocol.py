@@ -12,11 +12,8 @@ import pytest
 
 from fedmoe.store.lease import Lease
 from tests.protocol.actors import Rules
-from tests.protocol.broken import BROKEN, WritesBackFolded
-from tests.protocol.broken_parts import BROKEN_PARTS
-from tests.protocol.broken_recovery import BROKEN_RECOVERY
-from tests.protocol.broken_rollback import BROKEN_ROLLBACK
-from tests.protocol.broken_tail import BROKEN_TAIL
+from tests.protocol.all_broken import ALL_BROKEN
+from tests.protocol.broken import WritesBackFolded
 from tests.protocol.scopes import SMALL
 from tests.protocol.script import forked_memory_is_written_back
 from tests.protocol.search import ViolationError, search
@@ -60,7 +57,6 @@ def test_without_the_prefix() -> None:
         forked_memory_is_written_back(Rules(expert=WritesBackFolded))
 
 
-ALL_BROKEN = BROKEN | BROKEN_RECOVERY | BROKEN_ROLLBACK | BROKEN_TAIL | BROKEN_PARTS
 # The federations in which rules are taken out, each once, less those that are searched to their end.
 OTHER_SCOPES = {
     name: broken.scope

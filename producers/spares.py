@@ -1,10 +1,10 @@
-"""Vectors of an adapter's size that are out of use, for whoever needs one next.
+"""Spare vectors of an adapter's size: a worker uses its memory again.
 
 The system clears each page of fresh memory before it hands it out, and blocks of this size go back to it when they are
 freed. For an adapter of 153 MiB that takes several times as long as copying it, so a worker uses its vectors again.
 
-Whoever takes a vector owns it, and may give it back, hand it on or drop it. Whoever gives one back must not use it any
-more. A vector that nobody gives back costs time, but never memory or correctness.
+The caller of `take` owns the vector: it may give it back, hand it on or drop it. After `give` the caller must not use
+the vector. A vector that is never given back costs time, because the next one is fresh memory, and nothing else.
 """
 
 from collections import deque

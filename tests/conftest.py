@@ -74,7 +74,7 @@ def _no_workers_to_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _spares_are_spoiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A vector is NaN from when it is given back until whoever takes it writes to it: no other use goes unnoticed."""
+    """Spare vectors are filled with NaN when they are given back: code that still reads one fails its test."""
     give, take = Spares.give, Spares.take
 
     def spoil(self: Spares, tensor: torch.Tensor) -> None:

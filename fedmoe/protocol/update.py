@@ -73,7 +73,8 @@ def is_run(text: str) -> bool:
 class Part(NamedTuple):
     """Length in bytes and digest of one payload part: XXH3 (16 bytes), or SHA-256 (32) as earlier releases have it.
 
-    The digest finds damage, and need not find forgery: whoever can write a worker's parts can write its headers, too.
+    The digest finds damage. It does not have to find forgery, because a user who may write a worker's parts may also
+    write its headers.
     """
 
     length: int

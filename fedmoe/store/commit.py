@@ -42,7 +42,7 @@ class Loaded:
 class Commit:
     """The changes of one commit on top of the loaded state (commit id `on`, connection `generation`).
 
-    `before`: the meta of the loaded state, of which only what differs is written; None: all of `meta` is written.
+    `before`: the meta that was loaded. Only fields that differ from it are written; if it is None, all fields are.
     `weights`, `server_state`: a new snapshot; writing it removes the tail. `tail`: the fields to add to the tail;
     `begins_tail`: its fields so far, if there are any, are of another history.
     `vectors`: worker -> its domain vector as stored; "" removes it.

@@ -50,7 +50,7 @@ class Race:
     Args:
         step_s: seconds of an ordinary client's step; steps: it takes at most so many.
         sync_s: seconds between two updates of a client of FedMoE.
-        round_steps: lengths of Flower's rounds, each a race of its own, of which the best counts.
+        round_steps: lengths of Flower's rounds. Each runs its own race, and the fastest counts.
         apart_steps: steps of the experts trained apart, which fix the loss to reach; rows: held-out, of a domain.
     """
 

@@ -1,4 +1,4 @@
-"""`fedmoe gateway follow` goes by validation losses: a version that is worse is not served, whoever measured it."""
+"""`fedmoe gateway follow` compares validation losses and serves no worse version: losses of workers, and its own."""
 
 import json
 from collections.abc import Iterator

@@ -43,7 +43,7 @@ def test_what_was_rolled_back_is_not_the_validation_loss() -> None:
 
 
 def test_a_path_writes_nothing_into_the_card() -> None:
-    """The base model may be any path: it stays in its line and its code, whatever it holds."""
+    """A path with line breaks or backticks adds no line and no markup to the card."""
     base = "a`<b>`\n```\n# Heading\n"
     export = Export(
         name="a", file=b"", config={"r": 8, "lora_alpha": 16}, built_from={}, behind={}, info={"base_model": base}

@@ -219,7 +219,7 @@ class Follower:
         return False
 
     def _why_not(self, export: Export, measured: Validation | None) -> str:
-        """Why a version of which this is measured is not to be served; "" if it is."""
+        """Why this version must not be served; "" if it may be served. `measured` is its validation loss, if known."""
         if not (current := self._directory.current):
             return ""
         served = self._measured_served()

@@ -35,9 +35,9 @@ class Judged:
 def counts_since(rules: RuleSet, rolled_back: RolledBack) -> int:
     """The version from which on measurements count: that of the last release or rollback, 0 without one.
 
-    An operator who goes back to an earlier version accepts its losses, whatever those of the versions that are gone.
+    An operator who goes back to an earlier version accepts its losses, also if later versions had lower ones.
     """
-    return max(rules.released, rolled_back.latest[1] if rolled_back.intervals else 0)
+    return max(rules.released, rolled_back.made)
 
 
 def judge(

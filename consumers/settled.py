@@ -7,7 +7,7 @@ from fedmoe.protocol.layout import AdapterBuffer
 
 
 class Settled:
-    """Which values an expert's thread leaves alone until it names others."""
+    """The expert's thread names values here that it will not change until it names others; other threads copy them."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

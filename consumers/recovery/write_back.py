@@ -67,7 +67,7 @@ def rebuild(expert: Expert, loaded: Loaded) -> str:
 def keep_rolled_back(expert: Expert) -> None:
     """Keep the weights that a rollback has just put in place, so that a replay need not reach back to their version."""
     rolled_back = expert.meta.rolled_back
-    if expert.archive is None or not rolled_back.intervals or rolled_back.latest[1] != expert.meta.version:
+    if expert.archive is None or not rolled_back.intervals or rolled_back.made != expert.meta.version:
         return
     try:
         for file in (expert.buffer.file, expert.held.state_file):

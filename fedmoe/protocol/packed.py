@@ -42,7 +42,7 @@ def _digest(layout: Layout, seed: int) -> bytes:
 
 
 def _preamble(commit: str, digest: bytes) -> bytes:
-    return (_WHAT + commit.encode() + b" " + digest).ljust(PREAMBLE_BYTES)  # the ids of models may be shorter
+    return (_WHAT + commit.encode() + b" " + digest).ljust(PREAMBLE_BYTES)  # tests have shorter commit ids
 
 
 def packed_commit(preamble: bytes) -> str:

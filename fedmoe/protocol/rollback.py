@@ -41,6 +41,11 @@ class RolledBack:
         to, last = self.intervals[-1]
         return to, last + 1
 
+    @property
+    def made(self) -> int:
+        """The version that the last rollback made; 0 if there was none."""
+        return self.latest[1] if self.intervals else 0
+
     def holds(self, version: int) -> bool:
         """True if that version was rolled back."""
         return any(one.holds(version) for one in self.intervals)

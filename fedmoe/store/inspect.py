@@ -251,8 +251,7 @@ def _curves(raw: Mapping[bytes, bytes], meta: Meta | None) -> dict[str, Curve]:
             decided[name.decode(errors="replace")] = Decided.from_json(text)
     if meta is None:
         return {}
-    since = meta.rolled_back.latest[1] if meta.rolled_back.intervals else 0
-    last = active_of(decided, meta.version)
+    last, since = active_of(decided, meta.version), meta.rolled_back.made
     return {name: curve for name, one in last.items() if (curve := one.curve) and curve.since >= since}
 
 

@@ -219,9 +219,8 @@ async def _json(request: Request) -> Any:
             raise RequestError(f"a request has at most {MAX_BODY // 2**20} MiB", about="body")
     try:
         content = json.loads(body)
-        json.dumps(
-            content, ensure_ascii=False
-        ).encode()  # half of a surrogate pair is no text, and no reply holds it
+        # A lone half of a surrogate pair cannot be encoded, so no reply could hold it.
+        json.dumps(content, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise RequestError("the request is not JSON in UTF-8", about="body") from error
     return content

@@ -37,9 +37,8 @@ from fedmoe.tools.serve.requests import ChatRequest, StopCutter
 logger = logging.getLogger(__name__)
 
 BASE = "base"
-LIKELIEST = (
-    1e-5  # a temperature below takes the likeliest token, as vLLM does: fp32 logits divided by it overflow
-)
+# Below this temperature the likeliest token is taken, as in vLLM: fp32 logits divided by less would overflow.
+LIKELIEST = 1e-5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,9 +106,8 @@ class Engine:
         self._count = 0
         self._lock = threading.Lock()  # the model computes for one at a time
         self._served = {BASE: Served(name=BASE, version=BASE, mark="", key="", template="")}
-        self._odd: set[tuple[str, str]] = (
-            set()
-        )  # models that cannot be served, and their marks or what is wrong
+        # Models that cannot be served, each with its mark or with what is wrong.
+        self._odd: set[tuple[str, str]] = set()
         if BASE in metas:
             report(f"the expert {BASE} cannot be asked, because the base model has this name")
 

@@ -119,7 +119,11 @@ class GatewayBuilder:
             )
 
     def refresh(self) -> bool:
-        """Rebuild if an expert, the list of experts, the settings or the fit changed; True if it was rebuilt."""
+        """Rebuild if an expert, the list of experts, the settings or the fit changed, or if Redis lost the weights.
+
+        Returns:
+            True if it was rebuilt.
+        """
         weights = self._experts.reconcile()
         weights.pop(GATEWAY, None)  # the trained gateway is no part of the merged one
         if not weights:
@@ -129,7 +133,9 @@ class GatewayBuilder:
         merged = self._store.merged()
         built = {name: one.weights_commit for name, one in merged.experts.items()} if merged else None
         if merged and built == present and merged.settings == self._settings_text(weights, fit):
-            return False
+            if self._store.has_weights(merged):
+                return False
+            logger.warning("merged gateway: Redis has lost its weights, so it is built again")
         with self._rest.after():
             self._build(weights, fit)
         return True

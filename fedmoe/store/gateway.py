@@ -190,6 +190,12 @@ class GatewayStore:
             raw = self._merged.client.hgetall(self.keys.meta)
         return _built(raw)
 
+    def has_weights(self, meta: MergedMeta) -> bool:
+        """True if Redis holds the weights of the gateway that this meta names, with all their parts."""
+        keys = self._parts_of(meta) or [self.keys.weights]
+        with self._merged.errors():
+            return bool(self._merged.client.exists(*keys) == len(keys))
+
     def load_merged(self) -> tuple[MergedMeta, bytes] | None:
         """The merged gateway's meta and its safetensors file, which belong together; None if there is none yet."""
         known = ""

@@ -152,7 +152,7 @@ def _aggregator(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
         *_on(keys.problem, merged.problem, may="HSET, PEXPIRE, UNLINK", when="it cannot do something"),
         *_on(keys.worker(ANY), may="HGET", when="a worker was there before it"),
         *_on(merged.meta, may="HGETALL, HSET, DEL"),
-        *_on(merged.weights, may="SET"),
+        *_on(merged.weights, may="SET, EXISTS"),
         *_on(merged.fit, may="HGETALL"),
         *_on(merged.fit, may="WATCH, EXISTS, HSET", when="Redis has lost the fit of the merged gateway"),
         *_on(merged.weights_part(ANY, ANY), may="SET, EXISTS, PERSIST, UNLINK, WATCH", when=long),

@@ -87,6 +87,27 @@ def test_a_reader_gets_parts_of_one_build(connection: Connection, monkeypatch: p
     rival.connection.close()
 
 
+@pytest.mark.parametrize("whole_bytes", [100, 10**6])
+def test_weights_that_redis_lost_are_built_again(
+    connection: Connection, monkeypatch: pytest.MonkeyPatch, whole_bytes: int
+) -> None:
+    """One part, or the one string, was deleted by hand or evicted, and no expert changes meanwhile."""
+    monkeypatch.setattr(fedmoe.store.gateway, "WHOLE_BYTES", whole_bytes)
+    make_expert(connection)
+    builder = GatewayBuilder(connection, GatewaySettings(), holder="one", lease_s=5.0)
+    store = GatewayStore(connection)
+    assert builder.refresh()
+    before = store.load_merged()
+    assert before is not None
+    assert not builder.refresh()
+    connection.client.delete(connection.client.keys("fedmoe:{merged}:weights*")[0])
+    assert store.load_merged() is None
+    assert builder.refresh()
+    loaded = store.load_merged()
+    assert loaded is not None
+    assert loaded[1] == before[1]
+
+
 def test_a_late_builder_gives_way_and_its_parts_expire(
     connection: Connection, connect: Callable[[], Connection], monkeypatch: pytest.MonkeyPatch
 ) -> None:

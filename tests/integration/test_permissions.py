@@ -303,7 +303,7 @@ def test_who_may_only_watch_is_told_what_is_not_shown(guarded: Guarded) -> None:
 
 
 def a_merged_gateway_in_parts(guarded: Guarded) -> None:
-    """Built twice by the aggregator, read by an operator."""
+    """Built twice by the aggregator, which then looks for its parts; read by an operator."""
     store = GatewayStore(guarded.connection(AGGREGATOR))
     meta = MergedMeta(built_from='{"a": {"version": 1, "weights_commit": "c"}}')
     for value in (1, 2):
@@ -311,6 +311,7 @@ def a_merged_gateway_in_parts(guarded: Guarded) -> None:
     loaded = GatewayStore(guarded.connection(OPERATOR)).load_merged()
     assert loaded is not None
     assert loaded[1] == bytes([2]) * 200
+    assert store.has_weights(loaded[0])
 
 
 def an_operator_who_goes_back(guarded: Guarded, backup: Path) -> None:

@@ -2,6 +2,7 @@
 
     DIR/gateway-v12-3fa9c1e0/   one version as an adapter's directory; its files never change
     DIR/current                 a link to the version that is served; moved by one rename
+    DIR/.loaded                 the versions that `follow` has loaded into a server, and not unloaded
     DIR/.lock                   held while `follow` runs
 
 A version's name says its number, and by its end from which commits and with which options it was made. So a name
@@ -22,9 +23,9 @@ from typing import Any
 from fedmoe.errors import SettingsError
 from fedmoe.tools.export import Export
 from fedmoe.tools.export_files import CONFIG_FILE, INFO_FILE, explain, model_in, write_files
-from fedmoe.util.disk import to_disk
+from fedmoe.util.disk import to_disk, write_whole
 
-CURRENT, LOCK = "current", ".lock"
+CURRENT, LOADED, LOCK = "current", ".loaded", ".lock"
 _NEW = ".new-"
 
 
@@ -102,6 +103,28 @@ class VersionDirectory:
             if isinstance(content, dict):
                 return content
         return {}
+
+    @property
+    def loaded(self) -> set[str]:
+        """The versions that were loaded into a server from here; where nobody has noted it, the current one."""
+        with suppress(OSError, ValueError):
+            content = json.loads((self.root / LOADED).read_bytes())
+            if isinstance(content, list):
+                return {name for name in content if isinstance(name, str)}
+        return {self.current} - {""}
+
+    def note_loaded(self, names: set[str]) -> None:
+        """Note which versions were loaded into a server from here.
+
+        Raises:
+            SettingsError: if the disk refuses.
+        """
+        if names == self.loaded and (self.root / LOADED).exists():
+            return
+        try:
+            write_whole(self.root / LOADED, json.dumps(sorted(names)).encode())
+        except OSError as error:
+            raise SettingsError(explain(error, self.root, 0), about="disk") from error
 
     def add(self, name: str, export: Export) -> None:
         """Write a version; it appears complete or not at all.

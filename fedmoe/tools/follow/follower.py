@@ -7,7 +7,8 @@ A version passes these steps, and each is repeated until it is done, whatever fa
                that an operator rolled back is replaced in any case
     written    it has a directory of its own
     served     the server has loaded it, or the operator's command has ended with 0; then `current` is moved
-    the rest   the server unloads the versions before; all directories but the last ones are removed
+    the rest   the server unloads the versions before that were loaded from here; all directories but the last ones are
+               removed
 
 A server that was restarted is told to load the served version again.
 """
@@ -36,6 +37,7 @@ from fedmoe.tools.card import max_lora_rank
 from fedmoe.tools.export import Export, is_gateway_trained, read_gateway, version_name
 from fedmoe.tools.export_files import CONFIG_FILE, WEIGHTS_FILE
 from fedmoe.tools.follow.directory import VersionDirectory
+from fedmoe.tools.follow.loaded import LoadedVersions
 from fedmoe.tools.follow.servers import AdapterServer
 from fedmoe.tools.losses import Validation
 from fedmoe.util.backoff import Backoff
@@ -106,7 +108,8 @@ class Follower:
         judge: Judge | None = None,
     ) -> None:
         self._store, self._directory, self._settings = store, directory, settings
-        self._server, self._shape, self._judge = server, shape, judge
+        self._loaded = LoadedVersions(server, directory) if server else None
+        self._shape, self._judge = shape, judge
         self._candidate = ""  # written and not yet served
         self._left_out = ""  # judged worse
         self._refused: dict[str, float] = {}  # name -> when, by time.monotonic()
@@ -274,10 +277,7 @@ class Follower:
         )
 
     def _put(self, name: str) -> None:
-        loaded = self._server.loaded() if self._server else set()
-        if self._server and name not in loaded:
-            self._server.load(name, self._directory.path(name))
-            logger.info("%s: loaded into %s", name, self._server.shown)
+        there = self._loaded.load(name) if self._loaded else set()
         if name != self._directory.current:
             if self._settings.command:
                 self._run_command(name)
@@ -285,11 +285,8 @@ class Follower:
             logger.info("%s: is the current version now", name)
         if name == self._candidate:
             self._candidate = ""
-        if self._server:
-            for other in sorted(loaded - {name}):
-                if self._directory.is_version(other):
-                    self._server.unload(other)
-                    logger.info("%s: unloaded", other)
+        if self._loaded:
+            self._loaded.unload(there, but=name)
         self._prune()
 
     def _prune(self) -> None:

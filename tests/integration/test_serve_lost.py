@@ -55,6 +55,30 @@ def test_what_redis_has_lost_answers_on(
     assert [one.name for one in engine.models()] == [GATEWAY, "a", "base"]
 
 
+@pytest.mark.parametrize("was_removed_before", [True, False])
+def test_the_gateway_answers_on_until_there_is_another(
+    connection: Connection, tiny_model_dir: Path, caplog: pytest.LogCaptureFixture, was_removed_before: bool
+) -> None:
+    """An operator removed the trained one, and Redis has lost the merged one; the aggregator builds it again."""
+    make(connection, tiny_model_dir, "a", seed=1)
+    make(connection, tiny_model_dir, GATEWAY, seed=2)
+    builder = GatewayBuilder(connection, GatewaySettings(), holder="one", lease_s=5.0)
+    builder.refresh()
+    engine = engine_of(connection)
+    remove_expert(connection, GATEWAY)
+    if was_removed_before:
+        engine.refresh()
+    connection.client.delete(connection.keys.merged.meta)
+    before = engine.model(GATEWAY).version
+    for _ in range(2):
+        engine.refresh()
+        assert engine.model(GATEWAY).version == before
+    assert caplog.text.count(f"gateway: it cannot be read in Redis now, and {before} answers on") == 1
+    builder.refresh()
+    engine.refresh()
+    assert (engine.model(GATEWAY).version == before) is was_removed_before
+
+
 def test_an_expert_named_like_the_base_model_is_said_not_to_answer(
     connection: Connection, tiny_model_dir: Path
 ) -> None:

@@ -152,13 +152,17 @@ class Engine:
             self._drop(self._served.pop(name))
 
     def _removed(self, missing: Set[str]) -> Set[str]:
-        """Those of the models without a mark that an operator removed, or took off the list; reports others once."""
+        """Those of the models without a mark that an operator removed, or took off the list; reports others once.
+
+        The gateway is none of them: it answers until there is another one.
+        """
         if not missing:
             return set()
         listed = self._store.listed()
         there, removed = self._store.compare(missing)
         # Without any list Redis has lost it: on a cluster it may lie on another master than the experts.
         gone = missing & (removed | (there - listed if listed else set()))
+        gone -= {GATEWAY}  # if the trained one was removed, the merged one takes its place; Redis may have lost it
         for name in missing - gone:
             self._warn_once(
                 name, f"it cannot be read in Redis now, and {self._served[name].version} answers on"

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from fedmoe.tools.routing import BY_VECTORS
+from fedmoe.tools.routing import BY_ARROW, BY_VECTORS
 from ops.bench.learning.carry import BASE, OWN, Outcome, kept, outcomes, write
-from ops.bench.learning.lab import FITTED, FITTED_GROUPS
+from ops.bench.learning.lab import FITTED, FITTED_GROUPS, MERGED
 from ops.bench.learning.report import figures, lines_of, plot, table
 from ops.bench.learning.runs import DOMAINS, GATEWAY, Run
 from ops.bench.plan import NEW_GATEWAY
@@ -31,7 +31,8 @@ def some() -> list[tuple[Run, Outcome]]:
     pairs = []
     for seed, own in ((0, 1.0), (1, 1.2)):
         apart = Run(scheme="apart", seed=seed)
-        merged = {"cat 1": 1.6, "cat 1.8": 1.5, "svd 1.8": 1.55, "cat fitted": 1.5 - seed / 10}
+        merged = dict.fromkeys((*MERGED, BY_VECTORS, BY_ARROW), 1.6)
+        merged |= {"cat 1.8": 1.5, "svd 1.8": 1.55, FITTED: 1.5 - seed / 10}
         pairs.append((apart, outcome(apart, **{BASE: 2.0, OWN.replace(" ", "_"): own, **merged})))
         trained = Run(scheme="gateway", gain=2.0, seed=seed)
         pairs.append((trained, outcome(trained, gateway=own + 0.01)))
@@ -79,6 +80,28 @@ def test_outcomes_are_kept_and_not_repeated(tmp_path: Path) -> None:
     assert not reports
     plot(tmp_path / "plot.png", lines_of(some()))
     assert (tmp_path / "plot.png").stat().st_size > 5000
+
+
+def test_a_model_that_some_kept_outcomes_lack_is_said(tmp_path: Path) -> None:
+    """Nothing is trained again for it; the table says which seeds each model has."""
+    pairs = some()
+    (first, one), *_ = pairs
+    earlier = replace(one, losses={name: loss for name, loss in one.losses.items() if name != FITTED_GROUPS})
+    pairs[0] = first, earlier
+    for run, each in pairs:
+        write(tmp_path / f"{run.name}.json", each)
+    reports: list[str] = []
+    assert list(outcomes([run for run, _ in pairs], tmp_path, report=reports.append)) == pairs
+    assert reports == [f"    {first.name}: kept without {FITTED_GROUPS}; to measure them, remove its file"]
+    plain = replace(first, merges=False)
+    assert [one for _, one in outcomes([plain], tmp_path, report=reports.append)] == [earlier]
+    assert len(reports) == 1
+    seeds = [
+        line.rpartition("  ")[2]
+        for line in table(lines_of(pairs)).splitlines()
+        if line.startswith(f"  {FITTED}")
+    ]
+    assert seeds == ["0 1", "1"]
 
 
 def with_losses(run: Run, **means: float) -> tuple[Run, Outcome]:

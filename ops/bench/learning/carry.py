@@ -13,7 +13,7 @@ import torch
 
 from fedmoe.protocol.lora_init import initial_weights
 from fedmoe.tools.routing import BY_ARROW, BY_VECTORS
-from ops.bench.learning.lab import TRAINING, Lab, is_expert, merges, sum_of
+from ops.bench.learning.lab import MERGED, TRAINING, Lab, is_expert, merges, sum_of
 from ops.bench.learning.real import play_real
 from ops.bench.learning.rounds import play_rounds
 from ops.bench.learning.runs import BLOCKS, GATEWAY, ONE_PASS, SCHEMES, Run, WorkerPlan
@@ -159,7 +159,8 @@ def outcomes(
 ) -> Iterator[tuple[Run, Outcome]]:
     """The outcome of every run: one that is kept there, under whatever name, or else carried out and written there.
 
-    Experts trained apart with their merges are also those without.
+    Experts trained apart with their merges are also those without. A kept outcome that lacks models of its run is taken
+    as it is, because measuring them means training again; `report` gets a line that names them.
     """
     labs: dict[int, Lab] = {}
     keep.mkdir(parents=True, exist_ok=True)
@@ -173,7 +174,17 @@ def outcomes(
             outcome = carry_out(run, labs[run.rank])
             write(file, outcome)
             report(f"    {run.name}: {outcome.seconds:.0f} s, {outcome.cpu_s:.0f} s of CPU")
+        elif missing := lacking(run, outcome):
+            report(f"    {run.name}: kept without {', '.join(missing)}; to measure them, remove its file")
         yield run, outcome
+
+
+def lacking(run: Run, outcome: Outcome) -> list[str]:
+    """The models that an outcome of this run has today, and this one has not: it was kept before they were measured."""
+    if run.scheme != "apart" or not run.merges:
+        return []
+    routers = (BY_VECTORS, BY_ARROW) if len(run.domains) > 1 else ()
+    return [model for model in (*MERGED, *routers) if model not in outcome.losses]
 
 
 def read(file: Path) -> Outcome | None:

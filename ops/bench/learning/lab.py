@@ -47,6 +47,8 @@ FIT_PASSES = 12  # passes with gradient of a fit
 FITTED = "cat fitted"
 FIT_GROUPS = 3  # groups of layers with weights of their own, in the second fit
 FITTED_GROUPS = f"cat fitted, {FIT_GROUPS} groups of layers"
+FIXED = {f"cat {scale:g}": ("cat", scale) for scale in SCALES}  # how the aggregator merges, and the scale
+MERGED = (*FIXED, "svd 1.8", FITTED, FITTED_GROUPS)  # the merges of experts that were trained apart
 THREADS = 2  # at most; OMP_NUM_THREADS=1 is faster on a machine that is busy
 
 Rows = Mapping[str, Sequence[Example]]  # of each domain
@@ -273,7 +275,7 @@ def inputs_of(spec: Spec, experts: Mapping[str, torch.Tensor]) -> dict[str, Merg
 def merges(spec: Spec, experts: Mapping[str, torch.Tensor]) -> dict[str, Merged]:
     """The merges of experts that were trained apart, as the aggregator makes them at fixed scales."""
     inputs = list(inputs_of(spec, experts).values())
-    chosen = {f"cat {scale:g}": ("cat", scale) for scale in SCALES} | {"svd 1.8": ("svd", 1.8)}
+    chosen = FIXED | {"svd 1.8": ("svd", 1.8)}
     return {name: merge(inputs, method=method, scale=scale) for name, (method, scale) in chosen.items()}
 
 

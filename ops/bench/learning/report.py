@@ -10,17 +10,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from consumers.gateway.search import SCALES
 from fedmoe.protocol.rules import ADAPTIVE, BY_WORKER, NESTEROV
 from fedmoe.tools.routing import BY_VECTORS
 from ops.bench.learning.carry import BASE, OPTED_OUT, OVER, OWN, Outcome
-from ops.bench.learning.lab import FITTED, FITTED_GROUPS
+from ops.bench.learning.lab import FITTED, FIXED, MERGED
 from ops.bench.learning.runs import BLOCKS, GATEWAY, ONE_PASS, SYNC_S, Run
 from ops.bench.plan import NEW_GATEWAY
 from ops.bench.result import Result, figure
 
-FIXED = tuple(f"cat {scale:g}" for scale in SCALES)
-MERGED = (*FIXED, "svd 1.8", FITTED, FITTED_GROUPS)
 Group = tuple[str, int, int, int]
 
 
@@ -94,7 +91,7 @@ def _ends(found: Sequence[tuple[Run, Outcome]]) -> dict[tuple[Group, int], tuple
 
 
 def table(lines: Iterable[Line]) -> str:
-    """The lines as aligned text, a block for each group."""
+    """The lines as aligned text, a block for each group; the seeds are named, as not each model has the same ones."""
     blocks: dict[Group, list[Line]] = defaultdict(list)
     for line in lines:
         blocks[line.group].append(line)
@@ -114,7 +111,7 @@ def table(lines: Iterable[Line]) -> str:
                 spread = f"{min(values):.1f} .. {max(values):.1f}" if len(values) > 1 else ""
             text.append(
                 f"  {line.label:<{width}}  {line.gateway_steps:>13}  {line.all_steps:>9}  {loss:6.3f}"
-                f" {share:>7}  {spread:<14} {len(line.loss):>5}"
+                f" {share:>7}  {spread:<14}  {' '.join(map(str, sorted(line.loss)))}"
             )
     return "\n".join(text)
 
@@ -158,7 +155,7 @@ def _bars(block: Mapping[str, Mapping[int, float]], mark: str) -> Iterator[Resul
 
 
 def _above(
-    one: Mapping[int, float], block: Mapping[str, Mapping[int, float]], others: Sequence[str]
+    one: Mapping[int, float], block: Mapping[str, Mapping[int, float]], others: Iterable[str]
 ) -> list[float]:
     """Percentage points between a model and that of the others which is best on the test rows, of seeds with both."""
     best = {

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from fedmoe.protocol.lines import Line
 from fedmoe.protocol.records import Decided, Meta
+from fedmoe.store.parts import NewWeights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,8 +44,9 @@ class Commit:
     """The changes of one commit on top of the loaded state (commit id `on`, connection `generation`).
 
     `before`: the meta that was loaded. Only fields that differ from it are written; if it is None, all fields are.
-    `weights`, `server_state`: a new snapshot; writing it removes the tail. `tail`: the fields to add to the tail;
-    `begins_tail`: its fields so far, if there are any, are of another history.
+    `weights`, `server_state`: a new snapshot; writing it removes the tail. `written`: its strings, if its parts were
+    written before; None: the commit writes the parts, and removes them if it comes too late.
+    `tail`: the fields to add to the tail; `begins_tail`: its fields so far, if there are any, are of another history.
     `vectors`: worker -> its domain vector as stored; "" removes it.
     """
 
@@ -54,6 +56,7 @@ class Commit:
     before: Meta | None = None
     weights: memoryview | None = None
     server_state: memoryview | None = None
+    written: NewWeights | None = None
     packed: memoryview | bytes | None = None
     tail: Mapping[str, str | bytes] = field(default_factory=dict)
     begins_tail: bool = False

@@ -7,6 +7,7 @@ expert's state.
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import redis
@@ -24,7 +25,7 @@ from fedmoe.store.chunks import places, put
 from fedmoe.store.commit import Commit, Loaded
 from fedmoe.store.connection import execute
 from fedmoe.store.full import NEARLY_FULL, is_full, memory_share, read_together, transact
-from fedmoe.store.parts import NewWeights, part_keys, read_whole, state_keys, weights_keys
+from fedmoe.store.parts import File, NewWeights, part_keys, read_whole, state_keys, weights_keys
 from fedmoe.store.submissions import Submissions
 
 # All aggregators read under one consumer name: the lease holder owns the whole pending list, and the list of dead
@@ -256,12 +257,19 @@ class ExpertStore(Submissions):
             if not done:
                 raise self._overtaken()
 
-    def _snapshot(self, commit: Commit) -> NewWeights:
+    def _snapshot(self, commit: Commit) -> AbstractContextManager[NewWeights]:
         """The weights that a commit writes; before it writes parts of them, it makes sure that it may be in time."""
-        parts, keys, writes = commit.meta.parts, self.keys, commit.weights is not None
-        if parts and writes and self._redis.hget(keys.meta, "commit") != commit.on.encode():
+        if commit.written is not None:
+            return nullcontext(commit.written)
+        parts, writes = commit.meta.parts, commit.weights is not None
+        if parts and writes and self._redis.hget(self.keys.meta, "commit") != commit.on.encode():
             raise self._overtaken()
-        return NewWeights(self._redis, keys, parts, commit.weights, commit.server_state, though_full=True)
+        return self.new_weights(parts, commit.weights, commit.server_state)
+
+    def new_weights(self, parts: WeightsParts, weights: File | None, server_state: File | None) -> NewWeights:
+        """The strings of new weights for a commit; their parts are written now, also to a full Redis."""
+        with self.connection.errors():
+            return NewWeights(self._redis, self.keys, parts, weights, server_state, though_full=True)
 
     def _overtaken(self) -> StaleStateError:
         return StaleStateError(f"{self.name}: another process committed meanwhile", about="commit")

@@ -5,7 +5,8 @@ back. Aggregators and workers notice it like any other commit.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from fedmoe.errors import BackupError, FedMoEError, SettingsError, StaleStateError
@@ -16,10 +17,12 @@ from fedmoe.protocol.lines import RollbackLine
 from fedmoe.protocol.packed import pack_file
 from fedmoe.protocol.records import Meta
 from fedmoe.protocol.spec import Spec
+from fedmoe.protocol.weights_parts import WeightsParts
 from fedmoe.store.change import PAUSE_S, whole_expert
 from fedmoe.store.commit import Commit
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.lifecycle import new_id
+from fedmoe.store.parts import NewWeights
 
 PATIENCE_S = 60.0  # how long a rollback is retried while a busy aggregator commits
 
@@ -54,6 +57,7 @@ class Rollback:
         digest, state_digest: of weights and server state, for the log; "" for none.
         quick_digests: of both, for meta.
         generation: number of the connection over which the history of `to` was read.
+        written: the strings of weights and server state, once their parts are written.
     """
 
     to: VersionState
@@ -66,6 +70,7 @@ class Rollback:
     state_digest: str
     quick_digests: str
     generation: int
+    written: NewWeights | None = None
 
 
 def prepare(spec: Spec, state: VersionState, *, by: str, generation: int) -> Rollback:
@@ -154,6 +159,7 @@ def roll_back(store: ExpertStore, rollback: Rollback, *, clock: Callable[[], flo
             weights=memoryview(rollback.weights),
             packed=rollback.packed,
             server_state=None if rollback.server_state is None else memoryview(rollback.server_state),
+            written=rollback.written,
             unlink=[store.keys.server_state] if rollback.server_state is None else [],
             log=[line.to_fields()],
         )
@@ -161,24 +167,50 @@ def roll_back(store: ExpertStore, rollback: Rollback, *, clock: Callable[[], flo
     return after
 
 
+@contextmanager
+def parts_written(store: ExpertStore, rollback: Rollback) -> Iterator[Rollback]:
+    """The rollback with its parts in Redis, for as many attempts as it takes: they do not depend on the expert's head.
+
+    They are removed at the end if the last attempt came too late.
+    """
+    parts = WeightsParts.of(rollback.commit, rollback.weights)
+    with (
+        store.connection.errors(),
+        store.new_weights(parts, rollback.weights, rollback.server_state) as written,
+    ):
+        yield replace(rollback, written=written)
+
+
 def roll_back_soon(store: ExpertStore, find: Callable[[Spec], VersionState], *, by: str) -> Meta:
-    """Find the state to go back to, and retry `roll_back` for at most PATIENCE_S while an aggregator commits.
+    """Find the state to go back to, write its parts, and retry `roll_back` for PATIENCE_S while an aggregator commits.
 
     After each new connection the state is found again, because the server may hold another history by then. Raises the
     same errors, and those of `find`, which must read over the store's own connection.
     """
     until = time.monotonic() + PATIENCE_S
-    rollback: Rollback | None = None
     while True:
         try:
-            if rollback is None or rollback.generation != store.connection.generation:
-                whole_expert(store)
-                generation, spec = store.connection.generation, store.spec()
-                rollback = prepare(spec, find(spec), by=by, generation=generation)
-            return roll_back(store, rollback)
+            whole_expert(store)
+            generation, spec = store.connection.generation, store.spec()
+            rollback = prepare(spec, find(spec), by=by, generation=generation)
+            with parts_written(store, rollback) as ready:
+                return _retry(store, ready)
         except StaleStateError as error:
             if time.monotonic() > until:
                 raise StaleStateError(
                     f"nothing was changed, try again ({error})", about=error.about
                 ) from error
+            time.sleep(PAUSE_S)
+
+
+def _retry(store: ExpertStore, rollback: Rollback) -> Meta:
+    """Try for PATIENCE_S; raises StaleStateError then, or if the rollback must be prepared again."""
+    until = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            return roll_back(store, rollback)
+        except StaleStateError as error:
+            is_outdated = error.about == "parts" or rollback.generation != store.connection.generation
+            if is_outdated or time.monotonic() > until:
+                raise
             time.sleep(PAUSE_S)

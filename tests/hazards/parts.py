@@ -2,15 +2,21 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from unittest.mock import patch
 
-from fedmoe.errors import DamagedExpertError
+from fedmoe.errors import DamagedExpertError, StaleStateError
 from fedmoe.protocol import weights_parts
+from fedmoe.protocol.layout import AdapterBuffer
+from fedmoe.protocol.lora_init import initial_weights
+from fedmoe.store import rollback
+from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore
-from tests.hazards.units import expect
+from tests.hazards.units import LAYOUT, expect
 from tests.hazards.world import EXPERT, World
 
 PART_BYTES = 160  # two parts for the 70 values
+SET_PART = b"\r\nPX\r\n"  # in a SET with an expiry, as of a part
 
 
 @contextmanager
@@ -97,6 +103,43 @@ def h29_part_removed(world: World) -> None:
         alice.push()
         world.settle(a0, alice)
         world.expect_expert(alice=[1, 1])
+
+
+def h29_rollback_beside_a_busy_aggregator(world: World) -> None:
+    """An operator rolls the expert back; right before each part is written, there is another commit."""
+    with short_strings(), patch.object(rollback, "PATIENCE_S", 1.0):
+        world.create()
+        carol, a0 = world.worker("carol"), world.aggregator()
+        carol.push()
+        a0.turn()
+        carol.turn()
+        operator = ExpertStore(world.connect(), EXPERT)
+        steps = world.step(operator.connection)
+
+        bounds = count(1000)
+
+        def commit() -> None:
+            world.change_rules(max_staleness=next(bounds))  # another operator commits
+            steps.before(SET_PART, commit)
+
+        steps.before(SET_PART, commit)
+        try:
+            rollback.roll_back_soon(operator, lambda spec: _version_0(world), by="operator")
+        except StaleStateError as error:
+            expect(False, f"the rollback gave up: {error}")
+        assert next(bounds) > 1000, "no commit came between"
+        steps.forget()  # the one that would come next
+        _what_expires_is_gone(world)
+        _expect_whole(GatewayStore(world.connect()))
+        world.settle(a0, carol)
+        world.expect_expert(carol=[0])
+
+
+def _version_0(world: World) -> rollback.VersionState:
+    """The state before all updates."""
+    buffer = AdapterBuffer(LAYOUT)
+    buffer.flat.copy_(initial_weights(LAYOUT, world.spec.init_seed))
+    return rollback.VersionState(version=0, lineage=world.meta.lineage, weights=bytes(buffer.file))
 
 
 def _what_expires_is_gone(world: World) -> None:

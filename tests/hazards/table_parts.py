@@ -2,6 +2,7 @@
 
 import fedmoe.store.parts
 from fedmoe.protocol.records import Meta
+from fedmoe.store import rollback
 from fedmoe.store.parts import NewWeights
 from tests.hazards import parts, without_parts
 from tests.hazards.hazard import Hazard, of_store
@@ -42,5 +43,12 @@ OF_PARTS = {
         scenario=parts.h29_part_removed,
         without=of_store(without_parts.LooksAtNoParts),
         symptom="the expert is damaged: of the 2 parts of its weights",
+    ),
+    "H29f": Hazard(
+        wrong="a rollback writes its parts at each attempt, and each time somebody commits meanwhile: it has no end",
+        rule="the parts of a rollback are written once; only its transaction is repeated",
+        scenario=parts.h29_rollback_beside_a_busy_aggregator,
+        without=((rollback, "parts_written", without_parts.none_written),),
+        symptom="the rollback gave up",
     ),
 }

@@ -17,7 +17,8 @@ from fedmoe.protocol.features import PARTS
 from fedmoe.protocol.rules import NESTEROV
 from fedmoe.store.backup import BackupStore
 from fedmoe.store.change import change_rules
-from fedmoe.store.connection import Connection
+from fedmoe.store.connection import Connection, execute
+from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore
 from fedmoe.store.inspect import Inspector
 from fedmoe.store.lifecycle import new_id
@@ -194,6 +195,66 @@ def test_an_aggregator_that_dies_before_its_commit_changes_nothing(
     expert.process(expert.store.reclaim())
     assert expert.meta.applied == 1
     check_parts(expert)
+
+
+def test_a_rollback_comes_to_an_end_beside_a_busy_aggregator(
+    connection: Connection, connect: Callable[[], Connection], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A commit comes whenever a part is written: the parts are written once, and no part is left behind."""
+    expert = begin(connection, tmp_path, NESTEROV)
+    train(expert, 2)
+    operator = Expert(ExpertStore(connect(), NAME), expert.spec, aggregator="operator")
+    client, written = operator.store.connection.client, []
+    worker, write = ScriptedWorker(connection, expert.spec), client.set
+
+    def write_beside_a_commit(key: str, *arguments: Any, **options: Any) -> Any:
+        worker.push(0.01)
+        assert serve(expert) == ["applied"]
+        worker.pull()
+        written.append(key)
+        return write(key, *arguments, **options)
+
+    monkeypatch.setattr(client, "set", write_beside_a_commit)
+    monkeypatch.setattr("fedmoe.store.rollback.PATIENCE_S", 5.0)
+    roll_back_to_1(operator, tmp_path)
+    assert len(written) == len(set(written)) > 1
+    expert.load()
+    assert expert.meta.rolled_back.holds(2)
+    check_parts(expert)
+    assert GatewayStore(connection).read(NAME)[1] == bytes(expert.buffer.file)
+
+
+@pytest.mark.parametrize("is_swept", [True, False])
+def test_a_rollback_that_comes_too_late_removes_its_parts_and_one_that_lost_them_writes_them_again(
+    connection: Connection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_swept: bool
+) -> None:
+    """The aggregator commits at every attempt; or somebody removes what nothing names yet, once."""
+    expert = begin(connection, tmp_path, wire_format="fp32")
+    train(expert, 2)
+    keys, attempts = expert.store.keys, []
+
+    def overtaken(pipe: Any) -> Any:
+        attempts.append(1)
+        if not is_swept:
+            return None
+        if len(attempts) == 1:
+            other.client.delete(*stray_parts(other.client, keys, but=meta_of(expert).parts))
+        return execute(pipe)
+
+    other = Connection(connection.settings)
+    monkeypatch.setattr("fedmoe.store.expert.execute", overtaken)
+    monkeypatch.setattr("fedmoe.store.rollback.PATIENCE_S", 5.0 if is_swept else 0.1)
+    if is_swept:
+        roll_back_to_1(expert, tmp_path)
+    else:
+        with raises(StaleStateError, about="commit") as caught:
+            roll_back_to_1(expert, tmp_path)
+        assert "nothing was changed, try again" in str(caught.value)
+    assert len(attempts) > 1
+    expert.load()
+    assert expert.meta.rolled_back.holds(2) is is_swept
+    check_parts(expert)
+    other.close()
 
 
 def test_a_removal_takes_all_parts_and_none_of_an_expert_created_meanwhile(

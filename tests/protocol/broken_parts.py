@@ -1,17 +1,20 @@
 """The rules about weights in parts, taken out one by one, as in `broken`."""
 
 from typing import Any
+from unittest.mock import patch
 
 import redis
 
 from fedmoe.protocol.records import Meta
 from fedmoe.protocol.weights_parts import WeightsParts
+from fedmoe.store.expert import ExpertStore
 from fedmoe.store.parts import NewWeights
+from fedmoe.store.rollback import Rollback, roll_back
 from tests.protocol.actors import Rules
 from tests.protocol.broken import Broken
 from tests.protocol.state import Scope
 
-_of, _with_snapshot = WeightsParts.of, Meta.with_snapshot
+_of, _with_snapshot, _check = WeightsParts.of, Meta.with_snapshot, NewWeights.check
 
 
 def named_by_the_weights(meta: Meta, weights: Any) -> Meta:
@@ -23,6 +26,18 @@ def named_by_the_weights(meta: Meta, weights: Any) -> Meta:
 def one_name_for_all(commit: str, file: Any) -> WeightsParts:
     """Each commit writes over the parts of the one before."""
     return _of("here", file)
+
+
+def checked_once(store: ExpertStore, rollback: Rollback, **options: Any) -> Meta:
+    """A rollback checks its parts at its first attempt only."""
+
+    def check(new: NewWeights, pipe: Any, expert: str) -> None:
+        if not vars(new).get("is_checked"):
+            _check(new, pipe, expert)
+        vars(new)["is_checked"] = True
+
+    with patch.object(NewWeights, "check", check):
+        return roll_back(store, rollback, **options)
 
 
 def makes_nothing_permanent(new: NewWeights, pipe: Any) -> None:
@@ -65,6 +80,12 @@ BROKEN_PARTS = {
         what="parts expire before the commit that names them",
         rules=Rules(patches=((NewWeights, "check", lambda *_: None),)),
         scope=Scope(parts=True, units=1, faults={"orphans": 1}),
+        symptom="the expert is damaged: of the 1 parts of its weights",
+    ),
+    "H29_not_checked_at_each_attempt": Broken(
+        what="parts expire between two attempts at a rollback",
+        rules=Rules(roll_back=checked_once),
+        scope=Scope(parts=True, units=1, faults={"rollback": 1, "orphans": 1}),
         symptom="the expert is damaged: of the 1 parts of its weights",
     ),
     "H29_removed_after_a_lost_reply": Broken(

@@ -10,7 +10,7 @@ from fedmoe.errors import FedMoEError, StaleStateError
 from fedmoe.protocol.rules import NESTEROV
 from fedmoe.protocol.spec import Spec
 from fedmoe.store.change import hold, release
-from fedmoe.store.rollback import VersionState, prepare
+from fedmoe.store.rollback import VersionState, parts_written, prepare
 from tests.protocol.actors import NEW_ID, NEW_LR, ModelConnection, Rules
 from tests.protocol.client import Client, Port
 from tests.protocol.world import NAME, Db, Reply, Suspended
@@ -94,7 +94,10 @@ class OperatorGoingBack:
         return ""
 
     def turn(self, memory: str | Target, replies: Sequence[Reply], choice: int) -> str | Target:
-        """`fedmoe expert rollback`, tried once; over a connection made anew it would begin again, and gives up here."""
+        """`fedmoe expert rollback`, whose parts are written once for two attempts; then it begins again.
+
+        Over a connection made anew it would begin again, and gives up here.
+        """
         if not isinstance(memory, Target):
             return memory
         port = Port(replies)
@@ -107,7 +110,13 @@ class OperatorGoingBack:
             try:
                 store.condition()
                 rollback = prepare(self._spec, state, by="operator", generation=0)
-                self._rules.roll_back(store, rollback, clock=lambda: 0.0)
+                with parts_written(store, rollback) as ready:
+                    try:
+                        self._rules.roll_back(store, ready, clock=lambda: 0.0)
+                    except StaleStateError:
+                        if port.generation:
+                            raise
+                        self._rules.roll_back(store, ready, clock=lambda: 0.0)
             except Suspended as suspended:
                 suspended.counts = True
                 raise

@@ -44,6 +44,8 @@ SMALL = {
     "parts, orphans": Scope(parts=True, units=1, faults={"orphans": 1, "kill_aggregator": 1}),
     "parts, emptied": Scope(parts=True, units=1, faults={"empty": 1}),
     "parts, rolled back": Scope(parts=True, units=1, faults={"rollback": 1}),
+    "parts, rolled back, orphans": Scope(parts=True, units=1, faults={"rollback": 1, "orphans": 1}),
+    "parts, rolled back, lost replies": Scope(parts=True, units=1, faults={"rollback": 1, "lost": 1}),
     "parts, momentum": Scope(parts=True, momentum=0.5, units=1, faults={"kill_aggregator": 1}),
     "parts and tail": Scope(parts=True, wire_format=TAIL, units=1, faults={"kill_aggregator": 1}),
     "new lineage": Scope(faults={"new_lineage": 1}),

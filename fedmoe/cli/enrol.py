@@ -181,7 +181,11 @@ def _enrol(
     if not users.has_file:
         line = out.with_suffix(".acl")
         write_private(line, users.line(party, hashes) + "\n", replace=True)
-        users.keep_by_hand(f"write the line in {line} into its redis.conf, in place of an earlier one")
+        click.echo(
+            f"warning: the server has no ACL file (aclfile), so {party} is gone when it restarts: write the line in "
+            f"{line} into its redis.conf, in place of an earlier one",
+            err=True,
+        )
     _finish(users)
 
 

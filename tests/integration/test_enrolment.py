@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from consumers.expert import Expert
 from fedmoe.cli.main import cli
@@ -24,7 +25,6 @@ from fedmoe.redis_settings import RedisSettings
 from fedmoe.settings import WorkerSettings
 from fedmoe.store.audit import read_lines
 from fedmoe.store.connection import Connection
-from fedmoe.store.embedded import EmbeddedRedis
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore
 from fedmoe.store.permissions import DEFAULT_USER, party_rules
@@ -231,17 +231,23 @@ def test_a_party_without_the_right_cannot_enrol(secured: Secured, tmp_path: Path
     assert worker_login(out)
 
 
-def test_a_server_without_an_acl_file_says_so(server: EmbeddedRedis, tmp_path: Path) -> None:
-    """The user is there until the server restarts."""
-    admin = Connection(RedisSettings(url=server.url))
-    users = Users(admin)
-    users.set(W1, ("#" + "0" * 64,))
+def test_a_server_without_an_acl_file_says_so(connection: Connection, tmp_path: Path) -> None:
+    """The user is there until the server restarts: a warning for who enrols it, and an error for who revokes it."""
+    out, url = tmp_path / "w1.toml", ("--redis", connection.settings.url)
+    who = (NAME, "--stream", EXPERT, *url)
     try:
-        assert W1 in users.parties()
-        assert not users.has_file
+        done = CliRunner().invoke(cli, ["worker", "enrol", *who, "--out", str(out)])
+        assert done.exit_code == 0
+        assert (
+            f"worker {NAME} of {EXPERT} is gone when it restarts: write the line in {tmp_path}" in done.stderr
+        )
+        assert W1 in Users(connection).parties()
+        assert out.with_suffix(".acl").read_text().startswith(f"user {W1.user('fedmoe')} ")
     finally:
-        assert users.remove(W1)
-    assert not users.remove(W1)
+        gone = CliRunner().invoke(cli, ["worker", "revoke", *who])
+    assert isinstance(gone.exception, RedisUnavailableError)
+    assert "out of its redis.conf" in str(gone.exception)
+    assert W1 not in Users(connection).parties()
 
 
 def test_keys_of_a_site_stay_there(secured: Secured, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from fedmoe.store.permissions import Right, party_rules
 from fedmoe.store.rights import lacking
 from fedmoe.store.url import text_of
 from fedmoe.store.user import User
+from fedmoe.util.check import FAIL, WARN, Check
 
 _NO_FILE = "not configured to use an ACL file"
 SHOWN = 3  # users, and rights of each, in a sentence
@@ -134,8 +135,12 @@ class Users:
         self._on_each(equal)
         return len(there)
 
-    def differences(self) -> list[str]:
-        """One sentence for each replica whose users are not those of the master, or that cannot be asked."""
+    def differences(self) -> list[Check]:
+        """A check for each replica whose users are not those of the master, or that cannot be asked.
+
+        One that is not asked, because the password would go over the network as plain text, is a warning: it may be as
+        it should be.
+        """
         there, found = self.parties(), []
         for address, node in self._nodes():
             if node is self.connection:
@@ -144,14 +149,19 @@ class Users:
                 try:
                     users = self._list(node)
                 except RedisUnavailableError as error:
-                    found.append(f"the users on {address} are not known: {error}")
+                    level = WARN if error.about == "insecure" else FAIL
+                    found.append(Check(level, "users", f"the users on {address} are not known: {error}"))
                     continue
             parties = users.keys() | there.keys()
             odd = [one for one in sorted(parties) if users.get(one) != there.get(one)]
             if odd:
                 found.append(
-                    f"users on {address} differ from the master's ({_few(map(str, odd))}): run `fedmoe operator "
-                    "refresh`"
+                    Check(
+                        FAIL,
+                        "users",
+                        f"users on {address} differ from the master's ({_few(map(str, odd))}): run `fedmoe operator "
+                        "refresh`",
+                    )
                 )
         return found
 

@@ -123,7 +123,7 @@ def test_users_are_on_every_node(cluster: Cluster, admin: Connection) -> None:
     user = PARTIES[0].user(KEYS.prefix)
     last.client.execute_command("ACL SETUSER", user, "-evalsha")
     (difference,) = users.differences()
-    assert f"127.0.0.1:{last.port}" in difference
+    assert f"127.0.0.1:{last.port}" in difference.text
     checks, _ = check_redis(
         Connection(as_user(cluster, PARTIES[0])), stream=EXPERT, worker=NAME, role="aggregator"
     )

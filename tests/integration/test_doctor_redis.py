@@ -22,7 +22,8 @@ from fedmoe.store.rights import try_transactions
 from fedmoe.store.worker import WorkerStore
 from fedmoe.util.check import FAIL, OK, WARN
 from tests.federation import ScriptedWorker, make_expert, serve, small_spec
-from tests.processes import fedmoe, fedmoe_here
+from tests.ports import free_port
+from tests.processes import eventually, fedmoe, fedmoe_here
 
 MAY_SERVE = "this user may serve experts"
 MAY_TRAIN = "this user may train {} as alice"
@@ -267,3 +268,25 @@ def test_the_command_prints_a_line_each_and_its_exit_code() -> None:
     assert "cannot be reached" in failed
     assert "secret" not in done.stdout
     assert fedmoe_here("doctor", "--no-redis", "--name", "a:b").returncode == 2
+
+
+def test_a_replica_to_which_the_password_would_go_as_plain_text_is_a_warning(server: EmbeddedRedis) -> None:
+    """The master is on this machine and the replica on another one, which may be as it should be."""
+    quiet = ["--appendonly", "no", "--port"]
+    ports = [str(free_port()) for _ in range(2)]
+    away = "0.0.0.0"  # noqa: S104  # reaches this machine on Linux, and is no address of loopback
+    announced = ["--replicaof", f"127.0.0.1 {ports[0]}", "--replica-announce-ip", away]
+    with (
+        EmbeddedRedis(server=server.server, options=[*quiet, ports[0]]) as master,
+        EmbeddedRedis(server=server.server, options=[*quiet, ports[1], *announced]),
+    ):
+        admin = Connection(RedisSettings(url=master.url))
+        eventually("the replica", lambda: "slave0" in admin.client.info("replication"))
+        admin.client.execute_command("ACL", "SETUSER", "super", "on", ">pw", "~*", "&*", "+@all")
+        url = f"redis://super:pw@localhost:{ports[0]}"
+        checks, _ = check_redis(Connection(RedisSettings(url=url)), stream="", worker="", role="")
+        admin.close()
+    found = {check.what: check for check in checks if "are not known" in check.text}
+    assert {what: check.level for what, check in found.items()} == {"permissions": WARN, "users": WARN}
+    assert "say --insecure if the network itself is encrypted" in found["users"].text
+    assert not [check.text for check in checks if check.level == FAIL]

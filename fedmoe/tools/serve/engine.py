@@ -162,9 +162,8 @@ class Engine:
         there, removed = self._store.compare(missing)
         # Without any list Redis has lost it: on a cluster it may lie on another master than the experts.
         gone = missing & (removed | (there - listed if listed else set()))
-        gone -= {
-            GATEWAY
-        }  # if the trained one was removed, the merged one takes its place; Redis may have lost it
+        # If the trained one was removed, the merged one takes its place, which Redis may have lost.
+        gone -= {GATEWAY}
         for name in missing - gone:
             self._warn_once(
                 name, f"it cannot be read in Redis now, and {self._served[name].version} answers on"

@@ -37,8 +37,17 @@ def main() -> None:
     inputs = tokenizer.apply_chat_template(
         conversation, add_generation_prompt=True, return_dict=True, return_tensors="pt"
     )
+    # The answers were trained to end as the chat template ends them; a base model's own settings may not name that token.
+    answered = [*conversation, {"role": "assistant", "content": "the answer"}]
+    after = str(tokenizer.apply_chat_template(answered, tokenize=False)).partition("the answer")[2]
+    tokens = tokenizer(after, add_special_tokens=False).input_ids
+    ends = [token for token in tokens if token in tokenizer.added_tokens_decoder][:1]
+    own = model.generation_config.eos_token_id
+    ends += own if isinstance(own, list) else [own] if own is not None else []
     with torch.inference_mode():
-        written = model.generate(**inputs, max_new_tokens=args.max_new_tokens, do_sample=False)
+        written = model.generate(
+            **inputs, max_new_tokens=args.max_new_tokens, do_sample=False, eos_token_id=ends or None
+        )
     print(tokenizer.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
 

@@ -162,6 +162,21 @@ class ChatTemplate:
         return tail[: match.end()] if match else tail.rstrip() + self._eos
 
 
+def end_ids(tokenizer: "PreTrainedTokenizerBase") -> set[int]:
+    """The control token with which the template ends a last answer, so that trained answers end there.
+
+    A base model's own settings for generation may not name it: those of a model that was never trained to chat name the
+    end of a document only. Empty if there is no template, or no such token. What ends an earlier turn may stand in the
+    middle of an answer, as between the reasoning and the answer of Harmony.
+    """
+    turns = Turn(role="user", content="q"), Turn(role="assistant", content="a")
+    try:
+        end = ChatTemplate(tokenizer).write(turns).end
+    except (RowError, *TEMPLATE_ERRORS):
+        return set()
+    return set(tokenizer(end, add_special_tokens=False).input_ids[-1:]) & set(tokenizer.added_tokens_decoder)
+
+
 def _message(turn: Turn) -> dict[str, str]:
     """The turn as templates read it; they differ in the name of the field with the reasoning."""
     reasoning = dict.fromkeys(REASONING, turn.reasoning) if turn.reasoning else {}

@@ -7,6 +7,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fedmoe.data.examples import padding_id
+from fedmoe.data.template import end_ids
 from fedmoe.errors import BaseModelError
 from fedmoe.model.base import (
     check_structure,
@@ -41,6 +42,13 @@ class Base:
     def pad_id(self) -> int:
         """The token that fills up a batch."""
         return padding_id(self.tokenizer)
+
+    def end_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """The tokens that end an answer: the base model's own, and those of the tokenizer's chat template."""
+        own = self.model.generation_config.eos_token_id
+        return sorted(
+            {*(own if isinstance(own, list) else [] if own is None else [own]), *end_ids(tokenizer)}
+        )
 
 
 def load(

@@ -83,6 +83,7 @@ def write_model(
                 f"{export.name} cannot be merged into the base model ({error})", about="values"
             ) from error
     tokenizer = with_template(base.tokenizer, export.chat_template)
+    model.generation_config.eos_token_id = base.end_ids(tokenizer) or None
 
     def write(version: Path) -> None:
         model.save_pretrained(version)

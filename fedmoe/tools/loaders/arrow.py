@@ -25,6 +25,16 @@ places = [str(HERE / "experts" / name) for name in router["experts"]]
 model = create_arrow_model(AutoModelForCausalLM.from_pretrained(base), places, config).eval()
 
 
+def end_ids() -> list[int]:
+    """The tokens that end an answer: the base model's own, and the one that the chat template writes after it."""
+    own, marker = model.generation_config.eos_token_id, "the answer"
+    chat = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": marker}]
+    after = str(tokenizer.apply_chat_template(chat, tokenize=False)).partition(marker)[2]
+    tokens = tokenizer(after, add_special_tokens=False).input_ids
+    ends = [token for token in tokens if token in tokenizer.added_tokens_decoder][:1]
+    return ends + (own if isinstance(own, list) else [own] if own is not None else [])
+
+
 @torch.no_grad()
 def answer(prompt: str, max_new_tokens: int = 64) -> str:
     """The answer, for which each token takes in each layer the expert that it is most like."""
@@ -32,9 +42,10 @@ def answer(prompt: str, max_new_tokens: int = 64) -> str:
     inputs = tokenizer.apply_chat_template(
         chat, add_generation_prompt=True, return_dict=True, return_tensors="pt"
     )
-    tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)[
-        0, inputs["input_ids"].shape[1] :
-    ]
+    written = model.generate(
+        **inputs, max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=end_ids() or None
+    )
+    tokens = written[0, inputs["input_ids"].shape[1] :]
     return str(tokenizer.decode(tokens, skip_special_tokens=True))
 
 

@@ -29,6 +29,16 @@ for number, name in enumerate(names):
 vectors = load_file(HERE / "router.safetensors")["vectors"]  # one row for each expert
 
 
+def end_ids() -> list[int]:
+    """The tokens that end an answer: the base model's own, and the one that the chat template writes after it."""
+    own, marker = model.generation_config.eos_token_id, "the answer"
+    chat = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": marker}]
+    after = str(tokenizer.apply_chat_template(chat, tokenize=False)).partition(marker)[2]
+    tokens = tokenizer(after, add_special_tokens=False).input_ids
+    ends = [token for token in tokens if token in tokenizer.added_tokens_decoder][:1]
+    return ends + (own if isinstance(own, list) else [own] if own is not None else [])
+
+
 @torch.no_grad()
 def answer(prompt: str, max_new_tokens: int = 64) -> tuple[str, str]:
     """The expert to which the prompt belongs, and its answer."""
@@ -40,9 +50,10 @@ def answer(prompt: str, max_new_tokens: int = 64) -> tuple[str, str]:
         state = model.get_base_model().base_model(**inputs).last_hidden_state[:, -1].float()
     nearest = int(torch.cdist(torch.nn.functional.normalize(state), vectors).argmin())
     model.set_adapter(f"expert_{nearest}")
-    tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)[
-        0, inputs["input_ids"].shape[1] :
-    ]
+    written = model.generate(
+        **inputs, max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=end_ids() or None
+    )
+    tokens = written[0, inputs["input_ids"].shape[1] :]
     return names[nearest], tokenizer.decode(tokens, skip_special_tokens=True)
 
 

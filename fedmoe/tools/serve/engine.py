@@ -253,7 +253,9 @@ class Engine:
         """
         with self._lock:
             served = self.model(request.model)
-            prompt = self._encode(served, request)
+            tokenizer = with_template(self._base.tokenizer, served.template)
+            prompt = self._encode(tokenizer, served, request)
+            ends_at = self._base.end_ids(tokenizer)
             length = prompt["input_ids"].shape[1]
             room = self._room(length)
             limit = min(request.max_tokens or self._settings.max_tokens, room)
@@ -277,10 +279,11 @@ class Engine:
                 ):
                     tokens = self._base.model.generate(
                         **prompt, **_sampling(request), max_new_tokens=limit, pad_token_id=self._base.pad_id,
-                        streamer=_Streamer(self._base.tokenizer, pass_on), stopping_criteria=ends,
+                        eos_token_id=ends_at or None, stopping_criteria=ends,
+                        streamer=_Streamer(self._base.tokenizer, pass_on),
                     )  # fmt: skip
             made = int(tokens.shape[1]) - length
-            is_cut = made >= limit and not cutter.is_done and int(tokens[0, -1]) not in self._end_ids()
+            is_cut = made >= limit and not cutter.is_done and int(tokens[0, -1]) not in ends_at
             return Finish("length" if is_cut else "stop", length, made)
 
     def _computing_with(self, served: Served) -> Any:
@@ -292,8 +295,9 @@ class Engine:
         switch_to(self._model, served.key)()
         return nullcontext()
 
-    def _encode(self, served: Served, request: ChatRequest) -> dict[str, torch.Tensor]:
-        tokenizer: PreTrainedTokenizerBase = with_template(self._base.tokenizer, served.template)
+    def _encode(
+        self, tokenizer: PreTrainedTokenizerBase, served: Served, request: ChatRequest
+    ) -> dict[str, torch.Tensor]:
         if not tokenizer.chat_template:
             raise RequestError(f"{served.name} has no chat template, so it takes no messages", about="model")
         messages: list[Mapping[str, str]] = list(request.messages)
@@ -314,10 +318,6 @@ class Engine:
                 f"the messages have {length} tokens, the model takes {most}: shorten them", about="messages"
             )
         return most - length
-
-    def _end_ids(self) -> set[int]:
-        ends = self._base.model.generation_config.eos_token_id
-        return set(ends if isinstance(ends, list) else [] if ends is None else [ends])
 
 
 def _sampling(request: ChatRequest) -> dict[str, Any]:

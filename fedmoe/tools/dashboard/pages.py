@@ -6,7 +6,7 @@ from typing import Any
 from urllib.parse import parse_qs, quote, urlencode
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from fedmoe import __version__
@@ -174,7 +174,7 @@ async def _password(request: Request) -> str:
                 body += piece
                 if len(body) > MAX_FORM:
                     return ""
-    except TimeoutError:
+    except (TimeoutError, ClientDisconnect):
         return ""
     fields = parse_qs(body.decode(errors="replace"))
     return fields.get("password", [""])[0]

@@ -19,7 +19,7 @@ from collections.abc import AsyncIterator
 from typing import Any, NamedTuple
 
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
@@ -97,6 +97,8 @@ class Endpoint:
         try:
             wanted = read_request(await _json(request))
             self._engine.model(wanted.model)
+        except ClientDisconnect:  # in the middle of its request: nobody reads the reply
+            return Response(status_code=400)
         except RequestError as error:
             return _refused(error)
         events, cancel = self._ask(wanted)

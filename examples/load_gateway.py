@@ -37,7 +37,7 @@ def main() -> None:
     inputs = tokenizer.apply_chat_template(
         conversation, add_generation_prompt=True, return_dict=True, return_tensors="pt"
     )
-    # The answers were trained to end as the chat template ends them; a base model's own settings may not name that token.
+    # Answers are trained to end as the chat template ends them; a base model's own settings may not name that token.
     answered = [*conversation, {"role": "assistant", "content": "the answer"}]
     after = str(tokenizer.apply_chat_template(answered, tokenize=False)).partition("the answer")[2]
     tokens = tokenizer(after, add_special_tokens=False).input_ids

@@ -3,8 +3,8 @@
 The loss of ΔW = Σ wᵢ ΔWᵢ is a smooth function of a few weights, and one backward pass gives its gradient: the factors
 of all experts lie side by side in one adapter, as `cat` merges them, and the rows of A x that belong to an expert are
 multiplied by its weight. From the best of some fixed scales, L-BFGS with a line search lowers the loss over all rows
-at once, so that the same rows give the same weights, which are never worse than where it began. A weight is the square
-of a free number, so none is below 0.
+at once, so that the same rows give the same weights, which are never worse than where it began, nor than the weights
+in force. A weight is the square of a free number, so none is below 0.
 
 Sources: LoRAHub (arXiv 2307.13269) fits one weight for each adapter on a few rows, without derivatives; AdaMerging
 (arXiv 2310.02575) learns weights for each task vector, or each of its layers, by gradient.
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from consumers.gateway.merge import Merged, MergeInput, lora_dims, merge
 from fedmoe.data.encode import Example
 from fedmoe.data.examples import Batch, collate
-from fedmoe.errors import DataError
+from fedmoe.errors import DataError, SettingsError
 from fedmoe.model.adapter import adapter_loaded
 from fedmoe.model.loss import completion_loss
 from fedmoe.protocol.fit import Weights, groups_of
@@ -131,6 +131,10 @@ class Objective:
             torch.autograd.backward(weights, free.grad)
         return total
 
+    def count_groups(self, n_groups: int) -> int:
+        """How many of so many groups of layers have a layer."""
+        return len(set(groups_of(self._factors, n_groups).values()))
+
     def _weigh(self, weights: Tensor) -> None:
         rows = weights.repeat_interleave(self._ranks, dim=1)
         groups = groups_of(self._factors, len(weights))
@@ -151,7 +155,13 @@ def search(objective: Objective, *, n_groups: int, max_passes: int, present: Wei
 
     Raises:
         DataError: if no fixed scale, or not even the base model, has a finite loss.
+        SettingsError: if there are more groups than layers.
     """
+    if (layers := objective.count_groups(n_groups)) < n_groups:
+        raise SettingsError(
+            f"--layer-groups {n_groups} is more than the experts have layers, {layers}: give {layers} or less",
+            about="layer_groups",
+        )
     names, device = objective.names, objective.device
 
     def equal(scale: float) -> Tensor:
@@ -160,13 +170,14 @@ def search(objective: Objective, *, n_groups: int, max_passes: int, present: Wei
     starts = {f"scale {scale:g}": equal(scale) for scale in SCALES}
     measured = {BASE: objective(equal(0.0))}
     measured |= {name: objective(weights) for name, weights in starts.items()}
+    now: Weights = {}
     if present and present.keys() <= set(names):
         groups = len(next(iter(present.values())))
-        columns = [present.get(name, (0.0,) * groups) for name in names]
-        now = torch.tensor(columns, device=device).T.contiguous()
-        measured[PRESENT] = objective(now)
-        if groups == n_groups and now.all():  # the search cannot leave a weight of 0
-            starts[PRESENT] = now
+        now = {name: present.get(name, (0.0,) * groups) for name in names}
+        table = torch.tensor(list(now.values()), device=device).T.contiguous()
+        measured[PRESENT] = objective(table)
+        if groups in (1, n_groups) and table.all():  # the search cannot leave a weight of 0
+            starts[PRESENT] = table.expand(n_groups, -1).contiguous()
     before = {name: loss for name, loss in measured.items() if math.isfinite(loss)}
     if BASE not in before or not starts.keys() & before.keys():
         raise DataError(
@@ -199,8 +210,12 @@ def search(objective: Objective, *, n_groups: int, max_passes: int, present: Wei
     with suppress(_TooFarError):
         optimizer.step(closure)  # type: ignore[no-untyped-call]  # torch's
     weights, loss = best
+    found: Weights = {name: tuple(column) for name, column in zip(names, weights.T.tolist(), strict=True)}
+    # Where the search could not begin at the weights in force, they stay if they are better.
+    if before.get(PRESENT, math.inf) < loss:
+        found, loss = now, before[PRESENT]
     return Found(
-        weights={name: tuple(column) for name, column in zip(names, weights.T.tolist(), strict=True)},
+        weights=found,
         loss=loss,
         before=before,
         passes=objective.passes,

@@ -13,7 +13,7 @@ from torch import nn
 from consumers.gateway.merge import MergeInput, merge
 from consumers.gateway.search import PRESENT, Found, Objective, loaded, search
 from fedmoe.data.encode import Answer, Example
-from fedmoe.errors import DataError
+from fedmoe.errors import DataError, SettingsError
 from fedmoe.model.adapter import adapter_layout, adapter_loaded
 from fedmoe.model.base import structure
 from fedmoe.protocol.fit import Weights
@@ -163,6 +163,26 @@ def test_present_weights_are_measured_and_not_made_worse(trained: dict[str, Merg
     assert again.loss <= again.before[PRESENT]
     assert PRESENT not in find(trained, present={"green": (1.0,)}, max_passes=1).before
     assert PRESENT in find(trained, present={"red": (1.0, 0.0)}, max_passes=1).before
+
+
+def test_weights_in_force_stay_where_no_search_can_begin_at_them(trained: dict[str, MergeInput]) -> None:
+    """In other groups of layers, or with a weight of 0: the result of one pass is no worse than they are."""
+    best = find(trained)
+    assert find(trained, n_groups=2, present=best.weights, max_passes=1).loss == pytest.approx(
+        best.loss, abs=1e-5
+    )
+    apart: Weights = {name: (one[0], one[0]) for name, one in best.weights.items()}
+    again = find(trained, present=apart, max_passes=1)
+    assert (again.weights, again.loss) == (apart, again.before[PRESENT])
+    alone = {"red": trained["red"], "noise": noise(5, size=0.3)}
+    zero: Weights = {"red": (1.2,), "noise": (0.0,)}
+    again = find(alone, present=zero, max_passes=1)
+    assert (again.weights, again.loss) == (zero, again.before[PRESENT])
+
+
+def test_more_groups_than_layers_are_refused(trained: dict[str, MergeInput]) -> None:
+    with raises(SettingsError, about="layer_groups"):
+        find(trained, n_groups=3)
 
 
 def test_hooks_go_with_the_context_and_each_pass_is_reported(trained: dict[str, MergeInput]) -> None:

@@ -8,7 +8,7 @@ add         add one expert to a running federation
 """
 
 from consumers.create.base_model import STOPPED
-from consumers.create.ensure import ensure_experts
+from consumers.create.ensure import ensure_experts, instead_of_defaults
 from consumers.create.request import SpecRequest, parse_experts
 
-__all__ = ["STOPPED", "SpecRequest", "ensure_experts", "parse_experts"]
+__all__ = ["STOPPED", "SpecRequest", "ensure_experts", "instead_of_defaults", "parse_experts"]

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from consumers.create.add import ensure_gateway
 from consumers.create.base_model import STOPPED, look_at_base
 from consumers.create.beginning import make_rules, make_spec, pinned_meta
-from consumers.create.request import SpecRequest, check_identity, compare_rules
+from consumers.create.request import DEFAULT_EXPERTS, SpecRequest, check_identity, compare_rules
 from consumers.recovery.creation import without_lost, without_trained
 from fedmoe.errors import (
     DamagedExpertError,
@@ -19,7 +19,7 @@ from fedmoe.errors import (
     StoppedError,
 )
 from fedmoe.protocol.lora_init import initial_adapter
-from fedmoe.protocol.names import GATEWAY, check_expert, check_trains_gateway
+from fedmoe.protocol.names import GATEWAY, check_expert, check_trains_gateway, is_expert
 from fedmoe.protocol.rules import TRAIN_EXPERT, TRAIN_GATEWAY
 from fedmoe.protocol.spec import Spec
 from fedmoe.store.connection import Connection
@@ -92,6 +92,18 @@ def ensure_experts(
                 about=store.name,
             )
     return created + _ensure_gateway(connection)
+
+
+def instead_of_defaults(connection: Connection) -> dict[str, float]:
+    """The federation's own experts, if it has some and none of the default ones; empty otherwise.
+
+    They take the place of the default experts for an aggregator to which none was named, for example the second one of
+    a federation: it would add three experts that nobody wants.
+    """
+    listed = {name for name in GatewayStore(connection).listed() - {GATEWAY} if is_expert(name)}
+    if listed & set(DEFAULT_EXPERTS):
+        return {}
+    return {name: 1.0 for name in sorted(listed) if ExpertStore(connection, name).exists()}
 
 
 def _ensure_gateway(connection: Connection) -> list[str]:

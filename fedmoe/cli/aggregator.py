@@ -30,7 +30,7 @@ add_enrolment(aggregator, "aggregator")
 @click.option("--expert", "experts", multiple=True, metavar="NAME[=WEIGHT]", envvar="FEDMOE_AGGREGATOR_RUN_EXPERT",
               help="Expert to create if it does not exist, with its weight in the gateway; repeatable. The aggregator "
                    "serves all experts of the federation, also those added later.  "
-                   "[default: python_expert, sql_expert, docs_expert]")  # fmt: skip
+                   "[default: python_expert, sql_expert, docs_expert, unless the federation has others]")  # fmt: skip
 @options(IdentitySettings)
 @options(RuleSet)
 @options(GatewaySettings)
@@ -56,7 +56,7 @@ def _run(ctx: click.Context, stop: "Stop", redis: RedisSettings, values: dict[st
 
     import torch
 
-    from consumers.create import STOPPED, SpecRequest, ensure_experts, parse_experts
+    from consumers.create import STOPPED, SpecRequest, ensure_experts, instead_of_defaults, parse_experts
     from consumers.daemon import Aggregator
     from fedmoe.errors import RedisUnavailableError, RedisUnfitError, StoppedError
     from fedmoe.protocol.formats import compiled
@@ -103,6 +103,8 @@ def _run(ctx: click.Context, stop: "Stop", redis: RedisSettings, values: dict[st
     while not stop.is_set():
         try:
             require(connection, AGGREGATOR, list(weights))
+            if not values["experts"]:
+                weights = instead_of_defaults(connection) or weights
             ensure_experts(connection, weights, request, stop=stop)
             if threat := eviction_warning(connection):
                 logger.warning("%s", threat)

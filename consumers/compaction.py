@@ -7,9 +7,10 @@ import logging
 from collections.abc import Callable
 
 from consumers.expert import Expert
-from fedmoe.protocol.features import TAIL
+from fedmoe.protocol.features import COPIES
 from fedmoe.protocol.formats import EXACT
 from fedmoe.store.commit import Commit
+from fedmoe.store.refusals import is_refusal
 from fedmoe.util.text import printable
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,7 @@ class Compaction:
         self._clock = clock
         self._may_begin = False  # a tail, because no worker of an earlier release is there
         self._told: set[str] = set()  # workers of an earlier release that the log names
+        self._has_told_refusal = False
 
     def committed(self) -> None:
         """Updates were just committed."""
@@ -42,13 +44,14 @@ class Compaction:
         expert.writes_weights = expert.store.is_nearly_full() or not self._may_have_tail(expert)
 
     def _may_have_tail(self, expert: Expert) -> bool:
-        """False while the expert has no tail, and workers of an earlier release train it: a tail would stop them.
+        """False while no part of a tail is a copy, and workers of an earlier release train it: that would stop them.
 
         Once none is there, a worker of an earlier release is told to upgrade, and nobody is asked again.
         """
-        if not self._may_begin and not expert.meta.tail and expert.spec.wire_format != EXACT:
+        has_copies = COPIES in expert.meta.requires.split()
+        if not self._may_begin and not has_copies and expert.spec.wire_format != EXACT:
             beats = expert.store.heartbeats(["knows"])
-            lacking = {worker for worker, beat in beats.items() if TAIL not in beat.knows.split()}
+            lacking = {worker for worker, beat in beats.items() if COPIES not in beat.knows.split()}
             if lacking - self._told:
                 logger.info(
                     "%s: each commit writes the weights until workers of an earlier release are upgraded: %s",
@@ -64,6 +67,7 @@ class Compaction:
         """Compact the tail if it is time; raises what a commit raises."""
         if expert.store.was_full:  # it will be asked again how full it is
             expert.store.was_full, expert.writes_weights = False, True
+        self._tell_refusal(expert)
         if not expert.meta.tail:
             return
         quiet_s = self._clock() - self.committed_at
@@ -73,6 +77,17 @@ class Compaction:
             logger.info(
                 "%s: wrote the weights of version %d, and removed the %d updates of its tail",
                 expert.store.name, expert.meta.version, expert.meta.version - tail.snapshot_version,
+            )  # fmt: skip
+
+    def _tell_refusal(self, expert: Expert) -> None:
+        """Warn once if this user of Redis may not copy updates: each commit then writes the weights."""
+        refused, expert.copies_refused = expert.copies_refused, None
+        if refused is not None and is_refusal(refused) and not self._has_told_refusal:
+            self._has_told_refusal = True
+            logger.warning(
+                "%s: this user of Redis may not copy updates (%s), so each commit writes the weights: give it the "
+                "rights of this release (fedmoe operator refresh)",
+                expert.store.name, printable(str(refused)),
             )  # fmt: skip
 
 

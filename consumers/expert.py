@@ -98,6 +98,7 @@ class Expert:
         self._packer = Packer(spec, threads)
         self.warned: set[str] = set()
         self.writes_weights = False  # in each commit, because the expert may have no tail
+        self.copies_refused: Exception | None = None  # why Redis did not copy an update for the tail
 
     @property
     def buffer(self) -> AdapterBuffer:
@@ -219,17 +220,14 @@ class Expert:
         """Write all that was decided, in one transaction on top of the loaded state; StaleStateError if it moved."""
         is_new = self._folded is not self.held
         meta = self.next_meta(new_weights=is_new)
+        commit.add_to_tail(self._growth, self.store.keys)
         if is_new:
             self._folded.stamp(meta.commit)
             if self.spec.wire_format != EXACT:
                 commit.packed = self._packer.pack(self._folded.weights.flat, meta.commit)
-            if self._growth.is_open:
-                commit.tail, commit.begins_tail = self._growth.fields, not self.meta.tail
-                meta = meta.with_tail(self._growth.tail)
-            else:
-                meta = self.write_weights(commit, meta)
+            grows = self._growth.is_open
+            meta = meta.with_tail(self._growth.tail) if grows else self.write_weights(commit, meta)
         self.send(commit, meta)
-        self._growth.close()  # its parts are in Redis
         tell_applied(self.store.name, commit.log)
 
     def write_weights(self, commit: Commit, meta: Meta) -> Meta:
@@ -271,9 +269,7 @@ class Expert:
             case Outcome.UNDECIDABLE:
                 head = self.decided.get(bell.worker)
                 if head and header.run == head.id.run and header.seq < head.id.seq:  # it can never be decided
-                    commit.unlink += self.store.payload_keys(
-                        bell.worker, bell.run, bell.seq, len(header.parts)
-                    )
+                    commit.unlink += self.store.payload_keys(*bell.update, len(header.parts))
                 return self._undecidable(bell, verdict)
             case Outcome.REFUSED:
                 self._refuse(bell.worker, header, verdict, commit)
@@ -320,19 +316,23 @@ class Expert:
         """Fold a payload and judge it; returns the verdict, and the digest of the kept update ("" if it was not kept).
 
         Parts are folded as they arrive, into a spare buffer; unless the update is applied, that buffer is discarded.
+        What may go into the tail is copied within Redis first, and folded from the copy.
         """
         out, rules = self._spares[-1], self.meta.rules.aggregation
         space = Workspace(self._folded.next_values(out, rules), out.values, self._scratch, self._threads)
         parts: list[bytes] = []
-        with closing(self.store.parts(bell.worker, bell.run, bell.seq, header.parts)) as stream:
-            read = keeping(stream, parts) if self.archive is not None or self._growth.is_open else stream
-            verdict = fold_payload(header, admission, read, self.spec, space)
+        copy = self._growth.copy(new_id(), len(header.parts))
+        with closing(self.store.parts(*bell.update, header.parts, copy)) as stream:
+            read = keeping(stream, parts) if self.archive is not None else stream
+            verdict = fold_payload(header, admission, copy.reading(read) if copy else read, self.spec, space)
+        if copy and copy.refused:
+            self.copies_refused, self.writes_weights = copy.refused, True
         if verdict.outcome is not Outcome.APPLIED:
             return verdict, ""
         kept = keep(self.archive, header, parts) if self.archive is not None else ""
         verdict = replace(verdict, new_state=self._folded.lacks_state(rules))
         self._growth.add(
-            self.meta.version + 1, admission.step, parts,
+            self.meta.version + 1, admission.step, copy,
             rules=self.meta.rules.number, new_state=verdict.new_state,
         )  # fmt: skip
         out.optimizer = rules.server_optimizer if has_state(rules) else ""

@@ -4,8 +4,9 @@ Everybody who needs them gets them here: load, standby, backup, verify, the buil
 workers who cannot use the packed weights. They all get the same bits, and `meta` holds their digests.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -18,10 +19,10 @@ from fedmoe.protocol.layout import AdapterBuffer, check_file
 from fedmoe.protocol.records import Meta
 from fedmoe.protocol.server import first_value, has_state
 from fedmoe.protocol.spec import Spec
-from fedmoe.protocol.tail import TailRecord, quick_digest, tail_updates
+from fedmoe.protocol.tail import CopiedParts, TailRecord, no_copies, quick_digest, tail_parts, tail_records
 from fedmoe.protocol.weights_parts import values_bytes
 
-Update = tuple[TailRecord, Sequence[bytes]]
+Update = tuple[TailRecord, Iterable[bytes]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,10 +40,11 @@ class Exact:
     problem: str = ""
 
 
-def fold_updates(values: Values, updates: Sequence[Update], spec: Spec) -> None:
+def fold_updates(values: Values, updates: Iterable[Update], spec: Spec) -> None:
     """Fold updates into weights and server state, (numel,) fp32 each, in place, in order.
 
-    Folding n updates, and then more onto the result, gives the same bits as folding all at once.
+    Folding n updates, and then more onto the result, gives the same bits as folding all at once. Parts are taken as
+    they are needed, so that only a few are in memory.
 
     Raises:
         UpdateError: if a part does not match the spec's format and layout.
@@ -58,24 +60,33 @@ def fold_updates(values: Values, updates: Sequence[Update], spec: Spec) -> None:
 
 
 def exact_values(
-    meta: Meta, spec: Spec, *, weights: bytes, server_state: bytes | None, tail: Mapping[bytes, bytes]
+    meta: Meta,
+    spec: Spec,
+    *,
+    weights: bytes,
+    server_state: bytes | None,
+    tail: Mapping[bytes, bytes],
+    copies: CopiedParts = no_copies,
 ) -> Exact:
     """The exact values of an expert.
 
-    `weights` and `server_state` are the snapshot's files (None if there is no server state), `tail` is the hash. What
-    that holds does not matter if meta names no tail.
+    `weights` and `server_state` are the snapshot's files (None if there is no server state), `tail` is the hash, and
+    `copies` reads the copied parts that its records name. What the hash holds does not matter if meta names no tail.
 
     Raises:
         SpecError: if the tail is not whole, does not follow the snapshot, or gives other values than meta's digests
             tell; its text is the end of a sentence.
+        UpdateError: if a part of the tail does not match the spec's format and layout.
         ProtocolError: if the tail needs a feature that this FedMoE does not know.
     """
     check_file(spec.layout, len(weights), weights[: len(spec.layout.header)])
-    updates = tail_updates(meta.tail, meta.version, tail) if meta.tail else []
-    problem = _state_problem(meta, server_state, len(weights), [record for record, _ in updates])
+    records = tail_records(meta.tail, meta.version, tail) if meta.tail else []
+    problem = _state_problem(meta, server_state, len(weights), records)
     state = server_state if meta.server_state and not problem else None
-    if updates:
-        weights, state = _folded(meta, spec, weights, server_state, updates)
+    if records:
+        updates = ((record, tail_parts(record, tail, copies)) for record in records)
+        goes_on = server_state if _goes_on(records) else None
+        weights, state = _folded(meta, spec, weights, goes_on, updates)
     found = digests_of(meta.weights_commit, weights, state)
     expected = meta.digests if state is not None else " ".join(meta.digests.split()[:2])
     if expected.startswith(f"{meta.weights_commit} ") and found != expected:
@@ -93,6 +104,7 @@ def complete(
     weights: bytes | None,
     server_state: bytes | None,
     tail: Mapping[bytes, bytes] | None,
+    copies: CopiedParts = no_copies,
     last_line: Sequence[tuple[bytes, Mapping[bytes, bytes]]] = (),
 ) -> tuple[Condition, Exact | None]:
     """Parse and compare all parts of an expert as Redis holds them; its exact values if it is whole.
@@ -103,17 +115,22 @@ def complete(
     found = examine(spec, weights, meta, decided, last_line=last_line)
     if found.damage or found.meta is None or found.spec is None or weights is None:
         return found, None
+    exact, wrong = exact_or_damage(
+        found.meta, found.spec, weights=weights, server_state=server_state, tail=tail or {}, copies=copies
+    )
+    return replace(found, damage=wrong), exact
+
+
+def exact_or_damage(meta: Meta, spec: Spec, **parts: Any) -> tuple[Exact | None, str]:
+    """`exact_values` of these parts, or None and what is damaged, as the end of a sentence; raises ProtocolError."""
     try:
-        exact = exact_values(
-            found.meta, found.spec, weights=weights, server_state=server_state, tail=tail or {}
-        )
+        return exact_values(meta, spec, **parts), ""
     except UpdateError as error:
-        return replace(found, damage=f"its tail cannot be folded ({error})"), None
+        return None, f"its tail cannot be folded ({error})"
     except SpecError as error:
         if type(error) is not SpecError:
             raise
-        return replace(found, damage=str(error)), None
-    return found, exact
+        return None, str(error)
 
 
 def digests_of(
@@ -149,11 +166,11 @@ def _goes_on(records: Sequence[TailRecord]) -> bool:
 
 
 def _folded(
-    meta: Meta, spec: Spec, weights: bytes, state: bytes | None, updates: Sequence[Update]
+    meta: Meta, spec: Spec, weights: bytes, state: bytes | None, updates: Iterable[Update]
 ) -> tuple[bytes, bytes | None]:
     now, remembered = AdapterBuffer(spec.layout), AdapterBuffer(spec.layout)
     now.load(weights)
-    if state is not None and _goes_on([record for record, _ in updates]):
+    if state is not None:
         remembered.load(state)
     fold_updates(Values(now.flat, remembered.flat), updates, spec)
     for buffer in (now, remembered):

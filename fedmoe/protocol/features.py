@@ -11,10 +11,11 @@ HOLD = "hold"  # an expert whose rules say that it is held applies no updates
 SERVER_OPTIMIZER = "server_optimizer"  # the step of an update may depend on what past updates left
 ROLLBACK = "rollback"  # updates that were trained on rolled-back versions are refused, and workers drop such progress
 TAIL = "tail"  # the key `weights` lags behind meta by the updates in the tail
+COPIES = "copies"  # the parts of the tail's updates are strings, copied from their payloads
 PARTS = "parts"  # weights above 512 MiB lie in several strings
 QUICK_DIGESTS = "quick_digests"  # the parts of an update have digests by XXH3
 FEATURES: frozenset[str] = frozenset(
-    {HOLD, PARTS, QUICK_DIGESTS, ROLLBACK, SERVER_OPTIMIZER, TAIL}
+    {COPIES, HOLD, PARTS, QUICK_DIGESTS, ROLLBACK, SERVER_OPTIMIZER, TAIL}
 )  # those that this FedMoE knows
 UPDATES_REQUIRE = ""  # features that an aggregator must know to decide this FedMoE's updates
 MAX_FEATURE_CHARS = 32

@@ -1,19 +1,14 @@
 """What a batch of updates adds to the tail of an expert. Pure."""
 
-from collections.abc import Sequence
-
 from fedmoe.protocol.formats import EXACT
-from fedmoe.protocol.packed import packed_bytes
 from fedmoe.protocol.records import Meta
 from fedmoe.protocol.server import ServerStep, has_state
 from fedmoe.protocol.spec import Spec
-from fedmoe.protocol.tail import Tail, TailRecord, part_field, quick_digest, record_field
+from fedmoe.protocol.tail import Copy, Tail, TailRecord, quick_digest, record_field
 
 # The weights are written once the tail outweighs them this many times. With 1, writing them costs as much as all
 # updates together; with 2 half of that, for as much memory again (docs/decisions/snapshot-and-tail.md).
 MOST_WEIGHTS = 2
-# A server closes a connection that queues more than 1 GiB in a MULTI (client-query-buffer-limit); the rest is for logs.
-TRANSACTION_BYTES = 896 * 2**20
 
 
 class Growth:
@@ -29,52 +24,61 @@ class Growth:
     Attributes:
         tail: what meta says after the commit.
         fields: of the hash, to be written.
-        is_open: False once the weights are to be written instead: the tail, or this batch, outweighs them, or the batch
-            does not fit into one transaction.
+        is_open: False once the weights are to be written instead: an update could not be copied, or the tail, or this
+            batch, outweighs them.
+        made: all copies of this batch. kept: those that the tail needs.
     """
 
     def __init__(self, meta: Meta, spec: Spec, *, is_wanted: bool = True) -> None:
         commit = meta.weights_commit
         self.tail = meta.tail or Tail(snapshot=commit, snapshot_version=meta.version, head=commit)
-        self.fields: dict[str, str | bytes] = {}
+        self.fields: dict[str, str] = {}
+        self.made: list[Copy] = []
+        self.kept: list[Copy] = []
         self.is_open = is_wanted and spec.wire_format != EXACT
         self._weights_bytes = spec.layout.file_bytes
-        self._most_added = (
-            min(self._weights_bytes, TRANSACTION_BYTES - packed_bytes(spec)) if self.is_open else 0
-        )
         self._added = 0
 
-    def add(
-        self, version: int, step: ServerStep, parts: Sequence[bytes], *, rules: int, new_state: bool
-    ) -> None:
-        """Add an applied update; its parts are kept until the commit, unless the weights are to be written."""
+    def copy(self, token: str, n_parts: int) -> Copy | None:
+        """A copy of an update, yet to be made; None if the tail needs none."""
         if not self.is_open:
+            return None
+        self.made.append(copy := Copy(token, n_parts))
+        return copy
+
+    def add(self, version: int, step: ServerStep, copy: Copy | None, *, rules: int, new_state: bool) -> None:
+        """Add an applied update, which lies in this copy."""
+        if copy is None or not copy.is_whole:
+            self.close()
+        if copy is None or not self.is_open:
             return
         before = self.tail
-        record = TailRecord.of(version, step, parts, rules=rules, prev=before.head, new_state=new_state)
+        record = TailRecord.of(version, step, copy, rules=rules, prev=before.head, new_state=new_state)
         text = record.to_json()
-        n_bytes = len(text) + sum(map(len, parts))
+        n_bytes = len(text) + copy.n_bytes
         self._added += n_bytes
         self.tail = Tail(
             snapshot=before.snapshot,
             snapshot_version=before.snapshot_version,
             head=quick_digest(text.encode()),
-            fields=before.fields + 1 + len(parts),
+            fields=before.fields + 1 + copy.count,
             n_bytes=before.n_bytes + n_bytes,
             state=before.state or _state_of(step, new_state),
         )
         self.fields[record_field(version)] = text
-        self.fields |= {part_field(version, index): part for index, part in enumerate(parts)}
+        self.kept.append(copy)
         if self._is_too_heavy():
             self.close()
 
     def _is_too_heavy(self) -> bool:
-        return self._added > self._most_added or self.tail.n_bytes > MOST_WEIGHTS * self._weights_bytes
+        most = self._weights_bytes
+        return self._added > most or self.tail.n_bytes > MOST_WEIGHTS * most
 
     def close(self) -> None:
-        """The weights are to be written: forget what was kept for the tail."""
+        """The weights are to be written: nothing is added to the tail."""
         self.is_open = False
         self.fields.clear()
+        self.kept.clear()
 
 
 def _state_of(step: ServerStep, new_state: bool) -> str:

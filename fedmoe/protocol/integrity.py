@@ -75,16 +75,20 @@ def damage(
         found.append("its spec is missing")
     elif spec != meta.spec:
         found.append(f"its spec has digest {spec}, but its meta expects {meta.spec}")
-    if not weights:
-        found.append("its weights are missing")
-    elif (stamp := stamp_of(weights)) != meta.snapshot_commit:
-        found.append(
-            f"its weights belong to commit {stamp or 'unknown'}, but its meta expects {meta.snapshot_commit}"
-        )
+    found.append(weights_problem(meta, weights))
     if stamp_decided(decided) != meta.decided_stamp:
         found.append(
             f"its hash of decided updates ({len(decided)} workers) does not match its meta"
             if decided
             else "its decided updates are missing"
         )
-    return "; ".join(found)
+    return "; ".join(filter(None, found))
+
+
+def weights_problem(meta: Meta, weights: bytes | memoryview | None) -> str:
+    """Why these are not the weights that meta names, as the end of a sentence, "" if they are; see `damage`."""
+    if not weights:
+        return "its weights are missing"
+    if (stamp := stamp_of(weights)) == meta.snapshot_commit:
+        return ""
+    return f"its weights belong to commit {stamp or 'unknown'}, but its meta expects {meta.snapshot_commit}"

@@ -14,6 +14,8 @@ transaction. The prefix `fedmoe` is a setting, so that several federations can s
     fedmoe:{E}:payload:<worker>:trial:<name>        hash    `fedmoe doctor` tries transactions here; expires
     fedmoe:{E}:weights                              string  the expert, a safetensors file; the tail comes on top
     fedmoe:{E}:tail                                 hash    updates applied since `weights` were written (tail.py)
+    fedmoe:{E}:tail:<token>:<part>                  string  a part of such an update, copied from its payload; expires
+                                                            until a commit makes it permanent
     fedmoe:{E}:weights:<commit>:<part>              string  values of weights that are too long for one string;
     fedmoe:{E}:server_state:<commit>:<part>                 the keys before then hold the headers (weights_parts.py)
     fedmoe:{E}:packed                               string  packed weights, for pulls (packed.py); none in format fp32
@@ -85,6 +87,10 @@ class ExpertKeys:
     def tail(self) -> str:
         """Key of the updates that were applied since the weights were written."""
         return f"{self.root}:tail"
+
+    def tail_part(self, token: str, index: int | str) -> str:
+        """Key of a copied part of an update; `token` is of the attempt to decide it. `*` stands for all."""
+        return f"{self.tail}:{token}:{index}"
 
     @property
     def packed(self) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from fedmoe.errors import ProtocolError, RemovedExpertError, SpecError
-from fedmoe.protocol.features import PARTS, TAIL, check_requires, with_feature
+from fedmoe.protocol.features import COPIES, PARTS, TAIL, check_requires, with_feature
 from fedmoe.protocol.fields import changed, from_text, optional, to_text
 from fedmoe.protocol.rollback import RolledBack
 from fedmoe.protocol.rules import RuleSet
@@ -149,7 +149,8 @@ class Meta:
 
     def with_tail(self, tail: Tail) -> "Meta":
         """The same state with this tail; without one (`Tail()`), the weights are of the weights commit."""
-        return replace(self, tail=tail, requires=with_feature(self.requires, TAIL, bool(tail)))
+        requires = with_feature(with_feature(self.requires, TAIL, bool(tail)), COPIES, bool(tail))
+        return replace(self, tail=tail, requires=requires)
 
     def with_snapshot(self, weights: bytes | memoryview) -> "Meta":
         """The same state, whose commit writes this file of weights: without a tail, and in parts if it is long."""

@@ -4,25 +4,31 @@ Redis holds an expert as a snapshot and a tail. The *snapshot* is the safetensor
 under `server_state`, as of an earlier commit. The *tail* is a hash with the updates that were applied since then:
 
     <version>         a record (JSON): how the update that made this version is folded
-    <version>:<part>  a part of its payload, at most 1 MiB, as its worker encoded it
+
+The parts of an update lie beside it, in strings of their own, as its worker encoded them. An aggregator has Redis copy
+them from the payload, before it reads and checks them: so it folds what nobody else can write, and sends nothing twice.
+A copy expires, until the commit that applies its update makes it permanent. (In a tail of an earlier release the parts
+are fields of the hash, <version>:<part>.)
 
 The exact weights are the snapshot, then the updates of the tail folded in order; `fedmoe.protocol.exact` does it. A
 record names the record before it by its digest, the first one names the commit of the snapshot, and `meta` names the
 last one. So nobody folds a tail with a gap, or onto a snapshot of another history.
 
-An aggregator writes records and parts in the commit that applies the update, from the parts that it has checked and
-folded. Whatever writes the weights removes the tail in the same transaction.
+An aggregator writes a record in the commit that applies the update. Whatever writes the weights removes the tail, with
+the copies that its records name, in the same transaction.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 
 import xxhash
 
-from fedmoe.errors import SpecError
+from fedmoe.errors import FedMoEError, SpecError
 from fedmoe.protocol.features import check_requires
 from fedmoe.protocol.fields import exact, from_json, from_text, optional, to_text
+from fedmoe.protocol.keys import ExpertKeys
 from fedmoe.protocol.rules import ADAPTIVE, NESTEROV, SGD, AggregationRules
 from fedmoe.protocol.server import ServerStep
 
@@ -43,7 +49,7 @@ class Tail:
         snapshot: the commit that wrote the snapshot; "" without a tail, the weights commit then wrote it.
         snapshot_version: of the expert then.
         head: digest of the tail's last record.
-        fields: of the hash.
+        fields: its records and parts.
         n_bytes: of records and parts.
         state: where its first update with a server optimizer began: `snapshot`, at the server state that lies with the
             snapshot, or `new`; "" without such an update.
@@ -69,6 +75,44 @@ class Tail:
         return from_json(cls, text, "tail") if text else cls()
 
 
+class Copy:
+    """The copy that an aggregator makes of an update's parts, while it reads and folds them.
+
+    Args:
+        token: random; it names the copy, so that no two attempts to decide an update write the same keys.
+        count: number of the parts.
+
+    Attributes:
+        is_whole: all parts were copied.
+        refused: why Redis copies nothing for this aggregator; None if it does.
+        n_bytes: of the parts.
+    """
+
+    def __init__(self, token: str, count: int) -> None:
+        self.token = token
+        self.count = count
+        self.is_whole = False
+        self.refused: Exception | None = None
+        self.n_bytes = 0
+        self._digest = xxhash.xxh3_128()
+
+    def reading(self, parts: Iterable[bytes]) -> Iterator[bytes]:
+        """These parts of the update, noted as they come."""
+        for part in parts:
+            self.n_bytes += len(part)
+            self._digest.update(part)
+            yield part
+
+    @property
+    def digest(self) -> str:
+        """The quick digest of the parts."""
+        return self._digest.hexdigest()
+
+    def keys(self, keys: ExpertKeys) -> list[str]:
+        """The keys of the copied parts."""
+        return [keys.tail_part(self.token, index) for index in range(self.count)]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TailRecord:
     """How an update of the tail is folded: all that its step depends on, whatever the rules are by now.
@@ -78,6 +122,7 @@ class TailRecord:
         prev: digest of the record before it; of the first one, the commit of the snapshot.
         factor: the scale that it is folded with. rules: number of the rule set that it was decided under.
         parts, digest: number of its parts, and their quick digest.
+        copy: names the strings that hold its parts; "" if the hash holds them, as in tails of an earlier release.
         ends_round, new_state: as in its line of the log.
         server_optimizer, server_momentum, server_beta2, server_epsilon: the rules of its step, None where unused.
         requires: features that a reader must know.
@@ -89,6 +134,7 @@ class TailRecord:
     rules: int
     parts: int
     digest: str
+    copy: str = optional("")
     ends_round: int = optional(0)
     new_state: int = optional(0)
     server_optimizer: str = optional(SGD)
@@ -99,7 +145,7 @@ class TailRecord:
 
     @classmethod
     def of(
-        cls, version: int, step: ServerStep, parts: Sequence[bytes], *, rules: int, prev: str, new_state: bool
+        cls, version: int, step: ServerStep, copy: Copy, *, rules: int, prev: str, new_state: bool
     ) -> "TailRecord":
         """The record of an update that was just folded; the arguments are as the fields of these names."""
         optimizer, used = step.rules.server_optimizer, step.rules
@@ -108,8 +154,9 @@ class TailRecord:
             prev=prev,
             factor=step.factor,
             rules=rules,
-            parts=len(parts),
-            digest=quick_digest(*parts),
+            parts=copy.count,
+            digest=copy.digest,
+            copy=copy.token,
             ends_round=int(step.ends_round),
             new_state=int(new_state),
             server_optimizer=optimizer,
@@ -161,15 +208,13 @@ def part_field(version: int, index: int) -> str:
     return f"{version}:{index}"
 
 
-def tail_updates(
-    tail: Tail, version: int, stored: Mapping[bytes, bytes]
-) -> list[tuple[TailRecord, list[bytes]]]:
-    """The updates of a tail in order, each a record and its parts, checked against what meta says of them.
+def tail_records(tail: Tail, version: int, stored: Mapping[bytes, bytes]) -> list[TailRecord]:
+    """The records of a tail in order, checked against what meta says of them.
 
     `tail` and `version` are those of the expert's meta, `stored` is the hash.
 
     Raises:
-        SpecError: if a field is missing, or does not belong to this tail; its text is the end of a sentence.
+        SpecError: if a record is missing, or does not belong to this tail; its text is the end of a sentence.
         ProtocolError: if a record needs a feature that this FedMoE does not know.
     """
     found, prev = [], tail.snapshot
@@ -181,13 +226,60 @@ def tail_updates(
                 f"its tail is of several histories: the record of version {number} does not follow {prev}",
                 about="tail",
             )
-        parts = [_field(stored, part_field(number, index)) for index in range(record.parts)]
-        if quick_digest(*parts) != record.digest:
-            raise SpecError(f"in its tail, the update of version {number} is damaged", about="tail")
-        found.append((record, parts))
+        found.append(record)
         prev = quick_digest(text)
     if prev != tail.head:
         raise SpecError(f"its tail ends at {prev}, but its meta expects {tail.head}", about="tail")
+    return found
+
+
+CopiedParts = Callable[
+    [str, int], Iterable[bytes | None]
+]  # token, number of parts -> parts; None for a lost one
+
+
+def no_copies(token: str, count: int) -> Iterable[bytes | None]:
+    """The copied parts where there are none."""
+    return [None] * count
+
+
+def tail_parts(record: TailRecord, stored: Mapping[bytes, bytes], copies: CopiedParts) -> Iterator[bytes]:
+    """The parts of an update of the tail, one by one.
+
+    Raises:
+        SpecError: if a part is missing, or, after the last one, if they are not those that the record names.
+    """
+    digest = xxhash.xxh3_128()
+    for part in _copied(record, copies) if record.copy else _in_hash(record, stored):
+        digest.update(part)
+        yield part
+    if digest.hexdigest() != record.digest:
+        raise SpecError(f"in its tail, the update of version {record.version} is damaged", about="tail")
+
+
+def _copied(record: TailRecord, copies: CopiedParts) -> Iterator[bytes]:
+    for index, part in enumerate(copies(record.copy, record.parts)):
+        if part is None:
+            raise SpecError(
+                f"its tail lacks part {index} of the update of version {record.version} (copy {record.copy})",
+                about="tail",
+            )
+        yield part
+
+
+def _in_hash(record: TailRecord, stored: Mapping[bytes, bytes]) -> Iterator[bytes]:
+    return (_field(stored, part_field(record.version, index)) for index in range(record.parts))
+
+
+def copied_keys(keys: ExpertKeys, stored: Mapping[bytes, bytes] | None) -> list[str]:
+    """The keys of all copied parts that the records in this hash name; what is no record counts as none."""
+    found = []
+    for field, text in (stored or {}).items():
+        if b":" in field:  # a part
+            continue
+        with suppress(FedMoEError):
+            record = TailRecord.from_json(text)
+            found += [keys.tail_part(record.copy, index) for index in range(record.parts) if record.copy]
     return found
 
 

@@ -18,9 +18,9 @@ from fedmoe.protocol.records import Meta
 from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.weights_parts import WeightsParts
 from fedmoe.store.connection import Connection, execute
-from fedmoe.store.full import read_together
+from fedmoe.store.copies import readings
 from fedmoe.store.lifecycle import new_id
-from fedmoe.store.parts import NewWeights, read_whole, stray_parts
+from fedmoe.store.parts import NewWeights, stray_parts
 
 Line = tuple[bytes, Mapping[bytes, bytes]]  # id and fields of a stream entry
 
@@ -128,19 +128,22 @@ class BackupStore:
         """
         keys, there = self.keys.expert(name), self._at(name)
         with there.errors():
-            spec, weights, meta, decided, log, dead, vectors, state, tail = read_whole(
+            for replies, copies in readings(
                 there.client, keys,
                 ("get", keys.spec), ("get", keys.weights), ("hgetall", keys.meta), ("hgetall", keys.decided),
                 ("xrange", keys.log), ("xrange", keys.dead), ("hgetall", keys.vectors), ("get", keys.server_state),
                 ("hgetall", keys.tail),
-            )  # fmt: skip
-        found = {"spec": spec, "weights": weights, "meta": meta}
-        if missing := [what for what, content in found.items() if not content]:
-            raise UnknownExpertError(
-                f"expert {name!r} has no {missing[0]} in Redis (any more): back up the others with --expert",
-                about=name,
-            )
-        condition, exact = complete(spec, meta, decided, weights=weights, server_state=state, tail=tail)
+            ):  # fmt: skip
+                spec, weights, meta, decided, log, dead, vectors, state, tail = replies
+                found = {"spec": spec, "weights": weights, "meta": meta}
+                if missing := [what for what, content in found.items() if not content]:
+                    raise UnknownExpertError(
+                        f"expert {name!r} has no {missing[0]} in Redis (any more): back up the others with --expert",
+                        about=name,
+                    )
+                condition, exact = complete(
+                    spec, meta, decided, weights=weights, server_state=state, tail=tail, copies=copies
+                )
         if condition.meta is not None and (condition.meta.tail or condition.meta.parts):
             if exact is None:
                 raise DamagedExpertError(name, condition.damage)
@@ -196,7 +199,7 @@ class BackupStore:
                 there = self._look(name)  # over another connection: a change after the WATCH aborts the EXEC
                 if not replace:
                     _refuse(there, name, state)
-                snapshot.replaced = self._replaced(name, parts)
+                snapshot.replaced = list(stray_parts(at.client, self.keys.expert(name), but=parts))
                 pipe.multi()
                 pipe.unlink(*keys)  # also a meta hash that says that an operator removed the expert
                 self.queue(pipe, name, state, commit, packed, snapshot, parts)
@@ -223,12 +226,6 @@ class BackupStore:
                 None if remembered is None else stamped(remembered, commit),
             )
         return snapshot, parts
-
-    def _replaced(self, name: str, parts: WeightsParts) -> list[str | bytes]:
-        """All parts of the expert in Redis but these; there are none to look for if both states are without parts."""
-        client, keys = self._at(name).client, self.keys.expert(name)
-        [named] = read_together(client, ("hget", keys.meta, "parts"), wrong_type_is_none=True)
-        return list(stray_parts(client, keys, but=parts)) if parts or named else []
 
     def queue(
         self,

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from fedmoe.protocol.growth import Growth
+from fedmoe.protocol.keys import ExpertKeys
 from fedmoe.protocol.lines import Line
 from fedmoe.protocol.records import Decided, Meta
 from fedmoe.store.parts import NewWeights
@@ -46,7 +48,8 @@ class Commit:
     `before`: the meta that was loaded. Only fields that differ from it are written; if it is None, all fields are.
     `weights`, `server_state`: a new snapshot; writing it removes the tail. `written`: its strings, if its parts were
     written before; None: the commit writes the parts, and removes them if it comes too late.
-    `tail`: the fields to add to the tail; `begins_tail`: its fields so far, if there are any, are of another history.
+    `tail`: the records to add to the tail; `copies`: keys of the copied parts that they name; `begins_tail`: its fields
+    so far, if there are any, are of another history.
     `vectors`: worker -> its domain vector as stored; "" removes it.
     """
 
@@ -58,7 +61,8 @@ class Commit:
     server_state: memoryview | None = None
     written: NewWeights | None = None
     packed: memoryview | bytes | None = None
-    tail: Mapping[str, str | bytes] = field(default_factory=dict)
+    tail: Mapping[str, str] = field(default_factory=dict)
+    copies: list[str] = field(default_factory=list)
     begins_tail: bool = False
     decided: dict[str, Decided] = field(default_factory=dict)
     vectors: dict[str, str] = field(default_factory=dict)
@@ -71,3 +75,10 @@ class Commit:
     def on_top(cls, meta: Meta, generation: int) -> "Commit":
         """A commit without changes yet, on a state with this meta that was loaded over this connection."""
         return cls(on=meta.commit, generation=generation, meta=meta, before=meta)
+
+    def add_to_tail(self, growth: Growth, keys: ExpertKeys) -> None:
+        """Add what a batch adds to the tail, and remove its copies that are not needed."""
+        self.tail = growth.fields
+        self.begins_tail = bool(self.tail) and not (self.before and self.before.tail)
+        self.copies = [key for copy in growth.kept for key in copy.keys(keys)]
+        self.unlink += [key for copy in growth.made if copy not in growth.kept for key in copy.keys(keys)]

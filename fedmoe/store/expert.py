@@ -20,12 +20,14 @@ from fedmoe.protocol.layout import STAMPED_BYTES, stamp_of
 from fedmoe.protocol.packed import packed_commit
 from fedmoe.protocol.records import Entry, Meta, check_not_removed
 from fedmoe.protocol.spec import PREAMBLE_BYTES, Spec
+from fedmoe.protocol.tail import copied_keys
 from fedmoe.protocol.weights_parts import WeightsParts
 from fedmoe.store.chunks import places, put
 from fedmoe.store.commit import Commit, Loaded
 from fedmoe.store.connection import execute
+from fedmoe.store.copies import n_stored, readings
 from fedmoe.store.full import NEARLY_FULL, is_full, memory_share, read_together, transact
-from fedmoe.store.parts import File, NewWeights, part_keys, read_whole, state_keys, weights_keys
+from fedmoe.store.parts import File, NewWeights, part_keys, state_keys, weights_keys
 from fedmoe.store.submissions import Submissions
 
 # All aggregators read under one consumer name: the lease holder owns the whole pending list, and the list of dead
@@ -91,13 +93,13 @@ class ExpertStore(Submissions):
         keys, needs_state = self.keys, meta.tail.state == "snapshot"
         parts = weights_keys(keys, meta.parts) + (state_keys(keys, meta.parts) if needs_state else [])
         with self.connection.errors():
-            head, n_there, n_workers, begin, n_fields, state, *n_parts = read_together(
+            head, n_there, n_workers, begin, tail, state, *n_parts = read_together(
                 self._redis,
                 ("hget", keys.meta, "commit"),
                 ("exists", keys.meta, keys.spec),
                 ("hlen", keys.decided),
                 ("getrange", keys.weights, 0, STAMPED_BYTES - 1),
-                ("hlen", keys.tail),
+                ("hgetall", keys.tail),
                 ("getrange", keys.server_state, 0, STAMPED_BYTES - 1),
                 *([("exists", *parts)] if parts else []),
                 wrong_type_is_none=True,
@@ -107,8 +109,10 @@ class ExpertStore(Submissions):
         if needs_state and stamp_of(state or b"") != meta.snapshot_commit:
             return False
         found = ((head or b"").decode(errors="replace"), n_there, n_workers, stamp_of(begin or b""))
-        is_here = found == (meta.commit, 2, n_decided, meta.snapshot_commit)
-        return is_here and (n_fields or 0) >= meta.tail.fields
+        if found != (meta.commit, 2, n_decided, meta.snapshot_commit):
+            return False
+        with self.connection.errors():
+            return n_stored(self._redis, keys, tail) >= meta.tail.fields
 
     def load(self) -> Loaded:
         """Read the expert as of one moment, then create the consumer group (from 0) if it is missing.
@@ -123,30 +127,37 @@ class ExpertStore(Submissions):
         """
         keys = self.keys
         with self.connection.errors():
-            weights, state, tail, meta, decided, vectors, spec, packed, last_line, claims, *types = (
-                read_whole(
-                    self._redis,
-                    keys,
-                    ("get", keys.weights),
-                    ("get", keys.server_state),
-                    ("hgetall", keys.tail),
-                    ("hgetall", keys.meta),
-                    ("hgetall", keys.decided),
-                    ("hgetall", keys.vectors),
-                    ("get", keys.spec),
-                    ("getrange", keys.packed, 0, PREAMBLE_BYTES - 1),
-                    ("xrevrange", keys.log, "+", "-", 1),
-                    ("hgetall", keys.claims),
-                    *(("type", getattr(keys, name)) for name in _TYPES),
-                    wrong_type_is_none=True,
+            for replies, copies in readings(
+                self._redis,
+                keys,
+                ("get", keys.weights),
+                ("get", keys.server_state),
+                ("hgetall", keys.tail),
+                ("hgetall", keys.meta),
+                ("hgetall", keys.decided),
+                ("hgetall", keys.vectors),
+                ("get", keys.spec),
+                ("getrange", keys.packed, 0, PREAMBLE_BYTES - 1),
+                ("xrevrange", keys.log, "+", "-", 1),
+                ("hgetall", keys.claims),
+                *(("type", getattr(keys, name)) for name in _TYPES),
+                wrong_type_is_none=True,
+            ):
+                weights, state, tail, meta, decided, vectors, spec, packed, last_line, claims, *types = (
+                    replies
                 )
-            )
-        self._check_types(types, but=() if (meta or {}).get(b"tail") else ("tail",))
-        if not (weights or meta or decided):
-            raise LostExpertError(self.name)
-        condition, exact = complete(
-            spec, meta or {}, decided or {}, weights=weights, server_state=state, tail=tail
-        )
+                self._check_types(types, but=() if (meta or {}).get(b"tail") else ("tail",))
+                if not (weights or meta or decided):
+                    raise LostExpertError(self.name)
+                condition, exact = complete(
+                    spec,
+                    meta or {},
+                    decided or {},
+                    weights=weights,
+                    server_state=state,
+                    tail=tail,
+                    copies=copies,
+                )
         if condition.meta is None or exact is None:
             raise DamagedExpertError(self.name, condition.damage)
         if exact.problem:
@@ -264,12 +275,21 @@ class ExpertStore(Submissions):
         parts, writes = commit.meta.parts, commit.weights is not None
         if parts and writes and self._redis.hget(self.keys.meta, "commit") != commit.on.encode():
             raise self._overtaken()
-        return self.new_weights(parts, commit.weights, commit.server_state)
+        return self.new_weights(parts, commit.weights, commit.server_state, copies=commit.copies)
 
-    def new_weights(self, parts: WeightsParts, weights: File | None, server_state: File | None) -> NewWeights:
+    def new_weights(
+        self,
+        parts: WeightsParts,
+        weights: File | None,
+        server_state: File | None,
+        *,
+        copies: Sequence[str] = (),
+    ) -> NewWeights:
         """The strings of new weights for a commit; their parts are written now, also to a full Redis."""
         with self.connection.errors():
-            return NewWeights(self._redis, self.keys, parts, weights, server_state, though_full=True)
+            return NewWeights(
+                self._redis, self.keys, parts, weights, server_state, copies=copies, though_full=True
+            )
 
     def _overtaken(self) -> StaleStateError:
         return StaleStateError(f"{self.name}: another process committed meanwhile", about="commit")
@@ -295,8 +315,11 @@ class ExpertStore(Submissions):
             raise StaleStateError(
                 f"{self.name}: the connection to Redis was opened again", about="connection"
             )
+        snapshot.replaced = []
         if commit.weights is not None:
-            snapshot.replaced = [*part_keys(keys, WeightsParts.in_meta({b"parts": parts or b""}))]
+            snapshot.replaced += part_keys(keys, WeightsParts.in_meta({b"parts": parts or b""}))
+        if is_new_tail and types[0] == b"hash":
+            snapshot.replaced += copied_keys(keys, pipe.hgetall(keys.tail))
         now = dict(zip(written[1:], lengths, strict=True))
         return {key: length for key, length in found.items() if length == now[key]}
 

@@ -21,8 +21,9 @@ from fedmoe.protocol.records import Entry, Meta
 from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.weights_parts import PART_BYTES, WHOLE_BYTES
 from fedmoe.store.connection import Connection, execute
+from fedmoe.store.copies import readings
 from fedmoe.store.full import read_together
-from fedmoe.store.parts import PART_TTL_MS, read_whole
+from fedmoe.store.parts import PART_TTL_MS
 from fedmoe.store.reading import ask
 
 _REPLACED = "another aggregator replaced the merged gateway meanwhile: it is looked at again"
@@ -172,14 +173,17 @@ class GatewayStore:
         """Check that an expert's parts belong together; returns its meta, exact values, and the replies to `more`."""
         keys, at = self.connection.keys.expert(expert), self._at(expert)
         with at.errors():
-            raw, weights, state, tail, decided, spec, *replies = read_whole(
+            for found, copies in readings(
                 at.client, keys,
                 ("hgetall", keys.meta), ("get", keys.weights), ("get", keys.server_state), ("hgetall", keys.tail),
                 ("hgetall", keys.decided), ("get", keys.spec), *more,
-            )  # fmt: skip
-        if not raw and weights is None:
-            raise UnknownExpertError(f"expert {expert!r} is gone from Redis", about=expert)
-        condition, exact = complete(spec, raw, decided, weights=weights, server_state=state, tail=tail)
+            ):  # fmt: skip
+                raw, weights, state, tail, decided, spec, *replies = found
+                if not raw and weights is None:
+                    raise UnknownExpertError(f"expert {expert!r} is gone from Redis", about=expert)
+                condition, exact = complete(
+                    spec, raw, decided, weights=weights, server_state=state, tail=tail, copies=copies
+                )
         if condition.meta is None or exact is None:
             raise DamagedExpertError(expert, condition.damage)
         return condition.meta, exact, replies

@@ -20,6 +20,7 @@ from fedmoe.protocol.records import Decided, Meta, read_protocol
 from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.update import PAYLOAD_TTL_S, Header
 from fedmoe.store.connection import Connection, execute
+from fedmoe.store.copies import n_stored, readings
 from fedmoe.store.full import is_full, transact
 from fedmoe.store.parts import NewWeights, read_whole, stray_parts
 
@@ -73,28 +74,31 @@ class ExpertLifecycle:
                 ("hgetall", keys.decided),
                 ("strlen", keys.weights),
                 ("xrevrange", keys.log, "+", "-", 1),
-                ("hlen", keys.tail),
+                ("hgetall", keys.tail),
                 wrong_type_is_none=True,
             )
-        spec, weights, meta, decided, length, last_line, tail_fields = replies
+            spec, weights, meta, decided, length, last_line, tail = replies
+            tail_fields = n_stored(self._redis, keys, tail)
         return examine(
             spec, weights, meta or {}, decided or {},
-            weights_bytes=length or 0, last_line=last_line or (), tail_fields=tail_fields or 0,
+            weights_bytes=length or 0, last_line=last_line or (), tail_fields=tail_fields,
         )  # fmt: skip
 
     def whole_condition(self) -> Condition:
         """Like `condition`, with all values read: it also finds those that differ from meta's digests."""
         keys = self.keys
         with self.connection.errors():
-            spec, weights, meta, decided, last_line, state, tail = read_whole(
+            for replies, copies in readings(
                 self._redis, keys,
                 ("get", keys.spec), ("get", keys.weights), ("hgetall", keys.meta), ("hgetall", keys.decided),
                 ("xrevrange", keys.log, "+", "-", 1), ("get", keys.server_state), ("hgetall", keys.tail),
                 wrong_type_is_none=True,
-            )  # fmt: skip
-        found, _ = complete(
-            spec, meta or {}, decided or {}, weights=weights, server_state=state, tail=tail, last_line=last_line or (),
-        )  # fmt: skip
+            ):  # fmt: skip
+                spec, weights, meta, decided, last_line, state, tail = replies
+                found, _ = complete(
+                    spec, meta or {}, decided or {},
+                    weights=weights, server_state=state, tail=tail, copies=copies, last_line=last_line or (),
+                )  # fmt: skip
         return found
 
     def claim(self, holder: str, version: int) -> tuple[bool, str]:
@@ -158,8 +162,7 @@ class ExpertLifecycle:
                 snapshot.check(pipe, self.name)
                 if pipe.exists(*parts) and not (though_removed and pipe.hget(keys.meta, "removed")):
                     return False
-                if meta.parts:  # those of an expert whose meta was lost
-                    snapshot.replaced = list(stray_parts(self._redis, keys, but=meta.parts))
+                snapshot.replaced = list(stray_parts(self._redis, keys, but=meta.parts))
                 pipe.multi()
                 if though_removed:
                     pipe.unlink(keys.meta)
@@ -213,8 +216,7 @@ class ExpertLifecycle:
             if (wrong := self._watch(pipe, on)) is None:
                 return False
             snapshot.check(pipe, self.name)
-            if meta.parts:  # what lies there besides is not named by meta any more after this
-                snapshot.replaced = list(stray_parts(self._redis, keys, but=meta.parts))
+            snapshot.replaced = list(stray_parts(self._redis, keys, but=meta.parts))
             raised = self._raised_incarnations(pipe, decided)
 
             def queue(pipe: Any) -> None:

@@ -2,13 +2,14 @@
 
 A commit writes its parts before its transaction, because a server closes a connection that queues more than 1 GiB.
 Until then they expire, so a process that dies leaves nothing behind. The transaction makes them permanent, switches
-`meta` and the headers to them, and removes those of the commit before.
+`meta` and the headers to them, and removes those of the commit before. It does the same with the copied parts of the
+tail (`fedmoe.store.copies`).
 
 A reader takes all other keys as of one moment, then the parts that this meta names. A part never changes, so either it
 is that moment's, or it is gone; then the reader begins again.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count
 from typing import Any
 
@@ -23,7 +24,7 @@ from fedmoe.store.full import is_full, read_together
 
 NO_PARTS = WeightsParts()
 PART_TTL_MS = 600_000  # of parts that no commit has made permanent
-_TRIES = 3  # at reading part by part, before all parts are read in one transaction
+TRIES = 3  # at reading part by part, before all parts are read in one transaction
 _SET = """#!lua flags=allow-oom
 return redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])"""
 
@@ -55,7 +56,7 @@ def read_whole(
     at = reads.index(("hgetall", keys.meta))
     before = NO_PARTS
     for tries in count(1):
-        expected = WeightsParts.in_meta(client.hgetall(keys.meta)) if tries > _TRIES else NO_PARTS
+        expected = WeightsParts.in_meta(client.hgetall(keys.meta)) if tries > TRIES else NO_PARTS
         names = part_keys(keys, expected)
         replies = read_together(
             client, *reads, *(("get", name) for name in names), wrong_type_is_none=wrong_type_is_none
@@ -133,6 +134,7 @@ class NewWeights:
         keys: of the expert.
         parts: as the commit's meta names them.
         weights, server_state: the files; None for what the commit does not write.
+        copies: keys of the copied parts that the commit adds to the tail; they are there already, and expire.
         though_full: write the parts beyond the limit of a full Redis, as the commit does itself.
 
     Attributes:
@@ -149,12 +151,13 @@ class NewWeights:
         weights: File | None,
         server_state: File | None,
         *,
+        copies: Sequence[str] = (),
         though_full: bool = False,
     ) -> None:
         self._client = client
         files = {keys.weights: weights, keys.server_state: server_state}
         self.strings: dict[str, File | None] = dict(files)
-        self.parts: list[str] = []
+        self.parts = list(copies)
         self.replaced: list[str | bytes] = []
         if not parts or weights is None:
             return
@@ -195,7 +198,7 @@ class NewWeights:
         pipe.watch(*self.parts)
         if pipe.exists(*self.parts) != len(self.parts):
             raise StaleStateError(
-                f"{expert}: the parts of its weights expired before they were committed", about="parts"
+                f"{expert}: what this commit had written or copied expired before it", about="parts"
             )
 
     def queue(self, pipe: Any) -> None:
@@ -212,9 +215,9 @@ def part_keys(keys: ExpertKeys, parts: WeightsParts) -> list[str]:
 
 
 def stray_parts(client: Any, keys: ExpertKeys, but: WeightsParts = NO_PARTS) -> Iterator[bytes]:
-    """All parts in Redis but these: of an earlier snapshot that meta does not name any more, or half written."""
+    """All parts in Redis but these, and all copies: of an earlier snapshot and its tail, or of no commit at all."""
     kept = {name.encode() for name in part_keys(keys, but)}
-    for pattern in (keys.weights_part("*", "*"), keys.server_state_part("*", "*")):
+    for pattern in (keys.weights_part("*", "*"), keys.server_state_part("*", "*"), keys.tail_part("*", "*")):
         for key in client.scan_iter(match=pattern, count=1000):
             if key not in kept:
                 yield key

@@ -58,6 +58,7 @@ def _on(*keys: str, may: str, when: str = "") -> Iterator[Right]:
 
 
 LONG = "the weights of an expert exceed 512 MiB"
+NO_COPIES = "each commit writes the weights, instead of the updates that it applied"
 NO_EXACT_PULL = "a worker that cannot use the packed weights waits until they are repaired"
 
 
@@ -74,12 +75,15 @@ def _worker(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
         *_on(keys.meta, may="HGETALL, HMGET"),
         *_on(keys.decided, may="HGET"),
         *_on(keys.packed, may="GETRANGE"),
-        *_on(keys.weights, may="STRLEN, GETRANGE", when="the format is fp32, or the packed weights are damaged"),
+        *_on(keys.weights, may="STRLEN, GETRANGE", when="the format is fp32"),
         *(
             Right(command=command, keys=(key,), when="the packed weights are damaged", without=NO_EXACT_PULL)
-            for command, key in (("HGETALL", keys.tail), ("GET", keys.server_state))
+            for command, key in (
+                ("GET", keys.weights), ("HGETALL", keys.tail), ("MGET", keys.tail_part(ANY, ANY)),
+                ("GET", keys.server_state),
+            )
         ),
-        Right(command="GET", keys=(keys.weights, *_parts(keys)), when=LONG, without=NO_EXACT_PULL),
+        Right(command="GET", keys=_parts(keys), when=LONG, without=NO_EXACT_PULL),
         *_on(keys.updates, may="XRANGE"),
         Right(command="XADD", keys=(keys.updates,), alone=True),  # otherwise a worker could delete the stream
         *_on(own, may="HGETALL"),
@@ -122,7 +126,8 @@ def _aggregator(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
         *_on(keys.meta, keys.spec, keys.weights, keys.decided, keys.vectors, may="UNLINK", when=lost),
         *_on(keys.meta, may="TYPE", when=lost),
         *_on(keys.weights, may="EXISTS, GET, SET, TYPE, STRLEN, WATCH, EVAL"),
-        *_on(keys.tail, may="HGETALL, HLEN, HSET, UNLINK, TYPE, WATCH, EVAL"),
+        *_on(keys.tail, may="HGETALL, HSET, UNLINK, TYPE, WATCH, EVAL"),
+        *_copies(keys),
         *_on(keys.packed, may="SET, UNLINK, TYPE, STRLEN, WATCH, EVAL"),
         *_on(keys.weights, keys.packed, may="GETRANGE"),
         *_on(keys.weights, keys.packed, may="SETRANGE, PTTL", when=large),
@@ -167,6 +172,15 @@ def _aggregator(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
     )
 
 
+def _copies(keys: ExpertKeys) -> Iterator[Right]:
+    """An aggregator's rights on the copied parts of the tail; a user enrolled by an earlier release lacks them."""
+    copies, payloads = keys.tail_part(ANY, ANY), keys.payloads(ANY)
+    for command in ("EVAL", "STRLEN", "COPY"):
+        yield Right(command=command, keys=(payloads,), without=NO_COPIES)
+    for command in ("EVAL", "COPY", "PEXPIRE", "GETRANGE", "MGET", "EXISTS", "WATCH", "PERSIST", "UNLINK"):
+        yield Right(command=command, keys=(copies,), without=NO_COPIES)
+
+
 def _heartbeats(keys: Keys) -> Iterator[Right]:
     """An aggregator's rights on the heartbeats; a user enrolled by an earlier release lacks them."""
     alone = "the aggregator shares no experts with others: it serves those that are free, and hands none over"
@@ -187,6 +201,7 @@ def _operator(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
         *_on(keys.meta, may="HGET"),
         *_on(keys.meta, keys.decided, keys.vectors, may="HGETALL, HSET"),
         *_on(keys.tail, may="HGETALL, UNLINK"),
+        *_on(keys.tail_part(ANY, ANY), may="MGET, EXISTS, UNLINK"),
         *_on(keys.log, keys.dead, may="XRANGE, XADD"),
         *_on(keys.packed, may="SET"),
         *_on(keys.server_state, may="GET"),
@@ -208,7 +223,7 @@ def _operator(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
             when="it removes an expert",
         ),
         *_on(keys.meta, may="EVAL", when=changes),
-        *_on(keys.tail, may="HLEN, WATCH", when=changes),
+        *_on(keys.tail, may="WATCH", when=changes),
         *_on(
             keys.tail,
             keys.decided,

@@ -18,6 +18,7 @@ from fedmoe.store.tls import tls_problem
 
 _UNKNOWN_COMMAND = re.compile(r"unknown (?:sub)?command [`'\"]?(\w+)|Unknown Redis command")
 _REFUSED_COMMAND = re.compile(r"permissions to run the '([^']+)' command")
+_IN_SCRIPT = re.compile("user executing the script can't|ACL failure in script")
 _TOO_LONG = re.compile(r"exceeds maximum allowed size|max request size exceeded")
 MAX_SHOWN_CHARS = 160
 AT_ONCE = (
@@ -33,9 +34,9 @@ def is_refusal(reply: object) -> bool:
 
 
 def is_not_allowed(reply: object) -> bool:
-    """True if this user may not run the command; the refusal of an EXEC quotes NOPERM in its text."""
+    """True if this user may not run the command, or one in its script; the refusal of an EXEC quotes NOPERM."""
     return isinstance(reply, exceptions.NoPermissionError) or (
-        isinstance(reply, redis.ResponseError) and "NOPERM" in str(reply)
+        isinstance(reply, redis.ResponseError) and ("NOPERM" in str(reply) or _IN_SCRIPT.search(str(reply)))
     )
 
 
@@ -126,8 +127,8 @@ def _refused_right(error: Exception, text: str, what: str) -> str:
     """The command that this user may not run, with its keys if known; "" if the error is not a lacking right."""
     if "EXEC without MULTI" in text:
         return "MULTI"
-    in_script = "user executing the script can't" in text
-    if not (in_script or is_not_allowed(error)):
+    in_script = _IN_SCRIPT.search(text)
+    if not is_not_allowed(error):
         return ""
     found = _REFUSED_COMMAND.search(text)
     name = found[1].replace("|", " ").upper() if found else ""

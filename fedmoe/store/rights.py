@@ -28,6 +28,7 @@ _NO_NAME = "no-such-thing"  # replaces the wildcard of a pattern
 _WORDS: dict[str, Words] = {
     "ACL DELUSER": (_NO_NAME,),
     "ACL SETUSER": (_NO_NAME,),
+    "COPY": (_KEY, _KEY),
     "EVAL": ("return 1", 1, _KEY),
     "EVALSHA": ("0" * 40, 1, _KEY),
     "GETRANGE": (_KEY, 0, 0),

@@ -6,11 +6,14 @@ from contextlib import closing
 from typing import Any
 
 from fedmoe.protocol.beat import Beat
+from fedmoe.protocol.tail import Copy
 from fedmoe.protocol.update import MAX_HEADER_BYTES, Part
+from fedmoe.store.copies import copy_commands, is_copied
 from fedmoe.store.lifecycle import ExpertLifecycle
 
 _LINEAGE = re.compile(r"[0-9a-f]{16}")
 _AT_ONCE = 1000  # heartbeats in a pipeline
+_AHEAD = 8  # commands in flight while parts are copied; a part needs two
 
 
 class Submissions(ExpertLifecycle):
@@ -58,18 +61,45 @@ class Submissions(ExpertLifecycle):
         each = [values[first : first + len(names)] for first in range(0, len(values), len(names))]
         return [Beat.read(dict(zip(names, one, strict=True))) for one in each]
 
-    def parts(self, worker: str, run: str, seq: int, parts: Sequence[Part]) -> Generator[bytes, None, None]:
+    def parts(
+        self, worker: str, run: str, seq: int, parts: Sequence[Part], copy: Copy | None = None
+    ) -> Generator[bytes, None, None]:
         """The payload, part by part: b"" for a missing part, at most one byte more than its header announces.
+
+        With a `copy`, Redis copies each part first, and what is read is the copy. From the first part on that cannot be
+        copied, the worker's own are read, and the copy is not whole.
 
         Call no other method before the generator is closed: the replies with the next parts are in flight.
         """
+        names = [self.keys.part(worker, run, seq, index) for index in range(len(parts))]
+        first = 0
+        with self.connection.errors():
+            if copy is not None:
+                with closing(self._copied(names, parts, copy)) as copied:
+                    for part in copied:
+                        first += 1
+                        yield part
+                copy.is_whole = first == len(parts)
+            commands = [
+                ("GETRANGE", names[index], 0, parts[index].length) for index in range(first, len(parts))
+            ]
+            with closing(self.connection.stream(commands)) as replies:
+                for reply in replies:
+                    yield _absent_if_wrong_type(reply)
+
+    def _copied(
+        self, names: Sequence[str], parts: Sequence[Part], copy: Copy
+    ) -> Generator[bytes, None, None]:
+        """The parts as they were copied, until one cannot be copied."""
+        copies = zip(names, copy.keys(self.keys), parts, strict=True)
         commands = [
-            ("GETRANGE", self.keys.part(worker, run, seq, index), 0, part.length)
-            for index, part in enumerate(parts)
+            command for name, key, part in copies for command in copy_commands(name, key, part.length)
         ]
-        with self.connection.errors(), closing(self.connection.stream(commands)) as replies:
+        with closing(self.connection.stream(commands, ahead=_AHEAD)) as replies:
             for reply in replies:
-                yield _absent_if_wrong_type(reply)
+                if not is_copied(reply, copy):
+                    return
+                yield _absent_if_wrong_type(next(replies))
 
     def payload_keys(self, worker: str, run: str, seq: int, n_parts: int) -> list[str]:
         """The keys of an update's header and parts."""

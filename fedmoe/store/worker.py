@@ -17,15 +17,13 @@ from fedmoe.errors import (
     ProtocolError,
     RedisUnavailableError,
     RemovedExpertError,
-    SpecError,
     UnknownExpertError,
-    UpdateError,
 )
 from fedmoe.protocol import features, records
 from fedmoe.protocol.doorbell import Doorbell
-from fedmoe.protocol.exact import exact_values
+from fedmoe.protocol.exact import exact_or_damage
 from fedmoe.protocol.formats import EXACT
-from fedmoe.protocol.layout import stamped
+from fedmoe.protocol.integrity import weights_problem
 from fedmoe.protocol.packed import chunks
 from fedmoe.protocol.records import Decided, Meta, check_not_removed, read_protocol
 from fedmoe.protocol.spec import Spec
@@ -33,6 +31,7 @@ from fedmoe.protocol.update import PAYLOAD_TTL_S, Header, UpdateId
 from fedmoe.protocol.weights_parts import values_bytes
 from fedmoe.store.chunks import values_and_stamp
 from fedmoe.store.connection import Connection
+from fedmoe.store.copies import readings
 from fedmoe.store.full import NEARLY_FULL, is_full, memory_share, read_together
 from fedmoe.store.parts import read_chunks
 from fedmoe.store.presence import Presence
@@ -171,38 +170,42 @@ class WorkerStore(Presence):
 
     def pull_exact(self, spec: Spec) -> Pull:
         """Like `pull`, but always with the exact weights."""
-        above = () if spec.wire_format == EXACT else self._above_weights
+        return self._pull_written(spec) if spec.wire_format == EXACT else self._pull_folded(spec)
+
+    def _pull_written(self, spec: Spec) -> Pull:
+        """The exact weights as they lie there: in format fp32 there is no tail."""
         with self.connection.errors():
-            raw, decided, *file = read_chunks(self._redis, self.keys, spec.layout, *self._reads, *above)
-        state, tail, *file = file if above else [None, {}, *file]
+            raw, decided, *file = read_chunks(self._redis, self.keys, spec.layout, *self._reads)
         pulled = self._pulled(raw, decided)
         if pulled.meta.spec != spec.digest:
             return pulled
         if 0 < file[0] < pulled.meta.parts.n_bytes:
             raise DamagedExpertError(self.expert, pulled.meta.parts.lost)
-        found = values_and_stamp(spec.layout, file)
-        if found is None:
-            raise DamagedExpertError(self.expert, "its weights are missing")
-        values, commit = found
-        if commit != pulled.meta.snapshot_commit:
-            raise DamagedExpertError(
-                self.expert, f"its weights belong to another commit ({commit}) than its meta expects"
-            )
-        if not pulled.meta.tail:
-            return replace(pulled, exact=tuple(values))
-        weights = stamped(b"".join((spec.layout.header, *values)), commit)
-        try:
-            exact = exact_values(pulled.meta, spec, weights=weights, server_state=state, tail=tail)
-        except ProtocolError:
-            raise
-        except (SpecError, UpdateError) as error:
-            raise DamagedExpertError(self.expert, str(error)) from error
-        return replace(pulled, exact=(values_bytes(exact.weights),))
+        values, _ = values_and_stamp(spec.layout, file) or ((), "")
+        if problem := weights_problem(pulled.meta, file[1]):
+            raise DamagedExpertError(self.expert, problem)
+        return replace(pulled, exact=tuple(values))
 
-    @property
-    def _above_weights(self) -> tuple[tuple[str, str], ...]:
-        """The reads of what is folded into the weights."""
-        return ("get", self.keys.server_state), ("hgetall", self.keys.tail)
+    def _pull_folded(self, spec: Spec) -> Pull:
+        """The exact weights with the tail folded into them."""
+        keys = self.keys
+        above = ("get", keys.weights), ("get", keys.server_state), ("hgetall", keys.tail)
+        with self.connection.errors():
+            for replies, copies in readings(self._redis, keys, *self._reads, *above):
+                raw, decided, weights, state, tail = replies
+                pulled = self._pulled(raw, decided)
+                if pulled.meta.spec != spec.digest:
+                    return pulled
+                if 0 < len(weights or b"") < pulled.meta.parts.n_bytes:
+                    raise DamagedExpertError(self.expert, pulled.meta.parts.lost)
+                if problem := weights_problem(pulled.meta, weights):
+                    raise DamagedExpertError(self.expert, problem)
+                exact, wrong = exact_or_damage(
+                    pulled.meta, spec, weights=weights, server_state=state, tail=tail, copies=copies
+                )
+        if exact is None:
+            raise DamagedExpertError(self.expert, wrong)
+        return replace(pulled, exact=(values_bytes(exact.weights),))
 
     @property
     def _reads(self) -> tuple[tuple[str, ...], ...]:

@@ -41,7 +41,7 @@ def h29_reader_beside_a_commit(world: World) -> None:
 
         reader = world.connect()
         world.step(reader).before(b":weights:", commit, nth=2)
-        _expect_whole(GatewayStore(reader))
+        expect_whole(GatewayStore(reader))
         expect(world.meta.version == 2, "carol's second update was not applied")
         world.settle(a0, carol)
 
@@ -65,8 +65,8 @@ def h29_late_writer_of_the_same_weights(world: World) -> None:
         a0.steps.before(b":weights:", rival)
         a0.time_passes()
         a0.turn()
-        _what_expires_is_gone(world)
-        _expect_whole(GatewayStore(world.connect()))
+        what_expires_is_gone(world)
+        expect_whole(GatewayStore(world.connect()))
         world.lease_expires()
         alice.push()
         world.settle(a0, alice)
@@ -78,10 +78,10 @@ def h29_expired_before_the_commit(world: World) -> None:
     with short_strings():
         world.create()
         alice, a0 = world.worker("alice"), world.aggregator()
-        a0.steps.before(b"PERSIST", lambda: _what_expires_is_gone(world))
+        a0.steps.before(b"PERSIST", lambda: what_expires_is_gone(world))
         alice.push()
         a0.turn(2)
-        _expect_whole(GatewayStore(world.connect()))
+        expect_whole(GatewayStore(world.connect()))
         world.settle(a0, alice)
         world.expect_expert(alice=[1])
 
@@ -98,7 +98,7 @@ def h29_part_removed(world: World) -> None:
         for _ in range(4):
             a0.now += 20.0
             a0.turn()
-        _expect_whole(GatewayStore(world.connect()))
+        expect_whole(GatewayStore(world.connect()))
         a0.forgets()
         alice.push()
         world.settle(a0, alice)
@@ -129,8 +129,8 @@ def h29_rollback_beside_a_busy_aggregator(world: World) -> None:
             expect(False, f"the rollback gave up: {error}")
         assert next(bounds) > 1000, "no commit came between"
         steps.forget()  # the one that would come next
-        _what_expires_is_gone(world)
-        _expect_whole(GatewayStore(world.connect()))
+        what_expires_is_gone(world)
+        expect_whole(GatewayStore(world.connect()))
         world.settle(a0, carol)
         world.expect_expert(carol=[0])
 
@@ -142,14 +142,15 @@ def _version_0(world: World) -> rollback.VersionState:
     return rollback.VersionState(version=0, lineage=world.meta.lineage, weights=bytes(buffer.file))
 
 
-def _what_expires_is_gone(world: World) -> None:
-    """Parts that no commit has made permanent expire."""
-    for key in world.redis.scan_iter(match=world.keys.weights_part("*", "*")):
-        if world.redis.pttl(key) >= 0:
-            world.redis.delete(key)
+def what_expires_is_gone(world: World) -> None:
+    """Parts and copies that no commit has made permanent expire."""
+    for pattern in (world.keys.weights_part("*", "*"), world.keys.tail_part("*", "*")):
+        for key in world.redis.scan_iter(match=pattern):
+            if world.redis.pttl(key) >= 0:
+                world.redis.delete(key)
 
 
-def _expect_whole(store: GatewayStore) -> None:
+def expect_whole(store: GatewayStore) -> None:
     """Assert that this reader gets the expert as one commit wrote it."""
     try:
         store.read(EXPERT)

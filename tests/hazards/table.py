@@ -11,6 +11,7 @@ from producers.checkpoint import StateDir
 from producers.ledger import Ledger
 from tests.hazards import chains, commits, updates, without
 from tests.hazards.hazard import Hazard, of_expert, of_store, of_worker_store
+from tests.hazards.table_copies import OF_COPIES
 from tests.hazards.table_parts import OF_PARTS
 from tests.hazards.table_redis import OF_REDIS
 from tests.protocol import broken
@@ -298,4 +299,4 @@ HAZARDS = {
         symptom="the log cannot be replayed: version 1: staleness",
     ),
 }
-HAZARDS |= OF_REDIS | OF_PARTS
+HAZARDS |= OF_REDIS | OF_COPIES | OF_PARTS

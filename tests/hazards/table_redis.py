@@ -265,7 +265,7 @@ OF_REDIS = {
         rule="the lease holder looks now and then whether the tail is whole, and writes the expert back",
         scenario=tails.h28_part_removed,
         without=of_store(without.LooksAtNoTail),
-        symptom="the expert is damaged: its tail lacks the field 2:0",
+        symptom="the expert is damaged: its tail lacks part 0 of the update of version 2",
     ),
     "H28e": Hazard(
         wrong="a rival commits before an aggregator writes the weights: its update is overwritten",

@@ -10,7 +10,7 @@ from tests.hazards.world import EXPERT, AggregatorProcess, WorkerProcess, World
 BF16 = "bf16"  # exact for units, and with a tail
 
 
-def _tail_of_one(world: World) -> tuple[AggregatorProcess, WorkerProcess]:
+def tail_of_one(world: World) -> tuple[AggregatorProcess, WorkerProcess]:
     """Alice's first update is in the weights, after a quiet time; her second one is in the tail."""
     world.create(wire_format=BF16)
     alice, a0 = world.worker("alice"), world.aggregator()
@@ -29,7 +29,7 @@ def _tail_of_one(world: World) -> tuple[AggregatorProcess, WorkerProcess]:
 
 def h28_weights_of_another_moment(world: World) -> None:
     """Somebody puts back the weights of version 0 alone. The aggregator starts again; later this is corrected."""
-    a0, alice = _tail_of_one(world)
+    a0, alice = tail_of_one(world)
     right = world.redis.get(world.keys.weights)
     first = AdapterBuffer(LAYOUT)
     first.flat.copy_(initial_weights(LAYOUT, world.spec.init_seed))
@@ -42,7 +42,7 @@ def h28_weights_of_another_moment(world: World) -> None:
 
 def h28_tail_of_another_history(world: World) -> None:
     """Bob's update comes into the tail, and somebody writes alice's last one in its place; later he corrects it."""
-    a0, alice = _tail_of_one(world)
+    a0, alice = tail_of_one(world)
     kept = world.redis.hgetall(world.keys.tail)
     alice.kill()
     bob = world.worker("bob")
@@ -51,7 +51,7 @@ def h28_tail_of_another_history(world: World) -> None:
     bob.turn()
     right = world.redis.hgetall(world.keys.tail)
     world.redis.delete(world.keys.tail)
-    world.redis.hset(world.keys.tail, mapping=kept | {b"3": kept[b"2"], b"3:0": kept[b"2:0"]})
+    world.redis.hset(world.keys.tail, mapping=kept | {b"3": kept[b"2"]})
     _served_by_a_new_one(world, a0)
     world.redis.delete(world.keys.tail)
     world.redis.hset(world.keys.tail, mapping=right)
@@ -61,7 +61,7 @@ def h28_tail_of_another_history(world: World) -> None:
 
 def h28_value_changed_by_hand(world: World) -> None:
     """Somebody overwrites a value in the weights, and not their stamp; later he corrects it."""
-    a0, alice = _tail_of_one(world)
+    a0, alice = tail_of_one(world)
     right = world.redis.get(world.keys.weights)
     world.redis.setrange(world.keys.weights, len(right) - 4, b"\0\0\x80\x3f")
     _served_by_a_new_one(world, a0)
@@ -91,8 +91,8 @@ def _and_on(world: World, a0: AggregatorProcess, alice: WorkerProcess) -> None:
 
 def h28_part_removed(world: World) -> None:
     """Somebody removes a part of the tail; the aggregator notices within its lease, and is killed after that."""
-    a0, alice = _tail_of_one(world)
-    world.redis.hdel(world.keys.tail, "2:0")
+    a0, alice = tail_of_one(world)
+    world.redis.delete(*world.redis.keys(world.keys.tail_part("*", "*")))
     for _ in range(4):
         a0.now += 20.0  # not long enough for a quiet time
         a0.turn()
@@ -105,7 +105,7 @@ def h28_part_removed(world: World) -> None:
 
 def h28_rival_before_the_compaction(world: World) -> None:
     """A0 is about to compact the tail; its lease expires, and A1 commits bob's update."""
-    a0, alice = _tail_of_one(world)
+    a0, alice = tail_of_one(world)
     bob, a1 = world.worker("bob"), world.aggregator("A1")
     expert = a0.server.retained
     assert expert

@@ -25,7 +25,7 @@ from fedmoe.protocol.records import Decided, Entry, Meta
 from fedmoe.protocol.rollback import RolledBack
 from fedmoe.protocol.rules import RuleSet
 from fedmoe.protocol.spec import Spec
-from fedmoe.protocol.tail import Tail, TailRecord, part_field, record_field
+from fedmoe.protocol.tail import Tail, TailRecord, record_field
 from fedmoe.protocol.update import Header, UpdateId, make_run
 from fedmoe.store.commit import Commit, Loaded
 from fedmoe.store.connection import Connection
@@ -343,13 +343,10 @@ class NoLine:
 # ---- snapshot and tail ----
 
 
-def fold_what_is_there(tail: Tail, version: int, stored: Mapping[bytes, bytes]) -> list[Any]:
+def records_that_are_there(tail: Tail, version: int, stored: Mapping[bytes, bytes]) -> list[TailRecord]:
     """The updates of a tail are folded whatever they follow."""
-    found = []
-    for number in range(tail.snapshot_version + 1, version + 1):
-        record = TailRecord.from_json(stored[record_field(number).encode()])
-        found.append((record, [stored[part_field(number, i).encode()] for i in range(record.parts)]))
-    return found
+    numbers = range(tail.snapshot_version + 1, version + 1)
+    return [TailRecord.from_json(stored[record_field(number).encode()]) for number in numbers]
 
 
 def no_digests(weights_commit: str, weights: object, server_state: object) -> str:
@@ -364,7 +361,7 @@ def whole_in_any_case(meta: Meta, **parts: object) -> str:
 
 NO_COMPARISON = (
     (condition, "damage", whole_in_any_case),
-    (exact, "tail_updates", fold_what_is_there),
+    (exact, "tail_records", records_that_are_there),
     (exact, "digests_of", no_digests),
     (consumers.expert, "digests_of", no_digests),
 )

@@ -32,10 +32,10 @@ from fedmoe.settings import RedisSettings
 from fedmoe.store import change, rollback
 from fedmoe.store.archive import Archive
 from fedmoe.store.connection import Connection
+from fedmoe.store.copies import readings
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore
 from fedmoe.store.lifecycle import new_id
-from fedmoe.store.parts import read_whole
 from producers.checkpoint import StateDir
 from producers.exchange import Exchange, TrainingState
 from producers.ledger import Change
@@ -283,12 +283,10 @@ class World:
 
     def roll_back_to(self, version: int) -> None:
         """What `fedmoe expert rollback` does."""
-        store = ExpertStore(self._operator, EXPERT)
+        store, kept = ExpertStore(self._operator, EXPERT), self.directory / "kept"
 
         def find(spec: Spec) -> rollback.VersionState:
-            return state_from_updates(
-                self._operator, EXPERT, spec, to=version, directory=self.directory / "kept"
-            )
+            return state_from_updates(self._operator, EXPERT, spec, to=version, directory=kept)
 
         rollback.roll_back_soon(store, find, by="operator")
 
@@ -365,10 +363,11 @@ class World:
     @property
     def flat(self) -> torch.Tensor:
         """The expert's exact weights (numel,), as Redis has them."""
-        keys, meta = self.keys, self.meta
-        files, tail = (("get", keys.weights), ("get", keys.server_state)), self.redis.hgetall(keys.tail)
-        weights, state, _ = read_whole(self.redis, keys, *files, ("hgetall", keys.meta))
-        exact = exact_values(meta, self.spec, weights=weights, server_state=state, tail=tail)
+        keys = self.keys
+        files = ("get", keys.weights), ("get", keys.server_state), ("hgetall", keys.tail)
+        for (weights, state, tail, _), copies in readings(self.redis, keys, *files, ("hgetall", keys.meta)):
+            parts = {"weights": weights, "server_state": state, "tail": tail, "copies": copies}
+            exact = exact_values(self.meta, self.spec, **parts)
         return values_of(LAYOUT, exact.weights)
 
     def expect_expert(self, **wanted: Sequence[float]) -> None:

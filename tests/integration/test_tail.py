@@ -5,6 +5,7 @@ import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,17 +17,16 @@ from consumers.recovery.write_back import write_back
 from consumers.rollback import state_from_updates
 from consumers.verify import replay
 from fedmoe.errors import DamagedExpertError, SpecError
-from fedmoe.protocol.features import TAIL
+from fedmoe.protocol.features import COPIES, TAIL
 from fedmoe.protocol.layout import digest_of, values_of
 from fedmoe.protocol.lora_init import initial_weights
 from fedmoe.protocol.records import Meta
 from fedmoe.protocol.rules import ADAPTIVE, NESTEROV, SGD
-from fedmoe.settings import AggregatorSettings, RedisSettings
+from fedmoe.settings import AggregatorSettings
 from fedmoe.store.archive import Archive
 from fedmoe.store.backup import BackupStore
 from fedmoe.store.change import change_rules
 from fedmoe.store.connection import Connection
-from fedmoe.store.embedded import EmbeddedRedis
 from fedmoe.store.gateway import GatewayStore
 from fedmoe.store.remove import remove_expert
 from fedmoe.store.rollback import roll_back_soon
@@ -37,7 +37,7 @@ from tests.protocol.actors import OneTurn, TurnOver
 from tests.strategies import randn
 
 NAME = "sql_expert"
-BEFORE = Path(__file__).parent.parent / "golden" / "expert-before-tails.json"
+GOLDEN = Path(__file__).parent.parent / "golden"
 OPTIMIZERS = pytest.mark.parametrize("optimizer", [SGD, NESTEROV, ADAPTIVE])
 
 
@@ -69,6 +69,12 @@ def roll_back_to_1(expert: Expert, directory: Path) -> None:
 
 def meta_of(expert: Expert) -> Meta:
     return Meta.from_hash(expert.store.connection.client.hgetall(expert.store.keys.meta))
+
+
+def copies_of(expert: Expert) -> list[str]:
+    """The keys of the copied parts in Redis."""
+    found = expert.store.connection.client.scan_iter(expert.store.keys.tail_part("*", "*"))
+    return sorted(key.decode() for key in found)
 
 
 def check_readers(expert: Expert, directory: Path) -> None:
@@ -112,15 +118,17 @@ def test_meta_says_which_weights_lie_there(connection: Connection, tmp_path: Pat
     first = connection.client.get(expert.store.keys.weights)
     train(expert, 1)
     meta = meta_of(expert)
-    assert (meta.version, meta.tail.snapshot_version, meta.requires) == (1, 0, TAIL)
+    assert (meta.version, meta.tail.snapshot_version, meta.requires) == (1, 0, f"{COPIES} {TAIL}")
     assert connection.client.get(expert.store.keys.weights) == first
-    assert connection.client.hget(expert.store.keys.tail, "1") is not None
+    assert connection.client.hkeys(expert.store.keys.tail) == [b"1"]
+    [copy] = copies_of(expert)
+    assert connection.client.pttl(copy) == -1
     compact(expert)
     after = meta_of(expert)
     assert (after.requires, bool(after.tail)) == ("", False)
     assert after.weights_commit == meta.weights_commit
     assert after.commit != meta.commit
-    assert not connection.client.exists(expert.store.keys.tail)
+    assert not connection.client.exists(expert.store.keys.tail, copy)
 
 
 def test_weights_are_written_in_a_quiet_time(connection: Connection, tmp_path: Path) -> None:
@@ -177,13 +185,17 @@ def test_whatever_writes_the_weights_ends_the_tail(
         if not meta_of(expert).tail:
             train(expert, 1, seed=20 * number + 1, name=f"v{number}")
         assert meta_of(expert).tail
+        assert copies_of(expert)
         change()
         assert not connection.client.exists(keys.tail)
         assert not meta_of(expert).tail
+        assert copies_of(expert) == []
         expert.load()
         assert digest_of(connection.client.get(keys.weights)) == digest_of(bytes(expert.buffer.file))
+    train(expert, 2, seed=90, name="last")
     remove_expert(connection, NAME)
     assert not connection.client.exists(keys.tail)
+    assert copies_of(expert) == []
 
 
 def test_change_of_rules_keeps_the_tail(connection: Connection, tmp_path: Path) -> None:
@@ -198,13 +210,16 @@ def test_change_of_rules_keeps_the_tail(connection: Connection, tmp_path: Path) 
     check_readers(expert, tmp_path)
 
 
-@pytest.mark.parametrize("field", ["1", "1:0"])
-def test_a_removed_part_is_said_in_one_sentence(connection: Connection, tmp_path: Path, field: str) -> None:
+@pytest.mark.parametrize("lost", ["the field 1", "part 0 of the update of version 1"])
+def test_a_removed_part_is_said_in_one_sentence(connection: Connection, tmp_path: Path, lost: str) -> None:
     """By all readers; an aggregator that retains the expert writes it back, and nothing is lost."""
     expert = begin(connection, tmp_path)
     train(expert, 1)
     retained = bytes(expert.buffer.file)
-    connection.client.hdel(expert.store.keys.tail, field)
+    if "field" in lost:
+        connection.client.hdel(expert.store.keys.tail, "1")
+    else:
+        connection.client.delete(*copies_of(expert))
     heir = Expert(expert.store, expert.spec, aggregator="heir")
     reader = ScriptedWorker(connection, expert.spec, "reader")
     for read in (
@@ -213,7 +228,7 @@ def test_a_removed_part_is_said_in_one_sentence(connection: Connection, tmp_path
     ):  # fmt: skip
         with raises(DamagedExpertError, about=NAME) as caught:
             read()
-        assert f"its tail lacks the field {field}" in str(caught.value)
+        assert f"its tail lacks {lost}" in str(caught.value)
     assert not expert.store.is_unchanged(expert.meta, n_decided=len(expert.decided))
     found = expert.store.condition()
     assert "its tail has" in found.damage
@@ -265,7 +280,7 @@ def test_memory_mends_what_only_a_whole_read_finds(
         assert before is not None
         weights = bytes(before.buffer.file)
         if overwritten == "tail":
-            connection.client.hset(keys.tail, "3:0", "x")
+            connection.client.set(copies_of(expert)[0], "x")
         elif overwritten == "weights":
             connection.client.setrange(keys.weights, last, b"\0\0\x80\x3f")
         else:
@@ -306,23 +321,26 @@ def test_what_an_earlier_release_left_of_a_tail_is_removed(connection: Connectio
     expert = begin(connection, tmp_path)
     connection.client.hset(expert.store.keys.tail, mapping={"1:7": "left", "left": "behind"})
     train(expert, 1)
-    fields = connection.client.hkeys(expert.store.keys.tail)
-    assert sorted(fields) == [b"1", b"1:0"]
+    assert connection.client.hkeys(expert.store.keys.tail) == [b"1"]
     check_readers(expert, tmp_path)
 
 
-def test_an_expert_of_the_release_before(connection: Connection, tmp_path: Path) -> None:
-    """A real dump of it is read as it is, goes on with a tail, and is as before without one."""
-    kept = json.loads(BEFORE.read_text())
+def kept_state(connection: Connection, name: str) -> dict[str, Any]:
+    """Puts back what an earlier release left in Redis; returns what is known of it."""
+    kept: dict[str, Any] = json.loads((GOLDEN / f"{name}.json").read_text())
     keys = connection.keys.expert(NAME)
-    for name, dump in kept["keys"].items():
-        connection.client.restore(getattr(keys, name), 0, base64.b64decode(dump))
+    for key, dump in kept["keys"].items():
+        connection.client.restore(getattr(keys, key), 0, base64.b64decode(dump))
     state = BackupStore(connection).read(NAME)
     assert state.server_state is not None
-    assert (digest_of(state.weights), digest_of(state.server_state)) == (
-        kept["weights"],
-        kept["server_state"],
-    )
+    digests = digest_of(state.weights), digest_of(state.server_state)
+    assert digests == (kept["weights"], kept["server_state"])
+    return kept
+
+
+def test_an_expert_of_the_release_before_tails(connection: Connection, tmp_path: Path) -> None:
+    """A real dump of it is read as it is, goes on with a tail, and is as before without one."""
+    kept, keys = kept_state(connection, "expert-before-tails"), connection.keys.expert(NAME)
     before = connection.client.hgetall(keys.meta)
     spec = GatewayStore(connection).spec(NAME)
     server = ExpertServer(connection, NAME, AggregatorSettings(burst=True, block_ms=1), holder="one")
@@ -343,40 +361,3 @@ def test_an_expert_of_the_release_before(connection: Connection, tmp_path: Path)
         b"digests",
     }
     assert (after[b"requires"], after[b"tail"]) == (b"", b"")
-
-
-def test_a_full_redis_commits_and_then_compacts(server: EmbeddedRedis, tmp_path: Path) -> None:
-    """The commit goes beyond the limit once; from then on the weights are written, until there is room again."""
-    now = 1000.0
-    with EmbeddedRedis(server=server.server, options=["--appendonly", "no"]) as own:
-        connection, settings = Connection(RedisSettings(url=own.url)), AggregatorSettings(block_ms=1)
-        expert = begin(connection, tmp_path)
-        serving = ExpertServer(
-            Connection(connection.settings), NAME, settings, holder="one", clock=lambda: now
-        )
-
-        def turn() -> Meta:
-            with pytest.raises(TurnOver):
-                serving.run(OneTurn())
-            return meta_of(expert)
-
-        turn()
-        worker = ScriptedWorker(connection, expert.spec)
-        tails = []
-        for limit in (1, 1, 0):
-            worker.push(0.1)
-            connection.client.config_set("maxmemory", limit)
-            tails.append(turn().tail)
-            assert not turn().tail or not limit
-            connection.client.config_set("maxmemory", 0)
-            worker.pull()
-            now += settings.lease_s + 1  # it asks again how full Redis is
-            turn()
-        assert [bool(tail) for tail in tails] == [True, True, True]
-        assert meta_of(expert).version == 3
-        check = Expert(expert.store, expert.spec, aggregator="heir")
-        check.load()
-        assert serving.retained
-        assert torch.equal(check.buffer.flat, serving.retained.buffer.flat)
-        serving.store.connection.close()
-        connection.close()

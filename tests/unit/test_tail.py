@@ -1,6 +1,7 @@
 """fedmoe.protocol.tail, growth and exact: snapshot and tail give the exact weights, bit for bit."""
 
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from fedmoe.errors import ProtocolError, SpecError
 from fedmoe.protocol.codec import decode, encode
 from fedmoe.protocol.exact import Exact, complete, digests_of, exact_values
-from fedmoe.protocol.features import TAIL
+from fedmoe.protocol.features import COPIES, TAIL
 from fedmoe.protocol.fold import Values, fold
 from fedmoe.protocol.growth import MOST_WEIGHTS, Growth
 from fedmoe.protocol.layout import AdapterBuffer, Layout, values_of
@@ -21,7 +22,7 @@ from fedmoe.protocol.records import PROTOCOL, Meta
 from fedmoe.protocol.rules import ADAPTIVE, NESTEROV, SGD, AggregationRules
 from fedmoe.protocol.server import ServerStep, first_value, has_state
 from fedmoe.protocol.spec import Spec
-from fedmoe.protocol.tail import Tail, TailRecord
+from fedmoe.protocol.tail import Copy, Tail, TailRecord
 from tests.errors import raises
 
 NUMEL = 300
@@ -31,6 +32,15 @@ FORMATS = ("bf16", "int8", "int4")
 
 def _spec(wire_format: str) -> Spec:
     return Spec(base_model="m", base_config={}, layout=LAYOUT, wire_format=wire_format)
+
+
+def copied(growth: Growth, parts: Sequence[bytes], name: str = "t") -> Copy:
+    """A whole copy of these parts."""
+    copy = growth.copy(name, len(parts))
+    assert copy is not None
+    assert list(copy.reading(parts)) == parts
+    copy.is_whole = True
+    return copy
 
 
 class Chain:
@@ -44,6 +54,7 @@ class Chain:
         self.weights.flat.copy_(torch.randn(NUMEL))
         self.meta = Meta(lineage="l", commit="c0", weights_commit="c0", spec=spec.digest, protocol=PROTOCOL)
         self.hash: dict[bytes, bytes] = {}
+        self.parts: dict[str, list[bytes]] = {}  # the copies, by token
         self.snapshot()
 
     @property
@@ -55,11 +66,11 @@ class Chain:
         for buffer in (self.weights, self.state):
             buffer.stamp(self.meta.weights_commit)
         self.files = bytes(self.weights.file), self.state_file
-        self.hash, self.meta = {}, self.meta.with_tail(Tail())
+        self.hash, self.parts, self.meta = {}, {}, self.meta.with_tail(Tail())
 
     def apply(self, *updates: tuple[AggregationRules, float, bool]) -> bool:
         """A batch of updates; True if it is kept in the tail."""
-        growth = Growth(self.meta, self.spec)
+        growth, made = Growth(self.meta, self.spec), {}
         for rules, factor, ends_round in updates:
             parts = list(encode(torch.randn(NUMEL) * 1e-2, self.spec.wire_format))
             new_state = has_state(rules) and self.optimizer != rules.server_optimizer
@@ -71,15 +82,16 @@ class Chain:
             fold(Values(self.weights.flat, self.state.flat), delta, step)
             self.optimizer = rules.server_optimizer if has_state(rules) else ""
             self.meta = replace(self.meta, version=self.meta.version + 1, server_state=self.optimizer)
-            growth.add(self.meta.version, step, parts, rules=1, new_state=new_state)
+            copy = copied(growth, parts, f"t{self.meta.version}") if growth.is_open else None
+            growth.add(self.meta.version, step, copy, rules=1, new_state=new_state)
+            made[f"t{self.meta.version}"] = parts
         commit = f"c{self.meta.version}"
         self.meta = replace(
             self.meta, weights_commit=commit, digests=digests_of(commit, self.weights.file, self.state_file)
         )
         if growth.is_open:
-            self.hash |= {
-                k.encode(): v.encode() if isinstance(v, str) else v for k, v in growth.fields.items()
-            }
+            self.hash |= {k.encode(): v.encode() for k, v in growth.fields.items()}
+            self.parts |= made
             self.meta = self.meta.with_tail(growth.tail)
         else:
             self.snapshot()
@@ -89,8 +101,13 @@ class Chain:
         """What a reader of Redis gets."""
         weights, state = self.files
         meta = Meta.from_hash({k.encode(): v.encode() for k, v in self.meta.to_hash().items()})
-        given = {"weights": weights, "server_state": state, "tail": self.hash} | other
+        given = {"weights": weights, "server_state": state, "tail": self.hash, "copies": self.copies} | other
         return exact_values(meta, self.spec, **given)
+
+    def copies(self, token: str, count: int) -> Iterator[bytes | None]:
+        """The parts of a copy."""
+        found = self.parts.get(token, [])
+        return (found[index] if index < len(found) else None for index in range(count))
 
     def check(self) -> None:
         """A reader gets what the memory holds."""
@@ -149,7 +166,7 @@ def test_the_weights_are_written_once_the_tail_outweighs_them() -> None:
     while chain.apply(PLAIN):
         assert seen < chain.meta.tail.n_bytes <= most
         seen = chain.meta.tail.n_bytes
-        assert TAIL in chain.meta.requires.split()
+        assert chain.meta.requires.split() == [COPIES, TAIL]
     assert seen + sum(map(len, encode(torch.randn(NUMEL), "bf16"))) + 150 > most
     assert not chain.meta.tail
     assert chain.meta.requires == ""
@@ -162,9 +179,22 @@ def test_a_batch_that_outweighs_the_weights_is_not_kept() -> None:
     growth = Growth(chain.meta, chain.spec)
     part = b"x" * 500
     for version in range(1, 9):
-        growth.add(version, ServerStep(*PLAIN), [part], rules=1, new_state=False)
+        copy = copied(growth, [part]) if growth.is_open else None
+        growth.add(version, ServerStep(*PLAIN), copy, rules=1, new_state=False)
     assert not growth.is_open
-    assert not growth.fields
+    assert (growth.fields, growth.kept) == ({}, [])
+    assert 0 < len(growth.made) < 8
+
+
+def test_an_update_that_was_not_copied_is_not_kept() -> None:
+    """The weights are written, and what was copied before it is not needed."""
+    chain = Chain(_spec("int4"), 0)
+    growth = Growth(chain.meta, chain.spec)
+    growth.add(1, ServerStep(*PLAIN), copied(growth, [b"x"]), rules=1, new_state=False)
+    assert (growth.is_open, growth.kept) == (True, growth.made)
+    growth.add(2, ServerStep(*PLAIN), growth.copy("half", 2), rules=1, new_state=False)
+    assert (growth.is_open, growth.kept, len(growth.made)) == (False, [], 2)
+    assert growth.copy("more", 1) is None
 
 
 def test_redis_without_room_has_no_tail() -> None:
@@ -173,14 +203,19 @@ def test_redis_without_room_has_no_tail() -> None:
     assert not Growth(chain.meta, chain.spec, is_wanted=False).is_open
 
 
-@pytest.mark.parametrize("field", [b"1", b"1:0", b"2", b"2:0"])
-def test_a_missing_field_is_named(field: bytes) -> None:
+@pytest.mark.parametrize("version", [1, 2])
+def test_what_is_missing_is_named(version: int) -> None:
     """In one sentence."""
     chain = _with_tail()
-    del chain.hash[field]
+    parts = chain.parts.pop(f"t{version}")
     with raises(SpecError, about="tail") as caught:
         chain.read()
-    assert f"lacks the field {field.decode()}" in str(caught.value)
+    assert f"lacks part 0 of the update of version {version} (copy t{version})" in str(caught.value)
+    chain.parts[f"t{version}"] = parts
+    del chain.hash[b"%d" % version]
+    with raises(SpecError, about="tail") as caught:
+        chain.read()
+    assert f"lacks the field {version}" in str(caught.value)
 
 
 def test_records_of_several_histories_are_told_apart() -> None:
@@ -191,9 +226,10 @@ def test_records_of_several_histories_are_told_apart() -> None:
     with raises(SpecError, about="tail"):
         chain.read(tail=other.hash)
     with raises(SpecError, about="tail"):
-        chain.read(tail=chain.hash | {b"2": other.hash[b"2"], b"2:0": other.hash[b"2:0"]})
-    with raises(SpecError, about="tail"):
-        chain.read(tail=chain.hash | {b"2:0": chain.hash[b"1:0"]})
+        chain.read(tail=chain.hash | {b"2": other.hash[b"2"]})
+    with raises(SpecError, about="tail") as caught:
+        chain.read(copies=lambda token, count: chain.copies("t1", count))
+    assert "the update of version 2 is damaged" in str(caught.value)
 
 
 def test_other_weights_under_the_tail_are_found_by_the_digest() -> None:
@@ -265,7 +301,7 @@ def test_complete_says_what_is_damaged() -> None:
     meta = {k.encode(): v.encode() for k, v in chain.meta.to_hash().items()}
     spec = chain.spec.to_json().encode()
     given: dict[str, Any] = {"weights": chain.files[0], "server_state": None}
-    condition, exact = complete(spec, meta, {}, **given, tail=chain.hash)
+    condition, exact = complete(spec, meta, {}, **given, tail=chain.hash, copies=chain.copies)
     assert not condition.damage
     assert exact is not None
     condition, exact = complete(spec, meta, {}, **given, tail=None)
@@ -275,8 +311,9 @@ def test_complete_says_what_is_damaged() -> None:
 
 def test_what_a_later_release_adds_is_left_alone() -> None:
     """In records, which their digests cover as they are stored, and in meta."""
+    copy = copied(Growth(Chain(_spec("int4"), 0).meta, _spec("int4")), [b"x"])
     record = TailRecord.of(
-        4, ServerStep(AggregationRules(server_optimizer=NESTEROV, server_momentum=0.1), 0.1 + 0.2, True), [b"x"],
+        4, ServerStep(AggregationRules(server_optimizer=NESTEROV, server_momentum=0.1), 0.1 + 0.2, True), copy,
         rules=2, prev="c", new_state=True,
     )  # fmt: skip
     text = json.dumps(json.loads(record.to_json()) | {"added_later": "x"})

@@ -4,12 +4,7 @@ import pytest
 
 import fedmoe.protocol.weights_parts
 from fedmoe.errors import SettingsError
-from fedmoe.protocol.growth import TRANSACTION_BYTES, Growth
 from fedmoe.protocol.layout import Layout
-from fedmoe.protocol.packed import packed_bytes
-from fedmoe.protocol.records import Meta
-from fedmoe.protocol.rules import AggregationRules
-from fedmoe.protocol.server import ServerStep
 from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.weights_parts import WeightsParts, header_bytes, values_parts
 from tests.errors import raises
@@ -64,25 +59,3 @@ def test_what_is_too_large_is_said_at_creation(gib: float, wire_format: str, fit
     with raises(SettingsError, about="layout") as caught:
         spec(values, wire_format)
     assert f"too large for format {wire_format}" in str(caught.value)
-
-
-@pytest.mark.parametrize(("wire_format", "mib"), [("bf16", 400), ("int4", 600)])
-def test_a_batch_fits_into_one_transaction(wire_format: str, mib: int) -> None:
-    """With the packed weights; beyond that the weights are written, whose parts are not in the transaction."""
-    large = spec(int(0.81 * GIB / 4), wire_format)
-    meta = Meta(lineage="l", commit="c", weights_commit="c", spec=large.digest)
-    growth, step, n_bytes = Growth(meta, large), ServerStep(AggregationRules(), 1.0, False), 0
-
-    class Long(bytes):
-        """Stands for a part of 1 MiB."""
-
-        def __len__(self) -> int:
-            return 2**20
-
-    for version in range(1, mib + 1):
-        growth.add(version, step, [Long(b"x")], rules=1, new_state=False)
-        n_bytes += 2**20
-        if not growth.is_open:
-            break
-    assert n_bytes + packed_bytes(large) <= TRANSACTION_BYTES + 2**20
-    assert growth.is_open == (n_bytes + packed_bytes(large) < TRANSACTION_BYTES)

@@ -177,8 +177,12 @@ def _copies(keys: ExpertKeys) -> Iterator[Right]:
     copies, payloads = keys.tail_part(ANY, ANY), keys.payloads(ANY)
     for command in ("EVAL", "STRLEN", "COPY"):
         yield Right(command=command, keys=(payloads,), without=NO_COPIES)
-    for command in ("EVAL", "COPY", "PEXPIRE", "GETRANGE", "MGET", "EXISTS", "WATCH", "PERSIST", "UNLINK"):
+    for command in ("EVAL", "COPY", "PEXPIRE", "GETRANGE", "EXISTS", "WATCH", "PERSIST"):
         yield Right(command=command, keys=(copies,), without=NO_COPIES)
+    yield Right(command="MGET", keys=(copies,), when="it loads an expert with a tail", without=NO_COPIES)
+    yield Right(
+        command="UNLINK", keys=(copies,), when="it writes weights in place of a tail", without=NO_COPIES
+    )
 
 
 def _heartbeats(keys: Keys) -> Iterator[Right]:
@@ -201,7 +205,7 @@ def _operator(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
         *_on(keys.meta, may="HGET"),
         *_on(keys.meta, keys.decided, keys.vectors, may="HGETALL, HSET"),
         *_on(keys.tail, may="HGETALL, UNLINK"),
-        *_on(keys.tail_part(ANY, ANY), may="MGET, EXISTS, UNLINK"),
+        *_on(keys.tail_part(ANY, ANY), may="MGET, UNLINK"),
         *_on(keys.log, keys.dead, may="XRANGE, XADD"),
         *_on(keys.packed, may="SET"),
         *_on(keys.server_state, may="GET"),
@@ -224,6 +228,7 @@ def _operator(all_keys: Keys, expert: str, worker: str) -> tuple[Right, ...]:
         ),
         *_on(keys.meta, may="EVAL", when=changes),
         *_on(keys.tail, may="WATCH", when=changes),
+        *_on(keys.tail_part(ANY, ANY), may="EXISTS", when=changes),
         *_on(
             keys.tail,
             keys.decided,

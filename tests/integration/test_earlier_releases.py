@@ -57,10 +57,13 @@ def test_the_digests_that_the_aggregators_know(expert: Expert, connection: Conne
     assert change.how.how == "applied"
 
 
-def test_no_tail_while_a_worker_of_an_earlier_release_is_there(
+def test_no_copies_while_a_worker_of_an_earlier_release_is_there(
     connection: Connection, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """An upgraded aggregator serves old workers without a tail; it begins one after the last of them is upgraded."""
+    """An upgraded aggregator serves old workers without a tail; it begins one after the last of them is upgraded.
+
+    The workers of the release before know tails, but not that their parts are copies.
+    """
     expert, now = make_expert(connection, spec=small_spec(wire_format="int4")), 100.0
     settings = AggregatorSettings(lease_s=4.0, burst=True)
     server = ExpertServer(connection, "sql_expert", settings, holder="h", clock=lambda: now)
@@ -74,17 +77,17 @@ def test_no_tail_while_a_worker_of_an_earlier_release_is_there(
         alice.pull()
         return alice.store.meta().requires
 
-    old.beat(Beat(run="1-00000000", knows=f"{features.HOLD} {features.ROLLBACK}"), ttl_s=60)
+    old.beat(Beat(run="1-00000000", knows=f"{features.HOLD} {features.TAIL}"), ttl_s=60)
     assert requires() == ""
     assert not connection.client.exists(expert.store.keys.tail)
     old.leave()
     new.beat(Beat(run="1-00000000", knows=features.features_text()), ttl_s=60)
     assert requires() == ""
     now += 5.0
-    assert requires() == features.TAIL
+    assert requires() == f"{features.COPIES} {features.TAIL}"
     old.beat(Beat(run="1-00000000"), ttl_s=60)
     now += 5.0
-    assert requires() == features.TAIL
+    assert requires() == f"{features.COPIES} {features.TAIL}"
     told = [message for message in caplog.messages if "earlier release" in message]
     assert told == [
         "sql_expert: each commit writes the weights until workers of an earlier release are upgraded: old"

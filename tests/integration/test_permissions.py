@@ -190,6 +190,7 @@ def commit_and_pull(guarded: Guarded, wire_format: str) -> None:
     assert serve(expert) == ["applied"]
     worker.pull()
     worker.store.pull_exact(spec)
+    expert.load()
     expert.store.condition()
     worker.ledger.vector, worker.ledger.has_told = WITHHELD, False
     worker.train(0.1)

@@ -15,6 +15,7 @@ from consumers.aggregator import ExpertServer
 from consumers.compaction import compact
 from consumers.expert import Expert
 from fedmoe.errors import ProtocolError, StaleStateError
+from fedmoe.protocol.beat import Beat
 from fedmoe.protocol.features import COPIES, TAIL
 from fedmoe.protocol.records import Meta
 from fedmoe.protocol.tail import Copy
@@ -26,6 +27,7 @@ from fedmoe.store.embedded import EmbeddedRedis
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore
 from fedmoe.store.remove import remove_expert
+from fedmoe.store.worker import WorkerStore
 from tests.errors import raises
 from tests.federation import ScriptedWorker, serve
 from tests.integration.test_tail import (
@@ -70,6 +72,22 @@ def test_a_hash_of_the_release_before_is_read_and_grows(connection: Connection, 
     compact(expert)
     assert copies_of(expert) == []
     assert not connection.client.exists(keys.tail)
+
+
+def test_a_worker_of_the_release_before_keeps_it_without_copies(connection: Connection) -> None:
+    """It reads a tail in the hash, and could not read copies: the aggregator writes the weights instead."""
+    kept_state(connection, "expert-before-copies")
+    old = WorkerStore(connection, NAME, "old")
+    old.beat(Beat(run="1-00000000", knows=TAIL), ttl_s=60)
+    settings = AggregatorSettings(block_ms=1, burst=True)
+    server = ExpertServer(connection, NAME, settings, holder="one", clock=lambda: 1.0)
+    server.turn(threading.Event())
+    assert server.retained is not None
+    assert not meta_of(server.retained).tail
+    ScriptedWorker(connection, server.retained.spec).push(0.1)
+    server.turn(threading.Event())
+    meta = meta_of(server.retained)
+    assert (meta.version, bool(meta.tail), meta.requires) == (4, False, "")
 
 
 def test_what_is_not_applied_leaves_no_copy(connection: Connection, tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def _short_strings(monkeypatch: pytest.MonkeyPatch) -> None:
 def parts_in(connection: Connection) -> list[str]:
     """All parts in Redis."""
     found = [key.decode() for key in connection.client.scan_iter("fedmoe:{*}:*:*:*")]
-    return sorted(key for key in found if ":payload:" not in key)
+    return sorted(key for key in found if ":payload:" not in key and ":tail:" not in key)
 
 
 def check_parts(expert: Expert) -> None:

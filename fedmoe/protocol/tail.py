@@ -83,7 +83,7 @@ class Copy:
         count: number of the parts.
 
     Attributes:
-        is_whole: all parts were copied.
+        n_made: how many parts are known to be copied.
         refused: why Redis copies nothing for this aggregator; None if it does.
         n_bytes: of the parts.
     """
@@ -91,7 +91,7 @@ class Copy:
     def __init__(self, token: str, count: int) -> None:
         self.token = token
         self.count = count
-        self.is_whole = False
+        self.n_made = 0
         self.refused: Exception | None = None
         self.n_bytes = 0
         self._digest = xxhash.xxh3_128()
@@ -104,6 +104,11 @@ class Copy:
             yield part
 
     @property
+    def is_whole(self) -> bool:
+        """True if all parts were copied."""
+        return self.n_made == self.count
+
+    @property
     def digest(self) -> str:
         """The quick digest of the parts."""
         return self._digest.hexdigest()
@@ -111,6 +116,10 @@ class Copy:
     def keys(self, keys: ExpertKeys) -> list[str]:
         """The keys of the copied parts."""
         return [keys.tail_part(self.token, index) for index in range(self.count)]
+
+    def left_over(self, keys: ExpertKeys) -> list[str]:
+        """The keys to remove if the copy is not needed; none if Redis refused the first part, and maybe this too."""
+        return [] if self.refused and not self.n_made else self.keys(keys)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -81,4 +81,6 @@ class Commit:
         self.tail = growth.fields
         self.begins_tail = bool(self.tail) and not (self.before and self.before.tail)
         self.copies = [key for copy in growth.kept for key in copy.keys(keys)]
-        self.unlink += [key for copy in growth.made if copy not in growth.kept for key in copy.keys(keys)]
+        self.unlink += [
+            key for copy in growth.made if copy not in growth.kept for key in copy.left_over(keys)
+        ]

@@ -158,7 +158,7 @@ class ExpertLifecycle:
         with self.connection.errors():
             snapshot = NewWeights(self._redis, keys, meta.parts, weights, None)
             with self._redis.pipeline(transaction=True) as pipe:
-                pipe.watch(*parts)
+                pipe.watch(*parts, *snapshot.parts)
                 snapshot.check(pipe, self.name)
                 if pipe.exists(*parts) and not (though_removed and pipe.hget(keys.meta, "removed")):
                     return False
@@ -213,7 +213,7 @@ class ExpertLifecycle:
         packed = pack_file(weights, spec, meta.weights_commit)
         with self.connection.errors(), self._redis.pipeline(transaction=True) as pipe:
             snapshot = NewWeights(self._redis, keys, meta.parts, weights, server_state, though_full=True)
-            if (wrong := self._watch(pipe, on)) is None:
+            if (wrong := self._watch(pipe, on, *snapshot.parts)) is None:
                 return False
             snapshot.check(pipe, self.name)
             snapshot.replaced = list(stray_parts(self._redis, keys, but=meta.parts))
@@ -249,17 +249,17 @@ class ExpertLifecycle:
             try:
                 return execute(pipe) is not None
             except redis.RedisError as error:
-                if not is_full(error) or self._watch(pipe, on) is None:
+                if not is_full(error) or self._watch(pipe, on, *snapshot.parts) is None:
                     raise
             snapshot.check(pipe, self.name)
             queued = self._redis.pipeline(transaction=True)
             queue(queued)
             return transact(pipe, keys.meta, on, [words for words, _ in queued.command_stack])
 
-    def _watch(self, pipe: Any, on: str) -> list[str] | None:
-        """WATCH the keys to replace; None unless the commit is `on`, else the log and dead keys of the wrong type."""
+    def _watch(self, pipe: Any, on: str, *more: str) -> list[str] | None:
+        """WATCH keys, with those to replace; None unless the commit is `on`, else wrong types of log and dead keys."""
         keys = self.keys
-        pipe.watch(keys.meta, keys.log, keys.dead)
+        pipe.watch(keys.meta, keys.log, keys.dead, *more)
         present = pipe.hget(keys.meta, "commit") if pipe.type(keys.meta) == b"hash" else None
         if (present.decode(errors="backslashreplace") if present else "") != on:
             return None

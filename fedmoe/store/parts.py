@@ -139,7 +139,7 @@ class NewWeights:
 
     Attributes:
         strings: what the transaction writes: key -> file, or its header if the values lie in parts.
-        parts: keys that the transaction makes permanent.
+        parts: keys that the transaction makes permanent. It watches them, so that it fails if one expires.
         replaced: keys of the parts that it removes.
     """
 
@@ -192,11 +192,8 @@ class NewWeights:
             self._remove()
 
     def check(self, pipe: Any, expert: str) -> None:
-        """WATCH the parts, so that the transaction fails if one expires; raises StaleStateError if one has expired."""
-        if not self.parts:
-            return
-        pipe.watch(*self.parts)
-        if pipe.exists(*self.parts) != len(self.parts):
+        """Raise StaleStateError if one of the parts, which `pipe` watches by now, has expired."""
+        if self.parts and pipe.exists(*self.parts) != len(self.parts):
             raise StaleStateError(
                 f"{expert}: what this commit had written or copied expired before it", about="parts"
             )

@@ -19,6 +19,7 @@ from fedmoe.store.tls import tls_problem
 _UNKNOWN_COMMAND = re.compile(r"unknown (?:sub)?command [`'\"]?(\w+)|Unknown Redis command")
 _REFUSED_COMMAND = re.compile(r"permissions to run the '([^']+)' command")
 _IN_SCRIPT = re.compile("user executing the script can't|ACL failure in script")
+_NOT_ALLOWED = re.compile(f"NOPERM|{_IN_SCRIPT.pattern}")
 _TOO_LONG = re.compile(r"exceeds maximum allowed size|max request size exceeded")
 MAX_SHOWN_CHARS = 160
 AT_ONCE = (
@@ -36,7 +37,7 @@ def is_refusal(reply: object) -> bool:
 def is_not_allowed(reply: object) -> bool:
     """True if this user may not run the command, or one in its script; the refusal of an EXEC quotes NOPERM."""
     return isinstance(reply, exceptions.NoPermissionError) or (
-        isinstance(reply, redis.ResponseError) and ("NOPERM" in str(reply) or _IN_SCRIPT.search(str(reply)))
+        isinstance(reply, redis.ResponseError) and bool(_NOT_ALLOWED.search(str(reply)))
     )
 
 

@@ -72,14 +72,11 @@ class Submissions(ExpertLifecycle):
         Call no other method before the generator is closed: the replies with the next parts are in flight.
         """
         names = [self.keys.part(worker, run, seq, index) for index in range(len(parts))]
-        first = 0
         with self.connection.errors():
             if copy is not None:
                 with closing(self._copied(names, parts, copy)) as copied:
-                    for part in copied:
-                        first += 1
-                        yield part
-                copy.is_whole = first == len(parts)
+                    yield from copied
+            first = copy.n_made if copy else 0
             commands = [
                 ("GETRANGE", names[index], 0, parts[index].length) for index in range(first, len(parts))
             ]
@@ -99,6 +96,7 @@ class Submissions(ExpertLifecycle):
             for reply in replies:
                 if not is_copied(reply, copy):
                     return
+                copy.n_made += 1
                 yield _absent_if_wrong_type(next(replies))
 
     def payload_keys(self, worker: str, run: str, seq: int, n_parts: int) -> list[str]:

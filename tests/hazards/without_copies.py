@@ -23,7 +23,7 @@ class CopiesAtTheCommit(ExpertStore):
     ) -> Generator[bytes, None, None]:
         yield from super().parts(worker, run, seq, parts)
         if copy is not None:
-            copy.is_whole = True
+            copy.n_made = copy.count
             self._late = [
                 (self.keys.part(worker, run, seq, i), key) for i, key in enumerate(copy.keys(self.keys))
             ]

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from consumers.expert import Expert
 from fedmoe.errors import ProtocolError, StaleStateError
 from fedmoe.protocol.beat import Beat
 from fedmoe.protocol.features import COPIES, TAIL
+from fedmoe.protocol.keys import Keys
 from fedmoe.protocol.records import Meta
 from fedmoe.protocol.tail import Copy
 from fedmoe.settings import AggregatorSettings, RedisSettings
@@ -26,6 +27,7 @@ from fedmoe.store.copies import Copies, is_copied
 from fedmoe.store.embedded import EmbeddedRedis
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore
+from fedmoe.store.permissions import AGGREGATOR, NO_COPIES, acl_rules
 from fedmoe.store.remove import remove_expert
 from fedmoe.store.worker import WorkerStore
 from tests.errors import raises
@@ -241,38 +243,44 @@ def test_an_earlier_release_refuses(
     expert.load()
 
 
+@pytest.mark.parametrize("lacks", ["keys", "command"])
 def test_a_user_who_may_not_copy_goes_on_and_is_told_once(
+    server: EmbeddedRedis,
     connection: Connection,
-    connect: Callable[[], Connection],
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
+    lacks: str,
 ) -> None:
-    """An aggregator enrolled by an earlier release writes the weights in each commit, until it has the right."""
-    expert = begin(connection, tmp_path)
-    worker, now, client = ScriptedWorker(connection, expert.spec), 100.0, connection.client
+    """An aggregator enrolled by an earlier release writes the weights in each commit, until it has the rights."""
+    expert, client = begin(connection, tmp_path), connection.client
+    worker, now, rights = ScriptedWorker(connection, expert.spec), 100.0, AGGREGATOR.rights(Keys(), "*", "")
+    known = [right for right in rights if right.without != NO_COPIES]
+    earlier = acl_rules(tuple(known)) if lacks == "keys" else [*acl_rules(rights), "-copy"]
+    of_user = Connection(RedisSettings(url=f"unix://one:pw@{server.socket}"))
     settings = AggregatorSettings(lease_s=4.0, burst=True)
-    server = ExpertServer(connect(), NAME, settings, holder="h", clock=lambda: now)
+    serving = ExpertServer(of_user, NAME, settings, holder="h", clock=lambda: now)
 
-    def trained() -> bool:
+    def trained(rules: Sequence[str]) -> bool:
         nonlocal now
+        client.execute_command("ACL", "SETUSER", "one", "reset", "on", ">pw", *rules)
         now += 5.0
         worker.push(0.1)
-        server.turn(threading.Event())
+        serving.turn(threading.Event())
         worker.pull()
-        server.turn(threading.Event())
+        serving.turn(threading.Event())
         return bool(meta_of(expert).tail)
 
-    client.execute_command("ACL", "SETUSER", "default", "-copy")
     try:
-        assert [trained(), trained()] == [False, False]
+        assert [trained(earlier), trained(earlier)] == [False, False]
         assert copies_of(expert) == []
+        told = [message for message in caplog.messages if "may not copy" in message]
+        assert len(told) == 1
+        assert "fedmoe operator refresh" in told[0]
+        assert trained(acl_rules(rights))
+        assert meta_of(expert).applied == 3
     finally:
-        client.execute_command("ACL", "SETUSER", "default", "+copy")
-    told = [message for message in caplog.messages if "may not copy" in message]
-    assert len(told) == 1
-    assert "fedmoe operator refresh" in told[0]
-    assert trained()
-    assert meta_of(expert).applied == 3
+        of_user.close()
+        client.execute_command("ACL", "DELUSER", "one")
 
 
 def test_a_full_redis_commits_and_then_compacts(server: EmbeddedRedis, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def copied(growth: Growth, parts: Sequence[bytes], name: str = "t") -> Copy:
     copy = growth.copy(name, len(parts))
     assert copy is not None
     assert list(copy.reading(parts)) == parts
-    copy.is_whole = True
+    copy.n_made = copy.count
     return copy
 
 

@@ -35,7 +35,7 @@ from fedmoe.store.connection import Command, Connection, RedisSettings
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.rollback import roll_back
 from fedmoe.store.worker import WorkerStore
-from tests.protocol.client import Client, Port
+from tests.protocol.client import Client, Port, streamed
 from tests.protocol.world import FOR_PEOPLE, KEYS, NAME, Db, Reply, Request, Suspended
 
 NEW_LR = 0.5  # what the operator sets; then an update weighs half
@@ -107,8 +107,11 @@ class ModelConnection(Connection):
         return self.client.port.generation if self._counts else 0
 
     def stream(self, commands: Sequence[Command], *, ahead: int = 4) -> Generator[Any, None, None]:
-        """As one request."""
-        yield from self.client.port.ask(Request(tuple(commands)))
+        """As one request; but whatever happens may happen between a copy of a part and its use."""
+        asked = [streamed(command) for command in commands]
+        each = [Request((one,)) for one in asked]
+        for request in each if any(one.copies for one in each) else [Request(tuple(asked))][: len(asked)]:
+            yield from self.client.port.ask(request)
 
 
 class TurnOver(BaseException):
@@ -146,6 +149,7 @@ class Rules:
     expert_store: type[ExpertStore] = ExpertStore
     worker_store: type[WorkerStore] = WorkerStore
     patches: tuple[tuple[Any, str, Any], ...] = ()
+    throughout: tuple[tuple[Any, str, Any], ...] = ()  # for the checks, too
     commit_ids: Callable[[Expert], str] | None = None
     watches: bool = True
     group_start: str = "0"
@@ -179,6 +183,11 @@ class Served(NamedTuple):
 
 class Unexpected(BaseException):
     """The code met an exception that it has no sentence for."""
+
+
+def told_damage(problem: str) -> str:
+    """What people are told of damage to an expert, or nothing: where it is damaged, the checks find that before."""
+    return problem if " in Redis is damaged: " in problem else ""
 
 
 def raise_unexpected(*_: object) -> None:
@@ -226,7 +235,8 @@ class Aggregator:
             clock=lambda: 0.0 if choice == 0 else 99.0,
         )
         store = server.store = rules.expert_store(connection, NAME)
-        server.problems.report = lambda problem: None  # for people; nobody decides by it
+        told: list[str] = []
+        server.problems.report = told.append  # for people; nobody decides by it
         store.mend = lambda: False  # ids are the model's own
         server.is_serving = memory.loaded
         server.recovery.claimed_at = -99.0 if memory.claimed else None
@@ -258,6 +268,8 @@ class Aggregator:
             except Suspended as suspended:
                 suspended.remembers, suspended.counts = server.retained is not None, server.is_serving
                 raise
+        if wrong := "; ".join(filter(told_damage, told)):
+            return Served(failure=f"{self.name} finds damage where none is: {wrong}")
         expert = server.retained
         remembered = Served(history=tuple(history.lines.items()), attempted=history.attempted)
         if expert is None:

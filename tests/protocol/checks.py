@@ -1,6 +1,6 @@
 """What must hold in every database: each update once in one history, and weights and server state are its replay."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from fedmoe.store.parts import part_keys
 from tests.protocol.actors import NEW_LR, Values, first_file
 from tests.protocol.world import KEYS, OVERWRITTEN, ROLLBACK, TWO_CONTENTS, Db
 
+_OF_PARTS = (f"{KEYS.weights}:", f"{KEYS.server_state}:", f"{KEYS.tail}:")
 LINEAGES = ("L", "M")  # the one of the beginning, and the one that an operator begins
 
 
@@ -38,9 +39,14 @@ def exact_of(db: Db, spec: Spec) -> Exact:
     decided, tail = (
         {k.encode(): _raw(v) for k, v in db.hash(key).items()} for key in (KEYS.decided, KEYS.tail)
     )
+    strings = dict(db.strings)
+
+    def copies(token: str, count: int) -> Iterator[bytes | None]:
+        return (strings.get(KEYS.tail_part(token, index)) for index in range(count))
+
     condition, exact = complete(
         db.string(KEYS.spec), {k.encode(): _raw(v) for k, v in db.hash(KEYS.meta).items()}, decided,
-        weights=db.file(KEYS.weights), server_state=db.file(KEYS.server_state), tail=tail,
+        weights=db.file(KEYS.weights), server_state=db.file(KEYS.server_state), tail=tail, copies=copies,
     )  # fmt: skip
     if exact is None:
         raise SpecError(condition.damage, about="damage")
@@ -114,9 +120,9 @@ def check_db(db: Db, spec: Spec, *, refuses_nothing: bool) -> str:
 
 
 def _check_parts(db: Db) -> str:
-    """What is wrong with the parts of the weights, or nothing: those in use stay, and no others do."""
-    named = set(part_keys(KEYS, db.parts))
-    there = {key for key, _ in db.strings if key.startswith((f"{KEYS.weights}:", f"{KEYS.server_state}:"))}
+    """What is wrong with the parts of weights and tail, or nothing: those in use stay, and no others do."""
+    named = {*part_keys(KEYS, db.parts), *db.copies}
+    there = {key for key, _ in db.strings if key.startswith(_OF_PARTS)}
     if short := sorted(named & db.volatile):
         return f"{short[0]} is in use and expires"
     if stray := sorted(there - named - db.volatile):

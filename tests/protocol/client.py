@@ -9,10 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import redis
+from fedmoe.store.copies import COPY
 
 from tests.protocol.world import KEYS, NO_GROUP, Command, Pairs, Reply, Request, Suspended
-
-_PARTS = (f"{KEYS.weights}:", f"{KEYS.server_state}:")
 
 
 class Port:
@@ -50,6 +49,15 @@ def _entries(found: Any) -> list[tuple[bytes, dict[bytes, bytes]]]:
     return [(entry_id.encode(), _hash(fields)) for entry_id, fields in found]
 
 
+def streamed(command: Sequence[Any]) -> Command:
+    """A command of a stream of commands, as the model's Redis has it."""
+    if command[0] != "EVAL":
+        return tuple(command)
+    _, script, _, source, name, length, _ = command
+    assert script == COPY
+    return ("COPY", source, name, length)
+
+
 def _pairs(mapping: Mapping[str, Any]) -> Pairs:
     return tuple(
         sorted((key, value if isinstance(value, bytes) else str(value)) for key, value in mapping.items())
@@ -84,6 +92,9 @@ class Client:
 
     def exists(self, *keys: str) -> int:
         return self._one("EXISTS", *keys)
+
+    def mget(self, keys: Sequence[str]) -> Sequence[bytes | None]:
+        return self._one("MGET", *keys)
 
     def strlen(self, key: str) -> int:
         return self._one("STRLEN", key)
@@ -142,8 +153,7 @@ class Pipeline:
         self._immediate = True
         self._watching = self._client.watches
         if self._watching:
-            self._parts += tuple(key for key in keys if key.startswith(_PARTS))
-            self._client._one("WATCH", *keys, watched=True)
+            self._parts += tuple(self._client._one("WATCH", *keys, watched=True))
 
     def eval(self, script: str, n_keys: int, meta: str, *others: str) -> Any:
         """The script that looks at the head, at types, which never change here, and at lengths, which are small."""
@@ -189,8 +199,8 @@ class Pipeline:
             return
         self._add("SET", key, str(value).encode() if isinstance(value, str | int) else bytes(value))
 
-    def unlink(self, *keys: str) -> None:
-        self._add("UNLINK", *keys)
+    def unlink(self, *keys: str | bytes) -> None:
+        self._add("UNLINK", *(key.decode() if isinstance(key, bytes) else key for key in keys))
 
     def hget(self, key: str, field: str) -> Any:
         if self._immediate:
@@ -205,9 +215,10 @@ class Pipeline:
     def hlen(self, key: str) -> None:
         self._add("HLEN", key)
 
-    def mget(self, keys: Sequence[str]) -> Any:
-        assert self._immediate
-        return self._client._one("MGET", *keys, watched=self._watching)
+    def mget(self, *keys: Any) -> Any:
+        if self._immediate:
+            return self._client._one("MGET", *keys[0], watched=self._watching)
+        return self._add("MGET", *keys)
 
     def type(self, key: str) -> Any:
         """Types never change here."""
@@ -215,8 +226,10 @@ class Pipeline:
             return b"hash" if key == KEYS.meta else b"stream"
         return self._add("TYPE", key)
 
-    def hgetall(self, key: str) -> None:
-        self._add("HGETALL", key, parse=_hash)
+    def hgetall(self, key: str) -> Any:
+        if self._immediate:
+            return _hash(self._client._one("HGETALL", key, watched=self._watching))
+        return self._add("HGETALL", key, parse=_hash)
 
     def hmget(self, key: str, fields: Sequence[str]) -> None:
         self._add("HMGET", key, *fields, parse=lambda values: [_bytes(value) for value in values])

@@ -28,6 +28,8 @@ from tests.protocol.state import (
 from tests.protocol.steps import Steps, with_slot, without
 from tests.protocol.world import KEYS, OVERWRITTEN, Db, Request
 
+_NO_PART = (":incarnation", ":header")  # of an update
+
 
 class Model(Steps):
     """All states of a scope under some rules."""
@@ -106,7 +108,7 @@ class Model(Steps):
             return
         request: Request = self._requests.values[number]
         is_read = request.commands[0][0] == "XREADGROUP"
-        writes = request.is_exec or request.rings or is_read
+        writes = request.is_exec or request.rings or request.copies or is_read
         if writes and (spent := self.spend(state, "lost")):
             yield self.step(spent, i, choice, "lost")
         if writes and not is_read and slot.connection == SOUND and (spent := self.spend(state, "late")):
@@ -140,10 +142,18 @@ class Model(Steps):
             yield Label(what="the lease expires"), self._do(spent, ("UNLINK", KEYS.lease))
         if db.hash(KEYS.claims):
             yield Label(what="all claims are forgotten"), self._do(state, ("UNLINK", KEYS.claims))
-        if spent := self.spend(state, "expire"):
-            for key, _ in db.strings:
-                if ":payload:" in key and not key.endswith(":incarnation"):
-                    yield Label(what=f"{key} expires"), self._do(spent, ("UNLINK", key))
+        for fault, command, what in (
+            ("expire", "UNLINK", "expires"),
+            ("spoil", "SPOIL", "is written over by its worker"),
+        ):
+            if spent := self.spend(state, fault):
+                for key, _ in db.strings:
+                    if ":payload:" in key and not key.endswith(
+                        ":incarnation" if fault == "expire" else _NO_PART
+                    ):
+                        yield Label(what=f"{key} {what}"), self._do(spent, (command, key))
+        if db.string(KEYS.packed) and (spent := self.spend(state, "unpack")):
+            yield Label(what="somebody removes the packed weights"), self._do(spent, ("UNLINK", KEYS.packed))
         if db.volatile and (spent := self.spend(state, "orphans")):
             after = self._dbs(db.without_volatile())
             yield Label(what="what no commit has made permanent expires"), spent._replace(db=after)

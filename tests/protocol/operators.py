@@ -1,7 +1,8 @@
 """Operators as step machines: one who changes the rules or holds the expert, and one who rolls it back."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import fedmoe.store.change
@@ -11,9 +12,20 @@ from fedmoe.protocol.rules import NESTEROV
 from fedmoe.protocol.spec import Spec
 from fedmoe.store.change import hold, release
 from fedmoe.store.rollback import VersionState, parts_written, prepare
-from tests.protocol.actors import NEW_ID, NEW_LR, ModelConnection, Rules
+from tests.protocol.actors import NEW_ID, NEW_LR, ModelConnection, Rules, told_damage
 from tests.protocol.client import Client, Port
 from tests.protocol.world import NAME, Db, Reply, Suspended
+
+WRONG = "operator finds damage where none is"
+
+
+@contextmanager
+def replaced(rules: Rules, module: Any, port: Port) -> Iterator[None]:
+    """Ids of commits from the search, and what the rules replace."""
+    with ExitStack() as all_of_it:
+        for where in (*rules.patches, (module, "new_id", lambda: str(port.ask(NEW_ID)[0]))):
+            all_of_it.enter_context(patch.object(*where))
+        yield
 
 
 class Operator:
@@ -38,16 +50,16 @@ class Operator:
         return 0
 
     def check(self, memory: str) -> str:
-        """An operator knows nothing that could be wrong."""
-        return ""
+        """Only what it was told: an operator knows nothing that could be wrong."""
+        return memory if memory.startswith(WRONG) else ""
 
     def turn(self, memory: str, replies: Sequence[Reply], choice: int) -> str:
         """`fedmoe expert set`, `hold` or `release`, tried once."""
-        if memory in (self.IDLE, self.DONE):
+        if memory in (self.IDLE, self.DONE) or self.check(memory):
             return memory
         port = Port(replies)
         store = self._rules.expert_store(ModelConnection(Client(port)), NAME)
-        with patch.object(fedmoe.store.change, "new_id", lambda: str(port.ask(NEW_ID)[0])):
+        with replaced(self._rules, fedmoe.store.change, port):
             try:
                 match memory:
                     case self.WANTS:
@@ -57,8 +69,8 @@ class Operator:
                         return self.RELEASES
                     case self.RELEASES:
                         release(store, clock=lambda: 0.0)
-            except FedMoEError:
-                return memory  # and the operator types it again
+            except FedMoEError as error:
+                return _told(error) or memory  # and the operator types it again
         return self.DONE
 
 
@@ -90,8 +102,8 @@ class OperatorGoingBack:
         return 0
 
     def check(self, memory: str | Target) -> str:
-        """An operator knows nothing that could be wrong."""
-        return ""
+        """Only what it was told: an operator knows nothing that could be wrong."""
+        return memory if isinstance(memory, str) and memory.startswith(WRONG) else ""
 
     def turn(self, memory: str | Target, replies: Sequence[Reply], choice: int) -> str | Target:
         """`fedmoe expert rollback`, whose parts are written once for two attempts; then it begins again.
@@ -106,7 +118,7 @@ class OperatorGoingBack:
             version=memory.version, lineage=memory.lineage, weights=memory.weights,
             server_state=memory.server_state, optimizer=NESTEROV if memory.server_state else "",
         )  # fmt: skip
-        with patch.object(fedmoe.store.rollback, "new_id", lambda: str(port.ask(NEW_ID)[0])):
+        with replaced(self._rules, fedmoe.store.rollback, port):
             try:
                 store.condition()
                 rollback = prepare(self._spec, state, by="operator", generation=0)
@@ -122,6 +134,10 @@ class OperatorGoingBack:
                 raise
             except StaleStateError:
                 return self.DONE if port.generation else memory
-            except FedMoEError:
-                pass
+            except FedMoEError as error:
+                return _told(error) or self.DONE
         return self.DONE
+
+
+def _told(error: FedMoEError) -> str:
+    return f"{WRONG}: {error}" if told_damage(str(error)) else ""

@@ -34,9 +34,16 @@ SMALL = {
     "tail, a killed aggregator": Scope(wire_format=TAIL, faults={"kill_aggregator": 1}),
     "tail, failover": Scope(wire_format=TAIL, units=1, lag=2, faults={"failover": 1}),
     "tail, emptied": Scope(wire_format=TAIL, units=1, faults={"empty": 1}),
-    "tail, rolled back": Scope(wire_format=TAIL, units=1, faults={"rollback": 1}),
     "tail, changed rules": Scope(wire_format=TAIL, units=1, faults={"rules": 1}),
     "tail, new lineage": Scope(wire_format=TAIL, units=1, faults={"new_lineage": 1}),
+    "tail, copies expire": Scope(wire_format=TAIL, units=1, faults={"orphans": 1, "lost": 1}),
+    "tail, a worker writes over its part, or removes it": Scope(
+        wire_format=TAIL, units=1, faults={"spoil": 2, "expire": 1}
+    ),
+    "tail, without packed weights": Scope(wire_format=TAIL, units=1, faults={"unpack": 1}),
+    "tail, two aggregators, one paused past the lease": Scope(
+        wire_format=TAIL, aggregators=2, units=1, paused=True
+    ),
     "tail, momentum": Scope(wire_format=TAIL, units=3, momentum=0.5),
     "tail, momentum, rolled back": Scope(wire_format=TAIL, units=1, momentum=0.5, faults={"rollback": 1}),
     "parts": Scope(parts=True),
@@ -84,7 +91,8 @@ BIG = {
     "tail, two aggregators": Scope(wire_format=TAIL, aggregators=2, units=1, faults={"lease": 1}),
     "tail, changed rules": Scope(wire_format=TAIL, faults={"rules": 1}),
     "tail, emptied": Scope(wire_format=TAIL, faults={"empty": 1}),
-    "tail, rolled back": Scope(wire_format=TAIL, faults={"rollback": 1}),
+    "tail, rolled back": Scope(wire_format=TAIL, units=1, faults={"rollback": 1}),
+    "tail, two updates, rolled back": Scope(wire_format=TAIL, faults={"rollback": 1}),
     "tail, momentum, rolled back": Scope(wire_format=TAIL, momentum=0.5, faults={"rollback": 1}),
     "tail, two workers of two updates": Scope(wire_format=TAIL, workers=2),
     "tail, two aggregators, two updates": Scope(wire_format=TAIL, aggregators=2, faults={"lease": 1}),

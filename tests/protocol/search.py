@@ -7,7 +7,7 @@ lost. The first state that breaks this is a shortest one, and its trace is told.
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from unittest.mock import patch
 
@@ -48,7 +48,10 @@ def search(
     Raises:
         ViolationError: with a shortest trace to a state that should not be.
     """
-    with strings_of_one_value() if scope.parts else nullcontext():
+    with ExitStack() as replaced:
+        replaced.enter_context(strings_of_one_value() if scope.parts else nullcontext())
+        for where in rules.throughout if rules else ():
+            replaced.enter_context(patch.object(*where))
         return _search(Model(scope, rules), limit, report)
 
 

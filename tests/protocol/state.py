@@ -9,7 +9,7 @@ from tests.protocol.world import Reply
 
 FAULTS = (
     "lost", "late", "kill_worker", "kill_aggregator", "lease", "failover", "expire", "trim", "forge", "leave",
-    "new_lineage", "empty", "rules", "hold", "rollback", "orphans",
+    "new_lineage", "empty", "rules", "hold", "rollback", "orphans", "spoil", "unpack",
 )  # fmt: skip
 SOUND, BROKEN = 0, 1  # a connection
 FREE, CLEAN, DIRTY = 0, 1, 2  # a WATCH

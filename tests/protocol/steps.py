@@ -26,6 +26,7 @@ from tests.protocol.state import (
 from tests.protocol.worker import Worker
 from tests.protocol.world import KEYS, Reply, Request, Suspended, execute
 
+OF_COPIES = f"{KEYS.tail}:"
 OPERATED = {"rules": ("rules", "hold"), "rollback": ("rollback",)}  # operator -> the faults that need one
 
 
@@ -120,7 +121,8 @@ class Steps:
         if not waits:
             return Label(i), self._done(state, i, number, slot.connection)
         request: Request = self._requests.values[number]
-        connection, watch = slot.connection, slot.watch if request.watched else FREE
+        keeps_watch = request.watched or request.commands[0][0] == "SCAN"  # which another connection asks
+        connection, watch = slot.connection, slot.watch if keeps_watch else FREE
         is_exec = request.watched and self._is_exec(number)
         if watch and connection == BROKEN:
             reply, watch = Reply(error="watch"), FREE
@@ -136,7 +138,8 @@ class Steps:
             connection = BROKEN if fault == "lost" else SOUND
             reply = Reply((), "lost", reconnected) if fault == "lost" else Reply(values, "", reconnected)
             if request.watched:
-                watch = FREE if is_exec else CLEAN if request.commands[0][0] == "WATCH" else watch
+                begins = request.commands[0][0] == "WATCH" and watch != DIRTY
+                watch = FREE if is_exec else CLEAN if begins else watch
         return Label(i, number, reply, fault), self._settle(state, i, slot, reply, connection, watch)
 
     def _lacks_parts(self, db: int, request: int) -> bool:
@@ -207,8 +210,20 @@ class Steps:
                 and not self._may_vanish(state)
             ):
                 reply = Reply((False,))
+            elif connection == SOUND and self._is_unseen(state, request):
+                reply = Reply(self._execute(state.db, number)[1])
             else:
                 return with_slot(state, i, slot)
+
+    def _is_unseen(self, state: State, request: Request) -> bool:
+        """True if a request reads what nobody changes, but with a commit that ends in failure what the reader does."""
+        name, key, *_ = request.commands[0]
+        if not request.watched and (name, key[: len(OF_COPIES)]) != ("GETRANGE", OF_COPIES):
+            return False
+        if request.commands == (("HGETALL", KEYS.tail),):
+            return True
+        may_expire = state.budget[FAULTS.index("orphans")] or state.budget[FAULTS.index("failover")]
+        return key.startswith(OF_COPIES) and not (may_expire or state.replica >= 0 or self._may_vanish(state))
 
     def _answered(self, replies: int, reply: Reply) -> int:
         key = replies, self._single_replies(reply)

@@ -39,6 +39,7 @@ from tests.protocol.actors import (
     Unexpected,
     Values,
     raise_unexpected,
+    told_damage,
 )
 from tests.protocol.client import Client, Port
 from tests.protocol.world import NAME, Db, Reply
@@ -265,8 +266,8 @@ class Worker:
                 memory = memory._replace(incarnation=store.next_incarnation())
             try:
                 memory = self._start(memory, store)
-            except UnknownExpertError:
-                return memory  # and it tries again
+            except UnknownExpertError as error:
+                return memory._replace(failure=told_damage(str(error)))  # and it tries again
             assert memory.books
             ledger = memory.books.open(self._rules.keep_decided_s)
             trainer = _Trainer(torch.tensor(memory.local), memory.position)
@@ -302,7 +303,7 @@ class Worker:
             unsaved=(_values(sync.unsaved.local), sync.unsaved.position) if sync.unsaved else None,
             disk=disk.saved if disk else None,
             told=memory.told | told | exchange.dropped,
-            failure=failure or str(sync.failure or ""),
+            failure=failure or str(sync.failure or "") or told_damage(sync.status.problem),
         )
         if exchange.new_lineage:
             died = frozenset(range(trainer.position))
@@ -357,7 +358,7 @@ class Worker:
     def check(self, memory: Working) -> str:
         """What is wrong with the books, or nothing."""
         if memory.failure:
-            return f"worker {self.name} gave up: {memory.failure}"
+            return f"worker {self.name} gave up, or finds damage where none is: {memory.failure}"
         if memory.books is None:
             return ""
         ledger = memory.books.open(0.0)
@@ -369,9 +370,7 @@ class Worker:
         mine = memory.local[self.offset : self.offset + self.units]
         for unit, value in enumerate(mine):
             once = memory.began <= unit < memory.position and unit not in memory.told
-            once = (
-                once and not memory.books.meta.rolled_back.intervals
-            )  # check_rest tells which may be gone then
+            once &= not memory.books.meta.rolled_back.intervals  # check_rest tells which may be gone then
             if has_momentum:  # it repeats a share of a unit, in all less than the unit
                 is_right = (NEW_LR if once else 0.0) <= value < 2.0
             else:

@@ -15,6 +15,7 @@ from fedmoe.protocol.keys import Keys
 from fedmoe.protocol.layout import stamped
 from fedmoe.protocol.records import NO_DECISIONS
 from fedmoe.protocol.rules import RuleSet
+from fedmoe.protocol.tail import copied_keys
 from fedmoe.protocol.weights_parts import WeightsParts
 from fedmoe.store.parts import part_keys, state_keys, weights_keys
 
@@ -45,6 +46,11 @@ class Request(NamedTuple):
     def is_exec(self) -> bool:
         """True for the EXEC of a commit, or of writing an expert back."""
         return any(c[:2] == ("HSET", KEYS.meta) for c in self.commands)
+
+    @property
+    def copies(self) -> bool:
+        """True for the command that copies a part of an update."""
+        return self.commands[0][0] == "COPY"
 
     @property
     def rings(self) -> bool:
@@ -97,7 +103,7 @@ class Db(NamedTuple):
     refused: tuple[tuple[str, str, int], ...] = ()
     written: tuple[tuple[str, bytes], ...] = ()
     base: tuple[int, bytes, bytes | None] | None = None
-    volatile: frozenset[str] = frozenset()  # parts of weights that will expire
+    volatile: frozenset[str] = frozenset()  # parts of weights, and copied parts of updates, that will expire
     rules_went_back: bool = False
     applied_while_held: bool = False
 
@@ -122,6 +128,11 @@ class Db(NamedTuple):
     def parts(self) -> WeightsParts:
         """The parts that meta names."""
         return WeightsParts.from_json(self.hash(KEYS.meta).get("parts", ""))
+
+    @property
+    def copies(self) -> list[str]:
+        """The keys of the copied parts that the tail names."""
+        return _copies_in(self.hash(KEYS.tail))
 
     def file(self, key: str) -> bytes | None:
         """The weights or the server state: the string, or the header with the parts that are there."""
@@ -194,6 +205,21 @@ class _Server:
         self.strings[key] = value
         return True
 
+    def copy(self, source: str, name: str, length: int) -> int:
+        """The script that copies a part of this length, unless something has the name; the copy expires."""
+        value = self.strings.get(source)
+        if value is None or len(value) != length:
+            return 0
+        is_new = self.strings.setdefault(name, value) is value
+        self.volatile.add(name)
+        return int(is_new)
+
+    def spoil(self, key: str) -> bool:
+        """What a worker does who writes another content over its part; no update was ever to say so."""
+        value = self.strings[key]
+        self.strings[key] = value[:-1] + bytes([value[-1] ^ 1])
+        return True
+
     def persist(self, key: str) -> bool:
         self.volatile.discard(key)
         return key in self.strings
@@ -230,6 +256,7 @@ class _Server:
         self.strings[KEYS.weights] = stamped(weights, "c99")
         self.hashes[KEYS.meta] |= {"lineage": "M", "commit": "c99", "weights_commit": "c99", "version": "0"}
         self.unlink(*part_keys(KEYS, WeightsParts.from_json(self.hashes[KEYS.meta].get("parts", ""))))
+        self.unlink(*_copies_in(self.hashes.get(KEYS.tail, {})))
         self.hashes[KEYS.meta] |= {"decided_stamp": NO_DECISIONS, "tail": "", "parts": "", "requires": ""}
         self.strings.pop(KEYS.packed, None)
         self.hashes.pop(KEYS.tail, None)
@@ -285,8 +312,9 @@ class _Server:
         self.hashes[key][field] = value
         return is_new
 
-    def watch(self, *keys: str) -> bool:
-        return True
+    def watch(self, *keys: str) -> tuple[str, ...]:
+        """Those that will expire: of what was not there, a WATCH does not notice that it is not."""
+        return tuple(key for key in keys if key in self.volatile)
 
     def xadd(self, key: str, fields: Pairs) -> str:
         content = dict(fields)
@@ -356,6 +384,11 @@ class _Server:
             return NO_GROUP
         self.pending &= self.stream.keys()
         return tuple((f"{i}-0", self.stream[i]) for i in sorted(self.pending))
+
+
+def _copies_in(tail: Mapping[str, Any]) -> list[str]:
+    records = {field.encode(): text.encode() for field, text in tail.items() if isinstance(text, str)}
+    return copied_keys(KEYS, records)
 
 
 def _number_of(rules: str) -> int:

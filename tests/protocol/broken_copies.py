@@ -3,8 +3,6 @@
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
-from fedmoe.store.copies import readings
-
 import fedmoe.store.expert
 import fedmoe.store.lifecycle
 import fedmoe.store.worker
@@ -14,6 +12,7 @@ from fedmoe.protocol.keys import ExpertKeys
 from fedmoe.protocol.tail import Copy
 from fedmoe.protocol.update import Part
 from fedmoe.store.commit import Commit
+from fedmoe.store.copies import readings
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.parts import NewWeights, stray_parts
 from tests.protocol.actors import Rules

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import redis
-from fedmoe.store.copies import COPY
 
+from fedmoe.store.copies import COPY
 from tests.protocol.world import KEYS, NO_GROUP, Command, Pairs, Reply, Request, Suspended
 
 

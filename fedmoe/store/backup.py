@@ -194,7 +194,7 @@ class BackupStore:
             with at.errors(), at.client.pipeline(transaction=True) as pipe:
                 # WATCH even if replacing: an EXEC whose reply was lost may run late; it must not overwrite commits made
                 # since.
-                pipe.watch(*keys, *snapshot.parts)
+                pipe.watch(*keys, *snapshot.watched)
                 snapshot.check(pipe, name)
                 there = self._look(name)  # over another connection: a change after the WATCH aborts the EXEC
                 if not replace:

@@ -304,7 +304,7 @@ class ExpertStore(Submissions):
         large = self._large(commit, snapshot)
         found = places(self._redis, large)
         written = (keys.meta, *(getattr(keys, name) for name in _TYPES), *large)
-        pipe.watch(*written, *snapshot.parts)
+        pipe.watch(*written, *snapshot.watched)
         snapshot.check(pipe, self.name)
         head, types, lengths, parts = pipe.eval(_LOOK, len(written), *written)
         if head is None or head != commit.on.encode():

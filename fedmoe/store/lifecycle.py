@@ -158,7 +158,7 @@ class ExpertLifecycle:
         with self.connection.errors():
             snapshot = NewWeights(self._redis, keys, meta.parts, weights, None)
             with self._redis.pipeline(transaction=True) as pipe:
-                pipe.watch(*parts, *snapshot.parts)
+                pipe.watch(*parts, *snapshot.watched)
                 snapshot.check(pipe, self.name)
                 if pipe.exists(*parts) and not (though_removed and pipe.hget(keys.meta, "removed")):
                     return False
@@ -213,7 +213,7 @@ class ExpertLifecycle:
         packed = pack_file(weights, spec, meta.weights_commit)
         with self.connection.errors(), self._redis.pipeline(transaction=True) as pipe:
             snapshot = NewWeights(self._redis, keys, meta.parts, weights, server_state, though_full=True)
-            if (wrong := self._watch(pipe, on, *snapshot.parts)) is None:
+            if (wrong := self._watch(pipe, on, *snapshot.watched)) is None:
                 return False
             snapshot.check(pipe, self.name)
             snapshot.replaced = list(stray_parts(self._redis, keys, but=meta.parts))
@@ -249,7 +249,7 @@ class ExpertLifecycle:
             try:
                 return execute(pipe) is not None
             except redis.RedisError as error:
-                if not is_full(error) or self._watch(pipe, on, *snapshot.parts) is None:
+                if not is_full(error) or self._watch(pipe, on, *snapshot.watched) is None:
                     raise
             snapshot.check(pipe, self.name)
             queued = self._redis.pipeline(transaction=True)

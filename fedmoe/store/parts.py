@@ -191,6 +191,11 @@ class NewWeights:
         if kind is StaleStateError:
             self._remove()
 
+    @property
+    def watched(self) -> list[str]:
+        """The keys to WATCH, so that the transaction fails if one of them expires before it."""
+        return self.parts
+
     def check(self, pipe: Any, expert: str) -> None:
         """Raise StaleStateError if one of the parts, which `pipe` watches by now, has expired."""
         if self.parts and pipe.exists(*self.parts) != len(self.parts):

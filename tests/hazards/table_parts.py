@@ -34,7 +34,7 @@ OF_PARTS = {
         wrong="an aggregator is paused between the parts and the commit: it commits parts that have expired",
         rule="a commit watches its parts, and checks that all of them exist",
         scenario=parts.h29_expired_before_the_commit,
-        without=((NewWeights, "check", lambda *_: None),),
+        without=((NewWeights, "watched", ()),),
         symptom="the expert is damaged: of the 2 parts of its weights",
     ),
     "H29e": Hazard(

@@ -10,10 +10,11 @@ from consumers.gateway.merge import MergeInput
 from consumers.gateway.search import Objective, loaded, search
 from fedmoe.data.bad_rows import BadRows
 from fedmoe.data.jsonl import open_data
-from fedmoe.errors import DataError, SpecError, UnknownExpertError
+from fedmoe.errors import DataError, FedMoEError, SpecError, UnknownExpertError
 from fedmoe.protocol.fit import Fit, FitRows, FittedOn, Weights, weights_text
 from fedmoe.protocol.identity import expert_template
 from fedmoe.protocol.merged import MergedMeta
+from fedmoe.protocol.merged_view import weights_line
 from fedmoe.protocol.names import GATEWAY
 from fedmoe.protocol.records import Meta
 from fedmoe.protocol.spec import Spec
@@ -98,7 +99,11 @@ def fit_gateway(
         fitted_at=round(clock(), 3),
         software=software(),
     )
-    store.write_fit(fit)
+    try:
+        store.write_fit(fit)
+    except FedMoEError:  # the search may have taken hours
+        report(f"found, but not written: loss {found.loss:.4f}, weights {weights_line(fit.by_expert)}")
+        raise
     return fit
 
 

@@ -12,7 +12,7 @@ from consumers.gateway.builder import GatewayBuilder
 from consumers.gateway.fit import fit_gateway
 from consumers.gateway.inputs import as_input, read_inputs
 from consumers.gateway.merge import merge
-from fedmoe.errors import BaseModelError, DataError, SpecError, UnknownExpertError
+from fedmoe.errors import BaseModelError, DataError, FedMoEError, SpecError, UnknownExpertError
 from fedmoe.protocol.fit import Fit, weights_text
 from fedmoe.protocol.layout import values_of
 from fedmoe.settings import FitSettings, GatewaySettings
@@ -115,6 +115,23 @@ def test_a_fit_is_written_and_built_by(connection: Connection, tiny_model_dir: P
     assert Inspector(connection).federation().merged.fit is None
     done = fedmoe_here(*wanted, "--json")
     assert json.loads(done.stdout)["rows"] == {"pooled": 6}
+
+
+def test_what_was_found_is_said_if_it_cannot_be_written(
+    connection: Connection, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    """A search may take hours, and at its end Redis may be a replica, lack a right, or be away."""
+    make_federation(connection, tiny_model_dir)
+    rows = write_rows(tmp_path / "pooled.jsonl", "red red")
+    said: list[str] = []
+    connection.client.config_set("min-replicas-to-write", 1)
+    try:
+        with pytest.raises(FedMoEError):
+            fit(connection, str(rows), max_passes=1, said=said)
+    finally:
+        connection.client.config_set("min-replicas-to-write", 0)
+    assert said[-1].startswith("found, but not written: loss ")
+    assert "weights blue " in said[-1]
 
 
 def test_every_method_has_its_error(connection: Connection, tiny_model_dir: Path) -> None:

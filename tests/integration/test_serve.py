@@ -324,6 +324,14 @@ def test_a_chat_goes_on_and_changes_its_model(
         Chat(engine, "nobody", said.append)
 
 
+def test_a_line_of_other_bytes_is_no_question(federation: Connection) -> None:
+    """As a pipe with Latin-1 gives it; the template is not blamed, and the chat goes on."""
+    said: list[str] = []
+    Chat(engine_of(federation), "base", said.append).run(["\udcff", "/models"])
+    assert said[0] == "a message is not text in UTF-8: write it again\n"
+    assert said[1].startswith("gateway-v")
+
+
 def test_no_expert_yet_is_one_sentence(connection: Connection) -> None:
     """Before the base model is looked for."""
     with raises(UnknownExpertError, about="experts"):

@@ -302,9 +302,12 @@ class Engine:
             raise RequestError(f"{served.name} has no chat template, so it takes no messages", about="model")
         messages: list[Mapping[str, str]] = list(request.messages)
         try:
+            "".join(message["content"] for message in messages).encode()
             encoded: Any = tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
             )
+        except UnicodeEncodeError as error:  # a line of a terminal or a pipe with other bytes
+            raise RequestError("a message is not text in UTF-8: write it again", about="messages") from error
         except TEMPLATE_ERRORS as error:
             raise RequestError(
                 f"the chat template refuses these messages ({error})", about="messages"

@@ -243,7 +243,7 @@ def test_redis_away_is_one_sentence(connection: Connection, tmp_path: Path) -> N
 
 
 BACKUP_USER = ("+multi", "+exec", "+get", "+hgetall", "+xrange")
-RESTORE_USER = ("+multi", "+exec", "+watch", "+exists", "+hget", "+unlink", "+set", "+hset", "+xadd")
+RESTORE_USER = ("+multi", "+exec", "+watch", "+exists", "+hget", "+unlink", "+set", "+hset", "+xadd", "+scan")
 
 
 def test_the_rights_that_are_documented_are_enough_and_needed(connection: Connection, tmp_path: Path) -> None:

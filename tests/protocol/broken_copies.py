@@ -6,7 +6,6 @@ from typing import Any
 import fedmoe.store.expert
 import fedmoe.store.lifecycle
 import fedmoe.store.worker
-from fedmoe.errors import StaleStateError
 from fedmoe.protocol.growth import Growth
 from fedmoe.protocol.keys import ExpertKeys
 from fedmoe.protocol.tail import Copy
@@ -18,6 +17,7 @@ from fedmoe.store.parts import NewWeights, stray_parts
 from tests.protocol.actors import Rules
 from tests.protocol.broken import Broken
 from tests.protocol.broken_parts import makes_nothing_permanent, removed_after_any_error
+from tests.protocol.client import Pipeline
 from tests.protocol.scopes import TAIL
 from tests.protocol.state import Scope
 from tests.protocol.world import KEYS
@@ -42,7 +42,7 @@ class NamesTheWorkersKeys(ExpertStore):
     ) -> Generator[bytes, None, None]:
         yield from super().parts(worker, run, seq, parts)
         if copy is not None:
-            copy.token, copy.is_whole = f"{worker}:{run}:{seq}", True
+            copy.token, copy.n_made = f"{worker}:{run}:{seq}", copy.count
 
     def commit(self, commit: Commit) -> None:
         commit.unlink = [key for key in commit.unlink if key not in commit.copies]
@@ -62,16 +62,16 @@ def one_token(growth: Growth, _: str, n_parts: int) -> Copy | None:
 _copy = Growth.copy
 
 
-def watches_without_a_look(new: NewWeights, pipe: Any, _: str) -> None:
+def looks_at_nothing(*_: object) -> None:
     """A commit WATCHes its copies, and does not ask whether they are still there."""
-    if new.parts:
-        pipe.watch(*new.parts)
 
 
-def looks_without_a_watch(new: NewWeights, pipe: Any, expert: str) -> None:
+def watches_no_copies(pipe: Pipeline, *keys: str) -> None:
     """A commit asks whether its copies are there, and does not WATCH them."""
-    if new.parts and pipe.exists(*new.parts) != len(new.parts):
-        raise StaleStateError(expert, about="parts")
+    _watch(pipe, *(key for key in keys if not key.startswith(f"{KEYS.tail}:")))
+
+
+_watch = Pipeline.watch
 
 
 def removes_all_copies(new: NewWeights) -> None:
@@ -124,13 +124,13 @@ BROKEN_COPIES = {
     ),
     "H30_no_look_at_what_is_watched": Broken(
         what="copies expire before the commit WATCHes them",
-        rules=Rules(patches=((NewWeights, "check", watches_without_a_look),)),
+        rules=Rules(patches=((NewWeights, "check", looks_at_nothing),)),
         scope=Scope(wire_format=TAIL, units=1, faults={"orphans": 1}),
         symptom="the expert is damaged: its tail lacks part 0",
     ),
     "H30_looked_at_and_not_watched": Broken(
         what="copies expire between the look at them and the commit",
-        rules=Rules(patches=((NewWeights, "check", looks_without_a_watch),)),
+        rules=Rules(patches=((Pipeline, "watch", watches_no_copies),)),
         scope=Scope(wire_format=TAIL, units=1, faults={"orphans": 1}),
         symptom="the expert is damaged: its tail lacks part 0",
     ),

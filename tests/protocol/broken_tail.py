@@ -17,7 +17,6 @@ class WeightsBesideTheCommit(ExpertStore):
         if commit.weights is not None and not commit.packed:
             with self._redis.pipeline(transaction=True) as pipe:
                 pipe.set(self.keys.weights, bytes(commit.weights))
-                pipe.unlink(self.keys.tail)
                 pipe.execute()
         super().commit(commit)
 

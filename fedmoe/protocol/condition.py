@@ -84,7 +84,7 @@ def examine(
     elif parsed is not None and length not in (0, parsed.layout.file_bytes):
         found.append(f"its weights have {length} bytes, but its spec expects {parsed.layout.file_bytes}")
     if root is not None and tail_fields is not None and tail_fields < root.tail.fields:
-        found.append(f"its tail has {tail_fields} fields, but its meta expects {root.tail.fields}")
+        found.append(f"its tail has {tail_fields} records and parts, but its meta expects {root.tail.fields}")
     return Condition(
         commit=meta.get(b"commit", b"").decode(errors="backslashreplace"),
         meta=root,

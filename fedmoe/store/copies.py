@@ -9,6 +9,7 @@ changes, so either it is that moment's, or it is gone, because somebody wrote th
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
+from types import MappingProxyType
 from typing import Any
 
 from fedmoe.protocol.keys import ExpertKeys
@@ -55,13 +56,15 @@ class Copies:
     Args:
         client: a redis client.
         keys: of the expert.
-        there: those that were read already.
+        there: those that were read already, by key.
 
     Attributes:
         is_one_gone: a part was not there.
     """
 
-    def __init__(self, client: Any, keys: ExpertKeys, there: Mapping[str, bytes | None]) -> None:
+    def __init__(
+        self, client: Any, keys: ExpertKeys, there: Mapping[str, bytes | None] = MappingProxyType({})
+    ) -> None:
         self._client, self._keys, self._there = client, keys, there
         self.is_one_gone = False
 
@@ -74,6 +77,14 @@ class Copies:
             for part in known if None not in known else self._client.mget(some):
                 self.is_one_gone |= part is None
                 yield part
+
+    def n_stored(self, tail: Mapping[bytes, bytes] | None) -> int:
+        """How many records and parts of a tail are there; `tail` is the hash as it was read."""
+        names = copied_keys(self._keys, tail)
+        unknown = [name for name in names if self._there.get(name) is None]
+        n_gone = len(unknown) - n_existing(self._client, unknown)
+        self.is_one_gone |= n_gone > 0
+        return len(tail or ()) + len(names) - n_gone
 
 
 def readings(
@@ -98,11 +109,6 @@ def readings(
         if not copies.is_one_gone or tail == before:
             return
         before = tail
-
-
-def n_stored(client: Any, keys: ExpertKeys, tail: Mapping[bytes, bytes] | None) -> int:
-    """How many records and parts of a tail are there: `tail` is the hash as it was read."""
-    return len(tail or ()) + n_existing(client, copied_keys(keys, tail))
 
 
 def n_existing(client: Any, names: Sequence[str]) -> int:

@@ -25,7 +25,7 @@ from fedmoe.protocol.weights_parts import WeightsParts
 from fedmoe.store.chunks import places, put
 from fedmoe.store.commit import Commit, Loaded
 from fedmoe.store.connection import execute
-from fedmoe.store.copies import n_stored, readings
+from fedmoe.store.copies import Copies, readings
 from fedmoe.store.full import NEARLY_FULL, is_full, memory_share, read_together, transact
 from fedmoe.store.parts import File, NewWeights, part_keys, state_keys, weights_keys
 from fedmoe.store.submissions import Submissions
@@ -112,7 +112,7 @@ class ExpertStore(Submissions):
         if found != (meta.commit, 2, n_decided, meta.snapshot_commit):
             return False
         with self.connection.errors():
-            return n_stored(self._redis, keys, tail) >= meta.tail.fields
+            return Copies(self._redis, keys).n_stored(tail) >= meta.tail.fields
 
     def load(self) -> Loaded:
         """Read the expert as of one moment, then create the consumer group (from 0) if it is missing.

@@ -20,9 +20,9 @@ from fedmoe.protocol.records import Decided, Meta, read_protocol
 from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.update import PAYLOAD_TTL_S, Header
 from fedmoe.store.connection import Connection, execute
-from fedmoe.store.copies import n_stored, readings
+from fedmoe.store.copies import readings
 from fedmoe.store.full import is_full, transact
-from fedmoe.store.parts import NewWeights, read_whole, stray_parts
+from fedmoe.store.parts import NewWeights, stray_parts
 
 CLAIM_MS = 10_000  # all claims to write an expert back expire together, so those of dead aggregators do too
 _CLAIM = """#!lua flags=allow-oom
@@ -65,20 +65,15 @@ class ExpertLifecycle:
         """What is left of the expert, read atomically."""
         keys = self.keys
         with self.connection.errors():
-            replies = read_whole(
-                self._redis,
-                keys,
-                ("get", keys.spec),
-                ("getrange", keys.weights, 0, STAMPED_BYTES - 1),
-                ("hgetall", keys.meta),
-                ("hgetall", keys.decided),
-                ("strlen", keys.weights),
-                ("xrevrange", keys.log, "+", "-", 1),
+            for replies, copies in readings(
+                self._redis, keys,
+                ("get", keys.spec), ("getrange", keys.weights, 0, STAMPED_BYTES - 1), ("hgetall", keys.meta),
+                ("hgetall", keys.decided), ("strlen", keys.weights), ("xrevrange", keys.log, "+", "-", 1),
                 ("hgetall", keys.tail),
                 wrong_type_is_none=True,
-            )
-            spec, weights, meta, decided, length, last_line, tail = replies
-            tail_fields = n_stored(self._redis, keys, tail)
+            ):  # fmt: skip
+                spec, weights, meta, decided, length, last_line, tail = replies
+                tail_fields = copies.n_stored(tail)
         return examine(
             spec, weights, meta or {}, decided or {},
             weights_bytes=length or 0, last_line=last_line or (), tail_fields=tail_fields,

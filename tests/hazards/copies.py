@@ -4,11 +4,14 @@ from typing import Any
 from unittest.mock import patch
 
 import fedmoe.store.expert
+from fedmoe.errors import DamagedExpertError
+from fedmoe.store import change
+from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore
 from tests.hazards.parts import expect_whole, what_expires_is_gone
 from tests.hazards.tails import BF16, tail_of_one
 from tests.hazards.units import expect
-from tests.hazards.world import AggregatorProcess, WorkerProcess, World
+from tests.hazards.world import EXPERT, AggregatorProcess, WorkerProcess, World
 
 
 def _about_to_decide(world: World) -> tuple[AggregatorProcess, WorkerProcess]:
@@ -138,6 +141,24 @@ def h28_reader_beside_a_compaction(world: World) -> None:
     reader = world.connect()
     world.step(reader).before(b"MGET", compaction)
     expect_whole(GatewayStore(reader))
+    world.settle(a0, alice)
+
+
+def h28_operator_beside_a_compaction(world: World) -> None:
+    """An operator changes a rule; once the records are read, the aggregator writes the weights in their place."""
+    a0, alice = tail_of_one(world)
+
+    def compaction() -> None:
+        a0.time_passes()
+        a0.turn()
+        assert not world.meta.tail
+
+    operator = ExpertStore(world.connect(), EXPERT)
+    world.step(operator.connection).before(b"EXISTS", compaction)
+    try:
+        change.change_rules(operator, {"max_staleness": 7})
+    except DamagedExpertError as error:
+        expect(False, f"the operator is told: {error}")
     world.settle(a0, alice)
 
 

@@ -3,6 +3,7 @@
 import fedmoe.store.copies
 import fedmoe.store.expert
 import fedmoe.store.gateway
+import fedmoe.store.lifecycle
 from fedmoe.protocol.growth import Growth
 from fedmoe.store.parts import NewWeights
 from tests.hazards import copies, tails, without_copies
@@ -78,5 +79,12 @@ OF_COPIES = {
         scenario=copies.h28_worker_that_writes_all_the_time,
         without=of_store(without_copies.WatchesPayloads),
         symptom="one worker keeps the updates of all from being committed",
+    ),
+    "H28q": Hazard(
+        wrong="the weights are written while an operator's command counts the copies: it calls the expert damaged",
+        rule="who counts copies and misses one reads meta again, as who folds them does",
+        scenario=copies.h28_operator_beside_a_compaction,
+        without=((fedmoe.store.lifecycle, "readings", without_copies.first_reading),),
+        symptom="the operator is told: expert 'sql_expert' in Redis is damaged: its tail has 1",
     ),
 }

@@ -74,9 +74,10 @@ class ExpertStore(Submissions):
         """
         with self.connection.errors():
             text = self._redis.get(self.keys.spec)
-        if text is None:
+        if text is None:  # or somebody writes the expert back now
             with self.connection.errors():
-                meta = self._redis.hgetall(self.keys.meta)
+                text, meta = read_together(self._redis, ("get", self.keys.spec), ("hgetall", self.keys.meta))
+        if text is None:
             check_not_removed(meta)
             if meta:
                 raise DamagedExpertError(self.name, "its spec is missing")

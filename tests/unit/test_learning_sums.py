@@ -194,8 +194,9 @@ def test_sums_are_trained_through_ledger_and_fold(lab: Lab, scheme: str) -> None
     assert line.all_steps == 144  # passes: one trains both adapters
 
 
-def test_merges_are_fitted_on_validation_rows_only(lab: Lab) -> None:
+def test_merges_are_fitted_on_validation_rows_only(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """By one weight an expert, or by layer groups: neither has a higher loss there than the best fixed scale."""
+    monkeypatch.setattr("ops.bench.learning.lab.FIT_GROUPS", 2)  # this model has two layers
     run = Run(scheme="apart", rank=2, rows=4)
     spec = lab.spec(run)
     experts = {

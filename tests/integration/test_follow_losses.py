@@ -154,3 +154,37 @@ def test_a_gateway_that_was_made_again_is_judged_by_its_losses_alone(
         connection.client.hset(meta, mapping=made_again)
         assert following.look()
         assert following.directory.current.startswith(served)
+
+
+def test_the_same_version_with_other_options_needs_no_new_loss(
+    connection: Connection, follow: Follow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the end of the training nobody measures again, and a server may need another rank or type."""
+    read = GatewayStore.history
+    line = {"worker": "sql.alice", "val_loss": "2.0", "val_version": "1", "val_set": "rows"}
+    monkeypatch.setattr(GatewayStore, "history", lambda self, name: (*read(self, name)[:2], [line]))
+    gateway = Gateway(connection)
+    gateway.publish()
+    assert follow(min_gain=0.1).look()
+    for options in ("rank=8", "rank=8 dtype=bf16", ""):
+        before, following = follow().directory.current, follow(options=options, min_gain=0.1)
+        assert following.look()
+        assert following.directory.current != before
+    gateway.publish()  # another version needs a loss of its own
+    following = follow(options="rank=8")
+    following.look()
+    assert following.directory.current.startswith("gateway-v1-")
+
+
+@pytest.mark.parametrize(("loss", "is_served"), [(2.0, True), (2.1, False)])
+def test_with_rows_to_measure_on_other_options_must_be_no_worse(
+    connection: Connection, follow: Follow, loss: float, is_served: bool
+) -> None:
+    """A lower rank may lose something; but no gain is asked of what was trained no further."""
+    Gateway(connection).publish()
+    assert follow(judge=lambda *_: 2.0).look()
+    losses = iter((loss, 2.0))  # the new one, then the served one
+    following = follow(judge=lambda *_: next(losses), options="rank=8", min_gain=0.1)
+    before = following.directory.current
+    following.look()
+    assert (following.directory.current != before) == is_served

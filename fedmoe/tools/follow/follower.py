@@ -221,9 +221,18 @@ class Follower:
                 return meta.lineage == lineage and meta.rolled_back.holds(version)
         return False
 
+    def _is_of_same_build(self, export: Export) -> bool:
+        """True if the served version was made from the same weights, perhaps with other options."""
+        served = self._directory.info(self._directory.current)
+        made_from = dict(export.info) | {"built_from": export.built_from}
+        return all(served.get(key) == made_from.get(key) for key in ("built_from", "lineage", "settings"))
+
     def _why_not(self, export: Export, measured: Validation | None) -> str:
         """Why this version must not be served; "" if it may be served. `measured` is its validation loss, if known."""
         if not (current := self._directory.current):
+            return ""
+        same = self._is_of_same_build(export)  # only --rank, --dtype or --base-name changed
+        if same and not self._judge:
             return ""
         served = self._measured_served()
         gain = measured.gain_over(served) if measured and served else None
@@ -238,7 +247,7 @@ class Follower:
         made_again = self._directory.info(current).get("lineage") != export.info.get("lineage")
         if not self._judge and not made_again and measured.version <= served.version:
             return f"its workers have measured no validation loss since {current}, which is served"
-        if gain >= (self._settings.min_gain or 0.0):
+        if gain >= (0.0 if same else self._settings.min_gain or 0.0):
             return ""
         change = f"{-gain:.4f} above" if gain < 0 else f"only {gain:.4f} below"
         return f"its validation loss, {measured.mean:.4f}, is {change} that of {current}, which is served"

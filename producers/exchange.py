@@ -99,6 +99,9 @@ class Exchange:
         self._settings: TrainingSettings | None = None  # to be adopted at the next boundary
         self._spares = spares or Spares(trainer.flat.numel())
         self._trained = trained or Trained()
+        self._earlier = self._trained.steps  # of these, those that an earlier process trained
+        self._dropped = 0
+        self._tell: deque[Callable[[int], object]] = deque()  # one for each change that drops training
         self._wanted = False
         self._consume = False
         self._abandons, self._abandoned = abandons, False
@@ -117,6 +120,11 @@ class Exchange:
     def steps_left(self) -> int:
         """Number of steps that are in no update yet, including those of a copy that the sync has not taken."""
         return self._trained.steps + (self._state.trained.steps if self._state and self._consume else 0)
+
+    @property
+    def dropped(self) -> int:
+        """Number of steps of this process that are in no update and never will be: changes replaced the adapter."""
+        return self._dropped
 
     def take_step(self, apply: Callable[[], S]) -> S | None:
         """Training thread: apply a computed step and record it; return None if it was abandoned meanwhile.
@@ -161,34 +169,45 @@ class Exchange:
             return
         self._wanted = False
         local = self._spares.copy(self._trainer.flat)
-        trained, position = self._trained, self._trainer.position
+        position = self._trainer.position
         for change in self._changes:
             _add(change, local)
-            trained = Trained() if change.replace else trained
+            self._drop_if_replaced(change)
             position = int(change.position) if change.position.isdecimal() else position
         self._state = TrainingState(
             local=local,
-            trained=replace(trained, position=str(position)),
+            trained=replace(self._trained, position=str(position)),
             position=position,
             optimizer=self._trainer.state(self._spares) if self._with_optimizer else {},
         )
         if self._consume:
-            self._trained = Trained()
+            self._trained, self._earlier = Trained(), 0
         self._ready.set()
 
     def apply_change(self, change: Change) -> None:
         """Add a correction to the adapter, or replace the adapter by it."""
         _add(change, self._trainer.flat)
-        if change.replace:
-            self._trained = Trained()
+        self._drop_if_replaced(change)
         if change.position.isdecimal():
             self._trainer.position = int(change.position)
 
-    def correct(self, change: Change) -> None:
-        """Sync thread: have a change applied at the next boundary."""
+    def _drop_if_replaced(self, change: Change) -> None:
+        """Count what a change drops, and tell; only now is it known, because training went on until here."""
+        if not change.replace:
+            return
+        steps, self._trained = self._trained.steps, Trained()
+        self._dropped += steps - self._earlier
+        self._earlier = 0
+        if self._tell:
+            self._tell.popleft()(steps)
+
+    def correct(self, change: Change, tell: Callable[[int], object] | None = None) -> None:
+        """Sync thread: have a change applied at the next boundary; `tell` is given the number of steps it drops."""
         if change.correction is not None or change.replace:
             with self._lock:
                 self._changes.append(change)
+                if change.replace:
+                    self._tell.append(tell or (lambda steps: None))
 
     def adopt(self, settings: TrainingSettings) -> None:
         """Sync thread: have the training use these settings from the next boundary on."""

@@ -1,7 +1,9 @@
 """Says what a pull means: whether to go on, in the log, and in the status that progress line and heartbeat show."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 from fedmoe.errors import RefusedError
@@ -25,8 +27,8 @@ def check_still_welcome(meta: Meta, spec: Spec, identity: BaseIdentity, expert: 
         raise RefusedError(refusal, about=identity.differing(meta)[0])
 
 
-def status_after(status: SyncStatus, change: Change, ledger: Ledger, steps: int) -> SyncStatus:
-    """Log the meaning of a change; return the status after it. `steps` were in no update before the change."""
+def status_after(status: SyncStatus, change: Change, ledger: Ledger) -> SyncStatus:
+    """Log the meaning of a change, except for what it drops (`tell_dropped`); return the status after it."""
     if change.how is not None:
         refused = change.how.how == "refused"
         if refused:
@@ -47,24 +49,28 @@ def status_after(status: SyncStatus, change: Change, ledger: Ledger, steps: int)
         logger.warning(
             "Redis went back further than this worker keeps updates: the updates %s are lost", change.lost
         )
-    if change.rolled_back:
-        logger.warning(
-            "an operator rolled the expert back to version %d, version %d has its weights: this worker drops %d steps "
-            "that it trained on what was rolled back, and continues from the expert's current weights",
-            *ledger.meta.rolled_back.latest, steps,
-        )  # fmt: skip
-    elif change.replace:
-        logger.warning(
-            "the expert's history is not the one that this worker knew (%s): it drops %d undecided updates and %d "
-            "steps since, and continues from the expert's current weights",
-            "this worker was restored from an old checkpoint"
-            if change.position
-            else "an operator created the expert from zero",
-            len(change.dropped),
-            steps,
-        )
     queue = ledger.queue
     return replace(status, version=ledger.meta.version, in_flight=queue[0].header.seq if queue else 0)
+
+
+def tell_dropped(change: Change, ledger: Ledger) -> Callable[[int], None]:
+    """Logs what a change that replaces the adapter drops; is given the number of steps, once it is known."""
+    if change.rolled_back:
+        return partial(
+            logger.warning,
+            "an operator rolled the expert back to version %d, version %d has its weights: this worker drops %d steps "
+            "that it trained on what was rolled back, and continues from the expert's current weights",
+            *ledger.meta.rolled_back.latest,
+        )
+    return partial(
+        logger.warning,
+        "the expert's history is not the one that this worker knew (%s): it drops %d undecided updates and %d steps "
+        "since, and continues from the expert's current weights",
+        "this worker was restored from an old checkpoint"
+        if change.position
+        else "an operator created the expert from zero",
+        len(change.dropped),
+    )
 
 
 class Fixed(NamedTuple):
@@ -90,13 +96,11 @@ def change_of_rules(before: RuleSet, now: RuleSet, fixed: Fixed) -> str:
     return text
 
 
-def has_diverged(norm: float, steps: int, bound: float) -> bool:
-    """Return True, with a warning, if the steps changed the adapter by more than the maximum L2 norm of an update."""
-    if norm <= bound:
-        return False
-    logger.warning(
+def tell_diverged(norm: float, steps: int, bound: float) -> Callable[[int], None]:
+    """Logs that the steps of a copy are dropped for their norm; is given the number of steps since that copy."""
+    return partial(
+        logger.warning,
         "the training diverged: %d steps changed the adapter by a norm of %.3g, the bound is %.4g; this worker drops "
-        "them and continues from the expert's weights (is the learning rate too high?)",
+        "them, and the %d steps since, and continues from the expert's weights (is the learning rate too high?)",
         steps, norm, bound,
     )  # fmt: skip
-    return True

@@ -32,7 +32,14 @@ from producers.checkpoint import Checkpoint
 from producers.exchange import Exchange, TrainingState
 from producers.heartbeat import SyncStatus
 from producers.ledger import Change, Ledger, Trained
-from producers.news import Fixed, change_of_rules, check_still_welcome, has_diverged, status_after
+from producers.news import (
+    Fixed,
+    change_of_rules,
+    check_still_welcome,
+    status_after,
+    tell_diverged,
+    tell_dropped,
+)
 from producers.outbox import Outbox, Prepare, Talk
 from producers.pace import Pace, Timetable
 from producers.ports import Heart, Saves, Watch
@@ -285,9 +292,10 @@ class Sync:
         It must not be published: taken off again after the refusal, numbers that large leave nothing of the rest.
         """
         bound = self.ledger.meta.rules.aggregation.max_norm
-        if not self._drops_diverged or not has_diverged(norm, steps, bound):
+        if not self._drops_diverged or norm <= bound:
             return False
-        self._exchange.correct(Change(correction=self.ledger.base + self.ledger.pending(), replace=True))
+        change = Change(correction=self.ledger.base + self.ledger.pending(), replace=True)
+        self._exchange.correct(change, tell_diverged(norm, steps, bound))
         return True
 
     def _checkpoint(self, now: float) -> bool:
@@ -371,11 +379,10 @@ class Sync:
             pulled.meta, pulled.weights, pulled.decided, now=self._clock(), packed=pulled.packed
         )
         self._exchange.offer_base(pulled.meta.version, pulled.weights)
-        steps = self._exchange.steps_left
-        self._exchange.correct(change)
+        self._exchange.correct(change, tell_dropped(change, self.ledger) if change.replace else None)
         self.outbox = self.outbox.pulled()
         self.pace.moved_on()
-        self.status = status_after(self.status, change, self.ledger, steps)
+        self.status = status_after(self.status, change, self.ledger)
         self._follow_rules(rules)
 
     def _look_for_rules(self) -> None:

@@ -148,8 +148,7 @@ class Training:
         """Train step after step; keep an error for later, because the progress is published first."""
         said_at = time.monotonic()
         try:
-            while not (self._stop.is_set() or self._has_done_enough()) and (turn := self._take_turn()):
-                pass_boundaries(self._members.values())
+            while turn := self._next_turn():
                 began = time.perf_counter()
                 computed = turn.trainer.compute()
                 apply = partial(turn.trainer.apply, computed)
@@ -175,6 +174,22 @@ class Training:
                 error,
             )
             self._failure = error
+
+    def _next_turn(self) -> Turn | None:
+        """Pass the boundary; whose turn it is then, None at the end of the training."""
+        enough_since: float | None = None
+        while not self._stop.is_set():
+            members = self._members.values()
+            may_drop = any(one.thread.is_alive() and one.sync.outbox.must_pull for one in members)
+            pass_boundaries(members)  # may drop steps, which then do not count
+            if not self._has_done_enough():
+                return self._take_turn()
+            now = time.monotonic()
+            enough_since = enough_since or now
+            if not may_drop or now - enough_since > self._settings.drain_s:
+                return None
+            self._stop.wait(0.02)
+        return None
 
     def _take_turn(self) -> Turn | None:
         """Whose turn it is; None if nothing is left to train. An expert whose sync has ended is trained no more."""
@@ -233,9 +248,12 @@ class Training:
         return float(turn.trainer.position / self._n_examples)
 
     def _has_done_enough(self) -> bool:
-        """True after `max_steps` steps over all experts, or once each was trained for `max_epochs` epochs."""
+        """True after `max_steps` steps over all experts, or once each was trained for `max_epochs` epochs.
+
+        Steps that were dropped do not count, because the rows are trained on again.
+        """
         settings = self._settings
-        steps = sum(turn.progress.steps for turn in self._turns)
+        steps = sum(turn.progress.steps - turn.member.exchange.dropped for turn in self._turns)
         epochs = min(map(self._epochs, self._next), default=0.0)
         is_done = bool(
             (settings.max_steps and steps >= settings.max_steps)

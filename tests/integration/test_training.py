@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from fedmoe.settings import WorkerSettings
 from fedmoe.store.connection import Connection
 from fedmoe.store.remove import remove_expert
 from fedmoe.util.stopping import Stop
+from producers.checkpoint import StateDir
 from producers.outbox import Outbox
 from producers.training import Progress, Training, Turn
 from tests.counting import Counter, Step, join
@@ -130,3 +132,42 @@ def test_it_ends_when_only_what_is_done_is_left(connect: Connect) -> None:
     training = Training(turns, settings, n_examples=100, stop=Stop(), report=lambda _: None)
     with serving(connect(), block_ms=20), raises(RemovedExpertError, about=GATEWAY):
         training.run()
+
+
+def test_steps_that_are_dropped_do_not_count(
+    connect: Connect, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A worker from an old checkpoint: its first steps are over before it learns that Redis knows more of it."""
+    expert = make_expert(connect(), spec=SPEC, rules=RULES)
+
+    def train(state: Path) -> str:
+        trainer, progress, said = (
+            Failing(torch.zeros(SPEC.layout.numel), 1000, AssertionError()),
+            Progress(),
+            [""],
+        )
+        state_dir = StateDir(state)
+        member = join(
+            connect().settings, trainer=trainer, state_dir=state_dir, training_fields=progress.fields
+        )
+        settings = WorkerSettings(
+            stream="sql_expert", data=Path("rows.jsonl"), drain_s=10.0, max_steps=2, state_dir=state
+        )
+        turn = Turn(expert="sql_expert", trainer=trainer, member=member, progress=progress)
+        try:
+            Training([turn], settings, n_examples=100, stop=Stop(), report=said.append).run()
+        finally:
+            state_dir.close()
+        dropped.append(progress.steps - 2)
+        return said[-1]
+
+    dropped: list[int] = []
+    with serving(connect(), block_ms=20):
+        train(tmp_path / "new")
+        copytree(tmp_path / "new", tmp_path / "old")
+        train(tmp_path / "new")
+        assert dropped == [0, 0]
+        assert train(tmp_path / "old").startswith("done: updates applied: 1, refused: 0")
+    assert expert.store.load().meta.n_examples == 6
+    assert dropped[-1] > 0
+    assert f"it drops 0 undecided updates and {dropped[-1]} steps since" in caplog.text

@@ -18,7 +18,7 @@ from redis import exceptions
 from redis.crc import key_slot
 
 from fedmoe.store.client import Client
-from fedmoe.store.tls import tls_problem
+from fedmoe.store.tls import hint_of_silence, tls_problem
 from fedmoe.store.url import Address, ClusterURL, text_of
 
 # Short, because the node that is asked may be down together with the slot's master: then the next one is asked.
@@ -141,7 +141,7 @@ class Cluster:
             except _NO_ANSWER as error:
                 if tls_problem(str(error), self.shown):
                     refusals.append(error)
-                silent.append(f"{text_of(node)}: {str(error).rstrip('.')}")
+                silent.append(f"{text_of(node)}: {str(error).rstrip('.')}{hint_of_silence(error)}")
                 self.suspect(node)
                 continue
             answered += 1

@@ -14,7 +14,7 @@ from redis.sentinel import MasterNotFoundError
 from fedmoe.errors import RedisUnavailableError, RedisUnfitError
 from fedmoe.store.client import Words, asked
 from fedmoe.store.cluster import SlotError
-from fedmoe.store.tls import tls_problem
+from fedmoe.store.tls import hint_of_silence, tls_problem
 
 _UNKNOWN_COMMAND = re.compile(r"unknown (?:sub)?command [`'\"]?(\w+)|Unknown Redis command")
 _REFUSED_COMMAND = re.compile(r"permissions to run the '([^']+)' command")
@@ -154,6 +154,24 @@ def _of_a_cluster(error: Exception) -> bool:
     return isinstance(error, kinds) and not isinstance(error, exceptions.MasterDownError)
 
 
+def _hint_of_tls(error: Exception, text: str, url: str) -> str:
+    """What may be wrong with TLS, if an error looks like it; else "".
+
+    A server without TLS does not answer the first message of a handshake, and the other way round the server drops the
+    connection, or answers with a message of TLS.
+    """
+    if "EOF occurred in violation of protocol" in text:
+        return AT_ONCE
+    if hint := hint_of_silence(error):
+        return hint
+    if not url.startswith("redis://"):
+        return ""
+    dropped = "reset by peer" in text or "closed by server" in text
+    if dropped or isinstance(error, exceptions.InvalidResponse):
+        return ": if it speaks TLS only, its URL begins with rediss://"
+    return ""
+
+
 def _passing(error: Exception, text: str, url: str) -> tuple[str, str]:
     """What an error is about that may pass, and its sentence."""
     match error:
@@ -161,6 +179,11 @@ def _passing(error: Exception, text: str, url: str) -> tuple[str, str]:
             return "sentinel", text
         case SlotError():
             return "slot", text
+        case exceptions.InvalidResponse():
+            return "connection", (
+                f"what answers at {url} does not speak the protocol of Redis ({text[:MAX_SHOWN_CHARS]!a}): check the "
+                f"port{_hint_of_tls(error, text, url)}"
+            )
         case exceptions.AskError() | exceptions.TryAgainError():
             return (
                 "slot",
@@ -185,10 +208,7 @@ def _passing(error: Exception, text: str, url: str) -> tuple[str, str]:
         case exceptions.ConnectionError() if "max number of clients" in text:
             return "maxclients", f"Redis at {url} takes no more connections: raise its maxclients"
         case exceptions.ConnectionError() | exceptions.TimeoutError() | redis.WatchError() | OSError():
-            hint = AT_ONCE if "EOF occurred in violation of protocol" in text else ""
-            if url.startswith("redis://") and ("reset by peer" in text or "closed by server" in text):
-                hint = ": if it speaks TLS only, its URL begins with rediss://"
-            return "connection", f"Redis at {url} cannot be reached ({text}){hint}"
+            return "connection", f"Redis at {url} cannot be reached ({text}){_hint_of_tls(error, text, url)}"
     if "MISCONF" in text:
         return "disk", f"Redis at {url} cannot write to its disk and so takes no writes: see its log"
     if text.startswith("NOREPLICAS"):

@@ -12,7 +12,7 @@ from redis.retry import Retry
 from redis.sentinel import MasterNotFoundError, Sentinel
 
 from fedmoe.store.client import Client
-from fedmoe.store.tls import tls_problem
+from fedmoe.store.tls import hint_of_silence, tls_problem
 from fedmoe.store.url import SentinelURL
 
 # Short, because a sentinel may be down together with the master's machine: then the next one is asked.
@@ -70,7 +70,7 @@ class Sentinels(Sentinel):
 
 def _reason(error: Exception, where: str) -> str:
     found = tls_problem(str(error), where)
-    return found[1] if found else str(error).rstrip(".")
+    return found[1] if found else f"{str(error).rstrip('.')}{hint_of_silence(error)}"
 
 
 def _address(sentinel: Any) -> str:

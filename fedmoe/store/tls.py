@@ -27,6 +27,17 @@ def tls_problem(text: str, url: str, now: float | None = None) -> tuple[str, str
     return ("certificate", f"Redis at {url} {found}") if found else None
 
 
+def hint_of_silence(error: BaseException | None) -> str:
+    """What may be wrong if a server took the connection and said nothing to the beginning of TLS; else ""."""
+    while error is not None and "handshake operation timed out" not in str(error):
+        error = error.__cause__ or error.__context__
+    if error is None:
+        return ""
+    return (
+        ": if it does not speak TLS at this port, its URL begins with redis://, or is one without ?ssl=true"
+    )
+
+
 def _certificate_problem(text: str, now: float | None) -> str | None:
     if "certificate has expired" in text:
         return (

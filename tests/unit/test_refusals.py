@@ -1,7 +1,11 @@
 """fedmoe.store.refusals: what passes and what does not, told from what the servers say; and how often it is said."""
 
 import logging
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import count
+from threading import Thread
 
 import pytest
 import redis
@@ -9,7 +13,9 @@ from redis._parsers.base import BaseParser
 from redis.sentinel import MasterNotFoundError
 
 from fedmoe.errors import RedisUnavailableError, RedisUnfitError
+from fedmoe.settings import RedisSettings
 from fedmoe.store.client import note
+from fedmoe.store.connection import Connection
 from fedmoe.store.refusals import explain, is_broken
 from fedmoe.util.backoff import Backoff
 
@@ -107,3 +113,38 @@ def test_what_needs_a_person_is_said_once_a_minute(caplog: pytest.LogCaptureFixt
             assert backoff.failed(error) <= 1.0
         assert len(caplog.records) == times
         assert caplog.records[0].getMessage() == f"sync: {error}{'' if error is unfit else '; trying again'}"
+
+
+@contextmanager
+def silent_port() -> Iterator[int]:
+    """What a server without TLS does with a handshake: it takes the connection, and waits for a line."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    "url", ["rediss://127.0.0.1:{}", "cluster://127.0.0.1:{}?ssl=true", "sentinel://127.0.0.1:{}/m?ssl=true"]
+)
+def test_a_server_without_tls_is_told_from_one_that_is_away(url: str) -> None:
+    """It says nothing at all."""
+    with silent_port() as port, pytest.raises(RedisUnavailableError) as caught:
+        Connection(RedisSettings(url=url.format(port), timeout_s=2.0)).ping()
+    assert "if it does not speak TLS at this port" in str(caught.value)
+
+
+def test_a_reply_of_tls_to_plain_text_is_no_reply_of_redis() -> None:
+    """Some servers drop the connection at once, others say in a message of TLS what is wrong."""
+
+    def answer(server: socket.socket) -> None:
+        connection, _ = server.accept()
+        with connection:
+            connection.recv(1000)
+            connection.sendall(b"\x15\x03\x01\x00\x02\x02F")
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = Thread(target=answer, args=(server,))
+        thread.start()
+        with pytest.raises(RedisUnavailableError, match="its URL begins with rediss://") as caught:
+            Connection(RedisSettings(url=f"redis://127.0.0.1:{server.getsockname()[1]}")).ping()
+        thread.join()
+    assert str(caught.value).isprintable()

@@ -1,6 +1,7 @@
 """`fedmoe gateway serve` and `fedmoe gateway chat`."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +58,7 @@ def _serve(
     from fedmoe.util.log import say
 
     try:
-        from fedmoe.tools.http_server import HttpServer
+        from fedmoe.tools.http_server import HttpServer, reserve
         from fedmoe.tools.serve.app import Endpoint
     except ModuleNotFoundError as error:
         raise SettingsError(
@@ -66,15 +67,12 @@ def _serve(
         ) from error
 
     stop.last_words = lambda: ("stopped", 0)
+    with _listening(host, port):  # before minutes are spent on a large base model
+        reserved = reserve(host, port)
     engine = _engine(stop, redis, settings)
     endpoint = Endpoint(engine, api_key=api_key)
-    try:
-        server = HttpServer(endpoint.app, host, port)
-    except OSError as error:
-        raise SettingsError(
-            f"cannot listen on {host}:{port} ({error.strerror or error}): choose another --port or --host",
-            about="port",
-        ) from error
+    with _listening(host, port):
+        server = HttpServer(endpoint.app, host, port, reserved=reserved)
     shown = f"[{host}]" if ":" in host else host
     say(f"answers on http://{shown}:{server.port}/v1: {', '.join(one.name for one in engine.models())}")
     stop.when_asked += [endpoint.closing.set, server.stop]
@@ -86,6 +84,20 @@ def _serve(
         except RedisUnavailableError as error:
             backoff.failed(error)
     server.join()
+
+
+@contextmanager
+def _listening(host: str, port: int) -> Iterator[None]:
+    """Raise SettingsError if the address is taken or is not this machine's."""
+    from fedmoe.errors import SettingsError
+
+    try:
+        yield
+    except OSError as error:
+        raise SettingsError(
+            f"cannot listen on {host}:{port} ({error.strerror or error}): choose another --port or --host",
+            about="port",
+        ) from error
 
 
 @click.command()
@@ -101,7 +113,7 @@ def chat(redis: RedisSettings, model: str, temperature: float | None, **values: 
 
     from fedmoe.tools.serve.chat import HELP, Chat
 
-    engine = _engine(None, redis, made(AnswerSettings, values))
+    engine = _engine(None, redis, made(AnswerSettings, values), model)
     talk = Chat(engine, model, lambda text: click.echo(text, nl=False), temperature=temperature)
     if sys.stdin.isatty():
         click.echo(HELP)
@@ -123,7 +135,7 @@ def _lines() -> Iterator[str]:
             return
 
 
-def _engine(stop: "Stop | None", redis: RedisSettings, settings: AnswerSettings) -> "Engine":
+def _engine(stop: "Stop | None", redis: RedisSettings, settings: AnswerSettings, model: str = "") -> "Engine":
     from fedmoe.store.connection import Connection
     from fedmoe.store.gateway import GatewayStore
     from fedmoe.tools.serve.engine import Engine
@@ -132,6 +144,6 @@ def _engine(stop: "Stop | None", redis: RedisSettings, settings: AnswerSettings)
     connection = Connection(redis)
     if stop:
         stop.when_asked.append(connection.cut_off)
-    engine = Engine(GatewayStore(connection), settings, report=partial(say, err=True))
+    engine = Engine(GatewayStore(connection), settings, report=partial(say, err=True), wanted=model)
     engine.refresh()
     return engine

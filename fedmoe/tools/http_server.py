@@ -44,6 +44,25 @@ class _Protocol(H11Protocol):
             self._late = None
 
 
+def reserve(host: str, port: int) -> socket.socket:
+    """A socket that is bound to this address, and takes no connections yet.
+
+    Raises:
+        OSError: if the address is taken or is not this machine's.
+    """
+    is_v6 = ":" in host
+    reserved = socket.socket(socket.AF_INET6 if is_v6 else socket.AF_INET)
+    try:
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if is_v6:
+            reserved.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        reserved.bind((host, port))
+    except OSError:
+        reserved.close()
+        raise
+    return reserved
+
+
 class HttpServer:
     """Serves an application until `stop` is called, in a thread of its own.
 
@@ -53,6 +72,7 @@ class HttpServer:
         port: to listen on; 0 takes a free one.
         certificate, key: PEM files for TLS; None for plain HTTP.
         proxies: addresses whose X-Forwarded-For and X-Forwarded-Proto are believed.
+        reserved: from `reserve` with this address; None to do that now.
 
     Raises:
         OSError: if the address is taken or is not this machine's.
@@ -68,13 +88,14 @@ class HttpServer:
         certificate: Path | None = None,
         key: Path | None = None,
         proxies: Sequence[str] = (),
+        reserved: socket.socket | None = None,
     ) -> None:
         if certificate:
             ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
                 certificate, key
             )  # uvicorn's thread is too late
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._socket = socket.create_server((host, port), family=family)  # uvicorn's own way ends the process
+        self._socket = reserved or reserve(host, port)  # uvicorn's own way ends the process
+        self._socket.listen()
         config = uvicorn.Config(
             app, log_config=None, log_level="warning", access_log=False, lifespan="off", server_header=False,
             timeout_graceful_shutdown=1, limit_concurrency=MAX_CONNECTIONS, proxy_headers=bool(proxies),

@@ -352,6 +352,7 @@ def test_a_real_server_ends_in_the_middle_of_an_answer(federation: Connection, t
         )
         assert taken.returncode == 2
         assert "Address already in use" in taken.stderr
+        assert "loading" not in taken.stderr
 
         def ask() -> None:
             with contextlib.suppress(openai.APIError):
@@ -369,7 +370,7 @@ def test_a_real_server_ends_in_the_middle_of_an_answer(federation: Connection, t
 
 
 def test_a_chat_by_a_pipe(federation: Connection) -> None:
-    """The command; a model that there is not is one sentence."""
+    """The command; a model that there is not is one sentence, before the base model is loaded."""
     command = [
         "gateway",
         "chat",
@@ -385,4 +386,4 @@ def test_a_chat_by_a_pipe(federation: Connection) -> None:
     assert re.search(r"^\[gateway-v2-\w+\] .*^\[b\.c-v1-\w+\] ", typed.stdout, flags=re.M | re.S)
     done = fedmoe_here(*command, "--model", "nobody")
     assert done.returncode == 1
-    assert "fedmoe: there is no model 'nobody'" in done.stderr
+    assert done.stderr == "fedmoe: there is no model 'nobody'; there are: gateway, a, b.c, base\n"

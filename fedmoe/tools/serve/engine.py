@@ -3,7 +3,7 @@
 import logging
 import threading
 import warnings
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -83,19 +83,32 @@ class Engine:
         store: of the federation.
         settings: see there.
         report: gets a line for what is loaded first.
+        wanted: name of a model that must be there; it is looked for before the base model is loaded. "" for any.
 
     Raises:
         UnknownExpertError: if there is no expert yet.
+        UnknownModelError: if the wanted model is not there.
         BaseModelError: if the base model is not the experts'.
     """
 
-    def __init__(self, store: GatewayStore, settings: AnswerSettings, report: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        store: GatewayStore,
+        settings: AnswerSettings,
+        report: Callable[[str], None],
+        *,
+        wanted: str = "",
+    ) -> None:
         self._store, self._settings = store, settings
+        # Models that cannot be served, each with its mark or with what is wrong.
+        self._odd: set[tuple[str, str]] = set()
         metas = store.metas()
         if not metas:
             raise UnknownExpertError(
                 "there are no experts yet: start `fedmoe aggregator run`", about="experts"
             )
+        if wanted and wanted not in (there := {BASE, *self._marks()}):
+            raise _unknown(wanted, there)
         specs = {name: store.spec(name) for name in metas}
         templates = {name: expert_template(specs[name], meta) for name, meta in metas.items()}
         where = HeldOutSettings(
@@ -106,15 +119,12 @@ class Engine:
         self._count = 0
         self._lock = threading.Lock()  # the model computes for one at a time
         self._served = {BASE: Served(name=BASE, version=BASE, mark="", key="", template="")}
-        # Models that cannot be served, each with its mark or with what is wrong.
-        self._odd: set[tuple[str, str]] = set()
         if BASE in metas:
             report(f"the expert {BASE} cannot be asked, because the base model has this name")
 
     def models(self) -> list[Served]:
         """What can be asked now: the gateway first, the base model last."""
-        order = {GATEWAY: 0, BASE: 2}
-        return sorted(self._served.values(), key=lambda one: (order.get(one.name, 1), one.name))
+        return [self._served[name] for name in _ordered(self._served)]
 
     def model(self, name: str) -> Served:
         """The model of that name.
@@ -123,8 +133,7 @@ class Engine:
             UnknownModelError: lists those that there are.
         """
         if (found := self._served.get(name)) is None:
-            there = ", ".join(one.name for one in self.models())
-            raise UnknownModelError(f"there is no model {name!r}; there are: {there}", about="model")
+            raise _unknown(name, self._served)
         return found
 
     def refresh(self) -> None:
@@ -321,6 +330,18 @@ class Engine:
                 f"the messages have {length} tokens, the model takes {most}: shorten them", about="messages"
             )
         return most - length
+
+
+def _ordered(names: Iterable[str]) -> list[str]:
+    """The gateway first, the base model last."""
+    order = {GATEWAY: 0, BASE: 2}
+    return sorted(names, key=lambda name: (order.get(name, 1), name))
+
+
+def _unknown(name: str, there: Iterable[str]) -> UnknownModelError:
+    return UnknownModelError(
+        f"there is no model {name!r}; there are: {', '.join(_ordered(there))}", about="model"
+    )
 
 
 def _sampling(request: ChatRequest) -> dict[str, Any]:

@@ -48,6 +48,7 @@ def fit_gateway(
     Raises:
         FedMoEError: if settings, data, base model and experts do not fit together; nothing was written then.
     """
+    store.check_may_write_fit()  # before a search that may take hours
     bad_rows = BadRows(report=report, file=settings.bad_rows)
     experts = _read(store, report)
     files = find_validation_files(settings.data, list(experts.specs))

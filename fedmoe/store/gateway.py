@@ -25,6 +25,7 @@ from fedmoe.store.copies import readings
 from fedmoe.store.full import read_together
 from fedmoe.store.parts import PART_TTL_MS
 from fedmoe.store.reading import ask
+from fedmoe.store.rights import check_writes
 
 _REPLACED = "another aggregator replaced the merged gateway meanwhile: it is looked at again"
 _EXPIRED = "the parts of the merged gateway expired before all were written: it is built again"
@@ -276,6 +277,10 @@ class GatewayStore:
         with self._merged.errors():
             raw = self._merged.client.hgetall(self.keys.fit)
         return Fit.read(raw) if raw else None
+
+    def check_may_write_fit(self) -> None:
+        """Raise the error by which Redis would refuse a fit now; nothing is written."""
+        check_writes(self._merged, [("DEL", self.keys.fit), ("HSET", self.keys.fit, "fitted_at", "0")])
 
     def write_fit(self, fit: Fit) -> None:
         """Replace the merged gateway's fit."""

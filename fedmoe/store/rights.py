@@ -119,6 +119,19 @@ def _replies(connection: Connection, commands: Sequence[Words]) -> list[object]:
         connection.client.connection_pool.disconnect(inuse_connections=False)
 
 
+def check_writes(connection: Connection, commands: Sequence[Words]) -> None:
+    """Have Redis check commands that will write, without executing them.
+
+    Raises:
+        RedisUnavailableError, RedisUnfitError: if it would refuse one: for a lacking right, or because it is a replica.
+    """
+    with connection.errors():
+        for tried in ([("MULTI",)], [("MULTI",), *commands]):  # without MULTI, they would be executed
+            for reply in _replies(connection, tried):
+                if isinstance(reply, redis.ResponseError):
+                    raise reply
+
+
 def words(right: Right) -> Words:
     """The command of a right with one key or none; a key pattern becomes the name of a key that does not exist."""
     key = _key(right) if right.keys else ""

@@ -12,7 +12,14 @@ from consumers.gateway.builder import GatewayBuilder
 from consumers.gateway.fit import fit_gateway
 from consumers.gateway.inputs import as_input, read_inputs
 from consumers.gateway.merge import merge
-from fedmoe.errors import BaseModelError, DataError, FedMoEError, SpecError, UnknownExpertError
+from fedmoe.errors import (
+    BaseModelError,
+    DataError,
+    FedMoEError,
+    RedisUnavailableError,
+    SpecError,
+    UnknownExpertError,
+)
 from fedmoe.protocol.fit import Fit, weights_text
 from fedmoe.protocol.layout import values_of
 from fedmoe.settings import FitSettings, GatewaySettings
@@ -124,14 +131,50 @@ def test_what_was_found_is_said_if_it_cannot_be_written(
     make_federation(connection, tiny_model_dir)
     rows = write_rows(tmp_path / "pooled.jsonl", "red red")
     said: list[str] = []
-    connection.client.config_set("min-replicas-to-write", 1)
+
+    def report(line: str) -> None:
+        said.append(line)
+        connection.client.config_set("min-replicas-to-write", 1)
+
     try:
         with pytest.raises(FedMoEError):
-            fit(connection, str(rows), max_passes=1, said=said)
+            fit_gateway(
+                GatewayStore(connection),
+                FitSettings(data=(str(rows),), precision="fp32", max_passes=1),
+                report=report,
+            )
     finally:
         connection.client.config_set("min-replicas-to-write", 0)
     assert said[-1].startswith("found, but not written: loss ")
     assert "weights blue " in said[-1]
+
+
+@pytest.mark.parametrize("why", ["rights", "replica"])
+def test_who_may_not_write_is_told_before_the_search(
+    connection: Connection, tiny_model_dir: Path, tmp_path: Path, why: str
+) -> None:
+    """Nothing is loaded, and the present fit stays."""
+    make_federation(connection, tiny_model_dir)
+    before, client, said = written(GatewayStore(connection)), connection.client, list[str]()
+    rows = write_rows(tmp_path / "pooled.jsonl", "red red")
+    reader = connection
+    if why == "rights":
+        client.acl_setuser(
+            "reader", enabled=True, passwords=["+x"], keys=["*"], categories=["+@all"], commands=["-hset"]
+        )
+        url = connection.settings.url.replace("://", "://reader:x@", 1)
+        reader = Connection(replace(connection.settings, url=url))
+    else:
+        client.replicaof("127.0.0.1", "1")
+    try:
+        with raises(RedisUnavailableError, about=why):
+            fit(reader, str(rows), said=said)
+    finally:
+        client.replicaof("NO", "ONE")
+        client.acl_deluser("reader")
+        reader.close()
+    assert said == []
+    assert GatewayStore(connection).fit() == before
 
 
 def test_every_method_has_its_error(connection: Connection, tiny_model_dir: Path) -> None:

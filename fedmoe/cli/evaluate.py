@@ -99,8 +99,14 @@ def _check_files(json_file: str | None, plot_file: str | None) -> None:
     if json_file not in (None, "-"):
         _check_writable("json", Path(json_file))
     if plot_file is not None:
+        from fedmoe.errors import SettingsError
         from fedmoe.tools.plot import pyplot
 
+        if Path(plot_file).suffix.lower() != ".png":
+            raise SettingsError(
+                f"--plot {plot_file} does not end in .png, and the plot is a PNG file: name it {plot_file}.png",
+                about="plot",
+            )
         _check_writable("plot", Path(plot_file))
         pyplot()
 

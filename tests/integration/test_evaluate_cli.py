@@ -244,10 +244,13 @@ def test_files_are_found_by_expert(data: Path) -> None:
 def test_a_result_that_could_not_be_kept_is_not_computed(tmp_path: Path) -> None:
     """A wrong --json or --adapter fails before Redis is even asked."""
     arguments = ("evaluate", "--data", str(tmp_path), "--redis", "redis://127.0.0.1:1/0")
+    (tmp_path / "d.png").mkdir()
     for more, message in (
         (("--json", str(tmp_path)), f"fedmoe: --json {tmp_path} cannot be written"),
         (("--json", str(tmp_path / "no" / "x.json")), "cannot be written"),
-        (("--plot", str(tmp_path)), f"fedmoe: --plot {tmp_path} cannot be written"),
+        (("--plot", str(tmp_path / "d.png")), f"fedmoe: --plot {tmp_path / 'd.png'} cannot be written"),
+        (("--plot", str(tmp_path / "x.pdf")), f"a PNG file: name it {tmp_path / 'x.pdf.png'}"),
+        (("--plot", str(tmp_path / "x")), f"{tmp_path / 'x'} does not end in .png"),
         (("--adapter", "x"), "fedmoe: --adapter 'x' must be NAME=DIR"),
     ):
         done = fedmoe_here(*arguments, *more)

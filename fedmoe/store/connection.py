@@ -118,6 +118,11 @@ class Connection:
             return [self.to(node) for node in self.cluster.masters()]
 
     @property
+    def database(self) -> int:
+        """The number of the database that the URL names, 0 if it names none."""
+        return int(self.client.connection_pool.connection_kwargs.get("db") or 0)
+
+    @property
     def connections_made(self) -> int:
         """The number of connections that this one and those beside it have made so far; any thread may ask."""
         return sum(one.generation for one in list(self._beside.values()))

@@ -34,7 +34,7 @@ from fedmoe.store.aggregators import views
 from fedmoe.store.connection import Connection
 from fedmoe.store.members import Members, read_members
 from fedmoe.store.reading import Command, ask, texts, why
-from fedmoe.store.server_info import clock_of, read_info, server_view
+from fedmoe.store.server_info import clock_of, read_info, server_view, why_empty
 from fedmoe.util.text import printable
 
 SHOWN_DEAD, SHOWN_LOG = 3, 5
@@ -64,6 +64,8 @@ class Inspector:
         took_s = time.perf_counter() - began
         is_trip = self.connection.generation == made  # else it connected, too
         info = read_info(self.connection)
+        if not weights and not problems and (reason := why_empty(info, self.connection.database)):
+            problems.append(reason)
         commands: dict[tuple[str, str], Command] = {("", "aggregators"): ("HGETALL", self.keys.aggregators)}
         for name in (*weights, MERGED):
             commands |= {(name, what): command for what, command in self._commands(name).items()}

@@ -94,6 +94,23 @@ def server_view(
     )
 
 
+def why_empty(info: Mapping[str, Any] | Exception, database: int) -> str:
+    """Why a server may show no federation although there is one, "" if nothing says so. Pure."""
+    if isinstance(info, Exception):
+        return ""
+    if info.get("role") == "slave":
+        synced = info.get("master_link_status") == "up"
+        state = "" if synced else " that has not synchronised with its master yet"
+        return f"there are no experts here, but this is a replica{state}: use the URL of the master"
+    others = [name[2:] for name in info if name.startswith("db") and name[2:].isdigit()]
+    if others and str(database) not in others:
+        return (
+            f"there are no experts: database {database} of this server is empty, keys are in database "
+            f"{', '.join(others)}: correct the database in the URL, or start `fedmoe aggregator run`"
+        )
+    return ""
+
+
 def _persists(info: Mapping[str, Any]) -> bool | None:
     states = {info.get(name) for name in ("rdb_last_bgsave_status", "aof_last_write_status")} - {None}
     return states == {"ok"} if states else None

@@ -146,3 +146,29 @@ def test_status_imports_no_torch() -> None:
     code = "import sys, fedmoe.cli.status, fedmoe.store.inspect; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+def test_where_no_expert_is_shown_it_says_where_to_look(server: EmbeddedRedis) -> None:
+    """In another database of the same server, and at a replica before and after it has synchronised."""
+    with EmbeddedRedis(server=server.server) as own, EmbeddedRedis(server=server.server) as copy:
+        master, replica = (Connection(RedisSettings(url=one.url)) for one in (own, copy))
+        replica.client.replicaof("127.0.0.1", "1")  # a master that does not answer
+
+        def told(url: str) -> str:
+            (finding,) = json.loads(fedmoe("status", "--redis", url, "--json").stdout)["findings"]
+            return str(finding)
+
+        assert told(replica.settings.url) == (
+            "there are no experts here, but this is a replica that has not synchronised with its master yet: use the "
+            "URL of the master"
+        )
+        replica.client.replicaof("NO", "ONE")
+        assert told(master.settings.url) == "there are no experts yet: start `fedmoe aggregator run`"
+        make_expert(master)
+        other = f"{own.url}?db=1"
+        assert told(other) == (
+            "there are no experts: database 1 of this server is empty, keys are in database 0: correct the database "
+            "in the URL, or start `fedmoe aggregator run`"
+        )
+        master.close()
+        replica.close()

@@ -223,7 +223,14 @@ async def _json(request: Request) -> Any:
         content = json.loads(body)
         # A lone half of a surrogate pair cannot be encoded, so no reply could hold it.
         json.dumps(content, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            "the request holds half of a surrogate pair (\\ud800 to \\udfff), which is no character",
+            about="body",
+        ) from error
+    except RecursionError as error:
+        raise RequestError("the request is nested too deeply", about="body") from error
+    except ValueError as error:
         raise RequestError("the request is not JSON in UTF-8", about="body") from error
     return content
 
@@ -250,5 +257,16 @@ def _failed(event: _Event) -> Response:
     return _error(status, message, "", "server_error")
 
 
+def _endpoints(request: Request) -> str:
+    routes = [route for route in request.app.routes if isinstance(route, Route)]
+    return ", ".join(
+        f"{method} {route.path.replace(':path', '')}"
+        for route in routes
+        for method in sorted((route.methods or set()) - {"HEAD"})
+    )
+
+
 async def _not_found(request: Request, error: Exception) -> Response:
-    return _error(404, f"there is no {request.method} {request.url.path} here", "")
+    return _error(
+        404, f"there is no {request.method} {request.url.path} here; there are: {_endpoints(request)}", ""
+    )

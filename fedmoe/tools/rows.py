@@ -39,9 +39,7 @@ def find_files(
         elif equals:
             here = {check_name("domain", name): Path(file)}
         else:
-            raise SettingsError(
-                f"--{option} {text!r} is neither a directory nor expert=file.jsonl", about=option
-            )
+            raise _no_data(text, option, "a directory, or EXPERT=FILE")
         if twice := sorted(found.keys() & here.keys() | {MEAN} & here.keys()):
             why = "is reserved for the mean of all domains" if twice[0] == MEAN else "occurs twice"
             raise SettingsError(f"the domain {twice[0]!r} {why}: give it another name", about=twice[0])
@@ -80,9 +78,7 @@ def find_validation_files(texts: Sequence[str], experts: Sequence[str]) -> dict[
     """
     for text in texts:
         if "=" not in text and not Path(text).exists():
-            raise SettingsError(
-                f"there is no {text!r}: --data takes a directory, a file, or EXPERT=FILE", about="data"
-            )
+            raise _no_data(text, "data", "a directory, a file, or EXPERT=FILE")
     named = [
         f"{clean_name(Path(text).name.removesuffix('.gz').removesuffix('.jsonl'))}={text}"
         if "=" not in text and Path(text).is_file()
@@ -96,6 +92,11 @@ def find_validation_files(texts: Sequence[str], experts: Sequence[str]) -> dict[
             about="test",
         )
     return found
+
+
+def _no_data(text: str, option: str, takes: str) -> SettingsError:
+    what = f"{text!r} is a file of no expert" if Path(text).exists() else f"there is no {text!r}"
+    return SettingsError(f"{what}: --{option} takes {takes}", about=option)
 
 
 def _in_directory(directory: Path, experts: Sequence[str], option: str, kind: str) -> dict[str, Path]:

@@ -9,7 +9,7 @@ import pytest
 from fedmoe.errors import DataError, SettingsError, SpecError
 from fedmoe.protocol.fit import Fit, FitRows, FittedOn, groups_of, parse_weights, weights_text
 from fedmoe.settings import FitSettings
-from fedmoe.tools.rows import find_validation_files
+from fedmoe.tools.rows import find_files, find_validation_files
 from tests.errors import raises
 
 FIT = Fit(
@@ -101,3 +101,22 @@ def test_settings_have_bounds() -> None:
     for name in ("layer_groups", "max_passes", "batch_size"):
         with raises(SettingsError, about=name):
             FitSettings(data=("x",), **{name: 0})
+
+
+def test_data_that_is_not_there_is_told_alike(tmp_path: Path) -> None:
+    """By both commands; of a file without its expert, that it is one."""
+    file = tmp_path / "rows.jsonl"
+    file.touch()
+    told = []
+    for find in (find_files, find_validation_files):
+        with raises(SettingsError, about="data") as caught:
+            find(["nope"], ["red"])
+        told.append(str(caught.value))
+    assert told == [
+        "there is no 'nope': --data takes a directory, or EXPERT=FILE",
+        "there is no 'nope': --data takes a directory, a file, or EXPERT=FILE",
+    ]
+    with pytest.raises(
+        SettingsError, match="is a file of no expert: --data takes a directory, or EXPERT=FILE"
+    ):
+        find_files([str(file)], ["red"])

@@ -278,12 +278,18 @@ def add(redis: RedisSettings, like: str, weight: float, new_lineage: bool, name:
 @click.argument("weight", type=float)
 def set_weight(redis: RedisSettings, name: str, weight: float) -> None:
     """Set the WEIGHT of the expert NAME in the gateway; with 0 the gateway leaves it out."""
-    from fedmoe.protocol.names import check_domain
+    from fedmoe.errors import SettingsError
+    from fedmoe.protocol.names import GATEWAY, check_expert
     from fedmoe.store.change import set_gateway_weight
     from fedmoe.store.connection import Connection
 
+    if name == GATEWAY:
+        raise SettingsError(
+            f"{GATEWAY!r} has no weight, because the merged gateway is made of the other experts: name one of them",
+            about="expert",
+        )
     connection = Connection(redis)
-    before = set_gateway_weight(connection, check_domain(name), weight)
+    before = set_gateway_weight(connection, check_expert(name), weight)
     click.echo(f"{name}: gateway weight {printable(before) or 'none'} -> {weight:g}")
 
 

@@ -15,6 +15,7 @@ from fedmoe.errors import LostExpertError
 from fedmoe.protocol.beat import Beat
 from fedmoe.protocol.layout import values_of
 from fedmoe.protocol.lora_init import initial_weights
+from fedmoe.protocol.names import GATEWAY
 from fedmoe.protocol.rules import AggregationRules, RuleSet
 from fedmoe.settings import AggregatorSettings, GatewaySettings, RedisSettings
 from fedmoe.store.connection import Connection
@@ -57,6 +58,7 @@ def test_weight_moves_the_gateway(connection: Connection, expert_command: Comman
         (("weight", "b", "-1"), "No such option"),
         (("weight", "b", "nan"), "the gateway weight must be a number of at least 0, not nan"),
         (("weight", "c", "1"), "there is no expert 'c' at "),
+        (("weight", GATEWAY, "2"), "the merged gateway is made of the other experts: name one of them"),
     ):
         done = expert_command(*words)
         assert sentence in (str(done.exception) + done.output)

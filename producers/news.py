@@ -28,7 +28,7 @@ def check_still_welcome(meta: Meta, spec: Spec, identity: BaseIdentity, expert: 
 
 
 def status_after(status: SyncStatus, change: Change, ledger: Ledger) -> SyncStatus:
-    """Log the meaning of a change, except for what it drops (`tell_dropped`); return the status after it."""
+    """Log the meaning of a change, except for what it drops (`tell_drop`); return the status after it."""
     if change.how is not None:
         refused = change.how.how == "refused"
         if refused:
@@ -53,7 +53,7 @@ def status_after(status: SyncStatus, change: Change, ledger: Ledger) -> SyncStat
     return replace(status, version=ledger.meta.version, in_flight=queue[0].header.seq if queue else 0)
 
 
-def tell_dropped(change: Change, ledger: Ledger) -> Callable[[int], None]:
+def tell_drop(change: Change, ledger: Ledger) -> Callable[[int], None]:
     """Logs what a change that replaces the adapter drops; is given the number of steps, once it is known."""
     if change.rolled_back:
         return partial(

@@ -32,14 +32,7 @@ from producers.checkpoint import Checkpoint
 from producers.exchange import Exchange, TrainingState
 from producers.heartbeat import SyncStatus
 from producers.ledger import Change, Ledger, Trained
-from producers.news import (
-    Fixed,
-    change_of_rules,
-    check_still_welcome,
-    status_after,
-    tell_diverged,
-    tell_dropped,
-)
+from producers.news import Fixed, change_of_rules, check_still_welcome, status_after, tell_diverged, tell_drop
 from producers.outbox import Outbox, Prepare, Talk
 from producers.pace import Pace, Timetable
 from producers.ports import Heart, Saves, Watch
@@ -379,7 +372,7 @@ class Sync:
             pulled.meta, pulled.weights, pulled.decided, now=self._clock(), packed=pulled.packed
         )
         self._exchange.offer_base(pulled.meta.version, pulled.weights)
-        self._exchange.correct(change, tell_dropped(change, self.ledger) if change.replace else None)
+        self._exchange.correct(change, tell_drop(change, self.ledger) if change.replace else None)
         self.outbox = self.outbox.pulled()
         self.pace.moved_on()
         self.status = status_after(self.status, change, self.ledger)

@@ -90,9 +90,9 @@ class OneThread(Exchange):
         self.boundary()
         return super().take(0.0)
 
-    def correct(self, change: Change) -> None:
+    def correct(self, change: Change, *tell: Any) -> None:
         self.changes.append(change)
-        super().correct(change)
+        super().correct(change, *tell)
 
 
 class WorkerProcess:

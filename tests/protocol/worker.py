@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -137,21 +137,21 @@ class _Exchange(Exchange):
     def __init__(self, trainer: _Trainer, trained: Trained, ledger: Ledger) -> None:
         super().__init__(trainer, with_optimizer=True, trained=trained, spares=ledger.spares)
         self.told: set[UpdateId] = set()
-        self.dropped: set[int] = set()  # units that were in no update, and that a rollback took back
+        self.taken_back: set[int] = set()  # units that were in no update, and that a rollback took back
         self.new_lineage = False
 
     def take(self, timeout_s: float) -> TrainingState | None:
         self.boundary()
         return super().take(0.0)
 
-    def correct(self, change: Change) -> None:
+    def correct(self, change: Change, *tell: Any) -> None:
         if change.how and change.how.how == "refused":
             self.told.add(change.how.id)
         self.new_lineage |= change.replace and not change.rolled_back
         if change.rolled_back:
             position = self._trainer.position
-            self.dropped |= set(range(position - self.trained.steps, position))
-        super().correct(change)
+            self.taken_back |= set(range(position - self.trained.steps, position))
+        super().correct(change, *tell)
 
 
 @dataclass
@@ -302,7 +302,7 @@ class Worker:
             outbox=sync.outbox,
             unsaved=(_values(sync.unsaved.local), sync.unsaved.position) if sync.unsaved else None,
             disk=disk.saved if disk else None,
-            told=memory.told | told | exchange.dropped,
+            told=memory.told | told | exchange.taken_back,
             failure=failure or str(sync.failure or "") or told_damage(sync.status.problem),
         )
         if exchange.new_lineage:

@@ -21,7 +21,7 @@ from consumers.kept import keep
 from consumers.packer import Packer
 from consumers.payload import Workspace, fold_payload, keeping
 from consumers.settled import Settled
-from fedmoe.errors import StaleStateError, UpdateError
+from fedmoe.errors import RedisUnavailableError, StaleStateError, UpdateError
 from fedmoe.protocol import records
 from fedmoe.protocol.balance import peers_of
 from fedmoe.protocol.beat import protocol_problem
@@ -184,9 +184,15 @@ class Expert:
         commit = Commit.on_top(self.meta, self.generation)
         self._growth = Growth(self.meta, self.spec, is_wanted=not self.writes_weights)
         verdicts: list[Verdict] = []
-        while entries and not self.is_held:
-            verdicts += self._decide_all(entries, commit)
-            entries = more() if self._folded is not self.held and not self.is_held else ()
+        try:
+            while entries and not self.is_held:
+                verdicts += self._decide_all(entries, commit)
+                entries = more() if self._folded is not self.held and not self.is_held else ()
+        except RedisUnavailableError:
+            raise
+        except Exception:  # no commit was sent; each attempt would leave its copies until they expire
+            self.store.remove_copies(self._growth.made)
+            raise
         if commit.entries or self.is_behind:
             self.commit(commit)
         return verdicts

@@ -330,7 +330,10 @@ class ExpertStore(Submissions):
         present = self.check_head(pipe, commit, snapshot)
         queued = self._redis.pipeline(transaction=True)
         self.queue(queued, commit, snapshot, present)
-        return transact(pipe, self.keys.meta, commit.on, [words for words, _ in queued.command_stack])
+        commands = [words for words, _ in queued.command_stack]
+        return transact(
+            pipe, self.keys.meta, commit.on, commands, needed=snapshot.watched, removed=snapshot.replaced
+        )
 
     def queue(self, pipe: Any, commit: Commit, snapshot: NewWeights, present: Mapping[str, int]) -> None:
         """Queue the commands of a commit."""

@@ -17,11 +17,13 @@ from fedmoe.store.connection import execute
 
 Command = Sequence[Any]
 
-# KEYS[1] is a hash whose field `commit` must equal ARGV[1] ("" if it is missing). The other arguments are commands,
-# each preceded by the number of its words. KEYS[2] never exists (`absent`).
+# KEYS[1] is a hash whose field `commit` must equal ARGV[1] ("" if it is missing). KEYS[2] never exists (`absent`); the
+# first ARGV[2] of those after it must exist. The other arguments are commands, each preceded by the number of its
+# words.
 _TRANSACTION = """#!lua flags=allow-oom
 if (redis.call('HGET', KEYS[1], 'commit') or '') ~= ARGV[1] then return 0 end
-local at = 2
+for i = 3, 2 + ARGV[2] do if redis.call('EXISTS', KEYS[i]) == 0 then return 0 end end
+local at = 3
 while at <= #ARGV do
   local words = tonumber(ARGV[at])
   redis.call(unpack(ARGV, at + 1, at + words))
@@ -92,14 +94,29 @@ def _none_if_wrong_type(reply: Any) -> Any:
     return None
 
 
-def transact(pipe: Any, key: str, commit: str, commands: Sequence[Command]) -> bool:
-    """Execute commands atomically beyond the memory limit; False if `key`'s field `commit` is not `commit`.
+def transact(
+    pipe: Any,
+    key: str,
+    commit: str,
+    commands: Sequence[Command],
+    *,
+    needed: Sequence[str] = (),
+    removed: Sequence[str | bytes] = (),
+) -> bool:
+    """Execute commands atomically beyond the memory limit.
+
+    Returns:
+        False if `key`'s field `commit` is not `commit`, or a needed key does not exist; then nothing was executed.
 
     Args:
         pipe: a pipeline that is watching, so that the script uses the checked connection.
         key: of a hash; all keys of the commands share its Cluster slot.
         commit: the expected value of its field `commit`.
         commands: as redis-py's pipeline holds them.
+        needed: keys that must exist; a script does not go by WATCH.
+        removed: keys that the commands remove, and to which this user may lack the right; Redis looks at the keys that
+            it is told before it begins with a script.
     """
     words = [word for command in commands for word in (len(command), *command)]
-    return bool(pipe.eval(_TRANSACTION, 2, key, absent(key), commit, *words))
+    keys = (key, absent(key), *needed, *removed)
+    return bool(pipe.eval(_TRANSACTION, len(keys), *keys, commit, len(needed), *words))

@@ -249,7 +249,8 @@ class ExpertLifecycle:
             snapshot.check(pipe, self.name)
             queued = self._redis.pipeline(transaction=True)
             queue(queued)
-            return transact(pipe, keys.meta, on, [words for words, _ in queued.command_stack])
+            commands = [words for words, _ in queued.command_stack]
+            return transact(pipe, keys.meta, on, commands, needed=snapshot.watched, removed=snapshot.replaced)
 
     def _watch(self, pipe: Any, on: str, *more: str) -> list[str] | None:
         """WATCH keys, with those to replace; None unless the commit is `on`, else wrong types of log and dead keys."""

@@ -59,6 +59,7 @@ def _on(*keys: str, may: str, when: str = "") -> Iterator[Right]:
 
 LONG = "the weights of an expert exceed 512 MiB"
 NO_COPIES = "each commit writes the weights, instead of the updates that it applied"
+NO_COPIED_TAIL = "it cannot serve an expert to whose tail another aggregator has added"
 NO_EXACT_PULL = "a worker that cannot use the packed weights waits until they are repaired"
 
 
@@ -179,10 +180,8 @@ def _copies(keys: ExpertKeys) -> Iterator[Right]:
         yield Right(command=command, keys=(payloads,), without=NO_COPIES)
     for command in ("EVAL", "COPY", "PEXPIRE", "GETRANGE", "EXISTS", "WATCH", "PERSIST"):
         yield Right(command=command, keys=(copies,), without=NO_COPIES)
-    yield Right(command="MGET", keys=(copies,), when="it loads an expert with a tail", without=NO_COPIES)
-    yield Right(
-        command="UNLINK", keys=(copies,), when="it writes weights in place of a tail", without=NO_COPIES
-    )
+    for command in ("MGET", "UNLINK"):
+        yield Right(command=command, keys=(copies,), when="an expert has a tail", without=NO_COPIED_TAIL)
 
 
 def _heartbeats(keys: Keys) -> Iterator[Right]:

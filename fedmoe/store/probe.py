@@ -105,7 +105,12 @@ def permission_checks(roles: Mapping[str, tuple[str, Sequence[Lack]]], *, requir
 
 
 def _may(does: str, lacks: Sequence[Lack]) -> Check:
-    less = "; ".join(dict.fromkeys(f"without {lack}, {lack.right.without}" for lack in lacks))
+    by_what_follows: dict[str, list[str]] = {}
+    for lack in lacks:
+        by_what_follows.setdefault(lack.right.without, []).append(str(lack))
+    less = "; ".join(
+        f"without {', '.join(dict.fromkeys(rights))}, {what}" for what, rights in by_what_follows.items()
+    )
     return Check(WARN if less else OK, "permissions", f"this user may {does}{f' ({less})' if less else ''}")
 
 

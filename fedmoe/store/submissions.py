@@ -2,9 +2,10 @@
 
 import re
 from collections.abc import Generator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import Any
 
+from fedmoe.errors import RedisUnavailableError
 from fedmoe.protocol.beat import Beat
 from fedmoe.protocol.tail import Copy
 from fedmoe.protocol.update import MAX_HEADER_BYTES, Part
@@ -98,6 +99,13 @@ class Submissions(ExpertLifecycle):
                     return
                 copy.n_made += 1
                 yield _absent_if_wrong_type(next(replies))
+
+    def remove_copies(self, copies: Sequence[Copy]) -> None:
+        """Remove copies that no commit names; where Redis cannot be reached, they expire."""
+        with suppress(RedisUnavailableError), self.connection.errors():
+            for copy in copies:
+                if left := copy.left_over(self.keys):
+                    self._redis.unlink(*left)
 
     def payload_keys(self, worker: str, run: str, seq: int, n_parts: int) -> list[str]:
         """The keys of an update's header and parts."""

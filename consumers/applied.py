@@ -1,12 +1,12 @@
-"""What an applied update leaves: the meta after it, and its line of the log. Pure."""
+"""What a decided entry leaves: the meta after an applied update, its line of the log, or a dead letter. Pure."""
 
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
 from consumers.decide import Counts, Verdict
-from fedmoe.protocol.lines import AppliedLine, Line
-from fedmoe.protocol.records import Meta
+from fedmoe.protocol.lines import AppliedLine, DeadLetter, Line
+from fedmoe.protocol.records import Entry, Meta
 from fedmoe.protocol.update import Header
 from fedmoe.protocol.validation import Measured
 
@@ -68,6 +68,19 @@ def line_of(
 
 def _is_clamped(header: Header, counts: Counts) -> bool:
     return counts != (header.n_examples, header.n_tokens)
+
+
+def letter_of(worker: str, header: Header, reason: str) -> DeadLetter:
+    """The dead letter of a refused update."""
+    return DeadLetter(
+        reason=reason, worker=worker, run=header.run, seq=header.seq, loss=header.loss, n_examples=header.n_examples,
+    )  # fmt: skip
+
+
+def letter_of_garbage(entry: Entry, reason: str) -> DeadLetter:
+    """The dead letter of an entry that is no update, with the beginning of its first fields."""
+    fields = ", ".join(f"{name}={value}"[:80] for name, value in list(entry.fields.items())[:8])
+    return DeadLetter(reason=reason, entry=entry.id, fields=fields[:400])
 
 
 def tell_clamped(expert: str, worker: str, header: Header, counts: Counts) -> None:

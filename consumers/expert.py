@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 
-from consumers.applied import line_of, meta_after, tell_applied, tell_clamped
+from consumers.applied import letter_of, letter_of_garbage, line_of, meta_after, tell_applied, tell_clamped
 from consumers.decide import Admission, Outcome, Verdict, counts_of, judge_header
 from consumers.early_warning import Judged, judge, reason_to_hold
 from consumers.held import Held
@@ -21,7 +21,7 @@ from consumers.kept import keep
 from consumers.packer import Packer
 from consumers.payload import Workspace, fold_payload, keeping
 from consumers.settled import Settled
-from fedmoe.errors import RedisUnavailableError, StaleStateError, UpdateError
+from fedmoe.errors import StaleStateError, UpdateError
 from fedmoe.protocol import records
 from fedmoe.protocol.balance import peers_of
 from fedmoe.protocol.beat import protocol_problem
@@ -34,7 +34,7 @@ from fedmoe.protocol.growth import Growth
 from fedmoe.protocol.identity import BEAT_FIELDS, BaseIdentity
 from fedmoe.protocol.integrity import restamp
 from fedmoe.protocol.layout import AdapterBuffer
-from fedmoe.protocol.lines import DeadLetter, RulesLine
+from fedmoe.protocol.lines import RulesLine
 from fedmoe.protocol.records import Decided, Entry, Meta
 from fedmoe.protocol.rules import MAX_REASON_CHARS
 from fedmoe.protocol.server import has_state
@@ -184,15 +184,10 @@ class Expert:
         commit = Commit.on_top(self.meta, self.generation)
         self._growth = Growth(self.meta, self.spec, is_wanted=not self.writes_weights)
         verdicts: list[Verdict] = []
-        try:
+        with self.store.removed_after_failure(self._growth.made):
             while entries and not self.is_held:
                 verdicts += self._decide_all(entries, commit)
                 entries = more() if self._folded is not self.held and not self.is_held else ()
-        except RedisUnavailableError:
-            raise
-        except Exception:  # no commit was sent; each attempt would leave its copies until they expire
-            self.store.remove_copies(self._growth.made)
-            raise
         if commit.entries or self.is_behind:
             self.commit(commit)
         return verdicts
@@ -375,11 +370,7 @@ class Expert:
 
     def _refuse(self, worker: str, header: Header, verdict: Verdict, commit: Commit) -> None:
         self.meta = replace(self.meta, refused=self.meta.refused + 1)
-        letter = DeadLetter(
-            reason=verdict.reason, worker=worker, run=header.run, seq=header.seq, loss=header.loss,
-            n_examples=header.n_examples,
-        )  # fmt: skip
-        commit.dead.append(letter.to_fields())
+        commit.dead.append(letter_of(worker, header, verdict.reason).to_fields())
         logger.warning("%s refused %s seq %d: %s", self.store.name, worker, header.seq, verdict.reason)
 
     def _undecidable(self, bell: Doorbell, verdict: Verdict) -> Verdict:
@@ -392,9 +383,11 @@ class Expert:
 
     def _garbage(self, entry: Entry, reason: str, commit: Commit) -> None:
         self.meta = replace(self.meta, garbage=self.meta.garbage + 1)
-        fields = ", ".join(f"{k}={v}"[:80] for k, v in list(entry.fields.items())[:8])
-        commit.dead.append(DeadLetter(reason=reason, entry=entry.id, fields=fields[:400]).to_fields())
-        logger.warning("%s removed garbage from its stream (%s): %s", self.store.name, reason, fields[:200])
+        letter = letter_of_garbage(entry, reason)
+        commit.dead.append(letter.to_fields())
+        logger.warning(
+            "%s removed garbage from its stream (%s): %s", self.store.name, reason, letter.fields[:200]
+        )
 
     def warn_once(self, text: str) -> None:
         """Log a warning about a worker's unreadable records, but each text only once."""

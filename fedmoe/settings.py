@@ -197,7 +197,8 @@ class WorkerSettings:
     )
     max_steps: int = setting(
         0,
-        "Optimizer steps after which to end, of expert and gateway together, counted from this start.",
+        "Optimizer steps after which to end, of expert and gateway together, counted from this start; dropped steps do "
+        "not count.",
         at_least=0,
         unit="steps",
         words="never",

@@ -242,9 +242,8 @@ def tail_records(tail: Tail, version: int, stored: Mapping[bytes, bytes]) -> lis
     return found
 
 
-CopiedParts = Callable[
-    [str, int], Iterable[bytes | None]
-]  # token, number of parts -> parts; None for a lost one
+# Token and number of parts -> the parts, None for one that is lost.
+CopiedParts = Callable[[str, int], Iterable[bytes | None]]
 
 
 def no_copies(token: str, count: int) -> Iterable[bytes | None]:

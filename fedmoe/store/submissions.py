@@ -1,8 +1,8 @@
 """What the workers of an expert write beside its stream, as an aggregator reads it."""
 
 import re
-from collections.abc import Generator, Sequence
-from contextlib import closing, suppress
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from typing import Any
 
 from fedmoe.errors import RedisUnavailableError
@@ -100,12 +100,22 @@ class Submissions(ExpertLifecycle):
                 copy.n_made += 1
                 yield _absent_if_wrong_type(next(replies))
 
-    def remove_copies(self, copies: Sequence[Copy]) -> None:
-        """Remove copies that no commit names; where Redis cannot be reached, they expire."""
-        with suppress(RedisUnavailableError), self.connection.errors():
-            for copy in copies:
-                if left := copy.left_over(self.keys):
-                    self._redis.unlink(*left)
+    @contextmanager
+    def removed_after_failure(self, copies: Sequence[Copy]) -> Iterator[None]:
+        """Remove these copies if the body fails, so that repeated attempts do not fill Redis with them.
+
+        The body must not commit. If Redis cannot be reached, the copies are left to expire.
+        """
+        try:
+            yield
+        except RedisUnavailableError:
+            raise
+        except Exception:
+            with suppress(RedisUnavailableError), self.connection.errors():
+                for copy in copies:
+                    if left := copy.left_over(self.keys):
+                        self._redis.unlink(*left)
+            raise
 
     def payload_keys(self, worker: str, run: str, seq: int, n_parts: int) -> list[str]:
         """The keys of an update's header and parts."""

@@ -343,7 +343,7 @@ def test_what_else_goes_wrong_is_raised(connection: Connection) -> None:
 
 
 def test_a_server_that_starts_again_has_the_copies(server: EmbeddedRedis, tmp_path: Path) -> None:
-    """From its append-only file, though the payload, and the copy before its commit, have expired by then."""
+    """It restores them from its append-only file, after the payload and the first expiry of the copy have passed."""
     with EmbeddedRedis(
         server=server.server, options=["--appendonly", "yes", "--enable-debug-command", "yes"]
     ) as own:

@@ -91,7 +91,7 @@ def strays_but_copies(client: Any, keys: Any, **but: Any) -> Iterator[bytes]:
 
 
 def read_once(*reads: Any, **how: Any) -> Iterator[Any]:
-    """A reader takes a copy that is gone for damage, whatever meta says by now."""
+    """A reader calls the expert damaged if a copy is gone, and does not read meta again."""
     yield next(iter(readings(*reads, **how)))
 
 
@@ -165,25 +165,25 @@ BROKEN_COPIES = {
         symptom="is of no use and stays for ever",
     ),
     "H30_load_does_not_begin_again": Broken(
-        what="an aggregator that loads takes a copy that is gone for damage",
+        what="an aggregator loads: it calls the expert damaged if a copy is gone",
         rules=reading_once(fedmoe.store.expert),
         scope=Scope(wire_format=TAIL, aggregators=2, units=1, faults={"lease": 1}),
         symptom="finds damage where none is",
     ),
     "H30_rescue_does_not_begin_again": Broken(
-        what="an aggregator that looks whether Redis lost the expert takes a copy that is gone for damage",
+        what="an aggregator looks whether Redis lost the expert: it calls the expert damaged if a copy is gone",
         rules=reading_once(fedmoe.store.lifecycle),
         scope=Scope(wire_format=TAIL, aggregators=2, units=1, paused=True),
         symptom="aggregator 0 finds damage where none is",
     ),
     "H30_operator_does_not_begin_again": Broken(
-        what="an operator who changes the rules takes a copy that is gone for damage",
+        what="an operator changes the rules: the command calls the expert damaged if a copy is gone",
         rules=reading_once(fedmoe.store.lifecycle),
         scope=Scope(wire_format=TAIL, units=1, faults={"rules": 1}),
         symptom="operator finds damage where none is",
     ),
     "H30_worker_does_not_begin_again": Broken(
-        what="a worker that needs the exact weights takes a copy that is gone for damage",
+        what="a worker needs the exact weights: it calls the expert damaged if a copy is gone",
         rules=reading_once(fedmoe.store.worker),
         scope=Scope(wire_format=TAIL, units=1, faults={"unpack": 1}),
         symptom="finds damage where none is",

@@ -108,7 +108,7 @@ class OperatorGoingBack:
     def turn(self, memory: str | Target, replies: Sequence[Reply], choice: int) -> str | Target:
         """`fedmoe expert rollback`, whose parts are written once for two attempts; then it begins again.
 
-        Over a connection made anew it would begin again, and gives up here.
+        After a reconnect the real command begins again; this one gives up.
         """
         if not isinstance(memory, Target):
             return memory

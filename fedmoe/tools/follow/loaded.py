@@ -28,9 +28,8 @@ class LoadedVersions:
             SettingsError: if the disk refuses.
         """
         there, own = self._server.loaded(), self._directory.loaded
-        self._directory.note_loaded(
-            own | {name} - there
-        )  # before it is loaded: this process may be killed then
+        # Noted first: this process may be killed after the load, and `current`, which stands for a missing note, moves.
+        self._directory.note_loaded(own if name in there else own | {name})
         if name in there:
             return there
         try:

@@ -156,7 +156,9 @@ class StateDir:
         """
         ledger = checkpoint.ledger
         if not self._holds():  # somebody may have removed the directory
+            removed = self.lock
             self._hold()
+            removed.close()
         self._updates.directory.mkdir(mode=0o700, exist_ok=True)
         names = {"queue": self._keep(ledger.queue), "kept": self._keep(ledger.kept)}
         tensors = {"local": checkpoint.local}

@@ -61,6 +61,7 @@ NOT_TYPED = {
     "bash ops/bench.sh --only scale": "takes a quarter of an hour; a test runs a tiny one",
     "bash ops/bench.sh --only scale --quick": "takes minutes; a test runs a tiny one",
     "bash ops/bench.sh --only codec": "a test runs a tiny one",
+    "bash ops/bench.sh --quick --only codec": "a test runs a tiny one",
     "bash ops/bench.sh --only stages": "a test runs a tiny one",
     "bash ops/bench.sh --quick --only stages": "a test runs a tiny one",
     "bash ops/bench.sh --only exchange": "a test runs a tiny one",
@@ -126,6 +127,7 @@ INSTEAD = {
     "redis://127.0.0.1:6379/0": "unix://{socket}",
     "http://127.0.0.1:5000/": "http://127.0.0.1:{port}/",
     "--host 0.0.0.0 --port 5001": "--host 127.0.0.1 --port 0",
+    "--steps 200": "--steps 20",
 }
 # They run until they are stopped: typed in a terminal of their own.
 ON_AND_ON = (

@@ -14,6 +14,7 @@ from typing import Protocol, TypeVar
 
 import torch
 
+from fedmoe.protocol.records import Meta
 from fedmoe.protocol.rules import TrainingSettings
 from fedmoe.protocol.validation import Measured
 from producers.ledger import Change, Trained
@@ -110,6 +111,8 @@ class Exchange:
         self._wants_base = False
         self._base: tuple[int, torch.Tensor] | None = None
         self._measured: Measured | None = None
+        self._pulled: Meta | None = None
+        self._outlived = False  # the base that was taken last is no longer of the expert's history
 
     @property
     def trained(self) -> Trained:
@@ -254,30 +257,56 @@ class Exchange:
         with self._lock:
             self._wants_base = True
 
-    def offer_base(self, version: int, base: torch.Tensor | None) -> None:
-        """Sync thread: copy the base of a pull, if it is a new one and the training wants one."""
+    def offer_base(self, meta: Meta, base: torch.Tensor | None) -> None:
+        """Sync thread, at each pull: copy the base, if it is a new one and the training wants one.
+
+        If the expert has left the history of the pull before, what was measured there is forgotten.
+        """
+        if self._pulled is not None and _has_left(self._pulled, meta):
+            self._forget()
+        self._pulled = meta
         if base is None or not self._wants_base:
             return
-        copy = version, base.clone()
+        copy = meta.version, base.clone()
         with self._lock:
             self._base, self._wants_base = copy, False
+
+    def _forget(self) -> None:
+        """Forget what was measured; what is being measured will be forgotten (`publish`)."""
+        with self._lock:
+            self._wants_base = self._wants_base or self._base is not None
+            self._base, self._measured, self._outlived = None, None, True
 
     def take_base(self) -> tuple[int, torch.Tensor] | None:
         """Training thread: the copy with its version, None if there is none yet."""
         with self._lock:
             base, self._base = self._base, None
+            if base is not None:
+                self._outlived = False
         return base
 
-    def publish(self, measured: Measured) -> None:
-        """Training thread: have the next update carry a validation loss."""
+    def publish(self, measured: Measured) -> bool:
+        """Training thread: have the next update carry the validation loss of the base that was taken last.
+
+        Returns False if the expert has left the history of that base; the loss is then forgotten.
+        """
         with self._lock:
-            self._measured = measured
+            if not self._outlived:
+                self._measured = measured
+            return not self._outlived
 
     def take_measured(self) -> Measured | None:
         """Sync thread: the validation loss that the next update carries."""
         with self._lock:
             measured, self._measured = self._measured, None
         return measured
+
+
+def _has_left(before: Meta, now: Meta) -> bool:
+    """True if versions that were there before are not there now: another lineage, a rollback, or a failover."""
+    return (
+        now.lineage != before.lineage or now.version < before.version or now.rolled_back != before.rolled_back
+    )
 
 
 def _add(change: Change, local: torch.Tensor) -> None:

@@ -254,9 +254,15 @@ class Ledger:
         return self.queue[-1]
 
     def to_send(self) -> tuple[Header, tuple[bytes, ...]]:
-        """Header and parts of the first undecided update; its base version is lowered to what the rules allow."""
+        """Header and parts of the first undecided update; its base version is lowered to what the rules allow.
+
+        A validation loss of a version that the expert has not reached again after a failover is left out.
+        """
         update, rules = self.queue[0], self.meta.rules.aggregation
-        return update.header.at_most(self.meta.version + rules.staleness_bound(0)), update.parts
+        header = update.header.at_most(self.meta.version + rules.staleness_bound(0))
+        if (header.val_version or 0) > self.meta.version:
+            header = header.unmeasured()
+        return header, update.parts
 
     def _chain(self) -> list[Outgoing]:
         return [*self.kept, *self.queue]

@@ -349,7 +349,7 @@ def join(
             )
             if expert in validate:
                 member.exchange.want_base()
-                member.exchange.offer_base(member.sync.ledger.meta.version, member.sync.ledger.base)
+                member.exchange.offer_base(member.sync.ledger.meta, member.sync.ledger.base)
             chains[expert] = _Chain(member, adapter)
         for chain in chains.values():
             chain.membership.thread.start()

@@ -371,7 +371,7 @@ class Sync:
         change = self.ledger.observe(
             pulled.meta, pulled.weights, pulled.decided, now=self._clock(), packed=pulled.packed
         )
-        self._exchange.offer_base(pulled.meta.version, pulled.weights)
+        self._exchange.offer_base(pulled.meta, pulled.weights)
         self._exchange.correct(change, tell_drop(change, self.ledger) if change.replace else None)
         self.outbox = self.outbox.pulled()
         self.pace.moved_on()

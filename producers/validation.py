@@ -107,8 +107,8 @@ class Meets(Protocol):
         """The copy that was asked for, with its version; None if there is none yet."""
         ...
 
-    def publish(self, measured: Measured) -> None:
-        """Have the next update carry a measurement."""
+    def publish(self, measured: Measured) -> bool:
+        """Have the next update carry a measurement; False if the expert has left the history of its base."""
         ...
 
 
@@ -180,10 +180,11 @@ class Validation:
         if not math.isfinite(measured.loss):
             logger.warning("the validation loss of %s is %s: it is not published", name, measured.loss)
             return
-        exchange.publish(measured)
-        self._report(
-            name, f"validation loss {measured.loss:.4f} on {measured.rows} rows at version {measured.version}"
-        )
+        if exchange.publish(measured):
+            self._report(
+                name,
+                f"validation loss {measured.loss:.4f} on {measured.rows} rows at version {measured.version}",
+            )
 
     def _begin(self) -> bool:
         """Begin with the first part that has a base; False if none has."""

@@ -238,7 +238,7 @@ class Worker:
                 if evaluator is not None:
                     ledger = member.sync.ledger
                     member.exchange.want_base()
-                    member.exchange.offer_base(ledger.meta.version, ledger.base)
+                    member.exchange.offer_base(ledger.meta, ledger.base)
                 turns[expert] = Turn(
                     expert=expert, trainer=trainer, member=member, progress=progress, evaluator=evaluator
                 )

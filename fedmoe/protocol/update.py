@@ -160,6 +160,10 @@ class Header:
         """
         return replace(self, base_version=min(self.base_version, base_version))
 
+    def unmeasured(self) -> "Header":
+        """The same update without its validation loss."""
+        return replace(self, val_loss=None, val_version=None, val_rows=None, val_set="")
+
     def known_by(self, knows: str, parts: Sequence[bytes]) -> "Header":
         """The same update for aggregators that know these features: with SHA-256 if they know no quick digests."""
         if QUICK_DIGESTS in knows.split() or QUICK_DIGESTS not in self.requires.split():

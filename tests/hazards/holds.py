@@ -5,9 +5,18 @@ from tests.hazards.units import expect
 from tests.hazards.world import AggregatorProcess, WorkerProcess, World
 
 
-def measures(world: World, aggregator: AggregatorProcess, worker: WorkerProcess, loss: float) -> None:
-    """The worker publishes an update with this validation loss of the present version, and it is decided."""
-    worker.exchange.publish(Measured(loss=loss, version=world.meta.version, rows=8, rows_set="rows"))
+def measure(worker: WorkerProcess, loss: float) -> None:
+    """The worker measures this validation loss of the version that it has; its next update carries it."""
+    ledger = worker.sync.ledger
+    worker.exchange.want_base()
+    worker.exchange.offer_base(ledger.meta, ledger.base)
+    assert worker.exchange.take_base() is not None
+    worker.exchange.publish(Measured(loss=loss, version=ledger.meta.version, rows=8, rows_set="rows"))
+
+
+def measures(aggregator: AggregatorProcess, worker: WorkerProcess, loss: float) -> None:
+    """The worker publishes an update with this validation loss of the version that it has, and it is decided."""
+    measure(worker, loss)
     worker.push()
     aggregator.turn(2)
     worker.turn(2)
@@ -20,9 +29,9 @@ def h26_one_forged_loss(world: World) -> None:
     alice, bob, mallory = world.worker("alice"), world.worker("bob"), world.worker("carol")
     a0 = world.aggregator()
     for number in range(1 + IN_A_ROW):
-        measures(world, a0, mallory, 0.0 if number == 0 else 9.0)
-        measures(world, a0, alice, 2.0 - 0.1 * number)
-        measures(world, a0, bob, 3.0 - 0.1 * number)
+        measures(a0, mallory, 0.0 if number == 0 else 9.0)
+        measures(a0, alice, 2.0 - 0.1 * number)
+        measures(a0, bob, 3.0 - 0.1 * number)
     expect(not world.meta.rules.held, "one forged loss holds the expert")
     world.settle(a0, alice, bob, mallory)
     world.expect_expert(alice=[1] * 3, bob=[1] * 3, carol=[1] * 3)
@@ -35,13 +44,13 @@ def h26_going_back(world: World) -> None:
     alice, bob = world.worker("alice"), world.worker("bob")
     a0 = world.aggregator()
     for _ in range(2):
-        measures(world, a0, alice, 1.0)
-        measures(world, a0, bob, 1.0)
+        measures(a0, alice, 1.0)
+        measures(a0, bob, 1.0)
     world.roll_back_to(0)
     world.settle(a0, alice, bob)
     for number in range(2 + IN_A_ROW):
-        measures(world, a0, alice, 2.0 - 0.01 * number)
-        measures(world, a0, bob, 2.0 - 0.01 * number)
+        measures(a0, alice, 2.0 - 0.01 * number)
+        measures(a0, bob, 2.0 - 0.01 * number)
     expect(not world.meta.rules.held, "the expert is held for what an operator went back to")
 
 
@@ -52,10 +61,10 @@ def h26_batch_goes_on(world: World) -> None:
     alice, bob, carol = world.worker("alice"), world.worker("bob"), world.worker("carol")
     a0 = world.aggregator()
     for loss in (1.0, *[2.0] * (IN_A_ROW - 1)):
-        measures(world, a0, alice, loss)
-        measures(world, a0, bob, loss)
-    measures(world, a0, alice, 2.0)
-    bob.exchange.publish(Measured(loss=2.0, version=world.meta.version, rows=8, rows_set="rows"))
+        measures(a0, alice, loss)
+        measures(a0, bob, loss)
+    measures(a0, alice, 2.0)
+    measure(bob, 2.0)
     bob.push()
     carol.push()
     a0.turn(3)

@@ -15,6 +15,7 @@ from fedmoe.protocol.identity import BaseIdentity
 from fedmoe.protocol.layout import Layout
 from fedmoe.protocol.rules import AggregationRules, RuleSet
 from fedmoe.protocol.spec import Spec
+from fedmoe.protocol.validation import Measured
 from fedmoe.store.connection import Connection
 from producers import heartbeat
 from producers.checkpoint import StateDir
@@ -280,3 +281,33 @@ def test_memory_is_used_again(
     assert run.sync.failure is None
     assert len(made) > 20
     assert len({vector.data_ptr() for vector in made}) <= 4
+
+
+def test_loss_of_the_expert_before_it_was_made_anew_is_not_published(
+    expert: Expert, connect: Connect, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The aggregator would blame an honest worker, until the new expert has that version."""
+    store, worker = expert.store, join(connect().settings)
+    ScriptedWorker(connect(), SPEC, "bob").push(0.5)
+    serve(expert)
+    worker.exchange.want_base()
+    worker.sync._pull()
+    version, _ = worker.exchange.take_base() or (0, None)
+    assert version == 1
+    measured = Measured(loss=1.5, version=version, rows=9)
+    worker.exchange.publish(measured)
+    client = store.connection.client
+    client.delete(*client.keys("fedmoe:{sql_expert}:*"))
+    again = make_expert(store.connection)
+    worker.sync._pull()
+    assert worker.exchange.take_measured() is None
+    worker.exchange.publish(measured)  # a measurement that has only ended now
+    worker.exchange.boundary()
+    worker.exchange.record(Counter(torch.zeros(2)).step())
+    worker.sync.finish(0.0)
+    for _ in range(3):
+        worker.sync.attempt()
+        worker.exchange.boundary()
+    serve(again)
+    assert again.meta.version == 1
+    assert "claims" not in caplog.text

@@ -1,18 +1,24 @@
 """What a worker measures: the base that it pulled, beside an untouched training, within its share of the time."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from fedmoe.model.adapter import attach_adapter, switch_to
+from fedmoe.protocol.rollback import Interval, RolledBack
 from fedmoe.protocol.validation import Measured
 from fedmoe.tools.evaluate import mean_loss
 from producers.exchange import Exchange
 from producers.trainer import Trainer
 from producers.validation import VALIDATION_SHARE, Evaluator, Validation
+from tests.federation import first_meta, small_spec
 from tests.tiny import tiny_config
 from tests.unit.test_trainer import CPU, EXAMPLES, SETTINGS, make_model, make_spec
+
+META = first_meta(small_spec())
 
 
 def make(*, held: bool, order: str = "after") -> tuple[Trainer, Evaluator | None]:
@@ -94,7 +100,7 @@ def run(
         meeting.want_base()
     for step in range(steps):
         for meeting in meets.values():
-            meeting.offer_base(step, torch.zeros(3))
+            meeting.offer_base(replace(META, version=step), torch.zeros(3))
         validation.trained(step_s)
         validation.between_steps()
         assert validation.spent_s <= VALIDATION_SHARE * validation.trained_s + 1e-9
@@ -122,6 +128,80 @@ def test_two_chains_share_the_time() -> None:
     run(both, 2000)
     assert abs(both["sql"].batches - both["gateway"].batches) <= 4
     assert min(one.batches for one in both.values()) > 30
+
+
+def measured_at(meet: Exchange, version: int) -> bool:
+    """The training takes the base that it was offered, and publishes its loss."""
+    base = meet.take_base()
+    assert base is not None
+    assert base[0] == version
+    return meet.publish(Measured(loss=1.5, version=version, rows=9))
+
+
+LEFT = {
+    "made anew": {"lineage": "other", "version": 1},
+    "rolled back": {"version": 9, "rolled_back": RolledBack((Interval(3, 8),))},
+    "failover": {"version": 5},
+}
+
+
+@pytest.mark.parametrize("now", LEFT.values(), ids=LEFT.keys())
+def test_loss_of_a_history_that_the_expert_has_left_is_forgotten(now: dict[str, Any]) -> None:
+    """One that waits for an update, one that is being measured, and a base that was not taken yet."""
+    before, after = replace(META, version=8), replace(META, **now)
+    for when in ("waits", "is measured", "is offered"):
+        meet = exchange()
+        meet.want_base()
+        meet.offer_base(before, torch.zeros(3))
+        if when == "waits":
+            assert measured_at(meet, 8)
+        elif when == "is measured":
+            assert meet.take_base() is not None
+        meet.want_base()
+        meet.offer_base(after, torch.ones(3))
+        if when == "is measured":
+            assert not meet.publish(Measured(loss=1.5, version=8, rows=9))
+        assert meet.take_measured() is None
+        assert measured_at(meet, after.version)
+        assert meet.take_measured() == Measured(loss=1.5, version=after.version, rows=9)
+
+
+def test_base_that_was_forgotten_is_wanted_again() -> None:
+    """The next one is copied, although the training has asked only once."""
+    meet = exchange()
+    meet.want_base()
+    meet.offer_base(replace(META, version=8), torch.zeros(3))
+    meet.offer_base(replace(META, version=1, lineage="other"), torch.ones(3))
+    meet.offer_base(replace(META, version=2, lineage="other"), torch.ones(3))
+    assert measured_at(meet, 1)
+
+
+def test_loss_goes_with_a_later_version_of_the_same_history() -> None:
+    meet = exchange()
+    meet.want_base()
+    meet.offer_base(replace(META, version=8), torch.zeros(3))
+    assert measured_at(meet, 8)
+    meet.offer_base(replace(META, version=9), torch.ones(3))
+    assert meet.take_measured() == Measured(loss=1.5, version=8, rows=9)
+
+
+def test_loss_of_another_history_is_not_reported() -> None:
+    """Its line would name a version that the expert does not have."""
+    evaluator, said, meet = Clocked(0.0), list[str](), exchange()
+    validation = Validation(
+        [("sql", evaluator, meet)], report=lambda name, line: said.append(line), share=1.0
+    )
+    meet.want_base()
+    meet.offer_base(replace(META, version=8), torch.zeros(3))
+    for step in range(16):
+        if step == 2:
+            meet.offer_base(replace(META, version=1, lineage="other"), torch.zeros(3))
+        validation.trained(1.0)
+        validation.between_steps()
+        if step == 4:
+            assert said == []
+            meet.offer_base(replace(META, version=2, lineage="other"), torch.zeros(3))
+    assert said == ["validation loss 1.5000 on 9 rows at version 2"]
 
 
 def test_loss_that_is_no_number_is_not_published() -> None:

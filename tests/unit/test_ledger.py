@@ -12,6 +12,7 @@ from fedmoe.errors import NameTakenError, UpdateError
 from fedmoe.protocol.records import Decided, Meta
 from fedmoe.protocol.rollback import RolledBack
 from fedmoe.protocol.update import UpdateId, make_run
+from fedmoe.protocol.validation import Measured
 from producers.ledger import HeadPlace, Ledger, Trained, locate
 from tests.errors import raises
 from tests.federation import delta_of
@@ -336,3 +337,17 @@ def test_what_was_trained_on_what_an_operator_took_back_is_dropped(
     assert torch.equal(local, torch.full((4,), 8.0 + in_flight + (0.0 if dropped else 2.0)))
     assert torch.equal(ledger.progress(local), torch.full((4,), 0.0 if dropped else 2.0))
     assert not ledger.observe(meta, None, decided, now=1.0).rolled_back
+
+
+def test_loss_of_a_version_that_a_failover_took_is_not_sent() -> None:
+    """The update is sent again without it, as it was made once the expert has that version again."""
+    ledger = Ledger(base=torch.zeros(4), meta=meta_of(7), run=RUN)
+    measured = Measured(loss=1.5, version=7, rows=9, rows_set="rows")
+    cut = ledger.cut(torch.ones(4), "fp32")
+    made = ledger.make_update(cut, Trained(steps=1), fingerprint="f", measured=measured)
+    assert ledger.to_send()[0] == made.header
+    ledger.observe(meta_of(5), torch.zeros(4), None, now=0.0)
+    assert ledger.to_send()[0] == made.header.unmeasured()
+    assert made.header.unmeasured().val_loss is None
+    ledger.observe(meta_of(8), torch.zeros(4), None, now=0.0)
+    assert ledger.to_send()[0] == made.header

@@ -42,6 +42,7 @@ from fedmoe.store.connection import Connection
 from fedmoe.store.worker import WorkerStore
 from fedmoe.util.log import SYNC
 from fedmoe.util.stopping import without_interrupt
+from fedmoe.util.text import counted
 from producers.checkpoint import StateDir
 from producers.claim import claim_name
 from producers.exchange import Exchange, Trains
@@ -319,11 +320,11 @@ class Membership:
         steps = self.exchange.steps_left
         if not sync.in_redis:
             steps += sum(update.header.steps for update in sync.ledger.queue)
+        are = "is" if steps == 1 else "are"
         if self._state_dir:
-            return (
-                f"at most {steps} steps are lost, those since the last checkpoint in {self._state_dir.path}"
-            )
-        return f"{steps} steps since the last update that is in Redis are lost"
+            since = f"the last checkpoint in {self._state_dir.path}"
+            return f"at most {counted(steps, 'step')} since {since} {are} lost"
+        return f"{counted(steps, 'step')} since the last update that is in Redis {are} lost"
 
 
 def finish(

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import NamedTuple
 
 from fedmoe.errors import RefusedError
@@ -11,6 +10,7 @@ from fedmoe.protocol.identity import BaseIdentity
 from fedmoe.protocol.records import Meta
 from fedmoe.protocol.rules import RuleSet
 from fedmoe.protocol.spec import Spec
+from fedmoe.util.text import counted
 from producers.heartbeat import SyncStatus
 from producers.ledger import Change, Ledger
 
@@ -42,8 +42,8 @@ def status_after(status: SyncStatus, change: Change, ledger: Ledger) -> SyncStat
         )
     if change.resent:
         logger.warning(
-            "Redis has an older state: version %d before, version %d now; %d updates are sent again automatically",
-            status.version, ledger.meta.version, len(change.resent),
+            "Redis has an older state: version %d before, version %d now; this worker sends %s again automatically",
+            status.version, ledger.meta.version, counted(len(change.resent), "update"),
         )  # fmt: skip
     if change.lost:
         logger.warning(
@@ -53,24 +53,33 @@ def status_after(status: SyncStatus, change: Change, ledger: Ledger) -> SyncStat
     return replace(status, version=ledger.meta.version, in_flight=queue[0].header.seq if queue else 0)
 
 
-def tell_drop(change: Change, ledger: Ledger) -> Callable[[int], None]:
-    """Logs what a change that replaces the adapter drops; is given the number of steps, once it is known."""
-    if change.rolled_back:
-        return partial(
-            logger.warning,
-            "an operator rolled the expert back to version %d, version %d has its weights: this worker drops %d steps "
-            "that it trained on what was rolled back, and continues from the expert's current weights",
-            *ledger.meta.rolled_back.latest,
+def tell_drop(change: Change, ledger: Ledger, expert: str) -> Callable[[int], None]:
+    """Logs what a change that replaces the adapter drops; is given the number of steps, once it is known.
+
+    The training thread calls it: so the sentence names the expert, because a worker may train two.
+    """
+    latest = ledger.meta.rolled_back.latest if change.rolled_back else ()
+
+    def of_rollback(steps: int) -> None:
+        logger.warning(
+            "an operator rolled expert %r back to version %d, version %d has its weights: this worker drops %s that it "
+            "trained on what was rolled back, and continues from the expert's current weights",
+            expert, *latest, counted(steps, "step"),
+        )  # fmt: skip
+
+    def of_history(steps: int) -> None:
+        logger.warning(
+            "the history of expert %r is not the one that this worker knew (%s): this worker drops %s and %s since, "
+            "and continues from the expert's current weights",
+            expert,
+            "this worker was restored from an old checkpoint"
+            if change.position
+            else "an operator created the expert from zero",
+            counted(len(change.dropped), "undecided update"),
+            counted(steps, "step"),
         )
-    return partial(
-        logger.warning,
-        "the expert's history is not the one that this worker knew (%s): it drops %d undecided updates and %d steps "
-        "since, and continues from the expert's current weights",
-        "this worker was restored from an old checkpoint"
-        if change.position
-        else "an operator created the expert from zero",
-        len(change.dropped),
-    )
+
+    return of_rollback if change.rolled_back else of_history
 
 
 class Fixed(NamedTuple):
@@ -87,7 +96,10 @@ class Fixed(NamedTuple):
 
 def change_of_rules(before: RuleSet, now: RuleSet, fixed: Fixed) -> str:
     """The message of a worker that adopts new rules, all but those that are fixed until it is started again."""
-    changed = before.differences(now) or "nothing that this FedMoE knows"
+    same = replace(now, number=before.number, released=before.released) == before
+    changed = before.differences(now) or (
+        "the same rules as before" if same else "a rule changed that this FedMoE does not know"
+    )
     text = f"rules {now.number} are in force, they were {before.number}: {changed}"
     if fixed.train is not None and now.train != fixed.train:
         text += "; train takes effect when this worker is started again"
@@ -96,11 +108,14 @@ def change_of_rules(before: RuleSet, now: RuleSet, fixed: Fixed) -> str:
     return text
 
 
-def tell_diverged(norm: float, steps: int, bound: float) -> Callable[[int], None]:
+def tell_diverged(norm: float, steps: int, bound: float, expert: str) -> Callable[[int], None]:
     """Logs that the steps of a copy are dropped for their norm; is given the number of steps since that copy."""
-    return partial(
-        logger.warning,
-        "the training diverged: %d steps changed the adapter by a norm of %.3g, the bound is %.4g; this worker drops "
-        "them, and the %d steps since, and continues from the expert's weights (is the learning rate too high?)",
-        steps, norm, bound,
-    )  # fmt: skip
+
+    def tell(since: int) -> None:
+        logger.warning(
+            "the training of expert %r diverged: %s changed the adapter by a norm of %.3g, the bound is %.4g; this "
+            "worker drops %s, and continues from the expert's weights (is the learning rate too high?)",
+            expert, counted(steps, "step"), norm, bound, counted(steps + since, "step"),
+        )  # fmt: skip
+
+    return tell

@@ -288,7 +288,7 @@ class Sync:
         if not self._drops_diverged or norm <= bound:
             return False
         change = Change(correction=self.ledger.base + self.ledger.pending(), replace=True)
-        self._exchange.correct(change, tell_diverged(norm, steps, bound))
+        self._exchange.correct(change, tell_diverged(norm, steps, bound, self._store.expert))
         return True
 
     def _checkpoint(self, now: float) -> bool:
@@ -372,7 +372,8 @@ class Sync:
             pulled.meta, pulled.weights, pulled.decided, now=self._clock(), packed=pulled.packed
         )
         self._exchange.offer_base(pulled.meta, pulled.weights)
-        self._exchange.correct(change, tell_drop(change, self.ledger) if change.replace else None)
+        tell = tell_drop(change, self.ledger, self._store.expert) if change.replace else None
+        self._exchange.correct(change, tell)
         self.outbox = self.outbox.pulled()
         self.pace.moved_on()
         self.status = status_after(self.status, change, self.ledger)

@@ -302,6 +302,8 @@ class RuleSet:
         ]
         if after.held != self.held:
             texts.append(f"held: {after.held}" if after.held else "released")
+        elif after.released > self.released:  # it was held and released between the two
+            texts.append("released")
         return ", ".join(texts)
 
 

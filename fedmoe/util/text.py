@@ -21,6 +21,11 @@ def printable_lines(text: str) -> str:
     return "\n".join(printable(line, None) for line in text.split("\n"))
 
 
+def counted(n: int, thing: str) -> str:
+    """A number of things in English: 1 step, 2 steps."""
+    return f"{n} {thing}" if n == 1 else f"{n} {thing}s"
+
+
 def shown(name: Path | str) -> str:
     """A path as text that can be printed: a file name may hold any bytes."""
     return str(name).encode(errors="backslashreplace").decode()

@@ -62,5 +62,5 @@ def test_rollback_under_load(
     decided = expert.load().decided
     assert set(decided) == {"alice", "bob"}
     logs = "".join((tmp_path / f"{name}.log").read_text() for name in ("alice", "bob"))
-    assert "an operator rolled the expert back to version 2" in logs
+    assert f"an operator rolled expert '{NAME}' back to version 2" in logs
     assert "Traceback" not in logs + "".join((tmp_path / f"aggregator{n}.log").read_text() for n in range(2))

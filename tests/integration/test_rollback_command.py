@@ -351,7 +351,7 @@ def test_idle_worker_notices(
         )
         assert expert_command("rollback", NAME, "--to", "1", *kept).exit_code == 0
         eventually("the pull", lambda: worker.sync.ledger.meta.rolled_back.intervals, timeout_s=10)
-    assert "an operator rolled the expert back to version 1" in caplog.text
+    assert f"an operator rolled expert '{NAME}' back to version 1" in caplog.text
 
 
 def test_large_weights_are_written_in_place(

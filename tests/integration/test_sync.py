@@ -134,7 +134,9 @@ def test_update_whose_base_is_undone_is_sent_again_from_the_version_there_is(
     assert (meta.refused, meta.n_examples) == (0, run.steps)
 
 
-def test_diverged_training_goes_back_to_the_expert(expert: Expert, connect: Connect) -> None:
+def test_diverged_training_goes_back_to_the_expert(
+    expert: Expert, connect: Connect, caplog: pytest.LogCaptureFixture
+) -> None:
     """Infinity in the adapter is never published and does not stay: what comes after it counts."""
     run = Run(connect())
     with serving(connect(), block_ms=20):
@@ -148,6 +150,7 @@ def test_diverged_training_goes_back_to_the_expert(expert: Expert, connect: Conn
     expert.load()
     assert torch.isfinite(expert.buffer.flat).all()
     assert meta.n_examples > 60 * 0.5
+    assert "the training of expert 'sql_expert' diverged: " in caplog.text
 
 
 @pytest.mark.parametrize("size", [12, 40])

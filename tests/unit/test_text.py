@@ -2,7 +2,7 @@
 
 import pytest
 
-from fedmoe.util.text import MAX_TEXT_CHARS, printable, printable_lines
+from fedmoe.util.text import MAX_TEXT_CHARS, counted, printable, printable_lines
 
 
 @pytest.mark.parametrize(
@@ -24,6 +24,10 @@ def test_limit_is_the_callers() -> None:
     """A name has a shorter one; what must be whole has none."""
     assert printable("abcdef", 3) == "abc..."
     assert printable("x" * 2 * MAX_TEXT_CHARS, None) == "x" * 2 * MAX_TEXT_CHARS
+
+
+def test_one_thing_is_not_many() -> None:
+    assert [counted(n, "step") for n in (0, 1, 2)] == ["0 steps", "1 step", "2 steps"]
 
 
 def test_lines_of_a_message_stay_lines() -> None:

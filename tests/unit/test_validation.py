@@ -184,6 +184,8 @@ def test_rules_say_whether_an_expert_is_held() -> None:
     released = held.release(7)
     assert (released.number, released.held, released.released, released.requires) == (3, "", 7, "")
     assert held.differences(released) == "released"
+    assert plain.differences(released) == "released"  # held and released between two looks
+    assert released.differences(plain) == ""  # an expert that was created again
     assert HOLDING.requires == "hold"
     assert HOLDING.changed({"on_worse": "warn"}).requires == ""
     assert held.changed({"lr": 0.5}).held == "why"

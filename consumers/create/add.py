@@ -13,6 +13,7 @@ from fedmoe.errors import (
     SettingsError,
     create_from_zero,
 )
+from fedmoe.protocol.identity import base_difference
 from fedmoe.protocol.lora_init import initial_adapter
 from fedmoe.protocol.names import GATEWAY, check_expert, check_trains_gateway
 from fedmoe.protocol.records import Meta
@@ -64,6 +65,7 @@ def add_expert(
     rules = rules.changed(settings).as_first()
     if rules.train != TRAIN_EXPERT:
         check_trains_gateway(name)
+        _check_base_of_gateway(connection, name, spec, meta)
     pinned = {field: getattr(meta, field) for field in PINNED}
     new = first_meta(spec, rules, reach=meta.reach, not_reached=meta.not_reached)
     weights = initial_adapter(spec.layout, spec.init_seed).file
@@ -83,6 +85,7 @@ def ensure_gateway(connection: Connection, *, like: str, though_removed: bool = 
     Raises:
         FedMoEError: as `add_expert`; LostExpertError if Redis lost the gateway; RemovedExpertError if an operator
             removed it, unless `though_removed`.
+        SettingsError: if the gateway has another base model than `like`, so that its workers could not train it.
     """
     try:
         found = ExpertStore(connection, GATEWAY).condition()
@@ -91,9 +94,28 @@ def ensure_gateway(connection: Connection, *, like: str, though_removed: bool = 
             raise
     else:
         if found.meta is not None:
+            _, spec, meta = _whole(connection, [like])
+            _check_base_of_gateway(connection, like, spec, meta)
             return False
     add_expert(connection, GATEWAY, like=like, gateway_weight=GATEWAY_WEIGHT, settings={})
     return True
+
+
+def _check_base_of_gateway(connection: Connection, name: str, spec: Spec, meta: Meta) -> None:
+    """Raise SettingsError if there is a gateway that workers with this base model cannot train."""
+    try:
+        found = ExpertStore(connection, GATEWAY).condition()
+    except RemovedExpertError:
+        return
+    if found.meta is None or found.spec is None:
+        return
+    if odd := base_difference(spec, meta, found.spec, found.meta):
+        raise SettingsError(
+            f"the workers of expert {name!r} cannot train the gateway, because the gateway's base model differs in "
+            f"{odd}: give the expert --train expert, or make a gateway of its base model (fedmoe expert remove gateway, "
+            f"then fedmoe expert set {name} --train both)",
+            about="train",
+        )
 
 
 def _check_absent(store: ExpertStore, name: str, *, is_listed: bool, new_lineage: bool) -> None:

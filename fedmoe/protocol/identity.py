@@ -43,6 +43,21 @@ def expert_template(spec: Spec, meta: Meta) -> str:
     return spec.chat_template or meta.chat_template
 
 
+def base_difference(spec: Spec, meta: Meta, other_spec: Spec, other: Meta) -> str:
+    """What differs between the base models of two experts; "" if nothing does, as far as both are known."""
+    mine, theirs = spec.base_config, other_spec.base_config
+    for name, value in mine.items():
+        if theirs.get(name, value) != value:
+            return f"{name} ({theirs[name]}, not {value})"
+    if meta.base_fingerprint and other.base_fingerprint not in ("", meta.base_fingerprint):
+        return f"its weights (fingerprint {other.base_fingerprint}, not {meta.base_fingerprint})"
+    words, others = tokenizer_components(meta.tokenizer), tokenizer_components(other.tokenizer)
+    for name, what in TOKENIZER_COMPONENTS.items():
+        if name in words and others.get(name, words[name]) != words[name]:
+            return f"its {what}"
+    return ""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BaseIdentity:
     """The base model of one party.

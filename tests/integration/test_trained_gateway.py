@@ -15,8 +15,10 @@ from consumers.expert import Expert
 from consumers.gateway.builder import GatewayBuilder
 from consumers.verify import replay
 from fedmoe.errors import LostExpertError, RedisUnavailableError, SettingsError, UnknownExpertError
+from fedmoe.protocol.layout import Layout
 from fedmoe.protocol.names import GATEWAY, check_domain, domain_of, name_on_gateway
 from fedmoe.protocol.rules import RuleSet
+from fedmoe.protocol.spec import Spec
 from fedmoe.settings import GatewaySettings
 from fedmoe.store.archive import Archive
 from fedmoe.store.connection import Connection
@@ -197,6 +199,47 @@ def test_an_expert_whose_name_has_a_dot_cannot_train_it(
     assert isinstance(done.exception, SettingsError)
     assert done.exception.about == "expert"
     assert set(GatewayStore(connection).experts()) == {"a.b"}
+
+
+OTHER_BASE = {
+    "config": (replace(small_spec(), base_config={"hidden_size": 16}), {}, "hidden_size (8, not 16)"),
+    "weights": (small_spec(), {"base_fingerprint": "e" * 32}, "its weights (fingerprint "),
+    "tokenizer": (small_spec(), {"tokenizer": "template:aa vocabulary:bb"}, "its vocabulary"),
+}
+
+
+@pytest.mark.parametrize(("spec", "pinned", "odd"), OTHER_BASE.values(), ids=OTHER_BASE.keys())
+@pytest.mark.parametrize("command", ["set", "add"])
+def test_experts_of_another_base_model_cannot_train_it(
+    connection: Connection,
+    expert_command: Command,
+    spec: Spec,
+    pinned: dict[str, str],
+    odd: str,
+    command: str,
+) -> None:
+    """One sentence, and nothing changes: its workers could only say so, one by one, and train their expert alone."""
+    make_expert(connection, "sql_expert", tokenizer="vocabulary:aa special:cc")
+    expert_command("set", "sql_expert", "--train", "both")
+    make_expert(connection, "beta", spec, **pinned)
+    store = GatewayStore(connection)
+    before = {one: meta.commit for one, meta in store.metas().items()}
+    words = ("set", "beta") if command == "set" else ("add", "gamma", "--like", "beta")
+    done = expert_command(*words, "--train", "both")
+    assert isinstance(done.exception, SettingsError)
+    assert done.exception.about == "train"
+    assert f"the gateway's base model differs in {odd}" in str(done.exception)
+    assert {one: meta.commit for one, meta in store.metas().items()} == before
+    assert expert_command(*words, "--train", "expert").exit_code == 0
+
+
+def test_experts_with_other_targets_train_it(connection: Connection, expert_command: Command) -> None:
+    """Their workers have an adapter for each of the two; what is not known of a base model yet does not differ."""
+    make_expert(connection, "sql_expert", tokenizer="template:aa vocabulary:bb")
+    expert_command("set", "sql_expert", "--train", "both")
+    other = Layout.of([("base_model.model.layers.0.k_proj.lora_B.weight", (4, 2))])
+    make_expert(connection, "beta", small_spec(layout=other), tokenizer="template:aa", base_fingerprint="")
+    assert expert_command("set", "beta", "--train", "both").exit_code == 0
 
 
 def test_names_on_the_gateway() -> None:

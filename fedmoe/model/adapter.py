@@ -95,11 +95,17 @@ def switch_to(model: PeftModel, name: str) -> Callable[[], None]:
     """A function that lets the model compute with this one of its adapters from then on.
 
     A gradient reaches only the adapter that computed. peft's own `set_adapter` walks over all modules, which takes
-    milliseconds, and a worker that trains by turns switches at each step; so this one keeps the list of layers.
+    milliseconds, and a worker that trains by turns switches at each step; so this one keeps the list of layers, until
+    the model gets another adapter, which may be on layers that had none.
     """
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    layers: list[BaseTunerLayer] = []
+    adapters = 0
 
     def switch() -> None:
+        nonlocal adapters
+        if adapters != len(model.peft_config):
+            adapters = len(model.peft_config)
+            layers[:] = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
         for layer in layers:
             layer._active_adapter = [name]  # there is no public setter but the slow one
 

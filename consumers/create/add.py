@@ -112,8 +112,8 @@ def _check_base_of_gateway(connection: Connection, name: str, spec: Spec, meta: 
     if odd := base_difference(spec, meta, found.spec, found.meta):
         raise SettingsError(
             f"the workers of expert {name!r} cannot train the gateway, because the gateway's base model differs in "
-            f"{odd}: give the expert --train expert, or make a gateway of its base model (fedmoe expert remove gateway, "
-            f"then fedmoe expert set {name} --train both)",
+            f"{odd}: give the expert --train expert, or make a gateway of its base model (fedmoe expert remove "
+            f"{GATEWAY}, then fedmoe expert set {name} --train both)",
             about="train",
         )
 

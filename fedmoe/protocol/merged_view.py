@@ -62,7 +62,8 @@ class MergedView:
 
     def findings(self) -> Iterator[str]:
         """What the operator should look at, one sentence each."""
-        yield from (f"{MERGED}: {problem}" for problem in self.problems)
+        # Its builder complains of a malformed fit in the words in which it is found here.
+        yield from (f"{MERGED}: {problem}" for problem in self.problems if problem != self.error)
         if self.error:
             yield f"{MERGED}: cannot be built: {self.error}"
         elif self.exists and self.outdated and self.lease == "":

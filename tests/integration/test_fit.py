@@ -29,6 +29,7 @@ from fedmoe.store.inspect import Inspector
 from fedmoe.tools.card import card
 from fedmoe.tools.export import read_gateway
 from tests.errors import raises
+from tests.federation import make_expert
 from tests.integration.test_evaluate_cli import make_federation, run, write_rows
 from tests.processes import fedmoe_here
 from tests.tiny import save_tiny_model
@@ -117,6 +118,9 @@ def test_a_fit_is_written_and_built_by(connection: Connection, tiny_model_dir: P
     assert "fitted on blue v4, red v3; the weights also hold for later versions" in shown
     assert fedmoe_here("gateway", "fit", *common, "--remove").stdout == "the fit is given up\n"
     assert fedmoe_here("gateway", "fit", *common, "--remove").stdout == "there was no fit\n"
+    assert json.loads(fedmoe_here("gateway", "fit", *common, "--remove", "--json").stdout) == {
+        "removed": False
+    }
     assert build.refresh()
     assert torch.allclose(merged_values(store), by_hand(store, red=0.9, blue=0.9), atol=1e-6)
     assert Inspector(connection).federation().merged.fit is None
@@ -296,12 +300,33 @@ def test_weights_that_do_not_sum_are_one_sentence(
     store = GatewayStore(connection)
     before = store.load_merged()
     connection.client.hset(connection.keys.merged.fit, "weights", weights)
-    with raises(SpecError, about="fit" if weights in ('{"red": 1}', "x") else "weights"):
+    with raises(SpecError, about="fit" if weights in ('{"red": 1}', "x") else "weights") as caught:
         builder(connection).refresh()
+    reason = str(caught.value)
     assert store.load_merged() == before
-    done = fedmoe_here("gateway", "show", "--redis", connection.settings.url)
-    assert done.returncode == 0
-    assert sum("fedmoe gateway fit" in line for line in done.stdout.splitlines()) == 1
+    for is_said in (False, True):  # by the aggregator, too
+        if is_said:
+            store.complain(reason)
+        for command in (("gateway", "show"), ("status",)):
+            done = fedmoe_here(*command, "--redis", connection.settings.url)
+            assert done.returncode == 0
+            assert sum("fedmoe gateway fit" in line for line in done.stdout.splitlines()) == 1
+
+
+def test_a_prefix_without_a_federation_gets_no_fit_and_no_key(connection: Connection) -> None:
+    """Not even the record that an operator gave up a fit, which keeps an aggregator from putting it back."""
+    done = fedmoe_here("gateway", "fit", "--redis", connection.settings.url, "--remove", "--prefix", "typo")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "there is no federation 'typo' at " in done.stderr
+    assert not connection.client.keys("typo:*")
+
+
+def test_a_configured_option_does_not_hinder_removing(connection: Connection, tmp_path: Path) -> None:
+    """Only the command line is refused: the file has the options of the next fit."""
+    make_expert(connection)
+    (config := tmp_path / "fedmoe.toml").write_text("[gateway.fit]\nrows = 3\ndata = ['rows.jsonl']\n")
+    words = ("--config", str(config), "gateway", "fit", "--redis", connection.settings.url, "--remove")
+    assert fedmoe_here(*words).stdout == "there was no fit\n"
 
 
 def test_nothing_is_written_if_it_cannot_be_fitted(
@@ -316,7 +341,7 @@ def test_nothing_is_written_if_it_cannot_be_fitted(
         fit(connection, rows, base_model=str(save_tiny_model(tmp_path / "other", seed=1)))
     with raises(DataError, about="data"):
         fit(connection, str(tmp_path))
-    for more in ((), ("--remove", "--data", rows)):
+    for more in ((), ("--remove", "--data", rows), ("--remove", "--rows", "3", "--layer-groups", "2")):
         done = fedmoe_here("gateway", "fit", "--redis", connection.settings.url, *more)
         assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     for name in ("red", "blue"):

@@ -74,7 +74,11 @@ class IdentitySettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatewaySettings:
-    """How the experts become the gateway: scale · Σ wᵢ ΔWᵢ / Σ wᵢ."""
+    """How the experts become the gateway: scale · Σ wᵢ ΔWᵢ / Σ wᵢ.
+
+    Args:
+        weights_given: options for scale and weights that a person gave, for the warning that a fit replaces them.
+    """
 
     method: str = setting(
         "cat", "Method that merges the experts into the gateway.", option="gateway_method", choices=METHODS
@@ -100,6 +104,7 @@ class GatewaySettings:
         at_most=MAX_SECONDS,
         unit="s",
     )
+    weights_given: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         check(self)

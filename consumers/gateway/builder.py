@@ -146,8 +146,17 @@ class GatewayBuilder:
         if found is None and self._fit is not None and self._store.put_back_fit(self._fit):
             logger.warning("merged gateway: Redis had lost its fit, this aggregator wrote it again")
             found = self._fit
-        self._fit = found
-        return found if found and found.weights else None
+        before, self._fit = self._fit, found
+        if not (found and found.weights):
+            return None
+        if self._settings.weights_given and found != before:
+            logger.warning(
+                "merged gateway: the fit of %s replaces scale and weights until it is given up (fedmoe gateway fit "
+                "--remove), so what you gave has no effect: %s",
+                found.day,
+                ", ".join(self._settings.weights_given),
+            )
+        return found
 
     def _settings_text(self, weights: dict[str, float], fit: Fit | None) -> str:
         s = self._settings

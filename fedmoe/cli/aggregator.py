@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from consumers.metrics import AggregatorCollector
     from fedmoe.util.stopping import Stop
 
+_REPLACED_BY_A_FIT = ("gateway_scale", "gateway_weights")
+
 
 @click.group()
 def aggregator() -> None:
@@ -70,7 +72,7 @@ def _run(ctx: click.Context, stop: "Stop", redis: RedisSettings, values: dict[st
     from fedmoe.util.template_file import read_template
 
     identity, typed = made(IdentitySettings, values), given(RuleSet, values)
-    settings, gateway = made(AggregatorSettings, values), made(GatewaySettings, values)
+    settings = made(AggregatorSettings, values)
     request = SpecRequest(
         base_model=identity.base_model,
         lora=identity.lora,
@@ -88,6 +90,11 @@ def _run(ctx: click.Context, stop: "Stop", redis: RedisSettings, values: dict[st
         },
     )
     weights = parse_experts(values["experts"])
+    typed_weights = [
+        f"--expert {name}={weights[name]:g}" for name in sorted(request.weighted) if weights[name]
+    ]
+    typed_options = [f"--{name.replace('_', '-')}" for name in _REPLACED_BY_A_FIT if values[name] is not None]
+    gateway = made(GatewaySettings, values, weights_given=(*typed_options, *typed_weights))
     collector = _metrics(made(MetricsSettings, values), settings)
     torch.set_num_threads(
         1

@@ -250,13 +250,26 @@ def release_expert(redis: RedisSettings, name: str) -> None:
               help="Create it from zero although Redis lost it; what its workers trained before is lost.")  # fmt: skip
 @options(RuleSet, show_defaults=False)
 @click.argument("name")
-def add(redis: RedisSettings, like: str, weight: float, new_lineage: bool, name: str, **rules: Any) -> None:
+@click.pass_context
+def add(
+    ctx: click.Context,
+    /,
+    redis: RedisSettings,
+    like: str,
+    weight: float,
+    new_lineage: bool,
+    name: str,
+    **rules: Any,
+) -> None:
     """Add the expert NAME to a running federation. The aggregators serve it within seconds."""
     from consumers.create.add import add_expert
     from fedmoe.protocol.names import GATEWAY
     from fedmoe.protocol.rules import TRAIN_EXPERT
     from fedmoe.store.connection import Connection
+    from fedmoe.store.gateway import GatewayStore
 
+    if ctx.get_parameter_source("weight") is click.core.ParameterSource.COMMANDLINE:
+        _check_has_weight(name)
     connection, wanted = Connection(redis), given(RuleSet, rules)
     if name == GATEWAY and "train" in wanted:
         _prepare_gateway(connection, name, wanted["train"])
@@ -270,6 +283,11 @@ def add(redis: RedisSettings, like: str, weight: float, new_lineage: bool, name:
         return
     _prepare_gateway(connection, name, wanted.get("train", TRAIN_EXPERT))
     click.echo(f"train it: fedmoe worker run --stream {name} --data FILE")
+    if weight and (fit := GatewayStore(connection).fit_in_force()):
+        click.echo(
+            f"a fit of {fit.day} is in force, so the merged gateway leaves {name} out until you fit again (fedmoe "
+            "gateway fit)"
+        )
 
 
 @expert.command("weight")
@@ -278,19 +296,31 @@ def add(redis: RedisSettings, like: str, weight: float, new_lineage: bool, name:
 @click.argument("weight", type=float)
 def set_weight(redis: RedisSettings, name: str, weight: float) -> None:
     """Set the WEIGHT of the expert NAME in the gateway; with 0 the gateway leaves it out."""
-    from fedmoe.errors import SettingsError
-    from fedmoe.protocol.names import GATEWAY, check_expert
+    from fedmoe.protocol.names import check_expert
     from fedmoe.store.change import set_gateway_weight
     from fedmoe.store.connection import Connection
+    from fedmoe.store.gateway import GatewayStore
+
+    _check_has_weight(name)
+    connection = Connection(redis)
+    fit = GatewayStore(connection).fit_in_force()
+    before = set_gateway_weight(connection, check_expert(name), weight)
+    click.echo(f"{name}: gateway weight {printable(before) or 'none'} -> {weight:g}")
+    if fit and weight:  # a fit leaves out an expert of weight 0, too
+        click.echo(
+            f"a fit of {fit.day} is in force and replaces this weight until `fedmoe gateway fit --remove`"
+        )
+
+
+def _check_has_weight(name: str) -> None:
+    from fedmoe.errors import SettingsError
+    from fedmoe.protocol.names import GATEWAY
 
     if name == GATEWAY:
         raise SettingsError(
             f"{GATEWAY!r} has no weight, because the merged gateway is made of the other experts: name one of them",
             about="expert",
         )
-    connection = Connection(redis)
-    before = set_gateway_weight(connection, check_expert(name), weight)
-    click.echo(f"{name}: gateway weight {printable(before) or 'none'} -> {weight:g}")
 
 
 @expert.command()

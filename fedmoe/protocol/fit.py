@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from fedmoe.errors import SpecError
@@ -85,6 +86,14 @@ class Fit:
     def id(self) -> str:
         """16 hex digits that name this fit."""
         return hashlib.sha256(json.dumps(self.to_fields(), sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def day(self) -> str:
+        """For people: the day on which it was fitted (UTC)."""
+        try:
+            return datetime.fromtimestamp(self.fitted_at or math.nan, UTC).date().isoformat()
+        except (ValueError, OverflowError, OSError):
+            return "an unknown day"
 
     def to_fields(self) -> dict[str, str]:
         """The fields as Redis stores them."""

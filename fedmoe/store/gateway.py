@@ -278,6 +278,11 @@ class GatewayStore:
             raw = self._merged.client.hgetall(self.keys.fit)
         return Fit.read(raw) if raw else None
 
+    def fit_in_force(self) -> Fit | None:
+        """The merged gateway's fit; None if there is none or an operator gave it up."""
+        fit = self.fit()
+        return fit if fit and fit.weights else None
+
     def check_may_write_fit(self) -> None:
         """Raise the error by which Redis would refuse a fit now; nothing is written."""
         check_writes(self._merged, [("DEL", self.keys.fit), ("HSET", self.keys.fit, "fitted_at", "0")])

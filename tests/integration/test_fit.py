@@ -29,7 +29,6 @@ from fedmoe.store.inspect import Inspector
 from fedmoe.tools.card import card
 from fedmoe.tools.export import read_gateway
 from tests.errors import raises
-from tests.federation import make_expert
 from tests.integration.test_evaluate_cli import make_federation, run, write_rows
 from tests.processes import fedmoe_here
 from tests.tiny import save_tiny_model
@@ -311,22 +310,6 @@ def test_weights_that_do_not_sum_are_one_sentence(
             done = fedmoe_here(*command, "--redis", connection.settings.url)
             assert done.returncode == 0
             assert sum("fedmoe gateway fit" in line for line in done.stdout.splitlines()) == 1
-
-
-def test_a_prefix_without_a_federation_gets_no_fit_and_no_key(connection: Connection) -> None:
-    """Not even the record that an operator gave up a fit, which keeps an aggregator from putting it back."""
-    done = fedmoe_here("gateway", "fit", "--redis", connection.settings.url, "--remove", "--prefix", "typo")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "there is no federation 'typo' at " in done.stderr
-    assert not connection.client.keys("typo:*")
-
-
-def test_a_configured_option_does_not_hinder_removing(connection: Connection, tmp_path: Path) -> None:
-    """Only the command line is refused: the file has the options of the next fit."""
-    make_expert(connection)
-    (config := tmp_path / "fedmoe.toml").write_text("[gateway.fit]\nrows = 3\ndata = ['rows.jsonl']\n")
-    words = ("--config", str(config), "gateway", "fit", "--redis", connection.settings.url, "--remove")
-    assert fedmoe_here(*words).stdout == "there was no fit\n"
 
 
 def test_nothing_is_written_if_it_cannot_be_fitted(

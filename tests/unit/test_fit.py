@@ -32,6 +32,12 @@ def test_what_is_written_is_read() -> None:
     assert Fit().by_expert == Fit().experts == {}
 
 
+@pytest.mark.parametrize("at", [None, 0.0, -1e300, 1e300, float("nan"), float("inf")])
+def test_the_day_of_a_fit(at: float | None) -> None:
+    assert FIT.day == "2023-11-14"
+    assert replace(FIT, fitted_at=at).day == "an unknown day"
+
+
 def test_a_fit_is_named_by_what_it_says() -> None:
     assert FIT.id == Fit.read(FIT.to_fields()).id
     assert FIT.id != replace(FIT, weights=weights_text({"red": (0.5,)})).id

@@ -18,6 +18,7 @@ from fedmoe.errors import (
     SpecError,
     StoppedError,
 )
+from fedmoe.protocol.effect import without_effect
 from fedmoe.protocol.lora_init import initial_adapter
 from fedmoe.protocol.names import GATEWAY, check_expert, check_trains_gateway, is_expert
 from fedmoe.protocol.rules import TRAIN_EXPERT, TRAIN_GATEWAY
@@ -82,6 +83,8 @@ def ensure_experts(
                 "created %s: %s, rank %d, %.1f MiB", store.name, spec.base_model, spec.lora.rank,
                 spec.layout.file_bytes / 2**20,
             )  # fmt: skip
+            for sentence in without_effect(store.name, rules, request.explicit):
+                logger.warning("%s", sentence)
         elif store.exists():
             store.register(weights[store.name])  # another process created it first
         else:

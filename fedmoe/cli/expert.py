@@ -146,6 +146,7 @@ def set_rules(ctx: click.Context, /, redis: RedisSettings, name: str, **rules: A
     next pull, and logs the change.
     """
     from fedmoe.errors import SettingsError
+    from fedmoe.protocol.effect import without_effect
     from fedmoe.protocol.names import check_expert
     from fedmoe.store.change import change_rules_soon
     from fedmoe.store.connection import Connection
@@ -170,8 +171,10 @@ def set_rules(ctx: click.Context, /, redis: RedisSettings, name: str, **rules: A
     before, after = change_rules_soon(store, wanted)
     if after == before:
         click.echo(f"{name}: nothing to change, rules {before.number} have these values already")
-        return
-    click.echo(f"{name}: rules {after.number} are in force: {before.differences(after)}")
+    else:
+        click.echo(f"{name}: rules {after.number} are in force: {before.differences(after)}")
+    for sentence in without_effect(name, after, wanted):
+        click.echo(sentence)
 
 
 def _prepare_gateway(connection: "Connection", name: str, train: str) -> None:
@@ -263,9 +266,12 @@ def add(
 ) -> None:
     """Add the expert NAME to a running federation. The aggregators serve it within seconds."""
     from consumers.create.add import add_expert
+    from fedmoe.protocol.effect import without_effect
     from fedmoe.protocol.names import GATEWAY
     from fedmoe.protocol.rules import TRAIN_EXPERT
+    from fedmoe.store.change import whole_expert
     from fedmoe.store.connection import Connection
+    from fedmoe.store.expert import ExpertStore
     from fedmoe.store.gateway import GatewayStore
 
     if ctx.get_parameter_source("weight") is click.core.ParameterSource.COMMANDLINE:
@@ -278,6 +284,9 @@ def add(
     )
     same = "base model and adapter" if name == GATEWAY else "base model, adapter and rules"
     click.echo(f"added {name}, with {same} of {taken}")
+    if wanted:
+        for sentence in without_effect(name, whole_expert(ExpertStore(connection, name))[0].rules, wanted):
+            click.echo(sentence)
     if name == GATEWAY:
         click.echo("let workers train it: fedmoe expert set EXPERT --train both")
         return

@@ -23,6 +23,7 @@ from fedmoe.store.archive import Archive
 from fedmoe.store.connection import Connection
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore
+from fedmoe.store.remove import remove_expert
 from producers import heartbeat
 from tests.counting import CountingWorker, counting_spec, create_expert
 from tests.errors import raises
@@ -200,6 +201,26 @@ def test_bound_that_is_no_number_is_a_sentence(expert: Expert, expert_command: C
     assert expert_command("set", "sql_expert", "--max-staleness", "7").exit_code == 0
     said = expert_command("set", "sql_expert", "--max-staleness", "auto")
     assert said.output == "sql_expert: rules 3 are in force: max_staleness 7 -> auto\n"
+
+
+def test_a_rule_without_effect_is_said(
+    expert: Expert, connection: Connection, tiny_model_dir: Path, expert_command: Command,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """By whoever gives it: expert set, also where it is in force already, expert add and an aggregator."""
+    sentence = "server_momentum has no effect until server_optimizer is nesterov; it is sgd"
+    for _ in range(2):
+        said = expert_command("set", "sql_expert", "--server-momentum", "0.9").output.splitlines()
+        assert said[1:] == [f"sql_expert: {sentence}"]
+    assert "effect" not in expert_command("set", "sql_expert", "--server-optimizer", "nesterov").output
+    added = expert_command("add", "b", "--server-momentum", "0.8", "--server-optimizer", "sgd").output
+    assert f"b: {sentence}\n" in added
+    remove_expert(connection, "sql_expert")
+    remove_expert(connection, "b")
+    rules = RuleSet().changed({"server_momentum": 0.9})
+    wanted = SpecRequest(base_model=str(tiny_model_dir), rules=rules, explicit=frozenset({"server_momentum"}))
+    ensure_experts(connection, {"a": 1.0}, wanted)
+    assert caplog.messages.count(f"a: {sentence}") == 1
 
 
 def test_environment_and_configuration_change_no_rules(

@@ -207,7 +207,11 @@ def _revoke(redis: RedisSettings, party: "Party") -> None:
         raise SettingsError(f"{party} is not enrolled: see `fedmoe {party.role} list`", about="name")
     click.echo(f"{party}: revoked, its connections are cut")
     _write_line(users, REVOKED, party)
-    users.keep_by_hand(f"take the line of `user {party.user(redis.prefix)}` out of its redis.conf")
+    # An error, because the party may log in again after a restart.
+    if text := users.keep_by_hand(
+        f"take the line of `user {party.user(redis.prefix)}` out of its redis.conf"
+    ):
+        users.notes.append(text)
     _finish(users)
 
 
@@ -247,7 +251,10 @@ def refresh(redis: RedisSettings) -> None:
     _add_first_lines(redis, users.connection)
     write_line(users.connection, REFRESHED, ALL)
     click.echo(f"{users.refresh()} users have the rights of this release")
-    users.keep_by_hand("write the users' lines into its redis.conf (redis-cli ACL LIST prints them)")
+    if text := users.keep_by_hand(
+        "write the users' lines into its redis.conf (redis-cli ACL LIST prints them)"
+    ):
+        click.echo(f"warning: {text}", err=True)
     _finish(users)
 
 

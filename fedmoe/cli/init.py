@@ -118,11 +118,13 @@ def _share(
         host = RedisSettings(url=beside, insecure=insecure)
     else:
         host = RedisSettings(enrolment=Path(beside), insecure=insecure)
-    notes = share(directory, prefix, workers, host)
+    notes, warning = share(directory, prefix, workers, host)
     _tell(directory, workers)
     click.echo(f"check it:          fedmoe --config {shlex.quote(str(directory))}/fedmoe.toml doctor")
     if is_loopback(host.url):
         _warn_of_loopback(host.shown)
+    if warning:
+        click.echo(f"warning: {warning}", err=True)
     if notes:
         raise RedisUnavailableError("; ".join(notes), about="nodes")
 

@@ -195,10 +195,11 @@ class Users:
             else:
                 self._note(f"the server could not save its users, they last until it restarts ({error})")
 
-    def keep_by_hand(self, how: str) -> None:
-        """Note how the server's administrator keeps a change, if a node has no ACL file."""
-        if not self.has_file:
-            self._note(f"the server has no ACL file (aclfile), so its users last until it restarts: {how}")
+    def keep_by_hand(self, how: str) -> str:
+        """A sentence on how the server's administrator keeps a change, if a node has no ACL file; else ""."""
+        if self.has_file:
+            return ""
+        return f"the server has no ACL file (aclfile), so its users last until it restarts: {how}"
 
     def _note(self, text: str) -> None:
         if text not in self.notes:

@@ -27,7 +27,9 @@ from fedmoe.tools.deploy.parties import (
 )
 
 
-def share(directory: Path, prefix: str, workers: Sequence[Party], host: RedisSettings) -> list[str]:
+def share(
+    directory: Path, prefix: str, workers: Sequence[Party], host: RedisSettings
+) -> tuple[list[str], str]:
     """Create the users of the federation `prefix` and write their enrolment files; after an error nothing is there.
 
     Args:
@@ -37,7 +39,8 @@ def share(directory: Path, prefix: str, workers: Sequence[Party], host: RedisSet
         host: of an operator of a federation that is on the server already, or of a user who may set users.
 
     Returns:
-        Sentences on what is not as it should be, as on a replica that was not reached.
+        Sentences on what is not as it should be, as on a replica that was not reached; and a warning of a server that
+        keeps its users until it restarts, "" for one that saves them.
 
     Raises:
         SettingsError: for a name that cannot be used, or if the federation is there already.
@@ -81,11 +84,10 @@ def share(directory: Path, prefix: str, workers: Sequence[Party], host: RedisSet
         write_private(directory / SETTINGS, settings_text(directory, workers))
         if not users.has_file:
             write_private(directory / USERS, "\n".join(lines) + "\n")
-            users.keep_by_hand(f"write the lines in {directory / USERS} into its redis.conf")
     except BaseException:
         for party in new.values():
             with suppress(RedisUnavailableError):
                 users.remove(party)
         shutil.rmtree(directory, ignore_errors=True)
         raise
-    return users.notes
+    return users.notes, users.keep_by_hand(f"write the lines in {directory / USERS} into its redis.conf")

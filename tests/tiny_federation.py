@@ -23,10 +23,15 @@ RULES = RuleSet(training=TrainingSettings(learning_rate=5e-3, batch_size=4, warm
 
 
 def make_federation(
-    connection: Connection, base: Path, names: Sequence[str] = ("red", "blue"), *, scale: float = 0.05
+    connection: Connection,
+    base: Path,
+    names: Sequence[str] = ("red", "blue"),
+    *,
+    scale: float = 0.05,
+    rank: int = 4,
 ) -> None:
     """Experts of the tiny model with random weights, and a gateway; with scale 0 they are as the base model."""
-    config, lora = tiny_config(), LoraSettings(rank=4)
+    config, lora = tiny_config(), LoraSettings(rank=rank)
     layout = adapter_layout(config, lora)
     spec = Spec(base_model=str(base), base_config=structure(config), layout=layout, lora=lora)
     for seed, name in enumerate(names):

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from consumers.gateway.compare import Compared
     from fedmoe.protocol.merged_view import MergedView
     from fedmoe.store.connection import Connection
+    from fedmoe.tools.export import Export
 
 
 @click.group()
@@ -84,7 +86,7 @@ def export(
     from fedmoe.tools.card import vllm_hint
     from fedmoe.tools.export import read_expert, read_gateway
     from fedmoe.tools.export_files import write
-    from fedmoe.tools.shape import as_bf16, with_base_name, with_tokenizer
+    from fedmoe.tools.shape import with_tokenizer
 
     if expert and kind:
         raise SettingsError("--kind is about the gateway: leave it out, or leave out --expert", about="kind")
@@ -92,6 +94,11 @@ def export(
         raise SettingsError(
             "a whole model has its tokenizer and names no base model: leave out --no-tokenizer and --base-name",
             about="merged",
+        )
+    if no_tokenizer and base_model:
+        raise SettingsError(
+            "--base-model says where the tokenizer is, and --no-tokenizer leaves it out: leave out one of the two",
+            about="base_model",
         )
     if router and expert:
         raise SettingsError("--router chooses among the experts: leave out --expert", about="router")
@@ -104,11 +111,9 @@ def export(
         )
     store = GatewayStore(Connection(redis))
     adapter = read_expert(store, expert) if expert else read_gateway(store, kind or "")
-    if rank is not None:
-        from consumers.gateway.rank import at_rank
-
-        adapter, text = at_rank(adapter, rank)
-        click.echo(text)
+    # The base model takes the values in fp32 (--merged), and the type is that of the whole model.
+    shape = partial(_shaped, rank=rank, dtype=None if merged else dtype, base_name=base_name)
+    adapter = shape(adapter)
     if merged:
         from fedmoe.tools.whole_model import write_model
 
@@ -119,10 +124,6 @@ def export(
             f"{out}: {adapter.name} as a whole model ({size / 2**20:.1f} MiB), built from {adapter.versions}"
         )
     else:
-        if dtype == "bf16":
-            adapter = as_bf16(adapter)
-        if base_name:
-            adapter = with_base_name(adapter, base_name)
         if not no_tokenizer:
             adapter, without = with_tokenizer(adapter, base_model)
             if without:
@@ -131,8 +132,9 @@ def export(
             from fedmoe.tools.router import read_for_export, write_router
 
             whole = read_for_export(
-                store, router, adapter, leave_out=leave_out, report=lambda line: click.echo(line, err=True)
-            )
+                store, router, adapter,
+                leave_out=leave_out, shape=shape, report=lambda line: click.echo(line, err=True),
+            )  # fmt: skip
             warning = write_router(out, whole, force=force)
             click.echo(f"{out}: routes by {router} among {whole.summary}; python {out / 'load.py'} PROMPT")
         else:
@@ -153,6 +155,20 @@ def export(
         click.echo(
             f"this merged gateway is not the newest: {now}; export again after it was rebuilt", err=True
         )
+
+
+def _shaped(adapter: "Export", *, rank: int | None, dtype: str | None, base_name: str) -> "Export":
+    """The adapter as the options want it; what --rank changes is printed."""
+    from fedmoe.tools.shape import as_bf16, with_base_name
+
+    if rank is not None:
+        from consumers.gateway.rank import at_rank
+
+        adapter, text = at_rank(adapter, rank)
+        click.echo(text)
+    if dtype == "bf16":
+        adapter = as_bf16(adapter)
+    return with_base_name(adapter, base_name) if base_name else adapter
 
 
 @gateway.command()

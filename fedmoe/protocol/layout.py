@@ -16,12 +16,14 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import torch
 
 from fedmoe.errors import SpecError
 
 FLOAT_BYTES = 4
+_DTYPES = {"fp32": "F32", "bf16": "BF16"}  # our name -> safetensors'
 # `values_of` returns tensors over read-only memory. torch warns that it cannot protect them; nothing writes to them.
 warnings.filterwarnings("ignore", message="The given buffer is not writable")
 
@@ -108,18 +110,18 @@ class Layout:
         return views
 
 
-def layout_of(file: bytes | memoryview) -> Layout:
+def layout_of(file: bytes | memoryview, dtype: Literal["fp32", "bf16"] = "fp32") -> Layout:
     """The layout of an adapter's safetensors file, in the order of its tensors.
 
     Raises:
-        SpecError: if the file is not safetensors, or holds values other than fp32.
+        SpecError: if the file is not safetensors, or holds values of another dtype.
     """
     try:
         table = json.loads(bytes(file[8 : 8 + int.from_bytes(file[:8], "little")]))
         table.pop("__metadata__", None)
-        if any(tensor["dtype"] != "F32" for tensor in table.values()):
+        if any(tensor["dtype"] != _DTYPES[dtype] for tensor in table.values()):
             raise SpecError(
-                "the adapter's weights in Redis are not all fp32: was the key overwritten?", about="dtype"
+                f"the adapter's weights in Redis are not all {dtype}: was the key overwritten?", about="dtype"
             )
         ordered = sorted(table, key=lambda name: table[name]["data_offsets"])
         return Layout(tuple((name, tuple(table[name]["shape"])) for name in ordered))

@@ -22,7 +22,7 @@ def arrow_row(
     """The row of arrow over these experts; none, which is reported, if their adapters differ or there is only one."""
     try:
         check_alike(specs, dict.fromkeys(specs, ""))
-        check_arrow(specs)
+        check_arrow({name: spec.layout for name, spec in specs.items()})
     except SettingsError as error:
         report(f"the row {BY_ARROW} is left out: {error}")
         return {}

@@ -17,8 +17,8 @@ from typing import Any
 from safetensors.torch import save
 
 from fedmoe.errors import SettingsError, UnknownExpertError
+from fedmoe.protocol.layout import layout_of
 from fedmoe.protocol.names import GATEWAY
-from fedmoe.protocol.spec import Spec
 from fedmoe.store.gateway import GatewayStore
 from fedmoe.tools.export import Export, read_expert
 from fedmoe.tools.export_files import INFO_FILE, write
@@ -63,7 +63,7 @@ class RouterExport:
         about = {
             "router": self.kind,
             "experts": list(self.experts),
-            "base_model": self.gateway.info["base_model"],
+            "base_model": self.gateway.config["base_model_name_or_path"],
             "chat_template": templates.pop() if len(templates) == 1 else "",
         }
         return about | (ARROW if self.kind == BY_ARROW else {})
@@ -75,6 +75,7 @@ def read_for_export(
     gateway: Export,
     *,
     leave_out: Collection[str] = (),
+    shape: Callable[[Export], Export] = lambda export: export,
     report: Callable[[str], None],
 ) -> RouterExport:
     """Read the experts, and for the kind "domain" their vectors.
@@ -82,8 +83,9 @@ def read_for_export(
     Args:
         store: of the federation.
         kind: of KINDS.
-        gateway: as `read_gateway` gave it.
+        gateway: as `read_gateway` gave it, in the wanted shape.
         leave_out: experts to which no prompt is routed.
+        shape: gives each expert the wanted rank, dtype and base model's name.
         report: called with a sentence for each expert and each worker's vector that cannot be used.
 
     Raises:
@@ -97,20 +99,11 @@ def read_for_export(
         )
     specs = {name: store.spec(name) for name in names if name not in leave_out}
     check_alike(specs, {name: store.meta(name).base_fingerprint for name in specs})
-    router = _router(store, kind, specs, report)
-    chosen = router.experts if router else specs
-    return RouterExport(
-        kind=kind, gateway=gateway, experts={name: read_expert(store, name) for name in chosen}, router=router
-    )
-
-
-def _router(
-    store: GatewayStore, kind: str, specs: Mapping[str, Spec], report: Callable[[str], None]
-) -> Router | None:
-    if kind == BY_DOMAIN:
-        return read_router(store, specs, report)
-    check_arrow(specs)
-    return None
+    router = read_router(store, specs, report) if kind == BY_DOMAIN else None
+    experts = {name: shape(read_expert(store, name)) for name in (router.experts if router else specs)}
+    if kind == BY_ARROW:
+        check_arrow({name: layout_of(expert.file, expert.dtype) for name, expert in experts.items()})
+    return RouterExport(kind=kind, gateway=gateway, experts=experts, router=router)
 
 
 def write_router(directory: str | Path, export: RouterExport, *, force: bool = False) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from fedmoe.errors import SettingsError, UpdateError
+from fedmoe.protocol.layout import Layout
 from fedmoe.protocol.names import GATEWAY
 from fedmoe.protocol.spec import Spec
 from fedmoe.protocol.vectors import DomainVector, mean_of, nearest, of_domain, width_of
@@ -112,14 +113,14 @@ def check_alike(specs: Mapping[str, Spec], prints: Mapping[str, str]) -> None:
             )
 
 
-def check_arrow(specs: Mapping[str, Spec]) -> None:
+def check_arrow(layouts: Mapping[str, Layout]) -> None:
     """Raise SettingsError unless the adapters of these experts have equal tensors, as arrow needs."""
-    first = next(iter(specs))
-    for name, spec in specs.items():
-        if spec.layout.tensors != specs[first].layout.tensors:
+    first = next(iter(layouts))
+    for name, layout in layouts.items():
+        if layout.tensors != layouts[first].tensors:
             raise SettingsError(
                 f"arrow needs adapters of equal rank and targets, and those of {name} and {first} differ: leave one of "
-                f"them out (--leave-out {name})",
+                f"them out (--leave-out {name}), or give all of them one rank (--rank) if nothing else differs",
                 about="rank",
             )
 

@@ -31,6 +31,7 @@ from tests.tiny_federation import make_federation
 
 pytestmark = pytest.mark.one_server
 CPU = torch.device("cpu")
+SERVED = "served/tiny"
 
 
 @pytest.fixture
@@ -192,6 +193,49 @@ def test_an_arrow_router_answers_without_fedmoe_or_vectors(
     )
 
 
+def test_each_adapter_of_a_router_has_the_rank_type_and_base_name_that_were_asked_for(
+    connection: Connection, data: Path, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    """The experts answer, so what holds for the gateway alone changes nothing; padding keeps the answers."""
+    make_federation(connection, tiny_model_dir)
+    told(connection, data)
+    url = connection.settings.url
+    for kind in ("domain", "arrow"):
+        common = ("gateway", "export", "--redis", url, "--router", kind, "--no-tokenizer", "--out")
+        plain, out = tmp_path / f"{kind}-plain", tmp_path / kind
+        assert fedmoe_here(*common, str(plain)).returncode == 0
+        wide = tmp_path / f"{kind}-wide"
+        assert fedmoe_here(*common, str(wide), "--rank", "8").returncode == 0
+        done = fedmoe_here(*common, str(out), "--rank", "8", "--dtype", "bf16", "--base-name", SERVED)
+        assert done.returncode == 0, done.stderr
+        assert "blue: padded with zeros from rank 4 to 8" in done.stdout
+        for place in (out, out / "experts" / "red", out / "experts" / "blue"):
+            config = json.loads((place / "adapter_config.json").read_text())
+            assert (config["r"], config["base_model_name_or_path"]) == (8, SERVED)
+            assert {value.dtype for value in load_file(place / "adapter_model.safetensors").values()} == {
+                torch.bfloat16
+            }
+        about = json.loads((out / "router.json").read_text())
+        assert about["base_model"] == SERVED
+        prompt = "red roses 9"
+        assert script(wide, tiny_model_dir, prompt) == script(plain, tiny_model_dir, prompt)
+
+
+def test_arrow_takes_experts_of_two_ranks_if_the_export_gives_them_one(
+    connection: Connection, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    make_federation(connection, tiny_model_dir)
+    make_federation(connection, tiny_model_dir, ("green",), rank=2)
+    common = ("gateway", "export", "--redis", connection.settings.url, "--router", "arrow", "--out")
+    done = fedmoe_here(*common, str(tmp_path / "out"))
+    assert done.returncode != 0
+    assert "adapters of equal rank and targets" in done.stderr
+    assert "--rank" in done.stderr
+    done = fedmoe_here(*common, str(tmp_path / "out"), "--rank", "4")
+    assert done.returncode == 0, done.stderr
+    assert script(tmp_path / "out", tiny_model_dir, "red roses 9")
+
+
 def test_a_router_that_cannot_be_made_is_one_sentence(
     connection: Connection, data: Path, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
@@ -220,6 +264,10 @@ def test_a_router_that_cannot_be_made_is_one_sentence(
     for words, about in (
         ([*base, str(tmp_path / "x"), "--expert", "red"], "--router chooses among the experts"),
         ([*base[:4], "--leave-out", "red", "--out", str(tmp_path / "x")], "--leave-out is for --router only"),
+        (
+            [*base, str(tmp_path / "x"), "--no-tokenizer", "--base-model", "nowhere"],
+            "leave out one of the two",
+        ),
     ):
         done = fedmoe_here(*words)
         assert done.returncode != 0

@@ -1,6 +1,6 @@
 """The base model of a federation, loaded and checked as a worker does."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +38,14 @@ class Base:
     device: torch.device
     autocast: torch.dtype
 
+    def is_of(self, spec: Spec, meta: Meta) -> bool:
+        """True if this is the base model of the expert, as far as is known."""
+        try:
+            check_structure(self.config, spec.base_config)
+        except BaseModelError:
+            return False
+        return meta.base_fingerprint in ("", self.fingerprint)
+
     @property
     def pad_id(self) -> int:
         """The token that fills up a batch."""
@@ -65,10 +73,33 @@ def load(
     Raises:
         BaseModelError: if an expert is trained on another base model, or with another tokenizer or template.
     """
-    name = settings.base_model or next(iter(specs.values())).base_model
+    return load_for_some(settings, specs, metas, templates, report, needed=specs, dtype=dtype)[0]
+
+
+def load_for_some(
+    settings: HeldOutSettings | FitSettings,
+    specs: Mapping[str, Spec],
+    metas: Mapping[str, Meta],
+    templates: Mapping[str, str],
+    report: Callable[[str], None],
+    *,
+    needed: Collection[str] = (),
+    dtype: torch.dtype | str | None = None,
+) -> tuple[Base, list[str]]:
+    """Load the base model as `load` does, of which only the experts `needed` must be; and the experts of another one.
+
+    Raises:
+        BaseModelError: as `load`, of an expert that is needed, or if no expert is of this base model.
+    """
+    name = settings.base_model or specs[next(iter(needed or specs))].base_model
     config = load_config(name)
-    for spec in specs.values():
-        check_structure(config, spec.base_config)
+    odd: dict[str, BaseModelError] = {}
+    for expert, spec in specs.items():
+        try:
+            check_structure(config, spec.base_config)
+        except BaseModelError as error:
+            odd[expert] = error
+    _check_some(odd, specs, needed)
     device = choose_device(settings.device)
     autocast = choose_precision(settings.precision, device)
     report(f"loading {name} on {device}")
@@ -85,10 +116,23 @@ def load(
         device=device,
         autocast=autocast,
     )
-    for expert, meta in metas.items():
+    alike = [expert for expert in metas if expert not in odd]
+    for expert in alike:
         theirs = tokenizer_fingerprint(with_template(tokenizer, templates[expert]))
         here = BaseIdentity(fingerprint=base.fingerprint, tokenizer=theirs)
-        if refusal := here.refusal(meta, expert):
-            raise BaseModelError(refusal, about=here.differing(meta)[0])
+        if refusal := here.refusal(metas[expert], expert):
+            odd[expert] = BaseModelError(refusal, about=here.differing(metas[expert])[0])
+            if base.is_of(specs[expert], metas[expert]):  # but with another tokenizer
+                raise odd[expert]
+    # One that no worker has joined fits every base model of its shape, so it does not say that this one is right.
+    known = [expert for expert in alike if metas[expert].base_fingerprint]
+    _check_some(odd, known or specs, needed)
     check_padding(tokenizer, config, name)
-    return base
+    return base, list(odd)
+
+
+def _check_some(odd: Mapping[str, BaseModelError], experts: Collection[str], needed: Collection[str]) -> None:
+    """Raise the error of the first expert that is needed, or of the first of these experts if all of them have one."""
+    first = [name for name in needed if name in odd] or (list(experts) if odd.keys() >= set(experts) else [])
+    if first:
+        raise odd[first[0]]

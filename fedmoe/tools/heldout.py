@@ -1,19 +1,21 @@
 """Held-out loss of a federation: evaluates experts and gateway from Redis on rows outside the training data."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from peft import PeftConfig, PeftType
 
 from fedmoe.data.bad_rows import BadRows
 from fedmoe.data.jsonl import DataFile, open_data
-from fedmoe.errors import BaseModelError, SettingsError, SpecError, UnknownExpertError
+from fedmoe.errors import BaseModelError, DataError, SettingsError, SpecError, UnknownExpertError
 from fedmoe.protocol.names import GATEWAY, MERGED
+from fedmoe.protocol.records import Meta
 from fedmoe.protocol.spec import Spec
 from fedmoe.settings import HeldOutSettings
 from fedmoe.store.gateway import GatewayStore
-from fedmoe.tools.base import load
+from fedmoe.tools.base import Base, load_for_some
 from fedmoe.tools.centralised import CENTRALISED, Centralised, Train, centralise
 from fedmoe.tools.evaluate import BASE, MEAN, Adapter, Loads, Matrix, evaluate_rows, matrix_of
 from fedmoe.tools.export import Export, is_gateway_trained, read_expert, read_gateway
@@ -85,21 +87,10 @@ def read_federation(
     rows = {GATEWAY: ""} | ({MERGED: "merged"} if is_gateway_trained(store) else {})
     for row, kind in rows.items():
         try:
-            export = read_gateway(store, kind)
-            if export.name == GATEWAY:
-                _check_gateway(store, specs)
-            adapters[row] = export
-        except (BaseModelError, UnknownExpertError, SpecError) as error:
+            adapters[row] = read_gateway(store, kind)
+        except (UnknownExpertError, SpecError) as error:
             report(f"the {'merged ' if kind else ''}gateway is left out: {error}")
     return specs, adapters
-
-
-def _check_gateway(store: GatewayStore, specs: Mapping[str, Spec]) -> None:
-    """Raise BaseModelError if the trained gateway is not of the experts' base model."""
-    for name, spec in specs.items():
-        pinned = {store.meta(one).base_fingerprint for one in (name, GATEWAY)} - {""}
-        if store.spec(GATEWAY).base_config != spec.base_config or len(pinned) > 1:
-            raise BaseModelError(f"it is an adapter of another base model than {name}", about="base_model")
 
 
 def read_directory(directory: Path) -> Adapter:
@@ -150,16 +141,25 @@ def measure(
         {name: open_data(file, bad_rows) for name, file in files.items()} for files in (test, training)
     )
     _report_fitted_on(store, tests, report)
+    if taken := sorted(settings.extra.keys() & {*exports, *ROWS}):
+        raise SettingsError(f"the adapter's name {taken[0]!r} is taken: give it another one", about="name")
+    extra = {name: read_directory(directory) for name, directory in settings.extra.items()}
+    base, others = _load_base(store, settings, exports, specs, report)
+    for name in others:
+        for of in (specs, exports, tests, trainings):
+            of.pop(name, None)
+    if not tests:
+        raise DataError(
+            f"--data has rows of {', '.join(others)} only, and {base.name} is loaded: give rows of the other experts, "
+            "or another --base-model",
+            about="data",
+        )
     read = {name: Adapter(file=export.file, config=export.config) for name, export in exports.items()}
     experts = {name: read.pop(name) for name in specs}
-    adapters: dict[str, Loads | None] = {BASE: None, **experts, **arrow_row(specs, experts, report), **read}
-    for name, directory in settings.extra.items():
-        if name in adapters or name in ROWS:
-            raise SettingsError(f"the adapter's name {name!r} is taken: give it another one", about="name")
-        adapters[name] = read_directory(directory)
+    arrow = arrow_row(specs, experts, report)
+    adapters: dict[str, Loads | None] = {BASE: None, **experts, **arrow, **read, **extra}
     templates = {name: exports[name].chat_template for name in specs}
-    metas = {name: store.meta(name) for name in specs}
-    base = load(settings, specs, metas, templates, report)
+    metas = {name: exports[name].metas[name] for name in specs}
     encoder = Encoder(
         tokenizer=base.tokenizer,
         config=base.config,
@@ -198,6 +198,49 @@ def measure(
         routes=routes,
         centralised=centralised,
     )
+
+
+def _load_base(
+    store: GatewayStore,
+    settings: HeldOutSettings,
+    exports: Mapping[str, Export],
+    specs: Mapping[str, Spec],
+    report: Callable[[str], None],
+) -> tuple[Base, list[str]]:
+    """The base model, and the adapters of another one, which are reported and left out.
+
+    By default it is that of most experts which have a gateway weight.
+
+    Raises:
+        BaseModelError: if no expert is of that base model, or `--data` or `--train` names one that is not.
+    """
+    weights = store.experts()
+    counted = Counter(spec.base_model for name, spec in specs.items() if weights.get(name))
+    most = counted.most_common(1)[0][0] if counted else ""
+    wanted = replace(settings, base_model=settings.base_model or most)
+    metas = {name: exports[name].metas[name] for name in specs}
+    templates = {name: exports[name].chat_template for name in specs}
+    base, others = load_for_some(wanted, specs, metas, templates, report)
+    named = {text.partition("=")[0] for text in (*settings.data, *settings.train) if not Path(text).is_dir()}
+    for name in others:
+        what = f"an adapter of another base model ({_of(specs[name], metas[name])}) than {base.name}, which is loaded"
+        if name in named:
+            raise BaseModelError(
+                f"{name} is {what}: give no rows of it, or another --base-model", about="base_model"
+            )
+        report(f"{name} is left out: it is {what}; --base-model chooses another one")
+    for name, export in exports.items():
+        if name not in specs and not all(
+            base.is_of(spec, export.metas[of]) for of, spec in export.specs.items()
+        ):
+            others.append(name)
+            report(f"the {'merged ' if name == MERGED else ''}gateway is left out: it is an adapter of another base "
+                   f"model than {base.name}, which is loaded; --base-model chooses another one")  # fmt: skip
+    return base, others
+
+
+def _of(spec: Spec, meta: Meta) -> str:
+    return spec.base_model + (f", fingerprint {meta.base_fingerprint}" if meta.base_fingerprint else "")
 
 
 def _report_fitted_on(

@@ -190,7 +190,10 @@ def test_trained_gateway_is_the_gateway_unless_it_is_of_another_base(
     said: list[str] = []
     found = run(connection, str(data), said=said)
     assert list(found.loss) == ["base", "blue", "red", "arrow", "merged"]
-    assert said[0].startswith("the gateway is left out: it is an adapter of another base model than ")
+    assert any(
+        line.startswith("the gateway is left out: it is an adapter of another base model than ")
+        for line in said
+    )
 
 
 def test_an_adapter_of_another_model_is_one_sentence(

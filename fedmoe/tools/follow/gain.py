@@ -8,12 +8,13 @@ from typing import NamedTuple
 from fedmoe.data.bad_rows import BadRows
 from fedmoe.data.flat import FlatExamples
 from fedmoe.data.jsonl import open_data
+from fedmoe.errors import BaseModelError
 from fedmoe.model.adapter import adapter_loaded
 from fedmoe.protocol.identity import expert_template
 from fedmoe.protocol.names import GATEWAY
 from fedmoe.settings import HeldOutSettings
 from fedmoe.store.gateway import GatewayStore
-from fedmoe.tools.base import Base, load
+from fedmoe.tools.base import Base, load_for_some
 from fedmoe.tools.evaluate import Adapter, mean_loss
 from fedmoe.tools.rows import Encoder, find_files
 
@@ -54,7 +55,8 @@ class HeldOutLoss:
         return sum(losses) / len(losses)
 
     def _prepare(self) -> "_Ready":
-        names = [name for name in self.store.experts() if name != GATEWAY]
+        weights = {name: weight for name, weight in self.store.experts().items() if name != GATEWAY}
+        names = list(weights)
         bad_rows = BadRows(report=self.report, file=self.settings.bad_rows)
         data = {
             name: open_data(file, bad_rows) for name, file in find_files(self.settings.data, names).items()
@@ -62,7 +64,19 @@ class HeldOutLoss:
         specs = {name: self.store.spec(name) for name in names}
         metas = {name: self.store.meta(name) for name in names}
         templates = {name: expert_template(specs[name], metas[name]) for name in names}
-        base = load(self.settings, specs, metas, templates, self.report)
+        merged = [name for name, weight in weights.items() if weight] or names
+        base, others = load_for_some(self.settings, specs, metas, templates, self.report, needed=merged)
+        named = {text.partition("=")[0] for text in self.settings.data}
+        for name in others:
+            if name in named or not data.keys() - set(others):
+                raise BaseModelError(
+                    f"--data has rows of {name}, an adapter of another base model than {base.name}: give rows of the "
+                    "others",
+                    about="base_model",
+                )
+            self.report(f"{name} is left out: it is an adapter of another base model than {base.name}")
+            for of in (data, metas, templates):
+                of.pop(name, None)
         encoder = Encoder(
             tokenizer=base.tokenizer,
             config=base.config,

@@ -1,7 +1,7 @@
 """Held-out loss of a federation: evaluates experts and gateway from Redis on rows outside the training data."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -186,7 +186,7 @@ def measure(
     first = {name: losses.pop(name) for name in (BASE, *specs)}
     loss = matrix_of(first | by_vectors | losses, domains)
     routed, share = routed_losses(loss, specs), shares(loss, list(specs))
-    _report_undefined(routed, share, report)
+    _report_undefined(routed, share, specs, report)
     return HeldOut(
         base_model=base.name,
         base_fingerprint=base.fingerprint,
@@ -261,11 +261,15 @@ def _report_fitted_on(
 
 
 def _report_undefined(
-    routed: Mapping[str, float | None], share: Mapping[str, float | None], report: Callable[[str], None]
+    routed: Mapping[str, float | None],
+    share: Mapping[str, float | None],
+    experts: Collection[str],
+    report: Callable[[str], None],
 ) -> None:
     """Say which domains the share leaves out, or why there is none."""
     without = [column for column, loss in routed.items() if loss is None and column != MEAN]
     if without:
-        report(f"no expert of its own: {', '.join(without)}; the share is that of the other domains")
+        rest = "the share is that of the other domains" if ROUTED in share else "so there is no share"
+        report(f"no expert of its own: {', '.join(without)} (the experts are {', '.join(experts)}); {rest}")
     if share.get(ROUTED, 0.0) is None:
         report("no share: the experts gain nothing over the base model on their own domains")

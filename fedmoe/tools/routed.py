@@ -11,7 +11,7 @@ from fedmoe.store.gateway import GatewayStore
 from fedmoe.tools.arrow import arrow_loaded
 from fedmoe.tools.base import Base
 from fedmoe.tools.evaluate import Adapter, Loads, RowLosses
-from fedmoe.tools.routing import BY_ARROW, BY_VECTORS, check_alike, check_arrow, read_router, routed_losses
+from fedmoe.tools.routing import BY_ARROW, BY_VECTORS, check_arrow, check_number, read_router, routed_losses
 
 Routes = dict[str, dict[str, int]]  # domain -> expert -> number of rows
 
@@ -21,8 +21,12 @@ def arrow_row(
 ) -> dict[str, Loads]:
     """The row of arrow over these experts; none, which is reported, if their adapters differ or there is only one."""
     try:
-        check_alike(specs, dict.fromkeys(specs, ""))
-        check_arrow({name: spec.layout for name, spec in specs.items()})
+        check_number(specs)
+        check_arrow(
+            {name: spec.layout for name, spec in specs.items()},
+            "`fedmoe gateway export --router arrow` can leave one of them out (--leave-out {name}), or give all of "
+            "them one rank (--rank) if only that differs",
+        )
     except SettingsError as error:
         report(f"the row {BY_ARROW} is left out: {error}")
         return {}
@@ -54,8 +58,8 @@ def vector_row(
         for name, examples in domains.items()
     }
     routed, went = routed_losses(router, states, losses)
-    right = ", ".join(
+    if right := ", ".join(
         f"{name} {to[name]} of {sum(to.values())}" for name, to in went.items() if name in router.experts
-    )
-    report(f"rows that the domain vectors send to their own expert: {right}")
+    ):
+        report(f"rows that the domain vectors send to their own expert: {right}")
     return {BY_VECTORS: routed}, went

@@ -22,7 +22,7 @@ from fedmoe.protocol.names import GATEWAY
 from fedmoe.store.gateway import GatewayStore
 from fedmoe.tools.export import Export, read_expert
 from fedmoe.tools.export_files import INFO_FILE, write
-from fedmoe.tools.routing import ARROW, Router, check_alike, check_arrow, read_router
+from fedmoe.tools.routing import ARROW, Router, check_alike, check_arrow, check_number, read_router
 from fedmoe.util.disk import write_whole
 
 KINDS = BY_DOMAIN, BY_ARROW = "domain", "arrow"
@@ -98,11 +98,15 @@ def read_for_export(
             f"there is no expert {odd[0]!r} to leave out; there are: {', '.join(names)}", about=odd[0]
         )
     specs = {name: store.spec(name) for name in names if name not in leave_out}
+    check_number(specs)
     check_alike(specs, {name: store.meta(name).base_fingerprint for name in specs})
     router = read_router(store, specs, report) if kind == BY_DOMAIN else None
     experts = {name: shape(read_expert(store, name)) for name in (router.experts if router else specs)}
     if kind == BY_ARROW:
-        check_arrow({name: layout_of(expert.file, expert.dtype) for name, expert in experts.items()})
+        check_arrow(
+            {name: layout_of(expert.file, expert.dtype) for name, expert in experts.items()},
+            "leave one of them out (--leave-out {name}), or give all of them one rank (--rank) if only that differs",
+        )
     return RouterExport(kind=kind, gateway=gateway, experts=experts, router=router)
 
 

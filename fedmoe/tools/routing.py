@@ -6,7 +6,7 @@
 Neither is trained nor needs data. Source of arrow: arXiv 2405.11157.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -94,16 +94,20 @@ def _too_few(known: Sequence[str], asked: Sequence[str]) -> str:
     )
 
 
+def check_number(experts: Collection[str]) -> None:
+    """Raise SettingsError unless there are two experts or more to choose among."""
+    if len(experts) < LEAST:
+        raise SettingsError(
+            f"a router chooses among two experts or more, and there is {', '.join(experts) or 'none'}",
+            about="experts",
+        )
+
+
 def check_alike(specs: Mapping[str, Spec], prints: Mapping[str, str]) -> None:
-    """Raise SettingsError unless these experts, at least two, are adapters of one base model.
+    """Raise SettingsError unless these experts are adapters of one base model.
 
     `prints`: the fingerprint of each one's base model, "" if it is not known yet.
     """
-    if len(specs) < LEAST:
-        raise SettingsError(
-            f"a router chooses among two experts or more, and there is {', '.join(specs) or 'none'}",
-            about="experts",
-        )
     first = next(iter(specs))
     for name, spec in specs.items():
         if spec.base_config != specs[first].base_config or len({prints[name], prints[first]} - {""}) > 1:
@@ -113,14 +117,17 @@ def check_alike(specs: Mapping[str, Spec], prints: Mapping[str, str]) -> None:
             )
 
 
-def check_arrow(layouts: Mapping[str, Layout]) -> None:
-    """Raise SettingsError unless the adapters of these experts have equal tensors, as arrow needs."""
+def check_arrow(layouts: Mapping[str, Layout], remedy: str) -> None:
+    """Raise SettingsError unless the adapters of these experts have equal tensors, as arrow needs.
+
+    `remedy`: what to do; `{name}` in it is an expert to leave out.
+    """
     first = next(iter(layouts))
     for name, layout in layouts.items():
         if layout.tensors != layouts[first].tensors:
             raise SettingsError(
-                f"arrow needs adapters of equal rank and targets, and those of {name} and {first} differ: leave one of "
-                f"them out (--leave-out {name}), or give all of them one rank (--rank) if nothing else differs",
+                f"arrow needs adapters of equal rank and targets, and those of {name} and {first} differ: "
+                + remedy.format(name=name),
                 about="rank",
             )
 

@@ -272,7 +272,7 @@ def test_share_is_undefined_if_the_experts_gain_nothing(
     assert result.share == {"base": None, "red": None, "routed": None, "gateway": None}
     assert result.routed == {"red": result.loss["red"]["red"], "green": None, "mean": None}
     assert said[-2:] == [
-        "no expert of its own: green; the share is that of the other domains",
+        "no expert of its own: green (the experts are red); the share is that of the other domains",
         "no share: the experts gain nothing over the base model on their own domains",
     ]
     assert said[0].startswith("routed is left out, because the table has a row of that name")

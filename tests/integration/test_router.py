@@ -115,6 +115,32 @@ def test_a_vector_that_cannot_be_used_is_left_out_with_a_sentence(
     assert any("left out: only blue has a domain vector" in line for line in said)
 
 
+def test_rows_of_no_expert_have_no_expert_of_their_own(
+    connection: Connection, data: Path, tiny_model_dir: Path
+) -> None:
+    """A name with a typo, for example: no sentence promises other domains, or says where rows of none went."""
+    make_federation(connection, tiny_model_dir)
+    told(connection, data)
+    said: list[str] = []
+    settings = HeldOutSettings(data=[f"rad={data / 'red.jsonl'}"], precision="fp32")
+    found = measure(GatewayStore(connection), settings, report=said.append)
+    assert found.routes == {"rad": {"blue": 0, "red": 6}}
+    assert not [line for line in said if line.startswith("rows that the domain vectors")]
+    assert said[-1] == "no expert of its own: rad (the experts are blue, red); so there is no share"
+
+
+def test_a_row_that_is_left_out_names_what_there_is_to_do(
+    connection: Connection, data: Path, tiny_model_dir: Path
+) -> None:
+    """Evaluate cannot leave an expert out; an export can."""
+    make_federation(connection, tiny_model_dir)
+    make_federation(connection, tiny_model_dir, ("green",), rank=2)
+    said: list[str] = []
+    assert "arrow" not in evaluated(connection, data, said).loss
+    (line,) = (line for line in said if line.startswith("the row arrow is left out: "))
+    assert "`fedmoe gateway export --router arrow` can leave one of them out (--leave-out green)" in line
+
+
 def script(out: Path, base: Path, prompt: str) -> str:
     """What the export's own script prints; FedMoE cannot be imported there."""
     (blocked := out.parent / "blocked" / "fedmoe").mkdir(parents=True, exist_ok=True)

@@ -74,9 +74,17 @@ def find_validation_files(texts: Sequence[str], experts: Sequence[str]) -> dict[
     """Like find_files, with `<expert>.valid.jsonl`; a file alone, of pooled rows, is a domain of its own name.
 
     Raises:
+        UnknownExpertError: if a text names an expert that is not among these.
         SettingsError: if a file is named as test rows; else as find_files.
     """
     for text in texts:
+        name, equals, _ = text.partition("=")
+        if equals and name not in experts and not Path(text).is_dir():
+            raise UnknownExpertError(
+                f"--data names the expert {name!r}, which is none of those to fit ({', '.join(experts)}): give one of "
+                "these, or the file alone if its rows are of no one expert",
+                about=name,
+            )
         if "=" not in text and not Path(text).exists():
             raise _no_data(text, "data", "a directory, a file, or EXPERT=FILE")
     named = [

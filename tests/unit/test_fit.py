@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fedmoe.errors import DataError, SettingsError, SpecError
+from fedmoe.errors import DataError, SettingsError, SpecError, UnknownExpertError
 from fedmoe.protocol.fit import Fit, FitRows, FittedOn, groups_of, parse_weights, weights_text
 from fedmoe.settings import FitSettings
 from fedmoe.tools.rows import find_files, find_validation_files
@@ -93,6 +93,8 @@ def test_validation_files_are_never_test_rows(tmp_path: Path) -> None:
     pooled = str(tmp_path / "all of it.jsonl")
     assert find_validation_files([pooled], ["red"]) == {"all-of-it": Path(pooled)}
     assert find_validation_files([f"red={pooled}"], ["red"]) == {"red": Path(pooled)}
+    with raises(UnknownExpertError, about="rad"):  # else its rows would be taken for pooled ones
+        find_validation_files([f"rad={pooled}"], ["red"])
     with raises(DataError, about="data"):
         find_validation_files([str(tmp_path)], ["red"])
     for text in (f"red={tmp_path / 'red.test.jsonl'}", str(tmp_path / "red.test.jsonl")):

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from fedmoe.errors import (
     DamagedExpertError,
+    LostExpertError,
     ProtocolError,
     RemovedExpertError,
     SpecError,
@@ -180,16 +181,18 @@ def read_gateway(store: GatewayStore, kind: str = "") -> Export:
         kind: "trained" or "merged"; "" for the default.
 
     Raises:
-        UnknownExpertError: if there is none of that kind yet; says why and what to do.
-        SpecError: if the merged gateway's meta is malformed.
+        UnknownExpertError: if there is none of that kind yet, or Redis has lost it; says why and what to do.
+        SpecError: if its meta is malformed.
     """
     if kind == "merged" or not (kind or is_gateway_trained(store)):
         return read_merged(store)
     try:
         return read_expert(store, GATEWAY)
-    except DamagedExpertError:
+    except (DamagedExpertError, LostExpertError):
         raise
     except UnknownExpertError as error:
+        if GATEWAY in store.listed():
+            raise LostExpertError(GATEWAY) from error
         raise UnknownExpertError(
             "this federation trains no gateway: let the workers of an expert train it (fedmoe expert set EXPERT "
             "--train both), or take the merged one (--kind merged)",
@@ -198,11 +201,30 @@ def read_gateway(store: GatewayStore, kind: str = "") -> Export:
 
 
 def is_gateway_trained(store: GatewayStore) -> bool:
-    """True if the federation has a trained gateway to which an update was applied."""
+    """True if the federation has a trained gateway to which an update was applied; raises as `trained_gateway`."""
+    return trained_gateway(store) is not None
+
+
+def trained_gateway(store: GatewayStore, *, seen: bool = False) -> Meta | None:
+    """The trained gateway's meta; None if there never was one, no update was applied, or an operator removed it.
+
+    Args:
+        store: of the federation.
+        seen: True if the caller has read one before, so that it is lost if it is neither there nor removed.
+
+    Raises:
+        LostExpertError: if it is in the list of experts, and its meta is not in Redis.
+        SpecError: if its meta is malformed, or of a later release.
+    """
     try:
-        return store.meta(GATEWAY).version > 0
-    except (UnknownExpertError, RemovedExpertError, SpecError):
-        return False
+        meta = store.meta(GATEWAY)
+    except RemovedExpertError:
+        return None
+    except UnknownExpertError as error:
+        if seen or GATEWAY in store.listed():
+            raise LostExpertError(GATEWAY) from error
+        return None
+    return meta if meta.version > 0 else None
 
 
 def read_merged(store: GatewayStore) -> Export:

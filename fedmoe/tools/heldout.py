@@ -84,13 +84,21 @@ def read_federation(
         raise UnknownExpertError(
             "there are no experts to evaluate yet: start `fedmoe aggregator run`", about="experts"
         )
-    rows = {GATEWAY: ""} | ({MERGED: "merged"} if is_gateway_trained(store) else {})
-    for row, kind in rows.items():
+    for row, kind in _gateway_rows(store, report).items():
         try:
             adapters[row] = read_gateway(store, kind)
         except (UnknownExpertError, SpecError) as error:
-            report(f"the {'merged ' if kind else ''}gateway is left out: {error}")
+            report(f"the {'merged ' if row == MERGED else ''}gateway is left out: {error}")
     return specs, adapters
+
+
+def _gateway_rows(store: GatewayStore, report: Callable[[str], None]) -> dict[str, str]:
+    """Row of the table -> the kind of gateway in it; a trained one that Redis has lost is reported and left out."""
+    try:
+        return {GATEWAY: "trained", MERGED: "merged"} if is_gateway_trained(store) else {GATEWAY: "merged"}
+    except (UnknownExpertError, SpecError) as error:
+        report(f"the gateway is left out: {error}")
+        return {MERGED: "merged"}
 
 
 def read_directory(directory: Path) -> Adapter:

@@ -220,6 +220,29 @@ def test_the_merged_gateway_is_followed_until_there_is_a_trained_one(
     assert following.directory.info(following.directory.current)["kind"] == "merged"
 
 
+@pytest.mark.parametrize("lost", ["meta", "spec", "weights"])
+def test_a_trained_gateway_that_redis_lost_is_waited_for(
+    connection: Connection, follow: Follow, caplog: pytest.LogCaptureFixture, lost: str
+) -> None:
+    """Its place is not taken by the merged one, also where the directory is empty; `--kind merged` follows that."""
+    make_expert(connection, "a")
+    gateway = Gateway(connection)
+    gateway.publish()
+    GatewayBuilder(connection, GatewaySettings(), holder="one", lease_s=5.0).refresh()
+    key = getattr(connection.keys.expert(GATEWAY), lost)
+    connection.client.rename(key, "elsewhere")
+    following = follow()
+    for _ in range(2):
+        assert not following.look()
+        assert following.directory.current == ""
+    assert len(caplog.records) == 1
+    assert "expert 'gateway' " in caplog.text
+    connection.client.rename("elsewhere", key)
+    assert following.look()
+    assert following.directory.current.startswith("gateway-v1-")
+    assert following.directory.info(following.directory.current)["kind"] == "trained"
+
+
 def test_a_command_serves_it(
     connection: Connection, follow: Follow, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

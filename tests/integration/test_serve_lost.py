@@ -5,12 +5,16 @@ from pathlib import Path
 import pytest
 
 from consumers.gateway.builder import GatewayBuilder
+from fedmoe.errors import LostExpertError, UnknownExpertError
 from fedmoe.protocol.names import GATEWAY
 from fedmoe.settings import AnswerSettings, GatewaySettings
 from fedmoe.store.connection import Connection
 from fedmoe.store.gateway import GatewayStore
 from fedmoe.store.remove import remove_expert
+from fedmoe.tools.export import read_gateway
+from fedmoe.tools.heldout import read_federation
 from fedmoe.tools.serve.engine import Engine
+from tests.errors import raises
 from tests.integration.test_serve import engine_of, make
 
 pytestmark = pytest.mark.one_server
@@ -53,6 +57,54 @@ def test_what_redis_has_lost_answers_on(
     remove_expert(connection, "b.c")
     engine.refresh()
     assert [one.name for one in engine.models()] == [GATEWAY, "a", "base"]
+
+
+@pytest.mark.parametrize("lost", ["meta", "weights", "whole list"])
+def test_a_trained_gateway_that_redis_lost_is_not_replaced_by_the_merged_one(
+    connection: Connection, tiny_model_dir: Path, caplog: pytest.LogCaptureFixture, lost: str
+) -> None:
+    """It answers on, and its next version is served; a chat or an export that begins now is refused."""
+    make(connection, tiny_model_dir, "a", seed=1)
+    make(connection, tiny_model_dir, GATEWAY, seed=2)
+    GatewayBuilder(connection, GatewaySettings(), holder="one", lease_s=5.0).refresh()
+    client, keys = connection.client, connection.keys.expert(GATEWAY)
+    engine = engine_of(connection)
+    trained = engine.model(GATEWAY).version
+    assert trained == read_gateway(GatewayStore(connection)).version_name()
+    saved = {key: client.dump(key) for key in client.keys("fedmoe:{gateway}:*")}
+    if lost == "whole list":  # Redis was emptied, and the other expert is written back first
+        client.delete(*saved)
+        client.hdel(connection.keys.experts, GATEWAY)
+    else:
+        client.delete(getattr(keys, lost))
+    for _ in range(2):
+        engine.refresh()
+        assert engine.model(GATEWAY).version == trained
+    if lost == "meta":
+        assert caplog.text.count(f"gateway: it cannot be read in Redis now, and {trained} answers on") == 1
+    if lost != "whole list":
+        with raises(UnknownExpertError, about=GATEWAY):
+            read_gateway(GatewayStore(connection))
+        assert GATEWAY not in {one.name for one in engine_of(connection).models()}
+        said: list[str] = []
+        _, exports = read_federation(GatewayStore(connection), said.append)
+        assert GATEWAY not in exports
+        assert said[0].startswith("the gateway is left out: expert 'gateway'")
+    engine = engine_of(connection)  # began while it was lost
+    for key, value in saved.items():
+        client.restore(key, 0, value, replace=True)
+    client.hset(connection.keys.experts, GATEWAY, "0")
+    engine.refresh()
+    assert engine.model(GATEWAY).version == trained
+
+
+def test_a_chat_with_a_lost_gateway_is_one_sentence(connection: Connection, tiny_model_dir: Path) -> None:
+    """It is asked for by name, and never was removed."""
+    make(connection, tiny_model_dir, "a", seed=1)
+    make(connection, tiny_model_dir, GATEWAY, seed=2)
+    connection.client.delete(connection.keys.expert(GATEWAY).meta)
+    with raises(LostExpertError, about=GATEWAY):
+        Engine(GatewayStore(connection), AnswerSettings(), report=lambda _: None, wanted=GATEWAY)
 
 
 @pytest.mark.parametrize("was_removed_before", [True, False])

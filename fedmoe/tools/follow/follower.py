@@ -34,7 +34,7 @@ from fedmoe.errors import (
 from fedmoe.protocol.names import GATEWAY
 from fedmoe.store.gateway import GatewayStore
 from fedmoe.tools.card import max_lora_rank
-from fedmoe.tools.export import Export, is_gateway_trained, read_gateway, version_name
+from fedmoe.tools.export import Export, read_gateway, trained_gateway, version_name
 from fedmoe.tools.export_files import CONFIG_FILE, WEIGHTS_FILE
 from fedmoe.tools.follow.directory import VersionDirectory
 from fedmoe.tools.follow.loaded import LoadedVersions
@@ -171,21 +171,23 @@ class Follower:
 
     def _look(self) -> Found:
         """The present version, by a few small reads."""
-        kind = self._settings.kind or ("trained" if is_gateway_trained(self._store) else "merged")
+        kind = self._settings.kind
+        meta = None if kind else trained_gateway(self._store)
         if kind == "trained":
             try:
                 meta = self._store.meta(GATEWAY)
             except UnknownExpertError:
                 read_gateway(self._store, kind)  # says what to do
                 raise
-            return Found(kind, self._name(meta.version, {GATEWAY: meta.weights_commit}))
+        if meta is not None:
+            return Found("trained", self._name(meta.version, {GATEWAY: meta.weights_commit}))
         merged = self._store.merged()
         if merged is None:
-            read_gateway(self._store, kind)  # says why there is none
+            read_gateway(self._store, "merged")  # says why there is none
             raise UnknownExpertError("there is no merged gateway yet", about="gateway")
         commits = {name: one.weights_commit for name, one in merged.experts.items()}
         total = sum(one.version for one in merged.experts.values())
-        return Found(kind, self._name(total, commits, merged.settings))
+        return Found("merged", self._name(total, commits, merged.settings))
 
     def _name(self, version: int, commits: dict[str, str], settings: str = "") -> str:
         chosen = self._settings

@@ -16,6 +16,7 @@ from fedmoe.data.template import TEMPLATE_ERRORS
 from fedmoe.errors import (
     BaseModelError,
     FedMoEError,
+    LostExpertError,
     RedisUnavailableError,
     RequestError,
     SpecError,
@@ -30,7 +31,7 @@ from fedmoe.protocol.records import Meta
 from fedmoe.settings import AnswerSettings, HeldOutSettings
 from fedmoe.store.gateway import GatewayStore
 from fedmoe.tools.base import load
-from fedmoe.tools.export import Export, read_expert, read_gateway
+from fedmoe.tools.export import Export, read_expert, read_gateway, trained_gateway
 from fedmoe.tools.rows import with_template
 from fedmoe.tools.serve.requests import ChatRequest, StopCutter
 
@@ -51,6 +52,7 @@ class Served:
         mark: the commits that it was made of.
         key: of its adapter in peft, "" for the base model.
         template: its chat template, "" for the base model's own.
+        kind: as an `Export` has it, "" for the base model.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Served:
     mark: str
     key: str
     template: str
+    kind: str = ""
 
 
 class Finish(NamedTuple):
@@ -102,11 +105,14 @@ class Engine:
         self._store, self._settings = store, settings
         # Models that cannot be served, each with its mark or with what is wrong.
         self._odd: set[tuple[str, str]] = set()
+        self._served = {BASE: Served(name=BASE, version=BASE, mark="", key="", template="")}
         metas = store.metas()
         if not metas:
             raise UnknownExpertError(
                 "there are no experts yet: start `fedmoe aggregator run`", about="experts"
             )
+        if wanted == GATEWAY:
+            trained_gateway(store)  # it says so if Redis has lost it
         if wanted and wanted not in (there := {BASE, *self._marks()}):
             raise _unknown(wanted, there)
         specs = {name: store.spec(name) for name in metas}
@@ -118,7 +124,6 @@ class Engine:
         self._model: PeftModel | None = None
         self._count = 0
         self._lock = threading.Lock()  # the model computes for one at a time
-        self._served = {BASE: Served(name=BASE, version=BASE, mark="", key="", template="")}
         if BASE in metas:
             report(f"the expert {BASE} cannot be asked, because the base model has this name")
 
@@ -154,6 +159,10 @@ class Engine:
                 self._take(name, mark, export)
             except RedisUnavailableError:
                 raise
+            except (
+                UnknownExpertError
+            ) as error:  # it is lost or damaged now, and may be written back as it was
+                self._warn_once(name, f"this version is left out: {error}")
             except FedMoEError as error:
                 self._odd.add((name, mark))
                 logger.warning("%s: this version is left out: %s", name, error)
@@ -185,17 +194,19 @@ class Engine:
             logger.warning("%s: %s", name, problem)
 
     def _marks(self) -> dict[str, str]:
-        """Model -> the commits that its present version is made of."""
+        """Model -> the commits that its present version is made of; no gateway if Redis has lost the trained one."""
         metas: dict[str, Meta] = self._store.metas()
         marks = {name: meta.weights_commit for name, meta in metas.items() if name not in (GATEWAY, BASE)}
-        trained = metas.get(GATEWAY)
-        if trained is not None and trained.version > 0:
-            return marks | {GATEWAY: trained.weights_commit}
+        served = self._served.get(GATEWAY)
         try:
+            trained = trained_gateway(self._store, seen=served is not None and served.kind == "trained")
+            if trained is not None:
+                return marks | {GATEWAY: trained.weights_commit}
             merged = self._store.merged()
-        except SpecError as error:
-            self._warn_once(GATEWAY, str(error))
-            merged = None
+        except (LostExpertError, SpecError) as error:
+            if served is None or isinstance(error, SpecError):  # else `_removed` says what answers on
+                self._warn_once(GATEWAY, str(error))
+            return marks
         if merged is not None:
             commits = sorted((name, one.weights_commit) for name, one in merged.experts.items())
             marks[GATEWAY] = f"{merged.settings} {commits}"
@@ -214,6 +225,7 @@ class Engine:
             mark=mark,
             key=key,
             template=export.chat_template,
+            kind=export.kind,
         )
         with self._lock:
             target = self._model or self._base.model

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 @click.option("--api-key", metavar="TEXT", help="Key that the server asks for (bearer token).")
 @click.option("--kind", type=click.Choice(["trained", "merged"]),
               help="Gateway to follow: the one that workers train, or the merge of the experts.  "
-                   "[default: trained, as soon as workers train it]")  # fmt: skip
+                   "[default: trained, if workers trained it]")  # fmt: skip
 @click.option("--name", default="gateway", show_default=True, metavar="NAME",
               help="Beginning of the names under which versions are served: NAME-v12-3fa9c1e0.")  # fmt: skip
 @click.option("--base-name", default="", metavar="TEXT",
@@ -60,6 +60,7 @@ def follow(redis: RedisSettings, **values: Any) -> None:
     """Export every new version of the gateway, and let a running server serve it in place of the one before.
 
     A version is served under a name of its own, and never if its validation loss is worse than the served one's.
+    Another gateway than the served one (trained or merged, or created again) is served only if both losses are known.
     """
     from fedmoe.util.stopping import Stop, stop_on_signals
 

@@ -244,6 +244,7 @@ def read_merged(store: GatewayStore) -> Export:
         "base_model": str(config["base_model_name_or_path"]),
         "updated_at": merged.updated_at,
         "settings": merged.settings,
+        "lineages": {name: one.lineage for name, one in merged.experts.items() if one.lineage},
     }
     metas = store.metas()
     metas.pop(GATEWAY, None)

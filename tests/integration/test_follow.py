@@ -14,12 +14,13 @@ from fedmoe.protocol.names import GATEWAY
 from fedmoe.settings import GatewaySettings
 from fedmoe.store.connection import Connection
 from fedmoe.store.gateway import GatewayStore
+from fedmoe.store.remove import remove_expert
 from fedmoe.tools.export import read_gateway
 from fedmoe.tools.follow.directory import VersionDirectory
 from tests.adapter_server import stand_in
 from tests.errors import raises
 from tests.federation import ScriptedWorker, make_expert, serve, small_spec
-from tests.following import Follow, Gateway, config_in, followers
+from tests.following import Follow, Following, Gateway, config_in, followers
 
 pytestmark = pytest.mark.one_server
 
@@ -191,33 +192,102 @@ def test_versions_do_not_pile_up_while_none_is_served(
     assert [name.split("-")[1] for name in following.versions] == ["v1", "v5", "v6"]
 
 
-def test_the_merged_gateway_is_followed_until_there_is_a_trained_one(
-    connection: Connection, follow: Follow
-) -> None:
-    """`--kind` keeps to one of them."""
+def build(connection: Connection) -> None:
+    """The merged gateway, as an aggregator builds it."""
+    GatewayBuilder(connection, GatewaySettings(), holder="one", lease_s=5.0).refresh()
+
+
+def kind_of(following: Following) -> str:
+    """What is served."""
+    return str(following.directory.info(following.directory.current)["kind"])
+
+
+def test_the_merged_gateway_is_followed(connection: Connection, follow: Follow) -> None:
+    """As soon as it is built."""
     expert = make_expert(connection, "a")
     worker = ScriptedWorker(connection, small_spec(), expert="a")
-
-    def build() -> None:
-        GatewayBuilder(connection, GatewaySettings(), holder="one", lease_s=5.0).refresh()
-
     following = follow()
     assert not following.look()  # no gateway yet
-    build()
+    build(connection)
     following.look()
     first = following.directory.current
     assert first.startswith("gateway-v0-")
     worker.push(0.5)
     serve(expert)
-    build()
+    build(connection)
     following.look()
     assert following.directory.current.startswith("gateway-v1-")
-    Gateway(connection).publish()
-    following.look()
-    assert following.directory.info(following.directory.current)["kind"] == "trained"
-    following = follow(kind="merged")
-    following.look()
-    assert following.directory.info(following.directory.current)["kind"] == "merged"
+
+
+def test_the_other_kind_is_not_served_unasked(
+    connection: Connection, follow: Follow, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Said once, not for each version; `--kind` asks for it; a measured loss that is no worse is enough."""
+    caplog.set_level("INFO")
+    make_expert(connection, "a")
+    build(connection)
+    assert follow().look()
+    gateway, following = Gateway(connection), follow()
+    for _ in range(3):
+        gateway.publish()
+        assert following.look()
+        assert following.look()
+        assert kind_of(following) == "merged"
+    assert caplog.text.count("it is the trained gateway, gateway-v0-") == 1
+    assert "(--data), or take it without a measurement (--kind trained)" in caplog.text
+    following = follow(kind="trained")
+    assert following.look()
+    assert kind_of(following) == "trained"
+    remove_expert(connection, GATEWAY)
+    following = follow()
+    assert following.look()
+    assert kind_of(following) == "trained"
+    assert "it is the merged gateway, gateway-v3-" in caplog.text
+    losses = iter((2.1, 2.0))  # the new one, then the served one
+    following = follow(judge=lambda *_: next(losses))
+    assert following.look()
+    assert kind_of(following) == "trained"
+    following = follow(judge=lambda *_: 2.0)
+    assert following.look()
+    assert kind_of(following) == "merged"
+
+
+@pytest.mark.parametrize("kind", ["trained", "merged"])
+def test_a_gateway_that_was_created_again_is_not_served_unasked(
+    connection: Connection, follow: Follow, tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    """Nor is a merge of experts that were; a new directory takes it, and so does a loss that is no worse."""
+    caplog.set_level("INFO")
+    name = GATEWAY if kind == "trained" else "a"
+
+    def create(updates: int) -> None:
+        expert = make_expert(connection, name)
+        worker = ScriptedWorker(connection, small_spec(), f"{name}.alice", name)
+        for _ in range(updates):
+            worker.push(0.5)
+            serve(expert)
+            worker.pull()
+        build(connection)
+
+    make_expert(connection, "b")
+    create(3)
+    following = follow(kind=kind)
+    assert following.look()
+    served = following.directory.current
+    remove_expert(connection, name)
+    connection.client.delete(connection.keys.expert(name).meta)
+    create(1)
+    for _ in range(2):
+        assert following.look()
+        assert following.directory.current == served
+    assert caplog.text.count(f"created again since {served}, which is served") == 1
+    assert "(--data), or take it without a measurement (in a new --dir)" in caplog.text
+    elsewhere = follow(kind=kind, out=tmp_path / "new")
+    assert elsewhere.look()
+    assert elsewhere.directory.current.startswith("gateway-v1-")
+    following = follow(kind=kind, judge=lambda *_: 2.0)
+    assert following.look()
+    assert following.directory.current == elsewhere.directory.current
 
 
 @pytest.mark.parametrize("lost", ["meta", "spec", "weights"])

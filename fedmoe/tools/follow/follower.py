@@ -4,7 +4,8 @@ A version passes these steps, and each is repeated until it is done, whatever fa
 
     found      it is in Redis, and it is not the served one
     judged     its validation loss is no worse than that of the served version, where both are known; a served version
-               that an operator rolled back is replaced in any case
+               that an operator rolled back is replaced in any case; a gateway of the other kind, or one that was
+               created again, is served only if both losses are known
     written    it has a directory of its own
     served     the server has loaded it, or the operator's command has ended with 0; then `current` is moved
     the rest   the server unloads the versions before that were loaded from here; all directories but the last ones are
@@ -21,7 +22,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
@@ -111,7 +112,8 @@ class Follower:
         self._loaded = LoadedVersions(server, directory) if server else None
         self._shape, self._judge = shape, judge
         self._candidate = ""  # written and not yet served
-        self._left_out = ""  # judged worse
+        self._left_out = ""  # judged worse, or not comparable
+        self._said_why = ""  # it is left out
         self._refused: dict[str, float] = {}  # name -> when, by time.monotonic()
         self._rows = f"data {secrets.token_hex(4)}"  # another process may measure on other rows
         self._of_served: tuple[str, Validation] | None = None  # measured by `judge` in this process
@@ -156,10 +158,13 @@ class Follower:
             return
         export = self._shape(export)
         measured = self._measured(export)
-        if worse := "" if self._was_rolled_back(export) else self._why_not(export, measured):
+        if why := "" if self._was_rolled_back(export) else self._why_not(export, measured):
             self._left_out = name
-            logger.info("%s is not served: %s", name, worse)
+            if why != self._said_why:  # the next version may be left out for the same reason
+                self._said_why = why
+                logger.info("%s is not served: %s", name, why)
             return
+        self._said_why = ""
         if measured is not None:
             facts = {"validation_loss": measured.mean, "validation": measured.to_json()}
             export = replace(export, validation=measured, info=dict(export.info) | facts)
@@ -239,6 +244,11 @@ class Follower:
         served = self._measured_served()
         gain = measured.gain_over(served) if measured and served else None
         if measured is None or served is None or gain is None:
+            if other := self._is_another(export):
+                return (
+                    f"it is {other[0]}, and no validation loss of both is known: give rows to measure both on "
+                    f"(--data), or take it without a measurement ({other[1]})"
+                )
             if self._settings.min_gain is not None and not self._without_loss:
                 self._without_loss = True
                 logger.warning(
@@ -253,6 +263,23 @@ class Follower:
             return ""
         change = f"{-gain:.4f} above" if gain < 0 else f"only {gain:.4f} below"
         return f"its validation loss, {measured.mean:.4f}, is {change} that of {current}, which is served"
+
+    def _is_another(self, export: Export) -> tuple[str, str] | None:
+        """What this gateway is, if it does not continue the served one, and how to take it; None if it does."""
+        current = self._directory.current
+        served = self._directory.info(current)
+        kind = served.get("kind", export.kind)
+        if kind != export.kind:
+            if self._settings.kind:  # the operator asks for this kind
+                return None
+            return f"the {export.kind} gateway, {current} is the {kind} one", f"--kind {export.kind}"
+        before, now = _lineages(served), _lineages(export.info)
+        if again := sorted(name for name in before.keys() & now.keys() if before[name] != now[name]):
+            what = f"a merge with {', '.join(again)}" if export.kind == "merged" else "a gateway"
+            return f"{what} created again since {current}, which is served", "in a new --dir"
+        if before and now and not before.keys() & now.keys():
+            return f"a merge of other experts than {current}, which is served", "in a new --dir"
+        return None
 
     def _serve(self) -> None:
         """Have the newest version served, or the one before if that is refused.
@@ -326,6 +353,16 @@ class Follower:
         if code != 0:
             how = "was stopped" if code is None else f"ended with exit code {code}"
             raise AdapterRefusedError(f"the command {self._settings.command!r} {how}", about="run")
+
+
+def _lineages(info: Mapping[str, object]) -> dict[str, object]:
+    """Expert -> its lineage, as far as fedmoe.json knows it."""
+    match info:
+        case {"lineage": str(lineage)} if lineage:
+            return {GATEWAY: lineage}
+        case {"lineages": dict(lineages)}:
+            return lineages
+    return {}
 
 
 def _rank(directory: VersionDirectory, name: str) -> int:

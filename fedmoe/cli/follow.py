@@ -1,6 +1,7 @@
 """`fedmoe gateway follow`."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 @click.command()
 @redis_options
 @click.option("--dir", "directory", required=True, type=click.Path(path_type=Path),
-              help="Directory for the versions, each in its own directory, and a link to the served one.")  # fmt: skip
+              help="Directory for the versions, each in its own directory (without a tokenizer), and a link to the "
+                   "served one.")  # fmt: skip
 @click.option(
     "--vllm",
     metavar="URL",
@@ -82,6 +84,16 @@ def _follow(stop: "Stop", redis: RedisSettings, values: dict[str, Any]) -> None:
     given = [name for name in ("vllm", "sglang", "command") if values[name]]
     if len(given) > 1:
         raise SettingsError("give one of --vllm, --sglang and --run, or none", about=given[1])
+    if values["api_key"] and not (values["vllm"] or values["sglang"]):
+        raise SettingsError(
+            "--api-key is for a server only: add --vllm or --sglang, or leave it out", about="api_key"
+        )
+    if values["base_model"] and not values["data"]:
+        raise SettingsError(
+            "--base-model is for --data only: add that, or leave it out (--base-name names the base model in the "
+            "adapters)",
+            about="base_model",
+        )
     rank, dtype, base_name = values["rank"], values["dtype"], values["base_name"]
     changed = {"rank": rank, "dtype": "" if dtype == "fp32" else dtype, "base_name": base_name}
     settings = FollowSettings(
@@ -115,7 +127,9 @@ def _follow(stop: "Stop", redis: RedisSettings, values: dict[str, Any]) -> None:
     connection = Connection(redis)
     stop.when_asked.append(connection.cut_off)
     store = GatewayStore(connection)
-    judge = _judge(store, values["data"], values["base_model"]) if values["data"] else None
+    judge = None
+    if values["data"]:
+        judge = _judge(store, values["data"], values["base_model"], once=values["once"])
     directory = VersionDirectory(values["directory"], settings.name)
     try:
         follower = Follower(store, directory, settings, server=server, shape=shape, judge=judge)
@@ -126,7 +140,9 @@ def _follow(stop: "Stop", redis: RedisSettings, values: dict[str, Any]) -> None:
         raise FedMoEError("not all was done; the lines above say why", about="once")
 
 
-def _judge(store: Any, data: Sequence[str], base_model: str) -> Any:
+def _judge(store: Any, data: Sequence[str], base_model: str, *, once: bool) -> Any:
+    """Measures losses on these rows, which are read first: with `--once`, as far as no base model is needed."""
+    from fedmoe.errors import RedisUnavailableError, UnknownExpertError
     from fedmoe.settings import HeldOutSettings
     from fedmoe.tools.evaluate import Adapter
     from fedmoe.tools.follow.gain import HeldOutLoss
@@ -137,4 +153,6 @@ def _judge(store: Any, data: Sequence[str], base_model: str) -> Any:
         HeldOutSettings(data=data, base_model=base_model),
         report=partial(say, err=True),
     )
+    with suppress(RedisUnavailableError, UnknownExpertError):  # waited for, as without --data
+        held_out.check(load=not once)
     return lambda file, config: held_out(Adapter(file=file, config=config))

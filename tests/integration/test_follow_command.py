@@ -48,6 +48,80 @@ def test_the_command_looks_once(connection: Connection, tmp_path: Path) -> None:
     assert away.stderr == "fedmoe: not all was done; the lines above say why\n"
 
 
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        (("--api-key", "K"), 2, "--api-key is for a server only"),
+        (("--api-key", "K", "--run", "true"), 2, "--api-key is for a server only"),
+        (("--base-model", "X"), 2, "--base-model is for --data only"),
+        (("--data", "nowhere"), 2, "there is no 'nowhere': --data takes a directory, or EXPERT=FILE"),
+        (("--data", "a=nowhere"), 1, "nowhere"),
+        (("--data", "{empty}"), 1, "holds none of a.test.jsonl"),
+        (("--data", "a={unusable}"), 1, "no usable row"),
+    ],
+)
+@pytest.mark.parametrize("once", [("--once",), ()])
+def test_what_cannot_be_used_is_one_sentence_at_the_start(
+    connection: Connection,
+    tmp_path: Path,
+    options: tuple[str, ...],
+    code: int,
+    said: str,
+    once: tuple[str, ...],
+) -> None:
+    """Nothing is dropped without a word, and nothing is tried again for ever."""
+    make_expert(connection, "a")
+    Gateway(connection).publish()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "unusable").write_text('{"prompt": 1}\n')
+    given = [one.format(empty=tmp_path / "empty", unusable=tmp_path / "unusable") for one in options]
+    url, out = connection.settings.url, tmp_path / "out"
+    done = fedmoe_here("gateway", "follow", "--redis", url, "--dir", str(out), *once, *given)
+    assert done.returncode == code
+    last = done.stderr.splitlines()[-1]  # after the rows that cannot be used
+    assert last.startswith("fedmoe: ")
+    assert said in last
+    assert "trying again" not in done.stderr + done.stdout
+    assert not out.exists()
+
+
+def test_a_base_model_that_is_not_there_is_found_out_at_the_start(
+    connection: Connection, tmp_path: Path
+) -> None:
+    """The rows cannot be measured without it."""
+    make_expert(connection, "a")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "n", "completion": "1"}\n')
+    url, out = ("--redis", connection.settings.url), ("--dir", str(tmp_path / "out"))
+    data = ("--data", f"a={rows}", "--base-model", str(tmp_path / "nowhere"))
+    done = fedmoe_here("gateway", "follow", *url, *out, *data)
+    assert done.returncode == 1
+    assert done.stderr.startswith("fedmoe: ")
+    assert "trying again" not in done.stderr + done.stdout
+
+
+def test_it_waits_for_redis_before_its_rows_are_read(server: EmbeddedRedis, tmp_path: Path) -> None:
+    """Redis is away at the start, or has no experts yet; a file that there is not is found out all the same."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "n", "completion": "1"}\n')
+    command = (
+        "gateway",
+        "follow",
+        "--redis",
+        "redis://127.0.0.1:1",
+        "--dir",
+        str(tmp_path / "out"),
+        "--once",
+    )
+    away = fedmoe_here(*command, "--data", f"a={rows}")
+    assert (away.returncode, away.stderr) == (1, "fedmoe: not all was done; the lines above say why\n")
+    assert "nowhere" in fedmoe_here(*command, "--data", "a=nowhere").stderr
+    none_yet = fedmoe_here(
+        *command[:3], server.url, *command[4:], "--data", str(tmp_path), "--prefix", "another"
+    )
+    assert (none_yet.returncode, none_yet.stderr) == (1, away.stderr)
+
+
 def test_it_survives_redis_and_ends_at_once(server: EmbeddedRedis, tmp_path: Path) -> None:
     """A real process: Redis goes away and comes back empty of nothing; SIGTERM ends it within three seconds."""
     log = tmp_path / "log"

@@ -1,14 +1,15 @@
 """Whether a new version is better than the one that is served: by its loss on held-out rows, where one is known."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 from fedmoe.data.bad_rows import BadRows
 from fedmoe.data.flat import FlatExamples
-from fedmoe.data.jsonl import open_data
-from fedmoe.errors import BaseModelError
+from fedmoe.data.jsonl import DataFile, open_data
+from fedmoe.errors import BaseModelError, UnknownExpertError
 from fedmoe.model.adapter import adapter_loaded
 from fedmoe.protocol.identity import expert_template
 from fedmoe.protocol.names import GATEWAY
@@ -40,7 +41,7 @@ class HeldOutLoss:
         Raises:
             FedMoEError: if rows, base model and adapter do not fit together.
         """
-        base, domains = self._ready = self._ready or self._prepare()
+        base, domains = self._read()
         loaded = (
             adapter_loaded(base.model, adapter.file, adapter.config) if adapter else nullcontext(base.model)
         )
@@ -54,17 +55,50 @@ class HeldOutLoss:
             ]  # fmt: skip
         return sum(losses) / len(losses)
 
-    def _prepare(self) -> "_Ready":
+    def check(self, *, load: bool) -> None:
+        """Find out whether the rows can be used, before anything is measured.
+
+        Args:
+            load: True to load the base model and encode the rows, too.
+
+        Raises:
+            SettingsError, DataError: if they cannot be used.
+            RedisUnavailableError, UnknownExpertError: if Redis does not yet say which experts there are; the files that
+                are named have been looked at.
+            BaseModelError: if the base model cannot be loaded, or is not the experts'.
+        """
+        self._open([text for text in self.settings.data if not Path(text).is_dir()], ())
+        if load:
+            self._read()
+        else:
+            self._open(self.settings.data, self._experts())
+
+    def _read(self) -> "_Ready":
+        self._ready = self._ready or self._prepare()
+        return self._ready
+
+    def _experts(self) -> dict[str, float]:
+        """Expert -> its gateway weight."""
         weights = {name: weight for name, weight in self.store.experts().items() if name != GATEWAY}
-        names = list(weights)
+        if not weights:
+            raise UnknownExpertError(
+                "there are no experts yet: start `fedmoe aggregator run`", about="experts"
+            )
+        return weights
+
+    def _open(self, texts: Sequence[str], experts: Collection[str]) -> tuple[dict[str, DataFile], BadRows]:
         bad_rows = BadRows(report=self.report, file=self.settings.bad_rows)
-        data = {
-            name: open_data(file, bad_rows) for name, file in find_files(self.settings.data, names).items()
-        }
-        specs = {name: self.store.spec(name) for name in names}
-        metas = {name: self.store.meta(name) for name in names}
-        templates = {name: expert_template(specs[name], metas[name]) for name in names}
-        merged = [name for name, weight in weights.items() if weight] or names
+        return {
+            name: open_data(file, bad_rows) for name, file in find_files(texts, list(experts)).items()
+        }, bad_rows
+
+    def _prepare(self) -> "_Ready":
+        weights = self._experts()
+        data, bad_rows = self._open(self.settings.data, weights)
+        specs = {name: self.store.spec(name) for name in weights}
+        metas = {name: self.store.meta(name) for name in weights}
+        templates = {name: expert_template(specs[name], metas[name]) for name in weights}
+        merged = [name for name, weight in weights.items() if weight] or weights
         base, others = load_for_some(self.settings, specs, metas, templates, self.report, needed=merged)
         named = {text.partition("=")[0] for text in self.settings.data}
         for name in others:

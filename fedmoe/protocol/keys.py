@@ -93,6 +93,11 @@ class ExpertKeys:
         return f"{self.tail}:{token}:{index}"
 
     @property
+    def parts(self) -> str:
+        """Pattern of all parts of weights and server state, and of all copies."""
+        return f"{self.root}:[wst]*:*:*"
+
+    @property
     def packed(self) -> str:
         """Key of the weights as workers pull them."""
         return f"{self.root}:packed"

@@ -219,7 +219,7 @@ def part_keys(keys: ExpertKeys, parts: WeightsParts) -> list[str]:
 def stray_parts(client: Any, keys: ExpertKeys, but: WeightsParts = NO_PARTS) -> Iterator[bytes]:
     """All parts in Redis but these, and all copies: of an earlier snapshot and its tail, or of no commit at all."""
     kept = {name.encode() for name in part_keys(keys, but)}
-    for pattern in (keys.weights_part("*", "*"), keys.server_state_part("*", "*"), keys.tail_part("*", "*")):
-        for key in client.scan_iter(match=pattern, count=1000):
-            if key not in kept:
-                yield key
+    beginnings = tuple(f"{key}:".encode() for key in (keys.weights, keys.server_state, keys.tail))
+    for key in client.scan_iter(match=keys.parts, count=1000):
+        if key.startswith(beginnings) and key not in kept:
+            yield key

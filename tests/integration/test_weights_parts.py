@@ -287,6 +287,18 @@ def test_a_removal_takes_all_parts_and_none_of_an_expert_created_meanwhile(
     check_parts(expert)
 
 
+def test_one_scan_finds_all_parts_and_nothing_else(connection: Connection) -> None:
+    """A scan reads the names of all keys on the server, so one for each kind of part would triple the cost."""
+    keys, client = connection.keys.expert(NAME), connection.client
+    parts = {keys.weights_part("c", 0), keys.server_state_part("c", 1), keys.tail_part("t", 0)}
+    others = {keys.weights, keys.tail, keys.spec, keys.worker("w"), keys.header("w", "1-00000000", 0)}
+    for key in (*parts, *others):
+        client.set(key, "x")
+    before = client.info("commandstats").get("cmdstat_scan", {"calls": 0})["calls"]
+    assert {key.decode() for key in stray_parts(client, keys)} == parts
+    assert client.info("commandstats")["cmdstat_scan"]["calls"] == before + 1
+
+
 def test_a_full_redis_gets_no_parts_for_a_restore_that_it_refuses(
     connection: Connection, tmp_path: Path
 ) -> None:

@@ -9,6 +9,7 @@ people read stay 0, else a harmless loop would make states without end.
 
 import json
 from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 from fedmoe.protocol.keys import Keys
@@ -225,11 +226,9 @@ class _Server:
         return key in self.strings
 
     def scan(self, *patterns: str) -> tuple[str, ...]:
-        """The keys that begin like these patterns."""
+        """The keys that match one of these patterns."""
         return tuple(
-            key
-            for key in sorted(self.strings)
-            if key.startswith(tuple(p.rstrip("*:") + ":" for p in patterns))
+            key for key in sorted(self.strings) if any(fnmatchcase(key, pattern) for pattern in patterns)
         )
 
     def set(self, key: str, value: bytes) -> bool:

@@ -80,7 +80,7 @@ def read_inputs(
     used = [name for name, expert in zip(listed, experts, strict=True) if expert.weight]
     check_one_base({name: metas[name].base_fingerprint for name in used})
     return Inputs(
-        spec=next(iter(specs.values())),
+        spec=specs[used[0]],
         experts=experts,
         scale=None if fit else settings.scale,
         built_from={

@@ -24,15 +24,14 @@ from fedmoe.errors import (
     UnknownModelError,
 )
 from fedmoe.model.adapter import attach_adapter, switch_to
-from fedmoe.protocol.identity import expert_template
 from fedmoe.protocol.layout import layout_of, values_of
 from fedmoe.protocol.names import GATEWAY
 from fedmoe.protocol.records import Meta
-from fedmoe.settings import AnswerSettings, HeldOutSettings
+from fedmoe.settings import AnswerSettings
 from fedmoe.store.gateway import GatewayStore
-from fedmoe.tools.base import load
 from fedmoe.tools.export import Export, read_expert, read_gateway, trained_gateway
 from fedmoe.tools.rows import with_template
+from fedmoe.tools.serve.common import check_expert, load_common
 from fedmoe.tools.serve.requests import ChatRequest, StopCutter
 
 logger = logging.getLogger(__name__)
@@ -91,7 +90,7 @@ class Engine:
     Raises:
         UnknownExpertError: if there is no expert yet.
         UnknownModelError: if the wanted model is not there.
-        BaseModelError: if the base model is not the experts'.
+        BaseModelError: if gateway, wanted expert or all experts are of another base model; other experts are left out.
     """
 
     def __init__(
@@ -113,14 +112,9 @@ class Engine:
             )
         if wanted == GATEWAY:
             trained_gateway(store)  # it says so if Redis has lost it
-        if wanted and wanted not in (there := {BASE, *self._marks()}):
+        if wanted and wanted not in (there := {BASE, *self._marks(metas)}):
             raise _unknown(wanted, there)
-        specs = {name: store.spec(name) for name in metas}
-        templates = {name: expert_template(specs[name], meta) for name, meta in metas.items()}
-        where = HeldOutSettings(
-            data=(), base_model=settings.base_model, device=settings.device, precision=settings.precision
-        )
-        self._base = load(where, specs, metas, templates, report)
+        self._base = load_common(store, settings, metas, report, wanted=wanted)
         self._model: PeftModel | None = None
         self._count = 0
         self._lock = threading.Lock()  # the model computes for one at a time
@@ -149,13 +143,18 @@ class Engine:
         Raises:
             RedisUnavailableError: if Redis does not answer; all stays as it is.
         """
-        marks = self._marks()
+        metas = self._store.metas()
+        marks = self._marks(metas)
         for name, mark in marks.items():
             known = self._served.get(name)
             if (known and known.mark == mark) or (name, mark) in self._odd:
                 continue
             try:
-                export = read_gateway(self._store) if name == GATEWAY else read_expert(self._store, name)
+                if name == GATEWAY:
+                    export = read_gateway(self._store)
+                else:
+                    check_expert(self._base, name, self._store.spec(name), metas[name])
+                    export = read_expert(self._store, name)
                 self._take(name, mark, export)
             except RedisUnavailableError:
                 raise
@@ -163,6 +162,11 @@ class Engine:
                 UnknownExpertError
             ) as error:  # it is lost or damaged now, and may be written back as it was
                 self._warn_once(name, f"this version is left out: {error}")
+            except BaseModelError as error:
+                self._odd.add((name, mark))
+                self._warn_once(
+                    name, f"it is left out, because it cannot be served beside the others: {error}"
+                )
             except FedMoEError as error:
                 self._odd.add((name, mark))
                 logger.warning("%s: this version is left out: %s", name, error)
@@ -193,9 +197,8 @@ class Engine:
             self._odd.add((name, problem))
             logger.warning("%s: %s", name, problem)
 
-    def _marks(self) -> dict[str, str]:
+    def _marks(self, metas: Mapping[str, Meta]) -> dict[str, str]:
         """Model -> the commits that its present version is made of; no gateway if Redis has lost the trained one."""
-        metas: dict[str, Meta] = self._store.metas()
         marks = {name: meta.weights_commit for name, meta in metas.items() if name not in (GATEWAY, BASE)}
         served = self._served.get(GATEWAY)
         try:

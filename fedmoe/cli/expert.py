@@ -343,8 +343,10 @@ def remove(redis: RedisSettings, yes: bool, name: str) -> None:
     later.
     """
     from fedmoe.errors import SettingsError
-    from fedmoe.protocol.names import check_expert
+    from fedmoe.protocol.federation import no_gateway
+    from fedmoe.protocol.names import GATEWAY, check_expert
     from fedmoe.store.connection import Connection
+    from fedmoe.store.gateway import GatewayStore
     from fedmoe.store.remove import look_at_expert, remove_expert, sweep
 
     connection = Connection(redis)
@@ -360,6 +362,8 @@ def remove(redis: RedisSettings, yes: bool, name: str) -> None:
         click.confirm(f"Remove {what} for good? (to keep a copy, run `fedmoe backup` first)", abort=True)
     remove_expert(connection, name)
     click.echo(f"removed {what}")
+    if name == GATEWAY and (lacking := no_gateway(GatewayStore(connection).metas())):
+        click.echo(lacking)
     until = time.monotonic() + NOTICE_S
     if there.workers:
         click.echo("waiting for its workers to end")

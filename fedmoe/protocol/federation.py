@@ -4,13 +4,15 @@ Every text in these records is printable: texts from Redis are escaped when they
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any
 
 from fedmoe.protocol.eviction import eviction_threat
 from fedmoe.protocol.merged_view import MergedView
+from fedmoe.protocol.names import GATEWAY
 from fedmoe.protocol.records import Meta
+from fedmoe.protocol.rules import TRAIN_GATEWAY
 from fedmoe.protocol.validation import Curve
 from fedmoe.util.text import printable
 
@@ -233,6 +235,8 @@ def findings(federation: Federation) -> Iterator[str]:
         yield "there are no experts yet: start `fedmoe aggregator run`"
     for expert in federation.experts:
         yield from _of_expert(expert)
+    if lacking := no_gateway({expert.name: expert.meta for expert in federation.experts}):
+        yield lacking
     yield from federation.merged.findings()
     for one in federation.aggregators:
         if one.limit is not None:
@@ -242,6 +246,18 @@ def findings(federation: Federation) -> Iterator[str]:
                 f"{_count(one.limit, 'expert', 'experts')}: start one more, on a machine with free cores"
             )
     yield from _of_server(federation.server)
+
+
+def no_gateway(metas: Mapping[str, Meta | None]) -> str:
+    """A sentence if some of all these experts have rules to train a gateway that is not among them; else ""."""
+    names = [name for name, meta in metas.items() if meta and TRAIN_GATEWAY in meta.rules.trained]
+    if GATEWAY in metas or not names:
+        return ""
+    return (
+        f"{', '.join(names)}: by the rule train the workers train the gateway, but there is none: change the rule "
+        f"(fedmoe expert set {names[0] if len(names) == 1 else 'NAME'} --train expert), or create a gateway (fedmoe "
+        f"expert add {GATEWAY})"
+    )
 
 
 def _of_expert(expert: ExpertView) -> Iterator[str]:

@@ -15,6 +15,7 @@ from consumers.expert import Expert
 from consumers.gateway.builder import GatewayBuilder
 from consumers.verify import replay
 from fedmoe.errors import LostExpertError, RedisUnavailableError, SettingsError, UnknownExpertError
+from fedmoe.protocol.federation import findings
 from fedmoe.protocol.layout import Layout
 from fedmoe.protocol.names import GATEWAY, check_domain, domain_of, name_on_gateway
 from fedmoe.protocol.rules import RuleSet
@@ -24,6 +25,7 @@ from fedmoe.store.archive import Archive
 from fedmoe.store.connection import Connection
 from fedmoe.store.expert import ExpertStore
 from fedmoe.store.gateway import GatewayStore
+from fedmoe.store.inspect import Inspector
 from fedmoe.store.remove import remove_expert
 from tests.errors import raises
 from tests.federation import ScriptedWorker, aggregating, first_meta, make_expert, meta_of, small_spec
@@ -240,6 +242,35 @@ def test_experts_with_other_targets_train_it(connection: Connection, expert_comm
     other = Layout.of([("base_model.model.layers.0.k_proj.lora_B.weight", (4, 2))])
     make_expert(connection, "beta", small_spec(layout=other), tokenizer="template:aa", base_fingerprint="")
     assert expert_command("set", "beta", "--train", "both").exit_code == 0
+
+
+def test_rules_to_train_a_gateway_that_was_removed_are_told(
+    connection: Connection, expert_command: Command
+) -> None:
+    """By the command that removes it, and by `fedmoe status` from then on, until a command that it names was given."""
+    for name in ("red", "blue"):
+        make_expert(connection, name)
+        expert_command("set", name, "--train", "both")
+
+    def told() -> list[str]:
+        return [one for one in findings(Inspector(connection).federation()) if "by the rule train" in one]
+
+    assert told() == []
+    said = expert_command("remove", GATEWAY, "--yes").output.splitlines()[1]
+    assert said == (
+        "blue, red: by the rule train the workers train the gateway, but there is none: change the rule (fedmoe expert "
+        "set NAME --train expert), or create a gateway (fedmoe expert add gateway)"
+    )
+    assert told() == [said]
+    expert_command("set", "red", "--train", "expert")
+    (one,) = told()
+    assert one.startswith("blue: ")
+    assert "(fedmoe expert set blue --train expert)" in one
+    expert_command("add", GATEWAY)
+    assert told() == []
+    expert_command("set", "blue", "--train", "expert")
+    assert len(expert_command("remove", GATEWAY, "--yes").output.splitlines()) == 1
+    assert told() == []
 
 
 def test_names_on_the_gateway() -> None:

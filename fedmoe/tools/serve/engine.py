@@ -165,7 +165,10 @@ class Engine:
             except BaseModelError as error:
                 self._odd.add((name, mark))
                 self._warn_once(
-                    name, f"it is left out, because it cannot be served beside the others: {error}"
+                    name,
+                    "it is left out, because it cannot be served beside the others: it was trained on another base "
+                    f"model or tokenizer than {self._base.name}, which is loaded (they differ in {error.about}); serve "
+                    "it elsewhere from an export",
                 )
             except FedMoEError as error:
                 self._odd.add((name, mark))

@@ -14,6 +14,7 @@ from fedmoe.settings import WorkerSettings
 from fedmoe.store.connection import Connection
 from fedmoe.store.remove import remove_expert
 from fedmoe.util.stopping import Stop
+from fedmoe.util.text import counted
 from producers.checkpoint import StateDir
 from producers.outbox import Outbox
 from producers.training import Progress, Training, Turn
@@ -170,4 +171,4 @@ def test_steps_that_are_dropped_do_not_count(
         assert train(tmp_path / "old").startswith("done: updates applied: 1, refused: 0")
     assert expert.store.load().meta.n_examples == 6
     assert dropped[-1] > 0
-    assert f"it drops 0 undecided updates and {dropped[-1]} steps since" in caplog.text
+    assert f"drops 0 undecided updates and {counted(dropped[-1], 'step')} since" in caplog.text

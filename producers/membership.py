@@ -253,11 +253,11 @@ class Membership:
         else:
             self._report(
                 f"the examples of {source} differ from those of the checkpoint (other file, chat template, "
-                "--learn, --validate or max_length): starting at the first one"
+                f"--learn, --validate or max_length): {expert} starts at the first one"
             )
         trainer.load_state(saved.optimizer, same_data=same_data)
         self._report(
-            f"resuming run {saved.ledger.run} after update {saved.ledger.seq}, example {trainer.position}"
+            f"resuming run {saved.ledger.run} of {expert} after update {saved.ledger.seq}, example {trainer.position}"
         )
         return saved.ledger, saved.trained
 

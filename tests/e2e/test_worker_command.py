@@ -109,7 +109,7 @@ def test_killed_worker_resumes(tmp_path: Path, redis_url: str, aggregator: Gatew
     assert len({line[b"run"] for line in log}) == 1
     assert [int(line[b"seq"]) for line in log] == list(range(1, len(log) + 1))
     resumed = re.search(
-        r"resuming run \S+ after update (\d+), example (\d+)", (tmp_path / "second.log").read_text()
+        r"resuming run \S+ of \S+ after update (\d+), example (\d+)", (tmp_path / "second.log").read_text()
     )
     assert resumed
     assert "was alive" not in (tmp_path / "second.log").read_text()  # nobody was waited for

@@ -176,7 +176,8 @@ def test_restart_resumes_both(served: Federation) -> None:
     assert (name_in(served.state), name_in(served.state / GATEWAY)) == ("alice", "tiny.alice")
     served.said.clear()
     served.worker(max_steps=10, state_dir=served.state, name="").run()
-    assert sum("resuming run" in line for line in served.said) == 2
+    resumed = [line.split()[4] for line in served.said if line.startswith("resuming run")]
+    assert resumed == [EXPERT, GATEWAY]
     assert served.said[0].startswith("worker 'alice' of expert 'tiny' (name from the checkpoint in ")
     assert served.examples() == (10, 10)
     change_rules_soon(ExpertStore(served.connection, EXPERT), {"train": "gateway"})

@@ -49,6 +49,7 @@ class Federation:
         self.connection, self.rows, self.state = connection, rows, tmp_path / "state"
         self.store = GatewayStore(connection)
         self.said: list[str] = []
+        self.aggregator_of_gateway = ExitStack()
 
     def worker(
         self,
@@ -100,11 +101,15 @@ class Federation:
 def served(
     connection: Connection, connect: Callable[[], Connection], rows: Path, tmp_path: Path
 ) -> Federation:
-    with ExitStack() as stack:
-        for name, rules in ((EXPERT, BOTH), (GATEWAY, replace(BOTH, train="expert"))):
+    federation = Federation(connection, rows, tmp_path)
+    with ExitStack() as stack, federation.aggregator_of_gateway:
+        for name, rules, aggregator in (
+            (EXPERT, BOTH, stack),
+            (GATEWAY, replace(BOTH, train="expert"), federation.aggregator_of_gateway),
+        ):
             make_expert(connection, name, EXPERTS[EXPERT], rules=rules)
-            stack.enter_context(serving(connect(), expert=name, block_ms=20))
-        yield Federation(connection, rows, tmp_path)
+            aggregator.enter_context(serving(connect(), expert=name, block_ms=20))
+        yield federation
 
 
 def test_each_gets_half_of_the_steps_and_has_its_own_books(served: Federation) -> None:
@@ -236,6 +241,7 @@ def test_gateway_that_cannot_be_joined_leaves_the_expert(
     if "removed" in change:
         remove_expert(served.connection, GATEWAY)
     elif "damaged" in change:
+        served.aggregator_of_gateway.close()  # it would write it again
         served.connection.client.delete(keys.spec)
     else:
         served.connection.client.hset(keys.meta, mapping=change)

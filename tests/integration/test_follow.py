@@ -222,9 +222,10 @@ def test_the_merged_gateway_is_followed(connection: Connection, follow: Follow) 
 def test_the_other_kind_is_not_served_unasked(
     connection: Connection, follow: Follow, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Said once, not for each version; `--kind` asks for it; a measured loss that is no worse is enough."""
+    """Said once, not for each version; the merged one is followed on; `--kind` or a measured loss lets it pass."""
     caplog.set_level("INFO")
-    make_expert(connection, "a")
+    expert = make_expert(connection, "a")
+    worker = ScriptedWorker(connection, small_spec(), expert="a")
     build(connection)
     assert follow().look()
     gateway, following = Gateway(connection), follow()
@@ -235,6 +236,13 @@ def test_the_other_kind_is_not_served_unasked(
         assert kind_of(following) == "merged"
     assert caplog.text.count("it is the trained gateway, gateway-v0-") == 1
     assert "(--data), or take it without a measurement (--kind trained)" in caplog.text
+    for version, one in ((1, following), (2, follow())):
+        worker.push(0.5)
+        serve(expert)
+        build(connection)
+        assert one.look()
+        assert one.directory.current.startswith(f"gateway-v{version}-")
+        assert kind_of(one) == "merged"
     following = follow(kind="trained")
     assert following.look()
     assert kind_of(following) == "trained"

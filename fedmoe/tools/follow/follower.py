@@ -109,6 +109,7 @@ class Follower:
         judge: Judge | None = None,
     ) -> None:
         self._store, self._directory, self._settings = store, directory, settings
+        self._kind = settings.kind  # to look for
         self._loaded = LoadedVersions(server, directory) if server else None
         self._shape, self._judge = shape, judge
         self._candidate = ""  # written and not yet served
@@ -163,6 +164,9 @@ class Follower:
             if why != self._said_why:  # the next version may be left out for the same reason
                 self._said_why = why
                 logger.info("%s is not served: %s", name, why)
+            if not (self._kind or self._judge) and export.kind != self._served_kind == "merged":
+                self._kind = "merged"  # its newer versions are served
+                self._find()
             return
         self._said_why = ""
         if measured is not None:
@@ -176,7 +180,7 @@ class Follower:
 
     def _look(self) -> Found:
         """The present version, by a few small reads."""
-        kind = self._settings.kind
+        kind = self._kind
         meta = None if kind else trained_gateway(self._store)
         if kind == "trained":
             try:
@@ -264,11 +268,16 @@ class Follower:
         change = f"{-gain:.4f} above" if gain < 0 else f"only {gain:.4f} below"
         return f"its validation loss, {measured.mean:.4f}, is {change} that of {current}, which is served"
 
+    @property
+    def _served_kind(self) -> str:
+        """The kind of the served version, "" if it is unknown."""
+        return str(self._directory.info(self._directory.current).get("kind", ""))
+
     def _is_another(self, export: Export) -> tuple[str, str] | None:
         """What this gateway is, if it does not continue the served one, and how to take it; None if it does."""
         current = self._directory.current
         served = self._directory.info(current)
-        kind = served.get("kind", export.kind)
+        kind = self._served_kind or export.kind
         if kind != export.kind:
             if self._settings.kind:  # the operator asks for this kind
                 return None

@@ -6,7 +6,7 @@ from pathlib import Path
 
 _WRITTEN_BACK = re.compile(r"this aggregator wrote it back from memory")
 _MISSING = re.compile(r"(\d+) updates are missing, (\d+) of them are resent")
-_RESENT = re.compile(r"version \d+ now; (\d+) updates are sent again")
+_RESENT = re.compile(r"version \d+ now; this worker sends (\d+) updates? again")
 _LOST = re.compile(r"the updates (after \S+ up to \S+) are lost")
 
 

@@ -243,8 +243,8 @@ def test_each_adapter_of_a_router_has_the_rank_type_and_base_name_that_were_aske
             }
         about = json.loads((out / "router.json").read_text())
         assert about["base_model"] == SERVED
-        prompt = "red roses 9"
-        assert script(wide, tiny_model_dir, prompt) == script(plain, tiny_model_dir, prompt)
+    prompt = "red roses 9"
+    assert script(wide, tiny_model_dir, prompt) == script(plain, tiny_model_dir, prompt)
 
 
 def test_arrow_takes_experts_of_two_ranks_if_the_export_gives_them_one(

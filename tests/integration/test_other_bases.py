@@ -97,6 +97,9 @@ def test_follow_measures_the_gateway_without_an_expert_of_no_weight(
     red, blue, beta = (f"{name}={data / f'{name}.jsonl'}" for name in ("red", "blue", "beta"))
     assert loss(str(data)) == loss(red, blue)
     assert left_out(said) == ["beta is left out"] * 2
+    assert not any("no expert" in line for line in said)
+    loss(red, f"rad={data / 'blue.jsonl'}")
+    assert any(line.startswith("no expert of its own: rad (the experts are ") for line in said)
     for texts in ((red, beta), (beta,)):
         with raises(BaseModelError, about="base_model"):
             loss(*texts)

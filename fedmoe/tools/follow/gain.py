@@ -95,6 +95,11 @@ class HeldOutLoss:
     def _prepare(self) -> "_Ready":
         weights = self._experts()
         data, bad_rows = self._open(self.settings.data, weights)
+        if without := sorted(data.keys() - weights):
+            self.report(
+                f"no expert of its own: {', '.join(without)} (the experts are {', '.join(sorted(weights))}); these "
+                "rows count as another domain"
+            )
         specs = {name: self.store.spec(name) for name in weights}
         metas = {name: self.store.meta(name) for name in weights}
         templates = {name: expert_template(specs[name], metas[name]) for name in weights}

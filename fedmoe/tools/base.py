@@ -86,7 +86,10 @@ def load_for_some(
     needed: Collection[str] = (),
     dtype: torch.dtype | str | None = None,
 ) -> tuple[Base, list[str]]:
-    """Load the base model as `load` does, of which only the experts `needed` must be; and the experts of another one.
+    """Load the base model as `load` does; experts of another base model are left out, but none of those `needed`.
+
+    Returns:
+        The base model, and the names of the experts that are left out.
 
     Raises:
         BaseModelError: as `load`, of an expert that is needed, or if no expert is of this base model.
@@ -118,17 +121,26 @@ def load_for_some(
     )
     alike = [expert for expert in metas if expert not in odd]
     for expert in alike:
-        theirs = tokenizer_fingerprint(with_template(tokenizer, templates[expert]))
-        here = BaseIdentity(fingerprint=base.fingerprint, tokenizer=theirs)
-        if refusal := here.refusal(metas[expert], expert):
-            odd[expert] = BaseModelError(refusal, about=here.differing(metas[expert])[0])
+        try:
+            check_base_of(base, expert, specs[expert], metas[expert], templates[expert])
+        except BaseModelError as error:
             if base.is_of(specs[expert], metas[expert]):  # but with another tokenizer
-                raise odd[expert]
+                raise
+            odd[expert] = error
     # One that no worker has joined fits every base model of its shape, so it does not say that this one is right.
     known = [expert for expert in alike if metas[expert].base_fingerprint]
     _check_some(odd, known or specs, needed)
     check_padding(tokenizer, config, name)
     return base, list(odd)
+
+
+def check_base_of(base: Base, name: str, spec: Spec, meta: Meta, template: str) -> None:
+    """Raise BaseModelError unless this expert is trained on this base model, with its tokenizer and template."""
+    check_structure(base.config, spec.base_config)
+    tokenizer = tokenizer_fingerprint(with_template(base.tokenizer, template))
+    here = BaseIdentity(fingerprint=base.fingerprint, tokenizer=tokenizer)
+    if refusal := here.refusal(meta, name):
+        raise BaseModelError(refusal, about=here.differing(meta)[0])
 
 
 def _check_some(odd: Mapping[str, BaseModelError], experts: Collection[str], needed: Collection[str]) -> None:

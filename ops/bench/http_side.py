@@ -92,7 +92,8 @@ def client(seats: Seats, index: int, port: int, layout: Layout) -> None:
         seats.wait_for_go(index)
         began = time.monotonic()
         _request(connection, "POST", "/update", _save(step))
-        torch.load(io.BytesIO(_request(connection, "GET", "/weights", None)), weights_only=True)
+        body = io.BytesIO(_request(connection, "GET", "/weights", None))
+        torch.load(body, weights_only=True)  # the contestant's way, as above
         seats.count(index, time.monotonic() - began)
 
 

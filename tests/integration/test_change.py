@@ -207,7 +207,7 @@ def test_a_rule_without_effect_is_said(
     expert: Expert, connection: Connection, tiny_model_dir: Path, expert_command: Command,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
-    """By whoever gives it: expert set, also where it is in force already, expert add and an aggregator."""
+    """`expert set` says so, also if nothing changed; so do `expert add` and an aggregator that creates the expert."""
     sentence = "server_momentum has no effect until server_optimizer is nesterov; it is sgd"
     for _ in range(2):
         said = expert_command("set", "sql_expert", "--server-momentum", "0.9").output.splitlines()

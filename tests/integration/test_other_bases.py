@@ -23,7 +23,7 @@ OTHER = "e" * 32  # the fingerprint of a base model of the same shape
 
 @pytest.fixture
 def data(connection: Connection, tiny_model_dir: Path, tmp_path: Path) -> Path:
-    """Rows for three experts, of which `beta` is of another base model and has no gateway weight."""
+    """Rows for three experts; `beta` has another base model and gateway weight 0."""
     make_federation(connection, tiny_model_dir, ("beta", "blue", "red"))
     connection.client.hset(connection.keys.expert("beta").meta, "base_fingerprint", OTHER)
     connection.client.hset(connection.keys.experts, "beta", "0")

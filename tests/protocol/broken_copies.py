@@ -171,7 +171,7 @@ BROKEN_COPIES = {
         symptom="finds damage where none is",
     ),
     "H30_rescue_does_not_begin_again": Broken(
-        what="an aggregator looks whether Redis lost the expert: it calls the expert damaged if a copy is gone",
+        what="an aggregator checks if Redis lost the expert, a copy is gone, and it calls the expert damaged",
         rules=reading_once(fedmoe.store.lifecycle),
         scope=Scope(wire_format=TAIL, aggregators=2, units=1, paused=True),
         symptom="aggregator 0 finds damage where none is",

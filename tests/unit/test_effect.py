@@ -1,4 +1,4 @@
-"""protocol.effect: a rule that has no effect is said, and one that has is not."""
+"""protocol.effect: it names each rule that has no effect, and no other."""
 
 import pytest
 

@@ -139,7 +139,7 @@ def measured_at(meet: Exchange, version: int) -> bool:
 
 
 LEFT = {
-    "made anew": {"lineage": "other", "version": 1},
+    "created again": {"lineage": "other", "version": 1},
     "rolled back": {"version": 9, "rolled_back": RolledBack((Interval(3, 8),))},
     "failover": {"version": 5},
 }

@@ -1,4 +1,4 @@
-"""producers.news: one sentence that says what happened, of which expert."""
+"""producers.news: each line says what happened and names the expert."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -38,7 +38,7 @@ RULES = RuleSet()
 def test_rules_that_differ_in_no_value_are_told_in_plain_words(
     before: RuleSet, now: RuleSet, said: str
 ) -> None:
-    """Held and released, made anew, changed and changed back, written by a later release."""
+    """After hold and release, after the expert is created again, after a change is undone, from a later release."""
     assert change_of_rules(before, now, Fixed()) == said
 
 

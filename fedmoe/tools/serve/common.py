@@ -5,16 +5,14 @@ from contextlib import suppress
 
 from fedmoe.errors import BaseModelError, LostExpertError, SpecError, UnknownExpertError
 from fedmoe.model.base import check_structure, load_config
-from fedmoe.model.tokenizer import tokenizer_fingerprint
-from fedmoe.protocol.identity import BaseIdentity, expert_template
+from fedmoe.protocol.identity import expert_template
 from fedmoe.protocol.names import GATEWAY
 from fedmoe.protocol.records import Meta
 from fedmoe.protocol.spec import Spec
 from fedmoe.settings import AnswerSettings, HeldOutSettings
 from fedmoe.store.gateway import GatewayStore
-from fedmoe.tools.base import Base, load
+from fedmoe.tools.base import Base, check_base_of, load
 from fedmoe.tools.export import trained_gateway
-from fedmoe.tools.rows import with_template
 
 
 def load_common(
@@ -67,17 +65,12 @@ def load_common(
         ),
         {}, {}, {}, report,
     )  # fmt: skip
-    check(lambda name: check_expert(base, name, specs[name], metas[name]))
+    check(
+        lambda name: check_base_of(
+            base, name, specs[name], metas[name], expert_template(specs[name], metas[name])
+        )
+    )
     return base
-
-
-def check_expert(base: Base, name: str, spec: Spec, meta: Meta) -> None:
-    """Raise BaseModelError unless this expert is trained on this base model, with its tokenizer and template."""
-    check_structure(base.config, spec.base_config)
-    tokenizer = tokenizer_fingerprint(with_template(base.tokenizer, expert_template(spec, meta)))
-    here = BaseIdentity(fingerprint=base.fingerprint, tokenizer=tokenizer)
-    if refusal := here.refusal(meta, name):
-        raise BaseModelError(refusal, about=here.differing(meta)[0])
 
 
 def _gateway(store: GatewayStore, specs: Mapping[str, Spec], metas: Mapping[str, Meta]) -> set[str]:

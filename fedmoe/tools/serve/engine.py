@@ -24,14 +24,16 @@ from fedmoe.errors import (
     UnknownModelError,
 )
 from fedmoe.model.adapter import attach_adapter, switch_to
+from fedmoe.protocol.identity import expert_template
 from fedmoe.protocol.layout import layout_of, values_of
 from fedmoe.protocol.names import GATEWAY
 from fedmoe.protocol.records import Meta
 from fedmoe.settings import AnswerSettings
 from fedmoe.store.gateway import GatewayStore
+from fedmoe.tools.base import check_base_of
 from fedmoe.tools.export import Export, read_expert, read_gateway, trained_gateway
 from fedmoe.tools.rows import with_template
-from fedmoe.tools.serve.common import check_expert, load_common
+from fedmoe.tools.serve.common import load_common
 from fedmoe.tools.serve.requests import ChatRequest, StopCutter
 
 logger = logging.getLogger(__name__)
@@ -153,7 +155,8 @@ class Engine:
                 if name == GATEWAY:
                     export = read_gateway(self._store)
                 else:
-                    check_expert(self._base, name, self._store.spec(name), metas[name])
+                    spec = self._store.spec(name)
+                    check_base_of(self._base, name, spec, metas[name], expert_template(spec, metas[name]))
                     export = read_expert(self._store, name)
                 self._take(name, mark, export)
             except RedisUnavailableError:

@@ -272,9 +272,9 @@ def add(
     from fedmoe.store.change import whole_expert
     from fedmoe.store.connection import Connection
     from fedmoe.store.expert import ExpertStore
-    from fedmoe.store.gateway import GatewayStore
 
-    if ctx.get_parameter_source("weight") is click.core.ParameterSource.COMMANDLINE:
+    source = ctx.get_parameter_source("weight")
+    if source is click.core.ParameterSource.COMMANDLINE:
         _check_has_weight(name)
     connection, wanted = Connection(redis), given(RuleSet, rules)
     if name == GATEWAY and "train" in wanted:
@@ -288,14 +288,16 @@ def add(
         for sentence in without_effect(name, whole_expert(ExpertStore(connection, name))[0].rules, wanted):
             click.echo(sentence)
     if name == GATEWAY:
+        if source is not click.core.ParameterSource.DEFAULT:
+            click.echo(f"--weight {weight:g} of the environment or the configuration file is for other experts; {name} "
+                       "has no weight")  # fmt: skip
         click.echo("let workers train it: fedmoe expert set EXPERT --train both")
         return
     _prepare_gateway(connection, name, wanted.get("train", TRAIN_EXPERT))
     click.echo(f"train it: fedmoe worker run --stream {name} --data FILE")
-    if weight and (fit := GatewayStore(connection).fit_in_force()):
-        click.echo(
-            f"a fit of {fit.day} is in force, so the merged gateway leaves {name} out until you fit again (fedmoe "
-            "gateway fit)"
+    if weight:
+        _echo_fit(
+            connection, f"and the merged gateway leaves {name} out until you fit again (fedmoe gateway fit)"
         )
 
 
@@ -308,17 +310,27 @@ def set_weight(redis: RedisSettings, name: str, weight: float) -> None:
     from fedmoe.protocol.names import check_expert
     from fedmoe.store.change import set_gateway_weight
     from fedmoe.store.connection import Connection
-    from fedmoe.store.gateway import GatewayStore
 
     _check_has_weight(name)
     connection = Connection(redis)
-    fit = GatewayStore(connection).fit_in_force()
     before = set_gateway_weight(connection, check_expert(name), weight)
     click.echo(f"{name}: gateway weight {printable(before) or 'none'} -> {weight:g}")
-    if fit and weight:  # a fit leaves out an expert of weight 0, too
-        click.echo(
-            f"a fit of {fit.day} is in force and replaces this weight until `fedmoe gateway fit --remove`"
-        )
+    if weight:  # a fit leaves out an expert of weight 0, too
+        _echo_fit(connection, "and replaces this weight until `fedmoe gateway fit --remove`")
+
+
+def _echo_fit(connection: "Connection", then: str) -> None:
+    """After a weight was set: say what a fit of the merged gateway makes of it, if there is one."""
+    from fedmoe.errors import SpecError
+    from fedmoe.store.gateway import GatewayStore
+
+    try:
+        fit = GatewayStore(connection).fit_in_force()
+    except SpecError as error:
+        click.echo(f"the weight is set, but a fit is in force, which this FedMoE cannot read: {error}")
+        return
+    if fit:
+        click.echo(f"a fit of {fit.day} is in force {then}")
 
 
 def _check_has_weight(name: str) -> None:

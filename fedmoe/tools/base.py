@@ -1,5 +1,6 @@
 """The base model of a federation, loaded and checked as a worker does."""
 
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
@@ -57,6 +58,12 @@ class Base:
         return sorted(
             {*(own if isinstance(own, list) else [] if own is None else [own]), *end_ids(tokenizer)}
         )
+
+
+def base_model_of(specs: Mapping[str, Spec], weights: Mapping[str, float]) -> str:
+    """The base model of most of these experts that have a gateway weight; if none has one, of most of them."""
+    counted = Counter(spec.base_model for name, spec in specs.items() if weights.get(name))
+    return (counted or Counter(spec.base_model for spec in specs.values())).most_common(1)[0][0]
 
 
 def load(

@@ -1,6 +1,5 @@
 """Held-out loss of a federation: evaluates experts and gateway from Redis on rows outside the training data."""
 
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from fedmoe.protocol.records import Meta
 from fedmoe.protocol.spec import Spec
 from fedmoe.settings import HeldOutSettings
 from fedmoe.store.gateway import GatewayStore
-from fedmoe.tools.base import Base, load_for_some
+from fedmoe.tools.base import Base, base_model_of, load_for_some
 from fedmoe.tools.centralised import CENTRALISED, Centralised, Train, centralise
 from fedmoe.tools.evaluate import BASE, MEAN, Adapter, Loads, Matrix, evaluate_rows, matrix_of
 from fedmoe.tools.export import Export, is_gateway_trained, read_expert, read_gateway
@@ -217,15 +216,12 @@ def _load_base(
 ) -> tuple[Base, list[str]]:
     """The base model, and the adapters of another one, which are reported and left out.
 
-    By default it is that of most experts which have a gateway weight.
+    The settings name it, or it is that of most experts with a gateway weight: the table compares with them.
 
     Raises:
         BaseModelError: if no expert is of that base model, or `--data` or `--train` names one that is not.
     """
-    weights = store.experts()
-    counted = Counter(spec.base_model for name, spec in specs.items() if weights.get(name))
-    most = counted.most_common(1)[0][0] if counted else ""
-    wanted = replace(settings, base_model=settings.base_model or most)
+    wanted = replace(settings, base_model=settings.base_model or base_model_of(specs, store.experts()))
     metas = {name: exports[name].metas[name] for name in specs}
     templates = {name: exports[name].chat_template for name in specs}
     base, others = load_for_some(wanted, specs, metas, templates, report)

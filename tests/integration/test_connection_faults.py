@@ -139,20 +139,20 @@ def test_connection_breaks_in_a_blocked_read(
     spec = counting_spec()
     store = create_expert(connection, spec)
     with serving(reach(near["aggregator"].url), keep_updates=tmp_path, block_ms=500):
-        cut: set[str] = set()  # the server lists a blocked client until it has seen that its connection is gone
+        cut: set[str] = set()  # clients that the server lists until it sees that they are gone
+
+        def blocked() -> set[str]:
+            clients = connection.client.client_list()
+            return {client["id"] for client in clients if "b" in client["flags"]} - cut
+
         for _ in range(3):
-            cut |= eventually("another blocked client", lambda: blocked(connection) - cut)
+            cut |= eventually("another blocked client", blocked)
             near["aggregator"].cut()
         with CountingWorker(reach(near["worker"].url), spec) as worker:
             more(store, 2)
             worker.finish()
     assert near["aggregator"].hits["cut"] == 3
     assert_settled(connection, spec, [worker], tmp_path)
-
-
-def blocked(connection: Connection) -> set[str]:
-    """The ids of the clients that wait for entries."""
-    return {client["id"] for client in connection.client.client_list() if "b" in client["flags"]}
 
 
 @pytest.mark.one_server

@@ -52,7 +52,39 @@ def test_weights_that_a_fit_replaces_are_said(connection: Connection, tiny_model
     assert fedmoe_here(*weigh, "0").stdout == "red: gateway weight 4 -> 0\n"
     added = fedmoe_here("expert", "add", *url, "green").stdout
     assert (
-        "a fit of 1970-01-02 is in force, so the merged gateway leaves green out until you fit again" in added
+        "a fit of 1970-01-02 is in force and the merged gateway leaves green out until you fit again" in added
     )
     done = fedmoe_here("expert", "add", *url, "gateway", "--weight", "3")
     assert (done.returncode, done.stdout) == (2, "")
+
+
+def test_a_fit_of_a_later_release_does_not_hinder_a_weight(
+    connection: Connection, tiny_model_dir: Path
+) -> None:
+    """The weight is set and the expert added; the sentence comes after it, and is no failure."""
+    make_federation(connection, tiny_model_dir)
+    written(GatewayStore(connection))
+    connection.client.hset("fedmoe:{merged}:fit", "requires", "time_travel")
+    url = ("--redis", connection.settings.url)
+    for words, first in (
+        (("expert", "weight", *url, "red", "2"), "red: gateway weight 1 -> 2"),
+        (("expert", "add", *url, "green"), "added green, "),
+    ):
+        done = fedmoe_here(*words)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.startswith(first)
+        assert "a fit is in force, which this FedMoE cannot read: " in done.stdout
+        assert "time_travel" in done.stdout
+
+
+def test_a_configured_weight_is_not_the_gateways(
+    connection: Connection, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    """It is for other experts, and that is said."""
+    make_federation(connection, tiny_model_dir)
+    (config := tmp_path / "fedmoe.toml").write_text("[expert.add]\nweight = 3\n")
+    words = ("--config", str(config), "expert", "add", "--redis", connection.settings.url)
+    said = "--weight 3 of the environment or the configuration file is for other experts; gateway has no weight\n"
+    assert said in fedmoe_here(*words, "gateway").stdout
+    assert "has no weight" not in fedmoe_here(*words, "green").stdout
+    assert connection.client.hget(connection.keys.experts, "green") == b"3"

@@ -16,6 +16,7 @@ from fedmoe.tools.serve.engine import Engine
 from tests.errors import raises
 from tests.federation import make_expert
 from tests.integration.test_serve import engine_of, make
+from tests.tiny import save_tiny_model
 
 pytestmark = pytest.mark.one_server
 
@@ -64,7 +65,7 @@ def test_an_expert_of_another_base_model_is_left_out(
 def test_one_that_comes_later_is_left_out(
     connection: Connection, tiny_model_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It was added while the others are served; without any gateway the first expert's base model is loaded."""
+    """It was added while the others are served; without any gateway the base model of most experts is loaded."""
     make(connection, tiny_model_dir, "a", seed=1)
     engine = engine_of(connection)
     make_foreign(connection, tiny_model_dir, "b", differs="weights")
@@ -72,6 +73,18 @@ def test_one_that_comes_later_is_left_out(
     for one in (engine, engine_of(connection)):
         assert [served.name for served in one.models()] == ["a", "base"]
     assert caplog.text.count("b: it is left out, because") == 2
+
+
+def test_without_a_gateway_the_base_model_of_most_experts_is_loaded(
+    connection: Connection, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    """Not the first expert's; `fedmoe evaluate` has the same rule."""
+    other = save_tiny_model(tmp_path / "other", seed=1)
+    make(connection, other, "a", seed=1)
+    connection.client.hset(connection.keys.expert("a").meta, "base_fingerprint", "f" * 16)
+    for number, name in enumerate("bc"):
+        make(connection, tiny_model_dir, name, seed=number)
+    assert [one.name for one in engine_of(connection).models()] == ["b", "c", "base"]
 
 
 @pytest.mark.parametrize("differs", ["shape", "weights", "tokenizer"])

@@ -11,7 +11,7 @@ from fedmoe.protocol.records import Meta
 from fedmoe.protocol.spec import Spec
 from fedmoe.settings import AnswerSettings, HeldOutSettings
 from fedmoe.store.gateway import GatewayStore
-from fedmoe.tools.base import Base, check_base_of, load
+from fedmoe.tools.base import Base, base_model_of, check_base_of, load
 from fedmoe.tools.export import trained_gateway
 
 
@@ -23,7 +23,7 @@ def load_common(
     *,
     wanted: str = "",
 ) -> Base:
-    """Load the base model: the one that the settings name, else the gateway's, else the first expert's.
+    """Load the base model: the one that the settings name, else the gateway's, else that of most experts.
 
     Args:
         store: of the federation.
@@ -43,7 +43,9 @@ def load_common(
     if not specs:
         store.spec(next(iter(metas)))  # says so
     gateway = _gateway(store, specs, metas)
-    base_model = settings.base_model or specs[min(gateway or specs)].base_model
+    base_model = settings.base_model or base_model_of(
+        {name: specs[name] for name in gateway or specs}, store.experts()
+    )
     config = load_config(base_model)
     needed = [gateway, {wanted} & specs.keys(), specs.keys()]
 

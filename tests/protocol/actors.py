@@ -89,13 +89,16 @@ def first_db(spec: Spec, rules: RuleSet) -> Db:
     )
 
 
+REDIS, AGGREGATOR = RedisSettings(), AggregatorSettings()  # checked once, not in each of a million turns
+
+
 class ModelConnection(Connection):
     """A connection of the project, over a Port instead of a socket."""
 
     cluster = None
 
     def __init__(self, client: Client, *, counts: bool = True) -> None:
-        self.settings = RedisSettings()
+        self.settings = REDIS
         self.keys = Keys()
         self.client = client
         self._counts = counts
@@ -230,7 +233,7 @@ class Aggregator:
         server = rules.server(
             connection,
             NAME,
-            AggregatorSettings(),
+            AGGREGATOR,
             holder=self.name,
             clock=lambda: 0.0 if choice == 0 else 99.0,
         )

@@ -345,8 +345,11 @@ class Ledger:
         fresh = [replace(update, decided_at=now) for update in chain[before:count]]
         kept = chain[: min(before, count)] + fresh
         resent = tuple(update.id for update in chain[count:before])
-        if decided and decided.how == "applied" and fresh and fresh[-1].header.vector is not None:
-            self.has_told = True
+        # An update that an earlier start made may bring another vector than this start's.
+        if decided and decided.how == "applied" and fresh and self.vector is not None:
+            header = fresh[-1].header
+            if (header.vector, header.vector_rows) == (self.vector.values, self.vector.rows):
+                self.has_told = True
         correction = self._settle(meta, weights, kept=kept, queue=chain[count:])
         self._forget(now)
         return Change(

@@ -216,10 +216,9 @@ class Sync:
 
     def _talk(self, now: float) -> float:
         """Perform the next action with Redis; returns the seconds to wait after it."""
-        todo = self.outbox.talk(self._first)
-        if todo is Talk.PULL:
+        if self.outbox.talk(self._first) is Talk.PULL:
             self._pull()
-            todo = self.outbox.talk(self._first)
+        todo = self.outbox.talk(self._first)
         match todo:
             case Talk.HOLD:
                 return RETRY_S if self._problems.get("disk") else 0.0
@@ -346,6 +345,9 @@ class Sync:
             self._pull(poll.weights_commit)
             return 0.0
         if poll.entry_waits:
+            entry, known = self.outbox.entry, (self.ledger.head, self.ledger.meta.lineage)
+            if self._look_for_rules() and (self.ledger.head, self.ledger.meta.lineage) == known:
+                self.outbox = self.outbox.announced(entry)  # it waits on: the expert may be held
             return self.pace.undecided()
         logger.info("update %s is gone without a decision; sending it again", update.id)
         self.outbox = self.outbox.lost_sight()
@@ -379,14 +381,14 @@ class Sync:
         self.status = status_after(self.status, change, self.ledger)
         self._follow_rules(rules)
 
-    def _look_for_rules(self) -> None:
-        """Pull if a heartbeat found that an operator changed the rules or rolled the expert back."""
-        seen, meta = self._store.seen, self.ledger.meta
-        if self.times.is_ending or seen is None or seen is self._seen:
-            return
-        self._seen = seen
-        if seen.orders not in (None, (meta.rules, meta.rolled_back)):
+    def _look_for_rules(self) -> bool:
+        """Pull if a heartbeat found that an operator changed the rules or rolled the expert back; True if it did."""
+        if self.times.is_ending or (seen := self._store.seen) is None or seen is self._seen:
+            return False
+        self._seen, meta = seen, self.ledger.meta
+        if differs := seen.orders not in (None, (meta.rules, meta.rolled_back)):
             self._pull()
+        return differs
 
     def _follow_rules(self, before: RuleSet) -> None:
         """Adopt the rules that an operator changed since the last pull, and log them."""

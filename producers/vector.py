@@ -37,8 +37,8 @@ def domain_vector(
     of: str,
     states: Callable[[Sequence[Example]], torch.Tensor],
     report: Callable[[str], None],
-) -> DomainVector | None:
-    """The vector that this worker publishes; None if it cannot be computed, which is reported and stops nothing.
+) -> DomainVector:
+    """The vector that this worker publishes; WITHHELD if it cannot be computed, which is reported and stops nothing.
 
     Args:
         settings: of the worker.
@@ -64,8 +64,11 @@ def domain_vector(
         raise
     except Exception as error:  # models fail in many ways, and training can do without
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        report(f"this worker publishes no domain vector, the training goes on: {reason}")
-        return None
+        report(
+            "this worker publishes no domain vector, and takes back that of an earlier start; the training goes on: "
+            + reason
+        )
+        return WITHHELD
     report(
         f"the mean state of {rows} prompts, the domain vector, is published with the first update (--no-domain-vector "
         "withholds it)"

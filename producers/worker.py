@@ -120,6 +120,7 @@ class Worker:
             report=self._report,
         )  # fmt: skip
         turns = self.turns = self._begin(members, material, meta.rules)
+        self._say_where_a_vector_stays(members)
         if meta.rules.train != TRAIN_EXPERT:
             by_turns = " by turns, a step each" if len(turns) > 1 else ""
             self._report(f"training {' and '.join(turn.expert for turn in turns)}{by_turns}")
@@ -189,13 +190,30 @@ class Worker:
 
     def _say_what_rests(self, members: Mapping[str, Membership]) -> None:
         """Report a checkpoint of what this worker does not train now: what it holds is not sent meanwhile."""
-        root = self._settings.state_dir
-        for name, place in {self._settings.stream: root, GATEWAY: root and root / GATEWAY}.items():
+        for name, place in self._places.items():
             if place and name not in members and name_in(place):
                 self._report(
                     f"the checkpoint of {name} in {place} rests: what is not sent yet is sent when this worker trains "
                     f"{name} again (rule train)"
                 )
+
+    def _say_where_a_vector_stays(self, members: Mapping[str, Membership]) -> None:
+        """Report a chain that this worker does not train now, if the vector that it may have there is to change."""
+        settings = self._settings
+        if settings.domain_vector and not settings.vector_noise:
+            return
+        for name, place in self._places.items():
+            if name not in members and (name == settings.stream or (place and name_in(place))):
+                self._report(
+                    f"a domain vector that an earlier start published on {name} stays there, because this worker does "
+                    f"not train {name} now (rule train): train it again with these options to replace it"
+                )
+
+    @property
+    def _places(self) -> dict[str, Path | None]:
+        """The state directories of this worker's two chains."""
+        root = self._settings.state_dir
+        return {self._settings.stream: root, GATEWAY: root and root / GATEWAY}
 
     def _say_alone(self, members: Mapping[str, Any], refused: Sequence[FedMoEError]) -> None:
         """Report why this worker trains only one of expert and gateway; raise the first reason if it trains neither."""

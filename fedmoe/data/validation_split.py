@@ -6,7 +6,8 @@ Where rows name their source (a file, a document), and there are enough of them,
 no row that is trained on comes from a source of the validation rows.
 
 The threshold is the share, or in a small file the hash of the eighth row, but at most 0.1; in a large one it is lower,
-for at most MOST_ROWS rows. It never rises when rows are added. So a row that was trained on is never held back later.
+for at most MOST_ROWS rows. It never rises when rows are added. So a row that was trained on is never held back later,
+unless the rows come to be split by source, or no longer.
 """
 
 import math
@@ -50,7 +51,7 @@ class Split:
         if not self.rows:
             return f"no row is held back for validation, of {self.of}: all are trained on"
         how = ", by their source" if self.by_source else ""
-        return f"{self.rows} of {self.of} different rows are held back for validation{how}: they are never trained on"
+        return f"{self.rows} of {self.of} different rows are held back for validation{how}: they are not trained on"
 
 
 class Chosen(Sequence[Example]):

@@ -22,6 +22,11 @@ def without_effect(expert: str, rules: RuleSet, named: Collection[str]) -> Itera
     for name, (other, needed) in _NEEDS.items():
         if name in named and values[other] not in needed:
             yield f"{expert}: {name} has no effect until {other} is {' or '.join(needed)}; it is {values[other]}"
+    if "max_length" in named and expert == GATEWAY:
+        yield (
+            f"{expert}: max_length counts for workers that train the {GATEWAY} alone; one that trains its expert too "
+            "cuts its rows as the expert's max_length says"
+        )
     is_balanced = rules.aggregation.balance == BY_DOMAIN
     if "balance" in named and is_balanced and expert != GATEWAY:
         yield f"{expert}: balance has no effect, because only the expert {GATEWAY!r} has workers of several domains"

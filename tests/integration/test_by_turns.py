@@ -169,6 +169,10 @@ def test_one_chain_brings_the_domain_vector(served: Federation) -> None:
     change_rules_soon(ExpertStore(served.connection, EXPERT), {"train": "gateway"})
     served.worker(max_steps=6, name="bob", vector=vector).run()
     assert told() == ({"alice"}, {"tiny.bob"})
+    served.said.clear()
+    served.worker(max_steps=2, name="alice", domain_vector=False, vector=WITHHELD).run()
+    said = "a domain vector that an earlier start published on tiny stays there, because this worker"
+    assert any(line.startswith(said) for line in served.said)
     change_rules_soon(ExpertStore(served.connection, EXPERT), {"train": "both"})
     for name in ("alice", "bob"):
         served.worker(max_steps=6, name=name, vector=WITHHELD).run()

@@ -74,6 +74,19 @@ def test_a_worker_that_withholds_it_takes_back_what_it_published(connection: Con
     assert stored(connection) == {"bob": vector().to_json()} == expert.vectors
 
 
+def test_an_update_of_an_earlier_start_does_not_stand_for_this_one(connection: Connection) -> None:
+    """It was made with a vector, waits undecided, and is applied after the start that withholds the vector."""
+    expert = make_expert(connection)
+    worker = worker_of(expert)
+    worker.push(1.0)
+    worker.ledger.vector = WITHHELD  # as a start from the checkpoint sets it
+    assert serve(expert) == ["applied"]
+    worker.pull()
+    worker.push(1.0)
+    assert serve(expert) == ["applied"]
+    assert stored(connection) == {}
+
+
 @pytest.mark.parametrize("values", [bytes(14), bytes(14) + b"\x00\x7e", bytes(20_000)])
 def test_a_vector_that_cannot_be_used_costs_a_sentence_not_the_update(
     connection: Connection, values: bytes, caplog: pytest.LogCaptureFixture

@@ -34,9 +34,10 @@ def main() -> None:
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_model), str(adapter)).eval()
 
     conversation = [{"role": "user", "content": args.prompt}]
-    inputs = tokenizer.apply_chat_template(
+    encoded = tokenizer.apply_chat_template(
         conversation, add_generation_prompt=True, return_dict=True, return_tensors="pt"
     )
+    inputs = {name: encoded[name] for name in ("input_ids", "attention_mask")}
     # Answers are trained to end as the chat template ends them; a base model's own settings may not name that token.
     answered = [*conversation, {"role": "assistant", "content": "the answer"}]
     after = str(tokenizer.apply_chat_template(answered, tokenize=False)).partition("the answer")[2]

@@ -129,7 +129,7 @@ class GatewayBuilder:
         if not weights:
             return False
         fit = self._fit_in_force()
-        present = {name: self._store.meta(name).weights_commit for name in weights}
+        present = {name: self._store.meta(name).weights_commit for name, weight in weights.items() if weight}
         merged = self._store.merged()
         built = {name: one.weights_commit for name, one in merged.experts.items()} if merged else None
         if merged and built == present and merged.settings == self._settings_text(weights, fit):

@@ -22,7 +22,7 @@ class Inputs:
         spec: of the first expert.
         experts: all listed experts, also those of weight 0.
         scale: as in `merge`.
-        built_from: expert → its state.
+        built_from: expert → its state, without those of gateway weight 0.
         weights: expert → its weight in each group of layers, without experts of weight 0: the gateway is Σ wᵢ ΔWᵢ.
     """
 
@@ -84,7 +84,9 @@ def read_inputs(
         experts=experts,
         scale=None if fit else settings.scale,
         built_from={
-            name: BuiltFrom(meta.version, meta.weights_commit, meta.lineage) for name, meta in metas.items()
+            name: BuiltFrom(meta.version, meta.weights_commit, meta.lineage)
+            for name, meta in metas.items()
+            if listed[name]
         },
         weights={
             name: expert.in_groups if fit else (settings.scale * expert.weight / total,)

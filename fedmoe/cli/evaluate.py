@@ -56,7 +56,7 @@ def evaluate(
     The loss is the cross entropy per token of the answers. A star marks the best model of each column. The row
     `routed` is each domain's own expert on its domain, and `share` the part of its gain over the base model.
     """
-    extra = dict(map(_parse_adapter, adapters))
+    extra = _parse_adapters(adapters)
     wanted = made(HeldOutSettings, values, data=data, extra=extra, train=train)
     _check_files(json_file, plot_file)
     from fedmoe.protocol.federation import plain_json
@@ -78,10 +78,25 @@ def evaluate(
     else:
         click.echo(format_table(measured.loss, measured.routed, measured.share))
     if json_file not in (None, "-"):
-        write_whole(Path(json_file), text.encode())
+        file = Path(json_file)
+        if file.exists() and not file.is_file():  # a pipe or a device
+            file.write_text(text)
+        else:
+            write_whole(file.resolve(), text.encode())  # a link stays one
     if plot_file is not None:
         rows = table_rows(measured.loss, measured.routed, measured.share)
         plot_losses(Path(plot_file), rows, measured.share)
+
+
+def _parse_adapters(texts: Sequence[str]) -> dict[str, Path]:
+    from fedmoe.errors import SettingsError
+
+    found: dict[str, Path] = {}
+    for name, directory in map(_parse_adapter, texts):
+        if name in found:
+            raise SettingsError(f"--adapter has the name {name!r} twice: give each its own", about="adapter")
+        found[name] = directory
+    return found
 
 
 def _parse_adapter(text: str) -> tuple[str, Path]:

@@ -111,6 +111,12 @@ def export(
         )
     store = GatewayStore(Connection(redis))
     adapter = read_expert(store, expert) if expert else read_gateway(store, kind or "")
+    if adapter.templates_differ:
+        click.echo(
+            f"{adapter.name}: its experts were trained with different chat templates ({', '.join(adapter.metas)}), so "
+            "it has the base model's own; an expert (--expert) has its own",
+            err=True,
+        )
     # The base model takes the values in fp32 (--merged), and the type is that of the whole model.
     shape = partial(_shaped, rank=rank, dtype=None if merged else dtype, base_name=base_name)
     adapter = shape(adapter)

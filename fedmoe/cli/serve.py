@@ -36,8 +36,15 @@ def serve(
     `model` in a request is gateway, an expert or base; `system_fingerprint` in an answer is the version that gave it.
     It answers one request at a time, always with the newest versions. For many users, serve an export with vLLM.
     """
+    from fedmoe.errors import SettingsError
     from fedmoe.util.stopping import Stop, stop_on_signals
 
+    if api_key is not None and not (api_key.strip() and api_key.isascii() and api_key.isprintable()):
+        raise SettingsError(
+            "--api-key must have printable ASCII characters only, and at least one: clients send it in a header; leave "
+            "the option out to serve without a key",
+            about="api_key",
+        )
     with stop_on_signals(stop := Stop()):
         _serve(stop, redis, made(AnswerSettings, values), host, port, api_key or "", interval)
 

@@ -56,26 +56,7 @@ class ChatTemplate:
         Raises:
             RowError: if the template refuses the turns, or leaves out a part of the row.
         """
-        refusal = RowError("the chat template refuses it", about="chat_template")
-        for prompt in (turns[:-1], _merged_turns(turns[:-1])):
-            try:
-                asked = self._render(prompt, tools, add_generation_prompt=True)
-                answered = self._render([*prompt, replace(turns[-1], content=MARKER)], tools)
-                # Some templates silently leave out a system turn; then the merged turns are tried.
-                left_out = self._role_left_out(prompt, tools)
-            except TEMPLATE_ERRORS as error:
-                words = " ".join(str(error).split())[:100]
-                refusal = RowError(
-                    "the chat template refuses it",
-                    f" ({words or type(error).__name__})",
-                    about="chat_template",
-                )
-                continue
-            if not left_out:
-                break
-            refusal = RowError(f"the chat template drops its {left_out} turn", about=left_out)
-        else:
-            raise refusal
+        prompt, asked, answered = self._render_with(turns[:-1], tools, replace(turns[-1], content=MARKER))
         if tools and asked == self._without_tools(prompt):
             raise RowError("the chat template leaves its tools out of the prompt", about="tools")
         if MARKER not in answered:
@@ -90,6 +71,34 @@ class ChatTemplate:
                 about="prompt",
             )
         return Written(asked, lead, self._end_of_turn(tail))
+
+    def prompt(self, turns: Sequence[Turn]) -> str:
+        """The text after which the model answers these turns, as `write` gives it; raises RowError as it does."""
+        return self._render_with(turns, ())[1]
+
+    def _render_with(
+        self, turns: Sequence[Turn], tools: Tools, answer: Turn | None = None
+    ) -> tuple[Sequence[Turn], str, str]:
+        """The turns that the template takes, merged if it must be, the prompt of them, and the same with the answer."""
+        refusal = RowError("the chat template refuses it", about="chat_template")
+        for prompt in (turns, _merged_turns(turns)):
+            try:
+                asked = self._render(prompt, tools, add_generation_prompt=True)
+                answered = self._render([*prompt, answer], tools) if answer else ""
+                # Some templates silently leave out a system turn; then the merged turns are tried.
+                left_out = self._role_left_out(prompt, tools)
+            except TEMPLATE_ERRORS as error:
+                words = " ".join(str(error).split())[:100]
+                refusal = RowError(
+                    "the chat template refuses it",
+                    f" ({words or type(error).__name__})",
+                    about="chat_template",
+                )
+                continue
+            if not left_out:
+                return prompt, asked, answered
+            refusal = RowError(f"the chat template drops its {left_out} turn", about=left_out)
+        raise refusal
 
     @cached_property
     def sample(self) -> str:

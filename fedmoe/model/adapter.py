@@ -179,7 +179,8 @@ def _inject(
                 return get_peft_model(model, LoraConfig(**options), adapter_name=adapter)
             model.add_adapter(adapter, LoraConfig(**options))
             return model
-    except ValueError as error:  # peft: no module of the model has the name of a target
+    # peft: no module of the model has the name of a target, or a field is of another type
+    except (ValueError, TypeError) as error:
         raise SpecError(f"the adapter does not fit the base model ({error})", about="base_model") from error
 
 

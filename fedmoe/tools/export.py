@@ -76,6 +76,7 @@ class Export:
         behind: expert -> its present version, for experts that changed since the gateway was built.
         info: further fields of fedmoe.json.
         chat_template: of its workers, "" for the base model's own.
+        templates_differ: the experts in it were trained with different chat templates, so it has the base model's own.
         specs, metas: of the experts that have weight in it, as they are now: what they know of base model, tokenizer
             and losses.
         weights: expert -> its weight in each group of layers of the merged gateway, where that is known.
@@ -94,6 +95,7 @@ class Export:
     behind: Mapping[str, int]
     info: Mapping[str, Any]
     chat_template: str = ""
+    templates_differ: bool = False
     specs: Mapping[str, Spec] = field(default_factory=dict)
     metas: Mapping[str, Meta] = field(default_factory=dict)
     weights: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
@@ -246,7 +248,7 @@ def read_merged(store: GatewayStore) -> Export:
         "settings": merged.settings,
         "lineages": {name: one.lineage for name, one in merged.experts.items() if one.lineage},
     }
-    metas = store.metas()
+    metas, weights = store.metas(), store.experts()
     metas.pop(GATEWAY, None)
     commits = {name: part["weights_commit"] for name, part in built_from.items()}
     used = {name: meta for name, meta in metas.items() if name in (merged.by_expert or built_from)}
@@ -257,14 +259,20 @@ def read_merged(store: GatewayStore) -> Export:
     }
     prints = {meta.base_fingerprint for meta in same.values()}
     specs = {name: store.spec(name) for name in used}
+    templates = {expert_template(specs[name], meta) for name, meta in used.items()}
     return Export(
         name=MERGED_NAME,
         file=file,
         config=config,
         built_from=built_from,
-        behind={n: meta.version for n, meta in metas.items() if meta.weights_commit != commits.get(n)},
+        behind={
+            n: meta.version
+            for n, meta in metas.items()
+            if weights.get(n) and meta.weights_commit != commits.get(n)
+        },
         info=info | {"base_fingerprint": prints.pop() if len(prints) == 1 else ""},
-        chat_template=_common_template(specs, used),
+        chat_template=next(iter(templates)) if len(templates) == 1 else "",
+        templates_differ=len(templates) > 1,
         specs=specs,
         metas=used,
         weights=merged.by_expert,
@@ -297,12 +305,6 @@ def _with_whole_alpha(config: dict[str, Any]) -> dict[str, Any]:
     with suppress(LookupError, TypeError, ZeroDivisionError):
         return config | {"lora_alpha": alpha_at(config["lora_alpha"] / config["r"], config["r"])}
     return config
-
-
-def _common_template(specs: Mapping[str, Spec], metas: Mapping[str, Meta]) -> str:
-    """The chat template that all experts share, "" if they differ."""
-    templates = {expert_template(specs[name], meta) for name, meta in metas.items()}
-    return templates.pop() if len(templates) == 1 else ""
 
 
 def _why_no_gateway(federation: Federation) -> str:

@@ -32,6 +32,7 @@ WEIGHTS_FILE, CONFIG_FILE, INFO_FILE, CARD_FILE, TEMPLATE_FILE = (
     "adapter_model.safetensors", "adapter_config.json", "fedmoe.json", "README.md", "chat_template.jinja",
 )  # fmt: skip
 MODEL_CONFIG_FILE = "config.json"
+CURRENT = "current"  # the link that `fedmoe gateway follow` moves to the version that is served
 FILES = (INFO_FILE, WEIGHTS_FILE, CARD_FILE, CONFIG_FILE)
 MODEL_WEIGHTS = (
     "model*.safetensors",
@@ -82,6 +83,12 @@ def write(directory: str | Path, export: Export, *, force: bool = False) -> str:
 def _check_target(target: Path, *, force: bool) -> None:
     if target.exists() and not target.is_dir():
         raise SettingsError(f"{target} is a file: choose a directory", about="file")
+    if (target.parent / CURRENT).is_symlink() and (target / INFO_FILE).exists():
+        raise SettingsError(
+            f"{target} is a version that `fedmoe gateway follow` wrote, and a server may have loaded it: choose "
+            "another directory",
+            about=CURRENT,
+        )
     if found := model_in(
         target
     ):  # even with force: the bare model could no longer be loaded from this directory
@@ -167,7 +174,9 @@ def write_files(directory: Path, export: Export) -> None:
         CARD_FILE: card(export).encode(),
     }
     for name, data in content.items():
-        write_file(directory / name, [data])
+        file = directory / name
+        file.parent.mkdir(exist_ok=True)  # of the tokenizer's further chat templates
+        write_file(file, [data])
     try:
         with safe_open(directory / WEIGHTS_FILE, framework="np"):
             pass  # opening reads the header and checks the length

@@ -3,12 +3,14 @@
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from peft import PeftConfig, PeftType
 
 from fedmoe.data.bad_rows import BadRows
 from fedmoe.data.jsonl import DataFile, open_data
 from fedmoe.errors import BaseModelError, DataError, SettingsError, SpecError, UnknownExpertError
+from fedmoe.model.adapter import adapter_loaded
 from fedmoe.protocol.names import GATEWAY, MERGED
 from fedmoe.protocol.records import Meta
 from fedmoe.protocol.spec import Spec
@@ -25,6 +27,18 @@ from fedmoe.tools.rows import Encoder, find_files, find_training_files
 from fedmoe.tools.share import ROUTED, routed_losses, shares
 from fedmoe.util.versions import version_of
 
+# Fields of peft's LoraConfig with which an adapter computes something else than W + scaling × B A.
+_BESIDE_LORA = (
+    "use_dora", "modules_to_save", "trainable_token_indices", "alora_invocation_tokens", "layer_replication",
+    "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config",
+)  # fmt: skip
+_CHANGES_BASE = (
+    "pissa",
+    "olora",
+    "corda",
+    "loftq",
+    "lora_ga",
+)  # initialisations, by the begin of their names
 ROWS = (BASE, ROUTED, BY_ARROW, CENTRALISED)  # rows of the table that are no adapter of the federation
 
 
@@ -121,8 +135,29 @@ def read_directory(directory: Path) -> Adapter:
         raise SettingsError(
             f"the adapter in {directory} is {config.peft_type}, only LoRA can be evaluated", about="peft_type"
         )
+    if odd := _not_plain(config.to_dict()):
+        raise SettingsError(
+            f"the adapter in {directory} is not plain LoRA ({odd}), and only that can be evaluated here",
+            about=odd.partition(" ")[0],
+        )
     # The adapter's weights replace the initial ones, so skip special initialisations, some of which take minutes.
     return Adapter(file=file, config=config.to_dict() | {"init_lora_weights": True})
+
+
+def _not_plain(config: Mapping[str, Any]) -> str:
+    """The first field of an adapter's configuration with which it changes more than ΔW = scaling × B A; "" if none."""
+    for name in _BESIDE_LORA:
+        if config.get(name):
+            return f"{name} is {config[name]!r}"
+    if config.get("bias", "none") != "none":
+        return f"bias is {config['bias']!r}"
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
+        return (
+            f"init_lora_weights is {start!r}, which changes the base model too; save it with peft's "
+            "path_initial_model_for_weight_conversion, which makes it plain"
+        )
+    return ""
 
 
 def measure(
@@ -152,6 +187,8 @@ def measure(
         raise SettingsError(f"the adapter's name {taken[0]!r} is taken: give it another one", about="name")
     extra = {name: read_directory(directory) for name, directory in settings.extra.items()}
     base, others = _load_base(store, settings, exports, specs, report)
+    for name, adapter in extra.items():
+        _check_fits(base, name, adapter)
     for name in others:
         for of in (specs, exports, tests, trainings):
             of.pop(name, None)
@@ -205,6 +242,15 @@ def measure(
         routes=routes,
         centralised=centralised,
     )
+
+
+def _check_fits(base: Base, name: str, adapter: Adapter) -> None:
+    """Raise SpecError unless the adapter can be put on the base model; before the rows of the others are computed."""
+    try:
+        with adapter_loaded(base.model, adapter.file, adapter.config):
+            pass
+    except SpecError as error:
+        raise SpecError(f"--adapter {name}: {error}", about=error.about) from error
 
 
 def _load_base(

@@ -11,7 +11,7 @@ from fedmoe.tools.rows import with_template
 
 
 def tokenizer_files(export: Export, base_model: str) -> dict[str, bytes]:
-    """The files of the tokenizer, with the chat template of the adapter's workers, by name.
+    """The files of the tokenizer, with the chat template of the adapter's workers, by their path in its directory.
 
     Args:
         export: the adapter.
@@ -28,4 +28,6 @@ def tokenizer_files(export: Export, base_model: str) -> dict[str, bytes]:
             raise BaseModelError(refusal, about=here.differing(meta)[0])
     with TemporaryDirectory(prefix="fedmoe-") as directory:
         with_template(tokenizer, export.chat_template).save_pretrained(directory)
-        return {path.name: path.read_bytes() for path in sorted(Path(directory).iterdir())}
+        # A tokenizer with several named chat templates writes them into a folder.
+        files = (path for path in sorted(Path(directory).rglob("*")) if path.is_file())
+        return {str(path.relative_to(directory)): path.read_bytes() for path in files}

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from transformers import GenerationConfig
 
 from fedmoe.errors import SettingsError, SpecError
 from fedmoe.model.adapter import adapter_loaded
@@ -36,6 +38,7 @@ from fedmoe.tools.rows import with_template
 from fedmoe.util.disk import to_disk, write_file
 from fedmoe.util.versions import HOME, replace_together
 
+GENERATION_FILE = "generation_config.json"
 WHOLE_MODEL = "whole_model"  # the field of fedmoe.json that marks such a directory
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -83,10 +86,14 @@ def write_model(
                 f"{export.name} cannot be merged into the base model ({error})", about="values"
             ) from error
     tokenizer = with_template(base.tokenizer, export.chat_template)
-    model.generation_config.eos_token_id = base.end_ids(tokenizer) or None
+    generation = model.generation_config
+    generation.eos_token_id = base.end_ids(tokenizer) or None
+    # Many a checkpoint has sampling values beside do_sample false. transformers loads that, but refuses to save it.
+    model.generation_config = GenerationConfig()
 
     def write(version: Path) -> None:
         model.save_pretrained(version)
+        generation.to_json_file(version / GENERATION_FILE)
         tokenizer.save_pretrained(version)
         write_file(
             version / INFO_FILE,
@@ -102,6 +109,11 @@ def write_model(
         replace_together(target, write, first=INFO_FILE, last=MODEL_CONFIG_FILE)
     except OSError as error:
         raise SettingsError(explain(error, target, size), about="disk") from error
+    except SafetensorError as error:  # its own name for what the disk refuses
+        raise SettingsError(
+            f"cannot write the model to {target} ({error}): free some space or choose another disk",
+            about="disk",
+        ) from error
     return size
 
 

@@ -213,7 +213,7 @@ def test_an_adapter_of_another_model_is_one_sentence(
 
 def test_adapters_that_peft_saved_can_be_read(tmp_path: Path) -> None:
     """Of its own initialisation, with all the fields of the present version; not other kinds than LoRA."""
-    lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa", task_type="CAUSAL_LM")
+    lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="gaussian", task_type="CAUSAL_LM")
     get_peft_model(tiny_model(), lora).save_pretrained(tmp_path)
     adapter = read_directory(tmp_path)
     assert (adapter.config["r"], adapter.config["init_lora_weights"]) == (2, True)
@@ -255,6 +255,7 @@ def test_a_result_that_could_not_be_kept_is_not_computed(tmp_path: Path) -> None
         (("--plot", str(tmp_path / "x.pdf")), f"a PNG file: name it {tmp_path / 'x.pdf.png'}"),
         (("--plot", str(tmp_path / "x")), f"{tmp_path / 'x'} does not end in .png"),
         (("--adapter", "x"), "fedmoe: --adapter 'x' must be NAME=DIR"),
+        (("--adapter", "x=a", "--adapter", "x=b"), "fedmoe: --adapter has the name 'x' twice"),
     ):
         done = fedmoe_here(*arguments, *more)
         assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)

@@ -11,6 +11,7 @@ from fedmoe.protocol.layout import AdapterBuffer
 from fedmoe.settings import GatewaySettings
 from fedmoe.store.connection import Connection
 from fedmoe.store.gateway import GatewayStore
+from fedmoe.tools.export import read_merged
 from tests.federation import ScriptedWorker, make_expert, serve, small_spec
 
 pytestmark = pytest.mark.one_server
@@ -57,3 +58,26 @@ def test_weights_of_another_commit_are_not_taken(connection: Connection) -> None
     merged = GatewayStore(connection).merged()
     assert merged is not None
     assert merged.experts["sql_expert"].weights_commit == expert.meta.weights_commit
+
+
+def test_an_expert_of_weight_0_makes_no_new_version(connection: Connection) -> None:
+    """It is not in the gateway, so its updates change nothing there; with a weight again it is."""
+    store = GatewayStore(connection)
+    make_expert(connection, "a")
+    other = make_expert(connection, "b")
+    connection.client.hset(connection.keys.experts, "b", "0")
+    build = builder(connection)
+    assert build.refresh()
+    merged = store.merged()
+    assert merged is not None
+    assert list(merged.experts) == ["a"]
+    ScriptedWorker(connection, small_spec(), "alice", expert="b").push(torch.ones(small_spec().layout.numel))
+    serve(other)
+    assert not build.refresh()
+    assert read_merged(store).behind == {}
+    connection.client.hset(connection.keys.experts, "b", "1")
+    assert read_merged(store).behind == {"b": 1}
+    assert build.refresh()
+    merged = store.merged()
+    assert merged is not None
+    assert list(merged.experts) == ["a", "b"]

@@ -200,6 +200,38 @@ def test_a_domain_router_answers_without_fedmoe(
     assert load_file(out / "router.safetensors")["vectors"].shape == (2, 64)
 
 
+def test_each_expert_of_a_router_answers_by_its_own_chat_template(
+    connection: Connection, data: Path, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    """Red's workers were trained with another one than the base model's, which blue has."""
+    make_federation(connection, tiny_model_dir)
+    told(connection, data)
+    template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
+    connection.client.hset(connection.keys.expert("red").meta, "chat_template", template)
+    out = tmp_path / "out"
+    words = ("--redis", connection.settings.url, "--out", str(out), "--router", "domain", "--no-tokenizer")
+    assert fedmoe_here("gateway", "export", *words).returncode == 0
+    show = (
+        "import load; print(load.tokens_of('q', load.templates[{0}])['input_ids'].shape[1], load.names[{0}])"
+    )
+    code = ";".join(show.format(number) for number in (0, 1))
+    command = [
+        sys.executable,
+        "-c",
+        f"import sys; sys.argv = ['load.py', 'q', {str(tiny_model_dir)!r}]; {code}",
+    ]
+    done = subprocess.run(command, cwd=out, capture_output=True, text=True, check=False)
+    lengths = {line.split()[1]: int(line.split()[0]) for line in done.stdout.splitlines()}
+    tokenizer, chat = tiny_tokenizer(), [{"role": "user", "content": "q"}]
+    for name, one in (("blue", tokenizer.chat_template), ("red", template)):
+        tokens = tokenizer.apply_chat_template(
+            chat, chat_template=one, add_generation_prompt=True, return_dict=True
+        )
+        assert lengths[name] == len(tokens["input_ids"])
+    assert lengths["red"] != lengths["blue"]
+    assert script(out, tiny_model_dir, "red roses 9")
+
+
 def test_an_arrow_router_answers_without_fedmoe_or_vectors(
     connection: Connection, tiny_model_dir: Path, tmp_path: Path
 ) -> None:

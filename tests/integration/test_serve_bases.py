@@ -1,22 +1,25 @@
 """`fedmoe gateway serve` and `chat` beside an expert of another base model: it is left out, with one sentence."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from consumers.gateway.builder import GatewayBuilder
-from fedmoe.errors import BaseModelError
+from fedmoe.errors import BaseModelError, RequestError
 from fedmoe.protocol.names import GATEWAY
 from fedmoe.settings import AnswerSettings, GatewaySettings
 from fedmoe.store.connection import Connection
 from fedmoe.store.gateway import GatewayStore
 from fedmoe.tools.export import read_gateway
 from fedmoe.tools.serve.engine import Engine
+from fedmoe.tools.serve.requests import ChatRequest
 from tests.errors import raises
 from tests.federation import make_expert
 from tests.integration.test_serve import engine_of, make
-from tests.tiny import save_tiny_model
+from tests.processes import fedmoe_here
+from tests.tiny import save_tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.one_server
 
@@ -87,6 +90,36 @@ def test_without_a_gateway_the_base_model_of_most_experts_is_loaded(
     assert [one.name for one in engine_of(connection).models()] == ["b", "c", "base"]
 
 
+SILENT = (
+    "{% for m in messages if m.role in ('user', 'assistant') %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+)
+
+
+def test_a_system_message_is_written_as_in_training(
+    connection: Connection, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    """A template that drops it gets it at the beginning of the question; one that drops the question is refused."""
+    shutil.copytree(tiny_model_dir, tmp_path / "base")
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = SILENT
+    tokenizer.save_pretrained(tmp_path / "base")
+    make(connection, tmp_path / "base", "a", seed=1)
+    engine = engine_of(connection)
+    question = {"role": "user", "content": "how many?"}
+
+    def answer(*messages: dict[str, str]) -> tuple[int, str]:
+        texts: list[str] = []
+        request = ChatRequest(model="a", messages=messages, max_tokens=8, temperature=0.0)
+        done = engine.answer(request, on_start=lambda _: None, on_text=texts.append)
+        return done.prompt_tokens, "".join(texts)
+
+    system = {"role": "system", "content": "be brief"}
+    merged = {"role": "user", "content": "be brief\n\nhow many?"}
+    assert answer(system, question) == answer(merged) != answer(question)
+    with raises(RequestError, about="messages"):
+        answer(question, {"role": "tool", "content": "3"}, system)
+
+
 @pytest.mark.parametrize("differs", ["shape", "weights", "tokenizer"])
 @pytest.mark.parametrize("others", ["none", "trained gateway"])
 def test_all_experts_or_the_gateway_of_another_base_model_is_one_sentence(
@@ -110,3 +143,13 @@ def test_the_merged_gateway_of_another_base_model_is_one_sentence(
     make(connection, tiny_model_dir, "b", seed=1)
     with raises(BaseModelError, about="fingerprint"):
         Engine(GatewayStore(connection), AnswerSettings(device="cpu"), report=lambda _: None)
+
+
+@pytest.mark.parametrize("key", ["", " ", "clé"])
+def test_a_key_that_no_client_can_send_is_refused(connection: Connection, key: str) -> None:
+    """An empty one is an unset variable, and would let everybody in."""
+    done = fedmoe_here("gateway", "serve", "--redis", connection.settings.url, "--api-key", key)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(
+        "fedmoe: --api-key must have printable ASCII characters only, and at least one"
+    )

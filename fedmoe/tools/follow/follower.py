@@ -125,6 +125,8 @@ class Follower:
     def run(self, stop: threading.Event, *, once: bool = False) -> bool:
         """Follow until `stop` is set, or look once; False if the last look left something undone."""
         self._stop = stop
+        if self._settings.command and (current := self._directory.current):
+            logger.info("%s is current already: the command runs for each version after it", current)
         while True:
             done = self._attempt(self._find, self._finding) & self._attempt(self._serve, self._serving)
             if once or stop.wait(self._settings.interval_s):

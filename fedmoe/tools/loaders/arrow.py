@@ -39,9 +39,10 @@ def end_ids() -> list[int]:
 def answer(prompt: str, max_new_tokens: int = 64) -> str:
     """The answer, for which each token takes in each layer the expert that it is most like."""
     chat = [{"role": "user", "content": prompt}]
-    inputs = tokenizer.apply_chat_template(
+    encoded = tokenizer.apply_chat_template(
         chat, add_generation_prompt=True, return_dict=True, return_tensors="pt"
     )
+    inputs = {name: encoded[name] for name in ("input_ids", "attention_mask")}
     written = model.generate(
         **inputs, max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=end_ids() or None
     )

@@ -12,13 +12,15 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList, TextStreamer
 
-from fedmoe.data.template import TEMPLATE_ERRORS
+from fedmoe.data.template import ChatTemplate
+from fedmoe.data.turns import Turn
 from fedmoe.errors import (
     BaseModelError,
     FedMoEError,
     LostExpertError,
     RedisUnavailableError,
     RequestError,
+    RowError,
     SpecError,
     UnknownExpertError,
     UnknownModelError,
@@ -330,18 +332,16 @@ class Engine:
     ) -> dict[str, torch.Tensor]:
         if not tokenizer.chat_template:
             raise RequestError(f"{served.name} has no chat template, so it takes no messages", about="model")
-        messages: list[Mapping[str, str]] = list(request.messages)
+        turns = [Turn(role=message["role"], content=message["content"]) for message in request.messages]
         try:
-            "".join(message["content"] for message in messages).encode()
-            encoded: Any = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-            )
+            "".join(turn.content for turn in turns).encode()
+            prompt = ChatTemplate(tokenizer).prompt(turns)  # as the adapters were trained
         except UnicodeEncodeError as error:  # a line of a terminal or a pipe with other bytes
             raise RequestError("a message is not text in UTF-8: write it again", about="messages") from error
-        except TEMPLATE_ERRORS as error:
-            raise RequestError(
-                f"the chat template refuses these messages ({error})", about="messages"
-            ) from error
+        except RowError as error:
+            what = str(error).replace(" its ", " the ").replace("refuses it", "refuses these messages")
+            raise RequestError(what, about="messages") from error
+        encoded: Any = tokenizer(prompt, add_special_tokens=False, return_tensors="pt", verbose=False)
         return {name: encoded[name].to(self._base.device) for name in ("input_ids", "attention_mask")}
 
     def _room(self, length: int) -> int:

@@ -34,6 +34,7 @@ from fedmoe.model.tokenizer import vocabulary_fingerprint
 from fedmoe.protocol.identity import BaseIdentity
 from fedmoe.protocol.names import GATEWAY, clean_name, domain_of
 from fedmoe.protocol.rules import RuleSet
+from fedmoe.protocol.vectors import WITHHELD, DomainVector
 from fedmoe.settings import RedisSettings, WorkerSettings
 from fedmoe.util.setting import check_whole
 from fedmoe.util.stopping import without_interrupt
@@ -310,6 +311,7 @@ def join(
     words = vocabulary_fingerprint(tokenizer) if tokenizer is not None else ""
     progress = Progress()
     chains: dict[str, _Chain] = {}
+    vector: DomainVector | None = None
     with ExitStack() as stack:
         for expert, given in adapters.items():
             model = getattr(given, "_orig_mod", given)  # what torch.compile was given
@@ -342,8 +344,8 @@ def join(
             adapter = ForeignTrainer(bind_adapter(model, spec), optimizer)
             base = fingerprint(model)
             member.claim(BaseIdentity(fingerprint=base, tokenizer=words))
-            # One chain brings the vector.
-            vector = None if chains else vector_of_prompts(checked, prompts, model, base=base)
+            if vector != WITHHELD:  # one chain brings it; what is withheld is taken back from all
+                vector = None if chains else vector_of_prompts(checked, prompts, model, base=base)
             member.begin(
                 adapter, data=data, training_fields=progress.fields, exchange=_exchange, vector=vector
             )

@@ -218,8 +218,7 @@ class Sync:
         """Perform the next action with Redis; returns the seconds to wait after it."""
         if self.outbox.talk(self._first) is Talk.PULL:
             self._pull()
-        todo = self.outbox.talk(self._first)
-        match todo:
+        match todo := self.outbox.talk(self._first):
             case Talk.HOLD:
                 return RETRY_S if self._problems.get("disk") else 0.0
             case Talk.LOOK | Talk.ANNOUNCE:
@@ -346,8 +345,8 @@ class Sync:
             return 0.0
         if poll.entry_waits:
             entry, known = self.outbox.entry, (self.ledger.head, self.ledger.meta.lineage)
-            if self._look_for_rules() and (self.ledger.head, self.ledger.meta.lineage) == known:
-                self.outbox = self.outbox.announced(entry)  # it waits on: the expert may be held
+            if self._look_for_rules(waits=True) and (self.ledger.head, self.ledger.meta.lineage) == known:
+                self.outbox = self.outbox.announced(entry)
             return self.pace.undecided()
         logger.info("update %s is gone without a decision; sending it again", update.id)
         self.outbox = self.outbox.lost_sight()
@@ -381,12 +380,13 @@ class Sync:
         self.status = status_after(self.status, change, self.ledger)
         self._follow_rules(rules)
 
-    def _look_for_rules(self) -> bool:
-        """Pull if a heartbeat found that an operator changed the rules or rolled the expert back; True if it did."""
+    def _look_for_rules(self, *, waits: bool = False) -> bool:
+        """Pull if a heartbeat found new rules or a rollback; a rollback has to wait while an update `waits`."""
         if self.times.is_ending or (seen := self._store.seen) is None or seen is self._seen:
             return False
-        self._seen, meta = seen, self.ledger.meta
-        if differs := seen.orders not in (None, (meta.rules, meta.rolled_back)):
+        self._seen, known = seen, (self.ledger.meta.rules, self.ledger.meta.rolled_back)
+        # What waits stands on what is rolled back, and so would all that is trained until it is refused.
+        if differs := seen.orders not in (None, known) and not (waits and seen.orders[1] != known[1]):
             self._pull()
         return differs
 

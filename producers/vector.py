@@ -84,7 +84,7 @@ def domain_vector(
 def vector_of_prompts(
     settings: WorkerSettings, prompts: Sequence[Sequence[int]], model: PeftModel, *, base: str
 ) -> DomainVector | None:
-    """The vector that a training loop of one's own publishes; None without prompts, or if it cannot be computed.
+    """The vector that a training loop of one's own publishes, as `domain_vector`; None without prompts.
 
     Args:
         settings: of the worker.

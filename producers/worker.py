@@ -7,7 +7,7 @@ threads (producers/sync.py) talk to Redis, so training never waits for it.
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -120,7 +120,8 @@ class Worker:
             report=self._report,
         )  # fmt: skip
         turns = self.turns = self._begin(members, material, meta.rules)
-        self._say_where_a_vector_stays(members)
+        if material.vector == WITHHELD or settings.vector_noise:
+            self._say_where_a_vector_stays({turn.expert for turn in turns})
         if meta.rules.train != TRAIN_EXPERT:
             by_turns = " by turns, a step each" if len(turns) > 1 else ""
             self._report(f"training {' and '.join(turn.expert for turn in turns)}{by_turns}")
@@ -197,16 +198,13 @@ class Worker:
                     f"{name} again (rule train)"
                 )
 
-    def _say_where_a_vector_stays(self, members: Mapping[str, Membership]) -> None:
+    def _say_where_a_vector_stays(self, trained: Collection[str]) -> None:
         """Report a chain that this worker does not train now, if the vector that it may have there is to change."""
-        settings = self._settings
-        if settings.domain_vector and not settings.vector_noise:
-            return
         for name, place in self._places.items():
-            if name not in members and (name == settings.stream or (place and name_in(place))):
+            if name not in trained and (name == self._settings.stream or (place and name_in(place))):
                 self._report(
-                    f"a domain vector that an earlier start published on {name} stays there, because this worker does "
-                    f"not train {name} now (rule train): train it again with these options to replace it"
+                    f"if an earlier start published a domain vector on {name}, it stays there, because this worker "
+                    f"does not train {name} now (rule train): train it again with these options to replace it"
                 )
 
     @property

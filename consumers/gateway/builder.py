@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from consumers.gateway.inputs import Served, not_served, read_inputs
+from consumers.gateway.inputs import Served, counts, not_served, read_inputs
 from consumers.gateway.merge import merge
 from consumers.gateway.methods import METHODS
 from consumers.rebalance import Rebalancer, lease
@@ -129,7 +129,8 @@ class GatewayBuilder:
         if not weights:
             return False
         fit = self._fit_in_force()
-        present = {name: self._store.meta(name).weights_commit for name, weight in weights.items() if weight}
+        metas = {name: self._store.meta(name) for name in weights}
+        present = {n: meta.weights_commit for n, meta in metas.items() if counts(n, weights[n], meta, fit)}
         merged = self._store.merged()
         built = {name: one.weights_commit for name, one in merged.experts.items()} if merged else None
         if merged and built == present and merged.settings == self._settings_text(weights, fit):

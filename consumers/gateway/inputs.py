@@ -22,7 +22,7 @@ class Inputs:
         spec: of the first expert.
         experts: all listed experts, also those of weight 0.
         scale: as in `merge`.
-        built_from: expert → its state, without those of gateway weight 0.
+        built_from: expert → its state, without those of gateway weight 0 and those that the fit leaves out.
         weights: expert → its weight in each group of layers, without experts of weight 0: the gateway is Σ wᵢ ΔWᵢ.
     """
 
@@ -69,10 +69,10 @@ def read_inputs(
         metas[name], file = _read(store, name, served)
         in_groups: tuple[float, ...] = ()
         if not fit:
-            weight = _weight(configured, metas[name], settings.weighting)
+            weight = _weight(configured, metas[name], settings.weighting) if configured else 0.0
         else:
-            in_groups = by_fit[name] if is_fitted(fit, name, metas[name]) and configured else ()
-            weight = 1.0 if any(in_groups) else 0.0
+            in_groups = by_fit[name] if counts(name, configured, metas[name], fit) else ()
+            weight = 1.0 if in_groups else 0.0
         experts.append(replace(as_input(specs[name], file), weight=weight, in_groups=in_groups))
     total = sum(expert.weight for expert in experts)
     if not total:
@@ -86,7 +86,7 @@ def read_inputs(
         built_from={
             name: BuiltFrom(meta.version, meta.weights_commit, meta.lineage)
             for name, meta in metas.items()
-            if listed[name]
+            if counts(name, listed[name], meta, fit)
         },
         weights={
             name: expert.in_groups if fit else (settings.scale * expert.weight / total,)
@@ -135,6 +135,11 @@ def as_input(spec: Spec, file: bytes | memoryview) -> MergeInput:
     return MergeInput(
         layout=spec.layout, flat=values_of(spec.layout, file), scaling=spec.lora.scaling, weight=1.0
     )
+
+
+def counts(name: str, configured: float, meta: Meta, fit: Fit | None) -> bool:
+    """True if an expert of this gateway weight may be in the merged gateway: no update of another one changes it."""
+    return bool(configured) and (fit is None or (is_fitted(fit, name, meta) and any(fit.by_expert[name])))
 
 
 def is_fitted(fit: Fit, name: str, meta: Meta) -> bool:

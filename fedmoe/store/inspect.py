@@ -295,6 +295,10 @@ def _merged(replies: dict[str, Any], experts: Sequence[ExpertView], now: float) 
     commits = {printable(name): printable(one.weights_commit) for name, one in experts_in.items()}
     domains = [expert for expert in experts if expert.name != GATEWAY]
     present = {expert.name: expert.meta for expert in domains if expert.meta}
+    # One of weight 0, and one that a fit leaves out, is not in it, whatever happens to it.
+    counting = {
+        one.name for one in domains if one.gateway_weight != 0 and (one.name in commits or not meta.fit)
+    }
     exists = bool(commits) and (replies["weights"] != 0 or bool(meta.parts))
     fit = None
     try:
@@ -311,7 +315,9 @@ def _merged(replies: dict[str, Any], experts: Sequence[ExpertView], now: float) 
         weights=_printable_names(weights),
         built_from=built_from,
         present={name: expert.version for name, expert in present.items()},
-        outdated=tuple(n for n, expert in present.items() if commits.get(n) != expert.weights_commit),
+        outdated=tuple(
+            n for n, expert in present.items() if n in counting and commits.get(n) != expert.weights_commit
+        ),
         fit=fit,
         lease=_lease(replies),
         error=printable(meta.error),

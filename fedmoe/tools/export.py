@@ -268,7 +268,7 @@ def read_merged(store: GatewayStore) -> Export:
         behind={
             n: meta.version
             for n, meta in metas.items()
-            if weights.get(n) and meta.weights_commit != commits.get(n)
+            if weights.get(n) and (n in commits or not merged.fit) and meta.weights_commit != commits.get(n)
         },
         info=info | {"base_fingerprint": prints.pop() if len(prints) == 1 else ""},
         chat_template=next(iter(templates)) if len(templates) == 1 else "",

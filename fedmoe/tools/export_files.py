@@ -32,7 +32,8 @@ WEIGHTS_FILE, CONFIG_FILE, INFO_FILE, CARD_FILE, TEMPLATE_FILE = (
     "adapter_model.safetensors", "adapter_config.json", "fedmoe.json", "README.md", "chat_template.jinja",
 )  # fmt: skip
 MODEL_CONFIG_FILE = "config.json"
-CURRENT = "current"  # the link that `fedmoe gateway follow` moves to the version that is served
+# `fedmoe gateway follow`: the link that it moves to the version that is served, and what it holds while it runs.
+CURRENT, LOCK = "current", ".lock"
 FILES = (INFO_FILE, WEIGHTS_FILE, CARD_FILE, CONFIG_FILE)
 MODEL_WEIGHTS = (
     "model*.safetensors",
@@ -83,7 +84,8 @@ def write(directory: str | Path, export: Export, *, force: bool = False) -> str:
 def _check_target(target: Path, *, force: bool) -> None:
     if target.exists() and not target.is_dir():
         raise SettingsError(f"{target} is a file: choose a directory", about="file")
-    if (target.parent / CURRENT).is_symlink() and (target / INFO_FILE).exists():
+    is_of_follow = (target.parent / CURRENT).is_symlink() and (target.parent / LOCK).exists()
+    if is_of_follow and (target / INFO_FILE).exists():
         raise SettingsError(
             f"{target} is a version that `fedmoe gateway follow` wrote, and a server may have loaded it: choose "
             "another directory",

@@ -171,7 +171,7 @@ def test_one_chain_brings_the_domain_vector(served: Federation) -> None:
     assert told() == ({"alice"}, {"tiny.bob"})
     served.said.clear()
     served.worker(max_steps=2, name="alice", domain_vector=False, vector=WITHHELD).run()
-    said = "a domain vector that an earlier start published on tiny stays there, because this worker"
+    said = "if an earlier start published a domain vector on tiny, it stays there, because this worker"
     assert any(line.startswith(said) for line in served.said)
     change_rules_soon(ExpertStore(served.connection, EXPERT), {"train": "both"})
     for name in ("alice", "bob"):

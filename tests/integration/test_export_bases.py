@@ -12,6 +12,8 @@ from fedmoe.errors import SettingsError
 from fedmoe.model.tokenizer import tokenizer_fingerprint
 from fedmoe.settings import GatewaySettings
 from fedmoe.store.connection import Connection
+from fedmoe.store.gateway import GatewayStore
+from fedmoe.tools.export import read_expert
 from fedmoe.tools.export_files import write
 from fedmoe.tools.shape import with_tokenizer
 from fedmoe.tools.whole_model import write_model
@@ -54,11 +56,14 @@ def test_a_merge_of_experts_with_different_chat_templates_says_so(
     assert "chat templates" not in fedmoe_here(*command).stderr
 
 
-def test_a_served_version_is_no_target(make: Make, tmp_path: Path) -> None:
+def test_a_served_version_is_no_target(make: Make, connection: Connection, tmp_path: Path) -> None:
     """A server may have loaded it under its name, which stands for one content."""
     other = make("b")
     write(tmp_path / "gateway-v1-00000000", make())
     (tmp_path / "current").symlink_to("gateway-v1-00000000")
+    write(tmp_path / "gateway-v1-00000000", make("c"))  # releases of one's own may have such a link, too
+    write(tmp_path / "gateway-v1-00000000", read_expert(GatewayStore(connection), "a"))
+    (tmp_path / ".lock").touch()
     for target in ("gateway-v1-00000000", "current"):
         with raises(SettingsError, about="current"):
             write(tmp_path / target, other, force=True)

@@ -11,8 +11,10 @@ from fedmoe.protocol.layout import AdapterBuffer
 from fedmoe.settings import GatewaySettings
 from fedmoe.store.connection import Connection
 from fedmoe.store.gateway import GatewayStore
+from fedmoe.store.inspect import Inspector
 from fedmoe.tools.export import read_merged
 from tests.federation import ScriptedWorker, make_expert, serve, small_spec
+from tests.integration.test_fit import written
 
 pytestmark = pytest.mark.one_server
 Served = Callable[[str, str], AdapterBuffer | None]
@@ -75,9 +77,42 @@ def test_an_expert_of_weight_0_makes_no_new_version(connection: Connection) -> N
     serve(other)
     assert not build.refresh()
     assert read_merged(store).behind == {}
+    assert Inspector(connection).federation().merged.outdated == ()
     connection.client.hset(connection.keys.experts, "b", "1")
     assert read_merged(store).behind == {"b": 1}
+    assert Inspector(connection).federation().merged.outdated == ("b",)
     assert build.refresh()
     merged = store.merged()
     assert merged is not None
     assert list(merged.experts) == ["a", "b"]
+
+
+@pytest.mark.parametrize("weighting", ["examples", "updates"])
+def test_weight_0_leaves_an_expert_out_whatever_weighs_the_others(
+    connection: Connection, weighting: str
+) -> None:
+    """`fedmoe expert weight NAME 0` is how a team leaves."""
+    for name in ("a", "b"):
+        make_expert(connection, name, version=3, n_examples=40)
+    connection.client.hset(connection.keys.experts, "b", "0")
+    GatewayBuilder(connection, GatewaySettings(weighting=weighting), holder="agg-1", lease_s=5.0).refresh()
+    merged = GatewayStore(connection).merged()
+    assert merged is not None
+    assert list(merged.experts) == list(merged.by_expert) == ["a"]
+
+
+def test_an_expert_that_the_fit_leaves_out_makes_no_new_version(connection: Connection) -> None:
+    """It came after the fit: `fedmoe gateway fit` again takes it in."""
+    store = GatewayStore(connection)
+    make_expert(connection, "a")
+    other = make_expert(connection, "b")
+    written(store, {"a": (1.0,)})
+    build = builder(connection)
+    assert build.refresh()
+    ScriptedWorker(connection, small_spec(), "alice", expert="b").push(torch.ones(small_spec().layout.numel))
+    serve(other)
+    assert not build.refresh()
+    assert read_merged(store).behind == {}
+    assert Inspector(connection).federation().merged.outdated == ()
+    written(store, {"a": (0.5,), "b": (0.5,)})
+    assert build.refresh()

@@ -6,9 +6,9 @@ import pytest
 
 from fedmoe.store.change import change_rules_soon, hold, release, soon
 from fedmoe.store.connection import Connection
-from tests.counting import EXPERT, CountingWorker, counting_spec, create_expert
+from tests.counting import CountingWorker, counting_spec, create_expert
 from tests.federation import serving
-from tests.processes import eventually, fedmoe_here
+from tests.processes import eventually
 
 pytestmark = pytest.mark.one_server
 
@@ -29,23 +29,3 @@ def test_it_takes_up_new_rules_while_its_update_waits(connection: Connection, tm
         worker.finish()
     meta = store.load().meta
     assert (meta.duplicate, meta.refused, len(worker.sync.ledger.queue)) == (0, 0, 0)
-
-
-def test_it_leaves_what_is_rolled_back_while_its_update_waits(connection: Connection, tmp_path: Path) -> None:
-    """What it trains until the release begins at the version after; only the update that waited is refused."""
-    spec = counting_spec()
-    store = create_expert(connection, spec)
-    with serving(connection, keep_updates=tmp_path), CountingWorker(connection, spec) as worker:
-        eventually("some versions", lambda: store.load().meta.version >= 3)
-        soon(lambda: hold(store, "the learning rate is too high"))
-        eventually("an update that waits", lambda: worker.sync.status.problem and worker.sync.outbox.entry)
-        words = ("--redis", connection.settings.url, "--to", "1", "--keep-updates", str(tmp_path), EXPERT)
-        done = fedmoe_here("expert", "rollback", *words)
-        assert done.returncode == 0, done.stderr
-        rolled_back = store.load().meta
-        eventually("the version after", lambda: worker.sync.ledger.meta.version == rolled_back.version)
-        soon(lambda: release(store))
-        eventually("an update on it", lambda: store.load().meta.applied > rolled_back.applied)
-        worker.finish()
-    meta = store.load().meta
-    assert (meta.duplicate, meta.refused, len(worker.sync.ledger.queue)) == (0, 1, 0)

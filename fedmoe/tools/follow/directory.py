@@ -22,10 +22,10 @@ from typing import Any
 
 from fedmoe.errors import SettingsError
 from fedmoe.tools.export import Export
-from fedmoe.tools.export_files import CONFIG_FILE, CURRENT, INFO_FILE, explain, model_in, write_files
+from fedmoe.tools.export_files import CONFIG_FILE, CURRENT, INFO_FILE, LOCK, explain, model_in, write_files
 from fedmoe.util.disk import to_disk, write_whole
 
-LOADED, LOCK = ".loaded", ".lock"
+LOADED = ".loaded"
 _NEW = ".new-"
 
 

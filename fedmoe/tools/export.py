@@ -248,8 +248,11 @@ def read_merged(store: GatewayStore) -> Export:
         "settings": merged.settings,
         "lineages": {name: one.lineage for name, one in merged.experts.items() if one.lineage},
     }
-    metas, weights = store.metas(), store.experts()
+    metas = store.metas()
     metas.pop(GATEWAY, None)
+    weights = dict.fromkeys(metas, 1.0)
+    with suppress(SpecError):  # one is no number; that of another expert must not hinder an export
+        weights = store.experts()
     commits = {name: part["weights_commit"] for name, part in built_from.items()}
     used = {name: meta for name, meta in metas.items() if name in (merged.by_expert or built_from)}
     same = {  # one that was created again since says nothing of what is in the merge

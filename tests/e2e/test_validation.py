@@ -58,7 +58,7 @@ def test_worker_holds_rows_back_and_publishes_their_loss(
 
     first = train("first.log", 2)
     held = re.search(
-        r"(\d+) of 100 different rows are held back for validation: they are never", "\n".join(first)
+        r"(\d+) of 100 different rows are held back for validation: they are not", "\n".join(first)
     )
     assert held
     assert any("validation loss " in line for line in first)

@@ -59,7 +59,6 @@ SMALL = {
     "departure": Scope(units=1, disk=False, faults={"leave": 1, "kill_aggregator": 1}),
     "changed rules": Scope(workers=2, units=1, faults={"rules": 1}),
     "changed rules and a killed aggregator": Scope(faults={"rules": 1, "kill_aggregator": 1}),
-    "changed rules, emptied": Scope(units=1, faults={"rules": 1, "empty": 1}),
     "held": Scope(units=1, faults={"hold": 1}),
     "emptied": Scope(faults={"empty": 1}),
     "emptied twice": Scope(units=1, faults={"empty": 2}),
@@ -81,6 +80,7 @@ SMALL = {
 }
 
 BIG = {
+    "changed rules, emptied": Scope(units=1, faults={"rules": 1, "empty": 1}),
     "parts and tail, two aggregators": Scope(
         parts=True, wire_format=TAIL, units=1, aggregators=2, faults={"lease": 1}
     ),

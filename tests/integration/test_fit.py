@@ -235,7 +235,8 @@ def test_what_the_fit_does_not_name_is_left_out_and_said(
     assert "leaves out green, because its fit does not name them" in next(merged.findings())
     text = card(read_gateway(store))
     assert "The weights were fitted on validation rows. Loss on them: 1.5000." in text
-    assert re.search(r"\| green \| 5 \| `\w+` \| 0 \|", text)
+    assert re.search(r"\| blue \| 4 \| `\w+` \| 1.5 \|", text)
+    assert "| green |" not in text
     connection.client.hset(connection.keys.expert("red").meta, "lineage", "e" * 16)
     connection.client.delete(connection.keys.merged.meta)
     assert builder(connection).refresh()

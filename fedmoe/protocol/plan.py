@@ -80,9 +80,12 @@ class Shape:
 
     @property
     def commit(self) -> float:
-        """Bytes that a commit of one update writes, on average: its tail fills up, and then the weights are written."""
+        """Bytes that a commit of one update writes, on average: its tail fills up, and then the weights are written.
+
+        The tail's copy of the update costs nothing: Redis makes it, by one short command.
+        """
         whole = self.weights + self.state
-        return self.pull + self.update + whole * self.update / self.tail if self.tail else whole
+        return self.pull + whole * self.update / self.tail if self.tail else whole
 
     @property
     def all_experts(self) -> int:
@@ -176,7 +179,7 @@ def terms(shape: Shape) -> list[Term]:
         Term(
             IN,
             "commits, from the aggregator",
-            "r (p + u + (w + s) u / t), in fp32 r (w + s)",
+            "r (p + (w + s) u / t), in fp32 r (w + s)",
             rate * shape.commit,
         ),
         Term(IN, "merged gateway, from the aggregator", "g m", rebuilds * merged),

@@ -53,6 +53,15 @@ def test_terms_are_what_their_formulas_say() -> None:
     assert total(terms(MILLION), "in") == 3.0 * (U + W) + 0.6 * W
 
 
+def test_a_commit_with_a_tail_writes_packed_weights_and_seldom_the_exact_ones() -> None:
+    """By hand: the tail is full after twice the weights in updates. Redis itself copies the update into it."""
+    packed = sum(part_lengths(1_000_000, "int8"))
+    found = amounts(replace(MILLION, wire_format="int8"))
+    assert found["in commits, from the aggregator"] == pytest.approx(
+        3.0 * (packed + (packed + HEADER_BYTES) / 2)
+    )
+
+
 def test_what_a_choice_adds() -> None:
     """A server optimizer, a trained gateway, another merge, another format: more or less in the right places."""
     plain = amounts(MILLION)

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from consumers.gateway.inputs import Served, counts, not_served, read_inputs
+from consumers.gateway.inputs import Served, not_served, read_inputs, takes_part
 from consumers.gateway.merge import merge
 from consumers.gateway.methods import METHODS
 from consumers.rebalance import Rebalancer, lease
@@ -130,7 +130,9 @@ class GatewayBuilder:
             return False
         fit = self._fit_in_force()
         metas = {name: self._store.meta(name) for name in weights}
-        present = {n: meta.weights_commit for n, meta in metas.items() if counts(n, weights[n], meta, fit)}
+        present = {
+            n: meta.weights_commit for n, meta in metas.items() if takes_part(n, weights[n], meta, fit)
+        }
         merged = self._store.merged()
         built = {name: one.weights_commit for name, one in merged.experts.items()} if merged else None
         if merged and built == present and merged.settings == self._settings_text(weights, fit):

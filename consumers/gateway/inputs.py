@@ -71,7 +71,7 @@ def read_inputs(
         if not fit:
             weight = _weight(configured, metas[name], settings.weighting) if configured else 0.0
         else:
-            in_groups = by_fit[name] if counts(name, configured, metas[name], fit) else ()
+            in_groups = by_fit[name] if takes_part(name, configured, metas[name], fit) else ()
             weight = 1.0 if in_groups else 0.0
         experts.append(replace(as_input(specs[name], file), weight=weight, in_groups=in_groups))
     total = sum(expert.weight for expert in experts)
@@ -86,7 +86,7 @@ def read_inputs(
         built_from={
             name: BuiltFrom(meta.version, meta.weights_commit, meta.lineage)
             for name, meta in metas.items()
-            if counts(name, listed[name], meta, fit)
+            if takes_part(name, listed[name], meta, fit)
         },
         weights={
             name: expert.in_groups if fit else (settings.scale * expert.weight / total,)
@@ -137,8 +137,8 @@ def as_input(spec: Spec, file: bytes | memoryview) -> MergeInput:
     )
 
 
-def counts(name: str, configured: float, meta: Meta, fit: Fit | None) -> bool:
-    """True if an expert of this gateway weight may be in the merged gateway: no update of another one changes it."""
+def takes_part(name: str, configured: float, meta: Meta, fit: Fit | None) -> bool:
+    """True if the merged gateway takes this expert: its weight is not 0, and the fit, if there is one, has it."""
     return bool(configured) and (fit is None or (is_fitted(fit, name, meta) and any(fit.by_expert[name])))
 
 

@@ -1,7 +1,7 @@
 """The merged gateway's meta hash: the versions it was built from, the merge settings, its adapter's shape. Pure."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -107,3 +107,12 @@ def built_from_text(experts: Mapping[str, BuiltFrom]) -> str:
             for name, one in experts.items()
         }
     )
+
+
+def may_be_newer(name: str, gateway_weight: float | None, built_from: Collection[str], fit: str) -> bool:
+    """True if an update of this expert calls for another merged gateway than the one built from these experts.
+
+    It does not if the expert's gateway weight is 0, or if the gateway was built by a fit that leaves it out. The weight
+    is None if it cannot be read; `fit` is the fit's id, "" for none.
+    """
+    return gateway_weight != 0 and (name in built_from or not fit)

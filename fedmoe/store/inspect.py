@@ -25,7 +25,7 @@ from fedmoe.protocol.fields import number
 from fedmoe.protocol.fit import Fit
 from fedmoe.protocol.keys import GROUP
 from fedmoe.protocol.lines import DeadLetter
-from fedmoe.protocol.merged import BuiltFrom, MergedMeta
+from fedmoe.protocol.merged import BuiltFrom, MergedMeta, may_be_newer
 from fedmoe.protocol.merged_view import FitView, MergedView
 from fedmoe.protocol.names import GATEWAY, MERGED, is_expert
 from fedmoe.protocol.records import NO_DECISIONS, Decided, Meta
@@ -295,10 +295,7 @@ def _merged(replies: dict[str, Any], experts: Sequence[ExpertView], now: float) 
     commits = {printable(name): printable(one.weights_commit) for name, one in experts_in.items()}
     domains = [expert for expert in experts if expert.name != GATEWAY]
     present = {expert.name: expert.meta for expert in domains if expert.meta}
-    # One of weight 0, and one that a fit leaves out, is not in it, whatever happens to it.
-    counting = {
-        one.name for one in domains if one.gateway_weight != 0 and (one.name in commits or not meta.fit)
-    }
+    weight_of = {expert.name: expert.gateway_weight for expert in domains}
     exists = bool(commits) and (replies["weights"] != 0 or bool(meta.parts))
     fit = None
     try:
@@ -316,7 +313,9 @@ def _merged(replies: dict[str, Any], experts: Sequence[ExpertView], now: float) 
         built_from=built_from,
         present={name: expert.version for name, expert in present.items()},
         outdated=tuple(
-            n for n, expert in present.items() if n in counting and commits.get(n) != expert.weights_commit
+            n
+            for n, expert in present.items()
+            if commits.get(n) != expert.weights_commit and may_be_newer(n, weight_of[n], commits, meta.fit)
         ),
         fit=fit,
         lease=_lease(replies),

@@ -20,7 +20,7 @@ from fedmoe.protocol.federation import Federation
 from fedmoe.protocol.identity import expert_template
 from fedmoe.protocol.lines import AppliedLine, read_line
 from fedmoe.protocol.lora import alpha_at
-from fedmoe.protocol.merged import MergedMeta
+from fedmoe.protocol.merged import MergedMeta, may_be_newer
 from fedmoe.protocol.names import GATEWAY, check_expert, domain_of
 from fedmoe.protocol.records import Meta
 from fedmoe.protocol.spec import Spec
@@ -271,7 +271,8 @@ def read_merged(store: GatewayStore) -> Export:
         behind={
             n: meta.version
             for n, meta in metas.items()
-            if weights.get(n) and (n in commits or not merged.fit) and meta.weights_commit != commits.get(n)
+            if meta.weights_commit != commits.get(n)
+            and may_be_newer(n, weights.get(n, 0.0), commits, merged.fit)
         },
         info=info | {"base_fingerprint": prints.pop() if len(prints) == 1 else ""},
         chat_template=next(iter(templates)) if len(templates) == 1 else "",

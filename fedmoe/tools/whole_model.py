@@ -100,7 +100,7 @@ def write_model(
             [json_bytes(info_of(export) | {WHOLE_MODEL: True, "dtype": _name(model.dtype)})],
         )
         write_file(version / CARD_FILE, [card(export, model_dtype=_name(model.dtype)).encode()])
-        for path in version.iterdir():
+        for path in version.rglob("*"):
             to_disk(path)
 
     size: int = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())

@@ -61,7 +61,7 @@ def test_weights_that_a_fit_replaces_are_said(connection: Connection, tiny_model
 def test_a_fit_of_a_later_release_does_not_hinder_a_weight(
     connection: Connection, tiny_model_dir: Path
 ) -> None:
-    """The weight is set and the expert added; the sentence comes after it, and is no failure."""
+    """The weight is set and the expert is added; then the command says that it cannot read the fit, and ends with 0."""
     make_federation(connection, tiny_model_dir)
     written(GatewayStore(connection))
     connection.client.hset("fedmoe:{merged}:fit", "requires", "time_travel")
@@ -80,7 +80,7 @@ def test_a_fit_of_a_later_release_does_not_hinder_a_weight(
 def test_a_configured_weight_is_not_the_gateways(
     connection: Connection, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    """It is for other experts, and that is said."""
+    """The command says that a weight in the configuration file is for the other experts."""
     make_federation(connection, tiny_model_dir)
     (config := tmp_path / "fedmoe.toml").write_text("[expert.add]\nweight = 3\n")
     words = ("--config", str(config), "expert", "add", "--redis", connection.settings.url)

@@ -98,7 +98,7 @@ SILENT = (
 def test_a_system_message_is_written_as_in_training(
     connection: Connection, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    """A template that drops it gets it at the beginning of the question; one that drops the question is refused."""
+    """If the template drops it, it goes into the question; a message that is dropped all the same is refused."""
     shutil.copytree(tiny_model_dir, tmp_path / "base")
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = SILENT
@@ -116,8 +116,9 @@ def test_a_system_message_is_written_as_in_training(
     system = {"role": "system", "content": "be brief"}
     merged = {"role": "user", "content": "be brief\n\nhow many?"}
     assert answer(system, question) == answer(merged) != answer(question)
-    with raises(RequestError, about="messages"):
+    with raises(RequestError, about="messages") as refused:
         answer(question, {"role": "tool", "content": "3"}, system)
+    assert str(refused.value) == "the chat template drops the tool message"
 
 
 @pytest.mark.parametrize("differs", ["shape", "weights", "tokenizer"])

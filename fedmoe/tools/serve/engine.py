@@ -36,7 +36,7 @@ from fedmoe.tools.base import check_base_of
 from fedmoe.tools.export import Export, read_expert, read_gateway, trained_gateway
 from fedmoe.tools.rows import with_template
 from fedmoe.tools.serve.common import load_common
-from fedmoe.tools.serve.requests import ChatRequest, StopCutter
+from fedmoe.tools.serve.requests import ChatRequest, StopCutter, refused_by_template
 
 logger = logging.getLogger(__name__)
 
@@ -339,8 +339,7 @@ class Engine:
         except UnicodeEncodeError as error:  # a line of a terminal or a pipe with other bytes
             raise RequestError("a message is not text in UTF-8: write it again", about="messages") from error
         except RowError as error:
-            what = str(error).replace(" its ", " the ").replace("refuses it", "refuses these messages")
-            raise RequestError(what, about="messages") from error
+            raise refused_by_template(error) from error
         encoded: Any = tokenizer(prompt, add_special_tokens=False, return_tensors="pt", verbose=False)
         return {name: encoded[name].to(self._base.device) for name in ("input_ids", "attention_mask")}
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedmoe.errors import RequestError
+from fedmoe.errors import RequestError, RowError
 
 _NOTHING: tuple[Any, ...] = (None, "", [], {})  # an answer that a client sends back has such fields
 ROLES = ("system", "developer", "user", "assistant")
@@ -93,6 +93,12 @@ def read_request(content: Any) -> ChatRequest:
             *(f"messages[].content[].{name}" for name in _OF_PART if any(map(_has(name), messages))),
         ),
     )
+
+
+def refused_by_template(error: RowError) -> RequestError:
+    """The error of a request whose messages the chat template refuses, or of which it drops one."""
+    did = "refuses these messages" if error.about == "chat_template" else f"drops the {error.about} message"
+    return RequestError(f"the chat template {did}{str(error).removeprefix(error.kind)}", about="messages")
 
 
 def _refuse_unknown(content: Mapping[str, Any]) -> None:
